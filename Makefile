@@ -1,0 +1,54 @@
+# Everything a developer or a user runs. `make run` and `make test` are all that a fresh clone needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
+
+.PHONY: help setup run test check format bench proto clean
+
+help:
+	@echo "make setup    install everything into $(VENV) and fetch the default model"
+	@echo "make run      set up, serve the default model with the example tasks, print calls to try"
+	@echo "make test     set up, run the tests"
+	@echo "make check    set up, lint, types, generated code"
+	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
+	@echo "make proto    regenerate the gRPC code"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	@# torch first and alone: the rest then takes it as it is.
+	$(BIN)/pip install --progress-bar on -c constraints.txt torch
+	$(BIN)/pip install --progress-bar on -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP)
+	$(BIN)/manyhats model fetch smollm2-135m-instruct
+
+run: setup
+	$(BIN)/python examples/serve.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python scripts/generate_proto.py --check
+	$(BIN)/buf lint proto
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+proto: $(STAMP)
+	$(BIN)/python scripts/generate_proto.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
