@@ -1,0 +1,1 @@
+"""What an adapter is: artifact formats, methods, validation and the store. Knows no gRPC and no engine."""

@@ -1,0 +1,89 @@
+"""What an adapter is: a catalogue record, and the artifact its files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+
+class AdapterMethod(Enum):
+    """How an adapter was made, and so how it acts."""
+
+    LORA = "lora"
+    DORA = "dora"
+    ADALORA = "adalora"
+    VERA = "vera"
+    IA3 = "ia3"
+    BOTTLENECK = "bottleneck"
+    PREFIX_TUNING = "prefix_tuning"
+    PROMPT_TUNING = "prompt_tuning"
+    P_TUNING = "p_tuning"
+    MULTITASK_PROMPT_TUNING = "multitask_prompt_tuning"
+    COMPOSED = "composed"
+
+
+class AdapterState(Enum):
+    """Where a version is in its life."""
+
+    CREATING = "creating"
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+    FAILED = "failed"
+    DELETING = "deleting"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRecord:
+    """One version of a task's adapter, as the catalogue holds it.
+
+    Attributes:
+        task_id: the name callers use.
+        version: counts up per task, from 1.
+        digest: ``sha256:…`` over the artifact's files; the same bytes have the same digest.
+        path: the directory of the stored artifact.
+        size_bytes: of the stored files.
+        source: the uri it was registered from.
+        base_model: what the artifact names as its base; may be empty.
+        notes: what the operator should know of it, such as an unnamed base.
+    """
+
+    task_id: str
+    version: int
+    digest: str
+    method: AdapterMethod
+    state: AdapterState
+    path: Path
+    size_bytes: int
+    num_parameters: int
+    source: str
+    create_time: datetime
+    base_model: str = ""
+    state_reason: str = ""
+    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    effect: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """``task@version``."""
+        return f"{self.task_id}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class AdapterArtifact:
+    """An artifact in memory: validated config and named tensors, as its files hold them."""
+
+    digest: str
+    method: AdapterMethod
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    base_model: str
+    size_bytes: int
+    num_parameters: int

@@ -1,0 +1,264 @@
+"""Reading files that someone else wrote: by directory descriptor, never through a link, regular files only.
+
+What was checked is what is read: a directory is walked down from its root by descriptors, a file is checked
+    on the
+descriptor that it is then read from, and a file that changes meanwhile is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from manyhats.adapters.errors import (
+    AdapterError,
+    AdapterInvalidError,
+    AdapterTooLargeError,
+    AdapterUnsafeError,
+    SourceNotAllowedError,
+    SourceNotFoundError,
+    StoreUnavailableError,
+    shown,
+)
+
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: opening must not wait, should a pipe take the file's place after the check.
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_MAX_URI_LENGTH = 4096
+_MAX_ENTRIES = 4096
+_READ_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """An open regular file of a source directory.
+
+    Attributes:
+        name: inside the directory.
+        size_bytes: when it was opened.
+    """
+
+    name: str
+    size_bytes: int
+    _descriptor: int
+    _identity: tuple[int, ...]
+
+    def read_start(self, num_bytes: int) -> bytes:
+        """The first ``num_bytes``, or fewer where the file ends before.
+
+        Raises:
+            StoreUnavailableError: the disk fails.
+        """
+        try:
+            return os.pread(self._descriptor, num_bytes, 0)
+        except OSError as error:
+            raise _read_error(self.name, error) from error
+
+    def read(self) -> bytearray:
+        """The whole file.
+
+        Raises:
+            AdapterInvalidError: it changed since it was opened.
+            StoreUnavailableError: the disk fails.
+        """
+        data = bytearray(self.size_bytes)
+        try:
+            count = self._fill(memoryview(data))
+            is_same = _identity(os.fstat(self._descriptor)) == self._identity
+        except OSError as error:
+            raise _read_error(self.name, error) from error
+        if count != len(data) or not is_same:
+            raise AdapterInvalidError(self.name, "changed while it was read")
+        return data
+
+    def _fill(self, view: memoryview) -> int:
+        """Read into ``view`` until it is full or the file ends; how many bytes that were."""
+        position = 0
+        while position < len(view):
+            count = os.preadv(self._descriptor, [view[position : position + _READ_BYTES]], position)
+            if count == 0:
+                break
+            position += count
+        return position
+
+
+@dataclass(frozen=True, slots=True)
+class SourceDirectory:
+    """An open directory; everything in it is reached through its descriptor."""
+
+    _descriptor: int
+
+    def names(self) -> tuple[str, ...]:
+        """What lies in it, sorted.
+
+        Raises:
+            AdapterTooLargeError: over 4096 entries.
+        """
+        names: list[str] = []
+        with os.scandir(self._descriptor) as entries:
+            for entry in entries:
+                names.append(entry.name)
+                if len(names) > _MAX_ENTRIES:
+                    raise AdapterTooLargeError("directory", f"has over {_MAX_ENTRIES} entries")
+        return tuple(sorted(names))
+
+    def subdirectories_with(self, file: str) -> tuple[str, ...]:
+        """Names of the real subdirectories that hold an entry ``file``, sorted."""
+        return tuple(name for name in self.names() if self._holds(name, file))
+
+    def _holds(self, name: str, file: str) -> bool:
+        try:
+            descriptor = os.open(name, _OPEN_DIRECTORY, dir_fd=self._descriptor)
+        except OSError:
+            return False  # not a directory, or not readable: not a candidate
+        try:
+            return _exists(file, descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def open_file(self, name: str, max_bytes: int) -> Iterator[SourceFile]:
+        """Open a regular file of this directory.
+
+        Raises:
+            AdapterInvalidError: it does not exist or may not be read.
+            AdapterUnsafeError: it is a link, directory, pipe, socket or device.
+            AdapterTooLargeError: it is larger than ``max_bytes``.
+            StoreUnavailableError: the disk fails, or no descriptor is free.
+        """
+        try:
+            # Checked before opening too: opening a device can act on it.
+            _check_regular(name, os.stat(name, dir_fd=self._descriptor, follow_symlinks=False))
+            descriptor = os.open(name, _OPEN_FILE, dir_fd=self._descriptor)
+        except OSError as error:
+            raise _read_error(name, error) from error
+        try:
+            status = os.fstat(descriptor)
+            _check_regular(name, status)
+            if status.st_size > max_bytes:
+                raise AdapterTooLargeError(name, f"has {status.st_size} bytes; the limit is {max_bytes}")
+            yield SourceFile(name, status.st_size, descriptor, _identity(status))
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def open_source(uri: str, roots: Sequence[Path]) -> Iterator[SourceDirectory]:
+    """Open the directory that ``uri`` names, if it lies under one of ``roots``.
+
+    Links on the way to the directory are resolved first, and the result must lie under a root; then the way
+    is walked again by descriptors that follow no link, so that a link put there in between leads nowhere.
+
+    Args:
+        uri: an absolute path, a path relative to a root, or ``file:///…``.
+        roots: directories, resolved.
+
+    Raises:
+        SourceNotAllowedError: another scheme, or outside every root, or unreadable.
+        SourceNotFoundError: nothing is there.
+        AdapterInvalidError: it is not a directory.
+    """
+    root, resolved = _locate(uri, _parse_uri(uri), roots)
+    descriptor = _walk(uri, root, resolved.relative_to(root).parts)
+    try:
+        yield SourceDirectory(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parse_uri(uri: str) -> Path:
+    if not uri:
+        raise SourceNotFoundError("uri", "is empty")
+    if len(uri) > _MAX_URI_LENGTH or not uri.isprintable():
+        raise SourceNotAllowedError(uri, f"a source has at most {_MAX_URI_LENGTH} printable characters")
+    scheme = _SCHEME.match(uri)
+    if scheme is None:
+        return Path(uri)
+    if scheme.group(1).lower() != "file":
+        raise SourceNotAllowedError(
+            uri, f"the scheme '{shown(scheme.group(1))}' is not served; give a path on the server"
+        )
+    parts = urlsplit(uri)
+    path = unquote(parts.path)
+    if parts.netloc not in ("", "localhost") or not path.startswith("/") or not path.isprintable():
+        raise SourceNotAllowedError(uri, "a file uri is file:// and an absolute path on the server")
+    return Path(path)
+
+
+def _locate(uri: str, path: Path, roots: Sequence[Path]) -> tuple[Path, Path]:
+    """The root that ``path`` lies under, and the path with every link resolved."""
+    is_outside = False
+    for root in roots:
+        resolved = Path(os.path.realpath(root / path))
+        if not resolved.is_relative_to(root):
+            is_outside = True
+        elif path.is_absolute() or os.path.exists(resolved):
+            return root, resolved
+    # Whether something exists is told of what lies under a root alone.
+    if is_outside or not roots:
+        raise SourceNotAllowedError(uri, "lies outside the allowed roots")
+    raise SourceNotFoundError(uri, "no allowed root has this directory")
+
+
+def _walk(uri: str, root: Path, parts: Sequence[str]) -> int:
+    """Descriptor of ``root/parts``, reached one component at a time without following links."""
+    descriptor = -1
+    try:
+        descriptor = os.open(root, _OPEN_DIRECTORY)
+        for part in parts:
+            parent, descriptor = descriptor, os.open(part, _OPEN_DIRECTORY, dir_fd=descriptor)
+            os.close(parent)
+    except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise _source_error(uri, error) from None
+    return descriptor
+
+
+def _source_error(uri: str, error: OSError) -> AdapterError:
+    if error.errno == errno.ENOENT:
+        return SourceNotFoundError(uri, "nothing is there")
+    if error.errno == errno.ENOTDIR:
+        return AdapterInvalidError(uri, "is not a directory")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG):
+        return SourceNotAllowedError(uri, f"may not be read: {error.strerror}")
+    return StoreUnavailableError(uri, f"cannot be read: {error.strerror}")
+
+
+def _read_error(name: str, error: OSError) -> AdapterError:
+    """The artifact's fault where it is; else that of the server's disk."""
+    if error.errno == errno.ENOENT:
+        return AdapterInvalidError(name, "is missing")
+    if error.errno == errno.ELOOP:
+        return AdapterUnsafeError(name, "is a symbolic link; only regular files are read")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return AdapterInvalidError(name, f"may not be read: {error.strerror}")
+    return StoreUnavailableError(name, f"cannot be read: {error.strerror}")
+
+
+def _exists(name: str, descriptor: int) -> bool:
+    try:
+        os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _check_regular(name: str, status: os.stat_result) -> None:
+    if stat.S_ISREG(status.st_mode):
+        return
+    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe"}
+    kind = kinds.get(stat.S_IFMT(status.st_mode), "a device or socket")
+    raise AdapterUnsafeError(name, f"is {kind}; only regular files are read")
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -1,0 +1,53 @@
+"""What every method provides; one file of ``methods/`` each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.sites import BaseDescription
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An artifact before its tensors are read: what its config and its header say.
+
+    Attributes:
+        config: the parsed ``adapter_config.json``.
+        shapes: tensor name → shape.
+        base_model: what it names as its base; may be empty.
+    """
+
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    base_model: str
+
+
+class Method(Protocol):
+    """One way of adapting a model: checks an artifact, and lowers it to primitives."""
+
+    @property
+    def method(self) -> AdapterMethod:
+        """Its name."""
+        ...
+
+    def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
+        """Refuse what could not be served exactly, before any tensor is read.
+
+        Raises:
+            ArtifactError: names the key or tensor that is at fault.
+            BaseMismatchError: the tensors fit another base.
+        """
+        ...
+
+    def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
+        """The artifact as primitives.
+
+        Raises:
+            ArtifactError, BaseMismatchError: as ``check``, for an artifact that never passed it.
+        """
+        ...

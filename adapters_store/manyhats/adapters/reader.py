@@ -1,0 +1,116 @@
+"""From a directory to a validated artifact: config, header, checks, tensors, lowering, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhats.adapters.artifact import AdapterArtifact
+from manyhats.adapters.base_name import check_base_name
+from manyhats.adapters.digest import artifact_digest
+from manyhats.adapters.errors import AdapterInvalidError, AdapterNoEffectError
+from manyhats.adapters.files import SourceDirectory, SourceFile
+from manyhats.adapters.json_reader import parse_json_object
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering import has_effect, lower, method_of
+from manyhats.adapters.method import Candidate
+from manyhats.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, check_directory, recognise, recorded_base
+from manyhats.adapters.safetensors_reader import LENGTH_BYTES, header_size, parse_header, read_tensors
+from manyhats.adapters.sites import BaseDescription
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadAdapter:
+    """A validated artifact and the bytes it was read from.
+
+    Attributes:
+        artifact: config and tensors.
+        files: path inside the artifact → content; what the store keeps.
+        notes: what the operator should know.
+    """
+
+    artifact: AdapterArtifact
+    files: Mapping[str, bytearray]
+    notes: tuple[str, ...]
+
+
+def read_adapter(directory: SourceDirectory, base: BaseDescription, limits: AdapterLimits) -> ReadAdapter:
+    """Read and validate an untrusted directory. The last step lowers it, so what passes can be served.
+
+    Raises:
+        ArtifactError: it can never be served as it is; names the file, tensor or key.
+        BaseMismatchError: it was made for another base.
+    """
+    check_directory(directory)
+    with directory.open_file(CONFIG_FILE, min(limits.max_config_bytes, limits.max_size_bytes)) as file:
+        config_bytes = file.read()
+    config = _parse_config(config_bytes, limits)
+    method = method_of(recognise(config))
+    base_model = recorded_base(config)
+    notes = check_base_name(base_model, base)
+    with directory.open_file(WEIGHTS_FILE, limits.max_size_bytes - len(config_bytes)) as file:
+        method.check(Candidate(config, _read_shapes(file, limits), base_model), base, limits)
+        weights = file.read()
+    files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights}
+    artifact = parse_artifact(files, artifact_digest(files), limits)
+    _check_finite(artifact.tensors)
+    if not has_effect(lower(artifact, base)):
+        raise AdapterNoEffectError(WEIGHTS_FILE, "changes nothing: each of its deltas is zero")
+    return ReadAdapter(artifact, files, notes)
+
+
+def read_files(directory: SourceDirectory, limits: AdapterLimits) -> dict[str, bytearray]:
+    """The files of a stored artifact, unchecked.
+
+    Raises:
+        AdapterError: one is missing, no regular file, or too large.
+    """
+    files = {}
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with directory.open_file(name, limits.max_size_bytes) as file:
+            files[name] = file.read()
+    return files
+
+
+def parse_artifact(files: Mapping[str, bytearray], digest: str, limits: AdapterLimits) -> AdapterArtifact:
+    """Parse an artifact's files, whose digest is ``digest``; its tensors are views of them.
+
+    Raises:
+        ArtifactError: they are malformed.
+    """
+    config = _parse_config(files[CONFIG_FILE], limits)
+    weights = files[WEIGHTS_FILE]
+    size = header_size(bytes(weights[:LENGTH_BYTES]), len(weights), WEIGHTS_FILE, limits)
+    tensors = read_tensors(parse_header(bytes(weights[:size]), len(weights), WEIGHTS_FILE, limits), weights)
+    return AdapterArtifact(
+        digest=digest,
+        method=recognise(config),
+        config=config,
+        tensors=tensors,
+        base_model=recorded_base(config),
+        size_bytes=sum(len(content) for content in files.values()),
+        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+    )
+
+
+def _parse_config(data: bytearray, limits: AdapterLimits) -> dict[str, Any]:
+    return parse_json_object(
+        bytes(data), CONFIG_FILE, max_bytes=limits.max_config_bytes, max_depth=limits.max_config_depth
+    )
+
+
+def _read_shapes(file: SourceFile, limits: AdapterLimits) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes by the header alone."""
+    size = header_size(file.read_start(LENGTH_BYTES), file.size_bytes, file.name, limits)
+    header = parse_header(file.read_start(size), file.size_bytes, file.name, limits)
+    return {name: spec.shape for name, spec in header.tensors.items()}
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterInvalidError(name, "holds values that are not finite")

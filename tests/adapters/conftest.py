@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adapter_factory import make_base, make_lora
+from manyhats.adapters.store import AdapterStore
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """Four adapters, a0 to a3, in an allowed root."""
+    base = make_base(names=("org/tiny",))
+    for n in range(4):
+        make_lora(tmp_path / "sources" / f"a{n}", base, rank=2, sites=["q_proj", "up_proj"], seed=n)
+    return tmp_path / "sources"
+
+
+@pytest.fixture
+def store(tmp_path: Path, sources: Path) -> AdapterStore:
+    """A store in ``tmp_path / "store"`` that may read ``sources``."""
+    return AdapterStore(tmp_path / "store", make_base(names=("org/tiny",)), [sources])

@@ -1,0 +1,310 @@
+"""What registration refuses, by its error and the tensor or key it names; nothing is published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapter_factory import lora_config, lora_tensors, make_base, make_lora, write_adapter
+from manyhats.adapters.errors import (
+    AdapterError,
+    AdapterInvalidError,
+    AdapterNoEffectError,
+    AdapterTooLargeError,
+    AdapterUnsupportedError,
+    BaseMismatchError,
+)
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.store import AdapterStore
+from registrations import assert_refused
+
+BASE = make_base(names=("org/tiny", "tiny"))
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass
+class Draft:
+    """A good adapter in memory, to be spoilt."""
+
+    config: dict[str, Any] = field(default_factory=lambda: lora_config(BASE, rank=4))
+    tensors: dict[str, Tensor] = field(default_factory=lambda: lora_tensors(BASE, rank=4))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The allowed root and the adapter's directory."""
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def store(tmp_path: Path, source: Path) -> AdapterStore:
+    source.mkdir()
+    limits = AdapterLimits(max_rank=64, max_size_bytes=10**6, max_num_tensors=40, max_config_bytes=20_000)
+    return AdapterStore(tmp_path / "store", BASE, [source], limits)
+
+
+def config_with(**fields: Any) -> Callable[[Draft], None]:
+    return lambda draft: draft.config.update(fields)
+
+
+def tensors_with(**tensors: Tensor) -> Callable[[Draft], None]:
+    """Tensors named by what follows the first q_proj's path."""
+    return lambda draft: draft.tensors.update(
+        {f"{PREFIX}.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
+    )
+
+
+def without(name: str) -> Callable[[Draft], None]:
+    return lambda draft: draft.tensors.__delitem__(f"{PREFIX}.{name}")
+
+
+def renamed(old: str, new: str) -> Callable[[Draft], None]:
+    def rename(draft: Draft) -> None:
+        draft.tensors = {name.replace(old, new): tensor for name, tensor in draft.tensors.items()}
+
+    return rename
+
+
+def replaced(make: Callable[[Tensor], Tensor], part: str = f"{PREFIX}.lora_A") -> Callable[[Draft], None]:
+    def replace(draft: Draft) -> None:
+        draft.tensors = {name: make(t) if part in name else t for name, t in draft.tensors.items()}
+
+    return replace
+
+
+def of_base(base: Any, **fields: Any) -> Callable[[Draft], None]:
+    def replace(draft: Draft) -> None:
+        draft.tensors = lora_tensors(base, rank=4)
+        draft.config.update(fields)
+
+    return replace
+
+
+def poisoned(value: float) -> Callable[[Tensor], Tensor]:
+    def poison(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor[-1, -1] = value
+        return tensor
+
+    return poison
+
+
+OTHER_BASE = make_base(hidden_size=48, num_heads=6, num_kv_heads=3, intermediate_size=64)
+DEEPER_BASE = make_base(num_layers=3)
+Unsupported, Invalid, TooLarge, Mismatch = (
+    AdapterUnsupportedError,
+    AdapterInvalidError,
+    AdapterTooLargeError,
+    BaseMismatchError,
+)
+
+SPOILT: list[tuple[Callable[[Draft], None], type[AdapterError], str]] = [
+    # Variants of LoRA that compute something else.
+    *(
+        (config_with(init_lora_weights=name), Unsupported, "init_lora_weights")
+        for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica", "surprise")
+    ),
+    (config_with(layer_replication=[[0, 1], [0, 1]]), Unsupported, "layer_replication"),
+    (config_with(use_qalora=True), Unsupported, "use_qalora"),
+    (config_with(use_bdlora={"nblocks": 2}), Unsupported, "use_bdlora"),
+    (config_with(arrow_config={"top_k": 3}), Unsupported, "arrow_config"),
+    (config_with(kasa_config={"beta": 1e-4}), Unsupported, "kasa_config"),
+    (config_with(monteclora_config={"num_samples": 2}), Unsupported, "monteclora_config"),
+    (config_with(velora_config={"scale": 1.0}), Unsupported, "velora_config"),
+    (config_with(megatron_config={"a": 1}), Unsupported, "megatron_config"),
+    (config_with(use_dora=True), Unsupported, "use_dora"),
+    (config_with(lora_bias=True), Unsupported, "lora_bias"),
+    (config_with(modules_to_save=["lm_head"]), Unsupported, "modules_to_save"),
+    (config_with(trainable_token_indices=[1]), Unsupported, "trainable_token_indices"),
+    (config_with(target_parameters=["experts"]), Unsupported, "target_parameters"),
+    (config_with(alora_invocation_tokens=[1]), Unsupported, "alora_invocation_tokens"),
+    (config_with(fan_in_fan_out=True), Unsupported, "fan_in_fan_out"),
+    (config_with(new_and_unknown=1), Unsupported, "new_and_unknown"),
+    (config_with(new_and_unknown=0), Unsupported, "new_and_unknown"),
+    # Tasks, methods and formats.
+    (config_with(task_type="SEQ_CLS"), Unsupported, "task_type"),
+    (config_with(task_type="TOKEN_CLS"), Unsupported, "task_type"),
+    (config_with(task_type="SEQ_2_SEQ_LM"), Unsupported, "task_type"),
+    (config_with(task_type=3), Unsupported, "task_type"),
+    *(
+        (config_with(peft_type=name), Unsupported, "peft_type")
+        for name in (
+            "IA3",
+            "VERA",
+            "ADALORA",
+            "PREFIX_TUNING",
+            "PROMPT_TUNING",
+            "HIRA",
+            "LOHA",
+            "XLORA",
+            "lora",
+            "",
+            "\x00",
+        )
+    ),
+    (config_with(peft_type=None), Invalid, "peft_type"),
+    (config_with(peft_type=["LORA"]), Invalid, "peft_type"),
+    (lambda draft: draft.config.pop("peft_type"), Invalid, CONFIG),
+    # Values out of range.
+    (config_with(r=0), Invalid, "r"),
+    (config_with(r=-4), Invalid, "r"),
+    (config_with(r=4.0), Invalid, "r"),
+    (config_with(r=True), Invalid, "r"),
+    (config_with(r="4"), Invalid, "r"),
+    (config_with(r=None), Invalid, "r"),
+    (config_with(r=10**30), TooLarge, "r"),
+    (config_with(r=65), TooLarge, "r"),
+    (config_with(lora_alpha=None), Invalid, "lora_alpha"),
+    (config_with(lora_alpha="16"), Invalid, "lora_alpha"),
+    (config_with(lora_alpha=1e300), Invalid, "lora_alpha"),
+    (config_with(lora_alpha=10**38), Invalid, "lora_alpha"),
+    (config_with(use_rslora="yes"), Invalid, "use_rslora"),
+    (config_with(bias="some"), Invalid, "bias"),
+    (config_with(bias=1), Invalid, "bias"),
+    (config_with(init_lora_weights=3), Invalid, "init_lora_weights"),
+    (config_with(rank_pattern=[1]), Invalid, "rank_pattern"),
+    (config_with(rank_pattern={"q_proj": 0}), Invalid, "rank_pattern"),
+    (config_with(rank_pattern={"q_proj": "4"}), Invalid, "rank_pattern"),
+    (config_with(rank_pattern={"(x+x+)+y": 4}), Unsupported, "rank_pattern"),
+    (config_with(alpha_pattern={".*": 4}), Unsupported, "alpha_pattern"),
+    (config_with(alpha_pattern={"q_proj": None}), Invalid, "alpha_pattern"),
+    (config_with(alpha_pattern={"q" * 600: 1}), TooLarge, "alpha_pattern"),
+    (config_with(base_model_name_or_path=7), Invalid, "base_model_name_or_path"),
+    (config_with(base_model_name_or_path="a\nb"), Invalid, "base_model_name_or_path"),
+    (config_with(target_modules=["x" * 30_000]), TooLarge, CONFIG),
+    # Ranks and shapes.
+    (config_with(r=8), Invalid, "lora_A.weight"),
+    (config_with(rank_pattern={"layers.0.self_attn.q_proj": 5}), Invalid, f"{PREFIX}.lora_A.weight"),
+    (
+        tensors_with(lora_A__weight=torch.zeros(0, 32), lora_B__weight=torch.zeros(32, 0)),
+        Invalid,
+        f"{PREFIX}.lora_A.weight",
+    ),
+    (
+        tensors_with(lora_A__weight=torch.ones(65, 32), lora_B__weight=torch.ones(32, 65)),
+        Invalid,
+        f"{PREFIX}.lora_A.weight",
+    ),
+    (tensors_with(lora_A__weight=torch.ones(4, 31)), Invalid, f"{PREFIX}.lora_A.weight"),
+    (tensors_with(lora_A__weight=torch.ones(32, 4)), Invalid, f"{PREFIX}.lora_A.weight"),
+    (tensors_with(lora_A__weight=torch.ones(4, 32, 1)), Invalid, f"{PREFIX}.lora_A.weight"),
+    (tensors_with(lora_A__weight=torch.ones(128)), Invalid, f"{PREFIX}.lora_A.weight"),
+    (tensors_with(lora_A__weight=torch.ones(())), Invalid, f"{PREFIX}.lora_A.weight"),
+    (tensors_with(lora_B__weight=torch.ones(33, 4)), Invalid, f"{PREFIX}.lora_B.weight"),
+    (tensors_with(lora_B__weight=torch.ones(32, 5)), Invalid, f"{PREFIX}.lora_B.weight"),
+    # Names of tensors.
+    (without("lora_A.weight"), Invalid, f"{PREFIX}.lora_B.weight"),
+    (without("lora_B.weight"), Invalid, f"{PREFIX}.lora_A.weight"),
+    (tensors_with(lora_magnitude_vector=torch.ones(32)), Unsupported, "lora_magnitude_vector"),
+    (tensors_with(lora_B__bias=torch.ones(32)), Unsupported, "lora_B.bias"),
+    (tensors_with(bias=torch.ones(32)), Unsupported, f"{PREFIX}.bias"),
+    (tensors_with(base_layer__bias=torch.ones(32)), Unsupported, f"{PREFIX}.base_layer.bias"),
+    (tensors_with(base_layer__weight=torch.ones(32, 32)), Unsupported, "base_layer.weight"),
+    (tensors_with(weight=torch.ones(32, 32)), Unsupported, f"{PREFIX}.weight"),
+    (tensors_with(lora_E=torch.ones(4, 1)), Unsupported, "lora_E"),
+    (tensors_with(lora_embedding_A=torch.ones(4, 64)), Unsupported, "lora_embedding_A"),
+    (
+        tensors_with(token_adapter__trainable_tokens_delta=torch.ones(1, 32)),
+        Unsupported,
+        "trainable_tokens_delta",
+    ),
+    (tensors_with(stray=torch.ones(1)), Invalid, "stray"),
+    (renamed(".lora_A.weight", ".lora_A.default.weight"), Invalid, ".lora_A.default.weight"),
+    (renamed("base_model.model.", ""), Invalid, "model.layers.0"),
+    (renamed("layers.1.", "layers.2."), Invalid, "layers.2."),
+    (renamed("layers.1.", "layers.01."), Invalid, "layers.01."),
+    (renamed("q_proj", "qkv_proj"), Invalid, "qkv_proj"),
+    (renamed("model.layers.0.self_attn.q_proj", "lm_head"), Unsupported, "lm_head"),
+    (renamed("model.layers.0.self_attn.q_proj", "model.embed_tokens"), Unsupported, "embed_tokens"),
+    (renamed("q_proj", "q\n\u202e"), Invalid, "q\\x0a\\x202e"),
+    # Values of tensors.
+    (replaced(poisoned(float("nan"))), Invalid, f"{PREFIX}.lora_A.weight"),
+    (replaced(poisoned(float("inf"))), Invalid, f"{PREFIX}.lora_A.weight"),
+    (
+        replaced(poisoned(-float("inf")), "layers.1.mlp.down_proj.lora_B"),
+        Invalid,
+        "layers.1.mlp.down_proj.lora_B.weight",
+    ),
+    (replaced(Tensor.double), Unsupported, f"{PREFIX}.lora_A.weight"),
+    (replaced(Tensor.int), Unsupported, f"{PREFIX}.lora_A.weight"),
+    (replaced(lambda t: t.to(torch.float8_e4m3fn)), Unsupported, f"{PREFIX}.lora_A.weight"),
+    (replaced(torch.zeros_like, "lora_B"), AdapterNoEffectError, WEIGHTS),
+    (config_with(lora_alpha=0), AdapterNoEffectError, WEIGHTS),
+    # Another base.
+    (config_with(base_model_name_or_path="org/other"), Mismatch, "base_model_name_or_path"),
+    (of_base(OTHER_BASE, base_model_name_or_path="org/other"), Mismatch, "base_model_name_or_path"),
+    (of_base(OTHER_BASE, base_model_name_or_path=""), Mismatch, "lora_A"),
+    (of_base(OTHER_BASE, base_model_name_or_path="/models/other"), Mismatch, "lora_A"),
+    (of_base(OTHER_BASE), Invalid, "lora_A"),
+    (of_base(DEEPER_BASE), TooLarge, WEIGHTS),
+    (of_base(DEEPER_BASE, base_model_name_or_path=""), TooLarge, WEIGHTS),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "subject"), SPOILT, ids=[f"{n}-{case[2][-40:]!a}" for n, case in enumerate(SPOILT)]
+)
+def test_spoilt_adapters_are_refused(
+    store: AdapterStore, source: Path, spoil: Callable[[Draft], None], error: type[AdapterError], subject: str
+) -> None:
+    draft = Draft()
+    spoil(draft)
+    write_adapter(source, draft.config, draft.tensors)
+    assert_refused(store, source, error, subject)
+
+
+def test_the_draft_itself_is_good(store: AdapterStore, source: Path) -> None:
+    draft = Draft()
+    write_adapter(source, draft.config, draft.tensors)
+    assert store.register("task", str(source)).created
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"init_lora_weights": False},
+        {
+            "lora_dropout": 0.3,
+            "revision": "main",
+            "layers_to_transform": [0],
+            "megatron_core": "megatron.core",
+        },
+        {"new_and_unknown": None, "another": False, "third": {}, "fourth": [], "fifth": ""},
+        {"corda_config": {"corda_method": "kpm"}, "qalora_group_size": 16, "ensure_weight_tying": True},
+        {"target_modules": "(a+)+$", "exclude_modules": "(a+)+$"},
+    ],
+)
+def test_fields_that_change_nothing_are_accepted(
+    store: AdapterStore, source: Path, fields: dict[str, Any]
+) -> None:
+    make_lora(source, BASE, rank=4, **fields)
+    assert store.register("task", str(source)).created
+
+
+@pytest.mark.parametrize("name", ["org/tiny", "ORG/Tiny", "tiny"])
+def test_a_base_of_a_known_name_is_accepted(store: AdapterStore, source: Path, name: str) -> None:
+    make_lora(source, BASE, base_model_name_or_path=name)
+    record = store.register("task", str(source)).record
+    assert (record.base_model, record.notes) == (name, ())
+
+
+@pytest.mark.parametrize(
+    "name", [None, "", "/models/tiny", "./tiny", "../org/tiny", "a/b/c", "C:\\models\\tiny", "my-dir"]
+)
+def test_an_unnamed_base_is_accepted_and_noted(store: AdapterStore, source: Path, name: str | None) -> None:
+    make_lora(source, BASE, base_model_name_or_path=name)
+    record = store.register("task", str(source)).record
+    assert record.base_model == (name or "")
+    assert len(record.notes) == 1
