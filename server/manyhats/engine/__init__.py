@@ -1,0 +1,1 @@
+"""Request → batch → forward → sample. Knows no gRPC and no Prometheus."""

@@ -1,0 +1,135 @@
+"""Chat messages to prompt text, by a model's or a task's Jinja template, as transformers renders them.
+
+Templates are other people's programs: they run in Jinja's immutable sandbox and see strings only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.exceptions
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.utils
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from manyhats.engine.errors import FieldInvalidError
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation; ``role`` is what the template knows, such as system, user, assistant."""
+
+    role: str
+    content: str
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """``{% generation %}…{% endgeneration %}``, which marks assistant text for training, renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """``namespace()`` that takes no underscored names, which could reach Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot have the underscored name {name!r}")
+
+
+class _Dictionaries:
+    """``dict`` as templates may use it, without the class itself and what hangs on it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """See ``dict.fromkeys``."""
+        return dict.fromkeys(*args)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which a prompt must not have.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["dict"] = _Dictionaries()
+    environment.globals["namespace"] = _Namespace
+    return environment
+
+
+@lru_cache(maxsize=64)
+def _compile(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+def render_chat(template: str, messages: Sequence[ChatMessage], special_tokens: Mapping[str, str]) -> str:
+    """The prompt of a conversation, up to where the assistant's next turn begins.
+
+    Args:
+        template: Jinja source.
+        messages: at least one.
+        special_tokens: ``bos_token`` and the like, by the names templates use.
+
+    Raises:
+        FieldInvalidError: there are no messages, or the template fails on these.
+    """
+    if not messages:
+        raise FieldInvalidError("chat", "has no messages")
+    try:
+        return _compile(template).render(
+            messages=[{"role": m.role, "content": m.content} for m in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **special_tokens,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise FieldInvalidError("chat", f"the chat template refused the messages: {error}") from error

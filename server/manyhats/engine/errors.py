@@ -1,0 +1,85 @@
+"""The engine's errors. They know nothing of gRPC; the server's table turns each into a status.
+
+EngineError
+├── RequestError                the caller's fault; names the field
+│   ├── FieldInvalidError
+│   └── PromptTooLongError
+├── ModelError                  a model that cannot be loaded or served, and why
+├── QueueFullError              try again later
+├── AdapterCapacityError        try again later: every adapter slot is in use
+├── DrainingError               shutting down; running requests finish
+├── DeadlineExceededError
+├── RequestCancelledError
+├── NumericalError              non-finite logits, of one request alone
+└── EngineDeadError             the engine thread ended
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Any error the engine raises on purpose."""
+
+
+class RequestError(EngineError):
+    """A request that can never be served; ``field`` is its name in the request."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.description = message
+
+
+class FieldInvalidError(RequestError):
+    """A field's value is outside its range."""
+
+
+class PromptTooLongError(RequestError):
+    """Prompt and adapter prefix leave no room for one output token; ``limit`` is in tokens."""
+
+    def __init__(self, field: str, num_tokens: int, limit: int) -> None:
+        super().__init__(field, f"has {num_tokens} tokens; the limit is {limit}")
+        self.num_tokens = num_tokens
+        self.limit = limit
+
+
+class ModelError(EngineError):
+    """The model at hand cannot be loaded or served."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests are waiting; ``retry_after_s`` is a hint."""
+
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full: {limit} requests are waiting")
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class AdapterCapacityError(EngineError):
+    """Every adapter slot holds an adapter that running requests use."""
+
+    def __init__(self, num_slots: int) -> None:
+        super().__init__(f"all {num_slots} loaded adapters are in use")
+        self.limit = num_slots
+        self.retry_after_s = 1.0
+
+
+class DrainingError(EngineError):
+    """The engine accepts no new requests; it is shutting down."""
+
+
+class DeadlineExceededError(EngineError):
+    """The request's deadline passed before it finished."""
+
+
+class RequestCancelledError(EngineError):
+    """The request was cancelled by its caller."""
+
+
+class NumericalError(EngineError):
+    """The logits of this request were not finite."""
+
+
+class EngineDeadError(EngineError):
+    """The engine thread has ended; the process must be restarted."""

@@ -1,0 +1,1 @@
+"""The base model: fetching, quantizing, configuring and running it."""

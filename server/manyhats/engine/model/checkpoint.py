@@ -1,0 +1,248 @@
+"""Hugging Face checkpoints: a directory of safetensors, its ``config.json``, and the weights made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.families import LINEAR_MODULES, Architecture, linear_shapes, module_path
+from manyhats.engine.model.nf4_format import is_nf4, nf4_from_tensors, nf4_keys
+from manyhats.engine.model.progress import Progress
+from manyhats.engine.model.weights import LayerWeights, Linear, Matrix, ModelWeights
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+
+# Older checkpoints carry the rotary frequencies; they follow from the config.
+_HARMLESS_SUFFIX = "rotary_emb.inv_freq"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SafetensorsDirectory(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, mapped from its files and read when touched.
+
+    Raises:
+        ModelError: there are no safetensors files, or one is missing, truncated or malformed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.files = weight_files(directory)
+        self._handles: dict[str, Any] = {}
+        for path in self.files:
+            if path.name == INDEX_FILE:
+                continue
+            try:
+                handle: Any = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
+            self._handles.update(dict.fromkeys(handle.keys(), handle))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._handles[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._handles)
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._handles
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        ModelError: it is missing, unreadable, or not an object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return content
+
+
+def weight_files(directory: Path) -> tuple[Path, ...]:
+    """The files that hold a checkpoint's weights: the index and its shards, or the single file.
+
+    Raises:
+        ModelError: there are none; pickled checkpoints are refused by name.
+    """
+    index = directory / INDEX_FILE
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(_is_plain_name(name) for name in shards.values()):
+            raise ModelError(f"{index}: weight_map must name files of the same directory")
+        return (index, *(directory / name for name in sorted(set(shards.values()))))
+    if (directory / WEIGHTS_FILE).is_file():
+        return (directory / WEIGHTS_FILE,)
+    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise ModelError(f"{directory / pickles[0]}: pickled weights are refused; save them as safetensors")
+    raise ModelError(f"{directory}: has no {WEIGHTS_FILE} and no {INDEX_FILE}")
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
+
+
+def check_quantization_config(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` says that its weights are bitsandbytes NF4.
+
+    Raises:
+        ModelError: they are quantized in some other way.
+    """
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return False
+    method = quantization.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise ModelError(f"config.json: quantization by {method!r} is not supported; bitsandbytes NF4 is")
+    if not quantization.get("load_in_4bit") or quantization.get("bnb_4bit_quant_type") != "nf4":
+        raise ModelError("config.json: of bitsandbytes' quantizations only 4 bits of type nf4 are supported")
+    if not quantization.get("bnb_4bit_use_double_quant"):
+        raise ModelError("config.json: NF4 without double quantization is not supported")
+    return True
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a dense checkpoint must have; [out, in] for linears."""
+    config = architecture.decoder
+    hidden = (config.hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, *hidden), FINAL_NORM: hidden}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, *hidden)
+    linears = linear_shapes(config)
+    for layer in range(config.num_layers):
+        shapes[_norm(layer, "input")] = hidden
+        shapes[_norm(layer, "post_attention")] = hidden
+        for name, (in_features, out_features) in linears.items():
+            shapes[f"{module_path(layer, name)}.weight"] = (out_features, in_features)
+            if name in architecture.biased:
+                shapes[f"{module_path(layer, name)}.bias"] = (out_features,)
+    return shapes
+
+
+def _norm(layer: int, which: str) -> str:
+    return f"model.layers.{layer}.{which}_layernorm.weight"
+
+
+def check_tensors(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
+    """Refuse a checkpoint that lacks a tensor, has one of another shape, or has one that would go unused.
+
+    Raises:
+        ModelError: naming the tensor.
+    """
+    expected = expected_shapes(architecture)
+    known = set(expected)
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ModelError(f"the checkpoint has no tensor {name}")
+        if is_nf4(tensors, name):
+            known.update(nf4_keys(name))
+            continue
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ModelError(f"{name}: has shape {list(tensor.shape)}; the config asks for {list(shape)}")
+        if tensor.dtype not in _FLOATS:
+            raise ModelError(f"{name}: has dtype {tensor.dtype}; float32, bfloat16 and float16 are supported")
+    if HEAD in tensors and HEAD not in expected:
+        if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+            raise ModelError(f"{HEAD}: differs from {EMBEDDING}, but the config ties them")
+        known.add(HEAD)
+    unused = sorted(n for n in tensors if n not in known and not n.endswith(_HARMLESS_SUFFIX))
+    if unused:
+        raise ModelError(f"the checkpoint has {len(unused)} tensors that the model does not use: {unused[0]}")
+
+
+def assemble_weights(
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    keep_nf4: bool,
+    progress: Progress,
+) -> ModelWeights:
+    """The decoder's weights from a checked checkpoint.
+
+    Args:
+        tensors: dense, or with the linears in NF4.
+        architecture: what ``check_tensors`` checked them against.
+        dtype: float32 or bfloat16, of dense matrices, biases and the embedding; norms are float32 always.
+        keep_nf4: NF4 linears stay so; otherwise they are dequantized to ``dtype``.
+        progress: told of each layer.
+
+    Raises:
+        ModelError: a linear's NF4 tensors are not what they should be, or only some linears have them.
+    """
+    config = architecture.decoder
+    reader = _Reader(tensors, architecture, dtype, keep_nf4)
+    layers = []
+    for index in range(config.num_layers):
+        layers.append(reader.layer(index))
+        progress("load", index + 1, config.num_layers)
+    return ModelWeights(
+        embed_tokens=_aligned(tensors[EMBEDDING].to(dtype)),
+        layers=tuple(layers),
+        norm=tensors[FINAL_NORM].float(),
+        lm_head=None if config.tie_word_embeddings else _aligned(tensors[HEAD].to(dtype)),
+    )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address that is a multiple of 64, so that no vector load straddles a cache line.
+
+    It matters for the output head, which is read whole at every step; files align tensors to 8 bytes only.
+    """
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+
+
+class _Reader:
+    """Layers out of a checkpoint; keeps what is the same for all of them."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], architecture: Architecture, dtype: torch.dtype, keep_nf4: bool
+    ) -> None:
+        self._tensors = tensors
+        self._biased = architecture.biased
+        self._shapes = linear_shapes(architecture.decoder)
+        self._dtype = dtype
+        self._keep_nf4 = keep_nf4
+
+    def layer(self, index: int) -> LayerWeights:
+        """Layer ``index``."""
+        linears = {name: self._linear(module_path(index, name), name) for name in LINEAR_MODULES}
+        return LayerWeights(
+            **linears,
+            input_norm=self._tensors[_norm(index, "input")].float(),
+            post_attention_norm=self._tensors[_norm(index, "post_attention")].float(),
+        )
+
+    def _linear(self, path: str, name: str) -> Linear:
+        bias = self._tensors[f"{path}.bias"].to(self._dtype) if name in self._biased else None
+        return Linear(weight=self._matrix(f"{path}.weight", name), bias=bias)
+
+    def _matrix(self, key: str, name: str) -> Matrix:
+        if not is_nf4(self._tensors, key):
+            if self._keep_nf4:
+                raise ModelError(f"{key}: is dense in a checkpoint whose other linears are NF4")
+            return self._tensors[key].to(self._dtype)
+        in_features, out_features = self._shapes[name]
+        weight = nf4_from_tensors(key, self._tensors, (out_features, in_features))
+        return weight if self._keep_nf4 else weight.dequantize().to(self._dtype)

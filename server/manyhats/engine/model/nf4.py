@@ -1,0 +1,108 @@
+"""NF4 with double quantization, exactly as bitsandbytes does it.
+
+A matrix is cut, row by row, into blocks of 64 values. A value is the nearest of 16 codes (quantiles of a
+normal distribution) times its block's absmax. The absmaxes, less their mean, are themselves kept as 8-bit
+codes in blocks of 256 with a float32 absmax each: 4 + 8/64 + 32/(64·256) bits per value.
+
+Source: Dettmers et al. 2023 (arXiv:2305.14314), section 3; bitsandbytes 0.50.2 ``functional.quantize_4bit``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manyhats.engine.errors import ModelError
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Nf4Weight:
+    """One [out, in] matrix in NF4; in is a multiple of 64, so no block crosses a row.
+
+    Attributes:
+        packed: uint8 [out·in / 2], row major, two codes a byte, high nibble first.
+        absmax: uint8 [num_blocks], codes into ``nested_code``.
+        nested_absmax: float32 [⌈num_blocks / 256⌉].
+        offset: the mean of the absmaxes, a float32 value.
+        code: float32 [16].
+        nested_code: float32 [256].
+        shape: (out, in).
+
+    Raises:
+        ModelError: a tensor has the wrong shape or dtype.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: float
+    code: Tensor
+    nested_code: Tensor
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        if columns % BLOCK_SIZE:
+            raise ModelError(f"NF4 needs a multiple of {BLOCK_SIZE} input features, not {columns}")
+        num_blocks = rows * columns // BLOCK_SIZE
+        expected = {
+            "packed": (self.packed, torch.uint8, rows * columns // 2),
+            "absmax": (self.absmax, torch.uint8, num_blocks),
+            "nested_absmax": (self.nested_absmax, torch.float32, -(-num_blocks // NESTED_BLOCK_SIZE)),
+            "code": (self.code, torch.float32, 16),
+            "nested_code": (self.nested_code, torch.float32, 256),
+        }
+        for name, (tensor, dtype, size) in expected.items():
+            if tensor.dtype is not dtype or tuple(tensor.shape) != (size,):
+                raise ModelError(
+                    f"NF4 {name} of a {rows} x {columns} matrix must be {dtype} [{size}], "
+                    f"not {tensor.dtype} {list(tensor.shape)}"
+                )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed codes and both levels of statistics; the shared code tables not counted."""
+        return sum(t.numel() * t.element_size() for t in (self.packed, self.absmax, self.nested_absmax)) + 4
+
+    def block_scales(self) -> Tensor:
+        """The absmax of each block, dequantized: float32 [num_blocks]."""
+        # Two roundings, product then sum, as bitsandbytes does; a fused multiply-add differs in the last bit.
+        per_block = self.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: self.absmax.numel()]
+        return self.nested_code[self.absmax.int()].mul_(per_block).add_(self.offset)
+
+    def dequantize(self) -> Tensor:
+        """The matrix as float32 [out, in], bit-equal to bitsandbytes' ``dequantize_4bit`` in float32."""
+        pairs = torch.stack((self.code.repeat_interleave(16), self.code.repeat(16)), dim=1)  # [256, 2]
+        values = pairs.index_select(0, self.packed.int()).view(-1, BLOCK_SIZE)
+        return values.mul_(self.block_scales().unsqueeze(1)).view(self.shape)
+
+
+def quantize_nf4(weight: Tensor) -> Nf4Weight:
+    """NF4 of a dense [out, in] matrix (bfloat16, float16 or float32), by bitsandbytes itself.
+
+    Raises:
+        ModelError: in is not a multiple of 64.
+    """
+    # Imported here: it takes seconds, and a start from cached NF4 weights never quantizes.
+    from bitsandbytes.functional import quantize_4bit
+
+    rows, columns = weight.shape
+    if columns % BLOCK_SIZE:
+        raise ModelError(f"NF4 needs a multiple of {BLOCK_SIZE} input features, not {columns}")
+    packed, state = quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+    )
+    return Nf4Weight(
+        packed=packed.reshape(-1),
+        absmax=state.absmax.reshape(-1),
+        nested_absmax=state.state2.absmax.reshape(-1),
+        offset=float(state.offset),
+        code=state.code,
+        nested_code=state.state2.code,
+        shape=(rows, columns),
+    )

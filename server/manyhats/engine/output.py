@@ -1,0 +1,132 @@
+"""What the engine gives back: per step while a request runs, and statistics of the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from enum import Enum
+
+
+class FinishReason(Enum):
+    """Why a generation ended. A fault is an error, never a finish reason."""
+
+    EOS = "eos"
+    STOP_SEQUENCE = "stop_sequence"
+    LENGTH = "length"
+    TIME_LIMIT = "time_limit"
+
+
+@dataclass(frozen=True, slots=True)
+class TopToken:
+    """One of the most likely tokens of a step."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One token; ``logprob`` (natural log, raw logits) and ``rank`` (from 1) only where asked for."""
+
+    id: int
+    text: str
+    logprob: float | None = None
+    rank: int | None = None
+    top: tuple[TopToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost so far; times in seconds."""
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    adapter_load_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step added to one request.
+
+    Attributes:
+        text: characters that are certain now; deltas concatenated are the whole answer.
+        tokens: the tokens behind them, EOS and stop included; ``text`` may lag behind.
+        prompt_tokens: with ``prompt_logprobs``, in the first output only.
+        finish_reason: None until the last output.
+        usage: so far.
+        time_s: when the step ended, on ``time.monotonic()``'s clock.
+    """
+
+    text: str
+    tokens: tuple[TokenOutput, ...]
+    prompt_tokens: tuple[TokenOutput, ...]
+    finish_reason: FinishReason | None
+    usage: Usage
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredContinuation:
+    """Sum of the natural log-probabilities of a continuation's tokens."""
+
+    logprob: float
+    tokens: tuple[TokenOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """One scored continuation per continuation asked for, in order."""
+
+    scores: Seq[ScoredContinuation]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step of the engine, for metrics.
+
+    Attributes:
+        duration_s: schedule to commit.
+        num_prefill_tokens: prompt tokens computed.
+        num_decode_tokens: sequences that decoded one token.
+        num_adapters: distinct adapters in the batch, the base not counted.
+        num_preempted: sequences whose blocks were taken back.
+        prefix_cache_queries: prompt tokens looked up in the prefix cache.
+        prefix_cache_hits: those found.
+    """
+
+    duration_s: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_adapters: int
+    num_preempted: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine, cheap to take from any thread.
+
+    Attributes:
+        num_running: sequences that hold KV blocks.
+        num_waiting: sequences that wait for a first step.
+        kv_blocks_used: blocks that running sequences or prefixes hold.
+        kv_blocks_cached: blocks free to reuse that still hold a prefix.
+        kv_blocks_total: all.
+        heartbeat_s: ``time.time()`` of the loop's last turn.
+        waiting_tasks: task ids of waiting requests whose adapter is not resident.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    heartbeat_s: float
+    waiting_tasks: tuple[str, ...] = ()

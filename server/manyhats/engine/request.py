@@ -1,0 +1,198 @@
+"""What a caller asks of the engine: frozen, and checked when made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.engine.errors import FieldInvalidError
+
+MAX_TOP_LOGPROBS = 100
+MAX_STOP_SEQUENCES = 16
+MAX_STOP_SEQUENCE_LENGTH = 256
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_CONTINUATIONS = 1024
+
+
+def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    inside = (low < value if open_low else low <= value) and value <= high
+    if not math.isfinite(value) or not inside:
+        left = "(" if open_low else "["
+        raise FieldInvalidError(name, f"must be a finite number in {left}{low:g}, {high:g}], not {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. Temperature 0 is greedy.
+
+    Applied in this order to the raw float32 logits: ``logit_bias``, repetition, presence and frequency
+    penalties, temperature, ``top_k``, ``top_p``, ``min_p``, ``typical_p``.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keeps the k most likely tokens; 0 keeps all.
+        top_p: keeps the smallest set of tokens with at least this mass.
+        min_p: keeps tokens with at least this fraction of the most likely token's probability.
+        typical_p: locally typical sampling's mass (Meister et al. 2022, arXiv:2202.00666).
+        repetition_penalty: over prompt and output tokens (Keskar et al. 2019, arXiv:1909.05858).
+        presence_penalty: subtracted once from tokens already in the output.
+        frequency_penalty: subtracted per occurrence in the output.
+        seed: makes the row reproducible, whatever else is in the batch; None draws one.
+        logit_bias: token id → added to its logit.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        _check_range("sampling.temperature", self.temperature, 0.0, 100.0)
+        _check_range("sampling.top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_range("sampling.min_p", self.min_p, 0.0, 1.0)
+        _check_range("sampling.typical_p", self.typical_p, 0.0, 1.0, open_low=True)
+        _check_range("sampling.repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_range("sampling.presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check_range("sampling.frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        if self.top_k < 0:
+            raise FieldInvalidError("sampling.top_k", f"must be 0 (all) or more, not {self.top_k}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise FieldInvalidError("sampling.seed", f"must be in [0, 2^64), not {self.seed}")
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise FieldInvalidError(
+                "sampling.logit_bias", f"has {len(self.logit_bias)} entries; the limit is {MAX_LOGIT_BIAS}"
+            )
+        for value in self.logit_bias.values():
+            _check_range("sampling.logit_bias", value, -1e4, 1e4)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoppingParams:
+    """When a generation ends.
+
+    Attributes:
+        max_new_tokens: at least 1.
+        min_new_tokens: EOS, stop tokens and stop sequences do not end it before.
+        stop_sequences: texts that end it, wherever they lie across tokens.
+        stop_token_ids: token ids that end it.
+        include_stop_sequence: whether the text keeps the stop that ended it.
+        ignore_eos: EOS is an ordinary token.
+        time_limit_s: wall time since the request was accepted; what is there by then is the answer.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    stop_sequences: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_sequence: bool = False
+    ignore_eos: bool = False
+    time_limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise FieldInvalidError(
+                "stopping.max_new_tokens", f"must be at least 1, not {self.max_new_tokens}"
+            )
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise FieldInvalidError(
+                "stopping.min_new_tokens",
+                f"must be in [0, max_new_tokens = {self.max_new_tokens}], not {self.min_new_tokens}",
+            )
+        if len(self.stop_sequences) > MAX_STOP_SEQUENCES:
+            raise FieldInvalidError(
+                "stopping.stop_sequences",
+                f"has {len(self.stop_sequences)}; the limit is {MAX_STOP_SEQUENCES}",
+            )
+        for text in self.stop_sequences:
+            if not 1 <= len(text) <= MAX_STOP_SEQUENCE_LENGTH:
+                raise FieldInvalidError(
+                    "stopping.stop_sequences",
+                    f"each must have 1 to {MAX_STOP_SEQUENCE_LENGTH} characters, one has {len(text)}",
+                )
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise FieldInvalidError(
+                "stopping.stop_token_ids",
+                f"has {len(self.stop_token_ids)}; the limit is {MAX_STOP_TOKEN_IDS}",
+            )
+        if self.time_limit_s is not None:
+            _check_range("stopping.time_limit_ms", self.time_limit_s * 1000, 0.0, 86_400_000.0, open_low=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseOptions:
+    """What comes back beside the text.
+
+    Attributes:
+        logprobs: each output token's log-probability and rank.
+        top_logprobs: as many of the most likely tokens at each step; implies nothing unless ``logprobs``.
+        prompt_logprobs: the same for the prompt's tokens.
+    """
+
+    logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise FieldInvalidError(
+                "response.top_logprobs", f"must be in [0, {MAX_TOP_LOGPROBS}], not {self.top_logprobs}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One generation asked of the engine.
+
+    Attributes:
+        id: unique among the requests in flight.
+        prompt_token_ids: at least one.
+        adapter: the adapter version every token of it runs on; None is the base model.
+        priority: higher goes first.
+        deadline_s: on ``time.monotonic()``'s clock; past it the request fails.
+        cache_salt: keeps its KV blocks apart from requests with another salt.
+        accepted_s: when it was accepted, on the same clock.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    adapter: AdapterRecord | None = None
+    sampling: SamplingParams = SamplingParams()
+    stopping: StoppingParams = StoppingParams()
+    response: ResponseOptions = ResponseOptions()
+    priority: int = 0
+    deadline_s: float | None = None
+    cache_salt: str = ""
+    accepted_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """The log-probability of each continuation after one prompt, asked of the engine.
+
+    ``continuations`` are token ids, each at least one; the other fields are as in ``Request``.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+    adapter: AdapterRecord | None = None
+    response: ResponseOptions = ResponseOptions()
+    priority: int = 0
+    deadline_s: float | None = None
+    cache_salt: str = ""
+    accepted_s: float = 0.0

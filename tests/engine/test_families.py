@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from manyhats.adapters.sites import Site
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.families import FAMILIES, describe, read_architecture
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+}
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 5e5},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_fields_left_out_have_the_defaults_of_transformers(family: str) -> None:
+    theirs: Any = AutoConfig.for_model(family)
+    ours = read_architecture({"model_type": family}).decoder
+    assert ours.vocab_size == theirs.vocab_size
+    assert ours.hidden_size == theirs.hidden_size
+    assert ours.num_layers == theirs.num_hidden_layers
+    assert ours.num_heads == theirs.num_attention_heads
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.intermediate_size == theirs.intermediate_size
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.max_context_length == theirs.max_position_embeddings
+    assert ours.head_dim == theirs.hidden_size // theirs.num_attention_heads
+    assert ours.rope.inv_freq == pytest.approx(LlamaRotaryEmbedding(theirs).inv_freq.tolist())
+    window = getattr(theirs, "sliding_window", None)
+    assert set(ours.sliding_window) == {window}
+
+
+@pytest.mark.parametrize("kind", sorted(ROPES))
+def test_frequencies_equal_those_of_transformers(kind: str) -> None:
+    raw = {**TINY, "rope_parameters": ROPES[kind]}
+    config: Any = AutoConfig.for_model(**{**raw, "rope_parameters": dict(ROPES[kind])})
+    theirs = LlamaRotaryEmbedding(config)
+    # longrope: transformers starts with the short factors, which hold up to the trained length.
+    length = 128 if kind == "longrope" else None
+    ours = read_architecture(raw, length).decoder.rope
+    assert torch.equal(torch.tensor(ours.inv_freq), theirs.inv_freq)
+    assert ours.attention_scaling == theirs.attention_scaling
+    assert ours.rotary_dim == 16
+
+
+def test_longrope_beyond_the_trained_length_takes_the_long_factors() -> None:
+    raw = {**TINY, "rope_parameters": ROPES["longrope"]}
+    config: Any = AutoConfig.for_model(**{**raw, "rope_parameters": dict(ROPES["longrope"])})
+    theirs = LlamaRotaryEmbedding(config)
+    theirs(torch.zeros(1), torch.arange(129)[None])
+    assert torch.equal(torch.tensor(read_architecture(raw, 129).decoder.rope.inv_freq), theirs.inv_freq)
+
+
+def test_older_spelling_of_rope_is_read_like_the_newer() -> None:
+    llama3 = ROPES["llama3"]
+    older = {k: v for k, v in llama3.items() if k not in ("rope_theta", "rope_type")}
+    raw = {**TINY, "rope_theta": llama3["rope_theta"], "rope_scaling": {**older, "type": "llama3"}}
+    assert read_architecture(raw).decoder == read_architecture({**TINY, "rope_parameters": llama3}).decoder
+
+
+def test_dynamic_rope_is_refused_past_the_length_it_is_exact_for() -> None:
+    raw = {**TINY, "rope_parameters": ROPES["dynamic"]}
+    assert read_architecture(raw).decoder.max_context_length == 512
+    with pytest.raises(ModelError, match=r"max_context_length 513 is outside \[1, 512\]"):
+        read_architecture(raw, 513)
+
+
+def test_yarn_serves_the_stretched_length_when_asked() -> None:
+    yarn = {**ROPES["yarn"], "original_max_position_embeddings": 512}
+    raw = {**TINY, "rope_parameters": yarn}
+    assert read_architecture(raw).decoder.max_context_length == 512
+    assert read_architecture(raw, 2048).decoder.max_context_length == 2048
+    with pytest.raises(ModelError, match="max_context_length 2049"):
+        read_architecture(raw, 2049)
+
+
+def test_head_dim_may_be_explicit() -> None:
+    decoder = read_architecture({**TINY, "head_dim": 32}).decoder
+    assert decoder.head_dim == 32
+    assert decoder.attention_scale == pytest.approx(32**-0.5)
+    assert read_architecture(TINY).decoder.head_dim == 16
+
+
+def test_mistral_window_covers_all_layers_unless_no_context_reaches_it() -> None:
+    raw = {**TINY, "model_type": "mistral", "sliding_window": 100}
+    assert read_architecture(raw).decoder.sliding_window == (100, 100, 100)
+    assert read_architecture(raw, 100).decoder.sliding_window == (None, None, None)
+    assert read_architecture({**raw, "sliding_window": None}).decoder.sliding_window == (None, None, None)
+
+
+def test_qwen2_windows_follow_layer_types_and_max_window_layers() -> None:
+    raw = {**TINY, "model_type": "qwen2", "sliding_window": 100, "max_window_layers": 2}
+    assert read_architecture(raw).decoder.sliding_window == (None, None, None)
+    raw["use_sliding_window"] = True
+    assert read_architecture(raw).decoder.sliding_window == (None, None, 100)
+    raw["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
+    assert read_architecture(raw).decoder.sliding_window == (100, None, None)
+
+
+def test_biases_are_the_familys() -> None:
+    assert read_architecture(TINY).biased == frozenset()
+    assert read_architecture({**TINY, "attention_bias": True}).biased == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert read_architecture({**TINY, "mlp_bias": True}).biased == {"gate_proj", "up_proj", "down_proj"}
+    assert read_architecture({**TINY, "model_type": "qwen2"}).biased == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_unsupported_model_type_names_those_that_work() -> None:
+    with pytest.raises(ModelError, match="'gemma2' is not supported; these are: llama, mistral, qwen2"):
+        read_architecture({**TINY, "model_type": "gemma2"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "rope_type 'axial' is not one of default"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "kind 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"num_key_value_heads": 3}, "3 key-value heads do not divide 4"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"vocab_size": 0}, "vocab_size must be a positive integer"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive integer"),
+        ({"num_key_value_heads": "2"}, "wrong type"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 3"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "ministral"),
+    ],
+)
+def test_config_that_cannot_be_served_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_architecture({**TINY, **fields})
+
+
+@pytest.mark.parametrize("length", [0, -1, 513])
+def test_context_length_outside_the_model_is_refused(length: int) -> None:
+    with pytest.raises(ModelError, match="max_context_length"):
+        read_architecture(TINY, length)
+
+
+def test_description_names_every_linear_as_a_site() -> None:
+    decoder = read_architecture({**TINY, "head_dim": 32}).decoder
+    description = describe(decoder, names=["tiny"], digest="sha256:00")
+    assert description.linears["q_proj"] == (64, 128)
+    assert description.linears["k_proj"] == (64, 64)
+    assert description.linears["o_proj"] == (128, 64)
+    assert description.linears["down_proj"] == (128, 64)
+    assert len(description.modules) == 3 * 7
+    assert description.modules["model.layers.2.mlp.up_proj"] == Site(2, "up_proj")
+    assert description.names == {"tiny"}
+    assert (description.num_layers, description.hidden_size, description.vocab_size) == (3, 64, 320)

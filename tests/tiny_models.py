@@ -1,0 +1,157 @@
+"""Tiny random Hugging Face checkpoints with a working byte-level tokenizer, for parity and engine tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+
+TINY_VOCAB_SIZE = 320
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EOS_TOKEN_ID = 2
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_MERGES = (
+    ("t", "h"),
+    ("th", "e"),
+    ("Ġ", "the"),
+    ("i", "n"),
+    ("a", "n"),
+    ("an", "d"),
+    ("Ġ", "and"),
+    ("e", "r"),
+)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer: ids 0 to 2 are special, then the 256 bytes, then a few merges.
+
+    Every byte is a token, so any text and any split of a character over tokens can be had.
+    """
+    vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+    for token in (*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in _MERGES)):
+        vocabulary[token] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(_MERGES)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    return tokenizer
+
+
+def save_tokenizer(directory: Path, tokenizer: Tokenizer | None = None, **config: Any) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``; ``config`` adds to the latter."""
+    (tokenizer or tiny_tokenizer()).save(str(directory / "tokenizer.json"))
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[1],
+        "eos_token": SPECIAL_TOKENS[2],
+        "pad_token": SPECIAL_TOKENS[2],
+        "unk_token": SPECIAL_TOKENS[0],
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        **config,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def make_checkpoint(
+    directory: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    tie: bool = False,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    intermediate_size: int = 128,
+    vocab_size: int = TINY_VOCAB_SIZE,
+    max_position_embeddings: int = 512,
+    rope: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    sliding_window: int | None = None,
+    **overrides: Any,
+) -> Path:
+    """Save a random model of a family, as transformers saves it, and a tokenizer for it.
+
+    Args:
+        directory: created if need be.
+        family: ``llama``, ``mistral`` or ``qwen2``.
+        seed: of the weights; the global generator is left alone.
+        tie: whether the output head is the embedding.
+        rope: ``rope_parameters``; None is the plain kind.
+        sliding_window: of every layer (mistral) or of all but the first (qwen2).
+        overrides: other fields of the config, such as ``head_dim`` or ``attention_bias``.
+
+    Returns:
+        The directory.
+    """
+    transformers: Any = import_module("transformers")
+
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": max_position_embeddings,
+        "tie_word_embeddings": tie,
+        "rope_parameters": dict(rope or {"rope_type": "default", "rope_theta": 10000.0}),
+        "bos_token_id": 1,
+        "eos_token_id": EOS_TOKEN_ID,
+        "pad_token_id": EOS_TOKEN_ID,
+        **_window_fields(family, sliding_window),
+        **overrides,
+    }
+    with torch.random.fork_rng():
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(family, **fields), dtype=dtype
+        )
+    _randomize(model, seed)
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=1, eos_token_id=EOS_TOKEN_ID, pad_token_id=EOS_TOKEN_ID
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def _window_fields(family: str, window: int | None) -> dict[str, Any]:
+    if family == "mistral":
+        return {"sliding_window": window}
+    if family == "qwen2" and window is not None:
+        return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    return {}
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module, seed: int) -> None:
+    """Weights of a size at which every part of the model shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(parameter: Tensor) -> Tensor:
+        return torch.randn(parameter.shape, generator=generator)
+
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.copy_(1.0 + 0.2 * random(parameter))
+        elif name.endswith("bias"):
+            parameter.copy_(0.3 * random(parameter))
+        elif "embed_tokens" in name:
+            parameter.copy_(0.5 * random(parameter))
+        else:
+            parameter.copy_(1.5 * random(parameter) / parameter.shape[-1] ** 0.5)
