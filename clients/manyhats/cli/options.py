@@ -1,0 +1,80 @@
+"""Options that several commands share, each with its help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+DEFAULT_SERVER = "127.0.0.1:50051"
+
+
+def _connection(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Connection and output", **settings)
+
+
+def _stopping(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Stopping", **settings)
+
+
+def _sampling(*names: str, **settings: Any) -> Any:
+    panel = "Sampling (without any of these, the most likely token is taken each time)"
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+Server: TypeAlias = Annotated[
+    str, _connection("--server", metavar="HOST:PORT", envvar="MANYHATS_SERVER", help="The server.")
+]
+Json: TypeAlias = Annotated[bool, _connection("--json", help="Print JSON on stdout.")]
+Timeout: TypeAlias = Annotated[
+    float | None, _connection("--timeout", metavar="SECONDS", min=0, help="Fail after this time.")
+]
+
+Task: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        "-t",
+        metavar="TASK[@VERSION]",
+        help="Answer as this task.",
+        show_default="the base model",
+    ),
+]
+System: TypeAlias = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="A system message ahead of the conversation.")
+]
+
+MaxNewTokens: TypeAlias = Annotated[
+    int | None,
+    _stopping(
+        "--max-new-tokens", "-n", metavar="N", min=1, help="Longest answer, in tokens.", show_default="256"
+    ),
+]
+Stop: TypeAlias = Annotated[
+    list[str] | None, _stopping("--stop", metavar="TEXT", help="End the answer at this text. Repeatable.")
+]
+
+Temperature: TypeAlias = Annotated[
+    float | None,
+    _sampling("--temperature", metavar="T", min=0.0, help="0 is greedy, 1 the model's own distribution."),
+]
+TopK: TypeAlias = Annotated[
+    int | None, _sampling("--top-k", metavar="K", min=0, help="Only the k most likely tokens; 0 is all.")
+]
+TopP: TypeAlias = Annotated[
+    float | None,
+    _sampling(
+        "--top-p", metavar="P", help="Only the most likely tokens that have this probability together."
+    ),
+]
+MinP: TypeAlias = Annotated[
+    float | None,
+    _sampling("--min-p", metavar="P", help="Only tokens with this fraction of the best one's probability."),
+]
+RepetitionPenalty: TypeAlias = Annotated[
+    float | None,
+    _sampling("--repetition-penalty", metavar="X", help="Above 1: say less again of what was said."),
+]
+Seed: TypeAlias = Annotated[
+    int | None, _sampling("--seed", metavar="N", min=0, help="The same seed gives the same answer.")
+]

@@ -1,0 +1,45 @@
+"""``manyhats score``: how likely continuations are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from manyhats.cli import options as opt
+from manyhats.cli.connection import connect
+from manyhats.cli.output import print_json, print_table
+
+HELP = """Print how likely each continuation is after the prompt, best first.
+
+[bold]Examples[/bold]
+
+  $ manyhats score "The capital of France is" " Paris" " Rome"
+
+  $ manyhats score --task mood --json "A fine film." " happy" " sad"
+
+The numbers are natural log-probabilities. A continuation is tokenized
+by itself and appended as it is, so most begin with a space.
+"""
+
+
+def score(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the continuations follow.")],
+    continuations: Annotated[list[str], typer.Argument(metavar="CONTINUATION...", help="Texts to score.")],
+    task: opt.Task = "",
+    server: opt.Server = opt.DEFAULT_SERVER,
+    timeout: opt.Timeout = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Print how likely each continuation is after the prompt."""
+    with connect(server, timeout) as client:
+        result = client.score(prompt, continuations, task_id=task)
+    if as_json:
+        print_json(result)
+        return
+    scored = sorted(zip(continuations, result.scores, strict=True), key=lambda pair: -pair[1].logprob)
+    rows = [
+        (text, f"{item.logprob:.4f}", str(item.num_tokens), f"{item.logprob / max(item.num_tokens, 1):.4f}")
+        for text, item in scored
+    ]
+    print_table(("continuation", "logprob", "tokens", "per token"), rows)

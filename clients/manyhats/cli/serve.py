@@ -1,0 +1,144 @@
+"""``manyhats serve``: the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from manyhats.cli import serve_options as opt
+from manyhats.cli.extras import needs_extra
+from manyhats.cli.failures import UsageError
+from manyhats.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from manyhats.engine.model.progress import Progress
+    from manyhats.server.config import ServeConfig
+    from manyhats.server.metrics import Metrics
+    from manyhats.server.ports import Backend
+
+HELP = """Serve one base model and any number of tasks on it, over gRPC.
+
+[bold]Examples[/bold]
+
+  $ manyhats serve --model smollm2-135m-instruct \\
+    --store ./store --adapter-root ./tasks
+
+  $ manyhats serve --config server.yaml --register sql=./tasks/sql
+
+The first start gets the model and quantizes it; later ones take it from
+the cache. When the line "ready" comes on stdout, requests are served.
+Ctrl-C lets running requests finish, a second Ctrl-C ends them.
+"""
+
+# Settings with several values, whose flags, repeatable, are in the singular.
+_SINGULAR = {"adapter_roots": "adapter_root", "base_names": "base_name"}
+
+
+def serve(
+    model: opt.Model = None,
+    quantization: opt.Quantization = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    base_names: opt.BaseNames = None,
+    store: opt.Store = None,
+    adapter_roots: opt.AdapterRoots = None,
+    register: opt.Register = None,
+    host: opt.Host = None,
+    grpc_port: opt.GrpcPort = None,
+    http_port: opt.HttpPort = None,
+    insecure: opt.Insecure = False,
+    max_context_length: opt.MaxContextLength = None,
+    max_sequences: opt.MaxSequences = None,
+    max_batched_tokens: opt.MaxBatchedTokens = None,
+    kv_cache_bytes: opt.KvCacheBytes = None,
+    config: opt.ConfigFile = None,
+    log_level: opt.LogLevel = None,
+    log_format: opt.LogFormat = None,
+) -> None:
+    """Serve one base model and any number of tasks on it, over gRPC."""
+    flags = {
+        "model": model,
+        "quantization": quantization,
+        "dtype": dtype,
+        "device": device,
+        "base_names": base_names,
+        "store": store,
+        "adapter_roots": adapter_roots,
+        "register": parse_register(register or []),
+        "host": host,
+        "grpc_port": grpc_port,
+        "http_port": http_port,
+        "insecure": insecure or None,
+        "max_context_length": max_context_length,
+        "max_sequences": max_sequences,
+        "max_batched_tokens": max_batched_tokens,
+        "kv_cache_bytes": kv_cache_bytes,
+        "log_level": log_level,
+        "log_format": log_format,
+    }
+    raise typer.Exit(run(flags, config))
+
+
+def run(flags: Mapping[str, Any], file: Path | None) -> int:
+    """Serve until a signal, and return the exit code; a flag that is None or empty is not given.
+
+    Raises:
+        UsageError: the server's packages are missing, or a setting is wrong.
+    """
+    with needs_extra("server"):
+        from manyhats.server.config_file import make_config, read_file
+        from manyhats.server.errors import ConfigError
+        from manyhats.server.process import serve as serve_process
+    try:
+        in_file = read_file(file) if file is not None else {}
+        given = {name: value for name, value in flags.items() if value not in (None, [], {})}
+        config = make_config({**with_plurals(in_file), **given})
+    except ConfigError as error:
+        flag = _SINGULAR.get(error.setting, error.setting).replace("_", "-")
+        raise UsageError(f"--{flag}: {str(error).removeprefix(f'{error.setting}: ')}") from error
+    if sys.stderr.isatty() and config.log_format == "text":
+        return asyncio.run(serve_process(config, assemble=_assemble_with_bars))
+    return asyncio.run(serve_process(config))
+
+
+def _assemble_with_bars(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
+    """Loads the model with progress bars in place of the log's lines of progress."""
+    from manyhats.server.assembly import open_backend
+
+    logging.getLogger("manyhats.loading").setLevel(logging.WARNING)
+    with shown_progress() as report:
+
+        def both(stage: str, done: int, total: int) -> None:
+            progress(stage, done, total)  # ends the loading at a signal
+            report(stage, done, total)
+
+        return open_backend(config, metrics, both)
+
+
+def with_plurals(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file, which may have the names of the flags, under the names of ``ServeConfig``."""
+    plural = {singular: name for name, singular in _SINGULAR.items()}
+    return {plural.get(name, name): value for name, value in settings.items()}
+
+
+def parse_register(texts: list[str]) -> dict[str, str]:
+    """``TASK=PATH`` texts as a mapping.
+
+    Raises:
+        UsageError: one is not of that form, or a task comes twice.
+    """
+    parsed: dict[str, str] = {}
+    for text in texts:
+        task, _, path = text.partition("=")
+        if not (task and path):
+            raise UsageError(f"--register must be TASK=PATH, not {text!r}")
+        if task in parsed:
+            raise UsageError(f"--register names {task} twice")
+        parsed[task] = path
+    return parsed

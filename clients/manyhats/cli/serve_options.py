@@ -1,0 +1,141 @@
+"""The flags of ``manyhats serve``, each with its help; the defaults shown are those of ``ServeConfig``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+
+def _model(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Model", **settings)
+
+
+def _adapters(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Adapters", **settings)
+
+
+def _address(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Where it listens", **settings)
+
+
+def _limit(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Limits", **settings)
+
+
+def _log(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Settings file and logs", **settings)
+
+
+Model: TypeAlias = Annotated[
+    str | None,
+    _model(
+        "--model",
+        metavar="DIR|ID|ALIAS",
+        help="The base model: a Hugging Face directory, a hub id, or a known model's name.",
+    ),
+]
+Quantization: TypeAlias = Annotated[
+    str | None,
+    _model("--quantization", metavar="nf4|none", help="Of the base's linears.", show_default="nf4"),
+]
+Dtype: TypeAlias = Annotated[
+    str | None,
+    _model("--dtype", metavar="auto|bfloat16|float32", help="To compute in.", show_default="auto"),
+]
+Device: TypeAlias = Annotated[
+    str | None, _model("--device", metavar="auto|cpu|cuda", help="To run on.", show_default="auto")
+]
+BaseNames: TypeAlias = Annotated[
+    list[str] | None,
+    _model("--base-name", metavar="NAME", help="Another name adapters may give for this base. Repeatable."),
+]
+
+Store: TypeAlias = Annotated[
+    str | None, _adapters("--store", metavar="URL|DIR", help="Keeps registered adapters; made if missing.")
+]
+AdapterRoots: TypeAlias = Annotated[
+    list[Path] | None,
+    _adapters("--adapter-root", metavar="DIR", help="Adapters may be registered from here. Repeatable."),
+]
+Register: TypeAlias = Annotated[
+    list[str] | None,
+    _adapters("--register", metavar="TASK=PATH", help="Register this adapter at start. Repeatable."),
+]
+
+Host: TypeAlias = Annotated[
+    str | None, _address("--host", metavar="ADDRESS", help="Of both ports.", show_default="127.0.0.1")
+]
+GrpcPort: TypeAlias = Annotated[
+    int | None,
+    _address(
+        "--grpc-port",
+        metavar="PORT",
+        min=0,
+        max=65535,
+        help="For the API; 0 takes a free one.",
+        show_default="50051",
+    ),
+]
+HttpPort: TypeAlias = Annotated[
+    int | None,
+    _address(
+        "--http-port",
+        metavar="PORT",
+        min=0,
+        max=65535,
+        help="For /metrics, /healthz and /readyz; 0 takes a free one.",
+        show_default="8000",
+    ),
+]
+Insecure: TypeAlias = Annotated[
+    bool, _address("--insecure", help="Serve other machines without encryption or credentials.")
+]
+
+MaxContextLength: TypeAlias = Annotated[
+    int | None,
+    _limit(
+        "--max-context-length",
+        metavar="N",
+        min=1,
+        help="Prompt and answer together, in tokens.",
+        show_default="the model's own",
+    ),
+]
+MaxSequences: TypeAlias = Annotated[
+    int | None,
+    _limit("--max-sequences", metavar="N", min=1, help="Sequences that run at once.", show_default="64"),
+]
+MaxBatchedTokens: TypeAlias = Annotated[
+    int | None,
+    _limit("--max-batched-tokens", metavar="N", min=1, help="Tokens of one step.", show_default="256"),
+]
+KvCacheBytes: TypeAlias = Annotated[
+    int | None,
+    _limit(
+        "--kv-cache-bytes",
+        metavar="BYTES",
+        min=1,
+        help="Memory for the KV cache.",
+        show_default="by the machine's",
+    ),
+]
+
+ConfigFile: TypeAlias = Annotated[
+    Path | None,
+    _log("--config", metavar="FILE", help="YAML with settings of the same names; flags win."),
+]
+LogLevel: TypeAlias = Annotated[
+    str | None,
+    _log("--log-level", metavar="debug|info|warning|error", help="Of the logs.", show_default="info"),
+]
+LogFormat: TypeAlias = Annotated[
+    str | None,
+    _log(
+        "--log-format",
+        metavar="json|text",
+        help="Of the logs on stderr, and of the ready line on stdout.",
+        show_default="text",
+    ),
+]

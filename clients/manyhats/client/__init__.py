@@ -1,0 +1,117 @@
+"""The Python client. Needs grpcio and protobuf, never torch.
+
+    from manyhats.client import Client
+
+    with Client("127.0.0.1:50051") as client:
+        client.wait_ready()
+        answer = client.generate("List all users.", task_id="sql")
+        with client.generate_stream("List all users.", task_id="sql") as stream:
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
+
+``AsyncClient`` is the same for asyncio. Every error is a ``ManyhatsError``; ``errors.py`` draws the tree.
+"""
+
+from manyhats.client.aio import AsyncClient, AsyncGenerationStream
+from manyhats.client.channel import DEFAULT_TARGET
+from manyhats.client.errors import (
+    AdapterError,
+    AdapterInUseError,
+    AdapterInvalidError,
+    AdapterNoEffectError,
+    AdapterTooLargeError,
+    AdapterUnsafeError,
+    AdapterUnsupportedError,
+    AuthenticationError,
+    BaseMismatchError,
+    CancelledError,
+    DataLossError,
+    DeadlineError,
+    DigestMismatchError,
+    InvalidRequestError,
+    ManyhatsError,
+    NoActiveVersionError,
+    NotOfferedError,
+    NumericalError,
+    PermissionDeniedError,
+    PromptTooLongError,
+    QueueFullError,
+    RequestIdReusedError,
+    ResourceExhaustedError,
+    ServerError,
+    SourceNotAllowedError,
+    SourceNotFoundError,
+    TaskNotFoundError,
+    UnavailableError,
+)
+from manyhats.client.requests import ChatMessage, Continuation, GenerateOptions, Prompt, PromptOptions
+from manyhats.client.results import (
+    AdapterInfo,
+    AdapterRef,
+    FinishReason,
+    Generation,
+    GenerationChunk,
+    Registration,
+    Score,
+    ScoreResult,
+    ServerInfo,
+    Token,
+    Tokenization,
+    TopToken,
+    Usage,
+)
+from manyhats.client.sync import Client, GenerationStream
+
+__all__ = [
+    "DEFAULT_TARGET",
+    "AdapterError",
+    "AdapterInUseError",
+    "AdapterInfo",
+    "AdapterInvalidError",
+    "AdapterNoEffectError",
+    "AdapterRef",
+    "AdapterTooLargeError",
+    "AdapterUnsafeError",
+    "AdapterUnsupportedError",
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "AuthenticationError",
+    "BaseMismatchError",
+    "CancelledError",
+    "ChatMessage",
+    "Client",
+    "Continuation",
+    "DataLossError",
+    "DeadlineError",
+    "DigestMismatchError",
+    "FinishReason",
+    "GenerateOptions",
+    "Generation",
+    "GenerationChunk",
+    "GenerationStream",
+    "InvalidRequestError",
+    "ManyhatsError",
+    "NoActiveVersionError",
+    "NotOfferedError",
+    "NumericalError",
+    "PermissionDeniedError",
+    "Prompt",
+    "PromptOptions",
+    "PromptTooLongError",
+    "QueueFullError",
+    "Registration",
+    "RequestIdReusedError",
+    "ResourceExhaustedError",
+    "Score",
+    "ScoreResult",
+    "ServerError",
+    "ServerInfo",
+    "SourceNotAllowedError",
+    "SourceNotFoundError",
+    "TaskNotFoundError",
+    "Token",
+    "Tokenization",
+    "TopToken",
+    "UnavailableError",
+    "Usage",
+]

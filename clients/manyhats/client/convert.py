@@ -1,0 +1,332 @@
+"""Plain values to request messages, and response messages to results. Pure; both clients use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from google.protobuf.message import Message
+
+from manyhats.client.errors import InvalidRequestError
+from manyhats.client.requests import ChatMessage, Continuation, Prompt
+from manyhats.client.results import (
+    AdapterInfo,
+    AdapterRef,
+    FinishReason,
+    Generation,
+    GenerationChunk,
+    Registration,
+    Score,
+    ScoreResult,
+    ServerInfo,
+    Token,
+    Tokenization,
+    TopToken,
+    Usage,
+)
+from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
+
+PromptRequest: TypeAlias = (
+    generation_pb2.GenerateRequest | generation_pb2.ScoreRequest | generation_pb2.TokenizeRequest
+)
+
+_PROMPT_OPTIONS = ("request_id", "add_special_tokens", "cache_salt", "priority")
+
+# Where each option of `generate` lies in GenerateRequest; "" is the request itself.
+_SECTIONS: Mapping[str, str] = MappingProxyType(
+    {field.name: "sampling" for field in generation_pb2.SamplingParams.DESCRIPTOR.fields}
+    | {field.name: "stopping" for field in generation_pb2.StoppingParams.DESCRIPTOR.fields}
+    | {field.name: "response" for field in generation_pb2.ResponseOptions.DESCRIPTOR.fields}
+    | dict.fromkeys(_PROMPT_OPTIONS, "")
+)
+
+
+# Requests.
+
+
+def generate_request(
+    prompt: Prompt, task_id: str, options: Mapping[str, object]
+) -> generation_pb2.GenerateRequest:
+    """The request of ``generate`` and ``generate_stream``.
+
+    Raises:
+        InvalidRequestError: a value does not fit its field.
+        TypeError: an option of no such name.
+    """
+    request = generation_pb2.GenerateRequest(task_id=task_id)
+    _set_prompt(request, prompt)
+    for name, value in options.items():
+        if name not in _SECTIONS:
+            raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
+        if value is not None:
+            section = _SECTIONS[name]
+            message = getattr(request, section) if section else request
+            _assign(message, name, value, f"{section}.{name}" if section else name)
+    return request
+
+
+def score_request(
+    prompt: Prompt, continuations: Iterable[Continuation], task_id: str, options: Mapping[str, object]
+) -> generation_pb2.ScoreRequest:
+    """The request of ``score``; raises as ``generate_request`` does."""
+    if isinstance(continuations, str):
+        raise TypeError("continuations must be several texts or lists of token ids, not one text")
+    request = generation_pb2.ScoreRequest(task_id=task_id)
+    _set_prompt(request, prompt)
+    for index, continuation in enumerate(continuations):
+        _set_content(request.continuations.add(), continuation, f"continuations[{index}]")
+    for name, value in options.items():
+        if name not in _PROMPT_OPTIONS:
+            raise TypeError(f"score() got an unexpected keyword argument {name!r}")
+        if value is not None:
+            _assign(request, name, value, name)
+    return request
+
+
+def tokenize_request(
+    prompt: Prompt, task_id: str, add_special_tokens: bool | None
+) -> generation_pb2.TokenizeRequest:
+    """The request of ``tokenize``."""
+    request = generation_pb2.TokenizeRequest(task_id=task_id, add_special_tokens=add_special_tokens)
+    _set_prompt(request, prompt)
+    return request
+
+
+def register_request(
+    task_id: str,
+    uri: str,
+    *,
+    activate: bool,
+    validate_only: bool,
+    expected_digest: str,
+    request_id: str,
+    labels: Mapping[str, str] | None,
+) -> adapter_pb2.RegisterAdapterRequest:
+    """The request of ``register_adapter``."""
+    return adapter_pb2.RegisterAdapterRequest(
+        task_id=task_id,
+        uri=uri,
+        activate=activate,
+        validate_only=validate_only,
+        expected_digest=expected_digest,
+        request_id=request_id,
+        labels=labels or {},
+    )
+
+
+def list_request(task_id: str, page_size: int) -> adapter_pb2.ListAdaptersRequest:
+    """The request of the first page of ``list_adapters``."""
+    request = adapter_pb2.ListAdaptersRequest(task_id=task_id)
+    _assign(request, "page_size", page_size, "page_size")
+    return request
+
+
+def _set_prompt(request: PromptRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+        return
+    if not isinstance(prompt, Iterable):
+        raise _invalid("prompt", f"must be text, token ids or chat messages, not {type(prompt).__name__}")
+    items = list(prompt)
+    if items and isinstance(items[0], ChatMessage | Mapping):
+        request.chat.SetInParent()
+        for index, message in enumerate(items):
+            _add_message(request.chat, message, f"chat.messages[{index}]")
+    else:
+        request.token_ids.SetInParent()
+        _assign(request.token_ids, "ids", items, "token_ids")
+
+
+def _add_message(chat: generation_pb2.ChatMessages, message: object, path: str) -> None:
+    if isinstance(message, ChatMessage):
+        chat.messages.add(role=message.role, content=message.content)
+        return
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        raise _invalid(path, "must have exactly a role and a content")
+    added = chat.messages.add()
+    for key in ("role", "content"):
+        _assign(added, key, message[key], f"{path}.{key}")
+
+
+def _set_content(message: generation_pb2.Continuation, content: Continuation, path: str) -> None:
+    if isinstance(content, str):
+        message.text = content
+    else:
+        message.token_ids.SetInParent()
+        _assign(message.token_ids, "ids", content, f"{path}.token_ids")
+
+
+def _assign(message: Message, name: str, value: Any, path: str) -> None:
+    """Sets a scalar, repeated or map field; what protobuf refuses becomes an error that names the field."""
+    try:
+        if isinstance(value, Mapping):
+            getattr(message, name).update(value)
+        elif isinstance(getattr(message, name), str | bool | int | float):
+            setattr(message, name, value)
+        else:
+            getattr(message, name).extend([value] if isinstance(value, str) else value)
+    except (TypeError, ValueError) as error:
+        raise _invalid(path, str(error)) from error
+
+
+def _invalid(path: str, description: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{path}: {description}", violations={path: description})
+
+
+# Responses.
+
+
+def generation(response: generation_pb2.GenerateResponse) -> Generation:
+    """A whole answer."""
+    return Generation(
+        text=response.text,
+        tokens=_tokens(response.tokens),
+        finish_reason=_finish_reason(response.finish_reason),
+        usage=_usage(response.usage),
+        adapter=_adapter_ref(response),
+        prompt_tokens=_tokens(response.prompt_tokens),
+        request_id=response.request_id,
+    )
+
+
+def generation_chunk(response: generation_pb2.GenerateStreamResponse) -> GenerationChunk:
+    """A piece of a streamed answer."""
+    ended = response.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED
+    return GenerationChunk(
+        text=response.text,
+        tokens=_tokens(response.tokens),
+        finish_reason=_finish_reason(response.finish_reason) if ended else None,
+        usage=_usage(response.usage) if response.HasField("usage") else None,
+        adapter=_adapter_ref(response),
+        prompt_tokens=_tokens(response.prompt_tokens),
+        request_id=response.request_id,
+    )
+
+
+def score_result(response: generation_pb2.ScoreResponse) -> ScoreResult:
+    """Scores, in the order asked."""
+    return ScoreResult(
+        scores=tuple(
+            Score(logprob=score.logprob, num_tokens=score.num_tokens, tokens=_tokens(score.tokens))
+            for score in response.scores
+        ),
+        usage=_usage(response.usage),
+        adapter=_adapter_ref(response),
+        request_id=response.request_id,
+    )
+
+
+def tokenization(response: generation_pb2.TokenizeResponse) -> Tokenization:
+    """A prompt's tokens."""
+    return Tokenization(ids=tuple(response.ids), pieces=tuple(response.pieces))
+
+
+def adapter_info(adapter: adapter_pb2.Adapter) -> AdapterInfo:
+    """One adapter version."""
+    return AdapterInfo(
+        task_id=adapter.task_id,
+        version=adapter.version,
+        digest=adapter.digest,
+        method=_enum_name(adapter_pb2.AdapterMethod.Name, adapter.method, "ADAPTER_METHOD_"),
+        state=_enum_name(adapter_pb2.AdapterState.Name, adapter.state, "ADAPTER_STATE_"),
+        state_reason=adapter.state_reason,
+        size_bytes=adapter.size_bytes,
+        num_parameters=adapter.num_parameters,
+        source=adapter.source,
+        create_time=adapter.create_time.ToDatetime(UTC) if adapter.HasField("create_time") else None,
+        base_model=adapter.base_model,
+        labels=dict(adapter.labels),
+        effect=adapter.effect if adapter.HasField("effect") else None,
+        residency=_enum_name(adapter_pb2.AdapterResidency.Name, adapter.residency, "ADAPTER_RESIDENCY_"),
+        notes=tuple(adapter.notes),
+    )
+
+
+def registration(response: adapter_pb2.RegisterAdapterResponse) -> Registration:
+    """What registering gave."""
+    return Registration(adapter=adapter_info(response.adapter), created=response.created)
+
+
+def server_info(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
+    """What runs at the other end."""
+    return ServerInfo(
+        version=response.version,
+        base_model=response.base_model,
+        base_digest=response.base_digest,
+        quantization=response.quantization,
+        dtype=response.dtype,
+        device=response.device,
+        max_context_length=response.max_context_length,
+        vocab_size=response.vocab_size,
+    )
+
+
+def join_chunks(chunks: Sequence[GenerationChunk]) -> Generation:
+    """The whole answer that a stream's chunks make; of a stream cut short, what there is of it."""
+    last = chunks[-1] if chunks else GenerationChunk(text="")
+    return Generation(
+        text="".join(chunk.text for chunk in chunks),
+        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+        finish_reason=last.finish_reason or FinishReason.UNSPECIFIED,
+        usage=last.usage or Usage(),
+        adapter=next((chunk.adapter for chunk in chunks if chunk.adapter is not None), None),
+        prompt_tokens=tuple(token for chunk in chunks for token in chunk.prompt_tokens),
+        request_id=next((chunk.request_id for chunk in chunks if chunk.request_id), ""),
+    )
+
+
+def _tokens(tokens: Iterable[generation_pb2.TokenInfo]) -> tuple[Token, ...]:
+    return tuple(
+        Token(
+            id=token.id,
+            text=token.text,
+            logprob=token.logprob if token.HasField("logprob") else None,
+            rank=token.rank if token.HasField("rank") else None,
+            top=tuple(TopToken(id=top.id, text=top.text, logprob=top.logprob) for top in token.top),
+        )
+        for token in tokens
+    )
+
+
+def _usage(usage: generation_pb2.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_prompt_tokens=usage.cached_prompt_tokens,
+        generated_tokens=usage.generated_tokens,
+        queue_ms=usage.queue_ms,
+        prefill_ms=usage.prefill_ms,
+        decode_ms=usage.decode_ms,
+        adapter_load_ms=usage.adapter_load_ms,
+    )
+
+
+def _adapter_ref(
+    response: generation_pb2.GenerateResponse
+    | generation_pb2.GenerateStreamResponse
+    | generation_pb2.ScoreResponse,
+) -> AdapterRef | None:
+    """None for the base model, whether the server leaves the field out or sends it empty."""
+    ref = response.adapter
+    return AdapterRef(task_id=ref.task_id, version=ref.version, digest=ref.digest) if ref.task_id else None
+
+
+def _finish_reason(value: int) -> FinishReason:
+    name = _enum_name(generation_pb2.FinishReason.Name, value, "FINISH_REASON_")
+    return _FINISH_REASONS.get(name, FinishReason.UNSPECIFIED)
+
+
+_FINISH_REASONS: Mapping[str, FinishReason] = MappingProxyType(
+    {reason.value: reason for reason in FinishReason}
+)
+
+
+def _enum_name(name_of: Callable[[Any], str], value: int, prefix: str) -> str:
+    """``ADAPTER_STATE_ACTIVE`` → ``active``; a value newer than this client → its number; zero → empty."""
+    if value == 0:
+        return ""
+    try:
+        return name_of(value).removeprefix(prefix).lower()
+    except ValueError:
+        return str(value)

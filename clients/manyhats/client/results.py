@@ -1,0 +1,201 @@
+"""What the client gives back: frozen dataclasses, free of protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+
+
+class FinishReason(Enum):
+    """Why a generation ended; UNSPECIFIED stands for a reason this client does not know."""
+
+    UNSPECIFIED = "unspecified"
+    EOS = "eos"
+    STOP_SEQUENCE = "stop_sequence"
+    LENGTH = "length"
+    TIME_LIMIT = "time_limit"
+
+
+@dataclass(frozen=True, slots=True)
+class TopToken:
+    """One of the most likely tokens at a step."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token.
+
+    Attributes:
+        id: in the model's vocabulary.
+        text: of this token by itself; part of a character shows as U+FFFD.
+        logprob: natural log-probability from the raw logits; None unless asked for.
+        rank: 1 for the most likely token; None unless asked for.
+        top: the most likely tokens at this step, best first.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    rank: int | None = None
+    top: tuple[TopToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a request cost: tokens, and times in milliseconds."""
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    adapter_load_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """Which adapter version answered."""
+
+    task_id: str
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A whole answer.
+
+    Attributes:
+        text: without EOS, and without the stop sequence unless it was asked for.
+        tokens: every generated token, EOS and stop included.
+        finish_reason: why it ended.
+        usage: what it cost.
+        adapter: who answered; None is the base model.
+        prompt_tokens: the prompt's tokens, with ``prompt_logprobs``.
+        request_id: the caller's, or the one the server gave.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    adapter: AdapterRef | None = None
+    prompt_tokens: tuple[Token, ...] = ()
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationChunk:
+    """A piece of a streamed answer: ``text`` and ``tokens`` are what is new.
+
+    ``finish_reason`` is None until the last chunk. The first chunk carries ``adapter``, ``prompt_tokens`` and
+    the prompt's part of ``usage``; the last the whole ``usage``.
+    """
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    adapter: AdapterRef | None = None
+    prompt_tokens: tuple[Token, ...] = ()
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely one continuation is.
+
+    Attributes:
+        logprob: sum of the natural log-probabilities of its tokens.
+        num_tokens: how many tokens it has, to normalise by.
+        tokens: each with its log-probability.
+    """
+
+    logprob: float
+    num_tokens: int
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreResult:
+    """One score for each continuation, in the order asked."""
+
+    scores: tuple[Score, ...]
+    usage: Usage
+    adapter: AdapterRef | None = None
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """A prompt's token ids, and the text of each by itself."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """One version of a task's adapter, as the server holds it.
+
+    Attributes:
+        task_id: the name requests use.
+        version: counts up per task, from 1.
+        digest: ``sha256:…`` of its files.
+        method: such as ``lora``; the server's name in lower case.
+        state: ``creating``, ``active``, ``inactive``, ``failed`` or ``deleting``.
+        residency: the fastest place it lies in now: ``device``, ``host`` or ``disk``.
+        effect: how much it changes the base's answers, measured at registration; None if not measured.
+        create_time: when it was registered, UTC; None if the server does not say.
+        notes: what an operator should know of it, such as files that name no base model.
+    """
+
+    task_id: str
+    version: int
+    digest: str
+    method: str
+    state: str
+    state_reason: str = ""
+    size_bytes: int = 0
+    num_parameters: int = 0
+    source: str = ""
+    create_time: datetime | None = None
+    base_model: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    effect: float | None = None
+    residency: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """``task@version``, which names this version in every call."""
+        return f"{self.task_id}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What registering gave: the version, and whether this call made it (the same files again make none)."""
+
+    adapter: AdapterInfo
+    created: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What runs at the other end."""
+
+    version: str
+    base_model: str
+    base_digest: str
+    quantization: str
+    dtype: str
+    device: str
+    max_context_length: int
+    vocab_size: int

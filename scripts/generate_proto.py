@@ -1,0 +1,81 @@
+"""Generates the Python code of ``proto/manyhats/v1/*.proto``.
+
+Run it after changing a .proto file. With ``--check`` it writes nothing, shows how the committed code differs
+from what would be generated, and exits 1 if it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from grpc_tools import protoc  # type: ignore[import-untyped]
+
+ROOT = Path(__file__).resolve().parent.parent / "proto"
+PACKAGE = Path("manyhats/v1")
+
+
+def generate(out: Path) -> None:
+    """Writes messages, stubs and their types for every .proto file under ``out``.
+
+    Raises:
+        SystemExit: the compiler refused a file; it has said why on stderr.
+    """
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).glob("*.proto"))
+    include = files("grpc_tools") / "_proto"
+    arguments = [f"--proto_path={ROOT}", f"--proto_path={include}"]
+    arguments += [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    # The plugins behind mypy_out and mypy_grpc_out are scripts of this environment.
+    os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
+    code = protoc.main(["protoc", *arguments, *sources])
+    if code != 0:
+        raise SystemExit(code)
+
+
+def generated_files(root: Path) -> dict[str, str]:
+    """Text of each generated file under ``root``, by its name."""
+    return {path.name: path.read_text() for path in sorted((root / PACKAGE).glob("*_pb2*.py*"))}
+
+
+def differences(committed: dict[str, str], wanted: dict[str, str]) -> list[str]:
+    """Lines of a unified diff from ``committed`` to ``wanted``; empty if they are the same."""
+    lines: list[str] = []
+    for name in sorted(committed.keys() | wanted.keys()):
+        before = committed.get(name, "").splitlines(keepends=True)
+        after = wanted.get(name, "").splitlines(keepends=True)
+        lines += difflib.unified_diff(before, after, f"committed/{name}", f"generated/{name}")
+    return lines
+
+
+def check() -> int:
+    """Compares the committed code with freshly generated code; 1 if they differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder))
+        lines = differences(generated_files(ROOT), generated_files(Path(folder)))
+    sys.stdout.writelines(lines)
+    if lines:
+        sys.stderr.write("generated code differs from the .proto files: run scripts/generate_proto.py\n")
+    return 1 if lines else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Regenerates in place, or checks; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Generates the Python code of the .proto files.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
+    if parser.parse_args(arguments).check:
+        return check()
+    for path in (ROOT / PACKAGE).glob("*_pb2*.py*"):
+        path.unlink()
+    generate(ROOT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

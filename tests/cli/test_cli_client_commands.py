@@ -1,0 +1,226 @@
+"""Commands that talk to a server, in this process, against the fake server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from typer.testing import CliRunner, Result
+
+from client_fakes import PIECES, TEXT, FakeServer, make_status
+from manyhats.cli.main import app
+
+
+def run(fake: FakeServer, *args: str, stdin: str = "") -> Result:
+    return CliRunner().invoke(app, [*args, "--server", fake.target], input=stdin, prog_name="manyhats")
+
+
+def succeed(fake: FakeServer, *args: str, stdin: str = "") -> str:
+    result = run(fake, *args, stdin=stdin)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def succeed_json(fake: FakeServer, *args: str) -> Any:
+    return json.loads(succeed(fake, *args, "--json"))
+
+
+def test_generate_prints_the_answer(fake: FakeServer) -> None:
+    assert succeed(fake, "generate", "hi", "--task", "sql@2") == TEXT + "\n"
+    assert (fake.last_request.text, fake.last_request.task_id) == ("hi", "sql@2")
+    assert not fake.last_request.HasField("sampling")
+
+
+def test_generate_streams(fake: FakeServer) -> None:
+    assert succeed(fake, "generate", "hi", "--stream") == TEXT + "\n"
+
+
+def test_generate_json_is_the_whole_answer(fake: FakeServer) -> None:
+    answer = succeed_json(fake, "generate", "hi", "--task", "sql", "--logprobs", "1")
+    assert answer["text"] == TEXT
+    assert answer["finish_reason"] == "eos"
+    assert answer["adapter"] == {"task_id": "sql", "version": 2, "digest": "sha256:ab"}
+    assert answer["tokens"][0]["top"] == [{"id": 99, "text": "best", "logprob": -0.1}]
+    assert answer["usage"]["prompt_tokens"] == 7
+
+
+def test_generate_stream_json_is_a_line_per_piece(fake: FakeServer) -> None:
+    lines = succeed(fake, "generate", "hi", "--stream", "--json").splitlines()
+    pieces = [json.loads(line) for line in lines]
+    assert [piece["text"] for piece in pieces] == list(PIECES)
+    assert [piece["finish_reason"] for piece in pieces] == [None, None, None, "length"]
+
+
+def test_generate_reads_the_prompt_from_stdin(fake: FakeServer) -> None:
+    succeed(fake, "generate", "-", stdin="from\nstdin\n")
+    assert fake.last_request.text == "from\nstdin\n"
+
+
+def test_generate_as_a_chat_message(fake: FakeServer) -> None:
+    succeed(fake, "generate", "hi", "--chat")
+    assert [(m.role, m.content) for m in fake.last_request.chat.messages] == [("user", "hi")]
+    succeed(fake, "generate", "hi", "--system", "be brief")
+    assert [m.role for m in fake.last_request.chat.messages] == ["system", "user"]
+
+
+def test_generate_passes_every_option(fake: FakeServer) -> None:
+    flags = "--temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.25 --repetition-penalty 1.5 --seed 7"
+    succeed(fake, "generate", "hi", *flags.split(), "-n", "9", "--stop", "a", "--stop", "b")
+    sampling, stopping = fake.last_request.sampling, fake.last_request.stopping
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 4, 0.75)
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.25, 1.5, 7)
+    assert (stopping.max_new_tokens, list(stopping.stop_sequences)) == (9, ["a", "b"])
+
+
+def test_server_may_come_from_the_environment(fake: FakeServer) -> None:
+    result = CliRunner(env={"MANYHATS_SERVER": fake.target}).invoke(app, ["info"])
+    assert result.exit_code == 0
+    assert "tiny-base" in result.stdout
+
+
+def test_timeout(fake: FakeServer) -> None:
+    fake.delay_s = 0.5
+    result = run(fake, "generate", "hi", "--timeout", "0.05")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+
+
+def test_chat_remembers_the_conversation_until_reset(fake: FakeServer) -> None:
+    out = succeed(fake, "chat", "--system", "be brief", stdin="one\n\n  two \n/reset\nthree\n/exit\nfour\n")
+    assert out == (TEXT + "\n") * 3
+    said = [[(m.role, m.content) for m in request.chat.messages] for request in fake.requests]  # type: ignore[attr-defined]
+    system, answer = ("system", "be brief"), ("assistant", TEXT)
+    assert said == [
+        [system, ("user", "one")],
+        [system, ("user", "one"), answer, ("user", "two")],
+        [system, ("user", "three")],
+    ]
+
+
+def test_chat_json_is_a_line_per_answer(fake: FakeServer) -> None:
+    lines = succeed(fake, "chat", "--json", stdin="one\ntwo\n").splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [TEXT, TEXT]
+
+
+def test_chat_fails_where_nobody_can_react(fake: FakeServer) -> None:
+    fake.status = make_status(grpc.StatusCode.NOT_FOUND, "no task 'sqq'", reason="TASK_NOT_FOUND")
+    result = run(fake, "chat", "--task", "sqq", stdin="one\ntwo\n")
+    assert (result.exit_code, len(fake.requests)) == (1, 1)
+
+
+def test_score_prints_the_best_first(fake: FakeServer) -> None:
+    rows = [line.split("\t") for line in succeed(fake, "score", "2+2=", " 4", " 5").splitlines()]
+    assert rows[0] == ["continuation", "logprob", "tokens", "per token"]
+    assert rows[1] == [" 4", "-1.0000", "2", "-0.5000"]
+    assert rows[2][0] == " 5"
+
+
+def test_score_json_keeps_the_order_asked(fake: FakeServer) -> None:
+    scores = succeed_json(fake, "score", "2+2=", " 4", " 5")["scores"]
+    assert [score["logprob"] for score in scores] == [-1.0, -2.0]
+
+
+def test_register_names_what_it_made(fake: FakeServer, tmp_path: Path) -> None:
+    result = run(fake, "adapters", "register", "sql", str(tmp_path), "--label", "team=a", "--no-activate")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("registered: sql@3 (lora, active, 1.2 MB, sha256:")
+    assert result.stderr == "note: names no base\n"
+    assert (fake.last_request.uri, dict(fake.last_request.labels)) == (str(tmp_path), {"team": "a"})
+    assert not fake.last_request.activate
+
+
+def test_register_makes_paths_of_this_machine_absolute(
+    fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sql").mkdir()
+    for given, sent in (
+        ("sql", str(tmp_path / "sql")),
+        ("elsewhere", "elsewhere"),
+        ("s3://b/sql", "s3://b/sql"),
+    ):
+        run(fake, "adapters", "register", "sql", given)
+        assert fake.last_request.uri == sent
+
+
+def test_register_json(fake: FakeServer) -> None:
+    registration = succeed_json(fake, "adapters", "register", "sql", "/adapters/sql")
+    assert registration["created"] is True
+    assert registration["adapter"]["create_time"] == "2026-03-01T12:30:00+00:00"
+
+
+def test_list(fake: FakeServer) -> None:
+    lines = succeed(fake, "adapters", "list").splitlines()
+    assert lines[0].split("\t")[0] == "task"
+    assert [line.split("\t")[0] for line in lines[1:]] == ["sql@1", "sql@2", "tldr@1"]
+    assert len(succeed_json(fake, "adapters", "list", "sql")) == 2
+
+
+def test_list_of_nothing_says_so_but_is_no_error(fake: FakeServer) -> None:
+    fake.adapters.clear()
+    result = run(fake, "adapters", "list")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no adapters are registered\n")
+    assert succeed_json(fake, "adapters", "list") == []
+
+
+def test_show(fake: FakeServer) -> None:
+    lines = succeed(fake, "adapters", "show", "sql").splitlines()
+    assert {"task: sql@2", "size: 1.2 MB", "parameters: 300 k", "labels: team=a"} <= set(lines)
+    assert succeed_json(fake, "adapters", "show", "sql@2")["version"] == 2
+
+
+def test_delete(fake: FakeServer) -> None:
+    assert succeed(fake, "adapters", "delete", "sql", "--force") == "deleted: sql@1, sql@2\n"
+    assert fake.last_request.force
+    assert [info["version"] for info in succeed_json(fake, "adapters", "delete", "sql")] == [1, 2]
+
+
+def test_info(fake: FakeServer) -> None:
+    assert "context: 8192 tokens" in succeed(fake, "info").splitlines()
+    assert succeed_json(fake, "info")["base_model"] == "tiny-base"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "message", "hint"),
+    [
+        (grpc.StatusCode.NOT_FOUND, "TASK_NOT_FOUND", "no task 'sqq'", "adapters list"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full", "try again in 1.5 s"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID", "top_p: must\nbe in (0, 1]", ""),
+        (grpc.StatusCode.UNAVAILABLE, "", "gone", "is `manyhats serve` running there?"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr(
+    fake: FakeServer, code: grpc.StatusCode, reason: str, message: str, hint: str
+) -> None:
+    fake.status = make_status(code, message, reason=reason, retry_after_s=1.5)
+    for args in (["generate", "hi"], ["generate", "hi", "--stream"], ["generate", "hi", "--json"]):
+        result = run(fake, *args)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ")
+        assert message.replace("\n", " ") in result.stderr
+        assert hint in result.stderr
+
+
+def test_an_error_in_mid_stream_keeps_what_came(fake: FakeServer) -> None:
+    fake.status = make_status(grpc.StatusCode.INTERNAL, "non-finite logits", reason="NUMERICAL_ERROR")
+    fake.fail_stream_after = 2
+    result = run(fake, "generate", "hi", "--stream")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "Hello, ", "error: non-finite logits\n")
+
+
+def test_a_bug_is_one_line_too_and_shows_its_place_on_demand(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> str:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr("manyhats.cli.info.print_json", broken)
+    result = run(fake, "info", "--json")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: unexpected RuntimeError: bug")
+    monkeypatch.setenv("MANYHATS_DEBUG", "1")
+    assert "Traceback" in run(fake, "info", "--json").stderr

@@ -1,0 +1,280 @@
+"""Help, wrong usage, and the commands that need the server's packages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from manyhats.cli import adapters, model, serve
+from manyhats.cli.extras import needs_extra
+from manyhats.cli.failures import CommandError
+from manyhats.cli.main import app
+from manyhats.cli.options import DEFAULT_SERVER
+from manyhats.cli.output import human_bytes, human_count
+from manyhats.cli.progress import amount
+from manyhats.client import DEFAULT_TARGET
+
+COMMANDS = [
+    ["serve"],
+    ["generate"],
+    ["chat"],
+    ["score"],
+    ["info"],
+    ["adapters", "register"],
+    ["adapters", "list"],
+    ["adapters", "show"],
+    ["adapters", "delete"],
+    ["model", "fetch"],
+    ["model", "info"],
+]
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args), prog_name="manyhats")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example_of_the_command(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert f"$ manyhats {' '.join(command)}" in result.stdout
+    assert "Examples" in result.stdout
+
+
+@pytest.mark.parametrize("group", [[], ["adapters"], ["model"]], ids=str)
+def test_group_without_a_command_shows_help_and_fails(group: list[str]) -> None:
+    result = run(*group)
+    assert result.exit_code == 2
+    assert "Usage: manyhats" in result.stdout
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("manyhats ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["generate"], "Missing argument 'PROMPT' (see `manyhats generate --help`)"),
+        (["generate", "hi", "--top-k", "many"], "--top-k"),
+        (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["adapters", "register", "sql", "/x", "--label", "team"], "--label must be KEY=VALUE"),
+        (["serve", "--register", "sql"], "--register must be TASK=PATH"),
+        (["serve", "--register", "a=x", "--register", "a=y"], "names a twice"),
+        (["serve", "--grpc-port", "99999"], "--grpc-port"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(args: list[str], message: str) -> None:
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_unreachable_server_is_a_clear_line() -> None:
+    result = run("generate", "hi", "--server", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: cannot reach the server at 127.0.0.1:1: Connection refused")
+    assert result.stderr.endswith("; is `manyhats serve` running there?\n")
+
+
+def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "a_package_nobody_has", None)
+    with pytest.raises(CommandError, match=r"pip install 'manyhats\[server\]'"), needs_extra("server"):
+        importlib.import_module("a_package_nobody_has.part")
+
+
+def test_a_missing_module_of_our_own_is_not_taken_for_a_missing_package() -> None:
+    with pytest.raises(ModuleNotFoundError), needs_extra("server"):
+        importlib.import_module("manyhats.nowhere")
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Replaces the server's process; what it would have been started with."""
+    configs: list[Any] = []
+
+    async def fake_serve(config: Any, **_: Any) -> int:
+        configs.append(config)
+        return 3
+
+    monkeypatch.setattr("manyhats.server.process.serve", fake_serve)
+    return configs
+
+
+def test_serve_passes_every_flag_and_the_exit_code(served: list[Any], tmp_path: Path) -> None:
+    flags = f"""
+        --model tiny --base-name org/tiny --device cpu --dtype float32 --quantization none
+        --store {tmp_path} --adapter-root {tmp_path} --adapter-root /adapters
+        --register sql={tmp_path} --register tldr=x=y
+        --host 0.0.0.0 --insecure --grpc-port 0 --http-port 1
+        --max-context-length 99 --max-sequences 3 --max-batched-tokens 64 --kv-cache-bytes 1000000
+        --log-level debug --log-format json
+    """
+    assert run("serve", *flags.split()).exit_code == 3
+    (config,) = served
+    assert (config.model, config.store) == ("tiny", tmp_path)
+    assert config.adapter_roots == (tmp_path, Path("/adapters"))
+    assert dict(config.register) == {"sql": str(tmp_path), "tldr": "x=y"}
+    assert config.base_names == ("org/tiny",)
+    assert (config.host, config.insecure, config.grpc_port, config.http_port) == ("0.0.0.0", True, 0, 1)
+    assert (config.device, config.dtype, config.quantization) == ("cpu", "float32", "none")
+    assert (config.max_context_length, config.max_sequences, config.max_batched_tokens) == (99, 3, 64)
+    assert (config.kv_cache_bytes, config.log_level, config.log_format) == (1000000, "debug", "json")
+
+
+def test_flags_win_over_the_settings_file(served: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(
+        "model: tiny\nstore: s\nadapter-root: [/a]\ngrpc-port: 7\nhttp_port: 8\nregister: {sql: /a/b}\n"
+    )
+    run("serve", "--config", str(file), "--grpc-port", "9")
+    (config,) = served
+    assert (config.model, config.grpc_port, config.http_port) == ("tiny", 9, 8)
+    assert config.adapter_roots == (Path("/a"),)
+    assert dict(config.register) == {"sql": "/a/b"}
+
+
+def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -> None:
+    run("serve", "--model", "tiny", "--store", "s")
+    (config,) = served
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    shown = {
+        param.name: param.show_default for param in command.params if isinstance(param.show_default, str)
+    }
+    computed = {"max_context_length", "kv_cache_bytes"}
+    assert len(shown) > len(computed)
+    assert {name: str(getattr(config, name)) for name in shown.keys() - computed} == {
+        name: text for name, text in shown.items() if name not in computed
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: m\nstore: s\ncolour: red\n", "--colour: is not a setting"),
+        ("model: m\nstore: s\nadapter_root: 7\n", "--adapter-root"),
+        ("- a\n", "--config"),
+    ],
+)
+def test_bad_settings_file(served: list[Any], tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(content)
+    result = run("serve", "--config", str(file))
+    assert (result.exit_code, served) == (2, [])
+    assert message in result.stderr
+
+
+def test_loading_shows_bars_and_still_obeys_the_servers_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise Stopped(stage)
+
+    def open_backend(config: Any, metrics: Any, progress: Any) -> None:
+        progress("quantize", 1, 2)
+
+    monkeypatch.setattr("manyhats.server.assembly.open_backend", open_backend)
+    with pytest.raises(Stopped, match="quantize"):
+        serve._assemble_with_bars(None, None, stop)  # type: ignore[arg-type]
+
+
+def test_model_fetch_reports_progress_and_prints_the_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fetch(alias: str, home: Path, progress: Any) -> Path:
+        for done in range(3):
+            progress("download", done, 2)
+        return home / alias
+
+    monkeypatch.setattr("manyhats.engine.model.fetch.fetch_model", fetch)
+    result = run("model", "fetch", "--home", str(tmp_path))
+    assert (result.exit_code, result.stderr) == (0, "download ...\n")
+    assert result.stdout == f"{tmp_path / model.DEFAULT_MODEL}\n"
+
+
+def test_model_fetch_of_an_unknown_model_fails(tmp_path: Path) -> None:
+    result = run("model", "fetch", "nosuchmodel", "--home", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nosuchmodel" in result.stderr
+
+
+TINY_LLAMA: Mapping[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+LINEARS = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
+OTHERS = 100 * 64 + 64 * (2 * 2 + 1)
+
+
+def test_model_info_counts_parameters_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1500)
+    found = json.loads(run("model", "info", str(tmp_path), "--json").stdout)
+    assert found["num_parameters"] == LINEARS + OTHERS
+    assert found["nf4_bytes"] == round(LINEARS * (0.5 + 1 / 64 + 1 / 4096)) + 2 * OTHERS
+    assert (found["size_bytes"], found["max_context_length"], found["quantization"]) == (1500, 512, "none")
+    assert found["path"] == str(tmp_path)
+    assert "size on disk: 1.5 kB" in run("model", "info", str(tmp_path)).stdout.splitlines()
+
+
+def test_model_info_fetches_nothing(tmp_path: Path) -> None:
+    result = run("model", "info", "--home", str(tmp_path))
+    assert result.exit_code == 1
+    assert "`manyhats model fetch smollm2-135m-instruct` gets it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (269_000_000, "269 MB"),
+        (1.5e9, "1.5 GB"),
+        (2e15, "2000.0 TB"),
+    ],
+)
+def test_human_bytes(size: float, text: str) -> None:
+    assert human_bytes(size) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(7, "7"), (134_515_008, "135 M"), (8_030_000_000, "8.0 G")])
+def test_human_count(count: float, text: str) -> None:
+    assert human_count(count) == text
+
+
+def test_progress_amounts() -> None:
+    assert amount("quantize", 12, 210) == "12 / 210"
+    assert amount("download", 1_500_000, 90_000_000) == "1.5 MB / 90.0 MB"
+    assert amount("download", 5, 0) == "5 B"
+
+
+def test_default_server_is_the_clients() -> None:
+    assert DEFAULT_SERVER == DEFAULT_TARGET
+
+
+def test_labels_and_registrations_may_hold_equals_signs() -> None:
+    assert adapters.parse_labels(["a=b=c", "d="]) == {"a": "b=c", "d": ""}
+    assert serve.parse_register(["sql=/x=y"]) == {"sql": "/x=y"}

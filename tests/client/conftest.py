@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from client_fakes import FakeServer, running_server
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with running_server() as server:
+        yield server

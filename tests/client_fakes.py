@@ -1,0 +1,279 @@
+# ruff: noqa: N802 - the methods have the names of the API
+"""A manyhats server with canned answers, over a real port, for the tests of the client and the CLI."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from manyhats.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+PIECES = ("Hello", ", ", "wörld", "!")
+TEXT = "".join(PIECES)
+CREATE_TIME = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
+
+
+def make_status(
+    code: grpc.StatusCode,
+    message: str,
+    *,
+    reason: str = "",
+    metadata: dict[str, str] | None = None,
+    fields: dict[str, str] | None = None,
+    retry_after_s: float | None = None,
+) -> Any:
+    """A ``google.rpc.Status`` as the server's table makes them."""
+    details: list[Message] = []
+    if reason:
+        details.append(error_details_pb2.ErrorInfo(reason=reason, domain="manyhats", metadata=metadata or {}))
+    if fields:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+            for field, description in fields.items()
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=violations))
+    if retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(retry_after_s * 1000))
+        details.append(retry)
+    packed = [AnyMessage() for _ in details]
+    for target, detail in zip(packed, details, strict=True):
+        target.Pack(detail)
+    return status_pb2.Status(code=code.value[0], message=message, details=packed)
+
+
+def make_adapter(task_id: str, version: int) -> adapter_pb2.Adapter:
+    """A version as a server would describe it."""
+    adapter = adapter_pb2.Adapter(
+        task_id=task_id,
+        version=version,
+        digest=f"sha256:{version:064x}",
+        method=adapter_pb2.ADAPTER_METHOD_LORA,
+        state=adapter_pb2.ADAPTER_STATE_ACTIVE,
+        size_bytes=1_234_567,
+        num_parameters=300_000,
+        source=f"/adapters/{task_id}",
+        base_model="tiny-base",
+        labels={"team": "a"},
+        effect=0.25,
+        residency=adapter_pb2.ADAPTER_RESIDENCY_DEVICE,
+        notes=["names no base"],
+    )
+    adapter.create_time.FromDatetime(CREATE_TIME)
+    return adapter
+
+
+class FakeServer:
+    """What the servicers answer, and what they saw.
+
+    ``status`` fails every call; ``is_endless`` never ends a stream.
+    """
+
+    def __init__(self) -> None:
+        self.target = ""
+        self.requests: list[Message] = []
+        self.status: Any = None
+        self.fail_stream_after: int | None = None
+        self.is_endless = False
+        self.delay_s = 0.0
+        self.stream_ended = threading.Event()
+        self.adapters = [make_adapter("sql", 1), make_adapter("sql", 2), make_adapter("tldr", 1)]
+        self.health = health.HealthServicer()
+
+    @property
+    def last_request(self) -> Any:
+        return self.requests[-1]
+
+    def set_serving(self, is_serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        self.health.set("", status.SERVING if is_serving else status.NOT_SERVING)
+
+    def see(self, request: Message, context: grpc.ServicerContext) -> None:
+        """Records the request, and fails it where the test says so."""
+        self.requests.append(request)
+        time.sleep(self.delay_s)
+        if self.status is not None and self.fail_stream_after is None:
+            self.fail(context)
+
+    def fail(self, context: grpc.ServicerContext) -> None:
+        if not self.status.details:
+            context.abort(
+                next(code for code in grpc.StatusCode if code.value[0] == self.status.code),
+                self.status.message,
+            )
+        context.abort_with_status(rpc_status.to_status(self.status))
+
+
+def _ref(task_id: str) -> adapter_pb2.AdapterRef | None:
+    """The adapter that answers; None is the base model."""
+    return adapter_pb2.AdapterRef(task_id=task_id, version=2, digest="sha256:ab") if task_id else None
+
+
+def _token(index: int, with_logprobs: bool) -> generation_pb2.TokenInfo:
+    token = generation_pb2.TokenInfo(id=10 + index, text=PIECES[index % len(PIECES)])
+    if with_logprobs:
+        token.logprob = -0.5 * (index + 1)
+        token.rank = index + 1
+        token.top.add(id=99, text="best", logprob=-0.1)
+    return token
+
+
+def _usage(generated_tokens: int) -> generation_pb2.Usage:
+    return generation_pb2.Usage(
+        prompt_tokens=7,
+        cached_prompt_tokens=3,
+        generated_tokens=generated_tokens,
+        queue_ms=1.5,
+        prefill_ms=2.5,
+        decode_ms=3.5,
+    )
+
+
+class _Generation(generation_pb2_grpc.GenerationServiceServicer):
+    def __init__(self, fake: FakeServer) -> None:
+        self._fake = fake
+
+    def Generate(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        wants = request.response.logprobs
+        prompt_tokens = [generation_pb2.TokenInfo(id=1, text="<s>"), _token(0, True)]
+        return generation_pb2.GenerateResponse(
+            request_id=request.request_id or "made-by-server",
+            text=TEXT,
+            tokens=[_token(i, wants) for i in range(len(PIECES))],
+            prompt_tokens=prompt_tokens if request.response.prompt_logprobs else [],
+            finish_reason=generation_pb2.FINISH_REASON_EOS,
+            usage=_usage(len(PIECES)),
+            adapter=_ref(request.task_id),
+        )
+
+    def GenerateStream(self, request: Any, context: Any) -> Any:
+        context.add_callback(self._fake.stream_ended.set)
+        self._fake.see(request, context)
+        index = 0
+        while self._fake.is_endless or index < len(PIECES):
+            if self._fake.fail_stream_after == index:
+                self._fake.fail(context)
+            if self._fake.is_endless and index >= len(PIECES):
+                time.sleep(0.01)
+            if not context.is_active():
+                return
+            yield self._piece(request, index)
+            index += 1
+
+    def _piece(self, request: Any, index: int) -> generation_pb2.GenerateStreamResponse:
+        is_first, is_last = index == 0, index == len(PIECES) - 1 and not self._fake.is_endless
+        piece = generation_pb2.GenerateStreamResponse(
+            request_id=(request.request_id or "made-by-server") if is_first else "",
+            text=PIECES[index % len(PIECES)],
+            tokens=[_token(index % len(PIECES), False)],
+            usage=_usage(0) if is_first else _usage(len(PIECES)) if is_last else None,
+            adapter=_ref(request.task_id) if is_first else None,
+        )
+        if is_last:
+            piece.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+        return piece
+
+    def Score(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        scores = [
+            generation_pb2.ScoredContinuation(logprob=-1.0 - i, num_tokens=2, tokens=[_token(0, True)])
+            for i in range(len(request.continuations))
+        ]
+        return generation_pb2.ScoreResponse(
+            scores=scores, usage=_usage(0), adapter=_ref(request.task_id), request_id="made-by-server"
+        )
+
+    def Tokenize(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        return generation_pb2.TokenizeResponse(ids=[1, 2], pieces=["a", "b"])
+
+
+class _Adapters(adapter_pb2_grpc.AdapterServiceServicer):
+    def __init__(self, fake: FakeServer) -> None:
+        self._fake = fake
+
+    def RegisterAdapter(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        return adapter_pb2.RegisterAdapterResponse(adapter=make_adapter(request.task_id, 3), created=True)
+
+    def UploadAdapter(self, request_iterator: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "no client calls this")
+
+    def ActivateAdapter(self, request: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "no client calls this")
+
+    def GetAdapter(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        return adapter_pb2.GetAdapterResponse(adapter=make_adapter(request.task_id.partition("@")[0], 2))
+
+    def ListAdapters(self, request: Any, context: Any) -> Any:
+        recorded = adapter_pb2.ListAdaptersRequest()
+        recorded.CopyFrom(request)
+        self._fake.see(recorded, context)
+        found = [a for a in self._fake.adapters if request.task_id in ("", a.task_id)]
+        begin = int(request.page_token or 0)
+        end = begin + (request.page_size or 2)
+        return adapter_pb2.ListAdaptersResponse(
+            adapters=found[begin:end], next_page_token=str(end) if end < len(found) else ""
+        )
+
+    def DeleteAdapter(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        return adapter_pb2.DeleteAdapterResponse(adapters=[make_adapter("sql", 1), make_adapter("sql", 2)])
+
+
+class _Server(server_pb2_grpc.ServerServiceServicer):
+    def __init__(self, fake: FakeServer) -> None:
+        self._fake = fake
+
+    def GetServerInfo(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        return server_pb2.GetServerInfoResponse(
+            version="0.1.0",
+            base_model="tiny-base",
+            base_digest="sha256:ba5e",
+            quantization="nf4",
+            dtype="bfloat16",
+            device="cpu",
+            max_context_length=8192,
+            vocab_size=49152,
+        )
+
+
+@contextmanager
+def running_server() -> Iterator[FakeServer]:
+    """Serves a ``FakeServer`` on a free port of this machine."""
+    fake = FakeServer()
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        server = grpc.server(pool)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(fake), server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(_Adapters(fake), server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(fake), server)
+        health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
+        fake.set_serving(True)
+        fake.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        try:
+            yield fake
+        finally:
+            server.stop(grace=None).wait()
