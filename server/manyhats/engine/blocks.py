@@ -1,0 +1,146 @@
+"""KV cache blocks: who holds which, which are free, and which still hold a prefix worth finding again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedPrefix:
+    """Blocks whose KV is computed already and stands for the first tokens of other sequences.
+
+    Its holder owns one reference on each block until it gives them back. Compared by identity.
+
+    Attributes:
+        block_ids: in order; the last may be filled in part.
+        num_tokens: how many tokens they hold.
+        recomputable: whether running the tokens again gives the same KV. Only then may the scheduler take
+            the blocks back when nothing else can run; virtual tokens have no ids to run and are never taken.
+    """
+
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    recomputable: bool = False
+
+
+class BlockAllocator:
+    """Hands out, reference-counts, shares and frees the blocks of one KV cache.
+
+    A block is in exactly one state: *used* (somebody holds a reference), *cached* (nobody does, but its
+    contents can be found under a key) or *free*. Cached blocks are handed out only when no free one is left,
+    the longest unused first. Not thread-safe; it belongs to the engine thread.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        """Make a pool of ``num_blocks`` free blocks of ``block_size`` tokens each.
+
+        Raises:
+            ValueError: either is less than 1.
+        """
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool needs blocks and tokens, not {num_blocks} blocks of {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._num_refs = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody holds and whose contents can still be found."""
+        return len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be handed out: free and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds."""
+        return self.num_blocks - self.num_available
+
+    def num_refs(self, block_id: int) -> int:
+        """How many hold this block."""
+        return self._num_refs[block_id]
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """How many blocks ``num_tokens`` tokens fill."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int]:
+        """Hand out ``count`` blocks with one reference each; their old contents can't be found any more.
+
+        Raises:
+            ValueError: fewer are available; ``num_available`` tells beforehand.
+        """
+        if count > self.num_available:
+            raise ValueError(f"{count} blocks were asked for, {self.num_available} are available")
+        return [self._take_one() for _ in range(count)]
+
+    def ref(self, block_id: int) -> None:
+        """Add a reference to a used or cached block.
+
+        Raises:
+            ValueError: the block is free, so it has no contents to share.
+        """
+        if self._num_refs[block_id] == 0:
+            if block_id not in self._cached:
+                raise ValueError(f"block {block_id} is free")
+            del self._cached[block_id]
+        self._num_refs[block_id] += 1
+
+    def free(self, block_ids: Iterable[int]) -> None:
+        """Drop one reference from each block, the last of them first.
+
+        Backwards, because the end of a prefix is of less use than its beginning: it is then reused earlier.
+
+        Raises:
+            ValueError: nobody holds one of them.
+        """
+        for block_id in reversed(tuple(block_ids)):
+            if self._num_refs[block_id] == 0:
+                raise ValueError(f"block {block_id} is not in use")
+            self._num_refs[block_id] -= 1
+            if self._num_refs[block_id] > 0:
+                continue
+            if self._keys[block_id] is None:
+                self._free.append(block_id)
+            else:
+                self._cached[block_id] = None
+
+    def register(self, block_id: int, key: bytes) -> None:
+        """Let a used, full block be found under ``key``; a block registered earlier under it stays the one.
+
+        Raises:
+            ValueError: nobody holds the block, or it has another key.
+        """
+        if self._num_refs[block_id] == 0 or self._keys[block_id] not in (None, key):
+            raise ValueError(f"block {block_id} can't be registered")
+        if self._block_of.setdefault(key, block_id) == block_id:
+            self._keys[block_id] = key
+
+    def find(self, key: bytes) -> int | None:
+        """The block registered under ``key``, used or cached; it takes no reference."""
+        return self._block_of.get(key)
+
+    def _take_one(self) -> int:
+        if self._free:
+            block_id = self._free.pop()
+        else:
+            block_id, _ = self._cached.popitem(last=False)
+            key = self._keys[block_id]
+            if key is not None:
+                del self._block_of[key]
+                self._keys[block_id] = None
+        self._num_refs[block_id] = 1
+        return block_id

@@ -1,0 +1,93 @@
+"""One request's tokens and KV blocks while it is in the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from manyhats.engine.blocks import SharedPrefix
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is; a preempted one is waiting again."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """The only mutable state of a request; only the scheduler changes it. Compared by identity.
+
+    KV index i of the sequence belongs to ``token_ids[i]``. Where a shared prefix holds virtual tokens, the
+    caller puts placeholder ids in their place; they are never run.
+
+    Attributes:
+        id: the request's.
+        token_ids: prompt, then output.
+        max_num_tokens: prompt and output never exceed it.
+        cache_key: root of the prefix cache's keys; equal only where equal tokens give equal KV (base digest,
+            adapter digest, position offset, salt).
+        slot: adapter slot, 0 is the base model.
+        position_offset: position of token i is i + position_offset.
+        priority: higher goes first.
+        arrival: then the earlier goes first.
+        logits_from: smallest position whose logits are still needed besides the last token's; None needs no
+            others. The scheduler moves it on as positions are computed, so none comes twice after preemption.
+        shared: KV that stands for the first ``shared.num_tokens`` of ``token_ids``.
+        uses_prefix_cache: whether it takes blocks from the prefix cache and leaves its own there.
+        num_prompt_tokens: ``len(token_ids)`` when it was made.
+        num_computed_tokens: tokens whose KV is in its blocks.
+        block_table: its blocks in order; while it runs, they cover all its tokens.
+        num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s).
+        num_preemptions: how often its blocks were taken back.
+        block_keys: prefix cache keys of its first blocks, as far as they were needed.
+        num_registered_blocks: first blocks that the prefix cache knows, or that are not its own.
+        rank: (-priority, arrival, order of adding); smaller goes first.
+    """
+
+    id: str
+    token_ids: list[int]
+    max_num_tokens: int
+    cache_key: bytes = b""
+    slot: int = 0
+    position_offset: int = 0
+    priority: int = 0
+    arrival: float = 0.0
+    logits_from: int | None = None
+    shared: SharedPrefix | None = None
+    uses_prefix_cache: bool = True
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = field(default=0, init=False)
+    block_table: list[int] = field(default_factory=list, init=False)
+    status: SequenceStatus = field(default=SequenceStatus.NEW, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    block_keys: list[bytes] = field(default_factory=list, init=False, repr=False)
+    num_registered_blocks: int = field(default=0, init=False)
+    rank: tuple[int, float, int] = field(default=(0, 0.0, 0), init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of the output tokens so far."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """How many tokens came after the prompt."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has left the scheduler."""
+        return self.status is SequenceStatus.FINISHED

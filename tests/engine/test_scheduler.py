@@ -1,0 +1,244 @@
+import pytest
+
+from manyhats.engine.errors import FieldInvalidError, QueueFullError
+from manyhats.engine.scheduler import Schedule, SchedulerConfig
+from manyhats.engine.sequence import Sequence, SequenceStatus
+from scheduling import ToyEngine, make_scheduler, make_sequence
+
+
+def ids(schedule: Schedule) -> list[tuple[str, int, int]]:
+    return [(chunk.sequence.id, chunk.start, chunk.num_tokens) for chunk in schedule.chunks]
+
+
+def test_a_prompt_is_run_in_chunks_of_the_budget() -> None:
+    scheduler = make_scheduler(tokens=8)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("a", range(18)))
+    steps = [engine.step() for _ in range(3)]
+    assert [ids(step) for step in steps] == [[("a", 0, 8)], [("a", 8, 8)], [("a", 16, 2)]]
+    assert not scheduler.has_work
+
+
+def test_only_the_chunk_with_the_last_token_ends_the_tokens() -> None:
+    scheduler = make_scheduler(tokens=8)
+    scheduler.add(make_sequence("a", range(10)))
+    first = scheduler.schedule()
+    scheduler.commit(first)
+    second = scheduler.schedule()
+    assert [first.chunks[0].ends_tokens, second.chunks[0].ends_tokens] == [False, True]
+    assert [first.chunks[0].is_decode, second.chunks[0].is_decode] == [False, False]
+
+
+def test_decodes_come_first_then_prefills_then_waiting_ones() -> None:
+    scheduler = make_scheduler(tokens=8)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("long", range(12), 4))
+    engine.step()
+    scheduler.add(make_sequence("short", [1], 4))
+    assert ids(engine.step()) == [("long", 8, 4), ("short", 0, 1)]
+    scheduler.add(make_sequence("late", range(20, 40), 4))
+    assert ids(engine.step()) == [("long", 12, 1), ("short", 1, 1), ("late", 0, 6)]
+    assert ids(engine.step()) == [("long", 13, 1), ("short", 2, 1), ("late", 6, 6)]
+
+
+def test_waiting_goes_by_priority_then_arrival_then_order() -> None:
+    scheduler = make_scheduler(sequences=1)
+    engine = ToyEngine(scheduler)
+    for name, priority, arrival in [
+        ("c", 0, 2.0),
+        ("d", 0, 2.0),
+        ("b", 0, 1.0),
+        ("a", 5, 9.0),
+        ("e", -1, 0.0),
+    ]:
+        scheduler.add(make_sequence(name, [1], priority=priority, arrival=arrival))
+    order = [engine.step().chunks[0].sequence.id for _ in range(5)]
+    assert order == ["a", "b", "c", "d", "e"]
+
+
+def test_decodes_never_starve_a_prefill() -> None:
+    scheduler = make_scheduler(sequences=4, tokens=4)
+    engine = ToyEngine(scheduler)
+    for name in "abc":
+        scheduler.add(make_sequence(name, [1], 30))
+    engine.step()
+    scheduler.add(make_sequence("p", range(10), 1))
+    for _ in range(10):
+        assert any(chunk.sequence.id == "p" for chunk in engine.step().chunks)
+
+
+def test_when_blocks_run_out_the_latest_of_the_lowest_priority_is_preempted_and_resumes() -> None:
+    scheduler = make_scheduler(num_blocks=6, block_size=4)
+    engine = ToyEngine(scheduler)
+    first = make_sequence("first", range(4), 12, arrival=0.0)
+    vip = make_sequence("vip", range(10, 14), 12, priority=1, arrival=2.0)
+    last = make_sequence("last", range(20, 24), 12, arrival=1.0)
+    for sequence in (first, last, vip):
+        scheduler.add(sequence)
+    preempted: list[Sequence] = []
+    while scheduler.has_work:
+        preempted += engine.step().preempted
+    assert preempted
+    assert preempted[0] is last
+    assert vip not in preempted
+    assert [s.num_output_tokens for s in (first, vip, last)] == [12, 12, 12]
+    assert scheduler.allocator.num_used == 0
+
+
+def test_a_preempted_sequence_keeps_its_output_and_goes_before_others_of_its_priority() -> None:
+    scheduler = make_scheduler(num_blocks=6, block_size=4, tokens=64)
+    engine = ToyEngine(scheduler)
+    a = make_sequence("a", range(7), 9, arrival=1.0)
+    b = make_sequence("b", range(20, 27), 9, arrival=2.0)
+    scheduler.add(a)
+    scheduler.add(b)
+    while not (step := engine.step()).preempted:
+        output = b.output_token_ids
+    assert step.preempted == (b,)
+    assert b.output_token_ids == output
+    scheduler.add(make_sequence("early", [1], arrival=0.0))
+    scheduler.add(make_sequence("vip", [1], arrival=9.0, priority=1))
+    started: list[str] = []
+    while scheduler.has_work:
+        started += [c.sequence.id for c in engine.step().chunks if c.sequence.id not in started]
+    assert [name for name in started if name != "a"] == ["vip", "b", "early"]
+    assert b.output_token_ids[: len(output)] == output
+
+
+def test_one_sequence_alone_may_fill_the_whole_pool() -> None:
+    scheduler = make_scheduler(num_blocks=3, block_size=4)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("a", range(5), 7))
+    scheduler.add(make_sequence("b", range(5), 7))
+    engine.drain()
+    assert scheduler.allocator.num_used == 0
+
+
+def test_a_sequence_that_can_never_fit_is_refused() -> None:
+    scheduler = make_scheduler(num_blocks=3, block_size=4)
+    with pytest.raises(FieldInvalidError, match="13 tokens; the KV cache holds 12"):
+        scheduler.add(make_sequence("a", range(5), 8))
+
+
+def test_a_full_queue_refuses() -> None:
+    scheduler = make_scheduler(waiting=2)
+    scheduler.add(make_sequence("a", [1]))
+    scheduler.add(make_sequence("b", [1]))
+    with pytest.raises(QueueFullError) as caught:
+        scheduler.add(make_sequence("c", [1]))
+    assert caught.value.limit == 2
+    assert scheduler.num_waiting == 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "field"),
+    [
+        ({"max_num_sequences": 0}, "scheduler.max_num_sequences"),
+        ({"max_waiting": 0}, "scheduler.max_waiting"),
+        ({"max_num_sequences": 8, "max_num_batched_tokens": 7}, "scheduler.max_num_batched_tokens"),
+    ],
+)
+def test_limits_that_could_starve_are_refused(limits: dict[str, int], field: str) -> None:
+    with pytest.raises(FieldInvalidError) as caught:
+        SchedulerConfig(**limits)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("moment", ["waiting", "running", "during the step", "preempted"])
+def test_finishing_frees_everything_whenever_it_happens(moment: str) -> None:
+    scheduler = make_scheduler(num_blocks=6, block_size=4)
+    engine = ToyEngine(scheduler)
+    other = make_sequence("other", range(7), 9)
+    sequence = make_sequence("a", range(20, 27), 9, arrival=1.0, uses_prefix_cache=False)
+    scheduler.add(other)
+    scheduler.add(sequence)
+    if moment == "running":
+        engine.step()
+    if moment == "preempted":
+        while not engine.step().preempted:
+            pass
+    if moment == "during the step":
+        engine.step(during=lambda _: scheduler.finish(sequence))
+    else:
+        scheduler.finish(sequence)
+    scheduler.finish(sequence)
+    assert sequence.is_finished
+    assert sequence.block_table == []
+    assert scheduler.allocator.num_used == len(other.block_table)
+    engine.drain()
+    assert other.num_output_tokens == 9
+
+
+def test_blocks_freed_during_a_step_come_back_at_its_end() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence("a", range(8), uses_prefix_cache=False)
+    scheduler.add(sequence)
+    schedule = scheduler.schedule()
+    scheduler.finish(sequence)
+    assert scheduler.allocator.num_used == 2
+    scheduler.commit(schedule)
+    assert scheduler.allocator.num_used == 0
+    assert sequence.num_computed_tokens == 0
+
+
+def test_a_step_must_be_committed_before_the_next() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence("a", range(3)))
+    scheduler.schedule()
+    with pytest.raises(RuntimeError, match="not committed"):
+        scheduler.schedule()
+
+
+def test_committing_before_or_after_the_token_is_appended_is_the_same() -> None:
+    tables = []
+    for append_first in (True, False):
+        scheduler = make_scheduler()
+        sequence = make_sequence("a", range(8), 2)
+        scheduler.add(sequence)
+        schedule = scheduler.schedule()
+        if append_first:
+            scheduler.append_token(sequence, 5)
+        scheduler.commit(schedule)
+        if not append_first:
+            scheduler.append_token(sequence, 5)
+        assert ids(scheduler.schedule()) == [("a", 8, 1)]
+        tables.append(sequence.block_table)
+    assert tables[0] == tables[1]
+
+
+def test_a_running_sequence_that_awaits_a_token_is_not_run() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence("a", range(3), 2))
+    scheduler.commit(scheduler.schedule())
+    assert scheduler.schedule().chunks == ()
+    assert scheduler.has_work
+
+
+def test_logits_that_were_computed_are_not_needed_again_after_preemption() -> None:
+    scheduler = make_scheduler(num_blocks=5, block_size=4)
+    engine = ToyEngine(scheduler)
+    first = make_sequence("first", range(6), 10, logits_from=0, uses_prefix_cache=False)
+    second = make_sequence("second", range(20, 26), 10, arrival=1.0, logits_from=2)
+    scheduler.add(first)
+    scheduler.add(second)
+    engine.drain()
+    assert second.num_preemptions > 0
+    assert {p: engine.logits[second][p] for p in range(2, 6)} == dict.fromkeys(range(2, 6), 1)
+    assert {p: engine.logits[first][p] for p in range(6)} == dict.fromkeys(range(6), 1)
+
+
+def test_misuse_is_an_error() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence("a", range(3), 0)
+    with pytest.raises(ValueError, match="is new"):
+        scheduler.append_token(sequence, 1)
+    scheduler.add(sequence)
+    with pytest.raises(ValueError, match="added before"):
+        scheduler.add(sequence)
+    scheduler.commit(scheduler.schedule())
+    with pytest.raises(ValueError, match="its maximum"):
+        scheduler.append_token(sequence, 1)
+    for wrong in (make_sequence("b", []), make_sequence("c", [1], logits_from=1)):
+        with pytest.raises(ValueError, match="has"):
+            scheduler.add(wrong)
+    assert wrong.status is SequenceStatus.NEW

@@ -1,0 +1,204 @@
+"""Any sequence of arrivals, cancellations, held prefixes and steps, against what must always hold."""
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from manyhats.engine.blocks import SharedPrefix
+from manyhats.engine.scheduler import Schedule
+from manyhats.engine.sequence import Sequence, SequenceStatus
+from scheduling import ToyEngine, make_scheduler, make_sequence
+
+BLOCK_SIZE = 3
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
+KEYS = st.sampled_from([b"base", b"adapter"])
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(num_blocks=st.integers(7, 11), sequences=st.integers(1, 4), spare=st.integers(0, 8))
+    def start(self, num_blocks: int, sequences: int, spare: int) -> None:
+        self.scheduler = make_scheduler(
+            num_blocks, BLOCK_SIZE, sequences=sequences, tokens=sequences + spare, waiting=50
+        )
+        self.engine = ToyEngine(self.scheduler)
+        self.live: list[Sequence] = []
+        self.prefixes: list[tuple[SharedPrefix, list[int], bytes]] = []
+        self.asked_logits: dict[Sequence, int] = {}
+        self.num_added = 0
+
+    def _add(self, sequence: Sequence) -> None:
+        self.scheduler.add(sequence)
+        self.num_added += 1
+        self.live.append(sequence)
+        if sequence.logits_from is not None:
+            self.asked_logits[sequence] = sequence.logits_from
+
+    def _cancel(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        self.asked_logits.pop(sequence, None)
+
+    @precondition(lambda self: self.num_added < 40)
+    @rule(
+        tokens=TOKENS,
+        new=st.integers(0, 7),
+        key=KEYS,
+        priority=st.integers(0, 1),
+        arrival=st.integers(0, 3),
+        uses_prefix_cache=st.booleans(),
+        data=st.data(),
+    )
+    def arrive(
+        self,
+        tokens: list[int],
+        new: int,
+        key: bytes,
+        priority: int,
+        arrival: int,
+        uses_prefix_cache: bool,
+        data: st.DataObject,
+    ) -> None:
+        logits_from = data.draw(st.none() | st.integers(0, len(tokens) - 1))
+        self._add(
+            make_sequence(
+                str(self.num_added),
+                tokens,
+                new,
+                cache_key=key,
+                priority=priority,
+                arrival=float(arrival),
+                logits_from=logits_from,
+                uses_prefix_cache=uses_prefix_cache,
+            )
+        )
+
+    @precondition(lambda self: self.prefixes and self.num_added < 40)
+    @rule(tail=st.lists(st.integers(0, 2), min_size=1, max_size=4), new=st.integers(0, 3), data=st.data())
+    def arrive_with_a_prefix(self, tail: list[int], new: int, data: st.DataObject) -> None:
+        prefix, tokens, key = data.draw(st.sampled_from(self.prefixes))
+        logits_from = data.draw(st.sampled_from([None, prefix.num_tokens]))
+        self._add(
+            make_sequence(
+                str(self.num_added),
+                [*tokens, *tail][: 7 * BLOCK_SIZE - new],
+                new,
+                cache_key=key,
+                shared=prefix,
+                logits_from=logits_from,
+            )
+        )
+
+    @rule(data=st.data(), cancels=st.booleans())
+    def step(self, data: st.DataObject, cancels: bool) -> None:
+        before = {s: (s.status, s.num_preemptions) for s in self.live}
+
+        def during(schedule: Schedule) -> None:
+            self._check_schedule(schedule, before)
+            if cancels and self.live:
+                self._cancel(data.draw(st.sampled_from(self.live)))
+            if cancels and self.prefixes:
+                self.scheduler.release(self.prefixes.pop(0)[0])
+
+        self.engine.step(during)
+        self.live = [sequence for sequence in self.live if not sequence.is_finished]
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.live)
+    def cancel(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.live))
+        self._cancel(sequence)
+        self.live.remove(sequence)
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(0 < s.num_computed_tokens <= 15 for s in self.live))
+    def hold(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from([s for s in self.live if 0 < s.num_computed_tokens <= 15]))
+        num_tokens = data.draw(st.integers(1, sequence.num_computed_tokens))
+        prefix = self.scheduler.hold(sequence, num_tokens)
+        self.prefixes.append((prefix, sequence.token_ids[:num_tokens], sequence.cache_key))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.prefixes)
+    def release(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.prefixes) - 1))
+        self.scheduler.release(self.prefixes.pop(index)[0])
+
+    def _check_schedule(self, schedule: Schedule, before: dict[Sequence, tuple[SequenceStatus, int]]) -> None:
+        config = self.scheduler.config
+        sequences = [chunk.sequence for chunk in schedule.chunks]
+        running = [s for s in self.live if s.status is SequenceStatus.RUNNING]
+        waiting = [s for s in self.live if s.status is SequenceStatus.WAITING]
+        assert len(set(sequences)) == len(sequences)
+        assert schedule.num_tokens <= config.max_num_batched_tokens
+        assert len(running) == self.scheduler.num_running <= config.max_num_sequences
+        assert schedule.chunks or not self.live, "work is left and nothing was scheduled"
+        for chunk in schedule.chunks:
+            assert chunk.start == chunk.sequence.num_computed_tokens
+            assert 1 <= chunk.num_tokens <= chunk.sequence.num_tokens - chunk.start
+            assert len(chunk.sequence.block_table) * BLOCK_SIZE >= chunk.sequence.num_tokens
+        decoding = [s for s in running if s.num_tokens - s.num_computed_tokens == 1]
+        going_on = [s for s in decoding if before[s][0] is SequenceStatus.RUNNING]
+        assert set(going_on) == set(sequences[: len(going_on)])
+        self._check_fairness(sequences, waiting, before, schedule)
+
+    def _check_fairness(
+        self,
+        sequences: list[Sequence],
+        waiting: list[Sequence],
+        before: dict[Sequence, tuple[SequenceStatus, int]],
+        schedule: Schedule,
+    ) -> None:
+        def queue_rank(sequence: Sequence) -> tuple[int, bool, float, int]:
+            preempted_before = before[sequence][1] > 0
+            return (-sequence.priority, not preempted_before, sequence.arrival, int(sequence.id))
+
+        started = [s for s in sequences if before[s][0] is SequenceStatus.WAITING]
+        left = [s for s in waiting if before[s][0] is SequenceStatus.WAITING]
+        assert all(queue_rank(a) < queue_rank(b) for a in started for b in left)
+        kept = [s for s in sequences if s not in started]
+        worst = max(((-s.priority, s.arrival, int(s.id)) for s in kept), default=(-99, 0.0, 0))
+        assert all((-s.priority, s.arrival, int(s.id)) > worst for s in schedule.preempted)
+        prefills = [s for s in self.live if s.status is SequenceStatus.RUNNING and s not in started]
+        prefills = [s for s in prefills if s.num_tokens - s.num_computed_tokens > 1]
+        assert not prefills or set(prefills) & set(sequences)
+
+    @invariant()
+    def references_equal_holders(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        pool = self.scheduler.allocator
+        held = Counter(block for s in self.live for block in s.block_table)
+        for prefix in self.scheduler._prefixes:
+            held.update(prefix.block_ids)
+        assert [pool.num_refs(block) for block in range(pool.num_blocks)] == [
+            held[block] for block in range(pool.num_blocks)
+        ]
+        assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
+
+    @invariant()
+    def blocks_in_two_tables_are_full_and_equal(self) -> None:
+        owners: dict[int, list[tuple[Sequence, int]]] = {}
+        for sequence in getattr(self, "live", []):
+            for index, block in enumerate(sequence.block_table):
+                owners.setdefault(block, []).append((sequence, (index + 1) * BLOCK_SIZE))
+        for sharers in owners.values():
+            if len(sharers) > 1:
+                assert all(end <= sequence.num_computed_tokens for sequence, end in sharers)
+                assert len({(s.cache_key, tuple(s.token_ids[:end])) for s, end in sharers}) == 1
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.engine.drain()
+        for prefix, _, _ in self.prefixes:
+            self.scheduler.release(prefix)
+        assert self.scheduler.allocator.num_used == 0
+        for sequence, first in self.asked_logits.items():
+            asked = range(first, sequence.num_prompt_tokens)
+            assert all(self.engine.logits[sequence][position] == 1 for position in asked)
+            assert sequence.num_tokens == sequence.max_num_tokens
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

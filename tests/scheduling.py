@@ -1,0 +1,116 @@
+"""A stand-in for the engine: runs schedules on a KV cache of token histories and checks what it reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from manyhats.engine.blocks import BlockAllocator, SharedPrefix
+from manyhats.engine.scheduler import Schedule, Scheduler, SchedulerConfig
+from manyhats.engine.sequence import Sequence, SequenceStatus
+
+
+def make_scheduler(
+    num_blocks: int = 64, block_size: int = 4, *, sequences: int = 8, tokens: int = 16, waiting: int = 100
+) -> Scheduler:
+    config = SchedulerConfig(max_num_sequences=sequences, max_num_batched_tokens=tokens, max_waiting=waiting)
+    return Scheduler(config, BlockAllocator(num_blocks, block_size))
+
+
+def make_sequence(
+    name: str,
+    tokens: Seq[int],
+    new: int = 1,
+    *,
+    cache_key: bytes = b"base",
+    priority: int = 0,
+    arrival: float = 0.0,
+    logits_from: int | None = None,
+    shared: SharedPrefix | None = None,
+    uses_prefix_cache: bool = True,
+) -> Sequence:
+    return Sequence(
+        id=name,
+        token_ids=list(tokens),
+        max_num_tokens=len(tokens) + new,
+        cache_key=cache_key,
+        priority=priority,
+        arrival=arrival,
+        logits_from=logits_from,
+        shared=shared,
+        uses_prefix_cache=uses_prefix_cache,
+    )
+
+
+class ToyEngine:
+    """Each KV entry is the history that made it, so a wrong, stale or foreign block shows at once."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        size = scheduler.allocator.block_size
+        self.kv: list[list[object]] = [[None] * size for _ in range(scheduler.allocator.num_blocks)]
+        self.logits: dict[Sequence, Counter[int]] = {}
+
+    def step(self, during: Callable[[Schedule], None] | None = None) -> Schedule:
+        """Schedule, run, sample, commit; sequences at their maximum are finished."""
+        scheduler = self.scheduler
+        schedule = scheduler.schedule()
+        tables = {chunk.sequence: list(chunk.sequence.block_table) for chunk in schedule.chunks}
+        if during is not None:
+            during(schedule)
+        self._run(schedule, tables)
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            if sequence.is_finished or not chunk.ends_tokens:
+                continue
+            if sequence.num_tokens < sequence.max_num_tokens:
+                scheduler.append_token(sequence, (7 * sequence.num_tokens + sequence.token_ids[-1]) % 3)
+        scheduler.commit(schedule)
+        for chunk in schedule.chunks:
+            if chunk.sequence.num_tokens == chunk.sequence.max_num_tokens:
+                self._finish_if_done(chunk.sequence)
+        return schedule
+
+    def drain(self, max_steps: int = 5000) -> int:
+        """Step until nothing is left; how many steps it took."""
+        for count in range(max_steps):
+            if not self.scheduler.has_work:
+                return count
+            assert self.step().chunks, "work is left and nothing was scheduled"
+        raise AssertionError(f"not done after {max_steps} steps")
+
+    def _run(self, schedule: Schedule, tables: dict[Sequence, list[int]]) -> None:
+        """Copy, write all, then read all: the order in which a batched forward may do it."""
+        size = self.scheduler.allocator.block_size
+        for source, destination in schedule.block_copies:
+            self.kv[destination] = list(self.kv[source])
+        for chunk in schedule.chunks:
+            for position in range(chunk.start, chunk.end):
+                block = tables[chunk.sequence][position // size]
+                self.kv[block][position % size] = _history(chunk.sequence, position)
+        for chunk in schedule.chunks:
+            self._check_reads(chunk.sequence, tables[chunk.sequence], chunk.end)
+            self._count_logits(chunk.sequence, chunk.start, chunk.end)
+
+    def _check_reads(self, sequence: Sequence, table: list[int], end: int) -> None:
+        size = self.scheduler.allocator.block_size
+        for position in range(end):
+            found = self.kv[table[position // size]][position % size]
+            assert found == _history(sequence, position), (sequence.id, position, found)
+
+    def _count_logits(self, sequence: Sequence, start: int, end: int) -> None:
+        if sequence.logits_from is not None and not sequence.is_finished:
+            counts = self.logits.setdefault(sequence, Counter())
+            counts.update(range(max(start, sequence.logits_from), end))
+
+    def _finish_if_done(self, sequence: Sequence) -> None:
+        only_scores = sequence.max_num_tokens == sequence.num_prompt_tokens
+        if only_scores and sequence.num_computed_tokens < sequence.num_tokens:
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self.scheduler.finish(sequence)
+
+
+def _history(sequence: Sequence, position: int) -> tuple[bytes, tuple[int, ...]]:
+    return (sequence.cache_key, tuple(sequence.token_ids[: position + 1]))
