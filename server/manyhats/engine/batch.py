@@ -1,0 +1,130 @@
+"""The tensors of one step: every token of every scheduled sequence, prefill chunks and decodes together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyhats.engine.scheduler import Chunk, Schedule
+
+QUERY_TILE = 16
+"""Query rows of one sequence that attention takes as one unit of work."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterRows:
+    """The rows of a batch that have an adapter, those of one adapter side by side.
+
+    Attributes:
+        rows: [M] int32, indices of rows.
+        slots: [M] int32, the adapter slot of each; never 0, the base model's.
+        num_adapters: distinct slots.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    num_adapters: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One step as the decoder reads it; N tokens of B sequences.
+
+    Attributes:
+        token_ids: [N] int64.
+        positions: [N] int64, for the rotary embedding; a KV prefix may shift them against KV slots.
+        slot_mapping: [N] int64, where each token's keys and values go: block · block_size + offset.
+        query_start: [B + 1] int32, each sequence's first row.
+        context_len: [B] int32, KV positions of each sequence once this step's are written.
+        block_tables: [B, longest] int32, padded with 0.
+        tiles: [T, 3] int32, units of attention: sequence, first query row within it, number of rows.
+        adapter_rows: rows with an adapter.
+        logit_rows: [M] int64, rows whose logits are needed, in order.
+        block_copies: (source, target) blocks to copy before anything else.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    query_start: Tensor
+    context_len: Tensor
+    block_tables: Tensor
+    tiles: Tensor
+    adapter_rows: AdapterRows
+    logit_rows: Tensor
+    block_copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return int(self.token_ids.shape[0])
+
+
+def num_logit_rows(chunk: Chunk) -> int:
+    """How many of a chunk's rows need logits: its last if that ends the tokens, and those being scored."""
+    return chunk.num_tokens - _first_logit_row(chunk)
+
+
+def _first_logit_row(chunk: Chunk) -> int:
+    last = chunk.num_tokens - 1 if chunk.ends_tokens else chunk.num_tokens
+    scored = chunk.sequence.logits_from
+    if scored is None:
+        return last
+    return min(last, max(0, scored - chunk.start))
+
+
+def build_batch(schedule: Schedule, block_size: int) -> Batch:
+    """The tensors of a schedule, on the CPU."""
+    chunks = schedule.chunks
+    counts = [chunk.num_tokens for chunk in chunks]
+    starts = np.zeros(len(chunks) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    token_ids: list[int] = []
+    logit_rows: list[int] = []
+    for chunk, first in zip(chunks, starts.tolist(), strict=False):
+        token_ids += chunk.sequence.token_ids[chunk.start : chunk.start + chunk.num_tokens]
+        logit_rows += range(first + _first_logit_row(chunk), first + chunk.num_tokens)
+    tables = np.zeros((len(chunks), max(len(c.sequence.block_table) for c in chunks)), dtype=np.int32)
+    for index, chunk in enumerate(chunks):
+        tables[index, : len(chunk.sequence.block_table)] = chunk.sequence.block_table
+    owner = np.repeat(np.arange(len(chunks)), counts)
+    first_position = np.array([chunk.start for chunk in chunks])
+    index = np.arange(starts[-1]) - starts[owner] + first_position[owner]
+    offsets = np.array([chunk.sequence.position_offset for chunk in chunks])
+    slot_mapping = tables[owner, index // block_size].astype(np.int64) * block_size + index % block_size
+    return Batch(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        positions=torch.from_numpy(index + offsets[owner]),
+        slot_mapping=torch.from_numpy(slot_mapping),
+        query_start=torch.from_numpy(starts),
+        context_len=torch.from_numpy((first_position + counts).astype(np.int32)),
+        block_tables=torch.from_numpy(tables),
+        tiles=torch.from_numpy(_tiles(counts)),
+        adapter_rows=_adapter_rows([chunk.sequence.slot for chunk in chunks], counts),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        block_copies=schedule.block_copies,
+    )
+
+
+def _tiles(counts: Seq[int]) -> np.ndarray:
+    rows = [
+        (sequence, first, min(QUERY_TILE, count - first))
+        for sequence, count in enumerate(counts)
+        for first in range(0, count, QUERY_TILE)
+    ]
+    return np.array(rows, dtype=np.int32)
+
+
+def _adapter_rows(slots: Seq[int], counts: Seq[int]) -> AdapterRows:
+    per_row = np.repeat(np.array(slots, dtype=np.int32), counts)
+    rows = np.nonzero(per_row)[0].astype(np.int32)
+    rows = rows[np.argsort(per_row[rows], kind="stable")]
+    return AdapterRows(
+        rows=torch.from_numpy(rows),
+        slots=torch.from_numpy(per_row[rows]),
+        num_adapters=len(set(slots) - {0}),
+    )

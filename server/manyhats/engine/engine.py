@@ -1,0 +1,186 @@
+"""The engine's loop body: schedule → run → sample → commit. One thread owns it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manyhats.engine.batch import Batch, build_batch, num_logit_rows
+from manyhats.engine.blocks import BlockAllocator
+from manyhats.engine.errors import (
+    DeadlineExceededError,
+    EngineError,
+    NumericalError,
+    RequestCancelledError,
+)
+from manyhats.engine.jobs import Event, Job, Output, SampledToken
+from manyhats.engine.kernels.interface import AdapterSlots, KVCache
+from manyhats.engine.model.decoder import Decoder
+from manyhats.engine.output import StepStats
+from manyhats.engine.sampler import non_finite_rows, sample
+from manyhats.engine.schedule import Chunk, Schedule, SchedulerConfig
+from manyhats.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step tells the callers, and its statistics; ``stats`` is None where nothing ran."""
+
+    events: tuple[Event, ...]
+    stats: StepStats | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """A chunk's share of the logits: rows [first, scored_end) are scored, then one is sampled if there is one."""
+
+    chunk: Chunk
+    job: Job
+    first: int
+    scored_end: int
+    end: int
+
+    @property
+    def first_position(self) -> int:
+        """The position in the sequence that row ``first`` belongs to."""
+        return self.chunk.end - (self.end - self.first)
+
+
+class Engine:
+    """Runs jobs to their end. Not thread-safe; ``AsyncEngine`` gives it a thread."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        slots: AdapterSlots,
+        *,
+        num_blocks: int,
+        block_size: int,
+        scheduler: SchedulerConfig,
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._slots = slots
+        self._block_size = block_size
+        self.allocator = BlockAllocator(num_blocks, block_size)
+        self.scheduler = Scheduler(scheduler, self.allocator)
+        self._jobs: dict[str, Job] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any job is unfinished."""
+        return bool(self._jobs)
+
+    def add(self, job: Job) -> tuple[Event, ...]:
+        """Takes a job in; the event says why not, where it can't."""
+        try:
+            job.start(self.scheduler)
+        except EngineError as error:
+            return (Event(job.id, error, True),)
+        self._jobs[job.id] = job
+        return ()
+
+    def cancel(self, job_id: str) -> tuple[Event, ...]:
+        """Ends a job at once; its blocks are free when this returns. Unknown ids are passed over."""
+        job = self._jobs.get(job_id)
+        return () if job is None else (self._fail(job, RequestCancelledError("cancelled")),)
+
+    def step(self) -> StepResult:
+        """One turn: ends what the clock ends, then runs the next batch, if there is one."""
+        started = time.monotonic()
+        events = self._tick(started)
+        schedule = self.scheduler.schedule()
+        if not schedule.chunks:
+            return StepResult(tuple(events), None)
+        for chunk in schedule.chunks:
+            self._jobs[chunk.sequence.id].begin(chunk.sequence, started)
+        batch = build_batch(schedule, self._block_size)
+        with torch.inference_mode():
+            logits = self._decoder.forward(batch, self._cache, self._slots)
+            events += self._commit(schedule, logits, started)
+        return StepResult(tuple(events), self._stats(schedule, batch, time.monotonic() - started))
+
+    def drop_all(self, error: EngineError) -> tuple[Event, ...]:
+        """Ends every job with an error."""
+        return tuple(self._fail(job, error) for job in tuple(self._jobs.values()))
+
+    def _tick(self, now_s: float) -> list[Event]:
+        events: list[Event] = []
+        for job in tuple(self._jobs.values()):
+            if job.deadline_s is not None and now_s >= job.deadline_s:
+                events.append(self._fail(job, DeadlineExceededError("the deadline passed")))
+            else:
+                self._emit(job, job.tick(self.scheduler, now_s), events)
+        return events
+
+    def _commit(self, schedule: Schedule, logits: Tensor, started: float) -> list[Event]:
+        """Samples, scores, and moves every sequence of the step on; a row with bad logits ends its job alone."""
+        rows = self._rows(schedule)
+        events: list[Event] = []
+        bad = set(non_finite_rows(logits))
+        for part in rows:
+            if part.job.id in self._jobs and bad.intersection(range(part.first, part.end)):
+                events.append(self._fail(part.job, NumericalError("the logits are not finite")))
+        rows = [part for part in rows if part.job.id in self._jobs]
+        for part in rows:
+            if part.scored_end > part.first:
+                part.job.score(part.chunk.sequence, part.first_position, logits[part.first : part.scored_end])
+        tokens = self._sample(rows, logits)
+        ended = [part.chunk.ends_tokens for part in rows]
+        self.scheduler.commit(schedule)
+        now_s = time.monotonic()
+        for part, token, is_end in zip(rows, tokens, ended, strict=True):
+            if is_end and part.job.id in self._jobs:
+                output = part.job.commit(part.chunk.sequence, token, self.scheduler, now_s)
+                self._emit(part.job, output, events)
+        return events
+
+    def _rows(self, schedule: Schedule) -> list[_Rows]:
+        rows: list[_Rows] = []
+        first = 0
+        for chunk in schedule.chunks:
+            end = first + num_logit_rows(chunk)
+            job = self._jobs[chunk.sequence.id]
+            sampled = chunk.ends_tokens and job.samples
+            rows.append(_Rows(chunk, job, first, end - 1 if sampled else end, end))
+            first = end
+        return rows
+
+    def _sample(self, rows: Seq[_Rows], logits: Tensor) -> list[SampledToken | None]:
+        """One token for each of the rows that samples, in their order; None for the others."""
+        sampling = [part for part in rows if part.scored_end < part.end]
+        if not sampling:
+            return [None] * len(rows)
+        index = [part.end - 1 for part in sampling]
+        chosen = logits if len(index) == logits.shape[0] else logits[index]
+        result = sample(chosen, [part.job.sampling_row(part.chunk.sequence) for part in sampling])
+        tokens = iter(zip(result.token_ids, result.logprobs, strict=True))
+        return [SampledToken(*next(tokens)) if part.scored_end < part.end else None for part in rows]
+
+    def _emit(self, job: Job, output: Output | None, events: list[Event]) -> None:
+        if job.is_done:
+            del self._jobs[job.id]
+        if output is not None:
+            events.append(Event(job.id, output, job.is_done))
+
+    def _fail(self, job: Job, error: EngineError) -> Event:
+        job.abort(self.scheduler)
+        del self._jobs[job.id]
+        return Event(job.id, error, True)
+
+    def _stats(self, schedule: Schedule, batch: Batch, duration_s: float) -> StepStats:
+        num_decode = sum(chunk.is_decode for chunk in schedule.chunks)
+        return StepStats(
+            duration_s=duration_s,
+            num_prefill_tokens=batch.num_tokens - num_decode,
+            num_decode_tokens=num_decode,
+            num_adapters=batch.adapter_rows.num_adapters,
+            num_preempted=len(schedule.preempted),
+            prefix_cache_queries=schedule.prefix_cache_queries,
+            prefix_cache_hits=schedule.prefix_cache_hits,
+        )

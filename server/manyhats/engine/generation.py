@@ -1,0 +1,170 @@
+"""One generation in the engine: from queue to last token."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from manyhats.engine.jobs import Output, SampledToken, cache_key, token_output
+from manyhats.engine.logprobs import token_logprobs
+from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage
+from manyhats.engine.request import Request
+from manyhats.engine.sampler import SamplingRow
+from manyhats.engine.scheduler import Scheduler
+from manyhats.engine.sequence import Sequence
+from manyhats.engine.stopping import StopChecker
+from manyhats.engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServingModel:
+    """What requests need to know of the model.
+
+    Attributes:
+        base_digest: of weights and quantization.
+        tokenizer: of the base.
+        eos_token_ids: any of them ends a generation.
+        max_context_length: prompt and output tokens together, at most.
+        vocab_size: token ids are below.
+    """
+
+    base_digest: str
+    tokenizer: Tokenizer
+    eos_token_ids: frozenset[int]
+    max_context_length: int
+    vocab_size: int
+
+
+class Generation:
+    """A ``Job`` that samples one token a step."""
+
+    def __init__(
+        self, job_id: str, request: Request, slot: int, adapter_load_s: float, model: ServingModel
+    ) -> None:
+        self.id = job_id
+        self.deadline_s = request.deadline_s
+        self.is_done = False
+        self.samples = True
+        self._request = request
+        self._tokenizer = model.tokenizer
+        self._seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
+        self._num_prompt_tokens = len(request.prompt_token_ids)
+        stopping = request.stopping
+        self._sequence = Sequence(
+            id=job_id,
+            token_ids=list(request.prompt_token_ids),
+            max_num_tokens=min(self._num_prompt_tokens + stopping.max_new_tokens, model.max_context_length),
+            cache_key=cache_key(model.base_digest, request.adapter, request.cache_salt),
+            slot=slot,
+            priority=request.priority,
+            arrival=request.accepted_s,
+            logits_from=0 if request.response.prompt_logprobs else None,
+        )
+        self._detokenizer = model.tokenizer.stream()
+        self._stop = StopChecker(stopping, model.eos_token_ids)
+        self._end_s = None if stopping.time_limit_s is None else request.accepted_s + stopping.time_limit_s
+        self._prompt_tokens: list[TokenOutput] = []
+        if request.response.prompt_logprobs:
+            self._prompt_tokens.append(token_output(model.tokenizer, request.prompt_token_ids[0], None))
+        self._usage = Usage(prompt_tokens=self._num_prompt_tokens, adapter_load_s=adapter_load_s)
+        self._started_s: float | None = None
+        self._first_token_s: float | None = None
+
+    def start(self, scheduler: Scheduler) -> None:
+        """Queues the prompt."""
+        scheduler.add(self._sequence)
+
+    def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
+        """Ends by the time limit, with what there is."""
+        if self._end_s is None or now_s < self._end_s:
+            return None
+        self._finish(scheduler)
+        return self._output(self._rest(), (), FinishReason.TIME_LIMIT, now_s)
+
+    def begin(self, sequence: Sequence, now_s: float) -> None:
+        """Notes when the request left the queue."""
+        if self._started_s is None:
+            self._started_s = now_s
+            self._usage = replace(
+                self._usage,
+                queue_s=now_s - self._request.accepted_s,
+                cached_prompt_tokens=sequence.num_cached_tokens,
+            )
+
+    def sampling_row(self, sequence: Sequence) -> SamplingRow:
+        """The request's parameters and the tokens so far."""
+        num_generated = sequence.num_output_tokens
+        response = self._request.response
+        return SamplingRow(
+            params=self._request.sampling,
+            seed=self._seed,
+            step=num_generated,
+            prompt_token_ids=self._request.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
+            forbid=self._stop.forbidden_ids(num_generated),
+            num_logprobs=response.top_logprobs if response.logprobs else None,
+        )
+
+    def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
+        """Keeps the log-probabilities of the prompt's tokens after the first."""
+        targets = sequence.token_ids[first_position + 1 : self._num_prompt_tokens][: logits.shape[0]]
+        num_top = self._request.response.top_logprobs
+        for target, logprob in zip(
+            targets,
+            token_logprobs(logits[: len(targets)], torch.tensor(targets, dtype=torch.int64), num_top),
+            strict=True,
+        ):
+            self._prompt_tokens.append(token_output(self._tokenizer, target, logprob))
+
+    def commit(
+        self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
+    ) -> Output | None:
+        """Takes the sampled token into the sequence and says what it adds to the answer."""
+        if sampled is None:
+            return None
+        scheduler.append_token(sequence, sampled.id)
+        if self._first_token_s is None:
+            self._first_token_s = now_s
+        text, reason = self._stop.push(
+            sampled.id, self._detokenizer.push(sampled.id), sequence.num_output_tokens
+        )
+        if reason is None and sequence.num_tokens >= sequence.max_num_tokens:
+            reason = FinishReason.LENGTH
+        is_cut = (
+            reason is FinishReason.STOP_SEQUENCE and sampled.id not in self._request.stopping.stop_token_ids
+        )
+        if reason is not None and not is_cut:
+            text += self._rest()
+        tokens = (token_output(self._tokenizer, sampled.id, sampled.logprob),)
+        if reason is not None:
+            self._finish(scheduler)
+        return self._output(text, tokens, reason, now_s)
+
+    def abort(self, scheduler: Scheduler) -> None:
+        """Frees the sequence's blocks."""
+        scheduler.finish(self._sequence)
+
+    def _rest(self) -> str:
+        """What was held back: a stop sequence that did not come, a character that stayed incomplete."""
+        return self._stop.flush() + self._detokenizer.flush()
+
+    def _finish(self, scheduler: Scheduler) -> None:
+        self.is_done = True
+        scheduler.finish(self._sequence)
+
+    def _output(
+        self, text: str, tokens: tuple[TokenOutput, ...], reason: FinishReason | None, now_s: float
+    ) -> StepOutput:
+        started = now_s if self._started_s is None else self._started_s
+        first = now_s if self._first_token_s is None else self._first_token_s
+        self._usage = replace(
+            self._usage,
+            generated_tokens=self._sequence.num_output_tokens,
+            prefill_s=first - started,
+            decode_s=now_s - first,
+        )
+        prompt_tokens, self._prompt_tokens = tuple(self._prompt_tokens), []
+        return StepOutput(text, tokens, prompt_tokens, reason, self._usage, now_s)

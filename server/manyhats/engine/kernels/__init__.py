@@ -1,0 +1,1 @@
+"""The few operations the decoder is made of, behind one interface."""

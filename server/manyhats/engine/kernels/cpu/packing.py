@@ -1,0 +1,138 @@
+"""Weights, caches and adapters in the layouts that the CPU kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
+from manyhats.engine.model.weights import Linear
+
+Array = NDArray[np.generic]
+LANES = 8
+PANEL_BYTES = 64 * 1024
+"""Of decoded float32 weights; stays in the second-level cache beside four rows of input."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CpuLinear:
+    """One or more linears over the same input, as the ``linear`` kernel takes them.
+
+    ``absmax`` and what follows are empty unless the weights are NF4.
+    """
+
+    in_features: int
+    out_features: int
+    weights: Array
+    bias: Array
+    absmax: Array
+    row_block: Array
+    row_offset: Array
+    nested: Array
+    nested_code: Array
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes of weights, statistics and bias."""
+        arrays = (self.weights, self.bias, self.absmax, self.row_block, self.row_offset, self.nested)
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def panel_rows(self) -> int:
+        """Weight rows decoded at a time."""
+        return max(3, PANEL_BYTES // (4 * self.in_features) // 3 * 3)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """A CPU tensor's memory as NumPy; bfloat16 as uint16, which NumPy has."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.numpy()
+
+
+def interleave_nibbles(packed: Tensor) -> Array:
+    """Reorders NF4 codes for ``decode_nf4``: 16 bytes hold 32 codes, in four groups of eight.
+
+    Byte 4·g + i of a group of 16 gets element 8·g + i in its low nibble and element 8·g + 4 + i in its high one;
+    bitsandbytes keeps elements 2·j and 2·j + 1 in byte j, the first in the high nibble.
+    """
+    pairs = packed.view(-1, 1)
+    codes = torch.cat((pairs >> 4, pairs & 15), dim=1).view(-1, 2, 4)  # [groups of eight, half, i]
+    return (codes[:, 0] | (codes[:, 1] << 4)).reshape(-1).numpy()
+
+
+def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
+    """Lays out linears over the same input as one.
+
+    Raises:
+        ModelError: parts mix NF4 and dense weights, or the input is not a multiple of eight.
+    """
+    in_features = parts[0].in_features
+    if in_features % LANES:
+        raise ModelError(f"a linear with {in_features} inputs: the CPU kernels need a multiple of {LANES}")
+    weights = [part.weight for part in parts]
+    out_features = sum(part.out_features for part in parts)
+    bias = np.concatenate([_bias(part) for part in parts])
+    quantized = [weight for weight in weights if isinstance(weight, Nf4Weight)]
+    dense = [weight for weight in weights if isinstance(weight, Tensor)]
+    if quantized and dense:
+        raise ModelError("linears over the same input must be all NF4 or all dense")
+    if quantized:
+        return _pack_nf4(quantized, in_features, out_features, bias)
+    empty = np.empty(0, dtype=np.float32)
+    # A single matrix is read in place: a tied output head shares the embedding's memory.
+    joined = dense[0] if len(dense) == 1 else torch.cat([weight.reshape(-1) for weight in dense])
+    return CpuLinear(
+        in_features=in_features,
+        out_features=out_features,
+        weights=as_array(joined.reshape(-1)),
+        bias=bias,
+        absmax=np.empty(0, dtype=np.uint8),
+        row_block=np.empty(0, dtype=np.int32),
+        row_offset=empty,
+        nested=empty,
+        nested_code=empty,
+    )
+
+
+def _bias(part: Linear) -> Array:
+    if part.bias is None:
+        return np.zeros(part.out_features, dtype=np.float32)
+    return part.bias.to(torch.float32).numpy()
+
+
+def _pack_nf4(weights: Sequence[Nf4Weight], in_features: int, out_features: int, bias: Array) -> CpuLinear:
+    per_row = in_features // BLOCK_SIZE
+    absmax: list[Array] = []
+    row_block: list[Array] = []
+    nested: list[Array] = []
+    first = 0
+    for weight in weights:
+        num_blocks = weight.absmax.numel()
+        num_groups = weight.nested_absmax.numel()
+        # Each part starts a new group of 256 blocks, so that the second-level scale stays block // 256.
+        padded = np.zeros(num_groups * NESTED_BLOCK_SIZE, dtype=np.uint8)
+        padded[:num_blocks] = weight.absmax.numpy()
+        absmax.append(padded)
+        row_block.append(first + np.arange(weight.shape[0]) * per_row)
+        nested.append(weight.nested_absmax.numpy())
+        first += padded.size
+    offsets = [np.full(weight.shape[0], weight.offset, dtype=np.float32) for weight in weights]
+    return CpuLinear(
+        in_features=in_features,
+        out_features=out_features,
+        weights=np.concatenate([interleave_nibbles(weight.packed) for weight in weights]),
+        bias=bias,
+        absmax=np.concatenate(absmax),
+        row_block=np.concatenate(row_block).astype(np.int32),
+        row_offset=np.concatenate(offsets),
+        nested=np.concatenate(nested),
+        nested_code=weights[0].nested_code.numpy(),
+    )

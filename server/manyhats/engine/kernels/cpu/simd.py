@@ -1,0 +1,374 @@
+"""Eight float32 lanes as a Numba value, so that kernels say which operations run, and in which order.
+
+A vector is an LLVM ``<8 x float>``: one AVX register, or two NEON ones. Nothing here is reassociated by the
+compiler, so a kernel's result depends on the order its source states and on nothing else: not on how many
+rows it is given, nor on which variant of a loop handles them.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.core.errors import TypingError
+from numba.core.extending import intrinsic, register_model
+
+LANES = 8
+
+_F32 = ir.FloatType()
+_I32 = ir.IntType(32)
+_I8 = ir.IntType(8)
+_VEC = ir.VectorType(_F32, LANES)
+_IVEC = ir.VectorType(_I32, LANES)
+_RAW16 = ir.VectorType(ir.IntType(16), LANES)
+
+# The least relative error over |r| ≤ ln 2 / 2 with 1 + r kept, 3e-9; Taylor's coefficients give 1.2e-7.
+_EXP_COEFFICIENTS = (0.0013814539, 0.0083687452, 0.0416683908, 0.1666652040, 0.4999999343, 1.0, 1.0)
+
+
+class _Vector(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name=f"f32x{LANES}")
+
+
+vector = _Vector()
+quad = types.UniTuple(vector, 4)
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, _VEC)
+
+
+def _element(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+
+
+def _const_f32(value: float) -> ir.Constant:
+    """The float32 nearest to value, as LLVM wants it: a double that holds it exactly."""
+    return ir.Constant(_F32, struct.unpack("f", struct.pack("f", value))[0])
+
+
+def _splat_const(value: float) -> ir.Constant:
+    return ir.Constant(_VEC, [_const_f32(value)] * LANES)
+
+
+def _splat_int(value: int) -> ir.Constant:
+    return ir.Constant(_IVEC, [value] * LANES)
+
+
+def _widen(builder: Any, raw: Any) -> Any:
+    """bfloat16 bits as float32, exactly."""
+    return builder.bitcast(builder.shl(builder.zext(raw, _IVEC), _splat_int(16)), _VEC)
+
+
+def _narrow(builder: Any, value: Any) -> Any:
+    """float32 to bfloat16 bits, to nearest even; NaN stays NaN."""
+    bits = builder.bitcast(value, _IVEC)
+    odd = builder.and_(builder.lshr(bits, _splat_int(16)), _splat_int(1))
+    rounded = builder.add(bits, builder.add(odd, _splat_int(0x7FFF)))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    rounded = builder.select(is_nan, _splat_int(0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(rounded, _splat_int(16)), _RAW16)
+
+
+def _load(builder: Any, ptr: Any, dtype: Any) -> Any:
+    if dtype == types.float32:
+        return builder.load(builder.bitcast(ptr, _VEC.as_pointer()), align=4)
+    return _widen(builder, builder.load(builder.bitcast(ptr, _RAW16.as_pointer()), align=2))
+
+
+def _check_dtype(array: Any) -> None:
+    if array.dtype not in (types.float32, types.uint16):
+        raise TypingError(f"vectors are loaded from float32 or bfloat16 (as uint16), not {array.dtype}")
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """Lanes array[index : index + 8]: float32, or bfloat16 held as uint16 and widened exactly."""
+    _check_dtype(array)
+
+    def codegen(context, builder, signature, args):
+        array_type = signature.args[0]
+        return _load(builder, _element(context, builder, array_type, args[0], args[1]), array_type.dtype)
+
+    return vector(array, types.intp), codegen
+
+
+@intrinsic
+def load_address(typingctx, address, like):
+    """Eight lanes at a memory address, of the dtype of the array ``like``."""
+    _check_dtype(like)
+
+    def codegen(context, builder, signature, args):
+        ptr = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        return _load(builder, ptr, signature.args[1].dtype)
+
+    return vector(types.int64, like), codegen
+
+
+@intrinsic
+def store(typingctx, array, index, value):
+    """array[index : index + 8] = value: float32, or rounded to bfloat16 held as uint16."""
+    _check_dtype(array)
+
+    def codegen(context, builder, signature, args):
+        array_type = signature.args[0]
+        ptr = _element(context, builder, array_type, args[0], args[1])
+        if array_type.dtype == types.float32:
+            builder.store(args[2], builder.bitcast(ptr, _VEC.as_pointer()), align=4)
+        else:
+            builder.store(_narrow(builder, args[2]), builder.bitcast(ptr, _RAW16.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), codegen
+
+
+@intrinsic
+def splat(typingctx, value):
+    """The same float32 in every lane."""
+
+    def codegen(context, builder, signature, args):
+        zero = ir.Constant(_I32, 0)
+        one = builder.insert_element(ir.Constant(_VEC, ir.Undefined), args[0], zero)
+        return builder.shuffle_vector(one, one, ir.Constant(_IVEC, [0] * LANES))
+
+    return vector(types.float32), codegen
+
+
+@intrinsic
+def zero(typingctx):
+    """Zero in every lane."""
+
+    def codegen(context, builder, signature, args):
+        return _splat_const(0.0)
+
+    return vector(), codegen
+
+
+def _binary(name: str, emit: Any, doc: str) -> Any:
+    def op(typingctx, a, b):
+        def codegen(context, builder, signature, args):
+            return emit(builder, args[0], args[1])
+
+        return vector(vector, vector), codegen
+
+    op.__name__ = name
+    op.__doc__ = doc
+    return intrinsic(op)
+
+
+add = _binary("add", lambda b, x, y: b.fadd(x, y), "Lane-wise x + y.")
+sub = _binary("sub", lambda b, x, y: b.fsub(x, y), "Lane-wise x − y.")
+mul = _binary("mul", lambda b, x, y: b.fmul(x, y), "Lane-wise x · y.")
+div = _binary("div", lambda b, x, y: b.fdiv(x, y), "Lane-wise x / y.")
+maximum = _binary(
+    "maximum",
+    lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y),
+    "Lane-wise maximum; y where x is NaN.",
+)
+
+
+def _llvm_intrinsic(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """Lane-wise a · b + c, rounded once."""
+
+    def codegen(context, builder, signature, args):
+        return _llvm_intrinsic(builder, f"llvm.fma.v{LANES}f32", _VEC, list(args))
+
+    return vector(vector, vector, vector), codegen
+
+
+def _tree(builder: Any, value: Any, combine: Any) -> Any:
+    width = LANES // 2
+    while width:
+        mask = [(lane + width) % LANES for lane in range(LANES)]
+        value = combine(value, builder.shuffle_vector(value, value, ir.Constant(_IVEC, mask)))
+        width //= 2
+    return builder.extract_element(value, ir.Constant(_I32, 0))
+
+
+@intrinsic
+def store_scalar(typingctx, array, index, value):
+    """array[index] = value: float32, or rounded to bfloat16 held as uint16."""
+    _check_dtype(array)
+
+    def codegen(context, builder, signature, args):
+        array_type = signature.args[0]
+        ptr = _element(context, builder, array_type, args[0], args[1])
+        if array_type.dtype == types.float32:
+            builder.store(args[2], ptr)
+        else:
+            first = ir.Constant(_I32, 0)
+            lanes = builder.insert_element(ir.Constant(_VEC, ir.Undefined), args[2], first)
+            builder.store(builder.extract_element(_narrow(builder, lanes), first), ptr)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.float32), codegen
+
+
+@intrinsic
+def sum_lanes(typingctx, value):
+    """The sum of the lanes, by halves: always in the same order."""
+
+    def codegen(context, builder, signature, args):
+        return _tree(builder, args[0], builder.fadd)
+
+    return types.float32(vector), codegen
+
+
+@intrinsic
+def max_lanes(typingctx, value):
+    """The largest lane."""
+
+    def codegen(context, builder, signature, args):
+        def larger(x, y):
+            return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+        return _tree(builder, args[0], larger)
+
+    return types.float32(vector), codegen
+
+
+@intrinsic
+def exp(typingctx, value):
+    """Lane-wise eˣ: x = n·ln 2 + r, a degree-6 polynomial in r, and n into the exponent; error under 1 ulp.
+
+    Below −87.3 the result is exactly 0, above 88 that of 88; NaN stays NaN.
+    """
+
+    def codegen(context, builder, signature, args):
+        low, high = _splat_const(-87.3), _splat_const(88.0)
+        below = builder.fcmp_ordered("<", args[0], low)
+        x = builder.select(below, low, args[0])
+        x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
+
+        def fused(a, b, c):
+            return _llvm_intrinsic(builder, f"llvm.fma.v{LANES}f32", _VEC, [a, b, c])
+
+        scaled = builder.fmul(x, _splat_const(1.4426950408889634))
+        n = _llvm_intrinsic(builder, f"llvm.nearbyint.v{LANES}f32", _VEC, [scaled])
+        r = fused(n, _splat_const(-0.693359375), x)
+        r = fused(n, _splat_const(2.12194440e-4), r)
+        poly = _splat_const(_EXP_COEFFICIENTS[0])
+        for coefficient in _EXP_COEFFICIENTS[1:]:
+            poly = fused(poly, r, _splat_const(coefficient))
+        exponent = builder.add(builder.fptosi(n, _IVEC), _splat_int(127))
+        result = builder.fmul(poly, builder.bitcast(builder.shl(exponent, _splat_int(23)), _VEC))
+        result = builder.select(below, _splat_const(0.0), result)
+        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], result)
+
+    return vector(vector), codegen
+
+
+# The 16 values of the NF4 data type (Dettmers et al. 2023, arXiv:2305.14314, appendix E).
+NF4_VALUES = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=np.float32,
+)
+
+
+def _has_avx2() -> bool:
+    return llvm.get_process_triple().startswith(("x86_64", "i686")) and bool(
+        llvm.get_host_cpu_features().get("avx2")
+    )
+
+
+@intrinsic
+def decode_nf4(typingctx, array, index):
+    """NF4 values of the 32 codes in array[index : index + 16], uint8, as four vectors.
+
+    Byte i < 16 holds element 8·(i // 4) + i % 4 of the group in its low nibble and the element four further
+    on in its high one (``packing.interleave_nibbles`` makes that order). With AVX2 the four bytes of each
+    float come from four byte shuffles, and two rounds of unpacking put them in place.
+    """
+
+    def codegen(context, builder, signature, args):
+        raw_type = ir.VectorType(_I8, 16)
+        ptr = _element(context, builder, signature.args[0], args[0], args[1])
+        raw = builder.load(builder.bitcast(ptr, raw_type.as_pointer()), align=1)
+        four, fifteen = (ir.Constant(raw_type, [value] * 16) for value in (4, 15))
+        codes = builder.shuffle_vector(
+            builder.and_(raw, fifteen),
+            builder.lshr(raw, four),
+            ir.Constant(ir.VectorType(_I32, 32), list(range(32))),
+        )
+        lookup = _lookup_bytes if _has_avx2() else _lookup_elements
+        return context.make_tuple(builder, quad, lookup(builder, codes))
+
+    return quad(array, types.intp), codegen
+
+
+def _lookup_bytes(builder: Any, codes: Any) -> list[Any]:
+    wide = ir.VectorType(_I8, 32)
+
+    def interleave(a: Any, b: Any, width: int) -> list[Any]:
+        """Unpack low and high within each half, as AVX2 does, in units of width bytes."""
+        results = []
+        units = 32 // width
+        for first in (0, units // 4):
+            mask = []
+            for half in (0, units // 2):
+                for unit in range(units // 4):
+                    position = half + first + unit
+                    mask += [position * width + byte for byte in range(width)]
+                    mask += [32 + position * width + byte for byte in range(width)]
+            results.append(builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, 32), mask)))
+        return results
+
+    planes = []
+    for plane in range(4):
+        table = NF4_VALUES.view(np.uint8).reshape(16, 4)[:, plane].tolist() * 2
+        planes.append(
+            _llvm_intrinsic(builder, "llvm.x86.avx2.pshuf.b", wide, [ir.Constant(wide, table), codes])
+        )
+    low_halves = interleave(planes[0], planes[1], 1)
+    high_halves = interleave(planes[2], planes[3], 1)
+    vectors = []
+    for low, high in zip(low_halves, high_halves, strict=True):
+        vectors += [builder.bitcast(v, _VEC) for v in interleave(low, high, 2)]
+    return vectors
+
+
+def _lookup_elements(builder: Any, codes: Any) -> list[Any]:
+    table = ir.Constant(ir.ArrayType(_F32, 16), [_const_f32(v) for v in NF4_VALUES])
+    slot = cgutils.alloca_once_value(builder, table)
+    vectors = []
+    for group in range(4):
+        result = ir.Constant(_VEC, ir.Undefined)
+        for lane in range(LANES):
+            source = 4 * group + lane % 4 + 16 * (lane // 4)
+            code = builder.zext(builder.extract_element(codes, ir.Constant(_I32, source)), _I32)
+            entry = builder.load(builder.gep(slot, [ir.Constant(_I32, 0), code]))
+            result = builder.insert_element(result, entry, ir.Constant(_I32, lane))
+        vectors.append(result)
+    return vectors

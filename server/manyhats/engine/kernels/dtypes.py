@@ -1,0 +1,21 @@
+"""The storage dtypes that the engine knows, by name."""
+
+from __future__ import annotations
+
+import torch
+
+from manyhats.engine.errors import ModelError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``float32`` or ``bfloat16`` as torch knows it.
+
+    Raises:
+        ModelError: any other name.
+    """
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}, not {name!r}") from None

@@ -1,0 +1,166 @@
+"""What a backend computes: the few operations the decoder is made of.
+
+Every backend must keep one invariant: a row's result depends on that row and its own keys and values alone, never
+on how many rows the call has, on how a prompt was cut into chunks, or on decode against prefill. Without it,
+preemption, chunking and prefix hits would change tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.engine.batch import AdapterRows, Batch
+from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.weights import Linear
+
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The linears that run as one, by the name of the fused one: all parts read the same input."""
+
+
+class PackedLinear(Protocol):
+    """One or more linears over the same input, laid out for a backend."""
+
+    @property
+    def out_features(self) -> int:
+        """Of all parts together."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes: weights, quantization statistics and biases."""
+        ...
+
+
+class KVCache(Protocol):
+    """Keys and values of every layer, in blocks."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes."""
+        ...
+
+    def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Copies block source to block target, in every layer, for each (source, target)."""
+        ...
+
+
+class AdapterSlots(Protocol):
+    """The loaded adapters, by slot. Slot 0 is the base model and stays empty.
+
+    ``write`` and ``clear`` may run beside a forward, as long as its batch does not name the slot.
+    """
+
+    def write(self, slot: int, adapter: LoweredAdapter) -> None:
+        """Puts an adapter into a slot.
+
+        Raises:
+            ModelError: the backend cannot run it.
+        """
+        ...
+
+    def clear(self, slot: int) -> None:
+        """Frees a slot and its memory."""
+        ...
+
+    def num_bytes(self, slot: int) -> int:
+        """Resident bytes of one slot."""
+        ...
+
+    def add_deltas(self, fused: str, layer: int, x: Tensor, y: Tensor, rows: AdapterRows) -> None:
+        """y[i] += the deltas of row i's adapter at each part of a fused linear.
+
+        Args:
+            fused: a key of ``FUSED``.
+            layer: from 0.
+            x: [N, d_in] float32, the input of the linear.
+            y: [N, d_out of all parts] float32, its output, updated.
+            rows: which rows have which adapter.
+        """
+        ...
+
+
+PackedT = TypeVar("PackedT", bound=PackedLinear)
+CacheT = TypeVar("CacheT", bound=KVCache)
+
+
+class Kernels(Protocol[PackedT, CacheT]):
+    """The operations of one backend, over its own weights and cache. Activations are float32 throughout."""
+
+    @property
+    def name(self) -> str:
+        """Shown in server info and logs."""
+        ...
+
+    def start_thread(self) -> None:
+        """Prepares the calling thread; call it once on each thread that runs the decoder."""
+        ...
+
+    def pack(self, parts: Sequence[Linear]) -> PackedT:
+        """Lays out linears over the same input as one.
+
+        Raises:
+            ModelError: a shape the backend cannot run.
+        """
+        ...
+
+    def new_cache(self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: str) -> CacheT:
+        """An empty cache; dtype is ``float32`` or ``bfloat16``."""
+        ...
+
+    def new_slots(self, config: DecoderConfig, num_slots: int, dtype: str) -> AdapterSlots:
+        """Empty slots, for adapters kept in ``float32`` or ``bfloat16``."""
+        ...
+
+    def linear(self, x: Tensor, packed: PackedT) -> Tensor:
+        """X Wᵀ + b, the parts side by side: [N, d_in] → [N, d_out]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """X / √(mean(x²) + eps) · weight, row by row: [N, D] → [N, D]."""
+        ...
+
+    def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Residual += delta; returns the norm of residual."""
+        ...
+
+    def rotate_and_store(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: CacheT, layer: int, num_heads: int
+    ) -> None:
+        """Rotates queries and keys by their angles, in place, and writes keys and values into the cache.
+
+        Args:
+            qkv: [N, (H + 2·Hkv)·K], queries then keys then values.
+            cos: [N, rotary_dim / 2], scaled.
+            sin: the same shape.
+            batch: names each row's KV slot.
+            cache: written at ``layer``.
+            layer: from 0.
+            num_heads: H.
+        """
+        ...
+
+    def attention(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        cache: CacheT,
+        layer: int,
+        num_heads: int,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Causal attention of each query row over its sequence's cached positions: → [N, H·K]."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """SiLU(gate) · up: [N, 2·I] → [N, I]."""
+        ...

@@ -1,0 +1,177 @@
+"""Which adapters are loaded, and in which slots: pins those in use, evicts the least recently used."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.engine.errors import AdapterCapacityError
+from manyhats.engine.kernels.interface import AdapterSlots
+
+LoadAdapter = Callable[[AdapterRecord], LoweredAdapter]
+"""Reads an artifact and lowers it; may take long, and raises what makes it unfit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyStats:
+    """Counts since the start, and bytes now."""
+
+    num_loads: int
+    num_evictions: int
+    load_seconds: float
+    resident_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """One adapter: loading until ``ready`` is set, then in ``slot`` unless ``error`` says why not."""
+
+    slot: int
+    ready: threading.Event
+    pins: int = 0
+    num_bytes: int = 0
+    forgotten: bool = False
+    error: BaseException | None = None
+
+
+class AdapterResidency:
+    """Slots by artifact digest. Safe from any thread.
+
+    ``acquire`` may load, so it never runs on the engine's thread or the event loop; ``try_acquire`` and
+    ``release`` return at once.
+    """
+
+    def __init__(self, slots: AdapterSlots, num_slots: int, max_bytes: int, load: LoadAdapter) -> None:
+        self._slots = slots
+        self._free = list(range(num_slots, 0, -1))
+        self._max_bytes = max_bytes
+        self._load = load
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+        self._stats = ResidencyStats(0, 0, 0.0, 0)
+
+    @property
+    def stats(self) -> ResidencyStats:
+        """A snapshot."""
+        return self._stats
+
+    def resident_digests(self) -> frozenset[str]:
+        """Digests of the adapters that a request could run on at once."""
+        with self._lock:
+            return frozenset(d for d, e in self._entries.items() if e.ready.is_set() and not e.forgotten)
+
+    def in_use(self, digest: str) -> bool:
+        """Whether a request is pinned to it."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            return entry is not None and entry.pins > 0
+
+    def try_acquire(self, digest: str) -> int | None:
+        """Pins a loaded adapter and returns its slot; None if it isn't loaded."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is None or not entry.ready.is_set() or entry.error is not None:
+                return None
+            self._pin(digest, entry)
+            return entry.slot
+
+    def acquire(self, record: AdapterRecord) -> int:
+        """Pins an adapter, loading it first where needed, and returns its slot.
+
+        Callers that ask for one that is being loaded wait for that load.
+
+        Raises:
+            AdapterCapacityError: every slot holds an adapter that is in use.
+            AdapterError: the artifact cannot be loaded.
+        """
+        with self._lock:
+            entry = self._entries.get(record.digest)
+            owner = entry is None
+            if entry is None:
+                entry = _Entry(self._take_slot(), threading.Event())
+                self._entries[record.digest] = entry
+            self._pin(record.digest, entry)
+        if owner:
+            self._fill(record, entry)
+        entry.ready.wait()
+        if entry.error is not None:
+            raise entry.error
+        return entry.slot
+
+    def release(self, digest: str) -> None:
+        """Undoes one ``acquire``; the adapter stays loaded until its slot is needed."""
+        with self._lock:
+            entry = self._entries[digest]
+            entry.pins -= 1
+            if entry.forgotten and not entry.pins:
+                self._drop(digest)
+
+    def forget(self, digest: str) -> None:
+        """Frees an adapter's memory, once the requests that run on it have finished."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is None:
+                return
+            entry.forgotten = True
+            if not entry.pins:
+                self._drop(digest)
+
+    def _pin(self, digest: str, entry: _Entry) -> None:
+        entry.pins += 1
+        entry.forgotten = False  # registered again
+        self._entries.move_to_end(digest)
+
+    def _fill(self, record: AdapterRecord, entry: _Entry) -> None:
+        """Loads outside the lock, so that no other adapter waits for this one."""
+        started = time.monotonic()
+        try:
+            self._slots.write(entry.slot, self._load(record))
+        except BaseException as error:
+            with self._lock:
+                entry.error = error
+                self._drop(record.digest)
+            entry.ready.set()
+            raise
+        with self._lock:
+            entry.num_bytes = self._slots.num_bytes(entry.slot)
+            stats = self._stats
+            self._stats = ResidencyStats(
+                stats.num_loads + 1,
+                stats.num_evictions,
+                stats.load_seconds + time.monotonic() - started,
+                stats.resident_bytes + entry.num_bytes,
+            )
+            entry.ready.set()
+            while self._stats.resident_bytes > self._max_bytes and self._evict():
+                pass
+
+    def _take_slot(self) -> int:
+        if not self._free and not self._evict():
+            raise AdapterCapacityError(len(self._entries))
+        return self._free.pop()
+
+    def _evict(self) -> bool:
+        """Drops the least recently used adapter that nobody uses; whether there was one."""
+        for digest, entry in self._entries.items():
+            if not entry.pins:
+                self._drop(digest)
+                stats = self._stats
+                self._stats = ResidencyStats(
+                    stats.num_loads, stats.num_evictions + 1, stats.load_seconds, stats.resident_bytes
+                )
+                return True
+        return False
+
+    def _drop(self, digest: str) -> None:
+        entry = self._entries.pop(digest)
+        self._slots.clear(entry.slot)
+        self._free.append(entry.slot)
+        stats = self._stats
+        self._stats = ResidencyStats(
+            stats.num_loads, stats.num_evictions, stats.load_seconds, stats.resident_bytes - entry.num_bytes
+        )

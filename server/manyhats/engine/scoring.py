@@ -1,0 +1,175 @@
+"""One scoring in the engine: the log-probability of each continuation after a prompt that is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from manyhats.engine.blocks import SharedPrefix
+from manyhats.engine.errors import QueueFullError
+from manyhats.engine.generation import ServingModel
+from manyhats.engine.jobs import Output, SampledToken, cache_key, token_output
+from manyhats.engine.logprobs import TokenLogprob, token_logprobs
+from manyhats.engine.output import ScoredContinuation, ScoreOutput, Usage
+from manyhats.engine.request import ScoreRequest
+from manyhats.engine.sampler import SamplingRow
+from manyhats.engine.scheduler import Scheduler
+from manyhats.engine.sequence import Sequence
+
+_MAX_QUEUED = 64
+"""Continuations of one request in the scheduler at a time, so that others get their turn."""
+
+
+@dataclass(slots=True, eq=False)
+class _Branch:
+    """One continuation: its tokens, and the log-probabilities found so far."""
+
+    token_ids: tuple[int, ...]
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Scoring:
+    """A ``Job`` that samples nothing.
+
+    First the prompt but its last token runs alone. Its KV is then shared by one sequence per continuation,
+    which runs the prompt's last token and the continuation but its last.
+    """
+
+    def __init__(
+        self, job_id: str, request: ScoreRequest, slot: int, adapter_load_s: float, model: ServingModel
+    ) -> None:
+        self.id = job_id
+        self.deadline_s = request.deadline_s
+        self.is_done = False
+        self.samples = False
+        self._request = request
+        self._tokenizer = model.tokenizer
+        self._slot = slot
+        self._cache_key = cache_key(model.base_digest, request.adapter, request.cache_salt)
+        self._branches = [_Branch(token_ids) for token_ids in request.continuations]
+        self._unqueued: Iterator[_Branch] = iter(self._branches)
+        self._next: _Branch | None = None
+        self._running: dict[Sequence, _Branch] = {}
+        self._prompt: Sequence | None = None
+        self._prefix: SharedPrefix | None = None
+        self._num_done = 0
+        self._usage = Usage(prompt_tokens=len(request.prompt_token_ids), adapter_load_s=adapter_load_s)
+        self._started_s: float | None = None
+
+    def start(self, scheduler: Scheduler) -> None:
+        """Queues the prompt, or the continuations at once where there is nothing to share."""
+        prompt = self._request.prompt_token_ids
+        if len(prompt) > 1 and len(self._branches) > 1:
+            self._prompt = self._sequence(prompt[:-1])
+            scheduler.add(self._prompt)
+        else:
+            scheduler.add(self._new_branch_sequence(next(self._unqueued)))
+            self._queue_branches(scheduler)
+
+    def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
+        """Queues more continuations as others finish."""
+        if self._prompt is None:
+            self._queue_branches(scheduler)
+        return None
+
+    def begin(self, sequence: Sequence, now_s: float) -> None:
+        """Notes when the request left the queue."""
+        if self._started_s is None:
+            self._started_s = now_s
+            self._usage = replace(
+                self._usage,
+                queue_s=now_s - self._request.accepted_s,
+                cached_prompt_tokens=min(sequence.num_cached_tokens, len(self._request.prompt_token_ids)),
+            )
+
+    def sampling_row(self, sequence: Sequence) -> SamplingRow:
+        """Never asked for."""
+        raise TypeError("a scoring samples nothing")
+
+    def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
+        """Keeps the log-probabilities of the continuation's tokens."""
+        branch = self._running.get(sequence)
+        if branch is None:
+            return
+        start = first_position + 1 - len(self._request.prompt_token_ids)
+        targets = branch.token_ids[start : start + logits.shape[0]]
+        branch.logprobs += token_logprobs(
+            logits, torch.tensor(targets, dtype=torch.int64), self._request.response.top_logprobs
+        )
+
+    def commit(
+        self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
+    ) -> Output | None:
+        """Starts the continuations once the prompt is there; answers when the last one is."""
+        if sequence is self._prompt:
+            self._prefix = scheduler.hold(sequence, sequence.num_tokens)
+            scheduler.finish(sequence)
+            self._prompt = None
+            self._usage = replace(self._usage, prefill_s=now_s - (self._started_s or now_s))
+            self._queue_branches(scheduler)
+            return None
+        del self._running[sequence]
+        scheduler.finish(sequence)
+        self._num_done += 1
+        if self._num_done < len(self._branches):
+            return None
+        self.is_done = True
+        self.abort(scheduler)
+        return self._output(now_s)
+
+    def abort(self, scheduler: Scheduler) -> None:
+        """Frees every sequence's blocks and the shared prompt's."""
+        if self._prompt is not None:
+            scheduler.finish(self._prompt)
+        for sequence in self._running:
+            scheduler.finish(sequence)
+        if self._prefix is not None:
+            scheduler.release(self._prefix)
+
+    def _queue_branches(self, scheduler: Scheduler) -> None:
+        while len(self._running) < _MAX_QUEUED:
+            branch = self._next or next(self._unqueued, None)
+            if branch is None:
+                return
+            self._next = branch
+            sequence = self._new_branch_sequence(branch)
+            try:
+                scheduler.add(sequence)
+            except QueueFullError:
+                del self._running[sequence]
+                return  # tried again at the next tick
+            self._next = None
+
+    def _new_branch_sequence(self, branch: _Branch) -> Sequence:
+        prompt = self._request.prompt_token_ids
+        sequence = self._sequence(prompt + branch.token_ids[:-1])
+        sequence.logits_from = len(prompt) - 1
+        sequence.shared = self._prefix
+        self._running[sequence] = branch
+        return sequence
+
+    def _sequence(self, token_ids: tuple[int, ...]) -> Sequence:
+        return Sequence(
+            id=self.id,
+            token_ids=list(token_ids),
+            max_num_tokens=len(token_ids),
+            cache_key=self._cache_key,
+            slot=self._slot,
+            priority=self._request.priority,
+            arrival=self._request.accepted_s,
+        )
+
+    def _output(self, now_s: float) -> ScoreOutput:
+        started = self._started_s or now_s
+        self._usage = replace(self._usage, decode_s=now_s - started - self._usage.prefill_s)
+        return ScoreOutput([self._scored(branch) for branch in self._branches], self._usage)
+
+    def _scored(self, branch: _Branch) -> ScoredContinuation:
+        tokens = tuple(
+            token_output(self._tokenizer, token_id, logprob)
+            for token_id, logprob in zip(branch.token_ids, branch.logprobs, strict=True)
+        )
+        return ScoredContinuation(sum(logprob.logprob for logprob in branch.logprobs), tokens)
