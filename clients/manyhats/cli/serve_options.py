@@ -34,6 +34,7 @@ Model: TypeAlias = Annotated[
         "--model",
         metavar="DIR|ID|ALIAS",
         help="The base model: a Hugging Face directory, a hub id, or a known model's name.",
+        show_default="smollm2-135m-instruct",
     ),
 ]
 Quantization: TypeAlias = Annotated[
@@ -53,7 +54,13 @@ BaseNames: TypeAlias = Annotated[
 ]
 
 Store: TypeAlias = Annotated[
-    str | None, _adapters("--store", metavar="URL|DIR", help="Keeps registered adapters; made if missing.")
+    str | None,
+    _adapters(
+        "--store",
+        metavar="DIR",
+        help="Keeps registered adapters; made if missing.",
+        show_default="store in the cache's home",
+    ),
 ]
 AdapterRoots: TypeAlias = Annotated[
     list[Path] | None,
@@ -118,8 +125,29 @@ KvCacheBytes: TypeAlias = Annotated[
         metavar="BYTES",
         min=1,
         help="Memory for the KV cache.",
-        show_default="by the machine's",
+        show_default="1073741824",
     ),
+]
+KvCacheDtype: TypeAlias = Annotated[
+    str | None,
+    _limit(
+        "--kv-cache-dtype",
+        metavar="auto|bfloat16|float32",
+        help="Of the KV cache; auto is --dtype.",
+        show_default="auto",
+    ),
+]
+MaxAdapters: TypeAlias = Annotated[
+    int | None,
+    _limit("--max-adapters", metavar="N", min=1, help="Adapters in memory at once.", show_default="256"),
+]
+MaxWaiting: TypeAlias = Annotated[
+    int | None,
+    _limit("--max-waiting", metavar="N", min=1, help="Requests that may wait.", show_default="1024"),
+]
+NumThreads: TypeAlias = Annotated[
+    int | None,
+    _limit("--num-threads", metavar="N", min=0, help="Of the kernels; 0 is one per core.", show_default="0"),
 ]
 
 ConfigFile: TypeAlias = Annotated[

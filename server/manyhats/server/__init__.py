@@ -1,0 +1,1 @@
+"""gRPC services, metrics, health, configuration and process life."""

@@ -1,0 +1,82 @@
+"""AdapterService: registers, describes, lists and deletes adapters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.server import from_proto, to_proto
+from manyhats.server.errors import NotOfferedError
+from manyhats.server.gate import Gate
+from manyhats.server.metrics import Metrics
+from manyhats.server.registrar import Registrar
+from manyhats.v1 import adapter_pb2, adapter_pb2_grpc
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
+    """Manages the adapters of the backend behind the gate."""
+
+    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+        self._gate = gate
+        self._metrics = metrics
+
+    async def RegisterAdapter(  # noqa: N802
+        self, request: adapter_pb2.RegisterAdapterRequest, context: Context
+    ) -> adapter_pb2.RegisterAdapterResponse:
+        """Make an artifact a version of a task."""
+        # Shielded, as is deletion: once begun, a change is carried through to engine and metrics even if its
+        # caller leaves.
+        spec = from_proto.registration_spec(request)
+        registration = await asyncio.shield(self._registrar.register(spec))
+        return adapter_pb2.RegisterAdapterResponse(
+            adapter=self._message(registration.record), created=registration.created
+        )
+
+    async def UploadAdapter(  # noqa: N802
+        self, request_iterator: AsyncIterator[adapter_pb2.UploadAdapterRequest], context: Context
+    ) -> adapter_pb2.UploadAdapterResponse:
+        """Refuse: adapters are registered from a path."""
+        raise NotOfferedError("UploadAdapter")
+
+    async def GetAdapter(  # noqa: N802
+        self, request: adapter_pb2.GetAdapterRequest, context: Context
+    ) -> adapter_pb2.GetAdapterResponse:
+        """Describe one version."""
+        record = self._gate.backend.store.get(request.task_id)
+        return adapter_pb2.GetAdapterResponse(adapter=self._message(record))
+
+    async def ListAdapters(  # noqa: N802
+        self, request: adapter_pb2.ListAdaptersRequest, context: Context
+    ) -> adapter_pb2.ListAdaptersResponse:
+        """List versions, page by page."""
+        page = self._gate.backend.store.list(
+            task_id=request.task_id, page_size=request.page_size, page_token=request.page_token
+        )
+        adapters = [self._message(record) for record in page.records]
+        return adapter_pb2.ListAdaptersResponse(adapters=adapters, next_page_token=page.next_page_token)
+
+    async def ActivateAdapter(  # noqa: N802
+        self, request: adapter_pb2.ActivateAdapterRequest, context: Context
+    ) -> adapter_pb2.ActivateAdapterResponse:
+        """Refuse: registering the same artifact again activates its version."""
+        raise NotOfferedError("ActivateAdapter")
+
+    async def DeleteAdapter(  # noqa: N802
+        self, request: adapter_pb2.DeleteAdapterRequest, context: Context
+    ) -> adapter_pb2.DeleteAdapterResponse:
+        """Delete one version or a whole task."""
+        gone = await asyncio.shield(self._registrar.delete(request.task_id, force=request.force))
+        return adapter_pb2.DeleteAdapterResponse(adapters=[self._message(record) for record in gone])
+
+    @property
+    def _registrar(self) -> Registrar:
+        return Registrar(self._gate.backend, self._metrics)
+
+    def _message(self, record: AdapterRecord) -> adapter_pb2.Adapter:
+        is_resident = record.digest in self._gate.backend.engine.resident_digests()
+        return to_proto.adapter(record, is_resident=is_resident)

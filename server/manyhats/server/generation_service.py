@@ -1,0 +1,149 @@
+"""GenerationService: turns messages into requests of the engine, and its outputs into messages."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.engine.output import StepOutput
+from manyhats.engine.request import Request, ResponseOptions, ScoreRequest
+from manyhats.server import from_proto, to_proto
+from manyhats.server.gate import Gate
+from manyhats.server.metrics import Metrics
+from manyhats.server.ports import Backend
+from manyhats.server.prompts import encode_prompts, pieces_of
+from manyhats.v1 import generation_pb2, generation_pb2_grpc
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What is settled of every request before its fields are looked at.
+
+    Attributes:
+        request_id: the caller's, or made here; what replies and logs say.
+        engine_id: unique in this process, so that callers may repeat their ids.
+        accepted_s, deadline_s: on ``time.monotonic()``'s clock.
+    """
+
+    request_id: str
+    engine_id: str
+    accepted_s: float
+    deadline_s: float | None
+
+
+def accept(message: from_proto.GenerationMessage, context: Context) -> Accepted:
+    """Name a request and take its deadline."""
+    now_s = time.monotonic()
+    remaining_s: float | None = context.time_remaining()  # None without a deadline
+    engine_id = uuid.uuid4().hex
+    request_id = from_proto.request_id(message) or engine_id
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    return Accepted(request_id, engine_id, now_s, None if remaining_s is None else now_s + remaining_s)
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """Generates, scores and tokenizes on the backend behind the gate."""
+
+    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+        self._gate = gate
+        self._metrics = metrics
+
+    async def Generate(  # noqa: N802
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.GenerateResponse:
+        """Generate one answer and send it whole."""
+        accepted = accept(request, context)
+        asked = await self._request(request, accepted)
+        async with aclosing(self._outputs(asked)) as outputs:
+            answer = [output async for output in outputs]
+        return to_proto.generate_response(accepted.request_id, answer, asked.adapter)
+
+    async def GenerateStream(  # noqa: N802
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
+        """Generate one answer and send it as it grows."""
+        accepted = accept(request, context)
+        asked = await self._request(request, accepted)
+        is_first = True
+        async with aclosing(self._outputs(asked)) as outputs:
+            async for output in outputs:
+                yield to_proto.stream_response(accepted.request_id, output, asked.adapter, is_first=is_first)
+                is_first = False
+
+    async def Score(  # noqa: N802
+        self, request: generation_pb2.ScoreRequest, context: Context
+    ) -> generation_pb2.ScoreResponse:
+        """Give the log-probability of each continuation."""
+        accepted = accept(request, context)
+        asked = await self._score_request(request, accepted)
+        output = await self._gate.backend.engine.score(asked)
+        self._metrics.scored(task_id(asked.adapter), output.usage)
+        return to_proto.score_response(accepted.request_id, output, asked.adapter)
+
+    async def Tokenize(  # noqa: N802
+        self, request: generation_pb2.TokenizeRequest, context: Context
+    ) -> generation_pb2.TokenizeResponse:
+        """Give the tokens of a prompt."""
+        backend = self._gate.backend
+        resolve(backend, request.task_id)
+        (ids,) = await encode_prompts(backend, [from_proto.prompt(request)])
+        return generation_pb2.TokenizeResponse(ids=ids, pieces=await pieces_of(backend, ids))
+
+    async def _outputs(self, asked: Request) -> AsyncGenerator[StepOutput, None]:
+        """The engine's outputs, counted; closing this closes the engine's generator at once."""
+        task, since_s, is_first = task_id(asked.adapter), asked.accepted_s, True
+        async with aclosing(self._gate.backend.engine.generate(asked)) as outputs:
+            async for output in outputs:
+                self._metrics.output(task, output, since_s=since_s, is_first=is_first)
+                since_s, is_first = output.time_s, False
+                yield output
+
+    async def _request(self, message: generation_pb2.GenerateRequest, accepted: Accepted) -> Request:
+        backend = self._gate.backend
+        return Request(
+            id=accepted.engine_id,
+            sampling=from_proto.sampling_params(message),
+            stopping=from_proto.stopping_params(message),
+            response=from_proto.response_options(message),
+            cache_salt=from_proto.cache_salt(message),
+            priority=message.priority,
+            adapter=resolve(backend, message.task_id),
+            prompt_token_ids=(await encode_prompts(backend, [from_proto.prompt(message)]))[0],
+            deadline_s=accepted.deadline_s,
+            accepted_s=accepted.accepted_s,
+        )
+
+    async def _score_request(self, message: generation_pb2.ScoreRequest, accepted: Accepted) -> ScoreRequest:
+        backend = self._gate.backend
+        prompts = [from_proto.prompt(message), *from_proto.continuations(message)]
+        prompt, *continuations = await encode_prompts(backend, prompts)
+        return ScoreRequest(
+            id=accepted.engine_id,
+            cache_salt=from_proto.cache_salt(message),
+            priority=message.priority,
+            response=ResponseOptions(logprobs=True),
+            adapter=resolve(backend, message.task_id),
+            prompt_token_ids=prompt,
+            continuations=tuple(continuations),
+            deadline_s=accepted.deadline_s,
+            accepted_s=accepted.accepted_s,
+        )
+
+
+def resolve(backend: Backend, name: str) -> AdapterRecord | None:
+    """The adapter version that ``task`` or ``task@3`` means; None for "", the base model."""
+    return backend.store.resolve(name) if name else None
+
+
+def task_id(adapter: AdapterRecord | None) -> str:
+    """The task of an adapter; "" for the base model."""
+    return "" if adapter is None else adapter.task_id

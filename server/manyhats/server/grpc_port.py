@@ -1,0 +1,88 @@
+"""The gRPC server: services, health, reflection and limits on one port."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from manyhats.server.adapter_service import AdapterService
+from manyhats.server.calls import CallInterceptor
+from manyhats.server.errors import AddressError
+from manyhats.server.gate import Gate
+from manyhats.server.generation_service import GenerationService
+from manyhats.server.health import HealthFollower
+from manyhats.server.metrics import Metrics
+from manyhats.server.server_service import ServerService
+from manyhats.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+SERVICES = tuple(
+    service.full_name
+    for file in (generation_pb2, adapter_pb2, server_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+)
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
+MAX_RESPONSE_BYTES = 256 * 1024 * 1024  # prompt_logprobs with 100 alternatives on a long prompt
+
+
+class GrpcPort:
+    """A gRPC server on one address; requests are admitted by the gate.
+
+    Args:
+        gate: admits, and knows what answers.
+        metrics: counts.
+        host, port: where to listen; port 0 takes any free one.
+    """
+
+    def __init__(self, gate: Gate, metrics: Metrics, *, host: str, port: int) -> None:
+        self.health = HealthFollower(gate, SERVICES)
+        self._server = grpc.aio.server(interceptors=[CallInterceptor(gate, metrics)], options=_OPTIONS)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(gate, metrics), self._server
+        )
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(gate, metrics), self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(gate), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), self._server)
+        self.address = self._bind(host, port)
+
+    def _bind(self, host: str, port: int) -> str:
+        address = join_host_port(host, port)
+        try:
+            bound = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise AddressError("gRPC", address) from error
+        return join_host_port(host, bound)
+
+    async def start(self) -> None:
+        """Answer calls; before the gate opens, with UNAVAILABLE."""
+        await self.health.publish()
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, and cancel those still running after ``grace_s``."""
+        await self._server.stop(grace_s)
+
+
+def join_host_port(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+    # A second server on the same port must fail, not share its calls.
+    ("grpc.so_reuseport", 0),
+    # Notices a client that vanished without closing its connection, so that its requests end.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)

@@ -1,0 +1,48 @@
+"""Progress of loading a model, as log lines, and the way to stop it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import Event
+
+import structlog
+
+_log = structlog.get_logger("manyhats.loading")
+
+
+class LoadingStopped(Exception):  # noqa: N818
+    """Loading was stopped on purpose; raised within the thread that loads."""
+
+
+class ProgressLog:
+    """A ``Progress`` that logs the beginning and end of each stage, and a line every ``period_s`` between.
+
+    Called from the thread that loads; ``stop`` may be called from any.
+    """
+
+    def __init__(self, *, period_s: float = 2.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._period_s = period_s
+        self._clock = clock
+        self._stopped = Event()
+        self._stage = ""
+        self._logged_s = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report progress.
+
+        Raises:
+            LoadingStopped: ``stop`` was called.
+        """
+        if self._stopped.is_set():
+            raise LoadingStopped(stage)
+        now_s = self._clock()
+        if stage == self._stage and done < total and now_s - self._logged_s < self._period_s:
+            return
+        self._stage, self._logged_s = stage, now_s
+        percent = round(100 * done / total) if total else 0
+        _log.info("loading", stage=stage, done=done, total=total, percent=percent)
+
+    def stop(self) -> None:
+        """Make the next report end the loading."""
+        self._stopped.set()

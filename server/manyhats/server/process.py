@@ -1,0 +1,170 @@
+"""The life of a server process: ports, loading, ready, draining, end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+import structlog
+from prometheus_client import disable_created_metrics
+
+from manyhats.adapters.errors import AdapterError
+from manyhats.engine.errors import EngineError
+from manyhats.engine.model.progress import Progress
+from manyhats.server.config import ServeConfig
+from manyhats.server.errors import ServerError
+from manyhats.server.gate import Gate
+from manyhats.server.grpc_port import GrpcPort
+from manyhats.server.http_port import HttpPort, make_app
+from manyhats.server.loading import LoadingStopped, ProgressLog
+from manyhats.server.logs import configure_logs
+from manyhats.server.metrics import Metrics
+from manyhats.server.ports import Backend
+from manyhats.server.registrar import Registrar, RegistrationSpec
+from manyhats.server.signals import StopSignals, wait_for_either
+
+Assemble = Callable[[ServeConfig, Metrics, Progress], Backend]
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+_log = structlog.get_logger("manyhats.process")
+
+
+async def serve(config: ServeConfig, *, assemble: Assemble | None = None) -> int:
+    """Serve until SIGINT or SIGTERM, and return the exit code.
+
+    Both ports are open at once; until the model is loaded, gRPC answers UNAVAILABLE and ``/readyz`` 503. A
+    first signal lets running requests finish, a second ends them.
+
+    Args:
+        config: the settings.
+        assemble: loads the model and opens the store, in a worker thread; the real ones by default.
+
+    Returns:
+        0 after a signal; 1 if the server could not start, or the engine died.
+    """
+    configure_logs(config.log_format, config.log_level)
+    # For the whole process: a creation time per series would double their number.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    try:
+        return await _Process(config, assemble or _open_backend).run()
+    except (ServerError, EngineError, AdapterError) as error:
+        _log.error("cannot serve", reason=str(error))
+        return EXIT_FAILED
+
+
+def _open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
+    # Imported here, in the worker thread: the engine takes seconds to import, and the ports are open by then.
+    from manyhats.server.assembly import open_backend
+
+    return open_backend(config, metrics, progress)
+
+
+class _Process:
+    def __init__(self, config: ServeConfig, assemble: Assemble) -> None:
+        self._config = config
+        self._assemble = assemble
+        self._begin_s = time.monotonic()
+        self._metrics = Metrics(max_task_labels=config.max_task_labels)
+        self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s)
+        self._stop = StopSignals()
+
+    async def run(self) -> int:
+        config = self._config
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._stop.installed())
+            http = HttpPort(
+                make_app(self._gate, self._metrics.registry), host=config.host, port=config.http_port
+            )
+            http.start()
+            stack.callback(http.stop)
+            grpc_port = GrpcPort(self._gate, self._metrics, host=config.host, port=config.grpc_port)
+            await grpc_port.start()
+            stack.push_async_callback(grpc_port.stop, 1.0)
+            _log.info("listening", grpc=grpc_port.address, http=http.address)
+            backend = await self._load()
+            if backend is None:
+                return EXIT_OK
+            _log.info("starting the engine", note="the first start on a machine compiles its kernels")
+            await backend.engine.start()
+            stack.push_async_callback(backend.engine.stop, 0.0)
+            await self._register_all(backend)
+            self._gate.open(backend)
+            await grpc_port.health.publish()
+            self._announce(backend, Addresses(grpc_port.address, http.address))
+            return await self._serve(backend, grpc_port)
+
+    async def _load(self) -> Backend | None:
+        """The backend; None if a signal came first."""
+        progress = ProgressLog()
+        loading = asyncio.create_task(
+            asyncio.to_thread(self._assemble, self._config, self._metrics, progress)
+        )
+        await wait_for_either(loading, self._stop.first)
+        if self._stop.first.is_set():
+            # The thread ends at its next report of progress.
+            progress.stop()
+            with suppress(LoadingStopped):
+                await loading
+            return None
+        return await loading
+
+    async def _register_all(self, backend: Backend) -> None:
+        self._metrics.attach(backend)
+        registrar = Registrar(backend, self._metrics)
+        registrar.count_all()
+        for task_id, uri in self._config.register.items():
+            registration = await registrar.register(RegistrationSpec(task_id=task_id, uri=uri))
+            _log.info("registered", adapter=registration.record.name, digest=registration.record.digest)
+
+    async def _serve(self, backend: Backend, grpc_port: GrpcPort) -> int:
+        health = asyncio.create_task(grpc_port.health.follow_until_dead())
+        await wait_for_either(health, self._stop.first)
+        if health.done():
+            await health
+            _log.error("the engine died")
+            return EXIT_FAILED
+        health.cancel()
+        await self._drain(grpc_port)
+        return EXIT_OK
+
+    async def _drain(self, grpc_port: GrpcPort) -> None:
+        """Refuse new requests; wait for the running ones until the drain limit or a second signal."""
+        self._gate.drain()
+        await grpc_port.health.publish()
+        _log.info("draining", running=self._gate.num_running, limit_s=self._config.drain_limit_s)
+        idle = asyncio.create_task(self._gate.wait_idle())
+        await wait_for_either(idle, self._stop.second, self._config.drain_limit_s)
+        idle.cancel()
+        _log.info("drained", cancelled=self._gate.num_running)
+
+    def _announce(self, backend: Backend, addresses: Addresses) -> None:
+        seconds = round(time.monotonic() - self._begin_s, 3)
+        print(ready_line(self._config, backend, addresses, seconds), flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the server listens, each as ``host:port``."""
+
+    grpc: str
+    http: str
+
+
+def ready_line(config: ServeConfig, backend: Backend, addresses: Addresses, startup_seconds: float) -> str:
+    """The line on stdout that says requests are served from now on."""
+    facts: Mapping[str, object] = {
+        "event": "ready",
+        "grpc": addresses.grpc,
+        "http": addresses.http,
+        "model": backend.info.name,
+        "startup_seconds": startup_seconds,
+    }
+    if config.log_format == "json":
+        return json.dumps(facts)
+    where = f"gRPC on {addresses.grpc}, HTTP on {addresses.http}"
+    return f"ready: {backend.info.name}, {where} ({startup_seconds:.1f} s)"

@@ -1,0 +1,24 @@
+"""ServerService: says what this server is."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import grpc
+
+from manyhats.server import to_proto
+from manyhats.server.gate import Gate
+from manyhats.v1 import server_pb2, server_pb2_grpc
+
+
+class ServerService(server_pb2_grpc.ServerServiceServicer):
+    """Describes the backend behind the gate."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: server_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> server_pb2.GetServerInfoResponse:
+        """Describe server and base model."""
+        return to_proto.server_info(self._gate.backend, version("manyhats"))

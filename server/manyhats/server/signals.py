@@ -1,0 +1,45 @@
+"""SIGINT and SIGTERM as events, and waiting for one of two things."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """``first`` is set by a first SIGINT or SIGTERM, ``second`` by the next."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take both signals from their default handlers for as long as this is entered."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._received)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _received(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+async def wait_for_either(
+    task: asyncio.Task[Any], event: asyncio.Event, timeout_s: float | None = None
+) -> None:
+    """Wait until ``task`` has ended, ``event`` is set or the time is over; neither is cancelled."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({task, waiting}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()

@@ -1,0 +1,162 @@
+"""From the dataclasses of the domain to the messages of the API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState
+from manyhats.engine.output import (
+    FinishReason,
+    ScoredContinuation,
+    ScoreOutput,
+    StepOutput,
+    TokenOutput,
+    Usage,
+)
+from manyhats.server.ports import Backend
+from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
+
+
+def generate_response(
+    request_id: str, outputs: Sequence[StepOutput], adapter: AdapterRecord | None
+) -> generation_pb2.GenerateResponse:
+    """A whole answer from all outputs of a request; at least one."""
+    last = outputs[-1]
+    return generation_pb2.GenerateResponse(
+        request_id=request_id,
+        text="".join(output.text for output in outputs),
+        tokens=token_infos(token for output in outputs for token in output.tokens),
+        prompt_tokens=token_infos(token for output in outputs for token in output.prompt_tokens),
+        finish_reason=finish_reason(last.finish_reason),
+        usage=usage(last.usage),
+        adapter=adapter_ref(adapter),
+    )
+
+
+def stream_response(
+    request_id: str, output: StepOutput, adapter: AdapterRecord | None, *, is_first: bool
+) -> generation_pb2.GenerateStreamResponse:
+    """One piece of an answer: the first tells adapter and prompt usage, the last all usage and the end."""
+    is_last = output.finish_reason is not None
+    spent = usage(output.usage) if is_last else prompt_usage(output.usage) if is_first else None
+    return generation_pb2.GenerateStreamResponse(
+        request_id=request_id,
+        text=output.text,
+        tokens=token_infos(output.tokens),
+        prompt_tokens=token_infos(output.prompt_tokens),
+        finish_reason=finish_reason(output.finish_reason),
+        usage=spent,
+        adapter=adapter_ref(adapter) if is_first else None,
+    )
+
+
+def score_response(
+    request_id: str, output: ScoreOutput, adapter: AdapterRecord | None
+) -> generation_pb2.ScoreResponse:
+    """The scores of one request."""
+    return generation_pb2.ScoreResponse(
+        request_id=request_id,
+        scores=[scored_continuation(score) for score in output.scores],
+        usage=usage(output.usage),
+        adapter=adapter_ref(adapter),
+    )
+
+
+def scored_continuation(score: ScoredContinuation) -> generation_pb2.ScoredContinuation:
+    """One continuation's score."""
+    return generation_pb2.ScoredContinuation(
+        logprob=score.logprob, num_tokens=len(score.tokens), tokens=token_infos(score.tokens)
+    )
+
+
+def token_infos(tokens: Iterable[TokenOutput]) -> list[generation_pb2.TokenInfo]:
+    """Tokens with what was asked for beside them."""
+    return [_token_info(token) for token in tokens]
+
+
+def _token_info(token: TokenOutput) -> generation_pb2.TokenInfo:
+    top = [generation_pb2.TopToken(id=each.id, text=each.text, logprob=each.logprob) for each in token.top]
+    return generation_pb2.TokenInfo(
+        id=token.id, text=token.text, logprob=token.logprob, rank=token.rank, top=top
+    )
+
+
+def usage(spent: Usage) -> generation_pb2.Usage:
+    """What a request cost."""
+    message = prompt_usage(spent)
+    message.generated_tokens = spent.generated_tokens
+    message.decode_ms = spent.decode_s * 1000
+    return message
+
+
+def prompt_usage(spent: Usage) -> generation_pb2.Usage:
+    """What the prompt alone cost."""
+    return generation_pb2.Usage(
+        prompt_tokens=spent.prompt_tokens,
+        cached_prompt_tokens=spent.cached_prompt_tokens,
+        queue_ms=spent.queue_s * 1000,
+        prefill_ms=spent.prefill_s * 1000,
+        adapter_load_ms=spent.adapter_load_s * 1000,
+    )
+
+
+_FINISH_REASONS = {
+    reason: generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason
+}
+_METHODS = {
+    method: adapter_pb2.AdapterMethod.Value(f"ADAPTER_METHOD_{method.name}") for method in AdapterMethod
+}
+_STATES = {state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState}
+
+
+def finish_reason(reason: FinishReason | None) -> generation_pb2.FinishReason.ValueType:
+    """Why a generation ended; unspecified while it goes on."""
+    return generation_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_REASONS[reason]
+
+
+def adapter_ref(record: AdapterRecord | None) -> adapter_pb2.AdapterRef | None:
+    """Which adapter served; None for the base model."""
+    if record is None:
+        return None
+    return adapter_pb2.AdapterRef(task_id=record.task_id, version=record.version, digest=record.digest)
+
+
+def adapter(record: AdapterRecord, *, is_resident: bool) -> adapter_pb2.Adapter:
+    """One version of a task's adapter."""
+    created = Timestamp()
+    created.FromDatetime(record.create_time)
+    device, disk = adapter_pb2.ADAPTER_RESIDENCY_DEVICE, adapter_pb2.ADAPTER_RESIDENCY_DISK
+    return adapter_pb2.Adapter(
+        task_id=record.task_id,
+        version=record.version,
+        digest=record.digest,
+        method=_METHODS[record.method],
+        state=_STATES[record.state],
+        state_reason=record.state_reason,
+        size_bytes=record.size_bytes,
+        num_parameters=record.num_parameters,
+        source=record.source,
+        create_time=created,
+        base_model=record.base_model,
+        labels=record.labels,
+        effect=record.effect,
+        residency=device if is_resident else disk,
+        notes=record.notes,
+    )
+
+
+def server_info(backend: Backend, version: str) -> server_pb2.GetServerInfoResponse:
+    """What this server is."""
+    info = backend.info
+    return server_pb2.GetServerInfoResponse(
+        version=version,
+        base_model=info.name,
+        base_digest=info.digest,
+        quantization=info.quantization,
+        dtype=info.dtype,
+        device=info.device,
+        max_context_length=backend.engine.max_context_length,
+        vocab_size=info.vocab_size,
+    )

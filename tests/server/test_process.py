@@ -1,0 +1,280 @@
+"""The life of a server process: loading, ready, draining, death, and both signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import prometheus_client
+import pytest
+import structlog
+
+from manyhats.adapters.errors import SourceNotFoundError
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.progress import Progress
+from manyhats.server.config import ServeConfig
+from manyhats.server.metrics import Metrics
+from manyhats.server.ports import Backend
+from manyhats.server.process import Assemble, serve
+from manyhats.v1 import generation_pb2 as pb
+from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
+from server_fakes import EchoEngine, MemoryStore, eventually, make_backend, refusal_of, refused
+
+if TYPE_CHECKING:
+    from manyhats.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from manyhats.server.config import ServeConfig
+from manyhats.server.process import serve
+from server_fakes import EchoEngine, MemoryStore, make_backend
+
+config = ServeConfig(
+    model="echo", store=Path("/nowhere"), grpc_port=0, http_port=0, log_format="json", register={"hats": "/a"}
+)
+backend = make_backend(EchoEngine(), MemoryStore())
+sys.exit(asyncio.run(serve(config, assemble=lambda config, metrics, progress: backend)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ready_line_answer_and_clean_end_by_signal(number: signal.Signals) -> None:
+    path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", CHILD]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        assert process.stdout is not None
+        facts = json.loads(process.stdout.readline())
+        with grpc.insecure_channel(facts["grpc"]) as channel:
+            answer = GenerationServiceStub(channel).Generate(pb.GenerateRequest(task_id="hats", text="hi"))
+        process.send_signal(number)
+        rest, log = process.communicate(timeout=20)
+    assert (facts["event"], facts["model"]) == ("ready", "echo")
+    assert facts["startup_seconds"] >= 0
+    assert (answer.text, answer.adapter.version) == ("hi", 1)
+    assert process.returncode == 0
+    assert rest == ""
+    assert "drained" in [json.loads(line)["event"] for line in log.splitlines()]
+
+
+class Life:
+    """A server that runs as a task of this process, and what it printed."""
+
+    def __init__(self, task: asyncio.Task[int], capsys: pytest.CaptureFixture[str]) -> None:
+        self.task = task
+        self._capsys = capsys
+        self.text = ""
+
+    async def line(self, event: str) -> dict[str, Any]:
+        """Waits for a line, of the log or on stdout, about an event."""
+        found: list[dict[str, Any]] = []
+
+        def has_come() -> bool:
+            captured = self._capsys.readouterr()
+            self.text += captured.out + captured.err
+            lines = [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
+            found[:] = [line for line in lines if line["event"] == event]
+            return bool(found)
+
+        await eventually(has_come)
+        return found[0]
+
+    async def client(self) -> GenerationServiceAsyncStub:
+        """A client of the server, once it listens."""
+        return GenerationServiceStub(grpc.aio.insecure_channel((await self.line("listening"))["grpc"]))
+
+    async def end(self) -> int:
+        """The exit code."""
+        code = await asyncio.wait_for(self.task, 10)
+        captured = self._capsys.readouterr()
+        self.text += captured.out + captured.err
+        return code
+
+
+@pytest.fixture
+def _process_wide_state() -> Iterator[None]:
+    """Undoes what a server does to its process: logging, and metrics without creation times."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+    prometheus_client.enable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+@asynccontextmanager
+async def living(
+    capsys: pytest.CaptureFixture[str], assemble: Assemble, **settings: Any
+) -> AsyncIterator[Life]:
+    given = {"model": "echo", "store": Path("/nowhere"), "grpc_port": 0, "http_port": 0, "log_format": "json"}
+    config = ServeConfig(**{**given, **settings})
+    task = asyncio.create_task(serve(config, assemble=assemble))
+    try:
+        yield Life(task, capsys)
+    finally:
+        if not task.done():
+            task.cancel()
+        await asyncio.wait({task})
+
+
+def with_engine(engine: EchoEngine) -> Assemble:
+    return lambda config, metrics, progress: make_backend(engine, MemoryStore())
+
+
+def http_status(http: str, path: str) -> int:
+    try:
+        with urllib.request.urlopen(f"http://{http}{path}", timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+pytestmark = pytest.mark.usefixtures("_process_wide_state")
+
+
+async def test_running_request_finishes_and_new_ones_are_refused_while_draining(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = EchoEngine(step_s=0.05)
+    async with living(capsys, with_engine(engine)) as life:
+        facts = await life.line("ready")
+        client = await life.client()
+        running = asyncio.ensure_future(client.Generate(pb.GenerateRequest(text="a long one")))
+        await eventually(lambda: engine.running == 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await life.line("draining")
+        refusal = await refused(client.Generate(pb.GenerateRequest(text="new")))
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert http_status(facts["http"], "/readyz") == 503
+        assert (await running).text == "a long one"
+        assert await life.end() == 0
+    assert engine.stopped
+
+
+async def test_second_signal_ends_running_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = EchoEngine(step_s=30)
+    async with living(capsys, with_engine(engine)) as life:
+        await life.line("ready")
+        running = asyncio.ensure_future((await life.client()).Generate(pb.GenerateRequest(text="endless")))
+        await eventually(lambda: engine.running == 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await life.line("draining")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await life.end() == 0
+        with pytest.raises(grpc.aio.AioRpcError):
+            await running
+    assert engine.running == 0
+
+
+async def test_drain_limit_ends_running_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = EchoEngine(step_s=30)
+    async with living(capsys, with_engine(engine), drain_limit_s=0.1) as life:
+        await life.line("ready")
+        running = asyncio.ensure_future((await life.client()).Generate(pb.GenerateRequest(text="endless")))
+        await eventually(lambda: engine.running == 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await life.end() == 0
+        with pytest.raises(grpc.aio.AioRpcError):
+            await running
+    assert engine.running == 0
+
+
+async def test_while_loading_it_is_alive_but_not_ready_and_a_signal_ends_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load_slowly(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
+        for step in range(2000):
+            progress("quantize", step, 2000)
+            time.sleep(0.005)
+        raise AssertionError("the loading was not stopped")
+
+    async with living(capsys, load_slowly) as life:
+        facts = await life.line("listening")
+        refusal = await refused((await life.client()).Generate(pb.GenerateRequest(text="a")))
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "LOADING")
+        paths = ("/healthz", "/readyz", "/metrics")
+        assert [http_status(facts["http"], path) for path in paths] == [200, 503, 200]
+        assert (await life.line("loading"))["stage"] == "quantize"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await life.end() == 0
+
+
+async def test_dead_engine_ends_the_process_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = EchoEngine()
+    async with living(capsys, with_engine(engine)) as life:
+        await life.line("ready")
+        engine.is_alive = False
+        assert await life.end() == 1
+    assert "the engine died" in life.text
+
+
+async def test_model_that_cannot_be_loaded_is_one_line_and_an_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
+        raise ModelError("no such model")
+
+    async with living(capsys, fail) as life:
+        assert await life.end() == 1
+    assert "no such model" in life.text
+    assert "Traceback" not in life.text
+
+
+async def test_port_in_use_is_one_line_and_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    async with living(capsys, with_engine(EchoEngine())) as first:
+        port = int((await first.line("ready"))["grpc"].rpartition(":")[2])
+        async with living(capsys, with_engine(EchoEngine()), grpc_port=port) as second:
+            assert await second.end() == 1
+    assert f"cannot listen for gRPC on 127.0.0.1:{port}" in second.text
+
+
+async def test_task_that_cannot_be_registered_at_start_is_an_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def assemble(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
+        store = MemoryStore(errors={"/missing": SourceNotFoundError("/missing", "does not exist")})
+        return make_backend(EchoEngine(), store)
+
+    async with living(capsys, assemble, register={"hats": "/missing"}) as life:
+        assert await life.end() == 1
+    assert "/missing: does not exist" in life.text
+
+
+async def test_text_format_prints_a_readable_ready_line(capsys: pytest.CaptureFixture[str]) -> None:
+    async with living(capsys, with_engine(EchoEngine()), log_format="text") as life:
+        await eventually(lambda: "ready: echo, gRPC on 127.0.0.1:" in capsys.readouterr().out)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await life.end() == 0
+
+
+async def test_unexpected_error_is_logged_with_its_traceback_and_the_callers_error_id(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = EchoEngine(error=RuntimeError("a secret"))
+    async with living(capsys, with_engine(engine)) as life:
+        await life.line("ready")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await (await life.client()).Generate(pb.GenerateRequest(text="a", request_id="mine"))
+        line = await life.line("unexpected error")
+    refusal = refusal_of(caught.value)
+    assert line["error_id"] == refusal.info.metadata["error_id"]
+    assert (line["request_id"], line["method"], line["level"]) == ("mine", "Generate", "error")
+    assert "a secret" in json.dumps(line["exception"])
+    assert "secret" not in refusal.message

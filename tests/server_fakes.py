@@ -1,0 +1,380 @@
+"""A backend without a model (echoing engine, byte tokenizer, store in memory), and a server on it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.rpc import status_pb2  # type: ignore[import-untyped]
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState
+from manyhats.adapters.errors import AdapterInUseError, NoActiveVersionError, TaskNotFoundError
+from manyhats.adapters.taskid import check_task_id, parse_name
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.output import (
+    EngineStats,
+    FinishReason,
+    ScoredContinuation,
+    ScoreOutput,
+    StepOutput,
+    TokenOutput,
+    Usage,
+)
+from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.residency import ResidencyStats
+from manyhats.engine.tokenizer import ChatMessage
+from manyhats.server.gate import Gate
+from manyhats.server.grpc_port import GrpcPort
+from manyhats.server.http_port import HttpPort, make_app
+from manyhats.server.metrics import Metrics
+from manyhats.server.ports import Backend, ModelInfo
+from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
+from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
+from manyhats.v1.server_pb2_grpc import ServerServiceStub
+
+if TYPE_CHECKING:
+    from manyhats.v1.adapter_pb2_grpc import AdapterServiceAsyncStub
+    from manyhats.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+    from manyhats.v1.server_pb2_grpc import ServerServiceAsyncStub
+
+BOS = 1
+VOCAB_SIZE = 300
+
+
+class ByteTokenizer:
+    """Token id = byte + 2; 1 begins a sequence."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return ([BOS] if add_special_tokens else []) + [byte + 2 for byte in text.encode()]
+
+    def encode_chat(self, messages: Sequence[ChatMessage], template: str | None = None) -> list[int]:
+        if any(message.role == "refused" for message in messages):
+            raise FieldInvalidError("chat", "the chat template refused the messages")
+        return self.encode(
+            "".join(f"{each.role}:{each.content};" for each in messages), add_special_tokens=True
+        )
+
+    def piece(self, token_id: int) -> str:
+        return chr(token_id - 2) if token_id >= 2 else ""
+
+
+@dataclass
+class EchoEngine:
+    """Answers with the prompt's own tokens, one a step. What tests turn is public."""
+
+    step_s: float = 0.0
+    max_context_length: int = 64
+    error: Exception | None = None
+    error_after: int = 0
+    is_alive: bool = True
+    heartbeat_s: float | None = None
+    running: int = 0
+    resident: dict[str, AdapterRecord] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
+    warm_error: Exception | None = None
+    waiting_tasks: tuple[str, ...] = ()
+    requests: list[Request] = field(default_factory=list)
+    score_requests: list[ScoreRequest] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    stopped: bool = False
+    model_bytes: Mapping[str, int] = field(default_factory=lambda: {"base": 1000, "kv": 500})
+
+    @property
+    def stats(self) -> EngineStats:
+        heartbeat_s = time.time() if self.heartbeat_s is None else self.heartbeat_s
+        return EngineStats(self.running, 2, 3, 4, 10, heartbeat_s, self.waiting_tasks)
+
+    async def start(self) -> None:
+        self.is_alive = True
+
+    async def stop(self, drain_s: float) -> None:
+        self.stopped = True
+
+    async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        self.requests.append(request)
+        self.running += 1
+        try:
+            ids = request.prompt_token_ids[: request.stopping.max_new_tokens]
+            for index, token_id in enumerate(ids):
+                if self.error is not None and index == self.error_after:
+                    raise self.error
+                await asyncio.sleep(self.step_s)
+                yield self._output(request, index, token_id, is_last=index == len(ids) - 1)
+        finally:
+            self.running -= 1
+            self.closed.append(request.id)
+
+    def _output(self, request: Request, index: int, token_id: int, *, is_last: bool) -> StepOutput:
+        logprob, rank = (-0.5, 1) if request.response.logprobs else (None, None)
+        piece = ByteTokenizer().piece(token_id)
+        wants_prompt = request.response.prompt_logprobs and index == 0
+        prompt = [TokenOutput(each, "p") for each in request.prompt_token_ids] if wants_prompt else []
+        return StepOutput(
+            text=piece,
+            tokens=(TokenOutput(token_id, piece, logprob, rank),),
+            prompt_tokens=tuple(prompt),
+            finish_reason=FinishReason.LENGTH if is_last else None,
+            usage=Usage(len(request.prompt_token_ids), 1, index + 1, 0.001, 0.002, 0.003 * index, 0.0005),
+            time_s=time.monotonic(),
+        )
+
+    async def score(self, request: ScoreRequest) -> ScoreOutput:
+        self.score_requests.append(request)
+        if self.error is not None:
+            raise self.error
+        await asyncio.sleep(self.step_s)
+        scores = [
+            ScoredContinuation(-float(len(ids)), tuple(TokenOutput(each, "t", -1.0, 1) for each in ids))
+            for ids in request.continuations
+        ]
+        return ScoreOutput(scores, Usage(prompt_tokens=len(request.prompt_token_ids)))
+
+    async def warm_adapter(self, record: AdapterRecord) -> None:
+        if self.warm_error is not None:
+            raise self.warm_error
+        self.resident[record.digest] = record
+
+    def forget_adapter(self, digest: str) -> None:
+        self.resident.pop(digest, None)
+
+    @property
+    def residency_stats(self) -> ResidencyStats:
+        return ResidencyStats(num_loads=8, num_evictions=7, load_seconds=1.0, resident_bytes=10)
+
+    def resident_digests(self) -> frozenset[str]:
+        return frozenset(self.resident)
+
+    def in_use(self, digest: str) -> bool:
+        return digest in self.pinned
+
+
+@dataclass(frozen=True)
+class FakeRegistration:
+    record: AdapterRecord
+    created: bool
+
+
+@dataclass(frozen=True)
+class FakePage:
+    records: tuple[AdapterRecord, ...]
+    next_page_token: str
+
+
+@dataclass
+class MemoryStore:
+    """Every uri is an adapter whose digest is its name. Errors for chosen uris are in ``errors``."""
+
+    tasks: dict[str, list[AdapterRecord]] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
+
+    def register(
+        self,
+        task_id: str,
+        uri: str,
+        *,
+        activate: bool = True,
+        validate_only: bool = False,
+        expected_digest: str = "",
+        request_id: str = "",
+        labels: Mapping[str, str] | None = None,
+    ) -> FakeRegistration:
+        check_task_id(task_id)
+        if uri in self.errors:
+            raise self.errors[uri]
+        versions = self.tasks.get(task_id, [])
+        for record in versions:
+            if record.digest == f"sha256:{uri}":
+                return FakeRegistration(record, created=False)
+        state = AdapterState.ACTIVE if activate else AdapterState.INACTIVE
+        record = make_record(task_id, 0 if validate_only else len(versions) + 1, uri, state, labels or {})
+        if not validate_only:
+            if activate:
+                versions = [replace(each, state=AdapterState.INACTIVE) for each in versions]
+            self.tasks[task_id] = [*versions, record]
+        return FakeRegistration(record, created=not validate_only)
+
+    def get(self, name: str) -> AdapterRecord:
+        return self.resolve(name)
+
+    def resolve(self, name: str) -> AdapterRecord:
+        parsed = parse_name(name)
+        for record in self.versions(parsed.task_id):
+            if parsed.version == record.version:
+                return record
+            if parsed.version is None and record.state is AdapterState.ACTIVE:
+                return record
+        if parsed.version is None:
+            raise NoActiveVersionError(name, "has no active version")
+        raise TaskNotFoundError(name, "does not exist")
+
+    def versions(self, task_id: str) -> Sequence[AdapterRecord]:
+        if task_id not in self.tasks:
+            raise TaskNotFoundError(task_id, "does not exist")
+        return self.tasks[task_id]
+
+    def list(self, *, task_id: str = "", page_size: int = 0, page_token: str = "") -> FakePage:
+        records = [
+            record for task in sorted(self.tasks) if task_id in ("", task) for record in self.tasks[task]
+        ]
+        start = int(page_token or 0)
+        end = start + (page_size or 100)
+        return FakePage(tuple(records[start:end]), str(end) if end < len(records) else "")
+
+    def delete(
+        self, name: str, *, in_use: Callable[[AdapterRecord], bool], force: bool = False
+    ) -> tuple[AdapterRecord, ...]:
+        parsed = parse_name(name)
+        gone = tuple(self.versions(name)) if parsed.version is None else (self.resolve(name),)
+        for record in gone:
+            if in_use(record) and not force:
+                raise AdapterInUseError(record.name, "is in use")
+        kept = [record for record in self.tasks[parsed.task_id] if record not in gone]
+        self.tasks[parsed.task_id] = kept
+        if not kept:
+            del self.tasks[parsed.task_id]
+        return gone
+
+
+def make_record(
+    task_id: str,
+    version: int = 1,
+    uri: str = "a",
+    state: AdapterState = AdapterState.ACTIVE,
+    labels: Mapping[str, str] | None = None,
+) -> AdapterRecord:
+    """A version of a task."""
+    return AdapterRecord(
+        task_id=task_id,
+        version=version,
+        digest=f"sha256:{uri}",
+        method=AdapterMethod.LORA,
+        state=state,
+        path=Path("/store") / uri,
+        size_bytes=100,
+        num_parameters=50,
+        source=uri,
+        create_time=datetime(2026, 1, 2, tzinfo=UTC),
+        labels=labels or {},
+        notes=("a note",),
+    )
+
+
+INFO = ModelInfo(
+    name="echo",
+    digest="sha256:base",
+    quantization="nf4",
+    dtype="bfloat16",
+    device="cpu",
+    vocab_size=VOCAB_SIZE,
+)
+
+
+def make_backend(engine: EchoEngine, store: MemoryStore) -> Backend:
+    """The fakes as what answers requests."""
+    return Backend(engine=engine, store=store, tokenizer=ByteTokenizer(), info=INFO, max_adapters=4)
+
+
+@dataclass
+class Running:
+    """A server on real ports, its fakes, and a client's channel."""
+
+    engine: EchoEngine
+    store: MemoryStore
+    gate: Gate
+    metrics: Metrics
+    port: GrpcPort
+    http: str
+    channel: grpc.aio.Channel
+
+    @property
+    def generation(self) -> GenerationServiceAsyncStub:
+        return GenerationServiceStub(self.channel)
+
+    @property
+    def adapters(self) -> AdapterServiceAsyncStub:
+        return AdapterServiceStub(self.channel)
+
+    @property
+    def server(self) -> ServerServiceAsyncStub:
+        return ServerServiceStub(self.channel)
+
+
+@asynccontextmanager
+async def running_server(*, is_open: bool = True, max_task_labels: int = 10) -> AsyncIterator[Running]:
+    """A server on fakes and free ports; with ``is_open`` false it is still loading."""
+    engine, store = EchoEngine(), MemoryStore()
+    metrics, gate = Metrics(max_task_labels=max_task_labels), Gate(heartbeat_limit_s=5.0)
+    backend = make_backend(engine, store)
+    if is_open:
+        metrics.attach(backend)
+        gate.open(backend)
+    http = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0)
+    http.start()
+    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0)
+    await port.start()
+    try:
+        async with grpc.aio.insecure_channel(port.address) as channel:
+            yield Running(engine, store, gate, metrics, port, http.address, channel)
+    finally:
+        await port.stop(0.0)
+        http.stop()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A failed call as its caller sees it."""
+
+    code: grpc.StatusCode
+    message: str
+    info: ErrorInfo
+    fields: tuple[str, ...]
+    retry_s: float | None
+
+    @property
+    def reason(self) -> str:
+        return str(self.info.reason)
+
+
+def refusal_of(error: grpc.aio.AioRpcError) -> Refusal:
+    """Unpacks the rich status of a failed call."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    assert status is not None, f"no rich status: {error.code()} {error.details()}"
+    info, fields, retry_s = _unpacked(status)
+    return Refusal(error.code(), status.message, info, fields, retry_s)
+
+
+def _unpacked(status: status_pb2.Status) -> tuple[ErrorInfo, tuple[str, ...], float | None]:
+    info, bad, retry = ErrorInfo(), BadRequest(), RetryInfo()
+    retry_s = None
+    for detail in status.details:
+        detail.Unpack(info)
+        detail.Unpack(bad)
+        if detail.Unpack(retry):
+            retry_s = retry.retry_delay.ToNanoseconds() / 1e9
+    return info, tuple(violation.field for violation in bad.field_violations), retry_s
+
+
+async def refused(call: Awaitable[Any]) -> Refusal:
+    """Awaits a call that must fail."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return refusal_of(error)
+    raise AssertionError("the call was answered")
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Waits until a condition holds."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, "it did not come to pass"
+        await asyncio.sleep(0.005)
