@@ -1,0 +1,46 @@
+# The server with the CPU kernels. Build from the repository's root:
+#   docker build -t manyhats .
+#   docker run --rm -p 50051:50051 -p 8000:8000 -v manyhats:/var/lib/manyhats manyhats
+# PIP_ARGS takes further arguments for pip, such as an index that holds CPU builds of torch.
+
+FROM python:3.11-slim-bookworm AS build
+ARG PIP_ARGS=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+RUN python -m venv /opt/manyhats
+COPY constraints.txt ./
+# torch first and alone: the rest then takes it as it is, and this layer outlives changes to the code.
+RUN /opt/manyhats/bin/pip install ${PIP_ARGS} -c constraints.txt torch
+COPY pyproject.toml README.md LICENSE ./
+COPY proto proto
+COPY adapters_store adapters_store
+COPY server server
+COPY trainer trainer
+COPY clients clients
+RUN /opt/manyhats/bin/pip install ${PIP_ARGS} -c constraints.txt '.[server]'
+
+FROM python:3.11-slim-bookworm
+# Numba's threads need the OpenMP run time.
+RUN apt-get update \
+    && apt-get install --no-install-recommends --yes libgomp1 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --uid 10001 --home-dir /var/lib/manyhats --create-home manyhats \
+    && mkdir -p /var/lib/manyhats/adapters \
+    && chown -R manyhats:manyhats /var/lib/manyhats
+COPY --from=build /opt/manyhats /opt/manyhats
+ENV PATH=/opt/manyhats/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    MANYHATS_HOME=/var/lib/manyhats/cache \
+    HF_HOME=/var/lib/manyhats/huggingface
+USER manyhats
+WORKDIR /var/lib/manyhats
+# Models, compiled kernels, the adapter store, and the folder that adapters are registered from.
+VOLUME /var/lib/manyhats
+EXPOSE 50051 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=180s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
+# --insecure: the port mapping decides who can reach a container's ports.
+ENTRYPOINT ["manyhats", "serve", "--host", "0.0.0.0", "--insecure", "--log-format", "json", \
+    "--store", "/var/lib/manyhats/store", "--adapter-root", "/var/lib/manyhats/adapters"]
+CMD ["--model", "smollm2-135m-instruct"]
