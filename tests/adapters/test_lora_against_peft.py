@@ -6,25 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig
 
-from adapter_factory import make_base
-from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
-from manyhats.adapters.files import open_source
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
-from manyhats.adapters.methods.lora import lora_delta
-from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.reader import read_adapter
+from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, BaseMismatchError
+from manyhats.adapters.primitives import Affine, EmbeddingLowRank, LowRank
+from manyhats.adapters.sites import Site
+from peft_reference import (
+    PEFT_FAMILIES,
+    check_against_peft,
+    make_peft,
+    read,
+    read_lowered,
+    save_peft,
+    tiny_model,
+)
+from primitive_oracle import describe_model
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-BASE = make_base()
-TOKENS = torch.tensor([[1, 5, 9, 33, 2, 60, 17]])
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
@@ -52,118 +51,124 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"q_proj|nothing": 9},
         "alpha_pattern": {"self_attn.v_proj": 2},
     },
+    "lora_bias": {"r": 4, "lora_bias": True, "target_modules": ["q_proj", "down_proj"]},
+    "embedding": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"r": 4, "target_modules": ["q_proj", "lm_head"], "alpha_pattern": {"lm_head": 3}},
+    "embedding and head": {
+        "r": 4,
+        "target_modules": ["embed_tokens", "lm_head"],
+        "rank_pattern": {"embed_tokens": 3},
+    },
 }
 
 
-@pytest.fixture(scope="module")
-def base_weights() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return tiny_llama().state_dict()
+def make(model: Any, directory: Path, **config: Any) -> Path:
+    return save_peft(make_peft(model, LoraConfig(task_type="CAUSAL_LM", **config)), directory)
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    """The model that ``BASE`` describes."""
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-        )
-    )
-    model.train(False)
-    return model
-
-
-def save_random_adapter(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) -> Tensor:
-    """Save a PEFT adapter with random matrices, and give its logits."""
-    model = tiny_llama()
-    model.load_state_dict(weights)
-    peft: PeftModel = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
-    peft.train(False)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in peft.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    peft.save_pretrained(str(directory))
-    with torch.no_grad():
-        logits: Tensor = peft(input_ids=TOKENS).logits
-    return logits
-
-
-def add_deltas(model: nn.Module, lowered: LoweredAdapter) -> None:
-    """Add each delta to the output of its own linear."""
-    modules = {site: path for path, site in BASE.modules.items()}
-    for delta in lowered.deltas:
-
-        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor, *, delta: Any = delta) -> Tensor:
-            return output + lora_delta(args[0], delta.a, delta.b, delta.scale)
-
-        model.get_submodule(modules[delta.site]).register_forward_hook(hook)
-
-
+@pytest.mark.parametrize("family", PEFT_FAMILIES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_logits_equal_peft_s(config: dict[str, Any], base_weights: dict[str, Tensor], tmp_path: Path) -> None:
-    expected = save_random_adapter(base_weights, config, tmp_path)
-    with open_source(str(tmp_path), [tmp_path]) as directory:
-        read = read_adapter(directory, BASE, AdapterLimits())
-    model = tiny_llama()
-    model.load_state_dict(base_weights)
-    with torch.no_grad():
-        base = model(input_ids=TOKENS).logits
-        add_deltas(model, lower(read.artifact, BASE))
-        actual = model(input_ids=TOKENS).logits
-    assert (expected - base).abs().max() > 1e-2
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    assert read.notes  # a model made from a config alone has no name
+def test_logits_equal_peft_s(family: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model(family)
+    check_against_peft(model, make(model, tmp_path, **config))
+
+
+@pytest.mark.parametrize("ensure", [False, True])
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_embedding_and_head_of_a_tied_base(modules: list[str], ensure: bool, tmp_path: Path) -> None:
+    model = tiny_model(tie=True)
+    config = {"target_modules": ["q_proj", *modules], "ensure_weight_tying": ensure}
+    lowered = check_against_peft(model, make(model, tmp_path, r=4, **config))
+    has_embedding = any(isinstance(delta, EmbeddingLowRank) for delta in lowered.deltas)
+    has_head = any(
+        isinstance(delta, LowRank) and delta.site == Site(-1, "lm_head") for delta in lowered.deltas
+    )
+    assert has_embedding == (ensure or "embed_tokens" in modules)
+    assert has_head == (ensure or "lm_head" in modules)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "granite"])
+def test_an_embedding_s_delta_counts_before_the_architecture_s_multiplier(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    check_against_peft(model, make(model, tmp_path, r=4, target_modules=["embed_tokens", "v_proj"]))
+
+
+def test_fused_projections_are_split_by_their_parts(tmp_path: Path) -> None:
+    model = tiny_model("phi3")
+    config = {"target_modules": "all-linear", "rank_pattern": {"qkv_proj": 3}, "lora_bias": True}
+    lowered = check_against_peft(model, make(model, tmp_path, r=4, **config))
+    sites = {delta.site.name for delta in lowered.deltas if isinstance(delta, LowRank)}
+    assert sites == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    offsets = {delta.site: delta.offset for delta in lowered.deltas if isinstance(delta, Affine)}
+    offset = offsets[Site(1, "k_proj")]
+    assert offset is not None
+    assert offset.shape == (16,)
 
 
 def test_an_adapter_saved_under_another_name_is_found_in_its_subdirectory(tmp_path: Path) -> None:
-    model = get_peft_model(
-        tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "french"
-    )
-    model.save_pretrained(str(tmp_path))
-    with (
-        open_source(str(tmp_path), [tmp_path]) as directory,
-        pytest.raises(AdapterInvalidError, match="french"),
-    ):
-        read_adapter(directory, BASE, AdapterLimits())
-    with open_source("french", [tmp_path]) as directory:
-        assert len(lower(read_adapter(directory, BASE, AdapterLimits()).artifact, BASE).deltas) == 2
+    from peft import get_peft_model
+
+    model = tiny_model()
+    base = describe_model(model)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, config, "french").save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterInvalidError, match="french"):
+        read(tmp_path, base)
+    assert len(read_lowered(tmp_path / "french", base).deltas) == 2
 
 
 @pytest.mark.parametrize(
     ("config", "key"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, "embed_tokens"),
+        ({"target_modules": ["lm_head"], "use_dora": True}, "lm_head"),
+        ({"target_modules": ["lm_head"], "lora_bias": True}, "lm_head"),
+        ({"modules_to_save": ["input_layernorm"]}, "modules_to_save"),
+        ({"modules_to_save": ["down_proj"]}, "modules_to_save"),
     ],
 )
 def test_what_peft_saves_and_is_not_served_is_refused(
-    config: dict[str, Any], key: str, base_weights: dict[str, Tensor], tmp_path: Path
+    config: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
-    save_untrained_adapter(base_weights, {"r": 2, "target_modules": ["q_proj"]} | config, tmp_path)
-    with (
-        open_source(str(tmp_path), [tmp_path]) as directory,
-        pytest.raises(AdapterUnsupportedError) as caught,
-    ):
-        read_adapter(directory, BASE, AdapterLimits())
+    model = tiny_model()
+    base = describe_model(model)
+    make(model, tmp_path, **({"r": 2, "target_modules": ["q_proj"]} | config))
+    with pytest.raises(AdapterUnsupportedError) as caught:
+        read(tmp_path, base)
     assert key in caught.value.subject
 
 
-def save_untrained_adapter(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) -> None:
-    """Save without running the model, which some variants cannot do on these inputs."""
-    model = tiny_llama()
-    model.load_state_dict(weights)
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config)).save_pretrained(str(directory))
+def test_trained_biases_of_the_base_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    make(model, tmp_path, r=2, target_modules=["q_proj"], bias="all")
+    with pytest.raises(AdapterUnsupportedError, match="a trained bias of the base") as caught:
+        read(tmp_path, describe_model(model))
+    assert caught.value.subject.endswith(".bias")
+
+
+def test_trained_biases_of_a_base_without_any_are_none(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    check_against_peft(model, make(model, tmp_path, r=2, target_modules=["q_proj"], bias="all"))
+
+
+def test_a_head_saved_along_must_be_the_base_s(tmp_path: Path) -> None:
+    """PEFT would load it over the base's own."""
+    model = tiny_model()
+    make(model, tmp_path, r=2, target_modules=["lm_head"])
+    model.lm_head.weight.data[3] += 0.1
+    with pytest.raises(BaseMismatchError, match="other values") as caught:
+        read(tmp_path, describe_model(model))
+    assert caught.value.subject == "base_model.model.lm_head.base_layer.weight"
+
+
+def test_a_head_saved_along_may_be_rounded_to_bfloat16(tmp_path: Path) -> None:
+    model = tiny_model()
+    make(model, tmp_path, r=2, target_modules=["lm_head"])
+    model.lm_head.weight.data = model.lm_head.weight.data.bfloat16().float()
+    assert len(read_lowered(tmp_path, describe_model(model)).deltas) == 1

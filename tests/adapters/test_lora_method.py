@@ -16,7 +16,8 @@ from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterU
 from manyhats.adapters.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering import has_effect, lower
-from manyhats.adapters.methods.lora import lora_delta, lora_scale
+from manyhats.adapters.methods.lora import lora_delta
+from manyhats.adapters.methods.lora_tensors import lora_scale
 from manyhats.adapters.module_patterns import compile_patterns
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.reader import read_adapter
@@ -158,17 +159,17 @@ def test_an_adapter_changes_something_unless_all_is_zero() -> None:
         assert not has_effect(lower(artifact_of(config, zeroed), BASE))
 
 
-def test_lowering_refuses_another_method() -> None:
+def test_lowering_refuses_a_method_that_nothing_knows() -> None:
     artifact = AdapterArtifact(
         digest="",
-        method=AdapterMethod.IA3,
+        method=AdapterMethod.COMPOSED,
         config={},
         tensors={},
         base_model="",
         size_bytes=0,
         num_parameters=0,
     )
-    with pytest.raises(AdapterUnsupportedError, match="ia3"):
+    with pytest.raises(AdapterUnsupportedError, match="composed"):
         lower(artifact, BASE)
 
 

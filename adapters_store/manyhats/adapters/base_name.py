@@ -15,11 +15,18 @@ def is_known_name(name: str, base: BaseDescription) -> bool:
     return name.casefold() in {known.casefold() for known in base.names}
 
 
-def check_base_name(name: str, base: BaseDescription) -> tuple[str, ...]:
+def check_base_name(
+    name: str, base: BaseDescription, key: str = "base_model_name_or_path"
+) -> tuple[str, ...]:
     """Compare the recorded name with the base's.
 
     A name like ``org/name`` must be one of the base's. No name, or a local path, tells nothing: that is
     accepted on the shapes alone, and noted.
+
+    Args:
+        name: as the artifact records it.
+        base: the resident one.
+        key: of the config that records it.
 
     Returns:
         Notes for the operator.
@@ -34,7 +41,7 @@ def check_base_name(name: str, base: BaseDescription) -> tuple[str, ...]:
     if _HUB_ID.fullmatch(name):
         known = ", ".join(sorted(base.names)) or "nothing"
         raise BaseMismatchError(
-            "base_model_name_or_path",
+            key,
             f"was made for '{shown(name)}', and this server's base is known as {shown(known)}; "
             "if they are the same model, start the server with --base-name",
         )

@@ -14,6 +14,8 @@ class AdapterLimits:
     Attributes:
         max_size_bytes: all files of one artifact together.
         max_rank: R of any low-rank delta.
+        max_virtual_tokens: P of any prefix.
+        max_parts: adapters in one composed task.
         max_num_tensors: tensors in one artifact.
         max_config_bytes: the JSON config file.
         max_config_depth: nesting of the JSON config.
@@ -25,6 +27,8 @@ class AdapterLimits:
 
     max_size_bytes: int = 1024 * _MIB
     max_rank: int = 256
+    max_virtual_tokens: int = 4096
+    max_parts: int = 16
     max_num_tensors: int = 16_384
     max_config_bytes: int = 1 * _MIB
     max_config_depth: int = 16

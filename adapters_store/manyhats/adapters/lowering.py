@@ -4,30 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from manyhats.adapters.adapterhub_format import is_adapterhub
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterUnsupportedError
 from manyhats.adapters.method import Method
+from manyhats.adapters.methods.adalora import AdaLoraMethod
+from manyhats.adapters.methods.adapterhub_ia3 import AdapterHubIa3Method
+from manyhats.adapters.methods.adapterhub_lora import AdapterHubLoraMethod
+from manyhats.adapters.methods.adapterhub_prefix import AdapterHubPrefixMethod
+from manyhats.adapters.methods.bottleneck import BottleneckMethod, can_change_output
+from manyhats.adapters.methods.dora import DoraMethod
+from manyhats.adapters.methods.ia3 import Ia3Method
 from manyhats.adapters.methods.lora import LoraMethod
-from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.methods.multitask_prompt_tuning import MultitaskPromptTuningMethod
+from manyhats.adapters.methods.p_tuning import PTuningMethod
+from manyhats.adapters.methods.prefix_tuning import PrefixTuningMethod
+from manyhats.adapters.methods.prompt_tuning import PromptTuningMethod
+from manyhats.adapters.methods.vera import VeraMethod
+from manyhats.adapters.primitives import (
+    Affine,
+    Bottleneck,
+    Delta,
+    EmbeddingLowRank,
+    InputScale,
+    LoweredAdapter,
+    LowRank,
+)
 from manyhats.adapters.sites import BaseDescription
 
-METHODS: Mapping[AdapterMethod, Method] = MappingProxyType(
-    {method.method: method for method in (LoraMethod(),)}
+
+def _by_name(*methods: Method) -> Mapping[AdapterMethod, Method]:
+    return MappingProxyType({method.method: method for method in methods})
+
+
+# What reads PEFT's directories.
+METHODS: Mapping[AdapterMethod, Method] = _by_name(
+    LoraMethod(),
+    DoraMethod(),
+    AdaLoraMethod(),
+    VeraMethod(),
+    Ia3Method(),
+    PrefixTuningMethod(),
+    PromptTuningMethod(),
+    PTuningMethod(),
+    MultitaskPromptTuningMethod(),
+)
+
+# What reads AdapterHub's.
+ADAPTERHUB_METHODS: Mapping[AdapterMethod, Method] = _by_name(
+    BottleneckMethod(),
+    AdapterHubLoraMethod(),
+    AdapterHubIa3Method(),
+    AdapterHubPrefixMethod(),
 )
 
 
-def method_of(method: AdapterMethod) -> Method:
-    """The file that knows a method.
+def method_of(method: AdapterMethod, config: Mapping[str, Any]) -> Method:
+    """The file that knows a method, in the format that ``config`` is of.
 
     Raises:
-        AdapterUnsupportedError: none does yet.
+        AdapterUnsupportedError: none does.
     """
-    if method not in METHODS:
-        raise AdapterUnsupportedError("method", f"{method.value} adapters are not served yet")
-    return METHODS[method]
+    methods, library = (ADAPTERHUB_METHODS, "AdapterHub") if is_adapterhub(config) else (METHODS, "PEFT")
+    if method not in methods:
+        raise AdapterUnsupportedError("method", f"{method.value} adapters of {library} are not served")
+    return methods[method]
 
 
 def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
@@ -37,12 +83,26 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         ArtifactError: it cannot be served exactly; registration refuses it with the same error.
         BaseMismatchError: it was made for another base.
     """
-    return method_of(artifact.method).lower(artifact, base)
+    return method_of(artifact.method, artifact.config).lower(artifact, base)
 
 
 def has_effect(lowered: LoweredAdapter) -> bool:
-    """Whether any delta can change an output: neither its scale nor one of its matrices is all zero."""
-    return any(
-        delta.scale != 0 and bool(torch.any(delta.a != 0)) and bool(torch.any(delta.b != 0))
-        for delta in lowered.deltas
-    )
+    """Whether anything in it can change an output, as far as its own numbers tell."""
+    return lowered.prefix is not None or any(_can_change(delta) for delta in lowered.deltas)
+
+
+def _can_change(delta: Delta) -> bool:
+    if isinstance(delta, LowRank | EmbeddingLowRank):
+        return delta.scale != 0 and _has_non_zero(delta.a) and _has_non_zero(delta.b)
+    if isinstance(delta, Affine):
+        is_scaled = delta.scale is not None and _has_non_zero(delta.scale - 1)
+        return is_scaled or (delta.offset is not None and _has_non_zero(delta.offset))
+    if isinstance(delta, InputScale):
+        return _has_non_zero(delta.scale - 1)
+    if isinstance(delta, Bottleneck):
+        return can_change_output(delta)
+    return True
+
+
+def _has_non_zero(tensor: Tensor) -> bool:
+    return bool(torch.any(tensor != 0))

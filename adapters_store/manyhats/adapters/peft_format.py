@@ -1,13 +1,12 @@
-"""A PEFT directory: ``adapter_config.json`` with ``peft_type``, and ``adapter_model.safetensors``.
-
-AdapterHub's directories are told apart here too, to be refused by name.
-"""
+"""A PEFT directory: ``adapter_config.json`` with ``peft_type``, and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from manyhats.adapters import adapterhub_format
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.errors import (
     AdapterInvalidError,
@@ -20,8 +19,8 @@ from manyhats.adapters.safetensors_reader import HOW_TO_CONVERT
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+BASE_NAME_KEY = "base_model_name_or_path"
 
-_ADAPTERHUB_WEIGHTS = "adapter.safetensors"
 _PICKLES = (
     "adapter_model.bin",
     "pytorch_adapter.bin",
@@ -31,16 +30,27 @@ _PICKLES = (
 )
 _MAX_LISTED = 10
 
-_SERVED = {"LORA": AdapterMethod.LORA}
-_LATER = {
-    "ADALORA": "AdaLoRA",
-    "VERA": "VeRA",
-    "IA3": "IA3",
-    "PREFIX_TUNING": "prefix tuning",
-    "PROMPT_TUNING": "prompt tuning",
-    "P_TUNING": "P-tuning",
-    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
-}
+# A LORA config with use_dora is DORA.
+_PEFT_TYPES: Mapping[str, AdapterMethod] = MappingProxyType(
+    {
+        "LORA": AdapterMethod.LORA,
+        "ADALORA": AdapterMethod.ADALORA,
+        "VERA": AdapterMethod.VERA,
+        "IA3": AdapterMethod.IA3,
+        "PREFIX_TUNING": AdapterMethod.PREFIX_TUNING,
+        "CARTRIDGE": AdapterMethod.PREFIX_TUNING,
+        "PROMPT_TUNING": AdapterMethod.PROMPT_TUNING,
+        "P_TUNING": AdapterMethod.P_TUNING,
+        "MULTITASK_PROMPT_TUNING": AdapterMethod.MULTITASK_PROMPT_TUNING,
+    }
+)
+_REFUSED_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "ADAPTION_PROMPT": "adaption prompts attend to their tokens apart from the sequence, by a gate of their "
+        "own; neither a delta nor a KV prefix does that",
+        "CPT": "context-aware prompt tuning is not among the methods that are served",
+    }
+)
 
 
 def check_directory(directory: SourceDirectory) -> None:
@@ -60,9 +70,12 @@ def check_directory(directory: SourceDirectory) -> None:
     if not weights:
         _refuse_pickles(names)
         raise AdapterInvalidError(WEIGHTS_FILE, "is missing")
+    adapterhub_format.check_companions(weights)
     for name in weights:
-        if name not in (WEIGHTS_FILE, _ADAPTERHUB_WEIGHTS):
-            raise AdapterUnsupportedError(name, f"is not part of a PEFT adapter; only {WEIGHTS_FILE} is read")
+        if name not in (WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE):
+            raise AdapterUnsupportedError(
+                name, f"is no part of an adapter; {WEIGHTS_FILE} or {adapterhub_format.WEIGHTS_FILE} is read"
+            )
 
 
 def recognise(config: Mapping[str, Any]) -> AdapterMethod:
@@ -73,17 +86,19 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
         AdapterInvalidError: it is no adapter's config.
     """
     if "peft_type" not in config:
-        _refuse_adapterhub(config)
-        raise AdapterInvalidError(CONFIG_FILE, "has no peft_type, so it is not a PEFT adapter's config")
+        raise AdapterInvalidError(
+            CONFIG_FILE, "has neither peft_type, as PEFT's have, nor config, as AdapterHub's have"
+        )
     peft_type = config["peft_type"]
     if not isinstance(peft_type, str):
         raise AdapterInvalidError("peft_type", "must be a name")
-    if peft_type in _LATER:
-        raise AdapterUnsupportedError("peft_type", f"{_LATER[peft_type]} adapters are not served yet")
-    if peft_type not in _SERVED:
-        raise AdapterUnsupportedError("peft_type", f"'{shown(peft_type)}' adapters are not served")
+    if peft_type not in _PEFT_TYPES:
+        reason = _REFUSED_TYPES.get(peft_type, f"'{shown(peft_type)}' adapters are not served")
+        raise AdapterUnsupportedError("peft_type", reason)
     _check_task_type(config.get("task_type"))
-    return _SERVED[peft_type]
+    if peft_type == "LORA" and config.get("use_dora") is True:
+        return AdapterMethod.DORA
+    return _PEFT_TYPES[peft_type]
 
 
 def recorded_base(config: Mapping[str, Any]) -> str:
@@ -92,13 +107,11 @@ def recorded_base(config: Mapping[str, Any]) -> str:
     Raises:
         AdapterInvalidError: it is no name.
     """
-    name = config.get("base_model_name_or_path")
+    name = config.get(BASE_NAME_KEY)
     if name is None:
         return ""
     if not isinstance(name, str) or len(name) > 1024 or not name.isprintable():
-        raise AdapterInvalidError(
-            "base_model_name_or_path", "must be a name of at most 1024 printable characters"
-        )
+        raise AdapterInvalidError(BASE_NAME_KEY, "must be a name of at most 1024 printable characters")
     return name.strip()
 
 
@@ -110,19 +123,6 @@ def _check_task_type(task_type: Any) -> None:
             "task_type", f"{task_type} needs a classification head; only CAUSAL_LM is served"
         )
     raise AdapterUnsupportedError("task_type", f"{shown(str(task_type))} is not served; only CAUSAL_LM is")
-
-
-def _refuse_adapterhub(config: Mapping[str, Any]) -> None:
-    inner = config.get("config")
-    if not isinstance(inner, dict) or not ("hidden_size" in config or "model_type" in config):
-        return
-    # AdapterHub's bottleneck configs are those without an architecture.
-    architecture = inner.get("architecture") or "bottleneck"
-    if architecture == "lora" and inner.get("composition_mode") == "scale":
-        architecture = "IA3"
-    raise AdapterUnsupportedError(
-        "architecture", f"AdapterHub adapters ({shown(str(architecture))}) are not served yet"
-    )
 
 
 def _refuse_pickles(names: Sequence[str]) -> None:

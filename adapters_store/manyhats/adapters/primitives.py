@@ -1,8 +1,13 @@
-"""The few operations that every method is lowered to; the engine's kernels run these and know no method."""
+"""The few operations that every method is lowered to; the engine's kernels run these and know no method.
+
+Deltas act where they are, row by row; a KV prefix lies ahead of the sequence. For one linear of one layer the
+order is: ``InputScale`` on its input, the base linear, ``Affine`` on its output, then ``LowRank``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import Tensor
 
@@ -14,7 +19,7 @@ class LowRank:
     """A low-rank delta of one linear: ``y += scale · (x Aᵀ) Bᵀ``.
 
     Attributes:
-        site: the linear.
+        site: the linear; ``lm_head`` too.
         a: [R, d_in].
         b: [d_out, R].
         scale: dimensionless; alpha / R for plain LoRA.
@@ -34,8 +39,170 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Affine:
+    """A linear's output, bias included, rescaled and shifted: ``y = y · scale + offset``.
+
+    Attributes:
+        site: the linear.
+        scale: [d_out], or None for 1.
+        offset: [d_out], or None for 0.
+
+    Source: IA3, Liu et al. 2022 (arXiv:2205.05638); DoRA, Liu et al. 2024 (arXiv:2402.09353).
+    """
+
+    site: Site
+    scale: Tensor | None
+    offset: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputScale:
+    """A linear's input rescaled: ``W(x ⊙ scale) + b``; scale [d_in].
+
+    Source: IA3, Liu et al. 2022 (arXiv:2205.05638), on feed-forward modules.
+    """
+
+    site: Site
+    scale: Tensor
+
+
+class BottleneckInput(Enum):
+    """What a bottleneck reads, of the residual stream r entering a sub-layer and the sub-layer's output m."""
+
+    OUTPUT = "m"
+    SUM = "r + m"
+    RESIDUAL = "r"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerNorm:
+    """``(x − mean) / √(variance + eps) · weight + bias``; weight and bias [D]."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bottleneck:
+    """A bottleneck adapter on a sub-layer's output m, r being the residual stream that entered it.
+
+    ``f = scale · (U · act(D · norm_before(input) + b_d) + b_u)``, then
+    ``m' = keep · m + carry · r + (f, or norm_after(f + norm_residual))``, and the stream goes on as r + m'.
+    For seq_bn, double_seq_bn and par_bn keep is 1, carry 0 and there are no norms.
+
+    Attributes:
+        site: ``attention`` or ``feed_forward`` of a layer.
+        input: what it reads.
+        down: D [b, hidden]. down_bias: [b].
+        up: U [hidden, b]. up_bias: [hidden].
+        activation: its name, one of ``activations.ACTIVATIONS``.
+        scale: [hidden] or [1].
+        norm_before, norm_after: or None.
+        norm_residual: what is added to f inside ``norm_after``; None for nothing.
+        keep: factor of m outside ``norm_after``.
+        carry: factor of r.
+
+    Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005.00247); He et al. 2022
+    (arXiv:2110.04366).
+    """
+
+    site: Site
+    input: BottleneckInput
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    activation: str
+    scale: Tensor
+    norm_before: LayerNorm | None = None
+    norm_after: LayerNorm | None = None
+    norm_residual: BottleneckInput | None = None
+    keep: float = 1.0
+    carry: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingLowRank:
+    """A low-rank delta of the embedding: ``E[id] += scale · A[id] Bᵀ``; A [V, R], B [D, R].
+
+    The delta counts before any embedding multiplier of the architecture.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingRows:
+    """Rows that stand in for the embedding's: ``E[ids[i]] = rows[i]``; ids [n] int64, rows [n, D]."""
+
+    ids: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadRows:
+    """Rows that stand in for the output head's: logit ``ids[i]`` is ``rows[i] · h``; ids [n], rows [n, D]."""
+
+    ids: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadWeight:
+    """An output head in place of the base's: [V, D]."""
+
+    weight: Tensor
+
+
+Delta = LowRank | Affine | InputScale | Bottleneck | EmbeddingLowRank | EmbeddingRows | HeadRows | HeadWeight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVPrefix:
+    """Keys and values ahead of the sequence, used as they are: keys are never rotated.
+
+    Attributes:
+        keys: [L, P, Hkv, K].
+        values: the same shape.
+        position_offset: real token t has position ``P + t + position_offset``.
+
+    Source: Li and Liang 2021 (arXiv:2101.00190).
+    """
+
+    keys: Tensor
+    values: Tensor
+    position_offset: int
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return int(self.keys.shape[1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptEmbeddings:
+    """Virtual tokens ahead of the sequence, at positions 0 … P − 1: [P, D], as the decoder's first layer reads them.
+
+    The engine runs them once, with the adapter's own deltas, and keeps their keys and values.
+
+    Source: Lester et al. 2021 (arXiv:2104.08691).
+    """
+
+    embeddings: Tensor
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return int(self.embeddings.shape[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LoweredAdapter:
     """One adapter as primitives, ready for the engine; ``digest`` names the artifact it came from."""
 
     digest: str
-    deltas: tuple[LowRank, ...]
+    deltas: tuple[Delta, ...]
+    prefix: KVPrefix | PromptEmbeddings | None = None

@@ -18,7 +18,14 @@ from manyhats.adapters.json_reader import parse_json_object
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering import has_effect, lower, method_of
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, check_directory, recognise, recorded_base
+from manyhats.adapters.peft_format import CONFIG_FILE, check_directory
+from manyhats.adapters.recognition import (
+    base_name_key,
+    recognise,
+    recorded_base,
+    stored_weights_file,
+    weights_file,
+)
 from manyhats.adapters.safetensors_reader import LENGTH_BYTES, header_size, parse_header, read_tensors
 from manyhats.adapters.sites import BaseDescription
 
@@ -49,17 +56,18 @@ def read_adapter(directory: SourceDirectory, base: BaseDescription, limits: Adap
     with directory.open_file(CONFIG_FILE, min(limits.max_config_bytes, limits.max_size_bytes)) as file:
         config_bytes = file.read()
     config = _parse_config(config_bytes, limits)
-    method = method_of(recognise(config))
+    method = method_of(recognise(config), config)
     base_model = recorded_base(config)
-    notes = check_base_name(base_model, base)
-    with directory.open_file(WEIGHTS_FILE, limits.max_size_bytes - len(config_bytes)) as file:
+    notes = check_base_name(base_model, base, base_name_key(config))
+    weights_name = weights_file(config, directory.names())
+    with directory.open_file(weights_name, limits.max_size_bytes - len(config_bytes)) as file:
         method.check(Candidate(config, _read_shapes(file, limits), base_model), base, limits)
         weights = file.read()
-    files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights}
+    files = {CONFIG_FILE: config_bytes, weights_name: weights}
     artifact = parse_artifact(files, artifact_digest(files), limits)
-    _check_finite(artifact.tensors)
+    check_finite(artifact.tensors)
     if not has_effect(lower(artifact, base)):
-        raise AdapterNoEffectError(WEIGHTS_FILE, "changes nothing: each of its deltas is zero")
+        raise AdapterNoEffectError(weights_name, "changes nothing: each of its deltas is zero")
     return ReadAdapter(artifact, files, notes)
 
 
@@ -70,7 +78,7 @@ def read_files(directory: SourceDirectory, limits: AdapterLimits) -> dict[str, b
         AdapterError: one is missing, no regular file, or too large.
     """
     files = {}
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (CONFIG_FILE, stored_weights_file(directory.names())):
         with directory.open_file(name, limits.max_size_bytes) as file:
             files[name] = file.read()
     return files
@@ -83,9 +91,10 @@ def parse_artifact(files: Mapping[str, bytearray], digest: str, limits: AdapterL
         ArtifactError: they are malformed.
     """
     config = _parse_config(files[CONFIG_FILE], limits)
-    weights = files[WEIGHTS_FILE]
-    size = header_size(bytes(weights[:LENGTH_BYTES]), len(weights), WEIGHTS_FILE, limits)
-    tensors = read_tensors(parse_header(bytes(weights[:size]), len(weights), WEIGHTS_FILE, limits), weights)
+    name = weights_file(config, list(files))
+    weights = files[name]
+    size = header_size(bytes(weights[:LENGTH_BYTES]), len(weights), name, limits)
+    tensors = read_tensors(parse_header(bytes(weights[:size]), len(weights), name, limits), weights)
     return AdapterArtifact(
         digest=digest,
         method=recognise(config),
@@ -110,7 +119,12 @@ def _read_shapes(file: SourceFile, limits: AdapterLimits) -> dict[str, tuple[int
     return {name: spec.shape for name, spec in header.tensors.items()}
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse values that are not finite.
+
+    Raises:
+        AdapterInvalidError: names the tensor.
+    """
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterInvalidError(name, "holds values that are not finite")

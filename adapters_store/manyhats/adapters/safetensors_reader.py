@@ -27,10 +27,7 @@ from manyhats.adapters.json_reader import parse_json_object
 from manyhats.adapters.limits import AdapterLimits
 
 LENGTH_BYTES = 8
-HOW_TO_CONVERT = (
-    "convert it offline: read it with torch.load(file, weights_only=True), write it with "
-    "safetensors.torch.save_file, and register the result"
-)
+HOW_TO_CONVERT = "convert it offline with `manyhats adapters convert SRC DST`, and register the result"
 
 _SERVED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHER_DTYPES = frozenset(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol
+
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
     """One place in the decoder's forward: a linear of one layer, such as layer 3's ``q_proj``.
 
-    ``layer`` counts from 0; it is −1 for places outside the layers (``embed_tokens``, ``lm_head``).
+    Besides the linears there are the sub-layers' outputs, ``attention`` and ``feed_forward``. ``layer`` counts
+    from 0; it is −1 for places outside the layers (``embed_tokens``, ``lm_head``).
     """
 
     layer: int
@@ -18,6 +23,14 @@ class Site:
 
     def __str__(self) -> str:
         return self.name if self.layer < 0 else f"layer {self.layer} {self.name}"
+
+
+class WeightSource(Protocol):
+    """Reads the base's own weights, for methods whose constants depend on them."""
+
+    def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        """Weight [d_out, d_in], dequantized, and bias [d_out] or None, float32."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,12 @@ class BaseDescription:
         vocab_size: V.
         linears: site name → (in features, out features); the same in every layer.
         modules: Hugging Face module path (``model.layers.0.self_attn.q_proj``) → site.
+        fused_modules: path of a module that the decoder runs as several linears → their sites, in row order.
+        num_kv_heads: Hkv.
+        head_dim: K.
+        embedding_scale: what the architecture multiplies embeddings with.
+        is_tied: whether the output head is the embedding.
+        weights: the base's own weights; None where only descriptions are at hand.
     """
 
     model_type: str
@@ -43,3 +62,9 @@ class BaseDescription:
     vocab_size: int
     linears: Mapping[str, tuple[int, int]]
     modules: Mapping[str, Site]
+    fused_modules: Mapping[str, tuple[Site, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    embedding_scale: float = 1.0
+    is_tied: bool = True
+    weights: WeightSource | None = None

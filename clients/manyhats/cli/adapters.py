@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhats.cli import adapter_files
 from manyhats.cli import options as opt
 from manyhats.cli.connection import connect
 from manyhats.cli.failures import UsageError, command_group
@@ -62,6 +63,8 @@ DELETE_HELP = """Delete one version, or a task with all its versions.
 """
 
 app = command_group(HELP)
+app.command("inspect", help=adapter_files.INSPECT_HELP)(adapter_files.inspect)
+app.command("convert", help=adapter_files.CONVERT_HELP)(adapter_files.convert)
 
 Task = Annotated[str, typer.Argument(metavar="TASK", help="A name of a-z, 0-9, dots, dashes, underscores.")]
 Directory = Annotated[str, typer.Argument(metavar="PATH", help="The directory, as the server sees it.")]

@@ -2,58 +2,52 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, shown
+from manyhats.adapters.methods.peft_fields import (
+    check_bias_field,
+    check_fields,
+    parse_alpha,
+    parse_flag,
+    parse_rank,
+)
+from manyhats.adapters.methods.saved_modules import SAVED_FIELDS
 from manyhats.adapters.module_patterns import ModulePatterns, check_pattern_field, compile_patterns
 
 # PEFT's own defaults, for configs that leave the field out.
 _DEFAULT_RANK = 8
-_DEFAULT_ALPHA = 8
-_MAX_ALPHA = 1e6
+DEFAULT_ALPHA = 8
 
-# Fields that say how it was trained, or what the tensors say better, or that hold for any PEFT method.
-_HARMLESS = frozenset(
+LORA_FIELDS = SAVED_FIELDS | frozenset(
     (
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
+        "alpha_pattern",
+        "bias",
+        "corda_config",
+        "eva_config",
+        "init_lora_weights",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
         "lora_dropout",
-        "runtime_config",
-        "ensure_weight_tying",
+        "lora_ga_config",
         "megatron_core",
         "qalora_group_size",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
+        "r",
+        "rank_pattern",
+        "runtime_config",
+        "use_dora",
+        "use_rslora",
     )
 )
-_READ = frozenset(
-    ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias")
-)
+"""Fields that are read, or that change nothing once the adapter is trained."""
 
-# Fields that, when set, change what must be computed → what they ask for.
-_REFUSED = {
-    "use_dora": "DoRA, which is not served yet",
-    "lora_bias": "a bias of lora_B, which is not served yet",
-    "modules_to_save": "whole trained modules, which are not served yet",
-    "trainable_token_indices": "trained token embeddings, which are not served yet",
+LORA_REFUSED = {
     "alora_invocation_tokens": "activated LoRA, which acts on part of the sequence only",
     "layer_replication": "replicated layers, a base with other layers than this one",
     "target_parameters": "LoRA on bare parameters (experts)",
-    "fan_in_fan_out": "transposed base weights",
     "use_qalora": "QA-LoRA, which pools the input",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing",
@@ -62,6 +56,7 @@ _REFUSED = {
     "velora_config": "VeLoRA",
     "megatron_config": "Megatron's parallel layers",
 }
+"""Fields that, when set, change what must be computed → what they ask for."""
 
 # These only choose the first values of A and B. Any other initialisation changed the base's weights as well.
 _SERVED_INITIALISATIONS = frozenset(("gaussian", "eva", "orthogonal"))
@@ -75,11 +70,17 @@ class LoraConfig:
         rank: R, unless a pattern gives another.
         alpha: unless a pattern gives another.
         use_rslora: scale alpha / √R in place of alpha / R.
+        use_dora: every module has a magnitude vector.
+        lora_bias: every linear's B has a bias.
+        ensure_weight_tying: what adapts one of two tied modules adapts the other.
     """
 
     rank: int
     alpha: float
     use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    ensure_weight_tying: bool
     rank_pattern: ModulePatterns[int]
     alpha_pattern: ModulePatterns[float]
 
@@ -100,40 +101,37 @@ def parse_lora_config(config: Mapping[str, Any]) -> LoraConfig:
             field.
         AdapterInvalidError: a field has the wrong type or is out of range.
     """
-    _refuse_unserved_fields(config)
-    _check_initialisation(config.get("init_lora_weights"))
-    if config.get("bias", "none") not in ("none", "all", "lora_only", None):
-        raise AdapterInvalidError("bias", "must be none, all or lora_only")
+    check_fields(config, LORA_FIELDS, LORA_REFUSED)
+    check_initialisation(config.get("init_lora_weights"))
+    check_bias_field(config, "lora_only")
     ranks = check_pattern_field("rank_pattern", config.get("rank_pattern"))
     alphas = check_pattern_field("alpha_pattern", config.get("alpha_pattern"))
-    return LoraConfig(
-        rank=_parse_rank("r", config.get("r", _DEFAULT_RANK)),
-        alpha=_parse_alpha("lora_alpha", config.get("lora_alpha", _DEFAULT_ALPHA)),
-        use_rslora=_parse_flag("use_rslora", config.get("use_rslora", False)),
+    parsed = LoraConfig(
+        rank=parse_rank("r", config.get("r", _DEFAULT_RANK)),
+        alpha=parse_alpha("lora_alpha", config.get("lora_alpha", DEFAULT_ALPHA)),
+        use_rslora=parse_flag("use_rslora", config.get("use_rslora")),
+        use_dora=parse_flag("use_dora", config.get("use_dora")),
+        lora_bias=parse_flag("lora_bias", config.get("lora_bias")),
+        ensure_weight_tying=parse_flag("ensure_weight_tying", config.get("ensure_weight_tying")),
         rank_pattern=compile_patterns(
-            "rank_pattern", {k: _parse_rank("rank_pattern", v) for k, v in ranks.items()}
+            "rank_pattern", {k: parse_rank("rank_pattern", v) for k, v in ranks.items()}
         ),
         alpha_pattern=compile_patterns(
-            "alpha_pattern", {k: _parse_alpha("alpha_pattern", v) for k, v in alphas.items()}
+            "alpha_pattern", {k: parse_alpha("alpha_pattern", v) for k, v in alphas.items()}
         ),
     )
+    if parsed.use_dora and parsed.lora_bias:
+        raise AdapterUnsupportedError("lora_bias", "has no meaning with use_dora")
+    return parsed
 
 
-def _refuse_unserved_fields(config: Mapping[str, Any]) -> None:
-    for field, value in config.items():
-        if field in _READ or field in _HARMLESS or _is_blank(value):
-            continue
-        if field in _REFUSED:
-            raise AdapterUnsupportedError(field, f"asks for {_REFUSED[field]}")
-        raise AdapterUnsupportedError(field, "is not a field this server knows; it may change the maths")
+def check_initialisation(value: Any) -> None:
+    """Check ``init_lora_weights``.
 
-
-def _is_blank(value: Any) -> bool:
-    """Null, false or empty: the field is not in use."""
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
-
-
-def _check_initialisation(value: Any) -> None:
+    Raises:
+        AdapterUnsupportedError: it changed the base's weights at creation, or is unknown.
+        AdapterInvalidError: it is neither a flag nor a name.
+    """
     if value is None or isinstance(value, bool):
         return
     if not isinstance(value, str):
@@ -144,21 +142,3 @@ def _check_initialisation(value: Any) -> None:
             f"'{shown(value)}' changed the base model's weights, or is unknown; "
             "save the adapter converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion)",
         )
-
-
-def _parse_rank(field: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise AdapterInvalidError(field, f"a rank is a whole number from 1, not {shown(str(value))}")
-    return value
-
-
-def _parse_alpha(field: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _MAX_ALPHA:
-        raise AdapterInvalidError(field, f"alpha is a number up to {_MAX_ALPHA:g}, not {shown(str(value))}")
-    return float(value)
-
-
-def _parse_flag(field: str, value: Any) -> bool:
-    if not isinstance(value, bool | None):
-        raise AdapterInvalidError(field, "must be true or false")
-    return bool(value)

@@ -1,0 +1,89 @@
+"""Fields of an AdapterHub config, read one by one with their type; whatever is not read is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, shown
+
+_MAX_LAYERS = 4096
+_MAX_NUMBER = 1e6
+
+
+def refuse_unserved(config: Mapping[str, Any], *, known: Collection[str], refused: Mapping[str, str]) -> None:
+    """Refuse fields that are in use and would change the output in a way that is not computed.
+
+    Args:
+        config: the method's config.
+        known: fields that are read, or that change nothing when the adapter is used.
+        refused: fields that must be null, false or empty → what they ask for.
+
+    Raises:
+        AdapterUnsupportedError: names the field.
+    """
+    for key, value in config.items():
+        if key in known or value is None or value is False or value in ("", [], {}):
+            continue
+        if key in refused:
+            raise AdapterUnsupportedError(key, f"asks for {refused[key]}, which is not served")
+        raise AdapterUnsupportedError(key, "is not a field this server knows; it may change the maths")
+
+
+def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A truth value; null is false, as to the library.
+
+    Raises:
+        AdapterInvalidError: it is another type.
+    """
+    value = config.get(key, default)
+    if value is not None and not isinstance(value, bool):
+        raise AdapterInvalidError(key, "must be true or false")
+    return bool(value)
+
+
+def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A finite number of at most a million either way.
+
+    Raises:
+        AdapterInvalidError: it is none.
+    """
+    return check_number(key, config.get(key, default))
+
+
+def check_number(key: str, value: Any) -> float:
+    """``value`` as a float, if it is a finite number of at most a million either way.
+
+    Raises:
+        AdapterInvalidError: it is none.
+    """
+    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _MAX_NUMBER:
+        raise AdapterInvalidError(
+            key, f"must be a number up to {_MAX_NUMBER:g} either way, not {shown(str(value))}"
+        )
+    return float(value)
+
+
+def read_count(config: Mapping[str, Any], key: str, default: int) -> int:
+    """A whole number from 1.
+
+    Raises:
+        AdapterInvalidError: it is none.
+    """
+    value = config.get(key, default)
+    if type(value) is not int or not 1 <= value <= _MAX_NUMBER:
+        raise AdapterInvalidError(key, f"must be a whole number from 1, not {shown(str(value))}")
+    return value
+
+
+def read_leave_out(config: Mapping[str, Any]) -> frozenset[int]:
+    """The layers, from 0, that have no part of the adapter.
+
+    Raises:
+        AdapterInvalidError: it is no list of layers.
+    """
+    layers = config.get("leave_out") or []
+    if not isinstance(layers, list) or len(layers) > _MAX_LAYERS or not all(type(n) is int for n in layers):
+        raise AdapterInvalidError("leave_out", "must be a list of layer numbers")
+    return frozenset(layers)

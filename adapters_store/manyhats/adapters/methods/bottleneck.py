@@ -1,0 +1,252 @@
+"""Bottleneck adapters: a small network on a sub-layer's output, as AdapterHub saves it.
+
+Every variant of the library's config that a causal decoder can run is one ``Bottleneck`` primitive. In the
+library's terms, with r the residual stream that enters the sub-layer, m the sub-layer's output, no norm after a
+sub-layer (Llama's layers have none to pass), and ``f(x) = scale · (U · act(D · norm_before(x) + b_d) + b_u)``:
+
+Sequential. The input is ``x = r + m`` with ``original_ln_before``, else ``x = m``. The residual around the
+bottleneck is ``ρ = x`` without ``residual_before_ln``, and ``ρ = m`` with it. Then
+
+    o = f(x) + ρ                        without ``ln_after``
+    o = norm_after(f(x)) + ρ            with ``ln_after``
+    o = norm_after(f(x) + ρ)            with ``ln_after`` and ``adapter_residual_before_ln``
+
+Parallel (``is_parallel``). ``x = r``, whatever the other flags say, and ``o = m + f(x)``, or
+``o = m + norm_after(f(x))`` with ``ln_after``.
+
+The layer's output is ``o + r`` with ``original_ln_after`` and ``o`` without. The stream of the primitive goes on
+as ``r + m'``, so ``m' = o`` or ``m' = o − r``. With ``m' = keep · m + carry · r + (f, or norm_after(f + ρ))``:
+
+    keep   0 where ρ is inside ``norm_after``, else 1 (ρ holds m once)
+    carry  1 where ρ = r + m is outside ``norm_after``, else 0; less 1 without ``original_ln_after``
+
+Two things depend on the base. Where the library hooks into the layers (qwen2, qwen3), it refuses
+``original_ln_after = false``, and so does this. On Gemma 2 and 3 its adapters lie before the norm that follows a
+sub-layer, and some use the norm of the *last* layer for each: these are refused.
+
+Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005.00247); He et al. 2022
+(arXiv:2110.04366); Steitz and Roth 2024 (arXiv:2406.06820).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from manyhats.adapters import adapterhub_format
+from manyhats.adapters.activations import ACTIVATIONS
+from manyhats.adapters.adapterhub_bottleneck import (
+    Block,
+    BottleneckConfig,
+    blocks,
+    parse_bottleneck_config,
+    plain_block_name,
+)
+from manyhats.adapters.adapterhub_phm import phm_matrix, phm_shapes
+from manyhats.adapters.adapterhub_tensors import TensorNames, check_layers, check_shapes, plain_name
+from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.errors import AdapterUnsupportedError, shown
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate
+from manyhats.adapters.primitives import Bottleneck, BottleneckInput, LayerNorm, LoweredAdapter
+from manyhats.adapters.sites import BaseDescription, Site
+
+_BUILT_IN = frozenset(("llama", "mistral"))
+_HOOKED = frozenset(("qwen2", "qwen3"))
+_SANDWICHED = frozenset(("gemma2", "gemma3", "gemma3_text"))
+
+_NORM_PARTS = ("weight", "bias")
+
+
+def bottleneck_output(delta: Bottleneck, r: Tensor, m: Tensor) -> Tensor:
+    """``m' = keep · m + carry · r + (f, or norm_after(f + norm_residual))``; see ``Bottleneck``.
+
+    Args:
+        delta: of one sub-layer.
+        r: [..., D]; the residual stream that enters the sub-layer.
+        m: [..., D]; the sub-layer's output, which joins the stream without the adapter.
+
+    Returns:
+        [..., D]: what joins the stream in place of m.
+    """
+    sources = {BottleneckInput.OUTPUT: m, BottleneckInput.SUM: r + m, BottleneckInput.RESIDUAL: r}
+    x = sources[delta.input]
+    if delta.norm_before is not None:
+        x = _layer_norm(x, delta.norm_before)
+    hidden = ACTIVATIONS[delta.activation](functional.linear(x, delta.down, delta.down_bias))
+    f = delta.scale * functional.linear(hidden, delta.up, delta.up_bias)
+    if delta.norm_after is not None:
+        f = f if delta.norm_residual is None else f + sources[delta.norm_residual]
+        f = _layer_norm(f, delta.norm_after)
+    return delta.keep * m + delta.carry * r + f
+
+
+def can_change_output(delta: Bottleneck) -> bool:
+    """Whether m' can differ from m; a parallel adapter, for one, is initialised so that it does not."""
+    is_added = delta.keep == 1 and delta.carry == 0 and delta.norm_after is None
+    parts = (delta.up, delta.up_bias)
+    return not is_added or (bool(delta.scale.any()) and any(bool(part.any()) for part in parts))
+
+
+def _layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How a variant's terms are put together: the primitive's fields of the same names."""
+
+    input: BottleneckInput
+    norm_residual: BottleneckInput | None
+    keep: float
+    carry: float
+
+
+def resolve_flow(config: BottleneckConfig) -> Flow:
+    """The flow of a variant; this module's docstring derives it."""
+    lost = 0.0 if config.original_ln_after else -1.0
+    if config.is_parallel:
+        return Flow(BottleneckInput.RESIDUAL, None, keep=1.0, carry=lost)
+    source = BottleneckInput.SUM if config.original_ln_before else BottleneckInput.OUTPUT
+    residual = BottleneckInput.OUTPUT if config.residual_before_ln else source
+    if config.ln_after and config.adapter_residual_before_ln:
+        return Flow(source, residual, keep=0.0, carry=lost)
+    held = 1.0 if residual is BottleneckInput.SUM else 0.0
+    return Flow(source, None, keep=1.0, carry=held + lost)
+
+
+@dataclass(frozen=True, slots=True)
+class BottleneckMethod:
+    """Bottleneck adapters from an AdapterHub directory; config and tensors must agree one to one."""
+
+    @property
+    def method(self) -> AdapterMethod:
+        """BOTTLENECK."""
+        return AdapterMethod.BOTTLENECK
+
+    def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
+        """Refuse what cannot be served exactly: no tensor missing, left over or of another shape."""
+        config, name = _read_config(candidate.config, base)
+        _find_blocks(config, name, candidate.shapes, base)
+
+    def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
+        """One ``Bottleneck`` per adapted sub-layer, ordered by layer; matrices keep their stored dtype."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
+        config, name = _read_config(artifact.config, base)
+        found, names = _find_blocks(config, name, shapes, base)
+        read = partial(names.pick, artifact.tensors)
+        return LoweredAdapter(
+            digest=artifact.digest, deltas=tuple(_lower_block(config, block, read) for block in found)
+        )
+
+
+def _find_blocks(
+    config: BottleneckConfig, name: str, shapes: Mapping[str, tuple[int, ...]], base: BaseDescription
+) -> tuple[list[Block], TensorNames]:
+    """Every adapter that the config asks for, if the tensors are theirs, one to one."""
+    names = TensorNames(shapes, partial(_plain, config))
+    check_layers(names, base)
+    found = blocks(config, name, base.num_layers, base.hidden_size)
+    expected: dict[str, tuple[int, ...]] = {}
+    for block in found:
+        expected |= _block_shapes(config, block, base.hidden_size)
+    check_shapes(names, shapes, expected)
+    return found, names
+
+
+def _plain(config: BottleneckConfig, name: str) -> str:
+    return plain_block_name(plain_name(name), config)
+
+
+def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[BottleneckConfig, str]:
+    """The parsed config and the adapter's name, if the base's layers are as the derivation needs them."""
+    adapterhub_format.check_base(config, base)
+    parsed = parse_bottleneck_config(adapterhub_format.method_config(config))
+    if base.model_type in _SANDWICHED:
+        raise AdapterUnsupportedError(
+            "model_type",
+            f"on {base.model_type} AdapterHub's bottlenecks lie before the norm that follows a sub-layer, and "
+            "original_ln_before uses the last layer's norm in every layer; they are not served there",
+        )
+    if base.model_type not in _BUILT_IN | _HOOKED:
+        raise AdapterUnsupportedError(
+            "model_type",
+            f"AdapterHub says not where its bottlenecks lie on {shown(base.model_type)}; they are served on "
+            + ", ".join(sorted(_BUILT_IN | _HOOKED)),
+        )
+    if base.model_type in _HOOKED and not parsed.original_ln_after:
+        raise AdapterUnsupportedError(
+            "original_ln_after", f"must be true on {base.model_type}, where the library allows nothing else"
+        )
+    return parsed, adapterhub_format.adapter_name(config)
+
+
+def _down_module(config: BottleneckConfig, block: Block) -> str:
+    # The norm, where there is one, is the first of the same sequence.
+    return f"{block.module}adapter_down.{int(config.ln_before)}."
+
+
+def _up_module(block: Block) -> str:
+    return f"{block.module}adapter_up."
+
+
+def _block_shapes(config: BottleneckConfig, block: Block, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """What one adapter consists of, by plain name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, direction, d_in, d_out in (
+        (_down_module(config, block), "down", hidden_size, block.size),
+        (_up_module(block), "up", block.size, hidden_size),
+    ):
+        if config.phm is None:
+            shapes |= {f"{module}weight": (d_out, d_in), f"{module}bias": (d_out,)}
+        else:
+            shapes |= phm_shapes(config.phm, block, module, direction, d_in, d_out)
+    for norm, is_used in (("before", config.ln_before), ("after", config.ln_after)):
+        if is_used:
+            shapes |= {f"{block.module}adapter_norm_{norm}.{part}": (hidden_size,) for part in _NORM_PARTS}
+    if isinstance(config.scaling, str):
+        shapes[f"{block.module}scaling"] = (1,) if config.scaling == "learned" else (hidden_size,)
+    return shapes
+
+
+def _lower_block(config: BottleneckConfig, block: Block, read: Callable[[str], Tensor]) -> Bottleneck:
+    flow = resolve_flow(config)
+    down, down_bias = _projection(config, block, _down_module(config, block), "down", read)
+    up, up_bias = _projection(config, block, _up_module(block), "up", read)
+    is_learned = isinstance(config.scaling, str)
+    return Bottleneck(
+        site=Site(block.layer, block.sub_layer),
+        input=flow.input,
+        down=down,
+        down_bias=down_bias,
+        up=up,
+        up_bias=up_bias,
+        activation=config.activation,
+        scale=read(f"{block.module}scaling") if is_learned else torch.tensor([float(config.scaling)]),
+        norm_before=_norm(block, "before", read) if config.ln_before else None,
+        norm_after=_norm(block, "after", read) if config.ln_after else None,
+        norm_residual=flow.norm_residual,
+        keep=flow.keep,
+        carry=flow.carry,
+    )
+
+
+def _projection(
+    config: BottleneckConfig, block: Block, module: str, direction: str, read: Callable[[str], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Matrix [d_out, d_in] and bias [d_out] of one projection."""
+    if config.phm is None:
+        return read(f"{module}weight"), read(f"{module}bias")
+    matrix = phm_matrix(config.phm, block, module, direction, lambda name: read(name).float())
+    return matrix, read(f"{module}b") if config.phm.has_bias else torch.zeros(matrix.shape[0])
+
+
+def _norm(block: Block, which: str, read: Callable[[str], Tensor]) -> LayerNorm:
+    module = f"{block.module}adapter_norm_{which}."
+    return LayerNorm(weight=read(f"{module}weight"), bias=read(f"{module}bias"))

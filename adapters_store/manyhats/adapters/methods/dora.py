@@ -1,0 +1,116 @@
+"""DoRA: LoRA that gives each row of the updated weight a trained length, as PEFT saves it.
+
+Source: Liu et al. 2024 (arXiv:2402.09353).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.errors import AdapterUnsupportedError
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate
+from manyhats.adapters.methods.lora import check_lora, place_artifact
+from manyhats.adapters.methods.lora_tensors import MAGNITUDE, A, B, LinearPlacement
+from manyhats.adapters.methods.peft_tensors import check_finite
+from manyhats.adapters.primitives import Affine, Delta, LoweredAdapter, LowRank
+from manyhats.adapters.sites import BaseDescription, WeightSource
+
+
+def updated_lengths(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Length of each row of the updated weight, ``‖W + scale · BA‖₂`` by row: [d_out], float32.
+
+    Args:
+        weight: W [d_out, d_in], dequantized.
+        a: [R, d_in].
+        b: [d_out, R].
+        scale: dimensionless; as of LoRA.
+    """
+    updated = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+    return torch.linalg.vector_norm(updated, dim=1)  # type: ignore[no-any-return]
+
+
+def dora_gain(magnitude: Tensor, lengths: Tensor) -> Tensor:
+    """How much longer each row is made: ``c = m / ‖W + scale · BA‖₂``, [d_out], float32.
+
+    Args:
+        magnitude: m [d_out]; the trained lengths.
+        lengths: as of ``updated_lengths``.
+
+    Source: Liu et al. 2024 (arXiv:2402.09353), equation 5.
+    """
+    return magnitude.float() / lengths
+
+
+def dora_output(
+    base: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Output of the adapted linear: ``base + (c − 1)(base − bias) + c · scale · (x Aᵀ) Bᵀ``.
+
+    Args:
+        base: [..., d_out]; the base linear's output, bias included.
+        x: [..., d_in]; its input.
+        a, b, scale: as of ``updated_lengths``.
+        gain: c [d_out]; PEFT's training treats it as a constant.
+        bias: [d_out]; the base linear's; it keeps its length.
+
+    Returns:
+        [..., d_out].
+
+    Source: Liu et al. 2024 (arXiv:2402.09353), section 4.3.
+    """
+    unbiased = base if bias is None else base - bias
+    return base + (gain - 1) * unbiased + gain * scale * ((x @ a.T) @ b.T)
+
+
+@dataclass(frozen=True, slots=True)
+class DoraMethod:
+    """DoRA from a PEFT directory; its gains are computed once, when it is lowered, in float32."""
+
+    @property
+    def method(self) -> AdapterMethod:
+        """DORA."""
+        return AdapterMethod.DORA
+
+    def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
+        """As LoRA's; every module must have its magnitudes."""
+        check_lora(candidate, base, limits)
+
+    def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
+        """An ``Affine`` and a ``LowRank`` per linear, float32.
+
+        Raises:
+            AdapterUnsupportedError: the base's weights are not at hand.
+        """
+        placements, saved = place_artifact(artifact, base)
+        if base.weights is None:
+            raise AdapterUnsupportedError("use_dora", "needs the base's weights, which are not at hand")
+        deltas = [
+            delta
+            for placement in placements.linears
+            for delta in _lower_linear(placement, artifact.tensors, base.weights)
+        ]
+        return LoweredAdapter(artifact.digest, (*deltas, *saved.lower(artifact.tensors, base)))
+
+
+def _lower_linear(
+    placement: LinearPlacement, tensors: Mapping[str, Tensor], weights: WeightSource
+) -> Iterator[Delta]:
+    """Norms are by row, so each part of a fused module has its own rows of B and of the magnitudes."""
+    target, names = placement.target, placement.tensors
+    a = tensors[names.name(A)].float()
+    magnitudes = target.split(tensors[names.name(MAGNITUDE)])
+    for part, b, magnitude in zip(
+        target.parts, target.split(tensors[names.name(B)].float()), magnitudes, strict=True
+    ):
+        weight, bias = weights.linear(part.site)
+        lengths = check_finite(names.name(A), updated_lengths(weight, a, b, placement.scale))
+        gain = check_finite(names.name(MAGNITUDE), dora_gain(magnitude, lengths))
+        offset = None if bias is None else (1 - gain) * bias.float()
+        yield Affine(part.site, gain, offset)
+        yield LowRank(part.site, a, check_finite(names.name(B), gain.unsqueeze(1) * b), placement.scale)

@@ -1,0 +1,124 @@
+"""IA3: trained factors of linears' outputs, or of their inputs, as PEFT saves it.
+
+Source: Liu et al. 2022 (arXiv:2205.05638).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate
+from manyhats.adapters.methods.peft_fields import check_fields
+from manyhats.adapters.methods.peft_tensors import (
+    Misfit,
+    ModuleTensors,
+    Target,
+    candidate_of,
+    find_misfit,
+    find_target,
+    group_tensors,
+    missing_module,
+    raise_misfits,
+)
+from manyhats.adapters.methods.saved_modules import SavedModules, find_saved_modules
+from manyhats.adapters.primitives import Affine, InputScale, LoweredAdapter
+from manyhats.adapters.sites import BaseDescription
+
+_VECTOR = "ia3_l"
+_FIELDS = frozenset(("feedforward_modules", "init_ia3_weights", "modules_to_save"))
+
+
+def ia3_output(y: Tensor, vector: Tensor) -> Tensor:
+    """A linear's output rescaled, its bias included: ``y ⊙ l``; y [..., d_out], l [d_out].
+
+    Source: Liu et al. 2022 (arXiv:2205.05638), section 3.3, on keys and values.
+    """
+    return y * vector
+
+
+def ia3_input(x: Tensor, vector: Tensor) -> Tensor:
+    """A linear's input rescaled: ``x ⊙ l``; x [..., d_in], l [d_in].
+
+    Source: Liu et al. 2022 (arXiv:2205.05638), section 3.3, inside the feed-forward.
+    """
+    return x * vector
+
+
+@dataclass(frozen=True, slots=True)
+class Ia3Method:
+    """IA3 from a PEFT directory; a vector's shape says whether it rescales inputs or outputs."""
+
+    @property
+    def method(self) -> AdapterMethod:
+        """IA3."""
+        return AdapterMethod.IA3
+
+    def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
+        """Refuse what cannot be served exactly: every tensor must be used, and fit."""
+        _place(candidate, base)
+
+    def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
+        """An ``Affine`` or an ``InputScale`` per linear, float32, ordered by site."""
+        placed, saved = _place(candidate_of(artifact), base)
+        deltas: list[Affine | InputScale] = []
+        for target, names in placed:
+            vector = artifact.tensors[names.name(_VECTOR)].float().flatten()
+            if _rescales_input(names):
+                deltas.extend(InputScale(part.site, vector) for part in target.parts)
+            else:
+                parts = zip(target.parts, target.split(vector), strict=True)
+                deltas.extend(Affine(part.site, scale, None) for part, scale in parts)
+        return LoweredAdapter(artifact.digest, (*deltas, *saved.lower(artifact.tensors, base)))
+
+
+def _place(
+    candidate: Candidate, base: BaseDescription
+) -> tuple[list[tuple[Target, ModuleTensors]], SavedModules]:
+    """Each module's vector and the linears that it fits, ordered by site."""
+    check_fields(candidate.config, _FIELDS)
+    saved = find_saved_modules(candidate.config, candidate.shapes, base)
+    modules = group_tensors(saved.others(candidate.shapes), (_VECTOR,))
+    misfits = [found for tensors in modules if (found := _find_misfit(tensors, base)) is not None]
+    raise_misfits(misfits, len(modules), base, candidate.base_model)
+    saved.check_modules({tensors.module for tensors in modules})
+    placed = [(target, each) for each in modules if (target := find_target(each.module, base)) is not None]
+    for target, tensors in placed:
+        if target.is_head:
+            raise AdapterUnsupportedError(tensors.name(_VECTOR), "rescales the head, which is not served")
+        _check_placement(tensors, candidate.config.get("feedforward_modules"))
+    return sorted(placed, key=lambda pair: pair[0].parts[0].site), saved
+
+
+def _rescales_input(tensors: ModuleTensors) -> bool:
+    """PEFT stores factors of outputs as a column, of inputs as a row."""
+    return tensors.shapes[_VECTOR][0] == 1 and tensors.shapes[_VECTOR][-1] != 1
+
+
+def _find_misfit(tensors: ModuleTensors, base: BaseDescription) -> Misfit | None:
+    target = find_target(tensors.module, base)
+    if target is None:
+        return missing_module(tensors)
+    if len(tensors.shapes[_VECTOR]) == 2 and _rescales_input(tensors):
+        return find_misfit(tensors, _VECTOR, (1, target.d_in))
+    return find_misfit(tensors, _VECTOR, (target.d_out, 1))
+
+
+def _check_placement(tensors: ModuleTensors, names: Any) -> None:
+    """A list of feed-forward modules must agree with the shape; a regex is left alone."""
+    if not isinstance(names, list):
+        if not isinstance(names, str | None):
+            raise AdapterInvalidError("feedforward_modules", "must be a list of module names, or a pattern")
+        return
+    if not all(isinstance(name, str) for name in names):
+        raise AdapterInvalidError("feedforward_modules", "must be a list of module names")
+    if any(tensors.module.endswith(name) for name in names) != _rescales_input(tensors):
+        raise AdapterInvalidError(
+            tensors.name(_VECTOR),
+            f"has shape {list(tensors.shapes[_VECTOR])}, which contradicts feedforward_modules",
+        )

@@ -1,0 +1,90 @@
+"""Reading of PEFT's config fields: what every method shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, shown
+
+_MAX_ALPHA = 1e6
+
+# Fields that say how it was trained, or what the tensors say better, or that hold for any PEFT method.
+_HARMLESS = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "target_modules",
+        "task_type",
+    )
+)
+_REFUSED = {"fan_in_fan_out": "transposed base weights"}
+
+
+def check_fields(
+    config: Mapping[str, Any],
+    own_fields: Collection[str],
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Refuse fields that are set, and that neither the method nor this server knows.
+
+    Args:
+        config: the parsed ``adapter_config.json``.
+        own_fields: those that the method reads, or knows to change nothing.
+        refused: field → what it asks for, where that can't be served.
+
+    Raises:
+        AdapterUnsupportedError: names the field.
+    """
+    for field, value in config.items():
+        if field in own_fields or field in _HARMLESS or _is_blank(value):
+            continue
+        what = refused.get(field) or _REFUSED.get(field)
+        if what is not None:
+            raise AdapterUnsupportedError(field, f"asks for {what}")
+        raise AdapterUnsupportedError(field, "is not a field this server knows; it may change the maths")
+
+
+def _is_blank(value: Any) -> bool:
+    """Null, false or empty: the field is not in use."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def check_bias_field(config: Mapping[str, Any], own_value: str) -> None:
+    """Check ``bias``, which allows for trained biases; they are refused where the tensors hold any.
+
+    Raises:
+        AdapterInvalidError: it is none of PEFT's values.
+    """
+    if config.get("bias", "none") not in ("none", "all", own_value, None):
+        raise AdapterInvalidError("bias", f"must be none, all or {own_value}")
+
+
+def parse_rank(field: str, value: Any) -> int:
+    """A rank, from 1."""
+    if type(value) is not int or value < 1:
+        raise AdapterInvalidError(field, f"a rank is a whole number from 1, not {shown(str(value))}")
+    return value
+
+
+def parse_alpha(field: str, value: Any) -> float:
+    """LoRA's alpha: a finite number."""
+    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _MAX_ALPHA:
+        raise AdapterInvalidError(field, f"alpha is a number up to {_MAX_ALPHA:g}, not {shown(str(value))}")
+    return float(value)
+
+
+def parse_flag(field: str, value: Any) -> bool:
+    """True or false; null is false."""
+    if not isinstance(value, bool | None):
+        raise AdapterInvalidError(field, "must be true or false")
+    return bool(value)

@@ -1,0 +1,143 @@
+"""Prompt tuning: trained embeddings of virtual tokens ahead of the sequence, from a PEFT directory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, shown
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate
+from manyhats.adapters.methods.prompt_config import (
+    PROMPT_EMBEDDINGS,
+    PromptConfig,
+    check_fits,
+    check_num_virtual_tokens,
+    check_shape,
+    check_tensor_names,
+    parse_prompt_config,
+)
+from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
+from manyhats.adapters.sites import BaseDescription
+
+# How the embeddings began; they are saved as they ended.
+INITIALISATION_FIELDS = frozenset(
+    ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path")
+)
+
+# Where transformers applies an architecture's embedding multiplier. PEFT puts the prompt in between: behind the
+# embedding module, ahead of the decoder's forward.
+_MULTIPLIES_IN_EMBEDDING = frozenset(("gemma", "gemma2", "gemma3", "gemma3_text"))
+_MULTIPLIES_IN_FORWARD = frozenset(("granite",))
+
+
+def prepend_prompt(prompt: Tensor, embedded: Tensor) -> Tensor:
+    """What the decoder's layers run on: ``[prompt; embedded]``, at positions 0, 1, ….
+
+    Args:
+        prompt: [P, D].
+        embedded: [T, D]; the real tokens.
+
+    Returns:
+        [P + T, D].
+
+    Source: Lester et al. 2021 (arXiv:2104.08691), section 2.
+    """
+    return torch.cat((prompt, embedded))
+
+
+def as_first_layer_reads(prompt: Tensor, base: BaseDescription) -> Tensor:
+    """A stored prompt with the embedding multiplier, where transformers would apply it to a prompt too.
+
+    The Gemmas multiply inside the embedding module, so their prompts are read as stored; Granite multiplies
+    whatever enters its forward.
+
+    Args:
+        prompt: [P, D].
+        base: whose architecture decides.
+
+    Returns:
+        [P, D]; float32 if it was multiplied, else as given.
+
+    Raises:
+        AdapterUnsupportedError: the architecture multiplies, and it is not known where.
+    """
+    if base.embedding_scale == 1.0 or base.model_type in _MULTIPLIES_IN_EMBEDDING:
+        return prompt
+    if base.model_type in _MULTIPLIES_IN_FORWARD:
+        return prompt.float() * base.embedding_scale
+    raise AdapterUnsupportedError(
+        "peft_type", f"virtual tokens are not served on {shown(base.model_type)}, which multiplies embeddings"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTuningMethod:
+    """Prompt tuning from a PEFT directory."""
+
+    @property
+    def method(self) -> AdapterMethod:
+        """PROMPT_TUNING."""
+        return AdapterMethod.PROMPT_TUNING
+
+    def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
+        """Refuse embeddings of another size than the base's."""
+        check_plain_prompt(candidate, base, limits, INITIALISATION_FIELDS)
+
+    def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
+        """The embeddings alone."""
+        return lower_plain_prompt(artifact, base, INITIALISATION_FIELDS)
+
+
+def check_plain_prompt(
+    candidate: Candidate, base: BaseDescription, limits: AdapterLimits, own_fields: Collection[str]
+) -> None:
+    """Check an artifact that holds the prompt's embeddings and nothing else.
+
+    Raises:
+        ArtifactError, BaseMismatchError: it does not, or does not fit.
+    """
+    config = parse_prompt_config(candidate.config, own_fields)
+    check_num_virtual_tokens(config, limits)
+    check_tensor_names(candidate.shapes, (PROMPT_EMBEDDINGS,))
+    check_prompt(config, candidate.shapes[PROMPT_EMBEDDINGS], base, candidate.base_model)
+
+
+def lower_plain_prompt(
+    artifact: AdapterArtifact, base: BaseDescription, own_fields: Collection[str]
+) -> LoweredAdapter:
+    """Lower an artifact that holds the prompt's embeddings and nothing else.
+
+    Raises:
+        ArtifactError, BaseMismatchError: as ``check_plain_prompt``.
+    """
+    shapes: Mapping[str, Any] = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
+    check_tensor_names(shapes, (PROMPT_EMBEDDINGS,))
+    config = parse_prompt_config(artifact.config, own_fields)
+    check_prompt(config, shapes[PROMPT_EMBEDDINGS], base, artifact.base_model)
+    embeddings = as_first_layer_reads(artifact.tensors[PROMPT_EMBEDDINGS], base)
+    return LoweredAdapter(digest=artifact.digest, deltas=(), prefix=PromptEmbeddings(embeddings))
+
+
+def check_prompt(
+    config: PromptConfig, shape: tuple[int, ...], base: BaseDescription, base_model: str
+) -> None:
+    """The embeddings must be [P, D], D the base's hidden size.
+
+    Raises:
+        BaseMismatchError: they are another base's.
+        AdapterInvalidError: they contradict their config, or the base that they name.
+    """
+    as_first_layer_reads(torch.empty(0, base.hidden_size), base)
+    if len(shape) != 2:
+        raise AdapterInvalidError(PROMPT_EMBEDDINGS, f"has {len(shape)} dimensions; expected 2")
+    check_fits("token_dim", config.token_dim, base.hidden_size, base, base_model)
+    check_fits("num_layers", config.num_layers, base.num_layers, base, base_model)
+    if config.token_dim is None:
+        check_fits(PROMPT_EMBEDDINGS, shape[1], base.hidden_size, base, base_model)
+    check_shape(PROMPT_EMBEDDINGS, shape, (config.num_virtual_tokens, base.hidden_size))

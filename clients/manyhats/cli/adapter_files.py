@@ -1,0 +1,165 @@
+"""``manyhats adapters inspect`` and ``convert``: adapters' directories on this machine, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manyhats.cli import options as opt
+from manyhats.cli.extras import needs_extra
+from manyhats.cli.failures import CommandError
+from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, print_table
+
+if TYPE_CHECKING:
+    from manyhats.adapters.inspect import Inspection, SiteFacts
+    from manyhats.adapters.sites import BaseDescription
+
+INSPECT_HELP = """Show what an adapter's directory holds, and what of it would be refused.
+
+It needs no server. With --model the adapter is compared with that base
+model as well; without, only what it tells of itself is checked.
+
+[bold]Examples[/bold]
+
+  $ manyhats adapters inspect ./tasks/sql
+
+  $ manyhats adapters inspect ./tasks/sql --model smollm2-135m-instruct
+
+  $ manyhats adapters inspect ./tasks/sql --json
+"""
+CONVERT_HELP = """Make safetensors of an adapter that is saved as a pickle.
+
+SRC is a directory with adapter_model.bin (PEFT) or pytorch_adapter.bin
+(AdapterHub); DST is made. A pickle can run any code when it is read: it
+is read here with torch's restricted loader, which refuses all but
+tensors. A server never reads pickles.
+
+[bold]Examples[/bold]
+
+  $ manyhats adapters convert ./old/style ./tasks/style
+"""
+
+Directory = Annotated[Path, typer.Argument(metavar="PATH", help="The directory.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", metavar="MODEL", help="Compare with this base: a known name, a directory, or a hub id."
+    ),
+]
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="The directory with the pickle.")]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="A new directory.")]
+
+
+def inspect(path: Directory, model: Model = "", as_json: opt.Json = False) -> None:
+    """Show what an adapter's directory holds, and what of it would be refused."""
+    with needs_extra("server"):
+        from manyhats.adapters.inspect import inspect as inspect_directory
+    with _adapter_errors():
+        found = inspect_directory(path, _describe(model) if model else None)
+    if as_json:
+        print_json(found)
+        return
+    _print_facts(found)
+    if found.sites:
+        columns = ("site", "operation", "layers", "rank", "shapes")
+        print_table(columns, [_site_row(site) for site in found.sites])
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+    for refusal in found.refusals:
+        typer.echo(f"would be refused: {refusal.reason} {refusal.subject}: {refusal.description}")
+    if not found.refusals:
+        typer.echo("nothing would be refused")
+
+
+def convert(source: Source, target: Target, as_json: opt.Json = False) -> None:
+    """Make safetensors of an adapter that is saved as a pickle."""
+    with needs_extra("server"):
+        from manyhats.adapters.convert import WARNING
+        from manyhats.adapters.convert import convert as convert_directory
+    typer.echo(f"warning: {WARNING}", err=True)
+    with _adapter_errors():
+        made = convert_directory(source, target)
+    for note in made.notes:
+        typer.echo(f"note: {note}", err=True)
+    if as_json:
+        print_json(
+            {
+                "source": str(made.source),
+                "target": str(made.target),
+                "num_tensors": made.num_tensors,
+                "num_repeated": made.num_repeated,
+                "size_bytes": made.size_bytes,
+                "notes": made.notes,
+            }
+        )
+        return
+    repeated = f", {made.num_repeated} repeated names left out" if made.num_repeated else ""
+    typer.echo(
+        f"converted: {made.target} ({made.num_tensors} tensors{repeated}, {human_bytes(made.size_bytes)})"
+    )
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Ascending layers in short: ``0-2, 5``."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def _print_facts(found: Inspection) -> None:
+    print_fields(
+        {
+            "path": found.path,
+            "format": found.format,
+            "method": found.method,
+            "base model": found.base_model,
+            "compared with": found.compared_with,
+            "size": human_bytes(found.size_bytes),
+            "parameters": human_count(found.num_parameters),
+            "tensors": str(len(found.tensors)),
+            "virtual tokens": str(found.num_virtual_tokens or ""),
+            "digest": found.digest,
+        }
+    )
+
+
+def _site_row(site: SiteFacts) -> tuple[str, ...]:
+    shapes = (
+        f"{name} {' or '.join(str(list(shape)) for shape in found)}" for name, found in site.shapes.items()
+    )
+    ranks = ", ".join(str(rank) for rank in site.ranks)
+    return (site.site, site.operation, layer_ranges(site.layers), ranks, ", ".join(shapes))
+
+
+def _describe(model: str) -> BaseDescription:
+    """A base by its config alone; its weights are not read."""
+    with needs_extra("server"):
+        from manyhats.engine.errors import ModelError
+        from manyhats.engine.model.checkpoint import read_json
+        from manyhats.engine.model.directories import default_home
+        from manyhats.engine.model.families import describe, read_architecture
+        from manyhats.engine.model.fetch import locate_model
+    try:
+        located = locate_model(model, default_home())
+        architecture = read_architecture(read_json(located.directory / "config.json"))
+        return describe(architecture.decoder, names=located.names, digest="", modules=architecture.modules)
+    except (ModelError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
+@contextmanager
+def _adapter_errors() -> Iterator[None]:
+    from manyhats.adapters.errors import AdapterError
+
+    try:
+        yield
+    except AdapterError as error:
+        raise CommandError(str(error)) from error
