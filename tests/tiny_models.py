@@ -87,11 +87,12 @@ def make_checkpoint(
 
     Args:
         directory: created if need be.
-        family: ``llama``, ``mistral`` or ``qwen2``.
+        family: its ``model_type``, such as ``llama``.
         seed: of the weights; the global generator is left alone.
         tie: whether the output head is the embedding.
-        rope: ``rope_parameters``; None is the plain kind.
-        sliding_window: of every layer (mistral) or of all but the first (qwen2).
+        rope: ``rope_parameters``; None is the plain kind. Those of gemma3_text are for its full attention.
+        sliding_window: of every layer (mistral, phi3), of all but the first (qwen2 and 3), or of the layers that the
+            family itself lets slide.
         overrides: other fields of the config, such as ``head_dim`` or ``attention_bias``.
 
     Returns:
@@ -108,11 +109,14 @@ def make_checkpoint(
         "intermediate_size": intermediate_size,
         "max_position_embeddings": max_position_embeddings,
         "tie_word_embeddings": tie,
-        "rope_parameters": dict(rope or {"rope_type": "default", "rope_theta": 10000.0}),
+        "rope_parameters": _rope_fields(
+            family, dict(rope or {"rope_type": "default", "rope_theta": 10000.0})
+        ),
         "bos_token_id": 1,
         "eos_token_id": EOS_TOKEN_ID,
         "pad_token_id": EOS_TOKEN_ID,
         **_window_fields(family, sliding_window),
+        **_family_fields(family, hidden_size // heads),
         **overrides,
     }
     with torch.random.fork_rng():
@@ -130,25 +134,52 @@ def make_checkpoint(
     return directory
 
 
+def _rope_fields(family: str, rope: dict[str, Any]) -> dict[str, Any]:
+    if family != "gemma3_text":
+        return rope
+    return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
+
+
 def _window_fields(family: str, window: int | None) -> dict[str, Any]:
-    if family == "mistral":
+    if family in ("mistral", "phi3"):
         return {"sliding_window": window}
-    if family == "qwen2" and window is not None:
+    if window is None:
+        return {}
+    if family in ("qwen2", "qwen3"):
         return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
-    return {}
+    return {"use_sliding_window": True, "sliding_window": window}
+
+
+def _family_fields(family: str, head_dim: int) -> dict[str, Any]:
+    """Fields at which everything special about a family shows in a tiny model's logits."""
+    gemma = {"head_dim": head_dim, "query_pre_attn_scalar": head_dim + 8}
+    fields: dict[str, dict[str, Any]] = {
+        "qwen3": {"head_dim": head_dim},
+        "gemma2": {**gemma, "attn_logit_softcapping": 2.5, "final_logit_softcapping": 4.0},
+        "gemma3_text": {**gemma, "sliding_window_pattern": 2},
+        "granite": {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.15,
+            "logits_scaling": 1.7,
+        },
+        "smollm3": {"no_rope_layer_interval": 2},
+    }
+    return fields.get(family, {})
 
 
 @torch.no_grad()
 def _randomize(model: nn.Module, seed: int) -> None:
     """Weights of a size at which every part of the model shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
+    norm_centre = 0.0 if "Gemma" in type(model).__name__ else 1.0
 
     def random(parameter: Tensor) -> Tensor:
         return torch.randn(parameter.shape, generator=generator)
 
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
-            parameter.copy_(1.0 + 0.2 * random(parameter))
+            parameter.copy_(norm_centre + 0.2 * random(parameter))
         elif name.endswith("bias"):
             parameter.copy_(0.3 * random(parameter))
         elif "embed_tokens" in name:

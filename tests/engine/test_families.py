@@ -9,7 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from manyhats.adapters.sites import Site
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.families import FAMILIES, describe, read_architecture
+from manyhats.engine.model.families import describe, read_architecture
+from manyhats.engine.model.known_families import FAMILIES
+from manyhats.engine.model.weights import LINEAR_NAMES
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -54,7 +56,8 @@ ROPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_fields_left_out_have_the_defaults_of_transformers(family: str) -> None:
     theirs: Any = AutoConfig.for_model(family)
-    ours = read_architecture({"model_type": family}).decoder
+    architecture = read_architecture({"model_type": family})
+    ours = architecture.decoder
     assert ours.vocab_size == theirs.vocab_size
     assert ours.hidden_size == theirs.hidden_size
     assert ours.num_layers == theirs.num_hidden_layers
@@ -64,10 +67,28 @@ def test_fields_left_out_have_the_defaults_of_transformers(family: str) -> None:
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.max_context_length == theirs.max_position_embeddings
-    assert ours.head_dim == theirs.hidden_size // theirs.num_attention_heads
-    assert ours.rope.inv_freq == pytest.approx(LlamaRotaryEmbedding(theirs).inv_freq.tolist())
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == head_dim
+    activation = getattr(theirs, "hidden_activation", None) or theirs.hidden_act
+    assert ours.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[activation]
+    scalar = getattr(theirs, "query_pre_attn_scalar", head_dim)
+    assert ours.attention_scale == pytest.approx(getattr(theirs, "attention_multiplier", scalar**-0.5))
+    scale = ours.hidden_size**0.5 if family.startswith("gemma") else 1.0
+    assert ours.embedding_scale == getattr(theirs, "embedding_multiplier", scale)
+    assert ours.residual_scale == getattr(theirs, "residual_multiplier", 1.0)
+    assert ours.logit_divisor == getattr(theirs, "logits_scaling", 1.0)
+    assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+    assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_windows_left_out_are_those_of_transformers(family: str) -> None:
+    theirs: Any = AutoConfig.for_model(family)
+    ours = read_architecture({"model_type": family}).decoder
     window = getattr(theirs, "sliding_window", None)
-    assert set(ours.sliding_window) == {window}
+    kinds = getattr(theirs, "layer_types", None)
+    slides = [kinds is None or kind == "sliding_attention" for kind in kinds or [None] * ours.num_layers]
+    assert ours.sliding_window == tuple(window if slide else None for slide in slides)
 
 
 @pytest.mark.parametrize("kind", sorted(ROPES))
@@ -149,15 +170,65 @@ def test_biases_are_the_familys() -> None:
     assert read_architecture({**TINY, "model_type": "qwen2"}).biased == {"q_proj", "k_proj", "v_proj"}
 
 
+@pytest.mark.parametrize(
+    ("family", "biased"),
+    [
+        ("qwen3", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("gemma2", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("olmo2", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("granite", set(LINEAR_NAMES)),
+        ("smollm3", set(LINEAR_NAMES)),
+        ("phi3", set()),
+    ],
+)
+def test_bias_fields_count_where_the_family_has_them(family: str, biased: set[str]) -> None:
+    raw = {**TINY, "model_type": family, "attention_bias": True, "mlp_bias": True}
+    assert read_architecture(raw).biased == biased
+
+
+def test_gemma2_slides_in_every_other_layer_from_the_first() -> None:
+    raw = {**TINY, "model_type": "gemma2", "sliding_window": 100}
+    assert read_architecture(raw).decoder.sliding_window == (100, None, 100)
+    raw["layer_types"] = ["full_attention", "full_attention", "sliding_attention"]
+    assert read_architecture(raw).decoder.sliding_window == (None, None, 100)
+
+
+def test_norms_are_named_by_what_they_do() -> None:
+    llama, gemma, olmo = (
+        read_architecture({**TINY, "model_type": family}) for family in ("llama", "gemma3_text", "olmo2")
+    )
+    assert llama.norms["post_attention_norm"] == "post_attention_layernorm"
+    assert gemma.norms["post_attention_norm"] == "pre_feedforward_layernorm"
+    assert gemma.norms["attention_output_norm"] == "post_attention_layernorm"
+    assert gemma.norms["q_norm"] == "self_attn.q_norm"
+    assert gemma.norm_offset == 1.0
+    assert "input_norm" not in olmo.norms
+
+
 def test_unsupported_model_type_names_those_that_work() -> None:
-    with pytest.raises(ModelError, match="'gemma2' is not supported; these are: llama, mistral, qwen2"):
-        read_architecture({**TINY, "model_type": "gemma2"})
+    known = ", ".join(sorted(FAMILIES))
+    with pytest.raises(ModelError, match=f"'falcon' is not supported; these are: {known}"):
+        read_architecture({**TINY, "model_type": "falcon"})
+    with pytest.raises(
+        ModelError, match="'gemma3' is not supported; of gemma3 the text model alone, gemma3_text"
+    ):
+        read_architecture({"model_type": "gemma3", "text_config": {}})
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; these are: silu"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 9.0}, "attn_logit_softcapping 9.0"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}}, "by layer type"),
+        ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 3}, "'chunked_attention'"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers has 1 entries for 3"),
+        ({"model_type": "smollm3", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window"),
+        ({"model_type": "qwen3", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "times partial_rotary_factor 0.2"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "is 0"),
         ({"rope_parameters": {"rope_type": "axial"}}, "rope_type 'axial' is not one of default"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "kind 'yarn'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer type"),
@@ -189,7 +260,33 @@ def test_description_names_every_linear_as_a_site() -> None:
     assert description.linears["k_proj"] == (64, 64)
     assert description.linears["o_proj"] == (128, 64)
     assert description.linears["down_proj"] == (128, 64)
-    assert len(description.modules) == 3 * 7
+    assert len(description.modules) == 3 * 7 + 2
+    assert description.modules["model.embed_tokens"] == Site(-1, "embed_tokens")
+    assert description.modules["lm_head"] == Site(-1, "lm_head")
+    assert set(description.linears) == set(LINEAR_NAMES)
+    assert (description.num_kv_heads, description.head_dim, description.is_tied) == (2, 32, False)
+    assert not description.fused_modules
     assert description.modules["model.layers.2.mlp.up_proj"] == Site(2, "up_proj")
     assert description.names == {"tiny"}
     assert (description.num_layers, description.hidden_size, description.vocab_size) == (3, 64, 320)
+
+
+def test_description_of_fused_modules_names_their_parts_in_row_order() -> None:
+    architecture = read_architecture({**TINY, "model_type": "phi3"})
+    description = describe(architecture.decoder, names=[], digest="sha256:00", modules=architecture.modules)
+    assert description.fused_modules["model.layers.1.self_attn.qkv_proj"] == (
+        Site(1, "q_proj"),
+        Site(1, "k_proj"),
+        Site(1, "v_proj"),
+    )
+    assert description.fused_modules["model.layers.0.mlp.gate_up_proj"] == (
+        Site(0, "gate_proj"),
+        Site(0, "up_proj"),
+    )
+    assert "model.layers.0.self_attn.q_proj" not in description.modules
+    assert description.modules["model.layers.0.self_attn.o_proj"] == Site(0, "o_proj")
+
+
+def test_description_has_the_embedding_s_multiplier() -> None:
+    granite = read_architecture({**TINY, "model_type": "granite", "embedding_multiplier": 12}).decoder
+    assert describe(granite, names=[], digest="sha256:00").embedding_scale == 12.0

@@ -8,13 +8,14 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.engine.checks import check_generation, check_length, check_scoring
 from manyhats.engine.config import EngineConfig, resolve
 from manyhats.engine.engine import Engine
 from manyhats.engine.errors import (
@@ -22,20 +23,22 @@ from manyhats.engine.errors import (
     EngineDeadError,
     EngineError,
     FieldInvalidError,
-    PromptTooLongError,
 )
-from manyhats.engine.generation import Generation, ServingModel
+from manyhats.engine.generation import Generation
 from manyhats.engine.jobs import Event, Job, Output
 from manyhats.engine.kernels.cpu.backend import CpuKernels
 from manyhats.engine.model.decoder import Decoder
 from manyhats.engine.model.loader import LoadedModel
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput, StepStats
-from manyhats.engine.request import MAX_CONTINUATIONS, Request, ScoreRequest
-from manyhats.engine.residency import AdapterResidency, LoadAdapter, ResidencyStats
+from manyhats.engine.prefix_pool import Command, EnginePrefixPool
+from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.residency import AdapterResidency, LoadAdapter, ResidencyStats, ResidentAdapter
 from manyhats.engine.scoring import Scoring
+from manyhats.engine.serving import ServingModel, Start
 from manyhats.engine.warmup import warm_up
 
 _HEARTBEAT_S = 0.5
+_RETRY_S = 0.002
 _LOADER_THREADS = 2
 _log = structlog.get_logger(__name__)
 
@@ -76,9 +79,6 @@ class AsyncEngine:
             model.config, num_blocks, config.block_size, config.kv_cache_dtype
         )
         self._slots = self._kernels.new_slots(model.config, config.max_loaded_adapters + 1, config.dtype)
-        self._residency = AdapterResidency(
-            self._slots, config.max_loaded_adapters, config.max_adapter_bytes, load_adapter
-        )
         self._engine = Engine(
             self._decoder,
             self._cache,
@@ -86,6 +86,11 @@ class AsyncEngine:
             num_blocks=num_blocks,
             block_size=config.block_size,
             scheduler=config.scheduler,
+        )
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._prefixes = EnginePrefixPool(self._engine, self._cache, self._inbox.put)
+        self._residency = AdapterResidency(
+            self._slots, config.max_loaded_adapters, config.max_adapter_bytes, load_adapter, self._prefixes
         )
         self.max_context_length = min(model.config.max_context_length, num_blocks * config.block_size)
         self._serving = ServingModel(
@@ -96,7 +101,6 @@ class AsyncEngine:
             vocab_size=model.config.vocab_size,
         )
         self._on_step = on_step
-        self._inbox: queue.SimpleQueue[Callable[[], tuple[Event, ...]] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._ids = itertools.count(1)
         self._loaders = ThreadPoolExecutor(_LOADER_THREADS, thread_name_prefix="adapter-loader")
@@ -200,11 +204,11 @@ class AsyncEngine:
         """Frees its memory once no request runs on it."""
         self._residency.forget(digest)
 
-    async def _acquire(self, record: AdapterRecord) -> int:
+    async def _acquire(self, record: AdapterRecord) -> ResidentAdapter:
         """Pins an adapter; loads happen on a loader thread, so no other request waits for them."""
-        slot = self._residency.try_acquire(record.digest)
-        if slot is not None:
-            return slot
+        resident = self._residency.try_acquire(record.digest)
+        if resident is not None:
+            return resident
         self._loading_tasks[record.task_id] = self._loading_tasks.get(record.task_id, 0) + 1
         loading = asyncio.get_running_loop().run_in_executor(self._loaders, self._residency.acquire, record)
         try:
@@ -217,7 +221,7 @@ class AsyncEngine:
             if not self._loading_tasks[record.task_id]:
                 del self._loading_tasks[record.task_id]
 
-    def _release_unused(self, digest: str, loading: asyncio.Future[int]) -> None:
+    def _release_unused(self, digest: str, loading: asyncio.Future[ResidentAdapter]) -> None:
         if not loading.cancelled() and loading.exception() is None:
             self._residency.release(digest)
 
@@ -231,12 +235,9 @@ class AsyncEngine:
             EngineError: what else ended it.
             AdapterError: its adapter cannot be loaded.
         """
-        self._check_prompt(request.prompt_token_ids, self.max_context_length - 1)
-        self._check_ids("sampling.logit_bias", request.sampling.logit_bias)
-        self._check_ids("stopping.stop_token_ids", request.stopping.stop_token_ids)
+        check_generation(request, self._serving.vocab_size)
         outputs = self._submit(
-            request.adapter,
-            lambda job_id, slot, load_s: Generation(job_id, request, slot, load_s, self._serving),
+            request, lambda job_id, start: Generation(job_id, request, start, self._serving)
         )
         try:
             async for output in outputs:
@@ -253,20 +254,8 @@ class AsyncEngine:
             EngineError: what else ended it.
             AdapterError: its adapter cannot be loaded.
         """
-        if not 1 <= len(request.continuations) <= MAX_CONTINUATIONS:
-            raise FieldInvalidError(
-                "continuations", f"must be 1 to {MAX_CONTINUATIONS}, not {len(request.continuations)}"
-            )
-        for index, continuation in enumerate(request.continuations):
-            if not continuation:
-                raise FieldInvalidError(f"continuations[{index}]", "is empty")
-            self._check_ids(f"continuations[{index}]", continuation)
-        longest = max(len(continuation) for continuation in request.continuations)
-        self._check_prompt(request.prompt_token_ids, self.max_context_length - longest)
-        outputs = self._submit(
-            request.adapter,
-            lambda job_id, slot, load_s: Scoring(job_id, request, slot, load_s, self._serving),
-        )
+        check_scoring(request, self._serving.vocab_size)
+        outputs = self._submit(request, lambda job_id, start: Scoring(job_id, request, start, self._serving))
         try:
             async for output in outputs:
                 if isinstance(output, ScoreOutput):
@@ -275,31 +264,18 @@ class AsyncEngine:
             await outputs.aclose()
         raise EngineDeadError("the scoring ended without a result")
 
-    def _check_prompt(self, token_ids: tuple[int, ...], limit: int) -> None:
-        if not token_ids:
-            raise FieldInvalidError("prompt", "is empty")
-        if len(token_ids) > limit:
-            raise PromptTooLongError("prompt", len(token_ids), max(limit, 0))
-        self._check_ids("prompt", token_ids)
-
-    def _check_ids(self, field: str, token_ids: Iterable[int]) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self._serving.vocab_size:
-                raise FieldInvalidError(
-                    field, f"token id {token_id} is outside the vocabulary of {self._serving.vocab_size}"
-                )
-
     async def _submit(
-        self, adapter: AdapterRecord | None, make_job: Callable[[str, int, float], Job]
+        self, request: Request | ScoreRequest, make_job: Callable[[str, Start], Job]
     ) -> AsyncGenerator[Output, None]:
         self._check_accepting()
+        check_length(request, 0, self.max_context_length)  # without loading the adapter for it
         job_id = str(next(self._ids))
-        started = time.monotonic()
-        slot = 0 if adapter is None else await self._acquire(adapter)
-        pinned = None if adapter is None else adapter.digest
+        start = await self._start_of(request.adapter)
+        pinned = None if request.adapter is None else request.adapter.digest
         try:
             self._check_accepting()
-            job = make_job(job_id, slot, 0.0 if adapter is None else time.monotonic() - started)
+            check_length(request, start.num_virtual_tokens, self.max_context_length)
+            job = make_job(job_id, start)
         except BaseException:
             if pinned is not None:
                 self._residency.release(pinned)
@@ -317,6 +293,14 @@ class AsyncEngine:
         finally:
             if not is_last:
                 self._inbox.put(lambda: self._engine.cancel(job_id))
+
+    async def _start_of(self, adapter: AdapterRecord | None) -> Start:
+        """Where a request on an adapter begins; the adapter is pinned."""
+        if adapter is None:
+            return Start()
+        started = time.monotonic()
+        resident = await self._acquire(adapter)
+        return Start(resident.slot, resident.prefix, time.monotonic() - started)
 
     def _check_accepting(self) -> None:
         if self._failure is not None or self._loop is None:
@@ -336,14 +320,20 @@ class AsyncEngine:
                     events += result.events
                     if result.stats is not None:
                         self._on_step(result.stats)
+                    elif not events:
+                        self._make_room()
                 self._heartbeat_s = time.time()
                 self._publish(events)
         except BaseException as error:  # noqa: BLE001 whatever it was, every caller must hear that the engine is gone
             self._failure = error
             _log.exception("engine died")
-        reason = "the engine has ended" if self._failure is None else "the engine failed"
-        open_ids = [job_id for job_id, stream in tuple(self._streams.items()) if not stream.is_ended]
-        self._publish([Event(job_id, EngineDeadError(reason), True) for job_id in open_ids])
+        self._prefixes.close()
+        self._call_loop(self._end_streams)
+
+    def _make_room(self) -> None:
+        """Nothing could run: an idle adapter's virtual tokens give way, or somebody else must finish first."""
+        if not self._residency.evict_prefix():
+            time.sleep(_RETRY_S)
 
     def _take_commands(self) -> list[Event]:
         """Runs what the event loop asked for; waits for something to do where there is nothing."""
@@ -360,17 +350,40 @@ class AsyncEngine:
 
     def _publish(self, events: list[Event]) -> None:
         """Hands a step's events to the event loop in one call."""
+        events = [event for event in events if not self._prefixes.take(event)]
         for event in events:
             if event.is_last:
-                stream = self._streams[event.job_id]
-                stream.is_ended = True
-                if stream.pinned is not None:
-                    self._residency.release(stream.pinned)
-        if events and self._loop is not None:
-            try:
-                self._loop.call_soon_threadsafe(self._deliver, events)
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                self._is_stopping = True
+                self._unpin(self._streams[event.job_id])
+        if events:
+            self._call_loop(self._deliver, events)
+
+    def _unpin(self, stream: _Stream) -> None:
+        """The engine is through with a stream's adapter."""
+        stream.is_ended = True
+        if stream.pinned is not None:
+            self._residency.release(stream.pinned)
+
+    def _call_loop(self, callback: Callable[..., None], *arguments: object) -> None:
+        if self._loop is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            self._is_stopping = True
+
+    # The event loop's side
+
+    def _end_streams(self) -> None:
+        """Tells the streams that are left when the thread has ended.
+
+        It runs on the event loop, since a stream that joins as the thread ends is known there alone; one that
+        joins later is refused.
+        """
+        reason = "the engine has ended" if self._failure is None else "the engine failed"
+        left = [job_id for job_id, stream in self._streams.items() if not stream.is_ended]
+        for job_id in left:
+            self._unpin(self._streams[job_id])
+        self._deliver([Event(job_id, EngineDeadError(reason), True) for job_id in left])
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:

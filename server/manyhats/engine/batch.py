@@ -30,6 +30,12 @@ class AdapterRows:
     num_adapters: int
 
 
+NO_ADAPTER_ROWS = AdapterRows(
+    rows=torch.empty(0, dtype=torch.int32), slots=torch.empty(0, dtype=torch.int32), num_adapters=0
+)
+"""Every row is the base model's."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One step as the decoder reads it; N tokens of B sequences.
@@ -44,6 +50,8 @@ class Batch:
         tiles: [T, 3] int32, units of attention: sequence, first query row within it, number of rows.
         adapter_rows: rows with an adapter.
         logit_rows: [M] int64, rows whose logits are needed, in order.
+        logit_adapter_rows: those of them with an adapter, as indices into ``logit_rows``.
+        embeddings: (rows, values): rows [E] int64 that enter the decoder as values [E, D]; None for none.
         block_copies: (source, target) blocks to copy before anything else.
     """
 
@@ -56,6 +64,8 @@ class Batch:
     tiles: Tensor
     adapter_rows: AdapterRows
     logit_rows: Tensor
+    logit_adapter_rows: AdapterRows = NO_ADAPTER_ROWS
+    embeddings: tuple[Tensor, Tensor] | None = None
     block_copies: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -88,6 +98,7 @@ def build_batch(schedule: Schedule, block_size: int) -> Batch:
     for chunk, first in zip(chunks, starts.tolist(), strict=False):
         token_ids += chunk.sequence.token_ids[chunk.start : chunk.start + chunk.num_tokens]
         logit_rows += range(first + _first_logit_row(chunk), first + chunk.num_tokens)
+    slots = [chunk.sequence.slot for chunk in chunks]
     tables = np.zeros((len(chunks), max(len(c.sequence.block_table) for c in chunks)), dtype=np.int32)
     for index, chunk in enumerate(chunks):
         tables[index, : len(chunk.sequence.block_table)] = chunk.sequence.block_table
@@ -104,10 +115,25 @@ def build_batch(schedule: Schedule, block_size: int) -> Batch:
         context_len=torch.from_numpy((first_position + counts).astype(np.int32)),
         block_tables=torch.from_numpy(tables),
         tiles=torch.from_numpy(_tiles(counts)),
-        adapter_rows=_adapter_rows([chunk.sequence.slot for chunk in chunks], counts),
+        adapter_rows=_adapter_rows(slots, counts),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        logit_adapter_rows=_adapter_rows(slots, [num_logit_rows(chunk) for chunk in chunks]),
+        embeddings=_embeddings(chunks, starts.tolist()),
         block_copies=schedule.block_copies,
     )
+
+
+def _embeddings(chunks: Seq[Chunk], starts: Seq[int]) -> tuple[Tensor, Tensor] | None:
+    """Rows that are virtual tokens, and what they are."""
+    rows: list[Tensor] = []
+    values: list[Tensor] = []
+    for chunk, first in zip(chunks, starts, strict=False):
+        embeddings = chunk.sequence.embeddings
+        if embeddings is not None and chunk.start < embeddings.shape[0]:
+            part = embeddings[chunk.start : chunk.end]
+            rows.append(torch.arange(first, first + part.shape[0]))
+            values.append(part)
+    return (torch.cat(rows), torch.cat(values)) if rows else None
 
 
 def _tiles(counts: Seq[int]) -> np.ndarray:

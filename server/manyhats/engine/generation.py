@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from manyhats.engine.jobs import Output, SampledToken, cache_key, token_output
+from manyhats.engine.jobs import Output, SampledToken, token_output
 from manyhats.engine.logprobs import token_logprobs
 from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage
 from manyhats.engine.request import Request
 from manyhats.engine.sampler import SamplingRow
 from manyhats.engine.scheduler import Scheduler
 from manyhats.engine.sequence import Sequence
+from manyhats.engine.serving import ServingModel, Start, new_sequence
 from manyhats.engine.stopping import StopChecker
-from manyhats.engine.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class ServingModel:
-    """What requests need to know of the model.
-
-    Attributes:
-        base_digest: of weights and quantization.
-        tokenizer: of the base.
-        eos_token_ids: any of them ends a generation.
-        max_context_length: prompt and output tokens together, at most.
-        vocab_size: token ids are below.
-    """
-
-    base_digest: str
-    tokenizer: Tokenizer
-    eos_token_ids: frozenset[int]
-    max_context_length: int
-    vocab_size: int
 
 
 class Generation:
     """A ``Job`` that samples one token a step."""
 
-    def __init__(
-        self, job_id: str, request: Request, slot: int, adapter_load_s: float, model: ServingModel
-    ) -> None:
+    def __init__(self, job_id: str, request: Request, start: Start, model: ServingModel) -> None:
         self.id = job_id
         self.deadline_s = request.deadline_s
         self.is_done = False
@@ -51,25 +30,17 @@ class Generation:
         self._request = request
         self._tokenizer = model.tokenizer
         self._seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
-        self._num_prompt_tokens = len(request.prompt_token_ids)
         stopping = request.stopping
-        self._sequence = Sequence(
-            id=job_id,
-            token_ids=list(request.prompt_token_ids),
-            max_num_tokens=min(self._num_prompt_tokens + stopping.max_new_tokens, model.max_context_length),
-            cache_key=cache_key(model.base_digest, request.adapter, request.cache_salt),
-            slot=slot,
-            priority=request.priority,
-            arrival=request.accepted_s,
-            logits_from=0 if request.response.prompt_logprobs else None,
-        )
+        prompt = request.prompt_token_ids
+        self._sequence = new_sequence(job_id, request, prompt, stopping.max_new_tokens, start, model)
+        self._prompt_tokens: list[TokenOutput] = []
+        if request.response.prompt_logprobs:
+            self._sequence.logits_from = start.num_virtual_tokens
+            self._prompt_tokens.append(token_output(model.tokenizer, prompt[0], None))
         self._detokenizer = model.tokenizer.stream()
         self._stop = StopChecker(stopping, model.eos_token_ids)
         self._end_s = None if stopping.time_limit_s is None else request.accepted_s + stopping.time_limit_s
-        self._prompt_tokens: list[TokenOutput] = []
-        if request.response.prompt_logprobs:
-            self._prompt_tokens.append(token_output(model.tokenizer, request.prompt_token_ids[0], None))
-        self._usage = Usage(prompt_tokens=self._num_prompt_tokens, adapter_load_s=adapter_load_s)
+        self._usage = Usage(prompt_tokens=len(prompt), adapter_load_s=start.adapter_load_s)
         self._started_s: float | None = None
         self._first_token_s: float | None = None
 
@@ -110,7 +81,7 @@ class Generation:
 
     def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
         """Keeps the log-probabilities of the prompt's tokens after the first."""
-        targets = sequence.token_ids[first_position + 1 : self._num_prompt_tokens][: logits.shape[0]]
+        targets = sequence.token_ids[first_position + 1 : sequence.num_prompt_tokens][: logits.shape[0]]
         num_top = self._request.response.top_logprobs
         for target, logprob in zip(
             targets,

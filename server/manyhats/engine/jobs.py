@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.errors import EngineError
 from manyhats.engine.logprobs import TokenLogprob
 from manyhats.engine.output import ScoreOutput, StepOutput, TokenOutput, TopToken
@@ -94,16 +92,3 @@ def token_output(tokenizer: Tokenizer, token_id: int, logprob: TokenLogprob | No
         return TokenOutput(token_id, text)
     top = tuple(TopToken(id, tokenizer.piece(id), value) for id, value in logprob.top)
     return TokenOutput(token_id, text, logprob.logprob, logprob.rank, top)
-
-
-def cache_key(base_digest: str, adapter: AdapterRecord | None, cache_salt: str) -> bytes:
-    """Root of the prefix cache's keys: what besides the tokens decides a KV block's content.
-
-    The adapter counts by the digest of its bytes, never by name, so a replaced one shares nothing.
-    """
-    parts = (base_digest, "" if adapter is None else adapter.digest, cache_salt)
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        encoded = part.encode()
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.digest()

@@ -6,15 +6,41 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
 from manyhats.engine.errors import AdapterCapacityError
 from manyhats.engine.kernels.interface import AdapterSlots
+from manyhats.engine.prefix import ResidentPrefix
 
 LoadAdapter = Callable[[AdapterRecord], LoweredAdapter]
 """Reads an artifact and lowers it; may take long, and raises what makes it unfit."""
+
+
+class PrefixPool(Protocol):
+    """Puts virtual tokens into KV blocks, and takes them out again."""
+
+    def install(self, slot: int, prefix: KVPrefix | PromptEmbeddings) -> ResidentPrefix:
+        """Waits until the virtual tokens' keys and values are in place; never on the engine's thread.
+
+        Raises:
+            EngineError: they cannot be.
+        """
+        ...
+
+    def remove(self, prefix: ResidentPrefix) -> None:
+        """Frees the blocks, at once or soon; from any thread."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """A loaded adapter: its slot, and its virtual tokens if it has any."""
+
+    slot: int
+    prefix: ResidentPrefix | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +59,16 @@ class _Entry:
 
     slot: int
     ready: threading.Event
+    prefix: ResidentPrefix | None = None
     pins: int = 0
     num_bytes: int = 0
     forgotten: bool = False
     error: BaseException | None = None
+
+    @property
+    def resident(self) -> ResidentAdapter:
+        """What a request starts from."""
+        return ResidentAdapter(self.slot, self.prefix)
 
 
 class AdapterResidency:
@@ -46,8 +78,11 @@ class AdapterResidency:
     ``release`` return at once.
     """
 
-    def __init__(self, slots: AdapterSlots, num_slots: int, max_bytes: int, load: LoadAdapter) -> None:
+    def __init__(
+        self, slots: AdapterSlots, num_slots: int, max_bytes: int, load: LoadAdapter, prefixes: PrefixPool
+    ) -> None:
         self._slots = slots
+        self._prefixes = prefixes
         self._free = list(range(num_slots, 0, -1))
         self._max_bytes = max_bytes
         self._load = load
@@ -71,17 +106,17 @@ class AdapterResidency:
             entry = self._entries.get(digest)
             return entry is not None and entry.pins > 0
 
-    def try_acquire(self, digest: str) -> int | None:
-        """Pins a loaded adapter and returns its slot; None if it isn't loaded."""
+    def try_acquire(self, digest: str) -> ResidentAdapter | None:
+        """Pins a loaded adapter and returns it; None if it isn't loaded."""
         with self._lock:
             entry = self._entries.get(digest)
             if entry is None or not entry.ready.is_set() or entry.error is not None:
                 return None
             self._pin(digest, entry)
-            return entry.slot
+            return entry.resident
 
-    def acquire(self, record: AdapterRecord) -> int:
-        """Pins an adapter, loading it first where needed, and returns its slot.
+    def acquire(self, record: AdapterRecord) -> ResidentAdapter:
+        """Pins an adapter, loading it first where needed, and returns it.
 
         Callers that ask for one that is being loaded wait for that load.
 
@@ -101,7 +136,7 @@ class AdapterResidency:
         entry.ready.wait()
         if entry.error is not None:
             raise entry.error
-        return entry.slot
+        return entry.resident
 
     def release(self, digest: str) -> None:
         """Undoes one ``acquire``; the adapter stays loaded until its slot is needed."""
@@ -121,6 +156,16 @@ class AdapterResidency:
             if not entry.pins:
                 self._drop(digest)
 
+    def evict_prefix(self) -> bool:
+        """Drops the least recently used adapter with virtual tokens that nobody uses; whether there was one."""
+        with self._lock:
+            for digest, entry in self._entries.items():
+                if entry.prefix is not None and not entry.pins:
+                    self._drop(digest)
+                    self._stats = replace(self._stats, num_evictions=self._stats.num_evictions + 1)
+                    return True
+        return False
+
     def _pin(self, digest: str, entry: _Entry) -> None:
         entry.pins += 1
         entry.forgotten = False  # registered again
@@ -130,7 +175,10 @@ class AdapterResidency:
         """Loads outside the lock, so that no other adapter waits for this one."""
         started = time.monotonic()
         try:
-            self._slots.write(entry.slot, self._load(record))
+            lowered = self._load(record)
+            self._slots.write(entry.slot, lowered)
+            if lowered.prefix is not None:
+                entry.prefix = self._prefixes.install(entry.slot, lowered.prefix)
         except BaseException as error:
             with self._lock:
                 entry.error = error
@@ -160,18 +208,14 @@ class AdapterResidency:
         for digest, entry in self._entries.items():
             if not entry.pins:
                 self._drop(digest)
-                stats = self._stats
-                self._stats = ResidencyStats(
-                    stats.num_loads, stats.num_evictions + 1, stats.load_seconds, stats.resident_bytes
-                )
+                self._stats = replace(self._stats, num_evictions=self._stats.num_evictions + 1)
                 return True
         return False
 
     def _drop(self, digest: str) -> None:
         entry = self._entries.pop(digest)
         self._slots.clear(entry.slot)
+        if entry.prefix is not None:
+            self._prefixes.remove(entry.prefix)
         self._free.append(entry.slot)
-        stats = self._stats
-        self._stats = ResidencyStats(
-            stats.num_loads, stats.num_evictions, stats.load_seconds, stats.resident_bytes - entry.num_bytes
-        )
+        self._stats = replace(self._stats, resident_bytes=self._stats.resident_bytes - entry.num_bytes)

@@ -175,6 +175,12 @@ class Scheduler:
         self._prefixes[prefix] = None
         return prefix
 
+    def adopt(self, block_ids: list[int], num_tokens: int) -> SharedPrefix:
+        """Keep blocks that the caller took from the allocator and filled, for others to start from."""
+        prefix = SharedPrefix(tuple(block_ids), num_tokens)
+        self._prefixes[prefix] = None
+        return prefix
+
     def release(self, prefix: SharedPrefix) -> None:
         """Give a held prefix back. Safe to repeat, and after the scheduler has taken it back.
 
@@ -239,7 +245,7 @@ class Scheduler:
         """
         allocator = self.allocator
         while True:
-            plan = plan_admission(sequence, self._live_prefix(sequence.shared), allocator)
+            plan = plan_admission(sequence, self._live_prefix(sequence), allocator)
             needed = allocator.num_blocks_for(len(sequence.token_ids)) - plan.num_borrowed_used
             if self._running:
                 fits = needed + self._num_growing() <= allocator.num_available
@@ -283,10 +289,11 @@ class Scheduler:
         step.preempted.append(sequence)
         self._enqueue(sequence)
 
-    def _live_prefix(self, prefix: SharedPrefix | None) -> SharedPrefix | None:
+    def _live_prefix(self, sequence: Sequence) -> SharedPrefix | None:
+        prefix = sequence.shared
         if prefix is None or not prefix.recomputable or prefix in self._prefixes:
             return prefix
-        return None
+        return sequence.fallback
 
     def _take_back_prefix(self, own: SharedPrefix | None) -> bool:
         """Take the oldest recomputable prefix's blocks, ``own`` last; whether there was one."""

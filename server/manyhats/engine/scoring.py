@@ -10,14 +10,14 @@ from torch import Tensor
 
 from manyhats.engine.blocks import SharedPrefix
 from manyhats.engine.errors import QueueFullError
-from manyhats.engine.generation import ServingModel
-from manyhats.engine.jobs import Output, SampledToken, cache_key, token_output
+from manyhats.engine.jobs import Output, SampledToken, token_output
 from manyhats.engine.logprobs import TokenLogprob, token_logprobs
 from manyhats.engine.output import ScoredContinuation, ScoreOutput, Usage
 from manyhats.engine.request import ScoreRequest
 from manyhats.engine.sampler import SamplingRow
 from manyhats.engine.scheduler import Scheduler
 from manyhats.engine.sequence import Sequence
+from manyhats.engine.serving import ServingModel, Start, new_sequence
 
 _MAX_QUEUED = 64
 """Continuations of one request in the scheduler at a time, so that others get their turn."""
@@ -38,17 +38,14 @@ class Scoring:
     which runs the prompt's last token and the continuation but its last.
     """
 
-    def __init__(
-        self, job_id: str, request: ScoreRequest, slot: int, adapter_load_s: float, model: ServingModel
-    ) -> None:
+    def __init__(self, job_id: str, request: ScoreRequest, start: Start, model: ServingModel) -> None:
         self.id = job_id
         self.deadline_s = request.deadline_s
         self.is_done = False
         self.samples = False
         self._request = request
-        self._tokenizer = model.tokenizer
-        self._slot = slot
-        self._cache_key = cache_key(model.base_digest, request.adapter, request.cache_salt)
+        self._start = start
+        self._model = model
         self._branches = [_Branch(token_ids) for token_ids in request.continuations]
         self._unqueued: Iterator[_Branch] = iter(self._branches)
         self._next: _Branch | None = None
@@ -56,7 +53,7 @@ class Scoring:
         self._prompt: Sequence | None = None
         self._prefix: SharedPrefix | None = None
         self._num_done = 0
-        self._usage = Usage(prompt_tokens=len(request.prompt_token_ids), adapter_load_s=adapter_load_s)
+        self._usage = Usage(prompt_tokens=len(request.prompt_token_ids), adapter_load_s=start.adapter_load_s)
         self._started_s: float | None = None
 
     def start(self, scheduler: Scheduler) -> None:
@@ -94,7 +91,7 @@ class Scoring:
         branch = self._running.get(sequence)
         if branch is None:
             return
-        start = first_position + 1 - len(self._request.prompt_token_ids)
+        start = first_position + 1 - self._num_context_tokens
         targets = branch.token_ids[start : start + logits.shape[0]]
         branch.logprobs += token_logprobs(
             logits, torch.tensor(targets, dtype=torch.int64), self._request.response.top_logprobs
@@ -143,24 +140,22 @@ class Scoring:
                 return  # tried again at the next tick
             self._next = None
 
+    @property
+    def _num_context_tokens(self) -> int:
+        """Virtual tokens and prompt."""
+        return self._start.num_virtual_tokens + len(self._request.prompt_token_ids)
+
     def _new_branch_sequence(self, branch: _Branch) -> Sequence:
-        prompt = self._request.prompt_token_ids
-        sequence = self._sequence(prompt + branch.token_ids[:-1])
-        sequence.logits_from = len(prompt) - 1
-        sequence.shared = self._prefix
+        sequence = self._sequence(self._request.prompt_token_ids + branch.token_ids[:-1])
+        sequence.logits_from = self._num_context_tokens - 1
         self._running[sequence] = branch
         return sequence
 
     def _sequence(self, token_ids: tuple[int, ...]) -> Sequence:
-        return Sequence(
-            id=self.id,
-            token_ids=list(token_ids),
-            max_num_tokens=len(token_ids),
-            cache_key=self._cache_key,
-            slot=self._slot,
-            priority=self._request.priority,
-            arrival=self._request.accepted_s,
-        )
+        """A sequence that starts from the shared prompt, or from the virtual tokens where that is not there."""
+        sequence = new_sequence(self.id, self._request, token_ids, 0, self._start, self._model, self._prefix)
+        sequence.fallback = self._start.shared
+        return sequence
 
     def _output(self, now_s: float) -> ScoreOutput:
         started = self._started_s or now_s
@@ -169,7 +164,7 @@ class Scoring:
 
     def _scored(self, branch: _Branch) -> ScoredContinuation:
         tokens = tuple(
-            token_output(self._tokenizer, token_id, logprob)
+            token_output(self._model.tokenizer, token_id, logprob)
             for token_id, logprob in zip(branch.token_ids, branch.logprobs, strict=True)
         )
         return ScoredContinuation(sum(logprob.logprob for logprob in branch.logprobs), tokens)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from manyhats.engine.blocks import SharedPrefix
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SequenceStatus(Enum):
@@ -25,7 +29,7 @@ class Sequence:
     caller puts placeholder ids in their place; they are never run.
 
     Attributes:
-        id: the request's.
+        id: of the job that it belongs to.
         token_ids: prompt, then output.
         max_num_tokens: prompt and output never exceed it.
         cache_key: root of the prefix cache's keys; equal only where equal tokens give equal KV (base digest,
@@ -37,6 +41,8 @@ class Sequence:
         logits_from: smallest position whose logits are still needed besides the last token's; None needs no
             others. The scheduler moves it on as positions are computed, so none comes twice after preemption.
         shared: KV that stands for the first ``shared.num_tokens`` of ``token_ids``.
+        fallback: what to start from instead, when the scheduler took ``shared`` back.
+        embeddings: [P, D] float32, what the first P tokens are in place of their ids' embeddings; None for none.
         uses_prefix_cache: whether it takes blocks from the prefix cache and leaves its own there.
         num_prompt_tokens: ``len(token_ids)`` when it was made.
         num_computed_tokens: tokens whose KV is in its blocks.
@@ -58,6 +64,8 @@ class Sequence:
     arrival: float = 0.0
     logits_from: int | None = None
     shared: SharedPrefix | None = None
+    fallback: SharedPrefix | None = None
+    embeddings: Tensor | None = None
     uses_prefix_cache: bool = True
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = field(default=0, init=False)

@@ -22,6 +22,7 @@ def warm_up(decoder: Decoder, cache: KVCache, slots: AdapterSlots, kernels: Kern
     """
     kernels.start_thread()
     one = torch.ones(1, dtype=torch.int32)
+    adapter_rows = AdapterRows(torch.zeros(1, dtype=torch.int32), one, 1)
     batch = Batch(
         token_ids=torch.zeros(1, dtype=torch.int64),
         positions=torch.zeros(1, dtype=torch.int64),
@@ -30,7 +31,8 @@ def warm_up(decoder: Decoder, cache: KVCache, slots: AdapterSlots, kernels: Kern
         context_len=one,
         block_tables=torch.zeros((1, 1), dtype=torch.int32),
         tiles=torch.tensor([[0, 0, 1]], dtype=torch.int32),
-        adapter_rows=AdapterRows(torch.zeros(1, dtype=torch.int32), one, 1),
+        adapter_rows=adapter_rows,
+        logit_adapter_rows=adapter_rows,
         logit_rows=torch.zeros(1, dtype=torch.int64),
     )
     with torch.inference_mode():

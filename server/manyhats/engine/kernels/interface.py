@@ -7,7 +7,7 @@ preemption, chunking and prefix hits would change tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -24,6 +24,9 @@ FUSED: Mapping[str, tuple[str, ...]] = {
     "down": ("down_proj",),
 }
 """The linears that run as one, by the name of the fused one: all parts read the same input."""
+
+SUBLAYERS = ("attention", "feed_forward")
+"""The sub-layers of a layer; their outputs are sites of bottleneck adapters."""
 
 
 class PackedLinear(Protocol):
@@ -52,6 +55,10 @@ class KVCache(Protocol):
         """Copies block source to block target, in every layer, for each (source, target)."""
         ...
 
+    def write(self, blocks: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Writes the first P positions of a sequence's blocks; keys and values [L, P, Hkv, K], as they are."""
+        ...
+
 
 class AdapterSlots(Protocol):
     """The loaded adapters, by slot. Slot 0 is the base model and stays empty.
@@ -75,8 +82,16 @@ class AdapterSlots(Protocol):
         """Resident bytes of one slot."""
         ...
 
-    def add_deltas(self, fused: str, layer: int, x: Tensor, y: Tensor, rows: AdapterRows) -> None:
-        """y[i] += the deltas of row i's adapter at each part of a fused linear.
+    def add_deltas(
+        self,
+        fused: str,
+        layer: int,
+        x: Tensor,
+        y: Tensor,
+        rows: AdapterRows,
+        linear: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Applies to each row its own adapter's deltas at each part of a fused linear.
 
         Args:
             fused: a key of ``FUSED``.
@@ -84,6 +99,41 @@ class AdapterSlots(Protocol):
             x: [N, d_in] float32, the input of the linear.
             y: [N, d_out of all parts] float32, its output, updated.
             rows: which rows have which adapter.
+            linear: runs the fused linear on other inputs, for adapters that rescale them.
+        """
+        ...
+
+    def add_bottlenecks(
+        self, sublayer: str, layer: int, residual: Tensor, output: Tensor, rows: AdapterRows
+    ) -> None:
+        """Applies to each row its own bottleneck adapter on a sub-layer's output.
+
+        Args:
+            sublayer: one of ``SUBLAYERS``.
+            layer: from 0.
+            residual: [N, D] float32, the stream that entered the sub-layer.
+            output: [N, D] float32, the sub-layer's output, updated.
+            rows: which rows have which adapter.
+        """
+        ...
+
+    def change_embeddings(self, token_ids: Tensor, hidden: Tensor, rows: AdapterRows) -> None:
+        """Gives each row its own adapter's embedding.
+
+        Args:
+            token_ids: [N] int64.
+            hidden: [N, D] float32, the base's embeddings before any multiplier, updated.
+            rows: which rows have which adapter.
+        """
+        ...
+
+    def change_logits(self, hidden: Tensor, logits: Tensor, rows: AdapterRows) -> None:
+        """Gives each row its own adapter's output head.
+
+        Args:
+            hidden: [M, D] float32, what the head reads.
+            logits: [M, V] float32, the base's, before any divisor or cap; updated.
+            rows: which of the M rows have which adapter.
         """
         ...
 
@@ -132,6 +182,21 @@ class Kernels(Protocol[PackedT, CacheT]):
         """Residual += delta; returns the norm of residual."""
         ...
 
+    def norm_queries_and_keys(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_queries: int, num_keys: int
+    ) -> None:
+        """RMS norms of queries and keys, in place, each over as many values at a time as its weight has.
+
+        Args:
+            qkv: [N, (H + 2·Hkv)·K], queries then keys then values.
+            q_weight: [K] for each head by itself, or [H·K] for all of them at once.
+            k_weight: [K] or [Hkv·K].
+            eps: added to the mean square.
+            num_queries: H·K.
+            num_keys: Hkv·K.
+        """
+        ...
+
     def rotate_and_store(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: CacheT, layer: int, num_heads: int
     ) -> None:
@@ -139,7 +204,7 @@ class Kernels(Protocol[PackedT, CacheT]):
 
         Args:
             qkv: [N, (H + 2·Hkv)·K], queries then keys then values.
-            cos: [N, rotary_dim / 2], scaled.
+            cos: [N, rotary_dim / 2], scaled; without columns nothing is rotated.
             sin: the same shape.
             batch: names each row's KV slot.
             cache: written at ``layer``.
@@ -157,10 +222,22 @@ class Kernels(Protocol[PackedT, CacheT]):
         num_heads: int,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """Causal attention of each query row over its sequence's cached positions: → [N, H·K]."""
+        """Causal attention of each query row over its sequence's cached positions: → [N, H·K].
+
+        Scores are multiplied by ``scale``, then capped: c · tanh(score / c).
+        """
         ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """SiLU(gate) · up: [N, 2·I] → [N, I]."""
+        ...
+
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        """GELU(gate) · up, GELU in its tanh approximation: [N, 2·I] → [N, I]."""
+        ...
+
+    def softcap(self, x: Tensor, limit: float) -> None:
+        """X = limit · tanh(x / limit), in place: [N, V]."""
         ...

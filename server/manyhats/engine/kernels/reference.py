@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyhats.adapters.methods.lora import lora_delta
-from manyhats.adapters.primitives import LoweredAdapter, LowRank
-from manyhats.engine.batch import AdapterRows, Batch
+from manyhats.engine.batch import Batch
 from manyhats.engine.kernels.dtypes import torch_dtype
-from manyhats.engine.kernels.interface import FUSED
+from manyhats.engine.kernels.reference_slots import ReferenceSlots
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear
@@ -57,48 +55,13 @@ class ReferenceKVCache:
             for part in (self.keys, self.values):
                 part[:, target * size : (target + 1) * size] = part[:, source * size : (source + 1) * size]
 
-
-class ReferenceSlots:
-    """Adapters by slot, as they were lowered."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._adapters: dict[int, LoweredAdapter] = {}
-        self._dtype = dtype
-
-    def write(self, slot: int, adapter: LoweredAdapter) -> None:
-        """Puts an adapter into a slot."""
-        self._adapters[slot] = adapter
-
-    def clear(self, slot: int) -> None:
-        """Empties a slot."""
-        self._adapters.pop(slot, None)
-
-    def num_bytes(self, slot: int) -> int:
-        """Resident bytes of one slot."""
-        adapter = self._adapters.get(slot)
-        if adapter is None:
-            return 0
-        return sum(t.numel() * t.element_size() for delta in adapter.deltas for t in (delta.a, delta.b))
-
-    def add_deltas(self, fused: str, layer: int, x: Tensor, y: Tensor, rows: AdapterRows) -> None:
-        """y[i] += each delta of row i's adapter that acts on a part of the fused linear."""
-        for row, slot in zip(rows.rows.tolist(), rows.slots.tolist(), strict=True):
-            for delta in self._adapters[slot].deltas:
-                if delta.site.layer == layer and delta.site.name in FUSED[fused]:
-                    self._add(fused, delta, x[row], y[row])
-
-    def _add(self, fused: str, delta: LowRank, x: Tensor, y: Tensor) -> None:
-        a, b = (matrix.to(self._dtype).float() for matrix in (delta.a, delta.b))
-        start = self._column(fused, delta, y.shape[0])
-        y[start : start + b.shape[0]] += lora_delta(x.unsqueeze(0), a, b, delta.scale)[0]
-
-    def _column(self, fused: str, delta: LowRank, width: int) -> int:
-        """Where a part's outputs start: q leads, v ends; gate and up share the width equally."""
-        names = FUSED[fused]
-        size = delta.b.shape[0]
-        if delta.site.name == names[0]:
-            return 0
-        return int(width - size if delta.site.name == names[-1] else width - 2 * size)
+    def write(self, blocks: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Writes positions 0 … P − 1 of the blocks; keys and values [L, P, Hkv, K]."""
+        positions = torch.arange(keys.shape[1])
+        slots = torch.tensor(blocks)[positions // self.block_size] * self.block_size
+        slots += positions % self.block_size
+        self.keys[:, slots] = keys.to(self.keys.dtype)
+        self.values[:, slots] = values.to(self.values.dtype)
 
 
 class ReferenceKernels:
@@ -125,7 +88,7 @@ class ReferenceKernels:
 
     def new_slots(self, config: DecoderConfig, num_slots: int, dtype: str) -> ReferenceSlots:
         """Empty adapter slots."""
-        return ReferenceSlots(torch_dtype(dtype))
+        return ReferenceSlots(config, torch_dtype(dtype))
 
     def linear(self, x: Tensor, packed: ReferenceLinear) -> Tensor:
         """X Wᵀ + b, one row at a time: a matrix product's rounding may depend on its number of rows."""
@@ -144,6 +107,25 @@ class ReferenceKernels:
         """SiLU(gate) · up."""
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
+
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        """GELU(gate) · up, in the tanh approximation."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+    def softcap(self, x: Tensor, limit: float) -> None:
+        """X = limit · tanh(x / limit), in place."""
+        for row in x:
+            row.copy_(limit * torch.tanh(row / limit))
+
+    def norm_queries_and_keys(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_queries: int, num_keys: int
+    ) -> None:
+        """Root mean square norms of queries and keys, in place."""
+        keys_end = num_queries + num_keys
+        for part, weight in ((qkv[:, :num_queries], q_weight), (qkv[:, num_queries:keys_end], k_weight)):
+            groups = part.unflatten(1, (-1, weight.numel()))
+            groups.copy_(self.rms_norm(groups, weight, eps))
 
     def rotate_and_store(
         self,
@@ -176,6 +158,7 @@ class ReferenceKernels:
         num_heads: int,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Causal attention, one query row and head at a time."""
         num_kv_heads, head_dim = cache.keys.shape[2:]
@@ -194,6 +177,9 @@ class ReferenceKernels:
                 values = cache.values[layer, slots[begin:end]].float()
                 for head in range(num_heads):
                     kv_head = head // (num_heads // num_kv_heads)
-                    weights = torch.softmax(keys[:, kv_head] @ queries[row, head] * scale, dim=0)
+                    scores = keys[:, kv_head] @ queries[row, head] * scale
+                    if softcap is not None:
+                        scores = softcap * torch.tanh(scores / softcap)
+                    weights = torch.softmax(scores, dim=0)
                     out[row, head] = weights @ values[:, kv_head]
         return out.view(qkv.shape[0], -1)

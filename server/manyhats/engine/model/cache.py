@@ -24,7 +24,7 @@ from manyhats.engine.model.checkpoint import (
     read_json,
 )
 from manyhats.engine.model.directories import publish_directory, staged_directory
-from manyhats.engine.model.families import LINEAR_MODULES, Architecture, module_path
+from manyhats.engine.model.families import Architecture, layer_path
 from manyhats.engine.model.identity import FileDigests, file_sha256
 from manyhats.engine.model.nf4 import quantize_nf4
 from manyhats.engine.model.nf4_format import nf4_to_tensors
@@ -123,7 +123,7 @@ def quantize_checkpoint(
     """
     check_tensors(tensors, architecture)
     num_layers = architecture.decoder.num_layers
-    linears = [f"{module_path(i, name)}.weight" for i in range(num_layers) for name in LINEAR_MODULES]
+    linears = [f"{layer_path(i, path)}.weight" for i in range(num_layers) for path in architecture.modules]
     dense = set(expected_shapes(architecture)) - set(linears)
     quantized = {name: tensors[name] for name in sorted(dense)}
     for done, name in enumerate(linears):

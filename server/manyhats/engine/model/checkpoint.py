@@ -12,15 +12,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.families import LINEAR_MODULES, Architecture, linear_shapes, module_path
+from manyhats.engine.model.families import (
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    Architecture,
+    layer_path,
+    linear_shapes,
+)
 from manyhats.engine.model.nf4_format import is_nf4, nf4_from_tensors, nf4_keys
 from manyhats.engine.model.progress import Progress
 from manyhats.engine.model.weights import LayerWeights, Linear, Matrix, ModelWeights
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+EMBEDDING = f"{EMBEDDING_MODULE}.weight"
+HEAD = f"{HEAD_MODULE}.weight"
 FINAL_NORM = "model.norm.weight"
 
 # Older checkpoints carry the rotary frequencies; they follow from the config.
@@ -128,19 +134,37 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, *hidden), FINAL_NORM: hidden}
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, *hidden)
-    linears = linear_shapes(config)
+    modules = stored_shapes(architecture)
+    norms = _norm_sizes(architecture)
     for layer in range(config.num_layers):
-        shapes[_norm(layer, "input")] = hidden
-        shapes[_norm(layer, "post_attention")] = hidden
-        for name, (in_features, out_features) in linears.items():
-            shapes[f"{module_path(layer, name)}.weight"] = (out_features, in_features)
-            if name in architecture.biased:
-                shapes[f"{module_path(layer, name)}.bias"] = (out_features,)
+        for path, size in norms.items():
+            shapes[f"{layer_path(layer, path)}.weight"] = (size,)
+        for path, (out_features, in_features) in modules.items():
+            shapes[f"{layer_path(layer, path)}.weight"] = (out_features, in_features)
+            if _is_biased(architecture, path):
+                shapes[f"{layer_path(layer, path)}.bias"] = (out_features,)
     return shapes
 
 
-def _norm(layer: int, which: str) -> str:
-    return f"model.layers.{layer}.{which}_layernorm.weight"
+def stored_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Path of each stored matrix below its layer → its shape [out, in], the parts of a fused one together."""
+    linears = linear_shapes(architecture.decoder)
+    return {
+        path: (sum(linears[name][1] for name in parts), linears[parts[0]][0])
+        for path, parts in architecture.modules.items()
+    }
+
+
+def _is_biased(architecture: Architecture, path: str) -> bool:
+    return not architecture.biased.isdisjoint(architecture.modules[path])
+
+
+def _norm_sizes(architecture: Architecture) -> dict[str, int]:
+    """Path of each norm below its layer → its size."""
+    config = architecture.decoder
+    heads = (config.num_heads, config.num_kv_heads) if architecture.norms_whole_projection else (1, 1)
+    own = {"q_norm": heads[0] * config.head_dim, "k_norm": heads[1] * config.head_dim}
+    return {path: own.get(name, config.hidden_size) for name, path in architecture.norms.items()}
 
 
 def check_tensors(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
@@ -184,7 +208,8 @@ def assemble_weights(
     Args:
         tensors: dense, or with the linears in NF4.
         architecture: what ``check_tensors`` checked them against.
-        dtype: float32 or bfloat16, of dense matrices, biases and the embedding; norms are float32 always.
+        dtype: float32 or bfloat16, of dense matrices, biases and the embedding; norms are float32 always, with
+            the family's offset added.
         keep_nf4: NF4 linears stay so; otherwise they are dequantized to ``dtype``.
         progress: told of each layer.
 
@@ -200,7 +225,7 @@ def assemble_weights(
     return ModelWeights(
         embed_tokens=_aligned(tensors[EMBEDDING].to(dtype)),
         layers=tuple(layers),
-        norm=tensors[FINAL_NORM].float(),
+        norm=tensors[FINAL_NORM].float() + architecture.norm_offset,
         lm_head=None if config.tie_word_embeddings else _aligned(tensors[HEAD].to(dtype)),
     )
 
@@ -220,29 +245,52 @@ class _Reader:
         self, tensors: Mapping[str, Tensor], architecture: Architecture, dtype: torch.dtype, keep_nf4: bool
     ) -> None:
         self._tensors = tensors
-        self._biased = architecture.biased
-        self._shapes = linear_shapes(architecture.decoder)
+        self._architecture = architecture
+        self._linears = linear_shapes(architecture.decoder)
+        self._stored = stored_shapes(architecture)
         self._dtype = dtype
         self._keep_nf4 = keep_nf4
 
     def layer(self, index: int) -> LayerWeights:
         """Layer ``index``."""
-        linears = {name: self._linear(module_path(index, name), name) for name in LINEAR_MODULES}
-        return LayerWeights(
-            **linears,
-            input_norm=self._tensors[_norm(index, "input")].float(),
-            post_attention_norm=self._tensors[_norm(index, "post_attention")].float(),
-        )
+        parts_by_name: dict[str, Any] = {}
+        for path, parts in self._architecture.modules.items():
+            parts_by_name |= self._parts(layer_path(index, path), path, parts)
+        offset = self._architecture.norm_offset
+        for name, path in self._architecture.norms.items():
+            parts_by_name[name] = self._tensors[f"{layer_path(index, path)}.weight"].float() + offset
+        return LayerWeights(**parts_by_name)
 
-    def _linear(self, path: str, name: str) -> Linear:
-        bias = self._tensors[f"{path}.bias"].to(self._dtype) if name in self._biased else None
-        return Linear(weight=self._matrix(f"{path}.weight", name), bias=bias)
+    def _parts(self, full_path: str, path: str, parts: tuple[str, ...]) -> dict[str, Linear]:
+        """The linears that one stored matrix holds, one below the other."""
+        weight = self._matrix(f"{full_path}.weight", self._stored[path])
+        is_biased = _is_biased(self._architecture, path)
+        bias = self._tensors[f"{full_path}.bias"].to(self._dtype) if is_biased else None
+        if len(parts) == 1:
+            return {parts[0]: Linear(weight, bias)}
+        linears: dict[str, Linear] = {}
+        start = 0
+        for name in parts:
+            stop = start + self._linears[name][1]
+            part = _rows(f"{full_path}.weight", weight, start, stop)
+            linears[name] = Linear(part, None if bias is None else bias[start:stop])
+            start = stop
+        return linears
 
-    def _matrix(self, key: str, name: str) -> Matrix:
+    def _matrix(self, key: str, shape: tuple[int, int]) -> Matrix:
         if not is_nf4(self._tensors, key):
             if self._keep_nf4:
                 raise ModelError(f"{key}: is dense in a checkpoint whose other linears are NF4")
             return self._tensors[key].to(self._dtype)
-        in_features, out_features = self._shapes[name]
-        weight = nf4_from_tensors(key, self._tensors, (out_features, in_features))
+        weight = nf4_from_tensors(key, self._tensors, shape)
         return weight if self._keep_nf4 else weight.dequantize().to(self._dtype)
+
+
+def _rows(key: str, weight: Matrix, start: int, stop: int) -> Matrix:
+    """Some rows of a stored matrix, in its memory."""
+    if isinstance(weight, Tensor):
+        return weight[start:stop]
+    try:
+        return weight.rows(start, stop)
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}; --quantization none serves it") from error

@@ -1,20 +1,21 @@
-"""The decoder: the forward of one batch, for every architecture of the Llama family."""
+"""The decoder: the forward of one batch, for every family."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manyhats.engine.batch import Batch
 from manyhats.engine.kernels.interface import FUSED, AdapterSlots, Kernels, KVCache, PackedLinear
 from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import LayerWeights, Linear, ModelWeights
 
 
 class _Layer:
-    """One layer's weights, packed."""
+    """One layer's weights, packed, and its norms as they are."""
 
     def __init__(self, weights: LayerWeights, kernels: Kernels[Any, Any]) -> None:
         linears = dict(weights.linears())
@@ -22,7 +23,11 @@ class _Layer:
             name: kernels.pack([linears[part] for part in parts]) for name, parts in FUSED.items()
         }
         self.input_norm = weights.input_norm
+        self.q_norm = weights.q_norm
+        self.k_norm = weights.k_norm
+        self.attention_output_norm = weights.attention_output_norm
         self.post_attention_norm = weights.post_attention_norm
+        self.feed_forward_output_norm = weights.feed_forward_output_norm
 
 
 class Decoder:
@@ -37,8 +42,12 @@ class Decoder:
         self._embed = weights.embed_tokens
         self._layers = [_Layer(layer, kernels) for layer in weights.layers]
         self._norm = weights.norm
+        self._num_norm_values = (
+            sum(n.numel() for layer in weights.layers for n in layer.norms()) + self._norm.numel()
+        )
         self._head = kernels.pack([Linear(weights.head, None)])
-        self._cos, self._sin = _rotary_table(config)
+        self._gate = kernels.silu_mul if config.activation == "silu" else kernels.gelu_tanh_mul
+        self._rotary = RotaryTables(config)
 
     @property
     def linear_bytes(self) -> int:
@@ -50,8 +59,7 @@ class Decoder:
         """Resident bytes of embedding, head and norms."""
         tied = self.config.tie_word_embeddings
         embed = 0 if tied else self._embed.numel() * self._embed.element_size()
-        norms = (2 * self.config.num_layers + 1) * self.config.hidden_size * 4
-        return int(embed + self._head.num_bytes + norms)
+        return int(embed + self._head.num_bytes + 4 * self._num_norm_values)
 
     def forward(self, batch: Batch, cache: KVCache, adapters: AdapterSlots) -> Tensor:
         """Runs one batch and writes its keys and values.
@@ -64,47 +72,109 @@ class Decoder:
         Returns:
             [M, V] float32, the logits of ``batch.logit_rows``.
         """
-        kernels, config = self._kernels, self.config
         cache.copy_blocks(batch.block_copies)
-        cos = self._cos.index_select(0, batch.positions)
-        sin = self._sin.index_select(0, batch.positions)
-        residual = self._embed.index_select(0, batch.token_ids).float()
-        hidden = kernels.rms_norm(residual, self._layers[0].input_norm, config.norm_eps)
+        angles = self._rotary.at(batch.positions)
+        residual = self._embedded(batch, adapters)
+        hidden = self._normed(residual, self._layers[0].input_norm)
         for index, layer in enumerate(self._layers):
-            qkv = self._linear("qkv", index, hidden, batch, adapters)
-            kernels.rotate_and_store(qkv, cos, sin, batch, cache, index, config.num_heads)
-            mixed = kernels.attention(
-                qkv,
-                batch,
-                cache,
-                index,
-                config.num_heads,
-                config.attention_scale,
-                config.sliding_window[index],
+            out = self._attention(index, hidden, angles[index], batch, cache, adapters)
+            out = self._sublayer_output(out, layer.attention_output_norm)
+            self._add_bottlenecks("attention", index, residual, out, batch, adapters)
+            hidden = self._added(residual, out, layer.post_attention_norm)
+            out = self._feed_forward(index, hidden, batch, adapters)
+            out = self._sublayer_output(out, layer.feed_forward_output_norm)
+            self._add_bottlenecks("feed_forward", index, residual, out, batch, adapters)
+            is_last = index + 1 == len(self._layers)
+            hidden = self._added(residual, out, self._norm if is_last else self._layers[index + 1].input_norm)
+        return self._logits(hidden.index_select(0, batch.logit_rows), batch, adapters)
+
+    def _embedded(self, batch: Batch, adapters: AdapterSlots) -> Tensor:
+        """The residual stream as it begins, [N, D]."""
+        x = self._embed.index_select(0, batch.token_ids).float()
+        if batch.adapter_rows.num_adapters:
+            adapters.change_embeddings(batch.token_ids, x, batch.adapter_rows)
+        if self.config.embedding_scale != 1.0:
+            x.mul_(self.config.embedding_scale)
+        if batch.embeddings is not None:
+            rows, values = batch.embeddings
+            x[rows] = values
+        return x
+
+    def _add_bottlenecks(
+        self, sublayer: str, layer: int, residual: Tensor, out: Tensor, batch: Batch, adapters: AdapterSlots
+    ) -> None:
+        """The batch's bottleneck adapters on ``out``; ``residual`` is the stream that entered the sub-layer."""
+        if batch.adapter_rows.num_adapters:
+            adapters.add_bottlenecks(sublayer, layer, residual, out, batch.adapter_rows)
+
+    def _attention(
+        self,
+        index: int,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        batch: Batch,
+        cache: KVCache,
+        adapters: AdapterSlots,
+    ) -> Tensor:
+        """One layer's attention, its output projection included: [N, D] → [N, D]."""
+        kernels, config, layer = self._kernels, self.config, self._layers[index]
+        qkv = self._linear("qkv", index, hidden, batch, adapters)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+            kernels.norm_queries_and_keys(
+                qkv, layer.q_norm, layer.k_norm, config.norm_eps, num_queries, num_keys
             )
-            out = self._linear("o", index, mixed, batch, adapters)
-            hidden = kernels.add_rms_norm(residual, out, layer.post_attention_norm, config.norm_eps)
-            gated = kernels.silu_mul(self._linear("gate_up", index, hidden, batch, adapters))
-            out = self._linear("down", index, gated, batch, adapters)
-            following = self._layers[index + 1].input_norm if index + 1 < config.num_layers else self._norm
-            hidden = kernels.add_rms_norm(residual, out, following, config.norm_eps)
-        return kernels.linear(hidden.index_select(0, batch.logit_rows), self._head)
+        cos, sin = angles
+        kernels.rotate_and_store(qkv, cos, sin, batch, cache, index, config.num_heads)
+        mixed = kernels.attention(
+            qkv,
+            batch,
+            cache,
+            index,
+            config.num_heads,
+            config.attention_scale,
+            config.sliding_window[index],
+            config.attention_softcap,
+        )
+        return self._linear("o", index, mixed, batch, adapters)
+
+    def _feed_forward(self, index: int, hidden: Tensor, batch: Batch, adapters: AdapterSlots) -> Tensor:
+        """One layer's gated feed-forward: [N, D] → [N, D]."""
+        gated = self._gate(self._linear("gate_up", index, hidden, batch, adapters))
+        return self._linear("down", index, gated, batch, adapters)
 
     def _linear(self, name: str, layer: int, x: Tensor, batch: Batch, adapters: AdapterSlots) -> Tensor:
         """One fused linear and the batch's deltas at its sites."""
         y = self._kernels.linear(x, self._layers[layer].fused[name])
         if batch.adapter_rows.num_adapters:
-            adapters.add_deltas(name, layer, x, y, batch.adapter_rows)
+            linear = partial(self._kernels.linear, packed=self._layers[layer].fused[name])
+            adapters.add_deltas(name, layer, x, y, batch.adapter_rows, linear)
         return y
 
+    def _sublayer_output(self, out: Tensor, norm: Tensor | None) -> Tensor:
+        """A sub-layer's output as it is added to the stream: normed and scaled where the family does that."""
+        if norm is not None:
+            out = self._kernels.rms_norm(out, norm, self.config.norm_eps)
+        scale = self.config.residual_scale
+        return out if scale == 1.0 else out.mul_(scale)
 
-def _rotary_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position's rotary angles, [max_context_length, rotary_dim / 2], scaled.
+    def _normed(self, residual: Tensor, norm: Tensor | None) -> Tensor:
+        """The norm of the stream; the stream itself where there is none."""
+        return residual if norm is None else self._kernels.rms_norm(residual, norm, self.config.norm_eps)
 
-    Computed once: torch's vectorized cosine may round the last elements of an array differently, and a row's
-    result must not depend on its place in the batch.
-    """
-    positions = torch.arange(config.max_context_length, dtype=torch.float32)
-    angles = positions.unsqueeze(1) * torch.tensor(config.rope.inv_freq, dtype=torch.float32)
-    scaling = config.rope.attention_scaling
-    return angles.cos() * scaling, angles.sin() * scaling
+    def _added(self, residual: Tensor, out: Tensor, norm: Tensor | None) -> Tensor:
+        """Residual += out; returns the norm of residual, or residual itself where there is none."""
+        if norm is None:
+            return residual.add_(out)
+        return self._kernels.add_rms_norm(residual, out, norm, self.config.norm_eps)
+
+    def _logits(self, hidden: Tensor, batch: Batch, adapters: AdapterSlots) -> Tensor:
+        """Logits of normed rows: [M, D] → [M, V] float32."""
+        logits = self._kernels.linear(hidden, self._head)
+        if batch.logit_adapter_rows.num_adapters:
+            adapters.change_logits(hidden, logits, batch.logit_adapter_rows)
+        if self.config.logit_divisor != 1.0:
+            logits.div_(self.config.logit_divisor)
+        if self.config.logit_softcap is not None:
+            self._kernels.softcap(logits, self.config.logit_softcap)
+        return logits

@@ -1,131 +1,62 @@
-"""Model families: from a Hugging Face ``config.json`` to our decoder's configuration.
+"""From a Hugging Face ``config.json`` to our decoder's configuration, and how the checkpoint stores its weights.
 
-One small function per family says what is special about it. The defaults are those of transformers' config
-classes, written out here because importing those takes seconds; a test compares the two.
+What sets the families apart stands in ``known_families``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
-from manyhats.adapters.sites import BaseDescription, Site
+import torch
+
+from manyhats.adapters.sites import BaseDescription, Site, WeightSource
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.rope import resolve_rope, rope_source
+from manyhats.engine.model.config import NO_ROPE, Activation, DecoderConfig
+from manyhats.engine.model.known_families import FAMILIES
+from manyhats.engine.model.rope import RopeSource, resolve_rope, rope_parameters, rope_source
+from manyhats.engine.model.traits import SEPARATE_MODULES, RawConfig, Traits
 
-RawConfig = Mapping[str, Any]
-"""A parsed ``config.json``."""
-
-LINEAR_MODULES: Mapping[str, str] = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
-"""Site name → module path below a layer; the same in every family."""
-
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+EMBEDDING_MODULE = "model.embed_tokens"
+HEAD_MODULE = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One checkpoint's decoder, and which of its linears have a bias."""
+    """One checkpoint's decoder, and how its weights are stored.
+
+    Attributes:
+        decoder: what the weights are assembled for; its ``embedding_scale`` is the unrounded one.
+        biased: names of the linears that have a bias.
+        modules: path of a stored matrix below its layer → the linears it holds, in row order.
+        norms: field of ``LayerWeights`` → path of the norm below its layer.
+        norm_offset: added to every stored norm weight.
+        norms_whole_projection: the norms of queries and keys go over all heads at once.
+        stores_embedding_scale: whether the embedding's multiplier is rounded to the embedding's dtype.
+    """
 
     decoder: DecoderConfig
     biased: frozenset[str]
+    modules: Mapping[str, tuple[str, ...]]
+    norms: Mapping[str, str]
+    norm_offset: float = 0.0
+    norms_whole_projection: bool = False
+    stores_embedding_scale: bool = False
+
+    def decoder_at(self, dtype: torch.dtype) -> DecoderConfig:
+        """The decoder over an embedding of that dtype."""
+        if not self.stores_embedding_scale:
+            return self.decoder
+        scale = torch.tensor(self.decoder.embedding_scale).to(dtype)
+        return replace(self.decoder, embedding_scale=float(scale))
 
 
-@dataclass(frozen=True, slots=True)
-class _Traits:
-    """What a family makes of a config beyond the common fields; ``config`` has the defaults filled in."""
-
-    config: RawConfig
-    biased: frozenset[str]
-    windows: tuple[int | None, ...]
-
-
-_COMMON_DEFAULTS: RawConfig = {
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_size": 4096,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
-
-
-def _with_defaults(config: RawConfig, **defaults: Any) -> dict[str, Any]:
-    return {**_COMMON_DEFAULTS, **defaults, **config}
-
-
-def _llama(config: RawConfig) -> _Traits:
-    """Llama 1 to 3, SmolLM2 and others of their shape: no windows, biases where the config says so."""
-    full = _with_defaults(
-        config,
-        vocab_size=32000,
-        intermediate_size=11008,
-        max_position_embeddings=2048,
-        num_key_value_heads=None,
-        attention_bias=False,
-        mlp_bias=False,
-    )
-    biased = (_ATTENTION if full["attention_bias"] else ()) + (_FEED_FORWARD if full["mlp_bias"] else ())
-    return _Traits(full, frozenset(biased), (None,) * full["num_hidden_layers"])
-
-
-def _mistral(config: RawConfig) -> _Traits:
-    """Mistral: one window for all layers; the config class has 4096 unless the file says otherwise."""
-    full = _with_defaults(
-        config,
-        vocab_size=32000,
-        intermediate_size=14336,
-        max_position_embeddings=4096 * 32,
-        num_key_value_heads=8,
-        sliding_window=4096,
-    )
-    if "full_attention" in set(full.get("layer_types") or ()):
-        raise ModelError("config.json: mistral with layer_types is ministral, which is not supported")
-    return _Traits(full, frozenset(), (full["sliding_window"],) * full["num_hidden_layers"])
-
-
-def _qwen2(config: RawConfig) -> _Traits:
-    """Qwen2 and 2.5: biases on q, k and v; a window in some layers if ``use_sliding_window``."""
-    full = _with_defaults(
-        config,
-        vocab_size=151936,
-        intermediate_size=22016,
-        max_position_embeddings=32768,
-        num_key_value_heads=32,
-        use_sliding_window=False,
-        sliding_window=4096,
-        max_window_layers=28,
-        layer_types=None,
-    )
-    num_layers = full["num_hidden_layers"]
-    window = full["sliding_window"] if full["use_sliding_window"] else None
-    if full["layer_types"] is None:
-        slides = [window is not None and i >= full["max_window_layers"] for i in range(num_layers)]
-    else:
-        slides = [kind == "sliding_attention" for kind in full["layer_types"]]
-    if len(slides) != num_layers:
-        raise ModelError(f"config.json: layer_types has {len(slides)} entries for {num_layers} layers")
-    windows = tuple(window if s else None for s in slides)
-    return _Traits(full, frozenset(("q_proj", "k_proj", "v_proj")), windows)
-
-
-FAMILIES: Mapping[str, Callable[[RawConfig], _Traits]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-}
-"""``model_type`` → its function."""
 
 
 def read_architecture(config: RawConfig, max_context_length: int | None = None) -> Architecture:
@@ -141,21 +72,34 @@ def read_architecture(config: RawConfig, max_context_length: int | None = None) 
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
+        hint = "; of gemma3 the text model alone, gemma3_text, is" if model_type == "gemma3" else ""
         known = ", ".join(sorted(FAMILIES))
-        raise ModelError(f"config.json: model_type {model_type!r} is not supported; these are: {known}")
-    traits = FAMILIES[model_type](config)
-    _check(traits.config)
+        raise ModelError(f"config.json: model_type {model_type!r} is not supported{hint}; these are: {known}")
     try:
+        traits = FAMILIES[model_type](config)
+        _check(traits)
         decoder = _decoder_config(model_type, traits, max_context_length)
     except (TypeError, ZeroDivisionError) as error:
         raise ModelError(f"config.json: a field has the wrong type or is 0: {error}") from error
-    return Architecture(decoder=decoder, biased=traits.biased)
+    return Architecture(
+        decoder=decoder,
+        biased=traits.biased,
+        modules=traits.modules,
+        norms=traits.norms,
+        norm_offset=traits.norm_offset,
+        norms_whole_projection=traits.norms_whole_projection,
+        stores_embedding_scale=traits.stores_embedding_scale,
+    )
 
 
-def _check(config: RawConfig) -> None:
+def _check(traits: Traits) -> None:
     """Refuse what the decoder does not do, and counts that cannot be."""
-    if config["hidden_act"] not in ("silu", "swish"):
-        raise ModelError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; silu is")
+    config = traits.config
+    if traits.activation not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise ModelError(
+            f"config.json: hidden_act {traits.activation!r} is not supported; these are: {known}"
+        )
     for name in (
         "vocab_size",
         "hidden_size",
@@ -168,18 +112,17 @@ def _check(config: RawConfig) -> None:
             raise ModelError(f"config.json: {name} must be a positive integer, not {config[name]!r}")
 
 
-def _decoder_config(model_type: str, traits: _Traits, max_context_length: int | None) -> DecoderConfig:
+def _decoder_config(model_type: str, traits: Traits, max_context_length: int | None) -> DecoderConfig:
     config = traits.config
     num_heads = config["num_attention_heads"]
     num_kv_heads = config["num_key_value_heads"] or num_heads
     if num_heads % num_kv_heads:
         raise ModelError(f"config.json: {num_kv_heads} key-value heads do not divide {num_heads} heads")
     head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
-    source = rope_source(config, head_dim=head_dim)
-    limit = source.context_limit()
-    length = config["max_position_embeddings"] if max_context_length is None else max_context_length
-    if not 1 <= length <= limit:
-        raise ModelError(f"max_context_length {length} is outside [1, {limit}], the model's own range")
+    sources = _rope_sources(traits, head_dim)
+    length = _context_length(config, sources, max_context_length)
+    ropes = tuple(NO_ROPE if source is None else resolve_rope(source, length) for source in sources)
+    scale = 1.0 / math.sqrt(head_dim) if traits.attention_scale is None else traits.attention_scale
     return DecoderConfig(
         model_type=model_type,
         vocab_size=config["vocab_size"],
@@ -191,12 +134,41 @@ def _decoder_config(model_type: str, traits: _Traits, max_context_length: int | 
         intermediate_size=config["intermediate_size"],
         norm_eps=float(config["rms_norm_eps"]),
         tie_word_embeddings=bool(config["tie_word_embeddings"]),
-        rope=resolve_rope(source, length),
+        rope=ropes[0],
+        layer_ropes=ropes if len(set(ropes)) > 1 else (),
         # A window that no context reaches is no window; saying so lets the kernels skip it.
         sliding_window=tuple(w if w is not None and w < length else None for w in traits.windows),
         max_context_length=length,
-        attention_scale=1.0 / math.sqrt(head_dim),
+        attention_scale=float(scale),
+        activation=_ACTIVATIONS[traits.activation],
+        embedding_scale=float(traits.embedding_scale),
+        residual_scale=float(traits.residual_scale),
+        logit_divisor=float(traits.logit_divisor),
+        attention_softcap=traits.attention_softcap,
+        logit_softcap=traits.logit_softcap,
     )
+
+
+def _rope_sources(traits: Traits, head_dim: int) -> tuple[RopeSource | None, ...]:
+    """The RoPE of each layer; None for a layer without."""
+    config = traits.config
+    parameters = traits.ropes or (rope_parameters(config),) * config["num_hidden_layers"]
+    return tuple(
+        None
+        if of_layer is None
+        else rope_source(config, of_layer, head_dim=head_dim, allows_partial=traits.rotates_part)
+        for of_layer in parameters
+    )
+
+
+def _context_length(config: RawConfig, sources: tuple[RopeSource | None, ...], asked: int | None) -> int:
+    """Prompt and output tokens together: what was asked for, if all layers' RoPE hold for it."""
+    own: int = config["max_position_embeddings"]
+    limit = min((source.context_limit() for source in sources if source is not None), default=own)
+    length = own if asked is None else asked
+    if not 1 <= length <= limit:
+        raise ModelError(f"max_context_length {length} is outside [1, {limit}], the model's own range")
+    return length
 
 
 def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
@@ -214,18 +186,37 @@ def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def module_path(layer: int, name: str) -> str:
-    """Hugging Face's path of a linear, such as ``model.layers.0.self_attn.q_proj``."""
-    return f"model.layers.{layer}.{LINEAR_MODULES[name]}"
+def layer_path(layer: int, name: str) -> str:
+    """Hugging Face's path of what lies ``name`` below a layer, such as ``model.layers.0.self_attn.q_proj``."""
+    return f"model.layers.{layer}.{name}"
 
 
-def describe(config: DecoderConfig, *, names: Iterable[str], digest: str) -> BaseDescription:
-    """What adapters are checked against: every linear of every layer is a site."""
-    sites = {
-        module_path(layer, name): Site(layer, name)
-        for layer in range(config.num_layers)
-        for name in LINEAR_MODULES
-    }
+def describe(
+    config: DecoderConfig,
+    *,
+    names: Iterable[str],
+    digest: str,
+    modules: Mapping[str, tuple[str, ...]] = SEPARATE_MODULES,
+    weights: WeightSource | None = None,
+) -> BaseDescription:
+    """What adapters are checked against: every linear of every layer is a site, and embedding and head are.
+
+    Args:
+        config: the decoder.
+        names: every name this base is known by.
+        digest: of weights and quantization.
+        modules: path of a module below its layer → the linears it holds, in row order.
+        weights: the base's own; None where only its description is at hand.
+    """
+    sites: dict[str, Site] = {EMBEDDING_MODULE: Site(-1, "embed_tokens"), HEAD_MODULE: Site(-1, "lm_head")}
+    fused: dict[str, tuple[Site, ...]] = {}
+    for layer in range(config.num_layers):
+        for path, parts in modules.items():
+            at = tuple(Site(layer, name) for name in parts)
+            if len(at) == 1:
+                sites[layer_path(layer, path)] = at[0]
+            else:
+                fused[layer_path(layer, path)] = at
     return BaseDescription(
         model_type=config.model_type,
         names=frozenset(names),
@@ -235,4 +226,10 @@ def describe(config: DecoderConfig, *, names: Iterable[str], digest: str) -> Bas
         vocab_size=config.vocab_size,
         linears=linear_shapes(config),
         modules=sites,
+        fused_modules=fused,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        embedding_scale=config.embedding_scale,
+        is_tied=config.tie_word_embeddings,
+        weights=weights,
     )

@@ -28,6 +28,7 @@ from manyhats.engine.model.families import Architecture, describe, read_architec
 from manyhats.engine.model.fetch import locate_model
 from manyhats.engine.model.identity import FileDigests, content_digest
 from manyhats.engine.model.progress import Progress, no_progress
+from manyhats.engine.model.weight_source import ModelWeightSource
 from manyhats.engine.model.weights import ModelWeights
 from manyhats.engine.tokenizer import Tokenizer
 
@@ -94,17 +95,22 @@ def load_model(
     found = _find(located.directory, max_context_length, digests)
     tensors = _read_tensors(found, quantization, Nf4Cache(home / "nf4", digests), progress)
     tokenizer = Tokenizer.from_directory(located.directory)
-    keep_nf4, decoder = quantization == "nf4", found.architecture.decoder
+    architecture = found.architecture
+    decoder = architecture.decoder_at(dtype)
+    weights = assemble_weights(
+        tensors, architecture, dtype=dtype, keep_nf4=quantization == "nf4", progress=progress
+    )
+    digest = _base_digest(found.digest, quantization)
     return LoadedModel(
         config=decoder,
-        weights=assemble_weights(
-            tensors, found.architecture, dtype=dtype, keep_nf4=keep_nf4, progress=progress
-        ),
+        weights=weights,
         tokenizer=tokenizer,
         description=describe(
             decoder,
             names={*located.names, *names, *_recorded_name(found.config)},
-            digest=_base_digest(found.digest, quantization),
+            digest=digest,
+            modules=architecture.modules,
+            weights=ModelWeightSource(digest, weights),
         ),
         generation=_generation_defaults(found, tokenizer),
         name=located.name,

@@ -81,6 +81,30 @@ class Nf4Weight:
         values = pairs.index_select(0, self.packed.int()).view(-1, BLOCK_SIZE)
         return values.mul_(self.block_scales().unsqueeze(1)).view(self.shape)
 
+    def rows(self, start: int, stop: int) -> Nf4Weight:
+        """Rows start … stop as a matrix of their own, which shares this one's memory.
+
+        Raises:
+            ModelError: the cut falls inside a group of 256 blocks.
+        """
+        per_row = self.shape[1] // BLOCK_SIZE
+        first, last = start * per_row, stop * per_row
+        if first % NESTED_BLOCK_SIZE:
+            raise ModelError(
+                f"NF4 rows of {self.shape[1]} values can be cut only at multiples of "
+                f"{NESTED_BLOCK_SIZE * BLOCK_SIZE} values, not at row {start}"
+            )
+        groups = slice(first // NESTED_BLOCK_SIZE, -(-last // NESTED_BLOCK_SIZE))
+        return Nf4Weight(
+            packed=self.packed[first * BLOCK_SIZE // 2 : last * BLOCK_SIZE // 2],
+            absmax=self.absmax[first:last],
+            nested_absmax=self.nested_absmax[groups],
+            offset=self.offset,
+            code=self.code,
+            nested_code=self.nested_code,
+            shape=(stop - start, self.shape[1]),
+        )
+
 
 def quantize_nf4(weight: Tensor) -> Nf4Weight:
     """NF4 of a dense [out, in] matrix (bfloat16, float16 or float32), by bitsandbytes itself.

@@ -25,6 +25,7 @@ class RopeSource:
     Attributes:
         rope_parameters: ``rope_type``, ``rope_theta`` and what the kind needs besides.
         max_position_embeddings: the config's own; not the length to be served.
+        allows_partial: whether the family can leave the end of a head as it is.
     """
 
     rope_parameters: Mapping[str, Any]
@@ -32,17 +33,26 @@ class RopeSource:
     hidden_size: int
     num_attention_heads: int
     max_position_embeddings: int
+    allows_partial: bool = False
     kind: str = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", str(self.rope_parameters["rope_type"]))
         if self.kind not in ROPE_KINDS:
             raise ModelError(f"config.json: rope_type {self.kind!r} is not one of {', '.join(ROPE_KINDS)}")
-        factor = self.rope_parameters.get("partial_rotary_factor")
-        if factor not in (None, 1, 1.0):
+        factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if factor != 1.0 and not self.allows_partial:
             raise ModelError(f"config.json: partial_rotary_factor {factor} is not supported")
-        if self.head_dim % 2:
-            raise ModelError(f"config.json: head_dim {self.head_dim} is odd; RoPE needs pairs")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            part = "" if factor == 1.0 else f" times partial_rotary_factor {factor}"
+            raise ModelError(
+                f"config.json: head_dim {self.head_dim}{part} is odd or no part of it; RoPE needs pairs"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Values of a head that are rotated."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
     def standardize_rope_params(self) -> None:
         """Nothing to do: the parameters are standard already. transformers' functions call it."""
@@ -63,32 +73,51 @@ class RopeSource:
         return limit
 
 
-def rope_source(config: Mapping[str, Any], *, head_dim: int) -> RopeSource:
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The RoPE of a ``config.json``: ``rope_parameters``, or the older ``rope_scaling`` and ``rope_theta``.
 
     Raises:
-        ModelError: an unknown kind, or parameters that differ by layer type.
+        ModelError: parameters that differ by layer type.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     parameters: dict[str, Any] = dict(given)
     if any(isinstance(value, Mapping) for value in parameters.values()):
         raise ModelError("config.json: rope_parameters that differ by layer type are not supported")
-    parameters.setdefault("rope_type", parameters.get("type", "default"))
     theta = parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0
     parameters["rope_theta"] = float(theta)
     if "partial_rotary_factor" in config:
         parameters.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
-    if parameters["rope_type"] in _KINDS_WITH_ORIGINAL_LENGTH:
+    return parameters
+
+
+def rope_source(
+    config: Mapping[str, Any], parameters: Mapping[str, Any], *, head_dim: int, allows_partial: bool = False
+) -> RopeSource:
+    """One RoPE of a model, with what its kind takes from the rest of the config.
+
+    Args:
+        config: of the model.
+        parameters: as ``rope_parameters`` gives them.
+        head_dim: K.
+        allows_partial: whether the family can rotate a part of the head.
+
+    Raises:
+        ModelError: an unknown kind, or a rotated part that cannot be.
+    """
+    full = {key: value for key, value in parameters.items() if value is not None}
+    full.setdefault("rope_type", full.get("type", "default"))
+    if full["rope_type"] in _KINDS_WITH_ORIGINAL_LENGTH:
         length = config.get("original_max_position_embeddings")
         if length:
-            parameters["original_max_position_embeddings"] = length
-        parameters.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+            full["original_max_position_embeddings"] = length
+        full.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     return RopeSource(
-        rope_parameters=parameters,
+        rope_parameters=full,
         head_dim=head_dim,
         hidden_size=config["hidden_size"],
         num_attention_heads=config["num_attention_heads"],
         max_position_embeddings=config["max_position_embeddings"],
+        allows_partial=allows_partial,
     )
 
 
@@ -103,7 +132,7 @@ def resolve_rope(source: RopeSource, max_context_length: int) -> RopeConfig:
         ModelError: a parameter is missing or has the wrong type.
     """
     if source.kind == "default":
-        exponents = torch.arange(0, source.head_dim, 2, dtype=torch.float32) / source.head_dim
+        exponents = torch.arange(0, source.rotary_dim, 2, dtype=torch.float32) / source.rotary_dim
         inv_freq = 1.0 / (source.rope_parameters["rope_theta"] ** exponents)
         return RopeConfig(inv_freq=tuple(inv_freq.tolist()))
     # Imported here: it takes most of a second, and the common kind needs none of it.
@@ -112,6 +141,6 @@ def resolve_rope(source: RopeSource, max_context_length: int) -> RopeConfig:
     seq_len = max_context_length if source.kind == "longrope" else None
     try:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[source.kind](source, torch.device("cpu"), seq_len=seq_len)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"config.json: rope_parameters of kind {source.kind!r}: {error!r}") from error
     return RopeConfig(inv_freq=tuple(inv_freq.tolist()), attention_scaling=float(scaling))

@@ -15,6 +15,16 @@ Matrix = Tensor | Nf4Weight
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of one layer, in the order of the forward."""
 
+NORM_NAMES = (
+    "input_norm",
+    "q_norm",
+    "k_norm",
+    "attention_output_norm",
+    "post_attention_norm",
+    "feed_forward_output_norm",
+)
+"""The norms that a layer may have, in the order of the forward."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
@@ -36,7 +46,16 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LayerWeights:
-    """One layer: attention, gated feed-forward, and the norms before each ([D], float32)."""
+    """One layer: attention, gated feed-forward, and RMS norms (float32; None where the family has none).
+
+    Attributes:
+        input_norm: [D], on the residual stream, of the attention's input.
+        post_attention_norm: [D], on the residual stream, of the feed-forward's input.
+        attention_output_norm: [D], on the attention's output, before it is added to the stream.
+        feed_forward_output_norm: [D], on the feed-forward's output, likewise.
+        q_norm: on the queries before their rotation: [K] for each head by itself, or [H·K] over all of them.
+        k_norm: on the keys: [K] or [Hkv·K].
+    """
 
     q_proj: Linear
     k_proj: Linear
@@ -45,13 +64,24 @@ class LayerWeights:
     gate_proj: Linear
     up_proj: Linear
     down_proj: Linear
-    input_norm: Tensor
-    post_attention_norm: Tensor
+    input_norm: Tensor | None = None
+    post_attention_norm: Tensor | None = None
+    attention_output_norm: Tensor | None = None
+    feed_forward_output_norm: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Name and linear, in the order of ``LINEAR_NAMES``."""
         for name in LINEAR_NAMES:
             yield name, getattr(self, name)
+
+    def norms(self) -> Iterator[Tensor]:
+        """The norms that there are."""
+        for name in NORM_NAMES:
+            norm = getattr(self, name)
+            if norm is not None:
+                yield norm
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numba import prange
 
 from manyhats.engine.kernels.cpu.compile import inner, kernel
+from manyhats.engine.kernels.cpu.rowwise import cap
 from manyhats.engine.kernels.cpu.simd import (
     add,
     exp,
@@ -94,8 +95,18 @@ def softmax_row(scores, at, first, last, padded, scale):
 
 
 @inner
+def cap_rows(scores, at, end, scale, limit):
+    """scores[at : end] = limit · tanh(scores · scale / limit)."""
+    factor = splat(scale)
+    limits = splat(limit)
+    for i in range(at, end, 8):
+        store(scores, i, cap(mul(load(scores, i), factor), limits))
+
+
+@inner
 def attend_rows(
-    q, q0, q1, q2, q3, ends, window, table, table_at, head, keys, values, shape, scale, scores, s0, out, o0, o1, o2, o3
+    q, q0, q1, q2, q3, ends, window, table, table_at, head, keys, values, shape, scale, softcap,
+    scores, s0, out, o0, o1, o2, o3,
 ):  # fmt: skip
     """Four query rows of one sequence and one KV head; ``ends`` are the positions they see up to, exclusive."""
     num_kv_heads, head_dim, block_size = shape
@@ -118,6 +129,9 @@ def attend_rows(
                 q, q0, q1, q2, q3, keys, block + lane, block_size, head_dim,
                 scores, s0 + c, s1 + c, s2 + c, s3 + c, True,
             )  # fmt: skip
+    if softcap > 0.0:
+        cap_rows(scores, s0, s3 + padded, scale, softcap)
+        scale = np.float32(1.0)
     f0 = f1 = f2 = f3 = 0
     if window > 0:
         f0 = max(0, ends[0] - window - base)
@@ -150,9 +164,9 @@ def scale_row(x, at, size, factor):
 
 @kernel
 def paged_attention(
-    qkv, tiles, query_start, context_len, block_tables, keys, values, scale, window, out, scores
+    qkv, tiles, query_start, context_len, block_tables, keys, values, scale, softcap, window, out, scores
 ):  # fmt: skip
-    """Out = softmax(q Kᵀ · scale) V, causal, per query row and head.
+    """Out = softmax(cap(q Kᵀ · scale)) V, causal, per query row and head.
 
     Args:
         qkv: [N, (H + 2·Hkv)·K] float32; rotated queries come first in each row.
@@ -162,6 +176,7 @@ def paged_attention(
         block_tables: [B, max_blocks] int32.
         keys: [num_blocks, Hkv, K, block_size]; values: [num_blocks, Hkv, block_size, K].
         scale: of the scores.
+        softcap: c in cap(x) = c · tanh(x / c); 0 for no cap.
         window: a row sees that many positions, itself included; 0 for all.
         out: [N, H·K] float32, written.
         scores: [threads, 4 · longest context rounded up to blocks] float32 scratch.
@@ -218,6 +233,7 @@ def paged_attention(
                     flat_values,
                     shape,
                     scale,
+                    softcap,
                     flat_scores,
                     thread * score_size,
                     flat_out,

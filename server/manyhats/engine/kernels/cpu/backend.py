@@ -16,7 +16,7 @@ from manyhats.engine.kernels.cpu import avx512_bf16, rowwise
 from manyhats.engine.kernels.cpu import linear as linear_kernels
 from manyhats.engine.kernels.cpu.avx512_bf16 import Avx512Bf16Linear
 from manyhats.engine.kernels.cpu.compile import max_threads
-from manyhats.engine.kernels.cpu.packing import CpuLinear, as_array, pack_linear
+from manyhats.engine.kernels.cpu.packing import LANES, CpuLinear, as_array, pack_linear
 from manyhats.engine.kernels.cpu.slots import CpuAdapterSlots
 from manyhats.engine.kernels.dtypes import torch_dtype
 from manyhats.engine.model.config import DecoderConfig
@@ -36,8 +36,11 @@ class CpuKVCache:
         heads, dim = config.num_kv_heads, config.head_dim
         shape_k = (config.num_layers, num_blocks, heads, dim, block_size)
         shape_v = (config.num_layers, num_blocks, heads, block_size, dim)
-        self._keys = as_array(torch.zeros(shape_k, dtype=dtype))
-        self._values = as_array(torch.zeros(shape_v, dtype=dtype))
+        # NumPy's zeros take no memory until they are written, torch's do.
+        storage = np.uint16 if dtype == torch.bfloat16 else np.float32
+        self._keys = np.zeros(shape_k, dtype=storage)
+        self._values = np.zeros(shape_v, dtype=storage)
+        self._dtype = dtype
         self.keys = tuple(self._keys)
         self.values = tuple(self._values)
 
@@ -51,6 +54,16 @@ class CpuKVCache:
         for source, target in copies:
             self._keys[:, target] = self._keys[:, source]
             self._values[:, target] = self._values[:, source]
+
+    def write(self, blocks: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Writes positions 0 … P − 1 of the blocks; keys and values [L, P, Hkv, K]."""
+        block_size = self._keys.shape[4]
+        stored = [as_array(part.to(self._dtype)) for part in (keys, values)]
+        for index, block in enumerate(blocks):
+            part = slice(index * block_size, (index + 1) * block_size)
+            count = stored[0][:, part].shape[1]
+            self._keys[:, block, :, :, :count] = stored[0][:, part].transpose(0, 2, 3, 1)
+            self._values[:, block, :, :count] = stored[1][:, part].transpose(0, 2, 1, 3)
 
 
 class CpuKernels:
@@ -103,17 +116,18 @@ class CpuKernels:
         if (
             block_size % _VECTOR_PAIR
             or config.head_dim % _VECTOR_PAIR
-            or config.rope.rotary_dim % _VECTOR_PAIR
+            or any(rope.rotary_dim % _VECTOR_PAIR for rope in config.ropes)
         ):
+            rotated = max(rope.rotary_dim for rope in config.ropes)
             raise ModelError(
                 f"the CPU kernels need a block size (here {block_size}), a head size (here {config.head_dim}) "
-                f"and a rotated part of it (here {config.rope.rotary_dim}) that are multiples of {_VECTOR_PAIR}"
+                f"and a rotated part of it (here {rotated}) that are multiples of {_VECTOR_PAIR}"
             )
         return CpuKVCache(config, num_blocks, block_size, torch_dtype(dtype))
 
     def new_slots(self, config: DecoderConfig, num_slots: int, dtype: str) -> CpuAdapterSlots:
         """Empty adapter slots."""
-        return CpuAdapterSlots(config, num_slots, torch_dtype(dtype), self.num_threads)
+        return CpuAdapterSlots(config, num_slots, torch_dtype(dtype), self.num_threads, self.linear)
 
     def linear(self, x: Tensor, packed: CpuLinear | Avx512Bf16Linear) -> Tensor:
         """X Wᵀ + b."""
@@ -167,6 +181,36 @@ class CpuKernels:
         rowwise.silu_mul(gate_up.numpy(), out.numpy(), self._row_threads(out))
         return out
 
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        """GELU(gate) · up, in the tanh approximation."""
+        out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2))
+        rowwise.gelu_tanh_mul(gate_up.numpy(), out.numpy(), self._row_threads(out))
+        return out
+
+    def softcap(self, x: Tensor, limit: float) -> None:
+        """X = limit · tanh(x / limit), in place.
+
+        Raises:
+            ModelError: the rows are shorter than a vector.
+        """
+        if x.shape[1] < LANES:
+            raise ModelError(f"the CPU kernels cap rows of at least {LANES} values, not {x.shape[1]}")
+        rowwise.softcap(x.numpy(), np.float32(limit), self._row_threads(x))
+
+    def norm_queries_and_keys(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_queries: int, num_keys: int
+    ) -> None:
+        """Root mean square norms of queries and keys, in place."""
+        rowwise.norm_queries_and_keys(
+            qkv.numpy(),
+            q_weight.numpy(),
+            k_weight.numpy(),
+            np.float32(eps),
+            num_queries,
+            num_keys,
+            self._row_threads(qkv),
+        )
+
     def rotate_and_store(
         self,
         qkv: Tensor,
@@ -198,6 +242,7 @@ class CpuKernels:
         num_heads: int,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Causal attention of each query row over its sequence's cached positions."""
         keys = cache.keys[layer]
@@ -215,6 +260,7 @@ class CpuKernels:
             keys,
             cache.values[layer],
             np.float32(scale),
+            np.float32(softcap or 0.0),
             window or 0,
             out.numpy(),
             self._scores,

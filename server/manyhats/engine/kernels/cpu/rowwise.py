@@ -1,4 +1,4 @@
-"""What acts on each row by itself: RMS norm, SiLU gating, rotary embedding with the write into the KV cache."""
+"""What acts on each row by itself: RMS norms, gating, rotary embedding with the write into the KV cache."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from manyhats.engine.kernels.cpu.simd import (
     store_scalar,
     sub,
     sum_lanes,
+    tanh,
     zero,
 )
+
+_SQRT_8_OVER_PI = math.sqrt(8.0 / math.pi)
 
 
 @inner
@@ -64,6 +67,29 @@ def add_rms_norm(residual, delta, weight, eps, out, num_threads):
 
 
 @kernel
+def norm_queries_and_keys(qkv, q_weight, k_weight, eps, num_queries, num_keys, num_threads):
+    """Root mean square norms of queries and keys, in place, over as many values at a time as a weight has.
+
+    Args:
+        qkv: [N, (H + 2·Hkv)·K] float32: queries, keys, values.
+        q_weight: [K] for each head by itself, or [H·K]; float32.
+        k_weight: [K] or [Hkv·K].
+        num_queries: H·K.
+        num_keys: Hkv·K.
+    """
+    num_rows, width = qkv.shape
+    flat = qkv.reshape(-1)
+    for thread in prange(num_threads):
+        for row in range(thread, num_rows, num_threads):
+            start = row * width
+            for at in range(start, start + num_queries, q_weight.size):
+                norm_row(flat, at, q_weight, eps, flat)
+            start += num_queries
+            for at in range(start, start + num_keys, k_weight.size):
+                norm_row(flat, at, k_weight, eps, flat)
+
+
+@kernel
 def silu_mul(gate_up, out, num_threads):
     """Out = SiLU(gate) · up; gate_up [N, 2·I] holds gate, then up; out [N, I]; float32."""
     num_rows, size = out.shape
@@ -79,6 +105,52 @@ def silu_mul(gate_up, out, num_threads):
                 g = load(flat, gate + i)
                 activated = div(g, add(one, exp(sub(zero(), g))))
                 store(flat_out, at + i, mul(activated, load(flat, up + i)))
+
+
+@kernel
+def gelu_tanh_mul(gate_up, out, num_threads):
+    """Out = gelu(gate) · up in the tanh approximation; shapes as in ``silu_mul``.
+
+    ½ · g · (1 + tanh y) is g / (1 + e⁻²ʸ), which loses nothing where tanh is near −1.
+    """
+    num_rows, size = out.shape
+    flat = gate_up.reshape(-1)
+    flat_out = out.reshape(-1)
+    for thread in prange(num_threads):
+        for row in range(thread, num_rows, num_threads):
+            gate = row * 2 * size
+            up = gate + size
+            at = row * size
+            one = splat(np.float32(1.0))
+            cubic = splat(np.float32(0.044715))
+            factor = splat(np.float32(-_SQRT_8_OVER_PI))
+            for i in range(0, size, 8):
+                g = load(flat, gate + i)
+                power = mul(factor, fma(mul(mul(g, g), cubic), g, g))
+                activated = div(g, add(one, exp(power)))
+                store(flat_out, at + i, mul(activated, load(flat, up + i)))
+
+
+@inner
+def cap(x, limit):
+    """Each lane as limit · tanh(x / limit)."""
+    return mul(limit, tanh(div(x, limit)))
+
+
+@kernel
+def softcap(x, limit, num_threads):
+    """X = limit · tanh(x / limit), in place; [N, V] float32, V at least 8."""
+    num_rows, size = x.shape
+    flat = x.reshape(-1)
+    limits = splat(limit)
+    for thread in prange(num_threads):
+        for row in range(thread, num_rows, num_threads):
+            at = row * size
+            # The last vector of a row may overlap the one before it: read it while that is still as it was.
+            last = cap(load(flat, at + size - 8), limits)
+            for i in range(at, at + size - 7, 8):
+                store(flat, i, cap(load(flat, i), limits))
+            store(flat, at + size - 8, last)
 
 
 @inner

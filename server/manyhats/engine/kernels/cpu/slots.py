@@ -1,138 +1,187 @@
-"""Loaded adapters for the CPU kernels: one buffer each, and tables of where its matrices lie."""
+"""Loaded adapters for the CPU kernels: one memory each, and tables of where its numbers lie."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.adapters.primitives import LoweredAdapter, LowRank
+from manyhats.adapters.primitives import (
+    Affine,
+    Bottleneck,
+    Delta,
+    EmbeddingLowRank,
+    EmbeddingRows,
+    HeadRows,
+    HeadWeight,
+    InputScale,
+    LoweredAdapter,
+    LowRank,
+)
 from manyhats.engine.batch import AdapterRows
 from manyhats.engine.errors import ModelError
-from manyhats.engine.kernels.cpu.low_rank import low_rank
-from manyhats.engine.kernels.cpu.packing import LANES, Array, as_array
-from manyhats.engine.kernels.interface import FUSED
-from manyhats.engine.model.config import DecoderConfig
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Table:
-    """Of one fused linear of one layer: [S, parts] addresses, ranks and scales, and the parts' columns."""
-
-    a_address: Array
-    b_address: Array
-    ranks: Array
-    scales: Array
-    columns: Array
-    sizes: Array
+from manyhats.engine.kernels.cpu.tables import AdapterMemory, LinearTable, SublayerTable, new_arguments
+from manyhats.engine.kernels.cpu.vocabulary import (
+    EmbeddingChange,
+    HeadChange,
+    HeadColumns,
+    HeadDelta,
+    LowRankLookup,
+    OtherHead,
+    ReplacedRows,
+    RunLinear,
+    rows_by_slot,
+)
+from manyhats.engine.kernels.interface import FUSED, SUBLAYERS
+from manyhats.engine.model.config import DecoderConfig, out_features
 
 
 class CpuAdapterSlots:
     """The loaded adapters, by slot; see ``AdapterSlots``."""
 
-    def __init__(self, config: DecoderConfig, num_slots: int, dtype: torch.dtype, num_threads: int) -> None:
+    def __init__(
+        self, config: DecoderConfig, num_slots: int, dtype: torch.dtype, num_threads: int, linear: RunLinear
+    ) -> None:
+        arguments = new_arguments(dtype, num_threads)
         sizes = out_features(config)
-        self._tables = {
-            (fused, layer): _new_table(num_slots, [sizes[name] for name in names])
+        layers = range(config.num_layers)
+        self._linears = {
+            (fused, layer): LinearTable(num_slots, [sizes[name] for name in names], arguments)
             for fused, names in FUSED.items()
-            for layer in range(config.num_layers)
+            for layer in layers
+        }
+        self._sublayers = {
+            (name, layer): SublayerTable(num_slots, config.hidden_size, arguments)
+            for name in SUBLAYERS
+            for layer in layers
         }
         self._places = {
             name: (fused, part) for fused, names in FUSED.items() for part, name in enumerate(names)
         }
+        self._columns = {
+            (fused, part): slice(start, start + sizes[name])
+            for fused, names in FUSED.items()
+            for part, name in enumerate(names)
+            for start in [sum(sizes[before] for before in names[:part])]
+        }
+        self._linear = linear
         self._dtype = dtype
-        self._like = as_array(torch.empty(1, dtype=dtype))
-        self._buffers: dict[int, Tensor] = {}
-        self._num_threads = num_threads
-        self._scratch = np.empty((num_threads, 64), dtype=np.float32)
-        self._lock = threading.Lock()
+        self._memories: dict[int, AdapterMemory] = {}
+        self._input_scales: dict[tuple[str, int], dict[int, list[tuple[int, Tensor]]]] = {}
+        self._embeddings: dict[int, list[EmbeddingChange]] = {}
+        self._heads: dict[int, list[HeadChange]] = {}
 
     def write(self, slot: int, adapter: LoweredAdapter) -> None:
-        """Copies the adapter's matrices into one buffer and enters them into the tables."""
+        """Copies the adapter's numbers into a memory of its own and enters them into the tables."""
+        memory = AdapterMemory(sum(_num_matrix_values(delta) for delta in adapter.deltas), self._dtype)
         for delta in adapter.deltas:
-            if delta.a.shape[1] % LANES or delta.b.shape[0] % LANES:
-                raise ModelError(
-                    f"{delta.site}: the CPU kernels need dimensions that are multiples of {LANES}"
-                )
-        buffer = torch.empty(sum(d.a.numel() + d.b.numel() for d in adapter.deltas), dtype=self._dtype)
-        start = 0
-        for delta in adapter.deltas:
-            start = self._enter(slot, delta, buffer, start)
-        self._buffers[slot] = buffer
-        largest = max((delta.rank for delta in adapter.deltas), default=0)
-        with self._lock:  # several loaders write at a time; a smaller scratch must not replace a larger one
-            if largest > self._scratch.shape[1]:
-                self._scratch = np.empty((self._num_threads, largest), dtype=np.float32)
+            self._enter(slot, delta, memory)
+        self._memories[slot] = memory
 
-    def _enter(self, slot: int, delta: LowRank, buffer: Tensor, start: int) -> int:
-        fused, part = self._places[delta.site.name]
-        table = self._tables[fused, delta.site.layer]
-        if table.ranks[slot, part]:
-            raise ModelError(f"{delta.site}: one low-rank delta a site, not two")
-        middle = start + delta.a.numel()
-        end = middle + delta.b.numel()
-        buffer[start:middle] = delta.a.reshape(-1)
-        buffer[middle:end] = delta.b.t().reshape(-1)
-        table.a_address[slot, part] = buffer[start:].data_ptr()
-        table.b_address[slot, part] = buffer[middle:].data_ptr()
-        table.scales[slot, part] = delta.scale
-        table.ranks[slot, part] = delta.rank
-        return end
+    def _enter(self, slot: int, delta: Delta, memory: AdapterMemory) -> None:
+        match delta:
+            case LowRank() if delta.site.layer >= 0:
+                fused, part = self._places[delta.site.name]
+                self._linears[fused, delta.site.layer].add_low_rank(slot, part, delta, memory)
+            case LowRank():
+                self._heads.setdefault(slot, []).append(HeadDelta.of(delta, self._dtype))
+            case Affine():
+                fused, part = self._places[delta.site.name]
+                self._linears[fused, delta.site.layer].add_affine(slot, part, delta, memory)
+            case InputScale():
+                fused, part = self._places[delta.site.name]
+                by_slot = self._input_scales.setdefault((fused, delta.site.layer), {})
+                by_slot.setdefault(slot, []).append((part, delta.scale.float()))
+            case Bottleneck():
+                self._sublayers[delta.site.name, delta.site.layer].add(slot, delta, memory)
+            case EmbeddingLowRank():
+                self._embeddings.setdefault(slot, []).append(LowRankLookup.of(delta, self._dtype))
+            case EmbeddingRows():
+                self._embeddings.setdefault(slot, []).append(ReplacedRows.of(delta, self._dtype))
+            case HeadRows():
+                self._heads.setdefault(slot, []).append(HeadColumns.of(delta, self._dtype))
+            case HeadWeight():
+                # The other changes of a head build upon it.
+                self._heads.setdefault(slot, []).insert(0, OtherHead.of(delta, self._dtype))
+            case _:
+                raise ModelError(f"the CPU kernels do not know {type(delta).__name__}")
 
     def clear(self, slot: int) -> None:
         """Frees a slot and its memory."""
-        for table in self._tables.values():
-            table.ranks[slot] = 0
-        self._buffers.pop(slot, None)
+        for linear in self._linears.values():
+            linear.clear(slot)
+        for sublayer in self._sublayers.values():
+            sublayer.clear(slot)
+        for scales in self._input_scales.values():
+            scales.pop(slot, None)
+        self._embeddings.pop(slot, None)
+        self._heads.pop(slot, None)
+        self._memories.pop(slot, None)
 
     def num_bytes(self, slot: int) -> int:
-        """Resident bytes of one slot's matrices."""
-        buffer = self._buffers.get(slot)
-        return 0 if buffer is None else buffer.numel() * buffer.element_size()
+        """Resident bytes of one slot."""
+        memory = self._memories.get(slot)
+        embeddings = sum(change.num_bytes for change in self._embeddings.get(slot, ()))
+        heads = sum(change.num_bytes for change in self._heads.get(slot, ()))
+        return (0 if memory is None else memory.num_bytes) + embeddings + heads
 
-    def add_deltas(self, fused: str, layer: int, x: Tensor, y: Tensor, rows: AdapterRows) -> None:
-        """Y += each row's delta, at every part of the fused linear."""
-        table = self._tables[fused, layer]
-        low_rank(
-            x.numpy(),
-            y.numpy(),
-            rows.rows.numpy(),
-            rows.slots.numpy(),
-            table.a_address,
-            table.b_address,
-            table.ranks,
-            table.scales,
-            table.columns,
-            table.sizes,
-            self._like,
-            self._scratch,
-        )
+    def add_deltas(
+        self,
+        fused: str,
+        layer: int,
+        x: Tensor,
+        y: Tensor,
+        rows: AdapterRows,
+        linear: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Each row's own deltas at every part of the fused linear."""
+        scales = self._input_scales.get((fused, layer))
+        if scales:
+            self._rescale_inputs(fused, scales, x, y, rows, linear)
+        self._linears[fused, layer].run(x, y, rows)
+
+    def _rescale_inputs(
+        self,
+        fused: str,
+        scales: dict[int, list[tuple[int, Tensor]]],
+        x: Tensor,
+        y: Tensor,
+        rows: AdapterRows,
+        linear: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Runs the linear again for the rows whose input is rescaled, and takes over the part concerned."""
+        for slot, indices in rows_by_slot(rows):
+            for part, scale in scales.get(slot, ()):
+                columns = self._columns[fused, part]
+                y[indices, columns] = linear(x[indices] * scale)[:, columns]
+
+    def add_bottlenecks(
+        self, sublayer: str, layer: int, residual: Tensor, output: Tensor, rows: AdapterRows
+    ) -> None:
+        """Each row's own bottleneck on a sub-layer's output."""
+        self._sublayers[sublayer, layer].run(residual, output, rows)
+
+    def change_embeddings(self, token_ids: Tensor, hidden: Tensor, rows: AdapterRows) -> None:
+        """Each row's own embedding."""
+        if self._embeddings:
+            for slot, indices in rows_by_slot(rows):
+                for change in self._embeddings.get(slot, ()):
+                    change.apply(hidden, indices, token_ids[indices], self._linear)
+
+    def change_logits(self, hidden: Tensor, logits: Tensor, rows: AdapterRows) -> None:
+        """Each row's own output head."""
+        if self._heads:
+            for slot, indices in rows_by_slot(rows):
+                for change in self._heads.get(slot, ()):
+                    change.apply(hidden, logits, indices, self._linear)
 
 
-def out_features(config: DecoderConfig) -> dict[str, int]:
-    """Outputs of each linear of a layer."""
-    keys = config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": config.num_heads * config.head_dim,
-        "k_proj": keys,
-        "v_proj": keys,
-        "o_proj": config.hidden_size,
-        "gate_proj": config.intermediate_size,
-        "up_proj": config.intermediate_size,
-        "down_proj": config.hidden_size,
-    }
-
-
-def _new_table(num_slots: int, sizes: list[int]) -> _Table:
-    shape = (num_slots, len(sizes))
-    return _Table(
-        a_address=np.zeros(shape, dtype=np.int64),
-        b_address=np.zeros(shape, dtype=np.int64),
-        ranks=np.zeros(shape, dtype=np.int32),
-        scales=np.zeros(shape, dtype=np.float32),
-        columns=np.array([sum(sizes[:part]) for part in range(len(sizes))], dtype=np.int32),
-        sizes=np.array(sizes, dtype=np.int32),
-    )
+def _num_matrix_values(delta: Delta) -> int:
+    """Values that go into an adapter's one buffer of matrices."""
+    match delta:
+        case LowRank() if delta.site.layer >= 0:
+            return delta.a.numel() + delta.b.numel()
+        case Bottleneck():
+            return delta.down.numel() + delta.up.numel()
+    return 0

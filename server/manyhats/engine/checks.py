@@ -1,0 +1,62 @@
+"""What a request must be before the engine takes it: checked against the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
+from manyhats.engine.request import MAX_CONTINUATIONS, Request, ScoreRequest
+
+
+def check_generation(request: Request, vocab_size: int) -> None:
+    """See that every token id of a generation is one.
+
+    Raises:
+        FieldInvalidError: an empty prompt, or an id outside the vocabulary.
+    """
+    _check_prompt(request.prompt_token_ids, vocab_size)
+    _check_ids("sampling.logit_bias", request.sampling.logit_bias, vocab_size)
+    _check_ids("stopping.stop_token_ids", request.stopping.stop_token_ids, vocab_size)
+
+
+def check_scoring(request: ScoreRequest, vocab_size: int) -> None:
+    """See that every token id of a scoring is one, and the number of continuations.
+
+    Raises:
+        FieldInvalidError: an empty prompt or continuation, too many of them, or an id outside the vocabulary.
+    """
+    _check_prompt(request.prompt_token_ids, vocab_size)
+    if not 1 <= len(request.continuations) <= MAX_CONTINUATIONS:
+        raise FieldInvalidError(
+            "continuations", f"must be 1 to {MAX_CONTINUATIONS}, not {len(request.continuations)}"
+        )
+    for index, continuation in enumerate(request.continuations):
+        if not continuation:
+            raise FieldInvalidError(f"continuations[{index}]", "is empty")
+        _check_ids(f"continuations[{index}]", continuation, vocab_size)
+
+
+def check_length(request: Request | ScoreRequest, num_virtual_tokens: int, max_context_length: int) -> None:
+    """See that the prompt leaves room for what follows: one output token, or the longest continuation.
+
+    Raises:
+        PromptTooLongError: it does not, the adapter's virtual tokens counted.
+    """
+    after = 1
+    if isinstance(request, ScoreRequest):
+        after = max(len(continuation) for continuation in request.continuations)
+    limit = max_context_length - num_virtual_tokens - after
+    if len(request.prompt_token_ids) > limit:
+        raise PromptTooLongError("prompt", len(request.prompt_token_ids), max(limit, 0))
+
+
+def _check_prompt(token_ids: tuple[int, ...], vocab_size: int) -> None:
+    if not token_ids:
+        raise FieldInvalidError("prompt", "is empty")
+    _check_ids("prompt", token_ids, vocab_size)
+
+
+def _check_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise FieldInvalidError(field, f"token id {token_id} is outside the vocabulary of {vocab_size}")

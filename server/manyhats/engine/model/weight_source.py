@@ -1,0 +1,39 @@
+"""The resident weights as adapters' methods read them: dense and float32, one linear at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from manyhats.adapters.sites import Site
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.nf4 import Nf4Weight
+from manyhats.engine.model.weights import LINEAR_NAMES, ModelWeights
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeightSource:
+    """A ``WeightSource`` over a loaded model; nothing is kept of what it dequantizes.
+
+    Attributes:
+        digest: of the base; two sources of one base are equal.
+        weights: the model's.
+    """
+
+    digest: str
+    weights: ModelWeights = field(compare=False, repr=False)
+
+    def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        """Weight [d_out, d_in] and bias [d_out] or None, float32, of a layer's linear or of ``lm_head``.
+
+        Raises:
+            ModelError: the site is no linear of this model.
+        """
+        if site == Site(-1, "lm_head"):
+            return self.weights.head.float(), None
+        if not 0 <= site.layer < len(self.weights.layers) or site.name not in LINEAR_NAMES:
+            raise ModelError(f"{site} is not a linear of this model")
+        linear = getattr(self.weights.layers[site.layer], site.name)
+        weight = linear.weight.dequantize() if isinstance(linear.weight, Nf4Weight) else linear.weight.float()
+        return weight, None if linear.bias is None else linear.bias.float()

@@ -1,0 +1,417 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from engine_harness import make_request, random_ids
+from fakes import FakeCache, FakeDecoder
+from manyhats.engine.engine import Engine
+from manyhats.engine.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineError,
+    NumericalError,
+    QueueFullError,
+    RequestCancelledError,
+)
+from manyhats.engine.generation import Generation
+from manyhats.engine.jobs import Event
+from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepStats
+from manyhats.engine.request import Request, SamplingParams, ScoreRequest, StoppingParams
+from manyhats.engine.schedule import SchedulerConfig
+from manyhats.engine.scoring import Scoring
+from manyhats.engine.serving import ServingModel, Start
+from manyhats.engine.tokenizer import Tokenizer
+from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, save_tokenizer
+
+POISON = TINY_VOCAB_SIZE - 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(directory)
+    return Tokenizer.from_directory(directory)
+
+
+@dataclass
+class Loop:
+    """An engine without a model, and everything it said of each job."""
+
+    tokenizer: Tokenizer
+    num_blocks: int = 64
+    block_size: int = 4
+    config: SchedulerConfig = field(
+        default_factory=lambda: SchedulerConfig(
+            max_num_sequences=8, max_num_batched_tokens=16, max_waiting=20
+        )
+    )
+
+    def __post_init__(self) -> None:
+        self.decoder = FakeDecoder(TINY_VOCAB_SIZE, poison=(POISON,))
+        self.engine = Engine(
+            cast(Any, self.decoder),
+            cast(Any, FakeCache(self.num_blocks, self.block_size)),
+            cast(Any, SimpleNamespace()),
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            scheduler=self.config,
+        )
+        self.serving = ServingModel(
+            base_digest="sha256:0",
+            tokenizer=self.tokenizer,
+            eos_token_ids=frozenset({EOS_TOKEN_ID}),
+            max_context_length=self.num_blocks * self.block_size,
+            vocab_size=TINY_VOCAB_SIZE,
+        )
+        self.events: dict[str, list[Event]] = {}
+        self.stats: list[StepStats] = []
+
+    def generate(self, name: str, request: Request, slot: int = 0) -> str:
+        return self._hear(self.engine.add(Generation(name, request, Start(slot), self.serving)), name)
+
+    def score(self, name: str, request: ScoreRequest, slot: int = 0) -> str:
+        return self._hear(self.engine.add(Scoring(name, request, Start(slot), self.serving)), name)
+
+    def cancel(self, name: str) -> None:
+        self._hear(self.engine.cancel(name), name)
+
+    def step(self) -> None:
+        result = self.engine.step()
+        if result.stats is not None:
+            self.stats.append(result.stats)
+        self._hear(result.events, "")
+
+    def drain(self) -> None:
+        for _ in range(3000):
+            if not self.engine.has_work:
+                assert self.engine.allocator.num_used == 0
+                return
+            self.step()
+        raise AssertionError("the jobs do not end")
+
+    def _hear(self, events: Iterable[Event], name: str) -> str:
+        for event in events:
+            self.events.setdefault(event.job_id, []).append(event)
+        return name
+
+    def token_ids(self, name: str) -> list[int]:
+        outputs = [event.payload for event in self.events.get(name, ())]
+        return [t.id for output in outputs if isinstance(output, StepOutput) for t in output.tokens]
+
+    def text(self, name: str) -> str:
+        outputs = [event.payload for event in self.events[name]]
+        return "".join(output.text for output in outputs if isinstance(output, StepOutput))
+
+    def last(self, name: str) -> StepOutput | ScoreOutput:
+        event = self.events[name][-1]
+        assert event.is_last
+        assert isinstance(event.payload, StepOutput | ScoreOutput), event.payload
+        return event.payload
+
+    def finish_reason(self, name: str) -> FinishReason | None:
+        output = self.last(name)
+        assert isinstance(output, StepOutput)
+        return output.finish_reason
+
+    def error(self, name: str) -> EngineError:
+        event = self.events[name][-1]
+        assert event.is_last
+        assert isinstance(event.payload, EngineError), event.payload
+        assert sum(other.is_last for other in self.events[name]) == 1
+        return event.payload
+
+
+@pytest.fixture
+def loop(tokenizer: Tokenizer) -> Loop:
+    return Loop(tokenizer)
+
+
+def prompt(seed: int, length: int = 9) -> list[int]:
+    return random_ids(seed, length, POISON)
+
+
+def test_generations_that_join_and_leave_at_any_step_say_what_each_says_alone(loop: Loop) -> None:
+    wanted = {str(seed): (prompt(seed, 3 * seed + 1), 5 + 4 * (seed % 3), seed % 3) for seed in range(12)}
+    for name, (token_ids, count, slot) in wanted.items():
+        loop.generate(name, make_request(token_ids, new_tokens=count), slot)
+        loop.step()
+    loop.drain()
+    for name, (token_ids, count, slot) in wanted.items():
+        assert loop.token_ids(name) == loop.decoder.greedy(token_ids, count, slot)
+        assert loop.finish_reason(name) is FinishReason.LENGTH
+
+
+def test_a_pool_that_forces_preemption_changes_no_token(tokenizer: Tokenizer) -> None:
+    loop = Loop(tokenizer, num_blocks=12)
+    for seed in range(6):
+        loop.generate(str(seed), make_request(prompt(seed, 10), new_tokens=25))
+    loop.drain()
+    assert sum(stats.num_preempted for stats in loop.stats) > 0
+    for seed in range(6):
+        assert loop.token_ids(str(seed)) == loop.decoder.greedy(prompt(seed, 10), 25)
+
+
+def test_higher_priority_starts_first(tokenizer: Tokenizer) -> None:
+    config = SchedulerConfig(max_num_sequences=1, max_num_batched_tokens=16, max_waiting=20)
+    loop = Loop(tokenizer, config=config)
+    for name, priority in (("low", -1), ("middle", 0), ("high", 1)):
+        loop.generate(name, make_request(prompt(1), new_tokens=2, priority=priority))
+    loop.drain()
+    assert list(loop.events) == ["high", "middle", "low"]
+
+
+def test_cancelling_frees_the_blocks_at_once_and_nobody_else_notices(loop: Loop) -> None:
+    for seed in range(4):
+        loop.generate(str(seed), make_request(prompt(seed, 30), new_tokens=10))
+    for _ in range(6):
+        loop.step()
+    used = loop.engine.allocator.num_used
+    loop.cancel("1")
+    assert loop.engine.allocator.num_used < used
+    assert isinstance(loop.error("1"), RequestCancelledError)
+    loop.cancel("1")
+    loop.cancel("never heard of")
+    loop.drain()
+    for seed in (0, 2, 3):
+        assert loop.token_ids(str(seed)) == loop.decoder.greedy(prompt(seed, 30), 10)
+    assert len(loop.token_ids("1")) < 10
+
+
+def test_cancelling_what_still_waits_or_is_being_prefilled(loop: Loop) -> None:
+    loop.generate("prefill", make_request(prompt(1, 60), new_tokens=3))
+    loop.generate("waiting", make_request(prompt(2, 60), new_tokens=3))
+    loop.step()
+    loop.cancel("waiting")
+    loop.cancel("prefill")
+    assert not loop.engine.has_work
+    assert loop.engine.allocator.num_used == 0
+
+
+def test_a_deadline_ends_a_request_wherever_it_is(loop: Loop) -> None:
+    soon = time.monotonic() + 0.03
+    loop.generate("running", make_request(prompt(1), new_tokens=200, deadline_s=soon))
+    loop.generate("late already", make_request(prompt(2), deadline_s=time.monotonic() - 1))
+    loop.generate("other", make_request(prompt(3), new_tokens=6))
+    loop.step()
+    assert isinstance(loop.error("late already"), DeadlineExceededError)
+    time.sleep(0.04)
+    loop.step()
+    assert isinstance(loop.error("running"), DeadlineExceededError)
+    loop.drain()
+    assert loop.token_ids("other") == loop.decoder.greedy(prompt(3), 6)
+
+
+def test_a_time_limit_gives_what_is_there_by_then(loop: Loop) -> None:
+    stopping = StoppingParams(max_new_tokens=200, ignore_eos=True, time_limit_s=0.5)
+    loop.generate("limited", make_request(prompt(1), stopping=stopping, accepted_s=time.monotonic()))
+    loop.generate("queued", make_request(prompt(2), stopping=stopping, accepted_s=time.monotonic() - 1))
+    loop.step()
+    assert loop.finish_reason("queued") is FinishReason.TIME_LIMIT
+    assert loop.token_ids("queued") == []
+    loop.step()
+    time.sleep(0.5)
+    loop.drain()
+    assert loop.finish_reason("limited") is FinishReason.TIME_LIMIT
+    token_ids = loop.token_ids("limited")
+    assert token_ids
+    assert token_ids == loop.decoder.greedy(prompt(1), len(token_ids))
+    output = loop.last("limited")
+    assert output.usage.generated_tokens == len(token_ids)
+
+
+def test_logits_that_are_not_finite_fail_their_request_alone(loop: Loop) -> None:
+    loop.generate("0", make_request(prompt(0), new_tokens=8))
+    loop.generate("bad", make_request([*prompt(1), POISON], new_tokens=8))
+    loop.generate("2", make_request(prompt(2), new_tokens=8))
+    loop.score("bad score", score_request([*prompt(3), POISON, 5], [[7, 8], [9]]))
+    loop.score("score", score_request(prompt(4), [[7, 8], [9]]))
+    loop.drain()
+    for name in ("bad", "bad score"):
+        assert isinstance(loop.error(name), NumericalError)
+    assert isinstance(loop.last("score"), ScoreOutput)
+    for seed in (0, 2):
+        assert loop.token_ids(str(seed)) == loop.decoder.greedy(prompt(seed), 8)
+
+
+def test_a_request_that_fails_leaves_nothing_in_the_prefix_cache(loop: Loop) -> None:
+    """Its blocks might hold NaN."""
+    loop.generate("bad", make_request([*prompt(1, 12), POISON], new_tokens=4))
+    loop.drain()
+    assert loop.engine.allocator.num_cached == 0
+
+
+def score_request(token_ids: list[int], continuations: list[list[int]], **fields: Any) -> ScoreRequest:
+    return ScoreRequest(
+        id="score",
+        prompt_token_ids=tuple(token_ids),
+        continuations=tuple(tuple(continuation) for continuation in continuations),
+        **fields,
+    )
+
+
+def test_a_full_queue_refuses_and_goes_on(tokenizer: Tokenizer) -> None:
+    config = SchedulerConfig(max_num_sequences=2, max_num_batched_tokens=16, max_waiting=3)
+    loop = Loop(tokenizer, config=config)
+    for seed in range(5):
+        loop.generate(str(seed), make_request(prompt(seed), new_tokens=3))
+    loop.score("score", score_request(prompt(9), [[1], [2]]))
+    for name in ("3", "4", "score"):
+        error = loop.error(name)
+        assert isinstance(error, QueueFullError)
+        assert error.limit == 3
+    loop.drain()
+    for seed in range(3):
+        assert loop.token_ids(str(seed)) == loop.decoder.greedy(prompt(seed), 3)
+    assert loop.generate("5", make_request(prompt(5), new_tokens=3)) not in loop.events
+    loop.drain()
+
+
+def test_scoring_with_more_continuations_than_the_queue_holds_gets_through(tokenizer: Tokenizer) -> None:
+    config = SchedulerConfig(max_num_sequences=2, max_num_batched_tokens=16, max_waiting=3)
+    loop = Loop(tokenizer, config=config)
+    loop.score("score", score_request(prompt(1, 20), [[token, token + 1] for token in range(3, 93)]))
+    for seed in range(3):
+        loop.step()
+        loop.generate(str(seed), make_request(prompt(seed), new_tokens=3))
+    loop.drain()
+    output = loop.last("score")
+    assert isinstance(output, ScoreOutput)
+    assert [[t.id for t in score.tokens] for score in output.scores] == [[t, t + 1] for t in range(3, 93)]
+
+
+def test_a_scoring_is_cancelled_with_all_its_sequences(loop: Loop) -> None:
+    loop.score("score", score_request(prompt(1, 20), [[token] * 9 for token in range(3, 40)]))
+    loop.generate("other", make_request(prompt(2), new_tokens=12))
+    for _ in range(5):
+        loop.step()
+    loop.cancel("score")
+    assert isinstance(loop.error("score"), RequestCancelledError)
+    loop.drain()
+    assert loop.token_ids("other") == loop.decoder.greedy(prompt(2), 12)
+
+
+def test_eos_and_stop_tokens_end_a_generation_and_are_among_its_tokens(loop: Loop) -> None:
+    expected = loop.decoder.greedy(prompt(1), 12)
+    third = expected[3]
+    first = expected.index(third)
+    stopping = StoppingParams(max_new_tokens=12, ignore_eos=True, stop_token_ids=(third,))
+    loop.generate("stop", make_request(prompt(1), stopping=stopping))
+    bias = SamplingParams(logit_bias={EOS_TOKEN_ID: 100.0})
+    loop.generate("eos", make_request(prompt(1), sampling=bias, stopping=StoppingParams(max_new_tokens=12)))
+    later = StoppingParams(max_new_tokens=12, min_new_tokens=4)
+    loop.generate("later", make_request(prompt(1), sampling=bias, stopping=later))
+    ignored = StoppingParams(max_new_tokens=5, ignore_eos=True)
+    loop.generate("ignored", make_request(prompt(1), sampling=bias, stopping=ignored))
+    loop.drain()
+    assert loop.token_ids("stop") == expected[: first + 1]
+    assert loop.finish_reason("stop") is FinishReason.STOP_SEQUENCE
+    assert (loop.token_ids("eos"), loop.text("eos")) == ([EOS_TOKEN_ID], "")
+    assert loop.finish_reason("eos") is FinishReason.EOS
+    assert loop.token_ids("later") == [*expected[:4], EOS_TOKEN_ID]
+    assert loop.token_ids("ignored") == [EOS_TOKEN_ID] * 5
+    assert loop.finish_reason("ignored") is FinishReason.LENGTH
+
+
+def force(tokenizer: Tokenizer, loop: Loop, text: str) -> list[int]:
+    """Make the decoder say a text, whatever it is asked; returns its token ids."""
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    count = len(prompt(1))
+
+    def logits(history: Any) -> Any:
+        import torch
+
+        row = torch.zeros(TINY_VOCAB_SIZE)
+        row[token_ids[min(len(history) - count, len(token_ids) - 1)]] = 1.0
+        return row
+
+    loop.decoder.logits = logits  # type: ignore[method-assign]
+    return token_ids
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_sequence_ends_a_generation_wherever_tokens_split_it(
+    include: bool, tokenizer: Tokenizer, loop: Loop
+) -> None:
+    token_ids = force(tokenizer, loop, "one in the end, then §more and more")
+    stopping = StoppingParams(
+        max_new_tokens=60, stop_sequences=("nowhere", "n §m"), include_stop_sequence=include
+    )
+    loop.generate("stopped", make_request(prompt(1), stopping=stopping))
+    loop.generate("whole", make_request(prompt(1), new_tokens=len(token_ids)))
+    loop.drain()
+    assert loop.text("stopped") == "one in the end, the" + ("n §m" if include else "")
+    assert loop.finish_reason("stopped") is FinishReason.STOP_SEQUENCE
+    assert loop.text("whole") == "one in the end, then §more and more"
+    said = loop.token_ids("stopped")
+    assert said == token_ids[: len(said)]
+    assert len(said) < len(token_ids)
+    for event in loop.events["stopped"]:
+        assert isinstance(event.payload, StepOutput)
+        assert "\N{REPLACEMENT CHARACTER}" not in event.payload.text
+
+
+def test_sampling_by_seed_is_the_same_alone_in_a_batch_and_preempted(tokenizer: Tokenizer) -> None:
+    def said(num_blocks: int, seeds: Iterable[int]) -> dict[int, list[int]]:
+        loop = Loop(tokenizer, num_blocks=num_blocks)
+        for seed in seeds:
+            sampling = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=seed)
+            loop.generate(str(seed), make_request(prompt(1), new_tokens=20, sampling=sampling))
+        loop.drain()
+        return {seed: loop.token_ids(str(seed)) for seed in seeds}
+
+    together = said(64, range(7))
+    assert len({tuple(tokens) for tokens in together.values()}) == 7
+    assert said(12, range(7)) == together
+    assert said(64, [3])[3] == together[3]
+
+
+def test_a_prompt_seen_before_comes_from_the_cache_and_says_the_same(loop: Loop) -> None:
+    request = make_request(prompt(1, 30), new_tokens=4)
+    loop.generate("first", request)
+    loop.drain()
+    loop.generate("again", request)
+    loop.generate("salted", make_request(prompt(1, 30), new_tokens=4, cache_salt="mine"))
+    loop.drain()
+    assert loop.token_ids("again") == loop.token_ids("first") == loop.token_ids("salted")
+    assert loop.last("again").usage.cached_prompt_tokens == 28
+    assert loop.last("salted").usage.cached_prompt_tokens == 0
+    assert sum(stats.prefix_cache_hits for stats in loop.stats) >= 28
+
+
+def test_usage_and_statistics_add_up(loop: Loop) -> None:
+    accepted = time.monotonic() - 0.5
+    loop.generate("a", make_request(prompt(1, 20), new_tokens=5, accepted_s=accepted), 1)
+    loop.generate("b", make_request(prompt(2, 7), new_tokens=3, accepted_s=accepted), 2)
+    loop.drain()
+    usage = loop.last("a").usage
+    assert (usage.prompt_tokens, usage.generated_tokens) == (20, 5)
+    assert usage.queue_s >= 0.5
+    assert usage.prefill_s >= 0
+    assert usage.decode_s >= 0
+    assert sum(stats.num_prefill_tokens for stats in loop.stats) == 27
+    assert sum(stats.num_decode_tokens for stats in loop.stats) == 4 + 2
+    assert max(stats.num_adapters for stats in loop.stats) == 2
+    assert all(stats.duration_s >= 0 for stats in loop.stats)
+
+
+def test_everything_can_be_dropped_with_one_error(loop: Loop) -> None:
+    loop.generate("a", make_request(prompt(1)))
+    loop.score("b", score_request(prompt(2), [[1, 2], [3]]))
+    loop.step()
+    events = loop.engine.drop_all(EngineDeadError("gone"))
+    assert sorted(event.job_id for event in events) == ["a", "b"]
+    assert all(isinstance(event.payload, EngineDeadError) and event.is_last for event in events)
+    assert not loop.engine.has_work
+    assert loop.engine.allocator.num_used == 0
+
+
+def test_a_step_with_nothing_to_do_runs_nothing(loop: Loop) -> None:
+    result = loop.engine.step()
+    assert (result.events, result.stats) == ((), None)
+    assert loop.decoder.num_forwards == 0

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from manyhats.engine.batch import Batch, build_batch
+from manyhats.engine.errors import ModelError
+from manyhats.engine.kernels.cpu.backend import CpuKernels
+from manyhats.engine.kernels.interface import Kernels, KVCache
+from manyhats.engine.kernels.reference import ReferenceKernels
+from manyhats.engine.model.config import DecoderConfig, RopeConfig
+from manyhats.engine.schedule import Chunk, Schedule
+from manyhats.engine.sequence import Sequence
+from reference import causal_attention
+
+ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
+NUM_BLOCKS = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences of random queries, keys and values: ``rows[s]`` is [T, (H + 2·Hkv)·K]."""
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    block_size: int
+    window: int | None
+    dtype: str
+    rows: tuple[Tensor, ...]
+    tables: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads * self.group
+
+    @property
+    def config(self) -> DecoderConfig:
+        return DecoderConfig(
+            model_type="llama",
+            vocab_size=8,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=64,
+            norm_eps=1e-5,
+            tie_word_embeddings=False,
+            rope=RopeConfig(tuple(0.5**i for i in range(self.head_dim // 2))),
+            sliding_window=(None, self.window),
+            max_context_length=512,
+            attention_scale=self.head_dim**-0.5,
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_kv_heads = draw(st.sampled_from([1, 2, 3]))
+    group = draw(st.sampled_from([1, 2, 3, 4, 7]))
+    head_dim = draw(st.sampled_from([16, 32, 64]))
+    block_size = draw(st.sampled_from([16, 32]))
+    lengths = draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
+    blocks = iter(draw(st.permutations(range(NUM_BLOCKS))))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    width = (num_kv_heads * group + 2 * num_kv_heads) * head_dim
+    return Case(
+        num_kv_heads,
+        group,
+        head_dim,
+        block_size,
+        draw(st.none() | st.integers(1, 40)),
+        draw(st.sampled_from(["float32", "bfloat16"])),
+        tuple(torch.randn(length, width, generator=generator) * 2 for length in lengths),
+        tuple(tuple(next(blocks) for _ in range(-(-length // block_size))) for length in lengths),
+    )
+
+
+def batch_of(case: Case, parts: Seq[tuple[int, int, int]]) -> Batch:
+    """A step that runs tokens [start, end) of sequence s for each (s, start, end)."""
+    chunks = []
+    for sequence, start, end in parts:
+        count = case.rows[sequence].shape[0]
+        owner = Sequence(id=str(sequence), token_ids=[0] * count, max_num_tokens=count)
+        owner.block_table = list(case.tables[sequence])
+        chunks.append(Chunk(owner, start, end - start))
+    return build_batch(Schedule(tuple(chunks)), case.block_size)
+
+
+def attend(
+    case: Case, kernels: Kernels[Any, Any], cache: KVCache, parts: Seq[tuple[int, int, int]], layer: int = 1
+) -> list[Tensor]:
+    """Writes the parts' keys and values, then their attention, one [rows, H·K] a part."""
+    batch = batch_of(case, parts)
+    qkv = torch.cat([case.rows[sequence][start:end] for sequence, start, end in parts])
+    still = torch.zeros(qkv.shape[0], case.head_dim // 2)
+    kernels.rotate_and_store(qkv, still + 1, still, batch, cache, layer, case.num_heads)
+    out = kernels.attention(
+        qkv, batch, cache, layer, case.num_heads, case.config.attention_scale, case.window
+    )
+    return list(out.split([end - start for _, start, end in parts]))
+
+
+def whole(case: Case, kernels: Kernels[Any, Any]) -> list[Tensor]:
+    """All sequences at once, each in one chunk."""
+    cache = kernels.new_cache(case.config, NUM_BLOCKS, case.block_size, case.dtype)
+    return attend(case, kernels, cache, [(s, 0, len(rows)) for s, rows in enumerate(case.rows)])
+
+
+def exact(case: Case) -> list[Tensor]:
+    """Float64 attention over keys and values as the cache rounds them."""
+    dtype = torch.float32 if case.dtype == "float32" else torch.bfloat16
+    heads, kv_heads = case.num_heads, case.num_kv_heads
+    out = []
+    for rows in case.rows:
+        q, k, v = rows.view(len(rows), -1, case.head_dim).split([heads, kv_heads, kv_heads], dim=1)
+        mixed = causal_attention(
+            q, k.to(dtype).float(), v.to(dtype).float(), case.config.attention_scale, case.window
+        )
+        out.append(mixed.reshape(len(rows), -1))
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_equals_dense_attention(case: Case) -> None:
+    for actual, expected in zip(whole(case, TWO_THREADS), exact(case), strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@settings(max_examples=6, deadline=None)
+@given(case=cases())
+def test_equals_the_reference(case: Case) -> None:
+    short = Case(**{**vars(case), "rows": tuple(rows[:20] for rows in case.rows)})
+    for actual, expected in zip(whole(short, TWO_THREADS), whole(short, REFERENCE), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), data=st.data())
+def test_a_row_is_the_same_bits_however_its_sequence_is_cut_and_whatever_runs_beside_it(
+    case: Case, data: st.DataObject
+) -> None:
+    expected = whole(case, TWO_THREADS)
+    kernels = data.draw(st.sampled_from([ONE_THREAD, TWO_THREADS]))
+    cache = kernels.new_cache(case.config, NUM_BLOCKS, case.block_size, case.dtype)
+    pending = []
+    for sequence, rows in enumerate(case.rows):
+        cuts = data.draw(st.lists(st.integers(1, 25), min_size=1, max_size=5).map(accumulate).map(list))
+        ends = [0, *(cut for cut in cuts if cut < len(rows)), len(rows)]
+        pending.append([(sequence, start, end) for start, end in pairwise(ends)])
+    actual: list[list[Tensor]] = [[] for _ in case.rows]
+    while any(pending):
+        ready = [s for s, parts in enumerate(pending) if parts]
+        chosen = data.draw(st.lists(st.sampled_from(ready), min_size=1, unique=True))
+        parts = [pending[s].pop(0) for s in chosen]
+        for sequence, out in zip(chosen, attend(case, kernels, cache, parts), strict=True):
+            actual[sequence].append(out)
+    for sequence, parts_out in enumerate(actual):
+        assert torch.equal(torch.cat(parts_out), expected[sequence])
+
+
+@settings(max_examples=10, deadline=None)
+@given(case=cases())
+def test_decoding_token_by_token_alone_is_the_same_bits(case: Case) -> None:
+    expected = whole(case, TWO_THREADS)
+    rows = case.rows[-1][:40]
+    cache = TWO_THREADS.new_cache(case.config, NUM_BLOCKS, case.block_size, case.dtype)
+    last = len(case.rows) - 1
+    out = [attend(case, TWO_THREADS, cache, [(last, i, i + 1)])[0] for i in range(len(rows))]
+    assert torch.equal(torch.cat(out), expected[last][: len(rows)])
+
+
+@settings(max_examples=10, deadline=None)
+@given(case=cases())
+def test_what_an_earlier_sequence_left_in_a_block_is_never_seen(case: Case) -> None:
+    cache = TWO_THREADS.new_cache(case.config, NUM_BLOCKS, case.block_size, case.dtype)
+    spoiled = Case(**{**vars(case), "rows": tuple(torch.full_like(rows, torch.nan) for rows in case.rows)})
+    everywhere = [(s, 0, len(rows)) for s, rows in enumerate(case.rows)]
+    attend(spoiled, TWO_THREADS, cache, everywhere)
+    expected = whole(case, TWO_THREADS)
+    first = [(s, 0, (len(rows) + 1) // 2) for s, rows in enumerate(case.rows)]
+    for (sequence, _, end), out in zip(first, attend(case, TWO_THREADS, cache, first), strict=True):
+        assert torch.equal(out, expected[sequence][:end])
+
+
+@pytest.mark.parametrize("kernels", [TWO_THREADS, REFERENCE])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_copied_block_reads_like_its_source_in_every_layer(kernels: Kernels[Any, Any], dtype: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(20, 4 * 16, generator=generator),)
+    case = Case(1, 2, 16, 16, None, dtype, rows, ((3, 5),))
+    cache = kernels.new_cache(case.config, NUM_BLOCKS, 16, dtype)
+    expected = [attend(case, kernels, cache, [(0, 0, 20)], layer) for layer in (0, 1)]
+    cache.copy_blocks([(3, 7), (5, 2)])
+    moved = Case(1, 2, 16, 16, None, dtype, rows, ((7, 2),))
+    for layer in (0, 1):
+        out = attend(moved, kernels, cache, [(0, 19, 20)], layer)
+        assert torch.equal(out[0], expected[layer][0][19:])
+
+
+def test_a_row_that_is_not_finite_spoils_no_other_sequence() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = tuple(torch.randn(30, 4 * 16, generator=generator) for _ in range(3))
+    tables = ((0, 1), (2, 3), (4, 5))
+    good = whole(Case(1, 2, 16, 16, None, "float32", rows, tables), TWO_THREADS)
+    spoiled = rows[1].clone()
+    spoiled[4] = torch.nan
+    bad = whole(Case(1, 2, 16, 16, None, "float32", (rows[0], spoiled, rows[2]), tables), TWO_THREADS)
+    assert torch.equal(bad[0], good[0])
+    assert torch.equal(bad[2], good[2])
+    assert bad[1][4:].isnan().all()
+
+
+@pytest.mark.parametrize(("block_size", "head_dim"), [(8, 16), (16, 24)])
+def test_sizes_that_the_kernels_cannot_run_are_refused(block_size: int, head_dim: int) -> None:
+    case = Case(1, 1, head_dim, block_size, None, "float32", (), ())
+    with pytest.raises(ModelError, match="multiples of 16"):
+        TWO_THREADS.new_cache(case.config, 4, block_size, "float32")

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from manyhats.engine.batch import Batch, build_batch
+from manyhats.engine.kernels.cpu.backend import CpuKernels
+from manyhats.engine.kernels.interface import Kernels
+from manyhats.engine.kernels.reference import ReferenceKernels
+from manyhats.engine.model.config import DecoderConfig, RopeConfig
+from manyhats.engine.schedule import Chunk, Schedule
+from manyhats.engine.sequence import Sequence
+
+ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
+sizes = st.integers(1, 40).map(lambda n: 8 * n)
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(0, 20), size=sizes, seed=st.integers(0, 2**16), scale=st.sampled_from([1e-6, 1.0, 1e6])
+)
+def test_norms_equal_the_reference(rows: int, size: int, seed: int, scale: float) -> None:
+    x, delta, weight = random(seed, rows, size) * scale, random(seed + 1, rows, size), random(seed + 2, size)
+    torch.testing.assert_close(TWO_THREADS.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5))
+    residual, expected_residual = x.clone(), x.clone()
+    actual = TWO_THREADS.add_rms_norm(residual, delta, weight, 1e-5)
+    torch.testing.assert_close(actual, REFERENCE.add_rms_norm(expected_residual, delta, weight, 1e-5))
+    assert torch.equal(residual, expected_residual)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(0, 20), size=sizes, seed=st.integers(0, 2**16), scale=st.sampled_from([0.01, 1.0, 30.0])
+)
+def test_silu_mul_equals_the_reference(rows: int, size: int, seed: int, scale: float) -> None:
+    gate_up = random(seed, rows, 2 * size) * scale
+    torch.testing.assert_close(
+        TWO_THREADS.silu_mul(gate_up), REFERENCE.silu_mul(gate_up), atol=1e-6, rtol=2e-6
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 20), size=sizes, seed=st.integers(0, 2**16))
+def test_a_row_is_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(
+    rows: int, size: int, seed: int
+) -> None:
+    x, delta, weight = random(seed, rows, size), random(seed + 1, rows, size), random(seed + 2, size)
+    gate_up = torch.cat((x, delta), dim=1)
+
+    def results(kernels: Kernels[Any, Any], part: slice) -> tuple[Tensor, ...]:
+        residual = x[part].clone()
+        mixed = kernels.add_rms_norm(residual, delta[part].contiguous(), weight, 1e-6)
+        return (
+            kernels.rms_norm(x[part].contiguous(), weight, 1e-6),
+            mixed,
+            residual,
+            kernels.silu_mul(gate_up[part].contiguous()),
+        )
+
+    whole = results(TWO_THREADS, slice(None))
+    for row in range(rows):
+        for kernels in (ONE_THREAD, TWO_THREADS):
+            for alone, together in zip(results(kernels, slice(row, row + 1)), whole, strict=True):
+                assert torch.equal(alone[0], together[row])
+
+
+def test_silu_of_very_large_and_very_small_gates() -> None:
+    gate = torch.tensor([[-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e30]])
+    y = TWO_THREADS.silu_mul(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    assert y[0, :2].abs().max() < 1e-6
+    assert y[0, 3:5].tolist() == [0.0, 0.0]
+    assert torch.equal(y[0, 5:], gate[0, 5:])
+
+
+def test_nothing_that_is_not_finite_reaches_another_row() -> None:
+    x, weight = random(0, 6, 64), random(1, 64)
+    expected = TWO_THREADS.rms_norm(x, weight, 1e-5)
+    bad = x.clone()
+    bad[3, 10] = torch.nan
+    actual = TWO_THREADS.rms_norm(bad, weight, 1e-5)
+    assert torch.equal(actual[[0, 1, 2, 4, 5]], expected[[0, 1, 2, 4, 5]])
+    assert actual[3].isnan().all()
+    gated = TWO_THREADS.silu_mul(torch.cat((bad, x), dim=1))
+    assert gated.isnan().sum() == 1
+
+
+def make_config(head_dim: int, rotary_dim: int, num_heads: int, num_kv_heads: int) -> DecoderConfig:
+    return DecoderConfig(
+        model_type="llama",
+        vocab_size=8,
+        hidden_size=64,
+        num_layers=1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=64,
+        norm_eps=1e-5,
+        tie_word_embeddings=False,
+        rope=RopeConfig(tuple(0.7**i for i in range(rotary_dim // 2))),
+        sliding_window=(None,),
+        max_context_length=64,
+        attention_scale=1.0,
+    )
+
+
+def batch_of(lengths: list[int]) -> Batch:
+    chunks, block = [], 0
+    for index, length in enumerate(lengths):
+        sequence = Sequence(id=str(index), token_ids=[0] * length, max_num_tokens=length)
+        sequence.block_table = list(range(block, block - (-length // 16)))
+        block += -(-length // 16)
+        chunks.append(Chunk(sequence, 0, length))
+    return build_batch(Schedule(tuple(chunks)), 16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 16), (64, 64), (48, 32)])
+def test_rotation_equals_the_reference_and_each_row_alone(dtype: str, head_dim: int, rotary_dim: int) -> None:
+    config = make_config(head_dim, rotary_dim, 3, 1)
+    batch = batch_of([5, 20])
+    qkv = random(0, 25, 5 * head_dim)
+    angles = batch.positions.unsqueeze(1) * torch.tensor(config.rope.inv_freq)
+    cos, sin = angles.cos().float(), angles.sin().float()
+    rotated, attended = [], []
+    backends: list[Kernels[Any, Any]] = [TWO_THREADS, ONE_THREAD, REFERENCE]
+    for kernels in backends:
+        cache = kernels.new_cache(config, 4, 16, dtype)
+        mine = qkv.clone()
+        kernels.rotate_and_store(mine, cos, sin, batch, cache, 0, 3)
+        rotated.append(mine[:, : 3 * head_dim])
+        attended.append(kernels.attention(mine, batch, cache, 0, 3, 0.2, None))
+    assert torch.equal(rotated[0], rotated[1])
+    assert torch.equal(attended[0], attended[1])
+    torch.testing.assert_close(rotated[0], rotated[2], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(attended[0], attended[2], atol=1e-4 if dtype == "float32" else 2e-2, rtol=1e-4)
+    assert torch.equal(
+        rotated[0].view(25, 3, head_dim)[..., rotary_dim:], qkv.view(25, 5, head_dim)[:, :3, rotary_dim:]
+    )

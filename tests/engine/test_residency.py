@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import pytest
+import torch
+
+from engine_harness import digest_of, make_record
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
+from manyhats.engine.blocks import SharedPrefix
+from manyhats.engine.errors import AdapterCapacityError
+from manyhats.engine.prefix import ResidentPrefix
+from manyhats.engine.kernels.interface import AdapterSlots
+from manyhats.engine.residency import AdapterResidency, ResidentAdapter
+
+
+class Slots:
+    """The part of ``AdapterSlots`` that residency uses: which adapter each slot holds; each takes 10 bytes."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, str] = {}
+
+    def write(self, slot: int, adapter: LoweredAdapter) -> None:
+        assert slot > 0, "slot 0 is the base model"
+        assert slot not in self.held, "written over"
+        self.held[slot] = adapter.digest
+
+    def clear(self, slot: int) -> None:
+        self.held.pop(slot, None)
+
+    def num_bytes(self, slot: int) -> int:
+        return 10 if slot in self.held else 0
+
+
+class Prefixes:
+    """Puts no block anywhere, and says what it was asked for."""
+
+    def __init__(self) -> None:
+        self.held: list[ResidentPrefix] = []
+
+    def install(self, slot: int, prefix: KVPrefix | PromptEmbeddings) -> ResidentPrefix:
+        installed = ResidentPrefix(SharedPrefix((0,), prefix.num_virtual_tokens), 0)
+        self.held.append(installed)
+        return installed
+
+    def remove(self, prefix: ResidentPrefix) -> None:
+        self.held.remove(prefix)
+
+
+def load(record: AdapterRecord) -> LoweredAdapter:
+    return LoweredAdapter(record.digest, ())
+
+
+def make(
+    num_slots: int = 3,
+    max_bytes: int = 10_000,
+    load: Callable[[AdapterRecord], LoweredAdapter] = load,
+    prefixes: Prefixes | None = None,
+) -> tuple[AdapterResidency, Slots]:
+    slots = Slots()
+    return AdapterResidency(
+        cast(AdapterSlots, slots), num_slots, max_bytes, load, prefixes or Prefixes()
+    ), slots
+
+
+def use(residency: AdapterResidency, *names: str) -> list[int]:
+    """Acquire and release each in turn."""
+    used = []
+    for name in names:
+        used.append(residency.acquire(make_record(name)).slot)
+        residency.release(digest_of(name))
+    return used
+
+
+def resident(residency: AdapterResidency) -> set[str]:
+    names = {digest_of(name): name for name in "abcdef"}
+    return {names[digest] for digest in residency.resident_digests()}
+
+
+def test_an_adapter_is_loaded_once_and_keeps_its_slot() -> None:
+    residency, slots = make()
+    first, second = use(residency, "a", "a")
+    assert first == second
+    assert slots.held == {first: digest_of("a")}
+    assert residency.stats.num_loads == 1
+    assert residency.stats.resident_bytes == 10
+    assert residency.stats.load_seconds >= 0
+
+
+def test_only_what_is_loaded_can_be_had_without_waiting() -> None:
+    residency, _ = make()
+    assert residency.try_acquire(digest_of("a")) is None
+    (slot,) = use(residency, "a")
+    assert residency.try_acquire(digest_of("a")) == ResidentAdapter(slot)
+    assert residency.in_use(digest_of("a"))
+    residency.release(digest_of("a"))
+    assert not residency.in_use(digest_of("a"))
+    assert resident(residency) == {"a"}
+
+
+def test_virtual_tokens_come_and_go_with_their_adapter() -> None:
+    prefixes = Prefixes()
+
+    def load_prompt(record: AdapterRecord) -> LoweredAdapter:
+        return LoweredAdapter(record.digest, (), PromptEmbeddings(torch.zeros(3, 8)))
+
+    residency, _ = make(load=load_prompt, prefixes=prefixes)
+    a = residency.acquire(make_record("a"))
+    use(residency, "b")
+    assert a.prefix is prefixes.held[0]
+    assert a.prefix.num_virtual_tokens == 3
+    assert residency.evict_prefix(), "b is idle"
+    assert prefixes.held == [a.prefix]
+    assert not residency.evict_prefix(), "a is in use"
+    residency.release(digest_of("a"))
+    residency.forget(digest_of("a"))
+    assert prefixes.held == []
+
+
+def test_the_least_recently_used_adapter_makes_room() -> None:
+    residency, slots = make(num_slots=3)
+    use(residency, "a", "b", "c", "a", "d")
+    assert resident(residency) == {"a", "c", "d"}
+    assert residency.try_acquire(digest_of("c")) is not None
+    residency.release(digest_of("c"))
+    use(residency, "e")
+    assert resident(residency) == {"c", "d", "e"}
+    assert residency.stats.num_evictions == 2
+    assert sorted(slots.held.values()) == sorted(residency.resident_digests())
+
+
+def test_an_adapter_in_use_is_never_evicted() -> None:
+    residency, _ = make(num_slots=2)
+    residency.acquire(make_record("a"))
+    use(residency, "b", "c", "d")
+    assert resident(residency) == {"a", "d"}
+    residency.acquire(make_record("d"))
+    with pytest.raises(AdapterCapacityError) as caught:
+        residency.acquire(make_record("e"))
+    assert caught.value.limit == 2
+    assert resident(residency) == {"a", "d"}
+    residency.release(digest_of("a"))
+    use(residency, "e")
+    assert resident(residency) == {"d", "e"}
+
+
+def test_memory_is_freed_down_to_the_limit_but_for_what_is_in_use() -> None:
+    residency, _ = make(num_slots=6, max_bytes=25)
+    use(residency, "a", "b", "c")
+    assert resident(residency) == {"b", "c"}
+    for name in "def":
+        residency.acquire(make_record(name))
+    assert resident(residency) == {"d", "e", "f"}
+    assert residency.stats.resident_bytes == 30
+    assert residency.stats.num_evictions == 3
+
+
+def test_every_pin_counts() -> None:
+    residency, _ = make(num_slots=1)
+    for _ in range(2):
+        residency.acquire(make_record("a"))
+    residency.release(digest_of("a"))
+    assert residency.in_use(digest_of("a"))
+    with pytest.raises(AdapterCapacityError):
+        residency.acquire(make_record("b"))
+    residency.release(digest_of("a"))
+    use(residency, "b")
+    assert resident(residency) == {"b"}
+
+
+def test_a_forgotten_adapter_goes_at_once_or_when_its_last_request_ends() -> None:
+    residency, slots = make()
+    use(residency, "a")
+    residency.forget(digest_of("a"))
+    assert (resident(residency), slots.held, residency.stats.resident_bytes) == (set(), {}, 0)
+    residency.acquire(make_record("b"))
+    residency.acquire(make_record("b"))
+    residency.forget(digest_of("b"))
+    assert resident(residency) == set()
+    assert residency.in_use(digest_of("b"))
+    residency.release(digest_of("b"))
+    assert slots.held
+    residency.release(digest_of("b"))
+    assert (slots.held, residency.stats.resident_bytes) == ({}, 0)
+    residency.forget(digest_of("never seen"))
+
+
+def test_an_adapter_registered_again_while_the_forgotten_one_is_in_use_stays() -> None:
+    residency, _ = make()
+    residency.acquire(make_record("a"))
+    residency.forget(digest_of("a"))
+    use(residency, "a")
+    residency.release(digest_of("a"))
+    assert resident(residency) == {"a"}
+    assert residency.stats.num_loads == 1
+
+
+def test_a_failed_load_leaves_nothing_and_can_be_tried_again() -> None:
+    failures = [ValueError("torn"), None]
+
+    def torn(record: AdapterRecord) -> LoweredAdapter:
+        error = failures.pop(0)
+        if error is not None:
+            raise error
+        return load(record)
+
+    residency, slots = make(num_slots=1, load=torn)
+    with pytest.raises(ValueError, match="torn"):
+        residency.acquire(make_record("a"))
+    assert (resident(residency), slots.held, residency.stats.resident_bytes) == (set(), {}, 0)
+    assert not residency.in_use(digest_of("a"))
+    assert residency.try_acquire(digest_of("a")) is None
+    use(residency, "a")
+    assert resident(residency) == {"a"}
+
+
+class Gate:
+    """A loader that waits until it is let through."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.started = threading.Event()
+        self.opened = threading.Event()
+        self.error = error
+        self.num_calls = 0
+
+    def __call__(self, record: AdapterRecord) -> LoweredAdapter:
+        self.num_calls += 1
+        self.started.set()
+        assert self.opened.wait(10)
+        if self.error is not None:
+            raise self.error
+        return load(record)
+
+
+def wait_for_pins(residency: AdapterResidency, count: int) -> None:
+    """Until ``count`` callers hold or await the adapter a."""
+    for _ in range(2000):
+        entry = residency._entries.get(digest_of("a"))
+        if entry is not None and entry.pins == count:
+            return
+        time.sleep(0.002)
+    raise AssertionError("the callers never came")
+
+
+def test_callers_at_the_same_time_share_one_load() -> None:
+    gate = Gate()
+    residency, _ = make(load=gate)
+    with ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(residency.acquire, make_record("a")) for _ in range(4)]
+        wait_for_pins(residency, 4)
+        assert residency.try_acquire(digest_of("a")) is None
+        assert resident(residency) == set()
+        gate.opened.set()
+        assert len({call.result(10) for call in calls}) == 1
+    assert gate.num_calls == 1
+    for _ in range(4):
+        assert residency.in_use(digest_of("a"))
+        residency.release(digest_of("a"))
+    assert not residency.in_use(digest_of("a"))
+
+
+def test_a_load_that_fails_fails_every_caller_that_waits_for_it() -> None:
+    gate = Gate(ValueError("torn"))
+    residency, slots = make(num_slots=1, load=gate)
+    with ThreadPoolExecutor(3) as threads:
+        calls = [threads.submit(residency.acquire, make_record("a")) for _ in range(3)]
+        wait_for_pins(residency, 3)
+        gate.opened.set()
+        for call in calls:
+            assert isinstance(call.exception(10), ValueError)
+    assert gate.num_calls == 1
+    assert slots.held == {}
+    assert not residency.in_use(digest_of("a"))
+    gate.error = None
+    use(residency, "b")
+    assert resident(residency) == {"b"}
+
+
+def test_a_slow_load_holds_up_no_other_adapter() -> None:
+    gate = Gate()
+    residency, _ = make(load=lambda record: gate(record) if record.task_id == "a" else load(record))
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(residency.acquire, make_record("a"))
+        assert gate.started.wait(10)
+        use(residency, "b", "c")
+        assert resident(residency) == {"b", "c"}
+        use(residency, "d")
+        assert resident(residency) == {"c", "d"}
+        gate.opened.set()
+        slow.result(10)
+    assert resident(residency) == {"a", "c", "d"}
+
+
+def test_an_adapter_forgotten_while_it_is_loaded_serves_who_asked_and_then_goes() -> None:
+    gate = Gate()
+    residency, slots = make(load=gate)
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(residency.acquire, make_record("a"))
+        assert gate.started.wait(10)
+        residency.forget(digest_of("a"))
+        gate.opened.set()
+        assert call.result(10).slot in slots.held
+    assert resident(residency) == set()
+    residency.release(digest_of("a"))
+    assert slots.held == {}
