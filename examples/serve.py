@@ -1,0 +1,83 @@
+"""Serves the default model with every example task, and prints one call per task to try.
+
+Stops when interrupted: the server drains, and its exit code is this program's.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ADAPTERS = HERE / "adapters"
+STORE = HERE.parent / ".run" / "store"
+MANYHATS = Path(sys.executable).with_name("manyhats")
+METHOD = "manyhats.v1.GenerationService/Generate"
+
+
+def main() -> int:
+    tasks = sorted(path.name for path in ADAPTERS.iterdir() if path.is_dir())
+    command = [str(MANYHATS), "serve", "--store", str(STORE), "--adapter-root", str(ADAPTERS), *sys.argv[1:]]
+    for task in tasks:
+        command += ["--register", f"{task}={ADAPTERS / task}"]
+    # In a session of its own, so that an interrupt reaches it once, through this process.
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: server.send_signal(received))
+    for line in server.stdout or ():
+        print(line, end="", flush=True)
+        address = ready_address(line)
+        if address is not None:
+            print(calls(address), flush=True)
+    return server.wait()
+
+
+def ready_address(line: str) -> str | None:
+    """Where gRPC listens, if the line says that the server is ready."""
+    if line.startswith("ready:"):
+        return line.split("gRPC on ")[1].split(",")[0]
+    try:
+        facts: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return str(facts["grpc"]) if facts.get("event") == "ready" else None
+
+
+def calls(address: str) -> str:
+    """One call per task, with this project's client and with grpcurl."""
+    prompts: dict[str, dict[str, Any]] = json.loads((HERE / "prompts.json").read_text())
+    lines = ["", "Try, in another terminal:"]
+    for task, prompt in prompts.items():
+        lines += [
+            "",
+            f"  {task}",
+            f"    {client_call(task, prompt, address)}",
+            f"    {grpcurl(task, prompt, address)}",
+        ]
+    return "\n".join([*lines, "", "Ctrl-C stops the server."])
+
+
+def client_call(task: str, prompt: dict[str, Any], address: str) -> str:
+    words = [str(MANYHATS), "generate", "--server", address, "--task", task]
+    words += ["--max-new-tokens", str(prompt["max_new_tokens"])]
+    if "chat" in prompt:
+        return shlex.join([*words, "--chat", prompt["chat"]])
+    return shlex.join([*words, prompt["prompt"]])
+
+
+def grpcurl(task: str, prompt: dict[str, Any], address: str) -> str:
+    if "chat" in prompt:
+        asked: dict[str, Any] = {"chat": {"messages": [{"role": "user", "content": prompt["chat"]}]}}
+    else:
+        asked = {"text": prompt["prompt"]}
+    request = {"task_id": task, **asked, "stopping": {"max_new_tokens": prompt["max_new_tokens"]}}
+    return shlex.join(["grpcurl", "-plaintext", "-d", json.dumps(request), address, METHOD])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What an example task is: a generator of messages with their right answers, and how its adapter is trained."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+_MAX_DRAWS_IN_VAIN = 2000
+
+
+class Split(Enum):
+    """What items are for; generators draw held-out items from words that training never sees."""
+
+    TRAIN = "train"
+    HELD_OUT = "held-out"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A user's message and the answer wanted."""
+
+    message: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """The adapter's shape: rank R, alpha, the linears it acts on, and whether its scale is alpha / √R."""
+
+    rank: int
+    alpha: int
+    target_modules: tuple[str, ...]
+    use_rslora: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleTask:
+    """One task.
+
+    Attributes:
+        name: the task id.
+        summary: what it does, one sentence.
+        data: what its data is and what is held out.
+        instruction: how one asks the base for the same in words; ``{}`` is the message.
+        max_new_tokens: enough for every answer.
+        draw: one random item of a split.
+        is_right: whether an answer is the wanted one, lenient about spelling that does not matter.
+        lora: the adapter's shape.
+        num_train: training items.
+        demo: a message to try, in no split.
+    """
+
+    name: str
+    summary: str
+    data: str
+    instruction: str
+    max_new_tokens: int
+    draw: Callable[[random.Random, Split], Item]
+    is_right: Callable[[str, str], bool]
+    lora: LoraSettings
+    num_train: int
+    demo: str
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words and phrases of a list with commas between them."""
+    return tuple(text.split(", "))
+
+
+def train_items(task: ExampleTask) -> list[Item]:
+    """The training items: distinct messages, the same list every time."""
+    return _draw_distinct(task, Split.TRAIN, task.num_train, excluded={task.demo})
+
+
+def held_out_items(task: ExampleTask, count: int) -> list[Item]:
+    """The first ``count`` held-out items: distinct messages that are not trained on."""
+    excluded = {item.message for item in train_items(task)} | {task.demo}
+    return _draw_distinct(task, Split.HELD_OUT, count, excluded)
+
+
+def _draw_distinct(task: ExampleTask, split: Split, count: int, excluded: set[str]) -> list[Item]:
+    rng = random.Random(f"{task.name} {split.value}")
+    items: dict[str, Item] = {}
+    draws_in_vain = 0
+    while len(items) < count:
+        item = task.draw(rng, split)
+        if item.message not in items and item.message not in excluded:
+            items[item.message] = item
+            draws_in_vain = 0
+        elif (draws_in_vain := draws_in_vain + 1) == _MAX_DRAWS_IN_VAIN:
+            raise ValueError(f"{task.name}: has no {count} distinct {split.value} items")
+    return list(items.values())
