@@ -1,0 +1,1 @@
+"""Speed, memory and start-up of this project, beside transformers with bitsandbytes and PEFT on the same weights."""

@@ -1,0 +1,74 @@
+"""What a run gives: named figures, and the times they were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Protocol
+
+from benchmarks.workload import Case
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Of one run.
+
+    Attributes:
+        figures: by name; each has its unit in the name.
+        times: every single time, in seconds, by what it is a time of.
+    """
+
+    figures: Mapping[str, float]
+    times: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One run of one system; ``case`` is a case's name, or that of another subject."""
+
+    system: str
+    variant: str
+    case: str
+    round: int
+    measurement: Measurement
+
+
+class System(Protocol):
+    """Something that can run a case."""
+
+    @property
+    def name(self) -> str:
+        """In rows and results."""
+        ...
+
+    def variants(self, case: Case) -> Sequence[str]:
+        """The ways of running it that may be the best; one is "". Empty: it does not run this case."""
+        ...
+
+    def measure(self, case: Case, variant: str, seed: int) -> Measurement:
+        """Runs it once; a seed means a new set of prompts."""
+        ...
+
+
+def throughput(case: Case, prompt_tokens: int, prefill_s: float, steps_s: Sequence[float]) -> Measurement:
+    """Of a run in which all sequences were prefilled, and then all decoded in every step."""
+    step_s = median(steps_s)
+    return Measurement(
+        {
+            "prefill_tokens_per_s": case.num_sequences * prompt_tokens / prefill_s,
+            "decode_tokens_per_s": case.num_sequences / step_s,
+            "step_ms": 1000 * step_s,
+            "mean_step_ms": 1000 * fmean(steps_s),
+        },
+        {"prefill": [prefill_s], "step": list(steps_s)},
+    )
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the two nearest values."""
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * percent / 100
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])

@@ -1,0 +1,177 @@
+"""The whole benchmark: options, the order of things, and the results."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks import report
+from benchmarks.adapters import make_adapters
+from benchmarks.baselines import PEFT, TRANSFORMERS, Baseline, BaselineSession
+from benchmarks.engine import EngineSession, OwnEngine
+from benchmarks.machine import machine_facts
+from benchmarks.measure import Measurement, Sample, System
+from benchmarks.process import measure_memory, measure_start, serving
+from benchmarks.rows import ROWS, SUBJECTS
+from benchmarks.service import ClientSession, Service
+from benchmarks.worker import Worker
+from benchmarks.workload import BASE_CASES, LORA_CASES, Case, Settings, Workload, quick_settings
+from manyhats.engine.model.checkpoint import read_json
+from manyhats.engine.model.directories import default_home
+from manyhats.engine.model.families import describe, read_architecture
+from manyhats.engine.model.fetch import locate_model
+
+RESULTS = Path(__file__).parent / "results"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_SYSTEMS = {"base": (TRANSFORMERS, "engine"), "lora": (PEFT, "engine"), "grpc": ("engine", "grpc")}
+"""Subject → the systems it compares."""
+_SESSIONS: Mapping[Callable[[Workload], object], frozenset[str]] = {
+    BaselineSession: frozenset((TRANSFORMERS, PEFT)),
+    EngineSession: frozenset(("engine",)),
+}
+"""What runs in a worker process → the systems that need it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints the table, writes the JSON; returns 1 with ``--strict`` where a floor is missed."""
+    options = _parse(arguments)
+    # Before any library starts its threads; the worker processes inherit it.
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    settings = quick_settings(options.threads) if options.quick else Settings(threads=options.threads)
+    if options.rounds:
+        settings = replace(settings, rounds=options.rounds)
+    started = datetime.now(UTC)
+    machine = {**machine_facts(), "time_utc": started.isoformat(timespec="seconds")}
+    with TemporaryDirectory(prefix="manyhats-bench-") as directory:
+        workload = make_workload(options.model, settings, Path(directory), options.only)
+        samples = list(measure(workload, options.only))
+    results = report.evaluate([row for row in ROWS if row.subject in options.only], samples)
+    print(report.table(results))
+    path = options.json or RESULTS / f"{started:%Y%m%dT%H%M%SZ}.json"
+    facts = {"model": options.model, "quick": options.quick, **asdict(settings)}
+    report.write(path, report.document(settings=facts, machine=machine, samples=samples, results=results))
+    print(f"\n{machine['cpu']}, {settings.threads} threads; every sample is in {path}")
+    return 1 if options.strict and any(result.is_met is False for result in results) else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="alias, directory or hub id (%(default)s)")
+    parser.add_argument("--threads", type=int, default=cores, help="of every system (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=0, help="runs of every case (3; with --quick 1)")
+    parser.add_argument(
+        "--only", type=_subjects, default=SUBJECTS, metavar="NAME,…", help=", ".join(SUBJECTS)
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help=f"(in {RESULTS.name}/, by the time)")
+    parser.add_argument("--quick", action="store_true", help="see that everything works; figures mean little")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a floor is missed")
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error("--threads must be at least 1")
+    return options
+
+
+def _subjects(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = sorted(set(names) - set(SUBJECTS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(SUBJECTS)}")
+    return names
+
+
+def make_workload(model: str, settings: Settings, directory: Path, subjects: Sequence[str]) -> Workload:
+    """Finds the model, and writes the adapters for it where a subject needs them."""
+    located = locate_model(model, default_home())
+    config = read_architecture(read_json(located.directory / "config.json")).decoder
+    base = describe(config, names=located.names, digest="")
+    needs_adapters = bool({"lora", "grpc", "memory"} & set(subjects))
+    return Workload(
+        settings=settings,
+        model=model,
+        directory=located.directory,
+        vocab_size=config.vocab_size,
+        linear_parameters=config.num_layers * sum(d_in * d_out for d_in, d_out in base.linears.values()),
+        adapters=make_adapters(
+            directory / "adapters",
+            base,
+            count=max(case.num_adapters for case in LORA_CASES) if needs_adapters else 0,
+            rank=settings.adapter_rank,
+        ),
+    )
+
+
+def measure(workload: Workload, subjects: Sequence[str]) -> Iterator[Sample]:
+    """Every sample of the subjects: starts first, then all systems in turn, then memory."""
+    settings = workload.settings
+    if "start" in subjects:
+        yield from _starts(workload)
+    names = {name for subject in subjects for name in _SYSTEMS.get(subject, ())}
+    with ExitStack() as stack:
+        # All of them load at once; nothing is measured before they are done.
+        workers = {
+            session: stack.enter_context(Worker(session, workload))
+            for session, users in _SESSIONS.items()
+            if users & names
+        }
+        server = stack.enter_context(serving(workload)) if {"grpc", "memory"} & set(subjects) else None
+        for worker in workers.values():
+            worker.wait_ready()
+        baselines = [
+            Baseline(name, workers[BaselineSession]) for name in (TRANSFORMERS, PEFT) if name in names
+        ]
+        systems: list[System] = [*baselines]
+        if EngineSession in workers:
+            systems.append(OwnEngine(workers[EngineSession]))
+        if server is not None:
+            service = Service(stack.enter_context(Worker(ClientSession, workload, server.grpc)))
+            systems += [service] if "grpc" in names else []
+        yield from _rounds(settings, systems, _cases(subjects))
+        for baseline in baselines:
+            yield from baseline.probes
+        if server is not None and "memory" in subjects:
+            service.measure(LORA_CASES[-1], "", settings.rounds)  # every adapter is loaded
+            yield _sample("server", "", "memory", 0, partial(measure_memory, server, workload))
+
+
+def _cases(subjects: Sequence[str]) -> list[Case]:
+    cases = set(BASE_CASES) if {"base", "grpc"} & set(subjects) else set()
+    if "lora" in subjects:
+        cases |= {Case(32), *LORA_CASES}
+    if "grpc" in subjects:
+        cases.add(LORA_CASES[-1])
+    return sorted(cases, key=lambda case: (case.num_adapters, case.num_sequences))
+
+
+def _starts(workload: Workload) -> Iterator[Sample]:
+    _sample("server", "", "first start", -1, partial(measure_start, workload))  # fills the caches
+    for index in range(workload.settings.starts):
+        yield _sample("server", "", "start", index, partial(measure_start, workload))
+
+
+def _rounds(settings: Settings, systems: Sequence[System], cases: Sequence[Case]) -> Iterator[Sample]:
+    """Each case by one system after the other, so that they share what else the machine does."""
+    for index in range(settings.rounds):
+        for case in cases:
+            for system in systems:
+                for variant in system.variants(case):
+                    run = partial(system.measure, case, variant, index)
+                    yield _sample(system.name, variant, case.name, index, run)
+
+
+def _sample(system: str, variant: str, case: str, index: int, run: Callable[[], Measurement]) -> Sample:
+    """Runs something and says so on stderr."""
+    began_s = time.perf_counter()
+    measurement = run()
+    seconds = time.perf_counter() - began_s
+    print(f"round {index + 1}: {case} {system} {variant} {seconds:.1f} s", file=sys.stderr, flush=True)
+    return Sample(system=system, variant=variant, case=case, round=index, measurement=measurement)

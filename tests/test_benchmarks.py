@@ -1,0 +1,164 @@
+"""The benchmark: a whole run on a tiny model, and how its rows are judged and shown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+from benchmarks.measure import Measurement, Sample, percentile
+from benchmarks.report import evaluate, table
+from benchmarks.rows import ROWS, SUBJECTS, Judge, Pick, Row, at_least, at_most
+from benchmarks.service import Stream, common_steps
+from benchmarks.worker import Worker, WorkerError
+from benchmarks.workload import Case, Workload, quick_settings
+
+from tiny_models import make_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def sample(system: str, index: int, variant: str = "", **figures: float) -> Sample:
+    return Sample(
+        system=system, variant=variant, case="base/1", round=index, measurement=Measurement(figures)
+    )
+
+
+def row(judge: Judge, **fields: Any) -> Row:
+    against = None if judge == "value" else Pick("theirs", "base/1", "speed")
+    ours = Pick("ours", "base/1", "speed")
+    return Row(
+        subject="base", title="speed", unit="tokens/s", ours=ours, against=against, judge=judge, **fields
+    )
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    samples = [sample("ours", i, speed=v) for i, v in enumerate((20, 30, 44))]
+    samples += [sample("theirs", i, speed=v) for i, v in enumerate((10, 20, 20))]
+    (result,) = evaluate([row("ratio", floor=at_least(1.9))], samples)
+    assert (result.judged.median, result.judged.min, result.judged.max) == (2.0, 1.5, 2.2)
+    assert (result.ours.median, result.is_met) == (30, True)
+
+
+def test_the_other_systems_best_variant_is_compared_with() -> None:
+    samples = [sample("ours", 0, speed=20), sample("theirs", 0, "bfloat16", speed=4)]
+    samples.append(sample("theirs", 0, "float32", speed=10))
+    (result,) = evaluate([row("ratio", floor=at_least(2.1))], samples)
+    assert (result.against_variant, result.judged.median, result.is_met) == ("float32", 2.0, False)
+    assert "tokens/s (float32)" in table([result])
+    assert table([result]).endswith("2x        ≥ 2.1x  MISSED")
+
+
+def test_cost_is_a_percentage_over_the_other() -> None:
+    samples = [sample("ours", 0, speed=105), sample("theirs", 0, speed=100)]
+    (result,) = evaluate([row("percent over", floor=at_most(10))], samples)
+    assert result.judged.median == pytest.approx(5)
+    assert result.is_met is True
+
+
+def test_row_without_samples_is_left_out() -> None:
+    assert evaluate([row("ratio")], [sample("ours", 0, speed=1)]) == []
+    assert evaluate([row("value")], [sample("ours", 0, other=1)]) == []
+
+
+def test_every_floor_of_the_project_has_its_row() -> None:
+    floors = {(each.subject, each.floor.bound, each.floor.value) for each in ROWS if each.floor is not None}
+    assert floors == {
+        ("base", "at least", 1.6),
+        ("base", "at least", 1.4),
+        ("lora", "at least", 6.0),
+        ("lora", "at least", 0.75),
+        ("grpc", "at most", 10.0),
+        ("memory", "at most", 0.54),
+        ("start", "at most", 8.0),
+    }
+
+
+def test_percentile_interpolates() -> None:
+    assert percentile([4, 1, 3, 2], 50) == 2.5
+    assert percentile([7], 99) == 7
+
+
+def test_common_steps_are_those_in_which_all_streams_decode() -> None:
+    early, late = Stream(0.0, (1.0, 2.0, 3.0, 4.0)), Stream(0.0, (2.0, 3.0, 5.0))
+    gaps_s, mean_s = common_steps([early, late])
+    assert gaps_s == [1.0, 1.0, 1.0]
+    assert mean_s == pytest.approx(2 * 2.0 / 3)
+
+
+def test_streams_that_never_overlap_give_all_their_gaps() -> None:
+    assert common_steps([Stream(0.0, (1.0, 2.0)), Stream(0.0, (3.0, 6.0))]) == ([1.0, 3.0], 2.0)
+
+
+def test_prompts_differ_by_sequence_and_seed_and_repeat() -> None:
+    workload = Workload(
+        settings=quick_settings(1), model="m", directory=Path("m"), vocab_size=4096, linear_parameters=1
+    )
+    prompts = workload.prompts(Case(8), 0)
+    others = workload.prompts(Case(8), 1)
+    assert len({tuple(prompt) for prompt in prompts + others}) == 16
+    assert prompts == workload.prompts(Case(8), 0)
+
+
+def test_worker_answers_and_reports_what_fails() -> None:
+    with Worker(PurePosixPath, "/a/b") as worker:
+        assert worker.call("with_name", "c") == PurePosixPath("/a/c")
+        with pytest.raises(WorkerError, match="no attribute 'leave'"):
+            worker.call("leave")
+        assert worker.call("is_absolute") is True
+
+
+def test_worker_says_why_its_object_cannot_be_made() -> None:
+    with Worker(Fraction, "none") as worker, pytest.raises(WorkerError, match="Invalid literal"):
+        worker.wait_ready()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Mapping[str, Any]]:
+    """The table and the JSON of a quick run of everything."""
+    directory = tmp_path_factory.mktemp("benchmark")
+    model = make_checkpoint(directory / "model")
+    path = directory / "new" / "results.json"
+    options = ["--quick", "--threads", "1", "--model", str(model), "--json", str(path)]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *options], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout, json.loads(path.read_text())
+
+
+def test_run_shows_every_row(finished: tuple[str, Mapping[str, Any]]) -> None:
+    shown, document = finished
+    assert len(document["rows"]) == len(ROWS)
+    for each in ROWS:
+        assert f"{each.subject}: {each.title} " in shown
+
+
+def test_run_writes_the_machine_and_every_sample(finished: tuple[str, Mapping[str, Any]]) -> None:
+    _, document = finished
+    assert document["machine"]["cpu"]
+    assert document["machine"]["versions"]["torch"]
+    assert document["settings"]["threads"] == 1
+    assert {"commit", "flags", "load_average", "time_utc"} <= document["machine"].keys()
+    systems = {each["system"] for each in document["samples"]}
+    assert systems == {"transformers", "peft", "engine", "grpc", "server"}
+    cases = {each["case"].removeprefix("probe ") for each in document["samples"]}
+    assert cases == {"base/1", "base/8", "base/32", "lora/32x1", "lora/32x8", "lora/32x32", "memory", "start"}
+    for each in document["samples"]:
+        assert all(value > 0 for value in each["measurement"]["figures"].values())
+
+
+def test_unknown_subject_is_named() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--only", "base,colour"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert f"unknown: colour; there are {', '.join(SUBJECTS)}" in run.stderr
