@@ -76,7 +76,7 @@ class BaselineSession:
         first, *_ = new_tokens = clock.times_s[1:]
         steps_s = [after - before for before, after in pairwise(new_tokens)]
         self._step_s[system, dtype, case] = median(steps_s)
-        return throughput(case, settings.prompt_tokens, first - started, steps_s)
+        return throughput(case, settings.prompt_tokens, prefill_s=first - started, intervals_s=steps_s)
 
     def _generate(
         self, system: str, dtype: str, case: Case, seed: int, prompt_tokens: int, steps: int

@@ -1,134 +1,120 @@
-"""The engine by itself: its own step, on one thread, without asyncio and without gRPC."""
+"""The engine without gRPC: as the server puts it together, with the same threads, called in its own process."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
 from benchmarks.measure import Measurement, throughput
 from benchmarks.worker import Worker
 from benchmarks.workload import Case, Workload
-from manyhats.adapters.files import open_source
-from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.lowering import lower
-from manyhats.adapters.reader import read_adapter
-from manyhats.engine.config import EngineConfig, resolve
-from manyhats.engine.engine import Engine, StepResult
-from manyhats.engine.errors import EngineError
-from manyhats.engine.generation import Generation, ServingModel
-from manyhats.engine.jobs import Event
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.interface import AdapterSlots
-from manyhats.engine.model.decoder import Decoder
-from manyhats.engine.model.loader import LoadedModel, load_model
+from manyhats.adapters.store import AdapterStore
+from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.config import EngineConfig
+from manyhats.engine.model.loader import load_model
+from manyhats.engine.output import StepStats
 from manyhats.engine.request import Request, StoppingParams
-from manyhats.engine.warmup import warm_up
-
-_NUM_BLOCKS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """When a step ended, and what it decoded."""
+    """When a step ended, and what it was."""
 
     end_s: float
-    num_decode_tokens: int
-    num_prefill_tokens: int
+    stats: StepStats
+
+    def decodes_only(self, num_sequences: int) -> bool:
+        return self.stats.num_decode_tokens == num_sequences and not self.stats.num_prefill_tokens
 
 
 class EngineSession:
-    """Lives in a worker process."""
+    """Lives in a worker process.
+
+    It is ``AsyncEngine``, no engine put together here: with other threads the OpenMP runtime waits in another
+    way at the end of each parallel loop, and on a busy machine that alone made steps several times as long.
+    """
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
-        config = resolve(EngineConfig(num_threads=workload.settings.threads))
-        torch.set_num_threads(workload.settings.threads)
+        self._steps: list[_Step] = []
+        self._runner = asyncio.Runner()
         model = load_model(workload.model, quantization="nf4", dtype=torch.bfloat16)
-        kernels = CpuKernels(config.num_threads)
-        decoder = Decoder(model.config, model.weights, kernels)
-        cache = kernels.new_cache(model.config, _NUM_BLOCKS, config.block_size, config.kv_cache_dtype)
-        slots = kernels.new_slots(model.config, max(1, len(workload.adapters)) + 1, config.dtype)
-        warm_up(decoder, cache, slots, kernels)
-        _load_adapters(workload.adapters, model, slots)
-        self._engine = Engine(
-            decoder,
-            cache,
-            slots,
-            num_blocks=_NUM_BLOCKS,
-            block_size=config.block_size,
-            scheduler=config.scheduler,
+        roots = sorted({path.parent for path in workload.adapters})
+        store = AdapterStore(workload.scratch / "engine-store", model.description, roots)
+        self._engine = AsyncEngine(
+            model,
+            EngineConfig(num_threads=workload.settings.threads),
+            lambda record: lower(store.load(record), model.description),
+            self._note_step,
         )
-        self._serving = ServingModel(
-            base_digest=model.description.digest,
-            tokenizer=model.tokenizer,
-            eos_token_ids=model.generation.eos_token_ids,
-            max_context_length=model.config.max_context_length,
-            vocab_size=model.config.vocab_size,
-        )
-        self.measure(Case(2, min(2, len(workload.adapters))), -1)
+        self._records = [store.register(path.name, str(path)).record for path in workload.adapters]
+        self._runner.run(self._start())
+        self.measure(Case(2, min(2, len(self._records))), -1)
 
     def measure(self, case: Case, seed: int) -> Measurement:
         """Prefills all prompts, then decodes: the second run finds the prompts in the prefix cache."""
         settings = self._workload.settings
-        started = time.perf_counter()
+        began_s = time.perf_counter()
         prefill = self._run(case, seed, 1)
         # A few more tokens than steps: the sequences do not all begin in the same step.
         margin = 1 + 2 * case.num_sequences // 8
-        ends = self._run(case, seed, settings.decode_steps + 1 + margin)
-        steps_s = [
-            after.end_s - before.end_s
-            for before, after in pairwise(ends)
-            if after.num_decode_tokens == case.num_sequences and not after.num_prefill_tokens
-        ]
+        steps = [
+            (after.end_s - before.end_s, after.stats.duration_s)
+            for before, after in pairwise(self._run(case, seed, settings.decode_steps + 1 + margin))
+            if after.decodes_only(case.num_sequences)
+        ][: settings.decode_steps]
         return throughput(
-            case, settings.prompt_tokens, prefill[-1].end_s - started, steps_s[: settings.decode_steps]
+            case,
+            settings.prompt_tokens,
+            prefill_s=prefill[-1].end_s - began_s,
+            intervals_s=[interval_s for interval_s, _ in steps],
+            steps_s=[duration_s for _, duration_s in steps],
         )
+
+    async def _start(self) -> None:
+        await self._engine.start()
+        for record in self._records:
+            await self._engine.warm_adapter(record)
+
+    def _note_step(self, stats: StepStats) -> None:
+        """Called on the engine's thread."""
+        self._steps.append(_Step(time.perf_counter(), stats))
 
     def _run(self, case: Case, seed: int, new_tokens: int) -> list[_Step]:
         """Runs a batch to its end."""
-        for row, prompt in enumerate(self._workload.prompts(case, seed)):
-            _raise_errors(self._engine.add(self._job(case, row, seed, prompt, new_tokens)))
-        steps: list[_Step] = []
-        while self._engine.has_work:
-            result: StepResult = self._engine.step()
-            _raise_errors(result.events)
-            if result.stats is not None:
-                steps.append(
-                    _Step(
-                        time.perf_counter(), result.stats.num_decode_tokens, result.stats.num_prefill_tokens
-                    )
-                )
-        return steps
+        self._steps = []
+        self._runner.run(self._generate_all(case, seed, new_tokens))
+        return self._steps
 
-    def _job(self, case: Case, row: int, seed: int, prompt: Sequence[int], new_tokens: int) -> Generation:
-        adapter = case.adapter_of(row)
+    async def _generate_all(self, case: Case, seed: int, new_tokens: int) -> None:
+        prompts = self._workload.prompts(case, seed)
+        await asyncio.gather(
+            *(
+                self._generate(prompt, self._record(case.adapter_of(row)), new_tokens)
+                for row, prompt in enumerate(prompts)
+            )
+        )
+
+    def _record(self, adapter: int | None) -> AdapterRecord | None:
+        return None if adapter is None else self._records[adapter]
+
+    async def _generate(self, prompt: Sequence[int], adapter: AdapterRecord | None, new_tokens: int) -> None:
         request = Request(
-            id=str(row),
+            id="",
             prompt_token_ids=tuple(prompt),
+            adapter=adapter,
             stopping=StoppingParams(max_new_tokens=new_tokens, ignore_eos=True),
-            # The engine tells adapters apart by their records, which requests have none of here.
-            cache_salt=f"{case.name} {row} {seed}",
             accepted_s=time.monotonic(),
         )
-        return Generation(str(row), request, 0 if adapter is None else adapter + 1, 0.0, self._serving)
-
-
-def _load_adapters(paths: Sequence[Path], model: LoadedModel, slots: AdapterSlots) -> None:
-    for slot, path in enumerate(paths, 1):
-        with open_source(str(path), [path.parent.resolve()]) as directory:
-            artifact = read_adapter(directory, model.description, AdapterLimits()).artifact
-        slots.write(slot, lower(artifact, model.description))
-
-
-def _raise_errors(events: Sequence[Event]) -> None:
-    for event in events:
-        if isinstance(event.payload, EngineError):
-            raise event.payload
+        async for _ in self._engine.generate(request):
+            pass
 
 
 class OwnEngine:

@@ -51,17 +51,32 @@ class System(Protocol):
         ...
 
 
-def throughput(case: Case, prompt_tokens: int, prefill_s: float, steps_s: Sequence[float]) -> Measurement:
-    """Of a run in which all sequences were prefilled, and then all decoded in every step."""
-    step_s = median(steps_s)
+def throughput(
+    case: Case,
+    prompt_tokens: int,
+    *,
+    prefill_s: float,
+    intervals_s: Sequence[float],
+    steps_s: Sequence[float] | None = None,
+) -> Measurement:
+    """Of a run in which all sequences were prefilled, and then all decoded in every step.
+
+    Args:
+        case: what ran.
+        prompt_tokens: of each sequence.
+        prefill_s: until the last sequence had its first token.
+        intervals_s: from the end of one step to the end of the next.
+        steps_s: of the steps alone, where that is known; what lies between two of them is not counted.
+    """
+    steps_s = intervals_s if steps_s is None else steps_s
     return Measurement(
         {
             "prefill_tokens_per_s": case.num_sequences * prompt_tokens / prefill_s,
-            "decode_tokens_per_s": case.num_sequences / step_s,
-            "step_ms": 1000 * step_s,
+            "decode_tokens_per_s": case.num_sequences / median(intervals_s),
+            "step_ms": 1000 * median(steps_s),
             "mean_step_ms": 1000 * fmean(steps_s),
         },
-        {"prefill": [prefill_s], "step": list(steps_s)},
+        {"prefill": [prefill_s], "interval": list(intervals_s), "step": list(steps_s)},
     )
 
 

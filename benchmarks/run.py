@@ -101,6 +101,7 @@ def make_workload(model: str, settings: Settings, directory: Path, subjects: Seq
         directory=located.directory,
         vocab_size=config.vocab_size,
         linear_parameters=config.num_layers * sum(d_in * d_out for d_in, d_out in base.linears.values()),
+        scratch=directory,
         adapters=make_adapters(
             directory / "adapters",
             base,

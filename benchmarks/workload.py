@@ -81,6 +81,7 @@ class Workload:
         directory: its Hugging Face directory.
         linear_parameters: of all linears that are kept in NF4.
         adapters: PEFT directories, one per adapter.
+        scratch: a directory that goes when the benchmark ends.
     """
 
     settings: Settings
@@ -88,6 +89,7 @@ class Workload:
     directory: Path
     vocab_size: int
     linear_parameters: int
+    scratch: Path
     adapters: tuple[Path, ...] = field(default=())
 
     def prompts(self, case: Case, seed: int, num_tokens: int | None = None) -> list[list[int]]:

@@ -97,7 +97,12 @@ def test_streams_that_never_overlap_give_all_their_gaps() -> None:
 
 def test_prompts_differ_by_sequence_and_seed_and_repeat() -> None:
     workload = Workload(
-        settings=quick_settings(1), model="m", directory=Path("m"), vocab_size=4096, linear_parameters=1
+        settings=quick_settings(1),
+        model="m",
+        directory=Path("m"),
+        scratch=Path("s"),
+        vocab_size=4096,
+        linear_parameters=1,
     )
     prompts = workload.prompts(Case(8), 0)
     others = workload.prompts(Case(8), 1)

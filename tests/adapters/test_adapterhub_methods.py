@@ -181,6 +181,12 @@ def test_prefix_repeated_under_every_layer_is_one_prefix() -> None:
         lower_artifact(config, changed)
 
 
+def test_prefix_on_a_base_with_sliding_windows_is_refused() -> None:
+    config, tensors = make("prefix_flat")
+    with pytest.raises(AdapterUnsupportedError, match="sliding windows"):
+        lower_artifact(config, tensors, replace(BASE, has_sliding_window=True))
+
+
 def test_activations_of_unversioned_configs_are_renamed() -> None:
     config, tensors = make("seq_bn", non_linearity="gelu")
     del config["version"]

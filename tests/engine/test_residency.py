@@ -14,8 +14,8 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
 from manyhats.engine.blocks import SharedPrefix
 from manyhats.engine.errors import AdapterCapacityError
-from manyhats.engine.prefix import ResidentPrefix
 from manyhats.engine.kernels.interface import AdapterSlots
+from manyhats.engine.prefix import ResidentPrefix
 from manyhats.engine.residency import AdapterResidency, ResidentAdapter
 
 

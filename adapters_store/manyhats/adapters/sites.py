@@ -51,6 +51,7 @@ class BaseDescription:
         head_dim: K.
         embedding_scale: what the architecture multiplies embeddings with.
         is_tied: whether the output head is the embedding.
+        has_sliding_window: whether some layer attends to the latest positions only.
         weights: the base's own weights; None where only descriptions are at hand.
     """
 
@@ -67,4 +68,5 @@ class BaseDescription:
     head_dim: int = 0
     embedding_scale: float = 1.0
     is_tied: bool = True
+    has_sliding_window: bool = False
     weights: WeightSource | None = None

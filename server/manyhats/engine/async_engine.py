@@ -197,6 +197,7 @@ class AsyncEngine:
             AdapterError: it cannot be loaded.
             AdapterCapacityError: every slot is in use.
         """
+        self._check_accepting()
         await self._acquire(record)
         self._residency.release(record.digest)
 
@@ -326,9 +327,10 @@ class AsyncEngine:
                 self._publish(events)
         except BaseException as error:  # noqa: BLE001 whatever it was, every caller must hear that the engine is gone
             self._failure = error
-            _log.exception("engine died")
         self._prefixes.close()
         self._call_loop(self._end_streams)
+        if self._failure is not None:
+            _log.error("engine died", exc_info=self._failure)
 
     def _make_room(self) -> None:
         """Nothing could run: an idle adapter's virtual tokens give way, or somebody else must finish first."""

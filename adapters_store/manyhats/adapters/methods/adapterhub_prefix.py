@@ -124,6 +124,11 @@ def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
             f"AdapterHub has no prefix tuning on {shown(base.model_type)}; it is served on "
             + ", ".join(_MODEL_TYPES),
         )
+    if base.has_sliding_window:
+        # There every token sees the whole prefix; in our blocks the window would count it as the first positions.
+        raise AdapterUnsupportedError(
+            "architecture", "prefix tuning by AdapterHub is not served on a base with sliding windows"
+        )
     if left_out := sorted(layer for layer in read_leave_out(config) if 0 <= layer < base.num_layers):
         raise AdapterUnsupportedError(
             "leave_out", f"leaves out layer {left_out[0]}; a prefix is served in every layer or not at all"

@@ -231,5 +231,6 @@ def describe(
         head_dim=config.head_dim,
         embedding_scale=config.embedding_scale,
         is_tied=config.tie_word_embeddings,
+        has_sliding_window=any(window is not None for window in config.sliding_window),
         weights=weights,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -66,6 +67,7 @@ class CpuAdapterSlots:
             for start in [sum(sizes[before] for before in names[:part])]
         }
         self._linear = linear
+        self._writing = threading.Lock()  # two loaders could else replace a table's scratch by a smaller one
         self._dtype = dtype
         self._memories: dict[int, AdapterMemory] = {}
         self._input_scales: dict[tuple[str, int], dict[int, list[tuple[int, Tensor]]]] = {}
@@ -75,9 +77,10 @@ class CpuAdapterSlots:
     def write(self, slot: int, adapter: LoweredAdapter) -> None:
         """Copies the adapter's numbers into a memory of its own and enters them into the tables."""
         memory = AdapterMemory(sum(_num_matrix_values(delta) for delta in adapter.deltas), self._dtype)
-        for delta in adapter.deltas:
-            self._enter(slot, delta, memory)
-        self._memories[slot] = memory
+        with self._writing:
+            for delta in adapter.deltas:
+                self._enter(slot, delta, memory)
+            self._memories[slot] = memory
 
     def _enter(self, slot: int, delta: Delta, memory: AdapterMemory) -> None:
         match delta:
