@@ -7,9 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 from benchmarks.measure import Sample
-from benchmarks.rows import Judge, Pick, Row
+from benchmarks.rows import BUSY, Judge, Pick, Row
+
+Verdict = Literal["", "ok", "MISSED", "DOUBTFUL"]
+"""DOUBTFUL: other work disturbed the machine, or the figure cannot be true."""
+
+MAX_BUSY_CORES = 0.2
+"""More than that besides the benchmark, and no time it takes is to be trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,7 @@ class Result:
     Attributes:
         against_variant: which of the other system's variants was the best, and so is the one compared with.
         judged: the figure that the floor is for, of the rounds each by itself.
-        is_met: None without a floor.
+        verdict: on the floor; "" without one.
     """
 
     row: Row
@@ -42,11 +49,18 @@ class Result:
     against: Summary | None
     against_variant: str
     judged: Summary
-    is_met: bool | None
+    verdict: Verdict
+
+
+def disturbance(samples: Sequence[Sample]) -> float:
+    """The most cores that were busy while every measured system was idle; 0 where the machine does not say."""
+    _, busy = _values(BUSY, samples)
+    return max(busy.values(), default=0.0)
 
 
 def evaluate(rows: Sequence[Row], samples: Sequence[Sample]) -> list[Result]:
     """The rows that the samples have figures for."""
+    is_disturbed = disturbance(samples) > MAX_BUSY_CORES
     results = []
     for row in rows:
         _, ours = _values(row.ours, samples)
@@ -61,10 +75,20 @@ def evaluate(rows: Sequence[Row], samples: Sequence[Sample]) -> list[Result]:
                 against=Summary.of(against.values()) if against else None,
                 against_variant=variant,
                 judged=judged,
-                is_met=None if row.floor is None else row.floor.is_met(judged.median),
+                verdict=_verdict(row, judged.median, is_disturbed),
             )
         )
     return results
+
+
+def _verdict(row: Row, value: float, is_disturbed: bool) -> Verdict:
+    floor = row.floor
+    if floor is None:
+        return ""
+    is_implausible = floor.plausible_from is not None and value < floor.plausible_from
+    if is_implausible or (is_disturbed and row.is_timed):
+        return "DOUBTFUL"
+    return "ok" if floor.is_met(value) else "MISSED"
 
 
 def _values(pick: Pick, samples: Sequence[Sample]) -> tuple[str, Mapping[int, float]]:
@@ -97,7 +121,7 @@ def table(results: Sequence[Result]) -> str:
                 _unit(result),
                 "" if result.row.judge == "value" else _judged(result),
                 _floor(result),
-                {None: "", True: "ok", False: "MISSED"}[result.is_met],
+                result.verdict,
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

@@ -20,12 +20,21 @@ class Pick:
     figure: str
 
 
+BUSY = Pick("machine", "busy", "busy_cores")
+"""Not a row: what else ran, taken while all systems were idle."""
+
+
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What must be reached."""
+    """What must be reached.
+
+    Attributes:
+        plausible_from: a figure below it shows a disturbed measurement, not a good result.
+    """
 
     bound: Literal["at least", "at most"]
     value: float
+    plausible_from: float | None = None
 
     def is_met(self, value: float) -> bool:
         """Whether a figure reaches it."""
@@ -44,15 +53,20 @@ class Row:
     judge: Judge = "value"
     floor: Floor | None = None
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether what else the machine does can change it."""
+        return self.subject != "memory"
+
 
 def at_least(value: float) -> Floor:
     """A lower bound."""
     return Floor("at least", value)
 
 
-def at_most(value: float) -> Floor:
+def at_most(value: float, plausible_from: float | None = None) -> Floor:
     """An upper bound."""
-    return Floor("at most", value)
+    return Floor("at most", value, plausible_from)
 
 
 _TOKENS = "tokens/s"
@@ -126,7 +140,7 @@ def _grpc_rows() -> list[Row]:
                 rows.append(_grpc_row(case, f"{title} {percent}", "ms", f"{figure}_{percent}_ms"))
     most = BASE_CASES[-1]
     for figure, title, floor in (
-        ("step_ms", "cost over the engine's own step", at_most(10.0)),
+        ("step_ms", "cost over the engine's own step", at_most(10.0, plausible_from=-5.0)),
         ("mean_step_ms", "cost over its mean step", None),
     ):
         rows.append(

@@ -43,6 +43,7 @@ class Settings:
         probe_tokens: prompt length of the short runs that choose a baseline's dtype.
         first_token_requests: at least as many times to first token in one run.
         starts: of the server, after one that fills the caches.
+        quiet_check_s: how long the machine is watched, before each round and after the last.
         adapter_rank: of each LoRA; it acts on all linears.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     probe_tokens: int = 4
     first_token_requests: int = 8
     starts: int = 5
+    quiet_check_s: float = 2.0
     adapter_rank: int = 16
 
 
@@ -69,6 +71,7 @@ def quick_settings(threads: int) -> Settings:
         run_limit_s=2.0,
         first_token_requests=2,
         starts=1,
+        quiet_check_s=0.3,
     )
 
 

@@ -18,6 +18,14 @@ import pytest
 from client_fakes import TEXT, FakeServer
 
 COMMAND = [sys.executable, "-m", "manyhats.cli"]
+# The same, obeying interrupts even where the tests run in the background, and so ignore them.
+INTERRUPTIBLE = [
+    sys.executable,
+    "-c",
+    "import runpy, signal\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "runpy.run_module('manyhats.cli', run_name='__main__', alter_sys=True)",
+]
 
 PROGRESS = """
 from manyhats.cli.progress import shown_progress
@@ -87,7 +95,7 @@ def test_error_on_stderr_and_nothing_on_stdout() -> None:
 
 def test_interrupt_in_a_stream_cancels_it_and_exits_130(fake: FakeServer) -> None:
     fake.is_endless = True
-    args = [*COMMAND, "generate", "hi", "--stream", "--server", fake.target]
+    args = [*INTERRUPTIBLE, "generate", "hi", "--stream", "--server", fake.target]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -100,7 +108,7 @@ def test_interrupt_in_a_stream_cancels_it_and_exits_130(fake: FakeServer) -> Non
 
 def test_reader_that_leaves_ends_the_stream(fake: FakeServer) -> None:
     fake.is_endless = True
-    args = [*COMMAND, "generate", "hi", "--stream", "--server", fake.target]
+    args = [*INTERRUPTIBLE, "generate", "hi", "--stream", "--server", fake.target]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -112,7 +120,7 @@ def test_reader_that_leaves_ends_the_stream(fake: FakeServer) -> None:
 
 
 def test_chat_at_a_terminal(fake: FakeServer) -> None:
-    with terminal([*COMMAND, "chat", "--task", "sql", "--server", fake.target]) as (process, screen):
+    with terminal([*INTERRUPTIBLE, "chat", "--task", "sql", "--server", fake.target]) as (process, screen):
         assert "sql@2: /reset forgets" in read_until(screen, "> ")
         os.write(screen, b"hello\n")
         assert TEXT in read_until(screen, "> ")
@@ -127,7 +135,7 @@ def test_chat_at_a_terminal(fake: FakeServer) -> None:
 
 
 def test_table_is_drawn_at_a_terminal(fake: FakeServer) -> None:
-    with terminal([*COMMAND, "adapters", "list", "--server", fake.target]) as (process, screen):
+    with terminal([*INTERRUPTIBLE, "adapters", "list", "--server", fake.target]) as (process, screen):
         shown = read_until(screen, "tldr@1")
         assert "│ sql@1" in shown
         assert process.wait(timeout=30) == 0
