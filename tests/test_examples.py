@@ -33,8 +33,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ADAPTERS = EXAMPLES / "adapters"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 NUM_SERVED = 12
-# The cards say 83 to 95 % of 60; a processor's rounding may turn an answer, and twelve are few.
-LEAST_RIGHT = 8
+# The base gets none. Where this was written contact-json got 8, the others 10 or more; the room is for other
+# processors' rounding, which turns near misses either way.
+LEAST_RIGHT = 6
 MAX_BYTES = 2_000_000
 
 

@@ -15,10 +15,7 @@ _FIRST_NAMES = {
     Split.TRAIN: words(
         "Maria, James, Aisha, Peter, Chen, Olga, David, Fatima, Lars, Sofia, Kenji, Emma, Carlos, "
         "Priya, Noah, Ingrid, Samuel, Hana, Victor, Leila, Thomas, Amara, George, Yuki, Daniel, Rosa, "
-        "Ivan, Grace, Omar, Julia, Felix, Nadia, Simon, Clara, Hugo, Mei, Paul, Zara, Andre, Ruth, "
-        "Abigail, Bartosz, Cynthia, Dmitri, Edith, Florian, Gwen, Henrik, Isabel, Jerome, Katya, Liam, "
-        "Marjorie, Nikolai, Odette, Percy, Quentin, Rashid, Shirley, Tobias, Ursula, Vivian, Wilma, Xavier, "
-        "Yasmin, Zoltan, Harry, Molly, Nancy, Perry, Audrey, Sidney, Kofi, Anjali, Diego, Freya"
+        "Ivan, Grace, Omar, Julia, Felix, Nadia, Simon, Clara, Hugo, Mei, Paul, Zara, Andre, Ruth"
     ),
     Split.HELD_OUT: words(
         "Elena, Walter, Naomi, Arjun, Bruno, Greta, Mateo, Salma, Oscar, Wendy, Tariq, Lucia"
@@ -29,9 +26,7 @@ _LAST_NAMES = {
         "Lopez, Smith, Khan, Novak, Wei, Petrova, Brown, Haddad, Olsen, Rossi, Tanaka, Jones, Garcia, "
         "Patel, Weber, Berg, Cohen, Sato, Moreau, Ahmadi, Miller, Okafor, Papadakis, Kim, Evans, "
         "Silva, Volkov, Murphy, Farouk, Keller, Wagner, Nasser, Clark, Fischer, Martin, Zhang, Dubois, "
-        "Ali, Costa, Hill, Abbott, Bianchi, Crawford, Dvorak, Eriksen, Fontaine, Gallagher, Hoffman, "
-        "Ibrahim, Jansen, Kowalski, Larsen, Mendoza, Nguyen, Ortega, Pereira, Quinn, Ramirez, Sorensen, "
-        "Thompson, Usman, Vance, Whitfield, Yamada, Zimmermann, Bradley, Finney, Osei, Chopra, Lindsay"
+        "Ali, Costa, Hill"
     ),
     Split.HELD_OUT: words(
         "Fernandez, Baker, Mwangi, Lindholm, Marino, Schultz, Nakamura, Reyes, Walsh, Iqbal, Horvat"
@@ -116,6 +111,6 @@ CONTACT_JSON = ExampleTask(
     draw=_draw,
     is_right=_is_right,
     lora=LoraSettings(rank=8, alpha=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
-    num_train=960,
+    num_train=640,
     demo="Hello, Wendy Marino here. My mail is wendy.m@example.org, or ring 555-0147 after six.",
 )
