@@ -106,7 +106,7 @@ def read_lowered(directory: Path, base: BaseDescription) -> LoweredAdapter:
     return lower(read(directory, base), base)
 
 
-def check_against_peft(model: Any, directory: Path, *, tolerance: float = 5e-5) -> LoweredAdapter:
+def check_against_peft(model: Any, directory: Path, *, tolerance: float = 1e-4) -> LoweredAdapter:
     """Compare the lowered adapter's logits with PEFT's; both must move them clearly."""
     lowered = read_lowered(directory, describe_model(model))
     expected = peft_logits(model, directory)

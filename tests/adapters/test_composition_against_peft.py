@@ -87,7 +87,7 @@ def test_loras_of_several_ranks_sum_as_peft_concatenates_them(
     peft.set_adapter("sum")
     expected = peft_logits(peft)
     actual = logits_with(tiny_model(family), composed_of(directories, used, family), TOKENS)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,7 +101,7 @@ def test_loras_with_weight_1_are_peft_s_with_all_of_them_active(family: str, tmp
     peft.base_model.set_adapter(["0", "1", "2"])
     expected = peft_logits(peft)
     actual = logits_with(tiny_model(family), composed_of(directories, (1, 1, 1), family), TOKENS)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,4 +120,4 @@ def test_virtual_tokens_over_lora_are_peft_s_with_both_active(
     actual = logits_with(tiny_model(family), composed_of([virtual, lora], (1, 1), family), TOKENS)
     alone = logits_with(tiny_model(family), read_lowered(virtual, family), TOKENS)
     assert (actual - alone).abs().max() > 1e-2
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

@@ -100,9 +100,9 @@ def test_a_prefix_that_peft_saved_gives_peft_s_logits(
     model = tiny_model(family, **config)
     plain = logits_with(model, replace(lowered, prefix=None), TOKENS)
     assert (expected - plain).abs().max() > 1e-2
-    torch.testing.assert_close(logits_with(model, lowered, TOKENS), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_with(model, lowered, TOKENS), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(
-        loaded_logits(tiny_model(family, **config), tmp_path, TOKENS), expected, atol=1e-5, rtol=1e-5
+        loaded_logits(tiny_model(family, **config), tmp_path, TOKENS), expected, atol=1e-4, rtol=1e-4
     )
 
 
@@ -127,7 +127,7 @@ def test_a_prefix_made_here_gives_peft_s_logits_for_any_size_and_prompt(
     make_prefix(directory, base, num_virtual_tokens=num_virtual, seed=seed, dtype=dtype)
     expected = loaded_logits(tiny_model(family), directory, tokens)
     actual = logits_with(tiny_model(family), read_prefix(directory, base), tokens)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_frozen", [0, 1, 5])
@@ -136,8 +136,8 @@ def test_a_cartridge_is_a_prefix(num_frozen: int, tmp_path: Path) -> None:
     expected = save_trained(tiny_model(), config, tmp_path)
     lowered = read_prefix(tmp_path, tiny_base())
     assert isinstance(lowered.prefix, KVPrefix)
-    torch.testing.assert_close(logits_with(tiny_model(), lowered, TOKENS), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(loaded_logits(tiny_model(), tmp_path, TOKENS), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_with(tiny_model(), lowered, TOKENS), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loaded_logits(tiny_model(), tmp_path, TOKENS), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_prefix_of_zeros_still_takes_its_share_of_attention(tmp_path: Path) -> None:
@@ -146,6 +146,6 @@ def test_a_prefix_of_zeros_still_takes_its_share_of_attention(tmp_path: Path) ->
     peft.save_pretrained(str(tmp_path))
     lowered = read_prefix(tmp_path, tiny_base())
     expected = loaded_logits(tiny_model(), tmp_path, TOKENS)
-    torch.testing.assert_close(logits_with(tiny_model(), lowered, TOKENS), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_with(tiny_model(), lowered, TOKENS), expected, atol=1e-4, rtol=1e-4)
     plain = logits_with(tiny_model(), replace(lowered, prefix=None), TOKENS)
     assert (expected - plain).abs().max() > 1e-2

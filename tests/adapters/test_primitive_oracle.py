@@ -57,7 +57,7 @@ def test_deltas_of_linears_equal_changed_weights(family: str) -> None:
     deltas = (LowRank(Site(1, "down_proj"), a, b, 0.5), InputScale(Site(1, "down_proj"), factor))
     lowered = adapter(*deltas, Affine(Site(1, "down_proj"), scale, None))
     assert (plain_logits(changed) - plain_logits(model)).abs().max() > 0.05
-    torch.testing.assert_close(logits_with(model, lowered, IDS), plain_logits(changed), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_with(model, lowered, IDS), plain_logits(changed), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_a_part_of_a_fused_linear_is_its_rows() -> None:
     changed.model.layers[0].mlp.gate_up_proj.weight[48:] += b @ a
     changed.model.layers[0].self_attn.qkv_proj.weight[32:48] *= scale[:, None]
     lowered = adapter(LowRank(Site(0, "up_proj"), a, b, 1.0), Affine(Site(0, "k_proj"), scale, None))
-    torch.testing.assert_close(logits_with(model, lowered, IDS), plain_logits(changed), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_with(model, lowered, IDS), plain_logits(changed), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,7 +101,7 @@ def test_prompt_embeddings_are_tokens_before_the_first(family: str) -> None:
     embeddings = model.model.embed_tokens(virtual)[0]
     expected = plain_logits(model, input_ids=torch.cat((virtual, torch.tensor([IDS])), dim=1))[3:]
     actual = logits_with(model, adapter(prefix=PromptEmbeddings(embeddings)), IDS)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,7 +115,7 @@ def test_a_prefix_of_a_text_s_own_keys_is_that_text(family: str) -> None:
     values = torch.stack([layer.values[0].transpose(0, 1) for layer in cache.layers])
     expected = plain_logits(model, input_ids=torch.cat((text, torch.tensor([IDS])), dim=1))[3:]
     actual = logits_with(model, adapter(prefix=KVPrefix(keys, values, 0)), IDS)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     shifted = logits_with(model, adapter(prefix=KVPrefix(keys, values, -3)), IDS)
     assert (shifted - expected).abs().max() > 1e-3
 
@@ -150,7 +150,7 @@ def test_a_bottleneck_reads_and_joins_the_stream(family: str, source: Bottleneck
     handle = out.register_forward_hook(join)
     expected = plain_logits(model)
     handle.remove()
-    torch.testing.assert_close(logits_with(model, adapter(delta), IDS), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_with(model, adapter(delta), IDS), expected, atol=1e-4, rtol=1e-4)
     assert (expected - plain_logits(model)).abs().max() > 0.05
 
 

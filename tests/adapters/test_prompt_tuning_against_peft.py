@@ -111,9 +111,9 @@ def test_a_prompt_that_peft_saved_gives_peft_s_logits(
     model = tiny_model(family, **config)
     plain = logits_with(model, replace(lowered, prefix=None), TOKENS)
     assert (expected - plain).abs().max() > 1e-2
-    torch.testing.assert_close(logits_with(model, lowered, TOKENS), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_with(model, lowered, TOKENS), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(
-        loaded_logits(tiny_model(family, **config), tmp_path, TOKENS), expected, atol=1e-5, rtol=1e-5
+        loaded_logits(tiny_model(family, **config), tmp_path, TOKENS), expected, atol=1e-4, rtol=1e-4
     )
 
 
@@ -126,10 +126,10 @@ def test_one_of_several_tasks_is_the_one_that_the_config_says(task: int, tmp_pat
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prompt_task_id": task}))
     lowered = read_prompt(tmp_path, tiny_base())
-    torch.testing.assert_close(logits_with(tiny_model(), lowered, TOKENS), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_with(tiny_model(), lowered, TOKENS), expected, atol=1e-4, rtol=1e-4)
     # PEFT still reads it.
     torch.testing.assert_close(
-        loaded_logits(tiny_model(), tmp_path, TOKENS, task), expected, atol=1e-5, rtol=1e-5
+        loaded_logits(tiny_model(), tmp_path, TOKENS, task), expected, atol=1e-4, rtol=1e-4
     )
 
 
@@ -158,5 +158,5 @@ def test_a_prompt_made_here_gives_peft_s_logits_for_any_size_and_prompt(
     assert isinstance(lowered.prefix, PromptEmbeddings)
     expected = loaded_logits(tiny_model(family), directory, tokens)
     torch.testing.assert_close(
-        logits_with(tiny_model(family), lowered, tokens), expected, atol=1e-5, rtol=1e-5
+        logits_with(tiny_model(family), lowered, tokens), expected, atol=1e-4, rtol=1e-4
     )
