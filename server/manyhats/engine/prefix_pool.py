@@ -42,14 +42,10 @@ class EnginePrefixPool:
         """
         job_id = f"prefix-{next(self._numbers)}"
         future: Future[ResidentPrefix] = Future()
-
-        def done(prefix: ResidentPrefix) -> None:
-            future.set_result(prefix)
-
         job = (
-            KVPrefixJob(job_id, prefix, self._cache, done)
+            KVPrefixJob(job_id, prefix, self._cache, future.set_result)
             if isinstance(prefix, KVPrefix)
-            else PromptPrefixJob(job_id, prefix, slot, done)
+            else PromptPrefixJob(job_id, prefix, slot, future.set_result)
         )
         self._waiting[job_id] = future
         try:

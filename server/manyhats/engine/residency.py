@@ -188,11 +188,11 @@ class AdapterResidency:
         with self._lock:
             entry.num_bytes = self._slots.num_bytes(entry.slot)
             stats = self._stats
-            self._stats = ResidencyStats(
-                stats.num_loads + 1,
-                stats.num_evictions,
-                stats.load_seconds + time.monotonic() - started,
-                stats.resident_bytes + entry.num_bytes,
+            self._stats = replace(
+                stats,
+                num_loads=stats.num_loads + 1,
+                load_seconds=stats.load_seconds + time.monotonic() - started,
+                resident_bytes=stats.resident_bytes + entry.num_bytes,
             )
             entry.ready.set()
             while self._stats.resident_bytes > self._max_bytes and self._evict():
