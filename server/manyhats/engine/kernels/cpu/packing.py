@@ -68,6 +68,24 @@ def interleave_nibbles(packed: Tensor) -> Array:
     return (codes[:, 0] | (codes[:, 1] << 4)).reshape(-1).numpy()
 
 
+def pack_low_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A low-rank delta's matrices in the order in which the ``low_rank`` kernel reads them, each as one vector.
+
+    Args:
+        a: [R, d_in]; rows come in fours, eight values of each row in turn, what is left row by row.
+        b: [d_out, R]; transposed, in blocks of 32 columns, then of eight.
+    """
+    rank, d_in = a.shape
+    fours = rank - rank % 4
+    rows = a[:fours].view(-1, 4, d_in // LANES, LANES).transpose(1, 2)
+    wide = b.shape[0] - b.shape[0] % 32
+    columns = [b[:wide].view(-1, 32, rank), b[wide:].view(-1, LANES, rank)]
+    return (
+        torch.cat((rows.reshape(-1), a[fours:].reshape(-1))),
+        torch.cat([block.transpose(1, 2).reshape(-1) for block in columns]),
+    )
+
+
 def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
     """Lays out linears over the same input as one.
 

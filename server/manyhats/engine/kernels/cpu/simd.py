@@ -120,6 +120,21 @@ def load_address(typingctx, address, like):
 
 
 @intrinsic
+def prefetch(typingctx, address):
+    """Asks for the cache line at a memory address ahead of its use; an address out of reach does no harm."""
+
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, near, data = (ir.Constant(_I32, value) for value in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(args[0], byte), read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def store(typingctx, array, index, value):
     """array[index : index + 8] = value: float32, or rounded to bfloat16 held as uint16."""
     _check_dtype(array)
@@ -179,6 +194,16 @@ maximum = _binary(
     lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y),
     "Lane-wise maximum; y where x is NaN.",
 )
+
+
+@intrinsic
+def at_least(typingctx, a, limit, value):
+    """The lanes of value where a ≥ limit, 0 elsewhere."""
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], _splat_const(0.0))
+
+    return vector(vector, vector, vector), codegen
 
 
 def _llvm_intrinsic(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:

@@ -14,7 +14,7 @@ from manyhats.engine.errors import ModelError
 from manyhats.engine.kernels.cpu import bottleneck as bottleneck_kernels
 from manyhats.engine.kernels.cpu.affine import affine
 from manyhats.engine.kernels.cpu.low_rank import low_rank
-from manyhats.engine.kernels.cpu.packing import LANES, Array, as_array
+from manyhats.engine.kernels.cpu.packing import LANES, Array, as_array, pack_low_rank
 
 
 class AdapterMemory:
@@ -81,8 +81,9 @@ class LinearTable:
         self._sizes = np.array(sizes, dtype=np.int32)
         self._arguments = arguments
         self._scratch = np.empty((arguments.num_threads, 64), dtype=np.float32)
-        self._num_low_rank = 0
-        self._num_affine = 0
+        # Sets, not counts: threads that write and clear other slots change them at the same time.
+        self._with_low_rank: set[tuple[int, int]] = set()
+        self._with_affine: set[tuple[int, int]] = set()
 
     def add_low_rank(self, slot: int, part: int, delta: LowRank, memory: AdapterMemory) -> None:
         """Enters a low-rank delta.
@@ -94,13 +95,14 @@ class LinearTable:
             raise ModelError(f"{delta.site}: one low-rank delta a site, not two")
         if delta.a.shape[1] % LANES or delta.b.shape[0] % LANES:
             raise ModelError(f"{delta.site}: the CPU kernels need dimensions that are multiples of {LANES}")
-        self._a_address[slot, part] = memory.add_matrix(delta.a)
-        self._b_address[slot, part] = memory.add_matrix(delta.b.t())
+        a, b = pack_low_rank(delta.a, delta.b)
+        self._a_address[slot, part] = memory.add_matrix(a)
+        self._b_address[slot, part] = memory.add_matrix(b)
         self._scales[slot, part] = delta.scale
         self._ranks[slot, part] = delta.rank
         if delta.rank > self._scratch.shape[1]:
             self._scratch = np.empty((self._arguments.num_threads, delta.rank), dtype=np.float32)
-        self._num_low_rank += 1
+        self._with_low_rank.add((slot, part))
 
     def add_affine(self, slot: int, part: int, delta: Affine, memory: AdapterMemory) -> None:
         """Enters a scale and an offset.
@@ -114,12 +116,13 @@ class LinearTable:
             self._scale_address[slot, part] = memory.add_vector(delta.scale)
         if delta.offset is not None:
             self._offset_address[slot, part] = memory.add_vector(delta.offset)
-        self._num_affine += 1
+        self._with_affine.add((slot, part))
 
     def clear(self, slot: int) -> None:
         """Takes a slot's entries out."""
-        self._num_low_rank -= int(np.count_nonzero(self._ranks[slot]))
-        self._num_affine -= int(np.count_nonzero(self._scale_address[slot] | self._offset_address[slot]))
+        for part in range(len(self._sizes)):
+            self._with_low_rank.discard((slot, part))
+            self._with_affine.discard((slot, part))
         self._ranks[slot] = 0
         self._scale_address[slot] = 0
         self._offset_address[slot] = 0
@@ -128,7 +131,7 @@ class LinearTable:
         """Rescales and shifts y, then adds the low-rank deltas; see ``AdapterSlots.add_deltas``."""
         arguments = self._arguments
         row_indices, row_slots = rows.rows.numpy(), rows.slots.numpy()
-        if self._num_affine:
+        if self._with_affine:
             affine(
                 y.numpy(),
                 row_indices,
@@ -140,7 +143,7 @@ class LinearTable:
                 arguments.f32,
                 arguments.num_threads,
             )
-        if self._num_low_rank:
+        if self._with_low_rank:
             low_rank(
                 x.numpy(),
                 y.numpy(),
@@ -175,7 +178,7 @@ class SublayerTable:
         self._hidden_size = hidden_size
         self._arguments = arguments
         self._scratch = self._new_scratch(64)
-        self._num_used = 0
+        self._used: set[int] = set()  # a set for the same reason as in ``LinearTable``
 
     def _new_scratch(self, size: int) -> Array:
         width = 2 * self._hidden_size + -(-size // LANES) * LANES
@@ -194,8 +197,9 @@ class SublayerTable:
             raise ModelError(f"{delta.site}: the CPU kernels do not know the activation {delta.activation!r}")
         size = int(delta.down.shape[0])
         addresses = self._addresses[slot]
-        addresses[kernels.DOWN] = memory.add_matrix(delta.down)
-        addresses[kernels.UP] = memory.add_matrix(delta.up.t())
+        down, up = pack_low_rank(delta.down, delta.up)
+        addresses[kernels.DOWN] = memory.add_matrix(down)
+        addresses[kernels.UP] = memory.add_matrix(up)
         addresses[kernels.DOWN_BIAS] = memory.add_vector(delta.down_bias)
         addresses[kernels.UP_BIAS] = memory.add_vector(delta.up_bias)
         addresses[kernels.SCALE] = memory.add_vector(delta.scale.expand(self._hidden_size))
@@ -210,7 +214,7 @@ class SublayerTable:
         if 2 * self._hidden_size + size > self._scratch.shape[1]:
             self._scratch = self._new_scratch(size)
         integers[kernels.SIZE] = size
-        self._num_used += 1
+        self._used.add(slot)
 
     def _add_norm(
         self, slot: int, norm: LayerNorm | None, weight: int, eps: int, memory: AdapterMemory
@@ -223,12 +227,12 @@ class SublayerTable:
 
     def clear(self, slot: int) -> None:
         """Takes a slot's bottleneck out."""
-        self._num_used -= int(self._integers[slot, bottleneck_kernels.SIZE] > 0)
+        self._used.discard(slot)
         self._integers[slot, bottleneck_kernels.SIZE] = 0
 
     def run(self, residual: Tensor, output: Tensor, rows: AdapterRows) -> None:
         """Gives each row its own bottleneck; see ``AdapterSlots.add_bottlenecks``."""
-        if self._num_used:
+        if self._used:
             bottleneck_kernels.bottleneck(
                 residual.numpy(),
                 output.numpy(),
