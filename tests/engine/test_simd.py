@@ -108,7 +108,7 @@ def test_lanes_are_summed_by_halves() -> None:
 @pytest.mark.parametrize("with_avx2", [True, False])
 def test_all_nf4_codes_are_decoded_in_order(with_avx2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_avx2:
-        monkeypatch.setattr(simd, "_has_avx2", lambda: False)
+        monkeypatch.setattr(simd, "has_feature", lambda name: False)
 
     @njit
     def decode(packed, out):  # type: ignore[no-untyped-def]

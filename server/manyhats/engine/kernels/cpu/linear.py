@@ -11,7 +11,9 @@ from numba import prange, types
 from numba.extending import overload
 
 from manyhats.engine.kernels.cpu.compile import inner, kernel
-from manyhats.engine.kernels.cpu.simd import decode_nf4, fma, load, mul, splat, store, sum_lanes, zero
+from manyhats.engine.kernels.cpu.simd import decode_nf4, mul, splat, store
+from manyhats.engine.kernels.cpu.wide import LANES, fma, join, load, sum_lanes, zero
+from manyhats.engine.kernels.cpu.wide import store as store_wide
 
 
 @inner
@@ -48,8 +50,8 @@ def decode_dense_panel(
 ):
     """Rows first … first + count of a float32 or bfloat16 matrix as float32 into panel[at:]."""
     source = first * k
-    for offset in range(0, count * k, 8):
-        store(panel, at + offset, load(weights, source + offset))
+    for offset in range(0, count * k, LANES):
+        store_wide(panel, at + offset, load(weights, source + offset))
 
 
 def decode_panel(weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, panel, at):
@@ -66,7 +68,7 @@ def _decode_panel(weights, absmax, row_block, row_offset, nested, nested_code, f
 def tile_4x3(x, x0, x1, x2, x3, w, w0, w1, w2, k, y, y0, y1, y2, y3, o1, o2, b0, b1, b2):
     """Four rows of x times three rows of w, into y at columns 0, o1 and o2 after y0 … y3."""
     a00 = a01 = a02 = a10 = a11 = a12 = a20 = a21 = a22 = a30 = a31 = a32 = zero()
-    for i in range(0, k, 8):
+    for i in range(0, k, LANES):
         u = load(w, w0 + i)
         v = load(w, w1 + i)
         t = load(w, w2 + i)
@@ -104,7 +106,7 @@ def tile_4x3(x, x0, x1, x2, x3, w, w0, w1, w2, k, y, y0, y1, y2, y3, o1, o2, b0,
 def tile_1x3(x, x0, w, w0, w1, w2, k, y, y0, o1, o2, b0, b1, b2):
     """One row of x times three rows of w; the same arithmetic as in ``tile_4x3``."""
     a0 = a1 = a2 = zero()
-    for i in range(0, k, 8):
+    for i in range(0, k, LANES):
         r = load(x, x0 + i)
         a0 = fma(r, load(w, w0 + i), a0)
         a1 = fma(r, load(w, w1 + i), a1)
@@ -143,14 +145,22 @@ def multiply_panel(x, num_rows, k, panel, at, first, count, bias, y, out):
         row += 4 if tall else 1
 
 
-@inner
-def accumulate_nf4(x, i, weights, source, scale, total):
-    """Total + x[i : i + 32] · the 32 weights at ``source``, lane by lane in order."""
+def _accumulate_eights(x, i, weights, source, scale, total):
     v0, v1, v2, v3 = decode_nf4(weights, source)
     total = fma(load(x, i), mul(v0, scale), total)
     total = fma(load(x, i + 8), mul(v1, scale), total)
     total = fma(load(x, i + 16), mul(v2, scale), total)
     return fma(load(x, i + 24), mul(v3, scale), total)
+
+
+def _accumulate_sixteens(x, i, weights, source, scale, total):
+    v0, v1, v2, v3 = decode_nf4(weights, source)
+    total = fma(load(x, i), join(mul(v0, scale), mul(v1, scale)), total)
+    return fma(load(x, i + 16), join(mul(v2, scale), mul(v3, scale)), total)
+
+
+accumulate_nf4 = inner(_accumulate_sixteens if LANES == 16 else _accumulate_eights)
+"""Total + x[i : i + 32] · the 32 weights at ``source``, lane by lane in order."""
 
 
 @inner
@@ -209,7 +219,7 @@ def linear(x, weights, absmax, row_block, row_offset, nested, nested_code, bias,
     """Y = x Wᵀ + bias.
 
     Args:
-        x: [N, k] float32, contiguous; k a multiple of 64 for NF4, of 8 otherwise.
+        x: [N, k] float32, contiguous; k a multiple of 64 for NF4, of 16 otherwise.
         weights: 1-D; uint8 for NF4 (codes as ``decode_nf4`` wants them), uint16 for bfloat16, or float32.
         absmax, row_block, row_offset, nested, nested_code: NF4's scales (``decode_nf4_panel``); empty otherwise.
         bias: [out] float32.

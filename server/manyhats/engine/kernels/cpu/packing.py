@@ -16,6 +16,8 @@ from manyhats.engine.model.weights import Linear
 
 Array = NDArray[np.generic]
 LANES = 8
+DEPTH = 16
+"""A linear's inputs are a multiple of it: the most lanes that the ``linear`` kernel works with."""
 PANEL_BYTES = 64 * 1024
 """Of decoded float32 weights; stays in the second-level cache beside four rows of input."""
 
@@ -90,11 +92,11 @@ def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
     """Lays out linears over the same input as one.
 
     Raises:
-        ModelError: parts mix NF4 and dense weights, or the input is not a multiple of eight.
+        ModelError: parts mix NF4 and dense weights, or the inputs are no multiple of sixteen.
     """
     in_features = parts[0].in_features
-    if in_features % LANES:
-        raise ModelError(f"a linear with {in_features} inputs: the CPU kernels need a multiple of {LANES}")
+    if in_features % DEPTH:
+        raise ModelError(f"a linear with {in_features} inputs: the CPU kernels need a multiple of {DEPTH}")
     weights = [part.weight for part in parts]
     out_features = sum(part.out_features for part in parts)
     bias = np.concatenate([_bias(part) for part in parts])

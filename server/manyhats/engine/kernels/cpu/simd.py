@@ -37,6 +37,12 @@ _TANH_COEFFICIENTS = (-0.0057049775, 0.0206390787, -0.0537397116, 0.1333144158, 
 _TANH_NEAR = 0.625
 
 
+def has_feature(name: str) -> bool:
+    """Whether this is an x86 processor with a feature of that name, as LLVM calls it."""
+    is_x86 = llvm.get_process_triple().startswith(("x86_64", "i686"))
+    return is_x86 and bool(llvm.get_host_cpu_features().get(name))
+
+
 class _Vector(types.Type):
     def __init__(self) -> None:
         super().__init__(name=f"f32x{LANES}")
@@ -52,7 +58,8 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, _VEC)
 
 
-def _element(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+def element(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """A pointer to array[index]."""
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
@@ -69,9 +76,11 @@ def _splat_int(value: int) -> ir.Constant:
     return ir.Constant(_IVEC, [value] * LANES)
 
 
-def _widen(builder: Any, raw: Any) -> Any:
+def _widen(builder: Any, raw: Any, lanes: int) -> Any:
     """bfloat16 bits as float32, exactly."""
-    return builder.bitcast(builder.shl(builder.zext(raw, _IVEC), _splat_int(16)), _VEC)
+    integers = ir.VectorType(_I32, lanes)
+    bits = builder.shl(builder.zext(raw, integers), ir.Constant(integers, [16] * lanes))
+    return builder.bitcast(bits, ir.VectorType(_F32, lanes))
 
 
 def _narrow(builder: Any, value: Any) -> Any:
@@ -84,13 +93,16 @@ def _narrow(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.lshr(rounded, _splat_int(16)), _RAW16)
 
 
-def _load(builder: Any, ptr: Any, dtype: Any) -> Any:
-    if dtype == types.float32:
-        return builder.load(builder.bitcast(ptr, _VEC.as_pointer()), align=4)
-    return _widen(builder, builder.load(builder.bitcast(ptr, _RAW16.as_pointer()), align=2))
+def load_lanes(builder: Any, ptr: Any, dtype: Any, lanes: int = LANES) -> Any:
+    """So many values at a pointer: float32, or bfloat16 widened."""
+    is_float = dtype == types.float32
+    kind = ir.VectorType(_F32 if is_float else ir.IntType(16), lanes)
+    raw = builder.load(builder.bitcast(ptr, kind.as_pointer()), align=4 if is_float else 2)
+    return raw if is_float else _widen(builder, raw, lanes)
 
 
-def _check_dtype(array: Any) -> None:
+def check_dtype(array: Any) -> None:
+    """Sees that vectors can be loaded from an array."""
     if array.dtype not in (types.float32, types.uint16):
         raise TypingError(f"vectors are loaded from float32 or bfloat16 (as uint16), not {array.dtype}")
 
@@ -98,11 +110,11 @@ def _check_dtype(array: Any) -> None:
 @intrinsic
 def load(typingctx, array, index):
     """Lanes array[index : index + 8]: float32, or bfloat16 held as uint16 and widened exactly."""
-    _check_dtype(array)
+    check_dtype(array)
 
     def codegen(context, builder, signature, args):
         array_type = signature.args[0]
-        return _load(builder, _element(context, builder, array_type, args[0], args[1]), array_type.dtype)
+        return load_lanes(builder, element(context, builder, array_type, args[0], args[1]), array_type.dtype)
 
     return vector(array, types.intp), codegen
 
@@ -110,11 +122,11 @@ def load(typingctx, array, index):
 @intrinsic
 def load_address(typingctx, address, like):
     """Eight lanes at a memory address, of the dtype of the array ``like``."""
-    _check_dtype(like)
+    check_dtype(like)
 
     def codegen(context, builder, signature, args):
         ptr = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        return _load(builder, ptr, signature.args[1].dtype)
+        return load_lanes(builder, ptr, signature.args[1].dtype)
 
     return vector(types.int64, like), codegen
 
@@ -137,11 +149,11 @@ def prefetch(typingctx, address):
 @intrinsic
 def store(typingctx, array, index, value):
     """array[index : index + 8] = value: float32, or rounded to bfloat16 held as uint16."""
-    _check_dtype(array)
+    check_dtype(array)
 
     def codegen(context, builder, signature, args):
         array_type = signature.args[0]
-        ptr = _element(context, builder, array_type, args[0], args[1])
+        ptr = element(context, builder, array_type, args[0], args[1])
         if array_type.dtype == types.float32:
             builder.store(args[2], builder.bitcast(ptr, _VEC.as_pointer()), align=4)
         else:
@@ -206,7 +218,8 @@ def at_least(typingctx, a, limit, value):
     return vector(vector, vector, vector), codegen
 
 
-def _llvm_intrinsic(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:
+def call_llvm(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:
+    """The value of one of LLVM's own functions."""
     kind = ir.FunctionType(result, [operand.type for operand in operands])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
@@ -216,16 +229,18 @@ def fma(typingctx, a, b, c):
     """Lane-wise a · b + c, rounded once."""
 
     def codegen(context, builder, signature, args):
-        return _llvm_intrinsic(builder, f"llvm.fma.v{LANES}f32", _VEC, list(args))
+        return call_llvm(builder, f"llvm.fma.v{LANES}f32", _VEC, list(args))
 
     return vector(vector, vector, vector), codegen
 
 
-def _tree(builder: Any, value: Any, combine: Any) -> Any:
-    width = LANES // 2
+def tree(builder: Any, value: Any, combine: Any, lanes: int = LANES) -> Any:
+    """The lanes of a vector combined by halves."""
+    width = lanes // 2
     while width:
-        mask = [(lane + width) % LANES for lane in range(LANES)]
-        value = combine(value, builder.shuffle_vector(value, value, ir.Constant(_IVEC, mask)))
+        mask = [(lane + width) % lanes for lane in range(lanes)]
+        shuffled = builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(_I32, lanes), mask))
+        value = combine(value, shuffled)
         width //= 2
     return builder.extract_element(value, ir.Constant(_I32, 0))
 
@@ -233,11 +248,11 @@ def _tree(builder: Any, value: Any, combine: Any) -> Any:
 @intrinsic
 def store_scalar(typingctx, array, index, value):
     """array[index] = value: float32, or rounded to bfloat16 held as uint16."""
-    _check_dtype(array)
+    check_dtype(array)
 
     def codegen(context, builder, signature, args):
         array_type = signature.args[0]
-        ptr = _element(context, builder, array_type, args[0], args[1])
+        ptr = element(context, builder, array_type, args[0], args[1])
         if array_type.dtype == types.float32:
             builder.store(args[2], ptr)
         else:
@@ -254,7 +269,7 @@ def sum_lanes(typingctx, value):
     """The sum of the lanes, by halves: always in the same order."""
 
     def codegen(context, builder, signature, args):
-        return _tree(builder, args[0], builder.fadd)
+        return tree(builder, args[0], builder.fadd)
 
     return types.float32(vector), codegen
 
@@ -267,13 +282,13 @@ def max_lanes(typingctx, value):
         def larger(x, y):
             return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
-        return _tree(builder, args[0], larger)
+        return tree(builder, args[0], larger)
 
     return types.float32(vector), codegen
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _llvm_intrinsic(builder, f"llvm.fma.v{LANES}f32", _VEC, [a, b, c])
+    return call_llvm(builder, f"llvm.fma.v{LANES}f32", _VEC, [a, b, c])
 
 
 def _polynomial(builder: Any, coefficients: tuple[float, ...], x: Any) -> Any:
@@ -290,7 +305,7 @@ def _exp(builder: Any, value: Any) -> Any:
     x = builder.select(below, low, value)
     x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
     scaled = builder.fmul(x, _splat_const(1.4426950408889634))
-    n = _llvm_intrinsic(builder, f"llvm.nearbyint.v{LANES}f32", _VEC, [scaled])
+    n = call_llvm(builder, f"llvm.nearbyint.v{LANES}f32", _VEC, [scaled])
     r = _fma(builder, n, _splat_const(-0.693359375), x)
     r = _fma(builder, n, _splat_const(2.12194440e-4), r)
     poly = _polynomial(builder, _EXP_COEFFICIENTS, r)
@@ -361,12 +376,6 @@ NF4_VALUES = np.array(
 )
 
 
-def _has_avx2() -> bool:
-    return llvm.get_process_triple().startswith(("x86_64", "i686")) and bool(
-        llvm.get_host_cpu_features().get("avx2")
-    )
-
-
 @intrinsic
 def decode_nf4(typingctx, array, index):
     """NF4 values of the 32 codes in array[index : index + 16], uint8, as four vectors.
@@ -378,7 +387,7 @@ def decode_nf4(typingctx, array, index):
 
     def codegen(context, builder, signature, args):
         raw_type = ir.VectorType(_I8, 16)
-        ptr = _element(context, builder, signature.args[0], args[0], args[1])
+        ptr = element(context, builder, signature.args[0], args[0], args[1])
         raw = builder.load(builder.bitcast(ptr, raw_type.as_pointer()), align=1)
         four, fifteen = (ir.Constant(raw_type, [value] * 16) for value in (4, 15))
         codes = builder.shuffle_vector(
@@ -386,7 +395,7 @@ def decode_nf4(typingctx, array, index):
             builder.lshr(raw, four),
             ir.Constant(ir.VectorType(_I32, 32), list(range(32))),
         )
-        lookup = _lookup_bytes if _has_avx2() else _lookup_elements
+        lookup = _lookup_bytes if has_feature("avx2") else _lookup_elements
         return context.make_tuple(builder, quad, lookup(builder, codes))
 
     return quad(array, types.intp), codegen
@@ -412,9 +421,7 @@ def _lookup_bytes(builder: Any, codes: Any) -> list[Any]:
     planes = []
     for plane in range(4):
         table = NF4_VALUES.view(np.uint8).reshape(16, 4)[:, plane].tolist() * 2
-        planes.append(
-            _llvm_intrinsic(builder, "llvm.x86.avx2.pshuf.b", wide, [ir.Constant(wide, table), codes])
-        )
+        planes.append(call_llvm(builder, "llvm.x86.avx2.pshuf.b", wide, [ir.Constant(wide, table), codes]))
     low_halves = interleave(planes[0], planes[1], 1)
     high_halves = interleave(planes[2], planes[3], 1)
     vectors = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import EmbeddingLowRank, EmbeddingRows, HeadRows, HeadWeight, LowRank
 from manyhats.engine.batch import AdapterRows
-from manyhats.engine.kernels.cpu.packing import LANES, CpuLinear, pack_linear
+from manyhats.engine.kernels.cpu.packing import DEPTH, CpuLinear, pack_linear
 from manyhats.engine.model.weights import Linear
 
 RunLinear = Callable[[Tensor, CpuLinear], Tensor]
@@ -22,14 +22,14 @@ RunLinear = Callable[[Tensor, CpuLinear], Tensor]
 
 def pack_dense(weight: Tensor, dtype: torch.dtype) -> CpuLinear:
     """A dense [out, in] matrix for the ``linear`` kernel; columns are padded with zeros to whole lanes."""
-    missing = -weight.shape[1] % LANES
+    missing = -weight.shape[1] % DEPTH
     padded = torch.nn.functional.pad(weight.to(dtype), (0, missing))
     return pack_linear([Linear(padded.contiguous())])
 
 
 def pad_columns(x: Tensor) -> Tensor:
     """X [N, d] as float32 with zeros up to whole lanes."""
-    return torch.nn.functional.pad(x.float(), (0, -x.shape[1] % LANES)).contiguous()
+    return torch.nn.functional.pad(x.float(), (0, -x.shape[1] % DEPTH)).contiguous()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
