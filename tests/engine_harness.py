@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState
+from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
 from manyhats.adapters.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering import lower
@@ -238,7 +238,7 @@ def make_record(task_id: str, digest: str | None = None, version: int = 1) -> Ad
         digest=digest or digest_of(task_id),
         method=AdapterMethod.LORA,
         state=AdapterState.ACTIVE,
-        path=Path("/nowhere"),
+        parts=(ArtifactPart(digest or digest_of(task_id)),),
         size_bytes=1,
         num_parameters=1,
         source="test",

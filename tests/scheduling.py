@@ -29,6 +29,7 @@ def make_sequence(
     logits_from: int | None = None,
     shared: SharedPrefix | None = None,
     uses_prefix_cache: bool = True,
+    is_internal: bool = False,
 ) -> Sequence:
     return Sequence(
         id=name,
@@ -40,6 +41,7 @@ def make_sequence(
         logits_from=logits_from,
         shared=shared,
         uses_prefix_cache=uses_prefix_cache,
+        is_internal=is_internal,
     )
 
 

@@ -21,6 +21,7 @@ from manyhats.engine.errors import (
 )
 from manyhats.engine.generation import Generation
 from manyhats.engine.jobs import Event
+from manyhats.engine.kernels.reference import ReferenceKernels
 from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepStats
 from manyhats.engine.request import Request, SamplingParams, ScoreRequest, StoppingParams
 from manyhats.engine.schedule import SchedulerConfig
@@ -58,6 +59,7 @@ class Loop:
             cast(Any, self.decoder),
             cast(Any, FakeCache(self.num_blocks, self.block_size)),
             cast(Any, SimpleNamespace()),
+            ReferenceKernels(),
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             scheduler=self.config,

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manyhats.engine.kernels.reference import ReferenceKernels
 from manyhats.engine.logprobs import token_logprobs
+from manyhats.engine.penalties import LogitChanges
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampler import SamplingRow, sample
 
@@ -61,11 +63,11 @@ def test_sampled_tokens_have_logprobs_of_the_raw_logits() -> None:
     logits = random_logits(2, 3, 50)
     changed = SamplingParams(temperature=2.0, top_k=5, repetition_penalty=3.0, logit_bias={7: 300.0})
     rows = [
-        SamplingRow(params=changed, output_token_ids=[7], num_logprobs=2),
+        SamplingRow(params=changed, changes=LogitChanges(changed, [], [7]), num_logprobs=2),
         SamplingRow(params=SamplingParams(), num_logprobs=0),
         SamplingRow(params=SamplingParams()),
     ]
-    sampled = sample(logits, rows)
+    sampled = sample(logits, rows, ReferenceKernels())
     expected = token_logprobs(logits, torch.tensor(sampled.token_ids), 2)
     assert sampled.token_ids[0] == 7
     assert sampled.logprobs[0] == expected[0]

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,15 +10,24 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from manyhats.engine import sampler
+from manyhats.engine.kernels.cpu.backend import CpuKernels
+from manyhats.engine.kernels.reference import ReferenceKernels
+from manyhats.engine.penalties import LogitChanges
 from manyhats.engine.request import SamplingParams
-from manyhats.engine.sampler import SamplingRow, non_finite_rows, sample
+from manyhats.engine.sampler import Sampled, SamplingRow, non_finite_rows
 from manyhats.engine.uniform import uniform
 
 V = 40
+KERNELS = CpuKernels(2)
 
 
 def random_logits(seed: int, rows: int = 1, vocab_size: int = V, scale: float = 2.0) -> Tensor:
     return scale * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+    return sampler.sample(logits, rows, KERNELS)
 
 
 def one(logits: Tensor, row: SamplingRow) -> int:
@@ -44,12 +54,13 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
 def sampling_rows(draw: st.DrawFn) -> SamplingRow:
     ids = st.integers(0, V - 1)
     allowed = draw(st.none() | st.lists(st.booleans(), min_size=V, max_size=V).filter(lambda m: sum(m) > 4))
+    params = draw(sampling_params())
+    prompt, output = draw(st.lists(ids, max_size=5)), draw(st.lists(ids, max_size=5))
     return SamplingRow(
-        params=draw(sampling_params()),
+        params=params,
         seed=draw(st.integers(0, 2**64 - 1)),
         step=draw(st.integers(0, 5)),
-        prompt_token_ids=draw(st.lists(ids, max_size=5)),
-        output_token_ids=draw(st.lists(ids, max_size=5)),
+        changes=draw(st.sampled_from([None, LogitChanges(params, prompt, output)])),
         forbid=tuple(draw(st.lists(ids, max_size=2))),
         allowed=None if allowed is None else torch.tensor(allowed),
         num_logprobs=draw(st.sampled_from([None, 0, 2])),
@@ -89,6 +100,40 @@ def test_a_row_comes_out_alike_alone_and_in_any_batch(
     assert shuffled.token_ids == [batch.token_ids[i] for i in order]
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    rows=st.lists(sampling_rows(), min_size=1, max_size=6),
+    seed=st.integers(0, 9999),
+    scale=st.sampled_from([0.01, 0.5, 5.0, 300.0]),
+)
+def test_the_kernel_chooses_what_the_reference_chooses(
+    rows: list[SamplingRow], seed: int, scale: float
+) -> None:
+    logits = random_logits(seed, len(rows), scale=scale)
+    assert sample(logits, rows) == sampler.sample(logits, rows, ReferenceKernels())
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("vocab_size", [63, 64, 65, 5003])
+def test_the_kernel_chooses_what_the_reference_chooses_from_many(vocab_size: int, scale: float) -> None:
+    logits = random_logits(vocab_size, 40, vocab_size, scale)
+    filters = [
+        {},
+        {"top_k": 30},
+        {"top_k": 400},
+        {"top_p": 0.913},
+        {"min_p": 0.0317},
+        {"typical_p": 0.871},
+        {"typical_p": 0.213},
+        {"top_k": 60, "top_p": 0.83, "min_p": 0.011, "typical_p": 0.77},
+    ]
+    rows = [
+        SamplingRow(params=SamplingParams(temperature=0.8, **filters[i % 8]), seed=i)  # type: ignore[arg-type]
+        for i in range(40)
+    ]
+    assert sample(logits, rows) == sampler.sample(logits, rows, ReferenceKernels())
+
+
 def test_a_row_of_a_large_vocabulary_comes_out_alike_in_any_batch() -> None:
     logits = random_logits(3, 8, 49_152)
     params = [{}, {"top_p": 0.9}, {"typical_p": 0.8}, {"top_k": 500, "top_p": 0.7}, {"min_p": 0.1}]
@@ -122,8 +167,10 @@ def test_forbidden_and_not_allowed_tokens_never_come(row: SamplingRow, seed: int
     assert row.allowed is None or bool(row.allowed[token])
 
 
-def test_a_row_that_allows_nothing_is_an_error() -> None:
-    row = SamplingRow(params=SamplingParams(), allowed=torch.zeros(V, dtype=torch.bool))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_allows_nothing_is_an_error(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature)
+    row = SamplingRow(params=params, allowed=torch.zeros(V, dtype=torch.bool))
     with pytest.raises(ValueError, match="no token is allowed"):
         one(random_logits(0), row)
 
@@ -190,11 +237,33 @@ def test_a_tiny_temperature_is_greedy_among_equals(temperature: float) -> None:
     assert tokens == {1, 3}
 
 
+def test_a_number_next_to_1_draws_the_last_token_that_has_a_weight() -> None:
+    logits = torch.full((1, 1000), -1e4)
+    logits[0, :400] = torch.linspace(-1, 1, 400)
+    row = SamplingRow(params=SamplingParams(temperature=1.0))
+    choices = sampler._choices(logits, [row])
+    choices.point.fill_(math.nextafter(1.0, 0.0))
+    assert KERNELS.choose(logits, choices).tolist() == [399]
+    choices.point.fill_(0.0)
+    assert KERNELS.choose(logits, choices).tolist() == [0]
+
+
 def test_weights_of_zero_are_never_drawn() -> None:
     logits = torch.full((5000,), -1e4)
     logits[4000] = 0.0
     row = SamplingRow(params=SamplingParams(temperature=1.0, top_p=0.999999, typical_p=0.999999))
     assert one(logits, row) == 4000
+
+
+def test_the_numbers_of_a_seed_stay_what_they_were() -> None:
+    """A client that repeats a request with its seed gets its answer again, from a later version too."""
+    rows = [
+        SamplingRow(params=SamplingParams(temperature=1.0, top_p=0.9), seed=seed, step=step)
+        for seed in (0, 1, 2**63)
+        for step in (0, 7)
+    ]
+    logits = torch.linspace(0, 4, 997)[torch.arange(6 * 997).remainder(991).reshape(6, 997)]
+    assert sample(logits, rows).token_ids == [899, 723, 775, 700, 832, 643]
 
 
 def test_non_finite_rows_are_named_and_large_finite_ones_are_not() -> None:

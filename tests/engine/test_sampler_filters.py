@@ -14,7 +14,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from manyhats.engine.filters import filtered, smallest_set
+from manyhats.engine.kernels.cpu.sampling import filter_row
+from manyhats.engine.kernels.cpu.selection import GROUP, NUM_BUCKETS, keep_shortest
+from manyhats.engine.kernels.reference_choice import passing
 from manyhats.engine.request import SamplingParams
 
 Floats = npt.NDArray[np.float64]
@@ -28,12 +30,30 @@ def random_row(seed: int, size: int, scale: float = 2.0) -> npt.NDArray[np.float
     return row
 
 
+def padded(values: npt.ArrayLike, fill: float) -> npt.NDArray[np.float32]:
+    row = np.asarray(values, np.float32)
+    return np.concatenate([row, np.full(-row.size % GROUP, fill, np.float32)])
+
+
 def passed(row: npt.NDArray[np.float32], params: SamplingParams) -> list[int]:
-    ids, weights = filtered(row, params)
-    found = list(range(row.size)) if ids is None else ids.tolist()
-    np.testing.assert_array_equal(weights, np.exp(row[found]))
+    """The tokens that the kernel lets pass; its weights must be theirs, and the reference must agree."""
+    x = padded(row, -np.inf)
+    weights = np.exp(x)
+    scores, ids, picks = np.full_like(x, np.nan), *(np.full(x.size, -7, np.int32) for _ in range(2))
+    limits = (params.top_k, params.top_p, params.min_p, params.typical_p)
+    n, is_whole = filter_row(*limits, ids, x, weights, scores, row.size, np.full(NUM_BUCKETS, np.nan), picks)
+    found = list(range(row.size)) if is_whole else ids[:n].tolist()
+    np.testing.assert_array_equal(weights[:n], np.exp(row[found]))
+    assert not weights[n : -(-n // 8) * 8].any()
     assert found == sorted(set(found))
+    slow = passing(torch.from_numpy(row.copy()).double(), *limits).tolist()
+    assert len(set(found) ^ set(slow)) <= edge(row)
     return found
+
+
+def edge(row: npt.NDArray[np.float32]) -> int:
+    """How many tokens of a row may fall on the other side in float32 than in float64."""
+    return 0 if row.size <= 200 else 2
 
 
 def shortest(probabilities: dict[int, float], order: list[int], mass: float) -> list[int]:
@@ -99,13 +119,12 @@ def test_filters_one_after_another_equal_the_reference(
 def test_filters_of_a_large_vocabulary_equal_the_reference(scale: float, params: SamplingParams) -> None:
     row = random_row(11, 5000, scale)
     found, expected = set(passed(row, params)), set(reference(row, params))
-    # At the very edge, float32 may decide between neighbours otherwise than float64.
-    assert len(found ^ expected) <= 2
+    assert len(found ^ expected) <= edge(row)
 
 
 def test_no_filter_passes_all() -> None:
-    assert filtered(random_row(0, 9), SamplingParams())[0] is None
-    assert filtered(random_row(0, 9), SamplingParams(top_k=9))[0] is None
+    for params in (SamplingParams(), SamplingParams(top_k=9), SamplingParams(top_k=10)):
+        assert passed(random_row(0, 9), params) == list(range(9))
 
 
 @pytest.mark.parametrize(
@@ -147,14 +166,20 @@ def test_forbidden_tokens_do_not_pass(params: SamplingParams) -> None:
 def test_the_smallest_set_is_shortest_in_order_of_key_and_index(
     keys: list[float], mass: float, data: st.DataObject
 ) -> None:
-    weights = data.draw(st.lists(st.integers(1, 7), min_size=len(keys), max_size=len(keys)))
-    total = sum(weights)
+    counts = data.draw(st.lists(st.integers(0, 7), min_size=len(keys), max_size=len(keys)).filter(any))
+    total = sum(counts)
     order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
     kept: list[int] = []
-    while sum(weights[i] for i in kept) < mass * total:
+    while sum(counts[i] for i in kept) < mass * total:
         kept.append(order[len(kept)])
-    found = smallest_set(np.array(keys, np.float32), np.array(weights, np.float32), mass)
-    assert found.tolist() == sorted(kept)
+    scores, weights = padded([-key for key in keys], -np.inf), padded(counts, 0)
+    ids, picks = np.empty(scores.size, np.int32), np.empty(scores.size, np.int32)
+    buckets = np.empty(NUM_BUCKETS)
+    n = keep_shortest(
+        mass, scores.max(), ids, scores.copy(), weights, scores, len(keys), True, buckets, picks
+    )
+    # What weighs nothing may stay or go; nobody draws it.
+    assert [i for i in ids[:n].tolist() if counts[i]] == sorted(i for i in kept if counts[i])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -5,13 +7,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from manyhats.engine.penalties import penalized, restricted
+from manyhats.engine.kernels.reference import ReferenceKernels
+from manyhats.engine.penalties import LogitChanges
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampler import SamplingRow, sample
 
 V = 12
 IDS = st.lists(st.integers(0, V - 1), max_size=10)
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=V, max_size=V)
+
+
+def penalized(
+    row: np.ndarray, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
+) -> np.ndarray:
+    """The whole row, with the output taken in token by token, as a request goes on."""
+    changes = LogitChanges(params, prompt)
+    for token in output:
+        changes.append(token)
+    ids, values = changes.applied(row)
+    again = LogitChanges(params, prompt, output).applied(row)
+    np.testing.assert_array_equal(ids, again[0])
+    np.testing.assert_array_equal(values, again[1])
+    assert len(set(ids.tolist())) == ids.size
+    result = row.copy()
+    result[ids] = values
+    return result
+
+
+def chosen(logits: torch.Tensor, row: SamplingRow) -> int:
+    return sample(logits, [row], ReferenceKernels()).token_ids[0]
 
 
 def reference(
@@ -76,8 +100,8 @@ def test_extreme_penalties_stay_finite(value: float) -> None:
     row = np.array([3e4, -3e4, 0.0], np.float32)
     params = SamplingParams(repetition_penalty=value, temperature=1.0)
     assert np.isfinite(penalized(row, params, [0, 1, 2], [])).all()
-    sampling_row = SamplingRow(params=params, prompt_token_ids=[0, 1, 2])
-    assert sample(torch.from_numpy(row[None]), [sampling_row]).token_ids == [0]
+    sampling_row = SamplingRow(params=params, changes=LogitChanges(params, [0, 1, 2]))
+    assert chosen(torch.from_numpy(row[None]), sampling_row) == 0
 
 
 @pytest.mark.parametrize(
@@ -94,19 +118,31 @@ def test_extreme_penalties_stay_finite(value: float) -> None:
 def test_bias_and_penalties_apply_to_greedy_rows(
     params: SamplingParams, prompt: list[int], output: list[int], token: int
 ) -> None:
-    row = SamplingRow(params=params, prompt_token_ids=prompt, output_token_ids=output)
-    assert sample(torch.tensor([[3.0, 2.0, 1.0]]), [row]).token_ids == [token]
+    row = SamplingRow(params=params, changes=LogitChanges(params, prompt, output))
+    assert chosen(torch.tensor([[3.0, 2.0, 1.0]]), row) == token
 
 
-def test_restrictions_are_minus_infinity_and_leave_the_rest() -> None:
-    row = np.arange(4, dtype=np.float32)
-    assert restricted(row, (3,), None).tolist() == [0.0, 1.0, 2.0, -np.inf]
-    allowed = np.array([True, False, True, True])
-    assert restricted(row, (3,), allowed).tolist() == [0.0, -np.inf, 2.0, -np.inf]
-    assert row.tolist() == [0.0, 1.0, 2.0, 3.0]
+def test_many_tokens_are_all_remembered() -> None:
+    """More than any first allocation holds."""
+    bias = dict.fromkeys(range(0, 1000, 7), 0.5)
+    params = SamplingParams(logit_bias=bias, repetition_penalty=2.0, presence_penalty=0.25)
+    row = np.linspace(-3, 3, 1000, dtype=np.float32)
+    prompt, output = list(range(0, 1000, 3)), list(range(0, 1000, 5))
+    found = penalized(row, params, prompt, output)
+    np.testing.assert_allclose(found, reference(row.tolist(), params, prompt, output), rtol=1e-5, atol=1e-5)
+
+
+def test_a_forbidden_token_does_not_come_even_with_a_bias() -> None:
+    params = SamplingParams(logit_bias={0: 100.0})
+    row = SamplingRow(params=params, changes=LogitChanges(params), forbid=(0,))
+    assert chosen(torch.tensor([[3.0, 2.0, 1.0]]), row) == 1
 
 
 def test_an_id_outside_the_vocabulary_is_an_error() -> None:
-    row = SamplingRow(params=SamplingParams(logit_bias={9: 1.0}))
-    with pytest.raises(IndexError, match="9"):
-        sample(torch.zeros(1, 4), [row])
+    params = SamplingParams(logit_bias={9: 1.0})
+    for row in (
+        SamplingRow(params=params, changes=LogitChanges(params)),
+        SamplingRow(params=SamplingParams(), forbid=(9,)),
+    ):
+        with pytest.raises(IndexError, match="9"):
+            chosen(torch.zeros(1, 4), row)

@@ -67,6 +67,38 @@ def test_decodes_never_starve_a_prefill() -> None:
         assert any(chunk.sequence.id == "p" for chunk in engine.step().chunks)
 
 
+def test_the_engine_s_own_go_first_and_beyond_the_limits_of_requests() -> None:
+    scheduler = make_scheduler(sequences=1, waiting=1)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("running", [1], 9))
+    engine.step()
+    scheduler.add(make_sequence("waiting", [2], priority=5))
+    with pytest.raises(QueueFullError):
+        scheduler.add(make_sequence("refused", [3]))
+    scheduler.add(make_sequence("own", [4, 5], 0, is_internal=True))
+    assert ids(engine.step()) == [("running", 1, 1), ("own", 0, 2)]
+    assert ids(engine.step()) == [("running", 2, 1)]
+    assert scheduler.num_waiting == 1
+
+
+def test_beside_decodes_the_engine_s_own_take_few_tokens_of_a_step_all_together() -> None:
+    scheduler = make_scheduler(tokens=64)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("alone", range(40, 60), 0, is_internal=True))
+    assert ids(engine.step()) == [("alone", 0, 20)]
+    for name in "abcd":
+        scheduler.add(make_sequence(name, [1], 30))
+    engine.step()
+    scheduler.add(make_sequence("x", range(9), 0, is_internal=True))
+    scheduler.add(make_sequence("y", range(10, 15), 0, is_internal=True))
+    scheduler.add(make_sequence("z", range(20, 40), 9))
+    decodes = [(name, 1, 1) for name in "abcd"]
+    # Three, and one for each two decodes; but each gets on by one.
+    assert ids(engine.step()) == [*decodes, ("x", 0, 5), ("y", 0, 1), ("z", 0, 20)]
+    assert ids(engine.step())[5:] == [("x", 5, 4), ("y", 1, 1)]
+    assert ids(engine.step())[5:] == [("y", 2, 3)]
+
+
 def test_when_blocks_run_out_the_latest_of_the_lowest_priority_is_preempted_and_resumes() -> None:
     scheduler = make_scheduler(num_blocks=6, block_size=4)
     engine = ToyEngine(scheduler)

@@ -1,5 +1,6 @@
 """Any sequence of arrivals, cancellations, held prefixes and steps, against what must always hold."""
 
+import math
 from collections import Counter
 
 from hypothesis import settings
@@ -47,6 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 1),
         arrival=st.integers(0, 3),
         uses_prefix_cache=st.booleans(),
+        is_internal=st.booleans(),
         data=st.data(),
     )
     def arrive(
@@ -57,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         arrival: int,
         uses_prefix_cache: bool,
+        is_internal: bool,
         data: st.DataObject,
     ) -> None:
         logits_from = data.draw(st.none() | st.integers(0, len(tokens) - 1))
@@ -64,12 +67,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             make_sequence(
                 str(self.num_added),
                 tokens,
-                new,
+                0 if is_internal else new,
                 cache_key=key,
                 priority=priority,
                 arrival=float(arrival),
                 logits_from=logits_from,
                 uses_prefix_cache=uses_prefix_cache,
+                is_internal=is_internal,
             )
         )
 
@@ -131,15 +135,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         waiting = [s for s in self.live if s.status is SequenceStatus.WAITING]
         assert len(set(sequences)) == len(sequences)
         assert schedule.num_tokens <= config.max_num_batched_tokens
-        assert len(running) == self.scheduler.num_running <= config.max_num_sequences
+        assert len(running) == self.scheduler.num_running
+        assert sum(not s.is_internal for s in running) <= config.max_num_sequences
         assert schedule.chunks or not self.live, "work is left and nothing was scheduled"
         for chunk in schedule.chunks:
             assert chunk.start == chunk.sequence.num_computed_tokens
             assert 1 <= chunk.num_tokens <= chunk.sequence.num_tokens - chunk.start
             assert len(chunk.sequence.block_table) * BLOCK_SIZE >= chunk.sequence.num_tokens
-        decoding = [s for s in running if s.num_tokens - s.num_computed_tokens == 1]
+        decoding = [s for s in running if s.num_tokens - s.num_computed_tokens == 1 and not s.is_internal]
         going_on = [s for s in decoding if before[s][0] is SequenceStatus.RUNNING]
         assert set(going_on) == set(sequences[: len(going_on)])
+        own = [chunk.num_tokens for chunk in schedule.chunks if chunk.sequence.is_internal]
+        assert not going_on or sum(own) <= 3 + len(going_on) // 2 + len(own)
         self._check_fairness(sequences, waiting, before, schedule)
 
     def _check_fairness(
@@ -149,16 +156,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         before: dict[Sequence, tuple[SequenceStatus, int]],
         schedule: Schedule,
     ) -> None:
-        def queue_rank(sequence: Sequence) -> tuple[int, bool, float, int]:
+        def queue_rank(sequence: Sequence) -> tuple[float, bool, float, int]:
             preempted_before = before[sequence][1] > 0
-            return (-sequence.priority, not preempted_before, sequence.arrival, int(sequence.id))
+            return (-priority(sequence), not preempted_before, sequence.arrival, int(sequence.id))
 
         started = [s for s in sequences if before[s][0] is SequenceStatus.WAITING]
         left = [s for s in waiting if before[s][0] is SequenceStatus.WAITING]
         assert all(queue_rank(a) < queue_rank(b) for a in started for b in left)
         kept = [s for s in sequences if s not in started]
-        worst = max(((-s.priority, s.arrival, int(s.id)) for s in kept), default=(-99, 0.0, 0))
-        assert all((-s.priority, s.arrival, int(s.id)) > worst for s in schedule.preempted)
+        worst = max(((-priority(s), s.arrival, int(s.id)) for s in kept), default=(-math.inf, 0.0, 0))
+        assert all((-priority(s), s.arrival, int(s.id)) > worst for s in schedule.preempted)
         prefills = [s for s in self.live if s.status is SequenceStatus.RUNNING and s not in started]
         prefills = [s for s in prefills if s.num_tokens - s.num_computed_tokens > 1]
         assert not prefills or set(prefills) & set(sequences)
@@ -198,6 +205,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             asked = range(first, sequence.num_prompt_tokens)
             assert all(self.engine.logits[sequence][position] == 1 for position in asked)
             assert sequence.num_tokens == sequence.max_num_tokens
+
+
+def priority(sequence: Sequence) -> float:
+    return math.inf if sequence.is_internal else sequence.priority
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.schedule import SchedulerConfig
 
 MIB = 2**20
@@ -67,3 +68,16 @@ def resolve(config: EngineConfig) -> EngineConfig:
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     kv_cache_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     return replace(config, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+
+
+def num_blocks_of(config: EngineConfig, decoder: DecoderConfig) -> int:
+    """Blocks that fit into ``kv_cache_bytes``, but no more than every sequence can use at full length."""
+    itemsize = 4 if config.kv_cache_dtype == "float32" else 2
+    block_bytes = (
+        2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * config.block_size * itemsize
+    )
+    most = config.max_num_sequences * -(-decoder.max_context_length // config.block_size)
+    num_blocks = min(config.kv_cache_bytes // block_bytes, most)
+    if num_blocks < 1:
+        raise FieldInvalidError("engine.kv_cache_bytes", f"must be at least one block of {block_bytes} bytes")
+    return int(num_blocks)

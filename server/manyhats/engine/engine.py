@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from manyhats.engine.errors import (
     RequestCancelledError,
 )
 from manyhats.engine.jobs import Event, Job, Output, SampledToken
-from manyhats.engine.kernels.interface import AdapterSlots, KVCache
+from manyhats.engine.kernels.interface import AdapterSlots, Kernels, KVCache
 from manyhats.engine.model.decoder import Decoder
 from manyhats.engine.output import StepStats
 from manyhats.engine.sampler import non_finite_rows, sample
@@ -28,10 +29,17 @@ from manyhats.engine.scheduler import Scheduler
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step tells the callers, and its statistics; ``stats`` is None where nothing ran."""
+    """What one step tells the callers, and its statistics.
+
+    Attributes:
+        events: for the callers.
+        stats: None where nothing ran.
+        is_stuck: jobs are left and none got on, for want of blocks.
+    """
 
     events: tuple[Event, ...]
     stats: StepStats | None
+    is_stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +66,7 @@ class Engine:
         decoder: Decoder,
         cache: KVCache,
         slots: AdapterSlots,
+        kernels: Kernels[Any, Any],
         *,
         num_blocks: int,
         block_size: int,
@@ -66,6 +75,7 @@ class Engine:
         self._decoder = decoder
         self._cache = cache
         self._slots = slots
+        self._kernels = kernels
         self._block_size = block_size
         self.allocator = BlockAllocator(num_blocks, block_size)
         self.scheduler = Scheduler(scheduler, self.allocator)
@@ -93,10 +103,12 @@ class Engine:
     def step(self) -> StepResult:
         """One turn: ends what the clock ends, then runs the next batch, if there is one."""
         started = time.monotonic()
+        num_jobs = len(self._jobs)
         events = self._tick(started)
         schedule = self.scheduler.schedule()
         if not schedule.chunks:
-            return StepResult(tuple(events), None)
+            is_stuck = not events and len(self._jobs) == num_jobs > 0
+            return StepResult(tuple(events), None, is_stuck)
         for chunk in schedule.chunks:
             self._jobs[chunk.sequence.id].begin(chunk.sequence, started)
         batch = build_batch(schedule, self._block_size)
@@ -158,7 +170,8 @@ class Engine:
             return [None] * len(rows)
         index = [part.end - 1 for part in sampling]
         chosen = logits if len(index) == logits.shape[0] else logits[index]
-        result = sample(chosen, [part.job.sampling_row(part.chunk.sequence) for part in sampling])
+        sampling_rows = [part.job.sampling_row(part.chunk.sequence) for part in sampling]
+        result = sample(chosen, sampling_rows, self._kernels)
         tokens = iter(zip(result.token_ids, result.logprobs, strict=True))
         return [SampledToken(*next(tokens)) if part.scored_end < part.end else None for part in rows]
 

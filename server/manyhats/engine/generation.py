@@ -11,6 +11,7 @@ from torch import Tensor
 from manyhats.engine.jobs import Output, SampledToken, token_output
 from manyhats.engine.logprobs import token_logprobs
 from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage
+from manyhats.engine.penalties import LogitChanges, changes_logits
 from manyhats.engine.request import Request
 from manyhats.engine.sampler import SamplingRow
 from manyhats.engine.scheduler import Scheduler
@@ -37,6 +38,8 @@ class Generation:
         if request.response.prompt_logprobs:
             self._sequence.logits_from = start.num_virtual_tokens
             self._prompt_tokens.append(token_output(model.tokenizer, prompt[0], None))
+        sampling = request.sampling
+        self._changes = LogitChanges(sampling, prompt) if changes_logits(sampling) else None
         self._detokenizer = model.tokenizer.stream()
         self._stop = StopChecker(stopping, model.eos_token_ids)
         self._end_s = None if stopping.time_limit_s is None else request.accepted_s + stopping.time_limit_s
@@ -66,15 +69,14 @@ class Generation:
             )
 
     def sampling_row(self, sequence: Sequence) -> SamplingRow:
-        """The request's parameters and the tokens so far."""
+        """The request's parameters, and what its tokens so far make of them."""
         num_generated = sequence.num_output_tokens
         response = self._request.response
         return SamplingRow(
             params=self._request.sampling,
             seed=self._seed,
             step=num_generated,
-            prompt_token_ids=self._request.prompt_token_ids,
-            output_token_ids=sequence.output_token_ids,
+            changes=self._changes,
             forbid=self._stop.forbidden_ids(num_generated),
             num_logprobs=response.top_logprobs if response.logprobs else None,
         )
@@ -97,6 +99,8 @@ class Generation:
         if sampled is None:
             return None
         scheduler.append_token(sequence, sampled.id)
+        if self._changes is not None:
+            self._changes.append(sampled.id)
         if self._first_token_s is None:
             self._first_token_s = now_s
         text, reason = self._stop.push(

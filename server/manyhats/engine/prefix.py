@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from manyhats.adapters.primitives import KVPrefix, PromptEmbeddings
 from manyhats.engine.blocks import SharedPrefix
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.internal_jobs import InternalJob
 from manyhats.engine.jobs import Output, SampledToken
 from manyhats.engine.kernels.interface import KVCache
-from manyhats.engine.sampler import SamplingRow
 from manyhats.engine.scheduler import Scheduler
 from manyhats.engine.sequence import Sequence
 
@@ -43,32 +42,7 @@ OnPrefix = Callable[[ResidentPrefix], None]
 """Told on the engine's thread of a prefix that is in place."""
 
 
-class _PrefixJob:
-    """What the two kinds of ``Job`` below share: no answer to a caller, no clock, no sampling."""
-
-    def __init__(self, job_id: str, on_done: OnPrefix) -> None:
-        self.id = job_id
-        self.deadline_s: float | None = None
-        self.is_done = False
-        self.samples = False
-        self._on_done = on_done
-
-    def begin(self, sequence: Sequence, now_s: float) -> None:
-        """Nothing to note."""
-
-    def sampling_row(self, sequence: Sequence) -> SamplingRow:
-        """Never asked for."""
-        raise TypeError("a prefix samples nothing")
-
-    def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
-        """Its logits are of no use."""
-
-    def _finish(self, prefix: ResidentPrefix) -> None:
-        self.is_done = True
-        self._on_done(prefix)
-
-
-class KVPrefixJob(_PrefixJob):
+class KVPrefixJob(InternalJob[ResidentPrefix]):
     """Copies stored keys and values into blocks of their own, as soon as there are enough."""
 
     def __init__(self, job_id: str, prefix: KVPrefix, cache: KVCache, on_done: OnPrefix) -> None:
@@ -92,17 +66,11 @@ class KVPrefixJob(_PrefixJob):
         self._finish(ResidentPrefix(scheduler.adopt(blocks, num_tokens), self._prefix.position_offset))
         return None
 
-    def commit(
-        self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
-    ) -> Output | None:
-        """It has no sequence."""
-        return None
-
     def abort(self, scheduler: Scheduler) -> None:
         """It holds nothing before it is done."""
 
 
-class PromptPrefixJob(_PrefixJob):
+class PromptPrefixJob(InternalJob[ResidentPrefix]):
     """Runs the embeddings of virtual tokens once, with the adapter's own deltas, and keeps their blocks."""
 
     def __init__(self, job_id: str, prompt: PromptEmbeddings, slot: int, on_done: OnPrefix) -> None:
@@ -115,16 +83,13 @@ class PromptPrefixJob(_PrefixJob):
             slot=slot,
             embeddings=prompt.embeddings.to(torch.float32),
             uses_prefix_cache=False,
+            is_internal=True,
         )
 
     def start(self, scheduler: Scheduler) -> None:
         """Queues the virtual tokens."""
         check_capacity(self._sequence.num_tokens, scheduler)
         scheduler.add(self._sequence)
-
-    def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
-        """Nothing to do between steps."""
-        return None
 
     def commit(
         self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float

@@ -1,30 +1,30 @@
-"""Logits and parameters → token ids. Pure: the same arguments give the same tokens.
+"""Logits and parameters → token ids. The same arguments give the same tokens.
 
 A row's token depends on that row's logits, parameters, seed and step alone, not on the rows beside it nor on
-their number: rows that draw are computed one by one in NumPy, on one thread, each over its own [V] numbers.
-Rows that only take the most likely token are done together, by one argmax.
+their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from manyhats.engine.filters import filtered
+from manyhats.engine.choices import Choices
+from manyhats.engine.kernels.interface import Kernels
 from manyhats.engine.logprobs import TokenLogprob, row_logprob, token_logprobs
-from manyhats.engine.penalties import changes_logits, penalized, restricted
+from manyhats.engine.penalties import Ids, LogitChanges, Values
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.uniform import uniform
 
 __all__ = ["Sampled", "SamplingRow", "TokenLogprob", "non_finite_rows", "sample", "token_logprobs"]
 
-_SMALLEST_TEMPERATURE = np.float32(1e-30)
-_BLOCK = 256
+_SMALLEST_TEMPERATURE = 1e-30
+"""In float32 a smaller one could be 0, which is greedy: ties would no longer be drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,11 +32,10 @@ class SamplingRow:
     """What one row of logits is sampled with.
 
     Attributes:
-        params: its ``seed`` is not read here.
+        params: its ``seed`` is not read here, and its bias and penalties in ``changes`` alone.
         seed: resolved, in [0, 2^64).
         step: index of the output token; the random number is a function of (seed, step).
-        prompt_token_ids: for the repetition penalty; ids in [0, V), as all ids here.
-        output_token_ids: for all penalties.
+        changes: bias and penalties; None without any.
         forbid: ids that may not come, e.g. EOS before ``min_new_tokens``.
         allowed: bool [V], ids that may come; None is all.
         num_logprobs: None wants no log-probability, 0 the token's own, k also the k most likely.
@@ -45,8 +44,7 @@ class SamplingRow:
     params: SamplingParams
     seed: int = 0
     step: int = 0
-    prompt_token_ids: Seq[int] = ()
-    output_token_ids: Seq[int] = ()
+    changes: LogitChanges | None = None
     forbid: tuple[int, ...] = ()
     allowed: Tensor | None = None
     num_logprobs: int | None = None
@@ -54,12 +52,7 @@ class SamplingRow:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether its token is the most likely one of the raw logits."""
-        return (
-            self.params.is_greedy
-            and not self.forbid
-            and self.allowed is None
-            and not changes_logits(self.params)
-        )
+        return self.params.is_greedy and self.changes is None and not self.forbid and self.allowed is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +63,7 @@ class Sampled:
     logprobs: list[TokenLogprob | None]
 
 
-def sample(logits: Tensor, rows: Seq[SamplingRow]) -> Sampled:
+def sample(logits: Tensor, rows: Seq[SamplingRow], kernels: Kernels[Any, Any]) -> Sampled:
     """Choose one token per row.
 
     Bias, penalties, forbidden ids, temperature, top_k, top_p, min_p, typical_p, in this order; then the token
@@ -80,6 +73,7 @@ def sample(logits: Tensor, rows: Seq[SamplingRow]) -> Sampled:
     Args:
         logits: [M, V] float32, finite.
         rows: M of them.
+        kernels: what chooses.
 
     Raises:
         ValueError: not M rows, or a row that allows no token.
@@ -87,18 +81,17 @@ def sample(logits: Tensor, rows: Seq[SamplingRow]) -> Sampled:
     """
     if logits.shape[0] != len(rows):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} sampling rows")
-    values: npt.NDArray[np.float32] = logits.detach().cpu().numpy()
-    is_plain = [row.is_plain_greedy for row in rows]
-    if all(is_plain):
-        token_ids: list[int] = values.argmax(axis=1).tolist() if rows else []
+    if all(row.is_plain_greedy for row in rows):
+        token_ids: list[int] = logits.numpy().argmax(axis=1).tolist()
     else:
-        token_ids = [
-            int(value.argmax()) if plain else _sample_row(value, row)
-            for value, row, plain in zip(values, rows, is_plain, strict=True)
-        ]
+        token_ids = kernels.choose(logits, _choices(logits, rows)).tolist()
+    if -1 in token_ids:
+        raise ValueError("no token is allowed to come next")
     logprobs = [
-        None if row.num_logprobs is None else row_logprob(value, token_id, row.num_logprobs)
-        for value, row, token_id in zip(values, rows, token_ids, strict=True)
+        None
+        if row.num_logprobs is None
+        else row_logprob(logits[index].numpy(), token_ids[index], row.num_logprobs)
+        for index, row in enumerate(rows)
     ]
     return Sampled(token_ids, logprobs)
 
@@ -113,37 +106,50 @@ def non_finite_rows(logits: Tensor) -> list[int]:
     return [row for row in suspects if not bool(torch.isfinite(logits[row]).all())]
 
 
-def _sample_row(logits: npt.NDArray[np.float32], row: SamplingRow) -> int:
-    if changes_logits(row.params):
-        logits = penalized(logits, row.params, row.prompt_token_ids, row.output_token_ids)
-    if row.forbid or row.allowed is not None:
-        allowed = None if row.allowed is None else row.allowed.cpu().numpy()
-        logits = restricted(logits, row.forbid, allowed)
-    if row.params.is_greedy:
-        return int(logits.argmax())
-    temperature = max(np.float32(row.params.temperature), _SMALLEST_TEMPERATURE)
-    with np.errstate(over="ignore"):  # to -inf, which is a weight of 0
-        scaled = (logits - logits.max()) / temperature
-    ids, weights = filtered(scaled, row.params)
-    chosen = _draw(weights, uniform(row.seed, row.step))
-    return chosen if ids is None else int(ids[chosen])
+def _choices(logits: Tensor, rows: Seq[SamplingRow]) -> Choices:
+    params = [row.params for row in rows]
+    edits = [_edits(logits, index, row) for index, row in enumerate(rows)]
+    masks = [row.allowed for row in rows if row.allowed is not None]
+    return Choices(
+        temperature=torch.tensor([_temperature(p) for p in params], dtype=torch.float32),
+        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float64),
+        typical_p=torch.tensor([p.typical_p for p in params], dtype=torch.float64),
+        point=torch.tensor(
+            [0.0 if row.params.is_greedy else uniform(row.seed, row.step) for row in rows],
+            dtype=torch.float64,
+        ),
+        edit_start=torch.tensor([0, *np.cumsum([ids.size for ids, _ in edits])], dtype=torch.int64),
+        edit_ids=torch.from_numpy(np.concatenate([_NO_IDS, *(ids for ids, _ in edits)])),
+        edit_values=torch.from_numpy(np.concatenate([_NO_VALUES, *(values for _, values in edits)])),
+        mask_rows=torch.tensor(_mask_rows(rows), dtype=torch.int64),
+        masks=torch.stack(masks) if masks else torch.empty((0, logits.shape[1]), dtype=torch.bool),
+    )
 
 
-def _draw(weights: npt.NDArray[np.float32], point: float) -> int:
-    """The first index whose cumulative weight is over ``point`` of the total; never one of weight 0.
-
-    The block of tokens in which that happens is found by the blocks' sums, the token by float64 sums within
-    it: several times faster than cumulating a whole vocabulary.
-    """
-    starts = np.arange(0, weights.size, _BLOCK)
-    held = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
-    block, target = _first_over(held, point * held[-1])
-    inside = np.cumsum(weights[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
-    before = held[block - 1] if block else 0.0
-    return int(starts[block]) + _first_over(inside, target - before)[0]
+_NO_IDS: Ids = np.empty(0, np.int64)
+_NO_VALUES: Values = np.empty(0, np.float32)
 
 
-def _first_over(held: npt.NDArray[np.float64], target: float) -> tuple[int, float]:
-    """The first index with held > target, and the target, which rounding may have put at the last of held."""
-    target = min(target, float(np.nextafter(held[-1], 0.0)))
-    return int(np.searchsorted(held, target, side="right")), target
+def _edits(logits: Tensor, index: int, row: SamplingRow) -> tuple[Ids, Values]:
+    """The tokens of a row whose logits change, and to what; forbidden ones come last, and so win."""
+    ids, values = _NO_IDS, _NO_VALUES
+    if row.changes is not None:
+        ids, values = row.changes.applied(logits[index].numpy())
+    if row.forbid:
+        if max(row.forbid) >= logits.shape[1]:
+            raise IndexError(f"token id {max(row.forbid)} is outside the vocabulary of {logits.shape[1]}")
+        ids = np.concatenate([ids, np.array(row.forbid, np.int64)])
+        values = np.concatenate([values, np.full(len(row.forbid), -np.inf, np.float32)])
+    return ids, values
+
+
+def _temperature(params: SamplingParams) -> float:
+    return 0.0 if params.is_greedy else max(params.temperature, _SMALLEST_TEMPERATURE)
+
+
+def _mask_rows(rows: Seq[SamplingRow]) -> list[int]:
+    """Which of the masks each row has; -1 for none."""
+    numbers = iter(range(len(rows)))
+    return [-1 if row.allowed is None else next(numbers) for row in rows]

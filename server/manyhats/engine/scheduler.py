@@ -4,6 +4,10 @@ Order: running decodes, running prefills, then waiting sequences by (priority, a
 within their priority. A running sequence's blocks cover all its tokens, so only decodes ever ask for more;
 when none is left, the running sequence that ranks last gives all of its blocks back and is computed again
 later, its output kept. The one that ranks first is thus never preempted while others run, and so finishes.
+
+The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go ahead of every
+request, and neither ``max_waiting`` nor ``max_num_sequences`` holds for them. In turn a step in which others decode
+takes few of their tokens, so that it grows by half at most.
 """
 
 from __future__ import annotations
@@ -21,13 +25,18 @@ from manyhats.engine.sequence import Sequence, SequenceStatus
 __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig"]
 
 _RETRY_AFTER_S = 1.0
+_INTERNAL_PRIORITY = 2**31
+"""Above every request's."""
+_INTERNAL_TOKENS = 3
+"""As many make a step of one decode a quarter longer; each two further decodes allow for one more."""
 
 
 @dataclass(slots=True)
 class _Step:
-    """A schedule in the making; ``budget`` is what is left of the step's tokens."""
+    """A schedule in the making: what is left of the step's tokens, and of those for internal sequences."""
 
     budget: int
+    internal_budget: int
     chunks: list[Chunk] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
@@ -37,6 +46,13 @@ class _Step:
     def add(self, sequence: Sequence, num_tokens: int) -> None:
         self.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
         self.budget -= num_tokens
+
+    def add_prefill(self, sequence: Sequence) -> None:
+        num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, self.budget)
+        if sequence.is_internal:
+            num_tokens = min(num_tokens, max(1, self.internal_budget))
+            self.internal_budget -= num_tokens
+        self.add(sequence, num_tokens)
 
     def freeze(self) -> Schedule:
         return Schedule(
@@ -85,14 +101,15 @@ class Scheduler:
         """Queue a new sequence.
 
         Raises:
-            QueueFullError: ``max_waiting`` sequences wait.
+            QueueFullError: ``max_waiting`` sequences wait, and it is not internal.
             FieldInvalidError: it could never run to ``max_num_tokens`` in this pool.
             ValueError: it contradicts itself, or was added before.
         """
-        if len(self._waiting) >= self.config.max_waiting:
+        if len(self._waiting) >= self.config.max_waiting and not sequence.is_internal:
             raise QueueFullError(self.config.max_waiting, _RETRY_AFTER_S)
         check_addable(sequence, self.allocator)
-        sequence.rank = (-sequence.priority, sequence.arrival, self._num_added)
+        priority = _INTERNAL_PRIORITY if sequence.is_internal else sequence.priority
+        sequence.rank = (-priority, sequence.arrival, self._num_added)
         self._num_added += 1
         self._enqueue(sequence)
 
@@ -107,7 +124,7 @@ class Scheduler:
         """
         if self._in_flight is not None:
             raise RuntimeError("the last schedule was not committed")
-        step = _Step(self.config.max_num_batched_tokens)
+        step = _Step(self.config.max_num_batched_tokens, self.config.max_num_batched_tokens)
         self._cover_tokens(step)
         self._continue_running(step)
         self._admit_waiting(step)
@@ -214,27 +231,30 @@ class Scheduler:
                 sequence.block_table.extend(self.allocator.allocate(missing))
 
     def _continue_running(self, step: _Step) -> None:
-        prefills: list[tuple[Sequence, int]] = []
+        prefills: list[Sequence] = []
         for sequence in self._running:
             num_left = len(sequence.token_ids) - sequence.num_computed_tokens
-            if num_left == 1:
+            if num_left == 1 and not sequence.is_internal:
                 step.add(sequence, 1)
-            elif num_left > 1:
-                prefills.append((sequence, num_left))
-        for sequence, num_left in prefills:
+            elif num_left > 0:
+                prefills.append(sequence)
+        if step.chunks:
+            step.internal_budget = _INTERNAL_TOKENS + len(step.chunks) // 2
+        for sequence in prefills:
             if step.budget > 0:
-                step.add(sequence, min(num_left, step.budget))
+                step.add_prefill(sequence)
 
     def _admit_waiting(self, step: _Step) -> None:
-        while self._waiting and step.budget > 0 and len(self._running) < self.config.max_num_sequences:
+        while self._waiting and step.budget > 0:
             sequence = self._waiting[0]
+            if len(self._running) >= self.config.max_num_sequences and not sequence.is_internal:
+                return
             admission = self._affordable_admission(sequence)
             if admission is None:
                 return
             del self._waiting[0]
             self._admit(sequence, admission, step)
-            num_left = len(sequence.token_ids) - sequence.num_computed_tokens
-            step.add(sequence, min(num_left, step.budget))
+            step.add_prefill(sequence)
 
     def _affordable_admission(self, sequence: Sequence) -> Admission | None:
         """How to start it, or None if there are too few blocks for all its tokens.

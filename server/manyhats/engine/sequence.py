@@ -44,6 +44,7 @@ class Sequence:
         fallback: what to start from instead, when the scheduler took ``shared`` back.
         embeddings: [P, D] float32, what the first P tokens are in place of their ids' embeddings; None for none.
         uses_prefix_cache: whether it takes blocks from the prefix cache and leaves its own there.
+        is_internal: the engine's own, no request's; see ``Scheduler``.
         num_prompt_tokens: ``len(token_ids)`` when it was made.
         num_computed_tokens: tokens whose KV is in its blocks.
         block_table: its blocks in order; while it runs, they cover all its tokens.
@@ -67,6 +68,7 @@ class Sequence:
     fallback: SharedPrefix | None = None
     embeddings: Tensor | None = None
     uses_prefix_cache: bool = True
+    is_internal: bool = False
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = field(default=0, init=False)
     block_table: list[int] = field(default_factory=list, init=False)

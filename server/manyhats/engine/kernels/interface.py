@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.batch import AdapterRows, Batch
+from manyhats.engine.choices import Choices
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.weights import Linear
 
@@ -240,4 +241,12 @@ class Kernels(Protocol[PackedT, CacheT]):
 
     def softcap(self, x: Tensor, limit: float) -> None:
         """X = limit · tanh(x / limit), in place: [N, V]."""
+        ...
+
+    def choose(self, logits: Tensor, choices: Choices) -> Tensor:
+        """One token for each row of logits [M, V]: → [M] int64, −1 where no token is allowed.
+
+        Edits and masks first, then temperature, top_k, top_p, min_p and typical_p, each over what the ones before
+        have left, renormalized; then the draw.
+        """
         ...

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.batch import Batch
+from manyhats.engine.choices import Choices
 from manyhats.engine.kernels.dtypes import torch_dtype
+from manyhats.engine.kernels.reference_choice import choose_row
 from manyhats.engine.kernels.reference_slots import ReferenceSlots
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.nf4 import Nf4Weight
@@ -183,3 +185,8 @@ class ReferenceKernels:
                     weights = torch.softmax(scores, dim=0)
                     out[row, head] = weights @ values[:, kv_head]
         return out.view(qkv.shape[0], -1)
+
+    def choose(self, logits: Tensor, choices: Choices) -> Tensor:
+        """One token for each row."""
+        tokens = [choose_row(row, choices, index) for index, row in enumerate(logits)]
+        return torch.tensor(tokens, dtype=torch.int64)

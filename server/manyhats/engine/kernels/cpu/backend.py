@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import numba
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.batch import Batch
+from manyhats.engine.choices import Choices
 from manyhats.engine.errors import ModelError
 from manyhats.engine.kernels.cpu import attention as attention_kernels
 from manyhats.engine.kernels.cpu import avx512_bf16, rowwise
 from manyhats.engine.kernels.cpu import linear as linear_kernels
 from manyhats.engine.kernels.cpu.avx512_bf16 import Avx512Bf16Linear
+from manyhats.engine.kernels.cpu.choosing import TokenChooser
 from manyhats.engine.kernels.cpu.compile import max_threads
 from manyhats.engine.kernels.cpu.packing import LANES, CpuLinear, as_array, pack_linear
 from manyhats.engine.kernels.cpu.slots import CpuAdapterSlots
@@ -82,6 +85,7 @@ class CpuKernels:
         numba.set_num_threads(self.num_threads)
         self._panels: dict[tuple[int, int], np.ndarray] = {}
         self._scores = np.empty((self.num_threads, 0), dtype=np.float32)
+        self._chooser = TokenChooser(self.num_threads)
 
     @property
     def name(self) -> str:
@@ -89,8 +93,16 @@ class CpuKernels:
         return "cpu-avx512-bf16" if self._uses_bf16 else "cpu-numba"
 
     def start_thread(self) -> None:
-        """Gives the calling thread this backend's number of threads; Numba keeps it per thread."""
+        """Gives the calling thread this backend's number of threads, and other threads of the process one of torch's.
+
+        Numba and torch both keep the number per thread, torch with the latest one set as the default of the others.
+        A second team would make this one's threads sleep between loops (``own_thread``).
+        """
         numba.set_num_threads(self.num_threads)
+        torch.set_num_threads(self.num_threads)
+        others = threading.Thread(target=torch.set_num_threads, args=(1,))
+        others.start()
+        others.join()
 
     def pack(self, parts: Sequence[Linear]) -> CpuLinear | Avx512Bf16Linear:
         """Lays out linears over the same input as one."""
@@ -266,6 +278,10 @@ class CpuKernels:
             self._scores,
         )
         return out
+
+    def choose(self, logits: Tensor, choices: Choices) -> Tensor:
+        """One token for each row."""
+        return self._chooser.choose(logits, choices)
 
     def _row_threads(self, x: Tensor) -> int:
         """A few rows are quicker on one thread than the other threads are woken."""

@@ -116,7 +116,7 @@ class CpuAdapterSlots:
             linear.clear(slot)
         for sublayer in self._sublayers.values():
             sublayer.clear(slot)
-        for scales in self._input_scales.values():
+        for scales in tuple(self._input_scales.values()):  # a copy: another slot's write may add one
             scales.pop(slot, None)
         self._embeddings.pop(slot, None)
         self._heads.pop(slot, None)

@@ -1,0 +1,112 @@
+"""Jobs of the engine's own: a worker thread hands one to the engine's thread and waits for what it makes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from manyhats.engine.engine import Engine
+from manyhats.engine.errors import EngineDeadError, EngineError
+from manyhats.engine.jobs import Event, Job, Output, SampledToken
+from manyhats.engine.sampler import SamplingRow
+from manyhats.engine.scheduler import Scheduler
+from manyhats.engine.sequence import Sequence
+
+T = TypeVar("T")
+
+Command = Callable[[], tuple[Event, ...]]
+"""Something for the engine's thread to do between steps."""
+
+
+class InternalJob(Generic[T]):
+    """What these kinds of ``Job`` share: one result for one thread; no caller, no clock, no sampling."""
+
+    def __init__(self, job_id: str, on_done: Callable[[T], None]) -> None:
+        self.id = job_id
+        self.deadline_s: float | None = None
+        self.is_done = False
+        self.samples = False
+        self._on_done = on_done
+
+    def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
+        """Nothing to do between steps."""
+        return None
+
+    def begin(self, sequence: Sequence, now_s: float) -> None:
+        """Nothing to note."""
+
+    def sampling_row(self, sequence: Sequence) -> SamplingRow:
+        """Never asked for."""
+        raise TypeError("this job samples nothing")
+
+    def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
+        """Its logits are of no use."""
+
+    def commit(
+        self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
+    ) -> Output | None:
+        """It has no sequence."""
+        return None
+
+    def _finish(self, result: T) -> None:
+        self.is_done = True
+        self._on_done(result)
+
+
+class InternalJobs:
+    """The jobs that threads wait for.
+
+    Args:
+        engine: runs them; touched by commands alone.
+        submit: hands a command to the engine's thread.
+    """
+
+    def __init__(self, engine: Engine, submit: Callable[[Command], None]) -> None:
+        self._engine = engine
+        self._submit = submit
+        self._numbers = itertools.count(1)
+        self._waiting: dict[str, Future[Any]] = {}
+        self._is_closed = False
+
+    def start(self, make_job: Callable[[str, Callable[[T], None]], Job]) -> Future[T]:
+        """Hands over a job, made from its id and what takes its result; the result or its error will come.
+
+        Raises:
+            EngineDeadError: nobody would run it.
+        """
+        job_id = f"internal-{next(self._numbers)}"
+        future: Future[T] = Future()
+        job = make_job(job_id, future.set_result)
+        self._waiting[job_id] = future
+        if self._is_closed:  # asked after the entry is there, so that ``close`` misses none
+            del self._waiting[job_id]
+            raise EngineDeadError("the engine has ended")
+        future.add_done_callback(lambda _: self._waiting.pop(job_id))
+        self._submit(lambda: self._engine.add(job))
+        return future
+
+    def then(self, act: Callable[[Scheduler], None]) -> None:
+        """Has the engine's thread do something before its next step; from any thread."""
+
+        def command() -> tuple[Event, ...]:
+            act(self._engine.scheduler)
+            return ()
+
+        self._submit(command)
+
+    def take(self, event: Event) -> bool:
+        """Whether an event is about one of these jobs; an error then ends the wait for it."""
+        future = self._waiting.get(event.job_id)
+        if future is not None and isinstance(event.payload, EngineError):
+            future.set_exception(event.payload)
+        return future is not None
+
+    def close(self) -> None:
+        """Ends every wait; the engine's thread calls it as its last act."""
+        self._is_closed = True
+        for future in tuple(self._waiting.values()):
+            future.set_exception(EngineDeadError("the engine has ended"))
