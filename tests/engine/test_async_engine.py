@@ -22,7 +22,7 @@ from engine_harness import (
     until,
 )
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
 from manyhats.engine import async_engine
 from manyhats.engine.async_engine import AsyncEngine
 from manyhats.engine.config import EngineConfig
@@ -529,14 +529,30 @@ async def test_an_idle_engine_s_heart_beats(model: LoadedModel) -> None:
         assert abs(engine.stats.heartbeat_s - time.time()) < 5
 
 
+async def test_the_longest_request_behind_virtual_tokens_fits_into_the_pool(model: LoadedModel) -> None:
+    block_bytes = 2 * 2 * 2 * 16 * 16 * 4
+    embeddings = torch.randn((17, 64), generator=torch.Generator().manual_seed(3))
+    soft = LoweredAdapter(digest_of("soft"), (), PromptEmbeddings(embeddings))
+    async with running_engine(model, {"soft": soft}, kv_cache_bytes=10 * block_bytes) as engine:
+        longest = engine.max_context_length - 17
+        record = make_record("soft", soft.digest)
+        answer = await asyncio.wait_for(
+            collect(engine, make_request([5] * (longest - 4), adapter=record, new_tokens=4)), 20
+        )
+        assert len(answer.token_ids) == 4
+        with pytest.raises(PromptTooLongError):
+            await collect(engine, make_request([5] * longest, adapter=record))
+
+
 async def test_the_kv_pool_is_sized_by_bytes_and_bounds_the_context(model: LoadedModel) -> None:
     block_bytes = 2 * 2 * 2 * 16 * 16 * 4
     async with running_engine(model, kv_cache_bytes=10 * block_bytes + 5) as engine:
         assert engine.stats.kv_blocks_total == 10
         assert engine.model_bytes["kv"] == 10 * block_bytes
-        assert engine.max_context_length == 160
+        # One block less than there are: a copy of virtual tokens may need it.
+        assert engine.max_context_length == 144
         with pytest.raises(PromptTooLongError) as caught:
-            await collect(engine, make_request([5] * 160))
-        assert caught.value.limit == 159
+            await collect(engine, make_request([5] * 144))
+        assert caught.value.limit == 143
     with pytest.raises(FieldInvalidError, match="kv_cache_bytes"):
         AsyncEngine(model, EngineConfig(kv_cache_bytes=100), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]

@@ -69,7 +69,9 @@ class AsyncEngine:
             block_size=config.block_size,
             scheduler=config.scheduler,
         )
-        self.max_context_length = min(model.config.max_context_length, self._num_blocks * config.block_size)
+        # One block stays for the copy of virtual tokens that fill their last block in part.
+        room = max(self._num_blocks - 1, 1) * config.block_size
+        self.max_context_length = min(model.config.max_context_length, room)
         self._serving = ServingModel(
             base_digest=model.description.digest,
             tokenizer=model.tokenizer,
