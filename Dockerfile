@@ -17,7 +17,7 @@ COPY adapters_store adapters_store
 COPY server server
 COPY trainer trainer
 COPY clients clients
-RUN /opt/manyhats/bin/pip install ${PIP_ARGS} -c constraints.txt '.[server]'
+RUN /opt/manyhats/bin/pip install ${PIP_ARGS} -c constraints.txt '.[server,postgres,s3]'
 
 FROM python:3.11-slim-bookworm
 # Numba's threads need the OpenMP run time.

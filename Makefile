@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run test check format bench proto clean
+.PHONY: help setup run test test-store-faults fuzz check format bench proto clean
 
 help:
 	@echo "make setup    install everything into $(VENV) and fetch the default model"
 	@echo "make run      set up, serve the default model with the example tasks, print calls to try"
 	@echo "make test     set up, run the tests"
+	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
+	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
 	@echo "make proto    regenerate the gRPC code"
@@ -31,7 +33,14 @@ run: setup
 	$(BIN)/python examples/serve.py
 
 test: setup
+	scripts/need_postgresql.sh
 	$(BIN)/python -m pytest
+
+test-store-faults: $(STAMP)
+	cd tests && ../$(BIN)/python -m store_faults
+
+fuzz: $(STAMP)
+	cd tests && ../$(BIN)/python -m fuzzing
 
 check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Iterator
@@ -77,6 +78,7 @@ def make_adapter(task_id: str, version: int) -> adapter_pb2.Adapter:
         effect=0.25,
         residency=adapter_pb2.ADAPTER_RESIDENCY_DEVICE,
         notes=["names no base"],
+        parts=[adapter_pb2.ArtifactPart(digest="sha256:aa", weight=0.5, source=f"/adapters/{task_id}")],
     )
     adapter.create_time.FromDatetime(CREATE_TIME)
     return adapter
@@ -91,11 +93,15 @@ class FakeServer:
     def __init__(self) -> None:
         self.target = ""
         self.requests: list[Message] = []
+        self.authorizations: list[str | bytes | None] = []
         self.status: Any = None
         self.fail_stream_after: int | None = None
         self.is_endless = False
         self.delay_s = 0.0
+        self.stream_began = threading.Event()
         self.stream_ended = threading.Event()
+        self.uploaded: dict[str, bytearray] = {}
+        self.largest_chunk = 0
         self.adapters = [make_adapter("sql", 1), make_adapter("sql", 2), make_adapter("tldr", 1)]
         self.health = health.HealthServicer()
 
@@ -217,10 +223,31 @@ class _Adapters(adapter_pb2_grpc.AdapterServiceServicer):
         return adapter_pb2.RegisterAdapterResponse(adapter=make_adapter(request.task_id, 3), created=True)
 
     def UploadAdapter(self, request_iterator: Any, context: Any) -> Any:
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "no client calls this")
+        context.add_callback(self._fake.stream_ended.set)
+        header = next(request_iterator).header
+        self._fake.stream_began.set()
+        self._fake.see(header, context)
+        context.send_initial_metadata((("manyhats-upload", "accepted"),))
+        files = {file.name: bytearray(file.size_bytes) for file in header.files}
+        names = list(files)
+        for request in request_iterator:
+            chunk = request.chunk
+            end = chunk.offset + len(chunk.data)
+            files[names[chunk.file_index]][chunk.offset : end] = chunk.data
+            self._fake.largest_chunk = max(self._fake.largest_chunk, len(chunk.data))
+        if self._fake.is_endless:
+            while context.is_active():
+                time.sleep(0.01)
+        for file in header.files:
+            if hashlib.sha256(files[file.name]).hexdigest() != file.sha256:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{file.name}: not the bytes announced")
+        self._fake.uploaded = files
+        return adapter_pb2.UploadAdapterResponse(adapter=make_adapter(header.task_id, 3), created=True)
 
     def ActivateAdapter(self, request: Any, context: Any) -> Any:
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "no client calls this")
+        self._fake.see(request, context)
+        task_id, _, version = request.task_id.partition("@")
+        return adapter_pb2.ActivateAdapterResponse(adapter=make_adapter(task_id, int(version)))
 
     def GetAdapter(self, request: Any, context: Any) -> Any:
         self._fake.see(request, context)
@@ -260,18 +287,32 @@ class _Server(server_pb2_grpc.ServerServiceServicer):
         )
 
 
+class _SeesTokens(grpc.ServerInterceptor):
+    def __init__(self, fake: FakeServer) -> None:
+        self._fake = fake
+
+    def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        metadata = dict(handler_call_details.invocation_metadata)
+        self._fake.authorizations.append(metadata.get("authorization"))
+        return continuation(handler_call_details)
+
+
 @contextmanager
-def running_server() -> Iterator[FakeServer]:
-    """Serves a ``FakeServer`` on a free port of this machine."""
+def running_server(credentials: grpc.ServerCredentials | None = None) -> Iterator[FakeServer]:
+    """Serves a ``FakeServer`` on a free port of this machine, in the clear or by TLS."""
     fake = FakeServer()
     with ThreadPoolExecutor(max_workers=8) as pool:
-        server = grpc.server(pool)
+        server = grpc.server(pool, interceptors=[_SeesTokens(fake)])
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(fake), server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(_Adapters(fake), server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(fake), server)
         health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
         fake.set_serving(True)
-        fake.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        if credentials is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = server.add_secure_port("127.0.0.1:0", credentials)
+        fake.target = f"127.0.0.1:{port}"
         server.start()
         try:
             yield fake

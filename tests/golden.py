@@ -6,6 +6,28 @@ from pathlib import Path
 
 import pytest
 
+from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.convert import convert
+
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden references beside the checkout")
+
+ADAPTERHUB_FIXTURES = {
+    "adapterhub_seq_bn": AdapterMethod.BOTTLENECK,
+    "adapterhub_double_seq_bn": AdapterMethod.BOTTLENECK,
+    "adapterhub_par_bn": AdapterMethod.BOTTLENECK,
+    "adapterhub_lora": AdapterMethod.LORA,
+    "adapterhub_ia3": AdapterMethod.IA3,
+    "adapterhub_prefix": AdapterMethod.PREFIX_TUNING,
+    "adapterhub_prefix_flat": AdapterMethod.PREFIX_TUNING,
+}
+
+
+def adapterhub_directory(fixture: str, converted: Path) -> Path:
+    """A fixture's adapter; converted into a new directory where the library could save a pickle only."""
+    saved = GOLDEN / fixture / "adapter"
+    if not (saved / "pytorch_adapter.bin").exists():
+        return saved
+    convert(saved, converted)
+    return converted

@@ -226,10 +226,11 @@ def _linear_hook(rows: Sequence[int], deltas: Sequence[Sequence[Any]]) -> Any:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Any]) -> Tensor:
-    """InputScale, the base linear, Affine, LowRank."""
+    """InputScale, the base linear, Affine, then LowRank of the input as it was."""
+    rescaled = x
     for rescaling in _of(InputScale, deltas):
-        x = x * rescaling.scale.float()
-    y = functional.linear(x, weight, bias)
+        rescaled = rescaled * rescaling.scale.float()
+    y = functional.linear(rescaled, weight, bias)
     for affine in _of(Affine, deltas):
         y = y * (1.0 if affine.scale is None else affine.scale.float())
         y = y + (0.0 if affine.offset is None else affine.offset.float())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,9 +17,19 @@ from google.rpc import status_pb2  # type: ignore[import-untyped]
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState
-from manyhats.adapters.errors import AdapterInUseError, NoActiveVersionError, TaskNotFoundError
+from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
+from manyhats.adapters.errors import (
+    AdapterInUseError,
+    ArgumentInvalidError,
+    NoActiveVersionError,
+    TaskNotFoundError,
+)
+from manyhats.adapters.intake import PartSource
+from manyhats.adapters.page_token import decode_page_token, encode_page_token
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.taskid import check_task_id, parse_name
+from manyhats.adapters.upload import UploadFile
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.output import (
     EngineStats,
@@ -36,7 +47,7 @@ from manyhats.server.gate import Gate
 from manyhats.server.grpc_port import GrpcPort
 from manyhats.server.http_port import HttpPort, make_app
 from manyhats.server.metrics import Metrics
-from manyhats.server.ports import Backend, ModelInfo
+from manyhats.server.ports import Backend, ModelInfo, Store
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
@@ -81,6 +92,10 @@ class EchoEngine:
     resident: dict[str, AdapterRecord] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
     warm_error: Exception | None = None
+    warm_s: float = 0.0
+    warmed: list[AdapterRecord] = field(default_factory=list)
+    effect: float = 0.25
+    probed: list[LoweredAdapter] = field(default_factory=list)
     waiting_tasks: tuple[str, ...] = ()
     requests: list[Request] = field(default_factory=list)
     score_requests: list[ScoreRequest] = field(default_factory=list)
@@ -139,9 +154,15 @@ class EchoEngine:
         return ScoreOutput(scores, Usage(prompt_tokens=len(request.prompt_token_ids)))
 
     async def warm_adapter(self, record: AdapterRecord) -> None:
+        self.warmed.append(record)
+        await asyncio.sleep(self.warm_s)
         if self.warm_error is not None:
             raise self.warm_error
         self.resident[record.digest] = record
+
+    def probe(self, adapter: LoweredAdapter) -> float:
+        self.probed.append(adapter)
+        return self.effect
 
     def forget_adapter(self, digest: str) -> None:
         self.resident.pop(digest, None)
@@ -170,37 +191,91 @@ class FakePage:
 
 
 @dataclass
+class FakeUpload:
+    """An upload of ``MemoryStore``; ``write`` waits while ``may_write`` is not set."""
+
+    publish: Callable[..., FakeRegistration]
+    may_write: threading.Event
+    pieces: list[tuple[int, int, bytes]] = field(default_factory=list)
+    is_aborted: bool = False
+
+    def write(self, file_index: int, offset: int, data: bytes) -> None:
+        assert self.may_write.wait(5)
+        self.pieces.append((file_index, offset, data))
+
+    def finish(self, *, probe: Probe | None = None, prepare: Prepare | None = None) -> FakeRegistration:
+        return self.publish(probe=probe, prepare=prepare)
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+@dataclass
 class MemoryStore:
-    """Every uri is an adapter whose digest is its name. Errors for chosen uris are in ``errors``."""
+    """Every uri is an adapter whose digest is its name. Errors for chosen uris are in ``errors``.
+
+    ``others_changed`` are the tasks that the next ``refresh`` tells of, ``refresh_error`` makes it fail.
+    """
 
     tasks: dict[str, list[AdapterRecord]] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
+    uploads: list[FakeUpload] = field(default_factory=list)
+    may_open: threading.Event = field(default_factory=threading.Event)
+    may_write: threading.Event = field(default_factory=threading.Event)
+    others_changed: set[str] = field(default_factory=set)
+    refresh_error: Exception | None = None
+    is_closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.may_open.set()
+        self.may_write.set()
 
     def register(
         self,
         task_id: str,
-        uri: str,
+        uri: str = "",
         *,
+        parts: Sequence[PartSource] = (),
         activate: bool = True,
         validate_only: bool = False,
         expected_digest: str = "",
         request_id: str = "",
         labels: Mapping[str, str] | None = None,
+        probe: Probe | None = None,
+        prepare: Prepare | None = None,
     ) -> FakeRegistration:
         check_task_id(task_id)
+        uri = uri or "+".join(f"{part.weight:g}*{part.uri}" for part in parts)
         if uri in self.errors:
             raise self.errors[uri]
         versions = self.tasks.get(task_id, [])
-        for record in versions:
-            if record.digest == f"sha256:{uri}":
-                return FakeRegistration(record, created=False)
         state = AdapterState.ACTIVE if activate else AdapterState.INACTIVE
         record = make_record(task_id, 0 if validate_only else len(versions) + 1, uri, state, labels or {})
+        if probe is not None:
+            record = replace(record, effect=probe(LoweredAdapter(record.digest, ())))
+        if parts:
+            record = replace(
+                record,
+                method=AdapterMethod.COMPOSED,
+                parts=tuple(ArtifactPart(f"sha256:{part.uri}", part.weight, part.uri) for part in parts),
+            )
+        if prepare is not None and activate and not validate_only:
+            prepare(replace(record, version=0, state=AdapterState.CREATING))
+        for existing in versions:
+            if existing.digest == record.digest:
+                return FakeRegistration(existing, created=False)
         if not validate_only:
             if activate:
                 versions = [replace(each, state=AdapterState.INACTIVE) for each in versions]
             self.tasks[task_id] = [*versions, record]
         return FakeRegistration(record, created=not validate_only)
+
+    def open_upload(self, task_id: str, files: Sequence[UploadFile], **options: Any) -> FakeUpload:
+        check_task_id(task_id)
+        assert self.may_open.wait(5)
+        upload = FakeUpload(partial(self.register, task_id, "upload", **options), self.may_write)
+        self.uploads.append(upload)
+        return upload
 
     def get(self, name: str) -> AdapterRecord:
         return self.resolve(name)
@@ -221,13 +296,40 @@ class MemoryStore:
             raise TaskNotFoundError(task_id, "does not exist")
         return self.tasks[task_id]
 
+    def has_digest(self, digest: str) -> bool:
+        return any(record.digest == digest for records in self.tasks.values() for record in records)
+
+    def activate(self, name: str) -> AdapterRecord:
+        parsed = parse_name(name)
+        if parsed.version is None:
+            raise ArgumentInvalidError("task_id", "must name a version")
+        active = self.resolve(name)
+        self.tasks[parsed.task_id] = [
+            replace(
+                each, state=AdapterState.ACTIVE if each.version == active.version else AdapterState.INACTIVE
+            )
+            for each in self.tasks[parsed.task_id]
+        ]
+        return self.resolve(name)
+
+    def refresh(self) -> set[str]:
+        if self.refresh_error is not None:
+            raise self.refresh_error
+        changed, self.others_changed = self.others_changed, set()
+        return changed
+
+    def close(self) -> None:
+        self.is_closed = True
+
     def list(self, *, task_id: str = "", page_size: int = 0, page_token: str = "") -> FakePage:
         records = [
             record for task in sorted(self.tasks) if task_id in ("", task) for record in self.tasks[task]
         ]
-        start = int(page_token or 0)
-        end = start + (page_size or 100)
-        return FakePage(tuple(records[start:end]), str(end) if end < len(records) else "")
+        after = decode_page_token(page_token, task_id)
+        behind = [record for record in records if (record.task_id, record.version) > after]
+        page, more = behind[: page_size or 100], len(behind) > (page_size or 100)
+        token = encode_page_token(task_id, page[-1].task_id, page[-1].version) if more else ""
+        return FakePage(tuple(page), token)
 
     def delete(
         self, name: str, *, in_use: Callable[[AdapterRecord], bool], force: bool = False
@@ -258,7 +360,7 @@ def make_record(
         digest=f"sha256:{uri}",
         method=AdapterMethod.LORA,
         state=state,
-        path=Path("/store") / uri,
+        parts=(ArtifactPart(f"sha256:{uri}", source=uri),),
         size_bytes=100,
         num_parameters=50,
         source=uri,
@@ -278,7 +380,7 @@ INFO = ModelInfo(
 )
 
 
-def make_backend(engine: EchoEngine, store: MemoryStore) -> Backend:
+def make_backend(engine: EchoEngine, store: Store) -> Backend:
     """The fakes as what answers requests."""
     return Backend(engine=engine, store=store, tokenizer=ByteTokenizer(), info=INFO, max_adapters=4)
 
@@ -288,7 +390,7 @@ class Running:
     """A server on real ports, its fakes, and a client's channel."""
 
     engine: EchoEngine
-    store: MemoryStore
+    store: Any
     gate: Gate
     metrics: Metrics
     port: GrpcPort
@@ -309,9 +411,11 @@ class Running:
 
 
 @asynccontextmanager
-async def running_server(*, is_open: bool = True, max_task_labels: int = 10) -> AsyncIterator[Running]:
+async def running_server(
+    *, is_open: bool = True, max_task_labels: int = 10, store: Store | None = None
+) -> AsyncIterator[Running]:
     """A server on fakes and free ports; with ``is_open`` false it is still loading."""
-    engine, store = EchoEngine(), MemoryStore()
+    engine, store = EchoEngine(), store or MemoryStore()
     metrics, gate = Metrics(max_task_labels=max_task_labels), Gate(heartbeat_limit_s=5.0)
     backend = make_backend(engine, store)
     if is_open:

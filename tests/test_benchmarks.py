@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -17,7 +18,7 @@ from benchmarks.report import evaluate, table
 from benchmarks.rows import ROWS, SUBJECTS, Judge, Pick, Row, at_least, at_most
 from benchmarks.service import Stream, common_steps
 from benchmarks.worker import Worker, WorkerError
-from benchmarks.workload import Case, Workload, quick_settings
+from benchmarks.workload import MIXED_CASE, VIRTUAL_CASES, Case, Workload, quick_settings
 
 from tiny_models import make_checkpoint
 
@@ -74,7 +75,7 @@ def test_times_of_a_busy_machine_are_doubtful_and_bytes_are_not() -> None:
     )
     samples = [busy, sample("ours", 0, speed=2)]
     timed = row("value", floor=at_least(1))
-    timed_result, bytes_result = evaluate([timed, replace(timed, subject="memory")], samples)
+    timed_result, bytes_result = evaluate([timed, replace(timed, unit="MiB")], samples)
     assert (timed_result.verdict, bytes_result.verdict) == ("DOUBTFUL", "ok")
 
 
@@ -90,6 +91,9 @@ def test_every_floor_of_the_project_has_its_row() -> None:
         ("base", "at least", 1.4),
         ("lora", "at least", 6.0),
         ("lora", "at least", 0.75),
+        ("methods", "at least", 0.75),
+        ("methods", "at most", 5.0),
+        ("methods", "at most", 1.0),
         ("grpc", "at most", 10.0),
         ("memory", "at most", 0.54),
         ("start", "at most", 8.0),
@@ -125,6 +129,27 @@ def test_prompts_differ_by_sequence_and_seed_and_repeat() -> None:
     others = workload.prompts(Case(8), 1)
     assert len({tuple(prompt) for prompt in prompts + others}) == 16
     assert prompts == workload.prompts(Case(8), 0)
+
+
+def test_rows_of_a_mixed_case_have_distinct_adapters_of_each_method() -> None:
+    methods = Counter(adapter.method for adapter in MIXED_CASE.adapters)
+    assert methods == {"lora": 8, "bottleneck": 8, "prefix": 8, "prompt": 8}
+
+
+def test_virtual_tokens_count_as_context() -> None:
+    workload = Workload(
+        settings=quick_settings(1),
+        model="m",
+        directory=Path("m"),
+        scratch=Path("s"),
+        vocab_size=4096,
+        linear_parameters=1,
+    )
+    for case in (*VIRTUAL_CASES, MIXED_CASE):
+        for row, prompt in enumerate(workload.prompts(case, 0)):
+            adapter = case.adapter_of(row)
+            num_virtual = workload.settings.virtual_tokens if adapter and adapter.is_virtual else 0
+            assert num_virtual + len(prompt) == workload.settings.prompt_tokens
 
 
 def test_worker_answers_and_reports_what_fails() -> None:
@@ -177,6 +202,13 @@ def test_run_writes_the_machine_and_every_sample(finished: tuple[str, Mapping[st
         "lora/32x1",
         "lora/32x8",
         "lora/32x32",
+        "mixed/32x32",
+        "prefix/1x1",
+        "prefix/32x1",
+        "prompt/1x1",
+        "prompt/32x1",
+        "held/1",
+        "held/100",
         "memory",
         "start",
         "busy",
@@ -185,6 +217,18 @@ def test_run_writes_the_machine_and_every_sample(finished: tuple[str, Mapping[st
         assert each["system"] == "machine" or all(
             value > 0 for value in each["measurement"]["figures"].values()
         )
+
+
+def test_requests_of_one_prompt_task_hold_its_blocks_once(
+    finished: tuple[str, Mapping[str, Any]],
+) -> None:
+    _, document = finished
+    held = {
+        each["case"]: each["measurement"]["figures"]["held_blocks"]
+        for each in document["samples"]
+        if each["case"].startswith("held/")
+    }
+    assert held == {"held/1": 1.0, "held/100": 1.0}
 
 
 def test_unknown_subject_is_named() -> None:

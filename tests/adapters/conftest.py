@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from adapter_factory import make_base, make_lora
+from manyhats.adapters.open_store import open_store
 from manyhats.adapters.store import AdapterStore
 
 
@@ -18,6 +20,8 @@ def sources(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(tmp_path: Path, sources: Path) -> AdapterStore:
+def store(tmp_path: Path, sources: Path) -> Iterator[AdapterStore]:
     """A store in ``tmp_path / "store"`` that may read ``sources``."""
-    return AdapterStore(tmp_path / "store", make_base(names=("org/tiny",)), [sources])
+    store = open_store(tmp_path / "store", make_base(names=("org/tiny",)), [sources])
+    yield store
+    store.close()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapter_factory import make_base, make_lora
-from manyhats.adapters.artifact import AdapterRecord, AdapterState
+from manyhats.adapters.artifact import AdapterRecord, AdapterState, ArtifactPart
 from manyhats.adapters.errors import (
     AdapterInUseError,
     ArgumentInvalidError,
@@ -38,7 +38,8 @@ def test_a_registered_adapter_is_active_and_loads_as_it_was(store: AdapterStore,
     assert record.num_parameters == 2 * (2 * 32 + 32 * 2 + 2 * 32 + 48 * 2)
     assert (record.base_model, dict(record.labels)) == ("org/tiny", {"team": "x"})
     assert store.get("fr") == store.resolve("fr@1") == record
-    artifact = store.load(record)
+    assert record.parts == (ArtifactPart(record.digest, 1.0, str(sources / "a0")),)
+    (artifact,) = store.load(record).artifacts
     assert (artifact.digest, artifact.num_parameters) == (record.digest, record.num_parameters)
     assert len(lower(artifact, BASE).deltas) == 4
 
@@ -53,21 +54,22 @@ def test_the_digest_is_of_the_files_lines(store: AdapterStore, sources: Path) ->
 
 
 def test_other_files_of_the_source_are_neither_stored_nor_digested(
-    store: AdapterStore, sources: Path
+    store: AdapterStore, sources: Path, tmp_path: Path
 ) -> None:
     before = store.register("fr", "a0", validate_only=True).record.digest
     (sources / "a0" / "README.md").write_text("hello")
     torch.save({}, sources / "a0" / "optimizer.pt")
     record = store.register("fr", "a0").record
     assert record.digest == before
-    assert sorted(os.listdir(record.path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    exported = store.export("fr", tmp_path / "exported")
+    assert [path.name for path in exported] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_what_is_stored_outlives_the_source(store: AdapterStore, sources: Path) -> None:
     record = store.register("fr", "a0").record
     for file in (sources / "a0").iterdir():
         file.write_bytes(b"spoilt")
-    assert store.load(record).digest == record.digest
+    assert store.lower(record).digest == record.digest
 
 
 def test_the_same_bytes_again_are_the_same_version(
@@ -197,7 +199,7 @@ def test_files_stay_while_another_task_needs_them(store: AdapterStore) -> None:
     store.register("a", "a0")
     other = store.register("b", "a0").record
     store.delete("a", in_use=nobody)
-    assert store.load(other).digest == other.digest
+    assert store.lower(other).digest == other.digest
 
 
 def test_a_version_in_use_is_deleted_by_force_only(store: AdapterStore) -> None:

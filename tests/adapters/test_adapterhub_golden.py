@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from default_model import default_model_directory
-from golden import GOLDEN, needs_golden
-from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.convert import convert
+from golden import ADAPTERHUB_FIXTURES, GOLDEN, adapterhub_directory, needs_golden
 from manyhats.adapters.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering import lower
@@ -27,15 +25,6 @@ from primitive_oracle import logits_with
 pytestmark = [pytest.mark.real_model, needs_golden]
 
 TOLERANCE = 1e-3
-FIXTURES = {
-    "adapterhub_seq_bn": AdapterMethod.BOTTLENECK,
-    "adapterhub_double_seq_bn": AdapterMethod.BOTTLENECK,
-    "adapterhub_par_bn": AdapterMethod.BOTTLENECK,
-    "adapterhub_lora": AdapterMethod.LORA,
-    "adapterhub_ia3": AdapterMethod.IA3,
-    "adapterhub_prefix": AdapterMethod.PREFIX_TUNING,
-    "adapterhub_prefix_flat": AdapterMethod.PREFIX_TUNING,
-}
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +49,14 @@ def base() -> BaseDescription:
 
 @pytest.fixture
 def directory(fixture: str, tmp_path: Path) -> Path:
-    """The fixture's adapter; converted where the library could save a pickle only."""
-    saved = GOLDEN / fixture / "adapter"
-    if not (saved / "pytorch_adapter.bin").exists():
-        return saved
-    convert(saved, tmp_path / "converted")
-    return tmp_path / "converted"
+    return adapterhub_directory(fixture, tmp_path / "converted")
 
 
-@pytest.mark.parametrize("fixture", FIXTURES)
+@pytest.mark.parametrize("fixture", ADAPTERHUB_FIXTURES)
 def test_logits_are_the_librarys(fixture: str, directory: Path, model: Any, base: BaseDescription) -> None:
     with open_source(str(directory), [directory.parent]) as source:
         read = read_adapter(source, base, AdapterLimits())
-    assert read.artifact.method is FIXTURES[fixture]
+    assert read.artifact.method is ADAPTERHUB_FIXTURES[fixture]
     assert read.notes == ()
     lowered = lower(read.artifact, base)
     expected = np.load(GOLDEN / fixture / "expected_dense.npz")

@@ -33,6 +33,7 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering import lower
+from manyhats.adapters.open_store import open_store
 from manyhats.adapters.primitives import Affine, KVPrefix, LoweredAdapter, LowRank
 from manyhats.adapters.recognition import recognise
 from manyhats.adapters.sites import BaseDescription, Site
@@ -74,7 +75,7 @@ def make(preset: str, **overrides: Any) -> tuple[dict[str, Any], dict[str, Tenso
 
 def make_store(tmp_path: Path, base: BaseDescription = BASE, **limits: Any) -> AdapterStore:
     (tmp_path / "source").mkdir(exist_ok=True)
-    return AdapterStore(tmp_path / "store", base, [tmp_path / "source"], AdapterLimits(**limits))
+    return open_store(tmp_path / "store", base, [tmp_path / "source"], limits=AdapterLimits(**limits))
 
 
 # What is served
@@ -88,7 +89,7 @@ def test_store_keeps_and_loads_every_method(tmp_path: Path, preset: str, dtype: 
     record = store.register("task", str(tmp_path / "source")).record
     assert record.method is METHODS[preset]
     assert record.base_model == "org/tiny"
-    artifact = store.load(record)
+    (artifact,) = store.load(record).artifacts
     lowered = lower(artifact, BASE)
     assert lowered.digest == record.digest
     assert bool(lowered.deltas) != (lowered.prefix is not None)

@@ -26,7 +26,7 @@ from manyhats.adapters.errors import (
     SourceNotFoundError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.open_store import open_store
 
 BASE = make_base(names=("org/tiny",))
 
@@ -44,7 +44,7 @@ def save_adapterhub(source: Path, preset: str = "seq_bn", content: Any = None, *
 
 
 def digest_of(tmp_path: Path, directory: Path) -> str:
-    store = AdapterStore(tmp_path / "store", BASE, [directory])
+    store = open_store(tmp_path / "store", BASE, [directory])
     return store.register("task", str(directory)).record.digest
 
 

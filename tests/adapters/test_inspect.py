@@ -20,8 +20,8 @@ from adapterhub_factory import (
 from manyhats.adapters.errors import SourceNotFoundError
 from manyhats.adapters.inspect import Inspection, inspect
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.open_store import open_store
 from manyhats.adapters.sites import BaseDescription
-from manyhats.adapters.store import AdapterStore
 
 BASE = make_base(names=("org/tiny",))
 BASES = pytest.mark.parametrize("base", [BASE, None], ids=["with base", "without"])
@@ -59,7 +59,7 @@ def test_every_adapterhub_method_is_shown(tmp_path: Path, preset: str, base: Bas
     assert found.method
     assert found.refusals == ()
     assert bool(found.sites) != bool(found.num_virtual_tokens)
-    store = AdapterStore(tmp_path / "store", BASE, [tmp_path])
+    store = open_store(tmp_path / "store", BASE, [tmp_path])
     record = store.register("task", str(tmp_path / "a")).record
     assert (found.digest, found.size_bytes) == (record.digest, record.size_bytes)
     assert found.num_parameters == record.num_parameters

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -76,7 +77,18 @@ def test_brackets_in_text_do_not_count_as_depth() -> None:
     assert parse(b'{"a": "[[[[[[[[[[{{{{{\\"[[[["}') == {"a": '[[[[[[[[[[{{{{{"[[[['}
 
 
-@pytest.mark.parametrize("data", [b'{"' + b'\\"' * 400_000, b'"' * 800_001, b'{"a": "' + b"\\" * 800_001])
+@pytest.mark.parametrize("value", [b"[],", b"{},", b"0,", b'"",', b'{"a":0},', b'""', b"[{[{"])
+def test_values_are_counted_before_any_is_made(value: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(AdapterTooLargeError):
+            parse(b'{"a": [' + value * (8_000_000 // len(value)) + b"0]}", max_bytes=10**7)
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("data", [b'{"' + b'\\"' * 400_000, b'"' * 500_001, b'{"a": "' + b"\\" * 800_001])
 def test_time_is_linear_in_the_size_of_hostile_text(data: bytes) -> None:
     # Quadratic time would take hours, and the suite's timeout would end it.
     with pytest.raises(AdapterInvalidError):

@@ -53,7 +53,7 @@ def test_deltas_of_linears_equal_changed_weights(family: str) -> None:
     changed = copy.deepcopy(model)
     down = changed.model.layers[1].mlp.down_proj
     a, b, factor, scale = randn(3, 48), randn(32, 3), randn(48) * 0.3 + 1, randn(32) * 0.3 + 1
-    down.weight.copy_((down.weight * scale[:, None] + 0.5 * b @ a) * factor)
+    down.weight.copy_(down.weight * scale[:, None] * factor + 0.5 * b @ a)
     deltas = (LowRank(Site(1, "down_proj"), a, b, 0.5), InputScale(Site(1, "down_proj"), factor))
     lowered = adapter(*deltas, Affine(Site(1, "down_proj"), scale, None))
     assert (plain_logits(changed) - plain_logits(model)).abs().max() > 0.05

@@ -134,6 +134,20 @@ def test_malformed_files_are_refused(data: bytes, error: type[AdapterError]) -> 
     assert type(caught.value) is error
 
 
+@pytest.mark.parametrize("shape", [[0, 2**47, 2**47], [2**47, 0, 2**47], [2**24, 2**24, 0]])
+def test_empty_tensors_with_vast_sides_are_refused(shape: list[int]) -> None:
+    with pytest.raises(AdapterInvalidError, match="beyond"):
+        read(pack({"x": entry(0, 0, shape=shape)}))
+    assert read(pack({"x": entry(0, 0, shape=[0, 2**40])}))["x"].shape == (0, 2**40)
+
+
+def test_as_many_tensors_as_are_served_fit_in_a_header() -> None:
+    limits = AdapterLimits()
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight"
+    header = {name.format(i): entry(0, 0, shape=[0] * 8) for i in range(limits.max_num_tensors)}
+    assert len(read(pack(header), limits)) == limits.max_num_tensors
+
+
 def test_limits_hold_on_header_and_tensors() -> None:
     data = save({f"t{i}": torch.zeros(1) for i in range(5)})
     with pytest.raises(AdapterTooLargeError):

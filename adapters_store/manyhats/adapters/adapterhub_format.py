@@ -25,7 +25,7 @@ PICKLE_FILE = "pytorch_adapter.bin"
 BASE_NAME_KEY = "model_name"
 
 # What the library writes beside an adapter → what it is.
-_COMPANIONS: Mapping[str, str] = MappingProxyType(
+COMPANIONS: Mapping[str, str] = MappingProxyType(
     {
         "head_config.json": "a prediction head",
         "model_head.safetensors": "a prediction head",
@@ -62,7 +62,7 @@ def check_companions(names: Collection[str]) -> None:
     Raises:
         AdapterUnsupportedError: names the file.
     """
-    for name, what in _COMPANIONS.items():
+    for name, what in COMPANIONS.items():
         if name in names:
             raise AdapterUnsupportedError(
                 name,

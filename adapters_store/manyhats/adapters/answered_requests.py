@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sqlalchemy import Connection, delete, insert, select
+
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.catalogue_database import WriteTransaction
+from manyhats.adapters.catalogue_documents import read_record, record_document
+from manyhats.adapters.catalogue_tables import ANSWERS
 from manyhats.adapters.errors import ArgumentInvalidError, RequestIdReusedError
 
+MAX_REMEMBERED = 10_000
+
 _MAX_ID_LENGTH = 128
-_MAX_REMEMBERED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +30,25 @@ class Registration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistrationBody:
-    """Everything that a registration asks for."""
+    """Everything that a registration asks for.
+
+    Attributes:
+        sources: what it is made of, as the caller puts it; a tuple for each piece, its kind first.
+        request_id: names the call; empty for none, which nobody remembers.
+    """
 
     task_id: str
-    uri: str
+    sources: tuple[tuple[str | int | float, ...], ...]
     activate: bool
     validate_only: bool
     expected_digest: str
     labels: Mapping[str, str]
+    request_id: str = ""
 
     def fingerprint(self) -> str:
-        """One digest of all fields."""
-        fields = [self.task_id, self.uri, self.activate, self.validate_only, self.expected_digest]
-        return hashlib.sha256(json.dumps([*fields, sorted(self.labels.items())]).encode()).hexdigest()
+        """One digest of all fields but the request id."""
+        asked = [self.task_id, self.sources, self.activate, self.validate_only, self.expected_digest]
+        return hashlib.sha256(json.dumps([*asked, sorted(self.labels.items())]).encode()).hexdigest()
 
 
 def check_request_id(request_id: str) -> None:
@@ -50,29 +61,35 @@ def check_request_id(request_id: str) -> None:
         raise ArgumentInvalidError("request_id", f"has at most {_MAX_ID_LENGTH} printable characters")
 
 
-class AnsweredRequests:
-    """The latest answers by request id. Not safe across threads: its owner orders the calls."""
+def read_answer(connection: Connection, body: RegistrationBody) -> Registration | None:
+    """The answer that the body's request id was given; None if it is new.
 
-    def __init__(self) -> None:
-        self._answers: OrderedDict[str, tuple[str, Registration]] = OrderedDict()
+    Raises:
+        RequestIdReusedError: it was used for something else.
+    """
+    row = connection.execute(select(ANSWERS).where(ANSWERS.c.request_id == body.request_id)).one_or_none()
+    if row is None:
+        return None
+    if row.fingerprint != body.fingerprint():
+        raise RequestIdReusedError("request_id", "was used before, for a registration with other content")
+    return Registration(read_record(row.record), row.created)
 
-    def recall(self, request_id: str, body: RegistrationBody) -> Registration | None:
-        """The answer that the id was given; None if it is new.
 
-        Raises:
-            RequestIdReusedError: it was used for something else.
-        """
-        if request_id not in self._answers:
-            return None
-        fingerprint, registration = self._answers[request_id]
-        if fingerprint != body.fingerprint():
-            raise RequestIdReusedError("request_id", "was used before, for a registration with other content")
-        return registration
-
-    def remember(self, request_id: str, body: RegistrationBody, registration: Registration) -> None:
-        """Keep an answer; the oldest go."""
-        if not request_id:
-            return
-        self._answers[request_id] = (body.fingerprint(), registration)
-        if len(self._answers) > _MAX_REMEMBERED:
-            self._answers.popitem(last=False)
+def write_answer(transaction: WriteTransaction, body: RegistrationBody, answer: Registration) -> None:
+    """Keep the answer to a new request id; of more than ``MAX_REMEMBERED``, the oldest go."""
+    if not body.request_id:
+        return
+    row = {
+        "request_id": body.request_id,
+        "fingerprint": body.fingerprint(),
+        "created": answer.created,
+        "record": record_document(answer.record),
+        "generation": transaction.generation,
+    }
+    transaction.connection.execute(insert(ANSWERS), row)
+    latest = select(ANSWERS.c.generation).order_by(ANSWERS.c.generation.desc())
+    transaction.connection.execute(
+        delete(ANSWERS).where(
+            ANSWERS.c.generation <= latest.offset(MAX_REMEMBERED).limit(1).scalar_subquery()
+        )
+    )

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -39,6 +38,21 @@ class AdapterState(Enum):
     DELETING = "deleting"
 
 
+@dataclass(frozen=True, slots=True)
+class ArtifactPart:
+    """One stored artifact of a version.
+
+    Attributes:
+        digest: ``sha256:…`` over the artifact's files.
+        weight: scales its deltas.
+        source: the uri it was registered from.
+    """
+
+    digest: str
+    weight: float = 1.0
+    source: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRecord:
     """One version of a task's adapter, as the catalogue holds it.
@@ -46,11 +60,13 @@ class AdapterRecord:
     Attributes:
         task_id: the name callers use.
         version: counts up per task, from 1.
-        digest: ``sha256:…`` over the artifact's files; the same bytes have the same digest.
-        path: the directory of the stored artifact.
+        digest: names what the version does; the same bytes have the same digest. Of a plain version it is the
+            artifact's, of a composed one its parts' and their weights' (``composed_digest``).
+        parts: the artifacts it is made of; a plain version has one, of weight 1.
         size_bytes: of the stored files.
         source: the uri it was registered from.
         base_model: what the artifact names as its base; may be empty.
+        effect: how far it moves the base's logits, as measured at registration; None where nothing measured.
         notes: what the operator should know of it, such as an unnamed base.
     """
 
@@ -59,7 +75,7 @@ class AdapterRecord:
     digest: str
     method: AdapterMethod
     state: AdapterState
-    path: Path
+    parts: tuple[ArtifactPart, ...]
     size_bytes: int
     num_parameters: int
     source: str
@@ -74,6 +90,11 @@ class AdapterRecord:
     def name(self) -> str:
         """``task@version``."""
         return f"{self.task_id}@{self.version}"
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether its artifacts are combined by ``compose``, rather than one served as it is."""
+        return self.method is AdapterMethod.COMPOSED
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

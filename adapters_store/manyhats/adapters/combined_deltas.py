@@ -10,7 +10,8 @@
 ``HeadRows``                   joined, likewise
 =============================  ======================================================================
 
-Any other pair depends on an order that nothing defines.
+Any other pair depends on an order that nothing defines. A low-rank delta beside a rescaling is one: PEFT never has
+IA3 and LoRA active on one linear, so nothing says whether the delta reads the rescaled input, or is itself rescaled.
 """
 
 from __future__ import annotations
@@ -57,7 +58,15 @@ def combine_deltas(deltas: Sequence[Delta]) -> tuple[Delta, ...]:
         combined = combine(deltas)
         if combined:
             return combined
-    raise NotCombinableError("nothing says which comes first")
+    raise NotCombinableError(_why_not(deltas))
+
+
+def _why_not(deltas: Sequence[Delta]) -> str:
+    low_ranks = len(_only(LowRank, deltas))
+    rescalings = len(_only(InputScale, deltas)) + sum(d.scale is not None for d in _only(Affine, deltas))
+    if low_ranks and rescalings:
+        return "no training library defines whether a low-rank delta is rescaled too, or reads the rescaled input"
+    return "nothing says which comes first"
 
 
 def _only(kind: type[D], deltas: Sequence[Delta]) -> list[D]:

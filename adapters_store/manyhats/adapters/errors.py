@@ -15,11 +15,14 @@ AdapterError
 │   └── AdapterNoEffectError    ADAPTER_NO_EFFECT: it changes nothing
 ├── BaseMismatchError           BASE_MISMATCH: made for another base model
 ├── AdapterInUseError           ADAPTER_IN_USE: requests run on it
-├── SourceNotAllowedError       SOURCE_NOT_ALLOWED: outside the allowed roots
+├── SourceNotAllowedError       SOURCE_NOT_ALLOWED: outside the allowed roots and prefixes
+├── SourceUnavailableError      SOURCE_UNAVAILABLE: the source cannot be reached now
 ├── DigestMismatchError         DIGEST_MISMATCH: not the bytes the caller expected
 ├── RequestIdReusedError        REQUEST_ID_REUSED: same request id, other content
+├── QuotaExceededError          QUOTA_EXCEEDED: the store may hold no more of it
 ├── DataLossError               DATA_LOSS: stored bytes are not those that were registered
 └── StoreError
+    ├── StoreConfigError        STORE_CONFIG_INVALID: it cannot be opened as it is configured
     ├── StoreFullError          STORE_FULL: no space left
     └── StoreUnavailableError   STORE_UNAVAILABLE: the store cannot be read or written
 """
@@ -136,9 +139,15 @@ class AdapterInUseError(AdapterError):
 
 
 class SourceNotAllowedError(AdapterError):
-    """The source lies outside the allowed roots; ``subject`` is the uri as the caller gave it."""
+    """The source lies outside the allowed roots and url prefixes; ``subject`` is the uri as the caller gave it."""
 
     reason = "SOURCE_NOT_ALLOWED"
+
+
+class SourceUnavailableError(AdapterError):
+    """The source cannot be reached now; ``subject`` is the uri as the caller gave it."""
+
+    reason = "SOURCE_UNAVAILABLE"
 
 
 class DigestMismatchError(AdapterError):
@@ -153,6 +162,12 @@ class RequestIdReusedError(AdapterError):
     reason = "REQUEST_ID_REUSED"
 
 
+class QuotaExceededError(AdapterError):
+    """The store may hold no more of it; ``subject`` is the quota, such as ``max_versions_per_task``."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
 class DataLossError(AdapterError):
     """The stored bytes are not those that were registered; ``subject`` is the adapter's name."""
 
@@ -161,6 +176,12 @@ class DataLossError(AdapterError):
 
 class StoreError(AdapterError):
     """The store itself is at fault."""
+
+
+class StoreConfigError(StoreError):
+    """The store cannot be opened as it is configured; ``subject`` is the setting."""
+
+    reason = "STORE_CONFIG_INVALID"
 
 
 class StoreFullError(StoreError):

@@ -1,7 +1,6 @@
 """Reading files that someone else wrote: by directory descriptor, never through a link, regular files only.
 
-What was checked is what is read: a directory is walked down from its root by descriptors, a file is checked
-    on the
+What was checked is what is read: a directory is walked down from its root by descriptors, a file is checked on the
 descriptor that it is then read from, and a file that changes meanwhile is refused.
 """
 
@@ -9,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import itertools
 import os
 import re
 import stat
@@ -79,6 +80,29 @@ class SourceFile:
             raise AdapterInvalidError(self.name, "changed while it was read")
         return data
 
+    def sha256(self) -> str:
+        """SHA-256 of the whole file, in hexadecimal digits; read in pieces.
+
+        Raises:
+            AdapterInvalidError: it changed since it was opened.
+            StoreUnavailableError: the disk fails.
+        """
+        digest = hashlib.sha256()
+        position = 0
+        try:
+            # A byte more than there was tells one that grows, however long it does.
+            while piece := os.pread(
+                self._descriptor, min(_READ_BYTES, self.size_bytes + 1 - position), position
+            ):
+                digest.update(piece)
+                position += len(piece)
+            is_same = _identity(os.fstat(self._descriptor)) == self._identity
+        except OSError as error:
+            raise _read_error(self.name, error) from error
+        if position != self.size_bytes or not is_same:
+            raise AdapterInvalidError(self.name, "changed while it was read")
+        return digest.hexdigest()
+
     def _fill(self, view: memoryview) -> int:
         """Read into ``view`` until it is full or the file ends; how many bytes that were."""
         position = 0
@@ -101,13 +125,15 @@ class SourceDirectory:
 
         Raises:
             AdapterTooLargeError: over 4096 entries.
+            StoreUnavailableError: the disk fails.
         """
-        names: list[str] = []
-        with os.scandir(self._descriptor) as entries:
-            for entry in entries:
-                names.append(entry.name)
-                if len(names) > _MAX_ENTRIES:
-                    raise AdapterTooLargeError("directory", f"has over {_MAX_ENTRIES} entries")
+        try:
+            with os.scandir(self._descriptor) as entries:
+                names = [entry.name for entry in itertools.islice(entries, _MAX_ENTRIES + 1)]
+        except OSError as error:
+            raise _read_error("directory", error) from error
+        if len(names) > _MAX_ENTRIES:
+            raise AdapterTooLargeError("directory", f"has over {_MAX_ENTRIES} entries")
         return tuple(sorted(names))
 
     def subdirectories_with(self, file: str) -> tuple[str, ...]:
@@ -239,6 +265,8 @@ def _read_error(name: str, error: OSError) -> AdapterError:
         return AdapterInvalidError(name, "is missing")
     if error.errno == errno.ELOOP:
         return AdapterUnsafeError(name, "is a symbolic link; only regular files are read")
+    if error.errno == errno.ENXIO:  # it was none when it was looked at
+        return AdapterUnsafeError(name, "is a device or socket; only regular files are read")
     if error.errno in (errno.EACCES, errno.EPERM):
         return AdapterInvalidError(name, f"may not be read: {error.strerror}")
     return StoreUnavailableError(name, f"cannot be read: {error.strerror}")

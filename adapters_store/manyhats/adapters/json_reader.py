@@ -1,4 +1,4 @@
-"""Strict JSON from an untrusted file: bounded size and depth, no duplicate keys, finite numbers."""
+"""Strict JSON from an untrusted file: bounded in size, depth and number of values; no key twice, finite numbers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, 
 # A whole string (even one that is never closed, so that no scan begins inside it), or one bracket.
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _MAX_NUMBER_LENGTH = 40
+# Commas, quotes and opening brackets, which every value brings at least one of: what is read takes at most some 40 MB,
+# and a header of as many tensors as are served by default stays below.
+_SIGNS = ',"[{'
+_MAX_SIGNS = 2**19
 
 
 class _RefusedValueError(ValueError):
@@ -28,7 +32,7 @@ def parse_json_object(data: bytes, subject: str, *, max_bytes: int, max_depth: i
         max_depth: the deepest nesting of objects and arrays accepted.
 
     Raises:
-        AdapterTooLargeError: it is larger or deeper than allowed.
+        AdapterTooLargeError: it is larger or deeper than allowed, or holds too many values.
         AdapterInvalidError: it is not strict JSON, repeats a key, has a number that is not finite, or is no
             object.
     """
@@ -38,6 +42,8 @@ def parse_json_object(data: bytes, subject: str, *, max_bytes: int, max_depth: i
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise AdapterInvalidError(subject, f"is not UTF-8 at byte {error.start}") from None
+    if sum(map(text.count, _SIGNS)) > _MAX_SIGNS:
+        raise AdapterTooLargeError(subject, f"has over {_MAX_SIGNS} commas, quotes and brackets")
     _check_depth(text, subject, max_depth)
     try:
         value = json.loads(

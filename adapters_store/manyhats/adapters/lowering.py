@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from manyhats.adapters.adapterhub_format import is_adapterhub
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
-from manyhats.adapters.errors import AdapterUnsupportedError
+from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.method import Method
 from manyhats.adapters.methods.adalora import AdaLoraMethod
 from manyhats.adapters.methods.adapterhub_ia3 import AdapterHubIa3Method
@@ -32,8 +34,10 @@ from manyhats.adapters.primitives import (
     Delta,
     EmbeddingLowRank,
     InputScale,
+    KVPrefix,
     LoweredAdapter,
     LowRank,
+    PromptEmbeddings,
 )
 from manyhats.adapters.sites import BaseDescription
 
@@ -84,6 +88,29 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         BaseMismatchError: it was made for another base.
     """
     return method_of(artifact.method, artifact.config).lower(artifact, base)
+
+
+def check_lowered(lowered: LoweredAdapter) -> None:
+    """Refuse constants that are not finite though the tensors are, such as a product that overflows.
+
+    Raises:
+        AdapterInvalidError: names the place.
+    """
+    for delta in lowered.deltas:
+        if not _is_finite(delta):
+            place = getattr(delta, "site", "embedding or head")
+            raise AdapterInvalidError(str(place), "what it computes there with this base is not finite")
+    if lowered.prefix is not None and not _is_finite(lowered.prefix):
+        raise AdapterInvalidError("virtual tokens", "what they are computed to is not finite")
+
+
+def _is_finite(primitive: Delta | KVPrefix | PromptEmbeddings) -> bool:
+    values = (getattr(primitive, field.name) for field in fields(primitive))
+    return all(
+        bool(torch.isfinite(value).all()) if isinstance(value, Tensor) else math.isfinite(value)
+        for value in values
+        if isinstance(value, Tensor | float)
+    )
 
 
 def has_effect(lowered: LoweredAdapter) -> bool:

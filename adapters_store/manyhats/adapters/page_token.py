@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 
-from manyhats.adapters.errors import ArgumentInvalidError
+from manyhats.adapters.errors import ArgumentInvalidError, TaskIdInvalidError
+from manyhats.adapters.taskid import check_task_id
 
 _MAX_LENGTH = 512
+_MAX_VERSION = 2**31 - 1
 
 
 def encode_page_token(filter_task_id: str, task_id: str, version: int) -> str:
@@ -26,14 +28,22 @@ def decode_page_token(token: str, filter_task_id: str) -> tuple[str, int]:
     if not token:
         return ("", 0)
     try:
-        if len(token) > _MAX_LENGTH:
-            raise ValueError("too long")
-        padded = token + "=" * (-len(token) % 4)
-        made_for, task_id, version = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
-    except (ValueError, TypeError, RecursionError):
+        made_for, task_id, version = _fields(token)
+    except (ValueError, TypeError, RecursionError, TaskIdInvalidError):
         raise ArgumentInvalidError("page_token", "is not a token that this server gave") from None
-    if not isinstance(task_id, str) or type(version) is not int:
-        raise ArgumentInvalidError("page_token", "is not a token that this server gave")
     if made_for != filter_task_id:
         raise ArgumentInvalidError("page_token", "was given for a list with another task_id")
     return (task_id, version)
+
+
+def _fields(token: str) -> tuple[str, str, int]:
+    """What a token holds; raises if no token of ours could hold it."""
+    if len(token) > _MAX_LENGTH:
+        raise ValueError("too long")
+    padded = token + "=" * (-len(token) % 4)
+    made_for, task_id, version = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+    if not isinstance(made_for, str) or not isinstance(task_id, str):
+        raise TypeError("a task id is text")
+    if type(version) is not int or not 0 < version <= _MAX_VERSION:
+        raise ValueError("no version")
+    return (made_for and check_task_id(made_for), check_task_id(task_id), version)

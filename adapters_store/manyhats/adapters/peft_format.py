@@ -21,7 +21,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_NAME_KEY = "base_model_name_or_path"
 
-_PICKLES = (
+PICKLES = (
     "adapter_model.bin",
     "pytorch_adapter.bin",
     "adapter_model.pt",
@@ -66,6 +66,17 @@ def check_directory(directory: SourceDirectory) -> None:
         raise AdapterInvalidError(
             CONFIG_FILE, "is missing" + _hint(directory.subdirectories_with(CONFIG_FILE))
         )
+    check_names(names)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse a directory by what lies in it, before anything is read.
+
+    Raises:
+        AdapterInvalidError, AdapterUnsafeError, AdapterUnsupportedError: as ``check_directory``.
+    """
+    if CONFIG_FILE not in names:
+        raise AdapterInvalidError(CONFIG_FILE, "is missing")
     weights = [name for name in names if name.endswith(".safetensors")]
     if not weights:
         _refuse_pickles(names)
@@ -127,7 +138,7 @@ def _check_task_type(task_type: Any) -> None:
 
 def _refuse_pickles(names: Sequence[str]) -> None:
     for name in names:
-        if name in _PICKLES:
+        if name in PICKLES:
             raise AdapterUnsafeError(
                 name, f"is a pickle, which can run code when it is read; {HOW_TO_CONVERT}"
             )

@@ -1,7 +1,8 @@
 """The few operations that every method is lowered to; the engine's kernels run these and know no method.
 
 Deltas act where they are, row by row; a KV prefix lies ahead of the sequence. For one linear of one layer the
-order is: ``InputScale`` on its input, the base linear, ``Affine`` on its output, then ``LowRank``.
+order is: ``InputScale`` on its input, the base linear, ``Affine`` on its output, then ``LowRank``, of the input as it
+was. No method has both ``InputScale`` and ``LowRank`` at one linear, and no composition may.
 """
 
 from __future__ import annotations

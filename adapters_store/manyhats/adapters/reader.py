@@ -16,9 +16,10 @@ from manyhats.adapters.errors import AdapterInvalidError, AdapterNoEffectError
 from manyhats.adapters.files import SourceDirectory, SourceFile
 from manyhats.adapters.json_reader import parse_json_object
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import has_effect, lower, method_of
+from manyhats.adapters.lowering import check_lowered, has_effect, lower, method_of
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.peft_format import CONFIG_FILE, check_directory
+from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.recognition import (
     base_name_key,
     recognise,
@@ -36,11 +37,13 @@ class ReadAdapter:
 
     Attributes:
         artifact: config and tensors.
+        lowered: the same as primitives of the base.
         files: path inside the artifact → content; what the store keeps.
         notes: what the operator should know.
     """
 
     artifact: AdapterArtifact
+    lowered: LoweredAdapter
     files: Mapping[str, bytearray]
     notes: tuple[str, ...]
 
@@ -66,9 +69,11 @@ def read_adapter(directory: SourceDirectory, base: BaseDescription, limits: Adap
     files = {CONFIG_FILE: config_bytes, weights_name: weights}
     artifact = parse_artifact(files, artifact_digest(files), limits)
     check_finite(artifact.tensors)
-    if not has_effect(lower(artifact, base)):
+    lowered = lower(artifact, base)
+    check_lowered(lowered)
+    if not has_effect(lowered):
         raise AdapterNoEffectError(weights_name, "changes nothing: each of its deltas is zero")
-    return ReadAdapter(artifact, files, notes)
+    return ReadAdapter(artifact, lowered, files, notes)
 
 
 def read_files(directory: SourceDirectory, limits: AdapterLimits) -> dict[str, bytearray]:

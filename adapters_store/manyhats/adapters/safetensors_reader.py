@@ -1,7 +1,6 @@
 """The safetensors format, read strictly: the whole header is checked before any tensor is made.
 
-Layout: 8 bytes little-endian header length N, N bytes of JSON (padded with spaces), then the data. The header
-    maps
+Layout: 8 bytes little-endian header length N, N bytes of JSON (padded with spaces), then the data. The header maps
 each tensor's name to its dtype, shape and ``data_offsets`` (begin and end, counted from the start of the
 data). Source: https://github.com/huggingface/safetensors, section Format.
 """
@@ -54,6 +53,7 @@ _OTHER_DTYPES = frozenset(
     )
 )
 _MAX_DIMENSIONS = 8
+_MAX_SIZE = 2**48
 _MAX_NAME_LENGTH = 512
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -177,6 +177,9 @@ def _parse_entry(name: str, entry: Any) -> TensorSpec:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _is_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
         raise AdapterInvalidError(name, f"its shape must be at most {_MAX_DIMENSIONS} whole numbers")
+    # Strides of an empty tensor are computed from its other sides.
+    if math.prod(side or 1 for side in shape) >= _MAX_SIZE:
+        raise AdapterInvalidError(name, f"its shape {shape} is beyond what any file holds")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise AdapterInvalidError(name, "its data_offsets must be begin and end")
     torch_dtype = _parse_dtype(name, dtype)
@@ -200,7 +203,7 @@ def _parse_dtype(name: str, dtype: Any) -> torch.dtype:
 
 def _is_sizes(value: Any) -> bool:
     # bool is an int to Python, and not to JSON.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < _MAX_SIZE for item in value)
 
 
 def _check_layout(tensors: Mapping[str, TensorSpec], data_bytes: int, file: str) -> None:

@@ -2,134 +2,160 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
-from manyhats.adapters.answered_requests import (
-    AnsweredRequests,
-    Registration,
-    RegistrationBody,
-    check_request_id,
-)
-from manyhats.adapters.artifact import AdapterArtifact, AdapterRecord, AdapterState
-from manyhats.adapters.artifact_files import ArtifactFiles
+from manyhats.adapters.answered_requests import Registration
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.artifact_storage import ArtifactStorage, Swept
 from manyhats.adapters.catalogue import Catalogue
-from manyhats.adapters.digest import artifact_digest
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInUseError,
     ArgumentInvalidError,
     DataLossError,
-    DigestMismatchError,
-    StoreUnavailableError,
+    StoreError,
     TaskNotFoundError,
 )
-from manyhats.adapters.files import open_source
+from manyhats.adapters.intake import Intake, PartSource, checked_body, require_base
+from manyhats.adapters.labels import NO_LABELS
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.page_token import decode_page_token, encode_page_token
-from manyhats.adapters.reader import ReadAdapter, parse_artifact, read_adapter
+from manyhats.adapters.maintenance import Verified, export_version, verify
+from manyhats.adapters.pages import Page, read_page
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.probe import Prepare, Probe
+from manyhats.adapters.publication import Publisher
+from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.reader import parse_artifact
+from manyhats.adapters.scratch import Scratch
 from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sources import AdapterSources
 from manyhats.adapters.taskid import check_task_id, parse_name
+from manyhats.adapters.upload import UploadFile, UploadSession
+from manyhats.adapters.version import LoadedVersion, lower_version
 
-__all__ = ["AdapterStore", "Page", "Registration"]
-
-DEFAULT_PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
-
-_MAX_LABELS = 64
-_MAX_LABEL_LENGTH = 256
-_NO_LABELS: Mapping[str, str] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """One page of a list; an empty ``next_page_token`` says that it is the last."""
-
-    records: tuple[AdapterRecord, ...]
-    next_page_token: str
+__all__ = ["AdapterStore", "Page", "PartSource", "Registration"]
 
 
 class AdapterStore:
-    """Versions of tasks: immutable files under ``root``, a catalogue in memory. Safe in any thread.
+    """Versions of tasks: rows in a catalogue, immutable artifacts in a storage. Safe in any thread.
+
+    ``open_store`` puts one together. Several processes may have one store open; what others change is known here
+    after ``refresh``.
 
     Args:
-        root: the store's own directory; made if it is missing. What lies there uncatalogued is removed.
-        base: the resident base, which every adapter is checked against.
-        allowed_roots: the directories that sources may lie under.
+        storage: holds the artifacts.
+        catalogue: holds tasks and versions.
+        sources: opens what is registered.
+        scratch: takes uploads.
+        base: the resident base, which every adapter is checked against; None for upkeep alone.
         limits: how large an adapter may be.
-        catalogue: an empty one in memory by default.
-
-    Raises:
-        StoreError: ``root`` cannot be written.
+        quotas: how much there may be.
     """
 
     def __init__(
         self,
-        root: Path,
-        base: BaseDescription,
-        allowed_roots: Sequence[Path],
-        limits: AdapterLimits | None = None,
-        *,
-        catalogue: Catalogue | None = None,
+        storage: ArtifactStorage,
+        catalogue: Catalogue,
+        sources: AdapterSources,
+        scratch: Scratch,
+        base: BaseDescription | None,
+        limits: AdapterLimits,
+        quotas: Quotas,
     ) -> None:
+        self._storage = storage
+        self._catalogue = catalogue
+        self._scratch = scratch
         self._base = base
-        self._limits = limits or AdapterLimits()
-        self._allowed_roots = tuple(Path(os.path.realpath(allowed)) for allowed in allowed_roots)
-        self._catalogue = catalogue or Catalogue()
-        self._files = ArtifactFiles(Path(os.path.realpath(root)), self._limits)
-        self._files.sweep(keep=self._catalogue.digests())
-        # One registration at a time bounds memory, and orders requests of one id.
-        self._register_lock = threading.Lock()
-        # Held while files and catalogue change together.
-        self._publish_lock = threading.Lock()
-        self._answered = AnsweredRequests()
+        self._limits = limits
+        self._intake = Intake(sources, scratch, Publisher(storage, catalogue, quotas), base, limits)
 
     def register(
         self,
         task_id: str,
-        uri: str,
+        uri: str = "",
+        *,
+        parts: Sequence[PartSource] = (),
+        activate: bool = True,
+        validate_only: bool = False,
+        expected_digest: str = "",
+        request_id: str = "",
+        labels: Mapping[str, str] = NO_LABELS,
+        probe: Probe | None = None,
+        prepare: Prepare | None = None,
+    ) -> Registration:
+        """Validate an adapter, or several to be combined, and publish a copy as a version of the task.
+
+        The same content again is the version that exists, activated if asked. The same ``request_id`` and
+        arguments again is the first answer. With ``validate_only`` nothing is stored: a record of version 0 says
+        what would be.
+
+        Args:
+            task_id: the task.
+            uri: a path under an allowed root, or a URL under an allowed prefix.
+            parts: in place of ``uri``, the adapters that are combined into one.
+            activate: whether the task's name means this version from now on.
+            validate_only: say what would be, and store nothing.
+            expected_digest: refuse any other; empty for none.
+            request_id: names the call, so that it may be repeated; empty for none.
+            labels: kept with the version.
+            probe: measures the adapter's effect, which is recorded.
+            prepare: called before the version becomes active.
+
+        Raises:
+            ArgumentInvalidError: an argument is out of range.
+            RequestIdReusedError: the request id was used for something else.
+            SourceNotAllowedError, SourceNotFoundError, SourceUnavailableError: there is no such source here.
+            ArtifactError, BaseMismatchError: the adapter cannot be served on this base.
+            DigestMismatchError: it is not the expected one.
+            QuotaExceededError: there may be no more of it.
+            StoreError: it could not be written; nothing is published then.
+
+            Of a part, the error's subject begins with ``parts[1]``.
+        """
+        body = checked_body(
+            task_id=task_id,
+            activate=activate,
+            validate_only=validate_only,
+            expected_digest=expected_digest,
+            request_id=request_id,
+            labels=labels,
+        )
+        return self._intake.register(uri, parts, body, probe, prepare)
+
+    def open_upload(
+        self,
+        task_id: str,
+        files: Sequence[UploadFile],
         *,
         activate: bool = True,
         validate_only: bool = False,
         expected_digest: str = "",
         request_id: str = "",
-        labels: Mapping[str, str] = _NO_LABELS,
-    ) -> Registration:
-        """Validate the adapter at ``uri`` and publish a copy of it as a version of the task.
+        labels: Mapping[str, str] = NO_LABELS,
+    ) -> UploadSession:
+        """Begin an upload; all that can be told from its header is checked before a byte is taken.
 
-        The same bytes again are the version that exists, activated if asked. The same ``request_id`` and
-        content again is the first answer. With ``validate_only`` nothing is stored: a record of version 0
-        says what would be.
+        Its ``finish`` does what ``register`` does, with the same arguments. An upload that broke off may be
+        repeated whole.
 
         Raises:
-            ArgumentInvalidError: task id, labels or request id are out of range.
-            RequestIdReusedError: the request id was used for something else.
-            SourceNotAllowedError, SourceNotFoundError: ``uri`` is not a directory under an allowed root.
-            ArtifactError, BaseMismatchError: the adapter cannot be served on this base.
-            DigestMismatchError: it is not the expected one.
-            StoreError: it could not be written.
+            ArgumentInvalidError: an argument is out of range.
+            ArtifactError: these files are no adapter, or over a limit.
+            DigestMismatchError: they are not the expected ones.
+            QuotaExceededError: there may be no more of it, or too many uploads are under way.
+            StoreError: the files cannot be written.
         """
-        check_task_id(task_id)
-        check_request_id(request_id)
-        body = RegistrationBody(
+        body = checked_body(
             task_id=task_id,
-            uri=uri,
             activate=activate,
             validate_only=validate_only,
             expected_digest=expected_digest,
-            labels=_check_labels(labels),
+            request_id=request_id,
+            labels=labels,
         )
-        with self._register_lock:
-            if (answered := self._answered.recall(request_id, body)) is not None:
-                return answered
-            registration = self._register(body)
-            self._answered.remember(request_id, body, registration)
-        return registration
+        return self._intake.open_upload(files, body)
 
     def get(self, name: str) -> AdapterRecord:
         """The version that ``task`` (its active one) or ``task@3`` names.
@@ -155,16 +181,9 @@ class AdapterStore:
         """
         return self._catalogue.versions(check_task_id(task_id))
 
-    def activate(self, name: str) -> AdapterRecord:
-        """Make ``task@3`` the version that ``task`` means.
-
-        Raises:
-            TaskIdInvalidError, TaskNotFoundError: there is no such version, or the name gives none.
-        """
-        parsed = parse_name(name)
-        if parsed.version is None:
-            raise ArgumentInvalidError("task_id", "must name the version to activate, as in 'task@3'")
-        return self._catalogue.activate(parsed.task_id, parsed.version)
+    def has_digest(self, digest: str) -> bool:
+        """Whether any version of any task has this digest; a look-up in memory."""
+        return self._catalogue.has_digest(digest)
 
     def list(self, *, task_id: str = "", page_size: int = 0, page_token: str = "") -> Page:
         """Versions ordered by task id and version.
@@ -177,17 +196,20 @@ class AdapterStore:
         Raises:
             ArgumentInvalidError: an argument is out of range.
         """
-        if task_id:
-            check_task_id(task_id)
-        if page_size < 0:
-            raise ArgumentInvalidError("page_size", "must not be negative")
-        size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
-        after = decode_page_token(page_token, task_id)
-        # One more than asked for tells whether another page follows.
-        records = self._catalogue.page(task_id=task_id, after=after, max_records=size + 1)
-        page = tuple(records[:size])
-        more = len(records) > size
-        return Page(page, encode_page_token(task_id, page[-1].task_id, page[-1].version) if more else "")
+        return read_page(self._catalogue, task_id=task_id, page_size=page_size, page_token=page_token)
+
+    def activate(self, name: str) -> AdapterRecord:
+        """Make ``task@3`` the version that ``task`` means.
+
+        Raises:
+            TaskIdInvalidError, TaskNotFoundError: there is no such version, or the name gives none.
+            DataLossError: its stored files are known to be damaged.
+            StoreError: the catalogue cannot be written.
+        """
+        parsed = parse_name(name)
+        if parsed.version is None:
+            raise ArgumentInvalidError("task_id", "must name the version to activate, as in 'task@3'")
+        return self._catalogue.activate(parsed.task_id, parsed.version)
 
     def delete(
         self, name: str, *, in_use: Callable[[AdapterRecord], bool], force: bool = False
@@ -206,8 +228,8 @@ class AdapterStore:
         Raises:
             TaskIdInvalidError, TaskNotFoundError: there is nothing of that name.
             AdapterInUseError: it is in use and ``force`` is not given; nothing is removed then.
+            StoreError: the catalogue cannot be written; nothing is removed then.
         """
-        parsed = parse_name(name)
 
         def refuse_in_use(records: Sequence[AdapterRecord]) -> None:
             used = next((record for record in records if not force and in_use(record)), None)
@@ -216,91 +238,83 @@ class AdapterStore:
                     used.name, "requests are running on it; force its deletion, or try again later"
                 )
 
-        with self._publish_lock:
-            removed = self._catalogue.remove(parsed, refuse_in_use)
-            for digest in {record.digest for record in removed}:
-                if not self._catalogue.has_digest(digest):
-                    self._files.remove(digest)
+        removed = self._catalogue.remove(parse_name(name), refuse_in_use)
+        digests = {part.digest for record in removed for part in record.parts}
+        # The versions are gone, whatever becomes of their bytes: a sweep finds those that cannot be removed now.
+        with contextlib.suppress(StoreError):
+            self._storage.remove(digests, self._catalogue.named)
         return removed
 
-    def load(self, record: AdapterRecord) -> AdapterArtifact:
-        """Read a version's stored files into memory.
+    def refresh(self) -> frozenset[str]:
+        """Learn what other processes changed.
+
+        Returns:
+            The tasks that changed since the last call, by whomever.
+
+        Raises:
+            StoreUnavailableError: the catalogue cannot be read; what was known stays known.
+        """
+        return self._catalogue.refresh()
+
+    def load(self, record: AdapterRecord) -> LoadedVersion:
+        """Read a version's stored artifacts into memory.
 
         Raises:
             TaskNotFoundError: it was deleted meanwhile.
             DataLossError: its files are not those that were registered.
-            StoreUnavailableError: the disk fails.
+            StoreUnavailableError: the storage fails.
         """
+        artifacts = []
+        for part in record.parts:
+            try:
+                files = self._storage.read(part.digest)
+            except DataLossError:
+                raise self._loss(record) from None
+            artifacts.append(parse_artifact(files, part.digest, self._limits))
+        return LoadedVersion(record, tuple(artifacts))
+
+    def lower(self, record: AdapterRecord) -> LoweredAdapter:
+        """Read a version and lower it for the engine; its digest is the record's.
+
+        Raises:
+            TaskNotFoundError, DataLossError, StoreUnavailableError: as ``load``.
+            BaseMismatchError: it was registered for another base.
+            ArtifactError: it cannot be served on this one.
+        """
+        return lower_version(self.load(record), require_base(self._base), self._limits)
+
+    def verify(self) -> Iterator[Verified]:
+        """Digest every stored artifact again; see ``maintenance.verify``."""
+        return verify(self._catalogue, self._storage)
+
+    def gc(self, *, older_than_s: float = 24 * 3600.0) -> Swept:
+        """Remove artifacts that no version needs.
+
+        Args:
+            older_than_s: spares younger ones where a registration under way cannot be told from what is left over
+                (object stores).
+
+        Raises:
+            StoreUnavailableError: storage or catalogue fails.
+        """
+        return self._storage.gc(self._catalogue.named, older_than_s=older_than_s)
+
+    def export(self, name: str, directory: Path) -> tuple[Path, ...]:
+        """Write a version's files to a new or empty directory; see ``maintenance.export_version``."""
+        record = self.get(name)
         try:
-            files = self._files.read(record.digest)
-        except StoreUnavailableError:
-            raise
-        except AdapterError:
-            self._require_catalogued(record)
-            raise DataLossError(record.name, "its stored files are missing or unreadable") from None
-        if artifact_digest(files) != record.digest:
-            raise DataLossError(
-                record.name, "its stored files do not have the digest they were registered with"
-            )
-        return parse_artifact(files, record.digest, self._limits)
+            return export_version(record, self._storage, directory)
+        except DataLossError:
+            raise self._loss(record) from None
 
-    def _require_catalogued(self, record: AdapterRecord) -> None:
-        if not self._catalogue.has_digest(record.digest):
-            raise TaskNotFoundError(record.name, "was deleted")
+    def close(self) -> None:
+        """Give back connections and scratch space. Look-ups go on; nothing else may be called."""
+        self._catalogue.close()
+        self._scratch.close()
 
-    def _register(self, body: RegistrationBody) -> Registration:
-        with open_source(body.uri, self._allowed_roots) as directory:
-            read = read_adapter(directory, self._base, self._limits)
-        _check_digest(read.artifact.digest, body.expected_digest)
-        draft = self._draft(body, read)
-        if body.validate_only:
-            existing = self._catalogue.find_digest(draft.task_id, draft.digest)
-            return Registration(existing or draft, created=False)
-        return self._publish(draft, read, activate=body.activate)
-
-    def _draft(self, body: RegistrationBody, read: ReadAdapter) -> AdapterRecord:
-        """The record as it will be, but for version and state."""
-        artifact = read.artifact
-        return AdapterRecord(
-            task_id=body.task_id,
-            version=0,
-            digest=artifact.digest,
-            method=artifact.method,
-            state=AdapterState.CREATING,
-            path=self._files.path(artifact.digest),
-            size_bytes=artifact.size_bytes,
-            num_parameters=artifact.num_parameters,
-            source=body.uri,
-            create_time=datetime.now(UTC),
-            base_model=artifact.base_model,
-            labels=body.labels,
-            notes=read.notes,
-        )
-
-    def _publish(self, draft: AdapterRecord, read: ReadAdapter, *, activate: bool) -> Registration:
-        with self._publish_lock:
-            self._files.publish(draft.digest, read.files)
-            existing = self._catalogue.find_digest(draft.task_id, draft.digest)
-            if existing is None:
-                return Registration(self._catalogue.add(draft, activate=activate), created=True)
-            if activate:
-                existing = self._catalogue.activate(existing.task_id, existing.version)
-            return Registration(existing, created=False)
-
-
-def _check_digest(digest: str, expected: str) -> None:
-    if expected and digest != expected.strip().lower():
-        raise DigestMismatchError("expected_digest", f"the adapter's digest is {digest}")
-
-
-def _check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
-    """A copy that nobody else can change."""
-    if len(labels) > _MAX_LABELS:
-        raise ArgumentInvalidError("labels", f"has {len(labels)} entries; the limit is {_MAX_LABELS}")
-    for key, value in labels.items():
-        if not key or max(len(key), len(value)) > _MAX_LABEL_LENGTH or not (key + value).isprintable():
-            raise ArgumentInvalidError(
-                "labels",
-                f"keys have 1 to {_MAX_LABEL_LENGTH} printable characters, values at most as many",
-            )
-    return MappingProxyType(dict(labels))
+    def _loss(self, record: AdapterRecord) -> AdapterError:
+        """Why a version's bytes are not there: it was deleted, by some process, or they are lost."""
+        digests = {part.digest for part in record.parts}
+        if self._catalogue.named(digests) == digests:
+            return DataLossError(record.name, "its stored files are missing or damaged")
+        return TaskNotFoundError(record.name, "was deleted")

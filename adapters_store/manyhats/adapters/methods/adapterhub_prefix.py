@@ -173,5 +173,6 @@ def _table(config: _Config, names: TensorNames, tensors: Mapping[str, Tensor]) -
     if config.is_flat:
         return names.pick(tensors, f"{config.module}control_trans")
     parts = ("wte.weight", *(f"control_trans.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")))
-    embeddings, w1, b1, w2, b2 = (names.pick(tensors, config.module + part).float() for part in parts)
-    return prefix_table(embeddings, w1, b1, w2, b2, config.activation)
+    # In float64, as the order of float32 sums differs from one load to the next, by alignment and threads.
+    embeddings, w1, b1, w2, b2 = (names.pick(tensors, config.module + part).double() for part in parts)
+    return prefix_table(embeddings, w1, b1, w2, b2, config.activation).float()

@@ -101,7 +101,7 @@ class MultitaskPromptTuningMethod:
         _check(config, candidate.shapes, base, candidate.base_model)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
-        """The task's prompt, multiplied out in float32.
+        """The task's prompt, multiplied out; float32.
 
         Raises:
             AdapterInvalidError: the product is not finite; besides what ``check`` raises.
@@ -110,11 +110,12 @@ class MultitaskPromptTuningMethod:
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         _check(config, shapes, base, artifact.base_model)
         tensors = artifact.tensors
+        # In float64, as the order of float32 sums differs from one load to the next, by alignment and threads.
         prompt = multitask_prompt(
-            tensors[PROMPT_EMBEDDINGS].float(),
-            tensors[_COLUMNS][config.task].float(),
-            tensors[_ROWS][config.task].float(),
-        )
+            tensors[PROMPT_EMBEDDINGS].double(),
+            tensors[_COLUMNS][config.task].double(),
+            tensors[_ROWS][config.task].double(),
+        ).float()
         if not bool(torch.isfinite(prompt).all()):
             raise AdapterInvalidError(PROMPT_EMBEDDINGS, f"is not finite once multiplied with {_COLUMNS}")
         embeddings = as_first_layer_reads(prompt, base)

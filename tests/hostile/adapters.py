@@ -1,17 +1,16 @@
-"""What registration refuses, by its error and the tensor or key it names; nothing is published."""
+"""Adapters whose config and tensors are well-formed files, and still must be refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from adapter_factory import lora_config, lora_tensors, make_base, make_lora, write_adapter
+from adapter_factory import lora_config, lora_tensors, make_base, write_adapter
+from hostile.case import BASE, CONFIG, WEIGHTS, Call, Case, World, register
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -20,14 +19,8 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
     BaseMismatchError,
 )
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.store import AdapterStore
-from registrations import assert_refused
 
-BASE = make_base(names=("org/tiny", "tiny"))
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -38,54 +31,47 @@ class Draft:
     tensors: dict[str, Tensor] = field(default_factory=lambda: lora_tensors(BASE, rank=4))
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """The allowed root and the adapter's directory."""
-    return tmp_path / "source"
+def named(name: str, spoil: Callable[[Draft], object]) -> Callable[[Draft], object]:
+    """The same, with a name for pytest."""
+    spoil.__name__ = name
+    return spoil
 
 
-@pytest.fixture
-def store(tmp_path: Path, source: Path) -> AdapterStore:
-    source.mkdir()
-    limits = AdapterLimits(max_rank=64, max_size_bytes=10**6, max_num_tensors=40, max_config_bytes=20_000)
-    return AdapterStore(tmp_path / "store", BASE, [source], limits)
+def config_with(**fields: Any) -> Callable[[Draft], object]:
+    return named(f"{fields!a:.60}", lambda draft: draft.config.update(fields))
 
 
-def config_with(**fields: Any) -> Callable[[Draft], None]:
-    return lambda draft: draft.config.update(fields)
-
-
-def tensors_with(**tensors: Tensor) -> Callable[[Draft], None]:
+def tensors_with(**tensors: Tensor) -> Callable[[Draft], object]:
     """Tensors named by what follows the first q_proj's path."""
-    return lambda draft: draft.tensors.update(
-        {f"{PREFIX}.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
-    )
+    added = {f"{PREFIX}.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
+    shapes = {name.replace("__", "."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    return named(f"{shapes!a:.60}", lambda draft: draft.tensors.update(added))
 
 
-def without(name: str) -> Callable[[Draft], None]:
-    return lambda draft: draft.tensors.__delitem__(f"{PREFIX}.{name}")
+def without(name: str) -> Callable[[Draft], object]:
+    return named(f"without {name}", lambda draft: draft.tensors.__delitem__(f"{PREFIX}.{name}"))
 
 
-def renamed(old: str, new: str) -> Callable[[Draft], None]:
+def renamed(old: str, new: str) -> Callable[[Draft], object]:
     def rename(draft: Draft) -> None:
         draft.tensors = {name.replace(old, new): tensor for name, tensor in draft.tensors.items()}
 
-    return rename
+    return named(f"{old} named {new!a}", rename)
 
 
-def replaced(make: Callable[[Tensor], Tensor], part: str = f"{PREFIX}.lora_A") -> Callable[[Draft], None]:
+def replaced(make: Callable[[Tensor], Tensor], part: str = f"{PREFIX}.lora_A") -> Callable[[Draft], object]:
     def replace(draft: Draft) -> None:
         draft.tensors = {name: make(t) if part in name else t for name, t in draft.tensors.items()}
 
-    return replace
+    return named(f"{make.__name__} of {part[-20:]}", replace)
 
 
-def of_base(base: Any, **fields: Any) -> Callable[[Draft], None]:
+def of_base(base: Any, **fields: Any) -> Callable[[Draft], object]:
     def replace(draft: Draft) -> None:
         draft.tensors = lora_tensors(base, rank=4)
         draft.config.update(fields)
 
-    return replace
+    return named(f"base of {base.num_layers}x{base.hidden_size} {fields!a}", replace)
 
 
 def poisoned(value: float) -> Callable[[Tensor], Tensor]:
@@ -94,7 +80,12 @@ def poisoned(value: float) -> Callable[[Tensor], Tensor]:
         tensor[-1, -1] = value
         return tensor
 
+    poison.__name__ = str(value)
     return poison
+
+
+def float8(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float8_e4m3fn)
 
 
 OTHER_BASE = make_base(hidden_size=48, num_heads=6, num_kv_heads=3, intermediate_size=64)
@@ -106,7 +97,7 @@ Unsupported, Invalid, TooLarge, Mismatch = (
     BaseMismatchError,
 )
 
-SPOILT: list[tuple[Callable[[Draft], None], type[AdapterError], str]] = [
+SPOILT: list[tuple[Callable[[Draft], object], type[AdapterError], str]] = [
     # Variants of LoRA that compute something else.
     *(
         (config_with(init_lora_weights=name), Unsupported, "init_lora_weights")
@@ -153,7 +144,7 @@ SPOILT: list[tuple[Callable[[Draft], None], type[AdapterError], str]] = [
     ),
     (config_with(peft_type=None), Invalid, "peft_type"),
     (config_with(peft_type=["LORA"]), Invalid, "peft_type"),
-    (lambda draft: draft.config.pop("peft_type"), Invalid, CONFIG),
+    (named("no peft_type", lambda draft: draft.config.pop("peft_type")), Invalid, CONFIG),
     # Values out of range.
     (config_with(r=0), Invalid, "r"),
     (config_with(r=-4), Invalid, "r"),
@@ -236,7 +227,7 @@ SPOILT: list[tuple[Callable[[Draft], None], type[AdapterError], str]] = [
     ),
     (replaced(Tensor.double), Unsupported, f"{PREFIX}.lora_A.weight"),
     (replaced(Tensor.int), Unsupported, f"{PREFIX}.lora_A.weight"),
-    (replaced(lambda t: t.to(torch.float8_e4m3fn)), Unsupported, f"{PREFIX}.lora_A.weight"),
+    (replaced(float8), Unsupported, f"{PREFIX}.lora_A.weight"),
     (replaced(torch.zeros_like, "lora_B"), AdapterNoEffectError, WEIGHTS),
     (config_with(lora_alpha=0), AdapterNoEffectError, WEIGHTS),
     # Another base.
@@ -250,62 +241,16 @@ SPOILT: list[tuple[Callable[[Draft], None], type[AdapterError], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "error", "subject"), SPOILT, ids=[f"{n}-{case[2][-40:]!a}" for n, case in enumerate(SPOILT)]
-)
-def test_spoilt_adapters_are_refused(
-    store: AdapterStore, source: Path, spoil: Callable[[Draft], None], error: type[AdapterError], subject: str
-) -> None:
-    draft = Draft()
-    spoil(draft)
-    write_adapter(source, draft.config, draft.tensors)
-    assert_refused(store, source, error, subject)
+def case_of(spoil: Callable[[Draft], object], error: type[AdapterError], subject: str) -> Case:
+    """The registration of a spoilt draft."""
+
+    def call(world: World) -> Call:
+        draft = Draft()
+        spoil(draft)
+        write_adapter(world.source, draft.config, draft.tensors)
+        return register(world)
+
+    return Case(f"adapter {spoil.__name__}", error, subject, call)
 
 
-def test_the_draft_itself_is_good(store: AdapterStore, source: Path) -> None:
-    draft = Draft()
-    write_adapter(source, draft.config, draft.tensors)
-    assert store.register("task", str(source)).created
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"bias": "all"},
-        {"bias": "lora_only"},
-        {"init_lora_weights": "gaussian"},
-        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
-        {"init_lora_weights": False},
-        {
-            "lora_dropout": 0.3,
-            "revision": "main",
-            "layers_to_transform": [0],
-            "megatron_core": "megatron.core",
-        },
-        {"new_and_unknown": None, "another": False, "third": {}, "fourth": [], "fifth": ""},
-        {"corda_config": {"corda_method": "kpm"}, "qalora_group_size": 16, "ensure_weight_tying": True},
-        {"target_modules": "(a+)+$", "exclude_modules": "(a+)+$"},
-    ],
-)
-def test_fields_that_change_nothing_are_accepted(
-    store: AdapterStore, source: Path, fields: dict[str, Any]
-) -> None:
-    make_lora(source, BASE, rank=4, **fields)
-    assert store.register("task", str(source)).created
-
-
-@pytest.mark.parametrize("name", ["org/tiny", "ORG/Tiny", "tiny"])
-def test_a_base_of_a_known_name_is_accepted(store: AdapterStore, source: Path, name: str) -> None:
-    make_lora(source, BASE, base_model_name_or_path=name)
-    record = store.register("task", str(source)).record
-    assert (record.base_model, record.notes) == (name, ())
-
-
-@pytest.mark.parametrize(
-    "name", [None, "", "/models/tiny", "./tiny", "../org/tiny", "a/b/c", "C:\\models\\tiny", "my-dir"]
-)
-def test_an_unnamed_base_is_accepted_and_noted(store: AdapterStore, source: Path, name: str | None) -> None:
-    make_lora(source, BASE, base_model_name_or_path=name)
-    record = store.register("task", str(source)).record
-    assert record.base_model == (name or "")
-    assert len(record.notes) == 1
+CASES = [case_of(*each) for each in SPOILT]

@@ -1,0 +1,80 @@
+"""Records as JSON documents, the form in which the catalogue's tables hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any
+
+from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
+
+
+def details_document(record: AdapterRecord) -> dict[str, Any]:
+    """What never changes of a version, but for what names and sizes it."""
+    return {
+        "method": record.method.value,
+        "parts": [[part.digest, part.weight, part.source] for part in record.parts],
+        "num_parameters": record.num_parameters,
+        "source": record.source,
+        "create_time": record.create_time.isoformat(),
+        "base_model": record.base_model,
+        "labels": dict(record.labels),
+        "effect": record.effect,
+        "notes": list(record.notes),
+    }
+
+
+def record_document(record: AdapterRecord) -> dict[str, Any]:
+    """A whole record."""
+    return details_document(record) | {
+        "task_id": record.task_id,
+        "version": record.version,
+        "digest": record.digest,
+        "size_bytes": record.size_bytes,
+        "state": record.state.value,
+        "state_reason": record.state_reason,
+    }
+
+
+def read_details(
+    details: Mapping[str, Any],
+    *,
+    task_id: str,
+    version: int,
+    digest: str,
+    size_bytes: int,
+    state: AdapterState,
+    state_reason: str,
+) -> AdapterRecord:
+    """The record of a ``details_document`` and what it leaves out."""
+    return AdapterRecord(
+        task_id=task_id,
+        version=version,
+        digest=digest,
+        method=AdapterMethod(details["method"]),
+        state=state,
+        parts=tuple(ArtifactPart(*part) for part in details["parts"]),
+        size_bytes=size_bytes,
+        num_parameters=details["num_parameters"],
+        source=details["source"],
+        create_time=datetime.fromisoformat(details["create_time"]),
+        base_model=details["base_model"],
+        state_reason=state_reason,
+        labels=MappingProxyType(details["labels"]),
+        effect=details["effect"],
+        notes=tuple(details["notes"]),
+    )
+
+
+def read_record(document: Mapping[str, Any]) -> AdapterRecord:
+    """The record of a ``record_document``."""
+    return read_details(
+        document,
+        task_id=document["task_id"],
+        version=document["version"],
+        digest=document["digest"],
+        size_bytes=document["size_bytes"],
+        state=AdapterState(document["state"]),
+        state_reason=document["state_reason"],
+    )

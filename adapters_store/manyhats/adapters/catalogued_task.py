@@ -1,0 +1,113 @@
+"""One task as the catalogue holds it, and what can happen to it: pure functions from one state to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from manyhats.adapters.artifact import AdapterRecord, AdapterState
+from manyhats.adapters.errors import DataLossError, NoActiveVersionError, TaskNotFoundError
+from manyhats.adapters.taskid import TaskName
+
+_NO_VERSIONS: Mapping[int, AdapterRecord] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CataloguedTask:
+    """A task and its versions.
+
+    Attributes:
+        task_id: what callers name it.
+        generation: of the catalogue's write that made it so; 0 for a task that never was.
+        last_version: the highest version it ever had.
+        active_version: the one that the task's name means, or None.
+        versions: by number, oldest first.
+    """
+
+    task_id: str
+    generation: int = 0
+    last_version: int = 0
+    active_version: int | None = None
+    versions: Mapping[int, AdapterRecord] = field(default_factory=lambda: _NO_VERSIONS)
+
+    def find(self, name: TaskName) -> AdapterRecord:
+        """The version that a name means: the one it gives, or the active one.
+
+        Raises:
+            TaskNotFoundError: the task has no versions, or not this one.
+            NoActiveVersionError: the name gives no version and none is active.
+        """
+        self.require_versions()
+        version = self.active_version if name.version is None else name.version
+        if version is None:
+            raise NoActiveVersionError(self.task_id, "none of its versions is active")
+        if version not in self.versions:
+            raise TaskNotFoundError(str(name), "no such version")
+        return self.versions[version]
+
+    def require_versions(self) -> tuple[AdapterRecord, ...]:
+        """All versions, oldest first.
+
+        Raises:
+            TaskNotFoundError: it has none.
+        """
+        if not self.versions:
+            raise TaskNotFoundError(self.task_id, "no such task")
+        return tuple(self.versions.values())
+
+    def find_digest(self, digest: str) -> AdapterRecord | None:
+        """The version that has a digest."""
+        return next((record for record in self.versions.values() if record.digest == digest), None)
+
+    def added(self, record: AdapterRecord) -> CataloguedTask:
+        """With one more version, the last."""
+        version = self.last_version + 1
+        added = replace(record, version=version, state=AdapterState.INACTIVE, state_reason="")
+        return replace(self, last_version=version, versions=self._with(added))
+
+    def activated(self, version: int) -> CataloguedTask:
+        """With the active version changed.
+
+        Raises:
+            TaskNotFoundError: there is no such version.
+            DataLossError: it has failed.
+        """
+        record = self.find(TaskName(self.task_id, version))
+        if record.state is AdapterState.FAILED:
+            raise DataLossError(record.name, f"cannot be activated: {record.state_reason}")
+        return replace(self, active_version=version)._with_states()
+
+    def with_failure(self, version: int, reason: str) -> CataloguedTask:
+        """With a version FAILED for a reason; or, for an empty one, as good as any.
+
+        Raises:
+            TaskNotFoundError: there is no such version.
+        """
+        record = self.find(TaskName(self.task_id, version))
+        return replace(self, versions=self._with(replace(record, state_reason=reason)))._with_states()
+
+    def without(self, versions: Collection[int]) -> CataloguedTask:
+        """Without some versions."""
+        kept = {version: record for version, record in self.versions.items() if version not in versions}
+        active = None if self.active_version in versions else self.active_version
+        return replace(self, active_version=active, versions=MappingProxyType(kept))
+
+    def _with(self, record: AdapterRecord) -> Mapping[int, AdapterRecord]:
+        return MappingProxyType({**self.versions, record.version: record})
+
+    def _with_states(self) -> CataloguedTask:
+        """The states that follow from which version is active; a failed one stays failed."""
+        stated = {version: self._stated(record) for version, record in self.versions.items()}
+        return replace(self, versions=MappingProxyType(stated))
+
+    def _stated(self, record: AdapterRecord) -> AdapterRecord:
+        state = version_state(record.version, self.active_version, record.state_reason)
+        return record if record.state is state else replace(record, state=state)
+
+
+def version_state(version: int, active_version: int | None, failure: str) -> AdapterState:
+    """What a version's state is: FAILED if it has a failure, else ACTIVE if it is the active one."""
+    if failure:
+        return AdapterState.FAILED
+    return AdapterState.ACTIVE if version == active_version else AdapterState.INACTIVE

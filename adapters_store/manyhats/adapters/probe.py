@@ -1,0 +1,16 @@
+"""What a registration asks of the engine, as callables: the store itself knows no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.primitives import LoweredAdapter
+
+Probe = Callable[[LoweredAdapter], float]
+"""How far an adapter moves the base's logits, 0 for not at all. Runs on the registering thread; raises
+AdapterInvalidError where the logits are not finite."""
+
+Prepare = Callable[[AdapterRecord], None]
+"""Called with a version that is about to become active, its bytes stored and its row not there yet, so that it can
+be loaded ahead of its first request. The record's version number may not be given yet."""

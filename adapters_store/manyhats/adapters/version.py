@@ -1,0 +1,53 @@
+"""A version in memory: the artifacts it is made of, and the one adapter that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from manyhats.adapters.artifact import AdapterArtifact, AdapterRecord
+from manyhats.adapters.base_name import check_base_name
+from manyhats.adapters.composition import AdapterPart, compose
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering import lower
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.recognition import base_name_key
+from manyhats.adapters.sites import BaseDescription
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedVersion:
+    """A version's record and its artifacts, one per part and in the order of ``record.parts``."""
+
+    record: AdapterRecord
+    artifacts: tuple[AdapterArtifact, ...]
+
+
+def lower_version(version: LoadedVersion, base: BaseDescription, limits: AdapterLimits) -> LoweredAdapter:
+    """The version as primitives of the base's sites; its digest is the record's.
+
+    Raises:
+        ArtifactError: it cannot be served exactly.
+        BaseMismatchError: it was made for another base.
+    """
+    for artifact in version.artifacts:
+        check_base_name(artifact.base_model, base, base_name_key(artifact.config))
+    lowered = [lower(artifact, base) for artifact in version.artifacts]
+    if not version.record.is_composed:
+        return lowered[0]
+    weights = [part.weight for part in version.record.parts]
+    return compose_parts(lowered, weights, limits)
+
+
+def compose_parts(
+    adapters: Sequence[LoweredAdapter], weights: Sequence[float], limits: AdapterLimits
+) -> LoweredAdapter:
+    """``compose`` of parts that errors name by their place: ``parts[0]`` and so on."""
+    pairs = zip(adapters, weights, strict=True)
+    parts = [AdapterPart(part_name(i), adapter, weight) for i, (adapter, weight) in enumerate(pairs)]
+    return compose(parts, limits)
+
+
+def part_name(index: int) -> str:
+    """How errors and notes name a part."""
+    return f"parts[{index}]"

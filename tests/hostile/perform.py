@@ -1,0 +1,78 @@
+"""Makes the call of a case without a server: on the store, behind the gate."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from hostile.case import Call, GateState
+from manyhats.adapters.intake import PartSource
+from manyhats.adapters.store import AdapterStore
+from manyhats.server.gate import Gate
+from manyhats.server.metrics import Metrics
+from manyhats.server.registrar import Registrar
+from manyhats.server.uploads import take_upload
+from manyhats.v1 import adapter_pb2 as pb
+from manyhats.v1 import generation_pb2
+from server_fakes import EchoEngine, make_backend
+
+_METRICS = Metrics(max_task_labels=1)
+
+
+def perform(store: AdapterStore, call: Call, *, gate: GateState, in_use: bool) -> None:
+    """What the server does with a message, without the server."""
+    with make_gate(store, gate).admitted():
+        match call:
+            case pb.RegisterAdapterRequest():
+                _register(store, call)
+            case pb.GetAdapterRequest():
+                store.get(call.task_id)
+            case pb.ListAdaptersRequest():
+                store.list(task_id=call.task_id, page_size=call.page_size, page_token=call.page_token)
+            case pb.ActivateAdapterRequest():
+                store.activate(call.task_id)
+            case pb.DeleteAdapterRequest():
+                store.delete(call.task_id, in_use=lambda record: in_use, force=call.force)
+            case generation_pb2.GenerateRequest():
+                store.resolve(call.task_id)
+            case [*messages]:
+                asyncio.run(_upload(store, messages))
+            case _:
+                raise AssertionError(f"no case makes such a call: {call}")
+
+
+def make_gate(store: AdapterStore, state: GateState) -> Gate:
+    """A gate in that state."""
+    gate = Gate(heartbeat_limit_s=60)
+    if state != "loading":
+        gate.open(make_backend(EchoEngine(), store))
+    if state == "draining":
+        gate.drain()
+    return gate
+
+
+def _register(store: AdapterStore, call: pb.RegisterAdapterRequest) -> None:
+    parts = [PartSource(part.uri, part.weight if part.HasField("weight") else 1.0) for part in call.parts]
+    store.register(
+        call.task_id,
+        call.uri,
+        parts=parts,
+        activate=call.activate if call.HasField("activate") else True,
+        validate_only=call.validate_only,
+        expected_digest=call.expected_digest,
+        request_id=call.request_id,
+        labels=dict(call.labels),
+    )
+
+
+async def _upload(store: AdapterStore, messages: Sequence[Any]) -> None:
+    async def sent() -> AsyncIterator[pb.UploadAdapterRequest]:
+        for message in messages:
+            yield message
+
+    async def accept() -> None:
+        """Nobody waits for it."""
+
+    registrar = Registrar(make_backend(EchoEngine(), store), _METRICS)
+    await take_upload(sent(), registrar, accept)

@@ -1,0 +1,135 @@
+"""Servers with certificates and tokens, and those who call them."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import trustme
+
+from manyhats.server.authorization import Authorizer
+from manyhats.server.gate import Gate
+from manyhats.server.grpc_port import GrpcPort
+from manyhats.server.http_port import HttpPort, make_app
+from manyhats.server.metrics import Metrics
+from manyhats.server.tls import ServerTls, TlsFiles
+from manyhats.server.tokens import Role, TokenFile, new_token, token_entry
+from server_fakes import EchoEngine, MemoryStore, Running, make_backend
+
+BOTH = (Role.GENERATE, Role.MANAGE)
+
+
+@dataclass(frozen=True)
+class Pki:
+    """An authority, and the files of a server whose certificate it signed."""
+
+    authority: trustme.CA
+    directory: Path
+
+    @property
+    def files(self) -> TlsFiles:
+        return TlsFiles(self.directory / "server.pem", self.directory / "server.key")
+
+    @property
+    def mutual_files(self) -> TlsFiles:
+        return TlsFiles(self.files.certificate, self.files.key, self.ca_file)
+
+    @property
+    def ca_file(self) -> Path:
+        path = self.directory / "ca.pem"
+        self.authority.cert_pem.write_to_path(path)
+        return path
+
+    @property
+    def ca_pem(self) -> bytes:
+        return self.authority.cert_pem.bytes()
+
+    def issue(self) -> None:
+        """Write a new certificate and key for 127.0.0.1 and localhost."""
+        write_pair(self.authority.issue_cert("127.0.0.1", "localhost"), self.files)
+
+    def client_pair(self, name: str = "caller") -> tuple[bytes, bytes]:
+        """Key and certificate of a caller."""
+        return pair_of(self.authority.issue_cert(f"{name}@example.org"))
+
+    def channel_credentials(self, pair: tuple[bytes, bytes] | None = None) -> grpc.ChannelCredentials:
+        key, chain = pair or (None, None)
+        return grpc.ssl_channel_credentials(self.ca_pem, key, chain)
+
+    def https(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cadata=self.ca_pem.decode())
+
+
+def make_pki(directory: Path) -> Pki:
+    """A new authority with a server certificate in ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    pki = Pki(trustme.CA(), directory)
+    pki.issue()
+    return pki
+
+
+def pair_of(certificate: trustme.LeafCert) -> tuple[bytes, bytes]:
+    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
+    return certificate.private_key_pem.bytes(), chain
+
+
+def write_pair(certificate: trustme.LeafCert, files: TlsFiles) -> None:
+    key, chain = pair_of(certificate)
+    files.certificate.write_bytes(chain)
+    files.key.write_bytes(key)
+
+
+def add_token(
+    path: Path, name: str, roles: Sequence[Role] = BOTH, tasks: Sequence[str] = (), token: str = ""
+) -> str:
+    """Add a token to a token file, and give it back."""
+    token = token or new_token()
+    with path.open("a") as file:
+        file.write(token_entry(name, token, roles, tasks))
+    return token
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata of a call that shows a token."""
+    return (("authorization", f"Bearer {token}"),)
+
+
+@asynccontextmanager
+async def secured_server(
+    *,
+    tls: TlsFiles | None = None,
+    token_file: Path | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
+    store: Any = None,
+) -> AsyncIterator[Running]:
+    """A server on fakes and free ports, and a channel that shows no token."""
+    engine, store = EchoEngine(), MemoryStore() if store is None else store
+    metrics, gate = Metrics(max_task_labels=10), Gate(heartbeat_limit_s=5.0)
+    backend = make_backend(engine, store)
+    metrics.attach(backend)
+    gate.open(backend)
+    server_tls = None if tls is None else ServerTls(tls)
+    authorizer = None if token_file is None else Authorizer(TokenFile(token_file))
+    http = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0, tls=server_tls)
+    http.start()
+    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, tls=server_tls, authorizer=authorizer)
+    await port.start()
+    try:
+        async with open_channel(port.address, credentials) as channel:
+            yield Running(engine, store, gate, metrics, port, http.address, channel)
+    finally:
+        await port.stop(0.0)
+        http.stop()
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """A channel with a connection of its own: a new handshake."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
