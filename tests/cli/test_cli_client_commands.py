@@ -126,7 +126,7 @@ def test_score_json_keeps_the_order_asked(fake: FakeServer) -> None:
 def test_register_names_what_it_made(fake: FakeServer, tmp_path: Path) -> None:
     result = run(fake, "adapters", "register", "sql", str(tmp_path), "--label", "team=a", "--no-activate")
     assert result.exit_code == 0
-    assert result.stdout.startswith("registered: sql@3 (lora, active, 1.2 MB, sha256:")
+    assert result.stdout.startswith("registered: sql@3 (lora, active, 1.2 MB, effect 0.25, sha256:")
     assert result.stderr == "note: names no base\n"
     assert (fake.last_request.uri, dict(fake.last_request.labels)) == (str(tmp_path), {"team": "a"})
     assert not fake.last_request.activate
@@ -152,6 +152,43 @@ def test_register_json(fake: FakeServer) -> None:
     assert registration["adapter"]["create_time"] == "2026-03-01T12:30:00+00:00"
 
 
+def test_register_of_parts(fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sql").mkdir()
+    parts = ["--part", "sql", "--part", "s3://b/polite=0.5", "--part", "/a=b", "--part", "c=-1e-1"]
+    assert run(fake, "adapters", "register", "both", *parts).exit_code == 0
+    assert [(part.uri, part.weight) for part in fake.last_request.parts] == [
+        (str(tmp_path / "sql"), 1.0),
+        ("s3://b/polite", 0.5),
+        ("/a=b", 1.0),
+        ("c", -0.1),
+    ]
+    assert fake.last_request.uri == ""
+
+
+def test_upload_sends_the_directory_and_shows_that_it_goes_on(fake: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    result = run(fake, "adapters", "upload", "sql", str(tmp_path), "--label", "team=a", "--request-id", "r1")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("uploaded: sql@3 (lora, active, 1.2 MB, effect 0.25, sha256:")
+    assert result.stderr == "upload ...\nnote: names no base\n"
+    assert fake.uploaded == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    assert (dict(fake.last_request.labels), fake.last_request.request_id) == ({"team": "a"}, "r1")
+
+
+def test_upload_of_no_adapter_is_an_error(fake: FakeServer, tmp_path: Path) -> None:
+    result = run(fake, "adapters", "upload", "sql", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: directory: {tmp_path} has no adapter_config.json\n"
+
+
+def test_activate(fake: FakeServer) -> None:
+    out = succeed(fake, "adapters", "activate", "sql@1")
+    assert out.startswith("active: sql@1 (lora, sha256:")
+    assert succeed_json(fake, "adapters", "activate", "sql@2")["version"] == 2
+
+
 def test_list(fake: FakeServer) -> None:
     lines = succeed(fake, "adapters", "list").splitlines()
     assert lines[0].split("\t")[0] == "task"
@@ -169,6 +206,7 @@ def test_list_of_nothing_says_so_but_is_no_error(fake: FakeServer) -> None:
 def test_show(fake: FakeServer) -> None:
     lines = succeed(fake, "adapters", "show", "sql").splitlines()
     assert {"task: sql@2", "size: 1.2 MB", "parameters: 300 k", "labels: team=a"} <= set(lines)
+    assert {"effect: 0.25 nats", "part 0: 0.5 × /adapters/sql (sha256:aa)"} <= set(lines)
     assert succeed_json(fake, "adapters", "show", "sql@2")["version"] == 2
 
 

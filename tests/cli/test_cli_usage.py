@@ -14,7 +14,9 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from manyhats.cli import adapters, model, serve
+from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.lowering import ADAPTERHUB_METHODS, METHODS
+from manyhats.cli import adapter_register, model, serve
 from manyhats.cli.extras import needs_extra
 from manyhats.cli.failures import CommandError
 from manyhats.cli.main import app
@@ -30,9 +32,16 @@ COMMANDS = [
     ["score"],
     ["info"],
     ["adapters", "register"],
+    ["adapters", "upload"],
     ["adapters", "list"],
     ["adapters", "show"],
+    ["adapters", "activate"],
     ["adapters", "delete"],
+    ["adapters", "inspect"],
+    ["adapters", "convert"],
+    ["adapters", "verify"],
+    ["adapters", "gc"],
+    ["adapters", "export"],
     ["model", "fetch"],
     ["model", "info"],
 ]
@@ -48,6 +57,30 @@ def test_help_has_an_example_of_the_command(command: list[str]) -> None:
     assert result.exit_code == 0
     assert f"$ manyhats {' '.join(command)}" in result.stdout
     assert "Examples" in result.stdout
+
+
+METHOD_NAMES = {
+    AdapterMethod.LORA: "LoRA",
+    AdapterMethod.DORA: "DoRA",
+    AdapterMethod.ADALORA: "AdaLoRA",
+    AdapterMethod.VERA: "VeRA",
+    AdapterMethod.IA3: "IA3",
+    AdapterMethod.BOTTLENECK: "bottleneck adapters",
+    AdapterMethod.PREFIX_TUNING: "prefix tuning",
+    AdapterMethod.PROMPT_TUNING: "prompt tuning",
+    AdapterMethod.P_TUNING: "P-tuning",
+    AdapterMethod.MULTITASK_PROMPT_TUNING: "multitask prompt tuning",
+}
+
+
+@pytest.mark.parametrize("command", ["register", "upload"])
+def test_help_names_every_format_and_method_that_is_served(command: str) -> None:
+    text = " ".join(run("adapters", command, "--help").stdout.split())
+    peft, _, adapterhub = text.partition("A directory as AdapterHub's adapters saves it")
+    assert "A directory as PEFT saves it" in peft
+    for methods, part in ((METHODS, peft), (ADAPTERHUB_METHODS, adapterhub)):
+        for method in methods:
+            assert METHOD_NAMES[method] in part
 
 
 @pytest.mark.parametrize("group", [[], ["adapters"], ["model"]], ids=str)
@@ -71,6 +104,11 @@ def test_version() -> None:
         (["generate", "hi", "--top-k", "many"], "--top-k"),
         (["generate", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["adapters", "register", "sql", "/x", "--label", "team"], "--label must be KEY=VALUE"),
+        (["adapters", "register", "sql"], "give either PATH or --part"),
+        (["adapters", "register", "sql", "/x", "--part", "/y"], "give either PATH or --part"),
+        (["adapters", "register", "sql", "--part", "=2"], "--part must be PATH or PATH=WEIGHT"),
+        (["adapters", "register", "sql", "--part", "/x=nan"], "--part must be PATH or PATH=WEIGHT"),
+        (["adapters", "gc", "--older-than", "-1"], "--older-than"),
         (["serve", "--register", "sql"], "--register must be TASK=PATH"),
         (["serve", "--register", "a=x", "--register", "a=y"], "names a twice"),
         (["serve", "--grpc-port", "99999"], "--grpc-port"),
@@ -120,6 +158,10 @@ def test_serve_passes_every_flag_and_the_exit_code(served: list[Any], tmp_path: 
         --model tiny --base-name org/tiny --device cpu --dtype float32 --quantization none
         --store {tmp_path} --adapter-root {tmp_path} --adapter-root /adapters
         --register sql={tmp_path} --register tldr=x=y
+        --catalogue sqlite:////x/c.db --store-cache /cache --store-cache-bytes 5 --store-poll-s 0.25
+        --adapter-url-prefix s3://a/ --adapter-url-prefix https://b/c/
+        --max-artifact-bytes 11 --max-adapter-rank 12 --max-virtual-tokens 13 --max-parts 14 --max-tasks 15
+        --max-versions-per-task 16 --max-bytes-per-task 17 --max-bytes 18 --max-transfers 19
         --host 0.0.0.0 --insecure --grpc-port 0 --http-port 1
         --max-context-length 99 --max-sequences 3 --max-batched-tokens 64 --kv-cache-bytes 1000000
         --kv-cache-dtype float32 --max-adapters 7 --max-waiting 8 --num-threads 1
@@ -127,7 +169,14 @@ def test_serve_passes_every_flag_and_the_exit_code(served: list[Any], tmp_path: 
     """
     assert run("serve", *flags.split()).exit_code == 3
     (config,) = served
-    assert (config.model, config.store) == ("tiny", tmp_path)
+    assert (config.model, config.store) == ("tiny", str(tmp_path))
+    assert (config.catalogue, config.store_cache) == ("sqlite:////x/c.db", Path("/cache"))
+    assert (config.store_cache_bytes, config.store_poll_s) == (5, 0.25)
+    assert config.adapter_url_prefixes == ("s3://a/", "https://b/c/")
+    assert (config.max_artifact_bytes, config.max_adapter_rank) == (11, 12)
+    assert (config.max_virtual_tokens, config.max_parts, config.max_tasks) == (13, 14, 15)
+    assert (config.max_versions_per_task, config.max_bytes_per_task) == (16, 17)
+    assert (config.max_bytes, config.max_transfers) == (18, 19)
     assert config.adapter_roots == (tmp_path, Path("/adapters"))
     assert dict(config.register) == {"sql": str(tmp_path), "tldr": "x=y"}
     assert config.base_names == ("org/tiny",)
@@ -158,7 +207,10 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -
     shown = {
         param.name: param.show_default for param in command.params if isinstance(param.show_default, str)
     }
-    computed = {"max_context_length", "store"}
+    computed = {"max_context_length", "store", "catalogue", "store_cache"}
+    unbounded = {name: "no bound" for name in shown if shown[name] == "no bound"}
+    assert all(getattr(config, name) is None for name in unbounded)
+    computed |= unbounded.keys()
     assert len(shown) > len(computed)
     assert {name: str(getattr(config, name)) for name in shown.keys() - computed} == {
         name: text for name, text in shown.items() if name not in computed
@@ -285,5 +337,5 @@ def test_default_server_is_the_clients() -> None:
 
 
 def test_labels_and_registrations_may_hold_equals_signs() -> None:
-    assert adapters.parse_labels(["a=b=c", "d="]) == {"a": "b=c", "d": ""}
+    assert adapter_register.parse_labels(["a=b=c", "d="]) == {"a": "b=c", "d": ""}
     assert serve.parse_register(["sql=/x=y"]) == {"sql": "/x=y"}

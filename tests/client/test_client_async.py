@@ -30,6 +30,8 @@ async def test_every_unary_call(fake: FakeServer) -> None:
         assert [score.logprob for score in (await client.score("a", ["b", "c"])).scores] == [-1.0, -2.0]
         assert await client.tokenize([1, 2]) == Tokenization((1, 2), ("a", "b"))
         assert (await client.register_adapter("sql", "/adapters/sql")).adapter.name == "sql@3"
+        assert (await client.register_adapter("sql", parts=[("/a", 2.0)])).created
+        assert (await client.activate_adapter("sql@1")).name == "sql@1"
         assert (await client.get_adapter("sql")).name == "sql@2"
         assert [info.name for info in await client.delete_adapter("sql")] == ["sql@1", "sql@2"]
         assert (await client.server_info()).device == "cpu"

@@ -12,6 +12,7 @@ import pytest
 from client_fakes import CREATE_TIME, PIECES, TEXT, FakeServer
 from manyhats.client import (
     AdapterRef,
+    ArtifactPart,
     Client,
     FinishReason,
     Token,
@@ -117,6 +118,19 @@ def test_register_adapter(fake: FakeServer) -> None:
     assert (request.uri, dict(request.labels)) == ("/adapters/sql", {"team": "a"})
     assert request.HasField("activate")
     assert not request.activate
+
+
+def test_register_adapter_of_parts(fake: FakeServer) -> None:
+    with Client(fake.target) as client:
+        registration = client.register_adapter("sql", parts=[("/a", 0.5), ("/b", 1.0)])
+    assert [(part.uri, part.weight) for part in fake.last_request.parts] == [("/a", 0.5), ("/b", 1.0)]
+    assert registration.adapter.parts == (ArtifactPart("sha256:aa", 0.5, "/adapters/sql"),)
+
+
+def test_activate_adapter(fake: FakeServer) -> None:
+    with Client(fake.target) as client:
+        assert client.activate_adapter("sql@2").name == "sql@2"
+    assert fake.last_request.task_id == "sql@2"
 
 
 def test_get_adapter(fake: FakeServer) -> None:

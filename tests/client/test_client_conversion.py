@@ -14,6 +14,7 @@ from manyhats.client import (
     GenerateOptions,
     GenerationChunk,
     InvalidRequestError,
+    adapter_convert,
     convert,
 )
 from manyhats.client.results import Token, Usage
@@ -183,11 +184,11 @@ def test_base_model_has_no_adapter() -> None:
 def test_values_newer_than_the_client_do_not_fail() -> None:
     response = generation_pb2.GenerateResponse(finish_reason=77)  # type: ignore[arg-type]
     assert convert.generation(response).finish_reason is FinishReason.UNSPECIFIED
-    assert convert.adapter_info(adapter_pb2.Adapter(method=77)).method == "77"  # type: ignore[arg-type]
+    assert adapter_convert.adapter_info(adapter_pb2.Adapter(method=77)).method == "77"  # type: ignore[arg-type]
 
 
 def test_fields_the_server_leaves_out_are_none_or_empty() -> None:
-    info = convert.adapter_info(adapter_pb2.Adapter(task_id="sql", version=3))
+    info = adapter_convert.adapter_info(adapter_pb2.Adapter(task_id="sql", version=3))
     assert (info.name, info.create_time, info.effect, info.method, info.residency) == (
         "sql@3",
         None,
@@ -211,3 +212,44 @@ def test_joined_chunks_are_the_whole_answer(pieces: list[str]) -> None:
 
 def test_no_chunks_make_an_empty_unfinished_answer() -> None:
     assert convert.join_chunks([]).finish_reason is FinishReason.UNSPECIFIED
+
+
+def test_parts_of_a_composed_task_keep_order_and_weight() -> None:
+    request = adapter_convert.register_request("sql", "", [("a", 0.5), ("b", 1)], {})
+    assert [(part.uri, part.weight) for part in request.parts] == [("a", 0.5), ("b", 1.0)]
+    assert request.uri == ""
+
+
+@pytest.mark.parametrize(
+    ("parts", "field"),
+    [
+        (["a"], "parts[0]"),
+        ([("a", 1.0), ("b",)], "parts[1]"),
+        ([("a", "heavy")], "parts[0].weight"),
+        ([(5, 1.0)], "parts[0].uri"),
+    ],
+)
+def test_wrong_part_is_named(parts: Any, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        adapter_convert.register_request("sql", "", parts, {})
+    assert caught.value.field == field
+
+
+def test_registration_options_left_out_or_none_stay_unset() -> None:
+    request = adapter_convert.register_request("sql", "a", (), {"activate": None, "labels": {"team": "a"}})
+    assert not request.HasField("activate")
+    assert dict(request.labels) == {"team": "a"}
+    header = adapter_convert.upload_header("sql", (), {"activate": False, "expected_digest": "sha256:00"})
+    assert (header.HasField("activate"), header.activate, header.expected_digest) == (
+        True,
+        False,
+        "sha256:00",
+    )
+
+
+def test_unknown_registration_option_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="'color'"):
+        adapter_convert.register_request("sql", "a", (), {"color": "red"})
+    with pytest.raises(InvalidRequestError) as caught:
+        adapter_convert.upload_header("sql", (), {"labels": {"team": 1}})
+    assert caught.value.field == "labels"

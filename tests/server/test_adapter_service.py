@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from typing import Any
 
 import grpc
 
-from manyhats.adapters.errors import AdapterInvalidError
+from manyhats.adapters.errors import AdapterInvalidError, DataLossError, StoreFullError
+from manyhats.engine.errors import AdapterCapacityError
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2, server_pb2
-from server_fakes import INFO, refused, running_server
+from server_fakes import (
+    INFO,
+    FakeRegistration,
+    MemoryStore,
+    Running,
+    eventually,
+    make_record,
+    refused,
+    running_server,
+)
 
 
 async def test_register_answers_with_the_version_and_loads_it() -> None:
@@ -26,7 +37,8 @@ async def test_register_answers_with_the_version_and_loads_it() -> None:
     assert list(adapter.notes) == ["a note"]
     assert adapter.create_time.ToDatetime().year == 2026
     assert adapter.residency == pb.ADAPTER_RESIDENCY_DEVICE
-    assert not adapter.HasField("effect")
+    assert adapter.effect == 0.25
+    assert [(part.digest, part.weight, part.source) for part in adapter.parts] == [("sha256:a", 1.0, "a")]
 
 
 async def test_register_again_is_the_version_that_exists() -> None:
@@ -65,17 +77,132 @@ async def test_adapter_that_cannot_be_loaded_now_is_registered_all_the_same() ->
     assert answer.adapter.residency == pb.ADAPTER_RESIDENCY_DISK
 
 
-async def test_exactly_one_of_uri_and_parts() -> None:
+async def test_effect_is_what_the_engine_measures() -> None:
+    async with running_server() as server:
+        server.engine.effect = 1.5
+        request = pb.RegisterAdapterRequest(task_id="hats", uri="a", validate_only=True)
+        answer = await server.adapters.RegisterAdapter(request)
+        assert [probed.digest for probed in server.engine.probed] == ["sha256:a"]
+    assert answer.adapter.effect == 1.5
+
+
+async def test_version_is_loaded_before_it_goes_live() -> None:
+    async with running_server() as server:
+        await server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="hats", uri="a"))
+        server.engine.warm_s = 0.2
+        second = asyncio.ensure_future(
+            server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="hats", uri="b"))
+        )
+        await eventually(lambda: len(server.engine.warmed) == 2)
+        assert server.store.resolve("hats").version == 1
+        await second
+        assert server.store.resolve("hats").version == 2
+        assert server.engine.resident_digests() == {"sha256:a", "sha256:b"}
+
+
+async def test_version_loaded_for_a_registration_that_fails_is_forgotten() -> None:
+    class FailingStore(MemoryStore):
+        def register(self, task_id: str, uri: str = "", **options: Any) -> FakeRegistration:
+            options["prepare"](make_record(task_id, 0, uri))
+            raise StoreFullError("store", "no space is left")
+
+    async with running_server(store=FailingStore()) as server:
+        refusal = await refused(
+            server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="hats", uri="a"))
+        )
+        assert [record.digest for record in server.engine.warmed] == ["sha256:a"]
+        assert server.engine.resident == {}
+    assert refusal.reason == "STORE_FULL"
+
+
+async def test_composed_task_shows_its_parts() -> None:
+    parts = [pb.AdapterPart(uri="a", weight=0.5), pb.AdapterPart(uri="b")]
+    async with running_server() as server:
+        answer = await server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="t", parts=parts))
+    assert answer.adapter.method == pb.ADAPTER_METHOD_COMPOSED
+    assert [(part.digest, part.weight, part.source) for part in answer.adapter.parts] == [
+        ("sha256:a", 0.5, "a"),
+        ("sha256:b", 1.0, "b"),
+    ]
+
+
+async def test_exactly_one_of_uri_and_parts_and_every_part_has_a_uri() -> None:
     part = pb.AdapterPart(uri="a", weight=0.5)
     async with running_server() as server:
-        neither = await refused(server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="t")))
-        both_request = pb.RegisterAdapterRequest(task_id="t", uri="a", parts=[part])
-        both = await refused(server.adapters.RegisterAdapter(both_request))
-        parts_request = pb.RegisterAdapterRequest(task_id="t", parts=[part])
-        composed = await refused(server.adapters.RegisterAdapter(parts_request))
-    assert (neither.reason, neither.fields) == ("FIELD_INVALID", ("uri",))
-    assert (both.reason, both.fields) == ("FIELD_INVALID", ("uri",))
-    assert composed.code is grpc.StatusCode.UNIMPLEMENTED
+        for request, field in (
+            (pb.RegisterAdapterRequest(task_id="t"), "uri"),
+            (pb.RegisterAdapterRequest(task_id="t", uri="a", parts=[part]), "uri"),
+            (pb.RegisterAdapterRequest(task_id="t", parts=[part, pb.AdapterPart(weight=2)]), "parts[1].uri"),
+        ):
+            refusal = await refused(server.adapters.RegisterAdapter(request))
+            assert (refusal.reason, refusal.fields) == ("FIELD_INVALID", (field,))
+        assert server.store.tasks == {}
+
+
+async def register_two(server: Running) -> None:
+    for uri in ("a", "b"):
+        await server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="hats", uri=uri))
+
+
+async def version_that_answers(server: Running) -> int:
+    answer = await server.generation.Generate(generation_pb2.GenerateRequest(task_id="hats", text="a"))
+    return int(answer.adapter.version)
+
+
+async def test_activate_moves_a_task_back_and_forth() -> None:
+    async with running_server() as server:
+        await register_two(server)
+        for version in (1, 2, 1):
+            request = pb.ActivateAdapterRequest(task_id=f"hats@{version}")
+            answer = await server.adapters.ActivateAdapter(request)
+            assert (answer.adapter.version, answer.adapter.state) == (version, pb.ADAPTER_STATE_ACTIVE)
+            assert await version_that_answers(server) == version
+
+
+async def test_activate_loads_the_version_before_it_switches() -> None:
+    async with running_server() as server:
+        await register_two(server)
+        server.engine.resident.clear()
+        server.engine.warmed.clear()
+        server.engine.warm_s = 0.2
+        activating = asyncio.ensure_future(
+            server.adapters.ActivateAdapter(pb.ActivateAdapterRequest(task_id="hats@1"))
+        )
+        await eventually(lambda: len(server.engine.warmed) == 1)
+        assert await version_that_answers(server) == 2
+        answer = await activating
+        assert answer.adapter.residency == pb.ADAPTER_RESIDENCY_DEVICE
+        assert await version_that_answers(server) == 1
+
+
+async def test_version_that_cannot_be_loaded_is_not_activated() -> None:
+    async with running_server() as server:
+        await register_two(server)
+        server.engine.warm_error = DataLossError("hats@1", "its stored files are damaged")
+        refusal = await refused(server.adapters.ActivateAdapter(pb.ActivateAdapterRequest(task_id="hats@1")))
+        assert await version_that_answers(server) == 2
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.DATA_LOSS, "DATA_LOSS")
+
+
+async def test_version_without_room_for_it_now_is_activated_all_the_same() -> None:
+    async with running_server() as server:
+        await register_two(server)
+        server.engine.warm_error = AdapterCapacityError(4)
+        await server.adapters.ActivateAdapter(pb.ActivateAdapterRequest(task_id="hats@1"))
+        assert await version_that_answers(server) == 1
+
+
+async def test_activate_needs_a_version_that_exists() -> None:
+    async with running_server() as server:
+        await register_two(server)
+        for name, reason in (
+            ("hats", "FIELD_INVALID"),
+            ("hats@x", "FIELD_INVALID"),
+            ("hats@3", "TASK_NOT_FOUND"),
+            ("other@1", "TASK_NOT_FOUND"),
+        ):
+            refusal = await refused(server.adapters.ActivateAdapter(pb.ActivateAdapterRequest(task_id=name)))
+            assert refusal.reason == reason
 
 
 async def test_list_goes_page_by_page_and_by_task() -> None:
@@ -116,16 +243,26 @@ async def test_delete_of_a_version_in_use_needs_force() -> None:
     assert server.store.tasks == {}
 
 
-async def test_upload_and_activate_say_that_they_are_not_served() -> None:
-    async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
-        yield pb.UploadAdapterRequest(header=pb.UploadHeader(task_id="hats"))
-
+async def test_forced_deletion_refuses_new_calls_at_once_and_lets_running_ones_finish() -> None:
     async with running_server() as server:
-        upload = await refused(server.adapters.UploadAdapter(messages()))
-        activate = await refused(server.adapters.ActivateAdapter(pb.ActivateAdapterRequest(task_id="hats@1")))
-    for refusal in (upload, activate):
-        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_OFFERED")
-        assert "not served by this version" in refusal.message
+        await server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="hats", uri="a"))
+        server.engine.step_s = 0.02
+        request = generation_pb2.GenerateRequest(task_id="hats", text="a long one")
+        running = asyncio.ensure_future(server.generation.Generate(request))
+        await eventually(lambda: server.engine.running == 1)
+        await server.adapters.DeleteAdapter(pb.DeleteAdapterRequest(task_id="hats", force=True))
+        refusal = await refused(server.generation.Generate(request))
+        answer = await running
+    assert refusal.reason == "TASK_NOT_FOUND"
+    assert (answer.text, answer.adapter.version) == ("a long one", 1)
+
+
+async def test_deletion_keeps_loaded_what_another_task_has() -> None:
+    async with running_server() as server:
+        for task_id in ("hats", "caps"):
+            await server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id=task_id, uri="a"))
+        await server.adapters.DeleteAdapter(pb.DeleteAdapterRequest(task_id="hats"))
+        assert server.engine.resident_digests() == {"sha256:a"}
 
 
 async def test_server_info_describes_the_base_model() -> None:

@@ -43,7 +43,8 @@ FIELDS = {
     "TokenizeRequest": "task_id text token_ids chat",
     "TokenizeResponse": "ids pieces",
     "Adapter": "task_id version digest method state state_reason size_bytes num_parameters source create_time"
-    " base_model labels effect residency",
+    " base_model labels effect residency parts",
+    "ArtifactPart": "digest weight source",
     "RegisterAdapterRequest": "task_id uri validate_only activate expected_digest request_id labels parts",
     "AdapterPart": "uri weight",
     "UploadAdapterRequest": "header chunk",

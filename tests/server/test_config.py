@@ -22,7 +22,20 @@ def make(**settings: Any) -> ServeConfig:
     ("setting", "value"),
     [
         ("model", ""),
-        ("store", Path("s3://bucket/x")),
+        ("store", ""),
+        ("store", "s3:/bucket/x"),
+        ("catalogue", "catalogue.db"),
+        ("adapter_url_prefixes", ("s3://bucket/tasks",)),
+        ("adapter_url_prefixes", ("/adapters/",)),
+        ("store_poll_s", 0.0),
+        ("store_cache_bytes", 0),
+        ("max_virtual_tokens", 0),
+        ("max_parts", 0),
+        ("max_tasks", 0),
+        ("max_versions_per_task", 0),
+        ("max_bytes_per_task", 0),
+        ("max_bytes", 0),
+        ("max_transfers", 0),
         ("device", "tpu"),
         ("dtype", "float16"),
         ("kv_cache_dtype", "int8"),
@@ -74,9 +87,17 @@ def test_flags_win_over_the_file_and_dashes_are_underscores(tmp_path: Path) -> N
         "register: {hats: /a/hats}\n"
     )
     config = make_config({"model": "from-flag", "http_port": None, "adapter_roots": ()}, file)
-    assert (config.model, config.store, config.grpc_port) == ("from-flag", Path("/data"), 1234)
+    assert (config.model, config.store, config.grpc_port) == ("from-flag", "/data", 1234)
     assert (config.http_port, config.adapter_roots) == (8000, (Path("/a"), Path("/b")))
     assert config.register == {"hats": "/a/hats"}
+
+
+def test_store_may_be_a_directory_or_a_url() -> None:
+    for store in ("/data", Path("/data"), "s3://bucket/manyhats", "memory://x"):
+        assert make(store=store).store == store
+    config = make_config({"store": "s3://b/x", "catalogue": "postgresql+psycopg://db/x", "max_tasks": 5})
+    assert (config.store, config.catalogue, config.max_tasks) == ("s3://b/x", "postgresql+psycopg://db/x", 5)
+    assert (config.max_bytes, config.adapter_url_prefixes) == (None, ())
 
 
 def test_nothing_given_serves_the_default_model_from_the_homes_store(
@@ -137,3 +158,39 @@ def test_no_settings_from_outside_end_in_anything_but_a_config_or_a_config_error
         make_config(settings)
     except ConfigError as error:
         assert error.setting  # noqa: PT017
+
+
+TLS = {"tls_cert": Path("/c"), "tls_key": Path("/k")}
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, ("--tls-cert and --tls-key", "--token-file")),
+        (TLS, ("--token-file",)),
+        ({"token_file": Path("/t")}, ("--tls-cert and --tls-key",)),
+    ],
+)
+def test_other_machines_need_encryption_and_tokens(given: dict[str, Any], missing: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(host="0.0.0.0", **given)
+    assert caught.value.setting == "host"
+    assert [
+        flags for flags in ("--tls-cert and --tls-key", "--token-file") if flags in str(caught.value)
+    ] == (list(missing))
+    assert make(host="0.0.0.0", **given, insecure=True).token_file == given.get("token_file")
+    assert make(host="0.0.0.0", **TLS, token_file=Path("/t")).tls_files is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "setting"),
+    [
+        ({"tls_cert": Path("/c")}, "tls_key"),
+        ({"tls_key": Path("/k")}, "tls_cert"),
+        ({"tls_client_ca": Path("/ca")}, "tls_client_ca"),
+    ],
+)
+def test_half_of_a_tls_setting_is_named(given: dict[str, Any], setting: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**given)
+    assert caught.value.setting == setting

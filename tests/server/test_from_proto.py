@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.server import from_proto
+from manyhats.v1 import adapter_pb2
 from manyhats.v1 import generation_pb2 as pb
 
 uint32 = st.integers(0, 2**32 - 1)
@@ -73,3 +74,38 @@ def test_any_request_converts_or_names_a_field(fields: dict[str, Any]) -> None:
 @given(st.text(max_size=10))
 def test_task_of_a_name_is_what_stands_before_the_version(task_id: str) -> None:
     assert from_proto.task_of(f"{task_id}@3") == task_id.partition("@")[0]
+
+
+parts = st.lists(st.fixed_dictionaries({"uri": some_text}, optional={"weight": doubles}), max_size=3)
+registrations = st.fixed_dictionaries(
+    {"task_id": some_text},
+    optional={
+        "uri": some_text,
+        "parts": parts,
+        "activate": st.booleans(),
+        "validate_only": st.booleans(),
+        "expected_digest": some_text,
+        "request_id": some_text,
+        "labels": st.dictionaries(some_text, some_text, max_size=3),
+    },
+)
+
+
+@given(registrations)
+def test_any_registration_has_one_source_or_names_the_field(fields: dict[str, Any]) -> None:
+    message = adapter_pb2.RegisterAdapterRequest(**fields)
+    try:
+        spec = from_proto.registration_spec(message)
+    except FieldInvalidError as error:
+        assert error.field == "uri" or error.field.startswith("parts[")  # noqa: PT017
+        return
+    assert bool(spec.uri) != bool(spec.parts)
+    assert all(part.uri for part in spec.parts)
+    assert spec.options.activate == fields.get("activate", True)
+    assert dict(spec.options.labels) == fields.get("labels", {})
+
+
+def test_weight_of_a_part_is_1_where_it_is_left_out_and_0_where_it_is_given() -> None:
+    given_parts = [adapter_pb2.AdapterPart(uri="a"), adapter_pb2.AdapterPart(uri="b", weight=0.0)]
+    spec = from_proto.registration_spec(adapter_pb2.RegisterAdapterRequest(task_id="t", parts=given_parts))
+    assert [(part.uri, part.weight) for part in spec.parts] == [("a", 1.0), ("b", 0.0)]

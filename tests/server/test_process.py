@@ -31,7 +31,15 @@ from manyhats.server.ports import Backend
 from manyhats.server.process import Assemble, serve
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
-from server_fakes import EchoEngine, MemoryStore, eventually, make_backend, refusal_of, refused
+from server_fakes import (
+    EchoEngine,
+    MemoryStore,
+    eventually,
+    make_backend,
+    make_record,
+    refusal_of,
+    refused,
+)
 
 if TYPE_CHECKING:
     from manyhats.v1.generation_pb2_grpc import GenerationServiceAsyncStub
@@ -146,6 +154,12 @@ def http_status(http: str, path: str) -> int:
             return error.code
 
 
+def http_text(http: str, path: str) -> str:
+    with urllib.request.urlopen(f"http://{http}{path}", timeout=5) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
 pytestmark = pytest.mark.usefixtures("_process_wide_state")
 
 
@@ -166,6 +180,23 @@ async def test_running_request_finishes_and_new_ones_are_refused_while_draining(
         assert (await running).text == "a long one"
         assert await life.end() == 0
     assert engine.stopped
+
+
+async def test_it_follows_its_store_and_closes_it_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    store = MemoryStore()
+
+    def assemble(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
+        return make_backend(EchoEngine(), store)
+
+    async with living(capsys, assemble, store_poll_s=0.01) as life:
+        facts = await life.line("ready")
+        store.tasks["hats"] = [make_record("hats")]  # as another server does
+        store.others_changed = {"hats"}
+        line = 'manyhats_adapters{state="active"} 1.0'
+        await eventually(lambda: line in http_text(facts["http"], "/metrics"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await life.end() == 0
+    assert store.is_closed
 
 
 async def test_second_signal_ends_running_requests(capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,6 +197,7 @@ ADAPTER_ROWS: list[tuple[Exception, grpc.StatusCode]] = [
     (adapter_errors.DigestMismatchError("x", "is another"), INVALID),
     (adapter_errors.RequestIdReusedError("x", "was used"), grpc.StatusCode.ALREADY_EXISTS),
     (adapter_errors.StoreFullError("x", "is full"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (adapter_errors.QuotaExceededError("x", "is used up"), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (adapter_errors.StoreUnavailableError("x", "is gone"), grpc.StatusCode.UNAVAILABLE),
 ]
 

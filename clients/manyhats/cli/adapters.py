@@ -1,41 +1,25 @@
-"""``manyhats adapters``: which tasks a server knows."""
+"""``manyhats adapters``: which tasks there are, and what is behind them."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhats.cli import adapter_files
+from manyhats.cli import adapter_files, adapter_register, adapter_store
 from manyhats.cli import options as opt
-from manyhats.cli.connection import connect
-from manyhats.cli.failures import UsageError, command_group
+from manyhats.cli.connection import Connection, connect, takes_connection
+from manyhats.cli.failures import command_group
 from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
     from manyhats.client import AdapterInfo
 
-HELP = """Register, list, show and delete the adapters behind tasks.
+HELP = """Register, list, activate and delete the adapters behind tasks.
 
 A task is a name such as sql. Each adapter registered for it becomes its
 next version. Requests for sql get the active version, requests for
 sql@2 that one.
-"""
-REGISTER_HELP = """Make an adapter the next version of a task.
-
-PATH is a directory as PEFT saves it, with adapter_config.json and
-adapter_model.safetensors, under one of the --adapter-root directories
-of the server. The server copies it, so it may change or go afterwards.
-The same files again make no new version.
-
-[bold]Examples[/bold]
-
-  $ manyhats adapters register sql ./tasks/sql
-
-  $ manyhats adapters register sql ./tasks/sql --validate-only
-
-  $ manyhats adapters register sql ./tasks/sql --no-activate
 """
 LIST_HELP = """List the versions of one task, or of every task.
 
@@ -53,6 +37,15 @@ SHOW_HELP = """Show all there is to know of a version; without @VERSION, of the 
 
   $ manyhats adapters show sql@2 --json
 """
+ACTIVATE_HELP = """Make a version the one that requests for its task get: forward, or back.
+
+Requests that are running finish on the version they began on. The version
+is loaded first, so that nobody waits for it.
+
+[bold]Examples[/bold]
+
+  $ manyhats adapters activate sql@2
+"""
 DELETE_HELP = """Delete one version, or a task with all its versions.
 
 [bold]Examples[/bold]
@@ -63,67 +56,31 @@ DELETE_HELP = """Delete one version, or a task with all its versions.
 """
 
 app = command_group(HELP)
-app.command("inspect", help=adapter_files.INSPECT_HELP)(adapter_files.inspect)
-app.command("convert", help=adapter_files.CONVERT_HELP)(adapter_files.convert)
+_SERVER = "On a server"
+_FILES = "Directories of this machine"
+_STORE = "A store, with or without a server"
 
-Task = Annotated[str, typer.Argument(metavar="TASK", help="A name of a-z, 0-9, dots, dashes, underscores.")]
-Directory = Annotated[str, typer.Argument(metavar="PATH", help="The directory, as the server sees it.")]
-Activate = Annotated[
-    bool, typer.Option("--activate/--no-activate", help="Whether requests for the task get it from now on.")
-]
-ValidateOnly = Annotated[bool, typer.Option("--validate-only", help="Check everything and store nothing.")]
-ExpectedDigest = Annotated[
-    str, typer.Option("--expected-digest", metavar="sha256:...", help="Refuse other files than these.")
-]
-Label = Annotated[
-    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Kept with it. Repeatable.")
-]
+app.command(help=adapter_register.REGISTER_HELP, rich_help_panel=_SERVER)(adapter_register.register)
+app.command(help=adapter_register.UPLOAD_HELP, rich_help_panel=_SERVER)(adapter_register.upload)
+app.command(help=adapter_files.INSPECT_HELP, rich_help_panel=_FILES)(adapter_files.inspect)
+app.command(help=adapter_files.CONVERT_HELP, rich_help_panel=_FILES)(adapter_files.convert)
+app.command(help=adapter_store.VERIFY_HELP, rich_help_panel=_STORE)(adapter_store.verify)
+app.command(help=adapter_store.GC_HELP, rich_help_panel=_STORE)(adapter_store.gc)
+app.command(help=adapter_store.EXPORT_HELP, rich_help_panel=_STORE)(adapter_store.export)
+
 Name = Annotated[str, typer.Argument(metavar="TASK[@VERSION]", help="The task, or one version of it.")]
 
 
-@app.command(help=REGISTER_HELP)
-def register(
-    task: Task,
-    path: Directory,
-    activate: Activate = True,
-    validate_only: ValidateOnly = False,
-    expected_digest: ExpectedDigest = "",
-    label: Label = None,
-    server: opt.Server = opt.DEFAULT_SERVER,
-    timeout: opt.Timeout = None,
-    as_json: opt.Json = False,
-) -> None:
-    """Make an adapter the next version of a task."""
-    labels = parse_labels(label or [])
-    with connect(server, timeout) as client:
-        registration = client.register_adapter(
-            task,
-            as_uri(path),
-            activate=activate,
-            validate_only=validate_only,
-            expected_digest=expected_digest,
-            labels=labels,
-        )
-    if as_json:
-        print_json(registration)
-        return
-    info = registration.adapter
-    done = "valid" if validate_only else "registered" if registration.created else "already registered"
-    facts = ", ".join((info.method, info.state, human_bytes(info.size_bytes), info.digest))
-    typer.echo(f"{done}: {info.name} ({facts})")
-    for note in info.notes:
-        typer.echo(f"note: {note}", err=True)
-
-
-@app.command("list", help=LIST_HELP)
+@app.command("list", help=LIST_HELP, rich_help_panel=_SERVER)
+@takes_connection
 def list_(
-    task: Annotated[str, typer.Argument(metavar="[TASK]", help="Only this task's versions.")] = "",
-    server: opt.Server = opt.DEFAULT_SERVER,
-    timeout: opt.Timeout = None,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Only this task's versions.")] = "",
+    *,
+    connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
     """List the versions of one task, or of every task."""
-    with connect(server, timeout) as client:
+    with connect(connection) as client:
         listed = list(client.list_adapters(task_id=task))
     if as_json:
         print_json(listed)
@@ -134,15 +91,16 @@ def list_(
         typer.echo("no adapters are registered", err=True)
 
 
-@app.command(help=SHOW_HELP)
+@app.command(help=SHOW_HELP, rich_help_panel=_SERVER)
+@takes_connection
 def show(
     task: Name,
-    server: opt.Server = opt.DEFAULT_SERVER,
-    timeout: opt.Timeout = None,
+    *,
+    connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
     """Show all there is to know of a version."""
-    with connect(server, timeout) as client:
+    with connect(connection) as client:
         info = client.get_adapter(task)
     if as_json:
         print_json(info)
@@ -150,41 +108,39 @@ def show(
         print_fields(_fields(info))
 
 
-@app.command(help=DELETE_HELP)
+@app.command(help=ACTIVATE_HELP, rich_help_panel=_SERVER)
+@takes_connection
+def activate(
+    version: Annotated[str, typer.Argument(metavar="TASK@VERSION", help="The version.")],
+    *,
+    connection: Connection,
+    as_json: opt.Json = False,
+) -> None:
+    """Make a version the one that requests for its task get."""
+    with connect(connection) as client:
+        info = client.activate_adapter(version)
+    if as_json:
+        print_json(info)
+    else:
+        typer.echo(f"active: {info.name} ({info.method}, {info.digest})")
+
+
+@app.command(help=DELETE_HELP, rich_help_panel=_SERVER)
+@takes_connection
 def delete(
     task: Name,
     force: Annotated[bool, typer.Option("--force", help="Delete versions in use, too.")] = False,
-    server: opt.Server = opt.DEFAULT_SERVER,
-    timeout: opt.Timeout = None,
+    *,
+    connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
     """Delete one version, or a task with all its versions."""
-    with connect(server, timeout) as client:
+    with connect(connection) as client:
         deleted = client.delete_adapter(task, force=force)
     if as_json:
         print_json(deleted)
     else:
         typer.echo("deleted: " + ", ".join(info.name for info in deleted))
-
-
-def as_uri(path: str) -> str:
-    """A directory of this machine by its absolute path, as the server has another working directory."""
-    return str(Path(path).resolve()) if "://" not in path and Path(path).exists() else path
-
-
-def parse_labels(labels: list[str]) -> dict[str, str]:
-    """``KEY=VALUE`` texts as a mapping.
-
-    Raises:
-        UsageError: one has no ``=``, or no key.
-    """
-    parsed: dict[str, str] = {}
-    for label in labels:
-        key, equals, value = label.partition("=")
-        if not (key and equals):
-            raise UsageError(f"--label must be KEY=VALUE, not {label!r}")
-        parsed[key] = value
-    return parsed
 
 
 def _row(info: AdapterInfo) -> tuple[str, ...]:
@@ -208,11 +164,22 @@ def _fields(info: AdapterInfo) -> dict[str, str]:
         "in": info.residency,
         "size": human_bytes(info.size_bytes),
         "parameters": human_count(info.num_parameters),
-        "effect": "" if info.effect is None else f"{info.effect:.4g}",
+        "effect": "" if info.effect is None else f"{info.effect:.4g} nats",
         "base model": info.base_model,
         "source": info.source,
         "created": info.create_time.isoformat() if info.create_time else "",
         "digest": info.digest,
+        **_parts(info),
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(info.labels.items())),
         "notes": "; ".join(info.notes),
+    }
+
+
+def _parts(info: AdapterInfo) -> dict[str, str]:
+    """The parts of a composed task; a plain one's only part is itself."""
+    if [part.digest for part in info.parts] == [info.digest]:
+        return {}
+    return {
+        f"part {number}": f"{part.weight:g} × {part.source} ({part.digest})"
+        for number, part in enumerate(info.parts)
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from manyhats.cli import options as opt
-from manyhats.cli.connection import connect, describe
+from manyhats.cli.connection import Connection, connect, describe, takes_connection
 from manyhats.cli.failures import print_error
 from manyhats.cli.output import print_json
 
@@ -65,6 +65,7 @@ class Conversation:
         self._turns += [message, ChatMessage("assistant", answer.text)]
 
 
+@takes_connection
 def chat(
     task: opt.Task = "",
     system: opt.System = None,
@@ -76,8 +77,8 @@ def chat(
     min_p: opt.MinP = None,
     repetition_penalty: opt.RepetitionPenalty = None,
     seed: opt.Seed = None,
-    server: opt.Server = opt.DEFAULT_SERVER,
-    timeout: opt.Timeout = None,
+    *,
+    connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
     """Talk with a task, or with the base model."""
@@ -92,7 +93,7 @@ def chat(
         "seed": seed,
     }
     is_interactive = sys.stdin.isatty()
-    with connect(server, timeout) as client:
+    with connect(connection) as client:
         if is_interactive:
             _greet(client, task)
         conversation = Conversation(client, task, system, options)

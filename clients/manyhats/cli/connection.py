@@ -1,36 +1,94 @@
-"""A client for one command, whose errors become the command's."""
+"""How commands reach a server: the options of a connection, and a client whose errors become the command's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
+from manyhats.cli import options as opt
 from manyhats.cli.failures import CommandError
 
 if TYPE_CHECKING:
-    from manyhats.client import Client, ManyhatsError
+    from manyhats.client import Client, Credentials, ManyhatsError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """Where a server is and how it is reached; every field is an option of the commands that have it."""
+
+    server: opt.Server = opt.DEFAULT_SERVER
+    timeout: opt.Timeout = None
+    tls: opt.Tls = False
+    tls_ca: opt.TlsCa = None
+    tls_cert: opt.TlsCert = None
+    tls_key: opt.TlsKey = None
+    token: opt.Token = None
+    token_in_clear: opt.TokenInClear = False
+
+    def credentials(self) -> Credentials:
+        """What the options say of encryption and token."""
+        from manyhats.client import Credentials
+
+        return Credentials(
+            token=self.token,
+            tls=self.tls,
+            ca_file=self.tls_ca,
+            cert_file=self.tls_cert,
+            key_file=self.tls_key,
+            allow_clear_token=self.token_in_clear,
+        )
+
+
+def takes_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the fields of ``Connection`` as options, in place of its parameter ``connection``."""
+    options = inspect.signature(Connection, eval_str=True).parameters
+    names = [field.name for field in fields(Connection)]
+
+    @functools.wraps(command)
+    def expanded(**values: Any) -> None:
+        given = {name: values.pop(name) for name in names}
+        command(connection=Connection(**given), **values)
+
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        taken = options.values() if name == "connection" else [parameter]
+        parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in taken]
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {each.name: each.annotation for each in parameters}
+    return expanded
 
 
 @contextmanager
-def connect(server: str, timeout_s: float | None = None) -> Iterator[Client]:
-    """A client of the server at ``server``.
+def connect(connection: Connection) -> Iterator[Client]:
+    """A client of a server.
 
     Raises:
-        CommandError: for every ``ManyhatsError`` in the block.
+        CommandError: for every ``ManyhatsError``, of the connection or in the block.
     """
     from manyhats.client import Client, ManyhatsError
 
-    with Client(server, timeout_s=timeout_s) as client:
-        try:
+    try:
+        with Client(
+            connection.server, timeout_s=connection.timeout, credentials=connection.credentials()
+        ) as client:
             yield client
-        except ManyhatsError as error:
-            raise CommandError(describe(error)) from error
+    except ManyhatsError as error:
+        raise CommandError(describe(error)) from error
 
 
 def describe(error: ManyhatsError) -> str:
     """The error's message, with what a person at a terminal can do about it."""
-    from manyhats.client import QueueFullError, TaskNotFoundError, UnavailableError
+    from manyhats.client import (
+        AuthenticationError,
+        CredentialsError,
+        QueueFullError,
+        TaskNotFoundError,
+        UnavailableError,
+    )
 
     match error:
         case UnavailableError() if not error.reason:
@@ -39,5 +97,9 @@ def describe(error: ManyhatsError) -> str:
             return f"{error}; try again in {seconds:g} s"
         case TaskNotFoundError():
             return f"{error}; `manyhats adapters list` shows what there is"
+        case AuthenticationError():
+            return f"{error} (MANYHATS_TOKEN, or --token)"
+        case CredentialsError() if "without TLS" in error.message:
+            return f"{error}; encrypt with --tls or --tls-ca FILE, or say --token-in-clear"
         case _:
             return str(error)

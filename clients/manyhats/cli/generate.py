@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhats.cli import options as opt
-from manyhats.cli.connection import connect
+from manyhats.cli.connection import Connection, connect, takes_connection
 from manyhats.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ Logprobs = Annotated[
 ]
 
 
+@takes_connection
 def generate(
     prompt: PromptText,
     task: opt.Task = "",
@@ -55,8 +56,8 @@ def generate(
     repetition_penalty: opt.RepetitionPenalty = None,
     seed: opt.Seed = None,
     logprobs: Logprobs = None,
-    server: opt.Server = opt.DEFAULT_SERVER,
-    timeout: opt.Timeout = None,
+    *,
+    connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
     """Send one prompt and print the answer."""
@@ -73,7 +74,7 @@ def generate(
         "logprobs": None if logprobs is None else True,
         "top_logprobs": logprobs,
     }
-    with connect(server, timeout) as client:
+    with connect(connection) as client:
         run = _stream if stream else _whole
         run(client, _as_prompt(text, chat or system is not None, system), task, options, as_json)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from manyhats.cli import options as opt
-from manyhats.cli.connection import connect
+from manyhats.cli.connection import Connection, connect, takes_connection
 from manyhats.cli.output import print_fields, print_json
 
 HELP = """Show a server's version, base model and limits.
@@ -16,18 +16,17 @@ HELP = """Show a server's version, base model and limits.
 """
 
 
-def info(
-    server: opt.Server = opt.DEFAULT_SERVER, timeout: opt.Timeout = None, as_json: opt.Json = False
-) -> None:
+@takes_connection
+def info(*, connection: Connection, as_json: opt.Json = False) -> None:
     """Show a server's version, base model and limits."""
-    with connect(server, timeout) as client:
+    with connect(connection) as client:
         found = client.server_info()
     if as_json:
         print_json(found)
         return
     print_fields(
         {
-            "server": f"{server}, version {found.version}",
+            "server": f"{connection.server}, version {found.version}",
             "base model": found.base_model,
             "base digest": found.base_digest,
             "quantization": found.quantization,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from manyhats.cli import adapters, chat, generate, info, model, score, serve
+from manyhats.cli import adapters, chat, generate, info, model, score, serve, token
 from manyhats.cli.failures import Commands, help_without_command
 
 HELP = """Many fine-tuned tasks on one resident 4-bit base model.
@@ -58,6 +58,7 @@ _CLIENT = "Talk to a server"
 
 app.command(help=serve.HELP, rich_help_panel=_SERVER)(serve.serve)
 app.add_typer(model.app, name="model", rich_help_panel=_SERVER)
+app.add_typer(token.app, name="token", rich_help_panel=_SERVER)
 app.command(help=generate.HELP, rich_help_panel=_CLIENT)(generate.generate)
 app.command(help=chat.HELP, rich_help_panel=_CLIENT)(chat.chat)
 app.command(help=score.HELP, rich_help_panel=_CLIENT)(score.score)

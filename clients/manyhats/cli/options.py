@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
@@ -28,6 +29,44 @@ Server: TypeAlias = Annotated[
 Json: TypeAlias = Annotated[bool, _connection("--json", help="Print JSON on stdout.")]
 Timeout: TypeAlias = Annotated[
     float | None, _connection("--timeout", metavar="SECONDS", min=0, help="Fail after this time.")
+]
+
+Token: TypeAlias = Annotated[
+    str | None,
+    _connection(
+        "--token",
+        metavar="TOKEN",
+        envvar="MANYHATS_TOKEN",
+        help="Shows who calls. Other users of this machine see flags: better in the environment.",
+    ),
+]
+TokenInClear: TypeAlias = Annotated[
+    bool, _connection("--token-in-clear", help="Show the token to another machine without TLS all the same.")
+]
+Tls: TypeAlias = Annotated[
+    bool,
+    _connection(
+        "--tls", envvar="MANYHATS_TLS", help="Encrypt; the server's certificate is by a public authority."
+    ),
+]
+TlsCa: TypeAlias = Annotated[
+    Path | None,
+    _connection(
+        "--tls-ca",
+        metavar="FILE",
+        envvar="MANYHATS_TLS_CA",
+        help="Encrypt; the server's certificate is by an authority of this PEM file.",
+    ),
+]
+TlsCert: TypeAlias = Annotated[
+    Path | None,
+    _connection(
+        "--tls-cert", metavar="FILE", envvar="MANYHATS_TLS_CERT", help="PEM certificate of the caller."
+    ),
+]
+TlsKey: TypeAlias = Annotated[
+    Path | None,
+    _connection("--tls-key", metavar="FILE", envvar="MANYHATS_TLS_KEY", help="PEM key of that certificate."),
 ]
 
 Task: TypeAlias = Annotated[

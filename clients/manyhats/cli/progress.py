@@ -19,7 +19,7 @@ class Report(Protocol):
         """Take note of how much of a stage is done."""
 
 
-_BYTE_STAGES = frozenset({"download"})
+_BYTE_STAGES = frozenset({"download", "upload"})
 
 
 @contextmanager

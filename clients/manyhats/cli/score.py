@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from manyhats.cli import options as opt
-from manyhats.cli.connection import connect
+from manyhats.cli.connection import Connection, connect, takes_connection
 from manyhats.cli.output import print_json, print_table
 
 HELP = """Print how likely each continuation is after the prompt, best first.
@@ -23,16 +23,17 @@ by itself and appended as it is, so most begin with a space.
 """
 
 
+@takes_connection
 def score(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the continuations follow.")],
     continuations: Annotated[list[str], typer.Argument(metavar="CONTINUATION...", help="Texts to score.")],
     task: opt.Task = "",
-    server: opt.Server = opt.DEFAULT_SERVER,
-    timeout: opt.Timeout = None,
+    *,
+    connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
     """Print how likely each continuation is after the prompt."""
-    with connect(server, timeout) as client:
+    with connect(connection) as client:
         result = client.score(prompt, continuations, task_id=task)
     if as_json:
         print_json(result)

@@ -31,13 +31,20 @@ HELP = """Serve one base model and any number of tasks on it, over gRPC.
 
   $ manyhats serve --config server.yaml --register sql=./tasks/sql
 
+  $ manyhats serve --store s3://bucket/manyhats \\
+    --catalogue postgresql+psycopg://db/manyhats
+
 The first start gets the model and quantizes it; later ones take it from
 the cache. When the line "ready" comes on stdout, requests are served.
 Ctrl-C lets running requests finish, a second Ctrl-C ends them.
 """
 
 # Settings with several values, whose flags, repeatable, are in the singular.
-_SINGULAR = {"adapter_roots": "adapter_root", "base_names": "base_name"}
+_SINGULAR = {
+    "adapter_roots": "adapter_root",
+    "adapter_url_prefixes": "adapter_url_prefix",
+    "base_names": "base_name",
+}
 
 
 def serve(
@@ -47,11 +54,30 @@ def serve(
     device: opt.Device = None,
     base_names: opt.BaseNames = None,
     store: opt.Store = None,
+    catalogue: opt.Catalogue = None,
+    store_cache: opt.StoreCache = None,
+    store_cache_bytes: opt.StoreCacheBytes = None,
+    store_poll_s: opt.StorePollS = None,
     adapter_roots: opt.AdapterRoots = None,
+    adapter_url_prefixes: opt.AdapterUrlPrefixes = None,
     register: opt.Register = None,
+    max_artifact_bytes: opt.MaxArtifactBytes = None,
+    max_adapter_rank: opt.MaxAdapterRank = None,
+    max_virtual_tokens: opt.MaxVirtualTokens = None,
+    max_parts: opt.MaxParts = None,
+    max_tasks: opt.MaxTasks = None,
+    max_versions_per_task: opt.MaxVersionsPerTask = None,
+    max_bytes_per_task: opt.MaxBytesPerTask = None,
+    max_bytes: opt.MaxBytes = None,
+    max_transfers: opt.MaxTransfers = None,
     host: opt.Host = None,
     grpc_port: opt.GrpcPort = None,
     http_port: opt.HttpPort = None,
+    tls_cert: opt.TlsCert = None,
+    tls_key: opt.TlsKey = None,
+    tls_client_ca: opt.TlsClientCa = None,
+    token_file: opt.TokenFile = None,
+    http_insecure: opt.HttpInsecure = False,
     insecure: opt.Insecure = False,
     max_context_length: opt.MaxContextLength = None,
     max_sequences: opt.MaxSequences = None,
@@ -73,11 +99,30 @@ def serve(
         "device": device,
         "base_names": base_names,
         "store": store,
+        "catalogue": catalogue,
+        "store_cache": store_cache,
+        "store_cache_bytes": store_cache_bytes,
+        "store_poll_s": store_poll_s,
         "adapter_roots": adapter_roots,
+        "adapter_url_prefixes": adapter_url_prefixes,
+        "max_artifact_bytes": max_artifact_bytes,
+        "max_adapter_rank": max_adapter_rank,
+        "max_virtual_tokens": max_virtual_tokens,
+        "max_parts": max_parts,
+        "max_tasks": max_tasks,
+        "max_versions_per_task": max_versions_per_task,
+        "max_bytes_per_task": max_bytes_per_task,
+        "max_bytes": max_bytes,
+        "max_transfers": max_transfers,
         "register": parse_register(register or []),
         "host": host,
         "grpc_port": grpc_port,
         "http_port": http_port,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
+        "token_file": token_file,
+        "http_insecure": http_insecure or None,
         "insecure": insecure or None,
         "max_context_length": max_context_length,
         "max_sequences": max_sequences,

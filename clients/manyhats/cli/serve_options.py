@@ -16,8 +16,16 @@ def _adapters(*names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel="Adapters", **settings)
 
 
+def _bound(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="What the store takes", **settings)
+
+
 def _address(*names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel="Where it listens", **settings)
+
+
+def _security(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Who is let in", **settings)
 
 
 def _limit(*names: str, **settings: Any) -> Any:
@@ -57,18 +65,132 @@ Store: TypeAlias = Annotated[
     str | None,
     _adapters(
         "--store",
-        metavar="DIR",
-        help="Keeps registered adapters; made if missing.",
+        metavar="DIR|URL",
+        help="Keeps registered adapters: a directory, made if missing, or a URL such as s3://bucket/manyhats."
+        " Several servers may share it.",
         show_default="store in the cache's home",
+    ),
+]
+Catalogue: TypeAlias = Annotated[
+    str | None,
+    _adapters(
+        "--catalogue",
+        metavar="URL",
+        help="The database of tasks and versions, such as postgresql+psycopg://host/name.",
+        show_default="a file in the store's directory",
+    ),
+]
+StoreCache: TypeAlias = Annotated[
+    Path | None,
+    _adapters(
+        "--store-cache",
+        metavar="DIR",
+        help="Keeps copies of what lies at the store's URL.",
+        show_default="in the cache's home",
+    ),
+]
+StoreCacheBytes: TypeAlias = Annotated[
+    int | None,
+    _adapters(
+        "--store-cache-bytes", metavar="BYTES", min=1, help="Of those copies.", show_default="8589934592"
+    ),
+]
+StorePollS: TypeAlias = Annotated[
+    float | None,
+    _adapters(
+        "--store-poll-s",
+        metavar="SECONDS",
+        help="How often to look at what other servers changed in the store.",
+        show_default="0.5",
     ),
 ]
 AdapterRoots: TypeAlias = Annotated[
     list[Path] | None,
     _adapters("--adapter-root", metavar="DIR", help="Adapters may be registered from here. Repeatable."),
 ]
+AdapterUrlPrefixes: TypeAlias = Annotated[
+    list[str] | None,
+    _adapters(
+        "--adapter-url-prefix",
+        metavar="URL",
+        help="Adapters may be registered from URLs that begin so, such as s3://bucket/tasks/. Repeatable.",
+    ),
+]
 Register: TypeAlias = Annotated[
     list[str] | None,
     _adapters("--register", metavar="TASK=PATH", help="Register this adapter at start. Repeatable."),
+]
+MaxArtifactBytes: TypeAlias = Annotated[
+    int | None,
+    _bound(
+        "--max-artifact-bytes",
+        metavar="BYTES",
+        min=1,
+        help="All files of one adapter.",
+        show_default="1073741824",
+    ),
+]
+MaxAdapterRank: TypeAlias = Annotated[
+    int | None,
+    _bound("--max-adapter-rank", metavar="R", min=1, help="Rank of a low-rank delta.", show_default="256"),
+]
+MaxVirtualTokens: TypeAlias = Annotated[
+    int | None,
+    _bound(
+        "--max-virtual-tokens",
+        metavar="P",
+        min=1,
+        help="Of a prefix or a soft prompt.",
+        show_default="4096",
+    ),
+]
+MaxParts: TypeAlias = Annotated[
+    int | None,
+    _bound("--max-parts", metavar="N", min=1, help="Adapters in a composed task.", show_default="16"),
+]
+MaxTasks: TypeAlias = Annotated[
+    int | None,
+    _bound("--max-tasks", metavar="N", min=1, help="Tasks that the store may hold.", show_default="no bound"),
+]
+MaxVersionsPerTask: TypeAlias = Annotated[
+    int | None,
+    _bound(
+        "--max-versions-per-task",
+        metavar="N",
+        min=1,
+        help="Versions of a task at a time.",
+        show_default="no bound",
+    ),
+]
+MaxBytesPerTask: TypeAlias = Annotated[
+    int | None,
+    _bound(
+        "--max-bytes-per-task",
+        metavar="BYTES",
+        min=1,
+        help="All versions of a task together.",
+        show_default="no bound",
+    ),
+]
+MaxBytes: TypeAlias = Annotated[
+    int | None,
+    _bound(
+        "--max-bytes",
+        metavar="BYTES",
+        min=1,
+        help="All versions of all tasks together.",
+        show_default="no bound",
+    ),
+]
+MaxTransfers: TypeAlias = Annotated[
+    int | None,
+    _bound(
+        "--max-transfers",
+        metavar="N",
+        min=1,
+        help="Uploads, and downloads of adapters, at a time.",
+        show_default="16",
+    ),
 ]
 
 Host: TypeAlias = Annotated[
@@ -97,7 +219,27 @@ HttpPort: TypeAlias = Annotated[
     ),
 ]
 Insecure: TypeAlias = Annotated[
-    bool, _address("--insecure", help="Serve other machines without encryption or credentials.")
+    bool, _security("--insecure", help="Let other machines in without --tls-cert or --token-file.")
+]
+TlsCert: TypeAlias = Annotated[
+    Path | None,
+    _security("--tls-cert", metavar="FILE", help="PEM certificate of both ports; reloaded when it changes."),
+]
+TlsKey: TypeAlias = Annotated[
+    Path | None, _security("--tls-key", metavar="FILE", help="PEM key of the certificate.")
+]
+TlsClientCa: TypeAlias = Annotated[
+    Path | None,
+    _security(
+        "--tls-client-ca", metavar="FILE", help="Mutual TLS: callers need a certificate of these authorities."
+    ),
+]
+TokenFile: TypeAlias = Annotated[
+    Path | None,
+    _security("--token-file", metavar="FILE", help="Callers need a token of this file (manyhats token new)."),
+]
+HttpInsecure: TypeAlias = Annotated[
+    bool, _security("--http-insecure", help="With --tls-cert: the HTTP port in the clear all the same.")
 ]
 
 MaxContextLength: TypeAlias = Annotated[

@@ -12,8 +12,10 @@
 ``AsyncClient`` is the same for asyncio. Every error is a ``ManyhatsError``; ``errors.py`` draws the tree.
 """
 
-from manyhats.client.aio import AsyncClient, AsyncGenerationStream
+from manyhats.client.aio import AsyncClient
+from manyhats.client.aio_stream import AsyncGenerationStream
 from manyhats.client.channel import DEFAULT_TARGET
+from manyhats.client.credentials import Credentials
 from manyhats.client.errors import (
     AdapterError,
     AdapterInUseError,
@@ -25,6 +27,7 @@ from manyhats.client.errors import (
     AuthenticationError,
     BaseMismatchError,
     CancelledError,
+    CredentialsError,
     DataLossError,
     DeadlineError,
     DigestMismatchError,
@@ -44,10 +47,19 @@ from manyhats.client.errors import (
     TaskNotFoundError,
     UnavailableError,
 )
-from manyhats.client.requests import ChatMessage, Continuation, GenerateOptions, Prompt, PromptOptions
+from manyhats.client.requests import (
+    ChatMessage,
+    Continuation,
+    GenerateOptions,
+    Progress,
+    Prompt,
+    PromptOptions,
+    RegisterOptions,
+)
 from manyhats.client.results import (
     AdapterInfo,
     AdapterRef,
+    ArtifactPart,
     FinishReason,
     Generation,
     GenerationChunk,
@@ -60,7 +72,8 @@ from manyhats.client.results import (
     TopToken,
     Usage,
 )
-from manyhats.client.sync import Client, GenerationStream
+from manyhats.client.stream import GenerationStream
+from manyhats.client.sync import Client
 
 __all__ = [
     "DEFAULT_TARGET",
@@ -73,6 +86,7 @@ __all__ = [
     "AdapterTooLargeError",
     "AdapterUnsafeError",
     "AdapterUnsupportedError",
+    "ArtifactPart",
     "AsyncClient",
     "AsyncGenerationStream",
     "AuthenticationError",
@@ -81,6 +95,8 @@ __all__ = [
     "ChatMessage",
     "Client",
     "Continuation",
+    "Credentials",
+    "CredentialsError",
     "DataLossError",
     "DeadlineError",
     "DigestMismatchError",
@@ -95,10 +111,12 @@ __all__ = [
     "NotOfferedError",
     "NumericalError",
     "PermissionDeniedError",
+    "Progress",
     "Prompt",
     "PromptOptions",
     "PromptTooLongError",
     "QueueFullError",
+    "RegisterOptions",
     "Registration",
     "RequestIdReusedError",
     "ResourceExhaustedError",

@@ -1,115 +1,48 @@
-"""The asyncio client. Its twin is ``sync.py``; they share ``convert``, ``status`` and ``readiness``."""
+"""The asyncio client. Its twin is ``sync.py``; they share all that does not talk to the network."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc.aio
 from grpc_health.v1 import health_pb2
 
-from manyhats.client import convert
-from manyhats.client.channel import CHANNEL_OPTIONS, DEFAULT_TARGET
+from manyhats.client import adapter_convert, convert
+from manyhats.client.aio_stream import AsyncGenerationStream
+from manyhats.client.channel import DEFAULT_TARGET, open_aio_channel
+from manyhats.client.credentials import Credentials
 from manyhats.client.readiness import HEALTH_CHECK_METHOD, POLL_INTERVAL_S, ReadinessWait
-from manyhats.client.requests import Continuation, GenerateOptions, Prompt, PromptOptions
+from manyhats.client.requests import (
+    Continuation,
+    GenerateOptions,
+    Progress,
+    Prompt,
+    PromptOptions,
+    RegisterOptions,
+)
 from manyhats.client.results import (
     AdapterInfo,
     Generation,
-    GenerationChunk,
     Registration,
     ScoreResult,
     ServerInfo,
     Tokenization,
 )
 from manyhats.client.status import error_from_call
+from manyhats.client.upload import ACCEPTED, UploadMessages, read_files
 from manyhats.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
-    generation_pb2,
     generation_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
 )
 
 Response = TypeVar("Response")
-
-
-class _StreamCall(Protocol):
-    """A running server-streaming call."""
-
-    def __aiter__(self) -> AsyncIterator[generation_pb2.GenerateStreamResponse]: ...
-
-    def cancel(self) -> bool: ...
-
-
-class AsyncGenerationStream:
-    """A streamed answer: iterate it for the pieces, or take the whole with ``result``.
-
-    Use it as an async context manager, or call ``close``: leaving it early cancels the request on the server.
-    Cancelling the task that reads it does so, too.
-    """
-
-    def __init__(self, call: _StreamCall, target: str) -> None:
-        self._call = call
-        self._responses = aiter(call)
-        self._target = target
-        self._chunks: list[GenerationChunk] = []
-        self._is_closed = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> GenerationChunk:
-        if self._is_closed:
-            raise StopAsyncIteration
-        try:
-            response = await anext(self._responses)
-        except StopAsyncIteration:
-            self._is_closed = True
-            raise
-        except asyncio.CancelledError:
-            if self._was_closed() and not _is_task_cancelled():
-                raise StopAsyncIteration from None
-            self._is_closed = True
-            raise
-        except grpc.aio.AioRpcError as error:
-            self._is_closed = True
-            raise error_from_call(error, self._target) from error
-        self._chunks.append(convert.generation_chunk(response))
-        return self._chunks[-1]
-
-    async def result(self) -> Generation:
-        """The answer: reads what is left of the stream, and joins all pieces.
-
-        After an early ``close`` it is what came until then, with ``FinishReason.UNSPECIFIED``.
-        """
-        async for _ in self:
-            pass
-        return convert.join_chunks(self._chunks)
-
-    async def close(self) -> None:
-        """Cancels the request if it still runs; harmless otherwise."""
-        self._is_closed = True
-        self._call.cancel()
-
-    def _was_closed(self) -> bool:
-        return self._is_closed
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-
-def _is_task_cancelled() -> bool:
-    """Whether it is the running task that was cancelled, and not the call it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 class AsyncClient:
@@ -126,7 +59,11 @@ class AsyncClient:
     Args:
         target: ``host:port`` of the server, or any target gRPC understands.
         timeout_s: for calls that name none.
+        credentials: for a server that asks for TLS or a token; none by default.
         channel: an open channel to use in place of ``target``; it stays the caller's to close.
+
+    Raises:
+        CredentialsError: the credentials cannot be used, or would leave this machine in the clear.
     """
 
     def __init__(
@@ -134,13 +71,14 @@ class AsyncClient:
         target: str = DEFAULT_TARGET,
         *,
         timeout_s: float | None = None,
+        credentials: Credentials | None = None,
         channel: grpc.aio.Channel | None = None,
     ) -> None:
         self._target = target
         self._timeout_s = timeout_s
         self._own_channel: grpc.aio.Channel | None = None
         if channel is None:
-            channel = self._own_channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+            channel = self._own_channel = open_aio_channel(target, credentials)
         self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
         self._server = server_pb2_grpc.ServerServiceStub(channel)
@@ -227,42 +165,62 @@ class AsyncClient:
     async def register_adapter(
         self,
         task_id: str,
-        uri: str,
+        uri: str = "",
         *,
-        activate: bool = True,
-        validate_only: bool = False,
-        expected_digest: str = "",
-        request_id: str = "",
-        labels: Mapping[str, str] | None = None,
+        parts: Iterable[tuple[str, float]] = (),
         timeout_s: float | None = None,
+        **options: Unpack[RegisterOptions],
     ) -> Registration:
-        """Makes the adapter at a path of the server's a version of a task.
+        """Makes an adapter that the server can read a version of a task.
 
         Args:
             task_id: the task, without a version.
-            uri: a path under one of the server's allowed roots.
-            activate: whether the new version becomes the one the bare task id means.
-            validate_only: checks everything and stores nothing.
-            expected_digest: ``sha256:…`` the files must have; empty for any.
-            request_id: makes a repeat safe; the same id with another body is refused.
-            labels: kept with the version.
+            uri: a path under one of the server's allowed roots, or a URL that it allows.
+            parts: of a composed task, in place of ``uri``: the uri of each part, and what its deltas are scaled by.
             timeout_s: as above.
+            options: see ``RegisterOptions``.
         """
-        request = convert.register_request(
-            task_id,
-            uri,
-            activate=activate,
-            validate_only=validate_only,
-            expected_digest=expected_digest,
-            request_id=request_id,
-            labels=labels,
-        )
-        return convert.registration(await self._call(self._adapters.RegisterAdapter, request, timeout_s))
+        request = adapter_convert.register_request(task_id, uri, parts, options)
+        response = await self._call(self._adapters.RegisterAdapter, request, timeout_s)
+        return adapter_convert.registration(response)
+
+    async def upload_adapter(
+        self,
+        task_id: str,
+        directory: str | os.PathLike[str],
+        *,
+        progress: Progress | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[RegisterOptions],
+    ) -> Registration:
+        """Sends an adapter's directory, and makes it a version of a task; otherwise as ``register_adapter``.
+
+        It is safe to repeat. An upload that fails, whenever that is, leaves nothing on the server.
+
+        Args:
+            task_id: the task, without a version.
+            directory: of this machine; its ``adapter_config.json`` and safetensors are sent, nothing else.
+            progress: called with the bytes sent and all there are, on another thread.
+            timeout_s: as above.
+            options: see ``RegisterOptions``.
+        """
+        files = await asyncio.to_thread(read_files, directory)
+        header = adapter_convert.upload_header(task_id, [file.info for file in files], options)
+        messages = UploadMessages(header, files, progress)
+        call = self._adapters.UploadAdapter(timeout=self._timeout(timeout_s))
+        try:
+            await _send(call, messages)
+            return adapter_convert.registration(await call)
+        except grpc.aio.AioRpcError as error:
+            raise messages.failure or error_from_call(error, self._target) from error
+        finally:
+            call.cancel()  # does nothing to one that has ended
 
     async def get_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
         """Describes a task's active version, or the version that ``task@3`` names."""
         request = adapter_pb2.GetAdapterRequest(task_id=task_id)
-        return convert.adapter_info((await self._call(self._adapters.GetAdapter, request, timeout_s)).adapter)
+        response = await self._call(self._adapters.GetAdapter, request, timeout_s)
+        return adapter_convert.adapter_info(response.adapter)
 
     async def list_adapters(
         self, *, task_id: str = "", page_size: int = 0, timeout_s: float | None = None
@@ -272,14 +230,23 @@ class AsyncClient:
         Pages are fetched as the iteration needs them; ``timeout_s`` is for each.
         A ``page_size`` of 0 leaves it to the server.
         """
-        request = convert.list_request(task_id, page_size)
+        request = adapter_convert.list_request(task_id, page_size)
         while True:
             response = await self._call(self._adapters.ListAdapters, request, timeout_s)
             for adapter in response.adapters:
-                yield convert.adapter_info(adapter)
+                yield adapter_convert.adapter_info(adapter)
             if not response.next_page_token:
                 return
             request.page_token = response.next_page_token
+
+    async def activate_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Moves a task to the version that ``task@3`` names, forward or back, and describes it.
+
+        Requests that run finish on the version they began on.
+        """
+        request = adapter_pb2.ActivateAdapterRequest(task_id=task_id)
+        response = await self._call(self._adapters.ActivateAdapter, request, timeout_s)
+        return adapter_convert.adapter_info(response.adapter)
 
     async def delete_adapter(
         self, task_id: str, *, force: bool = False, timeout_s: float | None = None
@@ -290,7 +257,7 @@ class AsyncClient:
         """
         request = adapter_pb2.DeleteAdapterRequest(task_id=task_id, force=force)
         response = await self._call(self._adapters.DeleteAdapter, request, timeout_s)
-        return tuple(map(convert.adapter_info, response.adapters))
+        return tuple(map(adapter_convert.adapter_info, response.adapters))
 
     # Server.
 
@@ -328,3 +295,17 @@ class AsyncClient:
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s
+
+
+async def _send(call: Any, messages: UploadMessages) -> None:
+    """Write all messages, each read in a worker thread; where the server ends the call early, awaiting it says why."""
+    remaining = iter(messages)
+    try:
+        await call.write(next(remaining))
+        # A write that meets the end of its call loses the call's status, so nothing is sent to who may refuse.
+        if ACCEPTED in tuple(await call.initial_metadata()):
+            while (message := await asyncio.to_thread(next, remaining, None)) is not None:
+                await call.write(message)
+        await call.done_writing()
+    except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+        return

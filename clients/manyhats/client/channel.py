@@ -1,8 +1,14 @@
-"""How the clients connect."""
+"""How the clients connect: in the clear or by TLS, with a token or without."""
 
 from __future__ import annotations
 
-from typing import Final
+from functools import partial
+from typing import Any, Final, cast
+
+import grpc
+import grpc.aio
+
+from manyhats.client.credentials import Credentials
 
 DEFAULT_TARGET: Final = "127.0.0.1:50051"
 
@@ -19,3 +25,65 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+
+_NO_CREDENTIALS: Final = Credentials()
+_Metadata = tuple[tuple[str, str], ...]
+
+
+def open_channel(target: str, credentials: Credentials | None) -> grpc.Channel:
+    """A channel of the blocking client.
+
+    Raises:
+        CredentialsError: the credentials cannot be used, or would leave this machine in the clear.
+    """
+    given = credentials or _NO_CREDENTIALS
+    secure = given.channel_credentials()
+    if secure is not None:
+        return grpc.secure_channel(target, secure, options=CHANNEL_OPTIONS)
+    metadata = given.clear_metadata(target)
+    channel = grpc.insecure_channel(target, options=_clear_options(metadata))
+    return cast(grpc.Channel, _MetadataChannel(channel, metadata)) if metadata else channel
+
+
+def open_aio_channel(target: str, credentials: Credentials | None) -> grpc.aio.Channel:
+    """A channel of the asyncio client.
+
+    Raises:
+        CredentialsError: as ``open_channel``.
+    """
+    given = credentials or _NO_CREDENTIALS
+    secure = given.channel_credentials()
+    if secure is not None:
+        return grpc.aio.secure_channel(target, secure, options=CHANNEL_OPTIONS)
+    metadata = given.clear_metadata(target)
+    channel = grpc.aio.insecure_channel(target, options=_clear_options(metadata))
+    return cast(grpc.aio.Channel, _MetadataChannel(channel, metadata)) if metadata else channel
+
+
+def _clear_options(metadata: _Metadata) -> tuple[tuple[str, int], ...]:
+    # A proxy from the environment would read the token, even on the way to this machine.
+    return (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if metadata else CHANNEL_OPTIONS
+
+
+class _MetadataChannel:
+    """A channel, of either client, whose every call carries metadata.
+
+    gRPC sends call credentials over secure channels only; interceptors would put calls of their own in place of
+    gRPC's.
+    """
+
+    def __init__(self, channel: Any, metadata: _Metadata) -> None:
+        self._channel = channel
+        self._metadata = metadata
+
+    def unary_unary(self, *args: Any, **options: Any) -> Any:
+        return partial(self._channel.unary_unary(*args, **options), metadata=self._metadata)
+
+    def unary_stream(self, *args: Any, **options: Any) -> Any:
+        return partial(self._channel.unary_stream(*args, **options), metadata=self._metadata)
+
+    def stream_unary(self, *args: Any, **options: Any) -> Any:
+        return partial(self._channel.stream_unary(*args, **options), metadata=self._metadata)
+
+    def close(self) -> Any:
+        return self._channel.close()

@@ -1,23 +1,21 @@
-"""Plain values to request messages, and response messages to results. Pure; both clients use it."""
+"""Plain values to request messages, and response messages to results. Pure; both clients use it.
+
+``adapter_convert`` has the calls that manage adapters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from google.protobuf.message import Message
-
-from manyhats.client.errors import InvalidRequestError
+from manyhats.client.fields import assign, enum_name, invalid
 from manyhats.client.requests import ChatMessage, Continuation, Prompt
 from manyhats.client.results import (
-    AdapterInfo,
     AdapterRef,
     FinishReason,
     Generation,
     GenerationChunk,
-    Registration,
     Score,
     ScoreResult,
     ServerInfo,
@@ -26,7 +24,7 @@ from manyhats.client.results import (
     TopToken,
     Usage,
 )
-from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
+from manyhats.v1 import generation_pb2, server_pb2
 
 PromptRequest: TypeAlias = (
     generation_pb2.GenerateRequest | generation_pb2.ScoreRequest | generation_pb2.TokenizeRequest
@@ -63,7 +61,7 @@ def generate_request(
         if value is not None:
             section = _SECTIONS[name]
             message = getattr(request, section) if section else request
-            _assign(message, name, value, f"{section}.{name}" if section else name)
+            assign(message, name, value, f"{section}.{name}" if section else name)
     return request
 
 
@@ -81,7 +79,7 @@ def score_request(
         if name not in _PROMPT_OPTIONS:
             raise TypeError(f"score() got an unexpected keyword argument {name!r}")
         if value is not None:
-            _assign(request, name, value, name)
+            assign(request, name, value, name)
     return request
 
 
@@ -94,41 +92,12 @@ def tokenize_request(
     return request
 
 
-def register_request(
-    task_id: str,
-    uri: str,
-    *,
-    activate: bool,
-    validate_only: bool,
-    expected_digest: str,
-    request_id: str,
-    labels: Mapping[str, str] | None,
-) -> adapter_pb2.RegisterAdapterRequest:
-    """The request of ``register_adapter``."""
-    return adapter_pb2.RegisterAdapterRequest(
-        task_id=task_id,
-        uri=uri,
-        activate=activate,
-        validate_only=validate_only,
-        expected_digest=expected_digest,
-        request_id=request_id,
-        labels=labels or {},
-    )
-
-
-def list_request(task_id: str, page_size: int) -> adapter_pb2.ListAdaptersRequest:
-    """The request of the first page of ``list_adapters``."""
-    request = adapter_pb2.ListAdaptersRequest(task_id=task_id)
-    _assign(request, "page_size", page_size, "page_size")
-    return request
-
-
 def _set_prompt(request: PromptRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         request.text = prompt
         return
     if not isinstance(prompt, Iterable):
-        raise _invalid("prompt", f"must be text, token ids or chat messages, not {type(prompt).__name__}")
+        raise invalid("prompt", f"must be text, token ids or chat messages, not {type(prompt).__name__}")
     items = list(prompt)
     if items and isinstance(items[0], ChatMessage | Mapping):
         request.chat.SetInParent()
@@ -136,7 +105,7 @@ def _set_prompt(request: PromptRequest, prompt: Prompt) -> None:
             _add_message(request.chat, message, f"chat.messages[{index}]")
     else:
         request.token_ids.SetInParent()
-        _assign(request.token_ids, "ids", items, "token_ids")
+        assign(request.token_ids, "ids", items, "token_ids")
 
 
 def _add_message(chat: generation_pb2.ChatMessages, message: object, path: str) -> None:
@@ -144,10 +113,10 @@ def _add_message(chat: generation_pb2.ChatMessages, message: object, path: str) 
         chat.messages.add(role=message.role, content=message.content)
         return
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise _invalid(path, "must have exactly a role and a content")
+        raise invalid(path, "must have exactly a role and a content")
     added = chat.messages.add()
     for key in ("role", "content"):
-        _assign(added, key, message[key], f"{path}.{key}")
+        assign(added, key, message[key], f"{path}.{key}")
 
 
 def _set_content(message: generation_pb2.Continuation, content: Continuation, path: str) -> None:
@@ -155,24 +124,7 @@ def _set_content(message: generation_pb2.Continuation, content: Continuation, pa
         message.text = content
     else:
         message.token_ids.SetInParent()
-        _assign(message.token_ids, "ids", content, f"{path}.token_ids")
-
-
-def _assign(message: Message, name: str, value: Any, path: str) -> None:
-    """Sets a scalar, repeated or map field; what protobuf refuses becomes an error that names the field."""
-    try:
-        if isinstance(value, Mapping):
-            getattr(message, name).update(value)
-        elif isinstance(getattr(message, name), str | bool | int | float):
-            setattr(message, name, value)
-        else:
-            getattr(message, name).extend([value] if isinstance(value, str) else value)
-    except (TypeError, ValueError) as error:
-        raise _invalid(path, str(error)) from error
-
-
-def _invalid(path: str, description: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{path}: {description}", violations={path: description})
+        assign(message.token_ids, "ids", content, f"{path}.token_ids")
 
 
 # Responses.
@@ -221,32 +173,6 @@ def score_result(response: generation_pb2.ScoreResponse) -> ScoreResult:
 def tokenization(response: generation_pb2.TokenizeResponse) -> Tokenization:
     """A prompt's tokens."""
     return Tokenization(ids=tuple(response.ids), pieces=tuple(response.pieces))
-
-
-def adapter_info(adapter: adapter_pb2.Adapter) -> AdapterInfo:
-    """One adapter version."""
-    return AdapterInfo(
-        task_id=adapter.task_id,
-        version=adapter.version,
-        digest=adapter.digest,
-        method=_enum_name(adapter_pb2.AdapterMethod.Name, adapter.method, "ADAPTER_METHOD_"),
-        state=_enum_name(adapter_pb2.AdapterState.Name, adapter.state, "ADAPTER_STATE_"),
-        state_reason=adapter.state_reason,
-        size_bytes=adapter.size_bytes,
-        num_parameters=adapter.num_parameters,
-        source=adapter.source,
-        create_time=adapter.create_time.ToDatetime(UTC) if adapter.HasField("create_time") else None,
-        base_model=adapter.base_model,
-        labels=dict(adapter.labels),
-        effect=adapter.effect if adapter.HasField("effect") else None,
-        residency=_enum_name(adapter_pb2.AdapterResidency.Name, adapter.residency, "ADAPTER_RESIDENCY_"),
-        notes=tuple(adapter.notes),
-    )
-
-
-def registration(response: adapter_pb2.RegisterAdapterResponse) -> Registration:
-    """What registering gave."""
-    return Registration(adapter=adapter_info(response.adapter), created=response.created)
 
 
 def server_info(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
@@ -313,20 +239,10 @@ def _adapter_ref(
 
 
 def _finish_reason(value: int) -> FinishReason:
-    name = _enum_name(generation_pb2.FinishReason.Name, value, "FINISH_REASON_")
+    name = enum_name(generation_pb2.FinishReason.Name, value, "FINISH_REASON_")
     return _FINISH_REASONS.get(name, FinishReason.UNSPECIFIED)
 
 
 _FINISH_REASONS: Mapping[str, FinishReason] = MappingProxyType(
     {reason.value: reason for reason in FinishReason}
 )
-
-
-def _enum_name(name_of: Callable[[Any], str], value: int, prefix: str) -> str:
-    """``ADAPTER_STATE_ACTIVE`` → ``active``; a value newer than this client → its number; zero → empty."""
-    if value == 0:
-        return ""
-    try:
-        return name_of(value).removeprefix(prefix).lower()
-    except ValueError:
-        return str(value)

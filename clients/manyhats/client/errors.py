@@ -22,6 +22,7 @@ ManyhatsError
 ├── UnavailableError                not reachable, still loading, or draining; try again later
 ├── DeadlineError                   the time given ran out
 ├── CancelledError                  the call was cancelled
+├── CredentialsError                the client's own credentials cannot be used as they are
 ├── AuthenticationError             no credential, or a bad one
 ├── PermissionDeniedError           the credential does not allow this
 ├── NotOfferedError                 that part of the API is not served here
@@ -179,6 +180,10 @@ class DeadlineError(ManyhatsError):
 
 class CancelledError(ManyhatsError):
     """The call was cancelled, by the server or by another thread; closing a stream raises nothing."""
+
+
+class CredentialsError(ManyhatsError):
+    """The client's own credentials cannot be used: a file at fault, or a token that would go in the clear."""
 
 
 class AuthenticationError(ManyhatsError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypedDict
 
@@ -20,6 +20,9 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mappi
 
 Continuation: TypeAlias = str | Sequence[int]
 """What ``score`` scores: text, or token ids."""
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told, as an upload goes on, how many bytes are sent and how many there are."""
 
 
 class PromptOptions(TypedDict, total=False):
@@ -91,3 +94,21 @@ class GenerateOptions(PromptOptions, total=False):
     logprobs: bool | None
     top_logprobs: int | None
     prompt_logprobs: bool | None
+
+
+class RegisterOptions(TypedDict, total=False):
+    """Keyword arguments of ``register_adapter`` and ``upload_adapter``; None is the same as left out.
+
+    Keys:
+        activate: whether the new version becomes the one the bare task id means; true by default.
+        validate_only: checks everything and stores nothing.
+        expected_digest: ``sha256:…`` the files must have; empty for any.
+        request_id: makes a repeat safe; the same id with another body is refused.
+        labels: kept with the version.
+    """
+
+    activate: bool | None
+    validate_only: bool | None
+    expected_digest: str | None
+    request_id: str | None
+    labels: Mapping[str, str] | None

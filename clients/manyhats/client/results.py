@@ -141,6 +141,15 @@ class Tokenization:
     pieces: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ArtifactPart:
+    """One stored artifact of a version: its digest, what its deltas are scaled by, and where it came from."""
+
+    digest: str
+    weight: float
+    source: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
     """One version of a task's adapter, as the server holds it.
@@ -148,13 +157,14 @@ class AdapterInfo:
     Attributes:
         task_id: the name requests use.
         version: counts up per task, from 1.
-        digest: ``sha256:…`` of its files.
+        digest: ``sha256:…`` of its files, or of the parts of a composed task.
         method: such as ``lora``; the server's name in lower case.
         state: ``creating``, ``active``, ``inactive``, ``failed`` or ``deleting``.
         residency: the fastest place it lies in now: ``device``, ``host`` or ``disk``.
-        effect: how much it changes the base's answers, measured at registration; None if not measured.
+        effect: how far it moves the base's log-probabilities, in nats, measured at registration; None if not.
         create_time: when it was registered, UTC; None if the server does not say.
         notes: what an operator should know of it, such as files that name no base model.
+        parts: the artifacts it is made of; more than one, or one with a weight, if the task is composed.
     """
 
     task_id: str
@@ -172,6 +182,7 @@ class AdapterInfo:
     effect: float | None = None
     residency: str = ""
     notes: tuple[str, ...] = ()
+    parts: tuple[ArtifactPart, ...] = ()
 
     @property
     def name(self) -> str:

@@ -15,6 +15,9 @@ _DETAILS_KEY = "grpc-status-details-bin"
 # What gRPC says before the operating system's own words, such as "Connection refused".
 _CONNECT_PREFIX = "Failed to connect to remote host: "
 
+# What asyncio's gRPC says where a call ended while it was written to.
+_LOST = "Internal error from Core"
+
 
 class FailedCall(Protocol):
     """What ``grpc.RpcError`` (as raised by a call) and ``grpc.aio.AioRpcError`` have in common."""
@@ -133,6 +136,8 @@ def _explain(code: grpc.StatusCode, message: str, target: str) -> str:
             return f"cannot reach the server at {target}: {message.rpartition(_CONNECT_PREFIX)[2]}"
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return f"the server at {target} did not finish in the time given: {message}"
+        case grpc.StatusCode.INTERNAL if message == _LOST:
+            return f"the server at {target} ended the call, and the reason was lost; try again"
         case _:
             return message
 

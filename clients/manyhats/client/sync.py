@@ -1,102 +1,49 @@
-"""The blocking client. Its twin is ``aio.py``; they share ``convert``, ``status`` and ``readiness``."""
+"""The blocking client. Its twin is ``aio.py``; they share all that does not talk to the network."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, Unpack, cast
+from typing import Any, Self, TypeVar, Unpack, cast
 
 import grpc
 from grpc_health.v1 import health_pb2
 
-from manyhats.client import convert
-from manyhats.client.channel import CHANNEL_OPTIONS, DEFAULT_TARGET
+from manyhats.client import adapter_convert, convert
+from manyhats.client.channel import DEFAULT_TARGET, open_channel
+from manyhats.client.credentials import Credentials
+from manyhats.client.errors import ManyhatsError
 from manyhats.client.readiness import HEALTH_CHECK_METHOD, POLL_INTERVAL_S, ReadinessWait
-from manyhats.client.requests import Continuation, GenerateOptions, Prompt, PromptOptions
+from manyhats.client.requests import (
+    Continuation,
+    GenerateOptions,
+    Progress,
+    Prompt,
+    PromptOptions,
+    RegisterOptions,
+)
 from manyhats.client.results import (
     AdapterInfo,
     Generation,
-    GenerationChunk,
     Registration,
     ScoreResult,
     ServerInfo,
     Tokenization,
 )
 from manyhats.client.status import FailedCall, error_from_call
+from manyhats.client.stream import GenerationStream, StreamCall
+from manyhats.client.upload import UploadMessages, read_files
 from manyhats.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
-    generation_pb2,
     generation_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
 )
 
 Response = TypeVar("Response")
-
-
-class _StreamCall(Protocol):
-    """A running server-streaming call."""
-
-    def __next__(self) -> generation_pb2.GenerateStreamResponse: ...
-
-    def cancel(self) -> bool: ...
-
-
-class GenerationStream:
-    """A streamed answer: iterate it for the pieces, or take the whole with ``result``.
-
-    Use it as a context manager, or call ``close``: leaving it early cancels the request on the server.
-    It is for one thread; only ``close`` may come from another.
-    """
-
-    def __init__(self, call: _StreamCall, target: str) -> None:
-        self._call = call
-        self._target = target
-        self._chunks: list[GenerationChunk] = []
-        self._is_closed = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> GenerationChunk:
-        if self._is_closed:
-            raise StopIteration
-        try:
-            response = next(self._call)
-        except StopIteration:
-            self._is_closed = True
-            raise
-        except grpc.RpcError as error:
-            if self._is_closed:
-                raise StopIteration from None
-            self._is_closed = True
-            raise error_from_call(cast(FailedCall, error), self._target) from error
-        self._chunks.append(convert.generation_chunk(response))
-        return self._chunks[-1]
-
-    def result(self) -> Generation:
-        """The answer: reads what is left of the stream, and joins all pieces.
-
-        After an early ``close`` it is what came until then, with ``FinishReason.UNSPECIFIED``.
-        """
-        for _ in self:
-            pass
-        return convert.join_chunks(self._chunks)
-
-    def close(self) -> None:
-        """Cancels the request if it still runs; harmless otherwise."""
-        self._is_closed = True
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Client:
@@ -111,7 +58,11 @@ class Client:
     Args:
         target: ``host:port`` of the server, or any target gRPC understands.
         timeout_s: for calls that name none.
+        credentials: for a server that asks for TLS or a token; none by default.
         channel: an open channel to use in place of ``target``; it stays the caller's to close.
+
+    Raises:
+        CredentialsError: the credentials cannot be used, or would leave this machine in the clear.
     """
 
     def __init__(
@@ -119,13 +70,14 @@ class Client:
         target: str = DEFAULT_TARGET,
         *,
         timeout_s: float | None = None,
+        credentials: Credentials | None = None,
         channel: grpc.Channel | None = None,
     ) -> None:
         self._target = target
         self._timeout_s = timeout_s
         self._own_channel: grpc.Channel | None = None
         if channel is None:
-            channel = self._own_channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+            channel = self._own_channel = open_channel(target, credentials)
         self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
         self._server = server_pb2_grpc.ServerServiceStub(channel)
@@ -180,7 +132,7 @@ class Client:
         """Generates one answer and gives it as it grows; arguments as of ``generate``."""
         request = convert.generate_request(prompt, task_id, options)
         call = self._generation.GenerateStream(request, timeout=self._timeout(timeout_s))
-        return GenerationStream(cast(_StreamCall, call), self._target)
+        return GenerationStream(cast(StreamCall, call), self._target)
 
     def score(
         self,
@@ -212,42 +164,59 @@ class Client:
     def register_adapter(
         self,
         task_id: str,
-        uri: str,
+        uri: str = "",
         *,
-        activate: bool = True,
-        validate_only: bool = False,
-        expected_digest: str = "",
-        request_id: str = "",
-        labels: Mapping[str, str] | None = None,
+        parts: Iterable[tuple[str, float]] = (),
         timeout_s: float | None = None,
+        **options: Unpack[RegisterOptions],
     ) -> Registration:
-        """Makes the adapter at a path of the server's a version of a task.
+        """Makes an adapter that the server can read a version of a task.
 
         Args:
             task_id: the task, without a version.
-            uri: a path under one of the server's allowed roots.
-            activate: whether the new version becomes the one the bare task id means.
-            validate_only: checks everything and stores nothing.
-            expected_digest: ``sha256:…`` the files must have; empty for any.
-            request_id: makes a repeat safe; the same id with another body is refused.
-            labels: kept with the version.
+            uri: a path under one of the server's allowed roots, or a URL that it allows.
+            parts: of a composed task, in place of ``uri``: the uri of each part, and what its deltas are scaled by.
             timeout_s: as above.
+            options: see ``RegisterOptions``.
         """
-        request = convert.register_request(
-            task_id,
-            uri,
-            activate=activate,
-            validate_only=validate_only,
-            expected_digest=expected_digest,
-            request_id=request_id,
-            labels=labels,
-        )
-        return convert.registration(self._call(self._adapters.RegisterAdapter, request, timeout_s))
+        request = adapter_convert.register_request(task_id, uri, parts, options)
+        return adapter_convert.registration(self._call(self._adapters.RegisterAdapter, request, timeout_s))
+
+    def upload_adapter(
+        self,
+        task_id: str,
+        directory: str | os.PathLike[str],
+        *,
+        progress: Progress | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[RegisterOptions],
+    ) -> Registration:
+        """Sends an adapter's directory, and makes it a version of a task; otherwise as ``register_adapter``.
+
+        It is safe to repeat. An upload that fails, whenever that is, leaves nothing on the server.
+
+        Args:
+            task_id: the task, without a version.
+            directory: of this machine; its ``adapter_config.json`` and safetensors are sent, nothing else.
+            progress: called with the bytes sent and all there are, on another thread.
+            timeout_s: as above.
+            options: see ``RegisterOptions``.
+        """
+        files = read_files(directory)
+        header = adapter_convert.upload_header(task_id, [file.info for file in files], options)
+        messages = UploadMessages(header, files, progress)
+        try:
+            response = self._call(self._adapters.UploadAdapter, iter(messages), timeout_s)
+        except ManyhatsError:
+            if messages.failure is not None:
+                raise messages.failure from None
+            raise
+        return adapter_convert.registration(response)
 
     def get_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
         """Describes a task's active version, or the version that ``task@3`` names."""
         request = adapter_pb2.GetAdapterRequest(task_id=task_id)
-        return convert.adapter_info(self._call(self._adapters.GetAdapter, request, timeout_s).adapter)
+        return adapter_convert.adapter_info(self._call(self._adapters.GetAdapter, request, timeout_s).adapter)
 
     def list_adapters(
         self, *, task_id: str = "", page_size: int = 0, timeout_s: float | None = None
@@ -257,13 +226,22 @@ class Client:
         Pages are fetched as the iteration needs them; ``timeout_s`` is for each.
         A ``page_size`` of 0 leaves it to the server.
         """
-        request = convert.list_request(task_id, page_size)
+        request = adapter_convert.list_request(task_id, page_size)
         while True:
             response = self._call(self._adapters.ListAdapters, request, timeout_s)
-            yield from map(convert.adapter_info, response.adapters)
+            yield from map(adapter_convert.adapter_info, response.adapters)
             if not response.next_page_token:
                 return
             request.page_token = response.next_page_token
+
+    def activate_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Moves a task to the version that ``task@3`` names, forward or back, and describes it.
+
+        Requests that run finish on the version they began on.
+        """
+        request = adapter_pb2.ActivateAdapterRequest(task_id=task_id)
+        response = self._call(self._adapters.ActivateAdapter, request, timeout_s)
+        return adapter_convert.adapter_info(response.adapter)
 
     def delete_adapter(
         self, task_id: str, *, force: bool = False, timeout_s: float | None = None
@@ -274,7 +252,7 @@ class Client:
         """
         request = adapter_pb2.DeleteAdapterRequest(task_id=task_id, force=force)
         response = self._call(self._adapters.DeleteAdapter, request, timeout_s)
-        return tuple(map(convert.adapter_info, response.adapters))
+        return tuple(map(adapter_convert.adapter_info, response.adapters))
 
     # Server.
 

@@ -158,7 +158,7 @@ class AdapterRef(_message.Message):
     version: _builtins.int
     """The version, from 1."""
     digest: _builtins.str
-    """"sha256:…" over the artifact's files."""
+    """The version's digest."""
     def __init__(
         self,
         *,
@@ -173,6 +173,36 @@ class AdapterRef(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdapterRef: _TypeAlias = AdapterRef  # noqa: Y015
+
+@_typing.final
+class ArtifactPart(_message.Message):
+    """One stored artifact of a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """"sha256:…" over the artifact's files."""
+    weight: _builtins.float
+    """What its deltas are scaled by."""
+    source: _builtins.str
+    """Where it was registered from."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "source", b"source", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArtifactPart: _TypeAlias = ArtifactPart  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
@@ -215,12 +245,15 @@ class Adapter(_message.Message):
     EFFECT_FIELD_NUMBER: _builtins.int
     RESIDENCY_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task id, without a version."""
     version: _builtins.int
     """Counts up per task, from 1; never used again after a deletion."""
     digest: _builtins.str
-    """"sha256:…" over the artifact's files: the same bytes have the same digest."""
+    """"sha256:…": over the artifact's files, or over the digests and weights of a composed task's parts. The same bytes
+    have the same digest.
+    """
     method: Global___AdapterMethod.ValueType
     """How it was made."""
     state: Global___AdapterState.ValueType
@@ -232,11 +265,13 @@ class Adapter(_message.Message):
     num_parameters: _builtins.int
     """Number of trained parameters."""
     source: _builtins.str
-    """The uri it was registered from."""
+    """The uri it was registered from; "upload" for an upload, and "composed" where parts say it."""
     base_model: _builtins.str
     """What the artifact itself names as its base model; may be empty."""
     effect: _builtins.float
-    """How much it changes the base model's output, as measured at registration; unset where not measured."""
+    """How far it moves the base model's log-probabilities, in nats, as measured at registration: the mean over a short
+    prompt of the largest change; unset where not measured.
+    """
     residency: Global___AdapterResidency.ValueType
     """The fastest memory that holds it now."""
     @_builtins.property
@@ -250,6 +285,10 @@ class Adapter(_message.Message):
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What an operator should know of it, such as an artifact that names no base model."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArtifactPart]:
+        """The artifacts it is made of: one of weight 1, or the parts of a composed task."""
 
     def __init__(
         self,
@@ -269,10 +308,11 @@ class Adapter(_message.Message):
         effect: _builtins.float | None = ...,
         residency: Global___AdapterResidency.ValueType = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        parts: _abc.Iterable[Global___ArtifactPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_effect", b"_effect", "create_time", b"create_time", "effect", b"effect"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effect", b"_effect", "base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "effect", b"effect", "labels", b"labels", "method", b"method", "notes", b"notes", "num_parameters", b"num_parameters", "residency", b"residency", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "state_reason", b"state_reason", "task_id", b"task_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effect", b"_effect", "base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "effect", b"effect", "labels", b"labels", "method", b"method", "notes", b"notes", "num_parameters", b"num_parameters", "parts", b"parts", "residency", b"residency", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "state_reason", b"state_reason", "task_id", b"task_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__effect: _TypeAlias = _typing.Literal["effect"]  # noqa: Y015
     _WhichOneofArgType__effect: _TypeAlias = _typing.Literal["_effect", b"_effect"]  # noqa: Y015
@@ -282,14 +322,14 @@ Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class AdapterPart(_message.Message):
-    """One artifact of a composed task."""
+    """One part of a composed task: at most one may have virtual tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     URI_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
-    """A path under one of the server's allowed roots."""
+    """A path under one of the server's allowed roots, or a URL that the server allows."""
     weight: _builtins.float
     """Scales this part's deltas; unset = 1."""
     def __init__(
@@ -345,7 +385,7 @@ class RegisterAdapterRequest(_message.Message):
     task_id: _builtins.str
     """The task id, without a version."""
     uri: _builtins.str
-    """A path under one of the server's allowed roots."""
+    """A path under one of the server's allowed roots, or a URL that the server allows."""
     validate_only: _builtins.bool
     """Checks everything and stores nothing."""
     activate: _builtins.bool

@@ -1,36 +1,45 @@
-"""AdapterService: registers, describes, lists and deletes adapters."""
+"""AdapterService: registers, takes uploads, describes, lists, activates and deletes adapters."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.server import from_proto, to_proto
-from manyhats.server.errors import NotOfferedError
 from manyhats.server.gate import Gate
 from manyhats.server.metrics import Metrics
 from manyhats.server.registrar import Registrar
+from manyhats.server.tokens import Scope
+from manyhats.server.uploads import ACCEPTED, take_upload
+from manyhats.server.visible_page import visible_page
 from manyhats.v1 import adapter_pb2, adapter_pb2_grpc
+
+# What blocks on the store has threads of its own: registrations wait for each other, and for slow sources, and must
+# not keep from the event loop's own threads what those are for, such as tokenizing long prompts.
+_NUM_THREADS = 32
 
 Context = grpc.aio.ServicerContext[object, object]
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
-    """Manages the adapters of the backend behind the gate."""
+    """Manages the adapters of the backend behind the gate; lists show what the caller's scope reaches."""
 
-    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics, scope_of: Callable[[Context], Scope]) -> None:
         self._gate = gate
         self._metrics = metrics
+        self._scope_of = scope_of
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="store")
 
     async def RegisterAdapter(  # noqa: N802
         self, request: adapter_pb2.RegisterAdapterRequest, context: Context
     ) -> adapter_pb2.RegisterAdapterResponse:
-        """Make an artifact a version of a task."""
-        # Shielded, as is deletion: once begun, a change is carried through to engine and metrics even if its
-        # caller leaves.
+        """Make an artifact, or several that act together, a version of a task."""
+        # Shielded, as every change is: once begun, it is carried through to engine and metrics even if its caller
+        # leaves.
         spec = from_proto.registration_spec(request)
         registration = await asyncio.shield(self._registrar.register(spec))
         return adapter_pb2.RegisterAdapterResponse(
@@ -40,8 +49,15 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def UploadAdapter(  # noqa: N802
         self, request_iterator: AsyncIterator[adapter_pb2.UploadAdapterRequest], context: Context
     ) -> adapter_pb2.UploadAdapterResponse:
-        """Refuse: adapters are registered from a path."""
-        raise NotOfferedError("UploadAdapter")
+        """Make the files that a caller sends a version of a task."""
+
+        async def accept() -> None:
+            await context.send_initial_metadata((ACCEPTED,))
+
+        registration = await take_upload(request_iterator, self._registrar, accept)
+        return adapter_pb2.UploadAdapterResponse(
+            adapter=self._message(registration.record), created=registration.created
+        )
 
     async def GetAdapter(  # noqa: N802
         self, request: adapter_pb2.GetAdapterRequest, context: Context
@@ -54,8 +70,12 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.ListAdaptersRequest, context: Context
     ) -> adapter_pb2.ListAdaptersResponse:
         """List versions, page by page."""
-        page = self._gate.backend.store.list(
-            task_id=request.task_id, page_size=request.page_size, page_token=request.page_token
+        page = visible_page(
+            self._gate.backend.store,
+            self._scope_of(context),
+            task_id=request.task_id,
+            page_size=request.page_size,
+            page_token=request.page_token,
         )
         adapters = [self._message(record) for record in page.records]
         return adapter_pb2.ListAdaptersResponse(adapters=adapters, next_page_token=page.next_page_token)
@@ -63,8 +83,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def ActivateAdapter(  # noqa: N802
         self, request: adapter_pb2.ActivateAdapterRequest, context: Context
     ) -> adapter_pb2.ActivateAdapterResponse:
-        """Refuse: registering the same artifact again activates its version."""
-        raise NotOfferedError("ActivateAdapter")
+        """Move a task to one of its versions."""
+        record = await asyncio.shield(self._registrar.activate(request.task_id))
+        return adapter_pb2.ActivateAdapterResponse(adapter=self._message(record))
 
     async def DeleteAdapter(  # noqa: N802
         self, request: adapter_pb2.DeleteAdapterRequest, context: Context
@@ -75,7 +96,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     @property
     def _registrar(self) -> Registrar:
-        return Registrar(self._gate.backend, self._metrics)
+        return Registrar(self._gate.backend, self._metrics, self._threads)
 
     def _message(self, record: AdapterRecord) -> adapter_pb2.Adapter:
         is_resident = record.digest in self._gate.backend.engine.resident_digests()

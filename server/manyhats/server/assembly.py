@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.errors import StoreConfigError
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.open_store import open_store
 from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store import AdapterStore
 from manyhats.engine.async_engine import AsyncEngine
 from manyhats.engine.config import EngineConfig, resolve
+from manyhats.engine.model.directories import default_home
 from manyhats.engine.model.loader import load_model
 from manyhats.engine.model.progress import Progress
 from manyhats.server.config import ServeConfig
@@ -23,6 +26,8 @@ from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend, ModelInfo
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# What the store calls a setting → what the server calls it.
+_STORE_SETTINGS = {"catalogue_url": "catalogue", "url_prefixes": "adapter_url_prefixes"}
 
 
 def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
@@ -43,9 +48,8 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         max_context_length=config.max_context_length,
         progress=progress,
     )
-    limits = AdapterLimits(max_size_bytes=config.max_artifact_bytes, max_rank=config.max_adapter_rank)
-    store = AdapterStore(config.store, model.description, config.adapter_roots, limits)
-    loader = AdapterLoader(store, model.description, metrics)
+    store = open_adapter_store(config, model.description)
+    loader = AdapterLoader(store, metrics)
     engine = AsyncEngine(model, settings, loader, metrics.step)
     info = ModelInfo(
         name=model.name,
@@ -57,6 +61,51 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     )
     return Backend(
         engine=engine, store=store, tokenizer=model.tokenizer, info=info, max_adapters=config.max_adapters
+    )
+
+
+def open_adapter_store(config: ServeConfig, base: BaseDescription) -> AdapterStore:
+    """The store that the settings name, for adapters of ``base``.
+
+    Raises:
+        ConfigError: its settings do not go together.
+        AdapterError: it cannot be opened.
+    """
+    try:
+        return open_store(
+            config.store,
+            base,
+            config.adapter_roots,
+            catalogue_url=config.catalogue,
+            url_prefixes=config.adapter_url_prefixes,
+            limits=adapter_limits(config),
+            quotas=quotas(config),
+            cache_directory=config.store_cache or default_home() / "store-cache",
+            cache_max_bytes=config.store_cache_bytes,
+        )
+    except StoreConfigError as error:
+        setting = _STORE_SETTINGS.get(error.subject, error.subject)
+        raise ConfigError(setting, error.description) from error
+
+
+def adapter_limits(config: ServeConfig) -> AdapterLimits:
+    """How large an adapter may be."""
+    return AdapterLimits(
+        max_size_bytes=config.max_artifact_bytes,
+        max_rank=config.max_adapter_rank,
+        max_virtual_tokens=config.max_virtual_tokens,
+        max_parts=config.max_parts,
+    )
+
+
+def quotas(config: ServeConfig) -> Quotas:
+    """How much the store may hold."""
+    return Quotas(
+        max_tasks=config.max_tasks,
+        max_versions_per_task=config.max_versions_per_task,
+        max_bytes_per_task=config.max_bytes_per_task,
+        max_bytes=config.max_bytes,
+        max_transfers=config.max_transfers,
     )
 
 
@@ -93,7 +142,6 @@ class AdapterLoader:
     """Reads an adapter from the store and lowers it for the engine; called on the engine's loader threads."""
 
     store: AdapterStore
-    base: BaseDescription
     metrics: Metrics
 
     def __call__(self, record: AdapterRecord) -> LoweredAdapter:
@@ -103,6 +151,6 @@ class AdapterLoader:
             AdapterError: its files are damaged, or cannot be served on this base.
         """
         begin_s = time.monotonic()
-        lowered = lower(self.store.load(record), self.base)
+        lowered = self.store.lower(record)
         self.metrics.adapter_loaded(time.monotonic() - begin_s)
         return lowered

@@ -75,7 +75,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, method: str, request: Any, context: Context, respond: Callable[[], Awaitable[T]]
     ) -> T:
         structlog.contextvars.clear_contextvars()
-        call = _Call(method, getattr(request, "task_id", ""), time.monotonic())
+        call = _Call(method, getattr(request, "task_id", None), time.monotonic())
         try:
             with self._gate.admitted():
                 answer = await respond()
@@ -95,21 +95,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _finished(self, call: _Call, code: grpc.StatusCode) -> None:
         seconds = time.monotonic() - call.begin_s
-        is_timed = call.method in _TIMED_METHODS
+        is_timed = call.method in _TIMED_METHODS and call.name is not None
         # No name means the base model where something runs on one, and no task elsewhere.
-        task_id = task_of(call.name) if call.name or is_timed else None
+        task_id = task_of(call.name or "") if call.name or is_timed else None
         self._metrics.call_finished(call.method, task_id, code.name, seconds if is_timed else None)
         _log.info(
-            "call", method=call.method, task=shown(call.name), code=code.name, seconds=round(seconds, 4)
+            "call", method=call.method, task=shown(call.name or ""), code=code.name, seconds=round(seconds, 4)
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call: its RPC, the task or version it names ("" for none), and when it came."""
+    """One call: its RPC, the task or version it names ("" for none), and when it came.
+
+    A call that was refused before its message was read, and a stream of messages, have no ``name``.
+    """
 
     method: str
-    name: str
+    name: str | None
     begin_s: float
 
 

@@ -4,10 +4,18 @@ ServerError
 ├── ConfigError         a setting that cannot be served with; names it
 ├── AddressError        a port that cannot be bound
 ├── LoadingError        the model is not loaded yet
-└── NotOfferedError     a part of the API that this version does not serve
+├── UploadStalledError  a caller began an upload and sends no more
+├── UnauthenticatedError
+│   ├── CredentialMissingError  the call shows no token
+│   └── CredentialInvalidError  the call shows a token that is not known
+└── NotAllowedError
+    ├── RoleMissingError        the token is not for this method
+    └── TaskNotAllowedError     the token does not reach this task
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class ServerError(Exception):
@@ -39,9 +47,49 @@ class LoadingError(ServerError):
         super().__init__("the model is being loaded")
 
 
-class NotOfferedError(ServerError):
-    """The API names it, but this version of the server does not serve it; ``feature`` is its name."""
+class UploadStalledError(ServerError):
+    """A caller began an upload, and nothing came for ``limit_s`` seconds."""
 
-    def __init__(self, feature: str) -> None:
-        super().__init__(f"{feature} is not served by this version")
-        self.feature = feature
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"nothing came for {limit_s:g} s; the upload was given up")
+        self.limit_s = limit_s
+
+
+class UnauthenticatedError(ServerError):
+    """Who makes a call is not known."""
+
+
+class CredentialMissingError(UnauthenticatedError):
+    """A call without a token, where one is needed."""
+
+    def __init__(self) -> None:
+        super().__init__("this server needs a token: send the metadata 'authorization: Bearer TOKEN'")
+
+
+class CredentialInvalidError(UnauthenticatedError):
+    """A token that is not in the token file, or no bearer token at all."""
+
+    def __init__(self) -> None:
+        super().__init__("the token is not one that this server knows")
+
+
+class NotAllowedError(ServerError):
+    """It is known who makes a call, and that its token does not allow it."""
+
+
+class RoleMissingError(NotAllowedError):
+    """The token has none of the roles that ``method`` needs; ``roles`` names them."""
+
+    def __init__(self, method: str, roles: Sequence[str]) -> None:
+        needed = f"needs the role {' or '.join(roles)}" if roles else "is for nobody"
+        super().__init__(f"{method} {needed}, which this token has not")
+        self.method = method
+        self.roles = tuple(roles)
+
+
+class TaskNotAllowedError(NotAllowedError):
+    """The token does not reach a task, whether or not it exists; ``task`` is "" for the base model."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(f"this token is not for {f'the task {task}' if task else 'the base model'}")
+        self.task = task

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from manyhats.adapters.intake import PartSource
+from manyhats.adapters.upload import UploadFile
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.request import MAX_CONTINUATIONS, ResponseOptions, SamplingParams, StoppingParams
 from manyhats.engine.tokenizer import ChatMessage
-from manyhats.server.errors import NotOfferedError
 from manyhats.server.prompts import MAX_TEXT_BYTES, ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from manyhats.server.registrar import RegistrationSpec
+from manyhats.server.registrar import RegistrationOptions, RegistrationSpec, UploadSpec
 from manyhats.v1 import adapter_pb2, generation_pb2
 
 MAX_REQUEST_ID_LENGTH = 128
@@ -129,25 +130,38 @@ def _continuation(field: str, message: generation_pb2.Continuation) -> TextPromp
     raise FieldInvalidError(field, "exactly one of text and token_ids must be set")
 
 
-def source_uri(message: adapter_pb2.RegisterAdapterRequest) -> str:
-    """Where the adapter to register lies.
+def registration_spec(message: adapter_pb2.RegisterAdapterRequest) -> RegistrationSpec:
+    """What to register, and how; the store checks the values.
 
     Raises:
-        FieldInvalidError: not exactly one of ``uri`` and ``parts`` is set.
-        NotOfferedError: ``parts`` is set.
+        FieldInvalidError: not exactly one of ``uri`` and ``parts`` is set, or a part has no uri.
     """
     if bool(message.uri) == bool(message.parts):
         raise FieldInvalidError("uri", "exactly one of uri and parts must be set")
-    if message.parts:
-        raise NotOfferedError("registering a composed task (parts)")
-    return message.uri
-
-
-def registration_spec(message: adapter_pb2.RegisterAdapterRequest) -> RegistrationSpec:
-    """What to register, and how; the store checks the fields."""
     return RegistrationSpec(
         task_id=message.task_id,
-        uri=source_uri(message),
+        uri=message.uri,
+        parts=tuple(_part(f"parts[{index}]", part) for index, part in enumerate(message.parts)),
+        options=_registration_options(message),
+    )
+
+
+def upload_spec(header: adapter_pb2.UploadHeader) -> UploadSpec:
+    """What a caller is about to send; the store checks the values."""
+    files = (UploadFile(file.name, file.size_bytes, file.sha256) for file in header.files)
+    return UploadSpec(task_id=header.task_id, files=tuple(files), options=_registration_options(header))
+
+
+def _part(field: str, message: adapter_pb2.AdapterPart) -> PartSource:
+    if not message.uri:
+        raise FieldInvalidError(f"{field}.uri", "must not be empty")
+    return PartSource(message.uri, message.weight if message.HasField("weight") else 1.0)
+
+
+def _registration_options(
+    message: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader,
+) -> RegistrationOptions:
+    return RegistrationOptions(
         activate=message.activate if message.HasField("activate") else True,
         validate_only=message.validate_only,
         expected_digest=message.expected_digest,

@@ -7,6 +7,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from manyhats.server.adapter_service import AdapterService
+from manyhats.server.authorization import AuthorizationInterceptor, Authorizer, everything
 from manyhats.server.calls import CallInterceptor
 from manyhats.server.errors import AddressError
 from manyhats.server.gate import Gate
@@ -14,6 +15,7 @@ from manyhats.server.generation_service import GenerationService
 from manyhats.server.health import HealthFollower
 from manyhats.server.metrics import Metrics
 from manyhats.server.server_service import ServerService
+from manyhats.server.tls import ServerTls
 from manyhats.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
@@ -39,25 +41,49 @@ class GrpcPort:
         gate: admits, and knows what answers.
         metrics: counts.
         host, port: where to listen; port 0 takes any free one.
+        tls: encrypts; None serves in the clear.
+        authorizer: knows callers; None lets everybody do everything.
+
+    Raises:
+        AddressError: the address cannot be bound.
     """
 
-    def __init__(self, gate: Gate, metrics: Metrics, *, host: str, port: int) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        metrics: Metrics,
+        *,
+        host: str,
+        port: int,
+        tls: ServerTls | None = None,
+        authorizer: Authorizer | None = None,
+    ) -> None:
         self.health = HealthFollower(gate, SERVICES)
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(gate, metrics)], options=_OPTIONS)
+        interceptors: list[grpc.aio.ServerInterceptor] = [CallInterceptor(gate, metrics)]
+        scope_of = everything
+        if authorizer is not None:
+            interceptors.append(AuthorizationInterceptor(authorizer))
+            scope_of = authorizer.scope
+        self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(gate, metrics), self._server
         )
-        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(gate, metrics), self._server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
+            AdapterService(gate, metrics, scope_of), self._server
+        )
         server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(gate), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), self._server)
-        self.address = self._bind(host, port)
+        self.address = self._bind(host, port, tls)
 
-    def _bind(self, host: str, port: int) -> str:
+    def _bind(self, host: str, port: int, tls: ServerTls | None) -> str:
         address = join_host_port(host, port)
         try:
-            bound = self._server.add_insecure_port(address)
+            if tls is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, tls.grpc_credentials())
         except RuntimeError as error:
             raise AddressError("gRPC", address) from error
         return join_host_port(host, bound)

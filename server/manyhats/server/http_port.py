@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from socketserver import TCPServer, ThreadingMixIn
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from manyhats.server.errors import AddressError
 from manyhats.server.gate import Gate, ServingState
 from manyhats.server.grpc_port import join_host_port
+from manyhats.server.tls import ServerTls
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -63,18 +65,20 @@ class HttpPort:
     Args:
         app: answers requests.
         host, port: where to listen; port 0 takes any free one.
+        tls: encrypts; None serves in the clear.
 
     Raises:
         AddressError: the address cannot be bound.
     """
 
-    def __init__(self, app: WSGIApplication, *, host: str, port: int) -> None:
+    def __init__(self, app: WSGIApplication, *, host: str, port: int, tls: ServerTls | None = None) -> None:
         server_class = _ServerV6 if ":" in host else _Server
         try:
             self._server = server_class((host, port), _Handler)
         except OSError as error:
             raise AddressError("HTTP", join_host_port(host, port)) from error
         self._server.set_app(app)
+        self._server.tls = tls
         self.address = join_host_port(host, self._server.server_port)
         self._thread = Thread(target=self._server.serve_forever, args=(0.1,), name="http", daemon=True)
 
@@ -93,6 +97,17 @@ class _Server(ThreadingMixIn, WSGIServer):
     """One thread per request, none of which holds up the end of the process."""
 
     daemon_threads = True
+    tls: ServerTls | None = None
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer one connection, in its own thread: a slow handshake holds up nobody else."""
+        if self.tls is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_Handler.timeout)
+        # A caller that speaks no TLS, or goes away: its own affair.
+        with suppress(OSError), self.tls.http_context().wrap_socket(request, server_side=True) as secure:
+            super().finish_request(secure, client_address)
 
     def server_bind(self) -> None:
         """Bind without the reverse name lookup of the standard library, which can take seconds."""

@@ -88,7 +88,7 @@ class Metrics:
         )
         self._registrations = self._counter(
             "adapter_registrations",
-            "Registrations: created, existing, validated or refused.",
+            "Registrations and uploads: created, existing, validated, refused or abandoned.",
             "result",
             "reason",
         )
@@ -143,7 +143,7 @@ class Metrics:
         self._load_seconds.labels(DEVICE_TIER).observe(seconds)
 
     def registration(self, result: str, reason: str = "") -> None:
-        """A registration ended: ``created``, ``existing``, ``validated``, or ``refused`` for a reason."""
+        """A registration ended as ``result``, one of those in the metric's help; ``reason`` is why it was refused."""
         self._registrations.labels(result, reason).inc()
 
     def task_changed(self, task_id: str, records: Sequence[AdapterRecord]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.intake import PartSource
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.probe import Prepare, Probe
+from manyhats.adapters.upload import UploadFile
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency import ResidencyStats
@@ -63,6 +67,9 @@ class Engine(Protocol):
     def forget_adapter(self, digest: str) -> None:
         """Free an adapter's memory once no request uses it."""
 
+    def probe(self, adapter: LoweredAdapter) -> float:
+        """How far an adapter moves the base's answers, in nats; blocks, so never on the event loop."""
+
     @property
     def residency_stats(self) -> ResidencyStats:
         """Loads and evictions since the start."""
@@ -98,38 +105,83 @@ class Page(Protocol):
         """Empty on the last page."""
 
 
+class UploadSession(Protocol):
+    """Files on their way into the store. Methods block on the disk; errors are ``AdapterError``."""
+
+    def write(self, file_index: int, offset: int, data: bytes) -> None:
+        """Take a piece of a file."""
+
+    def finish(self, *, probe: Probe | None = None, prepare: Prepare | None = None) -> Registration:
+        """Verify every byte, then do as ``Store.register``."""
+
+    def abort(self) -> None:
+        """Remove what has arrived; after the end it does nothing."""
+
+
 class Store(Protocol):
-    """The durable catalogue of adapters. Methods block on the disk; errors are ``AdapterError``."""
+    """The durable catalogue of adapters, which other servers may share.
+
+    ``get``, ``resolve``, ``versions``, ``has_digest`` and ``list`` look things up in memory; the other methods
+    block. Errors are ``AdapterError``.
+    """
 
     def register(
         self,
         task_id: str,
-        uri: str,
+        uri: str = "",
+        *,
+        parts: Sequence[PartSource] = (),
+        activate: bool = True,
+        validate_only: bool = False,
+        expected_digest: str = "",
+        request_id: str = "",
+        labels: Mapping[str, str] = ...,
+        probe: Probe | None = None,
+        prepare: Prepare | None = None,
+    ) -> Registration:
+        """Check an artifact, or several that act together, and make it a version of a task."""
+
+    def open_upload(
+        self,
+        task_id: str,
+        files: Sequence[UploadFile],
         *,
         activate: bool = True,
         validate_only: bool = False,
         expected_digest: str = "",
         request_id: str = "",
         labels: Mapping[str, str] = ...,
-    ) -> Registration:
-        """Check an artifact and make it a version of a task."""
+    ) -> UploadSession:
+        """Check what a caller is about to send, and get ready for it."""
 
     def get(self, name: str) -> AdapterRecord:
         """The version that ``task`` or ``task@3`` means."""
 
+    def resolve(self, name: str) -> AdapterRecord:
+        """The version that a request for ``task`` or ``task@3`` runs on."""
+
     def versions(self, task_id: str) -> Sequence[AdapterRecord]:
         """All versions of a task; ``TaskNotFoundError`` where there are none."""
 
+    def has_digest(self, digest: str) -> bool:
+        """Whether any version of any task has this digest."""
+
     def list(self, *, task_id: str = "", page_size: int = 0, page_token: str = "") -> Page:
         """Versions by task id and version, of one task or all."""
+
+    def activate(self, name: str) -> AdapterRecord:
+        """Make ``task@3`` the version that ``task`` means."""
 
     def delete(
         self, name: str, *, in_use: Callable[[AdapterRecord], bool], force: bool = False
     ) -> tuple[AdapterRecord, ...]:
         """Delete one version or a whole task, and say which versions went."""
 
-    def resolve(self, name: str) -> AdapterRecord:
-        """The version that a request for ``task`` or ``task@3`` runs on."""
+    def refresh(self) -> Collection[str]:
+        """Learn what other servers changed; the tasks that changed since the last call."""
+
+    def close(self) -> None:
+        """Give back connections and files; look-ups go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from prometheus_client import disable_created_metrics
@@ -15,17 +16,22 @@ from prometheus_client import disable_created_metrics
 from manyhats.adapters.errors import AdapterError
 from manyhats.engine.errors import EngineError
 from manyhats.engine.model.progress import Progress
+from manyhats.engine.own_thread import in_own_thread
+from manyhats.server.authorization import Authorizer
 from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ServerError
+from manyhats.server.follower import StoreFollower
 from manyhats.server.gate import Gate
 from manyhats.server.grpc_port import GrpcPort
 from manyhats.server.http_port import HttpPort, make_app
 from manyhats.server.loading import LoadingStopped, ProgressLog
 from manyhats.server.logs import configure_logs
 from manyhats.server.metrics import Metrics
-from manyhats.server.ports import Backend
+from manyhats.server.ports import Backend, Store
 from manyhats.server.registrar import Registrar, RegistrationSpec
 from manyhats.server.signals import StopSignals, wait_for_either
+from manyhats.server.tls import ServerTls
+from manyhats.server.tokens import TokenFile
 
 Assemble = Callable[[ServeConfig, Metrics, Progress], Backend]
 
@@ -72,38 +78,70 @@ class _Process:
         self._metrics = Metrics(max_task_labels=config.max_task_labels)
         self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s)
         self._stop = StopSignals()
+        self._store: Store | None = None
 
     async def run(self) -> int:
-        config = self._config
         async with AsyncExitStack() as stack:
             stack.enter_context(self._stop.installed())
-            http = HttpPort(
-                make_app(self._gate, self._metrics.registry), host=config.host, port=config.http_port
-            )
+            stack.callback(self._close_store)
+            tls = None if self._config.tls_files is None else ServerTls(self._config.tls_files)
+            http = self._http_port(tls)
             http.start()
             stack.callback(http.stop)
-            grpc_port = GrpcPort(self._gate, self._metrics, host=config.host, port=config.grpc_port)
+            grpc_port = self._grpc_port(tls)
             await grpc_port.start()
             stack.push_async_callback(grpc_port.stop, 1.0)
-            _log.info("listening", grpc=grpc_port.address, http=http.address)
+            _log.info(
+                "listening",
+                grpc=grpc_port.address,
+                http=http.address,
+                tls=tls is not None,
+                tokens=self._config.token_file is not None,
+            )
             backend = await self._load()
             if backend is None:
                 return EXIT_OK
+            self._store = backend.store
             _log.info("starting the engine", note="the first start on a machine compiles its kernels")
             await backend.engine.start()
             stack.push_async_callback(backend.engine.stop, 0.0)
-            await self._register_all(backend)
+            registrar = Registrar(backend, self._metrics)
+            await self._register_all(backend, registrar)
             self._gate.open(backend)
             await grpc_port.health.publish()
             self._announce(backend, Addresses(grpc_port.address, http.address))
-            return await self._serve(backend, grpc_port)
+            follower = StoreFollower(backend, registrar, period_s=self._config.store_poll_s)
+            stack.enter_context(running(follower.follow()))
+            return await self._serve(grpc_port)
+
+    def _close_store(self) -> None:
+        """Last of all: calls that end with the ports may still use it."""
+        if self._store is not None:
+            self._store.close()
+
+    def _http_port(self, tls: ServerTls | None) -> HttpPort:
+        config = self._config
+        app = make_app(self._gate, self._metrics.registry)
+        return HttpPort(
+            app, host=config.host, port=config.http_port, tls=None if config.http_insecure else tls
+        )
+
+    def _grpc_port(self, tls: ServerTls | None) -> GrpcPort:
+        config = self._config
+        authorizer = None if config.token_file is None else Authorizer(TokenFile(config.token_file))
+        return GrpcPort(
+            self._gate,
+            self._metrics,
+            host=config.host,
+            port=config.grpc_port,
+            tls=tls,
+            authorizer=authorizer,
+        )
 
     async def _load(self) -> Backend | None:
         """The backend; None if a signal came first."""
         progress = ProgressLog()
-        loading = asyncio.create_task(
-            asyncio.to_thread(self._assemble, self._config, self._metrics, progress)
-        )
+        loading = asyncio.create_task(in_own_thread(self._assemble, self._config, self._metrics, progress))
         await wait_for_either(loading, self._stop.first)
         if self._stop.first.is_set():
             # The thread ends at its next report of progress.
@@ -113,15 +151,14 @@ class _Process:
             return None
         return await loading
 
-    async def _register_all(self, backend: Backend) -> None:
+    async def _register_all(self, backend: Backend, registrar: Registrar) -> None:
         self._metrics.attach(backend)
-        registrar = Registrar(backend, self._metrics)
         registrar.count_all()
         for task_id, uri in self._config.register.items():
             registration = await registrar.register(RegistrationSpec(task_id=task_id, uri=uri))
             _log.info("registered", adapter=registration.record.name, digest=registration.record.digest)
 
-    async def _serve(self, backend: Backend, grpc_port: GrpcPort) -> int:
+    async def _serve(self, grpc_port: GrpcPort) -> int:
         health = asyncio.create_task(grpc_port.health.follow_until_dead())
         await wait_for_either(health, self._stop.first)
         if health.done():
@@ -145,6 +182,16 @@ class _Process:
     def _announce(self, backend: Backend, addresses: Addresses) -> None:
         seconds = round(time.monotonic() - self._begin_s, 3)
         print(ready_line(self._config, backend, addresses, seconds), flush=True)
+
+
+@contextmanager
+def running(work: Coroutine[Any, Any, None]) -> Iterator[None]:
+    """Run something beside what this is entered for."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,63 +1,143 @@
-"""Registers and deletes adapters, and keeps store, engine and metrics in step."""
+"""Changes the store, and keeps engine and metrics in step with it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import structlog
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError, TaskNotFoundError
+from manyhats.adapters.intake import PartSource
+from manyhats.adapters.probe import Prepare
+from manyhats.adapters.taskid import parse_name
+from manyhats.adapters.upload import UploadFile
 from manyhats.engine.errors import EngineError
 from manyhats.server.metrics import Metrics
-from manyhats.server.ports import Backend, Registration
+from manyhats.server.ports import Backend, Registration, UploadSession
 from manyhats.server.status import case_of
 
+# How long the switch to a new version waits for its loading.
+_WARM_LIMIT_S = 30.0
 _log = structlog.get_logger("manyhats.adapters")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RegistrationSpec:
-    """What to register, and how; the fields are those of ``RegisterAdapterRequest``."""
+class RegistrationOptions:
+    """How to register; the fields are those of ``RegisterAdapterRequest`` and ``UploadHeader``."""
 
-    task_id: str
-    uri: str
     activate: bool = True
     validate_only: bool = False
     expected_digest: str = ""
     request_id: str = ""
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As the store's keyword arguments."""
+        return {
+            "activate": self.activate,
+            "validate_only": self.validate_only,
+            "expected_digest": self.expected_digest,
+            "request_id": self.request_id,
+            "labels": self.labels,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrationSpec:
+    """What to register: the adapter at ``uri``, or ``parts`` that act together."""
+
+    task_id: str
+    uri: str = ""
+    parts: tuple[PartSource, ...] = ()
+    options: RegistrationOptions = RegistrationOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadSpec:
+    """What a caller is about to send."""
+
+    task_id: str
+    files: tuple[UploadFile, ...]
+    options: RegistrationOptions = RegistrationOptions()
+
 
 class Registrar:
-    """Changes the catalogue; the store's blocking work runs in worker threads."""
+    """Registers, activates and deletes; the store's blocking work runs in worker threads.
 
-    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+    Args:
+        backend: its store and engine.
+        metrics: counts.
+        threads: for what blocks on the store; None are the event loop's own.
+    """
+
+    def __init__(self, backend: Backend, metrics: Metrics, threads: Executor | None = None) -> None:
         self._backend = backend
         self._metrics = metrics
+        self._threads = threads
 
     async def register(self, spec: RegistrationSpec) -> Registration:
-        """Make an artifact a version of a task, and load it so that its first request need not wait.
+        """Make an artifact a version of a task. It is loaded before it goes live: its first request need not wait.
 
         Raises:
             AdapterError: it was refused.
         """
-        try:
-            registration = await asyncio.to_thread(self._register, spec)
-        except Exception as error:
-            self._metrics.registration("refused", case_of(error).reason)
-            raise
-        if spec.validate_only:
-            self._metrics.registration("validated")
-            return registration
-        self._metrics.registration("created" if registration.created else "existing")
-        self._count(spec.task_id)
-        if spec.activate:
-            await self._warm(registration.record)
-        return registration
+        store, engine, prepare = self._backend.store, self._backend.engine, self._prepare()
+        return await self._published(
+            spec.task_id,
+            spec.options,
+            lambda: store.register(
+                spec.task_id,
+                spec.uri,
+                parts=spec.parts,
+                probe=engine.probe,
+                prepare=prepare,
+                **spec.options.arguments,
+            ),
+        )
+
+    async def open_upload(self, spec: UploadSpec) -> UploadSession:
+        """Get ready for what a caller is about to send; the session must be aborted or finished.
+
+        Raises:
+            AdapterError: it would be refused in any case.
+        """
+        store = self._backend.store
+        return await self.run(lambda: store.open_upload(spec.task_id, spec.files, **spec.options.arguments))
+
+    async def finish_upload(self, session: UploadSession, spec: UploadSpec) -> Registration:
+        """``register`` what has arrived.
+
+        Raises:
+            AdapterError: it was refused.
+        """
+        engine, prepare = self._backend.engine, self._prepare()
+        return await self._published(
+            spec.task_id, spec.options, lambda: session.finish(probe=engine.probe, prepare=prepare)
+        )
+
+    async def activate(self, name: str) -> AdapterRecord:
+        """Move a task to the version ``task@3``, which is loaded before the switch.
+
+        Raises:
+            AdapterError: there is no such version, or it cannot be served.
+        """
+        store = self._backend.store
+        if parse_name(name).version is not None:
+            await self._load(store.get(name))
+        record = await self.run(lambda: store.activate(name))
+        self.count(record.task_id)
+        return record
 
     async def delete(self, name: str, *, force: bool) -> tuple[AdapterRecord, ...]:
         """Delete a version or a whole task; memory is freed once no request uses it.
@@ -65,49 +145,105 @@ class Registrar:
         Raises:
             AdapterError: there is no such version, or it is in use and ``force`` is false.
         """
-        engine = self._backend.engine
-        gone = await asyncio.to_thread(
-            self._backend.store.delete, name, in_use=lambda record: engine.in_use(record.digest), force=force
+        store, engine = self._backend.store, self._backend.engine
+        gone = await self.run(
+            lambda: store.delete(name, in_use=lambda record: engine.in_use(record.digest), force=force)
         )
-        for record in gone:
-            engine.forget_adapter(record.digest)
+        self.forget_unneeded()
         for task_id in {record.task_id for record in gone}:
-            self._count(task_id)
+            self.count(task_id)
         return gone
 
-    def count_all(self) -> None:
-        """Tell the metrics of everything in the store, page by page."""
-        store, token, task_ids = self._backend.store, "", set[str]()
-        while True:
-            page = store.list(page_size=1000, page_token=token)
-            task_ids.update(record.task_id for record in page.records)
-            token = page.next_page_token
-            if not token:
-                break
-        for task_id in sorted(task_ids):
-            self._count(task_id)
-
-    def _register(self, spec: RegistrationSpec) -> Registration:
-        return self._backend.store.register(
-            spec.task_id,
-            spec.uri,
-            activate=spec.activate,
-            validate_only=spec.validate_only,
-            expected_digest=spec.expected_digest,
-            request_id=spec.request_id,
-            labels=spec.labels,
-        )
-
-    async def _warm(self, record: AdapterRecord) -> None:
-        """Load an adapter ahead of its first request; that it is registered does not depend on it."""
+    async def warm(self, record: AdapterRecord) -> None:
+        """Load an adapter ahead of its first request; nothing depends on it."""
         try:
             await self._backend.engine.warm_adapter(record)
         except (AdapterError, EngineError) as error:
-            _log.warning("adapter not loaded yet", adapter=record.name, error=str(error))
+            _log.warning(
+                "adapter not loaded yet", task=record.task_id, digest=record.digest, error=str(error)
+            )
 
-    def _count(self, task_id: str) -> None:
+    def forget_unneeded(self) -> None:
+        """Free the memory of adapters that no version in the store is made of."""
+        store, engine = self._backend.store, self._backend.engine
+        for digest in engine.resident_digests():
+            if not store.has_digest(digest):
+                engine.forget_adapter(digest)
+
+    def count(self, task_id: str) -> None:
+        """Tell the metrics of a task's versions, or that it is gone."""
+        self._metrics.task_changed(task_id, self.versions(task_id))
+
+    def count_all(self) -> None:
+        """Tell the metrics of everything in the store, page by page."""
+        by_task: defaultdict[str, list[AdapterRecord]] = defaultdict(list)
+        token = ""
+        while True:
+            page = self._backend.store.list(page_size=1000, page_token=token)
+            for record in page.records:
+                by_task[record.task_id].append(record)
+            token = page.next_page_token
+            if not token:
+                break
+        for task_id, records in by_task.items():
+            self._metrics.task_changed(task_id, records)
+
+    def versions(self, task_id: str) -> tuple[AdapterRecord, ...]:
+        """A task's versions; none if it is gone."""
         try:
-            records = self._backend.store.versions(task_id)
+            return tuple(self._backend.store.versions(task_id))
         except TaskNotFoundError:
-            records = ()
-        self._metrics.task_changed(task_id, records)
+            return ()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do what blocks on the store, in a worker thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    @contextmanager
+    def counted_failures(self) -> Iterator[None]:
+        """Count a registration that ends in this block, which is before it has an answer."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._metrics.registration("abandoned")
+            raise
+        except Exception as error:
+            self._metrics.registration("refused", case_of(error).reason)
+            raise
+
+    async def _published(
+        self, task_id: str, options: RegistrationOptions, publish: Callable[[], Registration]
+    ) -> Registration:
+        with self.counted_failures():
+            try:
+                registration = await self.run(publish)
+            except Exception:
+                self.forget_unneeded()  # it may have been loaded for nothing
+                raise
+        if options.validate_only:
+            self._metrics.registration("validated")
+            return registration
+        self._metrics.registration("created" if registration.created else "existing")
+        self.count(task_id)
+        return registration
+
+    def _prepare(self) -> Prepare:
+        """Loads, for the store's thread, a version that is about to go live."""
+        loop = asyncio.get_running_loop()
+
+        def prepare(record: AdapterRecord) -> None:
+            try:
+                asyncio.run_coroutine_threadsafe(self.warm(record), loop).result(_WARM_LIMIT_S)
+            except TimeoutError:
+                _log.warning("adapter not loaded yet", task=record.task_id, digest=record.digest)
+
+        return prepare
+
+    async def _load(self, record: AdapterRecord) -> None:
+        """Load a version; that there is no room for it now does not keep it from being the active one."""
+        try:
+            await self._backend.engine.warm_adapter(record)
+        except EngineError as error:
+            _log.warning(
+                "adapter not loaded yet", task=record.task_id, digest=record.digest, error=str(error)
+            )

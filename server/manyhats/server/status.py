@@ -16,8 +16,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo  # typ
 from manyhats.adapters import errors as adapter
 from manyhats.engine import errors as engine
 from manyhats.server import errors as server
+from manyhats.server.task_labels import BASE_LABEL
 
 DOMAIN = "manyhats"
+_TRANSFERS_RETRY_S = 1.0
 _MAX_MESSAGE = 1000  # characters; status details travel as HTTP/2 headers, which have a size limit
 
 
@@ -49,7 +51,11 @@ CASES: Mapping[type[Exception], Case] = MappingProxyType(
         engine.RequestCancelledError: Case(grpc.StatusCode.CANCELLED, "CANCELLED"),
         engine.NumericalError: Case(grpc.StatusCode.INTERNAL, "NUMERICAL_ERROR"),
         server.LoadingError: Case(_UNAVAILABLE, "LOADING"),
-        server.NotOfferedError: Case(grpc.StatusCode.UNIMPLEMENTED, "NOT_OFFERED"),
+        server.UploadStalledError: Case(grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_STALLED"),
+        server.CredentialMissingError: Case(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_MISSING"),
+        server.CredentialInvalidError: Case(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"),
+        server.RoleMissingError: Case(grpc.StatusCode.PERMISSION_DENIED, "ROLE_MISSING"),
+        server.TaskNotAllowedError: Case(grpc.StatusCode.PERMISSION_DENIED, "TASK_NOT_ALLOWED"),
         adapter.ArgumentInvalidError: Case(_INVALID, "FIELD_INVALID"),
         adapter.TaskNotFoundError: Case(grpc.StatusCode.NOT_FOUND, "TASK_NOT_FOUND"),
         adapter.SourceNotFoundError: Case(grpc.StatusCode.NOT_FOUND, "SOURCE_NOT_FOUND"),
@@ -62,10 +68,13 @@ CASES: Mapping[type[Exception], Case] = MappingProxyType(
         adapter.BaseMismatchError: Case(_PRECONDITION, "BASE_MISMATCH"),
         adapter.AdapterInUseError: Case(_PRECONDITION, "ADAPTER_IN_USE"),
         adapter.SourceNotAllowedError: Case(grpc.StatusCode.PERMISSION_DENIED, "SOURCE_NOT_ALLOWED"),
+        adapter.SourceUnavailableError: Case(_UNAVAILABLE, "SOURCE_UNAVAILABLE"),
         adapter.DigestMismatchError: Case(_INVALID, "DIGEST_MISMATCH"),
         adapter.RequestIdReusedError: Case(grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED"),
         adapter.DataLossError: Case(grpc.StatusCode.DATA_LOSS, "DATA_LOSS"),
+        adapter.StoreConfigError: Case(_PRECONDITION, "STORE_CONFIG_INVALID"),
         adapter.StoreFullError: Case(_EXHAUSTED, "STORE_FULL"),
+        adapter.QuotaExceededError: Case(_EXHAUSTED, "QUOTA_EXCEEDED"),
         adapter.StoreUnavailableError: Case(_UNAVAILABLE, "STORE_UNAVAILABLE"),
     }
 )
@@ -107,8 +116,12 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"field": error.subject}
         case adapter.AdapterError():
             return {"subject": error.subject}
-        case server.NotOfferedError():
-            return {"feature": error.feature}
+        case server.UploadStalledError():
+            return {"limit_s": f"{error.limit_s:g}"}
+        case server.RoleMissingError():
+            return {"method": error.method, "roles": ",".join(error.roles)}
+        case server.TaskNotAllowedError():
+            return {"task": error.task or BASE_LABEL}
     return {}
 
 
@@ -119,10 +132,16 @@ def _details(error: Exception) -> tuple[Message, ...]:
         case adapter.ArgumentInvalidError():
             return (_bad_request(error.subject, error.description),)
         case engine.QueueFullError() | engine.AdapterCapacityError():
-            delay = Duration()
-            delay.FromNanoseconds(int(error.retry_after_s * 1e9))
-            return (RetryInfo(retry_delay=delay),)
+            return (_retry_info(error.retry_after_s),)
+        case adapter.QuotaExceededError(subject="max_transfers"):
+            return (_retry_info(_TRANSFERS_RETRY_S),)
     return ()
+
+
+def _retry_info(seconds: float) -> RetryInfo:
+    delay = Duration()
+    delay.FromNanoseconds(int(seconds * 1e9))
+    return RetryInfo(retry_delay=delay)
 
 
 def _bad_request(field: str, description: str) -> BadRequest:

@@ -144,6 +144,10 @@ def adapter(record: AdapterRecord, *, is_resident: bool) -> adapter_pb2.Adapter:
         effect=record.effect,
         residency=device if is_resident else disk,
         notes=record.notes,
+        parts=[
+            adapter_pb2.ArtifactPart(digest=part.digest, weight=part.weight, source=part.source)
+            for part in record.parts
+        ],
     )
 
 

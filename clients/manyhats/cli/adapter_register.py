@@ -1,0 +1,203 @@
+"""``manyhats adapters register`` and ``upload``: make an adapter a version of a task."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manyhats.cli import options as opt
+from manyhats.cli.connection import Connection, connect, takes_connection
+from manyhats.cli.failures import UsageError
+from manyhats.cli.output import human_bytes, print_json
+from manyhats.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from manyhats.client import RegisterOptions, Registration
+
+FORMATS_HELP = """[bold]What can be registered[/bold]
+
+  A directory as PEFT saves it, with adapter_config.json and
+  adapter_model.safetensors: LoRA (also QLoRA and rank-stabilised), DoRA,
+  AdaLoRA, VeRA, IA3, prefix tuning, prompt tuning, P-tuning, multitask
+  prompt tuning.
+
+  A directory as AdapterHub's adapters saves it, with adapter_config.json
+  and adapter.safetensors: bottleneck adapters (seq_bn, double_seq_bn,
+  par_bn and variants), LoRA, IA3, prefix tuning.
+
+  `manyhats adapters inspect` says what of a directory would be refused,
+  `manyhats adapters convert` makes safetensors of a pickle.
+"""
+REGISTER_HELP = f"""Make an adapter that the server can read the next version of a task.
+
+PATH is an adapter's directory under one of the --adapter-root directories
+of the server, or a URL under one of its --adapter-url-prefix. The server
+copies it, so it may change or go afterwards. The same files again make no
+new version. `manyhats adapters upload` sends a directory of this machine.
+
+With --part in place of PATH, several adapters act together as one task,
+each scaled by its weight: LoRAs of any ranks, and at most one with
+virtual tokens (prefix or prompt tuning).
+
+{FORMATS_HELP}
+[bold]Examples[/bold]
+
+  $ manyhats adapters register sql ./tasks/sql
+
+  $ manyhats adapters register sql ./tasks/sql --validate-only
+
+  $ manyhats adapters register sql s3://bucket/tasks/sql --no-activate
+
+  $ manyhats adapters register polite-sql --part ./tasks/sql \\
+    --part ./tasks/polite=0.5
+"""
+UPLOAD_HELP = f"""Send an adapter's directory to the server, as the next version of a task.
+
+Only adapter_config.json and the safetensors of PATH are sent. Nothing
+shows on the server before every byte is verified; an upload that breaks
+off leaves nothing, and may be repeated.
+
+{FORMATS_HELP}
+[bold]Examples[/bold]
+
+  $ manyhats adapters upload sql ./tasks/sql
+
+  $ manyhats adapters upload sql ./tasks/sql --server 10.0.0.7:50051
+"""
+
+Task = Annotated[str, typer.Argument(metavar="TASK", help="A name of a-z, 0-9, dots, dashes, underscores.")]
+Source = Annotated[str, typer.Argument(metavar="PATH", help="The directory as the server sees it, or a URL.")]
+Directory = Annotated[Path, typer.Argument(metavar="PATH", help="The directory, on this machine.")]
+Part = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--part",
+        metavar="PATH[=WEIGHT]",
+        help="One of several adapters that act together, in place of PATH. Repeatable.",
+    ),
+]
+Activate = Annotated[
+    bool, typer.Option("--activate/--no-activate", help="Whether requests for the task get it from now on.")
+]
+ValidateOnly = Annotated[bool, typer.Option("--validate-only", help="Check everything and store nothing.")]
+ExpectedDigest = Annotated[
+    str, typer.Option("--expected-digest", metavar="sha256:...", help="Refuse other files than these.")
+]
+RequestId = Annotated[
+    str, typer.Option("--request-id", metavar="ID", help="Makes it safe to run this command again.")
+]
+Label = Annotated[
+    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Kept with it. Repeatable.")
+]
+
+
+@takes_connection
+def register(
+    task: Task,
+    path: Source = "",
+    part: Part = None,
+    activate: Activate = True,
+    validate_only: ValidateOnly = False,
+    expected_digest: ExpectedDigest = "",
+    request_id: RequestId = "",
+    label: Label = None,
+    *,
+    connection: Connection,
+    as_json: opt.Json = False,
+) -> None:
+    """Make an adapter that the server can read the next version of a task."""
+    if bool(path) == bool(part):
+        raise UsageError("give either PATH or --part (see `manyhats adapters register --help`)")
+    parts = [parse_part(text) for text in part or []]
+    options = _options(activate, validate_only, expected_digest, request_id, label)
+    with connect(connection) as client:
+        registration = client.register_adapter(task, as_uri(path), parts=parts, **options)
+    _print(registration, "valid" if validate_only else "registered", as_json)
+
+
+@takes_connection
+def upload(
+    task: Task,
+    path: Directory,
+    activate: Activate = True,
+    validate_only: ValidateOnly = False,
+    expected_digest: ExpectedDigest = "",
+    request_id: RequestId = "",
+    label: Label = None,
+    *,
+    connection: Connection,
+    as_json: opt.Json = False,
+) -> None:
+    """Send an adapter's directory to the server, as the next version of a task."""
+    options = _options(activate, validate_only, expected_digest, request_id, label)
+    with connect(connection) as client, shown_progress() as report:
+        registration = client.upload_adapter(
+            task, path, progress=lambda sent, total: report("upload", sent, total), **options
+        )
+    _print(registration, "valid" if validate_only else "uploaded", as_json)
+
+
+def as_uri(path: str) -> str:
+    """A directory of this machine by its absolute path, as the server has another working directory."""
+    return str(Path(path).resolve()) if path and "://" not in path and Path(path).exists() else path
+
+
+def parse_part(text: str) -> tuple[str, float]:
+    """``PATH=WEIGHT``, or ``PATH`` of weight 1, as uri and weight.
+
+    What stands behind the last ``=`` is a weight if it is a number, and part of the path if not.
+
+    Raises:
+        UsageError: it has no path, or a weight that is not finite.
+    """
+    path, equals, weight = text.rpartition("=")
+    try:
+        parsed = (path, float(weight)) if equals else (text, 1.0)
+    except ValueError:
+        parsed = (text, 1.0)
+    if not parsed[0] or not math.isfinite(parsed[1]):
+        raise UsageError(f"--part must be PATH or PATH=WEIGHT, not {text!r}")
+    return as_uri(parsed[0]), parsed[1]
+
+
+def parse_labels(labels: list[str]) -> dict[str, str]:
+    """``KEY=VALUE`` texts as a mapping.
+
+    Raises:
+        UsageError: one has no ``=``, or no key.
+    """
+    parsed: dict[str, str] = {}
+    for label in labels:
+        key, equals, value = label.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--label must be KEY=VALUE, not {label!r}")
+        parsed[key] = value
+    return parsed
+
+
+def _options(
+    activate: bool, validate_only: bool, expected_digest: str, request_id: str, label: list[str] | None
+) -> RegisterOptions:
+    return {
+        "activate": activate,
+        "validate_only": validate_only,
+        "expected_digest": expected_digest,
+        "request_id": request_id,
+        "labels": parse_labels(label or []),
+    }
+
+
+def _print(registration: Registration, done: str, as_json: bool) -> None:
+    if as_json:
+        print_json(registration)
+        return
+    info = registration.adapter
+    already = "" if registration.created or done == "valid" else "already "
+    effect = () if info.effect is None else (f"effect {info.effect:.3g}",)
+    facts = ", ".join((info.method, info.state, human_bytes(info.size_bytes), *effect, info.digest))
+    typer.echo(f"{already}{done}: {info.name} ({facts})")
+    for note in info.notes:
+        typer.echo(f"note: {note}", err=True)

@@ -1,0 +1,164 @@
+"""``manyhats adapters verify``, ``gc`` and ``export``: care of a store, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manyhats.cli import options as opt
+from manyhats.cli.extras import needs_extra
+from manyhats.cli.failures import CommandError
+from manyhats.cli.output import human_bytes, print_json, print_table
+
+if TYPE_CHECKING:
+    from manyhats.adapters.store import AdapterStore
+
+_STORE_HELP = """It needs no server, and may run beside one: --store and --catalogue are
+those that the server has.
+"""
+VERIFY_HELP = f"""Read every stored adapter again, and compare it with its digest.
+
+{_STORE_HELP}
+A version whose files are damaged or missing becomes failed and cannot be
+activated, until it is registered again. The exit code is 1 if there is
+one.
+
+[bold]Examples[/bold]
+
+  $ manyhats adapters verify --store ./store
+
+  $ manyhats adapters verify --store s3://bucket/manyhats \\
+    --catalogue postgresql+psycopg://db/manyhats --json
+"""
+GC_HELP = f"""Remove stored files that no version of any task needs.
+
+{_STORE_HELP}
+A server with a directory does so by itself when it starts; a store at a
+URL is tidied by this command alone.
+
+[bold]Examples[/bold]
+
+  $ manyhats adapters gc --store ./store
+
+  $ manyhats adapters gc --store s3://bucket/manyhats \\
+    --catalogue postgresql+psycopg://db/manyhats --older-than 3600
+"""
+EXPORT_HELP = f"""Write the files of a version to a directory, as they were registered.
+
+{_STORE_HELP}
+The parts of a composed task come into directories part-0, part-1, ...
+Without @VERSION it is the active one.
+
+[bold]Examples[/bold]
+
+  $ manyhats adapters export sql ./sql --store ./store
+
+  $ manyhats adapters export sql@2 ./sql-2 --store ./store
+"""
+
+Store = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        metavar="DIR|URL",
+        envvar="MANYHATS_STORE",
+        help="The store: a directory, or a URL such as s3://bucket/manyhats.",
+        show_default="store in the cache's home",
+    ),
+]
+Catalogue = Annotated[
+    str,
+    typer.Option(
+        "--catalogue",
+        metavar="URL",
+        envvar="MANYHATS_CATALOGUE",
+        help="The database of tasks and versions.",
+        show_default="a file in the store's directory",
+    ),
+]
+Name = Annotated[str, typer.Argument(metavar="TASK[@VERSION]", help="The task, or one version of it.")]
+Target = Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")]
+OlderThan = Annotated[
+    float,
+    typer.Option(
+        "--older-than",
+        metavar="SECONDS",
+        min=0,
+        help="At a URL: spare what is younger, which a registration under way may have written.",
+    ),
+]
+
+
+def verify(store: Store = "", catalogue: Catalogue = "", as_json: opt.Json = False) -> None:
+    """Read every stored adapter again, and compare it with its digest."""
+    with opened(store, catalogue) as adapters:
+        found = list(adapters.verify())
+    if as_json:
+        print_json(found)
+    elif found:
+        print_table(
+            ("digest", "status", "versions"),
+            [(each.digest, each.status, ", ".join(each.names)) for each in found],
+        )
+    num_bad = sum(each.status != "ok" for each in found)
+    if num_bad:
+        raise CommandError(f"damaged or missing: {num_bad} of {len(found)} stored adapters")
+    typer.echo(f"stored adapters: {len(found)}, all as they were registered", err=True)
+
+
+def gc(
+    store: Store = "",
+    catalogue: Catalogue = "",
+    older_than: OlderThan = 24 * 3600.0,
+    as_json: opt.Json = False,
+) -> None:
+    """Remove stored files that no version of any task needs."""
+    with opened(store, catalogue) as adapters:
+        swept = adapters.gc(older_than_s=older_than)
+    if as_json:
+        print_json(swept)
+        return
+    typer.echo(
+        f"removed what no version needs: {swept.num_artifacts} ({human_bytes(swept.size_bytes)});"
+        f" unfinished: {swept.num_unfinished}"
+    )
+
+
+def export(
+    name: Name, directory: Target, store: Store = "", catalogue: Catalogue = "", as_json: opt.Json = False
+) -> None:
+    """Write the files of a version to a directory, as they were registered."""
+    with opened(store, catalogue) as adapters:
+        written = adapters.export(name, directory)
+    if as_json:
+        print_json([str(path) for path in written])
+        return
+    for path in written:
+        typer.echo(path)
+
+
+@contextmanager
+def opened(store: str, catalogue: str) -> Iterator[AdapterStore]:
+    """A store without a base model.
+
+    Raises:
+        CommandError: it is not there, and for every error of the store in the block.
+    """
+    with needs_extra("server"):
+        from manyhats.adapters.errors import AdapterError
+        from manyhats.adapters.open_store import open_store
+        from manyhats.engine.model.directories import default_home
+    try:
+        directory = store or default_home() / "store"
+        # Nothing is swept: what is left over is for gc to find and to count.
+        adapters = open_store(directory, None, catalogue_url=catalogue, create=False, sweep=False)
+        try:
+            yield adapters
+        finally:
+            adapters.close()
+    except AdapterError as error:
+        raise CommandError(str(error)) from error

@@ -1,0 +1,106 @@
+"""``manyhats token``: tokens for the callers of a server."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from manyhats.cli import options as opt
+from manyhats.cli.extras import needs_extra
+from manyhats.cli.failures import CommandError, UsageError, command_group
+from manyhats.cli.output import print_json
+
+HELP = """Make tokens that callers of a server show.
+
+A server started with --token-file lets in who shows a token of that
+file. The file holds digests, so it gives no token away; to take a token
+back, delete its entry. Running servers notice either at once.
+"""
+NEW_HELP = """Add a token to a token file, and print it, this once.
+
+[bold]Examples[/bold]
+
+  $ manyhats token new ops --file tokens.yaml --role generate --role manage
+
+  $ manyhats token new ci --file tokens.yaml --task sql --task "team-a.*"
+
+The roles are generate (the default: answers, scores, tokens) and manage
+(register, upload, activate, delete); both may look at adapters. Without
+--task a token reaches every task and the base model; with it, the tasks
+that match, and the base model if one is _base.
+"""
+
+app = command_group(HELP)
+
+_EMPTY = "# Who may call: digests of tokens, their roles and tasks. See docs/security.md.\n"
+
+
+@app.command("new", help=NEW_HELP)
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the server's logs call it.")],
+    file: Annotated[
+        Path, typer.Option("--file", metavar="FILE", help="The token file; made if it is missing.")
+    ],
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--role", metavar="generate|manage", help="What it is for. Repeatable.", show_default="generate"
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="GLOB", help="Tasks that it reaches. Repeatable."),
+    ] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Add a token to a token file, and print it."""
+    with needs_extra("server"):
+        from manyhats.server.errors import ConfigError
+        from manyhats.server.tokens import Role, new_token, parse_tokens, token_entry
+    token = new_token()
+    try:
+        roles = [Role(text) for text in role or ["generate"]]
+    except ValueError:
+        raise UsageError("--role must be generate or manage") from None
+    try:
+        text = _read(file) + token_entry(name, token, roles, task or ())
+        parse_tokens(text, str(file))
+    except ConfigError as error:
+        raise CommandError(str(error).removeprefix(f"{error.setting}: ")) from error
+    _replace(file, text)
+    if as_json:
+        print_json({"name": name, "token": token})
+    else:
+        typer.echo(token)
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        return _EMPTY
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"cannot read {file}: {error}") from error
+    return text if text.endswith("\n") or not text else f"{text}\n"
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write the file whole or not at all; a running server must not read half of it."""
+    target = file.resolve()
+    try:
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with open(descriptor, "w") as made:
+                made.write(text)
+            if target.exists():
+                os.chmod(name, target.stat().st_mode & 0o777)
+            os.replace(name, target)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise CommandError(f"cannot write {file}: {error.strerror}") from error

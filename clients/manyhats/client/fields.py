@@ -1,0 +1,42 @@
+"""Fields of messages: setting them so that a refusal names the field, and reading enums by name. Both ways use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from google.protobuf.message import Message
+
+from manyhats.client.errors import InvalidRequestError
+
+
+def assign(message: Message, name: str, value: Any, path: str) -> None:
+    """Set a scalar, repeated or map field; what protobuf refuses becomes an error that names the field.
+
+    Raises:
+        InvalidRequestError: the value does not fit; the field is called ``path``.
+    """
+    try:
+        if isinstance(value, Mapping):
+            getattr(message, name).update(value)
+        elif isinstance(getattr(message, name), str | bool | int | float):
+            setattr(message, name, value)
+        else:
+            getattr(message, name).extend([value] if isinstance(value, str) else value)
+    except (TypeError, ValueError) as error:
+        raise invalid(path, str(error)) from error
+
+
+def invalid(path: str, description: str) -> InvalidRequestError:
+    """The error that one field is wrong."""
+    return InvalidRequestError(f"{path}: {description}", violations={path: description})
+
+
+def enum_name(name_of: Callable[[Any], str], value: int, prefix: str) -> str:
+    """``ADAPTER_STATE_ACTIVE`` → ``active``; a value newer than this client → its number; zero → empty."""
+    if value == 0:
+        return ""
+    try:
+        return name_of(value).removeprefix(prefix).lower()
+    except ValueError:
+        return str(value)
