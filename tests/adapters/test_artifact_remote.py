@@ -267,7 +267,7 @@ def test_collection_at_any_moment_takes_nothing_that_a_row_names(
         act(when_asked)
         return rows & set(digests)
 
-    objects.delete = delete_late  # type: ignore[method-assign, assignment]
+    objects.delete = delete_late  # type: ignore[method-assign]
     act(before)
     storage.gc(named, older_than_s=HOUR)
     act([*after, *before_second])

@@ -56,6 +56,7 @@ class ArtifactStorage(Protocol):
 
         Raises:
             DataLossError: it is missing, or not what was published; ``subject`` is the digest.
+            AdapterTooLargeError: it is over a limit that was higher when it was published.
         """
 
     def is_whole(self, digest: str) -> bool:
