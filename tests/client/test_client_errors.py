@@ -100,7 +100,11 @@ def test_every_exception_is_reached() -> None:
         for error in vars(public).values()
         if isinstance(error, type) and issubclass(error, ManyhatsError)
     }
-    assert tree - {case.error for case in CASES} == {ManyhatsError, public.CancelledError, public.CredentialsError}
+    assert tree - {case.error for case in CASES} == {
+        ManyhatsError,
+        public.CancelledError,
+        public.CredentialsError,
+    }
 
 
 def test_bad_fields_are_named(fake: FakeServer) -> None:
