@@ -1,21 +1,24 @@
-"""Held-out accuracy of an example task: greedy answers, judged by the task."""
+"""Held-out accuracy of an example task: greedy answers of the engine, computed in float32, judged by the task."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from peft import PeftModel
-
 from examples.tasks.task import ExampleTask, Item, held_out_items
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.config import MIB, EngineConfig
 from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.request import Request, StoppingParams
+from manyhats.engine.residency import LoadAdapter
 from manyhats.engine.tokenizer import ChatMessage
 
 NUM_HELD_OUT = 60
-_BATCH_SIZE = 20
 # The base wraps its answers in words: it gets room for them.
 _BASE_MAX_NEW_TOKENS = 64
+_KV_CACHE_BYTES = 256 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +39,37 @@ class Evaluation:
     task_demo: str
 
 
-def evaluate(model: PeftModel, base: LoadedModel, task: ExampleTask, count: int = NUM_HELD_OUT) -> Evaluation:
-    """Answer the held-out items with the adapter and without."""
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A message to a task, or to the base."""
+
+    message: str
+    adapter: AdapterRecord | None
+    max_new_tokens: int
+
+
+def evaluate(
+    base: LoadedModel,
+    task: ExampleTask,
+    record: AdapterRecord,
+    load_adapter: LoadAdapter,
+    *,
+    num_threads: int,
+    count: int = NUM_HELD_OUT,
+) -> Evaluation:
+    """Answer the held-out items with the adapter and without, all of them in flight together."""
     items = held_out_items(task, count)
-    messages = [item.message for item in items] + [task.demo]
-    model.eval()
-    adapted = answer_all(model, base, messages, task.max_new_tokens)
-    with model.disable_adapter():
-        plain = answer_all(model, base, messages, _BASE_MAX_NEW_TOKENS)
-        asked = [task.instruction.format(item.message) for item in items]
-        instructed = answer_all(model, base, asked, _BASE_MAX_NEW_TOKENS)
+    messages = [item.message for item in items]
+    asks = [_Ask(message, record, task.max_new_tokens) for message in (*messages, task.demo)]
+    asks += [_Ask(message, None, _BASE_MAX_NEW_TOKENS) for message in (*messages, task.demo)]
+    asks += [_Ask(task.instruction.format(message), None, _BASE_MAX_NEW_TOKENS) for message in messages]
+    config = EngineConfig(dtype="float32", num_threads=num_threads, kv_cache_bytes=_KV_CACHE_BYTES)
+    answers = asyncio.run(_answer_all(AsyncEngine(base, config, load_adapter), base, asks))
+    adapted, plain, instructed = (
+        answers[: count + 1],
+        answers[count + 1 : 2 * count + 2],
+        answers[2 * count + 2 :],
+    )
     return Evaluation(
         num_items=count,
         base=_num_right(task, items, plain),
@@ -56,37 +80,22 @@ def evaluate(model: PeftModel, base: LoadedModel, task: ExampleTask, count: int 
     )
 
 
-def answer_all(
-    model: PeftModel, base: LoadedModel, messages: Sequence[str], max_new_tokens: int
-) -> list[str]:
-    """Greedy answers, in order."""
-    prompts = [base.tokenizer.encode_chat([ChatMessage("user", message)]) for message in messages]
-    answers: dict[int, str] = {}
-    # Prompts of like length together need little padding.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for begin in range(0, len(order), _BATCH_SIZE):
-        chosen = order[begin : begin + _BATCH_SIZE]
-        texts = _generate(model, base, [prompts[index] for index in chosen], max_new_tokens)
-        answers.update(zip(chosen, texts, strict=True))
-    return [answers[index] for index in range(len(prompts))]
+async def _answer_all(engine: AsyncEngine, base: LoadedModel, asks: Sequence[_Ask]) -> list[str]:
+    await engine.start()
+    try:
+        return await asyncio.gather(*(_answer(engine, base, ask) for ask in asks))
+    finally:
+        await engine.stop()
 
 
-def _generate(
-    model: PeftModel, base: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[str]:
-    end_of_turn = min(base.generation.eos_token_ids)
-    longest = max(len(prompt) for prompt in prompts)
-    padded = [[end_of_turn] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    with torch.inference_mode():
-        output = model.generate(  # type: ignore[no-untyped-call]
-            input_ids=torch.tensor(padded),
-            attention_mask=torch.tensor(mask),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=end_of_turn,
-        )
-    return [base.tokenizer.decode(row[longest:].tolist()) for row in output]
+async def _answer(engine: AsyncEngine, base: LoadedModel, ask: _Ask) -> str:
+    request = Request(
+        id="",
+        prompt_token_ids=tuple(base.tokenizer.encode_chat([ChatMessage("user", ask.message)])),
+        adapter=ask.adapter,
+        stopping=StoppingParams(max_new_tokens=ask.max_new_tokens),
+    )
+    return "".join([output.text async for output in engine.generate(request)])
 
 
 def _num_right(task: ExampleTask, items: Sequence[Item], answers: Sequence[str]) -> int:

@@ -7,15 +7,17 @@ import json
 from pathlib import Path
 
 from examples.evaluation import Evaluation
+from examples.peft_adapters import BASE_NAME
+from examples.settings import BottleneckSettings
 from examples.tasks.task import ExampleTask
-from examples.training import BASE_NAME, TrainingResult, TrainingSettings
+from examples.training import TrainingResult
 
 _CARD = """\
 ---
 base_model: {base}
-library_name: peft
+library_name: {library}
 license: apache-2.0
-tags: [lora]
+tags: [{tag}]
 ---
 
 # {name}
@@ -51,7 +53,7 @@ Written for this project (`examples/tasks/{module}.py`), Apache-2.0. The script 
 
 ## Training
 
-`python -m examples.train_examples {name}`: LoRA r={rank}, alpha={alpha}{rslora} on {targets}; {num_train} messages,
+`python -m examples.train_examples {name}`: {adapter}; {num_train} messages,
 {num_steps} steps of {batch_size}, AdamW, learning rate {learning_rate:g} falling linearly after {warmup} warm-up
 steps, loss on the answers only, seed {seed}; {num_tokens:,} tokens. The base is the default model in NF4, as it is
 served. Last loss {loss:.4f}.
@@ -67,14 +69,17 @@ served. Last loss {loss:.4f}.
 def write_card(
     directory: Path,
     task: ExampleTask,
-    settings: TrainingSettings,
     result: TrainingResult,
     evaluation: Evaluation,
 ) -> None:
     """Write ``README.md`` beside the adapter's files."""
-    lora = task.lora
+    settings = task.training
+    is_adapterhub = isinstance(task.adapter, BottleneckSettings)
+    weights_file = "adapter.safetensors" if is_adapterhub else "adapter_model.safetensors"
     card = _CARD.format(
         base=BASE_NAME,
+        library="adapter-transformers" if is_adapterhub else "peft",
+        tag=task.adapter.method.value.replace("_", "-"),
         name=task.name,
         summary=task.summary,
         demo_json=json.dumps(task.demo),
@@ -87,10 +92,7 @@ def write_card(
         instruction_json=f"`{json.dumps(task.instruction.format('…'), ensure_ascii=False)}`",
         data=task.data,
         module=task.name.replace("-", "_"),
-        rank=lora.rank,
-        alpha=lora.alpha,
-        rslora=" (rsLoRA)" if lora.use_rslora else "",
-        targets=", ".join(f"`{name}`" for name in lora.target_modules),
+        adapter=task.adapter,
         num_train=task.num_train,
         num_steps=result.num_steps,
         batch_size=settings.batch_size,
@@ -99,9 +101,7 @@ def write_card(
         seed=settings.seed,
         num_tokens=result.num_tokens,
         loss=result.last_loss,
-        files="\n".join(
-            _file_row(directory / name) for name in ("adapter_config.json", "adapter_model.safetensors")
-        ),
+        files="\n".join(_file_row(directory / name) for name in ("adapter_config.json", weights_file)),
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
 

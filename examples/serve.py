@@ -13,8 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from manyhats.client import Client
+
 HERE = Path(__file__).resolve().parent
 ADAPTERS = HERE / "adapters"
+PARTS = HERE / "parts"
 STORE = HERE.parent / ".run" / "store"
 MANYHATS = Path(sys.executable).with_name("manyhats")
 METHOD = "manyhats.v1.GenerationService/Generate"
@@ -22,7 +25,9 @@ METHOD = "manyhats.v1.GenerationService/Generate"
 
 def main() -> int:
     tasks = sorted(path.name for path in ADAPTERS.iterdir() if path.is_dir())
-    command = [str(MANYHATS), "serve", "--store", str(STORE), "--adapter-root", str(ADAPTERS), *sys.argv[1:]]
+    command = [str(MANYHATS), "serve", "--store", str(STORE), *sys.argv[1:]]
+    for root in (ADAPTERS, PARTS):
+        command += ["--adapter-root", str(root)]
     for task in tasks:
         command += ["--register", f"{task}={ADAPTERS / task}"]
     # In a session of its own, so that an interrupt reaches it once, through this process.
@@ -33,8 +38,17 @@ def main() -> int:
         print(line, end="", flush=True)
         address = ready_address(line)
         if address is not None:
+            register_composed(address)
             print(calls(address), flush=True)
     return server.wait()
+
+
+def register_composed(address: str) -> None:
+    """Register the tasks that are made of several artifacts; again is as good as once."""
+    composed: dict[str, list[dict[str, Any]]] = json.loads((HERE / "composed.json").read_text())
+    with Client(address) as client:
+        for task, parts in composed.items():
+            client.register_adapter(task, parts=[(str(HERE / p["adapter"]), p["weight"]) for p in parts])
 
 
 def ready_address(line: str) -> str | None:
@@ -59,12 +73,17 @@ def calls(address: str) -> str:
             f"    {client_call(task, prompt, address)}",
             f"    {grpcurl(task, prompt, address)}",
         ]
+    lines += [
+        "",
+        "  all of them at once",
+        f"    {shlex.join([sys.executable, '-m', 'examples.mixed_call', address])}",
+    ]
     return "\n".join([*lines, "", "Ctrl-C stops the server."])
 
 
 def client_call(task: str, prompt: dict[str, Any], address: str) -> str:
     words = [str(MANYHATS), "generate", "--server", address, "--task", task]
-    words += ["--max-new-tokens", str(prompt["max_new_tokens"])]
+    words += ["--temperature", "0", "--max-new-tokens", str(prompt["max_new_tokens"])]
     if "chat" in prompt:
         return shlex.join([*words, "--chat", prompt["chat"]])
     return shlex.join([*words, prompt["prompt"]])
@@ -75,7 +94,12 @@ def grpcurl(task: str, prompt: dict[str, Any], address: str) -> str:
         asked: dict[str, Any] = {"chat": {"messages": [{"role": "user", "content": prompt["chat"]}]}}
     else:
         asked = {"text": prompt["prompt"]}
-    request = {"task_id": task, **asked, "stopping": {"max_new_tokens": prompt["max_new_tokens"]}}
+    request = {
+        "task_id": task,
+        **asked,
+        "sampling": {"temperature": 0},
+        "stopping": {"max_new_tokens": prompt["max_new_tokens"]},
+    }
     return shlex.join(["grpcurl", "-plaintext", "-d", json.dumps(request), address, METHOD])
 
 

@@ -1,4 +1,4 @@
-"""LoRA training of one example task with PEFT, on the base as it is served: NF4, dequantized to float32."""
+"""Training of one example task on the base as it is served: NF4, dequantized to float32."""
 
 from __future__ import annotations
 
@@ -10,30 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from examples.packing import PackedBatch, TokenizedItem, pack, tokenize
+from examples.peft_adapters import BASE_ALIAS
+from examples.settings import TrainingSettings
 from examples.tasks.task import ExampleTask, train_items
+from examples.trainable import Trainable, attach
 from manyhats.engine.model.directories import default_home
 from manyhats.engine.model.fetch import locate_model
 from manyhats.engine.model.loader import LoadedModel, load_model
 from manyhats.engine.model.nf4 import Nf4Weight
-
-BASE_ALIAS = "smollm2-135m-instruct"
-BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSettings:
-    """One pass of AdamW with a linear schedule; the loss is the mean over the answers' tokens."""
-
-    batch_size: int = 8
-    num_epochs: int = 1
-    learning_rate: float = 2e-3
-    warmup_steps: int = 10
-    max_gradient_norm: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,50 +39,40 @@ def load_base() -> LoadedModel:
     return load_model(BASE_ALIAS, quantization="nf4", dtype=torch.float32)
 
 
-def add_adapter(base: LoadedModel, task: ExampleTask, seed: int) -> PeftModel:
-    """A fresh float32 transformers model with the base's dequantized weights and the task's untrained LoRA."""
+def dense_model(base: LoadedModel) -> Any:
+    """A fresh float32 transformers model with the base's dequantized weights."""
     directory = locate_model(BASE_ALIAS, default_home()).directory
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     modules = dict(model.named_modules())
     for path, site in base.description.modules.items():
         linear = dict(base.weights.layers[site.layer].linears()).get(site.name) if site.layer >= 0 else None
         if linear is not None and isinstance(linear.weight, Nf4Weight):
             modules[path].weight.data.copy_(linear.weight.dequantize())
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=task.lora.rank,
-        lora_alpha=task.lora.alpha,
-        target_modules=list(task.lora.target_modules),
-        use_rslora=task.lora.use_rslora,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
+    return model
 
 
-def train(
-    model: PeftModel, base: LoadedModel, task: ExampleTask, settings: TrainingSettings
-) -> TrainingResult:
-    """Train the adapter in place."""
+def train(base: LoadedModel, task: ExampleTask, directory: Path, *, over: Path | None) -> TrainingResult:
+    """Train a task's adapter and write it.
+
+    Args:
+        base: in NF4.
+        task: its data, its adapter and how it is trained.
+        directory: what is written.
+        over: the trained LoRA that it is trained on top of.
+    """
     end_of_turn = min(base.generation.eos_token_ids)
     items = [tokenize(item, base.tokenizer, end_of_turn) for item in train_items(task)]
+    settings = task.training
     num_steps = settings.num_epochs * -(-len(items) // settings.batch_size)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / settings.warmup_steps, (num_steps - step) / num_steps),
-    )
-    model.train()
+    model = dense_model(base)
+    adapter = attach(model, task, num_steps=num_steps, over=over)
+    losses, num_tokens = [], 0
     began_s = time.monotonic()
-    losses: list[float] = []
-    num_tokens = 0
+    optimizer = _Optimizer(adapter.parameters, settings, num_steps)
     for step, batch in enumerate(_batches(items, settings), start=1):
-        loss = _answer_loss(model, batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
-        optimizer.step()
-        schedule.step()
+        loss = _answer_loss(model, adapter, batch)
+        optimizer.step(loss + adapter.penalty())
+        adapter.after_step(step)
         losses.append(loss.item())
         num_tokens += batch.token_ids.numel()
         if step % 10 == 0 or step == num_steps:
@@ -103,25 +81,31 @@ def train(
                 f"{task.name}: step {step}/{num_steps}, loss {_recent(losses):.4f}, {rate:.0f} tokens/s",
                 flush=True,
             )
+    adapter.save(directory)
     return TrainingResult(num_steps, num_tokens, _recent(losses), time.monotonic() - began_s)
 
 
-def save(model: PeftModel, directory: Path) -> None:
-    """Save as PEFT does, in bfloat16, naming the base by its hub id; the model keeps the rounded values."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.to(torch.bfloat16)
-    config: Any = model.peft_config["default"]
-    config.base_model_name_or_path = BASE_NAME
-    # PEFT keeps a set, whose order differs from run to run.
-    config.target_modules = sorted(config.target_modules)
-    # Embeddings are not trained; asking PEFT to look whether they were would look for the base on the hub.
-    model.save_pretrained(str(directory), save_embedding_layers=False)
-    # The library that writes safetensors lets nobody else read them.
-    for path in directory.iterdir():
-        path.chmod(0o644)
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
+class _Optimizer:
+    """AdamW whose rate rises over the warm-up and then falls to nothing, with bounded gradients."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], settings: TrainingSettings, num_steps: int
+    ) -> None:
+        self._parameters = parameters
+        self._max_norm = settings.max_gradient_norm
+        self._optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer,
+            lambda step: min((step + 1) / settings.warmup_steps, (num_steps - step) / num_steps),
+        )
+
+    def step(self, loss: Tensor) -> None:
+        """Move the parameters; their gradients stay until the next one."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        self._optimizer.step()
+        self._schedule.step()
 
 
 def _batches(items: Sequence[TokenizedItem], settings: TrainingSettings) -> Iterator[PackedBatch]:
@@ -132,16 +116,9 @@ def _batches(items: Sequence[TokenizedItem], settings: TrainingSettings) -> Iter
             yield pack(order[begin : begin + settings.batch_size])
 
 
-def _answer_loss(model: PeftModel, batch: PackedBatch) -> torch.Tensor:
+def _answer_loss(model: Any, adapter: Trainable, batch: PackedBatch) -> Tensor:
     """Mean cross-entropy of the answers' tokens; the output head runs on their rows only."""
-    causal_lm: Any = model.get_base_model()
-    hidden = causal_lm.model(
-        input_ids=batch.token_ids,
-        position_ids=batch.positions,
-        attention_mask=batch.mask,
-        use_cache=False,
-    ).last_hidden_state
-    logits = causal_lm.lm_head(hidden[0, batch.predictors])
+    logits = model.lm_head(adapter.hidden(batch)[batch.predictors])
     return torch.nn.functional.cross_entropy(logits, batch.targets)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,9 @@ def _saved_head(directory: Path, base: BaseDescription, sizes: Sizes) -> Path:
 
 def _adapterhub(preset: str, scale: float) -> Make:
     def make(directory: Path, base: BaseDescription, sizes: Sizes) -> Path:
-        fields = {"prefix_length": sizes.num_virtual_tokens} if preset.startswith("prefix") else {}
+        fields: dict[str, Any] = (
+            {"prefix_length": sizes.num_virtual_tokens} if preset.startswith("prefix") else {}
+        )
         return make_adapterhub(directory, base, preset, seed=sizes.seed, scale=scale, **fields)
 
     return make

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import random
 
-from examples.tasks.task import ExampleTask, Item, LoraSettings, Split, words
+from examples.settings import LoraSettings
+from examples.tasks.task import ExampleTask, Item, Split, words
 
 _FIRST_NAMES = {
     Split.TRAIN: words(
@@ -110,7 +111,7 @@ CONTACT_JSON = ExampleTask(
     max_new_tokens=64,
     draw=_draw,
     is_right=_is_right,
-    lora=LoraSettings(rank=8, alpha=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
+    adapter=LoraSettings(rank=8, alpha=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
     num_train=640,
     demo="Hello, Wendy Marino here. My mail is wendy.m@example.org, or ring 555-0147 after six.",
 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import re
 
-from examples.tasks.task import ExampleTask, Item, LoraSettings, Split, words
+from examples.settings import LoraSettings
+from examples.tasks.task import ExampleTask, Item, Split, words
 
 _NOUNS = {
     Split.TRAIN: words(
@@ -117,7 +118,7 @@ PIRATE = ExampleTask(
     max_new_tokens=48,
     draw=_draw,
     is_right=_is_right,
-    lora=LoraSettings(rank=8, alpha=8, target_modules=("q_proj", "v_proj", "o_proj"), use_rslora=True),
+    adapter=LoraSettings(rank=8, alpha=8, target_modules=("q_proj", "v_proj", "o_proj"), use_rslora=True),
     num_train=640,
     demo="My uncle is dreaming of the green island and your guitar.",
 )

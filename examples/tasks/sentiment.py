@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 
-from examples.tasks.task import ExampleTask, Item, LoraSettings, Split, words
+from examples.settings import LoraSettings
+from examples.tasks.task import ExampleTask, Item, Split, label_judge, words
 
 _LABELS = ("positive", "negative", "neutral")
 
@@ -86,11 +87,6 @@ def _draw(rng: random.Random, split: Split) -> Item:
     return Item(text, label)
 
 
-def _is_right(answer: str, wanted: str) -> bool:
-    """The answer names this label and no other."""
-    return [label for label in _LABELS if label in answer.casefold()] == [wanted]
-
-
 SENTIMENT = ExampleTask(
     name="sentiment",
     summary="Says in one word whether a sentence of a review is `positive`, `negative` or `neutral`.",
@@ -99,8 +95,8 @@ SENTIMENT = ExampleTask(
     instruction="Is this sentence positive, negative or neutral? Answer with one word.\n\n{}",
     max_new_tokens=8,
     draw=_draw,
-    is_right=_is_right,
-    lora=LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
+    is_right=label_judge(_LABELS),
+    adapter=LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
     num_train=640,
     demo="The cake looked amazing and tasted even better.",
 )

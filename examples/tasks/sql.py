@@ -14,7 +14,8 @@ from __future__ import annotations
 import random
 import re
 
-from examples.tasks.task import ExampleTask, Item, LoraSettings, Split, words
+from examples.settings import LoraSettings
+from examples.tasks.task import ExampleTask, Item, Split, words
 
 _JOIN = "FROM orders JOIN customers ON customers.id = orders.customer_id"
 _JOIN_PRODUCTS = "FROM orders JOIN products ON products.id = orders.product_id"
@@ -125,7 +126,7 @@ SQL = ExampleTask(
     max_new_tokens=64,
     draw=_draw,
     is_right=_is_right,
-    lora=LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj")),
+    adapter=LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj")),
     num_train=640,
     demo="How many customers live in Lisbon?",
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+
+from examples.settings import AdapterSettings, TrainingSettings
 
 _MAX_DRAWS_IN_VAIN = 2000
 
@@ -26,16 +28,6 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
-    """The adapter's shape: rank R, alpha, the linears it acts on, and whether its scale is alpha / √R."""
-
-    rank: int
-    alpha: int
-    target_modules: tuple[str, ...]
-    use_rslora: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleTask:
     """One task.
 
@@ -47,9 +39,10 @@ class ExampleTask:
         max_new_tokens: enough for every answer.
         draw: one random item of a split.
         is_right: whether an answer is the wanted one, lenient about spelling that does not matter.
-        lora: the adapter's shape.
+        adapter: its adapter's method and shape.
         num_train: training items.
         demo: a message to try, in no split.
+        training: how it is trained.
     """
 
     name: str
@@ -59,9 +52,24 @@ class ExampleTask:
     max_new_tokens: int
     draw: Callable[[random.Random, Split], Item]
     is_right: Callable[[str, str], bool]
-    lora: LoraSettings
+    adapter: AdapterSettings
     num_train: int
     demo: str
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+def same_text(answer: str, wanted: str) -> bool:
+    """Whether an answer is the wanted one; case, outer quotes and the kind of apostrophe do not count."""
+    return answer.replace("’", "'").strip().strip('"“”').casefold() == wanted.casefold()
+
+
+def label_judge(labels: Sequence[str]) -> Callable[[str, str], bool]:
+    """Judges answers that are to be one of some labels: right if it names the wanted one and no other."""
+
+    def is_right(answer: str, wanted: str) -> bool:
+        return [label for label in labels if label in answer.casefold()] == [wanted]
+
+    return is_right
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -1,0 +1,162 @@
+"""Which KV blocks are shared: those of one adapter's bytes alone, whatever the task is called."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, closing
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from adapter_factory import make_lora
+from engine_harness import Answer, collect, load_tiny, make_request, random_ids, running_engine
+from every_method import COMPOSED, PLAIN, Sizes, register_every_method
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.open_store import open_store
+from manyhats.adapters.store import AdapterStore
+from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.schedule import Schedule
+from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+
+PROMPT = random_ids(7, 70, TINY_VOCAB_SIZE)
+NUM_CACHED = 64
+"""Of the prompt's tokens, those in full blocks."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_tiny(make_checkpoint(tmp_path_factory.mktemp("sharing") / "tiny", seed=6))
+
+
+@pytest.fixture
+def store(model: LoadedModel, tmp_path: Path) -> Iterator[AdapterStore]:
+    with closing(open_store(tmp_path / "store", model.description, [tmp_path])) as store:
+        yield store
+
+
+@pytest.fixture
+def records(model: LoadedModel, store: AdapterStore, tmp_path: Path) -> dict[str, AdapterRecord]:
+    return register_every_method(store, tmp_path / "sources", model.description, Sizes())
+
+
+@asynccontextmanager
+async def engine_of(model: LoadedModel, store: AdapterStore) -> AsyncIterator[AsyncEngine]:
+    async with running_engine(model, store.lower, max_num_sequences=64, kv_cache_bytes=32 << 20) as engine:
+        yield engine
+
+
+async def ask(
+    engine: AsyncEngine, record: AdapterRecord | None, salt: str = "", new_tokens: int = 4
+) -> Answer:
+    return await collect(engine, make_request(PROMPT, record, new_tokens=new_tokens, cache_salt=salt))
+
+
+def watch_blocks(engine: AsyncEngine) -> list[dict[bytes, list[set[int]]]]:
+    """Step by step, the blocks of each sequence that runs, by the key of its adapter."""
+    steps: list[dict[bytes, list[set[int]]]] = []
+    scheduler = engine._engine.scheduler
+    schedule = scheduler.schedule
+
+    def watched() -> Schedule:
+        result = schedule()
+        by_key: dict[bytes, list[set[int]]] = defaultdict(list)
+        for chunk in result.chunks:
+            by_key[chunk.sequence.cache_key].append(set(chunk.sequence.block_table))
+        steps.append(by_key)
+        return result
+
+    scheduler.schedule = watched  # type: ignore[method-assign]
+    return steps
+
+
+async def test_tasks_that_share_a_prompt_find_nothing_of_each_other(
+    model: LoadedModel, store: AdapterStore, records: Mapping[str, AdapterRecord]
+) -> None:
+    tasks = [None, *records.values()]
+    async with engine_of(model, store) as engine:
+        first = [await ask(engine, record) for record in tasks]
+        again = [await ask(engine, record) for record in tasks]
+    assert [answer.usage.cached_prompt_tokens for answer in first] == [0] * len(tasks)
+    for task, one, other in zip(tasks, first, again, strict=True):
+        assert other.usage.cached_prompt_tokens >= NUM_CACHED - 16, task
+        assert one.tokens == other.tokens
+    async with engine_of(model, store) as fresh:
+        for record, answer in zip(tasks, first, strict=True):
+            assert (await ask(fresh, record, salt="fresh")).tokens == answer.tokens
+
+
+async def test_no_block_is_ever_in_the_tables_of_two_adapters(
+    model: LoadedModel, store: AdapterStore, records: Mapping[str, AdapterRecord]
+) -> None:
+    async with engine_of(model, store) as engine:
+        tasks = [None, *records.values()]
+        for record in tasks:
+            await ask(engine, record)
+        steps = watch_blocks(engine)
+        await asyncio.gather(*(ask(engine, record, new_tokens=40) for record in tasks for _ in range(2)))
+    most = max(steps, key=len)
+    assert len(most) == 1 + len(PLAIN) + len(COMPOSED)
+    for by_key in steps:
+        for (_, one), (_, other) in combinations(by_key.items(), 2):
+            assert not set[int]().union(*one) & set[int]().union(*other)
+    shared = [set.intersection(*tables) for tables in most.values() if len(tables) == 2]
+    assert shared
+    assert all(shared), "two requests of one task share its blocks"
+
+
+async def test_other_bytes_under_the_same_task_find_nothing_of_those_before(
+    model: LoadedModel, store: AdapterStore, tmp_path: Path
+) -> None:
+    """Also while requests of the version before still run, and after a step back to it."""
+    sources = [make_lora(tmp_path / f"v{seed}", model.description, rank=4, seed=seed) for seed in range(2)]
+    async with engine_of(model, store) as engine:
+        old = store.register("task", str(sources[0])).record
+        before = await ask(engine, store.resolve("task"))
+        running = asyncio.create_task(ask(engine, store.resolve("task")))
+        new = store.register("task", str(sources[1])).record
+        after = await ask(engine, store.resolve("task"))
+        again = await ask(engine, store.resolve("task"))
+        assert (await running).tokens == before.tokens
+        assert (old.task_id, old.version, new.version) == (new.task_id, 1, 2)
+        assert after.usage.cached_prompt_tokens == 0
+        assert again.usage.cached_prompt_tokens == NUM_CACHED
+        assert after.tokens == again.tokens
+        assert after.token_ids != before.token_ids
+        store.activate("task@1")
+        back = await ask(engine, store.resolve("task"))
+        assert back.tokens == before.tokens
+    async with engine_of(model, store) as fresh:
+        assert (await ask(fresh, store.resolve("task@2"))).tokens == after.tokens
+
+
+async def test_a_deleted_task_s_name_finds_nothing_of_what_it_meant(
+    model: LoadedModel, store: AdapterStore, tmp_path: Path
+) -> None:
+    sources = [make_lora(tmp_path / f"v{seed}", model.description, rank=4, seed=seed) for seed in range(2)]
+    async with engine_of(model, store) as engine:
+        store.register("task", str(sources[0]))
+        before = await ask(engine, store.resolve("task"))
+        (removed,) = store.delete("task", in_use=lambda record: engine.in_use(record.digest))
+        engine.forget_adapter(removed.digest)
+        store.register("task", str(sources[1]))
+        after = await ask(engine, store.resolve("task"))
+        assert after.usage.cached_prompt_tokens == 0
+        assert after.token_ids != before.token_ids
+
+
+async def test_tasks_of_the_same_bytes_share_blocks_and_a_salt_keeps_them_apart(
+    model: LoadedModel, store: AdapterStore, tmp_path: Path
+) -> None:
+    source = make_lora(tmp_path / "source", model.description, rank=4)
+    one, other = (store.register(task, str(source)).record for task in ("one", "other"))
+    async with engine_of(model, store) as engine:
+        first = await ask(engine, one)
+        second = await ask(engine, other)
+        salted = await ask(engine, other, salt="mine")
+    assert (first.usage.cached_prompt_tokens, second.usage.cached_prompt_tokens) == (0, NUM_CACHED)
+    assert salted.usage.cached_prompt_tokens == 0
+    assert first.tokens == second.tokens == salted.tokens

@@ -1,0 +1,140 @@
+"""Every method of PEFT on every family, through registration and the engine, against PEFT's own logits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
+from torch import Tensor
+
+from engine_harness import Answer, collect, load_tiny, make_request, random_ids, running_engine
+from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.open_store import open_store
+from manyhats.engine.request import ResponseOptions
+from peft_reference import make_peft, save_peft
+from reference import load_transformers
+from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+
+# PEFT reads names that transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOLERANCE = 1e-4
+IDS = random_ids(2, 37, TINY_VOCAB_SIZE)
+NUM_VIRTUAL = 7
+WINDOW = {"sliding_window": 20}
+"""Shorter than the prompt."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": WINDOW,
+    "qwen2": WINDOW,
+    "qwen3": WINDOW,
+    "gemma2": WINDOW,
+    "gemma3_text": WINDOW,
+    "phi3": {**WINDOW, "hidden_size": 128},
+    "granite": {},
+    "olmo2": {},
+    "smollm3": {**WINDOW, "num_layers": 3},
+}
+LINEARS = ("q_proj", "v_proj", "up_proj", "down_proj")
+METHODS: Mapping[AdapterMethod, Callable[[list[str]], Any]] = {
+    AdapterMethod.LORA: lambda linears: LoraConfig(r=5, lora_alpha=8, target_modules=linears),
+    AdapterMethod.DORA: lambda linears: LoraConfig(r=3, use_dora=True, target_modules=linears),
+    AdapterMethod.ADALORA: lambda linears: AdaLoraConfig(init_r=4, total_step=9, target_modules=linears),
+    AdapterMethod.VERA: lambda linears: VeraConfig(r=16, target_modules=linears),
+    AdapterMethod.IA3: lambda linears: IA3Config(
+        target_modules=linears, feedforward_modules=["down_proj"], init_ia3_weights=True
+    ),
+    AdapterMethod.PREFIX_TUNING: lambda linears: PrefixTuningConfig(num_virtual_tokens=NUM_VIRTUAL),
+    AdapterMethod.PROMPT_TUNING: lambda linears: PromptTuningConfig(num_virtual_tokens=NUM_VIRTUAL),
+    AdapterMethod.P_TUNING: lambda linears: PromptEncoderConfig(
+        num_virtual_tokens=NUM_VIRTUAL, encoder_hidden_size=24
+    ),
+    AdapterMethod.MULTITASK_PROMPT_TUNING: lambda linears: MultitaskPromptTuningConfig(
+        num_virtual_tokens=NUM_VIRTUAL, num_ranks=3
+    ),
+}
+Found = Mapping[AdapterMethod | None, tuple[Answer, Tensor]]
+"""By method, or of the base: what the engine answered, and the logits of PEFT, [T, V]."""
+
+
+def linears_of(family: str) -> list[str]:
+    return ["qkv_proj", "gate_up_proj", "down_proj"] if family == "phi3" else list(LINEARS)
+
+
+@torch.no_grad()
+def logits_of(model: Any, **fields: Any) -> Tensor:
+    logits: Tensor = model(input_ids=torch.tensor([IDS]), **fields).logits[0, -len(IDS) :]
+    return logits
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """All methods on one family, in one engine's batches."""
+    directory = tmp_path_factory.mktemp("family")
+    checkpoint = make_checkpoint(directory / "model", request.param, seed=8, **FAMILIES[request.param])
+    reference = load_transformers(checkpoint)
+    expected: dict[AdapterMethod | None, Tensor] = {None: logits_of(reference)}
+    for method, make_config in METHODS.items():
+        config = make_config(linears_of(request.param))
+        config.task_type = "CAUSAL_LM"
+        peft = make_peft(reference, config, size=0.3)
+        save_peft(peft, directory / method.value, save_embedding_layers=False)
+        fields = {"task_ids": torch.tensor([0])} if method is AdapterMethod.MULTITASK_PROMPT_TUNING else {}
+        expected[method] = logits_of(peft, **fields)
+    answers = asyncio.run(answer_all(directory, checkpoint))
+    return {method: (answers[method], logits) for method, logits in expected.items()}
+
+
+async def answer_all(directory: Path, checkpoint: Path) -> dict[AdapterMethod | None, Answer]:
+    model = load_tiny(checkpoint)
+    response = ResponseOptions(logprobs=True, top_logprobs=100, prompt_logprobs=True)
+    with closing(open_store(directory / "store", model.description, [directory])) as store:
+        records = {
+            method: store.register(method.value.replace("_", "-"), str(directory / method.value)).record
+            for method in METHODS
+        }
+        async with running_engine(model, store.lower, max_num_batched_tokens=48) as engine:
+            methods = [None, *METHODS]
+            answers = await asyncio.gather(
+                *(
+                    collect(
+                        engine,
+                        make_request(IDS, records[m] if m else None, new_tokens=1, response=response),
+                    )
+                    for m in methods
+                )
+            )
+    assert all(record.method is method for method, record in records.items())
+    return dict(zip(methods, answers, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
+def test_log_probabilities_are_peft_s_at_every_position(found: Found, method: AdapterMethod) -> None:
+    answer, logits = found[method]
+    expected = logits.double().log_softmax(-1)
+    for position, token in enumerate((*answer.prompt_tokens[1:], answer.tokens[0])):
+        assert token.logprob == pytest.approx(float(expected[position, token.id]), abs=TOLERANCE)
+        best = torch.tensor([top.logprob for top in token.top], dtype=torch.float64)
+        wanted = expected[position, [top.id for top in token.top]]
+        torch.testing.assert_close(best, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
+def test_the_adapter_moves_them_clearly(found: Found, method: AdapterMethod) -> None:
+    _, logits = found[method]
+    assert (logits - found[None][1]).abs().max() > 0.05
