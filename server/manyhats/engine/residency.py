@@ -37,7 +37,10 @@ class PrefixPool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ResidentAdapter:
-    """A loaded adapter: its slot, and its virtual tokens if it has any."""
+    """A loaded adapter: the slot that its rows run on, and its virtual tokens if it has any.
+
+    One that is virtual tokens alone has slot 0: its rows are the base's, and cost what those cost.
+    """
 
     slot: int
     prefix: ResidentPrefix | None = None
@@ -62,13 +65,14 @@ class _Entry:
     prefix: ResidentPrefix | None = None
     pins: int = 0
     num_bytes: int = 0
+    is_prefix_alone: bool = False
     forgotten: bool = False
     error: BaseException | None = None
 
     @property
     def resident(self) -> ResidentAdapter:
         """What a request starts from."""
-        return ResidentAdapter(self.slot, self.prefix)
+        return ResidentAdapter(0 if self.is_prefix_alone else self.slot, self.prefix)
 
 
 class AdapterResidency:
@@ -177,6 +181,7 @@ class AdapterResidency:
         try:
             lowered = self._load(record)
             self._slots.write(entry.slot, lowered)
+            entry.is_prefix_alone = lowered.prefix is not None and not lowered.deltas
             if lowered.prefix is not None:
                 entry.prefix = self._prefixes.install(entry.slot, lowered.prefix)
         except BaseException as error:
