@@ -100,6 +100,7 @@ class CpuKernels:
         """
         numba.set_num_threads(self.num_threads)
         torch.set_num_threads(self.num_threads)
+        torch.get_num_threads()  # a thread takes the default over at its first look, and keeps its own from then on
         others = threading.Thread(target=torch.set_num_threads, args=(1,))
         others.start()
         others.join()
