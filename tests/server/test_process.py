@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -116,7 +117,7 @@ class Life:
 
 @pytest.fixture
 def _process_wide_state() -> Iterator[None]:
-    """Undoes what a server does to its process: logging, and metrics without creation times."""
+    """Undoes what a server does to its process: logging, metrics without creation times, collections of less."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -124,6 +125,7 @@ def _process_wide_state() -> Iterator[None]:
     root.setLevel(level)
     structlog.reset_defaults()
     prometheus_client.enable_created_metrics()  # type: ignore[no-untyped-call]
+    gc.unfreeze()
 
 
 @asynccontextmanager
@@ -161,6 +163,14 @@ def http_text(http: str, path: str) -> str:
 
 
 pytestmark = pytest.mark.usefixtures("_process_wide_state")
+
+
+async def test_collections_pass_over_what_the_start_has_made(capsys: pytest.CaptureFixture[str]) -> None:
+    made_before: list[list[int]] = [[] for _ in range(1000)]
+    async with living(capsys, with_engine(EchoEngine())) as life:
+        assert gc.get_freeze_count() == 0
+        await life.line("ready")
+        assert gc.get_freeze_count() > len(made_before)
 
 
 async def test_running_request_finishes_and_new_ones_are_refused_while_draining(

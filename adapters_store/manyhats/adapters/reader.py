@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact
@@ -16,7 +15,7 @@ from manyhats.adapters.errors import AdapterInvalidError, AdapterNoEffectError
 from manyhats.adapters.files import SourceDirectory, SourceFile
 from manyhats.adapters.json_reader import parse_json_object
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import check_lowered, has_effect, lower, method_of
+from manyhats.adapters.lowering import check_lowered, has_effect, is_finite, lower, method_of
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.peft_format import CONFIG_FILE, check_directory
 from manyhats.adapters.primitives import LoweredAdapter
@@ -131,5 +130,5 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         AdapterInvalidError: names the tensor.
     """
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise AdapterInvalidError(name, "holds values that are not finite")

@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.engine.background import give_way
 from manyhats.engine.residency import AdapterResidency, ResidentAdapter
 
 _NUM_THREADS = 2
@@ -17,7 +18,9 @@ class AdapterLoading:
 
     def __init__(self, residency: AdapterResidency) -> None:
         self._residency = residency
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="adapter-loader")
+        self._threads = ThreadPoolExecutor(
+            _NUM_THREADS, thread_name_prefix="adapter-loader", initializer=give_way
+        )
         self._tasks: Counter[str] = Counter()
 
     @property

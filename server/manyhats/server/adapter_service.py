@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.engine.background import give_way
 from manyhats.server import from_proto, to_proto
 from manyhats.server.gate import Gate
 from manyhats.server.metrics import Metrics
@@ -19,7 +20,8 @@ from manyhats.server.visible_page import visible_page
 from manyhats.v1 import adapter_pb2, adapter_pb2_grpc
 
 # What blocks on the store has threads of its own: registrations wait for each other, and for slow sources, and must
-# not keep from the event loop's own threads what those are for, such as tokenizing long prompts.
+# not keep from the event loop's own threads what those are for, such as tokenizing long prompts. And they give way to
+# the engine's: streams go on beside them.
 _NUM_THREADS = 32
 
 Context = grpc.aio.ServicerContext[object, object]
@@ -32,7 +34,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self._gate = gate
         self._metrics = metrics
         self._scope_of = scope_of
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="store")
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="store", initializer=give_way)
 
     async def RegisterAdapter(  # noqa: N802
         self, request: adapter_pb2.RegisterAdapterRequest, context: Context
