@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.measure import Measurement, Sample, throughput
 from benchmarks.worker import Worker
-from benchmarks.workload import Case, Workload
+from benchmarks.workload import BASE_CASES, LORA_CASES, Adapter, Case, Workload
 
 TRANSFORMERS = "transformers"
 PEFT = "peft"
@@ -76,7 +76,12 @@ class BaselineSession:
         first, *_ = new_tokens = clock.times_s[1:]
         steps_s = [after - before for before, after in pairwise(new_tokens)]
         self._step_s[system, dtype, case] = median(steps_s)
-        return throughput(case, settings.prompt_tokens, prefill_s=first - started, intervals_s=steps_s)
+        return throughput(
+            case,
+            num_prompt_tokens=case.num_sequences * settings.prompt_tokens,
+            prefill_s=first - started,
+            intervals_s=steps_s,
+        )
 
     def _generate(
         self, system: str, dtype: str, case: Case, seed: int, prompt_tokens: int, steps: int
@@ -121,25 +126,26 @@ class BaselineSession:
         return model.eval()
 
     def _with_adapters(self, base: Any, dtype: torch.dtype) -> Any:
-        first, *others = self._workload.adapters
+        loras = {a.name: path for a, path in sorted(self._workload.adapters.items()) if a.method == "lora"}
+        (first, first_path), *others = loras.items()
         peft: Any = import_module("peft")
         model = peft.PeftModel.from_pretrained(
-            base, first, adapter_name=_adapter_name(0), autocast_adapter_dtype=False
+            base, first_path, adapter_name=first, autocast_adapter_dtype=False
         )
-        for index, path in enumerate(others, 1):
-            model.load_adapter(path, adapter_name=_adapter_name(index), autocast_adapter_dtype=False)
+        for name, path in others:
+            model.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)  # of the activations, so that nothing is converted
         return model.eval()
 
 
-def _adapter_name(index: int | None) -> str:
-    return "__base__" if index is None else f"adapter{index}"
+def _adapter_name(adapter: Adapter | None) -> str:
+    return "__base__" if adapter is None else adapter.name
 
 
 class Baseline:
-    """A ``System`` in front of the worker: ``transformers`` runs the base, ``peft`` mixed batches of adapters.
+    """A ``System`` in front of the worker: ``transformers`` runs the base, ``peft`` mixed batches of LoRAs.
 
     ``probes`` are the short runs that chose the dtypes.
     """
@@ -152,7 +158,7 @@ class Baseline:
 
     def variants(self, case: Case) -> Sequence[str]:
         """Compute dtypes: those that a short run does not show to be hopeless."""
-        if bool(case.num_adapters) != (self.name == PEFT):
+        if case not in (LORA_CASES if self.name == PEFT else BASE_CASES):
             return ()
         if case not in self._variants:
             seconds = {dtype: self._probe(case, dtype) for dtype in self._worker.call("dtypes")}

@@ -12,23 +12,26 @@ import torch
 
 from benchmarks.measure import Measurement, throughput
 from benchmarks.worker import Worker
-from benchmarks.workload import Case, Workload
+from benchmarks.workload import HELD_COUNTS, Adapter, Case, Workload
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.lowering import lower
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.open_store import open_store
 from manyhats.engine.async_engine import AsyncEngine
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.model.loader import load_model
 from manyhats.engine.output import StepStats
+from manyhats.engine.own_thread import in_own_thread
 from manyhats.engine.request import Request, StoppingParams
+
+_MAX_SEQUENCES = max(64, *HELD_COUNTS)
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """When a step ended, and what it was."""
+    """When a step ended, what it was, and the KV blocks that were in use then."""
 
     end_s: float
     stats: StepStats
+    num_used_blocks: int
 
     def decodes_only(self, num_sequences: int) -> bool:
         return self.stats.num_decode_tokens == num_sequences and not self.stats.num_prefill_tokens
@@ -45,56 +48,82 @@ class EngineSession:
         self._workload = workload
         self._steps: list[_Step] = []
         self._runner = asyncio.Runner()
+        # On a thread that ends, as the server does: its team of OpenMP threads would slow the engine's down.
+        self._engine, self._records = self._runner.run(in_own_thread(self._load))
+        self._runner.run(self._start())
+
+    def _load(self) -> tuple[AsyncEngine, dict[Adapter, AdapterRecord]]:
+        workload = self._workload
         model = load_model(workload.model, quantization="nf4", dtype=torch.bfloat16)
-        roots = sorted({path.parent for path in workload.adapters})
-        store = AdapterStore(workload.scratch / "engine-store", model.description, roots)
-        self._engine = AsyncEngine(
+        roots = sorted({path.parent for path in workload.adapters.values()})
+        store = open_store(workload.scratch / "engine-store", model.description, roots)
+        engine = AsyncEngine(
             model,
-            EngineConfig(num_threads=workload.settings.threads),
-            lambda record: lower(store.load(record), model.description),
+            EngineConfig(num_threads=workload.settings.threads, max_num_sequences=_MAX_SEQUENCES),
+            store.lower,
             self._note_step,
         )
-        self._records = [store.register(path.name, str(path)).record for path in workload.adapters]
-        self._runner.run(self._start())
-        self.measure(Case(2, min(2, len(self._records))), -1)
+        records = {
+            adapter: store.register(adapter.name, str(path)).record
+            for adapter, path in workload.adapters.items()
+        }
+        return engine, records
 
     def measure(self, case: Case, seed: int) -> Measurement:
         """Prefills all prompts, then decodes: the second run finds the prompts in the prefix cache."""
         settings = self._workload.settings
+        prompts = self._workload.prompts(case, seed)
         began_s = time.perf_counter()
-        prefill = self._run(case, seed, 1)
+        prefill = self._run(case, prompts, 1)
         # A few more tokens than steps: the sequences do not all begin in the same step.
         margin = 1 + 2 * case.num_sequences // 8
         steps = [
             (after.end_s - before.end_s, after.stats.duration_s)
-            for before, after in pairwise(self._run(case, seed, settings.decode_steps + 1 + margin))
+            for before, after in pairwise(self._run(case, prompts, settings.decode_steps + 1 + margin))
             if after.decodes_only(case.num_sequences)
         ][: settings.decode_steps]
         return throughput(
             case,
-            settings.prompt_tokens,
+            num_prompt_tokens=sum(map(len, prompts)),
             prefill_s=prefill[-1].end_s - began_s,
             intervals_s=[interval_s for interval_s, _ in steps],
             steps_s=[duration_s for _, duration_s in steps],
         )
 
+    def count_held_blocks(self, num_requests: int) -> Measurement:
+        """The blocks that virtual tokens hold while requests of one prompt tuning task decode together.
+
+        Each request has one block of its own: its prompt and its answer fit into it.
+        """
+        case = Case(num_requests, 1, ("prompt",))
+        for adapter in self._records.keys() - case.adapters:
+            self._engine.forget_adapter(
+                self._records[adapter].digest
+            )  # others' virtual tokens hold blocks, too
+        block_size = self._engine.config.block_size
+        length = self._workload.settings.virtual_tokens + block_size // 2
+        self._run(case, self._workload.prompts(case, num_requests, length), block_size // 2)
+        used = [step.num_used_blocks for step in self._steps if step.decodes_only(num_requests)]
+        return Measurement({"held_blocks": float(max(used) - num_requests)})
+
     async def _start(self) -> None:
+        """Loads every adapter, and runs each once."""
         await self._engine.start()
-        for record in self._records:
-            await self._engine.warm_adapter(record)
+        (prompt,) = self._workload.prompts(Case(1), -1)
+        for record in (None, *self._records.values()):
+            await self._generate(prompt, record, 2)
 
     def _note_step(self, stats: StepStats) -> None:
         """Called on the engine's thread."""
-        self._steps.append(_Step(time.perf_counter(), stats))
+        self._steps.append(_Step(time.perf_counter(), stats, self._engine.stats.kv_blocks_used))
 
-    def _run(self, case: Case, seed: int, new_tokens: int) -> list[_Step]:
+    def _run(self, case: Case, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[_Step]:
         """Runs a batch to its end."""
         self._steps = []
-        self._runner.run(self._generate_all(case, seed, new_tokens))
+        self._runner.run(self._generate_all(case, prompts, new_tokens))
         return self._steps
 
-    async def _generate_all(self, case: Case, seed: int, new_tokens: int) -> None:
-        prompts = self._workload.prompts(case, seed)
+    async def _generate_all(self, case: Case, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         await asyncio.gather(
             *(
                 self._generate(prompt, self._record(case.adapter_of(row)), new_tokens)
@@ -102,7 +131,7 @@ class EngineSession:
             )
         )
 
-    def _record(self, adapter: int | None) -> AdapterRecord | None:
+    def _record(self, adapter: Adapter | None) -> AdapterRecord | None:
         return None if adapter is None else self._records[adapter]
 
     async def _generate(self, prompt: Sequence[int], adapter: AdapterRecord | None, new_tokens: int) -> None:
@@ -132,4 +161,9 @@ class OwnEngine:
     def measure(self, case: Case, variant: str, seed: int) -> Measurement:
         """One run."""
         result: Measurement = self._worker.call("measure", case, seed)
+        return result
+
+    def count_held_blocks(self, num_requests: int) -> Measurement:
+        """A count, no timing."""
+        result: Measurement = self._worker.call("count_held_blocks", num_requests)
         return result

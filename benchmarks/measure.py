@@ -53,8 +53,8 @@ class System(Protocol):
 
 def throughput(
     case: Case,
-    prompt_tokens: int,
     *,
+    num_prompt_tokens: int,
     prefill_s: float,
     intervals_s: Sequence[float],
     steps_s: Sequence[float] | None = None,
@@ -63,7 +63,7 @@ def throughput(
 
     Args:
         case: what ran.
-        prompt_tokens: of each sequence.
+        num_prompt_tokens: of all sequences together.
         prefill_s: until the last sequence had its first token.
         intervals_s: from the end of one step to the end of the next.
         steps_s: of the steps alone, where that is known; what lies between two of them is not counted.
@@ -71,7 +71,7 @@ def throughput(
     steps_s = intervals_s if steps_s is None else steps_s
     return Measurement(
         {
-            "prefill_tokens_per_s": case.num_sequences * prompt_tokens / prefill_s,
+            "prefill_tokens_per_s": num_prompt_tokens / prefill_s,
             "decode_tokens_per_s": case.num_sequences / median(intervals_s),
             "step_ms": 1000 * median(steps_s),
             "mean_step_ms": 1000 * fmean(steps_s),

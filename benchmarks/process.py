@@ -41,8 +41,8 @@ class RunningServer:
 
 
 @contextmanager
-def serving(workload: Workload) -> Iterator[RunningServer]:
-    """Runs ``manyhats serve`` on free ports, with a new store; stops it at the end.
+def serving(workload: Workload, store: Path | None = None) -> Iterator[RunningServer]:
+    """Runs ``manyhats serve`` on free ports, with a new store unless one is given; stops it at the end.
 
     Raises:
         ServerFailedError: it did not become ready.
@@ -52,7 +52,9 @@ def serving(workload: Workload) -> Iterator[RunningServer]:
         with log_path.open("wb") as log:
             started = time.perf_counter()
             process = subprocess.Popen(
-                _command(workload, Path(directory)), stdout=subprocess.PIPE, stderr=log
+                _command(workload, Path(directory), store or Path(directory) / "store"),
+                stdout=subprocess.PIPE,
+                stderr=log,
             )
             try:
                 ready = _read_ready_line(process)
@@ -65,14 +67,14 @@ def serving(workload: Workload) -> Iterator[RunningServer]:
                 _stop(process)
 
 
-def _command(workload: Workload, directory: Path) -> list[str]:
+def _command(workload: Workload, directory: Path, store: Path) -> list[str]:
     settings = directory / "server.yaml"
-    roots = sorted({str(path.parent) for path in workload.adapters})
+    roots = sorted({str(path.parent) for path in workload.adapters.values()})
     settings.write_text(
         json.dumps(  # which is YAML, too
             {
                 "model": workload.model,
-                "store": str(directory / "store"),
+                "store": str(store),
                 "adapter_roots": roots,
                 "grpc_port": 0,
                 "http_port": 0,
@@ -102,9 +104,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def measure_start(workload: Workload) -> Measurement:
+def measure_start(workload: Workload, store: Path | None = None) -> Measurement:
     """One start of the server: its process's beginning to its ready line."""
-    with serving(workload) as server:
+    with serving(workload, store) as server:
         return Measurement({"ready_s": server.ready_s})
 
 

@@ -105,7 +105,10 @@ def _values(pick: Pick, samples: Sequence[Sample]) -> tuple[str, Mapping[int, fl
 def _judge(judge: Judge, ours: Mapping[int, float], against: Mapping[int, float]) -> list[float]:
     if judge == "value":
         return list(ours.values())
-    ratios = [ours[index] / against[index] for index in ours.keys() & against.keys()]
+    both = ours.keys() & against.keys()
+    if judge == "difference":
+        return [ours[index] - against[index] for index in both]
+    ratios = [ours[index] / against[index] for index in both]
     return ratios if judge == "ratio" else [100 * (ratio - 1) for ratio in ratios]
 
 
@@ -141,7 +144,11 @@ def _span(summary: Summary, unit: str = "") -> str:
 
 
 def _judged(result: Result) -> str:
-    return _span(result.judged, "x" if result.row.judge == "ratio" else "%")
+    return _span(result.judged, _judged_unit(result.row))
+
+
+def _judged_unit(row: Row) -> str:
+    return {"ratio": "x", "percent over": "%", "difference": f" {row.unit}", "value": ""}[row.judge]
 
 
 def _floor(result: Result) -> str:
@@ -149,8 +156,7 @@ def _floor(result: Result) -> str:
     if floor is None:
         return ""
     sign = "≥" if floor.bound == "at least" else "≤"
-    unit = {"ratio": "x", "percent over": "%", "value": ""}[result.row.judge]
-    return f"{sign} {floor.value:g}{unit}"
+    return f"{sign} {floor.value:g}{_judged_unit(result.row)}"
 
 
 def _number(value: float) -> str:

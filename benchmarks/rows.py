@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.workload import BASE_CASES, LORA_CASES, Case
+from benchmarks.workload import (
+    BASE_CASES,
+    HELD_COUNTS,
+    LORA_CASES,
+    MIXED_CASE,
+    VIRTUAL_CASES,
+    Case,
+)
 
-Judge = Literal["value", "ratio", "percent over"]
-"""What is held against the floor: the figure; it over the other's; or by how many percent it exceeds that."""
+Judge = Literal["value", "ratio", "percent over", "difference"]
+"""What is held against the floor: the figure; it over the other's; by how many percent it exceeds that; or by how
+much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,10 @@ class Row:
     @property
     def is_timed(self) -> bool:
         """Whether what else the machine does can change it."""
-        return self.subject != "memory"
+        return self.unit not in _UNTIMED_UNITS
+
+
+_UNTIMED_UNITS = ("bytes/parameter", "MiB", "blocks")
 
 
 def at_least(value: float) -> Floor:
@@ -122,6 +133,50 @@ def _lora_rows() -> list[Row]:
     return rows
 
 
+def _method_rows() -> list[Row]:
+    """Mixed methods, and virtual tokens, against base rows whose context has the same length."""
+    figure = "decode_tokens_per_s"
+    rows = [
+        Row(
+            subject="methods",
+            title="decode, 8 LoRA + 8 bottleneck + 8 prefix + 8 prompt, all distinct, against own base",
+            unit=_TOKENS,
+            ours=Pick("engine", MIXED_CASE.name, figure),
+            against=Pick("engine", Case(MIXED_CASE.num_sequences).name, figure),
+            judge="ratio",
+            floor=at_least(0.75),
+        )
+    ]
+    rows += [
+        Row(
+            subject="methods",
+            title=f"step of a {case.methods[0]} task over the base's, {_count(case, 'sequence')}",
+            unit="ms/step",
+            ours=Pick("engine", case.name, "step_ms"),
+            against=Pick("engine", Case(case.num_sequences).name, "step_ms"),
+            judge="percent over",
+            floor=at_most(5.0, plausible_from=-5.0),
+        )
+        for case in VIRTUAL_CASES
+    ]
+    one, many = HELD_COUNTS
+    held = Row(
+        subject="methods",
+        title=f"held for virtual tokens, {many} requests of a prompt task, against {one}",
+        unit="blocks",
+        ours=Pick("engine", held_name(many), "held_blocks"),
+        against=Pick("engine", held_name(one), "held_blocks"),
+        judge="ratio",
+        floor=at_most(1.0),
+    )
+    return [*rows, held]
+
+
+def held_name(num_requests: int) -> str:
+    """The case in which blocks of virtual tokens are counted."""
+    return f"held/{num_requests}"
+
+
 def _grpc_row(case: Case, title: str, unit: str, figure: str) -> Row:
     return Row(
         subject="grpc",
@@ -171,7 +226,95 @@ _SERVER_ROWS = [
     _server_row("start", "second start, process to ready", "s", "ready_s", at_most(8.0)),
 ]
 
-ROWS: tuple[Row, ...] = (*_base_rows(), *_lora_rows(), *_grpc_rows(), *_SERVER_ROWS)
+
+def _store_rows() -> list[Row]:
+    many, none = START_CASES
+    rows = [
+        Row(
+            subject="store",
+            title="start with 10,000 tasks, over one with none",
+            unit="s",
+            ours=Pick("server", many, "ready_s"),
+            against=Pick("server", none, "ready_s"),
+            judge="difference",
+            floor=at_most(1.0),
+        ),
+        Row(
+            subject="store",
+            title="look-up of one of 10,000 tasks, the whole call",
+            unit="ms",
+            ours=Pick("server", LOOKUP_CASE, "lookup_ms"),
+            floor=at_most(1.0),
+        ),
+        Row(
+            subject="store",
+            title="page of 100 of 10,000 tasks",
+            unit="ms",
+            ours=Pick("server", LOOKUP_CASE, "page_ms"),
+            floor=at_most(20.0),
+        ),
+    ]
+    return rows + [row for case in BASE_CASES for row in _registration_rows(case)]
+
+
+def _registration_rows(case: Case) -> list[Row]:
+    """10 MB: a LoRA of rank 16 on all linears of the default model."""
+    name, beside = registration_name(case), _count(case, "stream")
+    rows = [
+        Row(
+            subject="store",
+            title=f"10 MB {what} to active, beside {beside}",
+            unit="s",
+            ours=Pick("server", name, figure),
+            floor=floor,
+        )
+        for what, figure, floor in (
+            ("registered", "path_s", at_most(0.5)),
+            ("uploaded", "upload_s", at_most(0.5)),
+            ("at the slowest", "slowest_s", None),
+        )
+    ]
+    rows.append(
+        Row(
+            subject="store",
+            title=f"largest gap meanwhile, against before, {beside}",
+            unit="medians",
+            ours=Pick("server", name, "beside_largest_gap"),
+            against=Pick("server", name, "alone_largest_gap"),
+            floor=at_most(2.0),
+        )
+    )
+    rows.append(
+        Row(
+            subject="store",
+            title=f"between tokens p99 meanwhile, over before, {beside}",
+            unit="ms",
+            ours=Pick("server", name, "beside_p99_ms"),
+            against=Pick("server", name, "alone_p99_ms"),
+            judge="percent over",
+        )
+    )
+    return rows
+
+
+START_CASES = ("start/many", "start/none")
+"""In which the store has very many tasks, and in which it has none."""
+LOOKUP_CASE = "lookup"
+
+
+def registration_name(case: Case) -> str:
+    """The case in which adapters are registered beside these streams."""
+    return f"registration/{case.num_sequences}"
+
+
+ROWS: tuple[Row, ...] = (
+    *_base_rows(),
+    *_lora_rows(),
+    *_method_rows(),
+    *_grpc_rows(),
+    *_SERVER_ROWS,
+    *_store_rows(),
+)
 """In the table's order."""
 
 SUBJECTS: tuple[str, ...] = tuple(dict.fromkeys(row.subject for row in ROWS))

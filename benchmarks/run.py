@@ -19,12 +19,27 @@ from benchmarks.adapters import make_adapters
 from benchmarks.baselines import PEFT, TRANSFORMERS, Baseline, BaselineSession
 from benchmarks.engine import EngineSession, OwnEngine
 from benchmarks.machine import busy_cores, machine_facts
+from benchmarks.many_tasks import LookupSession, fill_store
 from benchmarks.measure import Measurement, Sample, System
 from benchmarks.process import measure_memory, measure_start, serving
-from benchmarks.rows import BUSY, ROWS, SUBJECTS
+from benchmarks.registrations import RegisteringSession, StreamsSession, measure_registrations
+from benchmarks.rows import BUSY, LOOKUP_CASE, ROWS, START_CASES, SUBJECTS, held_name, registration_name
 from benchmarks.service import ClientSession, Service
 from benchmarks.worker import Worker
-from benchmarks.workload import BASE_CASES, LORA_CASES, Case, Settings, Workload, quick_settings
+from benchmarks.workload import (
+    BASE_CASES,
+    HELD_COUNTS,
+    LORA_CASES,
+    MIXED_CASE,
+    REGISTERED,
+    SHARED,
+    VIRTUAL_CASES,
+    Adapter,
+    Case,
+    Settings,
+    Workload,
+    quick_settings,
+)
 from manyhats.engine.model.checkpoint import read_json
 from manyhats.engine.model.directories import default_home
 from manyhats.engine.model.families import describe, read_architecture
@@ -32,7 +47,12 @@ from manyhats.engine.model.fetch import locate_model
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_MODEL = "smollm2-135m-instruct"
-_SYSTEMS = {"base": (TRANSFORMERS, "engine"), "lora": (PEFT, "engine"), "grpc": ("engine", "grpc")}
+_SYSTEMS = {
+    "base": (TRANSFORMERS, "engine"),
+    "lora": (PEFT, "engine"),
+    "methods": ("engine",),
+    "grpc": ("engine", "grpc"),
+}
 """Subject → the systems it compares."""
 _SESSIONS: Mapping[Callable[[Workload], object], frozenset[str]] = {
     BaselineSession: frozenset((TRANSFORMERS, PEFT)),
@@ -100,7 +120,6 @@ def make_workload(model: str, settings: Settings, directory: Path, subjects: Seq
     located = locate_model(model, default_home())
     config = read_architecture(read_json(located.directory / "config.json")).decoder
     base = describe(config, names=located.names, digest="")
-    needs_adapters = bool({"lora", "grpc", "memory"} & set(subjects))
     return Workload(
         settings=settings,
         model=model,
@@ -108,20 +127,23 @@ def make_workload(model: str, settings: Settings, directory: Path, subjects: Seq
         vocab_size=config.vocab_size,
         linear_parameters=config.num_layers * sum(d_in * d_out for d_in, d_out in base.linears.values()),
         scratch=directory,
-        adapters=make_adapters(
-            directory / "adapters",
-            base,
-            count=max(case.num_adapters for case in LORA_CASES) if needs_adapters else 0,
-            rank=settings.adapter_rank,
-        ),
+        adapters=make_adapters(directory / "adapters", base, _adapters(subjects), settings),
     )
 
 
+def _adapters(subjects: Sequence[str]) -> set[Adapter]:
+    cases = {*_cases(subjects), *([LORA_CASES[-1]] if "memory" in subjects else [])}
+    stored = (*REGISTERED, SHARED) if "store" in subjects else ()
+    return {*stored, *(adapter for case in cases for adapter in case.adapters)}
+
+
 def measure(workload: Workload, subjects: Sequence[str]) -> Iterator[Sample]:
-    """Every sample of the subjects: starts first, then all systems in turn, then memory."""
+    """Every sample of the subjects: starts first, the store, then all systems in turn, then memory."""
     settings = workload.settings
     if "start" in subjects:
         yield from _starts(workload)
+    if "store" in subjects:
+        yield from _store(workload)
     names = {name for subject in subjects for name in _SYSTEMS.get(subject, ())}
     with ExitStack() as stack:
         # All of them load at once; nothing is measured before they are done.
@@ -138,13 +160,18 @@ def measure(workload: Workload, subjects: Sequence[str]) -> Iterator[Sample]:
         ]
         systems: list[System] = [*baselines]
         if EngineSession in workers:
-            systems.append(OwnEngine(workers[EngineSession]))
+            engine = OwnEngine(workers[EngineSession])
+            systems.append(engine)
         if server is not None:
             service = Service(stack.enter_context(Worker(ClientSession, workload, server.grpc)))
             systems += [service] if "grpc" in names else []
         yield from _rounds(settings, systems, _cases(subjects))
         for baseline in baselines:
             yield from baseline.probes
+        if "methods" in subjects:
+            for count in HELD_COUNTS:
+                run = partial(engine.count_held_blocks, count)
+                yield _sample(engine.name, "", held_name(count), 0, run)
         if server is not None and "memory" in subjects:
             service.measure(LORA_CASES[-1], "", settings.rounds)  # every adapter is loaded
             yield _sample("server", "", "memory", 0, partial(measure_memory, server, workload))
@@ -154,15 +181,38 @@ def _cases(subjects: Sequence[str]) -> list[Case]:
     cases = set(BASE_CASES) if {"base", "grpc"} & set(subjects) else set()
     if "lora" in subjects:
         cases |= {Case(32), *LORA_CASES}
+    if "methods" in subjects:
+        cases |= {Case(1), Case(32), MIXED_CASE, *VIRTUAL_CASES}
     if "grpc" in subjects:
         cases.add(LORA_CASES[-1])
-    return sorted(cases, key=lambda case: (case.num_adapters, case.num_sequences))
+    return sorted(cases, key=lambda case: (case.num_adapters, case.num_sequences, case.methods))
 
 
 def _starts(workload: Workload) -> Iterator[Sample]:
     _sample("server", "", "first start", -1, partial(measure_start, workload))  # fills the caches
     for index in range(workload.settings.starts):
         yield _sample("server", "", "start", index, partial(measure_start, workload))
+
+
+def _store(workload: Workload) -> Iterator[Sample]:
+    """Starts with and without very many tasks, in turn; then look-ups and registrations beside those tasks."""
+    settings, many = workload.settings, workload.scratch / "many-tasks"
+    with serving(workload, many) as server, Worker(LookupSession, workload, server.grpc) as lookups:
+        lookups.call("register", workload.adapters[SHARED])  # and the start has filled the caches
+    fill_store(many, settings.num_tasks)
+    for index in range(settings.rounds):
+        for case, store in zip(START_CASES, (many, None), strict=True):
+            yield _sample("server", "", case, index, partial(measure_start, workload, store))
+    with ExitStack() as stack:
+        target = stack.enter_context(serving(workload, many)).grpc
+        lookups, streams, registering = (
+            stack.enter_context(Worker(session, workload, target))
+            for session in (LookupSession, StreamsSession, RegisteringSession)
+        )
+        yield _sample("server", "", LOOKUP_CASE, 0, partial(lookups.call, "measure"))
+        for each in BASE_CASES:
+            run = partial(measure_registrations, streams, registering, each, settings)
+            yield _sample("server", "", registration_name(each), 0, run)
 
 
 def _rounds(settings: Settings, systems: Sequence[System], cases: Sequence[Case]) -> Iterator[Sample]:

@@ -11,7 +11,7 @@ from statistics import median
 
 from benchmarks.measure import Measurement, percentile
 from benchmarks.worker import Worker
-from benchmarks.workload import LORA_CASES, Case, Workload
+from benchmarks.workload import LORA_CASES, Adapter, Case, Workload
 from manyhats.client import AsyncClient
 
 
@@ -51,8 +51,9 @@ class ClientSession:
 
     async def _register(self) -> None:
         async with AsyncClient(self._target) as client:
-            for path in self._workload.adapters:
-                await client.register_adapter(path.name, str(path))
+            for adapter, path in self._workload.adapters.items():
+                if adapter.method == "lora":
+                    await client.register_adapter(adapter.name, str(path))
 
     async def _measure(self, case: Case, seed: int) -> Measurement:
         settings = self._workload.settings
@@ -79,9 +80,9 @@ class ClientSession:
         )
 
     async def _stream(
-        self, client: AsyncClient, prompt: list[int], adapter: int | None, num_tokens: int
+        self, client: AsyncClient, prompt: list[int], adapter: Adapter | None, num_tokens: int
     ) -> Stream:
-        task_id = "" if adapter is None else self._workload.adapters[adapter].name
+        task_id = "" if adapter is None else adapter.name
         arrived: list[float] = []
         sent_s = time.perf_counter()
         async with client.generate_stream(
@@ -143,7 +144,7 @@ class Service:
         worker.call("measure", Case(2), -1)
 
     def variants(self, case: Case) -> Sequence[str]:
-        """It runs the base alone, and as many adapters as there are streams."""
+        """It runs the base alone, and as many LoRAs as there are streams."""
         return ("",) if not case.num_adapters or case == LORA_CASES[-1] else ()
 
     def measure(self, case: Case, variant: str, seed: int) -> Measurement:

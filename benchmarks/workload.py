@@ -3,31 +3,82 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+Method = Literal["lora", "bottleneck", "prefix", "prompt"]
+MIXED: tuple[Method, ...] = ("lora", "bottleneck", "prefix", "prompt")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Adapter:
+    """One adapter of a method; ``index`` tells it from others."""
+
+    method: Method
+    index: int
+
+    @property
+    def name(self) -> str:
+        """Of its directory, and of its task."""
+        return f"{self.method}{self.index}"
+
+    @property
+    def is_virtual(self) -> bool:
+        """Whether it has virtual tokens."""
+        return self.method in ("prefix", "prompt")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Case:
-    """A number of sequences of equal length at once, over a number of distinct adapters; 0 is the base alone."""
+    """A number of sequences at once, over a number of distinct adapters of one or several methods; 0 is the base.
+
+    At their first decode step all have a context of the same length, virtual tokens included.
+    """
 
     num_sequences: int
     num_adapters: int = 0
+    methods: tuple[Method, ...] = ("lora",)
 
     @property
     def name(self) -> str:
-        """``base/32`` or ``lora/32x8``."""
-        if self.num_adapters:
-            return f"lora/{self.num_sequences}x{self.num_adapters}"
-        return f"base/{self.num_sequences}"
+        """``base/32``, ``lora/32x8`` or ``mixed/32x32``."""
+        if not self.num_adapters:
+            return f"base/{self.num_sequences}"
+        what = self.methods[0] if len(self.methods) == 1 else "mixed"
+        return f"{what}/{self.num_sequences}x{self.num_adapters}"
 
-    def adapter_of(self, row: int) -> int | None:
+    def adapter_of(self, row: int) -> Adapter | None:
         """Which adapter a sequence has; None is the base."""
-        return row % self.num_adapters if self.num_adapters else None
+        if not self.num_adapters:
+            return None
+        index = row % self.num_adapters
+        return Adapter(self.methods[index % len(self.methods)], index // len(self.methods))
+
+    @property
+    def adapters(self) -> frozenset[Adapter]:
+        """All of them."""
+        found = (self.adapter_of(row) for row in range(self.num_sequences))
+        return frozenset(adapter for adapter in found if adapter is not None)
 
 
 BASE_CASES = (Case(1), Case(8), Case(32))
 LORA_CASES = (Case(32, 1), Case(32, 8), Case(32, 32))
+MIXED_CASE = Case(32, 32, MIXED)
+VIRTUAL_CASES = tuple(
+    Case(num_sequences, 1, (method,))
+    for method in MIXED
+    if method in ("prefix", "prompt")
+    for num_sequences in (1, 32)
+)
+HELD_COUNTS = (1, 100)
+"""Requests of one prompt tuning task at once, whose virtual tokens' blocks are counted."""
+REGISTERED = tuple(Adapter("lora", index) for index in range(20))
+"""What is registered beside running streams."""
+SHARED = Adapter("lora", len(REGISTERED))
+"""What very many tasks are all made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +96,11 @@ class Settings:
         starts: of the server, after one that fills the caches.
         quiet_check_s: how long the machine is watched, before each round and after the last.
         adapter_rank: of each LoRA; it acts on all linears.
+        virtual_tokens: of each prefix and prompt.
+        num_tasks: in the store that has very many.
+        lookups: of one of them, timed.
+        registrations: beside running streams; half of them uploads.
+        undisturbed_s: how long those streams decode before.
     """
 
     threads: int
@@ -58,6 +114,11 @@ class Settings:
     starts: int = 5
     quiet_check_s: float = 2.0
     adapter_rank: int = 16
+    virtual_tokens: int = 32
+    num_tasks: int = 10_000
+    lookups: int = 200
+    registrations: int = len(REGISTERED)
+    undisturbed_s: float = 5.0
 
 
 def quick_settings(threads: int) -> Settings:
@@ -72,6 +133,11 @@ def quick_settings(threads: int) -> Settings:
         first_token_requests=2,
         starts=1,
         quiet_check_s=0.3,
+        virtual_tokens=16,
+        num_tasks=200,
+        lookups=20,
+        registrations=4,
+        undisturbed_s=0.5,
     )
 
 
@@ -83,7 +149,7 @@ class Workload:
         model: as given to ``manyhats serve --model``.
         directory: its Hugging Face directory.
         linear_parameters: of all linears that are kept in NF4.
-        adapters: PEFT directories, one per adapter.
+        adapters: their directories.
         scratch: a directory that goes when the benchmark ends.
     """
 
@@ -93,13 +159,20 @@ class Workload:
     vocab_size: int
     linear_parameters: int
     scratch: Path
-    adapters: tuple[Path, ...] = field(default=())
+    adapters: Mapping[Adapter, Path] = field(default_factory=lambda: MappingProxyType({}))
 
     def prompts(self, case: Case, seed: int, num_tokens: int | None = None) -> list[list[int]]:
-        """Random token ids, another prompt for each sequence and seed; special tokens, the first ids, left out."""
+        """Random token ids, another prompt for each sequence and seed; special tokens, the first ids, left out.
+
+        Of ``num_tokens`` (or ``settings.prompt_tokens``) each, less the sequence's virtual tokens.
+        """
         source = random.Random(f"{case.name} {seed}")
         first, length = self.vocab_size // 8, num_tokens or self.settings.prompt_tokens
         return [
-            [source.randrange(first, self.vocab_size) for _ in range(length)]
-            for _ in range(case.num_sequences)
+            [source.randrange(first, self.vocab_size) for _ in range(length - self._num_virtual(case, row))]
+            for row in range(case.num_sequences)
         ]
+
+    def _num_virtual(self, case: Case, row: int) -> int:
+        adapter = case.adapter_of(row)
+        return self.settings.virtual_tokens if adapter is not None and adapter.is_virtual else 0

@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
+from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 from benchmarks.measure import Measurement, Sample, percentile
+from benchmarks.registrations import Gap, summarize
 from benchmarks.report import evaluate, table
 from benchmarks.rows import ROWS, SUBJECTS, Judge, Pick, Row, at_least, at_most
 from benchmarks.service import Stream, common_steps
@@ -63,6 +65,14 @@ def test_cost_is_a_percentage_over_the_other() -> None:
     assert result.verdict == "ok"
 
 
+def test_difference_is_in_the_rows_own_unit() -> None:
+    samples = [sample("ours", i, speed=v) for i, v in enumerate((3.0, 4.5))]
+    samples += [sample("theirs", i, speed=v) for i, v in enumerate((2.5, 3.0))]
+    (result,) = evaluate([row("difference", floor=at_most(0.9))], samples)
+    assert (result.judged.min, result.judged.max, result.verdict) == (0.5, 1.5, "MISSED")
+    assert table([result]).endswith("1 tokens/s (0.5–1.5)  ≤ 0.9 tokens/s  MISSED")
+
+
 def test_cost_far_below_nothing_is_doubtful() -> None:
     samples = [sample("ours", 0, speed=5), sample("theirs", 0, speed=100)]
     (result,) = evaluate([row("percent over", floor=at_most(10, plausible_from=-5))], samples)
@@ -97,6 +107,10 @@ def test_every_floor_of_the_project_has_its_row() -> None:
         ("grpc", "at most", 10.0),
         ("memory", "at most", 0.54),
         ("start", "at most", 8.0),
+        ("store", "at most", 1.0),
+        ("store", "at most", 20.0),
+        ("store", "at most", 0.5),
+        ("store", "at most", 2.0),
     }
 
 
@@ -114,6 +128,24 @@ def test_common_steps_are_those_in_which_all_streams_decode() -> None:
 
 def test_streams_that_never_overlap_give_all_their_gaps() -> None:
     assert common_steps([Stream(0.0, (1.0, 2.0)), Stream(0.0, (3.0, 6.0))]) == ([1.0, 3.0], 2.0)
+
+
+def test_largest_gap_is_a_multiple_of_its_own_streams_median() -> None:
+    def stream(*seconds: float) -> list[Gap]:
+        ends = list(accumulate(seconds, initial=0.0))
+        return [Gap(begin, end) for begin, end in pairwise(ends)]
+
+    slow, quick = stream(4.0, 4.0, 6.0, 4.0, 4.0), stream(1.0, 1.5, *[1.0] * 7, 2.5, *[1.0] * 10)
+    figures = summarize([slow, quick], 8.0, 14.0, {"path": [0.2, 0.3, 0.7], "upload": [0.4]}).figures
+    assert (figures["alone_largest_gap"], figures["beside_largest_gap"]) == (1.5, 2.5)
+    assert (figures["path_s"], figures["upload_s"], figures["slowest_s"]) == (0.3, 0.4, 0.7)
+
+
+def test_gap_that_a_registration_touches_is_disturbed_by_it() -> None:
+    gaps = [Gap(0.0, 1.0), Gap(1.0, 3.0), Gap(3.0, 6.0), Gap(6.0, 10.0), Gap(10.0, 15.0)]
+    measured = summarize([gaps], 2.0, 6.5, {"path": [1.0], "upload": [1.0]})
+    assert measured.times["alone"] == [1.0]
+    assert measured.times["beside"] == [2.0, 3.0, 4.0]
 
 
 def test_prompts_differ_by_sequence_and_seed_and_repeat() -> None:
@@ -211,6 +243,12 @@ def test_run_writes_the_machine_and_every_sample(finished: tuple[str, Mapping[st
         "held/100",
         "memory",
         "start",
+        "start/many",
+        "start/none",
+        "lookup",
+        "registration/1",
+        "registration/8",
+        "registration/32",
         "busy",
     }
     for each in document["samples"]:

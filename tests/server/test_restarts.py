@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from adapter_factory import make_base, make_lora
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
+from restart_under_load import Sources, restarts
 
 CHILD = """
 import asyncio, sys
@@ -36,14 +38,14 @@ store = open_store(directory, make_base(), [directory.parent])
 backend = make_backend(EchoEngine(), store)
 sys.exit(asyncio.run(serve(config, assemble=lambda config, metrics, progress: backend)))
 """
+PYTHONPATH = os.pathsep.join([str(Path(__file__).resolve().parent.parent), *sys.path])
 BASE = make_base()
 
 
 @contextmanager
 def server(store: Path) -> Iterator[tuple[subprocess.Popen[str], grpc.Channel]]:
     """A server process on a store, and a channel to it; killed at the end."""
-    path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD, str(store)]
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen(command, stdout=pipe, stderr=null, text=True, env=environment) as process:
@@ -112,3 +114,19 @@ def test_upload_cut_off_by_a_kill_leaves_nothing_after_a_restart(tmp_path: Path)
     with server(store) as (process, channel):
         assert listed(channel) == []
         assert list((store / "scratch").iterdir()) == []
+
+
+def test_kills_amid_uploads_and_requests_lose_nothing_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sources = Sources(tmp_path / "sources", BASE)
+    found = list(
+        restarts(
+            lambda store: [sys.executable, "-c", CHILD, str(store)], tmp_path / "store", sources, [0.2, 0.4]
+        )
+    )
+    assert sum(each.num_acknowledged for each in found) > 0
+    num_uploads = sum(each.num_acknowledged + each.num_cut_off for each in found)
+    assert found[-1].num_serving == num_uploads
