@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run test test-store-faults fuzz check format bench proto clean
+.PHONY: help setup run test test-store-faults test-restarts fuzz check format bench proto clean
 
 help:
 	@echo "make setup    install everything into $(VENV) and fetch the default model"
 	@echo "make run      set up, serve the default model with the example tasks, print calls to try"
 	@echo "make test     set up, run the tests"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
+	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
@@ -38,6 +39,9 @@ test: setup
 
 test-store-faults: $(STAMP)
 	cd tests && ../$(BIN)/python -m store_faults
+
+test-restarts: setup
+	cd tests && ../$(BIN)/python -m restart_under_load
 
 fuzz: $(STAMP)
 	cd tests && ../$(BIN)/python -m fuzzing

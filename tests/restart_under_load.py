@@ -1,8 +1,8 @@
 """Kills a server in the middle of uploads under load, starts it again on its store, and looks at what is there.
 
-``python -m restart_under_load``, in ``tests``. What was acknowledged must be there and serve; what was cut off must
-be there whole or not at all, and can be repeated; nothing is left over. The load are uploads, one after the other
-from several callers, and requests on the tasks that there are.
+``make test-restarts``, or ``python -m restart_under_load`` in ``tests``. What was acknowledged must be there and serve;
+what was cut off must be there whole or not at all, and can be repeated; nothing is left over. The load are uploads, one
+after the other from several callers, and requests on the tasks that there are.
 """
 
 from __future__ import annotations
