@@ -93,7 +93,9 @@ class EngineSession:
     def count_held_blocks(self, num_requests: int) -> Measurement:
         """The blocks that virtual tokens hold while requests of one prompt tuning task decode together.
 
-        Each request has one block of its own: its prompt and its answer fit into it.
+        Each request has one block of its own: its prompt and its answer fit into it. What a step uses beyond those
+        is held; fewer where a request has ended with the step. Where the machine is busy, the first requests may
+        end before the last ones arrive: how many were together at the most is a figure, too.
         """
         case = Case(num_requests, 1, ("prompt",))
         for adapter in self._records.keys() - case.adapters:
@@ -103,8 +105,10 @@ class EngineSession:
         block_size = self._engine.config.block_size
         length = self._workload.settings.virtual_tokens + block_size // 2
         self._run(case, self._workload.prompts(case, num_requests, length), block_size // 2)
-        used = [step.num_used_blocks for step in self._steps if step.decodes_only(num_requests)]
-        return Measurement({"held_blocks": float(max(used) - num_requests)})
+        decoding = [step for step in self._steps if step.decodes_only(step.stats.num_decode_tokens)]
+        held = max(step.num_used_blocks - step.stats.num_decode_tokens for step in decoding)
+        together = max(step.stats.num_decode_tokens for step in decoding)
+        return Measurement({"held_blocks": float(held), "most_together": float(together)})
 
     async def _start(self) -> None:
         """Loads every adapter, and runs each once."""
