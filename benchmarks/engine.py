@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,9 +94,7 @@ class EngineSession:
     def count_held_blocks(self, num_requests: int) -> Measurement:
         """The blocks that virtual tokens hold while requests of one prompt tuning task decode together.
 
-        Each request has one block of its own: its prompt and its answer fit into it. What a step uses beyond those
-        is held; fewer where a request has ended with the step. Where the machine is busy, the first requests may
-        end before the last ones arrive: how many were together at the most is a figure, too.
+        Each request has one block of its own: its prompt and its answer fit into it.
         """
         case = Case(num_requests, 1, ("prompt",))
         for adapter in self._records.keys() - case.adapters:
@@ -105,10 +104,8 @@ class EngineSession:
         block_size = self._engine.config.block_size
         length = self._workload.settings.virtual_tokens + block_size // 2
         self._run(case, self._workload.prompts(case, num_requests, length), block_size // 2)
-        decoding = [step for step in self._steps if step.decodes_only(step.stats.num_decode_tokens)]
-        held = max(step.num_used_blocks - step.stats.num_decode_tokens for step in decoding)
-        together = max(step.stats.num_decode_tokens for step in decoding)
-        return Measurement({"held_blocks": float(held), "most_together": float(together)})
+        used = [step.num_used_blocks for step in self._steps if step.decodes_only(num_requests)]
+        return Measurement({"held_blocks": float(max(used) - num_requests)})
 
     async def _start(self) -> None:
         """Loads every adapter, and runs each once."""
@@ -128,12 +125,18 @@ class EngineSession:
         return self._steps
 
     async def _generate_all(self, case: Case, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-        await asyncio.gather(
+        """Begins when all are with the engine: the first would else be through before the last one comes."""
+        all_are_there = threading.Event()
+        self._engine._thread.submit(lambda: _after(all_are_there))
+        answers = asyncio.gather(
             *(
                 self._generate(prompt, self._record(case.adapter_of(row)), new_tokens)
                 for row, prompt in enumerate(prompts)
             )
         )
+        await asyncio.sleep(0)  # each runs up to its first wait, which is for the engine
+        all_are_there.set()
+        await answers
 
     def _record(self, adapter: Adapter | None) -> AdapterRecord | None:
         return None if adapter is None else self._records[adapter]
@@ -148,6 +151,12 @@ class EngineSession:
         )
         async for _ in self._engine.generate(request):
             pass
+
+
+def _after(event: threading.Event) -> tuple[()]:
+    """A command to the engine's thread that holds it until then."""
+    event.wait()
+    return ()
 
 
 class OwnEngine:
