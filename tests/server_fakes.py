@@ -153,7 +153,7 @@ class EchoEngine:
         ]
         return ScoreOutput(scores, Usage(prompt_tokens=len(request.prompt_token_ids)))
 
-    async def warm_adapter(self, record: AdapterRecord) -> None:
+    async def warm_adapter(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
         self.warmed.append(record)
         await asyncio.sleep(self.warm_s)
         if self.warm_error is not None:
@@ -260,7 +260,7 @@ class MemoryStore:
                 parts=tuple(ArtifactPart(f"sha256:{part.uri}", part.weight, part.uri) for part in parts),
             )
         if prepare is not None and activate and not validate_only:
-            prepare(replace(record, version=0, state=AdapterState.CREATING))
+            prepare(replace(record, version=0, state=AdapterState.CREATING), LoweredAdapter(record.digest, ()))
         for existing in versions:
             if existing.digest == record.digest:
                 return FakeRegistration(existing, created=False)

@@ -136,8 +136,8 @@ def test_constants_that_overflow_together_are_named_by_their_place(
 def test_a_version_is_prepared_when_its_bytes_are_there_and_its_row_is_not(store: AdapterStore) -> None:
     seen: list[str] = []
 
-    def prepare(record: AdapterRecord) -> None:
-        assert store.lower(record).digest == record.digest
+    def prepare(record: AdapterRecord, lowered: LoweredAdapter) -> None:
+        assert store.lower(record).digest == record.digest == lowered.digest
         with pytest.raises(TaskNotFoundError):
             store.get("fr")
         seen.append(record.digest)
@@ -147,7 +147,7 @@ def test_a_version_is_prepared_when_its_bytes_are_there_and_its_row_is_not(store
 
 
 def test_only_what_becomes_active_is_prepared(store: AdapterStore, sources: Path) -> None:
-    def never(record: AdapterRecord) -> None:
+    def never(record: AdapterRecord, lowered: LoweredAdapter) -> None:
         raise AssertionError("it was prepared")
 
     store.register("fr", "a0", validate_only=True, prepare=never)
@@ -156,7 +156,7 @@ def test_only_what_becomes_active_is_prepared(store: AdapterStore, sources: Path
 
 
 def test_a_failure_to_prepare_publishes_nothing(store: AdapterStore, tmp_path: Path) -> None:
-    def prepare(record: AdapterRecord) -> None:
+    def prepare(record: AdapterRecord, lowered: LoweredAdapter) -> None:
         raise AdapterInvalidError("q_proj", "cannot be loaded")
 
     with pytest.raises(AdapterInvalidError):

@@ -92,6 +92,17 @@ def test_an_adapter_is_loaded_once_and_keeps_its_slot() -> None:
     assert residency.stats.load_seconds >= 0
 
 
+def test_what_is_lowered_already_is_not_read() -> None:
+    def never(record: AdapterRecord) -> LoweredAdapter:
+        raise AssertionError("it was read")
+
+    residency, slots = make(load=never)
+    residency.acquire(make_record("a"), load(make_record("a")))
+    assert list(slots.held.values()) == [digest_of("a")]
+    with pytest.raises(AssertionError, match="it was read"):
+        residency.acquire(make_record("b"))
+
+
 def test_only_what_is_loaded_can_be_had_without_waiting() -> None:
     residency, _ = make()
     assert residency.try_acquire(digest_of("a")) is None

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from manyhats.adapters.errors import AdapterInvalidError, DataLossError, StoreFullError
+from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.errors import AdapterCapacityError
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2, server_pb2
@@ -103,7 +104,7 @@ async def test_version_is_loaded_before_it_goes_live() -> None:
 async def test_version_loaded_for_a_registration_that_fails_is_forgotten() -> None:
     class FailingStore(MemoryStore):
         def register(self, task_id: str, uri: str = "", **options: Any) -> FakeRegistration:
-            options["prepare"](make_record(task_id, 0, uri))
+            options["prepare"](make_record(task_id, 0, uri), LoweredAdapter(uri, ()))
             raise StoreFullError("store", "no space is left")
 
     async with running_server(store=FailingStore()) as server:

@@ -11,6 +11,7 @@ Probe = Callable[[LoweredAdapter], float]
 """How far an adapter moves the base's logits, 0 for not at all. Runs on the registering thread; raises
 AdapterInvalidError where the logits are not finite."""
 
-Prepare = Callable[[AdapterRecord], None]
+Prepare = Callable[[AdapterRecord, LoweredAdapter], None]
 """Called with a version that is about to become active, its bytes stored and its row not there yet, so that it can
-be loaded ahead of its first request. The record's version number may not be given yet."""
+be loaded ahead of its first request, from what registration has lowered already. The record's version number may not
+be given yet."""

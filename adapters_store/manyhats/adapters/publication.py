@@ -77,7 +77,7 @@ class Publisher:
             for digest, files in valid.files.items():
                 self._storage.publish(digest, files)
             if prepare is not None and body.activate:
-                prepare(draft)
+                prepare(draft, valid.lowered)
             return self._catalogue.add(draft, body, self._quotas)
 
     @contextlib.contextmanager

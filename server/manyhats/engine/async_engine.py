@@ -185,15 +185,19 @@ class AsyncEngine:
         """Whether a request runs on it now."""
         return self._residency.in_use(digest)
 
-    async def warm_adapter(self, record: AdapterRecord) -> None:
+    async def warm_adapter(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
         """Loads an adapter now.
+
+        Args:
+            record: the version.
+            lowered: what it comes to, where that is at hand; None reads it.
 
         Raises:
             AdapterError: it cannot be loaded.
             AdapterCapacityError: every slot is in use.
         """
         self._check_accepting()
-        await self._loading.acquire(record)
+        await self._loading.acquire(record, lowered)
         self._residency.release(record.digest)
 
     def forget_adapter(self, digest: str) -> None:

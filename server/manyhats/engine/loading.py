@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.background import give_way
 from manyhats.engine.residency import AdapterResidency, ResidentAdapter
 
@@ -28,8 +29,12 @@ class AdapterLoading:
         """Task ids of requests that wait for a load."""
         return tuple(sorted(self._tasks))
 
-    async def acquire(self, record: AdapterRecord) -> ResidentAdapter:
+    async def acquire(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> ResidentAdapter:
         """Pins an adapter; loads happen on a loader thread, so no other request waits for them.
+
+        Args:
+            record: the version.
+            lowered: what it comes to, where that is at hand; None reads it.
 
         Raises:
             AdapterError: it cannot be loaded.
@@ -40,7 +45,7 @@ class AdapterLoading:
             return resident
         self._tasks[record.task_id] += 1
         loop = asyncio.get_running_loop()
-        loading = loop.run_in_executor(self._threads, self._residency.acquire, record)
+        loading = loop.run_in_executor(self._threads, self._residency.acquire, record, lowered)
         try:
             return await asyncio.shield(loading)
         except asyncio.CancelledError:

@@ -119,10 +119,14 @@ class AdapterResidency:
             self._pin(digest, entry)
             return entry.resident
 
-    def acquire(self, record: AdapterRecord) -> ResidentAdapter:
+    def acquire(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> ResidentAdapter:
         """Pins an adapter, loading it first where needed, and returns it.
 
         Callers that ask for one that is being loaded wait for that load.
+
+        Args:
+            record: the version.
+            lowered: what it comes to, where that is at hand; None reads it.
 
         Raises:
             AdapterCapacityError: every slot holds an adapter that is in use.
@@ -136,7 +140,7 @@ class AdapterResidency:
                 self._entries[record.digest] = entry
             self._pin(record.digest, entry)
         if owner:
-            self._fill(record, entry)
+            self._fill(record, entry, lowered)
         entry.ready.wait()
         if entry.error is not None:
             raise entry.error
@@ -175,11 +179,11 @@ class AdapterResidency:
         entry.forgotten = False  # registered again
         self._entries.move_to_end(digest)
 
-    def _fill(self, record: AdapterRecord, entry: _Entry) -> None:
+    def _fill(self, record: AdapterRecord, entry: _Entry, lowered: LoweredAdapter | None) -> None:
         """Loads outside the lock, so that no other adapter waits for this one."""
         started = time.monotonic()
         try:
-            lowered = self._load(record)
+            lowered = lowered or self._load(record)
             self._slots.write(entry.slot, lowered)
             entry.is_prefix_alone = lowered.prefix is not None and not lowered.deltas
             if lowered.prefix is not None:

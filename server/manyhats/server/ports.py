@@ -61,8 +61,8 @@ class Engine(Protocol):
     async def score(self, request: ScoreRequest) -> ScoreOutput:
         """Score continuations; cancelling ends it within one step."""
 
-    async def warm_adapter(self, record: AdapterRecord) -> None:
-        """Load an adapter now, so that its first request finds it loaded."""
+    async def warm_adapter(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
+        """Load an adapter now, so that its first request finds it loaded; ``lowered`` saves reading it."""
 
     def forget_adapter(self, digest: str) -> None:
         """Free an adapter's memory once no request uses it."""

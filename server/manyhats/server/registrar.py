@@ -16,6 +16,7 @@ import structlog
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError, TaskNotFoundError
 from manyhats.adapters.intake import PartSource
+from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare
 from manyhats.adapters.taskid import parse_name
 from manyhats.adapters.upload import UploadFile
@@ -154,10 +155,10 @@ class Registrar:
             self.count(task_id)
         return gone
 
-    async def warm(self, record: AdapterRecord) -> None:
-        """Load an adapter ahead of its first request; nothing depends on it."""
+    async def warm(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
+        """Load an adapter ahead of its first request, from the store if need be; nothing depends on it."""
         try:
-            await self._backend.engine.warm_adapter(record)
+            await self._backend.engine.warm_adapter(record, lowered)
         except (AdapterError, EngineError) as error:
             _log.warning(
                 "adapter not loaded yet", task=record.task_id, digest=record.digest, error=str(error)
@@ -231,9 +232,9 @@ class Registrar:
         """Loads, for the store's thread, a version that is about to go live."""
         loop = asyncio.get_running_loop()
 
-        def prepare(record: AdapterRecord) -> None:
+        def prepare(record: AdapterRecord, lowered: LoweredAdapter) -> None:
             try:
-                asyncio.run_coroutine_threadsafe(self.warm(record), loop).result(_WARM_LIMIT_S)
+                asyncio.run_coroutine_threadsafe(self.warm(record, lowered), loop).result(_WARM_LIMIT_S)
             except TimeoutError:
                 _log.warning("adapter not loaded yet", task=record.task_id, digest=record.digest)
 
