@@ -7,6 +7,7 @@ rows there are, it takes no memory beside the logits but one row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,18 @@ def token_logprobs(logits: Tensor, targets: Tensor, num_top: int) -> list[TokenL
 
 def row_logprob(row: npt.NDArray[np.float32], target: int, num_top: int) -> TokenLogprob:
     """The same for one row, [V] float32."""
+    return row_logprobs(row, (target,), num_top)[0]
+
+
+def row_logprobs(row: npt.NDArray[np.float32], targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Of several tokens that one row, [V] float32, may be followed by."""
     largest = row.max()
     log_total = float(largest) + math.log(float(np.exp(row - largest).sum(dtype=np.float64)))
-    value = row[target]
     top = tuple((int(i), float(row[i]) - log_total) for i in _largest_ids(row, num_top))
-    return TokenLogprob(float(value) - log_total, int(np.count_nonzero(row > value)) + 1, top)
+    return [
+        TokenLogprob(float(value) - log_total, int(np.count_nonzero(row > value)) + 1, top)
+        for value in row[list(targets)]
+    ]
 
 
 def _largest_ids(row: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:

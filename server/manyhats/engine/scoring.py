@@ -11,7 +11,7 @@ from torch import Tensor
 from manyhats.engine.blocks import SharedPrefix
 from manyhats.engine.errors import QueueFullError
 from manyhats.engine.jobs import Output, SampledToken, token_output
-from manyhats.engine.logprobs import TokenLogprob, token_logprobs
+from manyhats.engine.logprobs import TokenLogprob, row_logprobs, token_logprobs
 from manyhats.engine.output import ScoredContinuation, ScoreOutput, Usage
 from manyhats.engine.request import ScoreRequest
 from manyhats.engine.sampler import SamplingRow
@@ -34,8 +34,9 @@ class _Branch:
 class Scoring:
     """A ``Job`` that samples nothing.
 
-    First the prompt but its last token runs alone. Its KV is then shared by one sequence per continuation,
-    which runs the prompt's last token and the continuation but its last.
+    First the prompt runs alone: its last logits are those of every continuation's first token. Its KV is then shared
+    by one sequence for each continuation of more tokens, which runs all but the last of them. A single continuation
+    runs with its prompt.
     """
 
     def __init__(self, job_id: str, request: ScoreRequest, start: Start, model: ServingModel) -> None:
@@ -47,7 +48,7 @@ class Scoring:
         self._start = start
         self._model = model
         self._branches = [_Branch(token_ids) for token_ids in request.continuations]
-        self._unqueued: Iterator[_Branch] = iter(self._branches)
+        self._unqueued: Iterator[_Branch] = iter(())
         self._next: _Branch | None = None
         self._running: dict[Sequence, _Branch] = {}
         self._prompt: Sequence | None = None
@@ -57,14 +58,13 @@ class Scoring:
         self._started_s: float | None = None
 
     def start(self, scheduler: Scheduler) -> None:
-        """Queues the prompt, or the continuations at once where there is nothing to share."""
-        prompt = self._request.prompt_token_ids
-        if len(prompt) > 1 and len(self._branches) > 1:
-            self._prompt = self._sequence(prompt[:-1])
+        """Queues the prompt, or all at once where there is one continuation."""
+        if len(self._branches) > 1:
+            self._prompt = self._sequence(self._request.prompt_token_ids)
+            self._prompt.logits_from = self._num_context_tokens - 1
             scheduler.add(self._prompt)
         else:
-            scheduler.add(self._new_branch_sequence(next(self._unqueued)))
-            self._queue_branches(scheduler)
+            scheduler.add(self._new_branch_sequence(self._branches[0]))
 
     def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
         """Queues more continuations as others finish."""
@@ -87,10 +87,14 @@ class Scoring:
         raise TypeError("a scoring samples nothing")
 
     def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
-        """Keeps the log-probabilities of the continuation's tokens."""
-        branch = self._running.get(sequence)
-        if branch is None:
+        """Keeps the log-probabilities of the continuations' tokens."""
+        if sequence is self._prompt:
+            firsts = [branch.token_ids[0] for branch in self._branches]
+            found = row_logprobs(logits[0].numpy(), firsts, self._request.response.top_logprobs)
+            for branch, logprob in zip(self._branches, found, strict=True):
+                branch.logprobs.append(logprob)
             return
+        branch = self._running[sequence]
         start = first_position + 1 - self._num_context_tokens
         targets = branch.token_ids[start : start + logits.shape[0]]
         branch.logprobs += token_logprobs(
@@ -106,11 +110,14 @@ class Scoring:
             scheduler.finish(sequence)
             self._prompt = None
             self._usage = replace(self._usage, prefill_s=now_s - (self._started_s or now_s))
+            longer = [branch for branch in self._branches if len(branch.token_ids) > 1]
+            self._num_done = len(self._branches) - len(longer)
+            self._unqueued = iter(longer)
             self._queue_branches(scheduler)
-            return None
-        del self._running[sequence]
-        scheduler.finish(sequence)
-        self._num_done += 1
+        else:
+            del self._running[sequence]
+            scheduler.finish(sequence)
+            self._num_done += 1
         if self._num_done < len(self._branches):
             return None
         self.is_done = True
@@ -147,7 +154,7 @@ class Scoring:
 
     def _new_branch_sequence(self, branch: _Branch) -> Sequence:
         sequence = self._sequence(self._request.prompt_token_ids + branch.token_ids[:-1])
-        sequence.logits_from = self._num_context_tokens - 1
+        sequence.logits_from = self._num_context_tokens - 1 + len(branch.logprobs)
         self._running[sequence] = branch
         return sequence
 
