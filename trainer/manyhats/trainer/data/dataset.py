@@ -1,0 +1,124 @@
+"""Tokenized rows in memory: five bytes a token, and what evaluation must know of each row."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manyhats.trainer.batch import TokenizedRow
+from manyhats.trainer.errors import DataError
+
+
+class TokenizedRows(Sequence[TokenizedRow]):
+    """Rows end to end in arrays; a row is made when it is asked for.
+
+    Args:
+        token_ids: [T] int32, of all rows.
+        is_target: [T] bool.
+        bounds: [R + 1] int64; row r has the tokens from ``bounds[r]`` to ``bounds[r + 1]``.
+    """
+
+    def __init__(
+        self, token_ids: NDArray[np.int32], is_target: NDArray[np.bool_], bounds: NDArray[np.int64]
+    ) -> None:
+        self._token_ids = token_ids
+        self._is_target = is_target
+        self._bounds = bounds
+        self.lengths: NDArray[np.int64] = np.diff(bounds)
+        self.num_tokens = len(token_ids)
+        self.num_targets = int(is_target.sum())
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedRow]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedRow | list[TokenizedRow]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        begin, end = self._span(index)
+        return TokenizedRow(
+            token_ids=tuple(self._token_ids[begin:end].tolist()),
+            is_target=tuple(self._is_target[begin:end].tolist()),
+        )
+
+    def beginning(self, index: int, length: int) -> tuple[int, ...]:
+        """A row's first so many tokens."""
+        begin, _ = self._span(index)
+        return tuple(self._token_ids[begin : begin + length].tolist())
+
+    def _span(self, index: int) -> tuple[int, int]:
+        row = range(len(self))[index]
+        return int(self._bounds[row]), int(self._bounds[row + 1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """The rows of one source as tokens.
+
+    Attributes:
+        rows: R of them, at least one.
+        source: what they were read from, for errors.
+        lines: [R] each row's line there.
+        prompt_lengths: [R] tokens ahead of the row's last completion; 0 for a plain text.
+        completions: each row's last completion as text, without the end; empty for a plain text.
+        num_skipped: rows left out as too long.
+    """
+
+    rows: TokenizedRows
+    source: str
+    lines: Sequence[int]
+    prompt_lengths: Sequence[int]
+    completions: Sequence[str]
+    num_skipped: int
+
+    def prompt_token_ids(self, index: int) -> tuple[int, ...]:
+        """What the model is given ahead of the row's last completion."""
+        return self.rows.beginning(index, self.prompt_lengths[index])
+
+    def error(self, index: int, message: str) -> DataError:
+        """What is wrong with a row."""
+        return DataError(self.source, self.lines[index], message)
+
+
+class DatasetBuilder:
+    """Gathers tokenized rows; equal completions are kept once."""
+
+    def __init__(self) -> None:
+        self._token_ids = array("i")
+        self._is_target = bytearray()
+        self._bounds = array("q", [0])
+        self._lines = array("q")
+        self._prompt_lengths = array("i")
+        self._completions: list[str] = []
+        self._known_completions: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def add(
+        self, token_ids: Sequence[int], is_target: bytes, *, prompt_length: int, completion: str, line: int
+    ) -> None:
+        """One row; see ``Dataset``."""
+        self._token_ids.extend(token_ids)
+        self._is_target += is_target
+        self._bounds.append(len(self._token_ids))
+        self._lines.append(line)
+        self._prompt_lengths.append(prompt_length)
+        self._completions.append(self._known_completions.setdefault(completion, completion))
+
+    def build(self, source: str, num_skipped: int) -> Dataset:
+        """The rows as they stand; the builder is not used any more."""
+        rows = TokenizedRows(
+            token_ids=np.frombuffer(self._token_ids, dtype=np.int32),
+            is_target=np.frombuffer(self._is_target, dtype=np.bool_),
+            bounds=np.frombuffer(self._bounds, dtype=np.int64),
+        )
+        return Dataset(rows, source, self._lines, self._prompt_lengths, tuple(self._completions), num_skipped)

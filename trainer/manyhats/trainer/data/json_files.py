@@ -1,0 +1,129 @@
+"""Rows of JSON: one object per line (``.jsonl``), or a list of objects (``.json``)."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from manyhats.trainer.data.lines import decoded, opened, text_lines
+from manyhats.trainer.data.row import Row
+from manyhats.trainer.errors import DataError
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_json_lines(path: Path) -> Iterator[Row]:
+    """One row per line; blank lines are passed over.
+
+    Raises:
+        DataError: a line is not one JSON object, or has a key twice.
+    """
+    for number, line in text_lines(path):
+        text = line.strip(" \t\r\n")
+        if text:
+            yield Row(_object(str(path), number, text), str(path), number)
+
+
+def read_json(path: Path) -> Iterator[Row]:
+    """The objects of a list; a file that does not begin with ``[`` is read as JSON lines.
+
+    Raises:
+        DataError: as above, or the list is malformed.
+    """
+    with opened(path) as file:
+        is_list = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
+        file.seek(0)
+        data = file.read() if is_list else b""
+    if is_list:
+        yield from _list_rows(str(path), decoded(data.removeprefix(codecs.BOM_UTF8), path, 1))
+    else:
+        yield from read_json_lines(path)
+
+
+def _list_rows(source: str, text: str) -> Iterator[Row]:
+    """The list's objects one by one, so that each has its line."""
+    place = _after_space(text, text.index("[") + 1)
+    line, counted = 1, 0
+    if text[place : place + 1] == "]":
+        _check_end(source, text, place)
+        return
+    while True:
+        line, counted = line + text.count("\n", counted, place), place
+        fields, place = _next_object(source, line, text, place)
+        yield Row(fields, source, line)
+        place = _after_space(text, place)
+        mark = text[place : place + 1]
+        if mark == "]":
+            _check_end(source, text, place)
+            return
+        if mark != ",":
+            raise DataError(source, _line_at(text, place), "the list lacks a comma or its end")
+        place = _after_space(text, place + 1)
+
+
+def _check_end(source: str, text: str, place: int) -> None:
+    after = _after_space(text, place + 1)
+    if after != len(text):
+        raise DataError(source, _line_at(text, after), "something follows the list")
+
+
+def _after_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    return match.end() if match else place
+
+
+def _line_at(text: str, place: int) -> int:
+    return text.count("\n", 0, place) + 1
+
+
+def _object(source: str, line: int, text: str) -> dict[str, object]:
+    fields, end = _next_object(source, line, text, 0)
+    if end != len(text):
+        raise DataError(source, line, f"something follows the JSON object, at character {end + 1}")
+    return fields
+
+
+def _next_object(source: str, line: int, text: str, place: int) -> tuple[dict[str, object], int]:
+    """The object that begins at a place, and the place after it."""
+    try:
+        value, end = _DECODER.raw_decode(text, place)
+    except json.JSONDecodeError as error:
+        # The decoder counts lines from the text's beginning: right in a list, 1 in a line.
+        number = line + text.count("\n", place, error.pos)
+        raise DataError(source, number, f"is not JSON: {error.msg}, at character {error.colno}") from error
+    except (_JsonError, ValueError) as error:
+        raise DataError(source, line, f"is not JSON: {error}") from error
+    except RecursionError as error:
+        raise DataError(source, line, "is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise DataError(source, line, f"must be a JSON object, not {_kind(value)}")
+    return value, end
+
+
+class _JsonError(Exception):
+    """JSON that Python would take, and that says nothing certain."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _JsonError(f"the key {twice!r} comes twice")
+    return fields
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _JsonError(f"{name} is not a number in JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _kind(value: object) -> str:
+    names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

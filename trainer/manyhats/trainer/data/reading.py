@@ -1,0 +1,50 @@
+"""From what names the data to its rows, whatever holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from manyhats.trainer.data.csv_files import read_csv
+from manyhats.trainer.data.json_files import read_json, read_json_lines
+from manyhats.trainer.data.named_datasets import read_dataset
+from manyhats.trainer.data.parquet_files import read_parquet
+from manyhats.trainer.data.row import Row
+from manyhats.trainer.errors import DataError
+
+_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
+
+
+def read_rows(source: str, *, max_rows: int | None = None) -> Iterator[Row]:
+    """The rows of a source one by one, in its order.
+
+    Args:
+        source: a file, by its extension JSON lines, JSON, CSV, TSV or Parquet; else what ``datasets`` loads.
+        max_rows: the first so many; None for all.
+
+    Raises:
+        DataError: as soon as the row that is wrong is asked for; names the file and the line. Also if there is none.
+    """
+    is_empty = True
+    for row in islice(_all_rows(source), max_rows):
+        is_empty = False
+        yield row
+    if is_empty:
+        raise DataError(source, None, "has no rows")
+
+
+def _all_rows(source: str) -> Iterator[Row]:
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is not None and not path.is_dir():
+        return reader(path)
+    if path.is_file():
+        raise DataError(source, None, f"is of no kind that is read: {', '.join(_READERS)}")
+    return read_dataset(source)

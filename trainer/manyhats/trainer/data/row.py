@@ -1,0 +1,45 @@
+"""A row as it was read, before anything is known of what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from manyhats.trainer.errors import DataError
+
+FIELDS = ("prompt", "completion", "text", "messages", "system")
+"""What a row may have; other fields are left alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source.
+
+    Attributes:
+        fields: by name; what is null or an empty CSV cell may be there as None or not at all.
+        source: the file, or the name of the data set.
+        line: where the row begins, from 1; the number of the row where a source has no lines.
+    """
+
+    fields: Mapping[str, object]
+    source: str
+    line: int
+
+    def error(self, message: str) -> DataError:
+        """What is wrong with this row."""
+        return DataError(self.source, self.line, message)
+
+
+def known_columns(source: str, columns: Sequence[str]) -> list[str]:
+    """Those columns of a table that are read.
+
+    Raises:
+        DataError: a name comes twice, or none is known.
+    """
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise DataError(source, None, f"has two columns named {twice[0]!r}")
+    known = [name for name in columns if name in FIELDS]
+    if not known:
+        raise DataError(source, None, f"has the columns {', '.join(columns)}; none of {', '.join(FIELDS)}")
+    return known
