@@ -228,7 +228,9 @@ def _lower_block(config: BottleneckConfig, block: Block, read: Callable[[str], T
         up=up,
         up_bias=up_bias,
         activation=config.activation,
-        scale=read(f"{block.module}scaling") if is_learned else torch.tensor([float(config.scaling)]),
+        scale=read(f"{block.module}scaling")
+        if is_learned
+        else torch.tensor([float(config.scaling)], device=up.device),
         norm_before=_norm(block, "before", read) if config.ln_before else None,
         norm_after=_norm(block, "after", read) if config.ln_after else None,
         norm_residual=flow.norm_residual,

@@ -22,16 +22,21 @@ from manyhats.adapters.primitives import Affine, Delta, LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription, WeightSource
 
 
+@torch.no_grad()
 def updated_lengths(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Length of each row of the updated weight, ``‖W + scale · BA‖₂`` by row: [d_out], float32.
+
+    In training these are constants, as in PEFT: no gradient flows through them.
 
     Args:
         weight: W [d_out, d_in], dequantized.
         a: [R, d_in].
         b: [d_out, R].
         scale: dimensionless; as of LoRA.
+
+    Source: Liu et al. 2024 (arXiv:2402.09353), section 4.3.
     """
-    updated = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+    updated = torch.addmm(weight.to(a.device, torch.float32), b.float(), a.float(), alpha=scale)
     return torch.linalg.vector_norm(updated, dim=1)  # type: ignore[no-any-return]
 
 
@@ -56,7 +61,7 @@ def dora_output(
         base: [..., d_out]; the base linear's output, bias included.
         x: [..., d_in]; its input.
         a, b, scale: as of ``updated_lengths``.
-        gain: c [d_out]; PEFT's training treats it as a constant.
+        gain: c [d_out]; as of ``dora_gain``.
         bias: [d_out]; the base linear's; it keeps its length.
 
     Returns:
@@ -111,6 +116,6 @@ def _lower_linear(
         weight, bias = weights.linear(part.site)
         lengths = check_finite(names.name(A), updated_lengths(weight, a, b, placement.scale))
         gain = check_finite(names.name(MAGNITUDE), dora_gain(magnitude, lengths))
-        offset = None if bias is None else (1 - gain) * bias.float()
+        offset = None if bias is None else (1 - gain) * bias.to(gain)
         yield Affine(part.site, gain, offset)
         yield LowRank(part.site, a, check_finite(names.name(B), gain.unsqueeze(1) * b), placement.scale)

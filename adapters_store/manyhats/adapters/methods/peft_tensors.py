@@ -69,6 +69,8 @@ class Target:
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """A tensor of the module's output rows ([d_out] or [d_out, n]), part by part."""
+        if len(self.parts) == 1:
+            return (tensor,)
         return tuple(torch.split(tensor, [part.d_out for part in self.parts]))
 
 

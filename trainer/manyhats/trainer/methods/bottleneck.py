@@ -1,0 +1,155 @@
+"""Bottleneck adapters on the sub-layers' outputs, in AdapterHub's layout.
+
+Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005.00247); He et al. 2022
+(arXiv:2110.04366).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Generator, nn
+
+from manyhats.adapters.activations import activation_name
+from manyhats.adapters.adapterhub_bottleneck import MODULES
+from manyhats.adapters.adapterhub_tensors import full_path
+from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.errors import AdapterError
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.trainer.errors import SettingError
+from manyhats.trainer.methods.initialization import kaiming_uniform, zeros
+from manyhats.trainer.methods.parametrized import ParametrizedAdapter
+from manyhats.trainer.methods.peft_config import base_name
+from manyhats.trainer.settings import BottleneckSettings
+
+_VERSION = "adapters.1.3.0"
+_MAX_SCALING = 1e6
+
+# The classes of transformers that the library writes down, of the families that it and the server have in common.
+_MODEL_CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+    }
+)
+
+# What tells the library's SeqBnConfig, DoubleSeqBnConfig and ParBnConfig apart.
+_VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "seq": {"mh_adapter": False, "original_ln_before": True, "is_parallel": False, "scaling": 1.0},
+        "double_seq": {"mh_adapter": True, "original_ln_before": False, "is_parallel": False, "scaling": 1.0},
+        "parallel": {"mh_adapter": False, "original_ln_before": False, "is_parallel": True, "scaling": 4.0},
+    }
+)
+
+
+def make_bottleneck(
+    settings: BottleneckSettings, task: str, model: LoadedModel, generator: Generator
+) -> ParametrizedAdapter:
+    """Fresh bottlenecks: D by Kaiming's bound, all else zeros, so that they change nothing yet.
+
+    That is the library's ``mam_adapter`` initialization. Its ``bert``, which it has for the sequential variants,
+    begins with a U that is not zero.
+
+    Raises:
+        SettingError: a setting is none of the library's, or does not fit the base.
+    """
+    hidden_size = model.config.hidden_size
+    size = hidden_size // settings.reduction_factor
+    if size < 1:
+        raise SettingError(
+            "reduction_factor", f"is {settings.reduction_factor}, above the base's hidden size {hidden_size}"
+        )
+    name = _adapter_name(task)
+    inner = _method_config(settings)
+    parameters: dict[str, nn.Parameter] = {}
+    for layer in range(model.config.num_layers):
+        for sub_layer in ("attention", "feed_forward") if inner["mh_adapter"] else ("feed_forward",):
+            module = full_path(f"layers.{layer}.{MODULES[sub_layer]}.adapters.{name}.")
+            parameters[f"{module}adapter_down.0.weight"] = kaiming_uniform(size, hidden_size, generator)
+            parameters[f"{module}adapter_down.0.bias"] = zeros(size)
+            parameters[f"{module}adapter_up.weight"] = zeros(hidden_size, size)
+            parameters[f"{module}adapter_up.bias"] = zeros(hidden_size)
+    return ParametrizedAdapter(
+        method=AdapterMethod.BOTTLENECK,
+        config=_config(inner, name, model),
+        parameters=parameters,
+        base=model.description,
+    )
+
+
+def _method_config(settings: BottleneckSettings) -> dict[str, Any]:
+    """The library's ``BnConfig``, with all that it saves."""
+    if settings.variant not in _VARIANTS:
+        raise SettingError("variant", f"must be one of {', '.join(_VARIANTS)}, not {settings.variant!r}")
+    try:
+        activation_name("non_linearity", settings.non_linearity)
+    except AdapterError as error:
+        raise SettingError("non_linearity", error.description) from error
+    config = {
+        "adapter_residual_before_ln": False,
+        "cross_adapter": False,
+        "dropout": 0.0,
+        "factorized_phm_W": True,
+        "factorized_phm_rule": False,
+        "hypercomplex_nonlinearity": "glorot-uniform",
+        "init_weights": "mam_adapter",
+        "init_weights_seed": None,
+        "inv_adapter": None,
+        "inv_adapter_reduction_factor": None,
+        "learn_phm": True,
+        "leave_out": [],
+        "ln_after": False,
+        "ln_before": False,
+        "non_linearity": settings.non_linearity,
+        "original_ln_after": True,
+        "output_adapter": True,
+        "phm_bias": True,
+        "phm_c_init": "normal",
+        "phm_dim": 4,
+        "phm_init_range": 0.0001,
+        "phm_layer": False,
+        "phm_rank": 1,
+        "reduction_factor": settings.reduction_factor,
+        "residual_before_ln": True,
+        "shared_W_phm": False,
+        "shared_phm_rule": True,
+        "stochastic_depth": 0.0,
+        "use_gating": False,
+        **_VARIANTS[settings.variant],
+    }
+    if settings.scaling is not None:
+        config["scaling"] = _checked_scaling(settings.scaling)
+    return dict(sorted(config.items()))
+
+
+def _checked_scaling(scaling: float) -> float:
+    if not (math.isfinite(scaling) and 0 < abs(scaling) <= _MAX_SCALING):
+        raise SettingError("scaling", f"must be a number other than 0, up to {_MAX_SCALING:g} either way")
+    return float(scaling)
+
+
+def _config(inner: Mapping[str, Any], name: str, model: LoadedModel) -> dict[str, Any]:
+    model_type = model.config.model_type
+    return {
+        "config": dict(inner),
+        "hidden_size": model.config.hidden_size,
+        # A base that is none of these is refused, by the check that every fresh adapter takes.
+        "model_class": _MODEL_CLASSES.get(model_type),
+        "model_name": base_name(model),
+        "model_type": model_type,
+        "name": name,
+        "version": _VERSION,
+    }
+
+
+def _adapter_name(task: str) -> str:
+    """The task as a key of ``nn.ModuleDict``, which the library keeps adapters in."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", task)
+    return f"{name}_adapter" if not name or hasattr(nn.ModuleDict(), name) else name

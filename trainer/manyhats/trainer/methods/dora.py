@@ -1,0 +1,71 @@
+"""DoRA: LoRA, and a trained length of each row of the updated weight, in PEFT's layout.
+
+The lengths that the rows would have by themselves are constants in training (section 4.3 of the paper): the server's
+``lower``, which runs in training too, lets no gradient through them.
+
+Source: Liu et al. 2024 (arXiv:2402.09353).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, nn
+
+from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.methods.lora_tensors import MAGNITUDE
+from manyhats.adapters.methods.peft_tensors import Target
+from manyhats.adapters.sites import WeightSource
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.trainer.errors import BaseError, SettingError
+from manyhats.trainer.methods.lora import (
+    LoraPlan,
+    lora_config,
+    lora_plus_scales,
+    low_rank_parameters,
+    plan_lora,
+    tensor_name,
+)
+from manyhats.trainer.methods.parametrized import ParametrizedAdapter
+from manyhats.trainer.settings import LoraSettings
+
+
+def make_dora(
+    settings: LoraSettings, model: LoadedModel, generator: Generator, limits: AdapterLimits
+) -> ParametrizedAdapter:
+    """A fresh DoRA: a fresh LoRA, and the lengths that the base's own rows have.
+
+    Raises:
+        SettingError: as for LoRA; or the head is among the modules.
+        BaseError: the base's weights are not at hand.
+    """
+    plan = plan_lora(settings, model, limits)
+    for target in plan.chosen.targets:
+        if target.is_head:
+            raise SettingError("target_modules", "the head can have LoRA only; DoRA is not served there")
+    parameters = low_rank_parameters(plan, generator) | _magnitudes(plan, model)
+    return ParametrizedAdapter(
+        method=AdapterMethod.DORA,
+        config=lora_config(settings, plan.chosen, model),
+        parameters=parameters,
+        base=model.description,
+        dropout=settings.dropout,
+        learning_rate_scales=lora_plus_scales(settings, parameters),
+    )
+
+
+def _magnitudes(plan: LoraPlan, model: LoadedModel) -> dict[str, nn.Parameter]:
+    weights = model.description.weights
+    if weights is None:
+        raise BaseError("DoRA begins with the lengths of the base's rows; its weights are not at hand")
+    return {
+        tensor_name(target, MAGNITUDE): nn.Parameter(_row_lengths(target, weights))
+        for target in plan.chosen.targets
+    }
+
+
+def _row_lengths(target: Target, weights: WeightSource) -> torch.Tensor:
+    """‖W‖₂ of each row of a module, dequantized: [d_out]."""
+    return torch.cat(
+        [torch.linalg.vector_norm(weights.linear(part.site)[0].cpu(), dim=1) for part in target.parts]
+    )

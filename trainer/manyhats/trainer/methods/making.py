@@ -1,0 +1,125 @@
+"""From settings to a fresh adapter that the server could serve once it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Generator, nn
+
+from manyhats.adapters.errors import AdapterError
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering import check_lowered, method_of
+from manyhats.adapters.methods.peft_tensors import candidate_of
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.trainer.errors import BaseError, SettingError
+from manyhats.trainer.methods.bottleneck import make_bottleneck
+from manyhats.trainer.methods.dora import make_dora
+from manyhats.trainer.methods.ia3 import make_ia3
+from manyhats.trainer.methods.lora import make_lora
+from manyhats.trainer.methods.p_tuning import make_p_tuning
+from manyhats.trainer.methods.parametrized import ParametrizedAdapter
+from manyhats.trainer.methods.prefix_tuning import make_prefix
+from manyhats.trainer.methods.prompt_tuning import make_prompt
+from manyhats.trainer.methods.warm_start import load_artifact
+from manyhats.trainer.settings import (
+    AdapterSettings,
+    BottleneckSettings,
+    Ia3Settings,
+    LoraSettings,
+    PrefixSettings,
+    PromptSettings,
+    PTuningSettings,
+)
+
+_DEFAULT_LIMITS = AdapterLimits()
+
+# What an artifact's check may refuse, by the config's key → the setting that it comes from.
+_SETTING_OF: Mapping[str, str] = MappingProxyType(
+    {
+        "alpha_pattern": "alpha_pattern",
+        "feedforward_modules": "input_modules",
+        "lora_alpha": "alpha",
+        "non_linearity": "non_linearity",
+        "num_virtual_tokens": "num_virtual_tokens",
+        "r": "rank",
+        "rank_pattern": "rank_pattern",
+        "reduction_factor": "reduction_factor",
+        "scaling": "scaling",
+    }
+)
+
+
+def make_adapter(
+    settings: AdapterSettings,
+    task: str,
+    model: LoadedModel,
+    *,
+    seed: int,
+    init_from: str | Path = "",
+    device: torch.device | None = None,
+    limits: AdapterLimits = _DEFAULT_LIMITS,
+) -> ParametrizedAdapter:
+    """An adapter that begins as its library begins it, and that the server's own check accepts.
+
+    Args:
+        settings: of one method.
+        task: names the adapter inside an AdapterHub artifact.
+        model: the base; with DoRA, its weights are read.
+        seed: of the first values, which are the same on every device.
+        init_from: the directory of an artifact to go on from, instead of fresh values.
+        device: of the parameters; None for the CPU.
+        limits: of the server that it is for.
+
+    Raises:
+        SettingError: a setting that does not fit the base or the limits; or ``init_from`` is no such artifact.
+        BaseError: the method cannot be served on the base.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapter = _make(settings, task, model, generator, limits)
+    _check(adapter, limits)
+    if init_from:
+        load_artifact(adapter, Path(init_from), limits)
+    return adapter if device is None else _moved(adapter, device)
+
+
+def _make(
+    settings: AdapterSettings, task: str, model: LoadedModel, generator: Generator, limits: AdapterLimits
+) -> ParametrizedAdapter:
+    match settings:
+        case LoraSettings(use_dora=True):
+            return make_dora(settings, model, generator, limits)
+        case LoraSettings():
+            return make_lora(settings, model, generator, limits)
+        case Ia3Settings():
+            return make_ia3(settings, model)
+        case BottleneckSettings():
+            return make_bottleneck(settings, task, model, generator)
+        case PrefixSettings():
+            return make_prefix(settings, model, generator, limits)
+        case PromptSettings():
+            return make_prompt(settings, model, generator, limits)
+        case PTuningSettings():
+            return make_p_tuning(settings, model, generator, limits)
+
+
+@torch.no_grad()
+def _check(adapter: ParametrizedAdapter, limits: AdapterLimits) -> None:
+    """Take the adapter through the check of a registration, so that no training ends with a refusal."""
+    try:
+        artifact = adapter.artifact()
+        method_of(adapter.method, adapter.config).check(candidate_of(artifact), adapter.base, limits)
+        check_lowered(adapter.lowered())
+    except AdapterError as error:
+        setting = _SETTING_OF.get(error.subject)
+        if setting is not None:
+            raise SettingError(setting, error.description) from error
+        raise BaseError(f"{adapter.method.value} cannot be trained on this base: {error}") from error
+
+
+def _moved(adapter: ParametrizedAdapter, device: torch.device) -> ParametrizedAdapter:
+    moved = {name: nn.Parameter(value.detach().to(device)) for name, value in adapter.parameters.items()}
+    return replace(adapter, parameters=moved)

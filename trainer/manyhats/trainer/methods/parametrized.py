@@ -1,0 +1,76 @@
+"""An adapter in training, whatever its method: parameters, and how a file's tensors are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.lowering import lower
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.recognition import recorded_base
+from manyhats.adapters.sites import BaseDescription
+from manyhats.trainer.methods.saving import artifact_files
+
+Reparametrization = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Parameters by name → the file's tensors by name, differentiable."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ParametrizedAdapter:
+    """A ``TrainableAdapter`` of any method.
+
+    Attributes:
+        config: the ``adapter_config.json``.
+        parameters: float32, by a name that checkpoints keep.
+        base: what it is lowered for.
+        reparametrize: makes the file's tensors; None where the parameters are these, by the file's names.
+        dropout: of the input of low-rank deltas.
+        learning_rate_scales: parameter → its factor, where it is not 1.
+    """
+
+    method: AdapterMethod
+    config: Mapping[str, Any]
+    parameters: Mapping[str, nn.Parameter]
+    base: BaseDescription
+    reparametrize: Reparametrization | None = None
+    dropout: float = 0.0
+    learning_rate_scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def learning_rate_scale(self, name: str) -> float:
+        """Multiplies the learning rate of one parameter."""
+        return self.learning_rate_scales.get(name, 1.0)
+
+    def artifact(self) -> AdapterArtifact:
+        """The artifact as it stands, with its gradients' history; only files have a digest, so it is empty."""
+        tensors = self.parameters if self.reparametrize is None else self.reparametrize(self.parameters)
+        return AdapterArtifact(
+            digest="",
+            method=self.method,
+            config=self.config,
+            tensors=tensors,
+            base_model=recorded_base(self.config),
+            size_bytes=sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()),
+            num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+        )
+
+    def lowered(self) -> LoweredAdapter:
+        """``artifact`` as the server's own code lowers it.
+
+        Raises:
+            ArtifactError: a value is not finite any more; names the tensor.
+        """
+        return lower(self.artifact(), self.base)
+
+    def files(self, save_dtype: str) -> Mapping[str, bytes]:
+        """The artifact's files by name: matrices in ``save_dtype``, vectors in float32.
+
+        Raises:
+            SettingError: ``save_dtype`` is neither ``float32`` nor ``bfloat16``.
+            OutputError: a value is not finite; names the tensor.
+        """
+        return artifact_files(self.artifact(), save_dtype)

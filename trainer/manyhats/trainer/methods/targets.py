@@ -1,0 +1,92 @@
+"""From the names of linears, as a user gives them, to modules of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from manyhats.adapters.methods.peft_tensors import HEAD_MODULE, Target, find_target
+from manyhats.adapters.sites import BaseDescription
+from manyhats.trainer.errors import SettingError
+
+ALL_LINEARS = "all-linear"
+"""PEFT's word for every linear but the head."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenModules:
+    """The modules that names stand for.
+
+    Attributes:
+        names: sorted; PEFT finds the same modules by these.
+        targets: ordered by site.
+    """
+
+    names: tuple[str, ...]
+    targets: tuple[Target, ...]
+
+
+def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) -> ChosenModules:
+    """Find the modules that names stand for.
+
+    A name is a module's path or the end of one, as in PEFT: ``q_proj``, ``layers.3.self_attn.q_proj``,
+    ``lm_head``. Where the checkpoint holds several linears in one module, as Phi-3's ``qkv_proj`` does, they stand
+    for it together.
+
+    Args:
+        names: or ``all-linear``.
+        setting: that they come from.
+        base: whose modules.
+
+    Raises:
+        SettingError: a name is no module's; lists those that are.
+    """
+    known = _known_modules(base)
+    fused = {
+        part.site.name: _last(path)
+        for path, target in known.items()
+        if len(target.parts) > 1
+        for part in target.parts
+    }
+    chosen: set[str] = set()
+    for name in names:
+        if name == ALL_LINEARS:
+            chosen |= {_last(path) for path in known if path != HEAD_MODULE}
+        elif any(matches(path, name) for path in known):
+            chosen.add(name)
+        elif name in fused:
+            _check_whole(fused[name], names, setting, fused)
+            chosen.add(fused[name])
+        else:
+            listed = ", ".join(sorted({_last(path) for path in known}))
+            raise SettingError(setting, f"{name!r} is no linear of this base; it has {listed}")
+    targets = [target for path, target in known.items() if any(matches(path, name) for name in chosen)]
+    return ChosenModules(
+        tuple(sorted(chosen)), tuple(sorted(targets, key=lambda target: target.parts[0].site))
+    )
+
+
+def matches(path: str, name: str) -> bool:
+    """Whether a module's path is, or ends with, a name."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _known_modules(base: BaseDescription) -> dict[str, Target]:
+    """Path → every module of linears."""
+    found = ((path, find_target(path, base)) for path in (*base.modules, *base.fused_modules))
+    return {path: target for path, target in found if target is not None}
+
+
+def _check_whole(module: str, names: Sequence[str], setting: str, fused: Mapping[str, str]) -> None:
+    """A module of several linears is adapted as one; ``fused`` says which linear is in which."""
+    parts = [part for part, other in fused.items() if other == module]
+    if missing := [part for part in parts if part not in names]:
+        raise SettingError(
+            setting,
+            f"this base holds {', '.join(parts)} in one module, {module}: name that, "
+            f"or {', '.join(missing)} as well",
+        )
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]

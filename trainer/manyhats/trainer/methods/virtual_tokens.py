@@ -1,0 +1,37 @@
+"""What prefix tuning, prompt tuning and P-tuning share: P virtual tokens ahead of the sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.trainer.errors import SettingError
+
+
+def check_num_virtual_tokens(num_virtual_tokens: int, model: LoadedModel, limits: AdapterLimits) -> None:
+    """Hold P against the base's context and the server's limit.
+
+    Raises:
+        SettingError: it is over.
+    """
+    length = model.config.max_context_length
+    if num_virtual_tokens >= length:
+        raise SettingError(
+            "num_virtual_tokens", f"is {num_virtual_tokens}: no token is left of the base's {length}"
+        )
+    if num_virtual_tokens > limits.max_virtual_tokens:
+        raise SettingError(
+            "num_virtual_tokens", f"is {num_virtual_tokens}; the limit is {limits.max_virtual_tokens}"
+        )
+
+
+def prompt_fields(num_virtual_tokens: int, model: LoadedModel) -> dict[str, Any]:
+    """PEFT's ``PromptLearningConfig`` of virtual tokens that are embeddings."""
+    return {
+        "num_attention_heads": model.config.num_heads,
+        "num_layers": model.config.num_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": num_virtual_tokens,
+        "token_dim": model.config.hidden_size,
+    }
