@@ -260,6 +260,7 @@ class TrainSettings:
         task: names the artifact, and is what it is registered as.
         out: the artifact's directory.
         save_dtype: of the artifact's matrices; vectors are float32.
+        init_from: the directory of an artifact of the same method to go on from; empty begins anew.
     """
 
     task: str
@@ -269,3 +270,4 @@ class TrainSettings:
     model: ModelSettings = ModelSettings()
     out: str = ""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
+    init_from: str = ""

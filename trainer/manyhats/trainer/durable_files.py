@@ -1,0 +1,120 @@
+"""Files and directories that are there whole or not at all, even after a crash: staged, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+_STAGED = ".partial"
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collection[str] = ()) -> None:
+    """Write files into a directory; each takes its name once all of them are on the disk, in the order given.
+
+    Args:
+        directory: is there already.
+        files: name → content.
+        replaced: names that go, if they are there, before the first file takes its own.
+
+    Raises:
+        OSError: one cannot be written; what was staged is removed.
+    """
+    staged = {name: _staged(directory / name) for name in files}
+    try:
+        for name, content in files.items():
+            _write(staged[name], content)
+        for name in replaced:
+            with suppress(FileNotFoundError):
+                os.unlink(directory / name)
+        for name in files:
+            os.replace(staged[name], directory / name)
+        sync(directory)
+    finally:
+        for path in staged.values():
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Make a directory of files, in place of one that is there; it takes its name once they are on the disk.
+
+    Raises:
+        OSError: it cannot be written; what was staged is removed, and what was there is there still.
+    """
+    staged, aside = _staged(directory), _staged(directory)
+    try:
+        os.mkdir(staged)
+        for name, content in files.items():
+            _write(staged / name, content)
+        sync(staged)
+        if directory.exists():
+            os.rename(directory, aside)
+        _rename_or_undo(staged, directory, aside)
+        sync(directory.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if directory.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _rename_or_undo(staged: Path, directory: Path, aside: Path) -> None:
+    try:
+        os.rename(staged, directory)
+    except OSError:
+        with suppress(FileNotFoundError):
+            os.rename(aside, directory)
+        raise
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory: it is out of sight in one step, whatever happens to its files then.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    aside = _staged(directory)
+    os.rename(directory, aside)
+    shutil.rmtree(aside)
+
+
+def remove_staged(directory: Path) -> None:
+    """Remove what a process that was killed left staged in a directory; nobody may be writing to it.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    for path in directory.glob(f".*{_STAGED}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+
+def sync(directory: Path) -> None:
+    """See that a directory's entries are on the disk."""
+    descriptor = os.open(directory, _DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{_STAGED}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, _CREATE, 0o644)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,130 @@
+"""What a training tells while it runs: one frozen event at a time, to a listener."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from manyhats.trainer.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunBegan:
+    """A run is about to take its first step; ``step`` is above 0 where it goes on from a checkpoint."""
+
+    task: str
+    step: int
+    num_steps: int
+    num_trainable: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step.
+
+    Attributes:
+        step: from 1.
+        epoch: passes over the data so far, a fraction within one.
+        loss: the mean cross-entropy over the step's target tokens, in nats, before its move.
+        learning_rate: of parameters whose scale is 1.
+        grad_norm: of all gradients together, before they are clipped.
+        num_tokens: of all its rows.
+        num_targets: of those, what is learned.
+        seconds: wall time.
+    """
+
+    task: str
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_targets: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationProgress:
+    """How many of the held-out rows the loss is known of, while it is evaluated."""
+
+    task: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """The held-out loss after a step: the mean over all target tokens; ``is_best`` if none before was lower."""
+
+    task: str
+    step: int
+    loss: float
+    is_best: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointReport:
+    """A checkpoint was written."""
+
+    task: str
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFailed:
+    """A checkpoint could not be written; training goes on, and those before it are still there."""
+
+    task: str
+    step: int
+    error: CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringProgress:
+    """How many of the held-out items have been scored by the engine: of the base's and the adapter's together."""
+
+    task: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnded:
+    """No step follows; ``stopped_early`` if the held-out loss no longer fell."""
+
+    task: str
+    step: int
+    stopped_early: bool
+
+
+Event = (
+    RunBegan
+    | StepReport
+    | EvaluationProgress
+    | EvaluationReport
+    | CheckpointReport
+    | CheckpointFailed
+    | ScoringProgress
+    | RunEnded
+)
+Listener = Callable[[Event], None]
+"""Called on the training's own thread; what it raises ends the training."""
+
+
+def ignore(event: Event) -> None:
+    """A listener that takes no note."""
+
+
+def all_of(*listeners: Listener) -> Listener:
+    """Tells each listener in turn."""
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell

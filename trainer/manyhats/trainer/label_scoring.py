@@ -1,0 +1,181 @@
+"""Accuracy over labels, scored by the engine as the server's ``Score`` does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from manyhats.adapters.artifact import AdapterRecord, AdapterState, ArtifactPart
+from manyhats.adapters.errors import AdapterError
+from manyhats.adapters.files import open_source
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.reader import read_adapter
+from manyhats.adapters.sites import BaseDescription
+from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.config import MIB, EngineConfig
+from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.request import ScoreRequest
+from manyhats.trainer.data import LabelledItem
+from manyhats.trainer.errors import OutputError
+
+_IN_FLIGHT = 64
+_MIN_KV_CACHE_BYTES = 256 * MIB
+_POSITIONS = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedAdapter:
+    """An artifact as a server would have it: read from its directory, checked and lowered."""
+
+    record: AdapterRecord
+    lowered: LoweredAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class LabelScores:
+    """What was predicted for each item: the index of its most likely label."""
+
+    base: tuple[int, ...]
+    adapter: tuple[int, ...]
+
+
+def read_saved(task: str, out: Path, base: BaseDescription) -> SavedAdapter:
+    """Read an artifact as a registration would.
+
+    Raises:
+        OutputError: a server would refuse it, and why.
+    """
+    try:
+        with open_source(str(out.resolve()), [out.resolve()]) as source:
+            read = read_adapter(source, base, AdapterLimits())
+    except AdapterError as error:
+        raise OutputError(f"{out}: the trained adapter cannot be served: {error}") from error
+    artifact = read.artifact
+    record = AdapterRecord(
+        task_id=task,
+        version=1,
+        digest=artifact.digest,
+        method=artifact.method,
+        state=AdapterState.ACTIVE,
+        parts=(ArtifactPart(artifact.digest),),
+        size_bytes=artifact.size_bytes,
+        num_parameters=artifact.num_parameters,
+        source=str(out),
+        create_time=datetime.now(UTC),
+        base_model=artifact.base_model,
+        notes=read.notes,
+    )
+    return SavedAdapter(record, read.lowered)
+
+
+def score_labels(
+    model: LoadedModel,
+    saved: SavedAdapter,
+    items: Sequence[LabelledItem],
+    labels: Sequence[tuple[int, ...]],
+    *,
+    dtype: str,
+    num_threads: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LabelScores:
+    """Predict the label of each item with the adapter and with the base alone, in one engine.
+
+    A label's score is the sum of its tokens' log-probabilities after the prompt; the first of the highest wins.
+
+    Args:
+        model: the base.
+        saved: the adapter, in no memory of the trainer's.
+        items: prompts; what is right is not looked at.
+        labels: the tokens of each label.
+        dtype: of the engine, ``float32`` or ``bfloat16``.
+        num_threads: 0 takes one per processor.
+        on_progress: told how many of 2 · items are done; what it raises ends the scoring.
+
+    Raises:
+        EngineError: the engine cannot score them, such as a prompt longer than its context.
+    """
+    longest = max((len(item.prompt_token_ids) for item in items), default=0) + max(map(len, labels))
+    config = EngineConfig(
+        dtype=dtype, num_threads=num_threads, kv_cache_bytes=_kv_cache_bytes(model.config, longest)
+    )
+    engine = AsyncEngine(model, config, lambda record: saved.lowered)
+    progress = _Progress(2 * len(items), on_progress)
+    predicted = asyncio.run(_score_all(engine, saved.record, items, tuple(labels), progress))
+    if progress.interrupt is not None:
+        raise progress.interrupt
+    return LabelScores(base=tuple(predicted[: len(items)]), adapter=tuple(predicted[len(items) :]))
+
+
+class _Progress:
+    """Counts; keeps what the caller's function raises until the event loop is left, which it would tear."""
+
+    def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
+        self._total = total
+        self._tell = tell
+        self._done = 0
+        self.interrupt: BaseException | None = None
+
+    def add(self) -> None:
+        """One more is done."""
+        self._done += 1
+        try:
+            self._tell(self._done, self._total)
+        except BaseException as error:  # noqa: BLE001 whatever it was, it is raised again
+            self.interrupt = self.interrupt or error
+
+
+async def _score_all(
+    engine: AsyncEngine,
+    record: AdapterRecord,
+    items: Sequence[LabelledItem],
+    labels: tuple[tuple[int, ...], ...],
+    progress: _Progress,
+) -> list[int]:
+    """The label of each item by the base, and then by the adapter, a bounded number of them in flight."""
+    asks = [(item, adapter) for adapter in (None, record) for item in items]
+    predicted = [0] * len(asks)
+    left: Iterator[int] = iter(range(len(asks)))
+
+    async def work() -> None:
+        for index in left:
+            item, adapter = asks[index]
+            predicted[index] = await _predict(engine, item, labels, adapter)
+            progress.add()
+            if progress.interrupt is not None:
+                return
+
+    await engine.start()
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_IN_FLIGHT):
+                group.create_task(work())
+    finally:
+        await engine.stop()
+    return predicted
+
+
+async def _predict(
+    engine: AsyncEngine,
+    item: LabelledItem,
+    labels: tuple[tuple[int, ...], ...],
+    adapter: AdapterRecord | None,
+) -> int:
+    output = await engine.score(
+        ScoreRequest(
+            id="", prompt_token_ids=tuple(item.prompt_token_ids), continuations=labels, adapter=adapter
+        )
+    )
+    logprobs = [score.logprob for score in output.scores]
+    return logprobs.index(max(logprobs))
+
+
+def _kv_cache_bytes(config: DecoderConfig, longest: int) -> int:
+    """Room for the longest prompt several times over, or for many short ones."""
+    positions = max(_POSITIONS, 4 * longest)
+    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    return max(_MIN_KV_CACHE_BYTES, positions * per_position)

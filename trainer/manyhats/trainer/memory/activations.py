@@ -1,0 +1,180 @@
+"""What a step keeps between its passes, and needs at most besides, from shapes.
+
+Bytes throughout. N tokens run in the layers, virtual ones included; B rows of T tokens are padded where their lengths
+differ, and see C positions before their own. e is the size of the compute dtype, 4 that of float32. Letters besides:
+L layers, D hidden, Q = H · K and KV = Hkv · K features of queries and of keys, I of the feed-forward, V vocabulary,
+M learned tokens, R ranks of low-rank deltas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from manyhats.engine.kernels.interface import FUSED
+from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.families import linear_shapes
+from manyhats.trainer.memory.adapter_size import AdapterSize
+from manyhats.trainer.memory.batch_shape import BatchShape
+from manyhats.trainer.model.blocked_attention import BLOCK
+from manyhats.trainer.model.head import CACHED_VALUES, CHUNK_VALUES
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step runs on.
+
+    Attributes:
+        element_bytes: e.
+        is_quantized: whether the linears are dequantized for each product.
+    """
+
+    config: DecoderConfig
+    adapter: AdapterSize
+    batch: BatchShape
+    element_bytes: int
+    is_quantized: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.batch.num_tokens + self.adapter.num_in_layers
+
+    @property
+    def num_before(self) -> int:
+        """C."""
+        return self.batch.num_shared + self.adapter.num_virtual_tokens
+
+    @property
+    def num_keys(self) -> int:
+        """B · (C + T), each row with a copy of what comes before it."""
+        return self.batch.num_rows * (self.num_before + self.batch.longest)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether rows are copied to stand side by side."""
+        batch = self.batch
+        return batch.num_tokens - batch.num_shared != batch.num_padded
+
+    def width(self, fused: str) -> tuple[int, int, int]:
+        """(d_in, all d_out, ΣR) of linears over one input."""
+        shapes = linear_shapes(self.config)
+        parts = FUSED[fused]
+        ranks = sum(self.adapter.ranks.get(part, 0) for part in parts)
+        return shapes[parts[0]][0], sum(shapes[part][1] for part in parts), ranks
+
+    def is_rescaled(self, fused: str) -> bool:
+        """Whether any of these linears is."""
+        return not self.adapter.rescaled.isdisjoint(FUSED[fused])
+
+
+def residual_bytes(step: Step) -> int:
+    """The residual stream at one place: 4 · N · D."""
+    return _FLOAT * step.num_tokens * step.config.hidden_size
+
+
+def kept_by_linears(step: Step, fused: str) -> int:
+    """What linears over one input keep of N tokens.
+
+    Nothing where no adapter acts. Low-rank deltas: e · N · (d_in + ΣR), their input and what A makes of it, and with
+    dropout its mask, e · N · d_in. Rescaled outputs or inputs: that which is multiplied, e · N · d_in or d_out, and the
+    float32 product.
+    """
+    d_in, d_out, ranks = step.width(fused)
+    e, tokens = step.element_bytes, step.num_tokens
+    if step.is_rescaled(fused):
+        return tokens * (e * (d_in + ranks) + (e + _FLOAT) * d_out)
+    inputs = 2 * d_in if step.adapter.has_dropout else d_in
+    return e * tokens * (inputs + ranks) if ranks else 0
+
+
+def attention_kept(step: Step) -> int:
+    """Of one layer: e · (B·T·Q queries + 2 · B·(C+T)·KV keys and values + B·T·Q result), and what the linears keep.
+
+    Where rows are neither padded nor behind anything, values are a view of the projections, N · (Q + 2·KV). Tokens that
+    all rows continue are views too, and besides the rows' copies keep queries, keys and projections of all N.
+    """
+    config, batch, e, tokens = step.config, step.batch, step.element_bytes, step.num_tokens
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    projections = tokens * (query + 2 * key)
+    values = projections if not step.is_padded and not step.num_before else step.num_keys * key
+    rows = 2 * max(batch.num_padded, batch.num_tokens) * query + step.num_keys * key + values
+    if batch.num_shared or step.adapter.num_in_layers:
+        rows += tokens * (query + key) + projections
+    return e * rows + kept_by_linears(step, "qkv") + kept_by_linears(step, "o")
+
+
+def feed_forward_kept(step: Step) -> int:
+    """Of one layer: the stream 4 · N · D, gate and up e · N · 2I, what linears and bottlenecks keep.
+
+    A bottleneck of width b: 4 · N · (2b + D), D only where it reads what nothing else keeps.
+    """
+    config, tokens = step.config, step.num_tokens
+    read = config.hidden_size if step.adapter.keeps_bottleneck_input else 0
+    of_bottlenecks = sum(_FLOAT * tokens * (2 * width + read) for width in step.adapter.bottlenecks)
+    gate_up = 2 * step.element_bytes * tokens * config.intermediate_size
+    linears = kept_by_linears(step, "gate_up") + kept_by_linears(step, "down")
+    return residual_bytes(step) + gate_up + linears + of_bottlenecks
+
+
+def layer_kept(step: Step) -> int:
+    """What one layer keeps from its forward to its backward pass, its input not counted."""
+    return attention_kept(step) + feed_forward_kept(step)
+
+
+def weights_for_product(step: Step, fused: str) -> int:
+    """Dense weights for one product, e · d_out · (d_in + ΣR), where they are not there as such already.
+
+    Several matrices, or one with low-rank columns behind it, are put together from dequantized parts: one part besides.
+    """
+    d_in, d_out, ranks = step.width(fused)
+    parts = 1 if step.is_rescaled(fused) else len(FUSED[fused])
+    is_joined = parts > 1 or (ranks > 0 and not step.is_rescaled(fused))
+    part = d_out * d_in // len(FUSED[fused]) if step.is_quantized else 0
+    joined = d_out * (d_in + ranks) if is_joined else 0
+    return step.element_bytes * (part + joined)
+
+
+def layer_backward(step: Step) -> int:
+    """The most that one layer's backward pass needs besides what is kept.
+
+    The gradient of the stream, 2 · 4 · N · D, and the largest of
+
+    - down: weights, and e · N · (I + R), the gradient of its input;
+    - gate and up, when what down kept is gone: weights, their gradient e · N · 2I, and that of their input,
+      e · N · (D + ΣR);
+    - attention, when what the feed-forward kept is gone: keys, values and their gradients in float32,
+      4 · 4 · B·(C+T)·KV, the gradient of the result 4 · B·T·Q and of the queries e · B·T·Q, and of a block of queries
+      the scores, their softmax and their gradient, 3 · 4 · B · H · block · (C + T).
+    """
+    config, batch, e, tokens = step.config, step.batch, step.element_bytes, step.num_tokens
+    inner, hidden = config.intermediate_size, config.hidden_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    down = weights_for_product(step, "down") + e * tokens * (inner + step.width("down")[2])
+    gate_up = weights_for_product(step, "gate_up") + e * tokens * (
+        2 * inner + hidden + step.width("gate_up")[2]
+    )
+    block = min(BLOCK, batch.longest) * (step.num_before + batch.longest)
+    attention = 4 * _FLOAT * step.num_keys * key + (_FLOAT + e) * batch.num_padded * query
+    attention += 3 * _FLOAT * batch.num_rows * config.num_heads * block
+    largest = max(
+        down,
+        gate_up - kept_by_linears(step, "down"),
+        attention - feed_forward_kept(step),
+    )
+    return 2 * residual_bytes(step) + largest
+
+
+def head_bytes(step: Step) -> int:
+    """The most that the head needs: M learned tokens, some rows of logits at a time.
+
+    Three float32 tensors [M, D]; of c = min(M, 2²⁴ / V) rows the logits, whose memory becomes their gradient's,
+    e · c · V (three times where the adapter acts on the head), and, if they are not, a few at a time in float32.
+    """
+    config, e = step.config, step.element_bytes
+    targets = step.batch.num_targets
+    rows = min(targets, max(1, CHUNK_VALUES // config.vocab_size))
+    logits = e * rows * config.vocab_size * (3 if step.adapter.is_on_head else 1)
+    in_cache = _FLOAT * min(CACHED_VALUES, rows * config.vocab_size) if e < _FLOAT else 0
+    return 3 * _FLOAT * targets * config.hidden_size + logits + in_cache

@@ -1,0 +1,153 @@
+"""How many parameters a method trains, and where its tensors act, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from manyhats.adapters.module_patterns import compile_patterns
+from manyhats.adapters.sites import BaseDescription
+from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.families import Architecture, describe
+from manyhats.trainer.methods.targets import choose_modules
+from manyhats.trainer.settings import (
+    AdapterSettings,
+    BottleneckSettings,
+    Ia3Settings,
+    LoraSettings,
+    PrefixSettings,
+    PromptSettings,
+    PTuningSettings,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSize:
+    """What memory depends on of an adapter.
+
+    Attributes:
+        num_trained: parameters that are trained.
+        num_lowered: values that are made of them anew at each step, beside the parameters themselves.
+        ranks: linear of a layer → R of its low-rank delta, the largest of all layers.
+        rescaled: linears of a layer whose input or output is rescaled.
+        bottlenecks: widths b of a layer's bottlenecks.
+        keeps_bottleneck_input: whether a bottleneck reads what nothing else keeps.
+        num_in_layers: virtual tokens that run through the layers.
+        num_prefix: virtual tokens that are keys and values.
+        has_dropout: whether the input of low-rank deltas is dropped out.
+        is_on_head: whether the output head has a low-rank delta.
+    """
+
+    num_trained: int
+    num_lowered: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    rescaled: frozenset[str] = frozenset()
+    bottlenecks: tuple[int, ...] = ()
+    keeps_bottleneck_input: bool = False
+    num_in_layers: int = 0
+    num_prefix: int = 0
+    has_dropout: bool = False
+    is_on_head: bool = False
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that it takes of the base's context."""
+        return self.num_in_layers + self.num_prefix
+
+
+def adapter_size(settings: AdapterSettings, architecture: Architecture) -> AdapterSize:
+    """The size of an adapter on a base.
+
+    Raises:
+        SettingError: a module that the base does not have.
+    """
+    config = architecture.decoder
+    match settings:
+        case LoraSettings():
+            return _lora(settings, _description(architecture))
+        case Ia3Settings():
+            return _ia3(settings, _description(architecture))
+        case BottleneckSettings():
+            return _bottleneck(settings, config)
+        case PrefixSettings():
+            return _prefix(settings, config)
+        case PromptSettings():
+            num_tokens = settings.num_virtual_tokens
+            return AdapterSize(num_trained=num_tokens * config.hidden_size, num_in_layers=num_tokens)
+        case PTuningSettings():
+            return _p_tuning(settings, config)
+
+
+def _description(architecture: Architecture) -> BaseDescription:
+    return describe(architecture.decoder, names=(), digest="", modules=architecture.modules)
+
+
+def _lora(settings: LoraSettings, base: BaseDescription) -> AdapterSize:
+    """A [R, d_in] and B [d_out, R] of each module; DoRA's magnitudes [d_out], and its scaled B and outputs."""
+    patterns = compile_patterns("rank_pattern", settings.rank_pattern)
+    ranks: dict[str, int] = {}
+    num_trained = num_lowered = 0
+    is_on_head = False
+    for target in choose_modules(settings.target_modules, "target_modules", base).targets:
+        rank = patterns.value_for(target.module, settings.rank)
+        num_trained += rank * (target.d_in + target.d_out) + (target.d_out if settings.use_dora else 0)
+        num_lowered += (rank + 1) * target.d_out if settings.use_dora else 0
+        is_on_head |= target.is_head
+        for part in target.parts:
+            ranks[part.site.name] = max(ranks.get(part.site.name, 0), rank)
+    ranks.pop("lm_head", None)
+    return AdapterSize(
+        num_trained=num_trained,
+        num_lowered=num_lowered,
+        ranks=ranks,
+        rescaled=frozenset(ranks) if settings.use_dora else frozenset(),
+        has_dropout=settings.dropout > 0,
+        is_on_head=is_on_head,
+    )
+
+
+def _ia3(settings: Ia3Settings, base: BaseDescription) -> AdapterSize:
+    """A factor of each output of the ones, and of each input of the others."""
+    outputs = choose_modules(settings.output_modules, "output_modules", base).targets
+    inputs = choose_modules(settings.input_modules, "input_modules", base).targets
+    return AdapterSize(
+        num_trained=sum(target.d_out for target in outputs) + sum(target.d_in for target in inputs),
+        rescaled=frozenset(part.site.name for target in (*outputs, *inputs) for part in target.parts),
+    )
+
+
+def _bottleneck(settings: BottleneckSettings, config: DecoderConfig) -> AdapterSize:
+    """D [b, D], its bias [b], U [D, b], its bias [D], b = D // reduction factor; twice a layer for ``double_seq``."""
+    hidden = config.hidden_size
+    width = max(1, hidden // settings.reduction_factor)
+    num_sites = 2 if settings.variant == "double_seq" else 1
+    per_site = 2 * width * hidden + width + hidden
+    return AdapterSize(
+        num_trained=config.num_layers * num_sites * per_site,
+        bottlenecks=(width,) * num_sites,
+        keeps_bottleneck_input=settings.variant != "parallel",
+    )
+
+
+def _prefix(settings: PrefixSettings, config: DecoderConfig) -> AdapterSize:
+    """Keys and values [P, 2 · L · Hkv · K]; or an embedding [P, Hkv · K] and two linears that make them."""
+    num_tokens, inner = settings.num_virtual_tokens, settings.projection_size
+    token_dim = config.num_kv_heads * config.head_dim
+    width = 2 * config.num_layers * token_dim
+    num_made = num_tokens * width
+    num_trained = num_made
+    if inner:
+        num_trained = num_tokens * token_dim + (token_dim + 1) * inner + (inner + 1) * width
+        num_made = 2 * num_made
+    return AdapterSize(num_trained=num_trained, num_lowered=num_made, num_prefix=num_tokens)
+
+
+def _p_tuning(settings: PTuningSettings, config: DecoderConfig) -> AdapterSize:
+    """An embedding [P, D], and linears D → h → h → D with their biases."""
+    num_tokens, inner, hidden = settings.num_virtual_tokens, settings.encoder_size, config.hidden_size
+    mlp = (hidden + 1) * inner + (inner + 1) * inner + (inner + 1) * hidden
+    return AdapterSize(
+        num_trained=num_tokens * hidden + mlp,
+        num_lowered=num_tokens * (hidden + 2 * inner),
+        num_in_layers=num_tokens,
+    )

@@ -1,0 +1,89 @@
+"""From settings to a prediction: the base's config and, where they are at hand, its tokenizer and the data are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from manyhats.engine.tokenizer import Tokenizer
+from manyhats.trainer.data import read_rows, tokenize_rows
+from manyhats.trainer.errors import SettingError
+from manyhats.trainer.memory.adapter_size import AdapterSize, adapter_size
+from manyhats.trainer.memory.batch_shape import BatchShape, largest_batch, longest_rows
+from manyhats.trainer.memory.prediction import MemoryPrediction, TaskSize, predict
+from manyhats.trainer.memory.runtime import machine_of
+from manyhats.trainer.memory.shape import BaseShape, read_shape
+from manyhats.trainer.settings import TrainSettings
+
+NO_DATA = "-"
+"""In place of the data where a prediction is wanted without."""
+
+_TOKENIZER = "tokenizer.json"
+_ANY_TOKEN_ID = 0
+
+
+def predict_memory(tasks: Sequence[TrainSettings], *, home: Path | None = None) -> MemoryPrediction:
+    """Predict the peak of a training, or of several tasks' on one base, without a weight of it.
+
+    With data and a tokenizer the largest batch is known; else it is one of the longest rows allowed.
+
+    Args:
+        tasks: at least one; the first one's base is that of all.
+        home: holds fetched models; None takes the default.
+
+    Raises:
+        ModelError: the base has no config, or one that is not supported.
+        SettingError: a setting does not fit the base.
+        DataError: the data cannot be trained on.
+    """
+    model = tasks[0].model
+    shape = read_shape(model.model, home)
+    tokenizer = _tokenizer(shape)
+    sizes = [_task_size(settings, shape, tokenizer) for settings in tasks]
+    machine = machine_of(model, num_unread_tokens=0 if tokenizer else shape.config.vocab_size)
+    return predict(sizes, shape, machine, _notes(sizes, tokenizer))
+
+
+def _tokenizer(shape: BaseShape) -> Tokenizer | None:
+    """The base's, if it lies beside its config."""
+    has_tokenizer = (shape.directory / _TOKENIZER).is_file()
+    return Tokenizer.from_directory(shape.directory) if has_tokenizer else None
+
+
+def _task_size(settings: TrainSettings, shape: BaseShape, tokenizer: Tokenizer | None) -> TaskSize:
+    adapter = adapter_size(settings.adapter, shape.architecture)
+    room = _room(settings, shape, adapter)
+    return TaskSize(settings, adapter, _batch(settings, room, tokenizer))
+
+
+def _room(settings: TrainSettings, shape: BaseShape, adapter: AdapterSize) -> int:
+    """Tokens of the longest row allowed."""
+    room = shape.config.max_context_length - adapter.num_virtual_tokens
+    if room < 2:
+        raise SettingError("num_virtual_tokens", "leaves no room for a row in the base's context")
+    length = settings.data.max_length
+    if length is not None and length > room:
+        raise SettingError("max_length", f"the base has room for {room} tokens, virtual tokens not counted")
+    return length or room
+
+
+def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None) -> BatchShape:
+    data = settings.data
+    if tokenizer is None or data.train == NO_DATA:
+        return longest_rows(settings.optimization, room)
+    rows = read_rows(data.train, max_rows=data.max_train_rows)
+    tokenized = tokenize_rows(rows, tokenizer, _ANY_TOKEN_ID, data, room)
+    return largest_batch(tokenized, settings.optimization, shuffle=data.shuffle)
+
+
+def _notes(sizes: Sequence[TaskSize], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    notes = []
+    if tokenizer is None:
+        notes.append(
+            "the base's tokenizer is not at hand: rows are taken to be of the longest length allowed"
+        )
+    elif any(size.settings.data.train == NO_DATA for size in sizes):
+        notes.append("no data is given: rows are taken to be of the longest length allowed")
+    if any(size.settings.data.labels for size in sizes):
+        notes.append("labels are scored when the training is over, by the engine, which is not counted")
+    return tuple(notes)

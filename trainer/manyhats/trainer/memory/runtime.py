@@ -1,0 +1,52 @@
+"""What a training's process takes by itself, and on what it would run."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from manyhats.trainer.computation import resolve_computation
+from manyhats.trainer.memory.prediction import Machine
+from manyhats.trainer.settings import ModelSettings
+
+_STATM = Path("/proc/self/statm")
+_CUDA_CONTEXT_BYTES = 500 * 2**20
+_TOKENIZER_BYTES_PER_TOKEN = 600
+_WORK_BYTES = 48 * 2**20
+"""Threads, buffers of matrix products, and what Python and the allocator hold besides; measured."""
+
+
+def machine_of(model: ModelSettings, *, num_unread_tokens: int) -> Machine:
+    """The machine that a training would run on; a CUDA device need not be there.
+
+    On a CPU, this process has loaded by now what a training's would have.
+
+    Args:
+        model: device and dtype.
+        num_unread_tokens: of a vocabulary whose tokenizer is still to come.
+    """
+    if model.device == "cuda" and not torch.cuda.is_available():
+        return Machine(
+            device="cuda",
+            element_bytes=4 if model.dtype == "float32" else 2,
+            runtime_bytes=_CUDA_CONTEXT_BYTES,
+        )
+    computation = resolve_computation(model)
+    element_bytes = computation.dtype.itemsize
+    if computation.device.type == "cuda":
+        return Machine(device="cuda", element_bytes=element_bytes, runtime_bytes=_CUDA_CONTEXT_BYTES)
+    to_come = _WORK_BYTES + _TOKENIZER_BYTES_PER_TOKEN * num_unread_tokens
+    return Machine(device="cpu", element_bytes=element_bytes, runtime_bytes=resident_bytes() + to_come)
+
+
+def resident_bytes() -> int:
+    """Of this process, now; where the system does not say, at most so far."""
+    with suppress(OSError):
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

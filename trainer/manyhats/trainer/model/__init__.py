@@ -1,0 +1,1 @@
+"""The decoder under autograd: frozen base, adapters as primitives."""

@@ -1,0 +1,145 @@
+"""Attention under autograd, a block of queries at a time: scores are never held for all of them, and not kept.
+
+Every head of a group of query heads reads the same keys, so their queries are rows of one product. Scores, softmax
+and their gradients are float32; what multiplies values, and what gradients multiply, is the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 64
+"""Queries at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKind:
+    """How one layer attends.
+
+    Attributes:
+        scale: multiplies the scores.
+        window: how many of the latest positions a token sees, itself included; None for all.
+        softcap: c in c · tanh(score / c); None for no cap.
+    """
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+def blocked_attention(queries: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    """Causal attention of B rows, the last query and the last key being at the same position.
+
+    Args:
+        queries: [B, Hkv, T, G, K]; query head h is head h % G of group h // G.
+        keys: [B, Hkv, C + T, K].
+        values: the same shape.
+        kind: scale, window, cap.
+
+    Returns:
+        [B, Hkv, T, G, K], dtype of the queries.
+    """
+    mixed: Tensor = _BlockedAttention.apply(queries, keys, values, kind)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """O = P V, P = softmax(cap(scale · Q Kᵀ)); with D = rowsum(dO · O): dS = P · (dO Vᵀ − D)."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+        q, k, v = _as_matrices(queries, keys, values)
+        wide_k = k.float()
+        out = torch.empty_like(q)
+        for block in _blocks(queries, keys, kind):
+            scores, _ = block.scores(q, wide_k, kind)
+            out[:, block.rows] = scores.softmax(-1).to(v.dtype) @ v[:, block.seen]
+        ctx.save_for_backward(queries, keys, values, out)
+        ctx.kind = kind
+        return out.view(queries.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        queries, keys, values, out = ctx.saved_tensors
+        kind: AttentionKind = ctx.kind
+        q, k, v = _as_matrices(queries, keys, values)
+        wide_k, wide_v = k.float(), v.float()
+        d_out = grad.reshape(q.shape)
+        wide_d_out = d_out.float()
+        means = (wide_d_out * out).sum(-1, keepdim=True)
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        for block in _blocks(queries, keys, kind):
+            rows, seen = block.rows, block.seen
+            scores, slope = block.scores(q, wide_k, kind)
+            weights = scores.softmax(-1)
+            d_v[:, seen] += weights.to(v.dtype).transpose(1, 2) @ d_out[:, rows]
+            d_scores = wide_d_out[:, rows] @ wide_v[:, seen].transpose(1, 2)
+            d_scores.sub_(means[:, rows]).mul_(weights)
+            if slope is not None:
+                d_scores.mul_(slope)
+            narrow = d_scores.to(q.dtype)
+            d_q[:, rows] = narrow @ k[:, seen]
+            d_k[:, seen] += narrow.transpose(1, 2) @ q[:, rows]
+        return (
+            d_q.mul_(kind.scale).view(queries.shape),
+            d_k.mul_(kind.scale).to(k.dtype).view(keys.shape),
+            d_v.to(v.dtype).view(values.shape),
+            None,
+        )
+
+
+def _as_matrices(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B · Hkv, T · G, K] and twice [B · Hkv, C + T, K]."""
+    return (
+        queries.flatten(2, 3).flatten(0, 1).contiguous(),
+        keys.flatten(0, 1).contiguous(),
+        values.flatten(0, 1).contiguous(),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """Some queries, as rows of T · G, and the keys that any of them sees.
+
+    Attributes:
+        hidden: [rows, the last so many keys seen] bool, which of these each query does not see.
+    """
+
+    rows: slice
+    seen: slice
+    hidden: Tensor
+
+    def scores(self, q: Tensor, wide_k: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor | None]:
+        """Capped scores, −∞ where a key is hidden, and the cap's slope 1 − tanh² (None without a cap); float32."""
+        queries, keys = q[:, self.rows].float(), wide_k[:, self.seen].transpose(1, 2)
+        scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=kind.scale)
+        slope = None
+        if kind.softcap is not None:
+            capped = scores.div_(kind.softcap).tanh_()
+            slope = 1 - capped.square()
+            scores = capped.mul_(kind.softcap)
+        scores[..., scores.shape[-1] - self.hidden.shape[1] :].masked_fill_(self.hidden, float("-inf"))
+        return scores, slope
+
+
+def _blocks(queries: Tensor, keys: Tensor, kind: AttentionKind) -> Iterator[_Block]:
+    """All queries, block by block; without a window, only the block's own keys can be hidden from them."""
+    num_queries, group = queries.shape[2:4]
+    before = keys.shape[2] - num_queries
+    for first in range(0, num_queries, BLOCK):
+        last = min(first + BLOCK, num_queries)
+        start = 0 if kind.window is None else max(0, before + first - kind.window + 1)
+        own = torch.arange(before + first, before + last, device=queries.device)
+        masked = own if kind.window is None else torch.arange(start, before + last, device=queries.device)
+        at = own.repeat_interleave(group).unsqueeze(1)
+        hidden = masked > at
+        if kind.window is not None:
+            hidden |= masked <= at - kind.window
+        yield _Block(slice(first * group, last * group), slice(start, before + last), hidden)

@@ -1,0 +1,53 @@
+"""Rotary embedding under autograd; the tables are the engine's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from manyhats.engine.model.rotary import Angles
+
+
+def rotate(heads: Tensor, angles: Angles, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rotates the first ``rotary_dim`` values of each head, by halves, in float32.
+
+    Args:
+        heads: [N, H, K].
+        angles: cosines and sines [N, rotary_dim / 2]; without columns nothing is rotated.
+        dtype: of the result.
+    """
+    if not angles[0].shape[1]:
+        return heads.to(dtype)
+    rotated: Tensor = _Rotation.apply(heads, *angles, dtype)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = heads.dtype
+        return _rotated(heads, cos, sin, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin, ctx.dtype), None, None, None
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    half = cos.shape[1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    out = heads.new_empty(heads.shape, dtype=dtype)
+    out[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+    out[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
+    if 2 * half < heads.shape[-1]:
+        out[..., 2 * half :] = heads[..., 2 * half :]
+    return out

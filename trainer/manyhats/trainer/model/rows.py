@@ -1,0 +1,85 @@
+"""Where the tokens of a ragged batch lie when its rows stand side by side, padded to one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowLayout:
+    """N tokens: first those that every row continues, then the rows end to end.
+
+    Attributes:
+        num_shared: S, the first tokens, which are one sequence that all B rows continue.
+        num_rows: B.
+        max_length: T, of the longest row.
+        places: [N − S] int64, where each token of the rows lies in [B · T]; None where all rows have length T.
+    """
+
+    num_shared: int
+    num_rows: int
+    max_length: int
+    places: Tensor | None
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """The rows' tokens [N − S, …] as [B, T, …]; what pads a row's end is zero."""
+        if self.places is None:
+            return tokens.view(self.num_rows, self.max_length, *tokens.shape[1:])
+        flat: Tensor = _Scatter.apply(tokens, self.places, self.num_rows * self.max_length)  # type: ignore[no-untyped-call]
+        return flat.view(self.num_rows, self.max_length, *tokens.shape[1:])
+
+    def ragged(self, rows: Tensor) -> Tensor:
+        """The inverse of ``padded``."""
+        flat = rows.flatten(0, 1)
+        if self.places is None:
+            return flat
+        tokens: Tensor = _Gather.apply(flat, self.places)  # type: ignore[no-untyped-call]
+        return tokens
+
+
+def row_layout(segments: Sequence[int], num_shared: int, device: torch.device) -> RowLayout:
+    """The layout of rows of these lengths behind ``num_shared`` tokens, which are not counted among them."""
+    longest = max(segments, default=0)
+    places = None
+    if any(length != longest for length in segments):
+        lengths = torch.tensor(segments)
+        starts = torch.repeat_interleave(torch.arange(len(segments)) * longest, lengths)
+        firsts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        places = (starts + torch.arange(int(lengths.sum())) - firsts).to(device)
+    return RowLayout(num_shared, len(segments), longest, places)
+
+
+class _Scatter(torch.autograd.Function):
+    """Rows of x to places of their own among ``size`` rows, the others zero; the inverse of ``_Gather``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of x from places that all differ, so that the gradient needs no sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = x.shape[0]
+        return x.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        spread = grad.new_zeros(ctx.size, *grad.shape[1:])
+        return spread.index_copy_(0, ctx.saved_tensors[0], grad), None

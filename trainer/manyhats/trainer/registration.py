@@ -1,0 +1,55 @@
+"""From the trainer's output to a running server: the artifact becomes the task's active version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from manyhats.client import Client, Credentials, ManyhatsError, Progress, Registration, ServerInfo
+from manyhats.trainer.errors import RegistrationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrationServer:
+    """A server that takes artifacts.
+
+    Attributes:
+        target: ``host:port``.
+        credentials: what it asks of callers; None for nothing.
+        timeout_s: for each call; None waits as long as it takes.
+    """
+
+    target: str
+    credentials: Credentials | None = None
+    timeout_s: float | None = None
+
+    def info(self) -> ServerInfo:
+        """What serves there.
+
+        Raises:
+            ManyhatsError: it cannot be reached, or does not say.
+        """
+        with self._client() as client:
+            return client.server_info()
+
+    def register(self, task: str, directory: Path, progress: Progress | None = None) -> Registration:
+        """Send the artifact of a directory, and make it the active version of a task.
+
+        The same artifact again makes no new version.
+
+        Args:
+            task: its id.
+            directory: the trainer's output; of it, the config and the safetensors are sent.
+            progress: told the bytes sent, and all of them.
+
+        Raises:
+            RegistrationError: the server cannot be reached, or refuses it. The directory stays as it is.
+        """
+        try:
+            with self._client() as client:
+                return client.upload_adapter(task, directory, activate=True, progress=progress)
+        except ManyhatsError as error:
+            raise RegistrationError(task, directory, self.target, str(error)) from error
+
+    def _client(self) -> Client:
+        return Client(self.target, timeout_s=self.timeout_s, credentials=self.credentials)

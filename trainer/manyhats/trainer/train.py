@@ -1,0 +1,70 @@
+"""``train``: one task, from its settings to the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.model.progress import Progress, no_progress
+from manyhats.trainer.events import Listener, all_of, ignore
+from manyhats.trainer.interrupt import StopRequest, TrainingInterrupted, keep
+from manyhats.trainer.report import TrainingReport
+from manyhats.trainer.run import TrainingRun
+from manyhats.trainer.settings import TrainSettings
+from manyhats.trainer.task_training import open_task
+from manyhats.trainer.training_base import load_base
+
+
+def train(
+    settings: TrainSettings,
+    model: LoadedModel | None = None,
+    *,
+    resume: bool = False,
+    listener: Listener = ignore,
+    progress: Progress = no_progress,
+    home: Path | None = None,
+) -> TrainingReport:
+    """Train one task, and leave its artifact, model card and report in ``settings.out``.
+
+    Args:
+        settings: everything about it.
+        model: the base, where it is in memory already, of the settings' quantization and dtype.
+        resume: go on from the newest checkpoint in ``settings.out``.
+        listener: told of what happens.
+        progress: told of the base's loading.
+        home: holds fetched models; None takes the default.
+
+    Raises:
+        TrainerError: what is wrong with the settings, the data, the training or the output.
+        ModelError: the base cannot be loaded.
+        EngineError: labels cannot be scored.
+        TrainingInterrupted: by SIGINT or SIGTERM; there is a checkpoint to resume from. A command exits with 130.
+    """
+    with StopRequest().installed() as stop:
+        base = load_base(settings.model, model, progress=progress, home=home)
+        with open_task(settings, base, resume=resume, listener=all_of(listener, stop)) as task:
+            take_turns([task.run], stop)
+            return task.finish()
+
+
+def take_turns(runs: Sequence[TrainingRun], stop: StopRequest) -> None:
+    """Let each run that is not done take a step in turn, until all are.
+
+    Raises:
+        DivergedError: of the first run that does.
+        TrainingInterrupted: after a signal, or a ``KeyboardInterrupt`` from elsewhere; unfinished runs have a
+            checkpoint each.
+        KeyboardInterrupt: after a second signal, at once.
+    """
+    try:
+        while unfinished := [run for run in runs if not run.is_done]:
+            for run in unfinished:
+                stop.check(runs)
+                run.step()
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt as error:
+        if stop.is_urgent:
+            raise
+        raise TrainingInterrupted(keep(runs)) from error
