@@ -260,7 +260,9 @@ class MemoryStore:
                 parts=tuple(ArtifactPart(f"sha256:{part.uri}", part.weight, part.uri) for part in parts),
             )
         if prepare is not None and activate and not validate_only:
-            prepare(replace(record, version=0, state=AdapterState.CREATING), LoweredAdapter(record.digest, ()))
+            prepare(
+                replace(record, version=0, state=AdapterState.CREATING), LoweredAdapter(record.digest, ())
+            )
         for existing in versions:
             if existing.digest == record.digest:
                 return FakeRegistration(existing, created=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from manyhats.cli import adapters, chat, generate, info, model, score, serve, token
+from manyhats.cli import adapters, chat, generate, info, model, score, serve, token, train
 from manyhats.cli.failures import Commands, help_without_command
+from manyhats.cli.train_process import restart_with_steady_heap
 
 HELP = """Many fine-tuned tasks on one resident 4-bit base model.
 
@@ -54,11 +56,13 @@ def _root(
 
 
 _SERVER = "Run a server"
+_TRAINER = "Make adapters"
 _CLIENT = "Talk to a server"
 
 app.command(help=serve.HELP, rich_help_panel=_SERVER)(serve.serve)
 app.add_typer(model.app, name="model", rich_help_panel=_SERVER)
 app.add_typer(token.app, name="token", rich_help_panel=_SERVER)
+app.command(help=train.HELP, rich_help_panel=_TRAINER)(train.train)
 app.command(help=generate.HELP, rich_help_panel=_CLIENT)(generate.generate)
 app.command(help=chat.HELP, rich_help_panel=_CLIENT)(chat.chat)
 app.command(help=score.HELP, rich_help_panel=_CLIENT)(score.score)
@@ -68,4 +72,5 @@ app.command(help=info.HELP, rich_help_panel=_CLIENT)(info.info)
 
 def main() -> None:
     """Entry point of the ``manyhats`` script."""
+    restart_with_steady_heap(sys.argv[1:])
     app(prog_name="manyhats")

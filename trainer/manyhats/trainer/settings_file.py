@@ -90,7 +90,7 @@ _SINGULAR = {
 }
 """Repeatable flags → the settings that they add to; a file may have either name."""
 
-_OF_RUN = ("method", "task", "out", "save_dtype")
+_OF_RUN = ("method", "task", "out", "save_dtype", "init_from")
 _OF_DATA = {_NAMES_IN_DATA.get(each.name, each.name): each.name for each in fields(DataSettings)}
 _OF_OPTIMIZATION = frozenset(each.name for each in fields(OptimizationSettings))
 SHARED_BY_TASKS = frozenset(each.name for each in fields(ModelSettings))
@@ -204,9 +204,7 @@ def make_settings(values: Mapping[str, Any]) -> TrainSettings:
         "optimization": _validated(OptimizationSettings, _select(given, _OF_OPTIMIZATION)),
         "model": _validated(ModelSettings, of_model),
     }
-    return _validated(
-        TrainSettings, {"task": _task(given), **_select(given, ("out", "save_dtype")), **sections}
-    )
+    return _validated(TrainSettings, {"task": _task(given), **_select(given, _OF_RUN[2:]), **sections})
 
 
 def _method_name(given: Mapping[str, Any]) -> str:

@@ -65,8 +65,13 @@ class Step:
         return shapes[parts[0]][0], sum(shapes[part][1] for part in parts), ranks
 
     def is_rescaled(self, fused: str) -> bool:
-        """Whether any of these linears is."""
-        return not self.adapter.rescaled.isdisjoint(FUSED[fused])
+        """Whether any of these linears is; each is then computed by itself, and puts out float32."""
+        adapter = self.adapter
+        return not (adapter.rescaled_outputs | adapter.rescaled_inputs).isdisjoint(FUSED[fused])
+
+    def output_bytes(self, fused: str) -> int:
+        """Of a value that these linears put out."""
+        return _FLOAT if self.is_rescaled(fused) else self.element_bytes
 
 
 def residual_bytes(step: Step) -> int:
@@ -75,45 +80,46 @@ def residual_bytes(step: Step) -> int:
 
 
 def kept_by_linears(step: Step, fused: str) -> int:
-    """What linears over one input keep of N tokens.
+    """What linears over one input keep of N tokens; nothing where no adapter acts.
 
-    Nothing where no adapter acts. Low-rank deltas: e · N · (d_in + ΣR), their input and what A makes of it, and with
-    dropout its mask, e · N · d_in. Rescaled outputs or inputs: that which is multiplied, e · N · d_in or d_out, and the
-    float32 product.
+    Low-rank deltas: e · N · (d_in + ΣR), their input and what A makes of it, and with dropout its mask, e · N · d_in.
+    Of rescaled outputs what is multiplied, e · N · d_out; of rescaled inputs, e · N · d_in.
     """
-    d_in, d_out, ranks = step.width(fused)
-    e, tokens = step.element_bytes, step.num_tokens
-    if step.is_rescaled(fused):
-        return tokens * (e * (d_in + ranks) + (e + _FLOAT) * d_out)
-    inputs = 2 * d_in if step.adapter.has_dropout else d_in
-    return e * tokens * (inputs + ranks) if ranks else 0
+    d_in, _, ranks = step.width(fused)
+    adapter, shapes = step.adapter, linear_shapes(step.config)
+    outputs = sum(shapes[part][1] for part in FUSED[fused] if part in adapter.rescaled_outputs)
+    has_input = ranks > 0 or not adapter.rescaled_inputs.isdisjoint(FUSED[fused])
+    masks = d_in if ranks and adapter.has_dropout else 0
+    return step.element_bytes * step.num_tokens * ((d_in if has_input else 0) + masks + ranks + outputs)
 
 
 def attention_kept(step: Step) -> int:
     """Of one layer: e · (B·T·Q queries + 2 · B·(C+T)·KV keys and values + B·T·Q result), and what the linears keep.
 
     Where rows are neither padded nor behind anything, values are a view of the projections, N · (Q + 2·KV). Tokens that
-    all rows continue are views too, and besides the rows' copies keep queries, keys and projections of all N.
+    all rows continue are views too, and besides the rows' copies keep queries, keys and projections of all N; behind a
+    prefix the latter two are copied.
     """
     config, batch, e, tokens = step.config, step.batch, step.element_bytes, step.num_tokens
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     projections = tokens * (query + 2 * key)
-    values = projections if not step.is_padded and not step.num_before else step.num_keys * key
+    is_view = not step.is_padded and not step.num_before and step.output_bytes("qkv") == e
+    values = projections if is_view else step.num_keys * key
     rows = 2 * max(batch.num_padded, batch.num_tokens) * query + step.num_keys * key + values
     if batch.num_shared or step.adapter.num_in_layers:
-        rows += tokens * (query + key) + projections
+        rows += tokens * query + (0 if step.adapter.num_prefix else tokens * key + projections)
     return e * rows + kept_by_linears(step, "qkv") + kept_by_linears(step, "o")
 
 
 def feed_forward_kept(step: Step) -> int:
-    """Of one layer: the stream 4 · N · D, gate and up e · N · 2I, what linears and bottlenecks keep.
+    """Of one layer: the stream 4 · N · D, gate and up e · N · 2I (4 where rescaled), what linears and bottlenecks keep.
 
     A bottleneck of width b: 4 · N · (2b + D), D only where it reads what nothing else keeps.
     """
     config, tokens = step.config, step.num_tokens
     read = config.hidden_size if step.adapter.keeps_bottleneck_input else 0
     of_bottlenecks = sum(_FLOAT * tokens * (2 * width + read) for width in step.adapter.bottlenecks)
-    gate_up = 2 * step.element_bytes * tokens * config.intermediate_size
+    gate_up = 2 * step.output_bytes("gate_up") * tokens * config.intermediate_size
     linears = kept_by_linears(step, "gate_up") + kept_by_linears(step, "down")
     return residual_bytes(step) + gate_up + linears + of_bottlenecks
 
@@ -136,6 +142,12 @@ def weights_for_product(step: Step, fused: str) -> int:
     return step.element_bytes * (part + joined)
 
 
+def layers_kept(step: Step) -> int:
+    """What all layers keep, without gradient checkpointing; their inputs not counted."""
+    not_kept = {"nothing": 0, "attention": attention_kept(step), "layer": layer_kept(step)}
+    return step.config.num_layers * layer_kept(step) - not_kept[step.adapter.begins_behind]
+
+
 def layer_backward(step: Step) -> int:
     """The most that one layer's backward pass needs besides what is kept.
 
@@ -152,8 +164,8 @@ def layer_backward(step: Step) -> int:
     inner, hidden = config.intermediate_size, config.hidden_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     down = weights_for_product(step, "down") + e * tokens * (inner + step.width("down")[2])
-    gate_up = weights_for_product(step, "gate_up") + e * tokens * (
-        2 * inner + hidden + step.width("gate_up")[2]
+    gate_up = weights_for_product(step, "gate_up") + tokens * (
+        2 * step.output_bytes("gate_up") * inner + e * (hidden + step.width("gate_up")[2])
     )
     block = min(BLOCK, batch.longest) * (step.num_before + batch.longest)
     attention = 4 * _FLOAT * step.num_keys * key + (_FLOAT + e) * batch.num_padded * query

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from manyhats.adapters.module_patterns import compile_patterns
 from manyhats.adapters.sites import BaseDescription
@@ -29,9 +30,11 @@ class AdapterSize:
         num_trained: parameters that are trained.
         num_lowered: values that are made of them anew at each step, beside the parameters themselves.
         ranks: linear of a layer → R of its low-rank delta, the largest of all layers.
-        rescaled: linears of a layer whose input or output is rescaled.
+        rescaled_outputs: linears of a layer whose output is rescaled.
+        rescaled_inputs: linears of a layer whose input is.
         bottlenecks: widths b of a layer's bottlenecks.
         keeps_bottleneck_input: whether a bottleneck reads what nothing else keeps.
+        begins_behind: the part of the first layer that keeps nothing, as nothing trained comes ahead of its end.
         num_in_layers: virtual tokens that run through the layers.
         num_prefix: virtual tokens that are keys and values.
         has_dropout: whether the input of low-rank deltas is dropped out.
@@ -41,9 +44,11 @@ class AdapterSize:
     num_trained: int
     num_lowered: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
-    rescaled: frozenset[str] = frozenset()
+    rescaled_outputs: frozenset[str] = frozenset()
+    rescaled_inputs: frozenset[str] = frozenset()
     bottlenecks: tuple[int, ...] = ()
     keeps_bottleneck_input: bool = False
+    begins_behind: Literal["nothing", "attention", "layer"] = "nothing"
     num_in_layers: int = 0
     num_prefix: int = 0
     has_dropout: bool = False
@@ -100,7 +105,7 @@ def _lora(settings: LoraSettings, base: BaseDescription) -> AdapterSize:
         num_trained=num_trained,
         num_lowered=num_lowered,
         ranks=ranks,
-        rescaled=frozenset(ranks) if settings.use_dora else frozenset(),
+        rescaled_outputs=frozenset(ranks) if settings.use_dora else frozenset(),
         has_dropout=settings.dropout > 0,
         is_on_head=is_on_head,
     )
@@ -112,7 +117,8 @@ def _ia3(settings: Ia3Settings, base: BaseDescription) -> AdapterSize:
     inputs = choose_modules(settings.input_modules, "input_modules", base).targets
     return AdapterSize(
         num_trained=sum(target.d_out for target in outputs) + sum(target.d_in for target in inputs),
-        rescaled=frozenset(part.site.name for target in (*outputs, *inputs) for part in target.parts),
+        rescaled_outputs=frozenset(part.site.name for target in outputs for part in target.parts),
+        rescaled_inputs=frozenset(part.site.name for target in inputs for part in target.parts),
     )
 
 
@@ -126,6 +132,7 @@ def _bottleneck(settings: BottleneckSettings, config: DecoderConfig) -> AdapterS
         num_trained=config.num_layers * num_sites * per_site,
         bottlenecks=(width,) * num_sites,
         keeps_bottleneck_input=settings.variant != "parallel",
+        begins_behind="attention" if settings.variant == "double_seq" else "layer",
     )
 
 

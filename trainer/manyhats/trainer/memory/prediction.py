@@ -10,6 +10,7 @@ from manyhats.trainer.memory.activations import (
     head_bytes,
     layer_backward,
     layer_kept,
+    layers_kept,
     residual_bytes,
 )
 from manyhats.trainer.memory.adapter_size import AdapterSize
@@ -149,7 +150,7 @@ def passing_bytes(task: TaskSize, shape: BaseShape, machine: Machine) -> dict[st
     if model.gradient_checkpointing:
         kept, of_layer = inputs, layer_kept(step)
     else:
-        kept, of_layer = inputs + shape.config.num_layers * layer_kept(step), 0
+        kept, of_layer = inputs + layers_kept(step), 0
     passing: dict[str, Parts] = {
         "head": {**making, "activations": kept, "head": head_bytes(step)},
         "backward pass": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +145,7 @@ class TrainingDecoder:
         segments = batch.segments[1:] if batch.num_shared else batch.segments
         return _Pass(
             num_virtual=num_virtual,
-            angles=[(cos.to(self._device), sin.to(self._device)) for cos, sin in self._rotary.at(positions)],
+            angles=_moved(self._rotary.at(positions), self._device),
             layout=row_layout(segments, num_virtual + batch.num_shared, self._device),
             deltas=deltas,
             prefix=kv_prefix,
@@ -166,3 +167,10 @@ class TrainingDecoder:
         embedded = with_embedding_deltas(deltas.embedding, token_ids, embedded)
         scale = self.config.embedding_scale
         return embedded if scale == 1.0 else embedded * scale
+
+
+def _moved(angles: Sequence[Angles], device: torch.device) -> list[Angles]:
+    """On the device; layers that share theirs still do."""
+    kinds = {id(cos): (cos, sin) for cos, sin in angles}
+    moved = {key: (cos.to(device), sin.to(device)) for key, (cos, sin) in kinds.items()}
+    return [moved[id(cos)] for cos, _ in angles]

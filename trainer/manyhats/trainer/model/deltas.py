@@ -199,7 +199,14 @@ def with_embedding_deltas(
             a = delta.a.index_select(0, token_ids).float()
             embedded = embedded + (a @ delta.b.float().T) * delta.scale
         else:
-            matches = token_ids.unsqueeze(1) == delta.ids.to(token_ids.device)
-            is_replaced, row = matches.any(1, keepdim=True), matches.int().argmax(1)
-            embedded = torch.where(is_replaced, delta.rows.float().index_select(0, row), embedded)
+            row = _row_numbers(delta.ids.to(token_ids.device), token_ids)
+            own = delta.rows.float().index_select(0, row.clamp(min=0))
+            embedded = torch.where((row >= 0).unsqueeze(1), own, embedded)
     return embedded
+
+
+def _row_numbers(ids: Tensor, token_ids: Tensor) -> Tensor:
+    """Where each token stands among ``ids``, −1 where it does not: [N] int64."""
+    numbers = token_ids.new_full((int(torch.cat((ids, token_ids)).max()) + 1,), -1)
+    numbers[ids] = torch.arange(ids.numel(), device=ids.device)
+    return numbers[token_ids]

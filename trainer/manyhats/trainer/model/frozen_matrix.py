@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import bitsandbytes  # noqa: F401  (registers its operators)
 import torch
 from torch import Tensor
 
@@ -20,6 +19,9 @@ class FrozenMatrix:
     def __init__(self, weight: Matrix, device: torch.device) -> None:
         self.weight: Matrix
         if isinstance(weight, Nf4Weight):
+            # Imported here, for its operators: it takes seconds, and a dense base needs none of them.
+            import bitsandbytes  # noqa: F401
+
             self.weight = replace(weight, **{name: getattr(weight, name).to(device) for name in _NF4_TENSORS})
         else:
             self.weight = weight.to(device)

@@ -83,15 +83,13 @@ class Head:
         if not torch.is_grad_enabled():
             return -self.log_probabilities(hidden, targets, deltas).sum()
 
-        def chunk_loss(part: Tensor, wanted: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-            x = part.to(self._linear.dtype)
+        def logits_of(rows: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+            x = rows.to(self._linear.dtype)
             base = adapted_product(self._linear, x, ())
-            logits = self._adapted(x, base, _with_tensors(deltas, leaves), dropout)
-            loss: Tensor = _CrossEntropy.apply(logits, wanted)  # type: ignore[no-untyped-call]
-            return loss
+            return self._adapted(x, base, _with_tensors(deltas, tensors), dropout)
 
         flat = [tensor for delta in deltas for tensor in _tensors(delta)]
-        total: Tensor = _ChunkedLoss.apply(chunk_loss, self._chunk_rows, targets, hidden, *flat)  # type: ignore[no-untyped-call]
+        total: Tensor = _ChunkedLoss.apply(logits_of, self._chunk_rows, targets, hidden, *flat)  # type: ignore[no-untyped-call]
         return total
 
     def _adapted(self, x: Tensor, logits: Tensor, deltas: Sequence[HeadDelta], dropout: float) -> Tensor:
@@ -132,38 +130,30 @@ def _with_tensors(deltas: Sequence[HeadDelta], tensors: Sequence[Tensor]) -> lis
     return replaced
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Summed over the rows, in float32. The logits' memory becomes that of their gradient: softmax less the target.
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of −log softmax(logits)[target], in float32; the logits become its gradient, softmax less the target.
 
     A few rows at a time, so that what is computed in between stays in a processor's cache.
+
+    Args:
+        logits: [M, V], overwritten.
+        targets: [M] int64.
     """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), device=logits.device)
-        size = max(1, CACHED_VALUES // logits.shape[1])
-        for rows, wanted in zip(logits.split(size), targets.unsqueeze(1).split(size), strict=True):
-            values = rows.float()
-            chosen = values.gather(1, wanted)
-            top = values.amax(1, keepdim=True)
-            exponentials = values.sub_(top).exp_()
-            sums = exponentials.sum(1, keepdim=True)
-            total += (sums.log() + top - chosen).sum()
-            if ctx.needs_input_grad[0]:
-                gradient = exponentials.div_(sums).scatter_add_(1, wanted, torch.full_like(sums, -1.0))
-                rows.copy_(gradient)
-        ctx.gradient = logits
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grad) if float(grad) != 1.0 else gradient, None
+    total = torch.zeros((), device=logits.device)
+    size = max(1, CACHED_VALUES // logits.shape[1])
+    for rows, wanted in zip(logits.split(size), targets.unsqueeze(1).split(size), strict=True):
+        values = rows.float()
+        chosen = values.gather(1, wanted)
+        top = values.amax(1, keepdim=True)
+        exponentials = values.sub_(top).exp_()
+        sums = exponentials.sum(1, keepdim=True)
+        total += (sums.log() + top - chosen).sum()
+        rows.copy_(exponentials.div_(sums).scatter_add_(1, wanted, torch.full_like(sums, -1.0)))
+    return total
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """A loss that is a sum over rows, some rows at a time; gradients are made in the forward pass.
+    """The summed cross-entropy, some rows at a time; gradients are made in the forward pass.
 
     So each chunk's logits are computed once, and nothing of them is kept.
     """
@@ -171,27 +161,27 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        loss: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
+        logits_of: Callable[[Tensor, Sequence[Tensor]], Tensor],
         chunk_rows: int,
         targets: Tensor,
         hidden: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[3:]
-        leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors, wanted[1:], strict=True)]
+        needed = ctx.needs_input_grad[3:]
+        leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors, needed[1:], strict=True)]
         total = hidden.new_zeros(())
         parts: list[Tensor] = []
-        for part, part_targets in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
-            with torch.set_grad_enabled(any(wanted)):
-                leaf = part.detach().requires_grad_(wanted[0])
-                value = loss(leaf, part_targets, leaves)
-            if any(wanted):
-                value.backward()
+        for rows, wanted in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
+            leaf = rows.detach().requires_grad_(needed[0])
+            with torch.enable_grad():
+                logits = logits_of(leaf, leaves)
+            gradient = logits.detach()
+            total += cross_entropy_(gradient, wanted)
+            if logits.requires_grad:
+                logits.backward(gradient)
             if leaf.grad is not None:
                 parts.append(leaf.grad)
-            total += value.detach()
-        d_hidden = torch.cat(parts) if parts else None
-        ctx.gradients = [d_hidden, *(leaf.grad for leaf in leaves)]
+        ctx.gradients = [torch.cat(parts) if parts else None, *(leaf.grad for leaf in leaves)]
         return total
 
     @staticmethod

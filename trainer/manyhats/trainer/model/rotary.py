@@ -38,16 +38,16 @@ class _Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin, ctx.dtype), None, None, None
+        return _rotated(grad, cos, sin, ctx.dtype, sign=-1), None, None, None
 
 
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, sign: int = 1) -> Tensor:
     half = cos.shape[1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
     out = heads.new_empty(heads.shape, dtype=dtype)
-    out[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
-    out[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
+    out[..., :half] = (first * cos).addcmul_(second, sin, value=-sign)
+    out[..., half : 2 * half] = (second * cos).addcmul_(first, sin, value=sign)
     if 2 * half < heads.shape[-1]:
         out[..., 2 * half :] = heads[..., 2 * half :]
     return out

@@ -1,0 +1,44 @@
+"""The process of ``manyhats train``: how its memory is handed out, and what its libraries say."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+_VARIABLE = "GLIBC_TUNABLES"
+# glibc keeps what is freed and small in lists of their own, unmerged. Torch's tensors are aligned, and each leaves such
+# a scrap beside it: the holes between scraps are too small for the next tensor of that size, and the heap grows by a
+# layer's tensors at every layer. Without these lists it stays at what is in use; the speed is the same.
+_TUNABLES = {"glibc.malloc.mxfast": "0", "glibc.malloc.tcache_count": "0"}
+
+
+def restart_with_steady_heap(arguments: Sequence[str]) -> None:
+    """Run the command again, in this very process, with glibc's lists of small chunks off; once, for ``train`` alone.
+
+    They are read when a process begins. Elsewhere than on glibc, or where a user has set them, nothing happens.
+
+    Args:
+        arguments: of the command line, without the program.
+    """
+    if arguments[:1] != ["train"] or not _has_glibc():
+        return
+    given = os.environ.get(_VARIABLE, "")
+    if any(name in given for name in _TUNABLES):
+        return
+    ours = ":".join(f"{name}={value}" for name, value in _TUNABLES.items())
+    os.environ[_VARIABLE] = f"{given}:{ours}" if given else ours
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _has_glibc() -> bool:
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, ValueError):
+        return False
+
+
+def quiet_libraries() -> None:
+    """Leave out a warning of bitsandbytes about a kernel that is not used."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,0 +1,213 @@
+"""What ``manyhats train`` does once its packages are there: the training, registration, and what is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from manyhats.adapters.errors import AdapterError
+from manyhats.cli.connection import Connection, describe
+from manyhats.cli.failures import CommandError, print_error
+from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, to_plain
+from manyhats.cli.progress import shown_progress
+from manyhats.client import ManyhatsError, Registration
+from manyhats.engine.errors import EngineError
+from manyhats.engine.model.loader import LoadedModel, load_model
+from manyhats.trainer.computation import resolve_computation
+from manyhats.trainer.errors import RegistrationError, TrainerError
+from manyhats.trainer.output_directory import report_file
+from manyhats.trainer.progress import shown_training
+from manyhats.trainer.registration import RegistrationServer
+from manyhats.trainer.report import Evaluation, TrainingReport
+from manyhats.trainer.settings import ModelSettings, TrainSettings
+from manyhats.trainer.several import TaskOutcome, common_base, train_several
+from manyhats.trainer.train import train
+
+
+@dataclass(frozen=True, slots=True)
+class Registrar:
+    """Registers what was trained, where a server is named.
+
+    Attributes:
+        server: None registers nothing.
+    """
+
+    server: RegistrationServer | None
+
+    @classmethod
+    def of(cls, connection: Connection | None) -> Registrar:
+        """By the command's options."""
+        if connection is None:
+            return cls(None)
+        return cls(
+            RegistrationServer(
+                target=connection.server,
+                credentials=connection.credentials(),
+                timeout_s=connection.timeout,
+            )
+        )
+
+    def look(self) -> None:
+        """Say at once if the server cannot be reached: the training may take hours."""
+        if self.server is None:
+            return
+        try:
+            self.server.info()
+        except ManyhatsError as error:
+            typer.echo(f"warning: {describe(error)}; the artifact will be kept", err=True)
+
+    def register(self, settings: TrainSettings) -> Registration | None:
+        """Make the artifact the task's active version.
+
+        Raises:
+            RegistrationError: the server does not take it.
+        """
+        return None if self.server is None else self.server.register(settings.task, Path(settings.out))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A task whose training is over; ``error`` is that of the training, or of the registration."""
+
+    settings: TrainSettings
+    report: TrainingReport | None
+    registration: Registration | None = None
+    error: Exception | None = None
+
+
+def train_one(settings: TrainSettings, connection: Connection | None, resume: bool, as_json: bool) -> None:
+    """Train one task, register it, and print its report.
+
+    Raises:
+        TrainerError, ModelError, EngineError: as ``train``; or the server does not take the artifact, which is kept.
+        TrainingInterrupted: by a signal.
+    """
+    registrar = Registrar.of(connection)
+    registrar.look()
+    model = _load(settings.model)
+    with shown_training() as listener:
+        report = train(settings, model, resume=resume, listener=listener)
+    ended = _registered(TaskOutcome(settings=settings, report=report), registrar)
+    if as_json:
+        print_json(_as_plain(ended))
+    else:
+        print_report(ended)
+    if ended.error is not None:
+        raise ended.error
+
+
+def train_all(
+    tasks: Sequence[TrainSettings], connection: Connection | None, resume: bool, as_json: bool
+) -> None:
+    """Train tasks in turns, register each as soon as it is done, and print their reports.
+
+    Raises:
+        CommandError: a task failed; the others are done.
+        SettingError, ModelError: as ``train_several``.
+        TrainingInterrupted: by a signal.
+    """
+    registrar = Registrar.of(connection)
+    registrar.look()
+    model = _load(common_base(tasks))
+    all_ended: list[Ended] = []
+
+    def note(outcome: TaskOutcome) -> None:
+        ended = _registered(outcome, registrar)
+        all_ended.append(ended)
+        if ended.error is not None:
+            print_error(f"{outcome.settings.task}: {_text(ended.error)}")
+
+    with shown_training() as listener:
+        train_several(tasks, model, resume=resume, listener=listener, on_outcome=note)
+    if as_json:
+        print_json({"tasks": [{"task": each.settings.task, **_as_plain(each)} for each in all_ended]})
+    else:
+        _print_reports(all_ended)
+    failed = [each.settings.task for each in all_ended if each.error is not None]
+    if failed:
+        raise CommandError(f"{len(failed)} of {len(tasks)} tasks failed: {', '.join(failed)}")
+
+
+def _load(settings: ModelSettings) -> LoadedModel:
+    """The base, as the training wants it; with bars, which must be gone before the training's."""
+    computation = resolve_computation(settings)
+    with shown_progress() as report:
+        return load_model(
+            settings.model, quantization=settings.quantization, dtype=computation.dtype, progress=report
+        )
+
+
+def _registered(outcome: TaskOutcome, registrar: Registrar) -> Ended:
+    settings, report = outcome.settings, outcome.report
+    if report is None:
+        return Ended(settings=settings, report=None, error=outcome.error)
+    try:
+        return Ended(settings=settings, report=report, registration=registrar.register(settings))
+    except RegistrationError as error:
+        return Ended(settings=settings, report=report, error=error)
+
+
+def _text(error: Exception) -> str:
+    """An error on purpose by its own words, any other with its kind."""
+    on_purpose = (TrainerError, EngineError, AdapterError, OSError)
+    return str(error) if isinstance(error, on_purpose) else f"unexpected {type(error).__name__}: {error}"
+
+
+def _as_plain(ended: Ended) -> dict[str, Any]:
+    """The report as its file has it, and what came of the registration."""
+    report = None if ended.report is None else json.loads(ended.report.to_json())
+    error = None if ended.error is None else _text(ended.error)
+    return {
+        "out": ended.settings.out,
+        "report": report,
+        "registration": to_plain(ended.registration),
+        "error": error,
+    }
+
+
+def _print_reports(all_ended: Sequence[Ended]) -> None:
+    for ended in all_ended:
+        if ended.report is not None:
+            print_report(ended)
+
+
+def print_report(ended: Ended) -> None:
+    """What people want to know of a training; the rest is in the report's file."""
+    report, settings = ended.report, ended.settings
+    if report is None:
+        return
+    artifact, last = report.artifact, report.steps[-1]
+    print_fields(
+        {
+            "task": f"{settings.task} ({artifact.method})",
+            "artifact": f"{settings.out} ({human_bytes(artifact.num_bytes)}, {artifact.digest})",
+            "steps": f"{len(report.steps)}{', stopped early' if report.stopped_early else ''}",
+            "loss": f"{report.steps[0].loss:.4f} to {last.loss:.4f}",
+            "held out": "" if report.evaluation is None else _held_out(report.evaluation),
+            "trained": f"{human_count(artifact.num_trainable)} parameters ({report.trainable_share:.2%})",
+            "speed": f"{report.tokens_per_s:.0f} tokens/s",
+            "peak memory": human_bytes(report.peak_memory.cuda or report.peak_memory.rss),
+            "report": str(report_file(Path(settings.out))),
+            "registered": "" if ended.registration is None else _registration(ended.registration),
+        }
+    )
+
+
+def _held_out(evaluation: Evaluation) -> str:
+    """Before and after, of the loss and of the accuracy."""
+    before, after = evaluation.before, evaluation.after
+    text = f"loss {before.loss:.4f} to {after.loss:.4f}"
+    right = evaluation.accuracy(before), evaluation.accuracy(after)
+    if right[0] is not None and right[1] is not None:
+        text += f", accuracy {right[0]:.1%} to {right[1]:.1%}"
+    return f"{text} ({evaluation.num_items} rows)"
+
+
+def _registration(registration: Registration) -> str:
+    info = registration.adapter
+    return f"{info.name} ({info.state}, {info.digest})"

@@ -1,0 +1,36 @@
+"""The settings of ``manyhats train``: of its flags, its settings file, or its tasks' file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any
+
+from manyhats.trainer.memory import NO_DATA
+from manyhats.trainer.settings import TrainSettings
+from manyhats.trainer.settings_file import DEFAULT_OUT, make_settings, read_file
+from manyhats.trainer.tasks_file import read_tasks
+
+_ANY_TASK = "task"
+
+
+def read(
+    flags: Mapping[str, Any], config: Path | None, tasks: Path | None, *, is_dry_run: bool
+) -> Sequence[TrainSettings]:
+    """The settings of each task; flags win over files.
+
+    Args:
+        flags: those that are given.
+        config: a settings file.
+        tasks: a file of several tasks.
+        is_dry_run: memory can be predicted without a task's name, and without data.
+
+    Raises:
+        SettingError: one is wrong.
+    """
+    if tasks is not None:
+        return read_tasks(tasks, flags)
+    unnamed = {"task": _ANY_TASK, "data": NO_DATA} if is_dry_run else {}
+    settings = make_settings({**unnamed, **(read_file(config) if config else {}), **flags})
+    return [settings if settings.out else replace(settings, out=str(PurePath(DEFAULT_OUT, settings.task)))]

@@ -1,0 +1,410 @@
+"""``manyhats train``: its flags, files and errors, and small trainings from data to artifact, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from client_fakes import FakeServer
+from manyhats.cli.main import app
+from manyhats.cli.train_flags import Flags, parse_pattern
+from manyhats.trainer import settings as trainer_settings
+from manyhats.trainer.settings_file import METHODS, make_settings
+from tiny_models import make_checkpoint
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, ["train", *args], prog_name="manyhats")
+
+
+@cache
+def tiny_model() -> Path:
+    directory = Path(mkdtemp(prefix="manyhats-test-"))
+    return make_checkpoint(directory / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def in_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The command's own directory, with data in it; the base's NF4 weights are kept beside the model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MANYHATS_HOME", str(tiny_model().parent / "home"))
+    write_rows(tmp_path / "train.jsonl", 12)
+    write_rows(tmp_path / "eval.jsonl", 5)
+    return tmp_path
+
+
+def write_rows(path: Path, count: int) -> None:
+    rows = [{"prompt": f"number {i}: ", "completion": "odd" if i % 2 else "even"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def small(method: str, *more: str) -> Result:
+    """Two steps on the tiny model."""
+    base = f"--task sql --data train.jsonl --model {tiny_model()} --max-steps 2 --batch-size 4 --device cpu"
+    return run(method, *base.split(), "--dtype", "float32", *more)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """In place of the training: the settings that it would have been given."""
+    given: list[Any] = []
+
+    def take(settings: Any, connection: Any, resume: bool, as_json: bool) -> None:
+        given.append((settings, connection, resume, as_json))
+
+    monkeypatch.setattr("manyhats.cli.train_runs.train_one", take)
+    monkeypatch.setattr("manyhats.cli.train_runs.train_all", take)
+    return given
+
+
+# Flags
+
+
+def test_help_shows_every_method_and_an_example() -> None:
+    text = " ".join(run("--help").stdout.split())
+    for method in METHODS:
+        assert f" {method} " in text
+    assert "$ manyhats train qlora --task sql --data train.jsonl" in text
+    assert "qlora is LoRA on the base in NF4" in text
+
+
+def test_every_setting_has_a_flag() -> None:
+    kinds = [kind for kind in vars(trainer_settings).values() if isinstance(kind, type)]
+    names = {field.name for kind in kinds if hasattr(kind, "__dataclass_fields__") for field in fields(kind)}
+    sections = {"adapter", "optimization"}
+    assert names - sections - {"use_dora", "train"} | {"data"} == {field.name for field in fields(Flags)}
+
+
+def test_flags_left_out_take_the_defaults_shown_in_the_help() -> None:
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    shown = {each.name: each.show_default for each in command.params if isinstance(each.show_default, str)}
+    described = {
+        "out": "tasks/T",
+        "init_from": "begin anew",
+        "quantization": "nf4; none for lora",
+        "max_length": "the base's own",
+        "max_train_rows": "all",
+        "max_eval_rows": "all",
+        "max_steps": "no bound",
+        "learning_rate": "by the method",
+        "scaling": "1, and 4 for parallel",
+        "target_modules": "all linears of the layers",
+        "output_modules": "k_proj, v_proj",
+        "input_modules": "down_proj",
+        "chat": "no-chat",
+        "shuffle": "shuffle",
+        "use_rslora": "no-use-rslora",
+        "gradient_checkpointing": "gradient-checkpointing",
+    }
+    assert described.items() <= shown.items()
+    defaults: dict[str, Any] = {}
+    for method in METHODS:
+        made = make_settings({"method": method, "task": "t", "data": "d"})
+        for section in (made, made.adapter, made.data, made.optimization, made.model):
+            defaults |= {each.name: getattr(section, each.name) for each in fields(section)}
+    plain = shown.keys() - described.keys()
+    assert len(plain) > 25
+    assert {name: shown[name] for name in plain} == {name: str(defaults[name]) for name in plain}
+
+
+def test_every_flag_reaches_its_setting(trained: list[Any]) -> None:
+    flags = """
+        --task sql --data d.jsonl --eval e.jsonl --chat --system Hello --label yes --label no --max-length 99
+        --overlong skip --no-shuffle --max-train-rows 5 --max-eval-rows 6
+        --rank 4 --alpha 9 --target-module q_proj --target-module v_proj --dropout 0.1 --use-rslora
+        --rank-pattern layers.0.self_attn.q_proj=2 --alpha-pattern q_proj=1.5 --lora-plus-ratio 4
+        --model tiny --quantization nf4 --dtype float32 --device cpu --no-gradient-checkpointing --num-threads 1
+        --batch-size 3 --batch-tokens 64 --gradient-accumulation 2 --epochs 1.5 --max-steps 7
+        --learning-rate 1e-4 --schedule cosine --warmup-steps 5 --optimizer adamw --weight-decay 0.01
+        --beta1 0.8 --beta2 0.99 --max-grad-norm 0.5 --seed 3 --eval-steps 2 --patience 4 --checkpoint-steps 6
+        --keep-checkpoints 1 --init-from before --out there --save-dtype bfloat16
+        --register 127.0.0.1:7 --timeout 3 --tls --token secret --resume --json
+    """
+    assert run("lora", *flags.split()).exit_code == 0
+    ((settings, connection, resume, as_json),) = trained
+    assert settings == trainer_settings.TrainSettings(
+        task="sql",
+        adapter=trainer_settings.LoraSettings(
+            rank=4,
+            alpha=9.0,
+            target_modules=("q_proj", "v_proj"),
+            dropout=0.1,
+            use_rslora=True,
+            rank_pattern={"layers.0.self_attn.q_proj": 2},
+            alpha_pattern={"q_proj": 1.5},
+            lora_plus_ratio=4.0,
+        ),
+        data=trainer_settings.DataSettings(
+            train="d.jsonl",
+            eval="e.jsonl",
+            chat=True,
+            system="Hello",
+            labels=("yes", "no"),
+            max_length=99,
+            overlong="skip",
+            shuffle=False,
+            max_train_rows=5,
+            max_eval_rows=6,
+        ),
+        optimization=trainer_settings.OptimizationSettings(
+            batch_size=3,
+            batch_tokens=64,
+            gradient_accumulation=2,
+            epochs=1.5,
+            max_steps=7,
+            learning_rate=1e-4,
+            schedule="cosine",
+            warmup_steps=5.0,
+            weight_decay=0.01,
+            beta1=0.8,
+            beta2=0.99,
+            max_grad_norm=0.5,
+            eval_steps=2,
+            patience=4,
+            checkpoint_steps=6,
+            keep_checkpoints=1,
+            seed=3,
+        ),
+        model=trainer_settings.ModelSettings(
+            model="tiny",
+            quantization="nf4",
+            dtype="float32",
+            device="cpu",
+            gradient_checkpointing=False,
+            num_threads=1,
+        ),
+        out="there",
+        init_from="before",
+        save_dtype="bfloat16",
+    )
+    assert (connection.server, connection.timeout, connection.token) == ("127.0.0.1:7", 3.0, "secret")
+    assert (connection.tls, resume, as_json) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "adapter"),
+    [
+        (
+            "ia3 --output-module o_proj --input-module up_proj",
+            trainer_settings.Ia3Settings(output_modules=("o_proj",), input_modules=("up_proj",)),
+        ),
+        (
+            "bottleneck --variant parallel --reduction-factor 8 --non-linearity gelu --scaling 2",
+            trainer_settings.BottleneckSettings(
+                variant="parallel", reduction_factor=8, non_linearity="gelu", scaling=2.0
+            ),
+        ),
+        (
+            "prefix --num-virtual-tokens 4 --projection-size 0",
+            trainer_settings.PrefixSettings(num_virtual_tokens=4, projection_size=0),
+        ),
+        (
+            "prompt --init text --init-text Say:",
+            trainer_settings.PromptSettings(init="text", init_text="Say:"),
+        ),
+        ("ptuning --encoder-size 8", trainer_settings.PTuningSettings(encoder_size=8)),
+    ],
+)
+def test_flags_of_each_method(trained: list[Any], flags: str, adapter: Any) -> None:
+    assert run(*flags.split(), "--task", "sql", "--data", "d").exit_code == 0
+    assert trained[0][0].adapter == adapter
+    assert trained[0][0].out == "tasks/sql"
+
+
+def test_flags_win_over_the_settings_file(trained: list[Any], in_directory: Path) -> None:
+    (in_directory / "sql.yaml").write_text("method: qlora\ntask: sql\ndata: d\nrank: 3\nbatch-size: 9\n")
+    assert run("--config", "sql.yaml", "--batch-size", "2").exit_code == 0
+    assert run("dora", "--config", "sql.yaml").exit_code == 0
+    (first, *_), (second, *_) = trained
+    assert (first.adapter.rank, first.optimization.batch_size, first.adapter.use_dora) == (3, 2, False)
+    assert (second.optimization.batch_size, second.adapter.use_dora) == (9, True)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("", "METHOD: must be given: one of lora, qlora"),
+        ("magic --task t --data d", "METHOD: must be one of lora, qlora"),
+        ("lora --data d", "--task: must be given"),
+        ("lora --task t", "--data: must be given"),
+        ("lora --task T --data d", "--task: 'T' is none"),
+        ("prefix --task t --data d --rank 4", "--rank: is not a setting of prefix, but of lora, qlora, dora"),
+        ("lora --task t --data d --target-module q_proj --init text", "--init: is not a setting of lora"),
+        ("lora --task t --data d --rank 0", "--rank: must be at least 1"),
+        ("lora --task t --data d --schedule step", "--schedule: input should be 'linear'"),
+        ("lora --task t --data d --rank-pattern q_proj", "--rank-pattern must be NAME=NUMBER"),
+        (
+            "lora --task t --data d --rank-pattern q_proj=x",
+            "--rank-pattern.q_proj: input should be a valid integer",
+        ),
+        ("qlora --task t --data d --quantization none", "--quantization: qlora trains on nf4"),
+        ("prompt --task t --data d --init text", "--init-text: must be given"),
+        ("lora --tasks tasks.yaml", "leave out METHOD and --config"),
+        ("--tasks none.yaml", "--tasks: cannot read none.yaml"),
+        ("lora --config none.yaml", "--config: cannot read none.yaml"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(args: str, message: str) -> None:
+    result = run(*args.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_wrong_task_of_a_file_is_named(in_directory: Path) -> None:
+    (in_directory / "tasks.yaml").write_text("tasks:\n  - {task: sql, method: lora, data: d, rank: 0}\n")
+    result = run("--tasks", "tasks.yaml")
+    assert result.exit_code == 2
+    assert result.stderr == "error: tasks[sql].rank: must be at least 1\n"
+
+
+def test_patterns_may_hold_equals_signs() -> None:
+    assert parse_pattern("--x", ["a=b=3", "c=4"]) == {"a=b": "3", "c": "4"}
+
+
+# Trainings
+
+
+def test_a_training_leaves_the_artifact_and_prints_what_it_came_to(in_directory: Path) -> None:
+    result = small("qlora", "--eval", "eval.jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert (in_directory / "tasks/sql/adapter_model.safetensors").is_file()
+    printed = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert printed["task"] == "sql (lora)"
+    assert printed["artifact"].startswith("tasks/sql (")
+    assert printed["report"] == "tasks/sql/training/report.json"
+    assert printed["held out"].endswith("(5 rows)")
+    assert "step 2/2" in result.stderr
+
+
+def test_json_is_the_report(in_directory: Path) -> None:
+    result = small("prompt", "--json", "--out", "p")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["report"] == json.loads((in_directory / "p/training/report.json").read_bytes())
+    assert (printed["out"], printed["registration"], printed["error"]) == ("p", None, None)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "none.jsonl"], "none.jsonl"),
+        (["--data", "bad.jsonl"], "bad.jsonl:2: "),
+        (["--model", "nowhere"], "nowhere"),
+        (["--learning-rate", "1e30", "--warmup-steps", "0", "--max-grad-norm", "0"], "is not finite"),
+    ],
+)
+def test_a_failed_training_is_one_error_line(in_directory: Path, args: list[str], message: str) -> None:
+    (in_directory / "bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
+    result = small("lora", *args)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_the_artifact_is_registered(fake: FakeServer, in_directory: Path) -> None:
+    result = small("lora", "--register", fake.target, "--token", "secret")
+    assert result.exit_code == 0, result.stderr
+    assert fake.last_request.task_id == "sql"
+    assert set(fake.authorizations) == {"Bearer secret"}
+    sent = bytes(fake.uploaded["adapter_model.safetensors"])
+    assert sent == (in_directory / "tasks/sql/adapter_model.safetensors").read_bytes()
+    assert f"registered: sql@3 (active, sha256:{3:064x})" in result.stdout
+
+
+def test_a_failed_registration_keeps_the_artifact_and_says_where(in_directory: Path) -> None:
+    result = small("lora", "--register", "127.0.0.1:1", "--json")
+    assert result.exit_code == 1
+    first, *_, last = result.stderr.splitlines()
+    assert first.startswith("warning: cannot reach the server at 127.0.0.1:1")
+    assert last.startswith("error: cannot reach the server at 127.0.0.1:1")
+    assert "the artifact is in tasks/sql" in last
+    assert (in_directory / "tasks/sql/adapter_config.json").is_file()
+    assert json.loads(result.stdout)["report"]["task"] == "sql"
+
+
+TASKS = """
+batch_size: 4
+max_steps: 2
+dtype: float32
+device: cpu
+data: train.jsonl
+tasks:
+  - {task: one, method: lora, rank: 2}
+  - {task: two, method: prompt, num-virtual-tokens: 2}
+"""
+
+
+def test_several_tasks_are_trained_and_registered(fake: FakeServer, in_directory: Path) -> None:
+    (in_directory / "tasks.yaml").write_text(TASKS)
+    result = run("--tasks", "tasks.yaml", "--model", str(tiny_model()), "--register", fake.target, "--json")
+    assert result.exit_code == 0, result.stderr
+    tasks = json.loads(result.stdout)["tasks"]
+    assert [each["task"] for each in tasks] == ["one", "two"]
+    assert [each["report"]["method"] for each in tasks] == ["lora", "prompt_tuning"]
+    assert [each["registration"]["adapter"]["task_id"] for each in tasks] == ["one", "two"]
+    assert (in_directory / "tasks/two/adapter_config.json").is_file()
+
+
+def test_one_of_several_tasks_that_fails_is_reported_and_the_others_are_there(in_directory: Path) -> None:
+    (in_directory / "tasks.yaml").write_text(f"{TASKS}  - {{task: three, method: ia3, data: none.jsonl}}\n")
+    result = run("--tasks", "tasks.yaml", "--model", str(tiny_model()))
+    assert result.exit_code == 1
+    assert "error: three: none.jsonl: " in result.stderr
+    assert result.stderr.splitlines()[-1] == "error: 1 of 3 tasks failed: three"
+    assert [line for line in result.stdout.splitlines() if line.startswith("task: ")] == [
+        "task: one (lora)",
+        "task: two (prompt_tuning)",
+    ]
+
+
+# Dry runs
+
+
+def test_a_dry_run_prints_the_parts_and_trains_nothing(in_directory: Path) -> None:
+    result = small("lora", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    head, *lines = result.stdout.splitlines()
+    assert head == "memory of the process\tbytes\tshare"
+    parts = [line.split("\t")[0] for line in lines]
+    assert {"runtime", "base: linears", "adapter", "optimizer", "total"} <= set(parts)
+    assert "sql: 32.8 k trained parameters" in result.stdout
+    assert not (in_directory / "tasks").exists()
+
+
+def test_a_dry_run_needs_only_a_config(in_directory: Path) -> None:
+    config = in_directory / "big.json"
+    config.write_text((tiny_model() / "config.json").read_text())
+    result = run("qlora", "--model", str(config), "--max-length", "100", "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["total_bytes"] == sum(printed["parts"].values())
+    assert printed["tasks"][0]["batch"]["num_tokens"] == 16 * 100
+    assert any("tokenizer" in note for note in printed["notes"])
+
+
+def test_a_dry_run_of_several_tasks_counts_each_adapter(in_directory: Path) -> None:
+    (in_directory / "tasks.yaml").write_text(TASKS)
+    result = run("--tasks", "tasks.yaml", "--model", str(tiny_model()), "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    trained = [task["trained_parameters"] for task in printed["tasks"]]
+    assert printed["parts"]["adapter"] == 4 * sum(trained)
+
+
+def test_a_dry_run_of_a_model_that_is_not_there() -> None:
+    result = run("lora", "--model", "nowhere", "--dry-run")
+    assert result.exit_code == 1
+    assert "nowhere" in result.stderr
