@@ -106,19 +106,19 @@ def test_outputs_and_gradients_are_those_of_the_definition(population: Populatio
             torch.testing.assert_close(leaf.grad, wanted.grad, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [(5, 5, 5), (5, 1, 3)])
+@pytest.mark.parametrize("rows", [(9, 9), (9, 1, 4)])
 def test_bfloat16_keeps_scores_in_float32(rows: tuple[int, ...]) -> None:
-    """Large scores that differ by less than bfloat16's step would otherwise tie."""
-    generator = torch.Generator().manual_seed(0)
+    """Scores of 100, 100.125, …: in bfloat16, whose step is 0.5 there, four at a time would tie."""
     num_tokens = sum(rows)
-    queries = torch.randn(num_tokens, 2, HEAD_DIM, generator=generator).bfloat16()
-    keys = (queries[:, :1] * 4).contiguous()
-    values = torch.randn(num_tokens, 1, HEAD_DIM, generator=generator).bfloat16()
-    kind, layout = AttentionKind(4.0, None, None), row_layout(rows, 0, torch.device("cpu"))
-    narrow = attend(queries, (keys, values), None, layout, kind)
-    exact = attend(queries.float(), (keys.float(), values.float()), None, layout, kind)
+    queries = torch.ones(num_tokens, 2, HEAD_DIM)
+    keys = torch.full((num_tokens, 1, HEAD_DIM), 12.0)
+    keys[:, 0, 0] = torch.cat([16 + 0.125 * torch.arange(length) for length in rows])
+    values = torch.randn(num_tokens, 1, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    kind, layout = AttentionKind(1.0, None, None), row_layout(rows, 0, torch.device("cpu"))
+    narrow = attend(queries.bfloat16(), (keys.bfloat16(), values.bfloat16()), None, layout, kind)
+    exact = attend(queries, (keys, values.bfloat16().float()), None, layout, kind)
     assert narrow.dtype == torch.bfloat16
-    torch.testing.assert_close(narrow.float(), exact, atol=0.02, rtol=0.01)
+    torch.testing.assert_close(narrow.float(), exact, atol=0.01, rtol=0.01)
 
 
 def test_long_rows_need_no_scores_of_all_pairs() -> None:

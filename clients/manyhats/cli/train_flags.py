@@ -21,7 +21,6 @@ class Flags:
 
     task: opt.Task = None
     out: opt.Out = None
-    init_from: opt.InitFrom = None
     save_dtype: opt.SaveDtype = None
     init_from: opt.InitFrom = None
 

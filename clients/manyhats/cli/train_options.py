@@ -43,12 +43,6 @@ Out: TypeAlias = Annotated[
     str | None,
     _run("--out", metavar="DIR", help="The artifact, its model card and report.", show_default="tasks/T"),
 ]
-InitFrom: TypeAlias = Annotated[
-    str | None,
-    _run(
-        "--init-from", metavar="DIR", help="Go on from this artifact of the same method, not from new values."
-    ),
-]
 SaveDtype: TypeAlias = Annotated[
     str | None,
     _run(

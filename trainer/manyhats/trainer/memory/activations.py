@@ -182,11 +182,13 @@ def head_bytes(step: Step) -> int:
     """The most that the head needs: M learned tokens, some rows of logits at a time.
 
     Three float32 tensors [M, D]; of c = min(M, 2²⁴ / V) rows the logits, whose memory becomes their gradient's,
-    e · c · V (three times where the adapter acts on the head), and, if they are not, a few at a time in float32.
+    e · c · V (three times where the adapter acts on the head), and, if they are not, a few at a time in float32. With
+    more rows than that, those before are let go only when the next are there.
     """
     config, e = step.config, step.element_bytes
     targets = step.batch.num_targets
     rows = min(targets, max(1, CHUNK_VALUES // config.vocab_size))
     logits = e * rows * config.vocab_size * (3 if step.adapter.is_on_head else 1)
+    logits += e * rows * config.vocab_size if targets > rows else 0
     in_cache = _FLOAT * min(CACHED_VALUES, rows * config.vocab_size) if e < _FLOAT else 0
     return 3 * _FLOAT * targets * config.hidden_size + logits + in_cache
