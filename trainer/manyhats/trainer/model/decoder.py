@@ -17,6 +17,7 @@ from manyhats.trainer.errors import BaseError
 from manyhats.trainer.model.deltas import PlacedDeltas, place_deltas, with_embedding_deltas
 from manyhats.trainer.model.head import Head
 from manyhats.trainer.model.layer import FrozenLayer, LayerPass
+from manyhats.trainer.model.layer_inputs import LayerInputs
 from manyhats.trainer.model.norm import rms_norm
 from manyhats.trainer.model.rows import RowLayout, row_layout
 
@@ -115,11 +116,13 @@ class TrainingDecoder:
         if virtual is not None:
             residual = torch.cat((virtual, residual))
         step = self._begin(batch, prefix, deltas, dropout)
+        checkpoints = self._checkpoints and torch.is_grad_enabled()
+        inputs = LayerInputs(len(self._layers), residual) if checkpoints else None
         for index, layer in enumerate(self._layers):
-            if self._checkpoints and torch.is_grad_enabled():
+            if inputs is not None:
                 residual = checkpoint(
                     layer.forward,
-                    residual,
+                    inputs.keep(index, residual),
                     step.of_layer(index),
                     use_reentrant=False,
                     preserve_rng_state=dropout > 0,
