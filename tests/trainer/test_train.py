@@ -270,15 +270,15 @@ def test_a_full_disk_at_the_end_loses_nothing(task: TinyTask, monkeypatch: pytes
 def test_a_report_that_cannot_be_written_leaves_the_artifact(
     task: TinyTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, content: bytes, mode: int) -> None:
         if "report" in path.name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
+        write(path, content, mode)
 
     from manyhats.trainer import durable_files
 
-    write = durable_files._write
-    monkeypatch.setattr(durable_files, "_write", full)
+    write = durable_files.write_file
+    monkeypatch.setattr(durable_files, "write_file", full)
     with pytest.raises(OutputError, match="No space left"):
         train(task.without_evaluation(max_steps=2), task.model)
     assert (task.out / "adapter_config.json").exists()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from manyhats.adapters.artifact_storage import NamedDigests, Swept
 from manyhats.adapters.digest import artifact_digest, digest_of_hashes, hex_digits
+from manyhats.adapters.durable import sync_directory, write_file
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterTooLargeError,
@@ -33,8 +34,8 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.store_errors import store_error, store_errors
 
 _NAME = re.compile(r"[0-9a-f]{64}")
+_MODE = 0o444  # of every file: published ones never change
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 # Something that bears the name already: a directory with entries, or no directory.
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 # No such directory, or a link in its place.
@@ -62,8 +63,8 @@ class LocalArtifacts:
         with store_errors():
             self._artifacts.mkdir(parents=True, exist_ok=True)
             self._staging.mkdir(exist_ok=True)
-            _sync(root)
-            _sync(root.parent)
+            sync_directory(root)
+            sync_directory(root.parent)
 
     def claim(self, catalogue_id: str) -> None:
         """Write down whose the artifacts are, or check it; ``<root>/catalogue-id`` says it."""
@@ -88,7 +89,7 @@ class LocalArtifacts:
                 self._stage_and_place(digest, files, target)
             with store_errors():
                 # Whoever renamed it may have died before this.
-                _sync(self._artifacts)
+                sync_directory(self._artifacts)
 
     def read(self, digest: str) -> dict[str, bytearray]:
         """The files of an artifact, checked.
@@ -156,9 +157,9 @@ class LocalArtifacts:
             if file.exists():
                 return
             staged = self._staging / uuid.uuid4().hex
-            _write_file(staged, catalogue_id.encode())
+            write_file(staged, catalogue_id.encode(), _MODE)
             os.rename(staged, file)
-            _sync(self._root)
+            sync_directory(self._root)
 
     def _stage_and_place(self, digest: str, files: Mapping[str, bytes | bytearray], target: Path) -> None:
         staged = self._staging / uuid.uuid4().hex
@@ -235,24 +236,8 @@ def _digest_of(directory: SourceDirectory) -> str:
 def _write_files(directory: Path, files: Mapping[str, bytes | bytearray]) -> None:
     directory.mkdir()
     for name, content in files.items():
-        _write_file(directory / name, content)
-    _sync(directory)
-
-
-def _write_file(path: Path, content: bytes | bytearray) -> None:
-    descriptor = os.open(path, _CREATE, 0o444)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, _OPEN_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_file(directory / name, content, _MODE)
+    sync_directory(directory)
 
 
 def _size_bytes(path: Path) -> int:

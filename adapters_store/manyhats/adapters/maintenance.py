@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Literal
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.artifact_storage import ArtifactStorage
 from manyhats.adapters.catalogue import Catalogue
+from manyhats.adapters.durable import write_file
 from manyhats.adapters.errors import ArgumentInvalidError, TaskNotFoundError
 from manyhats.adapters.store_errors import store_errors
 
@@ -114,8 +114,5 @@ def _mark(catalogue: Catalogue, record: AdapterRecord, faults: Mapping[str, str]
 def _write(directory: Path, files: Mapping[str, bytearray]) -> tuple[Path, ...]:
     directory.mkdir(exist_ok=True)
     for name, content in files.items():
-        with open(directory / name, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(directory / name, content, 0o666)
     return tuple(directory / name for name in files)

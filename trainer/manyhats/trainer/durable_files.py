@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from manyhats.adapters.durable import sync_directory, write_file
+
 _STAGED = ".partial"
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_MODE = 0o644
 
 
 def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collection[str] = ()) -> None:
@@ -28,7 +29,7 @@ def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collectio
     staged = {name: _staged(directory / name) for name in files}
     try:
         for name, content in files.items():
-            _write(staged[name], content)
+            write_file(staged[name], content, _MODE)
         for name in replaced:
             with suppress(FileNotFoundError):
                 os.unlink(directory / name)
@@ -51,7 +52,7 @@ def write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
     try:
         os.mkdir(staged)
         for name, content in files.items():
-            _write(staged / name, content)
+            write_file(staged / name, content, _MODE)
         sync(staged)
         if directory.exists():
             os.rename(directory, aside)
@@ -97,24 +98,9 @@ def remove_staged(directory: Path) -> None:
 
 
 def sync(directory: Path) -> None:
-    """See that a directory's entries are on the disk."""
-    descriptor = os.open(directory, _DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """See that a directory's entries are on the disk; it may be a link to one."""
+    sync_directory(directory.resolve())
 
 
 def _staged(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}{_STAGED}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, _CREATE, 0o644)
-    try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
