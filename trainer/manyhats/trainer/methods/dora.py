@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Generator, nn
 
-from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.methods.lora_tensors import MAGNITUDE
 from manyhats.adapters.methods.peft_tensors import Target
@@ -20,8 +19,7 @@ from manyhats.engine.model.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods.lora import (
     LoraPlan,
-    lora_config,
-    lora_plus_scales,
+    low_rank_adapter,
     low_rank_parameters,
     plan_lora,
     tensor_name,
@@ -44,14 +42,7 @@ def make_dora(
         if target.is_head:
             raise SettingError("target_modules", "the head can have LoRA only; DoRA is not served there")
     parameters = low_rank_parameters(plan, generator) | _magnitudes(plan, model)
-    return ParametrizedAdapter(
-        method=AdapterMethod.DORA,
-        config=lora_config(settings, plan.chosen, model),
-        parameters=parameters,
-        base=model.description,
-        dropout=settings.dropout,
-        learning_rate_scales=lora_plus_scales(settings, parameters),
-    )
+    return low_rank_adapter(settings, plan, model, parameters)
 
 
 def _magnitudes(plan: LoraPlan, model: LoadedModel) -> dict[str, nn.Parameter]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Generator, nn
 
-from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.methods.lora_tensors import A, B
@@ -52,9 +51,15 @@ def make_lora(
         SettingError: a module, a rank, an alpha or a pattern that does not fit.
     """
     plan = plan_lora(settings, model, limits)
-    parameters = low_rank_parameters(plan, generator)
+    return low_rank_adapter(settings, plan, model, low_rank_parameters(plan, generator))
+
+
+def low_rank_adapter(
+    settings: LoraSettings, plan: LoraPlan, model: LoadedModel, parameters: dict[str, nn.Parameter]
+) -> ParametrizedAdapter:
+    """LoRA or DoRA, as the settings have it, of its parameters."""
     return ParametrizedAdapter(
-        method=AdapterMethod.LORA,
+        method=settings.method,
         config=lora_config(settings, plan.chosen, model),
         parameters=parameters,
         base=model.description,
