@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -110,15 +111,7 @@ class BaselineSession:
         return self._models[key]
 
     def _load(self, dtype: torch.dtype) -> Any:
-        quantization = self._transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        model = self._transformers.AutoModelForCausalLM.from_pretrained(
-            self._workload.directory, dtype=dtype, quantization_config=quantization, device_map="cpu"
-        )
+        model = load_nf4(self._workload.directory, dtype)
         # No EOS: every run has the length it was asked for.
         model.generation_config = self._transformers.GenerationConfig(
             do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
@@ -138,6 +131,20 @@ class BaselineSession:
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)  # of the activations, so that nothing is converted
         return model.eval()
+
+
+def load_nf4(directory: Path, dtype: torch.dtype) -> Any:
+    """What transformers and bitsandbytes make of a checkpoint: NF4 with double quantization, computing in ``dtype``."""
+    transformers: Any = import_module("transformers")
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, quantization_config=quantization, device_map="cpu"
+    )
 
 
 def _adapter_name(adapter: Adapter | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.baselines import load_nf4
 from benchmarks.measure import Measurement
 from benchmarks.training_cases import TrainingCase, TrainingWorkload, tokens_per_s
 from manyhats.engine.model.loader import LoadedModel, load_model
@@ -150,16 +151,7 @@ class PeftTrainer:
         )
 
     def _model(self, variant: str, checkpointing: bool, seed: int) -> Any:
-        dtype = _DTYPES[variant.split()[0]]
-        quantization = self._transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        base = self._transformers.AutoModelForCausalLM.from_pretrained(
-            self._workload.directory, dtype=dtype, quantization_config=quantization, device_map="cpu"
-        )
+        base = load_nf4(self._workload.directory, _DTYPES[variant.split()[0]])
         peft: Any = import_module("peft")
         torch.manual_seed(seed)
         config = peft.LoraConfig(

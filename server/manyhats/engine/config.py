@@ -70,12 +70,15 @@ def resolve(config: EngineConfig) -> EngineConfig:
     return replace(config, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
 
 
+def kv_bytes_per_token(decoder: DecoderConfig, itemsize: int) -> int:
+    """Keys and values of one position in all layers, of so many bytes a value."""
+    return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * itemsize
+
+
 def num_blocks_of(config: EngineConfig, decoder: DecoderConfig) -> int:
     """Blocks that fit into ``kv_cache_bytes``, but no more than every sequence can use at full length."""
     itemsize = 4 if config.kv_cache_dtype == "float32" else 2
-    block_bytes = (
-        2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * config.block_size * itemsize
-    )
+    block_bytes = kv_bytes_per_token(decoder, itemsize) * config.block_size
     most = config.max_num_sequences * -(-decoder.max_context_length // config.block_size)
     num_blocks = min(config.kv_cache_bytes // block_bytes, most)
     if num_blocks < 1:

@@ -16,7 +16,7 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.config import MIB, EngineConfig
+from manyhats.engine.config import MIB, EngineConfig, kv_bytes_per_token
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.loader import LoadedModel
 from manyhats.engine.request import ScoreRequest
@@ -177,5 +177,4 @@ async def _predict(
 def _kv_cache_bytes(config: DecoderConfig, longest: int) -> int:
     """Room for the longest prompt several times over, or for many short ones."""
     positions = max(_POSITIONS, 4 * longest)
-    per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-    return max(_MIN_KV_CACHE_BYTES, positions * per_position)
+    return max(_MIN_KV_CACHE_BYTES, positions * kv_bytes_per_token(config, itemsize=4))
