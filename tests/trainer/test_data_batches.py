@@ -53,6 +53,19 @@ def steps_by_epoch(sampler: BatchSampler) -> list[Steps]:
     return [[sampler.step(index) for index in indices] for _, indices in grouped]
 
 
+@given(lengths=LENGTHS, settings=SETTINGS)
+def test_passes_so_far_grow_evenly_within_an_epoch_and_are_whole_at_its_end(
+    lengths: list[int], settings: OptimizationSettings
+) -> None:
+    sampler = BatchSampler(rows_of_lengths(lengths), settings, shuffle=True)
+    expected = [
+        epoch + step / len(steps)
+        for epoch, steps in enumerate(steps_by_epoch(sampler))
+        for step in range(1, len(steps) + 1)
+    ]
+    assert [sampler.epochs_after(index) for index in range(sampler.num_steps)] == pytest.approx(expected)
+
+
 @given(lengths=LENGTHS, settings=SETTINGS, shuffle=st.booleans())
 def test_every_row_comes_exactly_once_per_epoch(
     lengths: list[int], settings: OptimizationSettings, shuffle: bool

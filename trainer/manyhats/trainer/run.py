@@ -164,7 +164,7 @@ class TrainingRun:
             task=self.task,
             step=index + 1,
             num_steps=self.num_steps,
-            epoch=(index + 1) / self._sampler.steps_per_epoch,
+            epoch=self._sampler.epochs_after(index),
             loss=loss.loss,
             learning_rate=self._learning_rate * factor,
             grad_norm=grad_norm,

@@ -95,6 +95,11 @@ class BatchSampler:
         """The epoch of a step, from 0."""
         return bisect.bisect_right(self._ends, index)
 
+    def epochs_after(self, index: int) -> float:
+        """Passes over the rows when a step is done, a fraction within one."""
+        epoch = self.epoch_of(index)
+        return epoch + (index + 1 - self._begin(epoch)) / self._num_steps_of(epoch)
+
     def ends_epoch(self, index: int) -> bool:
         """Whether a step is the last of its epoch, or of the run."""
         return index + 1 == self._ends[self.epoch_of(index)]
