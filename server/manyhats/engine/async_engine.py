@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.engine.background import Background
 from manyhats.engine.checks import check_generation, check_length, check_scoring
 from manyhats.engine.config import EngineConfig, num_blocks_of, resolve
 from manyhats.engine.engine import Engine
@@ -40,6 +41,7 @@ class AsyncEngine:
         config: limits and sizes.
         load_adapter: reads and lowers an artifact; called on loader threads.
         on_step: called on the engine's thread after each step.
+        background: work beside the engine's, which is left a processor while it lasts.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class AsyncEngine:
         config: EngineConfig,
         load_adapter: LoadAdapter,
         on_step: Callable[[StepStats], None] = lambda stats: None,
+        background: Background | None = None,
     ) -> None:
         config = resolve(config)
+        self._background = background or Background()
         self.model = model
         self.config = config
         self._kernels = CpuKernels(config.num_threads or None, is_exact=config.dtype == "float32")
@@ -83,18 +87,19 @@ class AsyncEngine:
         self._thread = EngineThread(
             self._engine,
             prepare=self._prepare,
+            before_step=self._share_processors,
             publish=self._publish,
             on_step=lambda stats: self._on_step(stats),
             make_room=lambda: self._residency.evict_prefix(),
             on_end=self._end,
         )
-        self._jobs = InternalJobs(self._engine, self._thread.submit)
+        self._jobs = InternalJobs(self._engine, self._thread.submit, self._background)
         prefixes = EnginePrefixPool(self._jobs, self._cache)
         self._residency = AdapterResidency(
             self._slots, config.max_loaded_adapters, config.max_adapter_bytes, load_adapter, prefixes
         )
         self._probe = self._new_probe(prefixes)
-        self._loading = AdapterLoading(self._residency)
+        self._loading = AdapterLoading(self._residency, self._background)
         self._streams = Streams(self._residency.release)
         self._ids = itertools.count(1)
         self._is_draining = False
@@ -305,6 +310,10 @@ class AsyncEngine:
             raise DrainingError("the server is shutting down")
 
     # On the engine's thread
+
+    def _share_processors(self) -> None:
+        """A step's loops end with their slowest thread: better one fewer than one that has half a processor."""
+        self._kernels.leave_processors(1 if self._background.is_busy else 0)
 
     def _publish(self, events: list[Event]) -> bool:
         return self._streams.publish([event for event in events if not self._jobs.take(event)])

@@ -26,6 +26,7 @@ class EngineThread:
     Args:
         engine: nobody else touches it while the thread runs.
         prepare: called first.
+        before_step: called before each step.
         publish: takes the events of a turn; says whether anybody listens still.
         on_step: takes the statistics of a step.
         make_room: called where nothing could run for want of blocks; says whether it freed some.
@@ -37,6 +38,7 @@ class EngineThread:
         engine: Engine,
         *,
         prepare: Callable[[], None],
+        before_step: Callable[[], None],
         publish: Callable[[list[Event]], bool],
         on_step: Callable[[StepStats], None],
         make_room: Callable[[], bool],
@@ -44,6 +46,7 @@ class EngineThread:
     ) -> None:
         self._engine = engine
         self._prepare = prepare
+        self._before_step = before_step
         self._publish = publish
         self._on_step = on_step
         self._make_room = make_room
@@ -100,6 +103,7 @@ class EngineThread:
     def _turn(self) -> None:
         events = self._take_commands()
         if self._engine.has_work:
+            self._before_step()
             result = self._engine.step()
             events += result.events
             if result.stats is not None:

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from manyhats.engine.background import Background
 from manyhats.engine.engine import Engine
 from manyhats.engine.errors import EngineDeadError, EngineError
 from manyhats.engine.jobs import Event, Job, Output, SampledToken
@@ -63,21 +64,27 @@ class InternalJobs:
     Args:
         engine: runs them; touched by commands alone.
         submit: hands a command to the engine's thread.
+        background: whose threads wait.
     """
 
-    def __init__(self, engine: Engine, submit: Callable[[Command], None]) -> None:
+    def __init__(self, engine: Engine, submit: Callable[[Command], None], background: Background) -> None:
         self._engine = engine
+        self._background = background
         self._submit = submit
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Future[Any]] = {}
         self._is_closed = False
 
-    def start(self, make_job: Callable[[str, Callable[[T], None]], Job]) -> Future[T]:
-        """Hands over a job, made from its id and what takes its result; the result or its error will come.
+    def run(self, make_job: Callable[[str, Callable[[T], None]], Job]) -> T:
+        """Hands over a job, made from its id and what takes its result, and waits for the result.
 
         Raises:
-            EngineDeadError: nobody would run it.
+            EngineError: what ended it.
         """
+        with self._background.waiting():
+            return self._start(make_job).result()
+
+    def _start(self, make_job: Callable[[str, Callable[[T], None]], Job]) -> Future[T]:
         job_id = f"internal-{next(self._numbers)}"
         future: Future[T] = Future()
         job = make_job(job_id, future.set_result)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.engine.background import give_way
+from manyhats.engine.background import Background
 from manyhats.engine.residency import AdapterResidency, ResidentAdapter
 
 _NUM_THREADS = 2
@@ -17,11 +16,9 @@ _NUM_THREADS = 2
 class AdapterLoading:
     """``AdapterResidency`` for an event loop, on which all of this is called."""
 
-    def __init__(self, residency: AdapterResidency) -> None:
+    def __init__(self, residency: AdapterResidency, background: Background) -> None:
         self._residency = residency
-        self._threads = ThreadPoolExecutor(
-            _NUM_THREADS, thread_name_prefix="adapter-loader", initializer=give_way
-        )
+        self._threads = background.threads(_NUM_THREADS, "adapter-loader")
         self._tasks: Counter[str] = Counter()
 
     @property

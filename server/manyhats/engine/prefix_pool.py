@@ -33,7 +33,7 @@ class EnginePrefixPool:
                 return KVPrefixJob(job_id, prefix, self._cache, on_done)
             return PromptPrefixJob(job_id, prefix, slot, on_done)
 
-        return self._jobs.start(make_job).result()
+        return self._jobs.run(make_job)
 
     def remove(self, prefix: ResidentPrefix) -> None:
         """Has the blocks freed before the next step."""

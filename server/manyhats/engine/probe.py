@@ -184,7 +184,7 @@ class AdapterProbe:
         def make_job(job_id: str, on_done: Callable[[Logits], None]) -> Job:
             return ProbeJob(job_id, token_ids, start, on_done)
 
-        return self._jobs.start(make_job).result()
+        return self._jobs.run(make_job)
 
 
 def probe_prompt(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.engine.background import give_way
 from manyhats.server import from_proto, to_proto
 from manyhats.server.gate import Gate
 from manyhats.server.metrics import Metrics
@@ -18,11 +16,6 @@ from manyhats.server.tokens import Scope
 from manyhats.server.uploads import ACCEPTED, take_upload
 from manyhats.server.visible_page import visible_page
 from manyhats.v1 import adapter_pb2, adapter_pb2_grpc
-
-# What blocks on the store has threads of its own: registrations wait for each other, and for slow sources, and must
-# not keep from the event loop's own threads what those are for, such as tokenizing long prompts. And they give way to
-# the engine's: streams go on beside them.
-_NUM_THREADS = 32
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -34,7 +27,6 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self._gate = gate
         self._metrics = metrics
         self._scope_of = scope_of
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="store", initializer=give_way)
 
     async def RegisterAdapter(  # noqa: N802
         self, request: adapter_pb2.RegisterAdapterRequest, context: Context
@@ -98,7 +90,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     @property
     def _registrar(self) -> Registrar:
-        return Registrar(self._gate.backend, self._metrics, self._threads)
+        return Registrar(self._gate.backend, self._metrics)
 
     def _message(self, record: AdapterRecord) -> adapter_pb2.Adapter:
         is_resident = record.digest in self._gate.backend.engine.resident_digests()

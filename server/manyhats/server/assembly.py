@@ -16,6 +16,7 @@ from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store import AdapterStore
 from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.background import Background
 from manyhats.engine.config import EngineConfig, resolve
 from manyhats.engine.model.directories import default_home
 from manyhats.engine.model.loader import load_model
@@ -26,6 +27,9 @@ from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend, ModelInfo
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Registrations wait for each other, and for slow sources, and must not keep from the event loop's own threads what
+# those are for, such as tokenizing long prompts.
+_NUM_STORE_THREADS = 32
 # What the store calls a setting → what the server calls it.
 _STORE_SETTINGS = {"catalogue_url": "catalogue", "url_prefixes": "adapter_url_prefixes"}
 
@@ -50,7 +54,8 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     )
     store = open_adapter_store(config, model.description)
     loader = AdapterLoader(store, metrics)
-    engine = AsyncEngine(model, settings, loader, metrics.step)
+    background = Background()
+    engine = AsyncEngine(model, settings, loader, metrics.step, background)
     info = ModelInfo(
         name=model.name,
         digest=model.description.digest,
@@ -60,7 +65,12 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         vocab_size=model.config.vocab_size,
     )
     return Backend(
-        engine=engine, store=store, tokenizer=model.tokenizer, info=info, max_adapters=config.max_adapters
+        engine=engine,
+        store=store,
+        store_threads=background.threads(_NUM_STORE_THREADS, "store"),
+        tokenizer=model.tokenizer,
+        info=info,
+        max_adapters=config.max_adapters,
     )
 
 

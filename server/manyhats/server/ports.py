@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -200,7 +201,9 @@ class ModelInfo:
 class Backend:
     """All that answers requests once the model is loaded.
 
-    ``max_adapters`` is the number of adapters that can be resident at once.
+    Attributes:
+        max_adapters: how many can be resident at once.
+        store_threads: for what blocks on the store; None are the event loop's own.
     """
 
     engine: Engine
@@ -208,3 +211,4 @@ class Backend:
     tokenizer: Tokenizer
     info: ModelInfo
     max_adapters: int
+    store_threads: Executor | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -79,13 +78,11 @@ class Registrar:
     Args:
         backend: its store and engine.
         metrics: counts.
-        threads: for what blocks on the store; None are the event loop's own.
     """
 
-    def __init__(self, backend: Backend, metrics: Metrics, threads: Executor | None = None) -> None:
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
         self._metrics = metrics
-        self._threads = threads
 
     async def register(self, spec: RegistrationSpec) -> Registration:
         """Make an artifact a version of a task. It is loaded before it goes live: its first request need not wait.
@@ -198,7 +195,7 @@ class Registrar:
 
     async def run(self, work: Callable[[], T]) -> T:
         """Do what blocks on the store, in a worker thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self._backend.store_threads, work)
 
     @contextmanager
     def counted_failures(self) -> Iterator[None]:

@@ -155,6 +155,10 @@ class Kernels(Protocol[PackedT, CacheT]):
         """Prepares the calling thread; call it once on each thread that runs the decoder."""
         ...
 
+    def leave_processors(self, count: int) -> None:
+        """From now on uses so many fewer threads than it could, but one at least; on the thread that was started."""
+        ...
+
     def pack(self, parts: Sequence[Linear]) -> PackedT:
         """Lays out linears over the same input as one.
 

@@ -74,6 +74,9 @@ class ReferenceKernels:
     def start_thread(self) -> None:
         """Nothing to prepare."""
 
+    def leave_processors(self, count: int) -> None:
+        """Takes no notice."""
+
     def pack(self, parts: Sequence[Linear]) -> ReferenceLinear:
         """Dequantizes and concatenates."""
         weights = [

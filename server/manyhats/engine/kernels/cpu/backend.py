@@ -86,6 +86,7 @@ class CpuKernels:
         self._panels: dict[tuple[int, int], np.ndarray] = {}
         self._scores = np.empty((self.num_threads, 0), dtype=np.float32)
         self._chooser = TokenChooser(self.num_threads)
+        self._num_used = self.num_threads
 
     @property
     def name(self) -> str:
@@ -98,12 +99,25 @@ class CpuKernels:
         Numba and torch both keep the number per thread, torch with the latest one set as the default of the others.
         A second team would make this one's threads sleep between loops (``own_thread``).
         """
-        numba.set_num_threads(self.num_threads)
-        torch.set_num_threads(self.num_threads)
+        self._use_threads(self.num_threads)
+
+    def _use_threads(self, count: int) -> None:
+        self._num_used = count
+        numba.set_num_threads(count)
+        torch.set_num_threads(count)
         torch.get_num_threads()  # a thread takes the default over at its first look, and keeps its own from then on
         others = threading.Thread(target=torch.set_num_threads, args=(1,))
         others.start()
         others.join()
+
+    def leave_processors(self, count: int) -> None:
+        """Uses ``count`` threads fewer from now on, but one at least.
+
+        Work is divided as before, so the numbers are the same.
+        """
+        num_used = max(self.num_threads - count, 1)
+        if num_used != self._num_used:
+            self._use_threads(num_used)
 
     def pack(self, parts: Sequence[Linear]) -> CpuLinear | Avx512Bf16Linear:
         """Lays out linears over the same input as one."""
