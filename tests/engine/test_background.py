@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numba
@@ -29,6 +31,14 @@ def background(monkeypatch: pytest.MonkeyPatch) -> Background:
     """One that forgets at once."""
     monkeypatch.setattr(module, "_LINGER_S", 0.0)
     return Background()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For something that another thread brings about."""
+    limit_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < limit_s
+        time.sleep(0.001)
 
 
 def niceness() -> int:
@@ -89,11 +99,42 @@ def test_busy_until_the_last_of_several_calls_ends(background: Background) -> No
 
 
 def test_not_busy_while_its_only_call_waits_for_the_engine(background: Background) -> None:
+    result: Future[int] = Future()
+    with background.threads(1, "test") as threads:
+        call = threads.submit(background.wait_for, result)
+        wait_until(lambda: not background.is_busy)
+        assert not call.done()
+        result.set_result(3)
+        assert call.result() == 3
+    assert not background.is_busy
+
+
+def test_a_call_that_waits_for_the_engine_gets_its_error(background: Background) -> None:
+    result: Future[int] = Future()
+    result.set_exception(ValueError("on purpose"))
     with background.working():
+        with pytest.raises(ValueError, match="on purpose"):
+            background.wait_for(result)
         assert background.is_busy
-        with background.waiting():
-            assert not background.is_busy
+    assert not background.is_busy
+
+
+def test_work_goes_on_from_when_the_engine_is_done_with_it(background: Background) -> None:
+    result: Future[int] = Future()
+
+    def work() -> None:
+        background.wait_for(result)
         assert background.is_busy
+
+    with background.threads(1, "test") as threads:
+        call = threads.submit(work)
+        wait_until(lambda: not background.is_busy)
+        # Before the thread that waits has woken up: the engine must know before its next step.
+        result.add_done_callback(lambda _: busy_at_once.append(background.is_busy))
+        busy_at_once: list[bool] = []
+        result.set_result(3)
+        call.result()
+    assert busy_at_once == [True]
 
 
 def test_busy_a_moment_longer_than_the_work_lasts(monkeypatch: pytest.MonkeyPatch) -> None:

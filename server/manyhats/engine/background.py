@@ -49,14 +49,14 @@ class Background:
         finally:
             self._count(-1)
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """In the midst of work: this block waits for the engine."""
+    def wait_for(self, future: Future[T]) -> T:
+        """In the midst of work: the result of what the engine does for it. Until it is there, the work is none.
+
+        It is work again from when the engine's thread sets the result, so that the next step knows of it.
+        """
         self._count(-1)
-        try:
-            yield
-        finally:
-            self._count(+1)
+        future.add_done_callback(lambda _: self._count(+1))
+        return future.result()
 
     def _count(self, change: int) -> None:
         with self._lock:

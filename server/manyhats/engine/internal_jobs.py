@@ -81,8 +81,7 @@ class InternalJobs:
         Raises:
             EngineError: what ended it.
         """
-        with self._background.waiting():
-            return self._start(make_job).result()
+        return self._background.wait_for(self._start(make_job))
 
     def _start(self, make_job: Callable[[str, Callable[[T], None]], Job]) -> Future[T]:
         job_id = f"internal-{next(self._numbers)}"
