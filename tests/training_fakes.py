@@ -100,7 +100,7 @@ def make_train_settings(out: Path | str = "", *, task: str = "fake", **optimizat
     return TrainSettings(
         task=task,
         adapter=LoraSettings(),
-        data=DataSettings(train="fake.jsonl"),
+        data=DataSettings(train="fake.jsonl", eval="fake.jsonl"),
         optimization=OptimizationSettings(**fields),
         out=str(out),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
@@ -269,6 +270,16 @@ def test_wrong_task_of_a_file_is_named(in_directory: Path) -> None:
     assert result.stderr == "error: tasks[sql].rank: must be at least 1\n"
 
 
+def test_a_wrong_value_of_a_settings_file_names_the_file_and_one_of_a_flag_does_not(
+    in_directory: Path,
+) -> None:
+    (in_directory / "c.yaml").write_text("task: sql\ndata: train.jsonl\nrank: 0\n")
+    result = run("lora", "--config", "c.yaml")
+    assert (result.exit_code, result.stderr) == (2, "error: --config: c.yaml: rank: must be at least 1\n")
+    result = run("lora", "--config", "c.yaml", "--rank", "-1")
+    assert (result.exit_code, result.stderr) == (2, "error: --rank: must be at least 1\n")
+
+
 def test_patterns_may_hold_equals_signs() -> None:
     assert parse_pattern("--x", ["a=b=3", "c=4"]) == {"a=b": "3", "c": "4"}
 
@@ -281,7 +292,7 @@ def test_a_training_leaves_the_artifact_and_prints_what_it_came_to(in_directory:
     assert result.exit_code == 0, result.stderr
     assert (in_directory / "tasks/sql/adapter_model.safetensors").is_file()
     printed = dict(line.split(": ", 1) for line in result.stdout.splitlines())
-    assert printed["task"] == "sql (lora)"
+    assert printed["task"] == f"sql (lora, on {tiny_model()} in nf4)"
     assert printed["artifact"].startswith("tasks/sql (")
     assert printed["report"] == "tasks/sql/training/report.json"
     assert printed["held out"].endswith("(5 rows)")
@@ -312,6 +323,35 @@ def test_a_failed_training_is_one_error_line(in_directory: Path, args: list[str]
     assert result.stdout == ""
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert message in result.stderr.splitlines()[-1]
+
+
+def test_what_needs_no_base_is_refused_before_one_is_loaded(
+    in_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manyhats.cli.train_runs.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    (in_directory / "mine").mkdir()
+    (in_directory / "mine" / "notes.txt").write_text("keep")
+    cases = [
+        (["--data", "none.jsonl"], 1, "none.jsonl"),
+        (["--eval", "none.jsonl"], 1, "none.jsonl"),
+        (["--init-from", "nowhere"], 2, "--init-from: nowhere: is no directory"),
+        (["--resume"], 1, "tasks/sql/training/checkpoints has no checkpoint to resume from"),
+        (["--out", "mine"], 2, "--out: mine holds notes.txt, which no training left there"),
+        (["--register", "no port"], 2, "--register must be HOST:PORT, not 'no port'"),
+        (["--register", "127.0.0.1"], 2, "--register must be HOST:PORT, not '127.0.0.1'"),
+    ]
+    for args, code, message in cases:
+        result = small("lora", *args)
+        assert (result.exit_code, result.stdout) == (code, "")
+        assert message in result.stderr
+    assert not (in_directory / "tasks").exists()
+    assert [path.name for path in (in_directory / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_training_in_place_of_another_says_so(in_directory: Path) -> None:
+    notice = "sql: the artifact in tasks/sql will be replaced"
+    assert notice not in small("lora").stderr
+    assert notice in small("ia3").stderr
 
 
 def test_the_artifact_is_registered(fake: FakeServer, in_directory: Path) -> None:
@@ -365,8 +405,8 @@ def test_one_of_several_tasks_that_fails_is_reported_and_the_others_are_there(in
     assert "error: three: none.jsonl: " in result.stderr
     assert result.stderr.splitlines()[-1] == "error: 1 of 3 tasks failed: three"
     assert [line for line in result.stdout.splitlines() if line.startswith("task: ")] == [
-        "task: one (lora)",
-        "task: two (prompt_tuning)",
+        f"task: one (lora, on {tiny_model()} in nf4)",
+        f"task: two (prompt tuning, on {tiny_model()} in nf4)",
     ]
 
 
@@ -408,3 +448,39 @@ def test_a_dry_run_of_a_model_that_is_not_there() -> None:
     result = run("lora", "--model", "nowhere", "--dry-run")
     assert result.exit_code == 1
     assert "nowhere" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ("lora --data none.jsonl", 1, "none.jsonl: cannot be read: No such file"),
+        ("lora --data train.jsonl --eval none.jsonl", 1, "none.jsonl: cannot be read: No such file"),
+        ("lora --data train.jsonl --eval pipe.jsonl", 1, "pipe.jsonl: is not a regular file"),
+        ("lora --data train.jsonl --eval eval.jsonl --label odd", 1, "'even' is none of the 1 labels"),
+        ("lora --label odd", 2, "--label: are scored on evaluation data, and there is none"),
+        ("lora --patience 2", 2, "--patience: early stopping needs evaluation data"),
+        ("lora --rank-pattern nonsense=3", 2, "--rank-pattern: 'nonsense' matches none of the modules"),
+        ("lora --epochs 1e30", 2, "--epochs: must be at most 10000"),
+        ("lora --batch-size 99999999999999999999999", 2, "--batch-size: must be at most 2147483647"),
+        ("bottleneck --reduction-factor 65", 2, "--reduction-factor: is 65, above the base's hidden size 64"),
+        ("bottleneck --non-linearity step", 2, "--non-linearity: 'step' is no activation that is served"),
+        ("prompt --init-text Say:", 2, "--init-text: is for init text alone"),
+        ("lora --model /nonexisting", 1, "/nonexisting: there is no such file or directory"),
+        ("lora --model thin.json", 1, "thin.json: has no vocab_size"),
+        ("lora --config twice.yaml", 2, "--config: twice.yaml:2: seed: is given twice"),
+        ("lora --config odd.yaml", 2, "--config: odd.yaml: foo: is not a setting"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_training_would(
+    in_directory: Path, args: str, code: int, message: str
+) -> None:
+    os.mkfifo(in_directory / "pipe.jsonl")
+    config = json.loads((tiny_model() / "config.json").read_bytes())
+    (in_directory / "thin.json").write_text(json.dumps({**config, "vocab_size": None}))
+    (in_directory / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (in_directory / "odd.yaml").write_text("foo: 1\n")
+    result = run("--model", str(tiny_model()), "--device", "cpu", *args.split(), "--dry-run")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr

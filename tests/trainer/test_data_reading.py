@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +92,7 @@ GOOD = b'{"text": "a"}\n\n'
         (b'{"text": "a", "text": "b"}', "the key 'text' comes twice"),
         (b'{"text": "a", "x": {"y": 1, "y": 2}}', "the key 'y' comes twice"),
         (b'{"text": NaN}', "NaN is not a number in JSON"),
-        (b'{"text": ' + b"1" * 5000 + b"}", "is not JSON: Exceeds the limit"),
+        (b'{"text": ' + b"1" * 5000 + b"}", ":3: has a number of too many digits"),
         (b'{"text": ' + b"[" * 100_000, "is nested too deeply"),
         (b'["a"]', "must be a JSON object, not a list"),
         (b'"a"', "must be a JSON object, not a string"),
@@ -119,12 +121,12 @@ def test_a_line_that_is_too_long_is_not_read_whole(tmp_path: Path) -> None:
     assert len(list(lines.text_lines(path, 101))) == 2
 
 
-@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no endless file here")
 def test_a_file_without_line_ends_does_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lines.text_lines, "__defaults__", (1024,))
-    os.symlink("/dev/zero", tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").touch()
+    os.truncate(tmp_path / "a.jsonl", 2**30)
     assert "longer than 1024 bytes" in str(refusal(str(tmp_path / "a.jsonl")))
 
 
@@ -150,6 +152,9 @@ def test_a_json_list_gives_each_object_with_the_line_it_begins_on(
     assert [row.line for row in rows] == expected
 
 
+ONE_OBJECT = "is an object; a .json file holds a list of objects, or one object per line"
+
+
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
@@ -163,6 +168,11 @@ def test_a_json_list_gives_each_object_with_the_line_it_begins_on(
         (b'[\n\n{"a": 1, "a": 2}]', 3, "the key 'a' comes twice"),
         (b"[ ]", None, "has no rows"),
         (b"[ ] 1", 1, "something follows the list"),
+        (b'{\n "text": "a"\n}\n', None, ONE_OBJECT),
+        (b'\xef\xbb\xbf\n{"data": [\n{"text": "a"}]}', None, ONE_OBJECT),
+        (b'{"data": [{"text": "a"}]}\n', None, ONE_OBJECT),
+        (b'{"text": "a", "text": "b"}\n', 1, "the key 'text' comes twice"),
+        (b'{"text": "a"\n}\n{"text": "b"}', 1, "is not JSON: Expecting ',' delimiter"),
     ],
 )
 def test_a_bad_json_list_is_named_with_its_line(
@@ -209,6 +219,8 @@ def test_csv_records_have_the_line_they_begin_on_whatever_their_cells_hold(
         (b'text\n"a\n\xff\n"\n', 3, "is not UTF-8"),
         (b"text,text\na,b\n", None, "has two columns named 'text'"),
         (b"instruction,output\na,b\n", None, "has the columns instruction, output; none of prompt"),
+        (b"prompt,answer\na,b\n", None, "has no column 'completion'; its columns are prompt, answer"),
+        (b"completion,system\na,b\n", None, "has no column 'prompt'; its columns are completion, system"),
         (b"text\n\n\n", None, "has no rows"),
         (b"", None, "has no rows"),
     ],
@@ -271,7 +283,26 @@ def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[50:5000] = bytes(4950)
     path.write_bytes(content)
-    assert refusal(str(path)).line is None
+    assert "is not Parquet that can be read" in str(refusal(str(path)))
+
+
+@given(begin=st.integers(0, 2000), length=st.integers(1, 400), byte=st.sampled_from([0, 0x7F, 0xFF]))
+@settings(max_examples=100)
+def test_damaged_parquet_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, begin: int, length: int, byte: int
+) -> None:
+    path = tmp_path_factory.mktemp("parquet") / "a.parquet"
+    pq.write_table(pa.table({"text": [str(i) * 5 for i in range(100)]}), path, compression="none")
+    content = path.read_bytes()
+    begin %= len(content)
+    path.write_bytes(
+        content[:begin] + bytes([byte]) * min(length, len(content) - begin) + content[begin + length :]
+    )
+    try:
+        rows_of(str(path))
+    except DataError as error:
+        known = ("is not Parquet that can be read", "has the columns", "is not UTF-8", "has no rows")
+        assert any(what in str(error) for what in known), str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
@@ -294,6 +325,37 @@ def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(
     assert "is of no kind that is read: .jsonl, .json, .csv, .tsv, .parquet" in str(
         refusal(write("a.txt", b"a"))
     )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt", "pipe"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    assert str(refusal(str(tmp_path / name))).endswith(f"{name}: is not a regular file")
+    os.symlink(tmp_path / name, tmp_path / "link.jsonl")
+    assert str(refusal(str(tmp_path / "link.jsonl"))).endswith("is not a regular file")
+
+
+def test_a_device_and_a_socket_are_refused(tmp_path: Path) -> None:
+    os.symlink("/dev/null", tmp_path / "a.jsonl")
+    assert "is not a regular file" in str(refusal(str(tmp_path / "a.jsonl")))
+    assert "is not a regular file" in str(refusal("/dev/null"))
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.chdir(tmp_path):
+        listening.bind("b.jsonl")
+        assert "is not a regular file" in str(refusal("b.jsonl"))
+
+
+def test_a_link_to_a_file_is_read(tmp_path: Path, write: Callable[[str, bytes], str]) -> None:
+    os.symlink(write("a.jsonl", b'{"text": "a"}'), tmp_path / "b.jsonl")
+    assert rows_of(str(tmp_path / "b.jsonl"))[0].fields == {"text": "a"}
+
+
+def test_lines_of_objects_without_a_known_field_are_rows_all_the_same(
+    write: Callable[[str, bytes], str],
+) -> None:
+    lines_of_chats = b'{"conversations": ["a"]}\n{"conversations": ["b"]}\n'
+    assert len(rows_of(write("a.json", lines_of_chats))) == 2
+    assert len(rows_of(write("b.json", b'{"question": "a"}\n'))) == 1
+    assert "has no rows" in str(refusal(write("c.json", b"\n")))
 
 
 def test_an_empty_file_is_refused(write: Callable[[str, bytes], str]) -> None:
@@ -354,7 +416,10 @@ def test_a_data_set_without_known_columns_is_refused(dataset_cache: Path) -> Non
 
 def test_an_empty_directory_is_refused(tmp_path: Path, dataset_cache: Path) -> None:
     dataset_cache.mkdir()
-    assert "the datasets package cannot load it" in str(refusal(str(dataset_cache)))
+    error = refusal(str(dataset_cache))
+    assert "is a directory, and the datasets package cannot load it: " in str(error)
+    (dataset_cache / "a.jsonl").mkdir()
+    assert "a.jsonl: is a directory, and" in str(refusal(str(dataset_cache / "a.jsonl")))
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused(dataset_cache: Path) -> None:

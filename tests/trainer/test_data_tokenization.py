@@ -248,7 +248,10 @@ def test_each_turn_is_learned_once_after_exactly_the_servers_prompt(contents: li
             "has prompt+completion and text: which one is meant?",
         ),
         ({"text": "a", "messages": CONVERSATION}, "has text and messages: which one is meant?"),
-        ({"prompt": "a", "completion": "b", "system": "c"}, "system: a plain-text prompt has none; set chat"),
+        (
+            {"prompt": "a", "completion": "b", "system": "c"},
+            "system: a plain-text prompt has none; set `chat`",
+        ),
         ({"text": "a", "system": "b"}, "system: a text has none"),
         ({"text": ""}, "text: is empty"),
         ({"text": True}, "text: must be a string, not bool"),
@@ -259,6 +262,8 @@ def test_each_turn_is_learned_once_after_exactly_the_servers_prompt(contents: li
         ({"messages": {"role": "user"}}, "messages: must be a list, not dict"),
         ({"messages": "hello"}, "messages: must be a list, or JSON of one"),
         ({"messages": "1"}, "messages: must be a list, not int"),
+        ({"messages": f"[{'1' * 5000}]"}, "messages: has a number of too many digits"),
+        ({"messages": "[" * 100_000}, "messages: is nested too deeply"),
         ({"messages": ["hello"]}, "messages[0]: must be an object with role and content, not str"),
         ({"messages": [{"from": "human", "value": "a"}]}, "messages[0]: has no role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0]: has no content"),
@@ -311,7 +316,9 @@ SHORT = {"prompt": "0", "completion": "a"}
 
 
 def test_an_overlong_row_is_an_error_that_names_both_lengths() -> None:
-    assert "data.jsonl:2: has 14 tokens; the limit is 13 (max_length)" in refusal(SHORT, LONG, max_length=13)
+    assert "data.jsonl:2: has 14 tokens; the limit is 13 (`max_length`)" in refusal(
+        SHORT, LONG, max_length=13
+    )
     assert len(dataset_of(SHORT, LONG, max_length=14).rows) == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from live_bytes import LiveBytes
 from manyhats.engine.errors import ModelError
@@ -311,8 +314,42 @@ def test_without_data_rows_are_as_long_as_they_may_be() -> None:
     assert (packed.num_rows, packed.num_tokens) == (3, 300)
 
 
-def test_labels_are_said_to_come_on_top() -> None:
-    assert "labels are scored" in predicted(labels=["a"], max_length=50).notes[-1]
+def test_labels_are_said_to_come_on_top(tmp_path: Path) -> None:
+    held_out = write_rows(tmp_path / "eval.jsonl", "a")
+    assert "labels are scored" in predicted(labels=["a"], eval=held_out, max_length=50).notes[-1]
+
+
+def write_rows(path: Path, *completions: str) -> str:
+    path.write_text("".join(json.dumps({"prompt": "p", "completion": each}) + "\n" for each in completions))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"eval": "none.jsonl"}, DataError, "none.jsonl: cannot be read"),
+        ({"labels": ["a", "b"]}, DataError, "its completion 'c' is none of the 2 labels"),
+        ({"labels": ["a", "c", "x" * 600]}, DataError, "no room for the longest label of 600"),
+        ({"labels": ["a", "a"]}, SettingError, "labels: 'a' comes twice"),
+    ],
+)
+def test_evaluation_data_that_cannot_be_used_is_refused(
+    tmp_path: Path, values: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    train = write_rows(tmp_path / "train.jsonl", "a", "b")
+    held_out = write_rows(tmp_path / "eval.jsonl", "a", "c")
+    predicted(data=train, eval=held_out)
+    with pytest.raises(error, match=message):
+        predicted(**{"data": train, "eval": held_out, **values})
+
+
+@pytest.mark.parametrize("name", ["data", "eval"])
+def test_data_that_is_not_counted_must_be_there(tmp_path: Path, name: str) -> None:
+    values: dict[str, Any] = {"model": str(write_config(tmp_path, LLAMA_33B)), "max_length": 100}
+    there = write_rows(tmp_path / "rows.jsonl", "a")
+    assert predicted(**values, **{name: there}).tasks[0].batch.longest == 100
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read: No such file"):
+        predicted(**values, **{name: "none.jsonl"})
 
 
 @pytest.mark.parametrize(
@@ -331,10 +368,128 @@ def test_what_cannot_be_trained_cannot_be_predicted(
         predicted(**values)
 
 
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        (
+            "bottleneck",
+            {"reduction_factor": 257},
+            "reduction_factor: is 257, above the base's hidden size 256",
+        ),
+        ("lora", {"rank": 257}, "rank: is 257; the limit is 256"),
+        ("lora", {"rank_pattern": {"q_proj": 300}}, "rank_pattern: is 300; the limit is 256"),
+        ("lora", {"rank_pattern": {"nonsense": 3}}, "rank_pattern: 'nonsense' matches none of the modules"),
+        ("dora", {"alpha_pattern": {"lm_head": 3}}, "alpha_pattern: 'lm_head' matches none of the modules"),
+        ("lora", {"rank_pattern": {".*": 3}}, "rank_pattern: .* is a regular expression"),
+        ("prompt", {"num_virtual_tokens": 4097}, "num_virtual_tokens: is 4097; the limit is 4096"),
+        ("prefix", {"num_virtual_tokens": 511}, "num_virtual_tokens: leaves no room for a row"),
+    ],
+)
+def test_an_adapter_that_cannot_be_made_is_refused(method: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=f"^{message}"):
+        predicted(method, **values)
+
+
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
-    path = write_config(tmp_path, {**LLAMA_33B, "model_type": "t5"})
-    with pytest.raises(ModelError, match="'t5' is not supported"):
+    path = write_config(tmp_path, {"model_type": "t5", "d_model": 512})
+    with pytest.raises(ModelError, match=rf"^{path}: model_type 't5' is not supported"):
         read_shape(str(path))
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_a_config_lacks_is_not_made_up(tmp_path: Path, name: str) -> None:
+    for without in (
+        {key: value for key, value in LLAMA_33B.items() if key != name},
+        {**LLAMA_33B, name: None},
+    ):
+        path = write_config(tmp_path, without).rename(tmp_path / "b.json")
+        with pytest.raises(ModelError, match=rf"^{path}: has no {name}$"):
+            read_shape(str(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"num_hidden_layers": 10**12},
+            "num_hidden_layers must be a whole number from 1 to 10000, not 10{12}$",
+        ),
+        *(({name: 2**31}, f"{name} must be a whole number from 1 to ") for name in SIZES),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings must be a whole number"),
+        ({"head_dim": 10**9}, "head_dim must be a whole number from 1 to 4096"),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, "a head has 6656 values; the limit is 4096"),
+        ({"vocab_size": True}, "vocab_size must be a whole number from 1 to 2147483647, not True"),
+        ({"hidden_size": "6656"}, "hidden_size must be a whole number .* not '6656'"),
+        ({"hidden_size": -1}, "hidden_size must be a whole number"),
+        ({"num_key_value_heads": 5}, "5 key-value heads do not divide 52 heads"),
+        ({"hidden_act": "step"}, "hidden_act 'step' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
+            "a field has the wrong type or value",
+        ),
+        ({"quantization_config": "nf4"}, "a field has the wrong type or value"),
+        ({"rms_norm_eps": "small"}, "a field has the wrong type or value"),
+    ],
+)
+def test_a_config_that_is_wrong_is_named_as_it_was_given(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    path = write_config(tmp_path, {**LLAMA_33B, **values}).rename(tmp_path / "b.json")
+    with pytest.raises(ModelError, match=rf"^{path}: {message}"):
+        read_shape(str(path))
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@given(
+    name=st.sampled_from(
+        [
+            *LLAMA_33B,
+            "head_dim",
+            "rope_scaling",
+            "rope_theta",
+            "quantization_config",
+            "layer_types",
+            "attention_bias",
+        ]
+    ),
+    family=st.sampled_from(["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3"]),
+    value=_JSON,
+)
+@settings(max_examples=200, deadline=None)
+def test_any_config_is_read_or_refused_by_its_path(
+    tmp_path_factory: pytest.TempPathFactory, name: str, family: str, value: Any
+) -> None:
+    path = write_config(tmp_path_factory.mktemp("config"), {**LLAMA_33B, "model_type": family, name: value})
+    try:
+        read_shape(str(path))
+    except ModelError as error:
+        assert "config.json" not in str(error).removeprefix(f"{path}: ")  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    "source", ["/nonexisting", "./none", "../none/x", "~/none", "~nobody/none", "m/b.json"]
+)
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=f"^{source}: there is no such file or directory$"):
+        read_shape(source)
+
+
+def test_a_config_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="pipe: is neither a regular file nor a directory"):
+        read_shape(str(tmp_path / "pipe"))
 
 
 def test_a_known_model_that_is_not_fetched_is_not_fetched_for_this(tmp_path: Path) -> None:

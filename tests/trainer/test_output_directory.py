@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 
 from failing_calls import FailingCalls, failing
-from manyhats.trainer.errors import OutputError
-from manyhats.trainer.output_directory import make_output_directory, write_artifact, write_report
+from manyhats.trainer.errors import OutputError, SettingError
+from manyhats.trainer.output_directory import (
+    make_output_directory,
+    remove_if_empty,
+    write_artifact,
+    write_report,
+)
 
 OLD = {"adapter_config.json": b"old config", "adapter_model.safetensors": b"old weights"}
 NEW = {"adapter_config.json": b"new config", "adapter_model.safetensors": b"new weights"}
@@ -96,6 +101,29 @@ def test_a_directory_that_cannot_be_written_is_found_out_before_the_training(tmp
         pytest.raises(OutputError, match="Read-only"),
     ):
         make_output_directory(tmp_path / "out")
+
+
+def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SettingError, match=r"out: .* holds README.md, which no training left there"):
+        make_output_directory(tmp_path)
+    assert content(tmp_path) == {"README.md": b"mine"}
+    (tmp_path / "README.md").unlink()
+    (tmp_path / ".hidden").write_text("")
+    make_output_directory(tmp_path)
+    write_artifact(tmp_path, OLD)
+    make_output_directory(tmp_path)
+
+
+def test_only_an_empty_output_directory_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_output_directory(out)
+    remove_if_empty(out)
+    assert not out.exists()
+    make_output_directory(out)
+    write_artifact(out, OLD)
+    remove_if_empty(out)
+    assert content(out) == OLD
 
 
 def test_the_report_lies_beside_the_artifact(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from manyhats.trainer.settings import (
     PromptSettings,
     PTuningSettings,
 )
-from manyhats.trainer.settings_file import METHODS, make_settings, read_file
+from manyhats.trainer.settings_file import METHODS, make_settings, read_file, read_settings
 
 MINIMUM = {"task": "sql", "data": "rows.jsonl"}
 
@@ -110,6 +110,22 @@ def test_settings_of_a_method(method: str, values: dict[str, Any], kind: type) -
         ("lora", {"data": 7}, "data: input should be a valid string"),
         ("", {}, "method: must be given: one of lora, "),
         ("prompt", {"init": "text"}, "init_text: must be given for init text"),
+        ("prompt", {"init_text": "Say:"}, "init_text: is for init text alone"),
+        ("bottleneck", {"non_linearity": "step"}, "non_linearity: 'step' is no .* these are: gelu, "),
+        ("bottleneck", {"non_linearity": "prelu"}, "non_linearity: 'prelu' has parameters of its own"),
+        ("bottleneck", {"scaling": 0}, "scaling: must be a number other than 0, up to 1e[+]06"),
+        ("bottleneck", {"scaling": -2e6}, "scaling: must be a number other than 0"),
+        ("lora", {"labels": ["a"]}, "labels: are scored on evaluation data, and there is none"),
+        ("lora", {"patience": 2}, "patience: early stopping needs evaluation data"),
+        ("lora", {"epochs": 0}, "epochs: must be above 0"),
+        ("lora", {"epochs": "1e30"}, "epochs: must be at most 10000"),
+        ("lora", {"epochs": 10**400}, "epochs: "),
+        ("lora", {"warmup_steps": 1e300}, "warmup_steps: must be at most 2147483647"),
+        ("lora", {"weight_decay": -1}, "weight_decay: must be at least 0"),
+        ("lora", {"rank_pattern": {"q_proj": 10**30}}, "rank_pattern: ranks end at 2147483647"),
+        ("lora", {"num_threads": -1}, "num_threads: must be from 0 to 4096"),
+        ("lora", {"num_threads": 2**31}, "num_threads: must be from 0 to 4096"),
+        ("lora", {"max_train_rows": 0}, "max_train_rows: must be at least 1"),
     ],
 )
 def test_wrong_setting_is_named(method: str, values: dict[str, Any], message: str) -> None:
@@ -130,8 +146,10 @@ def test_file_has_the_flags_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("colour: red\n", "colour: is not a setting"),
-        ("rank: 3\nrank: 4\ntarget-module: a\ntarget_modules: [b]\n", "target_modules: is given twice"),
+        ("colour: red\n", r"config: .*train\.yaml: colour: is not a setting"),
+        ("target-module: a\ntarget_modules: [b]\n", r"config: .*train\.yaml: target_modules: is given twice"),
+        ("rank: 3\n\nrank: 4\n", r"config: .*train\.yaml:3: rank: is given twice"),
+        ("rank: 3\nrank_pattern: {a: 1, b: 2, a: 3}\n", r"config: .*train\.yaml:2: a: is given twice"),
         ("- lora\n", "config: .* must hold settings"),
         ("7: lora\n", "config: .* must hold settings"),
         ("a: [\n", "config: .* is not YAML"),
@@ -145,6 +163,22 @@ def test_bad_file(tmp_path: Path, content: str | bytes, message: str) -> None:
         read_file(file)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("9" * 5000, "has a number of too many digits, or a date that is none"),
+        ("2024-13-45", "has a number of too many digits, or a date that is none"),
+        ("[" * 10_000, "is nested too deeply"),
+    ],
+    ids=["digits", "date", "depth"],
+)
+def test_a_value_that_python_cannot_hold(tmp_path: Path, value: str, message: str) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(f"seed: {value}\n")
+    with pytest.raises(SettingError, match=rf"^config: .*train\.yaml {message}$"):
+        read_file(file)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"config: cannot read .*: No such file"):
         read_file(tmp_path / "none.yaml")
@@ -154,6 +188,67 @@ def test_empty_file_sets_nothing(tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
     file.touch()
     assert read_file(file) == {}
+
+
+def test_whole_numbers_end_where_libraries_overflow() -> None:
+    for method, names in (
+        ("lora", "rank batch_size batch_tokens gradient_accumulation max_steps max_length max_train_rows"),
+        ("lora", "max_eval_rows eval_steps checkpoint_steps keep_checkpoints seed"),
+        ("bottleneck", "reduction_factor"),
+        ("prefix", "num_virtual_tokens projection_size"),
+        ("prompt", "num_virtual_tokens"),
+        ("ptuning", "num_virtual_tokens encoder_size"),
+    ):
+        for name in names.split():
+            settings_of(method, **{name: 2**31 - 1})
+            for value in (2**31, 10**23, 10**400):
+                with pytest.raises(SettingError, match=f"^{name}: "):
+                    settings_of(method, **{name: value})
+
+
+def test_merged_keys_of_a_file_may_be_set_anew(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("rank_pattern: &a {q_proj: 1, k_proj: 2}\nalpha_pattern: {<<: *a, q_proj: 3}\n")
+    assert read_file(file)["alpha_pattern"] == {"q_proj": 3, "k_proj": 2}
+
+
+def settings_from(directory: Path, content: str, **flags: Any) -> Any:
+    file = directory / "train.yaml"
+    file.write_text(content)
+    return read_settings(file, flags, MINIMUM)
+
+
+def test_flags_win_over_the_file_and_the_file_over_what_is_otherwise(tmp_path: Path) -> None:
+    made = settings_from(tmp_path, "method: lora\ntask: file\nrank: 3\nseed: 4\n", rank=5)
+    assert (made.task, made.data.train, made.adapter.rank, made.optimization.seed) == (
+        "file",
+        "rows.jsonl",
+        5,
+        4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ("rank: 0\n", {}, r"config: .*train\.yaml: rank: must be at least 1"),
+        ("rank_pattern: {a: b}\n", {}, r"config: .*train\.yaml: rank_pattern\.a: input should be"),
+        ("label: a\n", {}, r"config: .*train\.yaml: labels: are scored on evaluation data"),
+        (
+            "num-virtual-tokens: 3\n",
+            {},
+            r"config: .*train\.yaml: num_virtual_tokens: is not a setting of lora",
+        ),
+        ("rank: 0\n", {"rank": -1}, "rank: must be at least 1"),
+        ("seed: 0\n", {"rank": -1}, "rank: must be at least 1"),
+        ("rank: 2\n", {"method": None}, "method: must be given"),
+    ],
+)
+def test_wrong_setting_of_a_file_is_named_with_the_file_and_a_flag_by_itself(
+    tmp_path: Path, content: str, flags: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=f"^{message}"):
+        settings_from(tmp_path, content, **{"method": "lora", **flags})
 
 
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

@@ -84,9 +84,18 @@ def test_one_data_file_and_method_for_all(tmp_path: Path) -> None:
         ([{**SQL, "model": "tiny"}], {}, r"tasks\[sql\]\.model: is shared by all tasks"),
         ([{"method": "lora", "data": "d"}], {}, r"tasks\[0\]\.task: must be given"),
         ([{"task": "sql", "data": "d"}], {}, r"tasks\[sql\]\.method: must be given"),
-        ([SQL], {"colour": "red"}, "colour: is not a setting"),
-        ([SQL], {"num_virtual_tokens": 3}, "num_virtual_tokens: is a setting of none of the tasks' methods"),
-        ([SQL], {"task": "sql"}, "task: is each task's own"),
+        ([SQL], {"colour": "red"}, r"tasks: .*tasks\.yaml: colour: is not a setting"),
+        (
+            [SQL],
+            {"num_virtual_tokens": 3},
+            r"tasks: .*tasks\.yaml: num_virtual_tokens: is a setting of none of the tasks' methods",
+        ),
+        ([SQL], {"task": "sql"}, r"tasks: .*tasks\.yaml: task: is each task's own"),
+        (
+            [{**SQL, "target-module": "a", "target_modules": "b"}],
+            {},
+            r"tasks: .*: target_modules: is given twice",
+        ),
         ([SQL, {**CHAT, "task": "sql"}], {}, r"tasks\[sql\]\.task: is there twice"),
         ([{**SQL, "out": "o"}, {**CHAT, "out": "./o"}], {}, r"tasks\[chat\]\.out: is also that of sql"),
     ],
@@ -96,3 +105,20 @@ def test_wrong_file_names_task_and_setting(
 ) -> None:
     with pytest.raises(SettingError, match=f"^{message}"):
         tasks_of(tmp_path, tasks, **shared)
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    for flags, message in (
+        ({"task": "sql"}, "task: is each task's own"),
+        ({"colour": "red"}, "colour: is not a setting"),
+        ({"num_virtual_tokens": 3}, "num_virtual_tokens: is a setting of none"),
+    ):
+        with pytest.raises(SettingError, match=f"^{message}"):
+            tasks_of(tmp_path, [SQL], flags)
+
+
+def test_a_key_that_comes_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.yaml"
+    file.write_text("tasks:\n  - task: sql\n    data: a\n    data: b\n")
+    with pytest.raises(SettingError, match=r"^tasks: .*tasks\.yaml:4: data: is given twice"):
+        read_tasks(file, {})

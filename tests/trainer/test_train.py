@@ -328,6 +328,14 @@ def test_what_is_wrong_with_the_data_is_said_before_the_first_step(
     assert steps == []
 
 
+def test_a_training_that_does_not_begin_leaves_no_directory(task: TinyTask, tmp_path: Path) -> None:
+    out = tmp_path / "never" / "begun"
+    settings = task.settings(data={"max_length": 513})
+    with pytest.raises(SettingError, match="max_length"):
+        train(replace(settings, out=str(out)), task.model)
+    assert not out.exists()
+
+
 def test_virtual_tokens_take_their_part_of_the_context(task: TinyTask) -> None:
     settings = task.settings(PromptSettings(num_virtual_tokens=100), data={"max_length": 413})
     with pytest.raises(SettingError, match="room for 412 tokens"):

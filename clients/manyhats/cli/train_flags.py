@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from manyhats.cli import options
 from manyhats.cli import train_options as opt
 from manyhats.cli.connection import Connection
 from manyhats.cli.failures import UsageError
+
+# gRPC takes sockets of the machine too.
+_ADDRESS = re.compile(r"\S+:\d+|unix:\S+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +114,15 @@ class Server:
 
     @property
     def connection(self) -> Connection | None:
-        """None where nothing is registered."""
+        """None where nothing is registered.
+
+        Raises:
+            UsageError: the address has no port.
+        """
         if self.register is None:
             return None
+        if not _ADDRESS.fullmatch(self.register):
+            raise UsageError(f"--register must be HOST:PORT, not {self.register!r}")
         return Connection(
             server=self.register,
             timeout=self.timeout,

@@ -20,7 +20,8 @@ from manyhats.engine.errors import EngineError
 from manyhats.engine.model.loader import LoadedModel, load_model
 from manyhats.trainer.computation import resolve_computation
 from manyhats.trainer.errors import RegistrationError, TrainerError
-from manyhats.trainer.output_directory import report_file
+from manyhats.trainer.output_directory import holds_artifact, report_file
+from manyhats.trainer.preflight import check_before_loading
 from manyhats.trainer.progress import shown_training
 from manyhats.trainer.registration import RegistrationServer
 from manyhats.trainer.report import Evaluation, TrainingReport
@@ -89,6 +90,8 @@ def train_one(settings: TrainSettings, connection: Connection | None, resume: bo
     """
     registrar = Registrar.of(connection)
     registrar.look()
+    check_before_loading(settings, resume=resume)
+    _tell_what_is_replaced([settings], resume)
     model = _load(settings.model)
     with shown_training() as listener:
         report = train(settings, model, resume=resume, listener=listener)
@@ -113,6 +116,7 @@ def train_all(
     """
     registrar = Registrar.of(connection)
     registrar.look()
+    _tell_what_is_replaced(tasks, resume)
     model = _load(common_base(tasks))
     all_ended: list[Ended] = []
 
@@ -133,9 +137,16 @@ def train_all(
         raise CommandError(f"{len(failed)} of {len(tasks)} tasks failed: {', '.join(failed)}")
 
 
+def _tell_what_is_replaced(tasks: Sequence[TrainSettings], resume: bool) -> None:
+    for settings in tasks:
+        if not resume and holds_artifact(Path(settings.out)):
+            typer.echo(f"{settings.task}: the artifact in {settings.out} will be replaced", err=True)
+
+
 def _load(settings: ModelSettings) -> LoadedModel:
     """The base, as the training wants it; with bars, which must be gone before the training's."""
     computation = resolve_computation(settings)
+    typer.echo(f"base: {_base(settings)}, computed in {computation.dtype_name}", err=True)
     with shown_progress() as report:
         return load_model(
             settings.model, quantization=settings.quantization, dtype=computation.dtype, progress=report
@@ -184,10 +195,10 @@ def print_report(ended: Ended) -> None:
     artifact, last = report.artifact, report.steps[-1]
     print_fields(
         {
-            "task": f"{settings.task} ({artifact.method})",
+            "task": f"{settings.task} ({artifact.method.replace('_', ' ')}, on {_base(settings.model)})",
             "artifact": f"{settings.out} ({human_bytes(artifact.num_bytes)}, {artifact.digest})",
             "steps": f"{len(report.steps)}{', stopped early' if report.stopped_early else ''}",
-            "loss": f"{report.steps[0].loss:.4f} to {last.loss:.4f}",
+            "loss": f"{report.steps[0].loss:.4f} in the first step, {last.loss:.4f} in the last",
             "held out": "" if report.evaluation is None else _held_out(report.evaluation),
             "trained": f"{human_count(artifact.num_trainable)} parameters ({report.trainable_share:.2%})",
             "speed": f"{report.tokens_per_s:.0f} tokens/s",
@@ -195,6 +206,13 @@ def print_report(ended: Ended) -> None:
             "report": str(report_file(Path(settings.out))),
             "registered": "" if ended.registration is None else _registration(ended.registration),
         }
+    )
+
+
+def _base(settings: ModelSettings) -> str:
+    """The base, and whether it is in 4 bits."""
+    return (
+        settings.model if settings.quantization == "none" else f"{settings.model} in {settings.quantization}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from manyhats.trainer.memory import NO_DATA
 from manyhats.trainer.settings import TrainSettings
-from manyhats.trainer.settings_file import DEFAULT_OUT, make_settings, read_file
+from manyhats.trainer.settings_file import DEFAULT_OUT, make_settings, read_settings
 from manyhats.trainer.tasks_file import read_tasks
 
 _ANY_TASK = "task"
@@ -32,5 +32,5 @@ def read(
     if tasks is not None:
         return read_tasks(tasks, flags)
     unnamed = {"task": _ANY_TASK, "data": NO_DATA} if is_dry_run else {}
-    settings = make_settings({**unnamed, **(read_file(config) if config else {}), **flags})
+    settings = read_settings(config, flags, unnamed) if config else make_settings({**unnamed, **flags})
     return [settings if settings.out else replace(settings, out=str(PurePath(DEFAULT_OUT, settings.task)))]

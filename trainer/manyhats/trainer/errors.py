@@ -25,6 +25,7 @@ class SettingError(TrainerError):
     def __init__(self, setting: str, message: str) -> None:
         super().__init__(f"{setting}: {message}")
         self.setting = setting
+        self.message = message
 
 
 class DataError(TrainerError):

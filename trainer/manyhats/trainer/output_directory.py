@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from manyhats.trainer.durable_files import remove_staged, sync, write_files
-from manyhats.trainer.errors import OutputError
+from manyhats.trainer.errors import OutputError, SettingError
 
 CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
@@ -37,12 +37,36 @@ def report_file(out: Path) -> Path:
     return out / _TRAINING / _REPORT_FILE
 
 
+def check_output_directory(out: Path) -> None:
+    """See that nothing would be overwritten but what a training left.
+
+    Raises:
+        SettingError: ``out`` holds files, and no training was ever there.
+        OutputError: it cannot be looked at.
+    """
+    with _failing_as_output(out):
+        if not out.is_dir() or (out / _TRAINING).is_dir():
+            return
+        foreign = sorted(name for name in os.listdir(out) if not name.startswith("."))
+    if foreign:
+        raise SettingError(
+            "out", f"{out} holds {foreign[0]}, which no training left there; name another directory"
+        )
+
+
+def holds_artifact(out: Path) -> bool:
+    """Whether an artifact lies there, which a training will replace."""
+    return (out / CONFIG_FILE).exists()
+
+
 def make_output_directory(out: Path) -> None:
     """Make the directory, and see that it can be written, before hours of training.
 
     Raises:
-        OutputError: it cannot be.
+        SettingError: ``out`` holds files of others.
+        OutputError: it cannot be made or written.
     """
+    check_output_directory(out)
     with _failing_as_output(out):
         (out / _TRAINING).mkdir(parents=True, exist_ok=True)
         for directory in (out, out / _TRAINING):
@@ -50,6 +74,13 @@ def make_output_directory(out: Path) -> None:
             sync(directory)
         write_files(out / _TRAINING, {".writable": b""})
         os.unlink(out / _TRAINING / ".writable")
+
+
+def remove_if_empty(out: Path) -> None:
+    """Remove what ``make_output_directory`` made, where nothing was put into it."""
+    for directory in (tensorboard_directory(out), out / _TRAINING, out):
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def write_artifact(out: Path, files: Mapping[str, bytes]) -> None:

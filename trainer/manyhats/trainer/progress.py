@@ -149,7 +149,7 @@ class PlainLines:
         if event.done != event.total and not self._is_time(name):
             return ""
         self._last_s[name] = time.monotonic()
-        return f"{event.task}: {event.done}/{event.total} items scored"
+        return f"{event.task}: {event.done}/{event.total} items scored, by the base and the adapter"
 
     def _is_time(self, name: str) -> bool:
         return time.monotonic() - self._last_s.setdefault(name, time.monotonic()) >= _LINE_EVERY_S

@@ -6,15 +6,40 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from manyhats.adapters.activations import activation_name
 from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.errors import AdapterError
 from manyhats.trainer.errors import SettingError
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+LARGEST = 2**31 - 1
+"""Of every whole number: what can be meant is smaller, and libraries count in 32 bits."""
+
+_MAX_EPOCHS = 10_000
+_MAX_SCALING = 1e6
+_MAX_THREADS = 4096
 
 
 def _check(is_right: bool, setting: str, message: str) -> None:
     if not is_right:
         raise SettingError(setting, message)
+
+
+def _check_whole(settings: object, smallest: int, *names: str) -> None:
+    """Hold whole numbers to what can be meant; None is not given."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            _check(value >= smallest, name, f"must be at least {smallest}")
+            _check(value <= LARGEST, name, f"must be at most {LARGEST}")
+
+
+def _check_activation(name: str) -> None:
+    try:
+        activation_name("non_linearity", name)
+    except AdapterError as error:
+        raise SettingError("non_linearity", error.description) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +69,13 @@ class LoraSettings:
     lora_plus_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.rank >= 1, "rank", "must be at least 1")
+        _check_whole(self, 1, "rank")
         _check(math.isfinite(self.alpha) and self.alpha > 0, "alpha", "must be above 0")
         _check(bool(self.target_modules), "target_modules", "must name a module")
         _check(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
         _check(all(rank >= 1 for rank in self.rank_pattern.values()), "rank_pattern", "ranks begin at 1")
+        largest = max(self.rank_pattern.values(), default=1)
+        _check(largest <= LARGEST, "rank_pattern", f"ranks end at {LARGEST}")
         _check(self.lora_plus_ratio >= 1, "lora_plus_ratio", "must be at least 1")
 
     @property
@@ -87,7 +114,13 @@ class BottleneckSettings:
     method = AdapterMethod.BOTTLENECK
 
     def __post_init__(self) -> None:
-        _check(self.reduction_factor >= 1, "reduction_factor", "must be at least 1")
+        _check_whole(self, 1, "reduction_factor")
+        _check_activation(self.non_linearity)
+        _check(
+            self.scaling is None or 0 < abs(self.scaling) <= _MAX_SCALING,
+            "scaling",
+            f"must be a number other than 0, up to {_MAX_SCALING:g} either way",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +135,8 @@ class PrefixSettings:
     method = AdapterMethod.PREFIX_TUNING
 
     def __post_init__(self) -> None:
-        _check(self.num_virtual_tokens >= 1, "num_virtual_tokens", "must be at least 1")
-        _check(self.projection_size >= 0, "projection_size", "must be at least 0")
+        _check_whole(self, 1, "num_virtual_tokens")
+        _check_whole(self, 0, "projection_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +152,9 @@ class PromptSettings:
     method = AdapterMethod.PROMPT_TUNING
 
     def __post_init__(self) -> None:
-        _check(self.num_virtual_tokens >= 1, "num_virtual_tokens", "must be at least 1")
+        _check_whole(self, 1, "num_virtual_tokens")
         _check(self.init != "text" or bool(self.init_text), "init_text", "must be given for init text")
+        _check(self.init == "text" or not self.init_text, "init_text", "is for init text alone")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +166,7 @@ class PTuningSettings:
     method = AdapterMethod.P_TUNING
 
     def __post_init__(self) -> None:
-        _check(self.num_virtual_tokens >= 1, "num_virtual_tokens", "must be at least 1")
-        _check(self.encoder_size >= 1, "encoder_size", "must be at least 1")
+        _check_whole(self, 1, "num_virtual_tokens", "encoder_size")
 
 
 AdapterSettings = (
@@ -172,7 +205,10 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _check(bool(self.train), "train", "must name the training data")
-        _check(self.max_length is None or self.max_length >= 2, "max_length", "must be at least 2")
+        _check_whole(self, 2, "max_length")
+        _check_whole(self, 1, "max_train_rows", "max_eval_rows")
+        is_scored = bool(self.eval) or not self.labels
+        _check(is_scored, "labels", "are scored on evaluation data, and there is none (eval)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,17 +253,16 @@ class OptimizationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.batch_size >= 1, "batch_size", "must be at least 1")
-        _check(self.batch_tokens is None or self.batch_tokens >= 2, "batch_tokens", "must be at least 2")
-        _check(self.gradient_accumulation >= 1, "gradient_accumulation", "must be at least 1")
-        _check(math.isfinite(self.epochs) and self.epochs > 0, "epochs", "must be above 0")
-        _check(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be at least 1")
+        _check_whole(self, 1, "batch_size", "gradient_accumulation", "max_steps")
+        _check_whole(self, 2, "batch_tokens")
+        _check_whole(self, 0, "eval_steps", "patience", "checkpoint_steps", "keep_checkpoints", "seed")
+        _check(self.epochs > 0, "epochs", "must be above 0")
+        _check(self.epochs <= _MAX_EPOCHS, "epochs", f"must be at most {_MAX_EPOCHS}")
         rate = self.learning_rate
-        _check(rate is None or (math.isfinite(rate) and rate > 0), "learning_rate", "must be above 0")
-        _check(self.warmup_steps >= 0, "warmup_steps", "must be at least 0")
-        _check(self.max_grad_norm >= 0, "max_grad_norm", "must be at least 0")
-        for name in ("eval_steps", "patience", "checkpoint_steps", "keep_checkpoints", "seed"):
+        _check(rate is None or 0 < rate < math.inf, "learning_rate", "must be above 0")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
             _check(getattr(self, name) >= 0, name, "must be at least 0")
+        _check(self.warmup_steps <= LARGEST, "warmup_steps", f"must be at most {LARGEST}")
         for name in ("beta1", "beta2"):
             _check(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
 
@@ -251,6 +286,10 @@ class ModelSettings:
     gradient_checkpointing: bool = True
     num_threads: int = 0
 
+    def __post_init__(self) -> None:
+        in_range = 0 <= self.num_threads <= _MAX_THREADS
+        _check(in_range, "num_threads", f"must be from 0 to {_MAX_THREADS}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
@@ -271,3 +310,7 @@ class TrainSettings:
     out: str = ""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     init_from: str = ""
+
+    def __post_init__(self) -> None:
+        is_evaluated = bool(self.data.eval) or not self.optimization.patience
+        _check(is_evaluated, "patience", "early stopping needs evaluation data (eval)")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from manyhats.adapters.errors import TaskIdInvalidError
@@ -29,6 +28,7 @@ from manyhats.trainer.settings import (
     PTuningSettings,
     TrainSettings,
 )
+from manyhats.trainer.yaml_file import of_file, read_yaml
 
 __all__ = [
     "DEFAULT_OUT",
@@ -40,7 +40,7 @@ __all__ = [
     "named",
     "of_other_methods",
     "read_file",
-    "read_yaml",
+    "read_settings",
     "to_name",
 ]
 
@@ -96,11 +96,32 @@ _OF_OPTIMIZATION = frozenset(each.name for each in fields(OptimizationSettings))
 SHARED_BY_TASKS = frozenset(each.name for each in fields(ModelSettings))
 """Settings of the base, which tasks trained together have in common."""
 
+_CONFIG = "config"
+"""The flag that names a file of settings."""
+
 DEFAULT_OUT = "tasks"
 """Has the directory of each task that names none."""
 
 _COMMON = frozenset({*_OF_RUN, *_OF_DATA, *_OF_OPTIMIZATION, *SHARED_BY_TASKS})
 _OF_METHODS = frozenset(name for method in METHODS.values() for name in method.names)
+
+
+def read_settings(
+    file: Path, flags: Mapping[str, Any], otherwise: Mapping[str, Any] | None = None
+) -> TrainSettings:
+    """A run's settings of a YAML file.
+
+    Args:
+        file: see ``read_file``.
+        flags: settings that win over the file's.
+        otherwise: those that neither has.
+
+    Raises:
+        SettingError: as ``read_file`` and ``make_settings``; of what the file sets it names the file.
+    """
+    content = read_file(file)
+    with of_file(file, _CONFIG, content.keys() - flags.keys()):
+        return make_settings({**(otherwise or {}), **content, **flags})
 
 
 def read_file(file: Path) -> dict[str, Any]:
@@ -109,33 +130,11 @@ def read_file(file: Path) -> dict[str, Any]:
     Raises:
         SettingError: it cannot be read, is not a mapping, or has a name that is no setting.
     """
-    content = read_yaml(file, "config")
-    settings = named(content)
-    check_names(settings)
+    content = read_yaml(file, _CONFIG)
+    with of_file(file, _CONFIG):
+        settings = named(content)
+        check_names(settings)
     return settings
-
-
-def read_yaml(file: Path, setting: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
-
-    Args:
-        file: read as UTF-8.
-        setting: the flag that named it, for the error.
-
-    Raises:
-        SettingError: it cannot be read, or is not a mapping.
-    """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingError(setting, f"cannot read {file}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingError(setting, f"{file} is not YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise SettingError(setting, f"{file} must hold settings, one 'name: value' each")
-    return content
 
 
 def named(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.tokenizer import Tokenizer
 from manyhats.trainer.data import (
     Dataset,
     LabelledItem,
@@ -38,6 +39,16 @@ class TaskData:
     items: Sequence[LabelledItem]
 
 
+def check_readable(sources: Iterable[str]) -> None:
+    """Read the first row of each source, so that what is missing is missed early.
+
+    Raises:
+        DataError: a source cannot be read, or its first row.
+    """
+    for source in sources:
+        next(read_rows(source, max_rows=1))
+
+
 def read_task_data(settings: DataSettings, model: LoadedModel, num_virtual_tokens: int) -> TaskData:
     """Read and tokenize the data.
 
@@ -50,28 +61,41 @@ def read_task_data(settings: DataSettings, model: LoadedModel, num_virtual_token
         DataError: a row; names file and line.
         SettingError: ``max_length`` or ``labels``.
     """
-    room = model.config.max_context_length - num_virtual_tokens
-    max_length = _max_length(settings, room)
     eos_token_id = choose_eos_token_id(model.tokenizer, model.generation.eos_token_ids)
+    room = model.config.max_context_length - num_virtual_tokens
+    return tokenize_task_data(settings, model.tokenizer, eos_token_id, room)
+
+
+def tokenize_task_data(
+    settings: DataSettings, tokenizer: Tokenizer, eos_token_id: int, room: int
+) -> TaskData:
+    """The same without a model, for rows and labels within so many tokens."""
+    max_length = longest_row(settings, room)
 
     def tokenized(source: str, max_rows: int | None) -> Dataset:
         rows = read_rows(source, max_rows=max_rows)
-        return tokenize_rows(rows, model.tokenizer, eos_token_id, settings, max_length)
+        return tokenize_rows(rows, tokenizer, eos_token_id, settings, max_length)
 
     train = tokenized(settings.train, settings.max_train_rows)
     held_out = tokenized(settings.eval, settings.max_eval_rows) if settings.eval else None
-    if not settings.labels:
+    if held_out is None or not settings.labels:
         return TaskData(train, held_out, (), (), ())
-    if held_out is None:
-        raise SettingError("labels", "are scored on evaluation data, and there is none (eval)")
     labels = find_labels(settings.labels, train)
-    token_ids = label_token_ids(labels, model.tokenizer)
+    token_ids = label_token_ids(labels, tokenizer)
     items = labelled_items(held_out, labels)
     _check_room(held_out, items, max(map(len, token_ids)), room)
     return TaskData(train, held_out, labels, token_ids, items)
 
 
-def _max_length(settings: DataSettings, room: int) -> int:
+def longest_row(settings: DataSettings, room: int) -> int:
+    """Tokens of the longest row that is allowed.
+
+    Args:
+        room: of the base's context what virtual tokens leave.
+
+    Raises:
+        SettingError: ``max_length`` is more than that, or there is no room at all.
+    """
     if room < 2:
         raise SettingError("num_virtual_tokens", "leaves no room for a row in the base's context")
     if settings.max_length is None:

@@ -18,6 +18,7 @@ from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model_card import model_card
 from manyhats.trainer.output_directory import (
     make_output_directory,
+    remove_if_empty,
     tensorboard_directory,
     write_artifact,
     write_report,
@@ -56,7 +57,12 @@ def open_task(
     out = Path(settings.out)
     make_output_directory(out)
     with tensorboard_curves(tensorboard_directory(out)) as curves:
-        yield TaskTraining(settings, base, resume=resume, listener=all_of(listener, curves))
+        try:
+            task = TaskTraining(settings, base, resume=resume, listener=all_of(listener, curves))
+        except BaseException:
+            remove_if_empty(out)
+            raise
+        yield task
 
 
 class TaskTraining:

@@ -15,8 +15,8 @@ from manyhats.trainer.settings_file import (
     make_settings,
     named,
     of_other_methods,
-    read_yaml,
 )
+from manyhats.trainer.yaml_file import of_file, read_yaml
 
 _TASKS = "tasks"
 _QUANTIZATION = "nf4"
@@ -33,15 +33,19 @@ def read_tasks(file: Path, flags: Mapping[str, Any]) -> tuple[TrainSettings, ...
         flags: settings that win over the file's, a task's own too.
 
     Raises:
-        SettingError: the file, or a setting of it; names the task and the setting.
+        SettingError: the file, or a setting of it; names the file or the task, and the setting.
     """
     content = read_yaml(file, _TASKS)
     own = _own_settings(file, content.pop(_TASKS, None))
-    shared = {**named(content), **flags}
-    check_names(shared)
-    if "task" in shared:
-        raise SettingError("task", "is each task's own")
-    _check_used(shared, [{**shared, **each} for each in own])
+    with of_file(file, _TASKS):
+        of_all = named(content)
+        check_names(of_all)
+    check_names(flags)
+    shared = {**of_all, **flags}
+    with of_file(file, _TASKS, of_all.keys() - flags.keys()):
+        if "task" in shared:
+            raise SettingError("task", "is each task's own")
+        _check_used(shared, [{**shared, **each} for each in own])
     return _all_distinct([_make(index, each, shared, flags) for index, each in enumerate(own)])
 
 
@@ -52,7 +56,8 @@ def _own_settings(file: Path, listed: object) -> list[dict[str, Any]]:
     for index, content in enumerate(listed):
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             raise SettingError(f"{_TASKS}[{index}]", "must be settings, one 'name: value' each")
-        own.append(named(content))
+        with of_file(file, _TASKS):
+            own.append(named(content))
     return own
 
 

@@ -9,6 +9,7 @@ from manyhats.engine.model.loader import LoadedModel
 from manyhats.engine.model.progress import Progress, no_progress
 from manyhats.trainer.events import Listener, all_of, ignore
 from manyhats.trainer.interrupt import StopRequest, TrainingInterrupted, keep
+from manyhats.trainer.preflight import check_before_loading
 from manyhats.trainer.report import TrainingReport
 from manyhats.trainer.run import TrainingRun
 from manyhats.trainer.settings import TrainSettings
@@ -42,6 +43,7 @@ def train(
         TrainingInterrupted: by SIGINT or SIGTERM; there is a checkpoint to resume from. A command exits with 130.
     """
     with StopRequest().installed() as stop:
+        check_before_loading(settings, resume=resume)
         base = load_base(settings.model, model, progress=progress, home=home)
         with open_task(settings, base, resume=resume, listener=all_of(listener, stop)) as task:
             take_turns([task.run], stop)

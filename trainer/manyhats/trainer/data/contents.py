@@ -114,8 +114,12 @@ def _items(row: Row, value: object) -> list[object]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
             raise row.error(f"messages: must be a list, or JSON of one: {error}") from error
+        except ValueError as error:
+            raise row.error("messages: has a number of too many digits") from error
+        except RecursionError as error:
+            raise row.error("messages: is nested too deeply") from error
     if not isinstance(value, list):
         raise row.error(f"messages: must be a list, not {type(value).__name__}")
     return value

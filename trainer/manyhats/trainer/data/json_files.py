@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from manyhats.trainer.data.lines import decoded, opened, text_lines
-from manyhats.trainer.data.row import Row
+from manyhats.trainer.data.lines import MAX_LINE_BYTES, decoded, opened, text_lines
+from manyhats.trainer.data.row import FIELDS, Row
 from manyhats.trainer.errors import DataError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+_ONE_OBJECT = "is an object; a .json file holds a list of objects, or one object per line"
 
 
 def read_json_lines(path: Path) -> Iterator[Row]:
@@ -32,7 +33,7 @@ def read_json(path: Path) -> Iterator[Row]:
     """The objects of a list; a file that does not begin with ``[`` is read as JSON lines.
 
     Raises:
-        DataError: as above, or the list is malformed.
+        DataError: as above, or the list is malformed, or all of the file is one object.
     """
     with opened(path) as file:
         is_list = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
@@ -41,7 +42,41 @@ def read_json(path: Path) -> Iterator[Row]:
     if is_list:
         yield from _list_rows(str(path), decoded(data.removeprefix(codecs.BOM_UTF8), path, 1))
     else:
-        yield from read_json_lines(path)
+        yield from _lines_of_objects(path)
+
+
+def _lines_of_objects(path: Path) -> Iterator[Row]:
+    """As JSON lines, but told apart from one object: spread over lines, or with the rows in a list."""
+    rows = read_json_lines(path)
+    try:
+        first = next(rows, None)
+    except DataError as error:
+        if _num_lines_of_object(path) > 1:
+            raise DataError(str(path), None, _ONE_OBJECT) from error
+        raise
+    if first is None:
+        return
+    if first.fields.keys().isdisjoint(FIELDS) and _has_list(first) and _num_lines_of_object(path):
+        raise DataError(str(path), None, _ONE_OBJECT)
+    yield first
+    yield from rows
+
+
+def _has_list(row: Row) -> bool:
+    return any(isinstance(value, list) for value in row.fields.values())
+
+
+def _num_lines_of_object(path: Path) -> int:
+    """Of a file that is one object and nothing else; 0 of any other, and of one that would be too long for a line."""
+    with opened(path) as file:
+        data = file.read(MAX_LINE_BYTES + 1)
+    if len(data) > MAX_LINE_BYTES:
+        return 0
+    try:
+        text = data.decode("utf-8-sig").strip()
+        return text.count("\n") + 1 if isinstance(json.loads(text), dict) else 0
+    except (ValueError, RecursionError):
+        return 0
 
 
 def _list_rows(source: str, text: str) -> Iterator[Row]:
@@ -95,8 +130,10 @@ def _next_object(source: str, line: int, text: str, place: int) -> tuple[dict[st
         # The decoder counts lines from the text's beginning: right in a list, 1 in a line.
         number = line + text.count("\n", place, error.pos)
         raise DataError(source, number, f"is not JSON: {error.msg}, at character {error.colno}") from error
-    except (_JsonError, ValueError) as error:
+    except _JsonError as error:
         raise DataError(source, line, f"is not JSON: {error}") from error
+    except ValueError as error:
+        raise DataError(source, line, "has a number of too many digits") from error
     except RecursionError as error:
         raise DataError(source, line, "is nested too deeply") from error
     if not isinstance(value, dict):

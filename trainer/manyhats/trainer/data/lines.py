@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -17,12 +18,19 @@ MAX_LINE_BYTES = 64 * 1024 * 1024
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, open for reading; what the system says against it is a ``DataError``."""
+    """The file, open for reading; what is no regular file, or what the system refuses, is a ``DataError``."""
     try:
+        _check_regular(path)
         with path.open("rb") as file:
             yield file
     except OSError as error:
         raise DataError(str(path), None, f"cannot be read: {error.strerror or error}") from error
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse a pipe, which opening would wait for, and devices, which may have no end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(str(path), None, "is not a regular file")
 
 
 def text_lines(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:

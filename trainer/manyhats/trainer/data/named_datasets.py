@@ -68,7 +68,8 @@ def read_dataset(source: str) -> Iterator[Row]:
     try:
         table = _load(datasets, name)
     except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(source, None, f"the datasets package cannot load it: {error}") from error
+        what = "is a directory, and " if Path(name.name).is_dir() else ""
+        raise DataError(source, None, f"{what}the datasets package cannot load it: {error}") from error
     columns = known_columns(source, table.column_names)
     for line, fields in enumerate(table.select_columns(columns), start=1):
         yield Row(fields, source, line)

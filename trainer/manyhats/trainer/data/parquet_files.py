@@ -23,16 +23,19 @@ def read_parquet(path: Path) -> Iterator[Row]:
     parquet = import_for(str(path), "pyarrow.parquet")
     arrow_error = import_for(str(path), "pyarrow").ArrowException
     num_read = 0
-    try:
-        with opened(path) as data, parquet.ParquetFile(data) as file:
-            columns = known_columns(str(path), file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                for fields in _records(path, batch, num_read):
-                    num_read += 1
-                    yield Row(fields, str(path), num_read)
-    except (arrow_error, ValueError) as error:
-        after = f" after row {num_read}" if num_read else ""
-        raise DataError(str(path), None, f"is not Parquet that can be read{after}: {error}") from error
+    with opened(path) as data:
+        try:
+            with parquet.ParquetFile(data) as file:
+                columns = known_columns(str(path), file.schema_arrow.names)
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+                    for fields in _records(path, batch, num_read):
+                        num_read += 1
+                        yield Row(fields, str(path), num_read)
+        except (arrow_error, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's; Arrow's own, of pages that are damaged, have no number
+            after = f" after row {num_read}" if num_read else ""
+            raise DataError(str(path), None, f"is not Parquet that can be read{after}: {error}") from error
 
 
 def _records(path: Path, batch: Any, num_before: int) -> list[dict[str, object]]:

@@ -47,4 +47,6 @@ def _all_rows(source: str) -> Iterator[Row]:
         return reader(path)
     if path.is_file():
         raise DataError(source, None, f"is of no kind that is read: {', '.join(_READERS)}")
+    if path.exists() and not path.is_dir():
+        raise DataError(source, None, "is not a regular file")
     return read_dataset(source)

@@ -34,7 +34,7 @@ def known_columns(source: str, columns: Sequence[str]) -> list[str]:
     """Those columns of a table that are read.
 
     Raises:
-        DataError: a name comes twice, or none is known.
+        DataError: a name comes twice, none is known, or there are prompts and no completions, or the reverse.
     """
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
@@ -42,4 +42,9 @@ def known_columns(source: str, columns: Sequence[str]) -> list[str]:
     known = [name for name in columns if name in FIELDS]
     if not known:
         raise DataError(source, None, f"has the columns {', '.join(columns)}; none of {', '.join(FIELDS)}")
+    lacking = {"prompt", "completion"} - set(known)
+    if len(lacking) == 1 and {"text", "messages"}.isdisjoint(known):
+        raise DataError(
+            source, None, f"has no column {lacking.pop()!r}; its columns are {', '.join(columns)}"
+        )
     return known

@@ -111,7 +111,7 @@ class _RowTokenizer:
         if self._settings.chat:
             prompt = self._encode_chat(row, (*_system(system), ChatMessage("user", contents.prompt)))
         elif system:
-            raise row.error("system: a plain-text prompt has none; set chat")
+            raise row.error("system: a plain-text prompt has none; set `chat`")
         else:
             prompt = self._tokenizer.encode(contents.prompt, add_special_tokens=True)
         if not prompt:
@@ -185,7 +185,7 @@ def _fitted(row: Row, tokens: _RowTokens, overlong: str, max_length: int) -> _Ro
         return tokens
     if overlong == "error":
         raise row.error(
-            f"has {length} tokens; the limit is {max_length} (max_length). Set overlong to skip or truncate"
+            f"has {length} tokens; the limit is {max_length} (`max_length`): set `overlong` to skip or truncate"
         )
     if overlong == "skip":
         return None

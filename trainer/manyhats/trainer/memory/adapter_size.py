@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from manyhats.adapters.errors import AdapterError
+from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.module_patterns import compile_patterns
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.families import Architecture, describe
+from manyhats.trainer.errors import SettingError
+from manyhats.trainer.methods.bottleneck import bottleneck_size
 from manyhats.trainer.methods.targets import choose_modules
 from manyhats.trainer.settings import (
     AdapterSettings,
@@ -20,6 +24,8 @@ from manyhats.trainer.settings import (
     PromptSettings,
     PTuningSettings,
 )
+
+_LIMITS = AdapterLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +70,14 @@ def adapter_size(settings: AdapterSettings, architecture: Architecture) -> Adapt
     """The size of an adapter on a base.
 
     Raises:
-        SettingError: a module that the base does not have.
+        SettingError: a module that the base does not have, a pattern of none, or a size above the server's limit.
     """
+    size = _size(settings, architecture)
+    _check_limit("num_virtual_tokens", size.num_virtual_tokens, _LIMITS.max_virtual_tokens)
+    return size
+
+
+def _size(settings: AdapterSettings, architecture: Architecture) -> AdapterSize:
     config = architecture.decoder
     match settings:
         case LoraSettings():
@@ -89,11 +101,17 @@ def _description(architecture: Architecture) -> BaseDescription:
 
 def _lora(settings: LoraSettings, base: BaseDescription) -> AdapterSize:
     """A [R, d_in] and B [d_out, R] of each module; DoRA's magnitudes [d_out], and its scaled B and outputs."""
+    targets = choose_modules(settings.target_modules, "target_modules", base).targets
+    modules = [target.module for target in targets]
+    _check_pattern("rank_pattern", settings.rank_pattern, modules)
+    _check_pattern("alpha_pattern", settings.alpha_pattern, modules)
+    _check_limit("rank", settings.rank, _LIMITS.max_rank)
+    _check_limit("rank_pattern", max(settings.rank_pattern.values(), default=1), _LIMITS.max_rank)
     patterns = compile_patterns("rank_pattern", settings.rank_pattern)
     ranks: dict[str, int] = {}
     num_trained = num_lowered = 0
     is_on_head = False
-    for target in choose_modules(settings.target_modules, "target_modules", base).targets:
+    for target in targets:
         rank = patterns.value_for(target.module, settings.rank)
         num_trained += rank * (target.d_in + target.d_out) + (target.d_out if settings.use_dora else 0)
         num_lowered += (rank + 1) * target.d_out if settings.use_dora else 0
@@ -111,6 +129,22 @@ def _lora(settings: LoraSettings, base: BaseDescription) -> AdapterSize:
     )
 
 
+def _check_limit(setting: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise SettingError(setting, f"is {value}; the limit is {limit}")
+
+
+def _check_pattern(setting: str, pattern: Mapping[str, float], modules: Sequence[str]) -> None:
+    """Every key must match a module that is trained."""
+    try:
+        for key in pattern:
+            alone = compile_patterns(setting, {key: 1})
+            if not any(alone.value_for(module, 0) for module in modules):
+                raise SettingError(setting, f"{key!r} matches none of the modules that are trained")
+    except AdapterError as error:
+        raise SettingError(setting, error.description) from error
+
+
 def _ia3(settings: Ia3Settings, base: BaseDescription) -> AdapterSize:
     """A factor of each output of the ones, and of each input of the others."""
     outputs = choose_modules(settings.output_modules, "output_modules", base).targets
@@ -125,7 +159,7 @@ def _ia3(settings: Ia3Settings, base: BaseDescription) -> AdapterSize:
 def _bottleneck(settings: BottleneckSettings, config: DecoderConfig) -> AdapterSize:
     """D [b, D], its bias [b], U [D, b], its bias [D], b = D // reduction factor; twice a layer for ``double_seq``."""
     hidden = config.hidden_size
-    width = max(1, hidden // settings.reduction_factor)
+    width = bottleneck_size(settings, hidden)
     num_sites = 2 if settings.variant == "double_seq" else 1
     per_site = 2 * width * hidden + width + hidden
     return AdapterSize(

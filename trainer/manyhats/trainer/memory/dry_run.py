@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manyhats.engine.tokenizer import Tokenizer
-from manyhats.trainer.data import read_rows, tokenize_rows
-from manyhats.trainer.errors import SettingError
-from manyhats.trainer.memory.adapter_size import AdapterSize, adapter_size
+from manyhats.trainer.memory.adapter_size import adapter_size
 from manyhats.trainer.memory.batch_shape import BatchShape, largest_batch, longest_rows
 from manyhats.trainer.memory.prediction import MemoryPrediction, TaskSize, predict
 from manyhats.trainer.memory.runtime import machine_of
 from manyhats.trainer.memory.shape import BaseShape, read_shape
 from manyhats.trainer.settings import TrainSettings
+from manyhats.trainer.task_data import check_readable, longest_row, tokenize_task_data
 
 NO_DATA = "-"
 """In place of the data where a prediction is wanted without."""
@@ -52,28 +51,17 @@ def _tokenizer(shape: BaseShape) -> Tokenizer | None:
 
 def _task_size(settings: TrainSettings, shape: BaseShape, tokenizer: Tokenizer | None) -> TaskSize:
     adapter = adapter_size(settings.adapter, shape.architecture)
-    room = _room(settings, shape, adapter)
-    return TaskSize(settings, adapter, _batch(settings, room, tokenizer))
-
-
-def _room(settings: TrainSettings, shape: BaseShape, adapter: AdapterSize) -> int:
-    """Tokens of the longest row allowed."""
     room = shape.config.max_context_length - adapter.num_virtual_tokens
-    if room < 2:
-        raise SettingError("num_virtual_tokens", "leaves no room for a row in the base's context")
-    length = settings.data.max_length
-    if length is not None and length > room:
-        raise SettingError("max_length", f"the base has room for {room} tokens, virtual tokens not counted")
-    return length or room
+    return TaskSize(settings, adapter, _batch(settings, room, tokenizer))
 
 
 def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None) -> BatchShape:
     data = settings.data
     if tokenizer is None or data.train == NO_DATA:
-        return longest_rows(settings.optimization, room)
-    rows = read_rows(data.train, max_rows=data.max_train_rows)
-    tokenized = tokenize_rows(rows, tokenizer, _ANY_TOKEN_ID, data, room)
-    return largest_batch(tokenized, settings.optimization, shuffle=data.shuffle)
+        check_readable(source for source in (data.train, data.eval) if source not in (NO_DATA, ""))
+        return longest_rows(settings.optimization, longest_row(data, room))
+    tokenized = tokenize_task_data(data, tokenizer, _ANY_TOKEN_ID, room)
+    return largest_batch(tokenized.train, settings.optimization, shuffle=data.shuffle)
 
 
 def _notes(sizes: Sequence[TaskSize], tokenizer: Tokenizer | None) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,26 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from manyhats.adapters.errors import shown
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.checkpoint import check_quantization_config, expected_shapes, read_json
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.directories import default_home
 from manyhats.engine.model.families import Architecture, linear_shapes, read_architecture
 from manyhats.engine.model.fetch import KNOWN_MODELS
+from manyhats.engine.model.known_families import FAMILIES
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from manyhats.trainer.settings import LARGEST
 
 _CONFIG = "config.json"
 _STORED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+_LIMITS: Mapping[str, int] = {
+    **dict.fromkeys((*_NEEDED, "num_key_value_heads", "max_position_embeddings"), LARGEST),
+    # Each layer is drawn up by itself, with a frequency per pair of a head's values.
+    "num_hidden_layers": 10_000,
+    "head_dim": 4096,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +94,51 @@ def read_shape(source: str, home: Path | None = None) -> BaseShape:
         home: holds fetched models; None takes the default.
 
     Raises:
-        ModelError: there is no such config, or it describes a model that is not supported.
+        ModelError: there is no such config, it lacks a size, or it describes a model that is not supported.
     """
     path = _config_path(source, default_home() if home is None else home)
-    raw = read_json(path)
-    return BaseShape(
-        name=source,
-        directory=path.parent,
-        architecture=read_architecture(raw),
-        stored_bytes=_stored_bytes(raw),
-        is_stored_nf4=check_quantization_config(raw),
-    )
+    try:
+        raw = read_json(path)
+        _check_sizes(raw)
+        return BaseShape(
+            name=source,
+            directory=path.parent,
+            architecture=read_architecture(raw),
+            stored_bytes=_stored_bytes(raw),
+            is_stored_nf4=check_quantization_config(raw),
+        )
+    except ModelError as error:
+        raise ModelError(_of_file(path, str(error))) from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: a field has the wrong type or value: {error}") from error
+
+
+def _of_file(path: Path, message: str) -> str:
+    """The message under the file's own name, which need not be ``config.json``."""
+    what = message.removeprefix(f"{_CONFIG}: ")
+    return message if what == message else f"{path}: {what}"
+
+
+def _check_sizes(raw: Mapping[str, Any]) -> None:
+    """Refuse a config whose shape is another model's for want of a number, or takes long to draw up.
+
+    Raises:
+        ModelError: names the field.
+    """
+    if raw.get("model_type") not in FAMILIES:
+        return  # it is refused by that name, and may have others for its sizes
+    for name in _NEEDED:
+        if raw.get(name) is None:
+            raise ModelError(f"{_CONFIG}: has no {name}")
+    for name, largest in _LIMITS.items():
+        value = raw.get(name)
+        if value is not None and not (type(value) is int and 1 <= value <= largest):
+            raise ModelError(
+                f"{_CONFIG}: {name} must be a whole number from 1 to {largest}, not {shown(repr(value))}"
+            )
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    if head_dim > _LIMITS["head_dim"]:
+        raise ModelError(f"{_CONFIG}: a head has {head_dim} values; the limit is {_LIMITS['head_dim']}")
 
 
 def _config_path(source: str, home: Path) -> Path:
@@ -102,11 +147,15 @@ def _config_path(source: str, home: Path) -> Path:
         if not path.is_file():
             raise ModelError(f"{source} is not on this machine; `manyhats model fetch {source}` gets it")
         return path
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # unlike Path's own, it leaves an unknown user's as it is
     if path.is_file():
         return path
     if path.is_dir():
         return path / _CONFIG
+    if path.exists():
+        raise ModelError(f"{source}: is neither a regular file nor a directory")
+    if source.startswith(("/", ".", "~")) or path.suffix == ".json":
+        raise ModelError(f"{source}: there is no such file or directory")
     if source.count("/") != 1:
         raise ModelError(f"{source!r} is no directory, no config.json, no hub id (org/name) and no alias")
     try:

@@ -24,6 +24,9 @@ from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 _SETTING = "init_from"
 _SAVED_ALONG = ".base_layer.weight"
 
+# Methods whose artifacts hold the same tensors.
+_TAKEN_OVER = {AdapterMethod.PROMPT_TUNING: (AdapterMethod.P_TUNING,)}
+
 _NOT_SAVED = {
     AdapterMethod.PREFIX_TUNING: "what is saved of a prefix is the projection's result; set projection_size to 0",
     AdapterMethod.P_TUNING: "what is saved of P-tuning is the encoder's result; train prompt tuning from it",
@@ -39,8 +42,14 @@ def load_artifact(adapter: ParametrizedAdapter, directory: Path, limits: Adapter
     """
     _check_parameters_are_tensors(adapter)
     read = _read(adapter, directory, limits)
-    load_tensors(adapter, _renamed(read.artifact, adapter))
-    _check_same(adapter.lowered(), read.lowered)
+    if read.artifact.method not in (adapter.method, *_TAKEN_OVER.get(adapter.method, ())):
+        theirs, ours = (method.value.replace("_", " ") for method in (read.artifact.method, adapter.method))
+        raise SettingError(_SETTING, f"{directory} is {theirs}, and what is trained is {ours}")
+    try:
+        load_tensors(adapter, _renamed(read.artifact, adapter))
+        _check_same(adapter.lowered(), read.lowered)
+    except SettingError as error:
+        raise SettingError(_SETTING, f"{directory}: {error.message}") from error
 
 
 @torch.no_grad()
@@ -81,7 +90,8 @@ def _read(adapter: ParametrizedAdapter, directory: Path, limits: AdapterLimits) 
         with open_source(str(resolved), [resolved]) as source:
             return read_adapter(source, adapter.base, limits)
     except AdapterError as error:
-        raise SettingError(_SETTING, f"{directory}: {error}") from error
+        text = str(error)
+        raise SettingError(_SETTING, text if str(resolved) in text else f"{directory}: {text}") from error
 
 
 def _renamed(artifact: AdapterArtifact, adapter: ParametrizedAdapter) -> Mapping[str, Tensor]:

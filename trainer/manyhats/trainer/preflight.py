@@ -1,0 +1,29 @@
+"""What can be seen to be wrong before the base is loaded, which may take minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from manyhats.trainer.errors import CheckpointError, SettingError
+from manyhats.trainer.output_directory import check_output_directory, checkpoints_directory
+from manyhats.trainer.settings import TrainSettings
+from manyhats.trainer.task_data import check_readable
+
+
+def check_before_loading(settings: TrainSettings, *, resume: bool = False) -> None:
+    """Look at the output directory, the artifact to go on from, and the first row of each source of data.
+
+    Raises:
+        SettingError: ``out`` or ``init_from``.
+        CheckpointError: there is nothing to resume from.
+        DataError: a source cannot be read, or its first row.
+    """
+    if settings.out:
+        out = Path(settings.out)
+        check_output_directory(out)
+        checkpoints = checkpoints_directory(out)
+        if resume and not any(checkpoints.glob("*")):
+            raise CheckpointError(f"{checkpoints} has no checkpoint to resume from")
+    if settings.init_from and not Path(settings.init_from).is_dir():
+        raise SettingError("init_from", f"{settings.init_from}: is no directory")
+    check_readable(source for source in (settings.data.train, settings.data.eval) if source)
