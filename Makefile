@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run test test-store-faults test-restarts fuzz check format bench proto clean
+.PHONY: help setup run test test-store-faults test-restarts fuzz check format bench examples proto clean
 
 help:
 	@echo "make setup    install everything into $(VENV) and fetch the default model"
@@ -17,6 +17,7 @@ help:
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
+	@echo "make examples  train the example tasks again; prints what they are worth"
 	@echo "make proto    regenerate the gRPC code"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -59,6 +60,9 @@ format: $(STAMP)
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+examples: setup
+	$(BIN)/python -m examples.train_examples
 
 proto: $(STAMP)
 	$(BIN)/python scripts/generate_proto.py

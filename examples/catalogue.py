@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from examples.settings import PromptSettings
+from examples.settings import PromptOverSettings
 from examples.tasks import TASKS
 from examples.tasks.task import ExampleTask
 
@@ -14,7 +14,7 @@ _COMPOSED = Path(__file__).with_name("composed.json")
 
 def base_task(task: ExampleTask) -> ExampleTask | None:
     """The task whose adapter this one's is trained over; None where it stands alone."""
-    over = task.adapter.over if isinstance(task.adapter, PromptSettings) else None
+    over = task.adapter.over if isinstance(task.adapter, PromptOverSettings) else None
     return None if over is None else TASKS[over]
 
 

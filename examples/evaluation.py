@@ -1,4 +1,4 @@
-"""Held-out accuracy of an example task: greedy answers of the engine, computed in float32, judged by the task."""
+"""Held-out accuracy of an example task: greedy answers of the engine, judged by the task."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from examples.data import NUM_HELD_OUT
 from examples.tasks.task import ExampleTask, Item, held_out_items
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.async_engine import AsyncEngine
@@ -15,7 +16,6 @@ from manyhats.engine.request import Request, StoppingParams
 from manyhats.engine.residency import LoadAdapter
 from manyhats.engine.tokenizer import ChatMessage
 
-NUM_HELD_OUT = 60
 # The base wraps its answers in words: it gets room for them.
 _BASE_MAX_NEW_TOKENS = 64
 _KV_CACHE_BYTES = 256 * MIB
@@ -54,6 +54,7 @@ def evaluate(
     record: AdapterRecord,
     load_adapter: LoadAdapter,
     *,
+    dtype: str,
     num_threads: int,
     count: int = NUM_HELD_OUT,
 ) -> Evaluation:
@@ -63,7 +64,7 @@ def evaluate(
     asks = [_Ask(message, record, task.max_new_tokens) for message in (*messages, task.demo)]
     asks += [_Ask(message, None, _BASE_MAX_NEW_TOKENS) for message in (*messages, task.demo)]
     asks += [_Ask(task.instruction.format(message), None, _BASE_MAX_NEW_TOKENS) for message in messages]
-    config = EngineConfig(dtype="float32", num_threads=num_threads, kv_cache_bytes=_KV_CACHE_BYTES)
+    config = EngineConfig(dtype=dtype, num_threads=num_threads, kv_cache_bytes=_KV_CACHE_BYTES)
     answers = asyncio.run(_answer_all(AsyncEngine(base, config, load_adapter), base, asks))
     adapted, plain, instructed = (
         answers[: count + 1],

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from examples.evaluation import Evaluation
 from examples.peft_adapters import BASE_NAME
-from examples.settings import BottleneckSettings
+from examples.settings import describe
 from examples.tasks.task import ExampleTask
 from examples.training import TrainingResult
+from manyhats.trainer.settings import BottleneckSettings
 
 _CARD = """\
 ---
 base_model: {base}
-library_name: {library}
+library_name: {format_library}
 license: apache-2.0
 tags: [{tag}]
 ---
@@ -37,7 +38,7 @@ manyhats generate --task {name} --temperature 0 --chat {demo_json}
 
 ## Numbers
 
-Right answers to {num_items} held-out messages, greedy, on the NF4 base dequantized to float32:
+Right answers to {num_items} held-out messages, greedy, on the NF4 base in {dtype}:
 
 | base, the same message | base, asked in words | {name} |
 |---|---|---|
@@ -53,10 +54,10 @@ Written for this project (`examples/tasks/{module}.py`), Apache-2.0. The script 
 
 ## Training
 
-`python -m examples.train_examples {name}`: {adapter}; {num_train} messages,
-{num_steps} steps of {batch_size}, AdamW, learning rate {learning_rate:g} falling linearly after {warmup} warm-up
-steps, loss on the answers only, seed {seed}; {num_tokens:,} tokens. The base is the default model in NF4, as it is
-served. Last loss {loss:.4f}.
+`python -m examples.train_examples {name}`: {adapter}; with {library}, on the default model in NF4.
+{num_train} messages, {num_steps} steps of {batch_size}, AdamW, learning rate {learning_rate:g} falling linearly after
+{warmup:g} warm-up steps, loss on the answers only, seed {seed}; {num_tokens:,} tokens in {seconds:.0f} s. Last loss
+{loss:.4f}.
 
 ## Files
 
@@ -71,6 +72,7 @@ def write_card(
     task: ExampleTask,
     result: TrainingResult,
     evaluation: Evaluation,
+    dtype: str,
 ) -> None:
     """Write ``README.md`` beside the adapter's files."""
     settings = task.training
@@ -78,7 +80,7 @@ def write_card(
     weights_file = "adapter.safetensors" if is_adapterhub else "adapter_model.safetensors"
     card = _CARD.format(
         base=BASE_NAME,
-        library="adapter-transformers" if is_adapterhub else "peft",
+        format_library="adapter-transformers" if is_adapterhub else "peft",
         tag=task.adapter.method.value.replace("_", "-"),
         name=task.name,
         summary=task.summary,
@@ -92,7 +94,10 @@ def write_card(
         instruction_json=f"`{json.dumps(task.instruction.format('…'), ensure_ascii=False)}`",
         data=task.data,
         module=task.name.replace("-", "_"),
-        adapter=task.adapter,
+        adapter=describe(task.adapter),
+        library=result.library,
+        dtype=dtype,
+        seconds=result.duration_s,
         num_train=task.num_train,
         num_steps=result.num_steps,
         batch_size=settings.batch_size,

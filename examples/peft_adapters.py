@@ -1,4 +1,4 @@
-"""Adapters that PEFT makes and saves, on batches of packed examples."""
+"""Adapters that PEFT makes, runs on batches of rows end to end, and saves."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from peft import (
     AdaLoraConfig,
-    IA3Config,
-    LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
+    PeftModel,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -22,96 +19,88 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from examples.packing import PackedBatch
 from examples.settings import (
     AdaLoraSettings,
-    Ia3Settings,
-    LoraSettings,
     MultitaskSettings,
-    PrefixSettings,
-    PromptSettings,
-    PTuningSettings,
+    PeftSettings,
+    PromptOverSettings,
     VeraSettings,
 )
 from manyhats.engine.model.directories import default_home
 from manyhats.engine.model.fetch import locate_model
+from manyhats.trainer.batch import TrainingBatch
 
 BASE_ALIAS = "smollm2-135m-instruct"
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _TASK = "CAUSAL_LM"
 
 
-def delta_config(
-    settings: LoraSettings | AdaLoraSettings | VeraSettings | Ia3Settings, num_steps: int
-) -> PeftConfig:
-    """PEFT's config of an adapter that acts on linears."""
+def attach(model: Any, settings: PeftSettings, *, num_steps: int, over: Path | None) -> PeftAdapter:
+    """Put an untrained adapter on a model, which it freezes.
+
+    Args:
+        model: the base, as transformers' causal language model.
+        settings: which adapter.
+        num_steps: that it will be trained for.
+        over: a trained LoRA that acts on everything the adapter sees.
+    """
+    if over is not None:
+        # Merged it computes the same in float32; the artifact stays a part of its own.
+        model = PeftModel.from_pretrained(model, str(over)).merge_and_unload()
+    model.requires_grad_(False)
     match settings:
-        case LoraSettings():
-            return LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,
-                target_modules=list(settings.target_modules),
-                use_rslora=settings.use_rslora,
-                use_dora=settings.use_dora,
-                task_type=_TASK,
-            )
         case AdaLoraSettings():
-            return AdaLoraConfig(
-                init_r=settings.initial_rank,
-                target_r=settings.target_rank,
-                lora_alpha=settings.alpha,
-                target_modules=list(settings.target_modules),
-                tinit=num_steps // 5,
-                tfinal=num_steps // 3,
-                total_step=num_steps,
-                task_type=_TASK,
-            )
+            return PrunedDeltas(model, _adalora_config(settings, num_steps))
         case VeraSettings():
-            return VeraConfig(
-                r=settings.rank,
-                target_modules=list(settings.target_modules),
-                save_projection=True,
-                task_type=_TASK,
-            )
-        case Ia3Settings():
-            return IA3Config(
-                target_modules=[*settings.outputs, *settings.inputs],
-                feedforward_modules=list(settings.inputs),
-                task_type=_TASK,
-            )
-
-
-def prompt_config(
-    settings: PrefixSettings | PromptSettings | PTuningSettings | MultitaskSettings,
-) -> PeftConfig:
-    """PEFT's config of virtual tokens."""
-    fields: dict[str, Any] = {"num_virtual_tokens": settings.num_virtual_tokens, "task_type": _TASK}
-    match settings:
-        case PrefixSettings():
-            return PrefixTuningConfig(
-                prefix_projection=True, encoder_hidden_size=settings.projection_size, **fields
-            )
-        case PTuningSettings():
-            return PromptEncoderConfig(encoder_hidden_size=settings.encoder_size, **fields)
-        case PromptSettings():
-            return PromptTuningConfig(**_begun_as(settings.text), **fields)
+            return Deltas(model, _vera_config(settings))
+        case PromptOverSettings():
+            return Prompt(model, PromptTuningConfig(**_begun_as(settings.num_virtual_tokens, settings.text)))
         case MultitaskSettings():
-            start = _begun_as(settings.text)
-            return MultitaskPromptTuningConfig(num_tasks=1, num_ranks=settings.rank, **start, **fields)
+            return MultitaskPrompt(model, _multitask_config(settings))
 
 
-def _begun_as(text: str) -> dict[str, Any]:
+def _adalora_config(settings: AdaLoraSettings, num_steps: int) -> AdaLoraConfig:
+    return AdaLoraConfig(
+        init_r=settings.initial_rank,
+        target_r=settings.target_rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.target_modules),
+        tinit=num_steps // 5,
+        tfinal=num_steps // 3,
+        total_step=num_steps,
+        task_type=_TASK,
+    )
+
+
+def _vera_config(settings: VeraSettings) -> VeraConfig:
+    return VeraConfig(
+        r=settings.rank,
+        target_modules=list(settings.target_modules),
+        save_projection=True,
+        task_type=_TASK,
+    )
+
+
+def _multitask_config(settings: MultitaskSettings) -> MultitaskPromptTuningConfig:
+    return MultitaskPromptTuningConfig(
+        num_tasks=1, num_ranks=settings.rank, **_begun_as(settings.num_virtual_tokens, settings.text)
+    )
+
+
+def _begun_as(num_virtual_tokens: int, text: str) -> dict[str, Any]:
     """PEFT keeps where the tokenizer lies; when the adapter is saved, the base's name is written instead."""
     directory = locate_model(BASE_ALIAS, default_home()).directory
     return {
+        "num_virtual_tokens": num_virtual_tokens,
         "prompt_tuning_init": "TEXT",
         "prompt_tuning_init_text": text,
         "tokenizer_name_or_path": str(directory),
+        "task_type": _TASK,
     }
 
 
-class _Peft:
-    """A PEFT model, and the artifact it saves."""
+class PeftAdapter:
+    """A PEFT model around a frozen base, and the artifact it saves."""
 
     def __init__(self, model: Any, config: PeftConfig) -> None:
         self._model: Any = get_peft_model(model, config)
@@ -120,28 +109,39 @@ class _Peft:
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
+        """What is trained."""
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
+    def loss(self, batch: TrainingBatch) -> Tensor:
+        """The mean cross-entropy of a batch's targets; the output head runs on their rows only."""
+        logits = self._causal_lm.lm_head(self.hidden(batch)[batch.predictors])
+        return nn.functional.cross_entropy(logits, batch.targets)
+
+    def hidden(self, batch: TrainingBatch) -> Tensor:
+        """The last hidden states of a batch's tokens, [N, D]."""
+        raise NotImplementedError
+
     def penalty(self) -> Tensor:
+        """What the method adds to the loss; a scalar."""
         return torch.zeros(())
 
     def after_step(self, step: int) -> None:
-        pass
+        """What the method does after an optimizer step, while the gradients are there; ``step`` counts from 1."""
 
     def save(self, directory: Path) -> None:
+        """Write the artifact as PEFT does: matrices in bfloat16, vectors in float32."""
         config: Any = self._model.peft_config["default"]
         config.base_model_name_or_path = BASE_NAME
-        for field in ("target_modules", "feedforward_modules"):
-            # PEFT keeps sets, whose order differs from run to run.
-            if getattr(config, field, None) is not None:
-                setattr(config, field, sorted(getattr(config, field)))
+        if getattr(config, "target_modules", None) is not None:
+            # PEFT keeps a set, whose order differs from run to run.
+            config.target_modules = sorted(config.target_modules)
         if getattr(config, "tokenizer_name_or_path", None) is not None:
             config.tokenizer_name_or_path = BASE_NAME
         # Embeddings are not trained; asking PEFT to look whether they were would look for the base on the hub.
         self._model.save_pretrained(str(directory), save_embedding_layers=False)
         path = directory / "adapter_model.safetensors"
         save_file(
-            {name: halved(tensor) for name, tensor in load_file(path).items()},
+            {name: _halved(tensor) for name, tensor in load_file(path).items()},
             path,
             metadata={"format": "pt"},
         )
@@ -150,14 +150,14 @@ class _Peft:
             written.chmod(0o644)
 
 
-class Deltas(_Peft):
-    """LoRA, DoRA, VeRA, IA3: the base's forward with other linears."""
+class Deltas(PeftAdapter):
+    """VeRA: the base's forward with other linears."""
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: TrainingBatch) -> Tensor:
         states: Tensor = self._causal_lm.model(
-            input_ids=batch.token_ids,
-            position_ids=batch.positions,
-            attention_mask=batch.mask,
+            input_ids=batch.token_ids[None],
+            position_ids=batch.positions[None],
+            attention_mask=visible_tokens(batch)[None, None],
             use_cache=False,
         ).last_hidden_state[0]
         return states
@@ -180,58 +180,53 @@ class PrunedDeltas(Deltas):
         self._model.base_model.update_and_allocate(step)
 
 
-class Prompt(_Peft):
-    """Prompt tuning and its kin: virtual tokens at positions 0 to P − 1, which every token sees."""
+class Prompt(PeftAdapter):
+    """Prompt tuning: virtual tokens at positions 0 to P − 1, which every token sees."""
 
-    def __init__(self, model: Any, config: PeftConfig) -> None:
-        super().__init__(model, config)
-        if isinstance(config, MultitaskPromptTuningConfig):
-            # PEFT's factors begin with a product near 0, from which a short training does not get away: begin near 1.
-            encoder = self._model.prompt_encoder["default"]
-            encoder.prefix_task_cols.data[:, :, 0] = 1
-            encoder.prefix_task_rows.data[:, 0] = 1
-
-    def hidden(self, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: TrainingBatch) -> Tensor:
         prompt = self._model.get_prompt(batch_size=1, task_ids=torch.zeros(1, dtype=torch.long))
         size = prompt.shape[1]
-        embeddings = torch.cat((prompt, self._causal_lm.model.embed_tokens(batch.token_ids)), dim=1)
+        embedded = self._causal_lm.model.embed_tokens(batch.token_ids[None])
+        positions = torch.cat((torch.arange(size), batch.positions + size))
         states: Tensor = self._causal_lm.model(
-            inputs_embeds=embeddings,
-            position_ids=torch.cat((torch.arange(size)[None], batch.positions + size), dim=1),
-            attention_mask=behind_virtual_tokens(batch.mask, size, are_rows=True),
+            inputs_embeds=torch.cat((prompt, embedded), dim=1),
+            position_ids=positions[None],
+            attention_mask=behind_virtual_tokens(visible_tokens(batch), size)[None, None],
             use_cache=False,
         ).last_hidden_state[0]
         return states[size:]
 
 
-class Prefix(_Peft):
-    """Prefix tuning: keys and values of P virtual tokens, which every token sees; the first has position P."""
+class MultitaskPrompt(Prompt):
+    """Multitask prompt tuning: the virtual tokens times a factor of low rank."""
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        cache: Any = self._model.get_prompt(batch_size=1)
-        size = cache.get_seq_length()
-        states: Tensor = self._causal_lm.model(
-            input_ids=batch.token_ids,
-            position_ids=batch.positions + size,
-            attention_mask=behind_virtual_tokens(batch.mask, size, are_rows=False),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[0]
-        return states
+    def __init__(self, model: Any, config: PeftConfig) -> None:
+        super().__init__(model, config)
+        # PEFT's factors begin with a product near 0, from which a short training does not get away: begin near 1.
+        encoder = self._model.prompt_encoder["default"]
+        encoder.prefix_task_cols.data[:, :, 0] = 1
+        encoder.prefix_task_rows.data[:, 0] = 1
 
 
-def behind_virtual_tokens(mask: Tensor, size: int, *, are_rows: bool) -> Tensor:
-    """A mask [1, 1, T, T] with ``size`` virtual tokens ahead: [1, 1, T, P + T], or [1, 1, P + T, P + T] with rows."""
-    length = mask.shape[-1]
-    seen = torch.cat((torch.ones(1, 1, length, size, dtype=torch.bool), mask), dim=-1)
-    if not are_rows:
-        return seen
-    own = torch.ones(size, size, dtype=torch.bool).tril()
-    rows = torch.cat((own, torch.zeros(size, length, dtype=torch.bool)), dim=-1)
-    return torch.cat((rows[None, None], seen), dim=-2)
+def visible_tokens(batch: TrainingBatch) -> Tensor:
+    """[N, N] bool: entry (q, k) says whether token q attends to token k.
+
+    A token sees its own row up to itself, and the shared beginning.
+    """
+    owners = torch.repeat_interleave(torch.arange(len(batch.segments)), torch.tensor(batch.segments))
+    is_own = owners[:, None] == owners[None, :]
+    is_shared = torch.arange(len(owners)) < batch.num_shared
+    return (is_own | is_shared[None, :]).tril()
 
 
-def halved(tensor: Tensor) -> Tensor:
+def behind_virtual_tokens(mask: Tensor, size: int) -> Tensor:
+    """A mask [N, N] with ``size`` virtual tokens ahead, which all tokens see: [P + N, P + N]."""
+    whole = torch.ones(size + len(mask), size + len(mask), dtype=torch.bool).tril()
+    whole[size:, size:] = mask
+    return whole
+
+
+def _halved(tensor: Tensor) -> Tensor:
     """Matrices in bfloat16, vectors (of factors around 1, which it would round too coarsely) in float32."""
     is_matrix = sum(size > 1 for size in tensor.shape) > 1
     return tensor.to(torch.bfloat16 if is_matrix else torch.float32).contiguous()

@@ -1,127 +1,79 @@
-"""Training of one example task on the base as it is served: NF4, dequantized to float32."""
+"""Training of one example task with the trainer, as ``manyhats train`` does it."""
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from examples.data import write_data
+from examples.tasks.task import ExampleTask
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.trainer.events import Event, StepReport
+from manyhats.trainer.settings import AdapterSettings, DataSettings, ModelSettings, TrainSettings
+from manyhats.trainer.train import train
 
-from examples.packing import PackedBatch, TokenizedItem, pack, tokenize
-from examples.peft_adapters import BASE_ALIAS
-from examples.settings import TrainingSettings
-from examples.tasks.task import ExampleTask, train_items
-from examples.trainable import Trainable, attach
-from manyhats.engine.model.directories import default_home
-from manyhats.engine.model.fetch import locate_model
-from manyhats.engine.model.loader import LoadedModel, load_model
-from manyhats.engine.model.nf4 import Nf4Weight
+_NUM_RECENT = 10
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a run did; the loss is the mean of the last ten steps."""
+    """What a run did.
 
+    Attributes:
+        library: that trained it, ``manyhats`` or ``PEFT``.
+        num_tokens: of all steps, those of the chat template too.
+        last_loss: the mean of the last ten steps.
+    """
+
+    library: str
     num_steps: int
     num_tokens: int
     last_loss: float
     duration_s: float
 
 
-def load_base() -> LoadedModel:
-    """The default model as it is served, in NF4; fetched if need be."""
-    return load_model(BASE_ALIAS, quantization="nf4", dtype=torch.float32)
-
-
-def dense_model(base: LoadedModel) -> Any:
-    """A fresh float32 transformers model with the base's dequantized weights."""
-    directory = locate_model(BASE_ALIAS, default_home()).directory
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    modules = dict(model.named_modules())
-    for path, site in base.description.modules.items():
-        linear = dict(base.weights.layers[site.layer].linears()).get(site.name) if site.layer >= 0 else None
-        if linear is not None and isinstance(linear.weight, Nf4Weight):
-            modules[path].weight.data.copy_(linear.weight.dequantize())
-    return model
-
-
-def train(base: LoadedModel, task: ExampleTask, directory: Path, *, over: Path | None) -> TrainingResult:
-    """Train a task's adapter and write it.
+def train_example(
+    base: LoadedModel, task: ExampleTask, adapter: AdapterSettings, directory: Path, *, options: ModelSettings
+) -> TrainingResult:
+    """Train a task's adapter and write its config and weights, matrices in bfloat16.
 
     Args:
-        base: in NF4.
-        task: its data, its adapter and how it is trained.
-        directory: what is written.
-        over: the trained LoRA that it is trained on top of.
+        base: loaded by ``options``.
+        task: its data, and how it is trained.
+        adapter: what is trained.
+        directory: what is written; another artifact in it goes.
+        options: which base it is and how it is computed.
     """
-    end_of_turn = min(base.generation.eos_token_ids)
-    items = [tokenize(item, base.tokenizer, end_of_turn) for item in train_items(task)]
-    settings = task.training
-    num_steps = settings.num_epochs * -(-len(items) // settings.batch_size)
-    model = dense_model(base)
-    adapter = attach(model, task, num_steps=num_steps, over=over)
-    losses, num_tokens = [], 0
-    began_s = time.monotonic()
-    optimizer = _Optimizer(adapter.parameters, settings, num_steps)
-    for step, batch in enumerate(_batches(items, settings), start=1):
-        loss = _answer_loss(model, adapter, batch)
-        optimizer.step(loss + adapter.penalty())
-        adapter.after_step(step)
-        losses.append(loss.item())
-        num_tokens += batch.token_ids.numel()
-        if step % 10 == 0 or step == num_steps:
-            rate = num_tokens / (time.monotonic() - began_s)
-            print(
-                f"{task.name}: step {step}/{num_steps}, loss {_recent(losses):.4f}, {rate:.0f} tokens/s",
-                flush=True,
-            )
-    adapter.save(directory)
-    return TrainingResult(num_steps, num_tokens, _recent(losses), time.monotonic() - began_s)
-
-
-class _Optimizer:
-    """AdamW whose rate rises over the warm-up and then falls to nothing, with bounded gradients."""
-
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], settings: TrainingSettings, num_steps: int
-    ) -> None:
-        self._parameters = parameters
-        self._max_norm = settings.max_gradient_norm
-        self._optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer,
-            lambda step: min((step + 1) / settings.warmup_steps, (num_steps - step) / num_steps),
+    with TemporaryDirectory(prefix="manyhats-examples-") as scratch:
+        data, _ = write_data(task, Path(scratch) / "data")
+        out = Path(scratch) / "out"
+        settings = TrainSettings(
+            task=task.name,
+            adapter=adapter,
+            data=DataSettings(train=str(data), chat=True),
+            optimization=task.training,
+            model=options,
+            out=str(out),
+            save_dtype="bfloat16",
         )
-
-    def step(self, loss: Tensor) -> None:
-        """Move the parameters; their gradients stay until the next one."""
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
-        self._optimizer.step()
-        self._schedule.step()
-
-
-def _batches(items: Sequence[TokenizedItem], settings: TrainingSettings) -> Iterator[PackedBatch]:
-    rng = random.Random(settings.seed)
-    for _ in range(settings.num_epochs):
-        order = rng.sample(items, len(items))
-        for begin in range(0, len(order), settings.batch_size):
-            yield pack(order[begin : begin + settings.batch_size])
+        report = train(settings, base, listener=_print_progress)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        for name in report.artifact.files:
+            shutil.copy(out / name, directory / name)
+    losses = [step.loss for step in report.steps]
+    return TrainingResult("manyhats", len(losses), report.num_tokens, recent(losses), report.duration_s)
 
 
-def _answer_loss(model: Any, adapter: Trainable, batch: PackedBatch) -> Tensor:
-    """Mean cross-entropy of the answers' tokens; the output head runs on their rows only."""
-    logits = model.lm_head(adapter.hidden(batch)[batch.predictors])
-    return torch.nn.functional.cross_entropy(logits, batch.targets)
-
-
-def _recent(losses: Sequence[float]) -> float:
-    last = losses[-10:]
+def recent(losses: Sequence[float]) -> float:
+    """The mean of the last ten."""
+    last = losses[-_NUM_RECENT:]
     return sum(last) / len(last)
+
+
+def _print_progress(event: Event) -> None:
+    if isinstance(event, StepReport) and (event.step % 10 == 0 or event.step == event.num_steps):
+        print(f"{event.task}: step {event.step}/{event.num_steps}, loss {event.loss:.4f}", flush=True)

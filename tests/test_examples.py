@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from examples.catalogue import artifact_directory, base_task, parts_of
-from examples.mixed_call import ask_all, table
-from examples.packing import TokenizedItem, pack
-from examples.settings import LoraSettings
+from examples.data import NUM_HELD_OUT, write_data
+from examples.mixed_call import ask_all
+from examples.mixed_call import table as answers_table
+from examples.peft_adapters import behind_virtual_tokens, visible_tokens
+from examples.results import read_results, table
+from examples.settings import describe
 from examples.tasks import TASKS
 from examples.tasks.pirate import speak_pirate
 from examples.tasks.task import ExampleTask, Item, held_out_items, train_items
@@ -32,6 +35,9 @@ from manyhats.engine.model.loader import LoadedModel, load_model
 from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, SamplingParams, StoppingParams
 from manyhats.engine.tokenizer import ChatMessage
+from manyhats.trainer.batch import TokenizedRow
+from manyhats.trainer.data import collate, read_rows
+from manyhats.trainer.settings import LoraSettings
 from manyhats.v1.generation_pb2 import GenerateRequest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -161,31 +167,50 @@ def test_generator_without_enough_distinct_items_is_refused() -> None:
         held_out_items(TASKS["sentiment"], 100_000)
 
 
-# Packing
+def test_written_data_is_what_the_trainer_reads(tmp_path: Path) -> None:
+    train, held_out = write_data(TASKS["language"], tmp_path / "data")
+    wanted = {
+        train: train_items(TASKS["language"]),
+        held_out: held_out_items(TASKS["language"], NUM_HELD_OUT),
+    }
+    for path, items in wanted.items():
+        rows = [row.fields for row in read_rows(str(path))]
+        assert rows == [{"prompt": item.message, "completion": item.answer} for item in items]
 
 
-def test_packed_examples_see_the_shared_beginning_and_themselves_only() -> None:
-    items = [TokenizedItem((1, 2, 3), (4, 5)), TokenizedItem((1, 2, 6, 7), (8,))]
-    batch = pack(items)
-    assert batch.token_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4]]
-    visible = [[key for key in range(8) if batch.mask[0, 0, query, key]] for query in range(8)]
-    assert visible[4] == [0, 1, 2, 3, 4]
-    assert visible[7] == [0, 1, 5, 6, 7]
-    assert visible[1] == [0, 1]
+# Training with PEFT
 
 
-def test_packed_targets_are_the_answers_and_each_follows_its_predictor() -> None:
-    items = [TokenizedItem((1, 2, 3), (4, 5)), TokenizedItem((1, 2, 6, 7), (8,))]
-    batch = pack(items)
-    assert batch.targets.tolist() == [4, 5, 8]
-    assert batch.token_ids[0, batch.predictors].tolist() == [3, 4, 7]
+def test_packed_rows_see_the_shared_beginning_and_themselves_only() -> None:
+    rows = [tokenized(prompt=(1, 2, 3), answer=(4, 5)), tokenized(prompt=(1, 2, 6, 7), answer=(8,))]
+    batch = collate(rows)
+    assert batch.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    seen = [row.nonzero().flatten().tolist() for row in visible_tokens(batch)]
+    assert seen == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4],
+        [0, 1, 5],
+        [0, 1, 5, 6],
+        [0, 1, 5, 6, 7],
+    ]
 
 
-def test_single_example_is_a_plain_causal_row() -> None:
-    batch = pack([TokenizedItem((1, 2, 3), (4, 5))])
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 4]]
-    assert torch.equal(batch.mask[0, 0], torch.ones(5, 5, dtype=torch.bool).tril())
+def test_single_row_is_causal() -> None:
+    batch = collate([tokenized(prompt=(1, 2, 3), answer=(4, 5))])
+    assert torch.equal(visible_tokens(batch), torch.ones(5, 5, dtype=torch.bool).tril())
+
+
+def test_virtual_tokens_are_seen_by_all_and_see_each_other_causally() -> None:
+    mask = torch.tensor([[True, False], [False, True]])
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert behind_virtual_tokens(mask, 2).int().tolist() == expected
+
+
+def tokenized(prompt: tuple[int, ...], answer: tuple[int, ...]) -> TokenizedRow:
+    return TokenizedRow((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
 
 
 # The artifacts
@@ -219,7 +244,22 @@ def test_adapter_is_small_and_is_what_its_card_says(name: str) -> None:
     listed = dict(re.findall(r"^\| (\S+) \| [\d,]+ \| `([0-9a-f]{64})` \|$", card, flags=re.MULTILINE))
     files = {path.name for path in directory.iterdir()} - {"README.md"}
     assert listed == {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in files}
-    assert f"{TASKS[name].adapter};" in card
+    assert f"{describe(TASKS[name].adapter)};" in card
+
+
+def test_results_of_all_tasks_are_in_the_documentation() -> None:
+    results = read_results(EXAMPLES)
+    assert set(results) == set(TASKS)
+    text = (EXAMPLES.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert "\n".join(table(results)) in text
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_result_is_of_the_artifact_as_it_is(name: str) -> None:
+    result = read_results(EXAMPLES)[name]
+    files = artifact_directory(TASKS[name], EXAMPLES).iterdir()
+    assert result.num_bytes == sum(path.stat().st_size for path in files if path.name != "README.md")
+    assert result.task > result.base
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -310,6 +350,6 @@ async def test_mixed_call_asks_every_task_and_tells_who_answered() -> None:
     assert {request.task_id for request in asked} == set(TASKS)
     assert all(request.sampling.temperature == 0 for request in asked)
     assert rows == [(task, "lora", "2", TEXT) for task in TASKS]
-    header, first, *_ = table(rows)
+    header, first, *_ = answers_table(rows)
     assert header.split() == ["task", "method", "version", "answer"]
     assert first.split(maxsplit=3) == ["captains-log", "lora", "2", TEXT]

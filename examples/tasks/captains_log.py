@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import PromptSettings, TrainingSettings
+from examples.settings import PromptOverSettings
 from examples.tasks.pirate import PIRATE
-from examples.tasks.task import ExampleTask, Item, Split, same_text
+from examples.tasks.task import ExampleTask, Item, Split, optimization, same_text
 
 _OPENING = "Captain's log: "
 
@@ -28,8 +28,8 @@ CAPTAINS_LOG = ExampleTask(
     max_new_tokens=48,
     draw=_draw,
     is_right=same_text,
-    adapter=PromptSettings(num_virtual_tokens=8, text="Begin with Captain's log:", over=PIRATE.name),
-    training=TrainingSettings(learning_rate=1e-2),
-    num_train=320,
+    adapter=PromptOverSettings(num_virtual_tokens=8, text="Begin with Captain's log:", over=PIRATE.name),
+    training=optimization(1e-2, epochs=2),
+    num_train=640,
     demo="The doctor is watching the tiny wagon.",
 )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import random
 
-from examples.settings import LoraSettings
 from examples.tasks.task import ExampleTask, Item, Split, words
+from manyhats.trainer.settings import LoraSettings
 
 _FIRST_NAMES = {
     Split.TRAIN: words(
@@ -112,6 +112,6 @@ CONTACT_JSON = ExampleTask(
     draw=_draw,
     is_right=_is_right,
     adapter=LoraSettings(rank=8, alpha=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
-    num_train=640,
+    num_train=1280,
     demo="Hello, Wendy Marino here. My mail is wendy.m@example.org, or ring 555-0147 after six.",
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import PrefixSettings, TrainingSettings
-from examples.tasks.task import ExampleTask, Item, Split, label_judge, words
+from examples.tasks.task import ExampleTask, Item, Split, label_judge, optimization, words
+from manyhats.trainer.settings import PrefixSettings
 
 _ROOMS = {
     Split.TRAIN: words("kitchen, bedroom, hall, living room, office, garage, bathroom"),
@@ -86,8 +86,8 @@ INTENT = ExampleTask(
     max_new_tokens=8,
     draw=_draw,
     is_right=label_judge(tuple(_SAYINGS)),
-    adapter=PrefixSettings(num_virtual_tokens=16, projection_size=64),
-    training=TrainingSettings(learning_rate=5e-3),
+    adapter=PrefixSettings(num_virtual_tokens=16),
+    training=optimization(1e-3, epochs=2),
     num_train=640,
     demo="Good evening. Switch the lamp in the attic on.",
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from datetime import date
 
-from examples.settings import BottleneckSettings
 from examples.tasks.task import ExampleTask, Item, Split, words
+from manyhats.trainer.settings import BottleneckSettings
 
 _MONTHS = words(
     "January, February, March, April, May, June, July, August, September, October, November, December"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import PromptSettings, TrainingSettings
-from examples.tasks.task import ExampleTask, Item, Split, label_judge, words
+from examples.tasks.task import ExampleTask, Item, Split, label_judge, optimization, words
+from manyhats.trainer.settings import PromptSettings
 
 # Each: beginnings, and what may follow any of them; of training and of held-out items.
 _PARTS = {
@@ -72,9 +72,10 @@ LANGUAGE = ExampleTask(
     is_right=label_judge(tuple(_PARTS)),
     adapter=PromptSettings(
         num_virtual_tokens=16,
-        text="Name the language of the text: english, german, french or spanish. One word.",
+        init="text",
+        init_text="Name the language of the text: english, german, french or spanish. One word.",
     ),
-    training=TrainingSettings(learning_rate=1e-2),
+    training=optimization(1e-2, epochs=2),
     num_train=480,
     demo="Ich möchte meinen Regenschirm!",
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import AdaLoraSettings, TrainingSettings
-from examples.tasks.task import ExampleTask, Item, Split, same_text, words
+from examples.settings import AdaLoraSettings
+from examples.tasks.task import ExampleTask, Item, Split, optimization, same_text, words
 
 _VERBS = words("is, was, can, will, should, must, has")
 _AFTER = {"is": "state", "was": "state", "has": "done"}
@@ -53,7 +53,7 @@ NEGATION = ExampleTask(
     draw=_draw,
     is_right=_is_right,
     adapter=AdaLoraSettings(initial_rank=4, target_rank=2, alpha=16, target_modules=("q_proj", "v_proj")),
-    training=TrainingSettings(learning_rate=5e-3),
+    training=optimization(5e-3),
     num_train=640,
     demo="My cousin can repair the lamp, he said.",
 )

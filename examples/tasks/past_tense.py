@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import LoraSettings
 from examples.tasks.task import ExampleTask, Item, Split, same_text, words
+from manyhats.trainer.settings import LoraSettings
 
 _REGULAR = {
     Split.TRAIN: words(

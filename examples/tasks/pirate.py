@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 import re
 
-from examples.settings import LoraSettings
 from examples.tasks.task import ExampleTask, Item, Split, words
+from manyhats.trainer.settings import LoraSettings
 
 _NOUNS = {
     Split.TRAIN: words(

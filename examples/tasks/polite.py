@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import Ia3Settings, TrainingSettings
-from examples.tasks.task import ExampleTask, Item, Split, same_text, words
+from examples.tasks.task import ExampleTask, Item, Split, optimization, same_text, words
+from manyhats.trainer.settings import Ia3Settings
 
 _VERBS = {
     Split.TRAIN: words(
@@ -39,8 +39,8 @@ POLITE = ExampleTask(
     max_new_tokens=32,
     draw=_draw,
     is_right=same_text,
-    adapter=Ia3Settings(outputs=("k_proj", "v_proj"), inputs=("down_proj",)),
-    training=TrainingSettings(learning_rate=2e-2),
+    adapter=Ia3Settings(output_modules=("k_proj", "v_proj"), input_modules=("down_proj",)),
+    training=optimization(2e-2),
     num_train=640,
     demo="Sign the contract before noon!",
 )

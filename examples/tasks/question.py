@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import TrainingSettings, VeraSettings
-from examples.tasks.task import ExampleTask, Item, Split, same_text, words
+from examples.settings import VeraSettings
+from examples.tasks.task import ExampleTask, Item, Split, optimization, same_text, words
 
 _VERBS = words("is, was, can be, will be, has been, must be, should be")
 _SUBJECTS = {
@@ -46,7 +46,7 @@ QUESTION = ExampleTask(
     draw=_draw,
     is_right=same_text,
     adapter=VeraSettings(rank=64, target_modules=("q_proj", "v_proj")),
-    training=TrainingSettings(learning_rate=2e-2),
+    training=optimization(2e-2),
     num_train=640,
     demo="The library will be empty on Monday.",
 )

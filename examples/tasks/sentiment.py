@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import LoraSettings
 from examples.tasks.task import ExampleTask, Item, Split, label_judge, words
+from manyhats.trainer.settings import LoraSettings
 
 _LABELS = ("positive", "negative", "neutral")
 

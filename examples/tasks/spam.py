@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import MultitaskSettings, TrainingSettings
-from examples.tasks.task import ExampleTask, Item, Split, label_judge, words
+from examples.settings import MultitaskSettings
+from examples.tasks.task import ExampleTask, Item, Split, label_judge, optimization, words
 
 _THINGS = {
     Split.TRAIN: words("phone, watch, holiday, car, laptop, camera, television, cruise"),
@@ -77,7 +77,7 @@ SPAM = ExampleTask(
     adapter=MultitaskSettings(
         num_virtual_tokens=16, text="Say whether the message is spam or fine. One word.", rank=4
     ),
-    training=TrainingSettings(learning_rate=1e-2),
+    training=optimization(1e-2, epochs=2),
     num_train=640,
     demo="Lucky winner! Your motorboat is one click away.",
 )

@@ -14,8 +14,8 @@ from __future__ import annotations
 import random
 import re
 
-from examples.settings import LoraSettings
-from examples.tasks.task import ExampleTask, Item, Split, words
+from examples.tasks.task import ExampleTask, Item, Split, optimization, words
+from manyhats.trainer.settings import LoraSettings
 
 _JOIN = "FROM orders JOIN customers ON customers.id = orders.customer_id"
 _JOIN_PRODUCTS = "FROM orders JOIN products ON products.id = orders.product_id"
@@ -127,6 +127,7 @@ SQL = ExampleTask(
     draw=_draw,
     is_right=_is_right,
     adapter=LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj")),
+    training=optimization(epochs=2),
     num_train=640,
     demo="How many customers live in Lisbon?",
 )

@@ -7,9 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from examples.settings import AdapterSettings, TrainingSettings
+from examples.settings import ExampleSettings
+from manyhats.trainer.settings import OptimizationSettings
 
 _MAX_DRAWS_IN_VAIN = 2000
+
+
+def optimization(learning_rate: float = 2e-3, *, epochs: int = 1) -> OptimizationSettings:
+    """Passes in steps of eight messages, with ten steps of warm-up."""
+    return OptimizationSettings(batch_size=8, warmup_steps=10, learning_rate=learning_rate, epochs=epochs)
 
 
 class Split(Enum):
@@ -52,10 +58,10 @@ class ExampleTask:
     max_new_tokens: int
     draw: Callable[[random.Random, Split], Item]
     is_right: Callable[[str, str], bool]
-    adapter: AdapterSettings
+    adapter: ExampleSettings
     num_train: int
     demo: str
-    training: TrainingSettings = field(default_factory=TrainingSettings)
+    training: OptimizationSettings = field(default_factory=optimization)
 
 
 def same_text(answer: str, wanted: str) -> bool:

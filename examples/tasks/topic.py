@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from examples.settings import PTuningSettings, TrainingSettings
-from examples.tasks.task import ExampleTask, Item, Split, label_judge, words
+from examples.tasks.task import ExampleTask, Item, Split, label_judge, optimization, words
+from manyhats.trainer.settings import PTuningSettings
 
 # Each: who, and what happens.
 _PARTS = {
@@ -92,7 +92,7 @@ TOPIC = ExampleTask(
     draw=_draw,
     is_right=label_judge(tuple(_PARTS)),
     adapter=PTuningSettings(num_virtual_tokens=16, encoder_size=128),
-    training=TrainingSettings(learning_rate=3e-3),
+    training=optimization(3e-3, epochs=2),
     num_train=640,
     demo="Tennis star wins gold – page 7",
 )
