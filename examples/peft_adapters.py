@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _begun_as(num_virtual_tokens: int, text: str) -> dict[str, Any]:
     }
 
 
-class PeftAdapter:
+class PeftAdapter(ABC):
     """A PEFT model around a frozen base, and the artifact it saves."""
 
     def __init__(self, model: Any, config: PeftConfig) -> None:
@@ -117,9 +118,9 @@ class PeftAdapter:
         logits = self._causal_lm.lm_head(self.hidden(batch)[batch.predictors])
         return nn.functional.cross_entropy(logits, batch.targets)
 
+    @abstractmethod
     def hidden(self, batch: TrainingBatch) -> Tensor:
         """The last hidden states of a batch's tokens, [N, D]."""
-        raise NotImplementedError
 
     def penalty(self) -> Tensor:
         """What the method adds to the loss; a scalar."""
@@ -127,6 +128,7 @@ class PeftAdapter:
 
     def after_step(self, step: int) -> None:
         """What the method does after an optimizer step, while the gradients are there; ``step`` counts from 1."""
+        return
 
     def save(self, directory: Path) -> None:
         """Write the artifact as PEFT does: matrices in bfloat16, vectors in float32."""

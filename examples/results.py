@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _FILE = "results.json"
-HEADER = (
+_HEADER = (
     "| task | method | trained by | base | asked in words | task | size | training |",
     "|---|---|---|---|---|---|---|---|",
 )
@@ -56,7 +56,7 @@ def write_result(root: Path, task: str, result: ExampleResult) -> None:
 
 def table(results: Mapping[str, ExampleResult]) -> list[str]:
     """The lines of a table in Markdown."""
-    return [*HEADER, *(_row(task, result) for task, result in results.items())]
+    return [*_HEADER, *(_row(task, result) for task, result in results.items())]
 
 
 def _row(task: str, result: ExampleResult) -> str:

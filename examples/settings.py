@@ -57,7 +57,6 @@ class PromptOverSettings:
 
 
 PeftSettings = AdaLoraSettings | VeraSettings | MultitaskSettings | PromptOverSettings
-PEFT_SETTINGS = (AdaLoraSettings, VeraSettings, MultitaskSettings, PromptOverSettings)
 ExampleSettings = AdapterSettings | PeftSettings
 
 

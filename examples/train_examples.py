@@ -21,7 +21,7 @@ from examples.model_card import in_table, percent, write_card
 from examples.peft_adapters import BASE_ALIAS
 from examples.peft_training import train_with_peft
 from examples.results import ExampleResult, read_results, table, write_result
-from examples.settings import PEFT_SETTINGS
+from examples.settings import PeftSettings
 from examples.tasks import TASKS
 from examples.tasks.task import ExampleTask
 from examples.training import TrainingResult, train_example
@@ -65,8 +65,9 @@ def _train_task(base: LoadedModel, task: ExampleTask, root: Path, options: Model
     directory = artifact_directory(task, root)
     result = _train(base, task, root, options)
     print(f"{task.name}: trained in {result.duration_s:.0f} s, evaluating", flush=True)
-    evaluation = _evaluate(base, task, root, options)
-    write_card(directory, task, result, evaluation, resolve_computation(options).dtype_name)
+    dtype = resolve_computation(options).dtype_name
+    evaluation = _evaluate(base, task, root, dtype=dtype, num_threads=options.num_threads)
+    write_card(directory, task, result, evaluation, dtype)
     write_result(
         root,
         task.name,
@@ -92,7 +93,7 @@ def _train_task(base: LoadedModel, task: ExampleTask, root: Path, options: Model
 
 def _train(base: LoadedModel, task: ExampleTask, root: Path, options: ModelSettings) -> TrainingResult:
     directory = artifact_directory(task, root)
-    if not isinstance(task.adapter, PEFT_SETTINGS):
+    if not isinstance(task.adapter, PeftSettings):
         return train_example(base, task, task.adapter, directory, options=options)
     over = base_task(task)
     return train_with_peft(
@@ -100,7 +101,9 @@ def _train(base: LoadedModel, task: ExampleTask, root: Path, options: ModelSetti
     )
 
 
-def _evaluate(base: LoadedModel, task: ExampleTask, root: Path, options: ModelSettings) -> Evaluation:
+def _evaluate(
+    base: LoadedModel, task: ExampleTask, root: Path, *, dtype: str, num_threads: int
+) -> Evaluation:
     """Register what was written, as a server would, and answer with it."""
     parts = [PartSource(str(directory), weight) for directory, weight in parts_of(task, root)]
     with (
@@ -111,14 +114,7 @@ def _evaluate(base: LoadedModel, task: ExampleTask, root: Path, options: ModelSe
         registration = (
             store.register(task.name, parts[0].uri) if is_plain else store.register(task.name, parts=parts)
         )
-        return evaluate(
-            base,
-            task,
-            registration.record,
-            store.lower,
-            dtype=resolve_computation(options).dtype_name,
-            num_threads=options.num_threads,
-        )
+        return evaluate(base, task, registration.record, store.lower, dtype=dtype, num_threads=num_threads)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import typer
 from manyhats.cli import serve_options as opt
 from manyhats.cli.extras import needs_extra
 from manyhats.cli.failures import UsageError
+from manyhats.cli.pairs import as_mapping
 from manyhats.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -186,12 +187,4 @@ def parse_register(texts: list[str]) -> dict[str, str]:
     Raises:
         UsageError: one is not of that form, or a task comes twice.
     """
-    parsed: dict[str, str] = {}
-    for text in texts:
-        task, _, path = text.partition("=")
-        if not (task and path):
-            raise UsageError(f"--register must be TASK=PATH, not {text!r}")
-        if task in parsed:
-            raise UsageError(f"--register names {task} twice")
-        parsed[task] = path
-    return parsed
+    return as_mapping("--register", "TASK=PATH", (text.partition("=") for text in texts))

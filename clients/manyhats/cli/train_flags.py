@@ -14,6 +14,7 @@ from manyhats.cli import options
 from manyhats.cli import train_options as opt
 from manyhats.cli.connection import Connection
 from manyhats.cli.failures import UsageError
+from manyhats.cli.pairs import as_mapping
 
 # gRPC takes sockets of the machine too.
 _ADDRESS = re.compile(r"\S+:\d+|unix:\S+")
@@ -162,12 +163,4 @@ def parse_pattern(flag: str, texts: list[str]) -> dict[str, str]:
     Raises:
         UsageError: one is not of that form, or a name comes twice.
     """
-    parsed: dict[str, str] = {}
-    for text in texts:
-        name, _, number = text.rpartition("=")
-        if not (name and number):
-            raise UsageError(f"{flag} must be NAME=NUMBER, not {text!r}")
-        if name in parsed:
-            raise UsageError(f"{flag} names {name} twice")
-        parsed[name] = number
-    return parsed
+    return as_mapping(flag, "NAME=NUMBER", (text.rpartition("=") for text in texts))

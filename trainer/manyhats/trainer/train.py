@@ -43,7 +43,8 @@ def train(
         TrainingInterrupted: by SIGINT or SIGTERM; there is a checkpoint to resume from. A command exits with 130.
     """
     with StopRequest().installed() as stop:
-        check_before_loading(settings, resume=resume)
+        if model is None:
+            check_before_loading(settings, resume=resume)
         base = load_base(settings.model, model, progress=progress, home=home)
         with open_task(settings, base, resume=resume, listener=all_of(listener, stop)) as task:
             take_turns([task.run], stop)

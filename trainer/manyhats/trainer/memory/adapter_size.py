@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.module_patterns import compile_patterns
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.families import Architecture, describe
-from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.bottleneck import bottleneck_size
+from manyhats.trainer.methods.lora import plan_lora
 from manyhats.trainer.methods.targets import choose_modules
+from manyhats.trainer.methods.virtual_tokens import check_virtual_token_limit
 from manyhats.trainer.settings import (
     AdapterSettings,
     BottleneckSettings,
@@ -73,7 +72,7 @@ def adapter_size(settings: AdapterSettings, architecture: Architecture) -> Adapt
         SettingError: a module that the base does not have, a pattern of none, or a size above the server's limit.
     """
     size = _size(settings, architecture)
-    _check_limit("num_virtual_tokens", size.num_virtual_tokens, _LIMITS.max_virtual_tokens)
+    check_virtual_token_limit(size.num_virtual_tokens, _LIMITS)
     return size
 
 
@@ -101,18 +100,12 @@ def _description(architecture: Architecture) -> BaseDescription:
 
 def _lora(settings: LoraSettings, base: BaseDescription) -> AdapterSize:
     """A [R, d_in] and B [d_out, R] of each module; DoRA's magnitudes [d_out], and its scaled B and outputs."""
-    targets = choose_modules(settings.target_modules, "target_modules", base).targets
-    modules = [target.module for target in targets]
-    _check_pattern("rank_pattern", settings.rank_pattern, modules)
-    _check_pattern("alpha_pattern", settings.alpha_pattern, modules)
-    _check_limit("rank", settings.rank, _LIMITS.max_rank)
-    _check_limit("rank_pattern", max(settings.rank_pattern.values(), default=1), _LIMITS.max_rank)
-    patterns = compile_patterns("rank_pattern", settings.rank_pattern)
+    plan = plan_lora(settings, base, _LIMITS)
     ranks: dict[str, int] = {}
     num_trained = num_lowered = 0
     is_on_head = False
-    for target in targets:
-        rank = patterns.value_for(target.module, settings.rank)
+    for target in plan.chosen.targets:
+        rank = plan.ranks[target.module]
         num_trained += rank * (target.d_in + target.d_out) + (target.d_out if settings.use_dora else 0)
         num_lowered += (rank + 1) * target.d_out if settings.use_dora else 0
         is_on_head |= target.is_head
@@ -127,22 +120,6 @@ def _lora(settings: LoraSettings, base: BaseDescription) -> AdapterSize:
         has_dropout=settings.dropout > 0,
         is_on_head=is_on_head,
     )
-
-
-def _check_limit(setting: str, value: int, limit: int) -> None:
-    if value > limit:
-        raise SettingError(setting, f"is {value}; the limit is {limit}")
-
-
-def _check_pattern(setting: str, pattern: Mapping[str, float], modules: Sequence[str]) -> None:
-    """Every key must match a module that is trained."""
-    try:
-        for key in pattern:
-            alone = compile_patterns(setting, {key: 1})
-            if not any(alone.value_for(module, 0) for module in modules):
-                raise SettingError(setting, f"{key!r} matches none of the modules that are trained")
-    except AdapterError as error:
-        raise SettingError(setting, error.description) from error
 
 
 def _ia3(settings: Ia3Settings, base: BaseDescription) -> AdapterSize:

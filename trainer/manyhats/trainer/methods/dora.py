@@ -37,7 +37,7 @@ def make_dora(
         SettingError: as for LoRA; or the head is among the modules.
         BaseError: the base's weights are not at hand.
     """
-    plan = plan_lora(settings, model, limits)
+    plan = plan_lora(settings, model.description, limits)
     for target in plan.chosen.targets:
         if target.is_head:
             raise SettingError("target_modules", "the head can have LoRA only; DoRA is not served there")

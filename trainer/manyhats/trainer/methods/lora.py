@@ -17,6 +17,7 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.methods.lora_tensors import A, B
 from manyhats.adapters.methods.peft_tensors import PREFIX, Target
 from manyhats.adapters.module_patterns import compile_patterns
+from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.model.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.initialization import kaiming_uniform, zeros
@@ -50,7 +51,7 @@ def make_lora(
     Raises:
         SettingError: a module, a rank, an alpha or a pattern that does not fit.
     """
-    plan = plan_lora(settings, model, limits)
+    plan = plan_lora(settings, model.description, limits)
     return low_rank_adapter(settings, plan, model, low_rank_parameters(plan, generator))
 
 
@@ -68,13 +69,13 @@ def low_rank_adapter(
     )
 
 
-def plan_lora(settings: LoraSettings, model: LoadedModel, limits: AdapterLimits) -> LoraPlan:
+def plan_lora(settings: LoraSettings, base: BaseDescription, limits: AdapterLimits) -> LoraPlan:
     """Hold the settings against the base.
 
     Raises:
         SettingError: names the setting.
     """
-    chosen = choose_modules(settings.target_modules, "target_modules", model.description)
+    chosen = choose_modules(settings.target_modules, "target_modules", base)
     modules = [target.module for target in chosen.targets]
     _check_ranks(settings, limits)
     for setting, alpha in (("alpha", settings.alpha), *_alphas(settings)):

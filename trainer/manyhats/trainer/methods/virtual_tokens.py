@@ -20,6 +20,15 @@ def check_num_virtual_tokens(num_virtual_tokens: int, model: LoadedModel, limits
         raise SettingError(
             "num_virtual_tokens", f"is {num_virtual_tokens}: no token is left of the base's {length}"
         )
+    check_virtual_token_limit(num_virtual_tokens, limits)
+
+
+def check_virtual_token_limit(num_virtual_tokens: int, limits: AdapterLimits) -> None:
+    """Hold P against the server's limit, whatever the base.
+
+    Raises:
+        SettingError: it is over.
+    """
     if num_virtual_tokens > limits.max_virtual_tokens:
         raise SettingError(
             "num_virtual_tokens", f"is {num_virtual_tokens}; the limit is {limits.max_virtual_tokens}"
