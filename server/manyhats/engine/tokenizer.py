@@ -8,33 +8,17 @@ ignore ``add_bos_token`` beside it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.chat_template import ChatMessage, render_chat
 from manyhats.engine.detokenizer import Detokenizer, pieces_for
-from manyhats.engine.errors import FieldInvalidError, ModelError
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.tokenizer_files import read_text_files, read_tokenizer
 
 __all__ = ["ChatMessage", "Tokenizer"]
-
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
-
-_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 class Tokenizer:
@@ -60,13 +44,23 @@ class Tokenizer:
         """The tokenizer of a Hugging Face directory.
 
         Raises:
-            ModelError: there is no ``tokenizer.json``, or it or its config cannot be read.
+            ModelError: there is no ``tokenizer.json``, or one of its files cannot be read.
         """
-        config = _read_config(directory / CONFIG_FILE)
-        backend = _read_backend(directory / TOKENIZER_FILE)
-        special_tokens = _special_tokens(config)
-        _mark_special(backend, special_tokens.values())
-        return cls(backend, special_tokens=special_tokens, chat_template=_chat_template(directory, config))
+        return cls.from_files(read_text_files(directory), str(directory))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], origin: str) -> Tokenizer:
+        """The tokenizer of the files that a Hugging Face directory would hold.
+
+        Args:
+            files: name, one of ``tokenizer_files.TEXT_FILES``, → content.
+            origin: what errors call the place they are from.
+
+        Raises:
+            ModelError: there is no ``tokenizer.json``, or one of the files cannot be read.
+        """
+        read = read_tokenizer(files, origin)
+        return cls(read.backend, special_tokens=read.special_tokens, chat_template=read.chat_template)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; literals of special tokens in it become those tokens."""
@@ -104,62 +98,3 @@ class Tokenizer:
     def stream(self) -> Detokenizer:
         """A detokenizer at the beginning of a sequence."""
         return self._pieces.stream()
-
-
-def _read_backend(path: Path) -> Backend:
-    if not path.is_file():
-        raise ModelError(
-            f"{path.parent}: has no {TOKENIZER_FILE}; save the tokenizer with transformers to get one"
-        )
-    try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for anything malformed
-        raise ModelError(f"{path}: not a tokenizer: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    """``tokenizer_config.json``; empty where there is none."""
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return config
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name; the file has each as a string or as an object with ``content``."""
-    literals = {}
-    for name in _SPECIAL_TOKENS:
-        value = config.get(name)
-        literal = value.get("content") if isinstance(value, dict) else value
-        if isinstance(literal, str) and literal:
-            literals[name] = literal
-    return literals
-
-
-def _mark_special(backend: Backend, literals: Iterable[str]) -> None:
-    """Make the named special tokens special to the backend, so that decoding skips them; flags are kept."""
-    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for literal in literals:
-        token = added.get(literal) or AddedToken(literal, special=True)
-        token.special = True
-        backend.add_special_tokens([token])
-
-
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The default template: a file of its own, or in the config as a string or a list of named ones."""
-    path = directory / TEMPLATE_FILE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
