@@ -100,6 +100,7 @@ def _linked(name: str, target: str) -> Callable[[Path], object]:
     def link(source: Path) -> None:
         (source / name).unlink()
         (source / name).symlink_to(target)
+        (source / "out").symlink_to("../../secret")
 
     return link
 
@@ -164,6 +165,30 @@ def _swapped(name: str, make: Callable[[World], Callable[[Path], object]]) -> Me
     def during(world: World) -> AbstractContextManager[None]:
         path = world.source / name
         return _after("stat", lambda first: first == name, lambda: replace_path(path, make(world)))
+
+    return during
+
+
+def _linked_inside(name: str) -> Callable[[Path], object]:
+    """Puts a link to another file of the source in place of a file."""
+
+    def link(source: Path) -> None:
+        (source / name).rename(source / f"blob-{name}.data")
+        (source / name).symlink_to(f"blob-{name}.data")
+
+    return link
+
+
+def _target_swapped(name: str) -> Meanwhile:
+    """Right after a link was read, puts a link to the secret in place of what it leads to."""
+
+    def during(world: World) -> AbstractContextManager[None]:
+        target = world.source / f"blob-{name}.data"
+        return _after(
+            "stat",
+            lambda first: first == target.name,
+            lambda: replace_path(target, lambda made: made.symlink_to(world.secret / name)),
+        )
 
     return during
 
@@ -273,8 +298,13 @@ CASES = [
         for name in (CONFIG, WEIGHTS)
         for what, target in {
             "a link outside": "../../secret/{name}",
-            "a link inside": "../good/{name}",
+            "a link to a directory": "../good",
+            "a link to the root": "..",
+            "a link below a file": "../good/{name}/{name}",
+            "a link through a link outside": "out/{name}",
             "a dangling link": "nothing",
+            "a dangling link outside": "../../nothing",
+            "a link with a long name": "x" * 300,
             "a link to itself": "{name}",
             "a link to a device": "/dev/zero",
             "a link to memory": "/proc/self/mem",
@@ -295,6 +325,16 @@ CASES = [
             Unsafe,
             name,
             during=_swapped(name, lambda world: lambda made: made.symlink_to(world.secret / CONFIG)),
+        )
+        for name in (CONFIG, WEIGHTS)
+    ),
+    *(
+        spoilt(
+            f"source {name} linked inside and swapped for a link",
+            _linked_inside(name),
+            Unsafe,
+            name,
+            during=_target_swapped(name),
         )
         for name in (CONFIG, WEIGHTS)
     ),

@@ -34,6 +34,7 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.json_reader import parse_json_object
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.links import check_regular
 
 WARNING = (
     "a pickle can run any code when it is read; torch's restricted loader reads it here, which refuses all but "
@@ -135,14 +136,24 @@ def convert(source: Path, target: Path, limits: AdapterLimits | None = None) -> 
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
+    _check_file(path, max_bytes)
     try:
-        if path.stat().st_size > max_bytes:
-            raise AdapterTooLargeError(path.name, f"the limit is {max_bytes} bytes")
         return path.read_bytes()
+    except OSError as error:
+        raise AdapterInvalidError(path.name, f"cannot be read: {error.strerror}") from error
+
+
+def _check_file(path: Path, max_bytes: int) -> None:
+    """Refuse what is no regular file, links followed, or too large; reading a pipe would wait for ever."""
+    try:
+        status = path.stat()
     except FileNotFoundError:
         raise AdapterInvalidError(path.name, "is missing") from None
     except OSError as error:
         raise AdapterInvalidError(path.name, f"cannot be read: {error.strerror}") from error
+    check_regular(path.name, status)
+    if status.st_size > max_bytes:
+        raise AdapterTooLargeError(path.name, f"the limit is {max_bytes} bytes")
 
 
 def _find_pickle(source: Path, *, is_adapterhub: bool) -> Path:
@@ -162,8 +173,7 @@ def _find_pickle(source: Path, *, is_adapterhub: bool) -> Path:
 
 def _load(path: Path, limits: AdapterLimits) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The pickle's tensors by name, dense and of a dtype that is served; and what was changed about them."""
-    if path.stat().st_size > limits.max_size_bytes:
-        raise AdapterTooLargeError(path.name, f"the limit is {limits.max_size_bytes} bytes")
+    _check_file(path, limits.max_size_bytes)
     try:
         with warnings.catch_warnings():
             # Torch warns of pickle protocols that it reads in part: what it cannot read, it refuses.

@@ -1,7 +1,7 @@
-"""Reading files that someone else wrote: by directory descriptor, never through a link, regular files only.
+"""Reading files that someone else wrote: by directory descriptor, never out of their root, regular files only.
 
-What was checked is what is read: a directory is walked down from its root by descriptors, a file is checked on the
-descriptor that it is then read from, and a file that changes meanwhile is refused.
+What was checked is what is read: a directory is walked down from its root by descriptors, so is what a link leads
+to, a file is checked on the descriptor that it is then read from, and a file that changes meanwhile is refused.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from manyhats.adapters.errors import (
     StoreUnavailableError,
     shown,
 )
+from manyhats.adapters.links import OPEN_DIRECTORY, OPEN_FILE, Place, check_regular, resolved, walk
 
-_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: opening must not wait, should a pipe take the file's place after the check.
-_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _MAX_URI_LENGTH = 4096
 _MAX_ENTRIES = 4096
@@ -116,9 +114,13 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class SourceDirectory:
-    """An open directory; everything in it is reached through its descriptor."""
+    """An open directory; everything in it is reached through its descriptor.
+
+    With a place, links in it are followed to what lies under the place's root; without one, none is.
+    """
 
     _descriptor: int
+    _place: Place | None = None
 
     def names(self) -> tuple[str, ...]:
         """What lies in it, sorted.
@@ -142,7 +144,7 @@ class SourceDirectory:
 
     def _holds(self, name: str, file: str) -> bool:
         try:
-            descriptor = os.open(name, _OPEN_DIRECTORY, dir_fd=self._descriptor)
+            descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=self._descriptor)
         except OSError:
             return False  # not a directory, or not readable: not a candidate
         try:
@@ -152,28 +154,34 @@ class SourceDirectory:
 
     @contextlib.contextmanager
     def open_file(self, name: str, max_bytes: int) -> Iterator[SourceFile]:
-        """Open a regular file of this directory.
+        """Open a regular file of this directory, or one that a link in it leads to.
 
         Raises:
             AdapterInvalidError: it does not exist or may not be read.
-            AdapterUnsafeError: it is a link, directory, pipe, socket or device.
+            AdapterUnsafeError: it is a directory, pipe, socket or device, or a link that leads out of the root.
             AdapterTooLargeError: it is larger than ``max_bytes``.
             StoreUnavailableError: the disk fails, or no descriptor is free.
         """
         try:
-            # Checked before opening too: opening a device can act on it.
-            _check_regular(name, os.stat(name, dir_fd=self._descriptor, follow_symlinks=False))
-            descriptor = os.open(name, _OPEN_FILE, dir_fd=self._descriptor)
+            descriptor = self._open(name)
         except OSError as error:
             raise _read_error(name, error) from error
         try:
             status = os.fstat(descriptor)
-            _check_regular(name, status)
+            check_regular(name, status)
             if status.st_size > max_bytes:
                 raise AdapterTooLargeError(name, f"has {status.st_size} bytes; the limit is {max_bytes}")
             yield SourceFile(name, status.st_size, descriptor, _identity(status))
         finally:
             os.close(descriptor)
+
+    def _open(self, name: str) -> int:
+        status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        if self._place is not None and stat.S_ISLNK(status.st_mode):
+            return self._place.open_target(name, os.readlink(name, dir_fd=self._descriptor))
+        # Checked before opening too: opening a device can act on it.
+        check_regular(name, status)
+        return os.open(name, OPEN_FILE, dir_fd=self._descriptor)
 
 
 @contextlib.contextmanager
@@ -181,7 +189,8 @@ def open_source(uri: str, roots: Sequence[Path]) -> Iterator[SourceDirectory]:
     """Open the directory that ``uri`` names, if it lies under one of ``roots``.
 
     Links on the way to the directory are resolved first, and the result must lie under a root; then the way
-    is walked again by descriptors that follow no link, so that a link put there in between leads nowhere.
+    is walked again by descriptors that follow no link, so that a link put there in between leads nowhere. Links
+    in the directory are followed likewise, to what lies under the same root.
 
     Args:
         uri: an absolute path, a path relative to a root, or ``file:///…``.
@@ -192,12 +201,26 @@ def open_source(uri: str, roots: Sequence[Path]) -> Iterator[SourceDirectory]:
         SourceNotFoundError: nothing is there.
         AdapterInvalidError: it is not a directory.
     """
-    root, resolved = _locate(uri, _parse_uri(uri), roots)
-    descriptor = _walk(uri, root, resolved.relative_to(root).parts)
+    place = _locate(uri, _parse_uri(uri), roots)
     try:
-        yield SourceDirectory(descriptor)
+        descriptor = walk(place.root, place.path.relative_to(place.root).parts)
+    except OSError as error:
+        raise _source_error(uri, error) from None
+    try:
+        yield SourceDirectory(descriptor, place)
     finally:
         os.close(descriptor)
+
+
+def open_local(path: Path) -> contextlib.AbstractContextManager[SourceDirectory]:
+    """Open a directory for the one who runs this program: links in it may lead wherever that user may read.
+
+    Raises:
+        SourceNotAllowedError: it may not be read.
+        SourceNotFoundError: nothing is there.
+        AdapterInvalidError: it is not a directory.
+    """
+    return open_source(os.path.join(os.getcwd(), path), [Path("/")])
 
 
 def _parse_uri(uri: str) -> Path:
@@ -219,34 +242,19 @@ def _parse_uri(uri: str) -> Path:
     return Path(path)
 
 
-def _locate(uri: str, path: Path, roots: Sequence[Path]) -> tuple[Path, Path]:
+def _locate(uri: str, path: Path, roots: Sequence[Path]) -> Place:
     """The root that ``path`` lies under, and the path with every link resolved."""
     is_outside = False
     for root in roots:
-        resolved = Path(os.path.realpath(root / path))
-        if not resolved.is_relative_to(root):
+        target = resolved(root / path)
+        if target is None or not target.is_relative_to(root):
             is_outside = True
-        elif path.is_absolute() or os.path.exists(resolved):
-            return root, resolved
+        elif path.is_absolute() or os.path.exists(target):
+            return Place(root, target)
     # Whether something exists is told of what lies under a root alone.
     if is_outside or not roots:
         raise SourceNotAllowedError(uri, "lies outside the allowed roots")
     raise SourceNotFoundError(uri, "no allowed root has this directory")
-
-
-def _walk(uri: str, root: Path, parts: Sequence[str]) -> int:
-    """Descriptor of ``root/parts``, reached one component at a time without following links."""
-    descriptor = -1
-    try:
-        descriptor = os.open(root, _OPEN_DIRECTORY)
-        for part in parts:
-            parent, descriptor = descriptor, os.open(part, _OPEN_DIRECTORY, dir_fd=descriptor)
-            os.close(parent)
-    except OSError as error:
-        if descriptor >= 0:
-            os.close(descriptor)
-        raise _source_error(uri, error) from None
-    return descriptor
 
 
 def _source_error(uri: str, error: OSError) -> AdapterError:
@@ -278,14 +286,6 @@ def _exists(name: str, descriptor: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _check_regular(name: str, status: os.stat_result) -> None:
-    if stat.S_ISREG(status.st_mode):
-        return
-    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe"}
-    kind = kinds.get(stat.S_IFMT(status.st_mode), "a device or socket")
-    raise AdapterUnsafeError(name, f"is {kind}; only regular files are read")
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from manyhats.adapters.artifact import AdapterArtifact
 from manyhats.adapters.base_name import check_base_name
 from manyhats.adapters.digest import artifact_digest
 from manyhats.adapters.errors import AdapterError, AdapterNoEffectError, StoreError
-from manyhats.adapters.files import SourceDirectory, open_source
+from manyhats.adapters.files import SourceDirectory, open_local
 from manyhats.adapters.inspected_base import infer_base, stand_in_weights
 from manyhats.adapters.json_reader import parse_json_object
 from manyhats.adapters.limits import AdapterLimits
@@ -117,11 +117,10 @@ def inspect(
         SourceNotFoundError: there is no such directory.
         StoreError: the disk fails.
     """
-    resolved = Path(os.path.realpath(path))
     inspector = _Inspector(base, limits or AdapterLimits())
-    with open_source(str(resolved), [resolved]) as directory:
+    with open_local(path) as directory:
         inspector.look_at(directory)
-    return replace(inspector.facts, path=str(resolved), refusals=tuple(inspector.refusals))
+    return replace(inspector.facts, path=os.path.realpath(path), refusals=tuple(inspector.refusals))
 
 
 class _Inspector:

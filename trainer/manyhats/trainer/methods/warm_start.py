@@ -14,7 +14,7 @@ from manyhats.adapters.adapterhub_format import adapter_name, is_adapterhub
 from manyhats.adapters.adapterhub_tensors import full_path, plain_name
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterError
-from manyhats.adapters.files import open_source
+from manyhats.adapters.files import open_local
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.reader import ReadAdapter, read_adapter
@@ -87,7 +87,7 @@ def _check_parameters_are_tensors(adapter: ParametrizedAdapter) -> None:
 def _read(adapter: ParametrizedAdapter, directory: Path, limits: AdapterLimits) -> ReadAdapter:
     resolved = directory.resolve()
     try:
-        with open_source(str(resolved), [resolved]) as source:
+        with open_local(resolved) as source:
             return read_adapter(source, adapter.base, limits)
     except AdapterError as error:
         text = str(error)
