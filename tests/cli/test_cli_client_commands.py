@@ -54,6 +54,15 @@ def test_generate_stream_json_is_a_line_per_piece(fake: FakeServer) -> None:
     assert [piece["finish_reason"] for piece in pieces] == [None, None, None, "length"]
 
 
+def test_generate_shows_special_tokens_where_asked_to(fake: FakeServer) -> None:
+    succeed(fake, "generate", "hi")
+    assert not fake.last_request.response.HasField("skip_special_tokens")
+    succeed(fake, "generate", "hi", "--show-special-tokens")
+    assert fake.last_request.response.skip_special_tokens is False
+    succeed(fake, "generate", "hi", "--skip-special-tokens")
+    assert fake.last_request.response.skip_special_tokens is True
+
+
 def test_generate_reads_the_prompt_from_stdin(fake: FakeServer) -> None:
     succeed(fake, "generate", "-", stdin="from\nstdin\n")
     assert fake.last_request.text == "from\nstdin\n"

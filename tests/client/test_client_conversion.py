@@ -40,6 +40,7 @@ OPTIONS: GenerateOptions = {
     "stop_sequences": ["END", "\n\n"],
     "stop_token_ids": [2, 3],
     "include_stop_sequence": True,
+    "skip_special_tokens": False,
     "ignore_eos": True,
     "time_limit_ms": 1500.0,
     "logprobs": True,

@@ -71,6 +71,7 @@ def chat(
     system: opt.System = None,
     max_new_tokens: opt.MaxNewTokens = None,
     stop: opt.Stop = None,
+    skip_special_tokens: opt.SkipSpecialTokens = None,
     temperature: opt.Temperature = None,
     top_k: opt.TopK = None,
     top_p: opt.TopP = None,
@@ -85,6 +86,7 @@ def chat(
     options: GenerateOptions = {
         "max_new_tokens": max_new_tokens,
         "stop_sequences": stop or None,
+        "skip_special_tokens": skip_special_tokens,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,

@@ -49,6 +49,7 @@ def generate(
     system: opt.System = None,
     max_new_tokens: opt.MaxNewTokens = None,
     stop: opt.Stop = None,
+    skip_special_tokens: opt.SkipSpecialTokens = None,
     temperature: opt.Temperature = None,
     top_k: opt.TopK = None,
     top_p: opt.TopP = None,
@@ -65,6 +66,7 @@ def generate(
     options: GenerateOptions = {
         "max_new_tokens": max_new_tokens,
         "stop_sequences": stop or None,
+        "skip_special_tokens": skip_special_tokens,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,

@@ -90,7 +90,17 @@ MaxNewTokens: TypeAlias = Annotated[
     ),
 ]
 Stop: TypeAlias = Annotated[
-    list[str] | None, _stopping("--stop", metavar="TEXT", help="End the answer at this text. Repeatable.")
+    list[str] | None,
+    _stopping("--stop", metavar="TEXT", help="End the answer at this text or special token. Repeatable."),
+]
+
+SkipSpecialTokens: TypeAlias = Annotated[
+    bool | None,
+    _stopping(
+        "--skip-special-tokens/--show-special-tokens",
+        help="Whether the answer leaves special tokens out.",
+        show_default="skip",
+    ),
 ]
 
 Temperature: TypeAlias = Annotated[

@@ -62,7 +62,7 @@ class GenerateOptions(PromptOptions, total=False):
     Keys, stopping:
         max_new_tokens: 256 by default.
         min_new_tokens: nothing ends the answer before.
-        stop_sequences: texts that end the answer; one string, or several.
+        stop_sequences: texts that end the answer; one string, or several. Special tokens' literals count.
         stop_token_ids: token ids that end the answer.
         include_stop_sequence: whether the text keeps the stop that ended it.
         ignore_eos: whether EOS is an ordinary token.
@@ -72,6 +72,7 @@ class GenerateOptions(PromptOptions, total=False):
         logprobs: each token's log-probability and rank.
         top_logprobs: with ``logprobs``, as many of the most likely tokens at each step.
         prompt_logprobs: the same for the prompt's tokens.
+        skip_special_tokens: whether the text leaves special tokens out; true by default.
     """
 
     temperature: float | None
@@ -94,6 +95,7 @@ class GenerateOptions(PromptOptions, total=False):
     logprobs: bool | None
     top_logprobs: int | None
     prompt_logprobs: bool | None
+    skip_special_tokens: bool | None
 
 
 class RegisterOptions(TypedDict, total=False):

@@ -256,7 +256,9 @@ class StoppingParams(_message.Message):
     """
     @_builtins.property
     def stop_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that end it, wherever they lie across tokens; at most 16, each of 1 to 256 characters."""
+        """Texts that end it, wherever they lie across tokens; at most 16, each of 1 to 256 characters. They may be or contain
+        the literals of special tokens, such as "<|eot_id|>", whether or not skip_special_tokens hides those from the text.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -297,24 +299,32 @@ class ResponseOptions(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     logprobs: _builtins.bool
     """The log-probability and rank of each output token."""
     top_logprobs: _builtins.int
     """As many of the most likely tokens at each position, beside logprobs or prompt_logprobs; at most 100."""
     prompt_logprobs: _builtins.bool
     """The same for the prompt's tokens. Such a request takes nothing from the prefix cache."""
+    skip_special_tokens: _builtins.bool
+    """Whether text leaves special tokens out; if not, it shows their literals, except that of the end-of-sequence or stop
+    token that ended it. Unset = true.
+    """
     def __init__(
         self,
         *,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
         prompt_logprobs: _builtins.bool = ...,
+        skip_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "skip_special_tokens", b"skip_special_tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__skip_special_tokens: _TypeAlias = _typing.Literal["skip_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__skip_special_tokens: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__skip_special_tokens) -> _WhichOneofReturnType__skip_special_tokens | None: ...
 
 Global___ResponseOptions: _TypeAlias = ResponseOptions  # noqa: Y015
 

@@ -25,7 +25,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Detokenizer(Protocol):
-    """The text of one sequence as it grows; special tokens have none."""
+    """The text of one sequence as it grows."""
 
     def push(self, token_id: int) -> str:
         """The characters that are certain now and were not before; "" while a character is incomplete."""
@@ -44,18 +44,21 @@ class Pieces(Protocol):
         """A detokenizer at the beginning of a sequence."""
 
 
-def pieces_for(backend: Backend) -> Pieces:
-    """The pieces of a tokenizer, by the kind of decoder it has."""
+def pieces_for(backend: Backend, *, skip_special_tokens: bool = True) -> Pieces:
+    """The pieces of a tokenizer, by the kind of decoder it has.
+
+    Its streams leave special tokens out, or have their literals with ``skip_special_tokens`` off.
+    """
     decoder = backend.decoder
     description: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder is not None else {}
     while description.get("type") == "Sequence" and len(description["decoders"]) == 1:
         description = description["decoders"][0]
     if description.get("type") == "ByteLevel":
-        return BytePieces(backend)
+        return BytePieces(backend, skip_special_tokens=skip_special_tokens)
     strip = _sentencepiece_strip(description)
     if strip is not None:
-        return SentencePieces(backend, strip)
-    return WholePieces(backend)
+        return SentencePieces(backend, strip, skip_special_tokens=skip_special_tokens)
+    return WholePieces(backend, skip_special_tokens=skip_special_tokens)
 
 
 def _sentencepiece_strip(description: dict[str, Any]) -> int | None:
@@ -75,19 +78,19 @@ def _sentencepiece_strip(description: dict[str, Any]) -> int | None:
 
 
 class _Vocabulary:
-    """Token strings by id, without the special tokens."""
+    """Token strings by id; the special ones apart, where they are skipped."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, skip_special_tokens: bool) -> None:
         self._backend = backend
-        added = backend.get_added_tokens_decoder()
+        added = backend.get_added_tokens_decoder() if skip_special_tokens else {}
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
 
     def special(self, token_id: int) -> str | None:
-        """The literal of a special token; None for any other."""
+        """The literal of a special token that is skipped; None for any other."""
         return self._special.get(token_id)
 
     def token(self, token_id: int) -> str:
-        """The string of an ordinary token as the vocabulary has it; "" for special and unknown ones."""
+        """The string of a token as the vocabulary has it; "" for skipped and unknown ones."""
         if token_id in self._special or token_id < 0:
             return ""
         return self._backend.id_to_token(token_id) or ""
@@ -107,13 +110,13 @@ def _byte_alphabet() -> dict[str, int]:
 class BytePieces:
     """Tokens of a byte-level vocabulary."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._vocabulary = _Vocabulary(backend)
+    def __init__(self, backend: Backend, *, skip_special_tokens: bool = True) -> None:
+        self._vocabulary = _Vocabulary(backend, skip_special_tokens)
         self._alphabet = _byte_alphabet()
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The UTF-8 bytes, maybe of part of a character, of an ordinary token; none for a special one."""
+        """The UTF-8 bytes, maybe of part of a character, of a token; none for a skipped one."""
         known = self._known.get(token_id)
         if known is None:
             token = self._vocabulary.token(token_id)
@@ -152,15 +155,16 @@ class SentencePieces:
     Args:
         backend: the tokenizer.
         strip: how many spaces are taken from the beginning of a text, if they are there.
+        skip_special_tokens: whether streams leave special tokens out.
     """
 
-    def __init__(self, backend: Backend, strip: int) -> None:
-        self._vocabulary = _Vocabulary(backend)
+    def __init__(self, backend: Backend, strip: int, *, skip_special_tokens: bool = True) -> None:
+        self._vocabulary = _Vocabulary(backend, skip_special_tokens)
         self.strip = strip
         self._known: dict[int, str | int] = {}
 
     def text_or_byte(self, token_id: int) -> str | int:
-        """The text of an ordinary token, or the byte that a byte token stands for."""
+        """The text of a token, "" for a skipped one; or the byte that a byte token stands for."""
         known = self._known.get(token_id)
         if known is None:
             token = self._vocabulary.token(token_id)
@@ -193,7 +197,7 @@ class _SentenceStream:
         if isinstance(text, int):
             self._run.append(text)
             return ""
-        # A special token has no text and, being skipped, does not end a run of bytes either.
+        # A skipped token has no text, and does not end a run of bytes either.
         return self._stripped(self._end_run() + text) if text else ""
 
     def flush(self) -> str:
@@ -220,8 +224,9 @@ class _SentenceStream:
 class WholePieces:
     """Tokens of a vocabulary whose decoder is known only as a whole."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, skip_special_tokens: bool = True) -> None:
         self._backend = backend
+        self._skip_special_tokens = skip_special_tokens
 
     def piece(self, token_id: int) -> str:
         """See ``Pieces``."""
@@ -229,22 +234,26 @@ class WholePieces:
 
     def stream(self) -> Detokenizer:
         """See ``Pieces``."""
-        return _WholeStream(self._backend)
+        return _WholeStream(self._backend, self._skip_special_tokens)
 
 
 class _WholeStream:
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, skip_special_tokens: bool) -> None:
         self._backend = backend
+        self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []
         self._emitted = ""
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
-        text = self._backend.decode(self._ids, skip_special_tokens=True)
+        text = self._decoded()
         return "" if text.endswith(REPLACEMENT) else self._emit(text)
 
     def flush(self) -> str:
-        return self._emit(self._backend.decode(self._ids, skip_special_tokens=True))
+        return self._emit(self._decoded())
+
+    def _decoded(self) -> str:
+        return self._backend.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
 
     def _emit(self, text: str) -> str:
         if not text.startswith(self._emitted):

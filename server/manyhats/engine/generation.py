@@ -40,7 +40,12 @@ class Generation:
             self._prompt_tokens.append(token_output(model.tokenizer, prompt[0], None))
         sampling = request.sampling
         self._changes = LogitChanges(sampling, prompt) if changes_logits(sampling) else None
-        self._detokenizer = model.tokenizer.stream()
+        skips = request.response.skip_special_tokens
+        self._detokenizer = model.tokenizer.stream(skip_special_tokens=skips)
+        # Stop sequences are looked for in the text with literals, which the answer need not show.
+        self._watched = (
+            model.tokenizer.stream(skip_special_tokens=False) if skips and stopping.stop_sequences else None
+        )
         self._stop = StopChecker(stopping, model.eos_token_ids)
         self._end_s = None if stopping.time_limit_s is None else request.accepted_s + stopping.time_limit_s
         self._usage = Usage(prompt_tokens=len(prompt), adapter_load_s=start.adapter_load_s)
@@ -103,9 +108,7 @@ class Generation:
             self._changes.append(sampled.id)
         if self._first_token_s is None:
             self._first_token_s = now_s
-        text, reason = self._stop.push(
-            sampled.id, self._detokenizer.push(sampled.id), sequence.num_output_tokens
-        )
+        text, reason = self._push_text(sampled.id, sequence.num_output_tokens)
         if reason is None and sequence.num_tokens >= sequence.max_num_tokens:
             reason = FinishReason.LENGTH
         is_cut = (
@@ -117,6 +120,14 @@ class Generation:
         if reason is not None:
             self._finish(scheduler)
         return self._output(text, tokens, reason, now_s)
+
+    def _push_text(self, token_id: int, num_generated: int) -> tuple[str, FinishReason | None]:
+        """The text that a token adds, and whether it ends the answer."""
+        if self._stop.leaves_out(token_id, num_generated):
+            return self._stop.push(token_id, "", num_generated)
+        shown = self._detokenizer.push(token_id)
+        watched = shown if self._watched is None else self._watched.push(token_id)
+        return self._stop.push(token_id, watched, num_generated, shown)
 
     def abort(self, scheduler: Scheduler) -> None:
         """Frees the sequence's blocks."""

@@ -88,7 +88,8 @@ class StoppingParams:
     Attributes:
         max_new_tokens: at least 1.
         min_new_tokens: EOS, stop tokens and stop sequences do not end it before.
-        stop_sequences: texts that end it, wherever they lie across tokens.
+        stop_sequences: texts that end it, wherever they lie across tokens; looked for in the text with the
+            literals of special tokens, whether or not the answer shows those.
         stop_token_ids: token ids that end it.
         include_stop_sequence: whether the text keeps the stop that ended it.
         ignore_eos: EOS is an ordinary token.
@@ -141,11 +142,13 @@ class ResponseOptions:
         logprobs: each output token's log-probability and rank.
         top_logprobs: as many of the most likely tokens at each step; implies nothing unless ``logprobs``.
         prompt_logprobs: the same for the prompt's tokens.
+        skip_special_tokens: whether the text leaves special tokens out; else it has their literals.
     """
 
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:

@@ -14,6 +14,9 @@ class StopChecker:
     Text counts character by character: of all stop sequences the one that is complete first ends it, of those
     complete at the same character the longest. So the answer doesn't depend on how tokens split the text. A
     sequence complete before ``min_new_tokens`` ends nothing, and its text is let out.
+
+    The text that is watched has the literals of special tokens, as transformers' ``stop_strings`` sees it; the
+    text that is let out may lack them.
     """
 
     def __init__(self, params: StoppingParams, eos_token_ids: AbstractSet[int]) -> None:
@@ -22,6 +25,8 @@ class StopChecker:
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._held = ""
+        # What is held, as (watched, shown): both the same, or a part that they do not have in common.
+        self._spans: list[tuple[str, str]] = []
 
     def forbidden_ids(self, num_generated: int) -> tuple[int, ...]:
         """Ids that may not come next, after ``num_generated`` tokens: those that would end it too early."""
@@ -29,13 +34,23 @@ class StopChecker:
             return ()
         return tuple(sorted(self._eos_token_ids | self._stop_token_ids))
 
-    def push(self, token_id: int, text_delta: str, num_generated: int) -> tuple[str, FinishReason | None]:
+    def leaves_out(self, token_id: int, num_generated: int) -> bool:
+        """Whether a token, the ``num_generated``-th, ends the generation and is no part of its text."""
+        if num_generated < self._params.min_new_tokens:
+            return False
+        is_stop_token = token_id in self._stop_token_ids and not self._params.include_stop_sequence
+        return is_stop_token or token_id in self._eos_token_ids
+
+    def push(
+        self, token_id: int, text_delta: str, num_generated: int, shown_delta: str | None = None
+    ) -> tuple[str, FinishReason | None]:
         """Take one token.
 
         Args:
             token_id: the token.
-            text_delta: the characters that became certain with it.
+            text_delta: the characters that became certain with it, special tokens as their literals.
             num_generated: tokens so far, this one included.
+            shown_delta: those of them that the answer shows; None is all.
 
         Returns:
             text to let out, without what ended it unless ``include_stop_sequence``; and why it ended, or None.
@@ -48,23 +63,37 @@ class StopChecker:
         if is_stop_token and not self._params.include_stop_sequence:
             return self.flush(), FinishReason.STOP_SEQUENCE
         num_held = len(self._held)
-        text = self._held + text_delta
+        text = self._held = self._held + text_delta
+        self._spans += _spans(text_delta, text_delta if shown_delta is None else shown_delta)
         match = self._first_match(text, num_held) if may_stop else None
         if match is not None:
-            self._held = ""
             start, end = match
-            return text[: end if self._params.include_stop_sequence else start], FinishReason.STOP_SEQUENCE
+            shown = self._let_out(end if self._params.include_stop_sequence else start)
+            self.flush()
+            return shown, FinishReason.STOP_SEQUENCE
         if is_stop_token or num_generated >= self._params.max_new_tokens:
-            self._held = ""
-            return text, FinishReason.STOP_SEQUENCE if is_stop_token else FinishReason.LENGTH
-        first_held = self._first_possible_start(text)
-        self._held = text[first_held:]
-        return text[:first_held], None
+            return self.flush(), FinishReason.STOP_SEQUENCE if is_stop_token else FinishReason.LENGTH
+        return self._let_out(self._first_possible_start(text)), None
 
     def flush(self) -> str:
         """Let out what is held back, once; for a generation that something else ends."""
-        text, self._held = self._held, ""
-        return text
+        return self._let_out(len(self._held))
+
+    def _let_out(self, end: int) -> str:
+        """What is shown of the first ``end`` characters held, which are held no more."""
+        self._held = self._held[end:]
+        shown = ""
+        for index, (watched, visible) in enumerate(self._spans):
+            if len(watched) > end:
+                # Of a special token that is cut, nothing is shown; it has no text of its own in the answer.
+                if watched == visible:
+                    shown, visible = shown + visible[:end], visible[end:]
+                self._spans[: index + 1] = [(watched[end:], visible)]
+                return shown
+            shown += visible
+            end -= len(watched)
+        self._spans.clear()
+        return shown
 
     def _first_match(self, text: str, num_seen: int) -> tuple[int, int] | None:
         """(start, end) of the stop sequence that ends first, after the ``num_seen`` characters seen before."""
@@ -87,3 +116,17 @@ class StopChecker:
                     break
                 start = text.find(stop[0], start + 1)
         return first
+
+
+def _spans(watched: str, shown: str) -> list[tuple[str, str]]:
+    """A text and what is shown of it, the end that they have in common apart."""
+    if watched == shown:
+        return [(watched, shown)] if watched else []
+    num_common = 0
+    for ours, theirs in zip(reversed(watched), reversed(shown), strict=False):
+        if ours != theirs:
+            break
+        num_common += 1
+    start = len(watched) - num_common
+    different = (watched[:start], shown[: len(shown) - num_common])
+    return [different, (watched[start:], watched[start:])] if num_common else [different]

@@ -36,6 +36,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._pieces = pieces_for(backend)
+        self._literal_pieces = pieces_for(backend, skip_special_tokens=False)
         self.chat_template = chat_template
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
@@ -95,6 +96,6 @@ class Tokenizer:
         # The template writes the special tokens itself.
         return self.encode(render_chat(source, messages, self._special_tokens), add_special_tokens=False)
 
-    def stream(self) -> Detokenizer:
-        """A detokenizer at the beginning of a sequence."""
-        return self._pieces.stream()
+    def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A detokenizer at the beginning of a sequence; special tokens have no text, or their literals."""
+        return (self._pieces if skip_special_tokens else self._literal_pieces).stream()

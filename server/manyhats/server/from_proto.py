@@ -100,7 +100,10 @@ def response_options(message: generation_pb2.GenerateRequest) -> ResponseOptions
     """What to send beside the text."""
     options = message.response
     return ResponseOptions(
-        logprobs=options.logprobs, top_logprobs=options.top_logprobs, prompt_logprobs=options.prompt_logprobs
+        logprobs=options.logprobs,
+        top_logprobs=options.top_logprobs,
+        prompt_logprobs=options.prompt_logprobs,
+        skip_special_tokens=options.skip_special_tokens if options.HasField("skip_special_tokens") else True,
     )
 
 
