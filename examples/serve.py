@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
-
-from manyhats.client import Client
 
 HERE = Path(__file__).resolve().parent
 ADAPTERS = HERE / "adapters"
@@ -30,21 +29,42 @@ def main() -> int:
         command += ["--adapter-root", str(root)]
     for task in tasks:
         command += ["--register", f"{task}={ADAPTERS / task}"]
+    servers: list[subprocess.Popen[str]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if not servers:
+            sys.exit(128 + number)
+        servers[0].send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
     # In a session of its own, so that an interrupt reaches it once, through this process.
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, frame: server.send_signal(received))
+    servers.append(server)
     for line in server.stdout or ():
         print(line, end="", flush=True)
         address = ready_address(line)
         if address is not None:
-            register_composed(address)
-            print(calls(address), flush=True)
+            introduce(address)
     return server.wait()
+
+
+def introduce(address: str) -> None:
+    """Register what only a running server can take, and say what to try; not if the server ends meanwhile."""
+    from manyhats.client import ManyhatsError
+
+    try:
+        register_composed(address)
+    except ManyhatsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return
+    print(calls(address), flush=True)
 
 
 def register_composed(address: str) -> None:
     """Register the tasks that are made of several artifacts; again is as good as once."""
+    from manyhats.client import Client
+
     composed: dict[str, list[dict[str, Any]]] = json.loads((HERE / "composed.json").read_text())
     with Client(address) as client:
         for task, parts in composed.items():

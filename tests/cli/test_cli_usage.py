@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,7 +157,7 @@ def test_serve_passes_every_flag_and_the_exit_code(served: list[Any], tmp_path: 
     flags = f"""
         --model tiny --base-name org/tiny --device cpu --dtype float32 --quantization none
         --store {tmp_path} --adapter-root {tmp_path} --adapter-root /adapters
-        --register sql={tmp_path} --register tldr=x=y
+        --register sql={tmp_path}/sql --register tldr=x=y
         --catalogue sqlite:////x/c.db --store-cache /cache --store-cache-bytes 5 --store-poll-s 0.25
         --adapter-url-prefix s3://a/ --adapter-url-prefix https://b/c/
         --max-artifact-bytes 11 --max-adapter-rank 12 --max-virtual-tokens 13 --max-parts 14 --max-tasks 15
@@ -167,6 +167,8 @@ def test_serve_passes_every_flag_and_the_exit_code(served: list[Any], tmp_path: 
         --kv-cache-dtype float32 --max-adapters 7 --max-waiting 8 --num-threads 1
         --log-level debug --log-format json
     """
+    make_adapter_files(tmp_path / "sql", "adapter_config.json", "adapter_model.safetensors")
+    make_adapter_files(tmp_path / "x=y", "adapter_config.json", "adapter_model.safetensors")
     assert run("serve", *flags.split()).exit_code == 3
     (config,) = served
     assert (config.model, config.store) == ("tiny", str(tmp_path))
@@ -178,7 +180,7 @@ def test_serve_passes_every_flag_and_the_exit_code(served: list[Any], tmp_path: 
     assert (config.max_versions_per_task, config.max_bytes_per_task) == (16, 17)
     assert (config.max_bytes, config.max_transfers) == (18, 19)
     assert config.adapter_roots == (tmp_path, Path("/adapters"))
-    assert dict(config.register) == {"sql": str(tmp_path), "tldr": "x=y"}
+    assert dict(config.register) == {"sql": f"{tmp_path}/sql", "tldr": "x=y"}
     assert config.base_names == ("org/tiny",)
     assert (config.host, config.insecure, config.grpc_port, config.http_port) == ("0.0.0.0", True, 0, 1)
     assert (config.device, config.dtype, config.quantization) == ("cpu", "float32", "none")
@@ -190,14 +192,16 @@ def test_serve_passes_every_flag_and_the_exit_code(served: list[Any], tmp_path: 
 
 def test_flags_win_over_the_settings_file(served: list[Any], tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
+    make_adapter_files(tmp_path / "b", "adapter_config.json", "adapter_model.safetensors")
     file.write_text(
-        "model: tiny\nstore: s\nadapter-root: [/a]\ngrpc-port: 7\nhttp_port: 8\nregister: {sql: /a/b}\n"
+        f"model: tiny\nstore: s\nadapter-root: [{tmp_path}]\ngrpc-port: 7\nhttp_port: 8\n"
+        f"register: {{sql: {tmp_path}/b}}\n"
     )
     run("serve", "--config", str(file), "--grpc-port", "9")
     (config,) = served
     assert (config.model, config.grpc_port, config.http_port) == ("tiny", 9, 8)
-    assert config.adapter_roots == (Path("/a"),)
-    assert dict(config.register) == {"sql": "/a/b"}
+    assert config.adapter_roots == (tmp_path,)
+    assert dict(config.register) == {"sql": f"{tmp_path}/b"}
 
 
 def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -> None:
@@ -233,24 +237,78 @@ def test_bad_settings_file(served: list[Any], tmp_path: Path, content: str, mess
     assert message in result.stderr
 
 
-def test_loading_shows_bars_and_still_obeys_the_servers_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stopped(Exception):  # noqa: N818
-        pass
+REFUSED_SOURCES = {
+    "missing": "nothing is there",
+    "file": "is not a directory",
+    "empty": "adapter_config.json: is missing",
+    "no-weights": "adapter_model.safetensors: is missing",
+    "pickle": "adapter_model.bin",
+    "link-out": "adapter_config.json: is a",
+    "pipe": "adapter_model.safetensors: is a pipe",
+    "../outside": "lies outside the allowed roots",
+    "/nowhere": "lies outside the allowed roots",
+    "s3://bucket/sql": "lies outside the allowed URL prefixes",
+    "ftp:sql": "the scheme 'ftp' is not served",
+    "nested": "adapter_config.json: is missing",
+    "large": "has 2000000 bytes; the limit is 1048576",
+}
 
-    def stop(stage: str, done: int, total: int) -> None:
-        raise Stopped(stage)
 
-    def open_backend(config: Any, metrics: Any, progress: Any) -> None:
-        progress("quantize", 1, 2)
+def make_adapter_files(directory: Path, *names: str) -> None:
+    directory.mkdir(parents=True)
+    for name in names:
+        (directory / name).write_text("{}")
 
-    monkeypatch.setattr("manyhats.server.assembly.open_backend", open_backend)
-    log = logging.getLogger("manyhats.loading")
-    level = log.level
-    try:
-        with pytest.raises(Stopped, match="quantize"):
-            serve._assemble_with_bars(None, None, stop)  # type: ignore[arg-type]
-    finally:
-        log.setLevel(level)  # the bars silence the process's log of the loading
+
+@pytest.fixture
+def adapter_root(tmp_path: Path) -> Path:
+    """Directories that are no adapters, each in its own way, and one that is."""
+    root, config, weights = tmp_path / "root", "adapter_config.json", "adapter_model.safetensors"
+    make_adapter_files(tmp_path / "outside", config, weights)
+    make_adapter_files(root / "sql", config, weights)
+    make_adapter_files(root / "hub", config, "adapter.safetensors")
+    make_adapter_files(root / "empty")
+    make_adapter_files(root / "no-weights", config)
+    make_adapter_files(root / "pickle", config, "adapter_model.bin")
+    make_adapter_files(root / "link-out", weights)
+    (root / "link-out" / config).symlink_to(tmp_path / "outside" / config)
+    make_adapter_files(root / "pipe", config)
+    os.mkfifo(root / "pipe" / weights)
+    make_adapter_files(root / "nested" / "checkpoint-1", config, weights)
+    make_adapter_files(root / "large", weights)
+    (root / "large" / config).write_text(" " * 2_000_000)
+    (root / "file").write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize("source", REFUSED_SOURCES)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_what_cannot_be_registered_at_start_is_refused_before_anything_is_loaded(
+    served: list[Any], adapter_root: Path, source: str, absolute: bool
+) -> None:
+    path = str(adapter_root / source) if absolute and ":" not in source else source
+    result = run("serve", "--adapter-root", str(adapter_root), "--register", f"sql={path}")
+    assert (result.exit_code, served) == (2, [])
+    assert result.stderr.startswith("error: --register: sql: ")
+    assert path in result.stderr
+    expected = "no allowed root has this directory" if path == "missing" else REFUSED_SOURCES[source]
+    assert expected in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("source", ["sql", "hub", "./sql", "{root}/sql", "file://{root}/hub"])
+def test_what_can_be_registered_at_start_is_only_looked_at(
+    served: list[Any], adapter_root: Path, source: str
+) -> None:
+    path = source.format(root=adapter_root)
+    assert run("serve", "--adapter-root", str(adapter_root), "--register", f"a={path}").exit_code == 3
+    assert [dict(config.register) for config in served] == [{"a": path}]
+
+
+def test_registering_without_a_root_says_how_to_name_one(served: list[Any], adapter_root: Path) -> None:
+    result = run("serve", "--register", f"sql={adapter_root / 'sql'}")
+    assert (result.exit_code, served) == (2, [])
+    assert "--adapter-root names a directory" in result.stderr
 
 
 def test_model_fetch_reports_progress_and_prints_the_directory(

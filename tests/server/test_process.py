@@ -10,11 +10,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from manyhats.engine.model.progress import Progress
 from manyhats.server.config import ServeConfig
 from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend
-from manyhats.server.process import Assemble, serve
+from manyhats.server.process import Assemble, ShowProgress, serve
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from server_fakes import (
@@ -130,11 +131,14 @@ def _process_wide_state() -> Iterator[None]:
 
 @asynccontextmanager
 async def living(
-    capsys: pytest.CaptureFixture[str], assemble: Assemble, **settings: Any
+    capsys: pytest.CaptureFixture[str],
+    assemble: Assemble,
+    show_progress: ShowProgress | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Life]:
     given = {"model": "echo", "store": Path("/nowhere"), "grpc_port": 0, "http_port": 0, "log_format": "json"}
     config = ServeConfig(**{**given, **settings})
-    task = asyncio.create_task(serve(config, assemble=assemble))
+    task = asyncio.create_task(serve(config, assemble=assemble, show_progress=show_progress))
     try:
         yield Life(task, capsys)
     finally:
@@ -171,6 +175,28 @@ async def test_collections_pass_over_what_the_start_has_made(capsys: pytest.Capt
         assert gc.get_freeze_count() == 0
         await life.line("ready")
         assert gc.get_freeze_count() > len(made_before)
+
+
+async def test_progress_of_the_start_is_shown_until_the_engine_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown: list[tuple[str, int, int] | str] = []
+
+    @contextmanager
+    def show() -> Iterator[Progress]:
+        yield lambda stage, done, total: shown.append((stage, done, total))
+        shown.append("over")
+
+    def assemble(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
+        progress("quantize", 1, 2)
+        progress("compile", 3, 9)
+        return make_backend(EchoEngine(), MemoryStore())
+
+    async with living(capsys, assemble, show_progress=show) as life:
+        await life.line("ready")
+        assert shown == [("quantize", 1, 2), ("compile", 3, 9), "over"]
+    stages = [json.loads(line) for line in life.text.splitlines() if '"event": "loading"' in line]
+    assert [(line["stage"], line["percent"]) for line in stages] == [("quantize", 50), ("compile", 33)]
 
 
 async def test_running_request_finishes_and_new_ones_are_refused_while_draining(
@@ -254,7 +280,51 @@ async def test_while_loading_it_is_alive_but_not_ready_and_a_signal_ends_it(
         assert [http_status(facts["http"], path) for path in paths] == [200, 503, 200]
         assert (await life.line("loading"))["stage"] == "quantize"
         os.kill(os.getpid(), signal.SIGTERM)
-        assert await life.end() == 0
+        assert await life.end() == 128 + signal.SIGTERM
+    assert "Traceback" not in life.text
+
+
+class StuckEngine(EchoEngine):
+    """As while kernels are compiled: the start takes for ever."""
+
+    async def start(self) -> None:
+        await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("stage", ["loading", "compiling", "registering"])
+async def test_a_signal_before_it_is_ready_ends_it_though_the_stage_goes_on(
+    capsys: pytest.CaptureFixture[str], stage: str, log_format: str, number: signal.Signals
+) -> None:
+    reached, released = threading.Event(), threading.Event()
+
+    class StuckStore(MemoryStore):
+        def register(self, *args: Any, **kwargs: Any) -> Any:
+            reached.set()
+            released.wait(30)
+            raise SourceNotFoundError("/a", "does not exist")
+
+    def assemble(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
+        progress("quantize", 1, 2)
+        if stage == "registering":
+            return make_backend(EchoEngine(), StuckStore())
+        reached.set()
+        if stage == "loading":  # and never reports again
+            released.wait(30)
+        return make_backend(StuckEngine(), MemoryStore())
+
+    try:
+        async with living(capsys, assemble, register={"hats": "/a"}, log_format=log_format) as life:
+            await eventually(reached.is_set)
+            os.kill(os.getpid(), number)
+            assert await life.end() == 128 + number
+    finally:
+        released.set()
+    word = "interrupted" if log_format == "text" else '{"event": "interrupted"}'
+    assert life.text.splitlines().count(word) == 1
+    assert "Traceback" not in life.text
+    assert "ready" not in life.text
 
 
 async def test_dead_engine_ends_the_process_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,21 +94,46 @@ class AdapterSources:
             with open_source(uri, self._roots) as directory:
                 yield directory
             return
-        self._check_allowed(uri)
+        _check_url(uri, self._prefixes)
         remote = self._open_remote(uri.rstrip("/"))
         with self._scratch.directory() as scratch:
             _Download(uri, remote, scratch, self._limits).run()
             yield SourceDirectory(scratch.descriptor)
 
-    def _check_allowed(self, uri: str) -> None:
-        is_plain = len(uri) <= _MAX_URL_LENGTH and _PLAIN_URL.fullmatch(uri) is not None
-        segments = uri.split("/")
-        if not is_plain or "." in segments or ".." in segments:
-            raise SourceNotAllowedError(
-                uri, "a URL is scheme://host/path of letters, digits and . _ ~ + = , @ -, without .. in it"
-            )
-        if not any(uri.startswith(prefix) and len(uri) > len(prefix) for prefix in self._prefixes):
-            raise SourceNotAllowedError(uri, "lies outside the allowed URL prefixes")
+
+def check_source(
+    uri: str, allowed_roots: Sequence[Path], url_prefixes: Sequence[str], limits: AdapterLimits
+) -> None:
+    """Look whether an adapter lies at a source and its files can be opened, without reading one.
+
+    Of a URL only whether it is allowed is looked at.
+
+    Raises:
+        AdapterError: as ``AdapterSources.open`` and the registration of what it gives.
+    """
+    if _is_remote(uri):
+        _check_url(uri, url_prefixes)
+        return
+    roots = [Path(os.path.realpath(root)) for root in allowed_roots]
+    with open_source(uri, roots) as directory:
+        peft_format.check_directory(directory)
+        present = set(directory.names())
+        for name in _FETCHED:
+            limit = limits.max_config_bytes if name == peft_format.CONFIG_FILE else limits.max_size_bytes
+            if name in present:
+                with directory.open_file(name, limit):
+                    pass
+
+
+def _check_url(uri: str, prefixes: Sequence[str]) -> None:
+    is_plain = len(uri) <= _MAX_URL_LENGTH and _PLAIN_URL.fullmatch(uri) is not None
+    segments = uri.split("/")
+    if not is_plain or "." in segments or ".." in segments:
+        raise SourceNotAllowedError(
+            uri, "a URL is scheme://host/path of letters, digits and . _ ~ + = , @ -, without .. in it"
+        )
+    if not any(uri.startswith(prefix) and len(uri) > len(prefix) for prefix in prefixes):
+        raise SourceNotAllowedError(uri, "lies outside the allowed URL prefixes")
 
 
 def check_url_prefix(prefix: str) -> str:

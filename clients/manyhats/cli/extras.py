@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,3 +25,12 @@ def needs_extra(extra: str) -> Iterator[None]:
         raise CommandError(
             f"this command needs more packages ({package} is missing): pip install 'manyhats[{extra}]'"
         ) from error
+
+
+def quiet_libraries() -> None:
+    """Leave out advice of other packages that would mislead here.
+
+    bitsandbytes recommends a package whose kernels are not used, the Hugging Face hub a token that nothing here needs.
+    """
+    for name in ("bitsandbytes.backends.cpu.ops", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 class CommandError(typer.TyperException):
@@ -36,6 +37,14 @@ class Commands(TyperGroup):
     Typer's own printing of errors (usage, hint, box) spans several lines, so it is not used. With
     ``MANYHATS_DEBUG=1`` an unexpected error shows its traceback.
     """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an interrupt ends it with a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
 
     def main(
         self,

@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 from manyhats.cli import options as opt
-from manyhats.cli.extras import needs_extra
+from manyhats.cli.extras import needs_extra, quiet_libraries
 from manyhats.cli.failures import CommandError, command_group
+from manyhats.cli.interrupts import prompt_interrupts
 from manyhats.cli.output import human_bytes, human_count, print_fields, print_json
 from manyhats.cli.progress import shown_progress
 
@@ -77,7 +78,8 @@ def fetch(model: Source = DEFAULT_MODEL, home: Home = None, as_json: opt.Json = 
     with needs_extra("server"):
         from manyhats.engine.model.directories import default_home
         from manyhats.engine.model.fetch import KNOWN_MODELS, fetch_model, locate_model
-    with _model_errors(), shown_progress() as report:
+    quiet_libraries()
+    with prompt_interrupts(), _model_errors(), shown_progress() as report:
         where = home or default_home()
         if model in KNOWN_MODELS:
             path = fetch_model(model, where, report)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from manyhats.cli import serve_options as opt
-from manyhats.cli.extras import needs_extra
+from manyhats.cli.extras import needs_extra, quiet_libraries
 from manyhats.cli.failures import UsageError
 from manyhats.cli.pairs import as_mapping
 from manyhats.cli.progress import shown_progress
 
 if TYPE_CHECKING:
     from manyhats.engine.model.progress import Progress
-    from manyhats.server.config import ServeConfig
-    from manyhats.server.metrics import Metrics
-    from manyhats.server.ports import Backend
 
 HELP = """Serve one base model and any number of tasks on it, over gRPC.
 
@@ -37,7 +36,8 @@ HELP = """Serve one base model and any number of tasks on it, over gRPC.
 
 The first start gets the model and quantizes it; later ones take it from
 the cache. When the line "ready" comes on stdout, requests are served.
-Ctrl-C lets running requests finish, a second Ctrl-C ends them.
+Ctrl-C lets running requests finish, a second Ctrl-C ends them; before
+that line comes it ends the start at once.
 """
 
 # Settings with several values, whose flags, repeatable, are in the singular.
@@ -148,31 +148,32 @@ def run(flags: Mapping[str, Any], file: Path | None) -> int:
     with needs_extra("server"):
         from manyhats.server.config_file import make_config, read_file
         from manyhats.server.errors import ConfigError
+        from manyhats.server.process import EXIT_BY_SIGNAL
         from manyhats.server.process import serve as serve_process
+        from manyhats.server.registered_sources import check_registered_sources
     try:
         in_file = read_file(file) if file is not None else {}
         given = {name: value for name, value in flags.items() if value not in (None, [], {})}
         config = make_config({**with_plurals(in_file), **given})
+        check_registered_sources(config)
     except ConfigError as error:
         flag = _SINGULAR.get(error.setting, error.setting).replace("_", "-")
         raise UsageError(f"--{flag}: {str(error).removeprefix(f'{error.setting}: ')}") from error
-    if sys.stderr.isatty() and config.log_format == "text":
-        return asyncio.run(serve_process(config, assemble=_assemble_with_bars))
-    return asyncio.run(serve_process(config))
+    quiet_libraries()
+    has_bars = sys.stderr.isatty() and config.log_format == "text"
+    code = asyncio.run(serve_process(config, show_progress=_bars if has_bars else None))
+    if code > EXIT_BY_SIGNAL:
+        # Threads that load or compile may still run, and are not waited for.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
-def _assemble_with_bars(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
-    """Loads the model with progress bars in place of the log's lines of progress."""
-    from manyhats.server.assembly import open_backend
-
+def _bars() -> AbstractContextManager[Progress]:
+    """Progress bars, in place of the log's lines of progress."""
     logging.getLogger("manyhats.loading").setLevel(logging.WARNING)
-    with shown_progress() as report:
-
-        def both(stage: str, done: int, total: int) -> None:
-            progress(stage, done, total)  # ends the loading at a signal
-            report(stage, done, total)
-
-        return open_backend(config, metrics, both)
+    return shown_progress()
 
 
 def with_plurals(settings: Mapping[str, Any]) -> dict[str, Any]:

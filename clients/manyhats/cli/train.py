@@ -9,10 +9,9 @@ import typer
 
 from manyhats.cli import options
 from manyhats.cli import train_options as opt
-from manyhats.cli.extras import needs_extra
-from manyhats.cli.failures import CommandError, UsageError
+from manyhats.cli.extras import needs_extra, quiet_libraries
+from manyhats.cli.failures import EXIT_INTERRUPTED, CommandError, UsageError
 from manyhats.cli.train_flags import Flags, Server, takes_settings
-from manyhats.cli.train_process import quiet_libraries
 
 HELP = """Train an adapter for a task, on a base model that stays as it is.
 
@@ -105,7 +104,7 @@ def trainer_errors() -> Iterator[None]:
     except TrainingInterrupted as error:
         hint = "; the same command with --resume goes on" if error.checkpoints else ""
         typer.echo(f"{error}{hint}", err=True)
-        raise typer.Exit(130) from error
+        raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
 def describe_setting(setting: str, text: str) -> str:

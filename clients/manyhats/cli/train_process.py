@@ -1,8 +1,7 @@
-"""The process of ``manyhats train``: how its memory is handed out, and what its libraries say."""
+"""The process of ``manyhats train``: how its memory is handed out."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -37,8 +36,3 @@ def _has_glibc() -> bool:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (AttributeError, ValueError):
         return False
-
-
-def quiet_libraries() -> None:
-    """Leave out a warning of bitsandbytes about a kernel that is not used."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

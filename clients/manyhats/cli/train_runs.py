@@ -13,6 +13,7 @@ import typer
 from manyhats.adapters.errors import AdapterError
 from manyhats.cli.connection import Connection, describe
 from manyhats.cli.failures import CommandError, print_error
+from manyhats.cli.interrupts import prompt_interrupts
 from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, to_plain
 from manyhats.cli.progress import shown_progress
 from manyhats.client import ManyhatsError, Registration
@@ -147,7 +148,7 @@ def _load(settings: ModelSettings) -> LoadedModel:
     """The base, as the training wants it; with bars, which must be gone before the training's."""
     computation = resolve_computation(settings)
     typer.echo(f"base: {_base(settings)}, computed in {computation.dtype_name}", err=True)
-    with shown_progress() as report:
+    with prompt_interrupts(), shown_progress() as report:
         return load_model(
             settings.model, quantization=settings.quantization, dtype=computation.dtype, progress=report
         )

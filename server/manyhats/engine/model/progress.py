@@ -8,7 +8,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Called as work proceeds; ``done`` counts up to ``total`` within a stage.
 
-    Stages: ``download`` (bytes), ``dequantize``, ``quantize`` (matrices), ``load`` (layers).
+    Stages: ``download`` (bytes), ``dequantize`` (tensors), ``quantize`` (matrices), ``load`` (layers), ``compile``
+    (kernels). A total of 0 is not known yet. What it raises ends the work.
     """
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -17,3 +18,21 @@ class Progress(Protocol):
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """Report to nobody."""
+
+
+class Stage:
+    """A stage that another program works on: it is reported while that says nothing too, so that it can be ended."""
+
+    def __init__(self, name: str, progress: Progress, *, total: int = 0) -> None:
+        self._name = name
+        self._progress = progress
+        self.is_at(0, total)
+
+    def is_at(self, done: int, total: int) -> None:
+        """Report how far it is."""
+        self._done, self._total = done, total
+        self.is_still_there()
+
+    def is_still_there(self) -> None:
+        """Report the same again."""
+        self._progress(self._name, self._done, self._total)

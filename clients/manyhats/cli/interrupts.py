@@ -1,0 +1,53 @@
+"""Ctrl-C while a model is fetched or loaded: the command ends at once, whatever its libraries are at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+
+from manyhats.cli.failures import EXIT_INTERRUPTED
+
+_LIMIT_S = 1.5
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+@contextmanager
+def prompt_interrupts() -> Iterator[None]:
+    """An interrupt raises ``KeyboardInterrupt``, and ends the process if that does not do so soon.
+
+    Downloads run on threads that are waited for, and some of a library's calls do not return until they are done.
+    Nothing is lost by ending in their midst: what is kept is written beside its place and then moved there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    has_left = threading.Event()
+
+    def end() -> None:
+        if not has_left.is_set():
+            typer.echo(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}interrupted", err=True)
+        os._exit(EXIT_INTERRUPTED)
+
+    def received(number: int, frame: FrameType | None) -> None:
+        watch = threading.Timer(_LIMIT_S, end)
+        watch.daemon = True
+        watch.start()
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # as in the background of a shell
+        yield
+        return
+    signal.signal(signal.SIGINT, received)
+    try:
+        yield
+    finally:
+        has_left.set()
+        signal.signal(signal.SIGINT, before)
