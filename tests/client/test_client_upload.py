@@ -21,7 +21,7 @@ from manyhats.client import (
     Registration,
     UnavailableError,
 )
-from manyhats.client.upload import CHUNK_BYTES, read_files
+from manyhats.client.upload import CHUNK_BYTES, TEXT_FILES, read_files
 
 Upload = Callable[[str, Path, Progress | None], Registration]
 
@@ -33,8 +33,10 @@ def adapter(tmp_path: Path) -> Path:
     (directory / "checkpoint-10").mkdir(parents=True)
     (directory / "adapter_config.json").write_text("{}")
     (directory / "adapter_model.safetensors").write_bytes(os.urandom(2 * CHUNK_BYTES + 5))
-    for name in ("README.md", "optimizer.pt", "training_args.bin", "tokenizer.json"):
+    for name in ("README.md", "optimizer.pt", "training_args.bin", "vocab.json"):
         (directory / name).write_text("no part of it")
+    for name in TEXT_FILES:
+        (directory / name).write_text(f"{name} of the adapter's own")
     return directory
 
 
@@ -63,7 +65,8 @@ def test_files_of_the_adapter_arrive_whole_and_nothing_else(
     registration = upload(fake.target, adapter, lambda sent, total: seen.append((sent, total)))
     assert registration.adapter.name == "sql@3"
     assert {name: bytes(data) for name, data in fake.uploaded.items()} == {
-        name: (adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")
+        name: (adapter / name).read_bytes()
+        for name in ("adapter_config.json", "adapter_model.safetensors", *TEXT_FILES)
     }
     assert fake.largest_chunk == CHUNK_BYTES
     assert (fake.last_request.task_id, dict(fake.last_request.labels)) == ("sql", {"team": "a"})
@@ -73,10 +76,20 @@ def test_files_of_the_adapter_arrive_whole_and_nothing_else(
 
 
 def test_files_are_announced_with_size_and_hash(adapter: Path) -> None:
-    config, weights = read_files(adapter)
+    config, weights, *text = read_files(adapter)
     assert (config.info.name, config.info.size_bytes) == ("adapter_config.json", 2)
     assert config.info.sha256 == hashlib.sha256(b"{}").hexdigest()
     assert weights.info.size_bytes == 2 * CHUNK_BYTES + 5
+    assert [file.info.name for file in text] == list(TEXT_FILES)
+
+
+def test_an_adapter_without_text_files_is_sent_as_it_is(adapter: Path) -> None:
+    for name in TEXT_FILES:
+        (adapter / name).unlink()
+    assert [file.info.name for file in read_files(adapter)] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_servers_refusal_ends_the_upload(fake: FakeServer, upload: Upload, adapter: Path) -> None:

@@ -46,11 +46,13 @@ class ArtifactPart:
         digest: ``sha256:…`` over the artifact's files.
         weight: scales its deltas.
         source: the uri it was registered from.
+        text_files: names of the files it has beside config and tensors, which say how its task reads and writes text.
     """
 
     digest: str
     weight: float = 1.0
     source: str = ""
+    text_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,7 @@ class AdapterRecord:
         base_model: what the artifact names as its base; may be empty.
         effect: how far it moves the base's logits, as measured at registration; None where nothing measured.
         notes: what the operator should know of it, such as an unnamed base.
+        text: names what its text files mean, as ``TextFacts.fingerprint`` does; empty if it is what the base's mean.
     """
 
     task_id: str
@@ -85,6 +88,7 @@ class AdapterRecord:
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     effect: float | None = None
     notes: tuple[str, ...] = ()
+    text: str = ""
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +14,10 @@ def details_document(record: AdapterRecord) -> dict[str, Any]:
     """What never changes of a version, but for what names and sizes it."""
     return {
         "method": record.method.value,
-        "parts": [[part.digest, part.weight, part.source] for part in record.parts],
+        "parts": [
+            [part.digest, part.weight, part.source, *([list(part.text_files)] if part.text_files else [])]
+            for part in record.parts
+        ],
         "num_parameters": record.num_parameters,
         "source": record.source,
         "create_time": record.create_time.isoformat(),
@@ -22,6 +25,7 @@ def details_document(record: AdapterRecord) -> dict[str, Any]:
         "labels": dict(record.labels),
         "effect": record.effect,
         "notes": list(record.notes),
+        **({"text": record.text} if record.text else {}),
     }
 
 
@@ -54,7 +58,7 @@ def read_details(
         digest=digest,
         method=AdapterMethod(details["method"]),
         state=state,
-        parts=tuple(ArtifactPart(*part) for part in details["parts"]),
+        parts=tuple(_part(*part) for part in details["parts"]),
         size_bytes=size_bytes,
         num_parameters=details["num_parameters"],
         source=details["source"],
@@ -64,7 +68,12 @@ def read_details(
         labels=MappingProxyType(details["labels"]),
         effect=details["effect"],
         notes=tuple(details["notes"]),
+        text=details.get("text", ""),
     )
+
+
+def _part(digest: str, weight: float, source: str, text_files: Sequence[str] = ()) -> ArtifactPart:
+    return ArtifactPart(digest, weight, source, tuple(text_files))
 
 
 def read_record(document: Mapping[str, Any]) -> AdapterRecord:

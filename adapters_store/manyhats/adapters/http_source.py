@@ -20,6 +20,7 @@ from manyhats.adapters.errors import (
     SourceNotAllowedError,
     SourceUnavailableError,
 )
+from manyhats.adapters.text_files import MAX_BYTES
 
 Resolve = Callable[[str, int], list[str]]
 
@@ -35,6 +36,7 @@ _NAMES = (
     peft_format.CONFIG_FILE,
     peft_format.WEIGHTS_FILE,
     adapterhub_format.WEIGHTS_FILE,
+    *MAX_BYTES,
     *peft_format.PICKLES,
     *adapterhub_format.COMPANIONS,
 )

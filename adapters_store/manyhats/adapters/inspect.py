@@ -28,6 +28,7 @@ from manyhats.adapters.primitives import Delta, KVPrefix, LoweredAdapter, Prompt
 from manyhats.adapters.reader import check_finite, parse_artifact
 from manyhats.adapters.recognition import base_name_key, recognise, recorded_base, weights_file
 from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.text_files import check_text, read_text
 
 # What names a primitive's rank, or its bottleneck size.
 _RANKED = ("a", "down")
@@ -84,6 +85,7 @@ class Inspection:
         size_bytes: of config and tensors.
         num_virtual_tokens: P of its prefix.
         config: the parsed ``adapter_config.json``.
+        text_files: that say how its task reads and writes text, such as a chat template.
         refusals: why registration would refuse it; empty if it would not.
     """
 
@@ -99,6 +101,7 @@ class Inspection:
     sites: tuple[SiteFacts, ...] = ()
     tensors: tuple[TensorFacts, ...] = ()
     config: Mapping[str, Any] | None = None
+    text_files: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -144,6 +147,7 @@ class _Inspector:
             if config is not None and any(name.endswith(".safetensors") for name in directory.names()):
                 name = weights_file(config, directory.names())
                 files = {CONFIG_FILE: config_bytes, name: _read(directory, name, self._limits.max_size_bytes)}
+                files |= self._look_at_text(directory)
                 self._look_at_tensors(files, config)
 
     def _look_at_config(self, content: bytearray) -> dict[str, Any]:
@@ -165,6 +169,15 @@ class _Inspector:
         with self._stage():
             self.facts = replace(self.facts, method=recognise(config).value)
         return config
+
+    def _look_at_text(self, directory: SourceDirectory) -> dict[str, bytearray]:
+        files: dict[str, bytearray] = {}
+        with self._stage():
+            files = read_text(directory, self._limits.max_size_bytes)
+            self.facts = replace(self.facts, text_files=tuple(files))
+            found = check_text(files, None if self._base is None else self._base.check_text)
+            self.facts = replace(self.facts, notes=(*self.facts.notes, *found.notes))
+        return files
 
     def _look_at_tensors(self, files: Mapping[str, bytearray], config: Mapping[str, Any]) -> None:
         digest = artifact_digest(files)

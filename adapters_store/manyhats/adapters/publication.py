@@ -108,4 +108,5 @@ def _draft(valid: ValidVersion, body: RegistrationBody, source: str, effect: flo
         labels=body.labels,
         effect=effect,
         notes=valid.notes,
+        text=valid.text,
     )

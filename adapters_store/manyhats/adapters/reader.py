@@ -28,6 +28,7 @@ from manyhats.adapters.recognition import (
 )
 from manyhats.adapters.safetensors_reader import LENGTH_BYTES, header_size, parse_header, read_tensors
 from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.text_files import TextFacts, check_text, read_text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,12 +40,14 @@ class ReadAdapter:
         lowered: the same as primitives of the base.
         files: path inside the artifact → content; what the store keeps.
         notes: what the operator should know.
+        text: what its text files mean on the base.
     """
 
     artifact: AdapterArtifact
     lowered: LoweredAdapter
     files: Mapping[str, bytearray]
     notes: tuple[str, ...]
+    text: TextFacts
 
 
 def read_adapter(directory: SourceDirectory, base: BaseDescription, limits: AdapterLimits) -> ReadAdapter:
@@ -66,13 +69,15 @@ def read_adapter(directory: SourceDirectory, base: BaseDescription, limits: Adap
         method.check(Candidate(config, _read_shapes(file, limits), base_model), base, limits)
         weights = file.read()
     files = {CONFIG_FILE: config_bytes, weights_name: weights}
+    files |= read_text(directory, limits.max_size_bytes - len(config_bytes) - len(weights))
     artifact = parse_artifact(files, artifact_digest(files), limits)
     check_finite(artifact.tensors)
     lowered = lower(artifact, base)
     check_lowered(lowered)
     if not has_effect(lowered):
         raise AdapterNoEffectError(weights_name, "changes nothing: each of its deltas is zero")
-    return ReadAdapter(artifact, lowered, files, notes)
+    text = check_text(files, base.check_text)
+    return ReadAdapter(artifact, lowered, files, (*notes, *text.notes), text)
 
 
 def read_files(directory: SourceDirectory, limits: AdapterLimits) -> dict[str, bytearray]:
@@ -85,7 +90,7 @@ def read_files(directory: SourceDirectory, limits: AdapterLimits) -> dict[str, b
     for name in (CONFIG_FILE, stored_weights_file(directory.names())):
         with directory.open_file(name, limits.max_size_bytes) as file:
             files[name] = file.read()
-    return files
+    return files | read_text(directory, limits.max_size_bytes)
 
 
 def parse_artifact(files: Mapping[str, bytearray], digest: str, limits: AdapterLimits) -> AdapterArtifact:

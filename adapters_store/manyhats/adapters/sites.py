@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from manyhats.adapters.text_files import TextCheck
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
@@ -53,6 +55,7 @@ class BaseDescription:
         is_tied: whether the output head is the embedding.
         has_sliding_window: whether some layer attends to the latest positions only.
         weights: the base's own weights; None where only descriptions are at hand.
+        check_text: tells what an artifact's text files mean on this base; None where its tokenizer is not at hand.
     """
 
     model_type: str
@@ -70,3 +73,4 @@ class BaseDescription:
     is_tied: bool = True
     has_sliding_window: bool = False
     weights: WeightSource | None = None
+    check_text: TextCheck | None = None

@@ -28,6 +28,7 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.remote_source import ObjectDirectory, RemoteDirectory
 from manyhats.adapters.scratch import Scratch, ScratchDirectory
 from manyhats.adapters.store_errors import store_errors
+from manyhats.adapters.text_files import MAX_BYTES
 
 _OBJECT_SCHEMES = ("s3", "gs", "abfs", "memory")
 _HTTP_SCHEMES = ("https", "http")
@@ -35,7 +36,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # No query, fragment, user, escape, glob, or "::" that would chain file systems.
 _PLAIN_URL = re.compile(r"[a-z][a-z0-9]*://[A-Za-z0-9._-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~+=,@-]+)*/?")
 _MAX_URL_LENGTH = 2048
-_FETCHED = (peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE)
+_FETCHED = (peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE, *MAX_BYTES)
 # A download ends within this time, and longer only for what a slow line needs.
 _DEADLINE_S = 60.0
 _SLOWEST_BYTES_PER_S = 1024 * 1024
@@ -174,7 +175,7 @@ class _Download:
         self._deadline = time.monotonic() + _DEADLINE_S
 
     def run(self) -> None:
-        """Fetch config and tensors; see ``AdapterSources.open``."""
+        """Fetch config, tensors and text files; see ``AdapterSources.open``."""
         sizes = self._remote.sizes()
         if not sizes:
             raise SourceNotFoundError(self._uri, "no file is there")
@@ -186,9 +187,9 @@ class _Download:
             self._fetch(name, size)
 
     def _check_sizes(self, sizes: dict[str, int]) -> None:
-        config, limit = sizes[peft_format.CONFIG_FILE], self._limits.max_config_bytes
-        if config > limit:
-            raise AdapterTooLargeError(peft_format.CONFIG_FILE, f"has {config} bytes; the limit is {limit}")
+        for name, limit in {peft_format.CONFIG_FILE: self._limits.max_config_bytes, **MAX_BYTES}.items():
+            if sizes.get(name, 0) > limit:
+                raise AdapterTooLargeError(name, f"has {sizes[name]} bytes; the limit is {limit}")
         if (total := sum(sizes.values())) > self._limits.max_size_bytes:
             raise AdapterTooLargeError(
                 self._uri, f"has {total} bytes; the limit is {self._limits.max_size_bytes}"

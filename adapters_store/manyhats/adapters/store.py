@@ -32,6 +32,7 @@ from manyhats.adapters.scratch import Scratch
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.sources import AdapterSources
 from manyhats.adapters.taskid import check_task_id, parse_name
+from manyhats.adapters.text_files import text_of
 from manyhats.adapters.upload import UploadFile, UploadSession
 from manyhats.adapters.version import LoadedVersion, lower_version
 
@@ -272,6 +273,17 @@ class AdapterStore:
                 raise self._loss(record) from None
             artifacts.append(parse_artifact(files, part.digest, self._limits))
         return LoadedVersion(record, tuple(artifacts))
+
+    def read_text(self, record: AdapterRecord) -> tuple[Mapping[str, bytes | bytearray], ...]:
+        """The text files of a version, name → content; one mapping for each part that has any.
+
+        Raises:
+            TaskNotFoundError, DataLossError, StoreUnavailableError: as ``load``.
+        """
+        try:
+            return tuple(text_of(self._storage.read(part.digest)) for part in record.parts if part.text_files)
+        except DataLossError:
+            raise self._loss(record) from None
 
     def lower(self, record: AdapterRecord) -> LoweredAdapter:
         """Read a version and lower it for the engine; its digest is the record's.

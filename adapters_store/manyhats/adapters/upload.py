@@ -28,8 +28,10 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.scratch import ScratchDirectory
 from manyhats.adapters.store_errors import store_errors
+from manyhats.adapters.text_files import MAX_BYTES
 
 _WEIGHTS = (peft_format.WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE)
+_MAX_FILES = 1 + len(_WEIGHTS) + len(MAX_BYTES)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _READ_BYTES = 4 * 1024 * 1024
 # Pieces with holes between them that one file may have at a time; bounds memory.
@@ -56,7 +58,7 @@ class Publish(Protocol):
 
 
 def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> tuple[UploadFile, ...]:
-    """Check what is announced, before a byte is taken: one config, one file of tensors, sizes within the limits.
+    """Check what is announced, before a byte is taken: one config, one file of tensors, text files, and all sizes.
 
     Returns:
         The files, their hashes in lower case.
@@ -66,23 +68,30 @@ def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> tuple[Upl
         AdapterInvalidError, AdapterUnsafeError, AdapterUnsupportedError: as a directory of these files.
         AdapterTooLargeError: over a limit.
     """
-    checked = tuple(_check_file(f"files[{index}]", file) for index, file in enumerate(files[:3]))
+    if len(files) > _MAX_FILES:
+        raise ArgumentInvalidError("files", f"has {len(files)} entries; an adapter has at most {_MAX_FILES}")
+    checked = tuple(_check_file(f"files[{index}]", file) for index, file in enumerate(files))
     names = [file.name for file in checked]
     if len(set(names)) < len(names):
         raise ArgumentInvalidError("files", "name a file twice")
     peft_format.check_names(names)
-    if len(files) > 2:
+    if all(name in names for name in _WEIGHTS):
         raise AdapterUnsupportedError(
             _WEIGHTS[1], f"would not be used beside {_WEIGHTS[0]}; send one of them"
         )
     for file in checked:
-        is_config = file.name == peft_format.CONFIG_FILE
-        limit = min(limits.max_config_bytes, limits.max_size_bytes) if is_config else limits.max_size_bytes
+        limit = min(_limit_of(file.name, limits), limits.max_size_bytes)
         if file.size_bytes > limit:
             raise AdapterTooLargeError(file.name, f"has {file.size_bytes} bytes; the limit is {limit}")
     if (total := sum(file.size_bytes for file in checked)) > limits.max_size_bytes:
         raise AdapterTooLargeError("files", f"have {total} bytes; the limit is {limits.max_size_bytes}")
     return checked
+
+
+def _limit_of(name: str, limits: AdapterLimits) -> int:
+    if name == peft_format.CONFIG_FILE:
+        return limits.max_config_bytes
+    return MAX_BYTES.get(name, limits.max_size_bytes)
 
 
 def announced_digest(files: Sequence[UploadFile]) -> str:
@@ -245,9 +254,11 @@ class _IncomingFile:
 def _check_file(field: str, file: UploadFile) -> UploadFile:
     if file.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
         raise AdapterUnsafeError(file.name, "may be a pickle, which can run code when it is read")
-    if file.name not in (peft_format.CONFIG_FILE, *_WEIGHTS):
+    if file.name not in (peft_format.CONFIG_FILE, *_WEIGHTS, *MAX_BYTES):
         raise ArgumentInvalidError(
-            f"{field}.name", f"an upload has {peft_format.CONFIG_FILE} and {_WEIGHTS[0]} or {_WEIGHTS[1]}"
+            f"{field}.name",
+            f"an upload has {peft_format.CONFIG_FILE} and {_WEIGHTS[0]} or {_WEIGHTS[1]}, and of text files "
+            + ", ".join(MAX_BYTES),
         )
     if file.size_bytes < 1:
         raise AdapterInvalidError(file.name, "is empty")

@@ -12,6 +12,7 @@ from manyhats.adapters.errors import (
     AdapterInvalidError,
     AdapterNoEffectError,
     AdapterTooLargeError,
+    AdapterUnsupportedError,
     ArtifactError,
     BaseMismatchError,
 )
@@ -22,6 +23,7 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Probe
 from manyhats.adapters.reader import ReadAdapter, read_adapter
 from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.text_files import text_names
 from manyhats.adapters.version import compose_parts, part_name
 
 
@@ -39,7 +41,7 @@ class ValidVersion:
     """A version that passed every check and is not stored yet.
 
     Attributes:
-        digest, method, parts, size_bytes, num_parameters, base_model, notes: as in its record.
+        digest, method, parts, size_bytes, num_parameters, base_model, notes, text: as in its record.
         lowered: what the engine will run.
         files: artifact digest → path inside it → content.
     """
@@ -53,6 +55,7 @@ class ValidVersion:
     notes: tuple[str, ...]
     lowered: LoweredAdapter
     files: Mapping[str, Mapping[str, bytearray]]
+    text: str
 
 
 def validate_plain(
@@ -68,13 +71,14 @@ def validate_plain(
     return ValidVersion(
         digest=artifact.digest,
         method=artifact.method,
-        parts=(ArtifactPart(artifact.digest, source=uri),),
+        parts=(ArtifactPart(artifact.digest, source=uri, text_files=text_names(read.files)),),
         size_bytes=artifact.size_bytes,
         num_parameters=artifact.num_parameters,
         base_model=artifact.base_model,
         notes=read.notes,
         lowered=read.lowered,
         files={artifact.digest: read.files},
+        text=read.text.fingerprint,
     )
 
 
@@ -96,8 +100,8 @@ def validate_composed(
         digest=lowered.digest,
         method=AdapterMethod.COMPOSED,
         parts=tuple(
-            ArtifactPart(artifact.digest, part.weight, part.uri)
-            for artifact, part in zip(artifacts, parts, strict=True)
+            ArtifactPart(read.artifact.digest, part.weight, part.uri, text_names(read.files))
+            for read, part in zip(reads, parts, strict=True)
         ),
         size_bytes=sum(artifact.size_bytes for artifact in artifacts),
         num_parameters=sum(artifact.num_parameters for artifact in artifacts),
@@ -105,6 +109,7 @@ def validate_composed(
         notes=tuple(f"{part_name(i)}: {note}" for i, read in enumerate(reads) for note in read.notes),
         lowered=lowered,
         files={read.artifact.digest: read.files for read in reads},
+        text=_common_text(reads),
     )
 
 
@@ -141,6 +146,24 @@ def _read_parts(
             )
         reads.append(read)
     return reads
+
+
+def _common_text(reads: Sequence[ReadAdapter]) -> str:
+    """What the parts' text files mean together: those of all parts that differ from the base must mean the same.
+
+    Raises:
+        AdapterUnsupportedError: they do not; ``subject`` is a part.
+    """
+    own = [(i, read) for i, read in enumerate(reads) if read.text.fingerprint]
+    for i, read in own[1:]:
+        first, other = own[0]
+        if read.text.fingerprint != other.text.fingerprint:
+            raise AdapterUnsupportedError(
+                part_name(i),
+                f"reads and writes text otherwise than {part_name(first)} ({', '.join(text_names(read.files))}); "
+                "parts must agree in chat template and tokens, or have no text files of their own",
+            )
+    return own[0][1].text.fingerprint if own else ""
 
 
 def of_part(index: int, error: AdapterError) -> AdapterError:

@@ -126,6 +126,7 @@ def _print_facts(found: Inspection) -> None:
             "parameters": human_count(found.num_parameters),
             "tensors": str(len(found.tensors)),
             "virtual tokens": str(found.num_virtual_tokens or ""),
+            "text files": ", ".join(found.text_files),
             "digest": found.digest,
         }
     )

@@ -170,6 +170,7 @@ def _fields(info: AdapterInfo) -> dict[str, str]:
         "created": info.create_time.isoformat() if info.create_time else "",
         "digest": info.digest,
         **_parts(info),
+        "text files": ", ".join(sorted({name for part in info.parts for name in part.text_files})),
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(info.labels.items())),
         "notes": "; ".join(info.notes),
     }

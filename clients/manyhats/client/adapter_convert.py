@@ -73,7 +73,13 @@ def adapter_info(adapter: adapter_pb2.Adapter) -> AdapterInfo:
         residency=enum_name(adapter_pb2.AdapterResidency.Name, adapter.residency, "ADAPTER_RESIDENCY_"),
         notes=tuple(adapter.notes),
         parts=tuple(
-            ArtifactPart(digest=part.digest, weight=part.weight, source=part.source) for part in adapter.parts
+            ArtifactPart(
+                digest=part.digest,
+                weight=part.weight,
+                source=part.source,
+                text_files=tuple(part.text_files),
+            )
+            for part in adapter.parts
         ),
     )
 

@@ -143,11 +143,15 @@ class Tokenization:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactPart:
-    """One stored artifact of a version: its digest, what its deltas are scaled by, and where it came from."""
+    """One stored artifact of a version: its digest, what its deltas are scaled by, and where it came from.
+
+    ``text_files`` are those it has beside config and tensors, such as a chat template or tokenizer of its own.
+    """
 
     digest: str
     weight: float
     source: str = ""
+    text_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,13 @@ from manyhats.v1 import adapter_pb2
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_SUFFIX: Final = ".safetensors"
+TEXT_FILES: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 CHUNK_BYTES: Final = 1024 * 1024
 # In the server's initial metadata, once it takes the header.
 ACCEPTED: Final = ("manyhats-upload", "accepted")
@@ -35,7 +42,7 @@ class UploadFile:
 
 
 def read_files(directory: str | os.PathLike[str]) -> tuple[UploadFile, ...]:
-    """The adapter's files of a directory, hashed: its config, and its safetensors; nothing else is sent.
+    """The adapter's files of a directory, hashed: its config, safetensors and text files; nothing else is sent.
 
     Raises:
         InvalidRequestError: it holds no adapter, or cannot be read.
@@ -51,7 +58,8 @@ def read_files(directory: str | os.PathLike[str]) -> tuple[UploadFile, ...]:
                 f"{os.fspath(directory)} has no {WEIGHTS_SUFFIX} file;"
                 " `manyhats adapters convert` makes one of a pickle",
             )
-        return tuple(_read_file(Path(directory, name)) for name in (CONFIG_FILE, *weights))
+        text = [name for name in TEXT_FILES if name in names]
+        return tuple(_read_file(Path(directory, name)) for name in (CONFIG_FILE, *weights, *text))
     except OSError as error:
         raise invalid("directory", f"cannot read {error.filename}: {error.strerror}") from error
 

@@ -183,22 +183,30 @@ class ArtifactPart(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    TEXT_FILES_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """"sha256:…" over the artifact's files."""
     weight: _builtins.float
     """What its deltas are scaled by."""
     source: _builtins.str
     """Where it was registered from."""
+    @_builtins.property
+    def text_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its files beside config and tensors, which say how its task reads and writes text: "chat_template.jinja",
+        "tokenizer.json" and the like.
+        """
+
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
         weight: _builtins.float = ...,
         source: _builtins.str = ...,
+        text_files: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "source", b"source", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "source", b"source", "text_files", b"text_files", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

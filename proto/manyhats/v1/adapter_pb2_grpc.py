@@ -94,6 +94,9 @@ class AdapterServiceServicer:
     def UploadAdapter(self, request_iterator, context):
         """Takes an adapter's files over the wire; otherwise as RegisterAdapter.
 
+        Beside its config and tensors an adapter may have text files: chat_template.jinja, tokenizer.json,
+        tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+
         The first message is the header; chunks follow, in any order. Once the server takes the header, its initial
         metadata say "manyhats-upload: accepted": a caller may wait for that, and send nothing in vain. Nothing is visible
         until the last byte is verified, and an upload that ends early leaves nothing: repeat it whole.

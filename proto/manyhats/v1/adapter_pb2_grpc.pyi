@@ -50,6 +50,9 @@ class AdapterServiceStub:
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]
     """Takes an adapter's files over the wire; otherwise as RegisterAdapter.
 
+    Beside its config and tensors an adapter may have text files: chat_template.jinja, tokenizer.json,
+    tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+
     The first message is the header; chunks follow, in any order. Once the server takes the header, its initial
     metadata say "manyhats-upload: accepted": a caller may wait for that, and send nothing in vain. Nothing is visible
     until the last byte is verified, and an upload that ends early leaves nothing: repeat it whole.
@@ -95,6 +98,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """Takes an adapter's files over the wire; otherwise as RegisterAdapter.
+
+    Beside its config and tensors an adapter may have text files: chat_template.jinja, tokenizer.json,
+    tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
     The first message is the header; chunks follow, in any order. Once the server takes the header, its initial
     metadata say "manyhats-upload: accepted": a caller may wait for that, and send nothing in vain. Nothing is visible
@@ -150,6 +156,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UploadAdapterResponse, _abc.Awaitable[_adapter_pb2.UploadAdapterResponse]]:
         """Takes an adapter's files over the wire; otherwise as RegisterAdapter.
+
+        Beside its config and tensors an adapter may have text files: chat_template.jinja, tokenizer.json,
+        tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
         The first message is the header; chunks follow, in any order. Once the server takes the header, its initial
         metadata say "manyhats-upload: accepted": a caller may wait for that, and send nothing in vain. Nothing is visible

@@ -145,7 +145,9 @@ def adapter(record: AdapterRecord, *, is_resident: bool) -> adapter_pb2.Adapter:
         residency=device if is_resident else disk,
         notes=record.notes,
         parts=[
-            adapter_pb2.ArtifactPart(digest=part.digest, weight=part.weight, source=part.source)
+            adapter_pb2.ArtifactPart(
+                digest=part.digest, weight=part.weight, source=part.source, text_files=part.text_files
+            )
             for part in record.parts
         ],
     )
