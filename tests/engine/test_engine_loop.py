@@ -2,35 +2,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from engine_harness import make_request, random_ids
-from fakes import FakeCache, FakeDecoder
-from manyhats.engine.engine import Engine
+from engine_harness import make_request
+from engine_loop import POISON, Loop, prompt, score_request
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
-    EngineError,
     NumericalError,
     QueueFullError,
     RequestCancelledError,
 )
-from manyhats.engine.generation import Generation
-from manyhats.engine.jobs import Event
-from manyhats.engine.kernels.reference import ReferenceKernels
-from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepStats
-from manyhats.engine.request import Request, SamplingParams, ScoreRequest, StoppingParams
+from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput
+from manyhats.engine.request import SamplingParams, StoppingParams
 from manyhats.engine.schedule import SchedulerConfig
-from manyhats.engine.scoring import Scoring
-from manyhats.engine.serving import ServingModel, Start
 from manyhats.engine.tokenizer import Tokenizer
 from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, save_tokenizer
-
-POISON = TINY_VOCAB_SIZE - 1
 
 
 @pytest.fixture(scope="module")
@@ -40,102 +29,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_directory(directory)
 
 
-@dataclass
-class Loop:
-    """An engine without a model, and everything it said of each job."""
-
-    tokenizer: Tokenizer
-    num_blocks: int = 64
-    block_size: int = 4
-    config: SchedulerConfig = field(
-        default_factory=lambda: SchedulerConfig(
-            max_num_sequences=8, max_num_batched_tokens=16, max_waiting=20
-        )
-    )
-
-    def __post_init__(self) -> None:
-        self.decoder = FakeDecoder(TINY_VOCAB_SIZE, poison=(POISON,))
-        self.engine = Engine(
-            cast(Any, self.decoder),
-            cast(Any, FakeCache(self.num_blocks, self.block_size)),
-            cast(Any, SimpleNamespace()),
-            ReferenceKernels(),
-            num_blocks=self.num_blocks,
-            block_size=self.block_size,
-            scheduler=self.config,
-        )
-        self.serving = ServingModel(
-            base_digest="sha256:0",
-            tokenizer=self.tokenizer,
-            eos_token_ids=frozenset({EOS_TOKEN_ID}),
-            max_context_length=self.num_blocks * self.block_size,
-            vocab_size=TINY_VOCAB_SIZE,
-        )
-        self.events: dict[str, list[Event]] = {}
-        self.stats: list[StepStats] = []
-
-    def generate(self, name: str, request: Request, slot: int = 0) -> str:
-        return self._hear(self.engine.add(Generation(name, request, Start(slot), self.serving)), name)
-
-    def score(self, name: str, request: ScoreRequest, slot: int = 0) -> str:
-        return self._hear(self.engine.add(Scoring(name, request, Start(slot), self.serving)), name)
-
-    def cancel(self, name: str) -> None:
-        self._hear(self.engine.cancel(name), name)
-
-    def step(self) -> None:
-        result = self.engine.step()
-        if result.stats is not None:
-            self.stats.append(result.stats)
-        self._hear(result.events, "")
-
-    def drain(self) -> None:
-        for _ in range(3000):
-            if not self.engine.has_work:
-                assert self.engine.allocator.num_used == 0
-                return
-            self.step()
-        raise AssertionError("the jobs do not end")
-
-    def _hear(self, events: Iterable[Event], name: str) -> str:
-        for event in events:
-            self.events.setdefault(event.job_id, []).append(event)
-        return name
-
-    def token_ids(self, name: str) -> list[int]:
-        outputs = [event.payload for event in self.events.get(name, ())]
-        return [t.id for output in outputs if isinstance(output, StepOutput) for t in output.tokens]
-
-    def text(self, name: str) -> str:
-        outputs = [event.payload for event in self.events[name]]
-        return "".join(output.text for output in outputs if isinstance(output, StepOutput))
-
-    def last(self, name: str) -> StepOutput | ScoreOutput:
-        event = self.events[name][-1]
-        assert event.is_last
-        assert isinstance(event.payload, StepOutput | ScoreOutput), event.payload
-        return event.payload
-
-    def finish_reason(self, name: str) -> FinishReason | None:
-        output = self.last(name)
-        assert isinstance(output, StepOutput)
-        return output.finish_reason
-
-    def error(self, name: str) -> EngineError:
-        event = self.events[name][-1]
-        assert event.is_last
-        assert isinstance(event.payload, EngineError), event.payload
-        assert sum(other.is_last for other in self.events[name]) == 1
-        return event.payload
-
-
 @pytest.fixture
 def loop(tokenizer: Tokenizer) -> Loop:
     return Loop(tokenizer)
-
-
-def prompt(seed: int, length: int = 9) -> list[int]:
-    return random_ids(seed, length, POISON)
 
 
 def test_generations_that_join_and_leave_at_any_step_say_what_each_says_alone(loop: Loop) -> None:
@@ -246,15 +142,6 @@ def test_a_request_that_fails_leaves_nothing_in_the_prefix_cache(loop: Loop) -> 
     loop.generate("bad", make_request([*prompt(1, 12), POISON], new_tokens=4))
     loop.drain()
     assert loop.engine.allocator.num_cached == 0
-
-
-def score_request(token_ids: list[int], continuations: list[list[int]], **fields: Any) -> ScoreRequest:
-    return ScoreRequest(
-        id="score",
-        prompt_token_ids=tuple(token_ids),
-        continuations=tuple(tuple(continuation) for continuation in continuations),
-        **fields,
-    )
 
 
 def test_a_full_queue_refuses_and_goes_on(tokenizer: Tokenizer) -> None:

@@ -229,7 +229,7 @@ async def test_every_method_s_effect_is_what_the_oracle_s_logits_give(
         for name, make in METHODS.items():
             adapter = read_lora(make(tmp_path / name, model.description), model.description)
             ids = (
-                *probe_prompt(model.tokenizer),
+                *probe_prompt(model.tokenizer, TINY_VOCAB_SIZE),
                 *changed_tokens(adapter.deltas, model.weights.embed_tokens, 4),
             )
             logits = [logits_with(oracle, a, ids) for a in (lowered("base"), adapter)]
@@ -401,7 +401,7 @@ async def test_a_probe_of_an_engine_that_dies_is_told(
 
         def broken(*_: Any) -> Any:
             entered.set()
-            raise RuntimeError("the decoder broke")
+            raise SystemExit("the decoder broke")
 
         monkeypatch.setattr(Decoder, "forward", broken)
         with pytest.raises(EngineDeadError):

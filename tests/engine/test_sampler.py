@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from manyhats.engine import sampler
+from manyhats.engine.errors import NoTokenAllowedError
 from manyhats.engine.kernels.cpu.backend import CpuKernels
 from manyhats.engine.kernels.reference import ReferenceKernels
 from manyhats.engine.penalties import LogitChanges
@@ -168,11 +170,55 @@ def test_forbidden_and_not_allowed_tokens_never_come(row: SamplingRow, seed: int
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_that_allows_nothing_is_an_error(temperature: float) -> None:
+def test_a_row_that_allows_nothing_fails_and_no_other(temperature: float) -> None:
     params = SamplingParams(temperature=temperature)
     row = SamplingRow(params=params, allowed=torch.zeros(V, dtype=torch.bool))
-    with pytest.raises(ValueError, match="no token is allowed"):
-        one(random_logits(0), row)
+    other = SamplingRow(params=SamplingParams(temperature=1.0), seed=7)
+    sampled = sample(random_logits(0, 3), [other, row, other])
+    assert list(sampled.failures) == [1]
+    assert isinstance(sampled.failures[1], NoTokenAllowedError)
+    without = sample(random_logits(0, 3)[[0, 2]], [other, other])
+    assert sampled.token_ids == [without.token_ids[0], -1, without.token_ids[1]]
+
+
+BROKEN_ROWS = {
+    **{
+        f"forbids {token_id}": SamplingRow(params=SamplingParams(), forbid=(token_id,))
+        for token_id in (V, V + 1, -1, -V, 2**31, 2**32 - 1, 2**63, -(2**63) - 1)
+    },
+    **{
+        f"biases {token_id}": SamplingRow(params=params, changes=LogitChanges(params))
+        for token_id in (V, -1, 2**31, 2**62)
+        for params in [SamplingParams(logit_bias={token_id: 1.0})]
+    },
+    "mask too short": SamplingRow(params=SamplingParams(), allowed=torch.ones(V - 1, dtype=torch.bool)),
+    "mask too long": SamplingRow(params=SamplingParams(), allowed=torch.ones(V + 8, dtype=torch.bool)),
+    "empty mask": SamplingRow(params=SamplingParams(), allowed=torch.ones(0, dtype=torch.bool)),
+    "forbids all": SamplingRow(params=SamplingParams(), forbid=tuple(range(V))),
+    "forbids all, sampled": SamplingRow(params=SamplingParams(temperature=1.0), forbid=tuple(range(V))),
+    "forbids what the mask leaves": SamplingRow(
+        params=SamplingParams(), forbid=(3,), allowed=torch.arange(V) == 3
+    ),
+    "too many log-probabilities": SamplingRow(params=SamplingParams(), num_logprobs=cast(Any, "many")),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_ROWS.values(), ids=BROKEN_ROWS)
+@settings(deadline=None, max_examples=10)
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_whatever_a_row_fails_with_its_neighbours_are_chosen_as_without_it(
+    broken: SamplingRow, data: st.DataObject, seed: int
+) -> None:
+    rows = data.draw(st.lists(sampling_rows(), max_size=5))
+    place = data.draw(st.integers(0, len(rows)))
+    logits = random_logits(seed, len(rows) + 1)
+    sampled = sample(logits, [*rows[:place], broken, *rows[place:]])
+    assert list(sampled.failures) == [place]
+    assert sampled.token_ids[place] == -1
+    alone = sample(logits[[i for i in range(len(rows) + 1) if i != place]], rows)
+    kept = [i for i in range(len(rows) + 1) if i != place]
+    assert [sampled.token_ids[i] for i in kept] == alone.token_ids
+    assert [sampled.logprobs[i] for i in kept] == alone.logprobs
 
 
 def expected_distribution(logits: Tensor, params: SamplingParams) -> np.ndarray:

@@ -115,7 +115,7 @@ class AsyncEngine:
             prefixes,
             self._slots,
             self._probe_slot,
-            prompt=probe_prompt(self.model.tokenizer),
+            prompt=probe_prompt(self.model.tokenizer, self.model.config.vocab_size),
             embeddings=self.model.weights.embed_tokens,
             num_blocks=self._num_blocks,
             block_size=self.config.block_size,
@@ -242,7 +242,7 @@ class AsyncEngine:
             EngineError: what else ended it.
             AdapterError: its adapter cannot be loaded.
         """
-        check_generation(request, self._serving.vocab_size)
+        check_generation(request, self._serving.vocab_size, self._serving.eos_token_ids)
         outputs = self._submit(
             request, lambda job_id, start: Generation(job_id, request, start, self._serving)
         )

@@ -3,20 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+
+import structlog
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.request import MAX_CONTINUATIONS, Request, ScoreRequest
+from manyhats.engine.stopping import StopChecker
+
+_log = structlog.get_logger(__name__)
 
 
-def check_generation(request: Request, vocab_size: int) -> None:
-    """See that every token id of a generation is one.
+def known_token_ids(ids: Iterable[object], vocab_size: int, source: str) -> frozenset[int]:
+    """Those ids that are tokens of the model; what a model's files name beside them is dropped with a note.
+
+    Args:
+        ids: as a file has them; None stands for none.
+        vocab_size: token ids are below.
+        source: which file and field they are from, for the note.
+    """
+    given = [each for each in ids if each is not None]
+    known = [each for each in given if type(each) is int and 0 <= each < vocab_size]
+    if len(known) < len(given):
+        unknown = [each for each in given if each not in known]
+        _log.warning(
+            "ids that are no token of the model are dropped",
+            source=source,
+            ids=unknown[:20],
+            limit=vocab_size,
+        )
+    return frozenset(known)
+
+
+def check_generation(request: Request, vocab_size: int, eos_token_ids: AbstractSet[int]) -> None:
+    """See that every token id of a generation is one, and that there is one that may come first.
+
+    Args:
+        request: to look at.
+        vocab_size: token ids are below.
+        eos_token_ids: those that end this request.
 
     Raises:
-        FieldInvalidError: an empty prompt, or an id outside the vocabulary.
+        FieldInvalidError: an empty prompt, an id outside the vocabulary, or every token forbidden.
     """
     _check_prompt(request.prompt_token_ids, vocab_size)
     _check_ids("sampling.logit_bias", request.sampling.logit_bias, vocab_size)
     _check_ids("stopping.stop_token_ids", request.stopping.stop_token_ids, vocab_size)
+    forbidden = StopChecker(request.stopping, eos_token_ids).forbidden_ids(0)
+    if len(forbidden) >= vocab_size:
+        raise FieldInvalidError(
+            "stopping.min_new_tokens",
+            f"must be 0 here: until then no EOS and no stop token may come, which are all {vocab_size} tokens",
+        )
 
 
 def check_scoring(request: ScoreRequest, vocab_size: int) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+import uuid
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -17,14 +21,19 @@ from manyhats.engine.errors import (
     EngineError,
     NumericalError,
     RequestCancelledError,
+    RequestFailedError,
 )
 from manyhats.engine.jobs import Event, Job, Output, SampledToken
 from manyhats.engine.kernels.interface import AdapterSlots, Kernels, KVCache
 from manyhats.engine.model.decoder import Decoder
 from manyhats.engine.output import StepStats
-from manyhats.engine.sampler import non_finite_rows, sample
+from manyhats.engine.sampler import SamplingRow, non_finite_rows, sample
 from manyhats.engine.schedule import Chunk, Schedule, SchedulerConfig
 from manyhats.engine.scheduler import Scheduler
+
+_MAX_FAILED_STEPS = 8
+"""In a row; where no step gets through any more, the engine is of no use."""
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,10 @@ class _Rows:
 
 
 class Engine:
-    """Runs jobs to their end. Not thread-safe; ``AsyncEngine`` gives it a thread."""
+    """Runs jobs to their end. Not thread-safe; ``AsyncEngine`` gives it a thread.
+
+    What a job raises ends that job alone; what a step raises as a whole, such as the forward, ends the step's jobs.
+    """
 
     def __init__(
         self,
@@ -80,6 +92,7 @@ class Engine:
         self.allocator = BlockAllocator(num_blocks, block_size)
         self.scheduler = Scheduler(scheduler, self.allocator)
         self._jobs: dict[str, Job] = {}
+        self._num_failed_steps = 0  # since the last one that got through
 
     @property
     def has_work(self) -> bool:
@@ -88,12 +101,11 @@ class Engine:
 
     def add(self, job: Job) -> tuple[Event, ...]:
         """Takes a job in; the event says why not, where it can't."""
-        try:
-            job.start(self.scheduler)
-        except EngineError as error:
-            return (Event(job.id, error, True),)
+        events: list[Event] = []
         self._jobs[job.id] = job
-        return ()
+        with self._alone(job, events):
+            job.start(self.scheduler)
+        return tuple(events)
 
     def cancel(self, job_id: str) -> tuple[Event, ...]:
         """Ends a job at once; its blocks are free when this returns. Unknown ids are passed over."""
@@ -101,7 +113,11 @@ class Engine:
         return () if job is None else (self._fail(job, RequestCancelledError("cancelled")),)
 
     def step(self) -> StepResult:
-        """One turn: ends what the clock ends, then runs the next batch, if there is one."""
+        """One turn: ends what the clock ends, then runs the next batch, if there is one.
+
+        Raises:
+            Exception: what a step failed with as a whole, after several in a row that did.
+        """
         started = time.monotonic()
         num_jobs = len(self._jobs)
         events = self._tick(started)
@@ -109,12 +125,15 @@ class Engine:
         if not schedule.chunks:
             is_stuck = not events and len(self._jobs) == num_jobs > 0
             return StepResult(tuple(events), None, is_stuck)
-        for chunk in schedule.chunks:
-            self._jobs[chunk.sequence.id].begin(chunk.sequence, started)
-        batch = build_batch(schedule, self._block_size)
-        with torch.inference_mode():
-            logits = self._decoder.forward(batch, self._cache, self._slots)
-            events += self._commit(schedule, logits, started)
+        try:
+            batch = build_batch(schedule, self._block_size)
+            with torch.inference_mode():
+                logits = self._decoder.forward(batch, self._cache, self._slots)
+                self._commit(schedule, logits, started, events)
+        except Exception as error:  # noqa: BLE001 whatever it is, requests beyond this step have no part in it
+            self._fail_step(schedule, error, events)
+            return StepResult(tuple(events), None)
+        self._num_failed_steps = 0
         return StepResult(tuple(events), self._stats(schedule, batch, time.monotonic() - started))
 
     def drop_all(self, error: EngineError) -> tuple[Event, ...]:
@@ -126,31 +145,39 @@ class Engine:
         for job in tuple(self._jobs.values()):
             if job.deadline_s is not None and now_s >= job.deadline_s:
                 events.append(self._fail(job, DeadlineExceededError("the deadline passed")))
-            else:
+                continue
+            with self._alone(job, events):
                 self._emit(job, job.tick(self.scheduler, now_s), events)
         return events
 
-    def _commit(self, schedule: Schedule, logits: Tensor, started: float) -> list[Event]:
+    def _commit(self, schedule: Schedule, logits: Tensor, started: float, events: list[Event]) -> None:
         """Samples, scores, and moves every sequence of the step on; a row with bad logits ends its job alone."""
         rows = self._rows(schedule)
-        events: list[Event] = []
         bad = set(non_finite_rows(logits))
-        for part in rows:
-            if part.job.id in self._jobs and bad.intersection(range(part.first, part.end)):
+        for part in self._live(rows):
+            if bad.intersection(range(part.first, part.end)):
                 events.append(self._fail(part.job, NumericalError("the logits are not finite")))
-        rows = [part for part in rows if part.job.id in self._jobs]
-        for part in rows:
-            if part.scored_end > part.first:
-                part.job.score(part.chunk.sequence, part.first_position, logits[part.first : part.scored_end])
-        tokens = self._sample(rows, logits)
+        for part in self._live(rows):
+            with self._alone(part.job, events):
+                part.job.begin(part.chunk.sequence, started)
+                if part.scored_end > part.first:
+                    part.job.score(
+                        part.chunk.sequence, part.first_position, logits[part.first : part.scored_end]
+                    )
+        rows = list(self._live(rows))
+        tokens = self._sample(rows, logits, events)
         ended = [part.chunk.ends_tokens for part in rows]
         self.scheduler.commit(schedule)
         now_s = time.monotonic()
         for part, token, is_end in zip(rows, tokens, ended, strict=True):
             if is_end and part.job.id in self._jobs:
-                output = part.job.commit(part.chunk.sequence, token, self.scheduler, now_s)
-                self._emit(part.job, output, events)
-        return events
+                with self._alone(part.job, events):
+                    output = part.job.commit(part.chunk.sequence, token, self.scheduler, now_s)
+                    self._emit(part.job, output, events)
+
+    def _live(self, rows: Iterable[_Rows]) -> Iterator[_Rows]:
+        """Those whose job has not ended meanwhile; one job may have several."""
+        return (part for part in rows if part.job.id in self._jobs)
 
     def _rows(self, schedule: Schedule) -> list[_Rows]:
         rows: list[_Rows] = []
@@ -163,17 +190,27 @@ class Engine:
             first = end
         return rows
 
-    def _sample(self, rows: Seq[_Rows], logits: Tensor) -> list[SampledToken | None]:
-        """One token for each of the rows that samples, in their order; None for the others."""
-        sampling = [part for part in rows if part.scored_end < part.end]
+    def _sample(self, rows: Seq[_Rows], logits: Tensor, events: list[Event]) -> list[SampledToken | None]:
+        """One token for each of the rows that samples, in their order; None for the others and those that fail."""
+        sampling: list[_Rows] = []
+        sampling_rows: list[SamplingRow] = []
+        for part in rows:
+            if part.scored_end < part.end:
+                with self._alone(part.job, events):
+                    sampling_rows.append(part.job.sampling_row(part.chunk.sequence))
+                    sampling.append(part)
         if not sampling:
             return [None] * len(rows)
         index = [part.end - 1 for part in sampling]
         chosen = logits if len(index) == logits.shape[0] else logits[index]
-        sampling_rows = [part.job.sampling_row(part.chunk.sequence) for part in sampling]
         result = sample(chosen, sampling_rows, self._kernels)
-        tokens = iter(zip(result.token_ids, result.logprobs, strict=True))
-        return [SampledToken(*next(tokens)) if part.scored_end < part.end else None for part in rows]
+        tokens: dict[int, SampledToken] = {}
+        for number, part in enumerate(sampling):
+            with self._alone(part.job, events):
+                if number in result.failures:
+                    raise result.failures[number]
+                tokens[part.first] = SampledToken(result.token_ids[number], result.logprobs[number])
+        return [tokens.get(part.first) for part in rows]
 
     def _emit(self, job: Job, output: Output | None, events: list[Event]) -> None:
         if job.is_done:
@@ -181,10 +218,31 @@ class Engine:
         if output is not None:
             events.append(Event(job.id, output, job.is_done))
 
+    @contextmanager
+    def _alone(self, job: Job, events: list[Event]) -> Iterator[None]:
+        """What is raised in this block ends the job, and nothing else."""
+        try:
+            yield
+        except EngineError as error:
+            events.append(self._fail(job, error))
+        except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
+            events.append(self._fail(job, _unexpected(error, job.id)))
+
     def _fail(self, job: Job, error: EngineError) -> Event:
         job.abort(self.scheduler)
         del self._jobs[job.id]
         return Event(job.id, error, True)
+
+    def _fail_step(self, schedule: Schedule, error: Exception, events: list[Event]) -> None:
+        """Ends the jobs of a step that failed as a whole; the others go on."""
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= _MAX_FAILED_STEPS:
+            raise error
+        names = {chunk.sequence.id for chunk in schedule.chunks}
+        failure = _unexpected(error, *sorted(names))
+        for job in [job for name, job in self._jobs.items() if name in names]:
+            events.append(self._fail(job, failure))
+        self.scheduler.commit(schedule)  # all of its sequences are finished: their blocks come free
 
     def _stats(self, schedule: Schedule, batch: Batch, duration_s: float) -> StepStats:
         num_decode = sum(chunk.is_decode for chunk in schedule.chunks)
@@ -197,3 +255,11 @@ class Engine:
             prefix_cache_queries=schedule.prefix_cache_queries,
             prefix_cache_hits=schedule.prefix_cache_hits,
         )
+
+
+def _unexpected(error: Exception, *job_ids: str) -> RequestFailedError:
+    """What the callers hear of it; the log has it whole."""
+    failure = RequestFailedError(uuid.uuid4().hex)
+    failure.__cause__ = error
+    _log.error("a request failed in the engine", jobs=job_ids, error_id=failure.error_id, exc_info=error)
+    return failure

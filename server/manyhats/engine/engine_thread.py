@@ -124,5 +124,8 @@ class EngineThread:
             except queue.Empty:
                 return events
             if command is not None:
-                events += command()
+                try:
+                    events += command()
+                except Exception as error:  # noqa: BLE001 one thing undone must not end all that runs
+                    _log.error("a command to the engine failed", exc_info=error)
             wait = False

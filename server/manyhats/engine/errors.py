@@ -11,6 +11,8 @@ EngineError
 ├── DeadlineExceededError
 ├── RequestCancelledError
 ├── NumericalError              non-finite logits, of one request alone
+├── NoTokenAllowedError         bias, penalties or masks left one request no token to choose
+├── RequestFailedError          anything unexpected, of one request or one step; the log has it
 └── EngineDeadError             the engine thread ended
 """
 
@@ -79,6 +81,21 @@ class RequestCancelledError(EngineError):
 
 class NumericalError(EngineError):
     """The logits of this request were not finite."""
+
+
+class NoTokenAllowedError(EngineError):
+    """Bias, penalties, forbidden tokens and masks together leave a request no token that may come next."""
+
+    def __init__(self) -> None:
+        super().__init__("no token may come next: what the request forbids leaves none to choose from")
+
+
+class RequestFailedError(EngineError):
+    """Something unexpected ended the request; the log has it under ``error_id``, and it is the cause of this error."""
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(f"the request failed in the engine; the server's log says why, under {error_id}")
+        self.error_id = error_id
 
 
 class EngineDeadError(EngineError):

@@ -19,6 +19,7 @@ from manyhats.engine.sequence import Sequence
 
 T = TypeVar("T")
 
+_ID_PREFIX = "internal-"
 Command = Callable[[], tuple[Event, ...]]
 """Something for the engine's thread to do between steps."""
 
@@ -84,7 +85,7 @@ class InternalJobs:
         return self._background.wait_for(self._start(make_job))
 
     def _start(self, make_job: Callable[[str, Callable[[T], None]], Job]) -> Future[T]:
-        job_id = f"internal-{next(self._numbers)}"
+        job_id = f"{_ID_PREFIX}{next(self._numbers)}"
         future: Future[T] = Future()
         job = make_job(job_id, future.set_result)
         self._waiting[job_id] = future
@@ -109,7 +110,9 @@ class InternalJobs:
         future = self._waiting.get(event.job_id)
         if future is not None and isinstance(event.payload, EngineError):
             future.set_exception(event.payload)
-        return future is not None
+        return event.job_id.startswith(
+            _ID_PREFIX
+        )  # one that had its result, and then failed, is nobody else's
 
     def close(self) -> None:
         """Ends every wait; the engine's thread calls it as its last act."""

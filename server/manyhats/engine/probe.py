@@ -187,9 +187,10 @@ class AdapterProbe:
         return self._jobs.run(make_job)
 
 
-def probe_prompt(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The fixed token ids: plain English, begun as the tokenizer begins a text."""
-    return tuple(tokenizer.encode(_TEXT, add_special_tokens=True)[:_NUM_FIXED_TOKENS])
+def probe_prompt(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """The fixed token ids: plain English, begun as the tokenizer begins a text; those that the model has a row for."""
+    token_ids = tokenizer.encode(_TEXT, add_special_tokens=True)
+    return tuple(token_id for token_id in token_ids if token_id < vocab_size)[:_NUM_FIXED_TOKENS] or (0,)
 
 
 def changed_tokens(deltas: Iterable[Delta], embeddings: Tensor, count: int) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ their number.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.choices import Choices
+from manyhats.engine.errors import NoTokenAllowedError
 from manyhats.engine.kernels.interface import Kernels
 from manyhats.engine.logprobs import TokenLogprob, row_logprob, token_logprobs
 from manyhats.engine.penalties import Ids, LogitChanges, Values
@@ -57,10 +59,17 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One token per row, and its log-probability from the raw logits where asked for."""
+    """One token per row, and its log-probability from the raw logits where asked for.
+
+    Attributes:
+        token_ids: −1 for a row that failed.
+        logprobs: None where none was asked for.
+        failures: the rows that failed, and why; the other rows are as they would be without them.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
+    failures: Mapping[int, Exception] = field(default_factory=dict)
 
 
 def sample(logits: Tensor, rows: Seq[SamplingRow], kernels: Kernels[Any, Any]) -> Sampled:
@@ -75,25 +84,42 @@ def sample(logits: Tensor, rows: Seq[SamplingRow], kernels: Kernels[Any, Any]) -
         rows: M of them.
         kernels: what chooses.
 
+    A row fails by itself: with ``NoTokenAllowedError`` where nothing is left to choose from, with ``IndexError`` where
+    an id is outside the vocabulary, or with whatever else it raises.
+
     Raises:
-        ValueError: not M rows, or a row that allows no token.
-        IndexError: an id outside the vocabulary.
+        ValueError: not M rows.
     """
     if logits.shape[0] != len(rows):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} sampling rows")
+    chosen: list[int | Exception]
     if all(row.is_plain_greedy for row in rows):
-        token_ids: list[int] = logits.numpy().argmax(axis=1).tolist()
+        chosen = logits.numpy().argmax(axis=1).tolist()
     else:
+        chosen = _choose(logits, rows, kernels)
+    logprobs: list[TokenLogprob | None] = [None] * len(rows)
+    for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+        if isinstance(token, int) and row.num_logprobs is not None:
+            try:
+                logprobs[index] = row_logprob(logits[index].numpy(), token, row.num_logprobs)
+            except Exception as error:  # noqa: BLE001 it is this row's alone
+                chosen[index] = error
+    return Sampled(
+        [token if isinstance(token, int) else -1 for token in chosen],
+        logprobs,
+        {index: token for index, token in enumerate(chosen) if isinstance(token, Exception)},
+    )
+
+
+def _choose(logits: Tensor, rows: Seq[SamplingRow], kernels: Kernels[Any, Any]) -> list[int | Exception]:
+    """The token of each row, or why it has none."""
+    try:
         token_ids = kernels.choose(logits, _choices(logits, rows)).tolist()
-    if -1 in token_ids:
-        raise ValueError("no token is allowed to come next")
-    logprobs = [
-        None
-        if row.num_logprobs is None
-        else row_logprob(logits[index].numpy(), token_ids[index], row.num_logprobs)
-        for index, row in enumerate(rows)
-    ]
-    return Sampled(token_ids, logprobs)
+    except Exception as error:  # noqa: BLE001 whatever it is, it must end its own row alone
+        if len(rows) == 1:
+            return [error]
+        return [_choose(logits[i : i + 1], [row], kernels)[0] for i, row in enumerate(rows)]
+    return [NoTokenAllowedError() if token_id < 0 else token_id for token_id in token_ids]
 
 
 def non_finite_rows(logits: Tensor) -> list[int]:
@@ -112,7 +138,7 @@ def _choices(logits: Tensor, rows: Seq[SamplingRow]) -> Choices:
     masks = [row.allowed for row in rows if row.allowed is not None]
     return Choices(
         temperature=torch.tensor([_temperature(p) for p in params], dtype=torch.float32),
-        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64),
+        top_k=torch.tensor([min(p.top_k, logits.shape[1]) for p in params], dtype=torch.int64),
         top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64),
         min_p=torch.tensor([p.min_p for p in params], dtype=torch.float64),
         typical_p=torch.tensor([p.typical_p for p in params], dtype=torch.float64),
@@ -133,15 +159,24 @@ _NO_VALUES: Values = np.empty(0, np.float32)
 
 
 def _edits(logits: Tensor, index: int, row: SamplingRow) -> tuple[Ids, Values]:
-    """The tokens of a row whose logits change, and to what; forbidden ones come last, and so win."""
+    """The tokens of a row whose logits change, and to what; forbidden ones come last, and so win.
+
+    Raises:
+        IndexError: one is no token.
+        ValueError: the mask is not one of this vocabulary.
+    """
+    size = logits.shape[1]
+    if row.allowed is not None and row.allowed.shape != (size,):
+        raise ValueError(f"a mask of shape {tuple(row.allowed.shape)} for a vocabulary of {size}")
     ids, values = _NO_IDS, _NO_VALUES
     if row.changes is not None:
         ids, values = row.changes.applied(logits[index].numpy())
     if row.forbid:
-        if max(row.forbid) >= logits.shape[1]:
-            raise IndexError(f"token id {max(row.forbid)} is outside the vocabulary of {logits.shape[1]}")
         ids = np.concatenate([ids, np.array(row.forbid, np.int64)])
         values = np.concatenate([values, np.full(len(row.forbid), -np.inf, np.float32)])
+    outside = ids[(ids < 0) | (ids >= size)]  # the kernels check no index
+    if outside.size:
+        raise IndexError(f"token id {outside[0]} is outside the vocabulary of {size}")
     return ids, values
 
 

@@ -50,6 +50,8 @@ CASES: Mapping[type[Exception], Case] = MappingProxyType(
         engine.DeadlineExceededError: Case(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
         engine.RequestCancelledError: Case(grpc.StatusCode.CANCELLED, "CANCELLED"),
         engine.NumericalError: Case(grpc.StatusCode.INTERNAL, "NUMERICAL_ERROR"),
+        engine.NoTokenAllowedError: Case(_INVALID, "NO_TOKEN_ALLOWED"),
+        engine.RequestFailedError: Case(grpc.StatusCode.INTERNAL, "INTERNAL"),
         server.LoadingError: Case(_UNAVAILABLE, "LOADING"),
         server.UploadStalledError: Case(grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_STALLED"),
         server.CredentialMissingError: Case(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_MISSING"),
@@ -112,6 +114,8 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"field": error.field}
         case engine.QueueFullError() | engine.AdapterCapacityError():
             return {"limit": str(error.limit)}
+        case engine.RequestFailedError():
+            return {"error_id": error.error_id}
         case adapter.ArgumentInvalidError():
             return {"field": error.subject}
         case adapter.AdapterError():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.sites import BaseDescription
+from manyhats.engine.checks import known_token_ids
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.cache import Nf4Cache, quantize_checkpoint
 from manyhats.engine.model.checkpoint import (
@@ -167,13 +168,13 @@ def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefau
     """EOS ids of ``generation_config.json``, else of ``config.json``, else the tokenizer's."""
     path = found.directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    for value in (
-        generation.get("eos_token_id"),
-        found.config.get("eos_token_id"),
-        tokenizer.special_token_id("eos_token"),
+    vocab_size = found.architecture.decoder.vocab_size
+    for source, value in (
+        ("generation_config.json: eos_token_id", generation.get("eos_token_id")),
+        ("config.json: eos_token_id", found.config.get("eos_token_id")),
+        ("tokenizer_config.json: eos_token", tokenizer.special_token_id("eos_token")),
     ):
-        values = value if isinstance(value, list) else [value]
-        ids = frozenset(token_id for token_id in values if isinstance(token_id, int))
+        ids = known_token_ids(value if isinstance(value, list) else [value], vocab_size, source)
         if ids:
             return GenerationDefaults(eos_token_ids=ids)
     return GenerationDefaults(eos_token_ids=frozenset())

@@ -1,0 +1,265 @@
+"""Whatever one request fails with ends that request alone, and a step that fails ends its requests alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+
+from engine_harness import (
+    collect,
+    digest_of,
+    load_tiny,
+    make_record,
+    make_request,
+    random_ids,
+    random_lora,
+    running_engine,
+)
+from engine_loop import Loop, prompt, score_request
+from manyhats.engine import async_engine
+from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.errors import EngineDeadError, NoTokenAllowedError, RequestFailedError
+from manyhats.engine.generation import Generation
+from manyhats.engine.internal_jobs import InternalJob
+from manyhats.engine.model.decoder import Decoder
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.output import ScoreOutput
+from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest
+from manyhats.engine.scoring import Scoring
+from manyhats.engine.serving import Start
+from manyhats.engine.tokenizer import Tokenizer
+from tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(directory)
+    return Tokenizer.from_directory(directory)
+
+
+@pytest.fixture
+def loop(tokenizer: Tokenizer) -> Loop:
+    return Loop(tokenizer)
+
+
+class BrokenError(Exception):
+    """What no part of the engine expects."""
+
+
+def failing(kind: type[Any], method: str, at_call: int) -> type[Any]:
+    """A job whose method raises at one of its calls."""
+    calls = iter(range(1, 1000))
+
+    def fails(self: Any, *arguments: Any) -> Any:
+        if next(calls) == at_call:
+            raise BrokenError(method)
+        return getattr(kind, method)(self, *arguments)
+
+    return type(f"Failing{kind.__name__}", (kind,), {method: fails})
+
+
+GENERATION_STAGES = [
+    (stage, at_call)
+    for stage in ("begin", "sampling_row", "score", "commit", "tick", "_output")
+    for at_call in (1, 2, 5)
+    if (stage, at_call) != ("score", 5)
+]
+
+
+@pytest.mark.parametrize(("stage", "at_call"), [("start", 1), *GENERATION_STAGES])
+def test_a_generation_that_fails_anywhere_ends_alone(loop: Loop, stage: str, at_call: int) -> None:
+    sampled = SamplingParams(temperature=1.0, top_p=0.9, seed=5)
+    options = ResponseOptions(logprobs=True, prompt_logprobs=True)
+    loop.generate("0", make_request(prompt(0), new_tokens=9))
+    kind = failing(Generation, stage, at_call)
+    request = make_request(prompt(1, 20), new_tokens=9, response=options)
+    loop.add(kind("bad", request, Start(), loop.serving))
+    loop.generate("2", make_request(prompt(2), new_tokens=9, sampling=sampled))
+    loop.score("score", score_request(prompt(3), [[7, 8], [9]]))
+    loop.drain()
+    error = loop.error("bad")
+    assert isinstance(error, RequestFailedError)
+    assert isinstance(error.__cause__, BrokenError)
+    assert loop.token_ids("0") == loop.decoder.greedy(prompt(0), 9)
+    assert isinstance(loop.last("score"), ScoreOutput)
+    alone = Loop(loop.tokenizer)
+    alone.generate("2", make_request(prompt(2), new_tokens=9, sampling=sampled))
+    alone.drain()
+    assert loop.token_ids("2") == alone.token_ids("2")
+
+
+@pytest.mark.parametrize("at_call", [1, 2, 3])
+@pytest.mark.parametrize("stage", ["begin", "score", "commit", "tick"])
+def test_a_scoring_that_fails_anywhere_ends_alone(loop: Loop, stage: str, at_call: int) -> None:
+    loop.generate("0", make_request(prompt(0), new_tokens=9))
+    kind = failing(Scoring, stage, at_call)
+    continuations = [[token, 5, 6, 7] for token in range(3, 12)]
+    loop.add(kind("bad", score_request(prompt(1), continuations), Start(), loop.serving))
+    loop.score("score", score_request(prompt(1), continuations))
+    loop.drain()
+    assert isinstance(loop.error("bad").__cause__, BrokenError)
+    assert loop.token_ids("0") == loop.decoder.greedy(prompt(0), 9)
+    assert isinstance(loop.last("score"), ScoreOutput)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("at_token", [0, 1, 4])
+def test_a_request_with_no_token_left_to_choose_ends_alone_with_a_status_of_its_own(
+    loop: Loop, at_token: int, temperature: float
+) -> None:
+    class Masked(Generation):
+        def sampling_row(self, sequence: Any) -> Any:
+            row = super().sampling_row(sequence)
+            nothing = torch.zeros(TINY_VOCAB_SIZE, dtype=torch.bool)
+            return replace(row, allowed=nothing) if row.step == at_token else row
+
+    loop.generate("0", make_request(prompt(0), new_tokens=9))
+    request = make_request(prompt(1), new_tokens=9, sampling=SamplingParams(temperature=temperature, seed=1))
+    loop.add(Masked("masked", request, Start(), loop.serving))
+    loop.drain()
+    assert isinstance(loop.error("masked"), NoTokenAllowedError)
+    assert len(loop.token_ids("masked")) == at_token
+    assert loop.token_ids("0") == loop.decoder.greedy(prompt(0), 9)
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(loop: Loop) -> None:
+    failures = iter([False, True, False, True])
+
+    def broken(_: Any) -> None:
+        if next(failures, False):
+            raise BrokenError("the forward")
+
+    loop.decoder.before_forward = broken
+    loop.generate("0", make_request(prompt(0), new_tokens=9))
+    loop.score("score", score_request(prompt(3), [[7, 8], [9, 8]]))
+    loop.step()
+    with capture_logs() as logs:
+        loop.step()
+    (log,) = logs
+    assert isinstance(log["exc_info"], BrokenError)
+    for name in ("0", "score"):
+        error = loop.error(name)
+        assert isinstance(error, RequestFailedError)
+        assert error.error_id == log["error_id"]
+    assert loop.engine.allocator.num_used == 0
+    loop.generate("1", make_request(prompt(1), new_tokens=9))
+    loop.step()
+    loop.generate("2", make_request(prompt(2), new_tokens=9))
+    loop.step()
+    loop.generate("3", make_request(prompt(0), new_tokens=9))
+    loop.drain()
+    assert isinstance(loop.error("1"), RequestFailedError)
+    assert isinstance(loop.error("2"), RequestFailedError)
+    assert loop.token_ids("3") == loop.decoder.greedy(prompt(0), 9)
+
+
+def test_an_engine_whose_steps_all_fail_gives_up(loop: Loop) -> None:
+    def broken(_: Any) -> None:
+        raise BrokenError("the forward")
+
+    def fail_some() -> Iterator[int]:
+        for count in range(100):
+            loop.generate(str(count), make_request(prompt(0)))
+            loop.step()
+            yield count
+
+    loop.decoder.before_forward = broken
+    with pytest.raises(BrokenError):
+        for _ in fail_some():
+            pass
+    survived = len(loop.events)
+    assert 2 < survived < 20
+    assert all(isinstance(loop.error(name), RequestFailedError) for name in loop.events)
+
+
+def test_an_internal_job_that_fails_after_its_result_is_nobody_elses(loop: Loop) -> None:
+    class Late(InternalJob[int]):
+        def start(self, scheduler: Any) -> None:
+            self._finish(1)
+            raise BrokenError("after the result")
+
+        def abort(self, scheduler: Any) -> None:
+            pass
+
+    results: list[int] = []
+    loop.add(Late("internal-1", results.append))
+    assert results == [1]
+    assert isinstance(loop.error("internal-1"), RequestFailedError)
+    assert not loop.engine.has_work
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_tiny(make_checkpoint(tmp_path_factory.mktemp("rows") / "model", seed=13))
+
+
+def answers_of(engine: AsyncEngine, count: int) -> list[asyncio.Task[Any]]:
+    return [
+        asyncio.create_task(collect(engine, make_request(random_ids(seed, 9, 300), new_tokens=12)))
+        for seed in range(count)
+    ]
+
+
+async def test_a_failing_request_leaves_a_running_engine_and_its_adapter_free(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "Generation", failing(Generation, "commit", 3))
+    async with running_engine(model, {"a": random_lora(model.description, 1)}) as engine:
+        with pytest.raises(RequestFailedError):
+            await collect(engine, make_request(random_ids(1, 9, 300), make_record("a")))
+        assert not engine.in_use(digest_of("a"))
+        answers = await asyncio.gather(*answers_of(engine, 4))
+        assert [len(answer.tokens) for answer in answers] == [12] * 4
+        assert engine.is_alive
+        assert engine.stats.kv_blocks_used == 0
+
+
+async def test_a_failing_forward_tells_its_callers_and_the_engine_goes_on(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = Decoder.forward, iter(range(1000))
+
+    def sometimes_broken(*arguments: Any) -> Any:
+        if next(calls) in (3, 4, 20):
+            raise BrokenError("the forward")
+        return forward(*arguments)
+
+    async with running_engine(model) as engine:
+        expected = [answer.token_ids for answer in await asyncio.gather(*answers_of(engine, 6))]
+        monkeypatch.setattr(Decoder, "forward", sometimes_broken)
+        results = await asyncio.gather(*answers_of(engine, 6), return_exceptions=True)
+        assert any(isinstance(result, RequestFailedError) for result in results)
+        calls = iter([3])
+        with pytest.raises(RequestFailedError):
+            await engine.score(ScoreRequest(id="s", prompt_token_ids=(5,), continuations=((7,),)))
+        calls = iter([3])
+        with pytest.raises(RequestFailedError):
+            await asyncio.to_thread(engine.probe, random_lora(model.description, 2))
+        calls = iter(range(100, 1000))
+        again = await asyncio.gather(*answers_of(engine, 6))
+        assert [answer.token_ids for answer in again] == expected
+        assert engine.stats.kv_blocks_used == 0
+
+
+async def test_an_engine_that_gives_up_tells_every_caller(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise BrokenError("the forward")
+
+    async with running_engine(model) as engine:
+        monkeypatch.setattr(Decoder, "forward", broken)
+        kinds = set()
+        for _ in range(20):
+            with pytest.raises((RequestFailedError, EngineDeadError)) as caught:
+                await collect(engine, make_request([5]))
+            kinds.add(caught.type)
+        assert kinds == {RequestFailedError, EngineDeadError}
+        assert not engine.is_alive
