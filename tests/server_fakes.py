@@ -30,7 +30,7 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.taskid import check_task_id, parse_name
 from manyhats.adapters.upload import UploadFile
-from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.output import (
     EngineStats,
     FinishReason,
@@ -47,7 +47,7 @@ from manyhats.server.gate import Gate
 from manyhats.server.grpc_port import GrpcPort
 from manyhats.server.http_port import HttpPort, make_app
 from manyhats.server.metrics import Metrics
-from manyhats.server.ports import Backend, ModelInfo, Store
+from manyhats.server.ports import Backend, ModelInfo, Store, Tokenizer
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
@@ -64,14 +64,21 @@ VOCAB_SIZE = 300
 class ByteTokenizer:
     """Token id = byte + 2; 1 begins a sequence."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return ([BOS] if add_special_tokens else []) + [byte + 2 for byte in text.encode()]
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
+        ids = ([BOS] if add_special_tokens else []) + [byte + 2 for byte in text.encode()]
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise PromptTooLongError("text", len(ids), max_tokens)
+        return ids
 
-    def encode_chat(self, messages: Sequence[ChatMessage], template: str | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
+    ) -> list[int]:
         if any(message.role == "refused" for message in messages):
             raise FieldInvalidError("chat", "the chat template refused the messages")
         return self.encode(
-            "".join(f"{each.role}:{each.content};" for each in messages), add_special_tokens=True
+            "".join(f"{each.role}:{each.content};" for each in messages),
+            add_special_tokens=True,
+            max_tokens=max_tokens,
         )
 
     def piece(self, token_id: int) -> str:
@@ -83,7 +90,7 @@ class EchoEngine:
     """Answers with the prompt's own tokens, one a step. What tests turn is public."""
 
     step_s: float = 0.0
-    max_context_length: int = 64
+    max_context_length: int = 1024
     error: Exception | None = None
     error_after: int = 0
     is_alive: bool = True
@@ -382,9 +389,11 @@ INFO = ModelInfo(
 )
 
 
-def make_backend(engine: EchoEngine, store: Store) -> Backend:
+def make_backend(engine: EchoEngine, store: Store, tokenizer: Tokenizer | None = None) -> Backend:
     """The fakes as what answers requests."""
-    return Backend(engine=engine, store=store, tokenizer=ByteTokenizer(), info=INFO, max_adapters=4)
+    return Backend(
+        engine=engine, store=store, tokenizer=tokenizer or ByteTokenizer(), info=INFO, max_adapters=4
+    )
 
 
 @dataclass
@@ -414,12 +423,16 @@ class Running:
 
 @asynccontextmanager
 async def running_server(
-    *, is_open: bool = True, max_task_labels: int = 10, store: Store | None = None
+    *,
+    is_open: bool = True,
+    max_task_labels: int = 10,
+    store: Store | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> AsyncIterator[Running]:
     """A server on fakes and free ports; with ``is_open`` false it is still loading."""
     engine, store = EchoEngine(), store or MemoryStore()
     metrics, gate = Metrics(max_task_labels=max_task_labels), Gate(heartbeat_limit_s=5.0)
-    backend = make_backend(engine, store)
+    backend = make_backend(engine, store, tokenizer)
     if is_open:
         metrics.attach(backend)
         gate.open(backend)

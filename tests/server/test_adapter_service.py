@@ -270,7 +270,12 @@ async def test_server_info_describes_the_base_model() -> None:
     async with running_server() as server:
         info = await server.server.GetServerInfo(server_pb2.GetServerInfoRequest())
     assert (info.base_model, info.base_digest, info.quantization) == (INFO.name, INFO.digest, "nf4")
-    assert (info.dtype, info.device, info.max_context_length, info.vocab_size) == ("bfloat16", "cpu", 64, 300)
+    assert (info.dtype, info.device, info.max_context_length, info.vocab_size) == (
+        "bfloat16",
+        "cpu",
+        1024,
+        300,
+    )
     assert info.version
 
 

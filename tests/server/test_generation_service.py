@@ -103,6 +103,7 @@ async def test_prompts_as_token_ids_and_chat() -> None:
 
 async def test_long_text_takes_the_same_way() -> None:
     async with running_server() as server:
+        server.engine.max_context_length = 8192
         answer = await server.generation.Generate(pb.GenerateRequest(text="x" * 5000))
     assert answer.text == "x" * 255
     assert answer.usage.prompt_tokens == 5001

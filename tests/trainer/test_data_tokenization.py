@@ -18,6 +18,7 @@ from default_model import default_model_directory
 from manyhats.engine.tokenizer import ChatMessage, Tokenizer
 from manyhats.server import from_proto
 from manyhats.server.prompts import encode_prompts
+from manyhats.server.text_threads import TextThreads
 from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data import (
     Dataset,
@@ -89,7 +90,8 @@ def learned(row: TokenizedRow) -> list[str]:
 
 async def score_tokens(request: ScoreRequest, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """Prompt and continuations as the server tokenizes them."""
-    backend: Any = SimpleNamespace(tokenizer=tokenizer, info=SimpleNamespace(vocab_size=tokenizer.vocab_size))
+    info = SimpleNamespace(vocab_size=tokenizer.vocab_size)
+    backend: Any = SimpleNamespace(tokenizer=tokenizer, info=info, text_threads=TextThreads())
     received = ScoreRequest.FromString(request.SerializeToString())
     return await encode_prompts(backend, [from_proto.prompt(received), *from_proto.continuations(received)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Set as AbstractSet
 
 import structlog
@@ -94,7 +94,7 @@ def _check_prompt(token_ids: tuple[int, ...], vocab_size: int) -> None:
     _check_ids("prompt", token_ids, vocab_size)
 
 
-def _check_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    for token_id in token_ids:
+def _check_ids(field: str, token_ids: Collection[int], vocab_size: int) -> None:
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise FieldInvalidError(field, f"token id {token_id} is outside the vocabulary of {vocab_size}")

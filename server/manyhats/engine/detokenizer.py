@@ -96,7 +96,7 @@ class _Vocabulary:
         return self._backend.id_to_token(token_id) or ""
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Character → byte of byte-level vocabularies: printable Latin-1 is itself, the rest U+0100 and on.
 
     Source: Radford et al. 2019, GPT-2's ``bytes_to_unicode``.
@@ -112,7 +112,7 @@ class BytePieces:
 
     def __init__(self, backend: Backend, *, skip_special_tokens: bool = True) -> None:
         self._vocabulary = _Vocabulary(backend, skip_special_tokens)
-        self._alphabet = _byte_alphabet()
+        self._alphabet = byte_alphabet()
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:

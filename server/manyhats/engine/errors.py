@@ -37,12 +37,17 @@ class FieldInvalidError(RequestError):
 
 
 class PromptTooLongError(RequestError):
-    """Prompt and adapter prefix leave no room for one output token; ``limit`` is in tokens."""
+    """Prompt and adapter prefix leave no room for one output token; ``limit`` is in tokens.
 
-    def __init__(self, field: str, num_tokens: int, limit: int) -> None:
-        super().__init__(field, f"has {num_tokens} tokens; the limit is {limit}")
+    With ``at_least``, ``num_tokens`` is what a text that was not tokenized has at least.
+    """
+
+    def __init__(self, field: str, num_tokens: int, limit: int, *, at_least: bool = False) -> None:
+        least = "at least " if at_least else ""
+        super().__init__(field, f"has {least}{num_tokens} tokens; the limit is {limit}")
         self.num_tokens = num_tokens
         self.limit = limit
+        self.at_least = at_least
 
 
 class ModelError(EngineError):

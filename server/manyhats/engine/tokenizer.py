@@ -9,13 +9,15 @@ ignore ``add_bos_token`` beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.chat_template import ChatMessage, render_chat
 from manyhats.engine.detokenizer import Detokenizer, pieces_for
-from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
+from manyhats.engine.token_bound import TokenBound, token_bound
 from manyhats.engine.tokenizer_files import read_text_files, read_tokenizer
 
 __all__ = ["ChatMessage", "Tokenizer"]
@@ -63,9 +65,39 @@ class Tokenizer:
         read = read_tokenizer(files, origin)
         return cls(read.backend, special_tokens=read.special_tokens, chat_template=read.chat_template)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; literals of special tokens in it become those tokens."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a text; literals of special tokens in it become those tokens.
+
+        Other threads run meanwhile.
+
+        Args:
+            text: any.
+            add_special_tokens: whether the post-processor adds its own.
+            max_tokens: how many the caller takes.
+
+        Raises:
+            PromptTooLongError: ``text``: there are more; not tokenized where its length already tells.
+        """
+        if max_tokens is not None:
+            self._check_length(text, max_tokens)
+        # Unlike ``encode``, this lets go of the interpreter lock, and leaves out the places of the tokens in the text.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if max_tokens is not None and len(encoding) > max_tokens:
+            raise PromptTooLongError("text", len(encoding), max_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        # In so few bytes no bound finds too many.
+        if 4 * len(text) <= max_tokens or self._bound is None:
+            return
+        least = self._bound.min_tokens(text)
+        if least > max_tokens:
+            raise PromptTooLongError("text", least, max_tokens, at_least=True)
+
+    @cached_property
+    def _bound(self) -> TokenBound | None:
+        return token_bound(self._backend)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a sequence of tokens, the special ones left out."""
@@ -80,21 +112,26 @@ class Tokenizer:
         literal = self._special_tokens.get(name)
         return None if literal is None else self._backend.token_to_id(literal)
 
-    def encode_chat(self, messages: Sequence[ChatMessage], template: str | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next turn begins.
 
         Args:
             messages: at least one.
             template: Jinja source, in place of the model's own.
+            max_tokens: as in ``encode``.
 
         Raises:
             FieldInvalidError: ``chat``: there is no template or no message, or the template refuses them.
+            PromptTooLongError: as in ``encode``.
         """
         source = self.chat_template if template is None else template
         if source is None:
             raise FieldInvalidError("chat", "the model has no chat template; send text or token_ids")
         # The template writes the special tokens itself.
-        return self.encode(render_chat(source, messages, self._special_tokens), add_special_tokens=False)
+        text = render_chat(source, messages, self._special_tokens)
+        return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
 
     def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A detokenizer at the beginning of a sequence; special tokens have no text, or their literals."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +26,10 @@ from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ConfigError
 from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend, ModelInfo
+from manyhats.server.text_threads import TextThreads
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Registrations wait for each other, and for slow sources, and must not keep from the event loop's own threads what
-# those are for, such as tokenizing long prompts.
+# Registrations wait for each other, and for slow sources.
 _NUM_STORE_THREADS = 32
 # What the store calls a setting → what the server calls it.
 _STORE_SETTINGS = {"catalogue_url": "catalogue", "url_prefixes": "adapter_url_prefixes"}
@@ -68,6 +69,9 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         engine=engine,
         store=store,
         store_threads=background.threads(_NUM_STORE_THREADS, "store"),
+        text_threads=TextThreads(
+            brief=ThreadPoolExecutor(1, thread_name_prefix="text"), long=background.threads(1, "long-text")
+        ),
         tokenizer=model.tokenizer,
         info=info,
         max_adapters=config.max_adapters,

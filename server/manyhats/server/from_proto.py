@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from types import MappingProxyType
 
 from manyhats.adapters.intake import PartSource
 from manyhats.adapters.upload import UploadFile
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.request import MAX_CONTINUATIONS, ResponseOptions, SamplingParams, StoppingParams
+from manyhats.engine.request import (
+    MAX_CONTINUATIONS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_SEQUENCES,
+    MAX_STOP_TOKEN_IDS,
+    ResponseOptions,
+    SamplingParams,
+    StoppingParams,
+)
 from manyhats.engine.tokenizer import ChatMessage
-from manyhats.server.prompts import MAX_TEXT_BYTES, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from manyhats.server.prompts import (
+    MAX_CHAT_MESSAGES,
+    MAX_TEXT_BYTES,
+    ChatPrompt,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
 from manyhats.server.registrar import RegistrationOptions, RegistrationSpec, UploadSpec
 from manyhats.v1 import adapter_pb2, generation_pb2
 
@@ -56,9 +72,10 @@ def prompt(message: PromptMessage) -> Prompt:
             special = message.add_special_tokens if message.HasField("add_special_tokens") else True
             return TextPrompt(message.text, add_special_tokens=special)
         case "token_ids":
-            return TokenPrompt(tuple(message.token_ids.ids))
+            return TokenPrompt(message.token_ids.ids)
         case "chat":
             turns = message.chat.messages
+            _check_count("chat.messages", turns, MAX_CHAT_MESSAGES)
             return ChatPrompt(tuple(ChatMessage(role=turn.role, content=turn.content) for turn in turns))
     raise FieldInvalidError("prompt", "exactly one of text, token_ids and chat must be set")
 
@@ -68,6 +85,7 @@ def sampling_params(message: generation_pb2.GenerateRequest) -> SamplingParams:
     if not message.HasField("sampling"):
         return SamplingParams()
     sampling = message.sampling
+    _check_count("sampling.logit_bias", sampling.logit_bias, MAX_LOGIT_BIAS)
     return SamplingParams(
         temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
         top_k=sampling.top_k,
@@ -85,6 +103,8 @@ def sampling_params(message: generation_pb2.GenerateRequest) -> SamplingParams:
 def stopping_params(message: generation_pb2.GenerateRequest) -> StoppingParams:
     """When to stop."""
     stopping = message.stopping
+    _check_count("stopping.stop_sequences", stopping.stop_sequences, MAX_STOP_SEQUENCES)
+    _check_count("stopping.stop_token_ids", stopping.stop_token_ids, MAX_STOP_TOKEN_IDS)
     return StoppingParams(
         max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else 256,
         min_new_tokens=stopping.min_new_tokens,
@@ -124,12 +144,18 @@ def continuations(message: generation_pb2.ScoreRequest) -> tuple[TextPrompt | To
     return tuple(_continuation(f"continuations[{index}]", each) for index, each in enumerate(given))
 
 
+def _check_count(field: str, values: Sized, limit: int) -> None:
+    """Before anything is made of millions of values, that hold up everybody while it is made."""
+    if len(values) > limit:
+        raise FieldInvalidError(field, f"has {len(values)}; the limit is {limit}")
+
+
 def _continuation(field: str, message: generation_pb2.Continuation) -> TextPrompt | TokenPrompt:
     match message.WhichOneof("content"):
         case "text":
             return TextPrompt(message.text, add_special_tokens=False, field=f"{field}.text")
         case "token_ids":
-            return TokenPrompt(tuple(message.token_ids.ids), field=f"{field}.token_ids")
+            return TokenPrompt(message.token_ids.ids, field=f"{field}.token_ids")
     raise FieldInvalidError(field, "exactly one of text and token_ids must be set")
 
 

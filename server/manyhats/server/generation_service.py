@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 import structlog
@@ -18,10 +19,12 @@ from manyhats.server import from_proto, to_proto
 from manyhats.server.gate import Gate
 from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend
-from manyhats.server.prompts import encode_prompts, pieces_of
+from manyhats.server.prompts import Prompt, encode_prompts
 from manyhats.v1 import generation_pb2, generation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[object, object]
+
+MAX_TOKENIZED = 256 * 1024  # tokens in the answer of Tokenize
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +98,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Give the tokens of a prompt."""
         backend = self._gate.backend
         resolve(backend, request.task_id)
-        (ids,) = await encode_prompts(backend, [from_proto.prompt(request)])
-        return generation_pb2.TokenizeResponse(ids=ids, pieces=await pieces_of(backend, ids))
+        (ids,) = await encode_prompts(backend, [from_proto.prompt(request)], max_tokens=MAX_TOKENIZED)
+        respond = partial(to_proto.tokenize_response, ids, backend.tokenizer.piece)
+        return await backend.text_threads.run(respond, len(ids))
 
     async def _outputs(self, asked: Request) -> AsyncGenerator[StepOutput, None]:
         """The engine's outputs, counted; closing this closes the engine's generator at once."""
@@ -117,7 +121,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             cache_salt=from_proto.cache_salt(message),
             priority=message.priority,
             adapter=resolve(backend, message.task_id),
-            prompt_token_ids=(await encode_prompts(backend, [from_proto.prompt(message)]))[0],
+            prompt_token_ids=(await _encoded(backend, [from_proto.prompt(message)]))[0],
             deadline_s=accepted.deadline_s,
             accepted_s=accepted.accepted_s,
         )
@@ -125,7 +129,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def _score_request(self, message: generation_pb2.ScoreRequest, accepted: Accepted) -> ScoreRequest:
         backend = self._gate.backend
         prompts = [from_proto.prompt(message), *from_proto.continuations(message)]
-        prompt, *continuations = await encode_prompts(backend, prompts)
+        prompt, *continuations = await _encoded(backend, prompts)
         return ScoreRequest(
             id=accepted.engine_id,
             cache_salt=from_proto.cache_salt(message),
@@ -137,6 +141,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             deadline_s=accepted.deadline_s,
             accepted_s=accepted.accepted_s,
         )
+
+
+async def _encoded(backend: Backend, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """Token ids of what the engine is to run on; one token at least comes after, or before."""
+    return await encode_prompts(backend, prompts, max_tokens=backend.engine.max_context_length - 1)
 
 
 def resolve(backend: Backend, name: str) -> AdapterRecord | None:

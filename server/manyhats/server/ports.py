@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from manyhats.adapters.artifact import AdapterRecord
@@ -16,16 +16,19 @@ from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency import ResidencyStats
 from manyhats.engine.tokenizer import ChatMessage
+from manyhats.server.text_threads import TextThreads
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back. Safe to call from any thread."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of ``text``."""
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
+        """Token ids of ``text``; ``PromptTooLongError`` where it has more than ``max_tokens``."""
 
-    def encode_chat(self, messages: Sequence[ChatMessage], template: str | None = None) -> list[int]:
-        """Token ids of a conversation, ready for the model's turn."""
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the model's turn; limited as ``encode`` is."""
 
     def piece(self, token_id: int) -> str:
         """Text of one token by itself."""
@@ -204,6 +207,7 @@ class Backend:
     Attributes:
         max_adapters: how many can be resident at once.
         store_threads: for what blocks on the store; None are the event loop's own.
+        text_threads: for what takes time in proportion to a text.
     """
 
     engine: Engine
@@ -212,3 +216,4 @@ class Backend:
     info: ModelInfo
     max_adapters: int
     store_threads: Executor | None = None
+    text_threads: TextThreads = field(default_factory=TextThreads)

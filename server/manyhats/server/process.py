@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -68,6 +69,8 @@ async def serve(
         before the server was ready.
     """
     configure_logs(config.log_format, config.log_level)
+    # One text is tokenized on the thread that asks (``TextThreads``), not on as many as there are processors.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # For the whole process: a creation time per series would double their number.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     try:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import ClassVar
 
-from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.tokenizer import ChatMessage
 from manyhats.server.ports import Backend
-
-T = TypeVar("T")
+from manyhats.server.text_threads import slices
 
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_CHAT_MESSAGES = 1024
 MAX_ROLE_LENGTH = 64
-
-# Longer texts are tokenized in a worker thread, so that they do not hold up the streams of others. For
-# shorter ones the change of threads would cost more than the tokenizer does.
-_INLINE_LENGTH = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +35,7 @@ class TextPrompt:
 class TokenPrompt:
     """Token ids, used as they are; ``field`` is their name in the request."""
 
-    ids: tuple[int, ...]
+    ids: Sequence[int]
     field: str = "token_ids"
 
     def __post_init__(self) -> None:
@@ -54,18 +48,19 @@ class ChatPrompt:
     """A conversation, oldest message first."""
 
     messages: tuple[ChatMessage, ...]
+    field: ClassVar[str] = "chat.messages"
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.messages) <= MAX_CHAT_MESSAGES:
             raise FieldInvalidError(
-                "chat.messages", f"must have 1 to {MAX_CHAT_MESSAGES} messages, not {len(self.messages)}"
+                self.field, f"must have 1 to {MAX_CHAT_MESSAGES} messages, not {len(self.messages)}"
             )
         for index, message in enumerate(self.messages):
             if not 1 <= len(message.role) <= MAX_ROLE_LENGTH:
                 raise FieldInvalidError(
                     f"chat.messages[{index}].role", f"must have 1 to {MAX_ROLE_LENGTH} characters"
                 )
-        _check_size("chat.messages", self.num_bytes)
+        _check_size(self.field, self.num_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -76,55 +71,70 @@ class ChatPrompt:
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
-async def encode_prompts(backend: Backend, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+async def encode_prompts(
+    backend: Backend, prompts: Sequence[Prompt], *, max_tokens: int | None = None
+) -> list[tuple[int, ...]]:
     """Token ids of prompts, in order.
+
+    Args:
+        backend: has tokenizer and threads.
+        prompts: of one request.
+        max_tokens: of each; a prompt of more can never be served.
 
     Raises:
         FieldInvalidError: an id is outside the vocabulary, a prompt has no tokens, or the chat template refused.
+        PromptTooLongError: a prompt has more tokens; where its length already tells, it was not tokenized.
     """
-    return await _run(partial(_encode_all, backend, prompts), sum(_length(prompt) for prompt in prompts))
+    work = partial(_encode_all, backend, prompts, max_tokens)
+    return await backend.text_threads.run(work, sum(map(_length, prompts)))
 
 
-async def pieces_of(backend: Backend, ids: Sequence[int]) -> list[str]:
-    """The text of each token by itself."""
-    return await _run(lambda: [backend.tokenizer.piece(token_id) for token_id in ids], len(ids))
+def _encode_all(backend: Backend, prompts: Sequence[Prompt], max_tokens: int | None) -> list[tuple[int, ...]]:
+    return [_encode(backend, prompt, max_tokens) for prompt in prompts]
 
 
-def _encode_all(backend: Backend, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-    return [_encode(backend, prompt) for prompt in prompts]
-
-
-def _encode(backend: Backend, prompt: Prompt) -> tuple[int, ...]:
-    match prompt:
-        case TokenPrompt():
-            ids, field = list(prompt.ids), f"{prompt.field}.ids"
-            largest = max(ids)
-            if largest >= backend.info.vocab_size:
-                raise FieldInvalidError(
-                    field, f"has {largest}; token ids are below {backend.info.vocab_size}"
+def _encode(backend: Backend, prompt: Prompt, max_tokens: int | None) -> tuple[int, ...]:
+    try:
+        match prompt:
+            case TokenPrompt():
+                ids = _checked_ids(backend, prompt, max_tokens)
+            case TextPrompt():
+                ids = backend.tokenizer.encode(
+                    prompt.text, add_special_tokens=prompt.add_special_tokens, max_tokens=max_tokens
                 )
-        case TextPrompt():
-            ids = backend.tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
-            field = prompt.field
-        case ChatPrompt():
-            ids, field = backend.tokenizer.encode_chat(prompt.messages), "chat.messages"
+            case ChatPrompt():
+                ids = backend.tokenizer.encode_chat(prompt.messages, max_tokens=max_tokens)
+    except PromptTooLongError as error:
+        # The engine's word for whichever kind of prompt it is.
+        field = prompt.field if prompt.field.startswith("continuations") else "prompt"
+        raise PromptTooLongError(field, error.num_tokens, error.limit, at_least=error.at_least) from None
     if not ids:
-        raise FieldInvalidError(field, "has no tokens")
+        raise FieldInvalidError(prompt.field, "has no tokens")
     return tuple(ids)
+
+
+def _checked_ids(backend: Backend, prompt: TokenPrompt, max_tokens: int | None) -> list[int]:
+    if max_tokens is not None and len(prompt.ids) > max_tokens:
+        raise PromptTooLongError(prompt.field, len(prompt.ids), max_tokens)
+    ids: list[int] = []
+    for part in slices(prompt.ids):
+        largest = max(part)
+        if largest >= backend.info.vocab_size:
+            raise FieldInvalidError(
+                f"{prompt.field}.ids", f"has {largest}; token ids are below {backend.info.vocab_size}"
+            )
+        ids.extend(part)
+    return ids
 
 
 def _length(prompt: Prompt) -> int:
     match prompt:
         case TokenPrompt():
-            return 0  # nothing to tokenize
+            return len(prompt.ids) // 64  # nothing to tokenize, but each is looked at
         case TextPrompt():
             return len(prompt.text)
         case ChatPrompt():
             return prompt.num_bytes
-
-
-async def _run(work: Callable[[], T], length: int) -> T:
-    return work() if length <= _INLINE_LENGTH else await asyncio.to_thread(work)
 
 
 def _check_size(field: str, num_bytes: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -16,6 +16,7 @@ from manyhats.engine.output import (
     Usage,
 )
 from manyhats.server.ports import Backend
+from manyhats.server.text_threads import slices
 from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
 
 
@@ -69,6 +70,15 @@ def scored_continuation(score: ScoredContinuation) -> generation_pb2.ScoredConti
     return generation_pb2.ScoredContinuation(
         logprob=score.logprob, num_tokens=len(score.tokens), tokens=token_infos(score.tokens)
     )
+
+
+def tokenize_response(ids: Sequence[int], piece: Callable[[int], str]) -> generation_pb2.TokenizeResponse:
+    """Token ids and the text of each, in slices: other threads run in between."""
+    response = generation_pb2.TokenizeResponse()
+    for part in slices(ids):
+        response.ids.extend(part)
+        response.pieces.extend(map(piece, part))
+    return response
 
 
 def token_infos(tokens: Iterable[TokenOutput]) -> list[generation_pb2.TokenInfo]:
