@@ -18,6 +18,7 @@ import re
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -77,13 +78,22 @@ def _sentencepiece_strip(description: dict[str, Any]) -> int | None:
             return None
 
 
+def clean_up_spaces(text: str) -> str:
+    """A text without the spaces that tokenizers of words leave before punctuation and English contractions.
+
+    Source: ``clean_up_tokenization`` of transformers.
+    """
+    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(spaced, spaced.strip())
+    return text
+
+
 class _Vocabulary:
     """Token strings by id; the special ones apart, where they are skipped."""
 
     def __init__(self, backend: Backend, skip_special_tokens: bool) -> None:
         self._backend = backend
-        added = backend.get_added_tokens_decoder() if skip_special_tokens else {}
-        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self._special = _skipped_tokens(backend) if skip_special_tokens else {}
 
     def special(self, token_id: int) -> str | None:
         """The literal of a special token that is skipped; None for any other."""
@@ -94,6 +104,20 @@ class _Vocabulary:
         if token_id in self._special or token_id < 0:
             return ""
         return self._backend.id_to_token(token_id) or ""
+
+
+def _skipped_tokens(backend: Backend) -> dict[int, str]:
+    """Id → literal of the tokens that decoding skips.
+
+    Their flags do not say it: once special, a token is skipped even if it is added anew as an ordinary one.
+    """
+    added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
+    decoder = backend.decoder
+    backend.decoder = decoders.Fuse()  # gives literals as they are
+    try:
+        return {token_id: literal for token_id, literal in added.items() if not backend.decode([token_id])}
+    finally:
+        backend.decoder = decoder
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -1,9 +1,8 @@
 """Text to token ids and back, by the checkpoint's own fast tokenizer.
 
-The ``tokenizers`` library is used directly: importing transformers' tokenizers takes seconds. What those add
-to a ``tokenizer.json`` (named special tokens and the chat template) is read here; a test compares. Which
-special tokens a text gets is the file's own business: its post-processor says so, and like transformers we
-ignore ``add_bos_token`` beside it.
+The ``tokenizers`` library is used directly: importing transformers' tokenizers takes seconds. What those make of a
+checkpoint's files is read by ``tokenizer_parts``; tests compare. Which special tokens a text gets is the file's own
+business: its post-processor says so, and like transformers we ignore ``add_bos_token`` beside it.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.chat_template import ChatMessage, render_chat
-from manyhats.engine.detokenizer import Detokenizer, pieces_for
+from manyhats.engine.detokenizer import Detokenizer, clean_up_spaces, pieces_for
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.token_bound import TokenBound, token_bound
-from manyhats.engine.tokenizer_files import read_text_files, read_tokenizer
+from manyhats.engine.tokenizer_files import read_text_files
+from manyhats.engine.tokenizer_parts import read_tokenizer
 
 __all__ = ["ChatMessage", "Tokenizer"]
 
@@ -30,12 +30,19 @@ class Tokenizer:
         backend: must not truncate or pad.
         special_tokens: name such as ``eos_token`` → literal.
         chat_template: Jinja source; None if the model has none.
+        cleans_up_spaces: whether text loses the spaces before punctuation, see ``clean_up_spaces``.
     """
 
     def __init__(
-        self, backend: Backend, *, special_tokens: Mapping[str, str], chat_template: str | None = None
+        self,
+        backend: Backend,
+        *,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None = None,
+        cleans_up_spaces: bool = False,
     ) -> None:
         self._backend = backend
+        self._cleans_up_spaces = cleans_up_spaces
         self._special_tokens = dict(special_tokens)
         self._pieces = pieces_for(backend)
         self._literal_pieces = pieces_for(backend, skip_special_tokens=False)
@@ -63,7 +70,12 @@ class Tokenizer:
             ModelError: there is no ``tokenizer.json``, or one of the files cannot be read.
         """
         read = read_tokenizer(files, origin)
-        return cls(read.backend, special_tokens=read.special_tokens, chat_template=read.chat_template)
+        return cls(
+            read.backend,
+            special_tokens=read.special_tokens,
+            chat_template=read.chat_template,
+            cleans_up_spaces=read.cleans_up_spaces,
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text; literals of special tokens in it become those tokens.
@@ -101,7 +113,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a sequence of tokens, the special ones left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        text = self._backend.decode(list(ids), skip_special_tokens=True)
+        return clean_up_spaces(text) if self._cleans_up_spaces else text
 
     def piece(self, token_id: int) -> str:
         """Text of one token by itself; parts of characters become U+FFFD, special tokens their literal."""

@@ -1,15 +1,12 @@
-"""What the files beside a model say of its tokenizer."""
+"""The files beside a model that say how it reads and writes text."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.errors import ModelError
 
@@ -30,30 +27,32 @@ TEXT_FILES = (
 )
 """Names of the files that decide how a model reads and writes text, in its directory."""
 
-_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenizerParts:
-    """What a tokenizer is made of.
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Text files, parsed; each is empty where there is none, but for ``tokenizer.json``.
 
     Attributes:
-        backend: neither truncates nor pads.
-        special_tokens: name such as ``eos_token`` → literal.
-        chat_template: Jinja source; None if the files have none.
+        origin: what errors call the place they are from.
+        tokenizer_json: ``tokenizer.json`` as it is.
+        tokenizer: the same, parsed.
+        config: ``tokenizer_config.json``.
+        special_tokens: ``special_tokens_map.json``.
+        added_tokens: ``added_tokens.json``.
+        model_config: ``config.json``, of the model.
     """
 
-    backend: Backend
-    special_tokens: Mapping[str, str]
-    chat_template: str | None
+    origin: str
+    tokenizer_json: bytes
+    tokenizer: Mapping[str, Any]
+    config: Mapping[str, Any]
+    special_tokens: Mapping[str, Any]
+    added_tokens: Mapping[str, Any]
+    model_config: Mapping[str, Any]
+
+    def error(self, name: str, message: str) -> ModelError:
+        """The error that names a file."""
+        return ModelError(f"{self.origin}/{name}: {message}")
 
 
 def read_text_files(directory: Path) -> dict[str, bytes]:
@@ -74,92 +73,65 @@ def read_text_files(directory: Path) -> dict[str, bytes]:
     return files
 
 
-def read_tokenizer(files: Mapping[str, bytes], origin: str) -> TokenizerParts:
-    """What ``files`` make together.
+def parse_files(files: Mapping[str, bytes], origin: str) -> TokenizerFiles:
+    """Parse text files.
 
     Args:
         files: name, one of ``TEXT_FILES``, → content.
         origin: what errors call the place they are from.
 
     Raises:
-        ModelError: there is no ``tokenizer.json``, or one of the files cannot be read.
+        ModelError: there is no ``tokenizer.json``, or one of the files is not a JSON object.
     """
-    config = read_object(files, TOKENIZER_CONFIG_FILE, origin)
-    backend = _read_backend(files, origin)
-    special_tokens = _special_tokens(config)
-    _mark_special(backend, special_tokens.values())
-    return TokenizerParts(backend, special_tokens, read_chat_template(files, config, origin))
+    if TOKENIZER_FILE not in files:
+        raise ModelError(
+            f"{origin}: has no {TOKENIZER_FILE}; save the tokenizer with transformers to get one"
+        )
+    return TokenizerFiles(
+        origin=origin,
+        tokenizer_json=files[TOKENIZER_FILE],
+        tokenizer=_read_object(files, TOKENIZER_FILE, origin),
+        config=_read_object(files, TOKENIZER_CONFIG_FILE, origin),
+        special_tokens=_read_object(files, SPECIAL_TOKENS_FILE, origin),
+        added_tokens=_read_object(files, ADDED_TOKENS_FILE, origin),
+        model_config=_read_object(files, MODEL_CONFIG_FILE, origin),
+    )
 
 
-def read_object(files: Mapping[str, bytes], name: str, origin: str) -> Mapping[str, Any]:
-    """The JSON object in the file of that name; empty where there is none.
-
-    Raises:
-        ModelError: the file holds anything else.
-    """
-    if name not in files:
-        return {}
-    try:
-        content = json.loads(files[name])
-    except ValueError as error:
-        raise ModelError(f"{origin}/{name}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{origin}/{name}: not a JSON object")
-    return content
-
-
-def read_chat_template(files: Mapping[str, bytes], config: Mapping[str, Any], origin: str) -> str | None:
-    """The default template: a file of its own, or in the config as a string or a list of named ones.
+def read_chat_template(files: Mapping[str, bytes], origin: str) -> str | None:
+    """The default chat template: a file of its own, or in ``tokenizer_config.json``, alone or among named ones.
 
     Args:
         files: name, one of ``TEXT_FILES``, → content.
-        config: what ``tokenizer_config.json`` holds.
         origin: what errors call the place they are from.
 
+    Returns:
+        Jinja source; None if there is none.
+
     Raises:
-        ModelError: the file is not UTF-8.
+        ModelError: the file is not UTF-8, or the config is not a JSON object.
     """
     if TEMPLATE_FILE in files:
         try:
             return files[TEMPLATE_FILE].decode()
         except UnicodeDecodeError as error:
             raise ModelError(f"{origin}/{TEMPLATE_FILE}: not UTF-8: {error}") from error
-    template = config.get("chat_template")
+    template = _read_object(files, TOKENIZER_CONFIG_FILE, origin).get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
     return template if isinstance(template, str) else None
 
 
-def _read_backend(files: Mapping[str, bytes], origin: str) -> Backend:
-    if TOKENIZER_FILE not in files:
-        raise ModelError(
-            f"{origin}: has no {TOKENIZER_FILE}; save the tokenizer with transformers to get one"
-        )
+def _read_object(files: Mapping[str, bytes], name: str, origin: str) -> Mapping[str, Any]:
+    """The JSON object in the file of that name; empty where there is none."""
+    if name not in files:
+        return {}
     try:
-        backend = Backend.from_buffer(files[TOKENIZER_FILE])
-    except Exception as error:  # the library raises plain Exception for anything malformed
-        raise ModelError(f"{origin}/{TOKENIZER_FILE}: not a tokenizer: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name; the file has each as a string or as an object with ``content``."""
-    literals = {}
-    for name in _SPECIAL_TOKENS:
-        value = config.get(name)
-        literal = value.get("content") if isinstance(value, dict) else value
-        if isinstance(literal, str) and literal:
-            literals[name] = literal
-    return literals
-
-
-def _mark_special(backend: Backend, literals: Iterable[str]) -> None:
-    """Make the named special tokens special to the backend, so that decoding skips them; flags are kept."""
-    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for literal in literals:
-        token = added.get(literal) or AddedToken(literal, special=True)
-        token.special = True
-        backend.add_special_tokens([token])
+        content = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{origin}/{name}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{origin}/{name}: not a JSON object")
+    return content
