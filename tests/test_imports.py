@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,25 @@ def test_a_package_does_not_import_what_it_must_not_know(package: str) -> None:
         assert not top & FORBIDDEN[package], f"{path.relative_to(ROOT)} imports {top & FORBIDDEN[package]}"
 
 
-def test_the_namespace_package_has_no_init_file() -> None:
-    for path in PACKAGES.values():
-        assert not (path.parent / "__init__.py").exists()
+def test_one_folder_alone_has_the_init_file_that_finds_the_others() -> None:
+    folders = {path.parent for path in PACKAGES.values()}
+    assert [path.parent.name for path in folders if (path / "__init__.py").exists()] == ["clients"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_every_package_is_found_and_the_version_told_wherever_the_first_folder_lies(order: int) -> None:
+    folders = [str(path) for path in dict.fromkeys(path.parent.parent for path in PACKAGES.values())]
+    code = (
+        "import importlib.util, sys\n"
+        "sys.path[:0] = sys.argv[1:]\n"
+        f"for name in {list(PACKAGES)}:\n"
+        "    print(importlib.util.find_spec(f'manyhats.{name}').origin)\n"
+        "import manyhats\n"
+        "print(manyhats.__version__)\n"
+        "print([name for name in ('torch', 'grpc', 'typer') if name in sys.modules], hasattr(manyhats, 'nothing'))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *folders[::order]], capture_output=True, text=True, check=True
+    )
+    expected = [str(path / "__init__.py") for path in PACKAGES.values()]
+    assert result.stdout.splitlines() == [*expected, metadata.version("manyhats"), "[] False"]

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
+import manyhats
 from client_fakes import TEXT, FakeServer
 
 COMMAND = [sys.executable, "-m", "manyhats.cli"]
@@ -79,6 +80,14 @@ def read_until(descriptor: int, expected: str, timeout_s: float = 30.0) -> str:
 
 def plain(shown: bytes) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace")).replace("\r", "")
+
+
+@pytest.mark.parametrize("module", ["manyhats", "manyhats.cli"])
+def test_the_package_runs_as_the_command(module: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"manyhats {manyhats.__version__}\n", "")
 
 
 def test_answer_on_stdout_and_nothing_on_stderr(fake: FakeServer) -> None:

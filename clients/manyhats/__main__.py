@@ -1,0 +1,5 @@
+"""``python -m manyhats``: the same as ``manyhats``."""
+
+from manyhats.cli.main import main
+
+main()
