@@ -428,10 +428,11 @@ async def running_server(
     max_task_labels: int = 10,
     store: Store | None = None,
     tokenizer: Tokenizer | None = None,
+    max_calls: int = 1000,
 ) -> AsyncIterator[Running]:
     """A server on fakes and free ports; with ``is_open`` false it is still loading."""
     engine, store = EchoEngine(), store or MemoryStore()
-    metrics, gate = Metrics(max_task_labels=max_task_labels), Gate(heartbeat_limit_s=5.0)
+    metrics, gate = Metrics(max_task_labels=max_task_labels), Gate(heartbeat_limit_s=5.0, max_calls=max_calls)
     backend = make_backend(engine, store, tokenizer)
     if is_open:
         metrics.attach(backend)

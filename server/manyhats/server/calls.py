@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,8 +16,11 @@ from google.rpc import status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from manyhats.adapters.errors import shown
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.server.errors import TooManyCallsError
 from manyhats.server.from_proto import task_of
 from manyhats.server.gate import Gate
+from manyhats.server.messages import check_readable, readable, tolerant
 from manyhats.server.metrics import Metrics
 from manyhats.server.status import INTERNAL, case_of, status_of
 
@@ -42,21 +45,47 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the handler of one of our methods; others (health, reflection) pass as they are."""
+        """Wrap the handler of one of our methods; others (health, reflection) do as they do, on messages alone."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(SERVICE_PREFIX):
-            return handler
-        return self._wrapped(handler, handler_call_details.method.rpartition("/")[2])
+        if handler is None:
+            return None
+        if not handler_call_details.method.startswith(SERVICE_PREFIX):
+            return _of_messages(handler)
+        method = handler_call_details.method.rpartition("/")[2]
+        if self._gate.is_full:
+            return self._refusing(method)
+        return self._wrapped(handler, method)
+
+    def _refusing(self, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        """Admits no more calls, without reading the message."""
+
+        async def respond() -> None:
+            """Not called: the gate is asked first, and if it has room again, the caller comes back."""
+            raise TooManyCallsError(self._gate.max_calls)
+
+        async def refuse(requests: Any, context: Context) -> None:
+            await self._observed(method, None, context, respond)
+
+        # Whatever the method takes, this takes a stream, and so reads nothing of it.
+        return grpc.stream_unary_rpc_method_handler(refuse)
 
     def _wrapped(self, handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
         async def unary(request: Any, context: Context) -> Any:
-            respond = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            return await self._observed(method, request, context, lambda: respond(request, context))
+            async def respond() -> Any:
+                check_readable(request)
+                return await handler.unary_unary(request, context)
+
+            return await self._observed(method, request, context, respond)
+
+        async def upload(requests: Any, context: Context) -> Any:
+            respond = handler.stream_unary
+            return await self._observed(method, None, context, lambda: respond(readable(requests), context))
 
         async def stream(request: Any, context: Context) -> None:
             # Written from here rather than yielded, so that a cancelled call closes the servicer's generator,
             # and with it the engine's, at once instead of when it is collected.
             async def send() -> None:
+                check_readable(request)
                 responses: AsyncGenerator[Any, None] = handler.unary_stream(request, context)
                 async with aclosing(responses):
                     async for response in responses:
@@ -64,11 +93,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
             await self._observed(method, request, context, send)
 
-        serializers = (handler.request_deserializer, handler.response_serializer)
+        serializers = (tolerant(handler.request_deserializer), handler.response_serializer)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(stream, *serializers)
         if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(unary, *serializers)
+            return grpc.stream_unary_rpc_method_handler(upload, *serializers)
         return grpc.unary_unary_rpc_method_handler(unary, *serializers)
 
     async def _observed(
@@ -102,6 +131,44 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         _log.info(
             "call", method=call.method, task=shown(call.name or ""), code=code.name, seconds=round(seconds, 4)
         )
+
+
+def _of_messages(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of a service that is not ours, behind a check that there is a message."""
+
+    async def unary(request: Any, context: Context) -> Any:
+        await _refuse_unreadable(request, context)
+        return await handler.unary_unary(request, context)
+
+    async def stream(request: Any, context: Context) -> None:
+        await _refuse_unreadable(request, context)
+        await handler.unary_stream(request, context)  # writes by itself
+
+    async def both(requests: Any, context: Context) -> AsyncIterator[Any]:
+        async def readable_or_refused() -> AsyncIterator[Any]:
+            async for request in requests:
+                await _refuse_unreadable(request, context)
+                yield request
+
+        async for response in handler.stream_stream(readable_or_refused(), context):
+            yield response
+
+    serializers = (tolerant(handler.request_deserializer), handler.response_serializer)
+    if handler.stream_stream is not None:
+        return grpc.stream_stream_rpc_method_handler(both, *serializers)
+    if handler.unary_stream is not None:
+        return grpc.unary_stream_rpc_method_handler(stream, *serializers)
+    if handler.unary_unary is not None:
+        return grpc.unary_unary_rpc_method_handler(unary, *serializers)
+    refusing: grpc.RpcMethodHandler[Any, Any] = handler  # of a caller without a token: reads nothing
+    return refusing
+
+
+async def _refuse_unreadable(request: object, context: Context) -> None:
+    try:
+        check_readable(request)
+    except FieldInvalidError as error:
+        await context.abort_with_status(rpc_status.to_status(status_of(error, error_id="")))
 
 
 @dataclass(frozen=True, slots=True)

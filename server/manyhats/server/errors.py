@@ -4,6 +4,7 @@ ServerError
 ├── ConfigError         a setting that cannot be served with; names it
 ├── AddressError        a port that cannot be bound
 ├── LoadingError        the model is not loaded yet
+├── TooManyCallsError   try again later
 ├── UploadStalledError  a caller began an upload and sends no more
 ├── UnauthenticatedError
 │   ├── CredentialMissingError  the call shows no token
@@ -45,6 +46,14 @@ class LoadingError(ServerError):
 
     def __init__(self) -> None:
         super().__init__("the model is being loaded")
+
+
+class TooManyCallsError(ServerError):
+    """As many calls run as may; ``limit`` is their number."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} calls are being answered, which is the limit; try again soon")
+        self.limit = limit
 
 
 class UploadStalledError(ServerError):

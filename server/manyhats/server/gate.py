@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from manyhats.engine.errors import DrainingError, EngineDeadError
-from manyhats.server.errors import LoadingError
+from manyhats.server.errors import LoadingError, TooManyCallsError
 from manyhats.server.ports import Backend
 
 
@@ -30,10 +30,14 @@ class Gate:
 
     Args:
         heartbeat_limit_s: an engine whose heartbeat is older is called stalled.
+        max_calls: that may be inside at once.
         clock: wall time, as the engine's heartbeat.
     """
 
-    def __init__(self, *, heartbeat_limit_s: float, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, *, heartbeat_limit_s: float, max_calls: int = 2048, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.max_calls = max_calls
         self._heartbeat_limit_s = heartbeat_limit_s
         self._clock = clock
         self._backend: Backend | None = None
@@ -70,6 +74,11 @@ class Gate:
         """Calls that are inside."""
         return self._num_running
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many calls are inside as may be."""
+        return self._num_running >= self.max_calls
+
     def open(self, backend: Backend) -> None:
         """Let requests in; ``backend`` answers them."""
         self._backend = backend
@@ -86,8 +95,11 @@ class Gate:
 
         Raises:
             LoadingError, DrainingError, EngineDeadError: it cannot be served now.
+            TooManyCallsError: ``is_full``.
         """
         self._check()
+        if self.is_full:
+            raise TooManyCallsError(self.max_calls)
         self._num_running += 1
         self._idle.clear()
         try:

@@ -31,6 +31,8 @@ SERVICES = tuple(
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
+# The gate counts calls whose message has come, and refuses more with details; this bounds those that send none, too.
+_MAX_OPEN_CALLS = 16_384
 MAX_RESPONSE_BYTES = 256 * 1024 * 1024  # prompt_logprobs with 100 alternatives on a long prompt
 
 
@@ -64,7 +66,11 @@ class GrpcPort:
         if authorizer is not None:
             interceptors.append(AuthorizationInterceptor(authorizer))
             scope_of = authorizer.scope
-        self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=interceptors,
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
+        )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(gate, metrics), self._server
         )
@@ -108,6 +114,9 @@ _OPTIONS = (
     ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
     # A second server on the same port must fail, not share its calls.
     ("grpc.so_reuseport", 0),
+    # With more calls than this at once, gRPC would cancel some without a word; they are for the gate to refuse.
+    ("grpc.server.max_pending_requests", 1_000_000),
+    ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
     # Notices a client that vanished without closing its connection, so that its requests end.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

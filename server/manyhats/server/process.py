@@ -45,6 +45,7 @@ EXIT_BY_SIGNAL = 128
 """Plus the signal's number: it came before the server was ready."""
 # What is loaded or compiled when a signal comes may end by itself for so long, and is then left where it is.
 _STOP_LIMIT_S = 0.8
+_MAX_OTHER_CALLS = 512  # that are about no sequence, or wait for their adapter or tokens
 _log = structlog.get_logger("manyhats.process")
 
 
@@ -95,7 +96,9 @@ class _Process:
         self._begin_s = time.monotonic()
         self._progress = ProgressLog()
         self._metrics = Metrics(max_task_labels=config.max_task_labels)
-        self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s)
+        # More than the engine takes, so that it is the engine that says how long its queue is.
+        max_calls = config.max_waiting + config.max_sequences + _MAX_OTHER_CALLS
+        self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s, max_calls=max_calls)
         self._stop = StopSignals()
         self._store: Store | None = None
 

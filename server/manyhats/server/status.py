@@ -20,6 +20,7 @@ from manyhats.server.task_labels import BASE_LABEL
 
 DOMAIN = "manyhats"
 _TRANSFERS_RETRY_S = 1.0
+_CALLS_RETRY_S = 1.0
 _MAX_MESSAGE = 1000  # characters; status details travel as HTTP/2 headers, which have a size limit
 
 
@@ -53,6 +54,7 @@ CASES: Mapping[type[Exception], Case] = MappingProxyType(
         engine.NoTokenAllowedError: Case(_INVALID, "NO_TOKEN_ALLOWED"),
         engine.RequestFailedError: Case(grpc.StatusCode.INTERNAL, "INTERNAL"),
         server.LoadingError: Case(_UNAVAILABLE, "LOADING"),
+        server.TooManyCallsError: Case(_EXHAUSTED, "QUEUE_FULL"),
         server.UploadStalledError: Case(grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_STALLED"),
         server.CredentialMissingError: Case(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_MISSING"),
         server.CredentialInvalidError: Case(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"),
@@ -112,7 +114,7 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"field": error.field, "num_tokens": str(error.num_tokens), "limit": str(error.limit)}
         case engine.RequestError():
             return {"field": error.field}
-        case engine.QueueFullError() | engine.AdapterCapacityError():
+        case engine.QueueFullError() | engine.AdapterCapacityError() | server.TooManyCallsError():
             return {"limit": str(error.limit)}
         case engine.RequestFailedError():
             return {"error_id": error.error_id}
@@ -137,6 +139,8 @@ def _details(error: Exception) -> tuple[Message, ...]:
             return (_bad_request(error.subject, error.description),)
         case engine.QueueFullError() | engine.AdapterCapacityError():
             return (_retry_info(error.retry_after_s),)
+        case server.TooManyCallsError():
+            return (_retry_info(_CALLS_RETRY_S),)
         case adapter.QuotaExceededError(subject="max_transfers"):
             return (_retry_info(_TRANSFERS_RETRY_S),)
     return ()
