@@ -40,6 +40,7 @@ from manyhats.engine.output import (
     TokenOutput,
     Usage,
 )
+from manyhats.engine.prompt_text import Continuation
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency import ResidencyStats
 from manyhats.engine.tokenizer import ChatMessage
@@ -61,25 +62,45 @@ BOS = 1
 VOCAB_SIZE = 300
 
 
-class ByteTokenizer:
+class BytePrompt:
     """Token id = byte + 2; 1 begins a sequence."""
 
-    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
-        ids = ([BOS] if add_special_tokens else []) + [byte + 2 for byte in text.encode()]
-        if max_tokens is not None and len(ids) > max_tokens:
-            raise PromptTooLongError("text", len(ids), max_tokens)
-        return ids
+    def __init__(self, text: str, *, begins: bool, max_tokens: int | None) -> None:
+        self.token_ids = ((BOS,) if begins else ()) + byte_ids(text)
+        if max_tokens is not None and len(self.token_ids) > max_tokens:
+            raise PromptTooLongError("text", len(self.token_ids), max_tokens)
 
-    def encode_chat(
+    def followed_by(self, text: str) -> Continuation:
+        return Continuation(len(self.token_ids), byte_ids(text))
+
+
+def byte_ids(text: str) -> tuple[int, ...]:
+    return tuple(byte + 2 for byte in text.encode())
+
+
+class ByteTokenizer:
+    """Of such prompts."""
+
+    def prompt(
+        self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> BytePrompt:
+        return BytePrompt(text, begins=add_special_tokens, max_tokens=max_tokens)
+
+    def chat_prompt(
         self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
-    ) -> list[int]:
+    ) -> BytePrompt:
         if any(message.role == "refused" for message in messages):
             raise FieldInvalidError("chat", "the chat template refused the messages")
-        return self.encode(
-            "".join(f"{each.role}:{each.content};" for each in messages),
-            add_special_tokens=True,
-            max_tokens=max_tokens,
+        return self.prompt(
+            "".join(f"{each.role}:{each.content};" for each in messages), max_tokens=max_tokens
         )
+
+    def check_length(self, text: str, max_tokens: int) -> None:
+        if len(text.encode()) > max_tokens:
+            raise PromptTooLongError("text", len(text.encode()), max_tokens)
+
+    def followed_by(self, text: str) -> tuple[int, ...]:
+        return byte_ids(text)
 
     def piece(self, token_id: int) -> str:
         return chr(token_id - 2) if token_id >= 2 else ""

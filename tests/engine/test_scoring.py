@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from engine_harness import (
     running_engine,
     until,
 )
+from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.model.loader import LoadedModel
 from manyhats.engine.output import ScoreOutput
 from manyhats.engine.request import ResponseOptions, ScoreRequest
@@ -89,6 +91,28 @@ async def test_seventy_continuations_share_one_prompt(model: LoadedModel, oracle
     assert_scores(output, request, oracle)
     assert computed == 45 + sum(len(continuation) - 1 for continuation in request.continuations)
     assert output.usage.prompt_tokens == 45
+
+
+async def test_given_tokens_of_a_continuation_are_computed_and_not_scored(
+    model: LoadedModel, oracle: nn.Module
+) -> None:
+    request = request_of(20, [3, 5, 1, 4])
+    given = (0, 2, 0, 3)
+    async with running_engine(model) as engine:
+        output = await engine.score(replace(request, num_given=given))
+    for score, continuation, num_given in zip(output.scores, request.continuations, given, strict=True):
+        prompt, scored = request.prompt_token_ids + continuation[:num_given], continuation[num_given:]
+        assert tuple(token.id for token in score.tokens) == scored
+        assert score.logprob == pytest.approx(continuation_logprob(oracle, prompt, scored), abs=1e-3)
+
+
+@pytest.mark.parametrize("given", [(0,), (0, 2, 0), (0, 5), (-1, 0), (3, 0)])
+async def test_given_tokens_leave_one_to_score_in_each_continuation(
+    given: tuple[int, ...], model: LoadedModel
+) -> None:
+    async with running_engine(model) as engine:
+        with pytest.raises(FieldInvalidError, match="num_given"):
+            await engine.score(replace(request_of(4, [3, 5]), num_given=given))
 
 
 async def test_a_pool_too_small_for_all_continuations_gives_the_same_scores(

@@ -72,6 +72,13 @@ def check_scoring(request: ScoreRequest, vocab_size: int) -> None:
         if not continuation:
             raise FieldInvalidError(f"continuations[{index}]", "is empty")
         _check_ids(f"continuations[{index}]", continuation, vocab_size)
+    if request.num_given and len(request.num_given) != len(request.continuations):
+        raise FieldInvalidError("num_given", "must be one number for each continuation")
+    for index, (num_given, continuation) in enumerate(
+        zip(request.num_given, request.continuations, strict=False)
+    ):
+        if not 0 <= num_given < len(continuation):
+            raise FieldInvalidError(f"num_given[{index}]", f"must be from 0 to {len(continuation) - 1}")
 
 
 def check_length(request: Request | ScoreRequest, num_virtual_tokens: int, max_context_length: int) -> None:

@@ -187,12 +187,18 @@ class Request:
 class ScoreRequest:
     """The log-probability of each continuation after one prompt, asked of the engine.
 
-    ``continuations`` are token ids, each at least one; the other fields are as in ``Request``.
+    Attributes:
+        continuations: token ids, each at least one.
+        num_given: how many of each one's first tokens are not scored, since they still belong to its prompt; fewer
+            than all. Empty is none of any.
+
+    The other fields are as in ``Request``.
     """
 
     id: str
     prompt_token_ids: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
+    num_given: tuple[int, ...] = ()
     adapter: AdapterRecord | None = None
     response: ResponseOptions = ResponseOptions()
     priority: int = 0

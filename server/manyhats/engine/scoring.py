@@ -25,9 +25,10 @@ _MAX_QUEUED = 64
 
 @dataclass(slots=True, eq=False)
 class _Branch:
-    """One continuation: its tokens, and the log-probabilities found so far."""
+    """One continuation: its tokens, how many of the first are given, and the log-probabilities found so far."""
 
     token_ids: tuple[int, ...]
+    num_given: int
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
@@ -47,7 +48,8 @@ class Scoring:
         self._request = request
         self._start = start
         self._model = model
-        self._branches = [_Branch(token_ids) for token_ids in request.continuations]
+        num_given = request.num_given or (0,) * len(request.continuations)
+        self._branches = [_Branch(*each) for each in zip(request.continuations, num_given, strict=True)]
         self._unqueued: Iterator[_Branch] = iter(())
         self._next: _Branch | None = None
         self._running: dict[Sequence, _Branch] = {}
@@ -170,8 +172,6 @@ class Scoring:
         return ScoreOutput([self._scored(branch) for branch in self._branches], self._usage)
 
     def _scored(self, branch: _Branch) -> ScoredContinuation:
-        tokens = tuple(
-            token_output(self._model.tokenizer, token_id, logprob)
-            for token_id, logprob in zip(branch.token_ids, branch.logprobs, strict=True)
-        )
-        return ScoredContinuation(sum(logprob.logprob for logprob in branch.logprobs), tokens)
+        found = list(zip(branch.token_ids, branch.logprobs, strict=True))[branch.num_given :]
+        tokens = tuple(token_output(self._model.tokenizer, token_id, logprob) for token_id, logprob in found)
+        return ScoredContinuation(sum(logprob.logprob for _, logprob in found), tokens)

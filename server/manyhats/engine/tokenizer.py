@@ -16,6 +16,13 @@ from tokenizers import Tokenizer as Backend
 from manyhats.engine.chat_template import ChatMessage, render_chat
 from manyhats.engine.detokenizer import Detokenizer, clean_up_spaces, pieces_for
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
+from manyhats.engine.prompt_text import (
+    PromptText,
+    followed_by,
+    head_of,
+    is_byte_level,
+    special_tokens_around,
+)
 from manyhats.engine.token_bound import TokenBound, token_bound
 from manyhats.engine.tokenizer_files import read_text_files
 from manyhats.engine.tokenizer_parts import read_tokenizer
@@ -46,6 +53,8 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens)
         self._pieces = pieces_for(backend)
         self._literal_pieces = pieces_for(backend, skip_special_tokens=False)
+        self._is_byte_level = is_byte_level(backend)
+        self._ahead, self._behind = special_tokens_around(backend)
         self.chat_template = chat_template
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
@@ -91,7 +100,7 @@ class Tokenizer:
             PromptTooLongError: ``text``: there are more; not tokenized where its length already tells.
         """
         if max_tokens is not None:
-            self._check_length(text, max_tokens)
+            self.check_length(text, max_tokens)
         # Unlike ``encode``, this lets go of the interpreter lock, and leaves out the places of the tokens in the text.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         if max_tokens is not None and len(encoding) > max_tokens:
@@ -99,7 +108,12 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    def _check_length(self, text: str, max_tokens: int) -> None:
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """Refuse a text whose length already tells that it has too many tokens.
+
+        Raises:
+            PromptTooLongError: ``text``: it has more than ``max_tokens``.
+        """
         # In so few bytes no bound finds too many.
         if 4 * len(text) <= max_tokens or self._bound is None:
             return
@@ -110,6 +124,33 @@ class Tokenizer:
     @cached_property
     def _bound(self) -> TokenBound | None:
         return token_bound(self._backend)
+
+    def prompt(
+        self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> PromptText:
+        """A text that is to be continued.
+
+        The special tokens that belong ahead of it come once: a text that was rendered beforehand has them. Those that
+        belong behind it, such as an EOS, do not come: they end what follows.
+
+        Raises:
+            PromptTooLongError: ``text``: it has more than ``max_tokens``, as ``encode`` tells.
+        """
+        if max_tokens is not None:
+            self.check_length(text, max_tokens)
+        own = self.encode(text, add_special_tokens=False)
+        head = head_of(own, self._ahead) if add_special_tokens else ()
+        if max_tokens is not None and len(head) + len(own) > max_tokens:
+            raise PromptTooLongError("text", len(head) + len(own), max_tokens)
+        return PromptText(self._backend, text, head, own, is_byte_level=self._is_byte_level)
+
+    def followed_by(self, text: str) -> tuple[int, ...]:
+        """What a text becomes behind tokens whose text is not known; see ``PromptText.followed_by``.
+
+        Raises:
+            FieldInvalidError: ``text``: it has no tokens.
+        """
+        return followed_by(self._backend, text, is_byte_level=self._is_byte_level)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a sequence of tokens, the special ones left out."""
@@ -125,10 +166,10 @@ class Tokenizer:
         literal = self._special_tokens.get(name)
         return None if literal is None else self._backend.token_to_id(literal)
 
-    def encode_chat(
+    def chat_prompt(
         self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
-    ) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's next turn begins.
+    ) -> PromptText:
+        """A conversation, up to where the assistant's next turn begins.
 
         Args:
             messages: at least one.
@@ -144,7 +185,13 @@ class Tokenizer:
             raise FieldInvalidError("chat", "the model has no chat template; send text or token_ids")
         # The template writes the special tokens itself.
         text = render_chat(source, messages, self._special_tokens)
-        return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+        return self.prompt(text, add_special_tokens=False, max_tokens=max_tokens)
+
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
+    ) -> list[int]:
+        """The token ids of ``chat_prompt``."""
+        return list(self.chat_prompt(messages, template, max_tokens=max_tokens).token_ids)
 
     def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A detokenizer at the beginning of a sequence; special tokens have no text, or their literals."""

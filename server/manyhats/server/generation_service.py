@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from manyhats.server import from_proto, to_proto
 from manyhats.server.gate import Gate
 from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend
-from manyhats.server.prompts import Prompt, encode_prompts
+from manyhats.server.prompts import encode_prompts, encode_scoring
 from manyhats.v1 import generation_pb2, generation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[object, object]
@@ -113,6 +113,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _request(self, message: generation_pb2.GenerateRequest, accepted: Accepted) -> Request:
         backend = self._gate.backend
+        (prompt_token_ids,) = await encode_prompts(
+            backend, [from_proto.prompt(message)], max_tokens=_max_tokens(backend)
+        )
         return Request(
             id=accepted.engine_id,
             sampling=from_proto.sampling_params(message),
@@ -121,31 +124,32 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             cache_salt=from_proto.cache_salt(message),
             priority=message.priority,
             adapter=resolve(backend, message.task_id),
-            prompt_token_ids=(await _encoded(backend, [from_proto.prompt(message)]))[0],
+            prompt_token_ids=prompt_token_ids,
             deadline_s=accepted.deadline_s,
             accepted_s=accepted.accepted_s,
         )
 
     async def _score_request(self, message: generation_pb2.ScoreRequest, accepted: Accepted) -> ScoreRequest:
         backend = self._gate.backend
-        prompts = [from_proto.prompt(message), *from_proto.continuations(message)]
-        prompt, *continuations = await _encoded(backend, prompts)
+        prompt, continuations = from_proto.prompt(message), from_proto.continuations(message)
+        tokens = await encode_scoring(backend, prompt, continuations, max_tokens=_max_tokens(backend))
         return ScoreRequest(
             id=accepted.engine_id,
             cache_salt=from_proto.cache_salt(message),
             priority=message.priority,
             response=ResponseOptions(logprobs=True),
             adapter=resolve(backend, message.task_id),
-            prompt_token_ids=prompt,
-            continuations=tuple(continuations),
+            prompt_token_ids=tokens.prompt_token_ids,
+            continuations=tokens.continuations,
+            num_given=tokens.num_given,
             deadline_s=accepted.deadline_s,
             accepted_s=accepted.accepted_s,
         )
 
 
-async def _encoded(backend: Backend, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-    """Token ids of what the engine is to run on; one token at least comes after, or before."""
-    return await encode_prompts(backend, prompts, max_tokens=backend.engine.max_context_length - 1)
+def _max_tokens(backend: Backend) -> int:
+    """Of what the engine is to run on; one token at least comes after, or before."""
+    return backend.engine.max_context_length - 1
 
 
 def resolve(backend: Backend, name: str) -> AdapterRecord | None:

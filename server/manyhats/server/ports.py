@@ -13,22 +13,42 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.upload import UploadFile
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput
+from manyhats.engine.prompt_text import Continuation
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency import ResidencyStats
 from manyhats.engine.tokenizer import ChatMessage
 from manyhats.server.text_threads import TextThreads
 
 
+class PromptText(Protocol):
+    """A text that is to be continued, and its tokens."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Its tokens."""
+
+    def followed_by(self, text: str) -> Continuation:
+        """What a text becomes behind it."""
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back. Safe to call from any thread."""
 
-    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
-        """Token ids of ``text``; ``PromptTooLongError`` where it has more than ``max_tokens``."""
+    def prompt(
+        self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> PromptText:
+        """A text that is to be continued; ``PromptTooLongError`` where it has more than ``max_tokens``."""
 
-    def encode_chat(
+    def chat_prompt(
         self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
-    ) -> list[int]:
-        """Token ids of a conversation, ready for the model's turn; limited as ``encode`` is."""
+    ) -> PromptText:
+        """A conversation, ready for the model's turn; limited as ``prompt`` is."""
+
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """``PromptTooLongError`` where the length of a text already tells that it has more than ``max_tokens``."""
+
+    def followed_by(self, text: str) -> tuple[int, ...]:
+        """What a text becomes behind tokens whose text is not known."""
 
     def piece(self, token_id: int) -> str:
         """Text of one token by itself."""

@@ -8,8 +8,9 @@ from functools import partial
 from typing import ClassVar
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
+from manyhats.engine.prompt_text import TAIL_LENGTH, Continuation, ScoreTokens, score_tokens
 from manyhats.engine.tokenizer import ChatMessage
-from manyhats.server.ports import Backend
+from manyhats.server.ports import Backend, PromptText
 from manyhats.server.text_threads import slices
 
 MAX_TEXT_BYTES = 1024 * 1024
@@ -89,33 +90,97 @@ async def encode_prompts(
     return await backend.text_threads.run(work, sum(map(_length, prompts)))
 
 
+async def encode_scoring(
+    backend: Backend,
+    prompt: Prompt,
+    continuations: Sequence[TextPrompt | TokenPrompt],
+    *,
+    max_tokens: int | None = None,
+) -> ScoreTokens:
+    """The tokens of a prompt and of what is scored behind it; limited as ``encode_prompts`` limits each.
+
+    Raises:
+        FieldInvalidError: as ``encode_prompts``; or a continuation leaves nothing of the prompt ahead of it.
+        PromptTooLongError: likewise.
+    """
+    work = partial(_encode_scoring, backend, prompt, continuations, max_tokens)
+    length = sum(map(_length, (prompt, *continuations)))
+    again = min(_length(prompt), TAIL_LENGTH) * len(continuations)  # of the prompt, with each of them
+    return await backend.text_threads.run(work, length + again)
+
+
 def _encode_all(backend: Backend, prompts: Sequence[Prompt], max_tokens: int | None) -> list[tuple[int, ...]]:
     return [_encode(backend, prompt, max_tokens) for prompt in prompts]
 
 
 def _encode(backend: Backend, prompt: Prompt, max_tokens: int | None) -> tuple[int, ...]:
+    if isinstance(prompt, TokenPrompt):
+        return _checked_ids(backend, prompt, max_tokens)
+    return _encode_text(backend, prompt, max_tokens).token_ids
+
+
+def _encode_text(backend: Backend, prompt: TextPrompt | ChatPrompt, max_tokens: int | None) -> PromptText:
     try:
         match prompt:
-            case TokenPrompt():
-                ids = _checked_ids(backend, prompt, max_tokens)
             case TextPrompt():
-                ids = backend.tokenizer.encode(
+                text = backend.tokenizer.prompt(
                     prompt.text, add_special_tokens=prompt.add_special_tokens, max_tokens=max_tokens
                 )
             case ChatPrompt():
-                ids = backend.tokenizer.encode_chat(prompt.messages, max_tokens=max_tokens)
+                text = backend.tokenizer.chat_prompt(prompt.messages, max_tokens=max_tokens)
     except PromptTooLongError as error:
+        raise PromptTooLongError("prompt", error.num_tokens, error.limit, at_least=error.at_least) from None
+    if not text.token_ids:
+        raise FieldInvalidError(prompt.field, "has no tokens")
+    return text
+
+
+def _encode_scoring(
+    backend: Backend,
+    prompt: Prompt,
+    continuations: Sequence[TextPrompt | TokenPrompt],
+    max_tokens: int | None,
+) -> ScoreTokens:
+    if isinstance(prompt, TokenPrompt):
+        text, ids = None, _checked_ids(backend, prompt, max_tokens)
+    else:
+        text = _encode_text(backend, prompt, max_tokens)
+        ids = text.token_ids
+    return score_tokens(ids, [_continuation(backend, ids, text, each, max_tokens) for each in continuations])
+
+
+def _continuation(
+    backend: Backend,
+    ids: tuple[int, ...],
+    prompt: PromptText | None,
+    continuation: TextPrompt | TokenPrompt,
+    max_tokens: int | None,
+) -> Continuation:
+    """What is scored behind a prompt; ``prompt`` is None where its text is not known."""
+    if isinstance(continuation, TokenPrompt):
+        return Continuation(len(ids), _checked_ids(backend, continuation, max_tokens))
+    field, text = continuation.field, continuation.text
+    try:
+        if max_tokens is not None:
+            backend.tokenizer.check_length(text, max_tokens)
+        if prompt is None:
+            found = Continuation(len(ids), backend.tokenizer.followed_by(text))
+        else:
+            found = prompt.followed_by(text)
+    except PromptTooLongError as error:
+        raise PromptTooLongError(field, error.num_tokens, error.limit, at_least=error.at_least) from None
+    except FieldInvalidError as error:
+        raise FieldInvalidError(field, error.description) from error
+    if max_tokens is not None and len(found.token_ids) > max_tokens:
+        raise PromptTooLongError(field, len(found.token_ids), max_tokens)
+    return found
+
+
+def _checked_ids(backend: Backend, prompt: TokenPrompt, max_tokens: int | None) -> tuple[int, ...]:
+    if max_tokens is not None and len(prompt.ids) > max_tokens:
         # The engine's word for whichever kind of prompt it is.
         field = prompt.field if prompt.field.startswith("continuations") else "prompt"
-        raise PromptTooLongError(field, error.num_tokens, error.limit, at_least=error.at_least) from None
-    if not ids:
-        raise FieldInvalidError(prompt.field, "has no tokens")
-    return tuple(ids)
-
-
-def _checked_ids(backend: Backend, prompt: TokenPrompt, max_tokens: int | None) -> list[int]:
-    if max_tokens is not None and len(prompt.ids) > max_tokens:
-        raise PromptTooLongError(prompt.field, len(prompt.ids), max_tokens)
+        raise PromptTooLongError(field, len(prompt.ids), max_tokens)
     ids: list[int] = []
     for part in slices(prompt.ids):
         largest = max(part)
@@ -124,7 +189,7 @@ def _checked_ids(backend: Backend, prompt: TokenPrompt, max_tokens: int | None) 
                 f"{prompt.field}.ids", f"has {largest}; token ids are below {backend.info.vocab_size}"
             )
         ids.extend(part)
-    return ids
+    return tuple(ids)
 
 
 def _length(prompt: Prompt) -> int:

@@ -1,0 +1,204 @@
+"""Prompts that something is put behind: what a text becomes as their continuation.
+
+A byte-level tokenizer makes the same tokens of a text wherever it stands, so a continuation is tokenized by itself.
+Others do not: a SentencePiece tokenizer puts a space ahead of a text, and pieces may run over the boundary. There
+prompt and continuation are tokenized as one text, and what both have in common is the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Encoding
+from tokenizers import Tokenizer as Backend
+
+from manyhats.engine.errors import FieldInvalidError
+
+TAIL_LENGTH = 512
+"""Characters of a prompt's end that are tokenized with each continuation, where that tells as much as all of it."""
+
+_MIN_AGREEMENT = 32
+"""Tokens at the end of a prompt that it must share with its tail alone, before the tail stands for it."""
+
+_MIN_MARGIN = 8
+"""Of those, the first so many must be the same with the continuation behind them."""
+
+_NEUTRAL_TEXTS = ("\n", "a", ".")
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A text behind a prompt.
+
+    Attributes:
+        num_prompt_tokens: how many of the prompt's tokens stand ahead of it, at least one. Fewer than all where the
+            prompt's last ones became others together with the text.
+        token_ids: what follows them, at least one: the text, and what it took from the prompt.
+    """
+
+    num_prompt_tokens: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTokens:
+    """A prompt and its continuations, as a ``ScoreRequest`` has them; the fields are its."""
+
+    prompt_token_ids: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+    num_given: tuple[int, ...]
+
+
+def score_tokens(prompt_token_ids: Sequence[int], continuations: Sequence[Continuation]) -> ScoreTokens:
+    """Continuations of one prompt to be scored together: computed once is what all of them leave of the prompt.
+
+    Each one's score is what it is alone: what else stands ahead of it comes with it, and is given.
+    """
+    shared = min((each.num_prompt_tokens for each in continuations), default=len(prompt_token_ids))
+    return ScoreTokens(
+        prompt_token_ids=tuple(prompt_token_ids[:shared]),
+        continuations=tuple(
+            (*prompt_token_ids[shared : each.num_prompt_tokens], *each.token_ids) for each in continuations
+        ),
+        num_given=tuple(each.num_prompt_tokens - shared for each in continuations),
+    )
+
+
+class PromptText:
+    """A prompt whose text is known, and its tokens.
+
+    Args:
+        backend: of the tokenizer.
+        text: at least one character.
+        head: tokens that stand ahead of the text's own.
+        own: the text's own, without special tokens around them.
+        is_byte_level: see ``is_byte_level``.
+    """
+
+    def __init__(
+        self, backend: Backend, text: str, head: Sequence[int], own: Sequence[int], *, is_byte_level: bool
+    ) -> None:
+        self._backend = backend
+        self._text = text
+        self._own = list(own)
+        self._is_byte_level = is_byte_level
+        self.token_ids: tuple[int, ...] = (*head, *own)
+
+    def followed_by(self, text: str) -> Continuation:
+        """What a text becomes behind this prompt.
+
+        Raises:
+            FieldInvalidError: ``text``: it has no tokens, or none of the prompt is left ahead of it.
+        """
+        if self._is_byte_level:
+            return _some(len(self.token_ids), _encoded(self._backend, text).ids)
+        tail, tokens, num_shared = self._tail
+        encoding = _encoded(self._backend, tail + text)
+        num_common = _num_common(tokens, encoding.ids)
+        if len(tail) < len(self._text) and num_common < len(tokens) - num_shared + _MIN_MARGIN:
+            tail, tokens = self._text, self._own
+            encoding = _encoded(self._backend, tail + text)
+            num_common = _num_common(tokens, encoding.ids)
+        if num_common == len(encoding.ids) and num_common and encoding.offsets[-1][1] > len(tail):
+            num_common -= 1  # the text was taken into the prompt's last token, an unknown one
+        return _some(len(self.token_ids) - len(tokens) + num_common, encoding.ids[num_common:])
+
+    @cached_property
+    def _tail(self) -> tuple[str, Sequence[int], int]:
+        """The end of the text, its tokens by itself, and how many of the last ones are the prompt's last.
+
+        Where the two agree on as many tokens as that, what lies before has no influence on what comes behind.
+        """
+        length = TAIL_LENGTH
+        while length < len(self._text):
+            tail = self._text[-length:]
+            tokens = _encoded(self._backend, tail).ids
+            num_shared = _num_common(tokens[::-1], self._own[::-1])
+            if num_shared >= _MIN_AGREEMENT:
+                return tail, tokens, num_shared
+            length *= 2
+        return self._text, self._own, len(self._own)
+
+
+def followed_by(backend: Backend, text: str, *, is_byte_level: bool) -> tuple[int, ...]:
+    """What a text becomes behind tokens whose text is not known.
+
+    Raises:
+        FieldInvalidError: ``text``: it has no tokens.
+    """
+    if not is_byte_level:
+        for neutral in _NEUTRAL_TEXTS:
+            before, whole = _encoded(backend, neutral).ids, _encoded(backend, neutral + text).ids
+            if before == whole[: len(before)] and len(whole) > len(before):
+                return tuple(whole[len(before) :])
+    return _some(1, _encoded(backend, text).ids).token_ids
+
+
+def is_byte_level(backend: Backend) -> bool:
+    """Whether a text's tokens are the same at the beginning of a text and behind another.
+
+    True of tokenizers that split words off and know every byte (GPT-2, Llama 3, Qwen), unless they put a space
+    ahead of a text.
+    """
+    parts = [*_parts(backend.normalizer), *_parts(backend.pre_tokenizer)]
+    adds_space = any(
+        part["type"] in ("Prepend", "Metaspace") or part.get("add_prefix_space", False) for part in parts
+    )
+    return not adds_space and any(part["type"] == "ByteLevel" for part in parts)
+
+
+def special_tokens_around(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that the post-processor puts ahead of a text, and behind it."""
+    for text in ("a", " ", "0", "\n"):
+        encoding = backend.encode(text, add_special_tokens=True)
+        own = [place for place, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+        if own:
+            return tuple(encoding.ids[: own[0]]), tuple(encoding.ids[own[-1] + 1 :])
+    return tuple(backend.encode("", add_special_tokens=True).ids), ()
+
+
+def head_of(own: Sequence[int], ahead: Sequence[int]) -> tuple[int, ...]:
+    """Which of the tokens that stand ahead of a text it lacks; one that was rendered beforehand has them."""
+    for length in range(min(len(own), len(ahead)), 0, -1):
+        if list(own[:length]) == list(ahead[-length:]):
+            return tuple(ahead[: len(ahead) - length])
+    return tuple(ahead)
+
+
+def _some(num_prompt_tokens: int, token_ids: Sequence[int]) -> Continuation:
+    if not token_ids:
+        raise FieldInvalidError("text", "has no tokens")
+    if num_prompt_tokens < 1:
+        raise FieldInvalidError(
+            "text", "runs into one token with the prompt's first, so nothing is left ahead of it"
+        )
+    return Continuation(num_prompt_tokens, tuple(token_ids))
+
+
+def _encoded(backend: Backend, text: str) -> Encoding:
+    # A batch of one, because that leaves the interpreter to other threads meanwhile.
+    return backend.encode_batch([text], add_special_tokens=False)[0]
+
+
+def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    for place, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(second))
+
+
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """The descriptions of a normalizer or a pre-tokenizer, a sequence's each."""
+    return [] if component is None else _flat(json.loads(component.__getstate__()))
+
+
+def _flat(description: dict[str, Any]) -> list[dict[str, Any]]:
+    if description["type"] != "Sequence":
+        return [description]
+    items = description.get("normalizers", description.get("pretokenizers", []))
+    return [part for item in items for part in _flat(item)]
