@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from manyhats.engine.blocks import BlockAllocator, SharedPrefix
+from manyhats.engine.prefix import VirtualTokens
 from manyhats.engine.scheduler import Schedule, Scheduler, SchedulerConfig
 from manyhats.engine.sequence import Sequence, SequenceStatus
 
@@ -28,6 +29,7 @@ def make_sequence(
     arrival: float = 0.0,
     logits_from: int | None = None,
     shared: SharedPrefix | None = None,
+    virtual: VirtualTokens | None = None,
     uses_prefix_cache: bool = True,
     is_internal: bool = False,
 ) -> Sequence:
@@ -40,6 +42,7 @@ def make_sequence(
         arrival=arrival,
         logits_from=logits_from,
         shared=shared,
+        virtual=virtual,
         uses_prefix_cache=uses_prefix_cache,
         is_internal=is_internal,
     )
@@ -85,6 +88,17 @@ class ToyEngine:
     def _run(self, schedule: Schedule, tables: dict[Sequence, list[int]]) -> None:
         """Copy, write all, then read all: the order in which a batched forward may do it."""
         size = self.scheduler.allocator.block_size
+        for fill in schedule.prefix_fills:
+            (sequence,) = (
+                s
+                for s in tables
+                if s.virtual is not None
+                and s.virtual is fill.virtual
+                and set(fill.block_ids) <= set(tables[s])
+            )
+            for position in range(fill.first_token, sequence.num_virtual_tokens):
+                block = fill.block_ids[(position - fill.first_token) // size]
+                self.kv[block][position % size] = _history(sequence, position)
         for source, destination in schedule.block_copies:
             self.kv[destination] = list(self.kv[source])
         for chunk in schedule.chunks:

@@ -116,6 +116,7 @@ class EchoEngine:
     error_after: int = 0
     is_alive: bool = True
     heartbeat_s: float | None = None
+    is_at_standstill: bool = False
     running: int = 0
     resident: dict[str, AdapterRecord] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
@@ -134,7 +135,9 @@ class EchoEngine:
     @property
     def stats(self) -> EngineStats:
         heartbeat_s = time.time() if self.heartbeat_s is None else self.heartbeat_s
-        return EngineStats(self.running, 2, 3, 4, 10, heartbeat_s, self.waiting_tasks)
+        return EngineStats(
+            self.running, 2, 3, 4, 10, heartbeat_s, self.waiting_tasks, is_at_standstill=self.is_at_standstill
+        )
 
     async def start(self) -> None:
         self.is_alive = True

@@ -549,10 +549,9 @@ async def test_the_kv_pool_is_sized_by_bytes_and_bounds_the_context(model: Loade
     async with running_engine(model, kv_cache_bytes=10 * block_bytes + 5) as engine:
         assert engine.stats.kv_blocks_total == 10
         assert engine.model_bytes["kv"] == 10 * block_bytes
-        # One block less than there are: a copy of virtual tokens may need it.
-        assert engine.max_context_length == 144
+        assert engine.max_context_length == 160
         with pytest.raises(PromptTooLongError) as caught:
-            await collect(engine, make_request([5] * 144))
-        assert caught.value.limit == 143
+            await collect(engine, make_request([5] * 160))
+        assert caught.value.limit == 159
     with pytest.raises(FieldInvalidError, match="kv_cache_bytes"):
         AsyncEngine(model, EngineConfig(kv_cache_bytes=100), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]

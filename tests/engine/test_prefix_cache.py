@@ -107,15 +107,13 @@ def test_keys_tell_histories_apart() -> None:
     assert not set(one) & set(others)
 
 
-def held_prefix(
-    scheduler: Scheduler, engine: ToyEngine, num_tokens: int, *, recomputable: bool = True, first: int = 0
-) -> SharedPrefix:
+def held_prefix(scheduler: Scheduler, engine: ToyEngine, num_tokens: int, *, first: int = 0) -> SharedPrefix:
     """The KV of tokens first, first + 1, …, held after their sequence is gone."""
     parent = make_sequence("parent", range(first, first + num_tokens), 2, uses_prefix_cache=False)
     scheduler.add(parent)
     while parent.num_computed_tokens < num_tokens:
         engine.step()
-    prefix = scheduler.hold(parent, num_tokens, recomputable=recomputable)
+    prefix = scheduler.hold(parent, num_tokens)
     scheduler.finish(parent)
     return prefix
 
@@ -162,7 +160,7 @@ def test_blocks_after_a_prefix_are_found_in_the_cache_and_spare_the_copy() -> No
 def test_a_preempted_sequence_uses_its_prefix_again() -> None:
     scheduler = make_scheduler(num_blocks=6)
     engine = ToyEngine(scheduler)
-    prefix = held_prefix(scheduler, engine, 6, recomputable=False)
+    prefix = held_prefix(scheduler, engine, 6)
     children = [make_sequence(f"c{i}", [*range(6), 50 + i], 9, arrival=i, shared=prefix) for i in range(2)]
     for child in children:
         scheduler.add(child)
@@ -172,7 +170,7 @@ def test_a_preempted_sequence_uses_its_prefix_again() -> None:
     assert scheduler.allocator.num_used == 2
 
 
-def test_recomputable_prefixes_are_taken_back_rather_than_deadlock() -> None:
+def test_held_prefixes_are_taken_back_rather_than_deadlock() -> None:
     scheduler = make_scheduler(num_blocks=6)
     engine = ToyEngine(scheduler)
     prefixes = [held_prefix(scheduler, engine, 8, first=100 * i) for i in range(3)]
@@ -190,16 +188,19 @@ def test_recomputable_prefixes_are_taken_back_rather_than_deadlock() -> None:
     assert scheduler.allocator.num_used == 0
 
 
-def test_a_pinned_prefix_is_never_taken_back() -> None:
+def test_a_held_prefix_stays_while_something_else_can_run() -> None:
     scheduler = make_scheduler(num_blocks=6)
     engine = ToyEngine(scheduler)
-    prefix = held_prefix(scheduler, engine, 8, recomputable=False)
+    prefix = held_prefix(scheduler, engine, 8)
+    scheduler.add(make_sequence("small", [90], 7))
+    engine.step()
     big = make_sequence("big", range(50, 60), 12)
     scheduler.add(big)
-    assert engine.step().chunks == ()
-    assert scheduler.allocator.num_used == 2
-    scheduler.release(prefix)
+    engine.step()
+    assert prefix in scheduler._prefixes
+    assert big.num_computed_tokens == 0
     engine.drain()
+    assert prefix not in scheduler._prefixes
     assert big.num_output_tokens == 12
 
 

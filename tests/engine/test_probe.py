@@ -296,10 +296,10 @@ async def test_virtual_tokens_that_leave_no_room_are_refused(model: LoadedModel)
     block_bytes = 2 * 2 * 2 * 16 * 16 * 4
     async with running_engine(model, kv_cache_bytes=4 * block_bytes) as engine:
         before = held(engine)
-        # 33 take 3 blocks; the prompt has a copy of the last one, and all fits; 49 leave none.
-        assert await probe(engine, lowered("fits", prefix=PromptEmbeddings(normal(1, 33, HIDDEN)))) > 0
-        with pytest.raises(AdapterTooLargeError, match="num_virtual_tokens: are 49"):
-            await probe(engine, lowered("too long", prefix=PromptEmbeddings(normal(1, 49, HIDDEN))))
+        # The prompt has 8 tokens, the pool 64.
+        assert await probe(engine, lowered("fits", prefix=PromptEmbeddings(normal(1, 56, HIDDEN)))) > 0
+        with pytest.raises(AdapterTooLargeError, match="num_virtual_tokens: are 57"):
+            await probe(engine, lowered("too long", prefix=PromptEmbeddings(normal(1, 57, HIDDEN))))
         await until_held(engine, before)
     async with running_engine(model) as engine:
         with pytest.raises(AdapterTooLargeError, match="context of 512"):

@@ -12,10 +12,9 @@ import torch
 from engine_harness import digest_of, make_record
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
-from manyhats.engine.blocks import SharedPrefix
 from manyhats.engine.errors import AdapterCapacityError
 from manyhats.engine.kernels.interface import AdapterSlots
-from manyhats.engine.prefix import ResidentPrefix
+from manyhats.engine.prefix import VirtualTokens
 from manyhats.engine.residency import AdapterResidency, ResidentAdapter
 
 
@@ -41,14 +40,13 @@ class Prefixes:
     """Puts no block anywhere, and says what it was asked for."""
 
     def __init__(self) -> None:
-        self.held: list[ResidentPrefix] = []
+        self.held: list[VirtualTokens] = []
 
-    def install(self, slot: int, prefix: KVPrefix | PromptEmbeddings) -> ResidentPrefix:
-        installed = ResidentPrefix(SharedPrefix((0,), prefix.num_virtual_tokens), 0)
-        self.held.append(installed)
-        return installed
+    def add(self, prefix: KVPrefix | PromptEmbeddings) -> VirtualTokens:
+        self.held.append(VirtualTokens(prefix))
+        return self.held[-1]
 
-    def remove(self, prefix: ResidentPrefix) -> None:
+    def remove(self, prefix: VirtualTokens) -> None:
         self.held.remove(prefix)
 
 
@@ -123,14 +121,15 @@ def test_virtual_tokens_come_and_go_with_their_adapter() -> None:
     residency, _ = make(load=load_prompt, prefixes=prefixes)
     a = residency.acquire(make_record("a"))
     use(residency, "b")
-    assert a.prefix is prefixes.held[0]
-    assert a.prefix.num_virtual_tokens == 3
-    assert residency.evict_prefix(), "b is idle"
-    assert prefixes.held == [a.prefix]
-    assert not residency.evict_prefix(), "a is in use"
+    assert a.virtual is prefixes.held[0]
+    assert a.virtual.num_tokens == 3
+    assert residency.stats.resident_bytes == 2 * (10 + 3 * 8 * 4), "they count beside the slot's"
+    residency.forget(digest_of("b"))
+    assert prefixes.held == [a.virtual]
     residency.release(digest_of("a"))
     residency.forget(digest_of("a"))
     assert prefixes.held == []
+    assert residency.stats.resident_bytes == 0
 
 
 def test_the_least_recently_used_adapter_makes_room() -> None:

@@ -128,13 +128,48 @@ def test_a_preempted_sequence_keeps_its_output_and_goes_before_others_of_its_pri
         output = b.output_token_ids
     assert step.preempted == (b,)
     assert b.output_token_ids == output
-    scheduler.add(make_sequence("early", [1], arrival=0.0))
+    scheduler.add(make_sequence("early", range(40, 52), arrival=0.0))
     scheduler.add(make_sequence("vip", [1], arrival=9.0, priority=1))
     started: list[str] = []
     while scheduler.has_work:
         started += [c.sequence.id for c in engine.step().chunks if c.sequence.id not in started]
     assert [name for name in started if name != "a"] == ["vip", "b", "early"]
     assert b.output_token_ids[: len(output)] == output
+
+
+def test_what_does_not_fit_yet_is_passed_by_what_does_but_not_for_ever() -> None:
+    scheduler = make_scheduler(num_blocks=6, block_size=4, tokens=64)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("running", range(8), 12))
+    engine.step()
+    big = make_sequence("big", range(20, 40), 2)
+    scheduler.add(big)
+    num_small = 0
+    started: set[str] = set()
+    while big.num_computed_tokens == 0:
+        scheduler.add(make_sequence(f"small {num_small}", [90 + num_small], 6, uses_prefix_cache=False))
+        num_small += 1
+        started.update(chunk.sequence.id for chunk in engine.step().chunks if chunk.start == 0)
+        assert num_small < 100, "big starves"
+    started.discard("big")
+    assert 0 < len(started) <= 32
+    assert num_small > len(started), "the last ones waited for big"
+    engine.drain()
+    assert big.num_output_tokens == 2
+
+
+def test_what_does_not_fit_is_passed_by_those_behind_it_alone() -> None:
+    scheduler = make_scheduler(num_blocks=6, block_size=4, tokens=64)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("running", range(8), 8))
+    engine.step()
+    for name, tokens in (("big", range(20, 40)), ("bigger", range(40, 62)), ("small", [1])):
+        scheduler.add(make_sequence(name, tokens))
+    assert ids(engine.step()) == [("running", 8, 1), ("small", 0, 1)]
+    order: list[str] = []
+    while scheduler.has_work:
+        order += [c.sequence.id for c in engine.step().chunks if c.start == 0]
+    assert order == ["big", "bigger"]
 
 
 def test_one_sequence_alone_may_fill_the_whole_pool() -> None:

@@ -3,23 +3,34 @@
 import math
 from collections import Counter
 
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from manyhats.adapters.primitives import KVPrefix, PromptEmbeddings
 from manyhats.engine.blocks import SharedPrefix
+from manyhats.engine.prefix import VirtualTokens
 from manyhats.engine.scheduler import Schedule
 from manyhats.engine.sequence import Sequence, SequenceStatus
 from scheduling import ToyEngine, make_scheduler, make_sequence
 
 BLOCK_SIZE = 3
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
+VIRTUAL = st.integers(1, 12)
 KEYS = st.sampled_from([b"base", b"adapter"])
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(num_blocks=st.integers(7, 11), sequences=st.integers(1, 4), spare=st.integers(0, 8))
-    def start(self, num_blocks: int, sequences: int, spare: int) -> None:
+    @initialize(
+        num_blocks=st.integers(7, 11),
+        sequences=st.integers(1, 4),
+        spare=st.integers(0, 8),
+        stored=VIRTUAL,
+        soft=VIRTUAL,
+        other=VIRTUAL,
+    )
+    def start(self, num_blocks: int, sequences: int, spare: int, stored: int, soft: int, other: int) -> None:
         self.scheduler = make_scheduler(
             num_blocks, BLOCK_SIZE, sequences=sequences, tokens=sequences + spare, waiting=50
         )
@@ -28,6 +39,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.prefixes: list[tuple[SharedPrefix, list[int], bytes]] = []
         self.asked_logits: dict[Sequence, int] = {}
         self.num_added = 0
+        self.tasks = [
+            (b"stored", virtual_tokens(stored)),
+            (b"soft", virtual_tokens(soft, embeddings=True)),
+            (b"other", virtual_tokens(other, embeddings=True)),
+        ]
 
     def _add(self, sequence: Sequence) -> None:
         self.scheduler.add(sequence)
@@ -92,6 +108,33 @@ class SchedulerMachine(RuleBasedStateMachine):
                 logits_from=logits_from,
             )
         )
+
+    @precondition(lambda self: self.num_added < 40)
+    @rule(
+        task=st.integers(0, 2),
+        tail=st.lists(st.integers(0, 2), min_size=1, max_size=4),
+        new=st.integers(0, 4),
+        priority=st.integers(0, 1),
+        scores=st.booleans(),
+    )
+    def arrive_on_a_task(self, task: int, tail: list[int], new: int, priority: int, scores: bool) -> None:
+        key, virtual = self.tasks[task]
+        self._add(
+            make_sequence(
+                str(self.num_added),
+                [0] * virtual.num_tokens + tail,
+                new,
+                cache_key=key,
+                priority=priority,
+                virtual=virtual,
+                logits_from=virtual.num_tokens if scores else None,
+            )
+        )
+
+    @rule(task=st.integers(0, 2))
+    def forget(self, task: int) -> None:
+        if not any(sequence.virtual is self.tasks[task][1] for sequence in self.live):
+            self.scheduler.forget(self.tasks[task][1])
 
     @rule(data=st.data(), cancels=st.booleans())
     def step(self, data: st.DataObject, cancels: bool) -> None:
@@ -162,7 +205,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         started = [s for s in sequences if before[s][0] is SequenceStatus.WAITING]
         left = [s for s in waiting if before[s][0] is SequenceStatus.WAITING]
-        assert all(queue_rank(a) < queue_rank(b) for a in started for b in left)
+        for sequence in left:
+            if awaits_virtual(sequence, self.live):
+                continue
+            is_passed = any(queue_rank(other) > queue_rank(sequence) for other in started)
+            assert not is_passed or 1 <= sequence.num_passed <= 32
         kept = [s for s in sequences if s not in started]
         worst = max(((-priority(s), s.arrival, int(s.id)) for s in kept), default=(-math.inf, 0.0, 0))
         assert all((-priority(s), s.arrival, int(s.id)) > worst for s in schedule.preempted)
@@ -200,11 +247,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine.drain()
         for prefix, _, _ in self.prefixes:
             self.scheduler.release(prefix)
+        for _, virtual in self.tasks:
+            self.scheduler.forget(virtual)
+            assert virtual.held is None
         assert self.scheduler.allocator.num_used == 0
         for sequence, first in self.asked_logits.items():
             asked = range(first, sequence.num_prompt_tokens)
             assert all(self.engine.logits[sequence][position] == 1 for position in asked)
             assert sequence.num_tokens == sequence.max_num_tokens
+
+
+def virtual_tokens(count: int, *, embeddings: bool = False) -> VirtualTokens:
+    """Their numbers do not count here: the toy engine's KV are histories."""
+    if embeddings:
+        return VirtualTokens(PromptEmbeddings(torch.zeros(count, 1)))
+    zeros = torch.zeros(1, count, 1, 1)
+    return VirtualTokens(KVPrefix(zeros, zeros, 0))
+
+
+def awaits_virtual(sequence: Sequence, live: list[Sequence]) -> bool:
+    """Whether a running sequence is computing what this one begins with."""
+    virtual = sequence.virtual
+    if virtual is None or virtual.embeddings is None or virtual.held is not None:
+        return False
+    running = [s for s in live if s.status is SequenceStatus.RUNNING and s.virtual is virtual]
+    return any(other.num_computed_tokens < virtual.num_tokens for other in running)
 
 
 def priority(sequence: Sequence) -> float:

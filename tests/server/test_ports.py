@@ -66,6 +66,9 @@ async def test_health_and_readyz_follow_loading_heartbeat_draining_and_death() -
         server.engine.heartbeat_s = None
         await health.publish()
         assert (await _health(server), await _http(server, "/readyz")) == (SERVING, (200, "ready"))
+        server.engine.is_at_standstill = True
+        await health.publish()
+        assert (await _health(server), await _http(server, "/readyz")) == (NOT_SERVING, (503, "stalled"))
         server.engine.is_alive = False
         await health.publish()
         assert (await _health(server), await _http(server, "/readyz")) == (NOT_SERVING, (503, "dead"))

@@ -187,7 +187,7 @@ class KVPrefix:
 class PromptEmbeddings:
     """Virtual tokens ahead of the sequence, at positions 0 … P − 1: [P, D], as the decoder's first layer reads them.
 
-    The engine runs them once, with the adapter's own deltas, and keeps their keys and values.
+    The engine runs them with the adapter's own deltas, and keeps their keys and values while there is room.
 
     Source: Lester et al. 2021 (arXiv:2104.08691).
     """

@@ -78,9 +78,8 @@ class AsyncEngine:
             block_size=config.block_size,
             scheduler=config.scheduler,
         )
-        # One block stays for the copy of virtual tokens that fill their last block in part.
-        room = max(self._num_blocks - 1, 1) * config.block_size
-        self.max_context_length = min(model.config.max_context_length, room)
+        capacity = self._num_blocks * config.block_size
+        self.max_context_length = min(model.config.max_context_length, capacity)
         self._serving = ServingModel(
             base_digest=model.description.digest,
             tokenizer=model.tokenizer,
@@ -95,30 +94,26 @@ class AsyncEngine:
             before_step=self._share_processors,
             publish=self._publish,
             on_step=lambda stats: self._on_step(stats),
-            make_room=lambda: self._residency.evict_prefix(),
             on_end=self._end,
         )
         self._jobs = InternalJobs(self._engine, self._thread.submit, self._background)
-        prefixes = EnginePrefixPool(self._jobs, self._cache)
+        prefixes = EnginePrefixPool(self._jobs, capacity)
         self._residency = AdapterResidency(
             self._slots, config.max_loaded_adapters, config.max_adapter_bytes, load_adapter, prefixes
         )
-        self._probe = self._new_probe(prefixes)
+        self._probe = self._new_probe()
         self._loading = AdapterLoading(self._residency, self._background)
         self._streams = Streams(self._residency.release)
         self._ids = itertools.count(1)
         self._is_draining = False
 
-    def _new_probe(self, prefixes: EnginePrefixPool) -> AdapterProbe:
+    def _new_probe(self) -> AdapterProbe:
         return AdapterProbe(
             self._jobs,
-            prefixes,
             self._slots,
             self._probe_slot,
             prompt=probe_prompt(self.model.tokenizer, self.model.config.vocab_size),
             embeddings=self.model.weights.embed_tokens,
-            num_blocks=self._num_blocks,
-            block_size=self.config.block_size,
             max_context_length=self.max_context_length,
         )
 
@@ -164,6 +159,7 @@ class AsyncEngine:
             kv_blocks_total=allocator.num_blocks,
             heartbeat_s=self._thread.heartbeat_s,
             waiting_tasks=self._loading.waiting_tasks,
+            is_at_standstill=self._thread.is_at_standstill,
         )
 
     @property
@@ -307,7 +303,7 @@ class AsyncEngine:
             return Start()
         started = time.monotonic()
         resident = await self._loading.acquire(adapter)
-        return Start(resident.slot, resident.prefix, time.monotonic() - started)
+        return Start(resident.slot, resident.virtual, time.monotonic() - started)
 
     def _check_accepting(self) -> None:
         if self._thread.failure is not None or not self._streams.is_attached:

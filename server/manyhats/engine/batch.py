@@ -128,7 +128,8 @@ def _embeddings(chunks: Seq[Chunk], starts: Seq[int]) -> tuple[Tensor, Tensor] |
     rows: list[Tensor] = []
     values: list[Tensor] = []
     for chunk, first in zip(chunks, starts, strict=False):
-        embeddings = chunk.sequence.embeddings
+        virtual = chunk.sequence.virtual
+        embeddings = None if virtual is None else virtual.embeddings
         if embeddings is not None and chunk.start < embeddings.shape[0]:
             part = embeddings[chunk.start : chunk.end]
             rows.append(torch.arange(first, first + part.shape[0]))

@@ -11,18 +11,15 @@ from dataclasses import dataclass
 class SharedPrefix:
     """Blocks whose KV is computed already and stands for the first tokens of other sequences.
 
-    Its holder owns one reference on each block until it gives them back. Compared by identity.
+    Whoever holds them owns one reference on each block until it gives them back. Compared by identity.
 
     Attributes:
         block_ids: in order; the last may be filled in part.
         num_tokens: how many tokens they hold.
-        recomputable: whether running the tokens again gives the same KV. Only then may the scheduler take
-            the blocks back when nothing else can run; virtual tokens have no ids to run and are never taken.
     """
 
     block_ids: tuple[int, ...]
     num_tokens: int
-    recomputable: bool = False
 
 
 class BlockAllocator:

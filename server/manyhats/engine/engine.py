@@ -14,6 +14,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from manyhats.adapters.primitives import KVPrefix
 from manyhats.engine.batch import Batch, build_batch, num_logit_rows
 from manyhats.engine.blocks import BlockAllocator
 from manyhats.engine.errors import (
@@ -43,7 +44,7 @@ class StepResult:
     Attributes:
         events: for the callers.
         stats: None where nothing ran.
-        is_stuck: jobs are left and none got on, for want of blocks.
+        is_stuck: jobs are left and none got on, which should not be.
     """
 
     events: tuple[Event, ...]
@@ -127,6 +128,7 @@ class Engine:
             return StepResult(tuple(events), None, is_stuck)
         try:
             batch = build_batch(schedule, self._block_size)
+            self._fill_prefixes(schedule)
             with torch.inference_mode():
                 logits = self._decoder.forward(batch, self._cache, self._slots)
                 self._commit(schedule, logits, started, events)
@@ -135,6 +137,12 @@ class Engine:
             return StepResult(tuple(events), None)
         self._num_failed_steps = 0
         return StepResult(tuple(events), self._stats(schedule, batch, time.monotonic() - started))
+
+    def _fill_prefixes(self, schedule: Schedule) -> None:
+        for fill in schedule.prefix_fills:
+            if isinstance(source := fill.virtual.source, KVPrefix):
+                keys, values = (part[:, fill.first_token :] for part in (source.keys, source.values))
+                self._cache.write(fill.block_ids, keys, values)
 
     def drop_all(self, error: EngineError) -> tuple[Event, ...]:
         """Ends every job with an error."""
@@ -242,6 +250,8 @@ class Engine:
         failure = _unexpected(error, *sorted(names))
         for job in [job for name, job in self._jobs.items() if name in names]:
             events.append(self._fail(job, failure))
+        for fill in schedule.prefix_fills:
+            self.scheduler.forget(fill.virtual)  # it may not have come to that
         self.scheduler.commit(schedule)  # all of its sequences are finished: their blocks come free
 
     def _stats(self, schedule: Schedule, batch: Batch, duration_s: float) -> StepStats:

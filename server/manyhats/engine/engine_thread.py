@@ -17,6 +17,7 @@ from manyhats.engine.output import StepStats
 
 _HEARTBEAT_S = 0.5
 _RETRY_S = 0.002
+_STANDSTILL_S = 5.0
 _log = structlog.get_logger(__name__)
 
 
@@ -29,7 +30,6 @@ class EngineThread:
         before_step: called before each step.
         publish: takes the events of a turn; says whether anybody listens still.
         on_step: takes the statistics of a step.
-        make_room: called where nothing could run for want of blocks; says whether it freed some.
         on_end: called last, however the thread ends.
     """
 
@@ -41,7 +41,6 @@ class EngineThread:
         before_step: Callable[[], None],
         publish: Callable[[list[Event]], bool],
         on_step: Callable[[StepStats], None],
-        make_room: Callable[[], bool],
         on_end: Callable[[], None],
     ) -> None:
         self._engine = engine
@@ -49,12 +48,13 @@ class EngineThread:
         self._before_step = before_step
         self._publish = publish
         self._on_step = on_step
-        self._make_room = make_room
         self._on_end = on_end
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._prepared: Future[None] = Future()
         self._is_stopping = False
+        self._stuck_since_s: float | None = None
+        self.is_at_standstill = False
         self.failure: BaseException | None = None
         self.heartbeat_s = 0.0
 
@@ -108,11 +108,27 @@ class EngineThread:
             events += result.events
             if result.stats is not None:
                 self._on_step(result.stats)
-            elif result.is_stuck and not self._make_room():
-                time.sleep(_RETRY_S)  # somebody else must finish first
+            elif result.is_stuck:
+                time.sleep(_RETRY_S)
+            self._note_standstill(result.is_stuck)
         self.heartbeat_s = time.time()
         if not self._publish(events):
             self._is_stopping = True
+
+    def _note_standstill(self, is_stuck: bool) -> None:
+        """There should be none; if there is, whoever sends requests here must hear of it."""
+        if not is_stuck:
+            if self.is_at_standstill:
+                _log.info("requests get on again")
+            self._stuck_since_s, self.is_at_standstill = None, False
+            return
+        now_s = time.monotonic()
+        if self._stuck_since_s is None:
+            self._stuck_since_s = now_s
+        elif now_s - self._stuck_since_s >= _STANDSTILL_S and not self.is_at_standstill:
+            self.is_at_standstill = True
+            scheduler = self._engine.scheduler
+            _log.error("no request gets on", running=scheduler.num_running, waiting=scheduler.num_waiting)
 
     def _take_commands(self) -> list[Event]:
         """Does what was asked for; waits for something to do where there is nothing."""

@@ -121,6 +121,7 @@ class EngineStats:
         kv_blocks_total: all.
         heartbeat_s: ``time.time()`` of the loop's last turn.
         waiting_tasks: task ids of waiting requests whose adapter is not resident.
+        is_at_standstill: requests are there, and for some seconds none has got on.
     """
 
     num_running: int
@@ -130,3 +131,4 @@ class EngineStats:
     kv_blocks_total: int
     heartbeat_s: float
     waiting_tasks: tuple[str, ...] = ()
+    is_at_standstill: bool = False

@@ -1,119 +1,62 @@
-"""Virtual tokens: their keys and values are put into blocks once, and every request of the task starts from them."""
+"""Virtual tokens: one set of KV blocks stands for them in every sequence of a task, for as long as there is room."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from manyhats.adapters.primitives import KVPrefix, PromptEmbeddings
 from manyhats.engine.blocks import SharedPrefix
-from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.internal_jobs import InternalJob
-from manyhats.engine.jobs import Output, SampledToken
-from manyhats.engine.kernels.interface import KVCache
-from manyhats.engine.scheduler import Scheduler
-from manyhats.engine.sequence import Sequence
 
 PLACEHOLDER_ID = 0
 """Stands in a sequence's token ids for a virtual token; it is never looked up."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ResidentPrefix:
+@dataclass(slots=True, eq=False)
+class VirtualTokens:
     """The virtual tokens of a loaded adapter.
 
+    A sequence finds their keys and values in the blocks that are held, or else puts them into its own: stored ones are
+    copied there, embeddings are run. Nothing in the pool is theirs by right, so a request that waits keeps no blocks.
+
     Attributes:
-        shared: their blocks; the adapter's residency owns a reference on each.
-        position_offset: real token t has position ``num_virtual_tokens + t + position_offset``.
+        source: stored keys and values, or embeddings.
+        held: blocks that have them now; only the scheduler changes it.
+        embeddings: [P, D] float32, what the first P tokens are in place of their ids' embeddings; None for stored ones.
     """
 
-    shared: SharedPrefix
-    position_offset: int
+    source: KVPrefix | PromptEmbeddings
+    held: SharedPrefix | None = field(default=None, init=False)
+    embeddings: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, PromptEmbeddings):
+            self.embeddings = self.source.embeddings.to(torch.float32)
 
     @property
-    def num_virtual_tokens(self) -> int:
+    def num_tokens(self) -> int:
         """P."""
-        return self.shared.num_tokens
+        return self.source.num_virtual_tokens
+
+    @property
+    def position_offset(self) -> int:
+        """Real token t has position ``P + t + position_offset``."""
+        return self.source.position_offset if isinstance(self.source, KVPrefix) else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """In memory, the pool's blocks not counted."""
+        if isinstance(self.source, KVPrefix):
+            return self.source.keys.nbytes + self.source.values.nbytes
+        return 0 if self.embeddings is None else self.embeddings.nbytes
 
 
-OnPrefix = Callable[[ResidentPrefix], None]
-"""Told on the engine's thread of a prefix that is in place."""
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixFill:
+    """Stored keys and values of virtual tokens first_token … P − 1, to be copied to the blocks from there on."""
 
-
-class KVPrefixJob(InternalJob[ResidentPrefix]):
-    """Copies stored keys and values into blocks of their own, as soon as there are enough."""
-
-    def __init__(self, job_id: str, prefix: KVPrefix, cache: KVCache, on_done: OnPrefix) -> None:
-        super().__init__(job_id, on_done)
-        self._prefix = prefix
-        self._cache = cache
-
-    def start(self, scheduler: Scheduler) -> None:
-        """Checks that the pool could ever hold it."""
-        check_capacity(self._prefix.num_virtual_tokens, scheduler)
-
-    def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
-        """Takes blocks and fills them, once there are enough."""
-        allocator = scheduler.allocator
-        num_tokens = self._prefix.num_virtual_tokens
-        num_blocks = allocator.num_blocks_for(num_tokens)
-        if allocator.num_available < num_blocks:
-            return None
-        blocks = allocator.allocate(num_blocks)
-        self._cache.write(blocks, self._prefix.keys, self._prefix.values)
-        self._finish(ResidentPrefix(scheduler.adopt(blocks, num_tokens), self._prefix.position_offset))
-        return None
-
-    def abort(self, scheduler: Scheduler) -> None:
-        """It holds nothing before it is done."""
-
-
-class PromptPrefixJob(InternalJob[ResidentPrefix]):
-    """Runs the embeddings of virtual tokens once, with the adapter's own deltas, and keeps their blocks."""
-
-    def __init__(self, job_id: str, prompt: PromptEmbeddings, slot: int, on_done: OnPrefix) -> None:
-        super().__init__(job_id, on_done)
-        num_tokens = prompt.num_virtual_tokens
-        self._sequence = Sequence(
-            id=job_id,
-            token_ids=[PLACEHOLDER_ID] * num_tokens,
-            max_num_tokens=num_tokens,
-            slot=slot,
-            embeddings=prompt.embeddings.to(torch.float32),
-            uses_prefix_cache=False,
-            is_internal=True,
-        )
-
-    def start(self, scheduler: Scheduler) -> None:
-        """Queues the virtual tokens."""
-        check_capacity(self._sequence.num_tokens, scheduler)
-        scheduler.add(self._sequence)
-
-    def commit(
-        self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
-    ) -> Output | None:
-        """All virtual tokens have run: their blocks stay."""
-        shared = scheduler.hold(sequence, sequence.num_tokens, recomputable=False)
-        scheduler.finish(sequence)
-        self._finish(ResidentPrefix(shared, 0))
-        return None
-
-    def abort(self, scheduler: Scheduler) -> None:
-        """Frees the sequence's blocks."""
-        scheduler.finish(self._sequence)
-
-
-def check_capacity(num_tokens: int, scheduler: Scheduler) -> None:
-    """See that the pool can hold so many virtual tokens and a block beside them.
-
-    Raises:
-        FieldInvalidError: it cannot.
-    """
-    allocator = scheduler.allocator
-    if allocator.num_blocks_for(num_tokens) >= allocator.num_blocks:
-        raise FieldInvalidError(
-            "num_virtual_tokens",
-            f"are {num_tokens}; the KV cache holds {allocator.num_blocks * allocator.block_size} tokens in all",
-        )
+    virtual: VirtualTokens
+    first_token: int
+    block_ids: tuple[int, ...]

@@ -1,40 +1,38 @@
-"""The virtual tokens of loaded adapters, put in place by the engine's thread at other threads' asking."""
+"""The virtual tokens of loaded adapters, on their way into one engine and out of it."""
 
 from __future__ import annotations
 
 from manyhats.adapters.primitives import KVPrefix, PromptEmbeddings
+from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.internal_jobs import InternalJobs
-from manyhats.engine.jobs import Job
-from manyhats.engine.kernels.interface import KVCache
-from manyhats.engine.prefix import KVPrefixJob, OnPrefix, PromptPrefixJob, ResidentPrefix
+from manyhats.engine.prefix import VirtualTokens
 
 
 class EnginePrefixPool:
-    """A ``PrefixPool`` over one engine.
+    """A ``PrefixPool`` over one engine; safe from any thread.
 
     Args:
         jobs: of that engine.
-        cache: the blocks' memory.
+        capacity: of its KV cache, in tokens.
     """
 
-    def __init__(self, jobs: InternalJobs, cache: KVCache) -> None:
+    def __init__(self, jobs: InternalJobs, capacity: int) -> None:
         self._jobs = jobs
-        self._cache = cache
+        self._capacity = capacity
 
-    def install(self, slot: int, prefix: KVPrefix | PromptEmbeddings) -> ResidentPrefix:
-        """Waits until the virtual tokens are in place.
+    def add(self, prefix: KVPrefix | PromptEmbeddings) -> VirtualTokens:
+        """Virtual tokens for sequences to start with; the first of them puts them into blocks.
 
         Raises:
-            EngineError: they cannot be.
+            FieldInvalidError: the KV cache cannot hold them and a token behind them.
         """
+        if prefix.num_virtual_tokens >= self._capacity:
+            raise FieldInvalidError(
+                "num_virtual_tokens",
+                f"are {prefix.num_virtual_tokens}; the KV cache holds {self._capacity} tokens in all",
+            )
+        return VirtualTokens(prefix)
 
-        def make_job(job_id: str, on_done: OnPrefix) -> Job:
-            if isinstance(prefix, KVPrefix):
-                return KVPrefixJob(job_id, prefix, self._cache, on_done)
-            return PromptPrefixJob(job_id, prefix, slot, on_done)
-
-        return self._jobs.run(make_job)
-
-    def remove(self, prefix: ResidentPrefix) -> None:
-        """Has the blocks freed before the next step."""
-        self._jobs.then(lambda scheduler: scheduler.release(prefix.shared))
+    def remove(self, prefix: VirtualTokens) -> None:
+        """Has their blocks freed before the next step; no unfinished sequence may have them."""
+        self._jobs.then(lambda scheduler: scheduler.forget(prefix))

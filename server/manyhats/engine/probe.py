@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +15,13 @@ from manyhats.adapters.primitives import (
     Delta,
     EmbeddingLowRank,
     EmbeddingRows,
-    KVPrefix,
     LoweredAdapter,
-    PromptEmbeddings,
 )
 from manyhats.engine.errors import NumericalError
 from manyhats.engine.internal_jobs import InternalJob, InternalJobs
 from manyhats.engine.jobs import Job, Output, SampledToken
 from manyhats.engine.kernels.interface import AdapterSlots
-from manyhats.engine.prefix import PLACEHOLDER_ID, ResidentPrefix
-from manyhats.engine.prefix_pool import EnginePrefixPool
+from manyhats.engine.prefix import PLACEHOLDER_ID, VirtualTokens
 from manyhats.engine.scheduler import Scheduler
 from manyhats.engine.sequence import Sequence
 from manyhats.engine.serving import Start
@@ -54,7 +50,7 @@ class ProbeJob(InternalJob[Logits]):
             slot=start.slot,
             position_offset=start.position_offset,
             logits_from=num_virtual,
-            shared=start.shared,
+            virtual=start.virtual,
             uses_prefix_cache=False,
             is_internal=True,
         )
@@ -85,36 +81,28 @@ class AdapterProbe:
 
     Args:
         jobs: of the engine.
-        prefixes: where virtual tokens go for as long as the probe takes.
         slots: of the engine.
         slot: kept for this alone, so that a probe neither evicts an adapter nor waits for one.
         prompt: the fixed token ids.
         embeddings: [V, D], the base's.
-        num_blocks: of the KV cache. block_size: of one of them.
         max_context_length: of the engine.
     """
 
     def __init__(
         self,
         jobs: InternalJobs,
-        prefixes: EnginePrefixPool,
         slots: AdapterSlots,
         slot: int,
         *,
         prompt: tuple[int, ...],
         embeddings: Tensor,
-        num_blocks: int,
-        block_size: int,
         max_context_length: int,
     ) -> None:
         self._jobs = jobs
-        self._prefixes = prefixes
         self._slots = slots
         self._slot = slot
         self._prompt = prompt
         self._embeddings = embeddings
-        self._num_blocks = num_blocks
-        self._block_size = block_size
         self._max_context_length = max_context_length
         self._lock = threading.Lock()
         self._prompt_logits: Logits | None = None  # the base's, of ``prompt`` alone
@@ -136,19 +124,13 @@ class AdapterProbe:
             return effect(self._base_logits(token_ids), self._adapter_logits(adapter, token_ids))
 
     def _check_room(self, adapter: LoweredAdapter, num_tokens: int) -> None:
-        """The last virtual tokens count twice where they fill a block in part: a sequence has a copy of it."""
         num_virtual = 0 if adapter.prefix is None else adapter.prefix.num_virtual_tokens
-        num_whole = num_virtual // self._block_size
-        needed = self._blocks_for(num_virtual) + self._blocks_for(num_virtual + num_tokens) - num_whole
-        if num_virtual + num_tokens > self._max_context_length or needed > self._num_blocks:
+        if num_virtual + num_tokens > self._max_context_length:
             raise AdapterTooLargeError(
                 "num_virtual_tokens",
                 f"are {num_virtual}, which leaves no room for a prompt of {num_tokens} tokens "
                 f"in a context of {self._max_context_length}",
             )
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
 
     def _base_logits(self, token_ids: tuple[int, ...]) -> Logits:
         if token_ids != self._prompt:
@@ -160,25 +142,14 @@ class AdapterProbe:
     def _adapter_logits(self, adapter: LoweredAdapter, token_ids: tuple[int, ...]) -> Logits:
         try:
             self._slots.write(self._slot, adapter)
-            with self._installed(adapter.prefix) as prefix:
-                return self._run(token_ids, Start(self._slot, prefix))
+            virtual = None if adapter.prefix is None else VirtualTokens(adapter.prefix)
+            return self._run(token_ids, Start(self._slot, virtual))
         except NumericalError as error:
             raise AdapterInvalidError(
                 "logits", "are not finite with this adapter, and are without it: its numbers overflow"
             ) from error
         finally:
             self._slots.clear(self._slot)  # no step names it any more, however the job ended
-
-    @contextmanager
-    def _installed(self, prefix: KVPrefix | PromptEmbeddings | None) -> Iterator[ResidentPrefix | None]:
-        if prefix is None:
-            yield None
-            return
-        resident = self._prefixes.install(self._slot, prefix)
-        try:
-            yield resident
-        finally:
-            self._prefixes.remove(resident)
 
     def _run(self, token_ids: tuple[int, ...], start: Start) -> Logits:
         def make_job(job_id: str, on_done: Callable[[Logits], None]) -> Job:

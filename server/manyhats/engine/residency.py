@@ -13,25 +13,25 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
 from manyhats.engine.errors import AdapterCapacityError
 from manyhats.engine.kernels.interface import AdapterSlots
-from manyhats.engine.prefix import ResidentPrefix
+from manyhats.engine.prefix import VirtualTokens
 
 LoadAdapter = Callable[[AdapterRecord], LoweredAdapter]
 """Reads an artifact and lowers it; may take long, and raises what makes it unfit."""
 
 
 class PrefixPool(Protocol):
-    """Puts virtual tokens into KV blocks, and takes them out again."""
+    """Knows where virtual tokens are in the KV cache; from any thread."""
 
-    def install(self, slot: int, prefix: KVPrefix | PromptEmbeddings) -> ResidentPrefix:
-        """Waits until the virtual tokens' keys and values are in place; never on the engine's thread.
+    def add(self, prefix: KVPrefix | PromptEmbeddings) -> VirtualTokens:
+        """Virtual tokens for requests to start with.
 
         Raises:
-            EngineError: they cannot be.
+            EngineError: they can never be in the cache.
         """
         ...
 
-    def remove(self, prefix: ResidentPrefix) -> None:
-        """Frees the blocks, at once or soon; from any thread."""
+    def remove(self, prefix: VirtualTokens) -> None:
+        """Frees their blocks, at once or soon."""
         ...
 
 
@@ -43,7 +43,7 @@ class ResidentAdapter:
     """
 
     slot: int
-    prefix: ResidentPrefix | None = None
+    virtual: VirtualTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class _Entry:
 
     slot: int
     ready: threading.Event
-    prefix: ResidentPrefix | None = None
+    virtual: VirtualTokens | None = None
     pins: int = 0
     num_bytes: int = 0
     is_prefix_alone: bool = False
@@ -72,7 +72,7 @@ class _Entry:
     @property
     def resident(self) -> ResidentAdapter:
         """What a request starts from."""
-        return ResidentAdapter(0 if self.is_prefix_alone else self.slot, self.prefix)
+        return ResidentAdapter(0 if self.is_prefix_alone else self.slot, self.virtual)
 
 
 class AdapterResidency:
@@ -164,16 +164,6 @@ class AdapterResidency:
             if not entry.pins:
                 self._drop(digest)
 
-    def evict_prefix(self) -> bool:
-        """Drops the least recently used adapter with virtual tokens that nobody uses; whether there was one."""
-        with self._lock:
-            for digest, entry in self._entries.items():
-                if entry.prefix is not None and not entry.pins:
-                    self._drop(digest)
-                    self._stats = replace(self._stats, num_evictions=self._stats.num_evictions + 1)
-                    return True
-        return False
-
     def _pin(self, digest: str, entry: _Entry) -> None:
         entry.pins += 1
         entry.forgotten = False  # registered again
@@ -187,7 +177,7 @@ class AdapterResidency:
             self._slots.write(entry.slot, lowered)
             entry.is_prefix_alone = lowered.prefix is not None and not lowered.deltas
             if lowered.prefix is not None:
-                entry.prefix = self._prefixes.install(entry.slot, lowered.prefix)
+                entry.virtual = self._prefixes.add(lowered.prefix)
         except BaseException as error:
             with self._lock:
                 entry.error = error
@@ -196,6 +186,8 @@ class AdapterResidency:
             raise
         with self._lock:
             entry.num_bytes = self._slots.num_bytes(entry.slot)
+            if entry.virtual is not None:
+                entry.num_bytes += entry.virtual.num_bytes
             stats = self._stats
             self._stats = replace(
                 stats,
@@ -224,7 +216,7 @@ class AdapterResidency:
     def _drop(self, digest: str) -> None:
         entry = self._entries.pop(digest)
         self._slots.clear(entry.slot)
-        if entry.prefix is not None:
-            self._prefixes.remove(entry.prefix)
+        if entry.virtual is not None:
+            self._prefixes.remove(entry.virtual)
         self._free.append(entry.slot)
         self._stats = replace(self._stats, resident_bytes=self._stats.resident_bytes - entry.num_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.prefix import PrefixFill
 from manyhats.engine.sequence import Sequence
 
 
@@ -38,13 +39,15 @@ class Schedule:
 
     Attributes:
         chunks: at most one per sequence, decodes first.
-        block_copies: (source, destination) blocks, copied whole before anything of the step is written.
+        prefix_fills: stored virtual tokens, written before anything else.
+        block_copies: (source, destination) blocks, copied whole before anything of the step is computed.
         preempted: sequences whose blocks were taken back; they wait again.
         prefix_cache_queries: prompt tokens looked up for sequences that started.
         prefix_cache_hits: those found.
     """
 
     chunks: tuple[Chunk, ...] = ()
+    prefix_fills: tuple[PrefixFill, ...] = ()
     block_copies: tuple[tuple[int, int], ...] = ()
     preempted: tuple[Sequence, ...] = ()
     prefix_cache_queries: int = 0

@@ -5,6 +5,10 @@ within their priority. A running sequence's blocks cover all its tokens, so only
 when none is left, the running sequence that ranks last gives all of its blocks back and is computed again
 later, its output kept. The one that ranks first is thus never preempted while others run, and so finishes.
 
+Only running sequences hold blocks by right. Prefixes that are kept for others to start from, such as virtual tokens,
+are taken back where there is no room otherwise: what waits keeps nothing, and the first in the queue can always start
+once nothing runs. One that does not fit yet is passed by later ones that do, but not for ever.
+
 The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go ahead of every
 request, and neither ``max_waiting`` nor ``max_num_sequences`` holds for them. In turn a step in which others decode
 takes few of their tokens, so that it grows by half at most.
@@ -13,14 +17,17 @@ takes few of their tokens, so that it grows by half at most.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
 
 from manyhats.engine.admission import Admission, check_addable, plan_admission
 from manyhats.engine.blocks import BlockAllocator, SharedPrefix
 from manyhats.engine.errors import QueueFullError
+from manyhats.engine.held_prefixes import HeldPrefixes
+from manyhats.engine.prefix import PrefixFill, VirtualTokens
 from manyhats.engine.prefix_cache import max_hit_tokens, register_full_blocks
 from manyhats.engine.schedule import Chunk, Schedule, SchedulerConfig
 from manyhats.engine.sequence import Sequence, SequenceStatus
+from manyhats.engine.step import Step
 
 __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig"]
 
@@ -29,39 +36,10 @@ _INTERNAL_PRIORITY = 2**31
 """Above every request's."""
 _INTERNAL_TOKENS = 3
 """As many make a step of one decode a quarter longer; each two further decodes allow for one more."""
-
-
-@dataclass(slots=True)
-class _Step:
-    """A schedule in the making: what is left of the step's tokens, and of those for internal sequences."""
-
-    budget: int
-    internal_budget: int
-    chunks: list[Chunk] = field(default_factory=list)
-    block_copies: list[tuple[int, int]] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    num_queries: int = 0
-    num_hits: int = 0
-
-    def add(self, sequence: Sequence, num_tokens: int) -> None:
-        self.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
-        self.budget -= num_tokens
-
-    def add_prefill(self, sequence: Sequence) -> None:
-        num_tokens = min(len(sequence.token_ids) - sequence.num_computed_tokens, self.budget)
-        if sequence.is_internal:
-            num_tokens = min(num_tokens, max(1, self.internal_budget))
-            self.internal_budget -= num_tokens
-        self.add(sequence, num_tokens)
-
-    def freeze(self) -> Schedule:
-        return Schedule(
-            tuple(self.chunks),
-            tuple(self.block_copies),
-            tuple(self.preempted),
-            self.num_queries,
-            self.num_hits,
-        )
+_MAX_PASSED = 32
+"""Later sequences that may start ahead of one that waits for blocks; then nothing behind it starts before it does."""
+_MAX_BLOCKED = 16
+"""Sequences that may be found not to fit in one step; looking at each takes time."""
 
 
 class Scheduler:
@@ -77,7 +55,7 @@ class Scheduler:
         self.allocator = allocator
         self._waiting: list[Sequence] = []  # sorted by _waiting_rank
         self._running: list[Sequence] = []  # sorted by rank
-        self._prefixes: dict[SharedPrefix, None] = {}  # held, the oldest first
+        self._prefixes = HeldPrefixes(allocator, self._free)
         self._num_added = 0
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
@@ -116,15 +94,14 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Decide the next step.
 
-        It has no chunks when no sequence can run: there is none, every running one awaits a token or
-        ``finish``, or pinned prefixes leave too few blocks for the first in the queue even alone.
+        It has no chunks when no sequence can run: there is none, or every running one awaits a token or ``finish``.
 
         Raises:
             RuntimeError: the last schedule with chunks was not committed.
         """
         if self._in_flight is not None:
             raise RuntimeError("the last schedule was not committed")
-        step = _Step(self.config.max_num_batched_tokens, self.config.max_num_batched_tokens)
+        step = Step(self.config.max_num_batched_tokens, self.config.max_num_batched_tokens)
         self._cover_tokens(step)
         self._continue_running(step)
         self._admit_waiting(step)
@@ -153,6 +130,7 @@ class Scheduler:
                 continue
             end = chunk.start + chunk.num_tokens
             sequence.num_computed_tokens = end
+            self._hold_virtual(sequence)
             if sequence.logits_from is not None:
                 sequence.logits_from = max(sequence.logits_from, end)
             register_full_blocks(sequence, self.allocator)
@@ -171,66 +149,62 @@ class Scheduler:
             del self._waiting[bisect_left(self._waiting, _waiting_rank(sequence), key=_waiting_rank)]
         sequence.status = SequenceStatus.FINISHED
 
-    def hold(self, sequence: Sequence, num_tokens: int, *, recomputable: bool = True) -> SharedPrefix:
+    def hold(self, sequence: Sequence, num_tokens: int) -> SharedPrefix:
         """Keep the KV of a running sequence's first tokens for others to start from, beyond its finish.
+
+        The scheduler may take the blocks back when nothing else can run; sequences that name the prefix then compute
+        its tokens themselves.
 
         Args:
             sequence: it runs, and has computed (and committed) them.
             num_tokens: at least 1.
-            recomputable: the scheduler may take the blocks back when nothing else can run; sequences that
-                name the prefix then compute its tokens themselves.
 
         Raises:
             ValueError: fewer are computed.
         """
         if not 1 <= num_tokens <= sequence.num_computed_tokens or not sequence.block_table:
             raise ValueError(f"sequence {sequence.id} has {sequence.num_computed_tokens} tokens computed")
-        blocks = sequence.block_table[: self.allocator.num_blocks_for(num_tokens)]
-        for block_id in blocks:
-            self.allocator.ref(block_id)
-        prefix = SharedPrefix(tuple(blocks), num_tokens, recomputable)
-        self._prefixes[prefix] = None
-        return prefix
-
-    def adopt(self, block_ids: list[int], num_tokens: int) -> SharedPrefix:
-        """Keep blocks that the caller took from the allocator and filled, for others to start from."""
-        prefix = SharedPrefix(tuple(block_ids), num_tokens)
-        self._prefixes[prefix] = None
-        return prefix
+        return self._prefixes.hold(sequence.block_table, num_tokens)
 
     def release(self, prefix: SharedPrefix) -> None:
-        """Give a held prefix back. Safe to repeat, and after the scheduler has taken it back.
+        """Give a held prefix back. Safe to repeat, and after the scheduler has taken it back."""
+        self._prefixes.release(prefix)
 
-        Unless it is recomputable, no unfinished sequence may name it.
-        """
-        if prefix in self._prefixes:
-            del self._prefixes[prefix]
-            self._free(prefix.block_ids)
+    def forget(self, virtual: VirtualTokens) -> None:
+        """Let go of the blocks of virtual tokens, if there are any."""
+        if virtual.held is not None:
+            self._prefixes.release(virtual.held)
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
         insort(self._waiting, sequence, key=_waiting_rank)
 
-    def _free(self, block_ids: list[int] | tuple[int, ...]) -> None:
+    def _free(self, block_ids: Seq[int]) -> None:
         if self._in_flight is None:
             self.allocator.free(block_ids)
         else:
             self._freed_in_flight.extend(block_ids)
 
-    def _cover_tokens(self, step: _Step) -> None:
+    def _cover_tokens(self, step: Step) -> None:
         """Give every running sequence blocks for all its tokens, the first in rank first."""
         block_size = self.allocator.block_size
         for sequence in tuple(self._running):
             missing = -(-len(sequence.token_ids) // block_size) - len(sequence.block_table)
             if missing <= 0 or sequence.status is not SequenceStatus.RUNNING:
                 continue
-            while self.allocator.num_available < missing and sequence.status is SequenceStatus.RUNNING:
-                if len(self._running) > 1 or not self._take_back_prefix(sequence.shared):
-                    self._preempt(self._running[-1], step)
+            while (lacking := missing - self.allocator.num_available) > 0:
+                if self._prefixes.make_room(lacking, step.prefixes):
+                    break
+                if len(self._running) == 1 and self._prefixes.take_one(self._prefix_of(sequence)):
+                    continue
+                last = self._running[-1]
+                self._preempt(last, step)
+                if last is sequence:
+                    break
             if sequence.status is SequenceStatus.RUNNING:
                 sequence.block_table.extend(self.allocator.allocate(missing))
 
-    def _continue_running(self, step: _Step) -> None:
+    def _continue_running(self, step: Step) -> None:
         prefills: list[Sequence] = []
         for sequence in self._running:
             num_left = len(sequence.token_ids) - sequence.num_computed_tokens
@@ -244,62 +218,99 @@ class Scheduler:
             if step.budget > 0:
                 step.add_prefill(sequence)
 
-    def _admit_waiting(self, step: _Step) -> None:
-        while self._waiting and step.budget > 0:
-            sequence = self._waiting[0]
+    def _admit_waiting(self, step: Step) -> None:
+        blocked: list[Sequence] = []
+        index = 0
+        while index < len(self._waiting) and step.budget > 0:
+            sequence = self._waiting[index]
             if len(self._running) >= self.config.max_num_sequences and not sequence.is_internal:
                 return
-            admission = self._affordable_admission(sequence)
+            if self._awaits_virtual(sequence):
+                index += 1
+                continue
+            admission = self._affordable_admission(sequence, step)
             if admission is None:
-                return
-            del self._waiting[0]
+                blocked.append(sequence)
+                if sequence.num_passed >= _MAX_PASSED or len(blocked) >= _MAX_BLOCKED:
+                    return
+                index += 1
+                continue
+            for passed in blocked:
+                passed.num_passed += 1
+            del self._waiting[index]
             self._admit(sequence, admission, step)
             step.add_prefill(sequence)
 
-    def _affordable_admission(self, sequence: Sequence) -> Admission | None:
+    def _awaits_virtual(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is just computing the virtual tokens that this one begins with, too."""
+        virtual = sequence.virtual
+        if virtual is None or virtual.held is not None or virtual.embeddings is None:
+            return False
+        return any(
+            other.virtual is virtual and other.num_computed_tokens < virtual.num_tokens
+            for other in self._running
+        )
+
+    def _affordable_admission(self, sequence: Sequence, step: Step) -> Admission | None:
         """How to start it, or None if there are too few blocks for all its tokens.
 
-        While others run, one block stays free for each that still grows, or it would soon be preempted.
-        Alone, it gets the blocks of recomputable prefixes too; with those gone, it must fit at full length,
-        or it would start over without end.
+        While others run, one block stays free for each that still grows, or it would soon be preempted. Alone, it
+        gets the blocks of every prefix too: nothing else holds any, and it fits at full length (``check_addable``).
         """
         allocator = self.allocator
         while True:
-            plan = plan_admission(sequence, self._live_prefix(sequence), allocator)
+            prefix = self._prefix_of(sequence)
+            plan = plan_admission(sequence, prefix, allocator)
             needed = allocator.num_blocks_for(len(sequence.token_ids)) - plan.num_borrowed_used
-            if self._running:
-                fits = needed + self._num_growing() <= allocator.num_available
-                return plan if fits else None
-            if needed <= allocator.num_available:
-                break
-            if not self._take_back_prefix(sequence.shared):
+            lacking = needed + self._num_growing() - allocator.num_available
+            if lacking <= 0:
+                return plan
+            spared = step.prefixes if prefix is None else {*step.prefixes, prefix}
+            if self._prefixes.make_room(lacking, spared):
+                continue  # the prefix cache may have lost what the plan is made of
+            if self._running or not self._prefixes.take_one(prefix):
                 return None
-        if any(prefix.recomputable for prefix in self._prefixes):
-            return plan
-        most = allocator.num_blocks_for(sequence.max_num_tokens) - plan.num_borrowed_used
-        return plan if most <= allocator.num_available else None
 
-    def _admit(self, sequence: Sequence, admission: Admission, step: _Step) -> None:
+    def _admit(self, sequence: Sequence, admission: Admission, step: Step) -> None:
         allocator = self.allocator
         for block_id in admission.borrowed:
             allocator.ref(block_id)
         num_own = allocator.num_blocks_for(len(sequence.token_ids)) - len(admission.borrowed)
         own = allocator.allocate(num_own)
+        sequence.block_table = [*admission.borrowed, *own]
+        prefix, virtual = self._prefix_of(sequence), sequence.virtual
+        if prefix is not None:
+            self._prefixes.touch(prefix)
+            step.prefixes.add(prefix)
         if admission.copy_from is not None:
             step.block_copies.append((admission.copy_from, own[0]))
-        sequence.block_table = [*admission.borrowed, *own]
+        if admission.fill_from is not None and virtual is not None:
+            filled = tuple(own[: allocator.num_blocks_for(virtual.num_tokens) - len(admission.borrowed)])
+            step.prefix_fills.append(PrefixFill(virtual, admission.fill_from, filled))
         sequence.num_registered_blocks = len(admission.borrowed)
         sequence.num_computed_tokens = admission.num_computed
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = admission.num_hit_tokens
             step.num_hits += admission.num_hit_tokens
             if max_hit_tokens(sequence) > 0:
-                num_shared = admission.num_computed - admission.num_hit_tokens
-                step.num_queries += sequence.num_prompt_tokens - num_shared
+                num_given = max(sequence.num_virtual_tokens, 0 if prefix is None else prefix.num_tokens)
+                step.num_queries += sequence.num_prompt_tokens - num_given
         sequence.status = SequenceStatus.RUNNING
+        sequence.num_passed = 0
         insort(self._running, sequence, key=_rank)
+        self._hold_virtual(sequence)
+        if virtual is not None and virtual.held is not None:
+            step.prefixes.add(virtual.held)
 
-    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+    def _hold_virtual(self, sequence: Sequence) -> None:
+        """Keep virtual tokens that a sequence has put in place, for others of its task."""
+        virtual = sequence.virtual
+        if virtual is None or virtual.held is not None or not sequence.uses_prefix_cache:
+            return
+        if sequence.num_computed_tokens >= virtual.num_tokens:
+            self._prefixes.hold(sequence.block_table, virtual.num_tokens, virtual)
+
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._running.remove(sequence)
         self.allocator.free(sequence.block_table)
         sequence.block_table = []
@@ -309,20 +320,11 @@ class Scheduler:
         step.preempted.append(sequence)
         self._enqueue(sequence)
 
-    def _live_prefix(self, sequence: Sequence) -> SharedPrefix | None:
-        prefix = sequence.shared
-        if prefix is None or not prefix.recomputable or prefix in self._prefixes:
-            return prefix
-        return sequence.fallback
-
-    def _take_back_prefix(self, own: SharedPrefix | None) -> bool:
-        """Take the oldest recomputable prefix's blocks, ``own`` last; whether there was one."""
-        candidates = [prefix for prefix in self._prefixes if prefix.recomputable]
-        if not candidates:
-            return False
-        victim = next((prefix for prefix in candidates if prefix is not own), candidates[0])
-        self.release(victim)
-        return True
+    def _prefix_of(self, sequence: Sequence) -> SharedPrefix | None:
+        """What is held that a sequence can start from."""
+        if sequence.shared is not None and sequence.shared in self._prefixes:
+            return sequence.shared
+        return None if sequence.virtual is None else sequence.virtual.held
 
     def _num_growing(self) -> int:
         """Running sequences that may still ask for a block."""

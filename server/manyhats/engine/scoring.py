@@ -161,10 +161,8 @@ class Scoring:
         return sequence
 
     def _sequence(self, token_ids: tuple[int, ...]) -> Sequence:
-        """A sequence that starts from the shared prompt, or from the virtual tokens where that is not there."""
-        sequence = new_sequence(self.id, self._request, token_ids, 0, self._start, self._model, self._prefix)
-        sequence.fallback = self._start.shared
-        return sequence
+        """A sequence that starts from the shared prompt once that is there."""
+        return new_sequence(self.id, self._request, token_ids, 0, self._start, self._model, self._prefix)
 
     def _output(self, now_s: float) -> ScoreOutput:
         started = self._started_s or now_s

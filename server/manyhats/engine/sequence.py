@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from manyhats.engine.blocks import SharedPrefix
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from manyhats.engine.prefix import VirtualTokens
 
 
 class SequenceStatus(Enum):
@@ -25,8 +22,7 @@ class SequenceStatus(Enum):
 class Sequence:
     """The only mutable state of a request; only the scheduler changes it. Compared by identity.
 
-    KV index i of the sequence belongs to ``token_ids[i]``. Where a shared prefix holds virtual tokens, the
-    caller puts placeholder ids in their place; they are never run.
+    KV index i of the sequence belongs to ``token_ids[i]``. In place of virtual tokens the caller puts placeholder ids.
 
     Attributes:
         id: of the job that it belongs to.
@@ -40,16 +36,17 @@ class Sequence:
         arrival: then the earlier goes first.
         logits_from: smallest position whose logits are still needed besides the last token's; None needs no
             others. The scheduler moves it on as positions are computed, so none comes twice after preemption.
-        shared: KV that stands for the first ``shared.num_tokens`` of ``token_ids``.
-        fallback: what to start from instead, when the scheduler took ``shared`` back.
-        embeddings: [P, D] float32, what the first P tokens are in place of their ids' embeddings; None for none.
+        shared: KV that stands for the first ``shared.num_tokens`` of ``token_ids``; where the scheduler took it back,
+            the sequence computes them itself.
+        virtual: virtual tokens that it begins with.
         uses_prefix_cache: whether it takes blocks from the prefix cache and leaves its own there.
         is_internal: the engine's own, no request's; see ``Scheduler``.
         num_prompt_tokens: ``len(token_ids)`` when it was made.
         num_computed_tokens: tokens whose KV is in its blocks.
         block_table: its blocks in order; while it runs, they cover all its tokens.
-        num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s).
+        num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s, nor virtual).
         num_preemptions: how often its blocks were taken back.
+        num_passed: how many later sequences have started while it waited for blocks.
         block_keys: prefix cache keys of its first blocks, as far as they were needed.
         num_registered_blocks: first blocks that the prefix cache knows, or that are not its own.
         rank: (-priority, arrival, order of adding); smaller goes first.
@@ -65,8 +62,7 @@ class Sequence:
     arrival: float = 0.0
     logits_from: int | None = None
     shared: SharedPrefix | None = None
-    fallback: SharedPrefix | None = None
-    embeddings: Tensor | None = None
+    virtual: VirtualTokens | None = None
     uses_prefix_cache: bool = True
     is_internal: bool = False
     num_prompt_tokens: int = field(init=False)
@@ -75,12 +71,18 @@ class Sequence:
     status: SequenceStatus = field(default=SequenceStatus.NEW, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
+    num_passed: int = field(default=0, init=False)
     block_keys: list[bytes] = field(default_factory=list, init=False, repr=False)
     num_registered_blocks: int = field(default=0, init=False)
     rank: tuple[int, float, int] = field(default=(0, 0.0, 0), init=False)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P, 0 where it has none."""
+        return 0 if self.virtual is None else self.virtual.num_tokens
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from manyhats.engine.blocks import SharedPrefix
-from manyhats.engine.prefix import PLACEHOLDER_ID, ResidentPrefix
+from manyhats.engine.prefix import PLACEHOLDER_ID, VirtualTokens
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.sequence import Sequence
 from manyhats.engine.tokenizer import Tokenizer
@@ -18,23 +18,18 @@ class Start:
     """Where a request begins: the slot of its adapter, its virtual tokens, and what loading it took."""
 
     slot: int = 0
-    prefix: ResidentPrefix | None = None
+    virtual: VirtualTokens | None = None
     adapter_load_s: float = 0.0
 
     @property
     def num_virtual_tokens(self) -> int:
-        """P, 0 without a prefix."""
-        return 0 if self.prefix is None else self.prefix.num_virtual_tokens
+        """P, 0 where there are none."""
+        return 0 if self.virtual is None else self.virtual.num_tokens
 
     @property
     def position_offset(self) -> int:
-        """Of the tokens after the prefix."""
-        return 0 if self.prefix is None else self.prefix.position_offset
-
-    @property
-    def shared(self) -> SharedPrefix | None:
-        """The prefix's blocks."""
-        return None if self.prefix is None else self.prefix.shared
+        """Of the tokens after them."""
+        return 0 if self.virtual is None else self.virtual.position_offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +62,7 @@ def new_sequence(
 ) -> Sequence:
     """A sequence of a request's tokens, behind its adapter's virtual ones.
 
-    ``shared`` is KV to start from that includes the virtual tokens; None is the virtual tokens alone.
+    ``shared`` is KV to start from that includes the virtual tokens; None is none but theirs.
     """
     num_tokens = start.num_virtual_tokens + len(token_ids)
     return Sequence(
@@ -79,7 +74,8 @@ def new_sequence(
         position_offset=start.position_offset,
         priority=request.priority,
         arrival=request.accepted_s,
-        shared=start.shared if shared is None else shared,
+        shared=shared,
+        virtual=start.virtual,
     )
 
 

@@ -55,8 +55,9 @@ class Gate:
             return ServingState.LOADING
         if not self._backend.engine.is_alive:
             return ServingState.DEAD
-        age_s = self._clock() - self._backend.engine.stats.heartbeat_s
-        return ServingState.READY if age_s <= self._heartbeat_limit_s else ServingState.STALLED
+        stats = self._backend.engine.stats
+        is_silent = self._clock() - stats.heartbeat_s > self._heartbeat_limit_s
+        return ServingState.STALLED if is_silent or stats.is_at_standstill else ServingState.READY
 
     @property
     def backend(self) -> Backend:
