@@ -205,8 +205,8 @@ class EchoEngine:
     def resident_digests(self) -> frozenset[str]:
         return frozenset(self.resident)
 
-    def in_use(self, digest: str) -> bool:
-        return digest in self.pinned
+    def in_use(self, record: AdapterRecord) -> bool:
+        return record.name in self.pinned
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from manyhats.engine import async_engine
 from manyhats.engine.async_engine import AsyncEngine
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.errors import (
-    AdapterCapacityError,
     DeadlineExceededError,
     DrainingError,
     EngineDeadError,
@@ -128,14 +127,14 @@ async def test_a_client_that_leaves_frees_its_blocks_and_its_adapter_and_disturb
         leaving = engine.generate(make_request(prompt(1, 60), make_record("a"), new_tokens=LONG))
         for _ in range(3):
             await anext(leaving)
-        assert engine.in_use(digest_of("a"))
+        assert engine.in_use(make_record("a"))
         pinned_after_step: list[bool] = []
-        engine._on_step = lambda stats: pinned_after_step.append(engine.in_use(digest_of("a")))
+        engine._on_step = lambda stats: pinned_after_step.append(engine.in_use(make_record("a")))
         await leaving.aclose()
         await until(lambda: pinned_after_step[-1:] == [False] or is_idle(engine))
         # A step may end before it leaves, one may be under way, and the next one's turn frees everything.
         assert pinned_after_step.count(True) <= 3
-        assert not engine.in_use(digest_of("a"))
+        assert not engine.in_use(make_record("a"))
         assert engine.stats.num_running <= 1
         assert engine.stats.kv_blocks_used <= 3, "more than the other request can hold"
         answer = await other
@@ -174,7 +173,7 @@ async def test_a_deadline_and_a_time_limit(model: LoadedModel, steps_are_slow: N
         answer = await collect(engine, limited)
         assert answer.finish_reason is FinishReason.TIME_LIMIT
         assert len(answer.tokens) < LONG
-        await until(lambda: is_idle(engine) and not engine.in_use(digest_of("a")))
+        await until(lambda: is_idle(engine) and not engine.in_use(make_record("a")))
 
 
 async def test_an_adapter_whose_numbers_overflow_fails_its_own_requests_alone(model: LoadedModel) -> None:
@@ -195,7 +194,7 @@ async def test_an_adapter_whose_numbers_overflow_fails_its_own_requests_alone(mo
         )
         with pytest.raises(NumericalError):
             await engine.score(score)
-        await until(lambda: is_idle(engine) and not engine.in_use(digest_of("bad")))
+        await until(lambda: is_idle(engine) and not engine.in_use(make_record("bad")))
         assert (await collect(engine, good)).tokens == expected.tokens
 
 
@@ -218,7 +217,7 @@ async def test_a_dead_engine_tells_every_stream_and_takes_no_more(
                 async for _ in stream:
                     pass
         await until(lambda: not engine.is_alive)
-        assert not engine.in_use(digest_of("a"))
+        assert not engine.in_use(make_record("a"))
         with pytest.raises(EngineDeadError):
             await collect(engine, make_request(prompt(1)))
         with pytest.raises(EngineDeadError):
@@ -409,18 +408,6 @@ async def test_adapters_are_loaded_once_evicted_and_loaded_again(model: LoadedMo
         assert engine.resident_digests() == {digest_of("c")}
 
 
-async def test_every_slot_in_use_is_a_capacity_error(model: LoadedModel, steps_are_slow: None) -> None:
-    adapters = {task: random_lora(model.description, ord(task)) for task in "ab"}
-    async with running_engine(model, adapters, max_loaded_adapters=1) as engine:
-        stream = engine.generate(make_request(prompt(1), make_record("a"), new_tokens=LONG))
-        await anext(stream)
-        with pytest.raises(AdapterCapacityError):
-            await collect(engine, make_request(prompt(2), make_record("b")))
-        await stream.aclose()
-        await until(lambda: not engine.in_use(digest_of("a")))
-        assert len((await collect(engine, make_request(prompt(2), make_record("b")))).tokens) == 8
-
-
 async def test_a_failed_load_fails_the_requests_that_asked_and_nobody_else(model: LoadedModel) -> None:
     def load(record: AdapterRecord) -> LoweredAdapter:
         raise ValueError("torn")
@@ -456,7 +443,7 @@ async def test_a_slow_load_delays_neither_the_base_nor_loaded_tasks_and_may_be_a
         assert engine.stats.waiting_tasks == ()
         gate.set()
         await until(lambda: digest_of("slow") in engine.resident_digests())
-        await until(lambda: not engine.in_use(digest_of("slow")))
+        await until(lambda: not engine.in_use(make_record("slow")))
 
 
 async def test_an_adapter_forgotten_while_in_use_serves_its_request_to_the_end(
@@ -466,7 +453,7 @@ async def test_an_adapter_forgotten_while_in_use_serves_its_request_to_the_end(
     async with running_engine(model, adapters) as engine:
         expected = await collect(engine, make_request(prompt(1), make_record("a"), new_tokens=60))
         task = asyncio.create_task(collect(engine, make_request(prompt(1), make_record("a"), new_tokens=60)))
-        await until(lambda: engine.in_use(digest_of("a")))
+        await until(lambda: engine.in_use(make_record("a")))
         engine.forget_adapter(digest_of("a"))
         assert engine.resident_digests() == set()
         assert (await task).tokens == expected.tokens

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from adapter_factory import make_lora
-from engine_harness import Answer, collect, load_tiny, make_request, random_ids, running_engine
+from engine_harness import Answer, collect, load_tiny, make_request, random_ids, running_engine, until
 from every_method import COMPOSED, PLAIN, Sizes, register_every_method
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.errors import AdapterInUseError
 from manyhats.adapters.open_store import open_store
 from manyhats.adapters.store import AdapterStore
 from manyhats.engine.async_engine import AsyncEngine
@@ -140,12 +141,34 @@ async def test_a_deleted_task_s_name_finds_nothing_of_what_it_meant(
     async with engine_of(model, store) as engine:
         store.register("task", str(sources[0]))
         before = await ask(engine, store.resolve("task"))
-        (removed,) = store.delete("task", in_use=lambda record: engine.in_use(record.digest))
+        (removed,) = store.delete("task", in_use=engine.in_use)
         engine.forget_adapter(removed.digest)
         store.register("task", str(sources[1]))
         after = await ask(engine, store.resolve("task"))
         assert after.usage.cached_prompt_tokens == 0
         assert after.token_ids != before.token_ids
+
+
+async def test_a_task_is_deleted_while_another_of_the_same_bytes_is_in_use(
+    model: LoadedModel, store: AdapterStore, tmp_path: Path
+) -> None:
+    source = make_lora(tmp_path / "source", model.description, rank=4)
+    one, other = (store.register(task, str(source)).record for task in ("one", "other"))
+    async with engine_of(model, store) as engine:
+        expected = await ask(engine, one, new_tokens=60)
+        running = engine.generate(make_request(PROMPT, one, new_tokens=60))
+        first = await anext(running)
+        with pytest.raises(AdapterInUseError):
+            store.delete("one", in_use=engine.in_use)
+        assert store.delete("other", in_use=engine.in_use) == (other,)
+        assert store.has_digest(one.digest)
+        rest = [output async for output in running]
+        tokens = [token for output in (first, *rest) for token in output.tokens]
+        assert tokens == list(expected.tokens)
+        assert (await ask(engine, one, new_tokens=60)).tokens == expected.tokens
+        await until(lambda: not engine.in_use(one))
+        assert len(store.lower(one).deltas) > 0, "the bytes are there as long as a version has them"
+        assert store.delete("one", in_use=engine.in_use) == (one,)
 
 
 async def test_tasks_of_the_same_bytes_share_blocks_and_a_salt_keeps_them_apart(

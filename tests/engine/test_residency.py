@@ -71,7 +71,7 @@ def use(residency: AdapterResidency, *names: str) -> list[int]:
     used = []
     for name in names:
         used.append(residency.acquire(make_record(name)).slot)
-        residency.release(digest_of(name))
+        residency.release(make_record(name))
     return used
 
 
@@ -103,12 +103,12 @@ def test_what_is_lowered_already_is_not_read() -> None:
 
 def test_only_what_is_loaded_can_be_had_without_waiting() -> None:
     residency, _ = make()
-    assert residency.try_acquire(digest_of("a")) is None
+    assert residency.try_acquire(make_record("a")) is None
     (slot,) = use(residency, "a")
-    assert residency.try_acquire(digest_of("a")) == ResidentAdapter(slot)
-    assert residency.in_use(digest_of("a"))
-    residency.release(digest_of("a"))
-    assert not residency.in_use(digest_of("a"))
+    assert residency.try_acquire(make_record("a")) == ResidentAdapter(slot)
+    assert residency.in_use(make_record("a"))
+    residency.release(make_record("a"))
+    assert not residency.in_use(make_record("a"))
     assert resident(residency) == {"a"}
 
 
@@ -126,7 +126,7 @@ def test_virtual_tokens_come_and_go_with_their_adapter() -> None:
     assert residency.stats.resident_bytes == 2 * (10 + 3 * 8 * 4), "they count beside the slot's"
     residency.forget(digest_of("b"))
     assert prefixes.held == [a.virtual]
-    residency.release(digest_of("a"))
+    residency.release(make_record("a"))
     residency.forget(digest_of("a"))
     assert prefixes.held == []
     assert residency.stats.resident_bytes == 0
@@ -136,8 +136,8 @@ def test_the_least_recently_used_adapter_makes_room() -> None:
     residency, slots = make(num_slots=3)
     use(residency, "a", "b", "c", "a", "d")
     assert resident(residency) == {"a", "c", "d"}
-    assert residency.try_acquire(digest_of("c")) is not None
-    residency.release(digest_of("c"))
+    assert residency.try_acquire(make_record("c")) is not None
+    residency.release(make_record("c"))
     use(residency, "e")
     assert resident(residency) == {"c", "d", "e"}
     assert residency.stats.num_evictions == 2
@@ -154,7 +154,7 @@ def test_an_adapter_in_use_is_never_evicted() -> None:
         residency.acquire(make_record("e"))
     assert caught.value.limit == 2
     assert resident(residency) == {"a", "d"}
-    residency.release(digest_of("a"))
+    residency.release(make_record("a"))
     use(residency, "e")
     assert resident(residency) == {"d", "e"}
 
@@ -174,11 +174,28 @@ def test_every_pin_counts() -> None:
     residency, _ = make(num_slots=1)
     for _ in range(2):
         residency.acquire(make_record("a"))
-    residency.release(digest_of("a"))
-    assert residency.in_use(digest_of("a"))
+    residency.release(make_record("a"))
+    assert residency.in_use(make_record("a"))
     with pytest.raises(AdapterCapacityError):
         residency.acquire(make_record("b"))
-    residency.release(digest_of("a"))
+    residency.release(make_record("a"))
+    use(residency, "b")
+    assert resident(residency) == {"b"}
+
+
+def test_versions_of_the_same_bytes_share_a_slot_and_each_has_its_own_pins() -> None:
+    residency, slots = make(num_slots=1)
+    bytes_ = digest_of("a")
+    versions = [make_record(task, bytes_, version) for task in ("one", "two") for version in (1, 2)]
+    used = [residency.acquire(record).slot for record in versions]
+    assert len(set(used)) == 1
+    assert residency.stats.num_loads == 1
+    for index, record in enumerate(versions):
+        assert [residency.in_use(each) for each in versions] == [i >= index for i in range(4)]
+        assert slots.held, "as long as one of them is in use"
+        with pytest.raises(AdapterCapacityError):
+            residency.acquire(make_record("b"))
+        residency.release(record)
     use(residency, "b")
     assert resident(residency) == {"b"}
 
@@ -192,10 +209,10 @@ def test_a_forgotten_adapter_goes_at_once_or_when_its_last_request_ends() -> Non
     residency.acquire(make_record("b"))
     residency.forget(digest_of("b"))
     assert resident(residency) == set()
-    assert residency.in_use(digest_of("b"))
-    residency.release(digest_of("b"))
+    assert residency.in_use(make_record("b"))
+    residency.release(make_record("b"))
     assert slots.held
-    residency.release(digest_of("b"))
+    residency.release(make_record("b"))
     assert (slots.held, residency.stats.resident_bytes) == ({}, 0)
     residency.forget(digest_of("never seen"))
 
@@ -205,7 +222,7 @@ def test_an_adapter_registered_again_while_the_forgotten_one_is_in_use_stays() -
     residency.acquire(make_record("a"))
     residency.forget(digest_of("a"))
     use(residency, "a")
-    residency.release(digest_of("a"))
+    residency.release(make_record("a"))
     assert resident(residency) == {"a"}
     assert residency.stats.num_loads == 1
 
@@ -223,8 +240,8 @@ def test_a_failed_load_leaves_nothing_and_can_be_tried_again() -> None:
     with pytest.raises(ValueError, match="torn"):
         residency.acquire(make_record("a"))
     assert (resident(residency), slots.held, residency.stats.resident_bytes) == (set(), {}, 0)
-    assert not residency.in_use(digest_of("a"))
-    assert residency.try_acquire(digest_of("a")) is None
+    assert not residency.in_use(make_record("a"))
+    assert residency.try_acquire(make_record("a")) is None
     use(residency, "a")
     assert resident(residency) == {"a"}
 
@@ -251,7 +268,7 @@ def wait_for_pins(residency: AdapterResidency, count: int) -> None:
     """Until ``count`` callers hold or await the adapter a."""
     for _ in range(2000):
         entry = residency._entries.get(digest_of("a"))
-        if entry is not None and entry.pins == count:
+        if entry is not None and entry.pins.total() == count:
             return
         time.sleep(0.002)
     raise AssertionError("the callers never came")
@@ -263,15 +280,15 @@ def test_callers_at_the_same_time_share_one_load() -> None:
     with ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(residency.acquire, make_record("a")) for _ in range(4)]
         wait_for_pins(residency, 4)
-        assert residency.try_acquire(digest_of("a")) is None
+        assert residency.try_acquire(make_record("a")) is None
         assert resident(residency) == set()
         gate.opened.set()
         assert len({call.result(10) for call in calls}) == 1
     assert gate.num_calls == 1
     for _ in range(4):
-        assert residency.in_use(digest_of("a"))
-        residency.release(digest_of("a"))
-    assert not residency.in_use(digest_of("a"))
+        assert residency.in_use(make_record("a"))
+        residency.release(make_record("a"))
+    assert not residency.in_use(make_record("a"))
 
 
 def test_a_load_that_fails_fails_every_caller_that_waits_for_it() -> None:
@@ -285,7 +302,7 @@ def test_a_load_that_fails_fails_every_caller_that_waits_for_it() -> None:
             assert isinstance(call.exception(10), ValueError)
     assert gate.num_calls == 1
     assert slots.held == {}
-    assert not residency.in_use(digest_of("a"))
+    assert not residency.in_use(make_record("a"))
     gate.error = None
     use(residency, "b")
     assert resident(residency) == {"b"}
@@ -316,5 +333,5 @@ def test_an_adapter_forgotten_while_it_is_loaded_serves_who_asked_and_then_goes(
         gate.opened.set()
         assert call.result(10).slot in slots.held
     assert resident(residency) == set()
-    residency.release(digest_of("a"))
+    residency.release(make_record("a"))
     assert slots.held == {}

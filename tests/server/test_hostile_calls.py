@@ -71,7 +71,7 @@ async def test_hostile_call_has_its_status_and_leaves_no_trace(
     own, server = world.of_case(f"case-{number}"), servers[case.gate]
     call = case.call(own)
     before = own.state()
-    server.engine.pinned = {record.digest for record in own.store.list().records if case.in_use}
+    server.engine.pinned = {record.name for record in own.store.list().records if case.in_use}
     with case.during(own):
         refusal = await refused(send(server, call))
     assert (refusal.code, refusal.reason) == STATUS[case.error]

@@ -14,7 +14,13 @@ from manyhats.engine.checks import check_generation, check_length, check_scoring
 from manyhats.engine.config import EngineConfig, num_blocks_of, resolve
 from manyhats.engine.engine import Engine
 from manyhats.engine.engine_thread import EngineThread
-from manyhats.engine.errors import DrainingError, EngineDeadError, EngineError
+from manyhats.engine.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    EngineDeadError,
+    EngineError,
+    QueueFullError,
+)
 from manyhats.engine.generation import Generation
 from manyhats.engine.internal_jobs import InternalJobs
 from manyhats.engine.jobs import Event, Job, Output
@@ -33,6 +39,9 @@ from manyhats.engine.scoring import Scoring
 from manyhats.engine.serving import ServingModel, Start
 from manyhats.engine.streams import Streams
 from manyhats.engine.warmup import warm_up
+
+_RETRY_AFTER_S = 1.0
+_WARM_WAIT_S = 10.0
 
 
 class AsyncEngine:
@@ -106,6 +115,7 @@ class AsyncEngine:
         self._streams = Streams(self._residency.release)
         self._ids = itertools.count(1)
         self._is_draining = False
+        self._is_stopped = False
 
     def _new_probe(self) -> AdapterProbe:
         return AdapterProbe(
@@ -138,9 +148,10 @@ class AsyncEngine:
         self._is_draining = True
         if self.is_alive:
             await self._streams.wait_empty(drain_s)
+        self._is_stopped = True
+        self._loading.close()
         self._thread.stop()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
-        self._loading.close()
 
     @property
     def is_alive(self) -> bool:
@@ -153,7 +164,7 @@ class AsyncEngine:
         scheduler, allocator = self._engine.scheduler, self._engine.allocator
         return EngineStats(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + self._loading.num_waiting,
             kv_blocks_used=allocator.num_used,
             kv_blocks_cached=allocator.num_cached,
             kv_blocks_total=allocator.num_blocks,
@@ -188,12 +199,12 @@ class AsyncEngine:
         """Digests of the loaded adapters."""
         return self._residency.resident_digests()
 
-    def in_use(self, digest: str) -> bool:
-        """Whether a request runs on it now."""
-        return self._residency.in_use(digest)
+    def in_use(self, record: AdapterRecord) -> bool:
+        """Whether a request for this version runs or waits now, whatever other versions are made of the same bytes."""
+        return self._residency.in_use(record) or self._loading.in_use(record)
 
     async def warm_adapter(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
-        """Loads an adapter now.
+        """Loads an adapter now, or as soon as there is a slot for it.
 
         Args:
             record: the version.
@@ -201,11 +212,10 @@ class AsyncEngine:
 
         Raises:
             AdapterError: it cannot be loaded.
-            AdapterCapacityError: every slot is in use.
+            AdapterCapacityError: every slot has been in use for some seconds.
         """
         self._check_accepting()
-        await self._loading.acquire(record, lowered)
-        self._residency.release(record.digest)
+        await self._loading.warm(record, lowered, max_wait_s=_WARM_WAIT_S)
 
     def forget_adapter(self, digest: str) -> None:
         """Frees its memory once no request runs on it."""
@@ -273,17 +283,17 @@ class AsyncEngine:
         self._check_accepting()
         check_length(request, 0, self.max_context_length)  # without loading the adapter for it
         job_id = str(next(self._ids))
-        start = await self._start_of(request.adapter)
-        pinned = None if request.adapter is None else request.adapter.digest
-        try:
-            self._check_accepting()
-            check_length(request, start.num_virtual_tokens, self.max_context_length)
-            job = make_job(job_id, start)
-        except BaseException:
-            if pinned is not None:
-                self._residency.release(pinned)
-            raise
-        stream = self._streams.open(job_id, pinned)
+        with self._streams.expected():
+            start = await self._start_of(request)
+            try:
+                self._check_running()
+                check_length(request, start.num_virtual_tokens, self.max_context_length)
+                job = make_job(job_id, start)
+            except BaseException:
+                if request.adapter is not None:
+                    self._residency.release(request.adapter)
+                raise
+            stream = self._streams.open(job_id, request.adapter)
         self._thread.submit(lambda: self._engine.add(job))
         is_last = False
         try:
@@ -297,18 +307,36 @@ class AsyncEngine:
             if not is_last:
                 self._thread.submit(lambda: self._engine.cancel(job_id))
 
-    async def _start_of(self, adapter: AdapterRecord | None) -> Start:
-        """Where a request on an adapter begins; the adapter is pinned."""
+    async def _start_of(self, request: Request | ScoreRequest) -> Start:
+        """Where a request begins; its adapter is pinned, once it is loaded."""
+        adapter = request.adapter
         if adapter is None:
             return Start()
         started = time.monotonic()
-        resident = await self._loading.acquire(adapter)
+        resident = self._residency.try_acquire(adapter)
+        if resident is None:
+            num_waiting = self._engine.scheduler.num_waiting + self._loading.num_waiting
+            if num_waiting >= self.config.max_waiting:
+                raise QueueFullError(self.config.max_waiting, _RETRY_AFTER_S)
+            limit_s = None if request.deadline_s is None else request.deadline_s - started
+            try:
+                async with asyncio.timeout(limit_s) as limit:
+                    resident = await self._loading.acquire(adapter)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise DeadlineExceededError("the deadline passed while the adapter was waited for") from None
         return Start(resident.slot, resident.virtual, time.monotonic() - started)
 
     def _check_accepting(self) -> None:
+        self._check_running()
+        if self._is_draining:
+            raise DrainingError("the server is shutting down")
+
+    def _check_running(self) -> None:
         if self._thread.failure is not None or not self._streams.is_attached:
             raise EngineDeadError("the engine has ended")
-        if self._is_draining:
+        if self._is_stopped:
             raise DrainingError("the server is shutting down")
 
     # On the engine's thread

@@ -6,7 +6,7 @@ EngineError
 │   └── PromptTooLongError
 ├── ModelError                  a model that cannot be loaded or served, and why
 ├── QueueFullError              try again later
-├── AdapterCapacityError        try again later: every adapter slot is in use
+├── AdapterCapacityError        no room to load an adapter ahead of its requests
 ├── DrainingError               shutting down; running requests finish
 ├── DeadlineExceededError
 ├── RequestCancelledError
@@ -64,7 +64,7 @@ class QueueFullError(EngineError):
 
 
 class AdapterCapacityError(EngineError):
-    """Every adapter slot holds an adapter that running requests use."""
+    """Every adapter slot has held an adapter in use for as long as a load could wait."""
 
     def __init__(self, num_slots: int) -> None:
         super().__init__(f"all {num_slots} loaded adapters are in use")

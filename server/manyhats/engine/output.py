@@ -115,7 +115,7 @@ class EngineStats:
 
     Attributes:
         num_running: sequences that hold KV blocks.
-        num_waiting: sequences that wait for a first step.
+        num_waiting: sequences that wait for a first step, and requests that wait for their adapter.
         kv_blocks_used: blocks that running sequences or prefixes hold.
         kv_blocks_cached: blocks free to reuse that still hold a prefix.
         kv_blocks_total: all.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from manyhats.adapters.artifact import AdapterRecord
@@ -58,28 +59,39 @@ class ResidencyStats:
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """One adapter: loading until ``ready`` is set, then in ``slot`` unless ``error`` says why not."""
+    """One adapter: ``loaded`` says when it is in ``slot``, or why not. ``pins`` counts requests by version's name."""
 
     slot: int
-    ready: threading.Event
+    loaded: Future[ResidentAdapter] = field(default_factory=Future)
     virtual: VirtualTokens | None = None
-    pins: int = 0
+    pins: Counter[str] = field(default_factory=Counter)
     num_bytes: int = 0
-    is_prefix_alone: bool = False
     forgotten: bool = False
-    error: BaseException | None = None
 
     @property
-    def resident(self) -> ResidentAdapter:
-        """What a request starts from."""
-        return ResidentAdapter(0 if self.is_prefix_alone else self.slot, self.virtual)
+    def is_resident(self) -> bool:
+        """Whether requests can run on it."""
+        return self.loaded.done() and self.loaded.exception() is None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A pin on an adapter that may have to be loaded first.
+
+    Attributes:
+        loaded: what the request starts from, once it is there; the error gives the pin back.
+        must_fill: whether the caller has to see that ``fill`` is called.
+    """
+
+    loaded: Future[ResidentAdapter]
+    must_fill: bool
 
 
 class AdapterResidency:
-    """Slots by artifact digest. Safe from any thread.
+    """Slots by artifact digest, pins by version: versions of the same bytes share a slot. Safe from any thread.
 
-    ``acquire`` may load, so it never runs on the engine's thread or the event loop; ``try_acquire`` and
-    ``release`` return at once.
+    ``acquire`` and ``fill`` may load, so they never run on the engine's thread or the event loop; everything else
+    returns at once.
     """
 
     def __init__(
@@ -93,31 +105,55 @@ class AdapterResidency:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         self._stats = ResidencyStats(0, 0, 0.0, 0)
+        self._on_room: Callable[[], None] = lambda: None
+        self.num_slots = num_slots
 
     @property
     def stats(self) -> ResidencyStats:
         """A snapshot."""
         return self._stats
 
+    def call_on_room(self, callback: Callable[[], None]) -> None:
+        """Has ``callback`` called, on any thread, whenever a slot may have come free."""
+        self._on_room = callback
+
     def resident_digests(self) -> frozenset[str]:
         """Digests of the adapters that a request could run on at once."""
         with self._lock:
-            return frozenset(d for d, e in self._entries.items() if e.ready.is_set() and not e.forgotten)
+            return frozenset(d for d, e in self._entries.items() if e.is_resident and not e.forgotten)
 
-    def in_use(self, digest: str) -> bool:
-        """Whether a request is pinned to it."""
+    def in_use(self, record: AdapterRecord) -> bool:
+        """Whether a request is pinned to this version; another one of the same bytes does not count."""
         with self._lock:
-            entry = self._entries.get(digest)
-            return entry is not None and entry.pins > 0
+            entry = self._entries.get(record.digest)
+            return entry is not None and entry.pins[record.name] > 0
 
-    def try_acquire(self, digest: str) -> ResidentAdapter | None:
+    def try_acquire(self, record: AdapterRecord) -> ResidentAdapter | None:
         """Pins a loaded adapter and returns it; None if it isn't loaded."""
         with self._lock:
-            entry = self._entries.get(digest)
-            if entry is None or not entry.ready.is_set() or entry.error is not None:
+            entry = self._entries.get(record.digest)
+            if entry is None or not entry.is_resident:
                 return None
-            self._pin(digest, entry)
-            return entry.resident
+            self._pin(record, entry)
+            return entry.loaded.result()
+
+    def claim(self, record: AdapterRecord, *, may_take_slot: bool = True) -> Claim | None:
+        """Pins an adapter that is loaded, or being loaded, or for which there is a slot; None if there is none.
+
+        Args:
+            record: the version.
+            may_take_slot: False for one that is loaded or being loaded already, or none.
+        """
+        with self._lock:
+            entry = self._entries.get(record.digest)
+            is_new = entry is None
+            if entry is None:
+                if not may_take_slot or not self._has_slot():
+                    return None
+                entry = self._entries[record.digest] = _Entry(self._free.pop())
+                entry.loaded.set_running_or_notify_cancel()  # nobody who waits for it can cancel it
+            self._pin(record, entry)
+            return Claim(entry.loaded, is_new)
 
     def acquire(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> ResidentAdapter:
         """Pins an adapter, loading it first where needed, and returns it.
@@ -132,58 +168,23 @@ class AdapterResidency:
             AdapterCapacityError: every slot holds an adapter that is in use.
             AdapterError: the artifact cannot be loaded.
         """
+        claim = self.claim(record)
+        if claim is None:
+            raise AdapterCapacityError(self.num_slots)
+        if claim.must_fill:
+            self.fill(record, lowered)
+        return claim.loaded.result()
+
+    def fill(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
+        """Loads what was claimed; how that ends, its future says. No other adapter waits for it."""
         with self._lock:
-            entry = self._entries.get(record.digest)
-            owner = entry is None
-            if entry is None:
-                entry = _Entry(self._take_slot(), threading.Event())
-                self._entries[record.digest] = entry
-            self._pin(record.digest, entry)
-        if owner:
-            self._fill(record, entry, lowered)
-        entry.ready.wait()
-        if entry.error is not None:
-            raise entry.error
-        return entry.resident
-
-    def release(self, digest: str) -> None:
-        """Undoes one ``acquire``; the adapter stays loaded until its slot is needed."""
-        with self._lock:
-            entry = self._entries[digest]
-            entry.pins -= 1
-            if entry.forgotten and not entry.pins:
-                self._drop(digest)
-
-    def forget(self, digest: str) -> None:
-        """Frees an adapter's memory, once the requests that run on it have finished."""
-        with self._lock:
-            entry = self._entries.get(digest)
-            if entry is None:
-                return
-            entry.forgotten = True
-            if not entry.pins:
-                self._drop(digest)
-
-    def _pin(self, digest: str, entry: _Entry) -> None:
-        entry.pins += 1
-        entry.forgotten = False  # registered again
-        self._entries.move_to_end(digest)
-
-    def _fill(self, record: AdapterRecord, entry: _Entry, lowered: LoweredAdapter | None) -> None:
-        """Loads outside the lock, so that no other adapter waits for this one."""
+            entry = self._entries[record.digest]
         started = time.monotonic()
         try:
-            lowered = lowered or self._load(record)
-            self._slots.write(entry.slot, lowered)
-            entry.is_prefix_alone = lowered.prefix is not None and not lowered.deltas
-            if lowered.prefix is not None:
-                entry.virtual = self._prefixes.add(lowered.prefix)
-        except BaseException as error:
-            with self._lock:
-                entry.error = error
-                self._drop(record.digest)
-            entry.ready.set()
-            raise
+            resident = self._loaded(record, entry, lowered)
+        except BaseException as error:  # noqa: BLE001 whatever it was, those who wait must hear of it
+            self.give_up(record, error)
+            return
         with self._lock:
             entry.num_bytes = self._slots.num_bytes(entry.slot)
             if entry.virtual is not None:
@@ -195,14 +196,61 @@ class AdapterResidency:
                 load_seconds=stats.load_seconds + time.monotonic() - started,
                 resident_bytes=stats.resident_bytes + entry.num_bytes,
             )
-            entry.ready.set()
             while self._stats.resident_bytes > self._max_bytes and self._evict():
                 pass
+        entry.loaded.set_result(resident)
+        self._on_room()
 
-    def _take_slot(self) -> int:
-        if not self._free and not self._evict():
-            raise AdapterCapacityError(len(self._entries))
-        return self._free.pop()
+    def give_up(self, record: AdapterRecord, error: BaseException) -> None:
+        """Ends with an error what was claimed and not filled; all its pins are gone."""
+        with self._lock:
+            entry = self._entries[record.digest]
+            self._drop(record.digest)
+        entry.loaded.set_exception(error)
+        self._on_room()
+
+    def release(self, record: AdapterRecord) -> None:
+        """Undoes one ``acquire``, or one ``claim`` that was filled; the adapter stays until its slot is needed."""
+        with self._lock:
+            entry = self._entries[record.digest]
+            entry.pins[record.name] -= 1
+            if not entry.pins[record.name]:
+                del entry.pins[record.name]
+            is_idle = not entry.pins
+            if entry.forgotten and is_idle:
+                self._drop(record.digest)
+        if is_idle:
+            self._on_room()
+
+    def forget(self, digest: str) -> None:
+        """Frees an adapter's memory, once the requests that run on it have finished."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is None:
+                return
+            entry.forgotten = True
+            if entry.pins:
+                return
+            self._drop(digest)
+        self._on_room()
+
+    def _pin(self, record: AdapterRecord, entry: _Entry) -> None:
+        entry.pins[record.name] += 1
+        entry.forgotten = False  # registered again
+        self._entries.move_to_end(record.digest)
+
+    def _loaded(
+        self, record: AdapterRecord, entry: _Entry, lowered: LoweredAdapter | None
+    ) -> ResidentAdapter:
+        lowered = lowered or self._load(record)
+        self._slots.write(entry.slot, lowered)
+        if lowered.prefix is not None:
+            entry.virtual = self._prefixes.add(lowered.prefix)
+        is_prefix_alone = lowered.prefix is not None and not lowered.deltas
+        return ResidentAdapter(0 if is_prefix_alone else entry.slot, entry.virtual)
+
+    def _has_slot(self) -> bool:
+        return bool(self._free) or self._evict()
 
     def _evict(self) -> bool:
         """Drops the least recently used adapter that nobody uses; whether there was one."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.errors import EngineDeadError
 from manyhats.engine.jobs import Event
 
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """The events of one job; ``pinned`` is the digest to release when the engine is through with it."""
+    """The events of one job; ``pinned`` is the version to release when the engine is through with it."""
 
     events: asyncio.Queue[Event]
-    pinned: str | None
+    pinned: AdapterRecord | None
     is_ended: bool = False
 
 
@@ -24,12 +25,13 @@ class Streams:
     """The streams of all jobs in the engine.
 
     Args:
-        release: unpins an adapter by its digest; called on either side.
+        release: unpins an adapter; called on either side.
     """
 
-    def __init__(self, release: Callable[[str], None]) -> None:
+    def __init__(self, release: Callable[[AdapterRecord], None]) -> None:
         self._release = release
         self._streams: dict[str, Stream] = {}
+        self._num_expected = 0
         self._idle = asyncio.Event()  # set when the last stream has gone
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -42,14 +44,24 @@ class Streams:
         """Names the event loop that streams are opened and read on."""
         self._loop = loop
 
-    def open(self, job_id: str, pinned: str | None) -> Stream:
+    @contextlib.contextmanager
+    def expected(self) -> Iterator[None]:
+        """A stream that may be opened in this block is waited for, too."""
+        self._num_expected += 1
+        try:
+            yield
+        finally:
+            self._num_expected -= 1
+            self._note_idle()
+
+    def open(self, job_id: str, pinned: AdapterRecord | None) -> Stream:
         """A stream for a job that is about to go to the engine."""
         stream = self._streams[job_id] = Stream(asyncio.Queue(), pinned)
         return stream
 
     async def wait_empty(self, timeout_s: float) -> None:
-        """Waits until every stream has ended, but not longer than this."""
-        if self._streams:
+        """Waits until every stream has ended, those that are expected too, but not longer than this."""
+        if self._streams or self._num_expected:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -91,7 +103,10 @@ class Streams:
             if event.is_last:
                 del self._streams[event.job_id]
             stream.events.put_nowait(event)
-        if not self._streams:
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._streams and not self._num_expected:
             self._idle.set()
 
     def _unpin(self, stream: Stream) -> None:

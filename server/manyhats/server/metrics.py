@@ -194,7 +194,11 @@ class LiveMetrics:
         blocks = [(("used",), used), (("cached",), cached), (("free",), total - used - cached)]
         parts = [((part,), num_bytes) for part, num_bytes in backend.engine.model_bytes.items()]
         yield _single("manyhats_requests_running", "Sequences that hold KV blocks.", stats.num_running)
-        yield _single("manyhats_requests_waiting", "Sequences that wait for a first step.", stats.num_waiting)
+        yield _single(
+            "manyhats_requests_waiting",
+            "Sequences that wait for a first step, and requests for their adapter.",
+            stats.num_waiting,
+        )
         yield _single(
             "manyhats_kv_cache_usage_ratio", "KV blocks in use, of all; 0 to 1.", used / max(total, 1)
         )

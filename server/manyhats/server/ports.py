@@ -101,8 +101,8 @@ class Engine(Protocol):
     def resident_digests(self) -> frozenset[str]:
         """Adapters that are loaded; a snapshot that never waits for a step."""
 
-    def in_use(self, digest: str) -> bool:
-        """Whether a request that is not finished runs on this adapter."""
+    def in_use(self, record: AdapterRecord) -> bool:
+        """Whether a request that is not finished is for this version."""
 
 
 class Registration(Protocol):

@@ -144,9 +144,7 @@ class Registrar:
             AdapterError: there is no such version, or it is in use and ``force`` is false.
         """
         store, engine = self._backend.store, self._backend.engine
-        gone = await self.run(
-            lambda: store.delete(name, in_use=lambda record: engine.in_use(record.digest), force=force)
-        )
+        gone = await self.run(lambda: store.delete(name, in_use=engine.in_use, force=force))
         self.forget_unneeded()
         for task_id in {record.task_id for record in gone}:
             self.count(task_id)

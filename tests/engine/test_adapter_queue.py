@@ -1,0 +1,289 @@
+"""More tasks at once than there are slots: requests wait for one in turn, and none is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine_harness import (
+    collect,
+    digest_of,
+    load_tiny,
+    make_record,
+    make_request,
+    random_ids,
+    random_lora,
+    running_engine,
+    until,
+)
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.engine import async_engine
+from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.background import Background
+from manyhats.engine.errors import (
+    AdapterCapacityError,
+    DeadlineExceededError,
+    DrainingError,
+    QueueFullError,
+)
+from manyhats.engine.kernels.interface import AdapterSlots
+from manyhats.engine.loading import AdapterLoading
+from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.residency import AdapterResidency, PrefixPool
+from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+
+PROMPT = random_ids(1, 9, TINY_VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_tiny(make_checkpoint(tmp_path_factory.mktemp("queue") / "tiny", seed=9))
+
+
+class Loader:
+    """Makes an adapter of any task, and keeps the order in which it was asked to."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._lora = random_lora(model.description, 1, sites={"q_proj"})
+        self.loaded: list[str] = []
+
+    def __call__(self, record: AdapterRecord) -> LoweredAdapter:
+        self.loaded.append(record.task_id)
+        if record.task_id.startswith("torn"):
+            raise ValueError("torn")
+        return LoweredAdapter(record.digest, self._lora.deltas)
+
+
+def ask(task: str, new_tokens: int = 3, **fields: Any) -> Request:
+    return make_request(PROMPT, make_record(task), new_tokens=new_tokens, **fields)
+
+
+async def hold(engine: AsyncEngine, task: str) -> Any:
+    """A generation that keeps a task's slot until it is closed."""
+    stream = engine.generate(ask(task, 490))
+    await anext(stream)
+    return stream
+
+
+async def test_two_hundred_cold_tasks_on_few_slots_all_get_their_answer(model: LoadedModel) -> None:
+    loader = Loader(model)
+    async with running_engine(model, loader, max_loaded_adapters=8) as engine:
+        tasks = [f"t{index}" for index in range(200)]
+        requests = [asyncio.create_task(collect(engine, ask(task))) for task in tasks]
+        await until(lambda: len(loader.loaded) > 8)
+        num_threads = threading.active_count()
+        assert engine.stats.num_waiting > 100
+        assert len(engine.stats.waiting_tasks) > 100
+        answers = await asyncio.wait_for(asyncio.gather(*requests), 60)
+        assert len({answer.tokens for answer in answers}) == 1, "they are the same adapter"
+        assert num_threads < 40, "nobody waits on a thread of its own"
+        assert sorted(loader.loaded) == sorted(tasks)
+        assert (engine.stats.num_waiting, engine.stats.waiting_tasks) == (0, ())
+        await until(lambda: not any(engine.in_use(make_record(task)) for task in tasks))
+
+
+async def test_slots_come_in_the_order_in_which_they_were_asked_for(model: LoadedModel) -> None:
+    loader = Loader(model)
+    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+        tasks = [f"t{index}" for index in range(20)]
+        await asyncio.wait_for(asyncio.gather(*(collect(engine, ask(task)) for task in tasks)), 60)
+        assert loader.loaded == tasks
+
+
+async def test_those_who_wait_for_one_task_get_its_slot_together(model: LoadedModel) -> None:
+    loader = Loader(model)
+    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+        stream = await hold(engine, "held")
+        waiting = [asyncio.create_task(collect(engine, ask(task))) for task in ("a", "b", "a", "a", "b")]
+        await until(lambda: engine.stats.num_waiting == 5)
+        assert engine.stats.waiting_tasks == ("a", "b")
+        assert engine.in_use(make_record("a")), "deleting it now would fail those who wait"
+        await stream.aclose()
+        await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        assert loader.loaded == ["held", "a", "b"]
+
+
+async def test_loaded_tasks_and_the_base_do_not_wait_for_slots(model: LoadedModel) -> None:
+    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+        stream = await hold(engine, "held")
+        waiting = asyncio.create_task(collect(engine, ask("a")))
+        await until(lambda: engine.stats.num_waiting == 1)
+        for request in (make_request(PROMPT), ask("held")):
+            await asyncio.wait_for(collect(engine, request), 20)
+        assert not waiting.done()
+        await stream.aclose()
+        await asyncio.wait_for(waiting, 20)
+
+
+async def test_a_deadline_ends_the_wait_for_a_slot_of_generations_and_scorings(model: LoadedModel) -> None:
+    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+        stream = await hold(engine, "held")
+        soon = time.monotonic() + 0.05
+        score = ScoreRequest(
+            id="s", prompt_token_ids=(5, 6), continuations=((7,),), adapter=make_record("a"), deadline_s=soon
+        )
+        for call in (collect(engine, ask("a", deadline_s=soon)), engine.score(score)):
+            with pytest.raises(DeadlineExceededError):
+                await asyncio.wait_for(call, 20)
+        assert (engine.stats.num_waiting, engine.stats.waiting_tasks) == (0, ())
+        assert not engine.in_use(make_record("a"))
+        await stream.aclose()
+        await asyncio.wait_for(collect(engine, ask("b")), 20)
+
+
+async def test_who_leaves_while_waiting_gives_the_turn_to_the_next(model: LoadedModel) -> None:
+    loader = Loader(model)
+    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+        stream = await hold(engine, "held")
+        leaving, staying = (asyncio.create_task(collect(engine, ask(task))) for task in ("a", "b"))
+        await until(lambda: engine.stats.num_waiting == 2)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert engine.stats.waiting_tasks == ("b",)
+        await stream.aclose()
+        await asyncio.wait_for(staying, 20)
+        assert loader.loaded == ["held", "b"]
+
+
+async def test_a_load_that_fails_gives_its_slot_to_the_next(model: LoadedModel) -> None:
+    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+        stream = await hold(engine, "held")
+        calls = [asyncio.create_task(collect(engine, ask(task))) for task in ("torn", "b", "torn2", "c")]
+        await until(lambda: engine.stats.num_waiting == 4)
+        await stream.aclose()
+        torn, b, torn2, c = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 20)
+        assert (str(torn), str(torn2)) == ("torn", "torn")
+        assert not isinstance(b, BaseException)
+        assert not isinstance(c, BaseException)
+
+
+async def test_beyond_max_waiting_the_queue_is_full(model: LoadedModel) -> None:
+    async with running_engine(model, Loader(model), max_loaded_adapters=1, max_waiting=3) as engine:
+        stream = await hold(engine, "held")
+        waiting = [asyncio.create_task(collect(engine, ask(task))) for task in "abc"]
+        await until(lambda: engine.stats.num_waiting == 3)
+        with pytest.raises(QueueFullError) as caught:
+            await collect(engine, ask("d"))
+        assert caught.value.limit == 3
+        assert caught.value.retry_after_s > 0
+        await asyncio.wait_for(collect(engine, ask("held")), 20)
+        await stream.aclose()
+        await asyncio.wait_for(asyncio.gather(*waiting), 20)
+
+
+async def test_draining_lets_those_who_wait_have_their_turn_and_a_stop_ends_the_wait(
+    model: LoadedModel,
+) -> None:
+    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+        stream = await hold(engine, "held")
+        waiting = [asyncio.create_task(collect(engine, ask(task))) for task in "ab"]
+        await until(lambda: engine.stats.num_waiting == 2)
+        stopping = asyncio.create_task(engine.stop(20))
+        await asyncio.sleep(0.05)
+        with pytest.raises(DrainingError):
+            await collect(engine, ask("late"))
+        await stream.aclose()
+        assert len(await asyncio.wait_for(asyncio.gather(*waiting), 20)) == 2
+        await asyncio.wait_for(stopping, 20)
+    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+        stream = await hold(engine, "held")
+        last = asyncio.create_task(collect(engine, ask("a")))
+        await until(lambda: engine.stats.num_waiting == 1)
+        await asyncio.wait_for(engine.stop(), 20)
+        with pytest.raises(DrainingError):
+            await asyncio.wait_for(last, 20)
+        await stream.aclose()
+
+
+async def test_a_version_is_warmed_in_turn_and_not_waited_for_without_end(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = Loader(model)
+    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+        stream = await hold(engine, "held")
+        before = asyncio.create_task(collect(engine, ask("a")))
+        await until(lambda: engine.stats.num_waiting == 1)
+        warming = asyncio.create_task(engine.warm_adapter(make_record("warm")))
+        await asyncio.sleep(0)
+        after = asyncio.create_task(collect(engine, ask("b")))
+        await until(lambda: engine.stats.num_waiting == 2)
+        await stream.aclose()
+        await asyncio.wait_for(asyncio.gather(before, warming, after), 20)
+        assert loader.loaded == ["held", "a", "warm", "b"]
+        monkeypatch.setattr(async_engine, "_WARM_WAIT_S", 0.05)
+        stream = await hold(engine, "held")
+        with pytest.raises(AdapterCapacityError):
+            await asyncio.wait_for(engine.warm_adapter(make_record("warm")), 20)
+        await stream.aclose()
+        await asyncio.wait_for(engine.warm_adapter(make_record("warm")), 20)
+
+
+class NoSlots:
+    """Slots of adapters that have no numbers."""
+
+    def write(self, slot: int, adapter: LoweredAdapter) -> None: ...
+
+    def clear(self, slot: int) -> None: ...
+
+    def num_bytes(self, slot: int) -> int:
+        return 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_slots=st.integers(1, 4),
+    calls=st.lists(
+        st.tuples(st.integers(0, 9), st.sampled_from(["stays", "leaves", "leaves at once"])), max_size=40
+    ),
+)
+def test_whoever_comes_and_goes_every_turn_comes_and_no_pin_is_left(
+    num_slots: int, calls: list[tuple[int, str]]
+) -> None:
+    def load(record: AdapterRecord) -> LoweredAdapter:
+        if record.task_id == "task 0":
+            raise ValueError("torn")
+        return LoweredAdapter(record.digest, ())
+
+    residency = AdapterResidency(cast(AdapterSlots, NoSlots()), num_slots, 100, load, cast(PrefixPool, None))
+    most = 0
+
+    async def use(loading: AdapterLoading, record: AdapterRecord) -> None:
+        nonlocal most
+        resident = await loading.acquire(record)
+        assert 1 <= resident.slot <= num_slots
+        most = max(most, len(residency.resident_digests()))
+        await asyncio.sleep(0)
+        residency.release(record)
+
+    async def run() -> None:
+        loading = AdapterLoading(residency, Background())
+        tasks = []
+        for number, fate in calls:
+            task = asyncio.create_task(use(loading, make_record(f"task {number}")))
+            tasks.append(task)
+            if fate != "leaves at once":
+                await asyncio.sleep(0)
+            if fate != "stays":
+                task.cancel()
+        for task, (number, fate) in zip(tasks, calls, strict=True):
+            (result,) = await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 20)
+            is_told = isinstance(result, asyncio.CancelledError if fate != "stays" else type(None))
+            assert is_told or (number == 0 and isinstance(result, ValueError)) or result is None
+        assert loading.num_waiting == 0
+        await until(lambda: not any(residency.in_use(make_record(f"task {n}")) for n in range(10)))
+        for number in range(1, 10):
+            await asyncio.wait_for(use(loading, make_record(f"task {number}")), 20)
+        loading.close()
+
+    asyncio.run(run())
+    assert most <= num_slots
+    assert digest_of("task 0") not in residency.resident_digests()
