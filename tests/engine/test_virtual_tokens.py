@@ -24,9 +24,12 @@ from engine_harness import (
     until,
 )
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
+from manyhats.engine import engine as engine_module
 from manyhats.engine import engine_thread
 from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.errors import EngineError
 from manyhats.engine.internal_jobs import InternalJob
+from manyhats.engine.model.decoder import Decoder
 from manyhats.engine.model.loader import LoadedModel
 from manyhats.engine.request import ResponseOptions, ScoreRequest
 from manyhats.engine.scheduler import Scheduler
@@ -154,6 +157,25 @@ async def test_requests_of_a_task_share_its_virtual_tokens_once_they_are_in_plac
             prefilled.clear()
             await answer(engine, Row(task, 10, 3, 9))
             assert sum(prefilled) == 10
+
+
+@pytest.mark.parametrize("fails", ["build_batch", "forward"])
+async def test_a_step_that_fails_leaves_no_virtual_tokens_that_are_not_there(
+    fails: str, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        monkeypatch.undo()
+        raise RuntimeError("broken")
+
+    row = Row("stored", 10, 3, 1)
+    async with running_engine(model, {"stored": stored("stored", 100)}) as engine:
+        where: Any = engine_module if fails == "build_batch" else Decoder
+        monkeypatch.setattr(where, fails, broken)
+        with pytest.raises(EngineError):
+            await answer(engine, row)
+        after = await answer(engine, row)
+    async with running_engine(model, {"stored": stored("stored", 100)}) as fresh:
+        assert after == await answer(fresh, row)
 
 
 async def test_virtual_tokens_do_not_count_as_cached_prompt_tokens(model: LoadedModel) -> None:
