@@ -13,7 +13,6 @@ from structlog.testing import capture_logs
 
 from engine_harness import (
     collect,
-    digest_of,
     load_tiny,
     make_record,
     make_request,
@@ -214,7 +213,7 @@ async def test_a_failing_request_leaves_a_running_engine_and_its_adapter_free(
     async with running_engine(model, {"a": random_lora(model.description, 1)}) as engine:
         with pytest.raises(RequestFailedError):
             await collect(engine, make_request(random_ids(1, 9, 300), make_record("a")))
-        assert not engine.in_use(digest_of("a"))
+        assert not engine.in_use(make_record("a"))
         answers = await asyncio.gather(*answers_of(engine, 4))
         assert [len(answer.tokens) for answer in answers] == [12] * 4
         assert engine.is_alive
