@@ -272,6 +272,7 @@ class MemoryStore:
         expected_digest: str = "",
         request_id: str = "",
         labels: Mapping[str, str] | None = None,
+        assume_base: bool = False,
         probe: Probe | None = None,
         prepare: Prepare | None = None,
     ) -> FakeRegistration:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,7 @@ def test_another_base_is_told_when_a_version_is_loaded(tmp_path: Path, sources: 
     store.close()
     others: list[BaseDescription] = [
         describe_model(tiny_model(hidden_size=64), names=("test/tiny",)),
-        describe_model(MODEL, names=("org/other",)),
+        replace(describe_model(MODEL, names=("org/other",)), digest="sha256:" + "1" * 64),
     ]
     for base in others:
         reopened = open_store(tmp_path / "store", base, [sources])

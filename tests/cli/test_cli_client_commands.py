@@ -133,12 +133,23 @@ def test_score_json_keeps_the_order_asked(fake: FakeServer) -> None:
 
 
 def test_register_names_what_it_made(fake: FakeServer, tmp_path: Path) -> None:
-    result = run(fake, "adapters", "register", "sql", str(tmp_path), "--label", "team=a", "--no-activate")
+    result = run(
+        fake,
+        "adapters",
+        "register",
+        "sql",
+        str(tmp_path),
+        "--label",
+        "team=a",
+        "--no-activate",
+        "--assume-base",
+    )
     assert result.exit_code == 0
     assert result.stdout.startswith("registered: sql@3 (lora, active, 1.2 MB, effect 0.25, sha256:")
     assert result.stderr == "note: names no base\n"
     assert (fake.last_request.uri, dict(fake.last_request.labels)) == (str(tmp_path), {"team": "a"})
     assert not fake.last_request.activate
+    assert fake.last_request.assume_base
 
 
 def test_register_makes_paths_of_this_machine_absolute(
@@ -178,12 +189,24 @@ def test_register_of_parts(fake: FakeServer, tmp_path: Path, monkeypatch: pytest
 def test_upload_sends_the_directory_and_shows_that_it_goes_on(fake: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
-    result = run(fake, "adapters", "upload", "sql", str(tmp_path), "--label", "team=a", "--request-id", "r1")
+    result = run(
+        fake,
+        "adapters",
+        "upload",
+        "sql",
+        str(tmp_path),
+        "--label",
+        "team=a",
+        "--request-id",
+        "r1",
+        "--assume-base",
+    )
     assert result.exit_code == 0
     assert result.stdout.startswith("uploaded: sql@3 (lora, active, 1.2 MB, effect 0.25, sha256:")
     assert result.stderr == "upload ...\nnote: names no base\n"
     assert fake.uploaded == {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
     assert (dict(fake.last_request.labels), fake.last_request.request_id) == ({"team": "a"}, "r1")
+    assert fake.last_request.assume_base
 
 
 def test_upload_of_no_adapter_is_an_error(fake: FakeServer, tmp_path: Path) -> None:

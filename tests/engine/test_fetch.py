@@ -119,7 +119,9 @@ def test_alias_is_fetched_once_and_knows_its_names(known: list[str], tmp_path: P
     assert located.names == {"tiny", "org/tiny"}
     assert len(known) == 1
     # The same directory by its path is the same model.
-    assert locate_model(str(located.directory), tmp_path / "home").names == located.names
+    by_path = locate_model(str(located.directory), tmp_path / "home")
+    assert by_path.names == located.names | {str(located.directory)}
+    assert by_path.reference == located.reference == "org/tiny"
 
 
 def test_weights_with_another_digest_are_refused_and_nothing_is_left(
@@ -172,7 +174,8 @@ def test_home_that_cannot_be_written_is_named(known: list[str], tmp_path: Path) 
 
 def test_local_directory_needs_no_fetch(checkpoint: Path, tmp_path: Path) -> None:
     located = locate_model(str(checkpoint), tmp_path)
-    assert (located.directory, located.name, located.names) == (checkpoint, "m", frozenset())
+    assert (located.directory, located.name) == (checkpoint, "m")
+    assert (located.names, located.reference) == ({str(checkpoint)}, str(checkpoint))
 
 
 def test_hub_that_does_not_answer_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +201,7 @@ def test_hub_snapshot_is_used_and_pickles_are_not_asked_for(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     located = locate_model("org/model", tmp_path)
     assert located.name == "org/model"
-    assert located.names == {"org/model"}
+    assert (located.names, located.reference) == ({"org/model"}, "org/model")
 
 
 def test_home_is_the_environments_or_below_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,13 +162,14 @@ def test_other_dtypes_are_refused(tiny: Path, tmp_path: Path) -> None:
         load(tiny, tmp_path / "home", dtype=torch.float16)
 
 
-def test_names_are_those_given_and_the_recorded_hub_id(tiny: Path, tmp_path: Path) -> None:
+def test_names_are_those_given_the_path_and_the_recorded_hub_id(tiny: Path, tmp_path: Path) -> None:
     edit_json(tiny / "config.json", _name_or_path="org/tiny")
     model = load(tiny, tmp_path / "home", names=["mine"])
-    assert model.description.names == {"org/tiny", "mine"}
+    assert model.description.names == {"org/tiny", "mine", str(tiny)}
+    assert model.reference == str(tiny)
     assert model.name == "tiny"
     edit_json(tiny / "config.json", _name_or_path="/some/path")
-    assert load(tiny, tmp_path / "home").description.names == frozenset()
+    assert load(tiny, tmp_path / "home").description.names == {str(tiny)}
 
 
 def test_max_context_length_is_the_callers_or_the_models(tiny: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ registrations = st.fixed_dictionaries(
         "validate_only": st.booleans(),
         "expected_digest": some_text,
         "request_id": some_text,
+        "assume_base": st.booleans(),
         "labels": st.dictionaries(some_text, some_text, max_size=3),
     },
 )
@@ -102,6 +103,7 @@ def test_any_registration_has_one_source_or_names_the_field(fields: dict[str, An
     assert bool(spec.uri) != bool(spec.parts)
     assert all(part.uri for part in spec.parts)
     assert spec.options.activate == fields.get("activate", True)
+    assert spec.options.assume_base == fields.get("assume_base", False)
     assert dict(spec.options.labels) == fields.get("labels", {})
 
 

@@ -179,7 +179,7 @@ def test_an_artifact_of_other_settings_is_refused(
 
 def test_an_artifact_of_another_base_is_refused(tmp_path: Path) -> None:
     model = tiny_base().model
-    named = replace(model, description=replace(model.description, names=frozenset(("org/other",))))
+    named = replace(model, reference="org/other")
     adapter = make_adapter(PEFT_CASES["lora"], "task", named, seed=0)
     move(adapter)
     with pytest.raises(SettingError, match=r"init_from: .*was made for 'org/other'"):

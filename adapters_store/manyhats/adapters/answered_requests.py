@@ -35,6 +35,7 @@ class RegistrationBody:
     Attributes:
         sources: what it is made of, as the caller puts it; a tuple for each piece, its kind first.
         request_id: names the call; empty for none, which nobody remembers.
+        assume_base: it is meant for the store's base, whatever name it records.
     """
 
     task_id: str
@@ -44,10 +45,19 @@ class RegistrationBody:
     expected_digest: str
     labels: Mapping[str, str]
     request_id: str = ""
+    assume_base: bool = False
 
     def fingerprint(self) -> str:
         """One digest of all fields but the request id."""
-        asked = [self.task_id, self.sources, self.activate, self.validate_only, self.expected_digest]
+        asked: list[object] = [
+            self.task_id,
+            self.sources,
+            self.activate,
+            self.validate_only,
+            self.expected_digest,
+        ]
+        if self.assume_base:
+            asked.append("assume_base")
         return hashlib.sha256(json.dumps([*asked, sorted(self.labels.items())]).encode()).hexdigest()
 
 

@@ -68,6 +68,7 @@ class AdapterRecord:
         size_bytes: of the stored files.
         source: the uri it was registered from.
         base_model: what the artifact names as its base; may be empty.
+        registered_for: digest and names of the base that it was registered for; empty where nobody noted them.
         effect: how far it moves the base's logits, as measured at registration; None where nothing measured.
         notes: what the operator should know of it, such as an unnamed base.
         text: names what its text files mean, as ``TextFacts.fingerprint`` does; empty if it is what the base's mean.
@@ -84,6 +85,7 @@ class AdapterRecord:
     source: str
     create_time: datetime
     base_model: str = ""
+    registered_for: tuple[str, ...] = ()
     state_reason: str = ""
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     effect: float | None = None

@@ -144,7 +144,7 @@ class Catalogue:
                 check_quotas(connection, change.task, record.size_bytes, quotas)
                 task = change.task.added(record)
             else:
-                task = change.task.with_failure(existing.version, "")
+                task = change.task.reregistered(existing.version, record)
             version = task.last_version if existing is None else existing.version
             task = task.activated(version) if body.activate else task
             change.to(task)

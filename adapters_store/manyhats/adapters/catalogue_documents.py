@@ -11,7 +11,7 @@ from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterStat
 
 
 def details_document(record: AdapterRecord) -> dict[str, Any]:
-    """What never changes of a version, but for what names and sizes it."""
+    """What there is to know of a version, but for what names and sizes it, and its state."""
     return {
         "method": record.method.value,
         "parts": [
@@ -22,6 +22,7 @@ def details_document(record: AdapterRecord) -> dict[str, Any]:
         "source": record.source,
         "create_time": record.create_time.isoformat(),
         "base_model": record.base_model,
+        "registered_for": list(record.registered_for),
         "labels": dict(record.labels),
         "effect": record.effect,
         "notes": list(record.notes),
@@ -64,6 +65,7 @@ def read_details(
         source=details["source"],
         create_time=datetime.fromisoformat(details["create_time"]),
         base_model=details["base_model"],
+        registered_for=tuple(details.get("registered_for", ())),
         state_reason=state_reason,
         labels=MappingProxyType(details["labels"]),
         effect=details["effect"],

@@ -56,8 +56,9 @@ def write_task(
         connection, [after.versions[number] for number in after.versions.keys() - before.versions]
     )
     for number in before.versions.keys() & after.versions:
-        if before.versions[number].state_reason != after.versions[number].state_reason:
-            _write_failure(connection, after.versions[number])
+        old, new = before.versions[number], after.versions[number]
+        if (old.state_reason, old.registered_for) != (new.state_reason, new.registered_for):
+            _write_change(connection, new)
     return after
 
 
@@ -120,6 +121,9 @@ def _delete_versions(connection: Connection, task_id: str, versions: Collection[
         connection.execute(one, [{"gone": version} for version in versions])
 
 
-def _write_failure(connection: Connection, record: AdapterRecord) -> None:
+def _write_change(connection: Connection, record: AdapterRecord) -> None:
+    """What may change of a version, written anew."""
     is_it = (VERSIONS.c.task_id == record.task_id) & (VERSIONS.c.version == record.version)
-    connection.execute(update(VERSIONS).where(is_it).values(failure=record.state_reason))
+    connection.execute(
+        update(VERSIONS).where(is_it).values(failure=record.state_reason, details=details_document(record))
+    )

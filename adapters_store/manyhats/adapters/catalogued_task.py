@@ -66,6 +66,12 @@ class CataloguedTask:
         added = replace(record, version=version, state=AdapterState.INACTIVE, state_reason="")
         return replace(self, last_version=version, versions=self._with(added))
 
+    def reregistered(self, version: int, record: AdapterRecord) -> CataloguedTask:
+        """With a version that was registered again: it has not failed, and is for the base of ``record`` too."""
+        bases = dict.fromkeys((*self.versions[version].registered_for, *record.registered_for))
+        again = replace(self.versions[version], registered_for=tuple(bases))
+        return replace(self, versions=self._with(again)).with_failure(version, "")
+
     def activated(self, version: int) -> CataloguedTask:
         """With the active version changed.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manyhats.adapters import adapterhub_format
 from manyhats.adapters.artifact import AdapterArtifact
-from manyhats.adapters.base_name import check_base_name
+from manyhats.adapters.base_name import check_base_name, public_name
 from manyhats.adapters.digest import artifact_digest
 from manyhats.adapters.errors import AdapterError, AdapterNoEffectError, StoreError
 from manyhats.adapters.files import SourceDirectory, open_local
@@ -203,7 +203,9 @@ class _Inspector:
             note = "nothing was compared with a base model; only what the adapter itself tells was checked"
             self.facts = replace(self.facts, notes=(*self.facts.notes, note))
         else:
-            self.facts = replace(self.facts, compared_with=min(base.names, default=base.model_type))
+            self.facts = replace(
+                self.facts, compared_with=public_name(base) or min(base.names, default=base.model_type)
+            )
         method = method_of(artifact.method, config)
         method.check(Candidate(config, shapes, artifact.base_model), base, self._limits)
         lowered = method.lower(artifact, base)

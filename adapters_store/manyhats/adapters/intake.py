@@ -83,11 +83,19 @@ class Intake:
             if parts:
                 sources = self._open_parts(parts, opened)
                 return self._publish(
-                    lambda: validate_composed(sources, base, self._limits), body, "composed", probe, prepare
+                    lambda: validate_composed(sources, base, self._limits, assume_base=body.assume_base),
+                    body,
+                    "composed",
+                    probe,
+                    prepare,
                 )
             directory = opened.enter_context(self._sources.open(uri))
             return self._publish(
-                lambda: validate_plain(uri, directory, base, self._limits), body, uri, probe, prepare
+                lambda: validate_plain(uri, directory, base, self._limits, assume_base=body.assume_base),
+                body,
+                uri,
+                probe,
+                prepare,
             )
 
     def open_upload(self, files: Sequence[UploadFile], body: RegistrationBody) -> UploadSession:
@@ -106,7 +114,7 @@ class Intake:
             directory: SourceDirectory, *, probe: Probe | None, prepare: Prepare | None
         ) -> Registration:
             return self._publish(
-                lambda: validate_plain("upload", directory, base, self._limits),
+                lambda: validate_plain("upload", directory, base, self._limits, assume_base=body.assume_base),
                 body,
                 "upload",
                 probe,
@@ -158,6 +166,7 @@ def checked_body(
     expected_digest: str,
     request_id: str,
     labels: Mapping[str, str],
+    assume_base: bool,
 ) -> RegistrationBody:
     """What a registration asks for, checked; its sources are still to be said.
 
@@ -174,6 +183,7 @@ def checked_body(
         expected_digest=expected_digest.strip().lower(),
         labels=check_labels(labels),
         request_id=request_id,
+        assume_base=assume_base,
     )
 
 

@@ -105,6 +105,7 @@ def _draft(valid: ValidVersion, body: RegistrationBody, source: str, effect: flo
         source=source,
         create_time=datetime.now(UTC),
         base_model=valid.base_model,
+        registered_for=valid.registered_for,
         labels=body.labels,
         effect=effect,
         notes=valid.notes,

@@ -50,8 +50,16 @@ class ReadAdapter:
     text: TextFacts
 
 
-def read_adapter(directory: SourceDirectory, base: BaseDescription, limits: AdapterLimits) -> ReadAdapter:
+def read_adapter(
+    directory: SourceDirectory, base: BaseDescription, limits: AdapterLimits, *, assume_base: bool = False
+) -> ReadAdapter:
     """Read and validate an untrusted directory. The last step lowers it, so what passes can be served.
+
+    Args:
+        directory: with the artifact's files.
+        base: what it is checked against.
+        limits: how large it may be.
+        assume_base: it is meant for this base, whatever name it records.
 
     Raises:
         ArtifactError: it can never be served as it is; names the file, tensor or key.
@@ -63,7 +71,7 @@ def read_adapter(directory: SourceDirectory, base: BaseDescription, limits: Adap
     config = _parse_config(config_bytes, limits)
     method = method_of(recognise(config), config)
     base_model = recorded_base(config)
-    notes = check_base_name(base_model, base, base_name_key(config))
+    notes = check_base_name(base_model, base, base_name_key(config), assume_base=assume_base)
     weights_name = weights_file(config, directory.names())
     with directory.open_file(weights_name, limits.max_size_bytes - len(config_bytes)) as file:
         method.check(Candidate(config, _read_shapes(file, limits), base_model), base, limits)

@@ -83,6 +83,7 @@ class AdapterStore:
         expected_digest: str = "",
         request_id: str = "",
         labels: Mapping[str, str] = NO_LABELS,
+        assume_base: bool = False,
         probe: Probe | None = None,
         prepare: Prepare | None = None,
     ) -> Registration:
@@ -101,6 +102,7 @@ class AdapterStore:
             expected_digest: refuse any other; empty for none.
             request_id: names the call, so that it may be repeated; empty for none.
             labels: kept with the version.
+            assume_base: it is meant for this store's base, whatever name it records; shapes must fit still.
             probe: measures the adapter's effect, which is recorded.
             prepare: called before the version becomes active.
 
@@ -122,6 +124,7 @@ class AdapterStore:
             expected_digest=expected_digest,
             request_id=request_id,
             labels=labels,
+            assume_base=assume_base,
         )
         return self._intake.register(uri, parts, body, probe, prepare)
 
@@ -135,6 +138,7 @@ class AdapterStore:
         expected_digest: str = "",
         request_id: str = "",
         labels: Mapping[str, str] = NO_LABELS,
+        assume_base: bool = False,
     ) -> UploadSession:
         """Begin an upload; all that can be told from its header is checked before a byte is taken.
 
@@ -155,6 +159,7 @@ class AdapterStore:
             expected_digest=expected_digest,
             request_id=request_id,
             labels=labels,
+            assume_base=assume_base,
         )
         return self._intake.open_upload(files, body)
 

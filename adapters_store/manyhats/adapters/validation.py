@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from manyhats.adapters.artifact import AdapterMethod, ArtifactPart
+from manyhats.adapters.base_name import identity
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -41,7 +42,8 @@ class ValidVersion:
     """A version that passed every check and is not stored yet.
 
     Attributes:
-        digest, method, parts, size_bytes, num_parameters, base_model, notes, text: as in its record.
+        digest, method, parts, size_bytes, num_parameters, base_model, registered_for, notes, text: as in its
+            record.
         lowered: what the engine will run.
         files: artifact digest → path inside it → content.
     """
@@ -52,6 +54,7 @@ class ValidVersion:
     size_bytes: int
     num_parameters: int
     base_model: str
+    registered_for: tuple[str, ...]
     notes: tuple[str, ...]
     lowered: LoweredAdapter
     files: Mapping[str, Mapping[str, bytearray]]
@@ -59,14 +62,14 @@ class ValidVersion:
 
 
 def validate_plain(
-    uri: str, directory: SourceDirectory, base: BaseDescription, limits: AdapterLimits
+    uri: str, directory: SourceDirectory, base: BaseDescription, limits: AdapterLimits, *, assume_base: bool
 ) -> ValidVersion:
     """Validate one artifact as a version.
 
     Raises:
         ArtifactError, BaseMismatchError: it cannot be served on this base.
     """
-    read = read_adapter(directory, base, limits)
+    read = read_adapter(directory, base, limits, assume_base=assume_base)
     artifact = read.artifact
     return ValidVersion(
         digest=artifact.digest,
@@ -75,6 +78,7 @@ def validate_plain(
         size_bytes=artifact.size_bytes,
         num_parameters=artifact.num_parameters,
         base_model=artifact.base_model,
+        registered_for=identity(base),
         notes=read.notes,
         lowered=read.lowered,
         files={artifact.digest: read.files},
@@ -83,14 +87,14 @@ def validate_plain(
 
 
 def validate_composed(
-    parts: Sequence[OpenedPart], base: BaseDescription, limits: AdapterLimits
+    parts: Sequence[OpenedPart], base: BaseDescription, limits: AdapterLimits, *, assume_base: bool
 ) -> ValidVersion:
     """Validate each part, and that they can be combined exactly.
 
     Raises:
         ArtifactError, BaseMismatchError: as ``validate_plain``; ``subject`` begins with the part, ``parts[1]``.
     """
-    reads = _read_parts(parts, base, limits)
+    reads = _read_parts(parts, base, limits, assume_base=assume_base)
     lowered = compose_parts([read.lowered for read in reads], [part.weight for part in parts], limits)
     check_lowered(lowered)
     if not has_effect(lowered):
@@ -106,6 +110,7 @@ def validate_composed(
         size_bytes=sum(artifact.size_bytes for artifact in artifacts),
         num_parameters=sum(artifact.num_parameters for artifact in artifacts),
         base_model=next((artifact.base_model for artifact in artifacts if artifact.base_model), ""),
+        registered_for=identity(base),
         notes=tuple(f"{part_name(i)}: {note}" for i, read in enumerate(reads) for note in read.notes),
         lowered=lowered,
         files={read.artifact.digest: read.files for read in reads},
@@ -129,13 +134,13 @@ def measure(lowered: LoweredAdapter, probe: Probe) -> float:
 
 
 def _read_parts(
-    parts: Sequence[OpenedPart], base: BaseDescription, limits: AdapterLimits
+    parts: Sequence[OpenedPart], base: BaseDescription, limits: AdapterLimits, *, assume_base: bool
 ) -> list[ReadAdapter]:
     reads: list[ReadAdapter] = []
     total = 0
     for i, part in enumerate(parts):
         try:
-            read = read_adapter(part.directory, base, limits)
+            read = read_adapter(part.directory, base, limits, assume_base=assume_base)
         except (ArtifactError, BaseMismatchError) as error:
             raise of_part(i, error) from error
         total += read.artifact.size_bytes

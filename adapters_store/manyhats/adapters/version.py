@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterRecord
-from manyhats.adapters.base_name import check_base_name
+from manyhats.adapters.base_name import check_base_name, is_registered_for
 from manyhats.adapters.composition import AdapterPart, compose
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering import lower
@@ -30,7 +30,9 @@ def lower_version(version: LoadedVersion, base: BaseDescription, limits: Adapter
         ArtifactError: it cannot be served exactly.
         BaseMismatchError: it was made for another base.
     """
-    for artifact in version.artifacts:
+    # Registering compared the names; whether a path is there, or what an operator said, is not asked again.
+    strangers = () if is_registered_for(version.record.registered_for, base) else version.artifacts
+    for artifact in strangers:
         check_base_name(artifact.base_model, base, base_name_key(artifact.config))
     lowered = [lower(artifact, base) for artifact in version.artifacts]
     if not version.record.is_composed:

@@ -93,6 +93,13 @@ Label = Annotated[
     list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Kept with it. Repeatable.")
 ]
 
+AssumeBase = Annotated[
+    bool,
+    typer.Option(
+        "--assume-base", help="It is meant for the server's base, whatever name it records; shapes must fit."
+    ),
+]
+
 
 @takes_connection
 def register(
@@ -104,6 +111,7 @@ def register(
     expected_digest: ExpectedDigest = "",
     request_id: RequestId = "",
     label: Label = None,
+    assume_base: AssumeBase = False,
     *,
     connection: Connection,
     as_json: opt.Json = False,
@@ -112,7 +120,7 @@ def register(
     if bool(path) == bool(part):
         raise UsageError("give either PATH or --part (see `manyhats adapters register --help`)")
     parts = [parse_part(text) for text in part or []]
-    options = _options(activate, validate_only, expected_digest, request_id, label)
+    options = _options(activate, validate_only, expected_digest, request_id, label, assume_base)
     with connect(connection) as client:
         registration = client.register_adapter(task, as_uri(path), parts=parts, **options)
     _print(registration, "valid" if validate_only else "registered", as_json)
@@ -127,12 +135,13 @@ def upload(
     expected_digest: ExpectedDigest = "",
     request_id: RequestId = "",
     label: Label = None,
+    assume_base: AssumeBase = False,
     *,
     connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
     """Send an adapter's directory to the server, as the next version of a task."""
-    options = _options(activate, validate_only, expected_digest, request_id, label)
+    options = _options(activate, validate_only, expected_digest, request_id, label, assume_base)
     with connect(connection) as client, shown_progress() as report:
         registration = client.upload_adapter(
             task, path, progress=lambda sent, total: report("upload", sent, total), **options
@@ -179,7 +188,12 @@ def parse_labels(labels: list[str]) -> dict[str, str]:
 
 
 def _options(
-    activate: bool, validate_only: bool, expected_digest: str, request_id: str, label: list[str] | None
+    activate: bool,
+    validate_only: bool,
+    expected_digest: str,
+    request_id: str,
+    label: list[str] | None,
+    assume_base: bool,
 ) -> RegisterOptions:
     return {
         "activate": activate,
@@ -187,6 +201,7 @@ def _options(
         "expected_digest": expected_digest,
         "request_id": request_id,
         "labels": parse_labels(label or []),
+        "assume_base": assume_base,
     }
 
 

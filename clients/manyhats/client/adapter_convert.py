@@ -10,7 +10,7 @@ from manyhats.client.fields import assign, enum_name, invalid
 from manyhats.client.results import AdapterInfo, ArtifactPart, Registration
 from manyhats.v1 import adapter_pb2
 
-_OPTIONS = ("activate", "validate_only", "expected_digest", "request_id", "labels")
+_OPTIONS = ("activate", "validate_only", "expected_digest", "request_id", "labels", "assume_base")
 
 _RegistrationRequest: TypeAlias = adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader
 

@@ -107,6 +107,7 @@ class RegisterOptions(TypedDict, total=False):
         expected_digest: ``sha256:…`` the files must have; empty for any.
         request_id: makes a repeat safe; the same id with another body is refused.
         labels: kept with the version.
+        assume_base: the server's base is meant, whatever name the adapter records.
     """
 
     activate: bool | None
@@ -114,3 +115,4 @@ class RegisterOptions(TypedDict, total=False):
     expected_digest: str | None
     request_id: str | None
     labels: Mapping[str, str] | None
+    assume_base: bool | None

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19manyhats/v1/adapter.proto\x12\x0bmanyhats.v1\x1a\x1fgoogle/protobuf/timestamp.proto\">\n\nAdapterRef\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"R\n\x0c\x41rtifactPart\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x12\n\ntext_files\x18\x04 \x03(\t\"\x94\x04\n\x07\x41\x64\x61pter\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12*\n\x06method\x18\x04 \x01(\x0e\x32\x1a.manyhats.v1.AdapterMethod\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.manyhats.v1.AdapterState\x12\x14\n\x0cstate_reason\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x16\n\x0enum_parameters\x18\x08 \x01(\x04\x12\x0e\n\x06source\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nbase_model\x18\x0b \x01(\t\x12\x30\n\x06labels\x18\x0c \x03(\x0b\x32 .manyhats.v1.Adapter.LabelsEntry\x12\x13\n\x06\x65\x66\x66\x65\x63t\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x30\n\tresidency\x18\x0e \x01(\x0e\x32\x1d.manyhats.v1.AdapterResidency\x12\r\n\x05notes\x18\x0f \x03(\t\x12(\n\x05parts\x18\x10 \x03(\x0b\x32\x19.manyhats.v1.ArtifactPart\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_effect\":\n\x0b\x41\x64\x61pterPart\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xb7\x02\n\x16RegisterAdapterRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x15\n\x08\x61\x63tivate\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\x0f\x65xpected_digest\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12?\n\x06labels\x18\x07 \x03(\x0b\x32/.manyhats.v1.RegisterAdapterRequest.LabelsEntry\x12\'\n\x05parts\x18\x08 \x03(\x0b\x32\x18.manyhats.v1.AdapterPart\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_activate\"Q\n\x17RegisterAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.manyhats.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"<\n\x08\x46ileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x93\x02\n\x0cUploadHeader\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12$\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x15.manyhats.v1.FileInfo\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x15\n\x08\x61\x63tivate\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\x0f\x65xpected_digest\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x35\n\x06labels\x18\x07 \x03(\x0b\x32%.manyhats.v1.UploadHeader.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_activate\"=\n\tFileChunk\x12\x12\n\nfile_index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"w\n\x14UploadAdapterRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.manyhats.v1.UploadHeaderH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.manyhats.v1.FileChunkH\x00\x42\t\n\x07\x63ontent\"O\n\x15UploadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.manyhats.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x11GetAdapterRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.manyhats.v1.Adapter\"M\n\x13ListAdaptersRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.manyhats.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x16\x41\x63tivateAdapterRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"@\n\x17\x41\x63tivateAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.manyhats.v1.Adapter\"6\n\x14\x44\x65leteAdapterRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"?\n\x15\x44\x65leteAdapterResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.manyhats.v1.Adapter*\xf7\x02\n\rAdapterMethod\x12\x1e\n\x1a\x41\x44\x41PTER_METHOD_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_METHOD_LORA\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_METHOD_DORA\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_METHOD_ADALORA\x10\x03\x12\x17\n\x13\x41\x44\x41PTER_METHOD_VERA\x10\x04\x12\x16\n\x12\x41\x44\x41PTER_METHOD_IA3\x10\x05\x12\x1d\n\x19\x41\x44\x41PTER_METHOD_BOTTLENECK\x10\x06\x12 \n\x1c\x41\x44\x41PTER_METHOD_PREFIX_TUNING\x10\x07\x12 \n\x1c\x41\x44\x41PTER_METHOD_PROMPT_TUNING\x10\x08\x12\x1b\n\x17\x41\x44\x41PTER_METHOD_P_TUNING\x10\t\x12*\n&ADAPTER_METHOD_MULTITASK_PROMPT_TUNING\x10\n\x12\x1b\n\x17\x41\x44\x41PTER_METHOD_COMPOSED\x10\x0b*\xb5\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_STATE_CREATING\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_STATE_ACTIVE\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_INACTIVE\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DELETING\x10\x05*\x8b\x01\n\x10\x41\x64\x61pterResidency\x12!\n\x1d\x41\x44\x41PTER_RESIDENCY_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_RESIDENCY_DEVICE\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_HOST\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_DISK\x10\x03\x32\xa2\x04\n\x0e\x41\x64\x61pterService\x12\\\n\x0fRegisterAdapter\x12#.manyhats.v1.RegisterAdapterRequest\x1a$.manyhats.v1.RegisterAdapterResponse\x12X\n\rUploadAdapter\x12!.manyhats.v1.UploadAdapterRequest\x1a\".manyhats.v1.UploadAdapterResponse(\x01\x12M\n\nGetAdapter\x12\x1e.manyhats.v1.GetAdapterRequest\x1a\x1f.manyhats.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .manyhats.v1.ListAdaptersRequest\x1a!.manyhats.v1.ListAdaptersResponse\x12\\\n\x0f\x41\x63tivateAdapter\x12#.manyhats.v1.ActivateAdapterRequest\x1a$.manyhats.v1.ActivateAdapterResponse\x12V\n\rDeleteAdapter\x12!.manyhats.v1.DeleteAdapterRequest\x1a\".manyhats.v1.DeleteAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19manyhats/v1/adapter.proto\x12\x0bmanyhats.v1\x1a\x1fgoogle/protobuf/timestamp.proto\">\n\nAdapterRef\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"R\n\x0c\x41rtifactPart\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x12\n\ntext_files\x18\x04 \x03(\t\"\x94\x04\n\x07\x41\x64\x61pter\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12*\n\x06method\x18\x04 \x01(\x0e\x32\x1a.manyhats.v1.AdapterMethod\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.manyhats.v1.AdapterState\x12\x14\n\x0cstate_reason\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x16\n\x0enum_parameters\x18\x08 \x01(\x04\x12\x0e\n\x06source\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nbase_model\x18\x0b \x01(\t\x12\x30\n\x06labels\x18\x0c \x03(\x0b\x32 .manyhats.v1.Adapter.LabelsEntry\x12\x13\n\x06\x65\x66\x66\x65\x63t\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x30\n\tresidency\x18\x0e \x01(\x0e\x32\x1d.manyhats.v1.AdapterResidency\x12\r\n\x05notes\x18\x0f \x03(\t\x12(\n\x05parts\x18\x10 \x03(\x0b\x32\x19.manyhats.v1.ArtifactPart\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_effect\":\n\x0b\x41\x64\x61pterPart\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xcc\x02\n\x16RegisterAdapterRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x15\n\x08\x61\x63tivate\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\x0f\x65xpected_digest\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12?\n\x06labels\x18\x07 \x03(\x0b\x32/.manyhats.v1.RegisterAdapterRequest.LabelsEntry\x12\'\n\x05parts\x18\x08 \x03(\x0b\x32\x18.manyhats.v1.AdapterPart\x12\x13\n\x0b\x61ssume_base\x18\t \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_activate\"Q\n\x17RegisterAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.manyhats.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"<\n\x08\x46ileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\xa8\x02\n\x0cUploadHeader\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12$\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x15.manyhats.v1.FileInfo\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x15\n\x08\x61\x63tivate\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\x0f\x65xpected_digest\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x35\n\x06labels\x18\x07 \x03(\x0b\x32%.manyhats.v1.UploadHeader.LabelsEntry\x12\x13\n\x0b\x61ssume_base\x18\x08 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_activate\"=\n\tFileChunk\x12\x12\n\nfile_index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"w\n\x14UploadAdapterRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.manyhats.v1.UploadHeaderH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.manyhats.v1.FileChunkH\x00\x42\t\n\x07\x63ontent\"O\n\x15UploadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.manyhats.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x11GetAdapterRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.manyhats.v1.Adapter\"M\n\x13ListAdaptersRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.manyhats.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x16\x41\x63tivateAdapterRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"@\n\x17\x41\x63tivateAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.manyhats.v1.Adapter\"6\n\x14\x44\x65leteAdapterRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"?\n\x15\x44\x65leteAdapterResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.manyhats.v1.Adapter*\xf7\x02\n\rAdapterMethod\x12\x1e\n\x1a\x41\x44\x41PTER_METHOD_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_METHOD_LORA\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_METHOD_DORA\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_METHOD_ADALORA\x10\x03\x12\x17\n\x13\x41\x44\x41PTER_METHOD_VERA\x10\x04\x12\x16\n\x12\x41\x44\x41PTER_METHOD_IA3\x10\x05\x12\x1d\n\x19\x41\x44\x41PTER_METHOD_BOTTLENECK\x10\x06\x12 \n\x1c\x41\x44\x41PTER_METHOD_PREFIX_TUNING\x10\x07\x12 \n\x1c\x41\x44\x41PTER_METHOD_PROMPT_TUNING\x10\x08\x12\x1b\n\x17\x41\x44\x41PTER_METHOD_P_TUNING\x10\t\x12*\n&ADAPTER_METHOD_MULTITASK_PROMPT_TUNING\x10\n\x12\x1b\n\x17\x41\x44\x41PTER_METHOD_COMPOSED\x10\x0b*\xb5\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_STATE_CREATING\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_STATE_ACTIVE\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_INACTIVE\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DELETING\x10\x05*\x8b\x01\n\x10\x41\x64\x61pterResidency\x12!\n\x1d\x41\x44\x41PTER_RESIDENCY_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_RESIDENCY_DEVICE\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_HOST\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_RESIDENCY_DISK\x10\x03\x32\xa2\x04\n\x0e\x41\x64\x61pterService\x12\\\n\x0fRegisterAdapter\x12#.manyhats.v1.RegisterAdapterRequest\x1a$.manyhats.v1.RegisterAdapterResponse\x12X\n\rUploadAdapter\x12!.manyhats.v1.UploadAdapterRequest\x1a\".manyhats.v1.UploadAdapterResponse(\x01\x12M\n\nGetAdapter\x12\x1e.manyhats.v1.GetAdapterRequest\x1a\x1f.manyhats.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .manyhats.v1.ListAdaptersRequest\x1a!.manyhats.v1.ListAdaptersResponse\x12\\\n\x0f\x41\x63tivateAdapter\x12#.manyhats.v1.ActivateAdapterRequest\x1a$.manyhats.v1.ActivateAdapterResponse\x12V\n\rDeleteAdapter\x12!.manyhats.v1.DeleteAdapterRequest\x1a\".manyhats.v1.DeleteAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,12 +38,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERADAPTERREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_UPLOADHEADER_LABELSENTRY']._loaded_options = None
   _globals['_UPLOADHEADER_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ADAPTERMETHOD']._serialized_start=2318
-  _globals['_ADAPTERMETHOD']._serialized_end=2693
-  _globals['_ADAPTERSTATE']._serialized_start=2696
-  _globals['_ADAPTERSTATE']._serialized_end=2877
-  _globals['_ADAPTERRESIDENCY']._serialized_start=2880
-  _globals['_ADAPTERRESIDENCY']._serialized_end=3019
+  _globals['_ADAPTERMETHOD']._serialized_start=2360
+  _globals['_ADAPTERMETHOD']._serialized_end=2735
+  _globals['_ADAPTERSTATE']._serialized_start=2738
+  _globals['_ADAPTERSTATE']._serialized_end=2919
+  _globals['_ADAPTERRESIDENCY']._serialized_start=2922
+  _globals['_ADAPTERRESIDENCY']._serialized_end=3061
   _globals['_ADAPTERREF']._serialized_start=75
   _globals['_ADAPTERREF']._serialized_end=137
   _globals['_ARTIFACTPART']._serialized_start=139
@@ -55,39 +55,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADAPTERPART']._serialized_start=758
   _globals['_ADAPTERPART']._serialized_end=816
   _globals['_REGISTERADAPTERREQUEST']._serialized_start=819
-  _globals['_REGISTERADAPTERREQUEST']._serialized_end=1130
+  _globals['_REGISTERADAPTERREQUEST']._serialized_end=1151
   _globals['_REGISTERADAPTERREQUEST_LABELSENTRY']._serialized_start=700
   _globals['_REGISTERADAPTERREQUEST_LABELSENTRY']._serialized_end=745
-  _globals['_REGISTERADAPTERRESPONSE']._serialized_start=1132
-  _globals['_REGISTERADAPTERRESPONSE']._serialized_end=1213
-  _globals['_FILEINFO']._serialized_start=1215
-  _globals['_FILEINFO']._serialized_end=1275
-  _globals['_UPLOADHEADER']._serialized_start=1278
-  _globals['_UPLOADHEADER']._serialized_end=1553
+  _globals['_REGISTERADAPTERRESPONSE']._serialized_start=1153
+  _globals['_REGISTERADAPTERRESPONSE']._serialized_end=1234
+  _globals['_FILEINFO']._serialized_start=1236
+  _globals['_FILEINFO']._serialized_end=1296
+  _globals['_UPLOADHEADER']._serialized_start=1299
+  _globals['_UPLOADHEADER']._serialized_end=1595
   _globals['_UPLOADHEADER_LABELSENTRY']._serialized_start=700
   _globals['_UPLOADHEADER_LABELSENTRY']._serialized_end=745
-  _globals['_FILECHUNK']._serialized_start=1555
-  _globals['_FILECHUNK']._serialized_end=1616
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1618
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1737
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=1739
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=1818
-  _globals['_GETADAPTERREQUEST']._serialized_start=1820
-  _globals['_GETADAPTERREQUEST']._serialized_end=1856
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1858
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1917
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1919
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1996
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1998
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2085
-  _globals['_ACTIVATEADAPTERREQUEST']._serialized_start=2087
-  _globals['_ACTIVATEADAPTERREQUEST']._serialized_end=2128
-  _globals['_ACTIVATEADAPTERRESPONSE']._serialized_start=2130
-  _globals['_ACTIVATEADAPTERRESPONSE']._serialized_end=2194
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=2196
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=2250
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2252
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2315
-  _globals['_ADAPTERSERVICE']._serialized_start=3022
-  _globals['_ADAPTERSERVICE']._serialized_end=3568
+  _globals['_FILECHUNK']._serialized_start=1597
+  _globals['_FILECHUNK']._serialized_end=1658
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=1660
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=1779
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=1781
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=1860
+  _globals['_GETADAPTERREQUEST']._serialized_start=1862
+  _globals['_GETADAPTERREQUEST']._serialized_end=1898
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1900
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1959
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1961
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=2038
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=2040
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2127
+  _globals['_ACTIVATEADAPTERREQUEST']._serialized_start=2129
+  _globals['_ACTIVATEADAPTERREQUEST']._serialized_end=2170
+  _globals['_ACTIVATEADAPTERRESPONSE']._serialized_start=2172
+  _globals['_ACTIVATEADAPTERRESPONSE']._serialized_end=2236
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2238
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2292
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2294
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2357
+  _globals['_ADAPTERSERVICE']._serialized_start=3064
+  _globals['_ADAPTERSERVICE']._serialized_end=3610
 # @@protoc_insertion_point(module_scope)

@@ -390,6 +390,7 @@ class RegisterAdapterRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
+    ASSUME_BASE_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task id, without a version."""
     uri: _builtins.str
@@ -402,6 +403,8 @@ class RegisterAdapterRequest(_message.Message):
     """"sha256:…" that the artifact must have; empty = any."""
     request_id: _builtins.str
     """Makes a repeat of this request safe: the same id with another body is refused; empty = none."""
+    assume_base: _builtins.bool
+    """Takes the server's base for the one that is meant, whatever name the adapter records; its shapes must fit still."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels to keep with the version."""
@@ -421,10 +424,11 @@ class RegisterAdapterRequest(_message.Message):
         request_id: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         parts: _abc.Iterable[Global___AdapterPart] | None = ...,
+        assume_base: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_activate", b"_activate", "activate", b"activate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activate", b"_activate", "activate", b"activate", "expected_digest", b"expected_digest", "labels", b"labels", "parts", b"parts", "request_id", b"request_id", "task_id", b"task_id", "uri", b"uri", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activate", b"_activate", "activate", b"activate", "assume_base", b"assume_base", "expected_digest", b"expected_digest", "labels", b"labels", "parts", b"parts", "request_id", b"request_id", "task_id", b"task_id", "uri", b"uri", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activate: _TypeAlias = _typing.Literal["activate"]  # noqa: Y015
     _WhichOneofArgType__activate: _TypeAlias = _typing.Literal["_activate", b"_activate"]  # noqa: Y015
@@ -523,6 +527,7 @@ class UploadHeader(_message.Message):
     EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    ASSUME_BASE_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task id, without a version."""
     validate_only: _builtins.bool
@@ -533,6 +538,8 @@ class UploadHeader(_message.Message):
     """"sha256:…" that the artifact must have; empty = any."""
     request_id: _builtins.str
     """Makes a repeat of this request safe; empty = none."""
+    assume_base: _builtins.bool
+    """Takes the server's base for the one that is meant, whatever name the adapter records; its shapes must fit still."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileInfo]:
         """The files that follow, in the order that file_index counts."""
@@ -551,10 +558,11 @@ class UploadHeader(_message.Message):
         expected_digest: _builtins.str = ...,
         request_id: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        assume_base: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_activate", b"_activate", "activate", b"activate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activate", b"_activate", "activate", b"activate", "expected_digest", b"expected_digest", "files", b"files", "labels", b"labels", "request_id", b"request_id", "task_id", b"task_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activate", b"_activate", "activate", b"activate", "assume_base", b"assume_base", "expected_digest", b"expected_digest", "files", b"files", "labels", b"labels", "request_id", b"request_id", "task_id", b"task_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activate: _TypeAlias = _typing.Literal["activate"]  # noqa: Y015
     _WhichOneofArgType__activate: _TypeAlias = _typing.Literal["_activate", b"_activate"]  # noqa: Y015

@@ -196,4 +196,5 @@ def _registration_options(
         expected_digest=message.expected_digest,
         request_id=message.request_id,
         labels=MappingProxyType(dict(message.labels)),
+        assume_base=message.assume_base,
     )

@@ -160,6 +160,7 @@ class Store(Protocol):
         expected_digest: str = "",
         request_id: str = "",
         labels: Mapping[str, str] = ...,
+        assume_base: bool = False,
         probe: Probe | None = None,
         prepare: Prepare | None = None,
     ) -> Registration:
@@ -175,6 +176,7 @@ class Store(Protocol):
         expected_digest: str = "",
         request_id: str = "",
         labels: Mapping[str, str] = ...,
+        assume_base: bool = False,
     ) -> UploadSession:
         """Check what a caller is about to send, and get ready for it."""
 

@@ -40,6 +40,7 @@ class RegistrationOptions:
     expected_digest: str = ""
     request_id: str = ""
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    assume_base: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -50,6 +51,7 @@ class RegistrationOptions:
             "expected_digest": self.expected_digest,
             "request_id": self.request_id,
             "labels": self.labels,
+            "assume_base": self.assume_base,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from manyhats.trainer.settings import TrainSettings
 
 # Names of paths on the machine that trained say nothing to a reader elsewhere.
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 _LEFT_OUT = frozenset({"task", "out", "data.train", "data.eval", "model.num_threads"})
 
 
@@ -46,7 +48,7 @@ def _front_matter(report: TrainingReport) -> str:
 
 def _is_hub_id(name: str) -> bool:
     """The hub refuses a card whose base is no model of it."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _summary(report: TrainingReport) -> str:

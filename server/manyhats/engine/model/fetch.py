@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from manyhats.adapters.base_name import has_form_of_path, names_of_directory
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.checkpoint import SafetensorsDirectory, read_json
 from manyhats.engine.model.directories import publish_directory, staged_directory
@@ -60,11 +62,18 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
 
 @dataclass(frozen=True, slots=True)
 class LocatedModel:
-    """A checkpoint on this machine, what to call it, and the names it is known by."""
+    """A checkpoint on this machine.
+
+    Attributes:
+        name: what to call it: the alias, hub id, or the directory's name.
+        names: what adapters may call it.
+        reference: what transformers and PEFT load it by: the hub id, or the directory's absolute path.
+    """
 
     directory: Path
     name: str
     names: frozenset[str]
+    reference: str
 
 
 def locate_model(source: str, home: Path, progress: Progress = no_progress) -> LocatedModel:
@@ -82,12 +91,15 @@ def locate_model(source: str, home: Path, progress: Progress = no_progress) -> L
         directory = home / "models" / source
         if not _is_fetched(directory):
             directory = fetch_model(source, home, progress)
-        return LocatedModel(directory, source, _fetched_names(directory))
+        names = _fetched_names(directory)
+        return LocatedModel(directory, source, names, _hub_id(names) or os.path.abspath(directory))
     path = Path(source).expanduser()
     if path.is_dir():
-        return LocatedModel(path, path.resolve().name, _fetched_names(path))
+        names = _fetched_names(path)
+        reference = _hub_id(names) or os.path.abspath(path)
+        return LocatedModel(path, path.resolve().name, names | names_of_directory(source), reference)
     if _HUB_ID.fullmatch(source):
-        return LocatedModel(_fetch_from_hub(source), source, frozenset((source,)))
+        return LocatedModel(_fetch_from_hub(source), source, frozenset((source,)), source)
     aliases = ", ".join(sorted(KNOWN_MODELS))
     raise ModelError(f"{source!r} is no directory, no hub id (org/name) and no alias ({aliases})")
 
@@ -176,6 +188,11 @@ def _fetched_names(directory: Path) -> frozenset[str]:
     path = directory / MANIFEST_FILE
     names = read_json(path).get("names") if path.is_file() else None
     return frozenset(names) if isinstance(names, list) else frozenset()
+
+
+def _hub_id(names: Iterable[str]) -> str:
+    """The hub id among the names of a fetched model; empty if it has none."""
+    return min((name for name in names if not has_form_of_path(name)), default="")
 
 
 def _fetch_from_hub(repository: str) -> Path:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from manyhats.adapters.base_name import has_form_of_path
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checks import known_token_ids
 from manyhats.engine.errors import ModelError
@@ -52,6 +53,7 @@ class LoadedModel:
     Attributes:
         description: what adapters are checked against; its digest names weights and quantization.
         name: what to call it: the alias, hub id, or the directory's name.
+        reference: what transformers and PEFT load it by: the hub id, or the directory's absolute path.
     """
 
     config: DecoderConfig
@@ -60,6 +62,7 @@ class LoadedModel:
     description: BaseDescription
     generation: GenerationDefaults
     name: str
+    reference: str
 
 
 def load_model(
@@ -115,6 +118,7 @@ def load_model(
         ),
         generation=_generation_defaults(found, tokenizer),
         name=located.name,
+        reference=located.reference,
     )
 
 
@@ -160,8 +164,7 @@ def _base_digest(checkpoint_digest: str, quantization: Quantization) -> str:
 def _recorded_name(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The hub id that the checkpoint was saved under, if its config has one; a path says nothing."""
     name = config.get("_name_or_path")
-    is_hub_id = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/"))
-    return (str(name),) if is_hub_id else ()
+    return (name,) if isinstance(name, str) and not has_form_of_path(name) else ()
 
 
 def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefaults:

@@ -20,7 +20,6 @@ from manyhats.engine.model.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.initialization import kaiming_uniform, zeros
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
-from manyhats.trainer.methods.peft_config import base_name
 from manyhats.trainer.settings import BottleneckSettings
 
 _VERSION = "adapters.1.3.0"
@@ -138,7 +137,7 @@ def _config(inner: Mapping[str, Any], name: str, model: LoadedModel) -> dict[str
         "hidden_size": model.config.hidden_size,
         # A base that is none of these is refused, by the check that every fresh adapter takes.
         "model_class": _MODEL_CLASSES.get(model_type),
-        "model_name": base_name(model),
+        "model_name": model.reference,
         "model_type": model_type,
         "name": name,
         "version": _VERSION,

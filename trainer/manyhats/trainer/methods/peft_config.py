@@ -1,21 +1,13 @@
-"""What every ``adapter_config.json`` of PEFT holds, and the name that an artifact calls its base by."""
+"""What every ``adapter_config.json`` of PEFT holds."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from manyhats.engine.model.loader import LoadedModel
 
 _PEFT_VERSION = "0.21.2"
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
-
-
-def base_name(model: LoadedModel) -> str:
-    """A name that the base is known by: a hub id if it has one, which says most elsewhere."""
-    hub_ids = sorted(name for name in model.description.names if _HUB_ID.fullmatch(name))
-    return hub_ids[0] if hub_ids else model.name
 
 
 def peft_config(peft_type: str, model: LoadedModel, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +20,7 @@ def peft_config(peft_type: str, model: LoadedModel, own: Mapping[str, Any]) -> d
     """
     common = {
         "auto_mapping": None,
-        "base_model_name_or_path": base_name(model),
+        "base_model_name_or_path": model.reference,
         "inference_mode": True,
         "modules_to_save": None,
         "peft_type": peft_type,

@@ -18,7 +18,7 @@ from manyhats.engine.model.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods.initialization import normal
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
-from manyhats.trainer.methods.peft_config import base_name, peft_config
+from manyhats.trainer.methods.peft_config import peft_config
 from manyhats.trainer.methods.virtual_tokens import check_num_virtual_tokens, prompt_fields
 from manyhats.trainer.settings import PromptSettings
 
@@ -41,7 +41,7 @@ def make_prompt(
         "prompt_tuning_init": _PEFT_NAMES.get(settings.init),
         "prompt_tuning_init_text": settings.init_text if has_text else None,
         "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": base_name(model) if has_text else None,
+        "tokenizer_name_or_path": model.reference if has_text else None,
     }
     return ParametrizedAdapter(
         method=AdapterMethod.PROMPT_TUNING,
