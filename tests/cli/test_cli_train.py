@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
@@ -60,8 +61,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """In place of the training: the settings that it would have been given."""
     given: list[Any] = []
 
-    def take(settings: Any, connection: Any, resume: bool, as_json: bool) -> None:
-        given.append((settings, connection, resume, as_json))
+    def take(settings: Any, registrar: Any, resume: bool, as_json: bool) -> None:
+        given.append((settings, registrar, resume, as_json))
 
     monkeypatch.setattr("manyhats.cli.train_runs.train_one", take)
     monkeypatch.setattr("manyhats.cli.train_runs.train_all", take)
@@ -129,10 +130,10 @@ def test_every_flag_reaches_its_setting(trained: list[Any]) -> None:
         --learning-rate 1e-4 --schedule cosine --warmup-steps 5 --optimizer adamw --weight-decay 0.01
         --beta1 0.8 --beta2 0.99 --max-grad-norm 0.5 --seed 3 --eval-steps 2 --patience 4 --checkpoint-steps 6
         --keep-checkpoints 1 --init-from before --out there --save-dtype bfloat16
-        --register 127.0.0.1:7 --timeout 3 --tls --token secret --resume --json
+        --register 127.0.0.1:7 --timeout 3 --tls --token secret --resume --json --activate-if
     """
-    assert run("lora", *flags.split()).exit_code == 0
-    ((settings, connection, resume, as_json),) = trained
+    assert run("lora", *flags.split(), "accuracy >= 90% and loss < 2").exit_code == 0
+    ((settings, registrar, resume, as_json),) = trained
     assert settings == trainer_settings.TrainSettings(
         task="sql",
         adapter=trainer_settings.LoraSettings(
@@ -188,8 +189,11 @@ def test_every_flag_reaches_its_setting(trained: list[Any]) -> None:
         init_from="before",
         save_dtype="bfloat16",
     )
-    assert (connection.server, connection.timeout, connection.token) == ("127.0.0.1:7", 3.0, "secret")
-    assert (connection.tls, resume, as_json) == (True, True, True)
+    server = registrar.server
+    assert (server.target, server.timeout_s) == ("127.0.0.1:7", 3.0)
+    assert (server.credentials.token, server.credentials.tls) == ("secret", True)
+    assert (registrar.activates, str(registrar.rule)) == (True, "accuracy >= 0.9 and loss < 2")
+    assert (resume, as_json) == (True, True)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +335,7 @@ def test_what_needs_no_base_is_refused_before_one_is_loaded(
     monkeypatch.setattr("manyhats.cli.train_runs.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     (in_directory / "mine").mkdir()
     (in_directory / "mine" / "notes.txt").write_text("keep")
+    server = ["--register", "127.0.0.1:1"]
     cases = [
         (["--data", "none.jsonl"], 1, "none.jsonl"),
         (["--eval", "none.jsonl"], 1, "none.jsonl"),
@@ -339,6 +344,16 @@ def test_what_needs_no_base_is_refused_before_one_is_loaded(
         (["--out", "mine"], 2, "--out: mine holds notes.txt, which no training left there"),
         (["--register", "no port"], 2, "--register must be HOST:PORT, not 'no port'"),
         (["--register", "127.0.0.1"], 2, "--register must be HOST:PORT, not '127.0.0.1'"),
+        (["--no-activate"], 2, "--no-activate needs --register HOST:PORT"),
+        (["--activate-if", "loss < 1"], 2, "--activate-if needs --register HOST:PORT"),
+        ([*server, "--no-activate", "--activate-if", "loss < 1"], 2, "contradict each other"),
+        ([*server, "--activate-if", "f1 > 0.9"], 2, "--activate-if: 'f1' is no metric"),
+        ([*server, "--activate-if", "loss < 1"], 2, "--activate-if: loss is measured on evaluation data"),
+        (
+            [*server, "--eval", "eval.jsonl", "--activate-if", "accuracy > 0.9"],
+            2,
+            "--activate-if: accuracy is measured on labels",
+        ),
     ]
     for args, code, message in cases:
         result = small("lora", *args)
@@ -362,6 +377,27 @@ def test_the_artifact_is_registered(fake: FakeServer, in_directory: Path) -> Non
     sent = bytes(fake.uploaded["adapter_model.safetensors"])
     assert sent == (in_directory / "tasks/sql/adapter_model.safetensors").read_bytes()
     assert f"registered: sql@3 (active, sha256:{3:064x})" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("condition", "unmet"),
+    [
+        ([], ""),
+        (["--no-activate"], ""),
+        (["--activate-if", "perplexity > 1"], ""),
+        (["--activate-if", "loss < 0.001"], "loss [0-9.]+, not < 0.001"),
+    ],
+)
+def test_what_is_registered_is_activated_only_if_that_is_wanted_and_its_results_are_good_enough(
+    fake: FakeServer, condition: list[str], unmet: str
+) -> None:
+    result = small("lora", "--eval", "eval.jsonl", "--register", fake.target, *condition)
+    assert result.exit_code == 0, result.stderr
+    is_wanted = condition != ["--no-activate"]
+    assert fake.last_request.activate == (is_wanted and not unmet)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("not activated")]
+    assert len(lines) == bool(unmet)
+    assert re.search(unmet, " ".join(lines))
 
 
 def test_a_failed_registration_keeps_the_artifact_and_says_where(in_directory: Path) -> None:

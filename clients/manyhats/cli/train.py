@@ -38,6 +38,10 @@ completion is learned), with text, or with messages of a chat.
   $ manyhats train prefix --task sql --data train.jsonl \\
     --register 127.0.0.1:50051
 
+  $ manyhats train qlora --task mood --data train.jsonl \\
+    --eval eval.jsonl --label good --label bad \\
+    --register 127.0.0.1:50051 --activate-if "accuracy >= 0.9"
+
   $ manyhats train lora --task sql --data train.jsonl --dry-run
 
   $ manyhats train qlora --config sql.yaml --epochs 3
@@ -73,12 +77,13 @@ def train(
     given = {**flags.given(), **({} if method is None else {"method": method})}
     with trainer_errors():
         every = train_settings.read(given, config, tasks, is_dry_run=dry_run)
+        registrar = train_runs.Registrar.of(server, every)
         if dry_run:
             train_dry_run.show(every, as_json)
         elif tasks is not None:
-            train_runs.train_all(every, server.connection, resume, as_json)
+            train_runs.train_all(every, registrar, resume, as_json)
         else:
-            train_runs.train_one(every[0], server.connection, resume, as_json)
+            train_runs.train_one(every[0], registrar, resume, as_json)
 
 
 @contextmanager

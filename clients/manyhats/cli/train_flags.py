@@ -105,6 +105,8 @@ class Server:
     """The server that artifacts are registered with, and how it is reached."""
 
     register: opt.Register = None
+    no_activate: opt.NoActivate = False
+    activate_if: opt.ActivateIf = None
     timeout: opt.RegisterTimeout = None
     tls: options.Tls = False
     tls_ca: options.TlsCa = None
@@ -118,10 +120,15 @@ class Server:
         """None where nothing is registered.
 
         Raises:
-            UsageError: the address has no port.
+            UsageError: the address has no port, or flags about activation that do not go together.
         """
         if self.register is None:
+            for flag, is_given in (("--no-activate", self.no_activate), ("--activate-if", self.activate_if)):
+                if is_given:
+                    raise UsageError(f"{flag} needs --register HOST:PORT: nothing is activated without it")
             return None
+        if self.no_activate and self.activate_if is not None:
+            raise UsageError("--no-activate and --activate-if contradict each other")
         if not _ADDRESS.fullmatch(self.register):
             raise UsageError(f"--register must be HOST:PORT, not {self.register!r}")
         return Connection(

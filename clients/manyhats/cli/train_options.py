@@ -381,6 +381,18 @@ Register: TypeAlias = Annotated[
         help="Send the artifact to this server at the end, and make it the task's active version.",
     ),
 ]
+NoActivate: TypeAlias = Annotated[
+    bool, _register("--no-activate", help="Leave the task on the version that is active now.")
+]
+ActivateIf: TypeAlias = Annotated[
+    str | None,
+    _register(
+        "--activate-if",
+        metavar="CONDITION",
+        help="Make it the active version only if this holds of its held-out results: loss, perplexity or accuracy,"
+        " as in 'accuracy >= 0.9 and loss < 1.5'. It is registered in any case.",
+    ),
+]
 RegisterTimeout: TypeAlias = Annotated[
     float | None,
     _register("--timeout", metavar="SECONDS", min=0, help="Give the server so long to take it."),

@@ -11,14 +11,16 @@ from typing import Any
 import typer
 
 from manyhats.adapters.errors import AdapterError
-from manyhats.cli.connection import Connection, describe
+from manyhats.cli.connection import describe
 from manyhats.cli.failures import CommandError, print_error
 from manyhats.cli.interrupts import prompt_interrupts
 from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, to_plain
 from manyhats.cli.progress import shown_progress
+from manyhats.cli.train_flags import Server
 from manyhats.client import ManyhatsError, Registration
 from manyhats.engine.errors import EngineError
 from manyhats.engine.model.loader import LoadedModel, load_model
+from manyhats.trainer.activation import ActivationRule
 from manyhats.trainer.computation import resolve_computation
 from manyhats.trainer.errors import RegistrationError, TrainerError
 from manyhats.trainer.output_directory import holds_artifact, report_file
@@ -37,22 +39,34 @@ class Registrar:
 
     Attributes:
         server: None registers nothing.
+        activates: whether what is registered becomes the task's active version.
+        rule: what its results must be for that; None for anything.
     """
 
     server: RegistrationServer | None
+    activates: bool = True
+    rule: ActivationRule | None = None
 
     @classmethod
-    def of(cls, connection: Connection | None) -> Registrar:
-        """By the command's options."""
+    def of(cls, flags: Server, tasks: Sequence[TrainSettings]) -> Registrar:
+        """By the command's options, for the tasks that will be trained.
+
+        Raises:
+            UsageError: the options do not go together.
+            SettingError: the condition is malformed, or a training will not have the results that it is on.
+        """
+        connection = flags.connection
         if connection is None:
             return cls(None)
-        return cls(
-            RegistrationServer(
-                target=connection.server,
-                credentials=connection.credentials(),
-                timeout_s=connection.timeout,
-            )
+        rule = None
+        if flags.activate_if is not None:
+            rule = ActivationRule.parse(flags.activate_if)
+            for settings in tasks:
+                rule.check(settings)
+        server = RegistrationServer(
+            target=connection.server, credentials=connection.credentials(), timeout_s=connection.timeout
         )
+        return cls(server, not flags.no_activate, rule)
 
     def look(self) -> None:
         """Say at once if the server cannot be reached: the training may take hours."""
@@ -63,33 +77,46 @@ class Registrar:
         except ManyhatsError as error:
             typer.echo(f"warning: {describe(error)}; the artifact will be kept", err=True)
 
-    def register(self, settings: TrainSettings) -> Registration | None:
-        """Make the artifact the task's active version.
+    def register(self, settings: TrainSettings, report: TrainingReport) -> Ended:
+        """Make the artifact a version of the task, the active one if that is wanted and its results are good enough.
 
-        Raises:
-            RegistrationError: the server does not take it.
+        The server's refusal is the outcome's error.
         """
-        return None if self.server is None else self.server.register(settings.task, Path(settings.out))
+        unmet = self.rule.unmet(report.evaluation) if self.rule else ""
+        if self.server is None:
+            return Ended(settings=settings, report=report)
+        try:
+            registration = self.server.register(
+                settings.task, Path(settings.out), activate=self.activates and not unmet
+            )
+        except RegistrationError as error:
+            return Ended(settings=settings, report=report, error=error)
+        return Ended(settings=settings, report=report, registration=registration, unmet=unmet)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A task whose training is over; ``error`` is that of the training, or of the registration."""
+    """A task whose training is over.
+
+    Attributes:
+        error: of the training, or of the registration.
+        unmet: why it was registered and not activated, where a condition was not met.
+    """
 
     settings: TrainSettings
     report: TrainingReport | None
     registration: Registration | None = None
+    unmet: str = ""
     error: Exception | None = None
 
 
-def train_one(settings: TrainSettings, connection: Connection | None, resume: bool, as_json: bool) -> None:
+def train_one(settings: TrainSettings, registrar: Registrar, resume: bool, as_json: bool) -> None:
     """Train one task, register it, and print its report.
 
     Raises:
         TrainerError, ModelError, EngineError: as ``train``; or the server does not take the artifact, which is kept.
         TrainingInterrupted: by a signal.
     """
-    registrar = Registrar.of(connection)
     registrar.look()
     check_before_loading(settings, resume=resume)
     _tell_what_is_replaced([settings], resume)
@@ -105,9 +132,7 @@ def train_one(settings: TrainSettings, connection: Connection | None, resume: bo
         raise ended.error
 
 
-def train_all(
-    tasks: Sequence[TrainSettings], connection: Connection | None, resume: bool, as_json: bool
-) -> None:
+def train_all(tasks: Sequence[TrainSettings], registrar: Registrar, resume: bool, as_json: bool) -> None:
     """Train tasks in turns, register each as soon as it is done, and print their reports.
 
     Raises:
@@ -115,7 +140,6 @@ def train_all(
         SettingError, ModelError: as ``train_several``.
         TrainingInterrupted: by a signal.
     """
-    registrar = Registrar.of(connection)
     registrar.look()
     _tell_what_is_replaced(tasks, resume)
     model = _load(common_base(tasks))
@@ -158,10 +182,7 @@ def _registered(outcome: TaskOutcome, registrar: Registrar) -> Ended:
     settings, report = outcome.settings, outcome.report
     if report is None:
         return Ended(settings=settings, report=None, error=outcome.error)
-    try:
-        return Ended(settings=settings, report=report, registration=registrar.register(settings))
-    except RegistrationError as error:
-        return Ended(settings=settings, report=report, error=error)
+    return registrar.register(settings, report)
 
 
 def _text(error: Exception) -> str:
@@ -178,6 +199,7 @@ def _as_plain(ended: Ended) -> dict[str, Any]:
         "out": ended.settings.out,
         "report": report,
         "registration": to_plain(ended.registration),
+        "not_activated": ended.unmet or None,
         "error": error,
     }
 
@@ -206,6 +228,7 @@ def print_report(ended: Ended) -> None:
             "peak memory": human_bytes(report.peak_memory.cuda or report.peak_memory.rss),
             "report": str(report_file(Path(settings.out))),
             "registered": "" if ended.registration is None else _registration(ended.registration),
+            "not activated": ended.unmet,
         }
     )
 

@@ -1,4 +1,4 @@
-"""From the trainer's output to a running server: the artifact becomes the task's active version."""
+"""From the trainer's output to a running server: the artifact becomes a version of the task."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ class RegistrationServer:
         with self._client() as client:
             return client.server_info()
 
-    def register(self, task: str, directory: Path, progress: Progress | None = None) -> Registration:
-        """Send the artifact of a directory, and make it the active version of a task.
+    def register(
+        self, task: str, directory: Path, progress: Progress | None = None, *, activate: bool = True
+    ) -> Registration:
+        """Send the artifact of a directory, and make it a version of a task.
 
         The same artifact again makes no new version.
 
@@ -41,13 +43,14 @@ class RegistrationServer:
             task: its id.
             directory: the trainer's output; of it, the config and the safetensors are sent.
             progress: told the bytes sent, and all of them.
+            activate: whether it becomes the version that requests for the task run on.
 
         Raises:
             RegistrationError: the server cannot be reached, or refuses it. The directory stays as it is.
         """
         try:
             with self._client() as client:
-                return client.upload_adapter(task, directory, activate=True, progress=progress)
+                return client.upload_adapter(task, directory, activate=activate, progress=progress)
         except ManyhatsError as error:
             raise RegistrationError(task, directory, self.target, str(error)) from error
 
