@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from default_model import default_model_directory
-from manyhats.engine.detokenizer import BytePieces, SentencePieces, WholePieces, pieces_for
+from manyhats.engine.detokenizer import BytePieces, ChainPieces, SentencePieces, pieces_for
 from tiny_models import SPECIAL_TOKENS, tiny_tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -129,7 +129,7 @@ def test_run_of_byte_tokens_is_certain_at_its_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "kind"), [(BYTES, BytePieces), (SENTENCES, SentencePieces), (WORDS, WholePieces)]
+    ("tokenizer", "kind"), [(BYTES, BytePieces), (SENTENCES, SentencePieces), (WORDS, ChainPieces)]
 )
 def test_decoder_decides_the_kind(tokenizer: Tokenizer, kind: type) -> None:
     assert isinstance(pieces_for(tokenizer), kind)

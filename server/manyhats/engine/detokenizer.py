@@ -7,22 +7,32 @@ each token, the characters that no later token can change, so that its pieces jo
   certain once its last byte is there;
 - SentencePiece decoders (Llama 2, Mistral) keep characters whole, but a run of byte tokens is one character
   string or, if any of it is not UTF-8, one replacement character for each byte: it is certain at its end;
-- for any other decoder the whole sequence is decoded anew at each token.
+- other chains of decoders are worked through step by step, see ``decoder_chain``;
+- a decoder of which any token may change all text before it is asked at the end, and nothing is certain earlier.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import re
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+from manyhats.engine.decoder_chain import (
+    Step,
+    byte_of,
+    byte_run,
+    bytes_of,
+    clean_up_steps,
+    end_through,
+    push_through,
+    steps_for,
+)
+
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Detokenizer(Protocol):
@@ -45,47 +55,54 @@ class Pieces(Protocol):
         """A detokenizer at the beginning of a sequence."""
 
 
-def pieces_for(backend: Backend, *, skip_special_tokens: bool = True) -> Pieces:
+def pieces_for(
+    backend: Backend, *, skip_special_tokens: bool = True, cleans_up_spaces: bool = False
+) -> Pieces:
     """The pieces of a tokenizer, by the kind of decoder it has.
 
-    Its streams leave special tokens out, or have their literals with ``skip_special_tokens`` off.
+    Args:
+        backend: the tokenizer.
+        skip_special_tokens: whether streams leave special tokens out, or have their literals.
+        cleans_up_spaces: whether texts are as ``clean_up_spaces`` leaves them.
     """
-    decoder = backend.decoder
-    description: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder is not None else {}
-    while description.get("type") == "Sequence" and len(description["decoders"]) == 1:
-        description = description["decoders"][0]
-    if description.get("type") == "ByteLevel":
+    pieces = _pieces(backend, skip_special_tokens)
+    return CleanedPieces(pieces) if cleans_up_spaces else pieces
+
+
+def _pieces(backend: Backend, skip_special_tokens: bool) -> Pieces:
+    chain = _chain(None if backend.decoder is None else json.loads(backend.decoder.__getstate__()))
+    if [each["type"] for each in chain] == ["ByteLevel"]:
         return BytePieces(backend, skip_special_tokens=skip_special_tokens)
-    strip = _sentencepiece_strip(description)
+    strip = _sentencepiece_strip(chain)
     if strip is not None:
         return SentencePieces(backend, strip, skip_special_tokens=skip_special_tokens)
+    steps = steps_for(chain)
+    if steps is not None:
+        return ChainPieces(backend, steps, skip_special_tokens=skip_special_tokens)
     return WholePieces(backend, skip_special_tokens=skip_special_tokens)
 
 
-def _sentencepiece_strip(description: dict[str, Any]) -> int | None:
+def _chain(description: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The decoders of a decoder, in their order."""
+    if description is None:
+        return []
+    if description["type"] != "Sequence":
+        return [description]
+    return [decoder for part in description["decoders"] for decoder in _chain(part)]
+
+
+def _sentencepiece_strip(chain: list[dict[str, Any]]) -> int | None:
     """How many leading spaces a SentencePiece decoder strips from a text; None if it is another decoder."""
-    if description.get("type") != "Sequence":
-        return None
     replace = {"type": "Replace", "pattern": {"String": _SPACE_MARK}, "content": " "}
-    if description["decoders"][:3] != [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]:
+    if chain[:3] != [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]:
         return None
-    match description["decoders"][3:]:
+    match chain[3:]:
         case []:
             return 0
         case [{"type": "Strip", "content": " ", "start": int(start), "stop": 0}]:
             return start
         case _:
             return None
-
-
-def clean_up_spaces(text: str) -> str:
-    """A text without the spaces that tokenizers of words leave before punctuation and English contractions.
-
-    Source: ``clean_up_tokenization`` of transformers.
-    """
-    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(spaced, spaced.strip())
-    return text
 
 
 class _Vocabulary:
@@ -99,11 +116,11 @@ class _Vocabulary:
         """The literal of a special token that is skipped; None for any other."""
         return self._special.get(token_id)
 
-    def token(self, token_id: int) -> str:
-        """The string of a token as the vocabulary has it; "" for skipped and unknown ones."""
+    def token(self, token_id: int) -> str | None:
+        """The string of a token as the vocabulary has it; None for skipped and unknown ones."""
         if token_id in self._special or token_id < 0:
-            return ""
-        return self._backend.id_to_token(token_id) or ""
+            return None
+        return self._backend.id_to_token(token_id)
 
 
 def _skipped_tokens(backend: Backend) -> dict[int, str]:
@@ -120,35 +137,18 @@ def _skipped_tokens(backend: Backend) -> dict[int, str]:
         backend.decoder = decoder
 
 
-def byte_alphabet() -> dict[str, int]:
-    """Character → byte of byte-level vocabularies: printable Latin-1 is itself, the rest U+0100 and on.
-
-    Source: Radford et al. 2019, GPT-2's ``bytes_to_unicode``.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
 class BytePieces:
     """Tokens of a byte-level vocabulary."""
 
     def __init__(self, backend: Backend, *, skip_special_tokens: bool = True) -> None:
         self._vocabulary = _Vocabulary(backend, skip_special_tokens)
-        self._alphabet = byte_alphabet()
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
         """The UTF-8 bytes, maybe of part of a character, of a token; none for a skipped one."""
         known = self._known.get(token_id)
         if known is None:
-            token = self._vocabulary.token(token_id)
-            try:
-                known = bytes(self._alphabet[character] for character in token)
-            except KeyError:  # an added token, written as it is
-                known = token.encode()
-            self._known[token_id] = known
+            known = self._known[token_id] = bytes_of(self._vocabulary.token(token_id) or "")
         return known
 
     def piece(self, token_id: int) -> str:
@@ -185,16 +185,18 @@ class SentencePieces:
     def __init__(self, backend: Backend, strip: int, *, skip_special_tokens: bool = True) -> None:
         self._vocabulary = _Vocabulary(backend, skip_special_tokens)
         self.strip = strip
-        self._known: dict[int, str | int] = {}
+        self._known: dict[int, str | int | None] = {}
 
-    def text_or_byte(self, token_id: int) -> str | int:
-        """The text of a token, "" for a skipped one; or the byte that a byte token stands for."""
-        known = self._known.get(token_id)
-        if known is None:
+    def text_or_byte(self, token_id: int) -> str | int | None:
+        """The text of a token, None for a skipped one; or the byte that a byte token stands for."""
+        try:
+            return self._known[token_id]
+        except KeyError:
             token = self._vocabulary.token(token_id)
-            byte = _BYTE_TOKEN.fullmatch(token)
-            known = int(byte[1], 16) if byte else token.replace(_SPACE_MARK, " ")
-            self._known[token_id] = known
+        # A token becomes text before it is looked at as a byte.
+        text = None if token is None else token.replace(_SPACE_MARK, " ")
+        byte = None if text is None else byte_of(text)
+        known = self._known[token_id] = text if byte is None else byte
         return known
 
     def piece(self, token_id: int) -> str:
@@ -203,7 +205,7 @@ class SentencePieces:
         if special is not None:
             return special
         text = self.text_or_byte(token_id)
-        return text if isinstance(text, str) else bytes([text]).decode(errors="replace")
+        return bytes([text]).decode(errors="replace") if isinstance(text, int) else text or ""
 
     def stream(self) -> Detokenizer:
         """See ``Pieces``."""
@@ -221,8 +223,8 @@ class _SentenceStream:
         if isinstance(text, int):
             self._run.append(text)
             return ""
-        # A skipped token has no text, and does not end a run of bytes either.
-        return self._stripped(self._end_run() + text) if text else ""
+        # A skipped token does not end a run of bytes either.
+        return "" if text is None else self._stripped(self._end_run() + text)
 
     def flush(self) -> str:
         return self._stripped(self._end_run())
@@ -230,10 +232,7 @@ class _SentenceStream:
     def _end_run(self) -> str:
         run = bytes(self._run)
         self._run.clear()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return REPLACEMENT * len(run)
+        return "".join(byte_run(run))
 
     def _stripped(self, text: str) -> str:
         while self._strip and text:
@@ -245,8 +244,41 @@ class _SentenceStream:
         return text
 
 
+class ChainPieces:
+    """Tokens of a vocabulary whose decoder is a chain of steps."""
+
+    def __init__(
+        self, backend: Backend, steps: Callable[[], list[Step]], *, skip_special_tokens: bool = True
+    ) -> None:
+        self._backend = backend
+        self._steps = steps
+        self._vocabulary = _Vocabulary(backend, skip_special_tokens)
+
+    def piece(self, token_id: int) -> str:
+        """See ``Pieces``."""
+        return _piece(self._backend, token_id)
+
+    def stream(self) -> Detokenizer:
+        """See ``Pieces``."""
+        return _ChainStream(self._vocabulary, self._steps())
+
+
+class _ChainStream:
+    def __init__(self, vocabulary: _Vocabulary, steps: list[Step]) -> None:
+        self._vocabulary = vocabulary
+        self._steps = steps
+
+    def push(self, token_id: int) -> str:
+        token = self._vocabulary.token(token_id)
+        return "" if token is None else push_through(self._steps, token)
+
+    def flush(self) -> str:
+        steps, self._steps = self._steps, []
+        return end_through(steps)
+
+
 class WholePieces:
-    """Tokens of a vocabulary whose decoder is known only as a whole."""
+    """Tokens of a vocabulary whose decoder is known only as a whole: a text is certain at its end."""
 
     def __init__(self, backend: Backend, *, skip_special_tokens: bool = True) -> None:
         self._backend = backend
@@ -254,7 +286,7 @@ class WholePieces:
 
     def piece(self, token_id: int) -> str:
         """See ``Pieces``."""
-        return self._backend.decode([token_id], skip_special_tokens=False) if token_id >= 0 else ""
+        return _piece(self._backend, token_id)
 
     def stream(self) -> Detokenizer:
         """See ``Pieces``."""
@@ -266,22 +298,58 @@ class _WholeStream:
         self._backend = backend
         self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []
-        self._emitted = ""
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
-        text = self._decoded()
-        return "" if text.endswith(REPLACEMENT) else self._emit(text)
+        return ""
 
     def flush(self) -> str:
-        return self._emit(self._decoded())
+        ids, self._ids = self._ids, []
+        return _decoded(self._backend, ids, self._skip_special_tokens) if ids else ""
 
-    def _decoded(self) -> str:
-        return self._backend.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
 
-    def _emit(self, text: str) -> str:
-        if not text.startswith(self._emitted):
-            return ""
-        delta = text[len(self._emitted) :]
-        self._emitted = text
-        return delta
+class CleanedPieces:
+    """Tokens of a vocabulary whose texts are as ``clean_up_spaces`` leaves them."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+
+    def piece(self, token_id: int) -> str:
+        """See ``Pieces``."""
+        return self._pieces.piece(token_id)
+
+    def stream(self) -> Detokenizer:
+        """See ``Pieces``."""
+        return _CleanedStream(self._pieces.stream())
+
+
+class _CleanedStream:
+    def __init__(self, stream: Detokenizer) -> None:
+        self._stream = stream
+        self._steps = clean_up_steps()
+
+    def push(self, token_id: int) -> str:
+        return push_through(self._steps, self._stream.push(token_id))
+
+    def flush(self) -> str:
+        text = push_through(self._steps, self._stream.flush())
+        return text + end_through(self._steps)
+
+
+def _piece(backend: Backend, token_id: int) -> str:
+    if token_id < 0:
+        return ""
+    try:
+        return _decoded(backend, [token_id], skip_special_tokens=False)
+    except ValueError:
+        return backend.id_to_token(token_id) or ""
+
+
+def _decoded(backend: Backend, ids: list[int], skip_special_tokens: bool) -> str:
+    try:
+        return backend.decode(ids, skip_special_tokens=skip_special_tokens)
+    except BaseException as error:
+        # The library's panics are no Exception, and would end the engine.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer's decoder failed: {error}") from error

@@ -14,7 +14,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.chat_template import ChatMessage, render_chat
-from manyhats.engine.detokenizer import Detokenizer, clean_up_spaces, pieces_for
+from manyhats.engine.decoder_chain import clean_up_spaces
+from manyhats.engine.detokenizer import Detokenizer, pieces_for
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.prompt_text import (
     PromptText,
@@ -51,8 +52,10 @@ class Tokenizer:
         self._backend = backend
         self._cleans_up_spaces = cleans_up_spaces
         self._special_tokens = dict(special_tokens)
-        self._pieces = pieces_for(backend)
-        self._literal_pieces = pieces_for(backend, skip_special_tokens=False)
+        self._pieces = pieces_for(backend, cleans_up_spaces=cleans_up_spaces)
+        self._literal_pieces = pieces_for(
+            backend, skip_special_tokens=False, cleans_up_spaces=cleans_up_spaces
+        )
         self._is_byte_level = is_byte_level(backend)
         self._ahead, self._behind = special_tokens_around(backend)
         self.chat_template = chat_template
