@@ -45,6 +45,7 @@ class GrpcPort:
         host, port: where to listen; port 0 takes any free one.
         tls: encrypts; None serves in the clear.
         authorizer: knows callers; None lets everybody do everything.
+        max_connections: more are closed as they come.
 
     Raises:
         AddressError: the address cannot be bound.
@@ -59,6 +60,7 @@ class GrpcPort:
         port: int,
         tls: ServerTls | None = None,
         authorizer: Authorizer | None = None,
+        max_connections: int = 4096,
     ) -> None:
         self.health = HealthFollower(gate, SERVICES)
         interceptors: list[grpc.aio.ServerInterceptor] = [CallInterceptor(gate, metrics)]
@@ -68,7 +70,7 @@ class GrpcPort:
             scope_of = authorizer.scope
         self._server = grpc.aio.server(
             interceptors=interceptors,
-            options=_OPTIONS,
+            options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections)),
             maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
@@ -117,6 +119,10 @@ _OPTIONS = (
     # With more calls than this at once, gRPC would cancel some without a word; they are for the gate to refuse.
     ("grpc.server.max_pending_requests", 1_000_000),
     ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
+    # A caller that connects must say so, in TLS and in HTTP/2, and one that makes no calls goes; clients come back by
+    # themselves when they have one.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 300_000),
     # Notices a client that vanished without closing its connection, so that its requests end.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

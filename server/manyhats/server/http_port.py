@@ -1,14 +1,16 @@
-"""The HTTP port: ``/metrics``, ``/healthz`` and ``/readyz``, served by threads of their own.
+"""The HTTP port: ``/metrics``, ``/healthz`` and ``/readyz``, served by a thread of its own.
 
-Threads, so that a scrape is answered while the event loop is busy; nothing here waits for the engine.
+Its own, so that a scrape is answered while the event loop of the calls is busy; nothing here waits for the engine. One
+thread, with an event loop, so that any number of callers that say nothing cost no more than their sockets.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
-from socketserver import TCPServer, ThreadingMixIn
+from io import BytesIO
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -59,70 +61,166 @@ def _plain(
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
 
+_BACKLOG = 1024  # connections that the system keeps until they are accepted; its own limit may be lower
+_MAX_HEAD_BYTES = 16 * 1024
+_WAIT_FOR_FILES_S = 0.1
+
+
 class HttpPort:
-    """An HTTP server on one address, in background threads.
+    """An HTTP server on one address, in a background thread; each connection has one request.
 
     Args:
-        app: answers requests.
+        app: answers requests, at once.
         host, port: where to listen; port 0 takes any free one.
         tls: encrypts; None serves in the clear.
+        time_limit_s: from the connection to the last byte of the answer, whoever is slow.
+        max_connections: with more, the oldest goes: it has had its time, and a probe is done in milliseconds.
 
     Raises:
         AddressError: the address cannot be bound.
     """
 
-    def __init__(self, app: WSGIApplication, *, host: str, port: int, tls: ServerTls | None = None) -> None:
-        server_class = _ServerV6 if ":" in host else _Server
+    def __init__(
+        self,
+        app: WSGIApplication,
+        *,
+        host: str,
+        port: int,
+        tls: ServerTls | None = None,
+        time_limit_s: float = 10.0,
+        max_connections: int = 256,
+    ) -> None:
         try:
-            self._server = server_class((host, port), _Handler)
+            self._listener = _listen(host, port)
         except OSError as error:
             raise AddressError("HTTP", join_host_port(host, port)) from error
-        self._server.set_app(app)
-        self._server.tls = tls
-        self.address = join_host_port(host, self._server.server_port)
-        self._thread = Thread(target=self._server.serve_forever, args=(0.1,), name="http", daemon=True)
+        self._answerer = _Answerer(app, host, self._listener.getsockname()[1])
+        self._tls = tls
+        self._time_limit_s = time_limit_s
+        self._max_connections = max_connections
+        self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
+        self.address = join_host_port(host, self._answerer.server_port)
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._run, name="http", daemon=True)
 
     def start(self) -> None:
         """Answer requests."""
+        self._accepting = self._loop.create_task(self._accept())
         self._thread.start()
 
     def stop(self) -> None:
-        """Close the port; quick, but it blocks until the accepting thread has ended."""
-        self._server.shutdown()
-        self._server.server_close()
+        """Close the port and what is connected to it; quick, but it blocks until the thread has ended."""
+        self._loop.call_soon_threadsafe(self._accepting.cancel)
         self._thread.join()
 
+    # On the thread
 
-class _Server(ThreadingMixIn, WSGIServer):
-    """One thread per request, none of which holds up the end of the process."""
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner, suppress(asyncio.CancelledError):
+            runner.run(self._wait())
 
-    daemon_threads = True
-    tls: ServerTls | None = None
+    async def _wait(self) -> None:
+        await self._accepting
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Answer one connection, in its own thread: a slow handshake holds up nobody else."""
-        if self.tls is None:
-            super().finish_request(request, client_address)
-            return
-        request.settimeout(_Handler.timeout)
-        # A caller that speaks no TLS, or goes away: its own affair.
-        with suppress(OSError), self.tls.http_context().wrap_socket(request, server_side=True) as secure:
-            super().finish_request(secure, client_address)
+    async def _accept(self) -> None:
+        with self._listener:
+            while True:
+                try:
+                    connection, _ = await self._loop.sock_accept(self._listener)
+                except OSError:  # no file is left, or the caller has gone
+                    await asyncio.sleep(_WAIT_FOR_FILES_S)
+                    continue
+                self._make_room()
+                task = self._loop.create_task(self._serve(connection))
+                self._connections[task] = None
+                task.add_done_callback(lambda done: self._connections.pop(done, None))
+                await asyncio.sleep(0)  # those that are connected have their turn between two that come
 
-    def server_bind(self) -> None:
-        """Bind without the reverse name lookup of the standard library, which can take seconds."""
-        TCPServer.server_bind(self)
-        host, port = self.server_address[:2]
-        self.server_name, self.server_port = str(host), int(port)
+    def _make_room(self) -> None:
+        if len(self._connections) >= self._max_connections:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.cancel()
+
+    async def _serve(self, connection: socket.socket) -> None:
+        # A caller that speaks no TLS, stops in the middle, or goes away: its own affair.
+        with connection, suppress(OSError, asyncio.IncompleteReadError, ValueError):
+            async with asyncio.timeout(self._time_limit_s):
+                await self._answer(connection)
+
+    async def _answer(self, connection: socket.socket) -> None:
+        reader = asyncio.StreamReader(limit=_MAX_HEAD_BYTES)
+        transport, protocol = await self._loop.connect_accepted_socket(
+            lambda: asyncio.StreamReaderProtocol(reader),
+            connection,
+            ssl=None if self._tls is None else self._tls.http_context(),
+        )
+        try:
+            head = await _read_head(reader)
+            if head:
+                writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
+                writer.write(self._answerer.answer(head, transport.get_extra_info("peername")))
+                writer.close()
+                await writer.wait_closed()
+        finally:
+            transport.abort()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    is_v6 = ":" in host
+    listener = socket.create_server(
+        (host, port),
+        family=socket.AF_INET6 if is_v6 else socket.AF_INET,
+        backlog=_BACKLOG,
+        dualstack_ipv6=is_v6 and socket.has_dualstack_ipv6(),
+    )
+    listener.setblocking(False)
+    return listener
+
+
+async def _read_head(reader: asyncio.StreamReader) -> bytes:
+    """A request up to the empty line; b"" where the caller stops before it.
+
+    Raises:
+        ValueError: a line, or all of them, are too long.
+    """
+    head = b""
+    while not head.endswith((b"\n\r\n", b"\n\n")):
+        line = await reader.readline()
+        head += line
+        if not line.endswith(b"\n"):
+            return b""
+        if len(head) > _MAX_HEAD_BYTES:
+            raise ValueError("the request has no end")
+    return head
+
+
+class _Answerer(WSGIServer):
+    """The standard library's reader of requests and maker of answers, without its sockets."""
+
+    def __init__(self, app: WSGIApplication, host: str, port: int) -> None:
+        self.server_name, self.server_port = host, port
         self.setup_environ()
+        self.set_app(app)
 
-
-class _ServerV6(_Server):
-    address_family = socket.AF_INET6
+    def answer(self, head: bytes, address: Any) -> bytes:
+        """The bytes that answer a request's."""
+        request: Any = head  # in place of a socket
+        return _Handler(request, address, self).answer
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = 10  # seconds; a client that sends nothing does not keep its thread
+    default_request_version = "HTTP/1.0"  # so that what cannot be read gets an answer with a status
+
+    def setup(self) -> None:
+        """Read from, and write to, memory."""
+        request: Any = self.request
+        self.rfile = BytesIO(request)
+        self.wfile = self._written = BytesIO()
+
+    def finish(self) -> None:
+        """Keep what was written."""
+        self.answer: bytes = self._written.getvalue()
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing: probes and scrapes come every few seconds."""

@@ -23,6 +23,7 @@ from manyhats.engine.own_thread import in_own_thread
 from manyhats.server.authorization import Authorizer
 from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ServerError
+from manyhats.server.file_limit import connection_limits, raise_file_limit
 from manyhats.server.follower import StoreFollower
 from manyhats.server.gate import Gate
 from manyhats.server.grpc_port import GrpcPort
@@ -95,6 +96,7 @@ class _Process:
         self._show_progress = show_progress or (lambda: nullcontext(no_progress))
         self._begin_s = time.monotonic()
         self._progress = ProgressLog()
+        self._connections = connection_limits(raise_file_limit())
         self._metrics = Metrics(max_task_labels=config.max_task_labels)
         # More than the engine takes, so that it is the engine that says how long its queue is.
         max_calls = config.max_waiting + config.max_sequences + _MAX_OTHER_CALLS
@@ -142,7 +144,11 @@ class _Process:
         config = self._config
         app = make_app(self._gate, self._metrics.registry)
         return HttpPort(
-            app, host=config.host, port=config.http_port, tls=None if config.http_insecure else tls
+            app,
+            host=config.host,
+            port=config.http_port,
+            tls=None if config.http_insecure else tls,
+            max_connections=self._connections.http,
         )
 
     def _grpc_port(self, tls: ServerTls | None) -> GrpcPort:
@@ -155,6 +161,7 @@ class _Process:
             port=config.grpc_port,
             tls=tls,
             authorizer=authorizer,
+            max_connections=self._connections.grpc,
         )
 
     async def _unless_stopped(self, start: Coroutine[Any, Any, Started]) -> Started | None:
