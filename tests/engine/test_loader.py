@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
 from default_model import DEFAULT_MODEL, default_model_directory
@@ -21,7 +22,7 @@ from manyhats.engine.model import cache as cache_module
 from manyhats.engine.model.identity import FileDigests
 from manyhats.engine.model.loader import LoadedModel, load_model
 from manyhats.engine.model.nf4 import Nf4Weight
-from tiny_models import EOS_TOKEN_ID, make_checkpoint
+from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
 
 
 @pytest.fixture
@@ -179,15 +180,49 @@ def test_max_context_length_is_the_callers_or_the_models(tiny: Path, tmp_path: P
         load(tiny, tmp_path / "home", max_context_length=513)
 
 
-def test_eos_comes_from_generation_config_then_config_then_tokenizer(tiny: Path, tmp_path: Path) -> None:
+def test_eos_is_the_generation_configs_or_the_configs_and_the_tokenizers(tiny: Path, tmp_path: Path) -> None:
     generation, config = tiny / "generation_config.json", tiny / "config.json"
     edit_json(generation, eos_token_id=[7, 9])
-    assert load(tiny, tmp_path / "home").generation.eos_token_ids == {7, 9}
+    assert load(tiny, tmp_path / "home").generation.eos_token_ids == {7, 9, EOS_TOKEN_ID}
     generation.unlink()
     edit_json(config, eos_token_id=5)
-    assert load(tiny, tmp_path / "home").generation.eos_token_ids == {5}
+    assert load(tiny, tmp_path / "home").generation.eos_token_ids == {5, EOS_TOKEN_ID}
     edit_json(config, eos_token_id=None)
     assert load(tiny, tmp_path / "home").generation.eos_token_ids == {EOS_TOKEN_ID}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"eos_token": "<|im_start|>"}},
+        {"tokenizer_config.json": {"eos_token": {"__type": "AddedToken", "content": "<|im_start|>"}}},
+        {"tokenizer_config.json": {}, "special_tokens_map.json": {"eos_token": "<|im_start|>"}},
+        {
+            "tokenizer_config.json": {"eos_token": "<|im_end|>"},
+            "special_tokens_map.json": {"eos_token": {"content": "<|im_start|>", "lstrip": False}},
+        },
+    ],
+)
+def test_eos_of_the_tokenizer_counts_whichever_file_names_it(
+    tiny: Path, tmp_path: Path, files: dict[str, dict[str, Any]]
+) -> None:
+    edit_json(tiny / "generation_config.json", eos_token_id=7)
+    for name, content in files.items():
+        (tiny / name).write_text(json.dumps(content))
+    assert load(tiny, tmp_path / "home").generation.eos_token_ids == {7, 1}
+
+
+def test_eos_that_the_tokenizer_adds_beyond_the_embedding_ends_nothing(tiny: Path, tmp_path: Path) -> None:
+    table = {str(TINY_VOCAB_SIZE + i): {"content": f"<{i}>", "special": True} for i in range(TINY_VOCAB_SIZE)}
+    edit_json(
+        tiny / "tokenizer_config.json", eos_token=f"<{TINY_VOCAB_SIZE - 1}>", added_tokens_decoder=table
+    )
+    edit_json(tiny / "generation_config.json", eos_token_id=7)
+    with capture_logs() as logs:
+        model = load(tiny, tmp_path / "home")
+    assert model.generation.eos_token_ids == {7}
+    (note,) = [log for log in logs if "no token of the model" in log["event"]]
+    assert note["source"] == "the tokenizer: eos_token"
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])

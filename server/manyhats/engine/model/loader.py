@@ -41,7 +41,7 @@ Quantization = Literal["nf4", "none"]
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What ``generation_config.json`` says of how a generation ends; EOS ids may be empty."""
+    """How a generation ends by what the model's files say; EOS ids may be empty."""
 
     eos_token_ids: frozenset[int]
 
@@ -168,16 +168,15 @@ def _recorded_name(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefaults:
-    """EOS ids of ``generation_config.json``, else of ``config.json``, else the tokenizer's."""
+    """EOS ids of ``generation_config.json``, else of ``config.json``; and the tokenizer's, which any file may name."""
     path = found.directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     vocab_size = found.architecture.decoder.vocab_size
+    ids: frozenset[int] = frozenset()
     for source, value in (
         ("generation_config.json: eos_token_id", generation.get("eos_token_id")),
         ("config.json: eos_token_id", found.config.get("eos_token_id")),
-        ("tokenizer_config.json: eos_token", tokenizer.special_token_id("eos_token")),
     ):
-        ids = known_token_ids(value if isinstance(value, list) else [value], vocab_size, source)
-        if ids:
-            return GenerationDefaults(eos_token_ids=ids)
-    return GenerationDefaults(eos_token_ids=frozenset())
+        ids = ids or known_token_ids(value if isinstance(value, list) else [value], vocab_size, source)
+    own = known_token_ids([tokenizer.special_token_id("eos_token")], vocab_size, "the tokenizer: eos_token")
+    return GenerationDefaults(eos_token_ids=ids | own)
