@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.background import Background
+from manyhats.engine.backlog import Backlog
 from manyhats.engine.checks import check_generation, check_length, check_scoring
 from manyhats.engine.config import EngineConfig, num_blocks_of, resolve
 from manyhats.engine.engine import Engine
@@ -243,19 +244,25 @@ class AsyncEngine:
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Runs one generation; closing the iterator ends it, and its blocks are free within one step.
 
+        It gets ahead of the iterator's reader by ``max_unread_outputs`` and ``max_unread_bytes`` at most, then pauses.
+
         Raises:
             RequestError: it can never be served.
             EngineError: what else ended it.
             AdapterError: its adapter cannot be loaded.
         """
         check_generation(request, self._serving.vocab_size, self._serving.eos_token_ids)
+        config = self.config
+        backlog = Backlog(config.max_unread_outputs, config.max_unread_bytes, config.unread_limit_s)
         outputs = self._submit(
-            request, lambda job_id, start: Generation(job_id, request, start, self._serving)
+            request, lambda job_id, start: Generation(job_id, request, start, self._serving, backlog)
         )
         try:
             async for output in outputs:
                 if isinstance(output, StepOutput):
                     yield output
+                    if backlog.take(output):  # who asks for the next one is through with this one
+                        self._thread.wake()
         finally:
             await outputs.aclose()
 

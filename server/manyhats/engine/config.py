@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from manyhats.engine.errors import FieldInvalidError
@@ -26,6 +27,9 @@ class EngineConfig:
         max_waiting: requests in the queue.
         max_loaded_adapters: adapters in memory at a time.
         max_adapter_bytes: their memory; those in use are never evicted for it.
+        max_unread_outputs: of one generation, before it pauses until its reader takes some.
+        max_unread_bytes: or their size, which log-probabilities make large.
+        unread_limit_s: a generation that pauses for so long with nothing read is ended.
         num_threads: of the kernels; 0 is one per core.
     """
 
@@ -38,6 +42,9 @@ class EngineConfig:
     max_waiting: int = 1024
     max_loaded_adapters: int = 256
     max_adapter_bytes: int = 2048 * MIB
+    max_unread_outputs: int = 256
+    max_unread_bytes: int = MIB
+    unread_limit_s: float = 60.0
     num_threads: int = 0
 
     def __post_init__(self) -> None:
@@ -46,9 +53,20 @@ class EngineConfig:
                 raise FieldInvalidError(
                     f"engine.{name}", f"must be auto, float32 or bfloat16, not {getattr(self, name)!r}"
                 )
-        for name in ("kv_cache_bytes", "block_size", "max_loaded_adapters", "max_adapter_bytes"):
+        for name in (
+            "kv_cache_bytes",
+            "block_size",
+            "max_loaded_adapters",
+            "max_adapter_bytes",
+            "max_unread_outputs",
+            "max_unread_bytes",
+        ):
             if getattr(self, name) < 1:
                 raise FieldInvalidError(f"engine.{name}", f"must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.unread_limit_s < math.inf:
+            raise FieldInvalidError(
+                "engine.unread_limit_s", f"must be over 0 seconds, not {self.unread_limit_s}"
+            )
         if self.num_threads < 0:
             raise FieldInvalidError("engine.num_threads", f"must be 0 (all) or more, not {self.num_threads}")
         _ = self.scheduler  # its own checks

@@ -100,6 +100,11 @@ class Engine:
         """Whether any job is unfinished."""
         return bool(self._jobs)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing can run by itself: there is no job, or each waits for its reader."""
+        return self.scheduler.num_paused == len(self._jobs)
+
     def add(self, job: Job) -> tuple[Event, ...]:
         """Takes a job in; the event says why not, where it can't."""
         events: list[Event] = []
@@ -124,7 +129,7 @@ class Engine:
         events = self._tick(started)
         schedule = self.scheduler.schedule()
         if not schedule.chunks:
-            is_stuck = not events and len(self._jobs) == num_jobs > 0
+            is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
             return StepResult(tuple(events), None, is_stuck)
         try:
             batch = build_batch(schedule, self._block_size)

@@ -16,6 +16,7 @@ from manyhats.engine.jobs import Event
 from manyhats.engine.output import StepStats
 
 _HEARTBEAT_S = 0.5
+_PAUSED_S = 0.05
 _RETRY_S = 0.002
 _STANDSTILL_S = 5.0
 _log = structlog.get_logger(__name__)
@@ -71,6 +72,10 @@ class EngineThread:
     def submit(self, command: Command) -> None:
         """Has something done between two steps; from any thread."""
         self._inbox.put(command)
+
+    def wake(self) -> None:
+        """Has it look now whether what it waits for is there; from any thread."""
+        self._inbox.put(None)
 
     def stop(self) -> None:
         """Asks it to end after the step at hand; from any thread."""
@@ -133,10 +138,11 @@ class EngineThread:
     def _take_commands(self) -> list[Event]:
         """Does what was asked for; waits for something to do where there is nothing."""
         events: list[Event] = []
-        wait = not self._engine.has_work
+        wait = self._engine.is_idle
+        limit_s = _PAUSED_S if self._engine.has_work else _HEARTBEAT_S  # what is paused still has its clock
         while True:
             try:
-                command = self._inbox.get(block=wait, timeout=_HEARTBEAT_S if wait else None)
+                command = self._inbox.get(block=wait, timeout=limit_s if wait else None)
             except queue.Empty:
                 return events
             if command is not None:

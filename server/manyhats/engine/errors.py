@@ -12,6 +12,7 @@ EngineError
 ├── RequestCancelledError
 ├── NumericalError              non-finite logits, of one request alone
 ├── NoTokenAllowedError         bias, penalties or masks left one request no token to choose
+├── StreamUnreadError           nobody read what a request had answered
 ├── RequestFailedError          anything unexpected, of one request or one step; the log has it
 └── EngineDeadError             the engine thread ended
 """
@@ -93,6 +94,14 @@ class NoTokenAllowedError(EngineError):
 
     def __init__(self) -> None:
         super().__init__("no token may come next: what the request forbids leaves none to choose from")
+
+
+class StreamUnreadError(EngineError):
+    """Nobody read what a request had answered, for ``limit_s`` seconds."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"the answer was not read for {limit_s:g} s, so it was ended")
+        self.limit_s = limit_s
 
 
 class RequestFailedError(EngineError):

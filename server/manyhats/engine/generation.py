@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from manyhats.engine.backlog import Backlog
+from manyhats.engine.errors import StreamUnreadError
 from manyhats.engine.jobs import Output, SampledToken, token_output
 from manyhats.engine.logprobs import token_logprobs
 from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage
@@ -21,14 +23,25 @@ from manyhats.engine.stopping import StopChecker
 
 
 class Generation:
-    """A ``Job`` that samples one token a step."""
+    """A ``Job`` that samples one token a step, and pauses while its reader is too far behind.
 
-    def __init__(self, job_id: str, request: Request, start: Start, model: ServingModel) -> None:
+    Args:
+        job_id: unique.
+        request: checked.
+        start: where its adapter lets it begin.
+        model: facts of it.
+        backlog: of its reader; None for one that always keeps up.
+    """
+
+    def __init__(
+        self, job_id: str, request: Request, start: Start, model: ServingModel, backlog: Backlog | None = None
+    ) -> None:
         self.id = job_id
         self.deadline_s = request.deadline_s
         self.is_done = False
         self.samples = True
         self._request = request
+        self._backlog = backlog
         self._tokenizer = model.tokenizer
         self._seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
         stopping = request.stopping
@@ -57,11 +70,28 @@ class Generation:
         scheduler.add(self._sequence)
 
     def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
-        """Ends by the time limit, with what there is."""
-        if self._end_s is None or now_s < self._end_s:
-            return None
-        self._finish(scheduler)
-        return self._output(self._rest(), (), FinishReason.TIME_LIMIT, now_s)
+        """Ends by the time limit, with what there is; else pauses or goes on, as far as its reader is.
+
+        Raises:
+            StreamUnreadError: its reader has taken nothing for too long.
+        """
+        if self._end_s is not None and now_s >= self._end_s:
+            self._finish(scheduler)
+            return self._output(self._rest(), (), FinishReason.TIME_LIMIT, now_s)
+        if self._backlog is not None:
+            self._keep_pace(self._backlog, scheduler, now_s)
+        return None
+
+    def _keep_pace(self, backlog: Backlog, scheduler: Scheduler, now_s: float) -> None:
+        if not backlog.is_awaited:
+            if backlog.is_full:
+                backlog.wait()
+                scheduler.pause(self._sequence)
+        elif backlog.has_room:
+            backlog.is_awaited = False
+            scheduler.resume(self._sequence)
+        elif backlog.is_given_up(now_s):
+            raise StreamUnreadError(backlog.limit_s)
 
     def begin(self, sequence: Sequence, now_s: float) -> None:
         """Notes when the request left the queue."""
@@ -153,4 +183,7 @@ class Generation:
             decode_s=now_s - first,
         )
         prompt_tokens, self._prompt_tokens = tuple(self._prompt_tokens), []
-        return StepOutput(text, tokens, prompt_tokens, reason, self._usage, now_s)
+        output = StepOutput(text, tokens, prompt_tokens, reason, self._usage, now_s)
+        if self._backlog is not None:
+            self._backlog.put(output)
+        return output

@@ -6,6 +6,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
 
+_OUTPUT_BYTES = 500
+_TOKEN_BYTES = 250
+_TOP_BYTES = 200
+
 
 class FinishReason(Enum):
     """Why a generation ended. A fault is an error, never a finish reason."""
@@ -68,6 +72,13 @@ class StepOutput:
     finish_reason: FinishReason | None
     usage: Usage
     time_s: float
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory while it waits to be sent."""
+        tokens = (*self.tokens, *self.prompt_tokens)
+        num_top = sum(len(token.top) for token in tokens)
+        return _OUTPUT_BYTES + len(self.text) + _TOKEN_BYTES * len(tokens) + _TOP_BYTES * num_top
 
 
 @dataclass(frozen=True, slots=True)

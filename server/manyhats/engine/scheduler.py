@@ -57,6 +57,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # sorted by rank
         self._prefixes = HeldPrefixes(allocator, self._free)
         self._num_added = 0
+        self.num_paused = 0
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
 
@@ -72,7 +73,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is unfinished."""
+        """Whether any sequence is unfinished and not paused."""
         return bool(self._running or self._waiting)
 
     def add(self, sequence: Sequence) -> None:
@@ -146,8 +147,27 @@ class Scheduler:
             self._free(sequence.block_table)
             sequence.block_table = []
         elif sequence.status is SequenceStatus.WAITING:
-            del self._waiting[bisect_left(self._waiting, _waiting_rank(sequence), key=_waiting_rank)]
+            self._dequeue(sequence)
+        elif sequence.status is SequenceStatus.PAUSED:
+            self.num_paused -= 1
         sequence.status = SequenceStatus.FINISHED
+
+    def pause(self, sequence: Sequence) -> None:
+        """Leave a sequence out until ``resume``; it holds no blocks meanwhile, but the prefix cache keeps full ones."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._give_back(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self._dequeue(sequence)
+        else:
+            return
+        sequence.status = SequenceStatus.PAUSED
+        self.num_paused += 1
+
+    def resume(self, sequence: Sequence) -> None:
+        """Let a paused sequence take its turn again, ahead of those that have not begun."""
+        if sequence.status is SequenceStatus.PAUSED:
+            self.num_paused -= 1
+            self._enqueue(sequence)
 
     def hold(self, sequence: Sequence, num_tokens: int) -> SharedPrefix:
         """Keep the KV of a running sequence's first tokens for others to start from, beyond its finish.
@@ -178,6 +198,9 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
         insort(self._waiting, sequence, key=_waiting_rank)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        del self._waiting[bisect_left(self._waiting, _waiting_rank(sequence), key=_waiting_rank)]
 
     def _free(self, block_ids: Seq[int]) -> None:
         if self._in_flight is None:
@@ -311,14 +334,18 @@ class Scheduler:
             self._prefixes.hold(sequence.block_table, virtual.num_tokens, virtual)
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
+        self._give_back(sequence)
+        step.preempted.append(sequence)
+        self._enqueue(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """A running sequence's blocks go to others; it will be computed again."""
         self._running.remove(sequence)
-        self.allocator.free(sequence.block_table)
+        self._free(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
         sequence.num_preemptions += 1
-        step.preempted.append(sequence)
-        self._enqueue(sequence)
 
     def _prefix_of(self, sequence: Sequence) -> SharedPrefix | None:
         """What is held that a sequence can start from."""

@@ -10,9 +10,10 @@ from manyhats.engine.prefix import VirtualTokens
 
 
 class SequenceStatus(Enum):
-    """Where a sequence is; a preempted one is waiting again."""
+    """Where a sequence is; a preempted one is waiting again, a paused one until it is resumed."""
 
     NEW = "new"
+    PAUSED = "paused"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"

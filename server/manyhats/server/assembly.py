@@ -146,6 +146,7 @@ def engine_config(config: ServeConfig) -> EngineConfig:
             max_waiting=config.max_waiting,
             max_loaded_adapters=config.max_adapters,
             max_adapter_bytes=config.adapter_memory_bytes,
+            unread_limit_s=config.unread_limit_s,
             num_threads=config.num_threads,
         )
     )

@@ -16,7 +16,7 @@ from google.rpc import status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from manyhats.adapters.errors import shown
-from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.errors import FieldInvalidError, StreamUnreadError
 from manyhats.server.errors import TooManyCallsError
 from manyhats.server.from_proto import task_of
 from manyhats.server.gate import Gate
@@ -36,9 +36,16 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHand
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Lets the servicers raise domain errors and know nothing of statuses, metrics or shutdown."""
+    """Lets the servicers raise domain errors and know nothing of statuses, metrics or shutdown.
 
-    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+    Args:
+        gate: admits calls.
+        metrics: counts them.
+        unread_limit_s: a stream of which nothing is read for so long is ended.
+    """
+
+    def __init__(self, gate: Gate, metrics: Metrics, unread_limit_s: float) -> None:
+        self._unread_limit_s = unread_limit_s
         self._gate = gate
         self._metrics = metrics
 
@@ -89,7 +96,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 responses: AsyncGenerator[Any, None] = handler.unary_stream(request, context)
                 async with aclosing(responses):
                     async for response in responses:
-                        await context.write(response)
+                        await self._write(response, context)
 
             await self._observed(method, request, context, send)
 
@@ -99,6 +106,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(upload, *serializers)
         return grpc.unary_unary_rpc_method_handler(unary, *serializers)
+
+    async def _write(self, response: Any, context: Context) -> None:
+        """Sends a piece of an answer; waits while the caller does not read, but not for ever."""
+        try:
+            async with asyncio.timeout(self._unread_limit_s) as limit:
+                await context.write(response)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise StreamUnreadError(self._unread_limit_s) from None
+        except grpc.aio.InternalError as error:  # the caller has gone; the call is about to be cancelled
+            raise asyncio.CancelledError from error
 
     async def _observed(
         self, method: str, request: Any, context: Context, respond: Callable[[], Awaitable[T]]

@@ -51,7 +51,7 @@ _POSITIVE = (
     "max_transfers",
     "store_cache_bytes",
 )
-_SECONDS = ("drain_limit_s", "heartbeat_limit_s", "store_poll_s")
+_SECONDS = ("drain_limit_s", "unread_limit_s", "heartbeat_limit_s", "store_poll_s")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+")
 _HALF_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/(?!/)")
 _URL_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+/")
@@ -99,6 +99,7 @@ class ServeConfig:
         max_transfers: uploads, and downloads of adapters, at a time.
         max_task_labels: tasks with metrics of their own.
         drain_limit_s: how long running requests may go on at shutdown.
+        unread_limit_s: a stream of which nothing is read for so long is ended.
         heartbeat_limit_s: an engine silent for longer is not healthy.
         log_level, log_format: of stderr; ``json`` also makes the ready line on stdout JSON.
 
@@ -148,6 +149,7 @@ class ServeConfig:
     max_transfers: int = _QUOTAS.max_transfers
     max_task_labels: int = 256
     drain_limit_s: float = 30.0
+    unread_limit_s: float = _ENGINE.unread_limit_s
     heartbeat_limit_s: float = 60.0
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"

@@ -6,6 +6,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from manyhats.engine.config import EngineConfig
 from manyhats.server.adapter_service import AdapterService
 from manyhats.server.authorization import AuthorizationInterceptor, Authorizer, everything
 from manyhats.server.calls import CallInterceptor
@@ -46,6 +47,7 @@ class GrpcPort:
         tls: encrypts; None serves in the clear.
         authorizer: knows callers; None lets everybody do everything.
         max_connections: more are closed as they come.
+        unread_limit_s: a stream of which nothing is read for so long is ended.
 
     Raises:
         AddressError: the address cannot be bound.
@@ -61,9 +63,10 @@ class GrpcPort:
         tls: ServerTls | None = None,
         authorizer: Authorizer | None = None,
         max_connections: int = 4096,
+        unread_limit_s: float = EngineConfig().unread_limit_s,
     ) -> None:
         self.health = HealthFollower(gate, SERVICES)
-        interceptors: list[grpc.aio.ServerInterceptor] = [CallInterceptor(gate, metrics)]
+        interceptors: list[grpc.aio.ServerInterceptor] = [CallInterceptor(gate, metrics, unread_limit_s)]
         scope_of = everything
         if authorizer is not None:
             interceptors.append(AuthorizationInterceptor(authorizer))

@@ -162,6 +162,7 @@ class _Process:
             tls=tls,
             authorizer=authorizer,
             max_connections=self._connections.grpc,
+            unread_limit_s=config.unread_limit_s,
         )
 
     async def _unless_stopped(self, start: Coroutine[Any, Any, Started]) -> Started | None:

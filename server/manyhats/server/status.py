@@ -51,6 +51,7 @@ CASES: Mapping[type[Exception], Case] = MappingProxyType(
         engine.DeadlineExceededError: Case(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
         engine.RequestCancelledError: Case(grpc.StatusCode.CANCELLED, "CANCELLED"),
         engine.NumericalError: Case(grpc.StatusCode.INTERNAL, "NUMERICAL_ERROR"),
+        engine.StreamUnreadError: Case(_EXHAUSTED, "STREAM_UNREAD"),
         engine.NoTokenAllowedError: Case(_INVALID, "NO_TOKEN_ALLOWED"),
         engine.RequestFailedError: Case(grpc.StatusCode.INTERNAL, "INTERNAL"),
         server.LoadingError: Case(_UNAVAILABLE, "LOADING"),
@@ -116,6 +117,8 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"field": error.field}
         case engine.QueueFullError() | engine.AdapterCapacityError() | server.TooManyCallsError():
             return {"limit": str(error.limit)}
+        case engine.StreamUnreadError():
+            return {"limit_s": f"{error.limit_s:g}"}
         case engine.RequestFailedError():
             return {"error_id": error.error_id}
         case adapter.ArgumentInvalidError():
