@@ -3,14 +3,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What serving and training need, and what the developers' tools need besides.
+RUN_STAMP := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
+# Files are compiled when they are first imported: most never are.
+PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
 .PHONY: help setup run test test-store-faults test-restarts fuzz check format bench examples proto clean
 
 help:
-	@echo "make setup    install everything into $(VENV) and fetch the default model"
-	@echo "make run      set up, serve the default model with the example tasks, print calls to try"
+	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
+	@echo "make setup    install the developers' tools as well, and fetch the default model"
 	@echo "make test     set up, run the tests"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
 	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
@@ -20,18 +24,23 @@ help:
 	@echo "make examples  train the example tasks again; prints what they are worth"
 	@echo "make proto    regenerate the gRPC code"
 
-$(STAMP): pyproject.toml constraints.txt
+$(RUN_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@# torch first and alone: the rest then takes it as it is.
-	$(BIN)/pip install --progress-bar on -c constraints.txt torch
-	$(BIN)/pip install --progress-bar on -c constraints.txt --editable '.[dev]'
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[train]'
+	@touch $@
+
+$(STAMP): $(RUN_STAMP)
+	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
 setup: $(STAMP)
 	$(BIN)/manyhats model fetch smollm2-135m-instruct
 
-run: setup
+# The server fetches the model itself.
+run: $(RUN_STAMP)
 	$(BIN)/python examples/serve.py
 
 test: setup

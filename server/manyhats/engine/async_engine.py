@@ -12,6 +12,7 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.background import Background
 from manyhats.engine.backlog import Backlog
 from manyhats.engine.checks import check_generation, check_length, check_scoring
+from manyhats.engine.choosing_ahead import choosing_compiled_ahead
 from manyhats.engine.config import EngineConfig, num_blocks_of, resolve
 from manyhats.engine.engine import Engine
 from manyhats.engine.engine_thread import EngineThread
@@ -30,7 +31,7 @@ from manyhats.engine.kernels.cpu.compile import counted_compilation
 from manyhats.engine.loading import AdapterLoading
 from manyhats.engine.model.decoder import Decoder
 from manyhats.engine.model.loader import LoadedModel
-from manyhats.engine.model.progress import Progress, no_progress
+from manyhats.engine.model.progress import LatestProgress, Progress, no_progress
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput, StepStats
 from manyhats.engine.prefix_pool import EnginePrefixPool
 from manyhats.engine.probe import AdapterProbe, probe_prompt
@@ -141,8 +142,9 @@ class AsyncEngine:
 
     def _prepare(self) -> None:
         """On the engine's thread, where every later step runs: it is the one with the kernels' threads."""
-        with counted_compilation(self._progress):
-            warm_up(self._decoder, self._cache, self._slots, self._probe_slot, self._kernels)
+        compiled = LatestProgress(self._progress)
+        with counted_compilation(compiled), choosing_compiled_ahead(compiled.again) as wait:
+            warm_up(self._decoder, self._cache, self._slots, self._probe_slot, self._kernels, wait)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuses new requests, lets running ones finish for up to ``drain_s``, then ends the thread."""

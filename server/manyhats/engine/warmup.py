@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
@@ -18,11 +20,16 @@ from manyhats.engine.sampler import SamplingRow, sample
 
 
 def warm_up(
-    decoder: Decoder, cache: KVCache, slots: AdapterSlots, slot: int, kernels: Kernels[Any, Any]
+    decoder: Decoder,
+    cache: KVCache,
+    slots: AdapterSlots,
+    slot: int,
+    kernels: Kernels[Any, Any],
+    before_choosing: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs one token through the decoder and samples the next, with an adapter in an empty slot that takes all kernels.
 
-    Call it before the cache holds anything: it writes to block 0.
+    Call it before the cache holds anything: it writes to block 0. ``before_choosing`` is called between the two.
 
     Raises:
         ModelError: the logits are not finite.
@@ -36,6 +43,12 @@ def warm_up(
         slots.clear(slot)
     if not torch.isfinite(logits).all():
         raise ModelError("the model's logits are not finite: are its weights whole?")
+    before_choosing()
+    choose_once(logits, kernels)
+
+
+def choose_once(logits: Tensor, kernels: Kernels[Any, Any]) -> None:
+    """Chooses a token of one row's logits [1, V] in the way that takes all of the kernel."""
     sample(logits, [SamplingRow(params=SamplingParams(temperature=1.0, top_p=0.5))], kernels)
 
 

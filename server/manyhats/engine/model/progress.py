@@ -36,3 +36,21 @@ class Stage:
     def is_still_there(self) -> None:
         """Report the same again."""
         self._progress(self._name, self._done, self._total)
+
+
+class LatestProgress:
+    """Passes reports on, and the latest of them again where work is waited for that reports nothing itself."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._latest: tuple[str, int, int] | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Pass on."""
+        self._latest = (stage, done, total)
+        self._progress(stage, done, total)
+
+    def again(self) -> None:
+        """Pass on what came last."""
+        if self._latest is not None:
+            self._progress(*self._latest)
