@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,12 @@ class Pki:
     def ca_pem(self) -> bytes:
         return self.authority.cert_pem.bytes()
 
-    def issue(self) -> None:
+    def issue(self, not_before: datetime | None = None, not_after: datetime | None = None) -> None:
         """Write a new certificate and key for 127.0.0.1 and localhost."""
-        write_pair(self.authority.issue_cert("127.0.0.1", "localhost"), self.files)
+        certificate = self.authority.issue_cert(
+            "127.0.0.1", "localhost", not_before=not_before, not_after=not_after
+        )
+        write_pair(certificate, self.files)
 
     def client_pair(self, name: str = "caller") -> tuple[bytes, bytes]:
         """Key and certificate of a caller."""
@@ -114,6 +118,8 @@ async def secured_server(
     metrics.attach(backend)
     gate.open(backend)
     server_tls = None if tls is None else ServerTls(tls)
+    if server_tls is not None:
+        metrics.attach_tls(server_tls)
     authorizer = None if token_file is None else Authorizer(TokenFile(token_file))
     http = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0, tls=server_tls)
     http.start()

@@ -13,8 +13,10 @@ from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.engine.output import StepOutput, StepStats, Usage
 from manyhats.server.ports import Backend
 from manyhats.server.task_labels import TaskLabels, TaskVersions
+from manyhats.server.tls import ServerTls
 
 DEVICE_TIER = "device"
+_DAY_S = 86_400
 
 # Seconds. The first bounds are what a tiny model needs, the last what a long queue makes.
 _REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
@@ -103,6 +105,10 @@ class Metrics:
         """From now on, gauges show this backend's engine."""
         self._live.backend = backend
 
+    def attach_tls(self, tls: ServerTls) -> None:
+        """From now on, a gauge shows how long these certificates are valid."""
+        self._live.tls = tls
+
     def call_finished(self, method: str, task_id: str | None, code: str, seconds: float | None) -> None:
         """A call ended; ``task_id`` is None for calls about no task, ``seconds`` None where not measured."""
         label = "" if task_id is None else self._labels.label(task_id)
@@ -163,6 +169,7 @@ class LiveMetrics:
 
     def __init__(self, versions: TaskVersions, labels: TaskLabels, clock: Callable[[], float]) -> None:
         self.backend: Backend | None = None
+        self.tls: ServerTls | None = None
         self._versions = versions
         self._labels = labels
         self._clock = clock
@@ -173,6 +180,8 @@ class LiveMetrics:
         states = Tally(record.state for record in records)
         counts = [((state.name.lower(),), states[state]) for state in AdapterState]
         yield _gauge("manyhats_adapters", "Adapter versions in the store, by state.", ["state"], counts)
+        if self.tls is not None:
+            yield self._expiry_gauge(self.tls)
         if backend is None:
             yield self._gateway_info(0, (), ())
             return
@@ -208,6 +217,17 @@ class LiveMetrics:
         yield _gauge("manyhats_model_bytes", "Bytes in memory, by part of the model.", ["part"], parts)
         yield _single(
             "manyhats_engine_heartbeat_timestamp_seconds", "When the engine last turned.", stats.heartbeat_s
+        )
+
+    def _expiry_gauge(self, tls: ServerTls) -> Metric:
+        """In days, not in seconds, as certificates are counted."""
+        now_s = self._clock()
+        values = [((each.setting,), (each.ends.timestamp() - now_s) / _DAY_S) for each in tls.validities]
+        return _gauge(
+            "manyhats_tls_certificate_expiry_days",
+            "Days until the first certificate of a file expires; negative once it has.",
+            ["file"],
+            values,
         )
 
     def _resident_gauge(self, residents: Iterable[AdapterRecord]) -> Metric:

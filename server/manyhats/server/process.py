@@ -109,6 +109,9 @@ class _Process:
             stack.enter_context(self._stop.installed())
             stack.callback(self._close_store)
             tls = None if self._config.tls_files is None else ServerTls(self._config.tls_files)
+            if tls is not None:
+                self._metrics.attach_tls(tls)
+                stack.enter_context(running(tls.follow_expiry()))
             http = self._http_port(tls)
             http.start()
             stack.callback(http.stop)
