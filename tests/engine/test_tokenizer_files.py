@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 import tokenizer_directories as directories
@@ -125,6 +126,18 @@ def test_special_tokens_that_older_libraries_saved_as_objects_without_type_are_r
     assert len(ids) == 3
     assert ids[2] == tokenizer.special_token_id("eos_token")
     assert tokenizer.decode(ids) == "x"
+
+
+def test_a_vocabulary_without_its_unknown_token_is_read_and_fails_on_what_it_lacks_alone(
+    tmp_path: Path,
+) -> None:
+    backend = Backend(models.BPE(vocab={"<bos>": 0, "h": 1, "i": 2, "hi": 3}, merges=[("h", "i")]))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GemmaTokenizer"}))
+    ours, theirs = Tokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("hi<eos>", add_special_tokens=True) == theirs.encode("hi<eos>")
+    with pytest.raises(Exception, match="Unk token"):
+        theirs.encode("x")
 
 
 def test_code_that_a_tokenizer_names_is_never_run(tmp_path: Path) -> None:

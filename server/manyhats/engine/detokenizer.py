@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders
 
 from manyhats.engine.decoder_chain import (
     Step,
@@ -126,15 +125,30 @@ class _Vocabulary:
 def _skipped_tokens(backend: Backend) -> dict[int, str]:
     """Id → literal of the tokens that decoding skips.
 
-    Their flags do not say it: once special, a token is skipped even if it is added anew as an ordinary one.
+    Their flags do not say it: of a token that is added anew, special or not, the library may keep what it was. So it is
+    tried between two ordinary tokens; the backend may be in use meanwhile and stays as it is.
     """
-    added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
-    decoder = backend.decoder
-    backend.decoder = decoders.Fuse()  # gives literals as they are
+    added = backend.get_added_tokens_decoder()
+    ordinary = (i for i in range(backend.get_vocab_size()) if i not in added and _piece(backend, i))
+    around = next(ordinary, None)
+    return {
+        token_id: token.content
+        for token_id, token in added.items()
+        if (token.special if around is None else _is_skipped(backend, token_id, around, token.special))
+    }
+
+
+def _is_skipped(backend: Backend, token_id: int, around: int, has_flag: bool) -> bool:
+    ids = [around, token_id, around]
     try:
-        return {token_id: literal for token_id, literal in added.items() if not backend.decode([token_id])}
-    finally:
-        backend.decoder = decoder
+        with_literal = _decoded(backend, ids, skip_special_tokens=False)
+        if _decoded(backend, ids, skip_special_tokens=True) != with_literal:
+            return True
+        # A literal that is not seen even here makes no difference that could be tried.
+        is_seen = _decoded(backend, [around, around], skip_special_tokens=False) != with_literal
+    except ValueError:
+        return has_flag
+    return has_flag and not is_seen
 
 
 class BytePieces:

@@ -154,7 +154,12 @@ def is_byte_level(backend: Backend) -> bool:
 def special_tokens_around(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens that the post-processor puts ahead of a text, and behind it."""
     for text in ("a", " ", "0", "\n"):
-        encoding = backend.encode(text, add_special_tokens=True)
+        try:
+            encoding = backend.encode(text, add_special_tokens=True)
+        except (
+            Exception
+        ):  # plain, of a vocabulary that has neither the text nor the unknown token that it names
+            continue
         own = [place for place, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
         if own:
             return tuple(encoding.ids[: own[0]]), tuple(encoding.ids[own[-1] + 1 :])
