@@ -17,7 +17,7 @@ from golden import GOLDEN, needs_golden
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.checkpoint import SafetensorsDirectory
 from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4
-from manyhats.engine.model.nf4_format import is_nf4, nf4_from_tensors, nf4_keys, nf4_to_tensors
+from manyhats.engine.model.nf4_format import is_quantized, nf4_to_tensors, quantized_keys, read_quantized
 
 
 def sha256(tensor: Tensor) -> str:
@@ -78,9 +78,9 @@ def test_wrong_shapes_are_refused_by_name() -> None:
 def test_checkpoint_tensors_round_trip() -> None:
     weight = quantize_nf4(random_matrix(20, 1024))
     tensors = nf4_to_tensors("w", weight, torch.bfloat16)
-    assert is_nf4(tensors, "w")
-    assert set(tensors) == set(nf4_keys("w"))
-    assert torch.equal(nf4_from_tensors("w", tensors, (20, 1024)).dequantize(), weight.dequantize())
+    assert is_quantized(tensors, "w")
+    assert set(tensors) == set(quantized_keys(tensors, "w"))
+    assert torch.equal(read_quantized("w", tensors, (20, 1024)).dequantize(), weight.dequantize())
 
 
 def test_checkpoint_tensors_are_bitsandbytes_own() -> None:
@@ -96,7 +96,7 @@ def test_checkpoint_tensors_are_bitsandbytes_own() -> None:
     )
     assert restored == state
     assert torch.equal(
-        nf4_from_tensors("w", theirs, (20, 1024)).dequantize(), quantize_nf4(matrix).dequantize()
+        read_quantized("w", theirs, (20, 1024)).dequantize(), quantize_nf4(matrix).dequantize()
     )
 
 
@@ -107,24 +107,24 @@ def spoil_state(tensors: dict[str, Tensor], **fields: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"blocksize": 128}, {"quant_type": "fp4"}, {"shape": [4, 32]}, {"nested_blocksize": 64}]
+    "fields", [{"blocksize": 63}, {"quant_type": "int4"}, {"shape": [4, 32]}, {"nested_blocksize": -1}]
 )
 def test_other_quantizations_are_refused_by_name(fields: dict[str, Any]) -> None:
     tensors = nf4_to_tensors("w", quantize_nf4(random_matrix(2, 64)), torch.bfloat16)
     with pytest.raises(ModelError, match=f"w: its quantization has {next(iter(fields))}"):
-        nf4_from_tensors("w", spoil_state(tensors, **fields), (2, 64))
+        read_quantized("w", spoil_state(tensors, **fields), (2, 64))
 
 
 def test_statistics_that_are_missing_or_malformed_are_refused() -> None:
     tensors = nf4_to_tensors("w", quantize_nf4(random_matrix(2, 64)), torch.bfloat16)
     key = "w.quant_state.bitsandbytes__nf4"
     with pytest.raises(ModelError, match="not JSON"):
-        nf4_from_tensors("w", {**tensors, key: torch.zeros(3, dtype=torch.uint8)}, (2, 64))
+        read_quantized("w", {**tensors, key: torch.zeros(3, dtype=torch.uint8)}, (2, 64))
     with pytest.raises(ModelError, match="not an object"):
-        nf4_from_tensors("w", {**tensors, key: torch.tensor([0x31], dtype=torch.uint8)}, (2, 64))
+        read_quantized("w", {**tensors, key: torch.tensor([0x31], dtype=torch.uint8)}, (2, 64))
     del tensors["w.nested_absmax"]
     with pytest.raises(ModelError, match=r"w\.nested_absmax is missing"):
-        nf4_from_tensors("w", tensors, (2, 64))
+        read_quantized("w", tensors, (2, 64))
 
 
 @needs_golden

@@ -19,7 +19,7 @@ from manyhats.engine.model.families import (
     layer_path,
     linear_shapes,
 )
-from manyhats.engine.model.nf4_format import is_nf4, nf4_from_tensors, nf4_keys
+from manyhats.engine.model.nf4_format import is_quantized, quantized_keys, read_quantized
 from manyhats.engine.model.progress import Progress
 from manyhats.engine.model.weights import LayerWeights, Linear, Matrix, ModelWeights
 
@@ -109,7 +109,7 @@ def _is_plain_name(name: object) -> bool:
 
 
 def check_quantization_config(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` says that its weights are bitsandbytes NF4.
+    """Whether a ``config.json`` says that its weights are bitsandbytes' four-bit ones.
 
     Raises:
         ModelError: they are quantized in some other way.
@@ -120,10 +120,8 @@ def check_quantization_config(config: Mapping[str, Any]) -> bool:
     method = quantization.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise ModelError(f"config.json: quantization by {method!r} is not supported; bitsandbytes NF4 is")
-    if not quantization.get("load_in_4bit") or quantization.get("bnb_4bit_quant_type") != "nf4":
-        raise ModelError("config.json: of bitsandbytes' quantizations only 4 bits of type nf4 are supported")
-    if not quantization.get("bnb_4bit_use_double_quant"):
-        raise ModelError("config.json: NF4 without double quantization is not supported")
+    if not (quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")):
+        raise ModelError("config.json: of bitsandbytes' quantizations only those of 4 bits are supported")
     return True
 
 
@@ -178,8 +176,10 @@ def check_tensors(tensors: Mapping[str, Tensor], architecture: Architecture) -> 
     for name, shape in expected.items():
         if name not in tensors:
             raise ModelError(f"the checkpoint has no tensor {name}")
-        if is_nf4(tensors, name):
-            known.update(nf4_keys(name))
+        if is_quantized(tensors, name):
+            if len(shape) != 2:
+                raise ModelError(f"{name}: is quantized, and no matrix")
+            known.update(quantized_keys(tensors, name))
             continue
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
@@ -206,27 +206,30 @@ def assemble_weights(
     """The decoder's weights from a checked checkpoint.
 
     Args:
-        tensors: dense, or with the linears in NF4.
+        tensors: dense, or with matrices in four bits.
         architecture: what ``check_tensors`` checked them against.
         dtype: float32 or bfloat16, of dense matrices, biases and the embedding; norms are float32 always, with
             the family's offset added.
-        keep_nf4: NF4 linears stay so; otherwise they are dequantized to ``dtype``.
+        keep_nf4: NF4 linears of the layers stay so; otherwise they are dequantized to ``dtype``, as a quantized
+            embedding or head always is. Dense ones (``llm_int8_skip_modules``) stay dense.
         progress: told of each layer.
 
     Raises:
-        ModelError: a linear's NF4 tensors are not what they should be, or only some linears have them.
+        ModelError: a linear's NF4 tensors are not what they should be, or none has them where they are to be kept.
     """
     config = architecture.decoder
     reader = _Reader(tensors, architecture, dtype, keep_nf4)
+    if keep_nf4 and not any(key.endswith(".absmax") for key in tensors):
+        raise ModelError("no linear of the checkpoint is NF4, though its config says so")
     layers = []
     for index in range(config.num_layers):
         layers.append(reader.layer(index))
         progress("load", index + 1, config.num_layers)
     return ModelWeights(
-        embed_tokens=_aligned(tensors[EMBEDDING].to(dtype)),
+        embed_tokens=_aligned(reader.dense(EMBEDDING)),
         layers=tuple(layers),
         norm=tensors[FINAL_NORM].float() + architecture.norm_offset,
-        lm_head=None if config.tie_word_embeddings else _aligned(tensors[HEAD].to(dtype)),
+        lm_head=None if config.tie_word_embeddings else _aligned(reader.dense(HEAD)),
     )
 
 
@@ -261,6 +264,11 @@ class _Reader:
             parts_by_name[name] = self._tensors[f"{layer_path(index, path)}.weight"].float() + offset
         return LayerWeights(**parts_by_name)
 
+    def dense(self, key: str) -> Tensor:
+        """The embedding or the output head, [V, D]."""
+        config = self._architecture.decoder
+        return self._dense(key, (config.vocab_size, config.hidden_size))
+
     def _parts(self, full_path: str, path: str, parts: tuple[str, ...]) -> dict[str, Linear]:
         """The linears that one stored matrix holds, one below the other."""
         weight = self._matrix(f"{full_path}.weight", self._stored[path])
@@ -278,12 +286,14 @@ class _Reader:
         return linears
 
     def _matrix(self, key: str, shape: tuple[int, int]) -> Matrix:
-        if not is_nf4(self._tensors, key):
-            if self._keep_nf4:
-                raise ModelError(f"{key}: is dense in a checkpoint whose other linears are NF4")
+        if self._keep_nf4 and is_quantized(self._tensors, key):
+            return read_quantized(key, self._tensors, shape).nf4()
+        return self._dense(key, shape)
+
+    def _dense(self, key: str, shape: tuple[int, int]) -> Tensor:
+        if not is_quantized(self._tensors, key):
             return self._tensors[key].to(self._dtype)
-        weight = nf4_from_tensors(key, self._tensors, shape)
-        return weight if self._keep_nf4 else weight.dequantize().to(self._dtype)
+        return read_quantized(key, self._tensors, shape).dequantize().to(self._dtype)
 
 
 def _rows(key: str, weight: Matrix, start: int, stop: int) -> Matrix:

@@ -1,8 +1,9 @@
-"""NF4 with double quantization, exactly as bitsandbytes does it.
+"""NF4, by default with double quantization, exactly as bitsandbytes does it.
 
 A matrix is cut, row by row, into blocks of 64 values. A value is the nearest of 16 codes (quantiles of a
 normal distribution) times its block's absmax. The absmaxes, less their mean, are themselves kept as 8-bit
-codes in blocks of 256 with a float32 absmax each: 4 + 8/64 + 32/(64·256) bits per value.
+codes in blocks of 256 with a float32 absmax each: 4 + 8/64 + 32/(64·256) bits per value. Checkpoints of others may
+hold the absmaxes as they are: 4 + 32/64 bits.
 
 Source: Dettmers et al. 2023 (arXiv:2305.14314), section 3; bitsandbytes 0.50.2 ``functional.quantize_4bit``.
 """
@@ -26,11 +27,11 @@ class Nf4Weight:
 
     Attributes:
         packed: uint8 [out·in / 2], row major, two codes a byte, high nibble first.
-        absmax: uint8 [num_blocks], codes into ``nested_code``.
-        nested_absmax: float32 [⌈num_blocks / 256⌉].
-        offset: the mean of the absmaxes, a float32 value.
+        absmax: uint8 [num_blocks], codes into ``nested_code``; or float32, the absmaxes as they are.
+        nested_absmax: float32 [⌈num_blocks / 256⌉]; of plain absmaxes, empty.
+        offset: the mean of the absmaxes, a float32 value; of plain ones, 0.
         code: float32 [16].
-        nested_code: float32 [256].
+        nested_code: float32 [256]; of plain absmaxes, empty.
         shape: (out, in).
 
     Raises:
@@ -52,10 +53,14 @@ class Nf4Weight:
         num_blocks = rows * columns // BLOCK_SIZE
         expected = {
             "packed": (self.packed, torch.uint8, rows * columns // 2),
-            "absmax": (self.absmax, torch.uint8, num_blocks),
-            "nested_absmax": (self.nested_absmax, torch.float32, -(-num_blocks // NESTED_BLOCK_SIZE)),
+            "absmax": (self.absmax, torch.uint8 if self.is_nested else torch.float32, num_blocks),
+            "nested_absmax": (
+                self.nested_absmax,
+                torch.float32,
+                -(-num_blocks // NESTED_BLOCK_SIZE) if self.is_nested else 0,
+            ),
             "code": (self.code, torch.float32, 16),
-            "nested_code": (self.nested_code, torch.float32, 256),
+            "nested_code": (self.nested_code, torch.float32, 256 if self.is_nested else 0),
         }
         for name, (tensor, dtype, size) in expected.items():
             if tensor.dtype is not dtype or tuple(tensor.shape) != (size,):
@@ -65,12 +70,19 @@ class Nf4Weight:
                 )
 
     @property
+    def is_nested(self) -> bool:
+        """Whether the absmaxes are quantized themselves."""
+        return self.absmax.dtype is not torch.float32
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the packed codes and both levels of statistics; the shared code tables not counted."""
         return sum(t.numel() * t.element_size() for t in (self.packed, self.absmax, self.nested_absmax)) + 4
 
     def block_scales(self) -> Tensor:
         """The absmax of each block, dequantized: float32 [num_blocks]."""
+        if not self.is_nested:
+            return self.absmax
         # Two roundings, product then sum, as bitsandbytes does; a fused multiply-add differs in the last bit.
         per_block = self.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: self.absmax.numel()]
         return self.nested_code[self.absmax.int()].mul_(per_block).add_(self.offset)
@@ -89,7 +101,7 @@ class Nf4Weight:
         """
         per_row = self.shape[1] // BLOCK_SIZE
         first, last = start * per_row, stop * per_row
-        if first % NESTED_BLOCK_SIZE:
+        if self.is_nested and first % NESTED_BLOCK_SIZE:
             raise ModelError(
                 f"NF4 rows of {self.shape[1]} values can be cut only at multiples of "
                 f"{NESTED_BLOCK_SIZE * BLOCK_SIZE} values, not at row {start}"

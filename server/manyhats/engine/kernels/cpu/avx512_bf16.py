@@ -76,6 +76,7 @@ def fits(parts: Sequence[Linear]) -> bool:
     """Whether the packed layout can hold these linears."""
     return all(
         isinstance(part.weight, Nf4Weight)
+        and part.weight.is_nested
         and part.out_features % _ROW_MULTIPLE == 0
         and part.in_features % BLOCK_SIZE == 0
         for part in parts

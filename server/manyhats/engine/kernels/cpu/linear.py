@@ -16,13 +16,29 @@ from manyhats.engine.kernels.cpu.wide import LANES, fma, join, load, sum_lanes, 
 from manyhats.engine.kernels.cpu.wide import store as store_wide
 
 
-@inner
 def block_scale(absmax, row_offset, nested, nested_code, row, block):
-    """The scale of one block of 64 codes: ``nested_code[absmax] · nested + row_offset``, rounded at each step.
+    """The scale of one block of 64 codes; the dtype of ``absmax`` tells whether it is quantized itself."""
+    raise TypeError("runs only inside a kernel")
+
+
+@inner
+def nested_scale(absmax, row_offset, nested, nested_code, row, block):
+    """``nested_code[absmax] · nested + row_offset``, rounded at each step.
 
     bitsandbytes rounds the product and the sum one after the other too.
     """
     return splat(nested_code[absmax[block]] * nested[block >> 8] + row_offset[row])
+
+
+@inner
+def plain_scale(absmax, row_offset, nested, nested_code, row, block):
+    """The absmax, which is a float32 value."""
+    return splat(absmax[block])
+
+
+@overload(block_scale)
+def _block_scale(absmax, row_offset, nested, nested_code, row, block):
+    return (nested_scale if absmax.dtype == types.uint8 else plain_scale).py_func
 
 
 @inner

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
-from manyhats.engine.model.weights import Linear
+from manyhats.engine.model.weights import Linear, Matrix
 
 Array = NDArray[np.generic]
 LANES = 8
@@ -26,7 +26,8 @@ PANEL_BYTES = 64 * 1024
 class CpuLinear:
     """One or more linears over the same input, as the ``linear`` kernel takes them.
 
-    ``absmax`` and what follows are empty unless the weights are NF4.
+    ``absmax`` and what follows are empty unless the weights are NF4, and what follows ``row_block`` too where
+    ``absmax`` is float32 rather than uint8.
     """
 
     in_features: int
@@ -92,18 +93,16 @@ def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
     """Lays out linears over the same input as one.
 
     Raises:
-        ModelError: parts mix NF4 and dense weights, or the inputs are no multiple of sixteen.
+        ModelError: the inputs are no multiple of sixteen.
     """
     in_features = parts[0].in_features
     if in_features % DEPTH:
         raise ModelError(f"a linear with {in_features} inputs: the CPU kernels need a multiple of {DEPTH}")
-    weights = [part.weight for part in parts]
+    weights = _alike([part.weight for part in parts])
     out_features = sum(part.out_features for part in parts)
     bias = np.concatenate([_bias(part) for part in parts])
     quantized = [weight for weight in weights if isinstance(weight, Nf4Weight)]
     dense = [weight for weight in weights if isinstance(weight, Tensor)]
-    if quantized and dense:
-        raise ModelError("linears over the same input must be all NF4 or all dense")
     if quantized:
         return _pack_nf4(quantized, in_features, out_features, bias)
     empty = np.empty(0, dtype=np.float32)
@@ -122,6 +121,16 @@ def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
     )
 
 
+def _alike(weights: Sequence[Matrix]) -> Sequence[Matrix]:
+    """The weights all NF4, or all dense and of one dtype, which holds each value exactly."""
+    if all(isinstance(weight, Nf4Weight) for weight in weights):
+        return weights
+    dense = [weight.dequantize() if isinstance(weight, Nf4Weight) else weight for weight in weights]
+    if len({weight.dtype for weight in dense}) > 1:
+        return [weight.float() for weight in dense]
+    return dense
+
+
 def _bias(part: Linear) -> Array:
     if part.bias is None:
         return np.zeros(part.out_features, dtype=np.float32)
@@ -129,6 +138,8 @@ def _bias(part: Linear) -> Array:
 
 
 def _pack_nf4(weights: Sequence[Nf4Weight], in_features: int, out_features: int, bias: Array) -> CpuLinear:
+    if not all(weight.is_nested for weight in weights):
+        return _pack_plain(weights, in_features, out_features, bias)
     per_row = in_features // BLOCK_SIZE
     absmax: list[Array] = []
     row_block: list[Array] = []
@@ -155,4 +166,20 @@ def _pack_nf4(weights: Sequence[Nf4Weight], in_features: int, out_features: int,
         row_offset=np.concatenate(offsets),
         nested=np.concatenate(nested),
         nested_code=weights[0].nested_code.numpy(),
+    )
+
+
+def _pack_plain(weights: Sequence[Nf4Weight], in_features: int, out_features: int, bias: Array) -> CpuLinear:
+    """NF4 whose absmaxes are float32; those of parts that quantize theirs are dequantized, which is exact."""
+    empty = np.empty(0, dtype=np.float32)
+    return CpuLinear(
+        in_features=in_features,
+        out_features=out_features,
+        weights=np.concatenate([interleave_nibbles(weight.packed) for weight in weights]),
+        bias=bias,
+        absmax=np.concatenate([weight.block_scales().numpy() for weight in weights]),
+        row_block=(np.arange(out_features) * (in_features // BLOCK_SIZE)).astype(np.int32),
+        row_offset=empty,
+        nested=empty,
+        nested_code=empty,
     )
