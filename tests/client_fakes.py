@@ -97,6 +97,7 @@ class FakeServer:
         self.status: Any = None
         self.fail_stream_after: int | None = None
         self.is_endless = False
+        self.stream_finish_reason = generation_pb2.FINISH_REASON_LENGTH
         self.delay_s = 0.0
         self.stream_began = threading.Event()
         self.stream_ended = threading.Event()
@@ -196,7 +197,7 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
             adapter=_ref(request.task_id) if is_first else None,
         )
         if is_last:
-            piece.finish_reason = generation_pb2.FINISH_REASON_LENGTH
+            piece.finish_reason = self._fake.stream_finish_reason
         return piece
 
     def Score(self, request: Any, context: Any) -> Any:

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import pytest
 
 from client_fakes import FakeServer, running_server
+from manyhats.v1 import generation_pb2
 
 
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
     with running_server() as server:
+        server.stream_finish_reason = generation_pb2.FINISH_REASON_EOS
         yield server

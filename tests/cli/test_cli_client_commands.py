@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from client_fakes import PIECES, TEXT, FakeServer, make_status
 from manyhats.cli.main import app
+from manyhats.v1 import generation_pb2
 
 
 def run(fake: FakeServer, *args: str, stdin: str = "") -> Result:
@@ -51,7 +52,7 @@ def test_generate_stream_json_is_a_line_per_piece(fake: FakeServer) -> None:
     lines = succeed(fake, "generate", "hi", "--stream", "--json").splitlines()
     pieces = [json.loads(line) for line in lines]
     assert [piece["text"] for piece in pieces] == list(PIECES)
-    assert [piece["finish_reason"] for piece in pieces] == [None, None, None, "length"]
+    assert [piece["finish_reason"] for piece in pieces] == [None, None, None, "eos"]
 
 
 def test_generate_shows_special_tokens_where_asked_to(fake: FakeServer) -> None:
@@ -294,3 +295,20 @@ def test_a_bug_is_one_line_too_and_shows_its_place_on_demand(
     assert result.stderr.startswith("error: unexpected RuntimeError: bug")
     monkeypatch.setenv("MANYHATS_DEBUG", "1")
     assert "Traceback" in run(fake, "info", "--json").stderr
+
+
+CUT = "note: cut after 4 of {} tokens (--max-new-tokens): prompt and answer fill the context of 8192\n"
+
+
+@pytest.mark.parametrize("limit", [None, 4, 5, 300, 100_000])
+@pytest.mark.parametrize(
+    "command", [["generate", "hi", "--stream"], ["generate", "hi", "--stream", "--json"], ["chat"]]
+)
+def test_an_answer_that_the_context_cut_short_is_said_to_be(
+    fake: FakeServer, command: list[str], limit: int | None
+) -> None:
+    fake.stream_finish_reason = generation_pb2.FINISH_REASON_LENGTH
+    limits = [] if limit is None else ["--max-new-tokens", str(limit)]
+    result = run(fake, *command, *limits, stdin="hi\n")
+    assert result.exit_code == 0
+    assert result.stderr == ("" if limit == 4 else CUT.format(limit or 256))

@@ -150,6 +150,15 @@ def test_table_is_drawn_at_a_terminal(fake: FakeServer) -> None:
         assert process.wait(timeout=30) == 0
 
 
+@pytest.mark.parametrize("command", [["generate", "hi"], ["score", "hi", "a"]])
+def test_at_a_terminal_an_answer_is_seen_to_be_waited_for(fake: FakeServer, command: list[str]) -> None:
+    fake.delay_s = 1.0
+    with terminal([*INTERRUPTIBLE, *command, "--server", fake.target]) as (process, screen):
+        read_until(screen, "waiting")
+        read_until(screen, TEXT if command[0] == "generate" else "per token")
+        assert process.wait(timeout=30) == 0
+
+
 def test_progress_is_a_bar_at_a_terminal() -> None:
     with terminal([sys.executable, "-c", PROGRESS]) as (process, screen):
         assert "━" in read_until(screen, "2 / 2")

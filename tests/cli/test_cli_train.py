@@ -343,7 +343,11 @@ def test_what_needs_no_base_is_refused_before_one_is_loaded(
         (["--resume"], 1, "tasks/sql/training/checkpoints has no checkpoint to resume from"),
         (["--out", "mine"], 2, "--out: mine holds notes.txt, which no training left there"),
         (["--register", "no port"], 2, "--register must be HOST:PORT, not 'no port'"),
-        (["--register", "127.0.0.1"], 2, "--register must be HOST:PORT, not '127.0.0.1'"),
+        (
+            ["--register", "127.0.0.1"],
+            2,
+            "--register must be HOST:PORT, as in 127.0.0.1:50051, not '127.0.0.1'",
+        ),
         (["--no-activate"], 2, "--no-activate needs --register HOST:PORT"),
         (["--activate-if", "loss < 1"], 2, "--activate-if needs --register HOST:PORT"),
         ([*server, "--no-activate", "--activate-if", "loss < 1"], 2, "contradict each other"),

@@ -224,7 +224,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("model: m\nstore: s\ncolour: red\n", "--colour: is not a setting"),
+        ("model: m\nstore: s\ncolour: red\n", "server.yaml: colour: is not a setting\n"),
         ("model: m\nstore: s\nadapter_root: 7\n", "--adapter-root"),
         ("- a\n", "--config"),
     ],
@@ -235,6 +235,44 @@ def test_bad_settings_file(served: list[Any], tmp_path: Path, content: str, mess
     result = run("serve", "--config", str(file))
     assert (result.exit_code, served) == (2, [])
     assert message in result.stderr
+
+
+MISSPELT = {
+    "modle": "model",
+    "grpc_prot": "grpc_port",
+    "grpc-prot": "grpc_port",
+    "http_ports": "http_port",
+    "max_sequence": "max_sequences",
+    "maxsequences": "max_sequences",
+    "MODEL": "model",
+    "quantisation": "quantization",
+    "log_fromat": "log_format",
+    "kv_cache_byte": "kv_cache_bytes",
+    "adapters_root": "adapter_roots",
+    "tls_certificate": "tls_cert",
+    "token_files": "token_file",
+    "num_thread": "num_threads",
+    "max_waitings": "max_waiting",
+    "drain_limit": "drain_limit_s",
+    "store_poll": "store_poll_s",
+    "catalog": "catalogue",
+    "registers": "register",
+    "hosts": "host",
+    "devices": "device",
+    "xyzzy": "",
+}
+
+
+@pytest.mark.parametrize(("key", "near"), MISSPELT.items())
+def test_unknown_key_of_a_settings_file_is_named_with_the_file_and_the_nearest(
+    served: list[Any], tmp_path: Path, key: str, near: str
+) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(f"store: s\n{key}: 1\n")
+    result = run("serve", "--config", str(file))
+    assert (result.exit_code, served) == (2, [])
+    hint = f"; did you mean {near}?" if near else ""
+    assert result.stderr == f"error: --config: {file}: {key.replace('-', '_')}: is not a setting{hint}\n"
 
 
 REFUSED_SOURCES = {

@@ -146,6 +146,16 @@ def test_file_has_the_flags_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            "learning_rat: 1\n",
+            r"config: .*train\.yaml: learning_rat: is not a setting; did you mean learning_rate\?",
+        ),
+        (
+            "batch-sise: 1\n",
+            r"config: .*train\.yaml: batch_sise: is not a setting; did you mean batch_size\?",
+        ),
+        ("targets: 1\n", r"config: .*train\.yaml: targets: is not a setting"),
+        ("num_virtual_token: 1\n", r"config: .*: is not a setting; did you mean num_virtual_tokens\?"),
         ("colour: red\n", r"config: .*train\.yaml: colour: is not a setting"),
         ("target-module: a\ntarget_modules: [b]\n", r"config: .*train\.yaml: target_modules: is given twice"),
         ("rank: 3\n\nrank: 4\n", r"config: .*train\.yaml:3: rank: is given twice"),

@@ -79,7 +79,12 @@ def test_one_data_file_and_method_for_all(tmp_path: Path) -> None:
         ([], {}, r"tasks: .* must have a list 'tasks'"),
         (["sql"], {}, r"tasks\[0\]: must be settings"),
         ([SQL, {**CHAT, "rank": 4}], {}, r"tasks\[chat\]\.rank: is not a setting of prefix"),
-        ([SQL, {**CHAT, "colour": 4}], {}, r"tasks\[chat\]\.colour: is not a setting"),
+        ([SQL, {**CHAT, "colour": 4}], {}, r"tasks: .*tasks\.yaml: tasks\[chat\]\.colour: is not a setting"),
+        (
+            [SQL, {**CHAT, "max-step": 4}],
+            {},
+            r"tasks: .*\.yaml: tasks\[chat\]\.max_step: .*; did you mean max_steps\?",
+        ),
         ([{**SQL, "rank": 0}], {}, r"tasks\[sql\]\.rank: must be at least 1"),
         ([{**SQL, "model": "tiny"}], {}, r"tasks\[sql\]\.model: is shared by all tasks"),
         ([{"method": "lora", "data": "d"}], {}, r"tasks\[0\]\.task: must be given"),

@@ -12,6 +12,7 @@ import typer
 from manyhats.cli import options as opt
 from manyhats.cli.connection import Connection, connect, describe, takes_connection
 from manyhats.cli.failures import print_error
+from manyhats.cli.generate import note_cut
 from manyhats.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Conversation:
             print_json(answer, indent=None)
         else:
             typer.echo()
+        note_cut(self._client, answer, self._options)
         self._turns += [message, ChatMessage("assistant", answer.text)]
 
 

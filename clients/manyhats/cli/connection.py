@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from manyhats.cli import options as opt
+from manyhats.cli.address import check_address, explain
 from manyhats.cli.failures import CommandError
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ class Connection:
     tls_key: opt.TlsKey = None
     token: opt.Token = None
     token_in_clear: opt.TokenInClear = False
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether the options ask for encryption."""
+        return self.tls or self.tls_ca is not None or self.tls_cert is not None
 
     def credentials(self) -> Credentials:
         """What the options say of encryption and token."""
@@ -67,17 +73,25 @@ def connect(connection: Connection) -> Iterator[Client]:
     """A client of a server.
 
     Raises:
+        UsageError: the address is none.
         CommandError: for every ``ManyhatsError``, of the connection or in the block.
     """
     from manyhats.client import Client, ManyhatsError
 
+    check_address("--server", connection.server)
     try:
         with Client(
             connection.server, timeout_s=connection.timeout, credentials=connection.credentials()
         ) as client:
             yield client
     except ManyhatsError as error:
-        raise CommandError(describe(error)) from error
+        explanation = explain(connection.server, connection.uses_tls) if _got_no_answer(error) else None
+        raise CommandError(explanation or describe(error)) from error
+
+
+def _got_no_answer(error: ManyhatsError) -> bool:
+    """Whether gRPC itself says so, and not a server."""
+    return not error.reason and error.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "UNIMPLEMENTED")
 
 
 def describe(error: ManyhatsError) -> str:

@@ -10,9 +10,10 @@ import typer
 from manyhats.cli import options as opt
 from manyhats.cli.connection import Connection, connect, takes_connection
 from manyhats.cli.output import print_json
+from manyhats.cli.progress import shown_wait
 
 if TYPE_CHECKING:
-    from manyhats.client import Client, GenerateOptions, Prompt
+    from manyhats.client import Client, GenerateOptions, Generation, Prompt
 
 HELP = """Send one prompt and print the answer.
 
@@ -91,11 +92,25 @@ def _as_prompt(text: str, chat: bool, system: str | None) -> Prompt:
 
 
 def _whole(client: Client, prompt: Prompt, task: str, options: GenerateOptions, as_json: bool) -> None:
-    answer = client.generate(prompt, task_id=task, **options)
+    if sys.stderr.isatty():
+        answer = _watched(client, prompt, task, options)
+    else:
+        answer = client.generate(prompt, task_id=task, **options)
     if as_json:
         print_json(answer)
     else:
         typer.echo(answer.text)
+    note_cut(client, answer, options)
+
+
+def _watched(client: Client, prompt: Prompt, task: str, options: GenerateOptions) -> Generation:
+    """The same answer, streamed underneath, so that a terminal can show how far it is."""
+    with shown_wait() as show, client.generate_stream(prompt, task_id=task, **options) as stream:
+        num_tokens = 0
+        for chunk in stream:
+            num_tokens += len(chunk.tokens)
+            show(f"{num_tokens} tokens")
+        return stream.result()
 
 
 def _stream(client: Client, prompt: Prompt, task: str, options: GenerateOptions, as_json: bool) -> None:
@@ -106,5 +121,22 @@ def _stream(client: Client, prompt: Prompt, task: str, options: GenerateOptions,
             else:
                 typer.echo(chunk.text, nl=False)
                 sys.stdout.flush()
+        answer = stream.result()
     if not as_json:
         typer.echo()
+    note_cut(client, answer, options)
+
+
+def note_cut(client: Client, answer: Generation, options: GenerateOptions) -> None:
+    """Say on stderr where an answer ended with the context, short of the tokens that it was given."""
+    from manyhats.client import FinishReason
+
+    wanted = options.get("max_new_tokens") or opt.DEFAULT_MAX_NEW_TOKENS
+    num_tokens = answer.usage.generated_tokens
+    if answer.finish_reason is FinishReason.LENGTH and num_tokens < wanted:
+        context = client.server_info().max_context_length
+        typer.echo(
+            f"note: cut after {num_tokens} of {wanted} tokens (--max-new-tokens): prompt and answer fill the context of"
+            f" {context}",
+            err=True,
+        )

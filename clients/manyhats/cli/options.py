@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 DEFAULT_SERVER = "127.0.0.1:50051"
+DEFAULT_MAX_NEW_TOKENS = 256
 
 
 def _connection(*names: str, **settings: Any) -> Any:
@@ -86,7 +87,12 @@ System: TypeAlias = Annotated[
 MaxNewTokens: TypeAlias = Annotated[
     int | None,
     _stopping(
-        "--max-new-tokens", "-n", metavar="N", min=1, help="Longest answer, in tokens.", show_default="256"
+        "--max-new-tokens",
+        "-n",
+        metavar="N",
+        min=1,
+        help="Longest answer, in tokens.",
+        show_default=str(DEFAULT_MAX_NEW_TOKENS),
     ),
 ]
 Stop: TypeAlias = Annotated[

@@ -33,6 +33,21 @@ def shown_progress() -> Iterator[Report]:
 
 
 @contextmanager
+def shown_wait() -> Iterator[Callable[[str], None]]:
+    """At a terminal, shows that an answer is waited for, how long, and what it is told; it is gone at the end."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        waiting = progress.add_task("waiting", total=None)
+        yield lambda text: progress.update(waiting, description=text)
+
+
+@contextmanager
 def _bars() -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn

@@ -9,6 +9,7 @@ import typer
 from manyhats.cli import options as opt
 from manyhats.cli.connection import Connection, connect, takes_connection
 from manyhats.cli.output import print_json, print_table
+from manyhats.cli.progress import shown_wait
 
 HELP = """Print how likely each continuation is after the prompt, best first.
 
@@ -33,7 +34,7 @@ def score(
     as_json: opt.Json = False,
 ) -> None:
     """Print how likely each continuation is after the prompt."""
-    with connect(connection) as client:
+    with connect(connection) as client, shown_wait():
         result = client.score(prompt, continuations, task_id=task)
     if as_json:
         print_json(result)

@@ -146,13 +146,16 @@ def run(flags: Mapping[str, Any], file: Path | None) -> int:
         UsageError: the server's packages are missing, or a setting is wrong.
     """
     with needs_extra("server"):
-        from manyhats.server.config_file import make_config, read_file
+        from manyhats.server.config_file import check_names, make_config, read_file
         from manyhats.server.errors import ConfigError
         from manyhats.server.process import EXIT_BY_SIGNAL
         from manyhats.server.process import serve as serve_process
         from manyhats.server.registered_sources import check_registered_sources
     try:
-        in_file = read_file(file) if file is not None else {}
+        in_file: dict[str, Any] = {}
+        if file is not None:
+            in_file = read_file(file)
+            check_names(file, in_file, _SINGULAR.values())
         given = {name: value for name, value in flags.items() if value not in (None, [], {})}
         config = make_config({**with_plurals(in_file), **given})
         check_registered_sources(config)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from manyhats.cli import options
 from manyhats.cli import train_options as opt
+from manyhats.cli.address import check_address
 from manyhats.cli.connection import Connection
 from manyhats.cli.failures import UsageError
 from manyhats.cli.pairs import as_mapping
-
-# gRPC takes sockets of the machine too.
-_ADDRESS = re.compile(r"\S+:\d+|unix:\S+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +117,7 @@ class Server:
         """None where nothing is registered.
 
         Raises:
-            UsageError: the address has no port, or flags about activation that do not go together.
+            UsageError: the address is none, or flags about activation that do not go together.
         """
         if self.register is None:
             for flag, is_given in (("--no-activate", self.no_activate), ("--activate-if", self.activate_if)):
@@ -129,10 +126,8 @@ class Server:
             return None
         if self.no_activate and self.activate_if is not None:
             raise UsageError("--no-activate and --activate-if contradict each other")
-        if not _ADDRESS.fullmatch(self.register):
-            raise UsageError(f"--register must be HOST:PORT, not {self.register!r}")
         return Connection(
-            server=self.register,
+            server=check_address("--register", self.register),
             timeout=self.timeout,
             tls=self.tls,
             tls_ca=self.tls_ca,

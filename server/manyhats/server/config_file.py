@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ConfigError
+
+_NAMES = frozenset(each.name for each in fields(ServeConfig))
 
 
 def make_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConfig:
@@ -26,9 +29,8 @@ def make_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConf
     """
     given = {name: value for name, value in flags.items() if value not in (None, (), [], {})}
     settings = {**(read_file(file) if file is not None else {}), **given}
-    known = {each.name for each in fields(ServeConfig)}
-    for name in settings.keys() - known:
-        raise ConfigError(name, "is not a setting")
+    for name in settings.keys() - _NAMES:
+        raise ConfigError(name, not_a_setting(name))
     try:
         return TypeAdapter(ServeConfig).validate_python(settings)
     except ValidationError as error:
@@ -52,6 +54,28 @@ def read_file(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError("config", f"{file} must hold settings, one 'name: value' each")
     return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def check_names(file: Path, settings: Mapping[str, Any], others: Collection[str] = ()) -> None:
+    """Refuse a file with a name that is no setting.
+
+    Args:
+        file: for the error.
+        settings: of the file.
+        others: names that a file may have besides those of ``ServeConfig``.
+
+    Raises:
+        ConfigError: there is one; names the file, the setting, and the nearest that there is.
+    """
+    for name in settings:
+        if name not in _NAMES and name not in others:
+            raise ConfigError("config", f"{file}: {name}: {not_a_setting(name)}")
+
+
+def not_a_setting(name: str) -> str:
+    """What is said of a name that is no setting."""
+    near = difflib.get_close_matches(name.lower(), _NAMES, n=1)
+    return f"is not a setting; did you mean {near[0]}?" if near else "is not a setting"
 
 
 def _plain(message: str) -> str:

@@ -5,6 +5,7 @@ A setting's name is that of its flag with underscores: ``--batch-size`` is ``bat
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -166,7 +167,10 @@ def check_names(names: Iterable[str]) -> None:
     """
     for name in names:
         if name not in _COMMON | _OF_METHODS:
-            raise SettingError(name, "is not a setting")
+            near = difflib.get_close_matches(name.lower(), _COMMON | _OF_METHODS, n=1)
+            raise SettingError(
+                name, f"is not a setting; did you mean {near[0]}?" if near else "is not a setting"
+            )
 
 
 def of_other_methods(method: object) -> frozenset[str]:

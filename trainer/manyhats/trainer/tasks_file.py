@@ -58,7 +58,15 @@ def _own_settings(file: Path, listed: object) -> list[dict[str, Any]]:
             raise SettingError(f"{_TASKS}[{index}]", "must be settings, one 'name: value' each")
         with of_file(file, _TASKS):
             own.append(named(content))
+            _check_own_names(own[-1], f"{_TASKS}[{own[-1].get('task', index)}]")
     return own
+
+
+def _check_own_names(settings: Mapping[str, Any], where: str) -> None:
+    try:
+        check_names(settings)
+    except SettingError as error:
+        raise SettingError(f"{where}.{error.setting}", error.message) from error
 
 
 def _check_used(shared: Mapping[str, Any], all_values: Sequence[Mapping[str, Any]]) -> None:
