@@ -13,9 +13,20 @@ from manyhats.engine.sequence import Sequence, SequenceStatus
 
 
 def make_scheduler(
-    num_blocks: int = 64, block_size: int = 4, *, sequences: int = 8, tokens: int = 16, waiting: int = 100
+    num_blocks: int = 64,
+    block_size: int = 4,
+    *,
+    sequences: int = 8,
+    tokens: int = 16,
+    waiting: int = 100,
+    bulk: int = 16,
 ) -> Scheduler:
-    config = SchedulerConfig(max_num_sequences=sequences, max_num_batched_tokens=tokens, max_waiting=waiting)
+    config = SchedulerConfig(
+        max_num_sequences=sequences,
+        max_num_batched_tokens=tokens,
+        max_waiting=waiting,
+        max_bulk_tokens=bulk,
+    )
     return Scheduler(config, BlockAllocator(num_blocks, block_size))
 
 
@@ -32,6 +43,7 @@ def make_sequence(
     virtual: VirtualTokens | None = None,
     uses_prefix_cache: bool = True,
     is_internal: bool = False,
+    is_bulk: bool = False,
 ) -> Sequence:
     return Sequence(
         id=name,
@@ -45,6 +57,7 @@ def make_sequence(
         virtual=virtual,
         uses_prefix_cache=uses_prefix_cache,
         is_internal=is_internal,
+        is_bulk=is_bulk,
     )
 
 
@@ -89,13 +102,7 @@ class ToyEngine:
         """Copy, write all, then read all: the order in which a batched forward may do it."""
         size = self.scheduler.allocator.block_size
         for fill in schedule.prefix_fills:
-            (sequence,) = (
-                s
-                for s in tables
-                if s.virtual is not None
-                and s.virtual is fill.virtual
-                and set(fill.block_ids) <= set(tables[s])
-            )
+            sequence = next(s for s in schedule.started if s.virtual is fill.virtual)
             for position in range(fill.first_token, sequence.num_virtual_tokens):
                 block = fill.block_ids[(position - fill.first_token) // size]
                 self.kv[block][position % size] = _history(sequence, position)

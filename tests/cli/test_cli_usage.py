@@ -165,6 +165,7 @@ def test_serve_passes_every_flag_and_the_exit_code(served: list[Any], tmp_path: 
         --host 0.0.0.0 --insecure --grpc-port 0 --http-port 1
         --max-context-length 99 --max-sequences 3 --max-batched-tokens 64 --kv-cache-bytes 1000000
         --kv-cache-dtype float32 --max-adapters 7 --max-waiting 8 --num-threads 1
+        --max-bulk-tokens 6 --max-score-tokens 5
         --log-level debug --log-format json
     """
     make_adapter_files(tmp_path / "sql", "adapter_config.json", "adapter_model.safetensors")
@@ -187,6 +188,7 @@ def test_serve_passes_every_flag_and_the_exit_code(served: list[Any], tmp_path: 
     assert (config.max_context_length, config.max_sequences, config.max_batched_tokens) == (99, 3, 64)
     assert (config.kv_cache_bytes, config.kv_cache_dtype) == (1000000, "float32")
     assert (config.max_adapters, config.max_waiting, config.num_threads) == (7, 8, 1)
+    assert (config.max_bulk_tokens, config.max_score_tokens) == (6, 5)
     assert (config.log_level, config.log_format) == ("debug", "json")
 
 

@@ -35,7 +35,7 @@ def test_decodes_come_first_then_prefills_then_waiting_ones() -> None:
     scheduler.add(make_sequence("long", range(12), 4))
     engine.step()
     scheduler.add(make_sequence("short", [1], 4))
-    assert ids(engine.step()) == [("long", 8, 4), ("short", 0, 1)]
+    assert ids(engine.step()) == [("short", 0, 1), ("long", 8, 4)]
     scheduler.add(make_sequence("late", range(20, 40), 4))
     assert ids(engine.step()) == [("long", 12, 1), ("short", 1, 1), ("late", 0, 6)]
     assert ids(engine.step()) == [("long", 13, 1), ("short", 2, 1), ("late", 6, 6)]
@@ -97,6 +97,45 @@ def test_beside_decodes_the_engine_s_own_take_few_tokens_of_a_step_all_together(
     assert ids(engine.step()) == [*decodes, ("x", 0, 5), ("y", 0, 1), ("z", 0, 20)]
     assert ids(engine.step())[5:] == [("x", 5, 4), ("y", 1, 1)]
     assert ids(engine.step())[5:] == [("y", 2, 3)]
+
+
+def test_long_prompts_and_scorings_take_few_tokens_of_a_step_beside_others() -> None:
+    scheduler = make_scheduler(num_blocks=200, tokens=32, bulk=6)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("long", range(200), 3))
+    assert ids(engine.step()) == [("long", 0, 32)], "alone it may have them all"
+    for name in "abcd":
+        scheduler.add(make_sequence(name, [1], 60))
+    scheduler.add(make_sequence("scoring", range(300, 320), 0, is_bulk=True))
+    starts = [(name, 0, 1) for name in "abcd"]
+    # One that is done sooner goes first, but half of them are for the first in rank.
+    assert ids(engine.step()) == [*starts, ("long", 32, 3), ("scoring", 0, 3)]
+    assert ids(engine.step())[4:] == [("long", 35, 4), ("scoring", 3, 4)]
+    scheduler.add(make_sequence("short", range(400, 420), 1))
+    assert ids(engine.step())[4:] == [("short", 0, 20), ("long", 39, 4), ("scoring", 7, 4)]
+    for name in ("x", "y"):
+        scheduler.add(make_sequence(name, range(500, 532), 0))
+    assert ids(engine.step())[4:] == [("x", 0, 22), ("long", 43, 3), ("scoring", 11, 3)], "which stay theirs"
+
+
+def test_what_comes_after_a_long_prompt_or_a_scoring_has_its_turn_in_a_few_steps() -> None:
+    scheduler = make_scheduler(num_blocks=900, sequences=4, tokens=32, bulk=6)
+    engine = ToyEngine(scheduler)
+    for index in range(6):
+        prompt = [1000 * index + token for token in range(500)]
+        scheduler.add(make_sequence(f"bulk {index}", prompt, 0, is_bulk=index % 2 == 0))
+    engine.step()
+    assert scheduler.num_running == 1, "the others could not begin, and leave their places"
+    for index in range(20):
+        scheduler.add(make_sequence(f"short {index}", [9000 + index], 1, arrival=float(index)))
+        started = [name for name, start, _ in ids(engine.step()) if start == 0]
+        assert started == [f"short {index}"]
+    scheduler.add(make_sequence("less", range(10_000, 10_050), 0, is_bulk=True, arrival=99.0))
+    steps = 0
+    while any(chunk.sequence.id != "less" for chunk in engine.step().chunks[-1:]):
+        steps += 1
+        assert steps < 5
+    assert engine.drain() < 120
 
 
 def test_when_blocks_run_out_the_latest_of_the_lowest_priority_is_preempted_and_resumes() -> None:

@@ -26,13 +26,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(7, 11),
         sequences=st.integers(1, 4),
         spare=st.integers(0, 8),
+        bulk=st.integers(1, 4),
         stored=VIRTUAL,
         soft=VIRTUAL,
         other=VIRTUAL,
     )
-    def start(self, num_blocks: int, sequences: int, spare: int, stored: int, soft: int, other: int) -> None:
+    def start(
+        self, num_blocks: int, sequences: int, spare: int, bulk: int, stored: int, soft: int, other: int
+    ) -> None:
         self.scheduler = make_scheduler(
-            num_blocks, BLOCK_SIZE, sequences=sequences, tokens=sequences + spare, waiting=50
+            num_blocks, BLOCK_SIZE, sequences=sequences, tokens=sequences + spare, waiting=50, bulk=bulk
         )
         self.engine = ToyEngine(self.scheduler)
         self.live: list[Sequence] = []
@@ -65,6 +68,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         arrival=st.integers(0, 3),
         uses_prefix_cache=st.booleans(),
         is_internal=st.booleans(),
+        is_bulk=st.booleans(),
         data=st.data(),
     )
     def arrive(
@@ -76,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         arrival: int,
         uses_prefix_cache: bool,
         is_internal: bool,
+        is_bulk: bool,
         data: st.DataObject,
     ) -> None:
         logits_from = data.draw(st.none() | st.integers(0, len(tokens) - 1))
@@ -83,13 +88,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             make_sequence(
                 str(self.num_added),
                 tokens,
-                0 if is_internal else new,
+                0 if is_internal or is_bulk else new,
                 cache_key=key,
                 priority=priority,
                 arrival=float(arrival),
                 logits_from=logits_from,
                 uses_prefix_cache=uses_prefix_cache,
                 is_internal=is_internal,
+                is_bulk=is_bulk and not is_internal,
             )
         )
 
@@ -185,12 +191,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert chunk.start == chunk.sequence.num_computed_tokens
             assert 1 <= chunk.num_tokens <= chunk.sequence.num_tokens - chunk.start
             assert len(chunk.sequence.block_table) * BLOCK_SIZE >= chunk.sequence.num_tokens
-        decoding = [s for s in running if s.num_tokens - s.num_computed_tokens == 1 and not s.is_internal]
+        decoding = [s for s in running if s.num_left == 1 and not s.is_internal and not s.is_bulk]
         going_on = [s for s in decoding if before[s][0] is SequenceStatus.RUNNING]
         assert set(going_on) == set(sequences[: len(going_on)])
         own = [chunk.num_tokens for chunk in schedule.chunks if chunk.sequence.is_internal]
         assert not going_on or sum(own) <= 3 + len(going_on) // 2 + len(own)
+        bulk = [chunk.num_tokens for chunk in schedule.chunks if self._is_bulk(chunk.sequence)]
+        most = config.max_bulk_tokens + len(going_on) // 2
+        assert len(bulk) == len(sequences) or sum(bulk) <= most, "others are in the step"
+        first = next((s for s in self.scheduler._running if s.num_left > 0 and self._is_bulk(s)), None)
+        assert first is None or first in sequences or before[first][0] is SequenceStatus.WAITING
         self._check_fairness(sequences, waiting, before, schedule)
+
+    def _is_bulk(self, sequence: Sequence) -> bool:
+        """Of those that run, and have not been going on as decodes."""
+        is_long = sequence.is_long and sequence.num_left > 1
+        return sequence.is_bulk or is_long
 
     def _check_fairness(
         self,
@@ -206,15 +222,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         started = [s for s in sequences if before[s][0] is SequenceStatus.WAITING]
         left = [s for s in waiting if before[s][0] is SequenceStatus.WAITING]
         for sequence in left:
-            if awaits_virtual(sequence, self.live):
-                continue
-            is_passed = any(queue_rank(other) > queue_rank(sequence) for other in started)
+            is_long = sequence.num_left > self.scheduler.config.max_num_batched_tokens
+            if awaits_virtual(sequence, self.live) or sequence.is_bulk or is_long:
+                continue  # it waits for something else than blocks, too
+            short = [other for other in started if not self._is_bulk(other)]
+            is_passed = any(queue_rank(other) > queue_rank(sequence) for other in short)
             assert not is_passed or 1 <= sequence.num_passed <= 32
         kept = [s for s in sequences if s not in started]
         worst = max(((-priority(s), s.arrival, int(s.id)) for s in kept), default=(-math.inf, 0.0, 0))
         assert all((-priority(s), s.arrival, int(s.id)) > worst for s in schedule.preempted)
-        prefills = [s for s in self.live if s.status is SequenceStatus.RUNNING and s not in started]
-        prefills = [s for s in prefills if s.num_tokens - s.num_computed_tokens > 1]
+        is_running = SequenceStatus.RUNNING
+        prefills = [s for s in self.live if s.status is is_running and before[s][0] is is_running]
+        prefills = [s for s in prefills if s.num_left > 1 and not self._is_bulk(s)]
         assert not prefills or set(prefills) & set(sequences)
 
     @invariant()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from engine_harness import (
 )
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.model.loader import LoadedModel
-from manyhats.engine.output import ScoreOutput
+from manyhats.engine.output import ScoreOutput, StepStats
 from manyhats.engine.request import ResponseOptions, ScoreRequest
 from reference import continuation_logprob, full_logits, load_transformers, next_logprobs
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
@@ -167,3 +168,64 @@ async def test_scores_of_an_adapter_equal_its_prompt_logprobs_beside_other_reque
             assert [token.logprob for token in score.tokens] == [
                 token.logprob for token in answer.prompt_tokens[20:]
             ]
+
+
+async def test_a_scoring_of_too_many_tokens_is_refused_by_field_count_and_limit(model: LoadedModel) -> None:
+    async with running_engine(model, max_score_tokens=100) as engine:
+        fits = request_of(40, [20, 40])
+        assert len((await engine.score(fits)).scores) == 2
+        for num_prompt, lengths in ((41, [20, 40]), (100, [1]), (1, [1] * 100), (40, [30, 31])):
+            total = num_prompt + sum(lengths)
+            with pytest.raises(
+                FieldInvalidError, match=f"continuations: have {total} tokens .* limit is 100"
+            ):
+                await engine.score(request_of(num_prompt, lengths))
+
+
+async def test_requests_have_their_turn_while_a_large_scoring_goes_on_and_it_ends(
+    model: LoadedModel, oracle: nn.Module
+) -> None:
+    large = request_of(60, [400] * 12)
+    config = {"max_num_batched_tokens": 64, "max_num_sequences": 4, "max_bulk_tokens": 8}
+    async with running_engine(model, **config) as engine:
+        steps: list[StepStats] = []
+        engine._on_step = steps.append
+        scoring = asyncio.create_task(engine.score(large))
+        await until(lambda: len(steps) > 10)
+        for seed in range(10):
+            accepted_s, before = time.monotonic(), len(steps)
+            request = make_request(random_ids(seed, 20, TINY_VOCAB_SIZE), new_tokens=1, accepted_s=accepted_s)
+            await collect(engine, request)
+            assert len(steps) - before < 10, "a step or two, and those that pass while threads change"
+        assert not scoring.done()
+        stream = engine.generate(make_request(random_ids(1, 20, TINY_VOCAB_SIZE), new_tokens=40))
+        await anext(stream)
+        first = len(steps)
+        async for _ in stream:
+            pass
+        beside = [step.num_prefill_tokens for step in steps[first : first + 30] if step.num_decode_tokens]
+        assert beside
+        assert max(beside) <= 8 + 1
+        assert_scores(await asyncio.wait_for(scoring, 120), large, oracle)
+        assert max(step.num_prefill_tokens for step in steps) == 64, "alone it has all tokens of a step"
+
+
+@pytest.mark.parametrize("lengths", [[2] * 300, [1, 200] * 5, [33, 2, 100, 7] * 6])
+async def test_scores_and_tokens_beside_each_other_are_those_of_each_alone(
+    lengths: list[int], model: LoadedModel
+) -> None:
+    large = request_of(50, lengths)
+    others = [
+        make_request(random_ids(seed, 5 + 40 * seed, TINY_VOCAB_SIZE), new_tokens=12) for seed in range(5)
+    ]
+    small = request_of(20, [3, 5])
+    async with running_engine(model, max_num_batched_tokens=300) as engine:
+        alone = (await engine.score(large), await engine.score(small))
+        tokens = [(await collect(engine, request)).tokens for request in others]
+    config = {"max_num_batched_tokens": 24, "max_num_sequences": 6, "max_bulk_tokens": 5, "max_waiting": 20}
+    async with running_engine(model, **config) as engine:
+        scorings = [asyncio.create_task(engine.score(request)) for request in (large, small)]
+        answers = await asyncio.wait_for(asyncio.gather(*(collect(engine, each) for each in others)), 120)
+        assert [answer.tokens for answer in answers] == tokens
+        for scoring, expected in zip(scorings, alone, strict=True):
+            assert (await asyncio.wait_for(scoring, 120)).scores == expected.scores

@@ -30,6 +30,8 @@ def test_engine_gets_its_part_with_auto_resolved() -> None:
     assert engine_config(make()) == EngineConfig(dtype="bfloat16", kv_cache_dtype="bfloat16")
     float32 = engine_config(make(dtype="float32", max_sequences=3, max_batched_tokens=7, max_waiting=2))
     assert (float32.dtype, float32.kv_cache_dtype, float32.max_num_sequences) == ("float32", "float32", 3)
+    bounded = engine_config(make(max_bulk_tokens=5, max_score_tokens=99))
+    assert (bounded.scheduler.max_bulk_tokens, bounded.max_score_tokens) == (5, 99)
 
 
 def test_device_auto_is_what_there_are_kernels_for() -> None:

@@ -48,6 +48,8 @@ def make(**settings: Any) -> ServeConfig:
         ("host", ""),
         ("max_sequences", 0),
         ("max_batched_tokens", 0),
+        ("max_bulk_tokens", 0),
+        ("max_score_tokens", 0),
         ("max_context_length", 0),
         ("kv_cache_bytes", 0),
         ("num_threads", -1),

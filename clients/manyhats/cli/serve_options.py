@@ -287,6 +287,26 @@ MaxWaiting: TypeAlias = Annotated[
     int | None,
     _limit("--max-waiting", metavar="N", min=1, help="Requests that may wait.", show_default="1024"),
 ]
+MaxBulkTokens: TypeAlias = Annotated[
+    int | None,
+    _limit(
+        "--max-bulk-tokens",
+        metavar="N",
+        min=1,
+        help="Of scorings and long prompts, in a step beside other requests.",
+        show_default="16",
+    ),
+]
+MaxScoreTokens: TypeAlias = Annotated[
+    int | None,
+    _limit(
+        "--max-score-tokens",
+        metavar="N",
+        min=1,
+        help="Prompt and all continuations of one scoring.",
+        show_default="65536",
+    ),
+]
 NumThreads: TypeAlias = Annotated[
     int | None,
     _limit("--num-threads", metavar="N", min=0, help="Of the kernels; 0 is one per core.", show_default="0"),

@@ -276,7 +276,7 @@ class AsyncEngine:
             EngineError: what else ended it.
             AdapterError: its adapter cannot be loaded.
         """
-        check_scoring(request, self._serving.vocab_size)
+        check_scoring(request, self._serving.vocab_size, self.config.max_score_tokens)
         outputs = self._submit(request, lambda job_id, start: Scoring(job_id, request, start, self._serving))
         try:
             async for output in outputs:

@@ -57,16 +57,26 @@ def check_generation(request: Request, vocab_size: int, eos_token_ids: AbstractS
         )
 
 
-def check_scoring(request: ScoreRequest, vocab_size: int) -> None:
-    """See that every token id of a scoring is one, and the number of continuations.
+def check_scoring(request: ScoreRequest, vocab_size: int, max_tokens: int) -> None:
+    """See that every token id of a scoring is one, and that it is not too much.
+
+    Args:
+        request: to look at.
+        vocab_size: token ids are below.
+        max_tokens: prompt and all continuations together.
 
     Raises:
-        FieldInvalidError: an empty prompt or continuation, too many of them, or an id outside the vocabulary.
+        FieldInvalidError: an empty prompt or continuation, too many of them or of their tokens, or an id outside the
+            vocabulary.
     """
     _check_prompt(request.prompt_token_ids, vocab_size)
     if not 1 <= len(request.continuations) <= MAX_CONTINUATIONS:
         raise FieldInvalidError(
             "continuations", f"must be 1 to {MAX_CONTINUATIONS}, not {len(request.continuations)}"
+        )
+    if request.num_tokens > max_tokens:
+        raise FieldInvalidError(
+            "continuations", f"have {request.num_tokens} tokens with the prompt; the limit is {max_tokens}"
         )
     for index, continuation in enumerate(request.continuations):
         if not continuation:

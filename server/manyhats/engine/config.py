@@ -25,6 +25,9 @@ class EngineConfig:
         max_num_sequences: that run at a time.
         max_num_batched_tokens: rows of one step; a longer prompt is cut into chunks.
         max_waiting: requests in the queue.
+        max_bulk_tokens: rows of scorings and of prompts that take several steps, in a step beside other requests. More
+            of them keep others' tokens waiting for longer, fewer make them take longer themselves.
+        max_score_tokens: prompt and all continuations of one scoring together.
         max_loaded_adapters: adapters in memory at a time.
         max_adapter_bytes: their memory; those in use are never evicted for it.
         max_unread_outputs: of one generation, before it pauses until its reader takes some.
@@ -40,6 +43,8 @@ class EngineConfig:
     max_num_sequences: int = 64
     max_num_batched_tokens: int = 256
     max_waiting: int = 1024
+    max_bulk_tokens: int = 16
+    max_score_tokens: int = 65_536
     max_loaded_adapters: int = 256
     max_adapter_bytes: int = 2048 * MIB
     max_unread_outputs: int = 256
@@ -60,6 +65,7 @@ class EngineConfig:
             "max_adapter_bytes",
             "max_unread_outputs",
             "max_unread_bytes",
+            "max_score_tokens",
         ):
             if getattr(self, name) < 1:
                 raise FieldInvalidError(f"engine.{name}", f"must be at least 1, not {getattr(self, name)}")
@@ -78,6 +84,7 @@ class EngineConfig:
             max_num_sequences=self.max_num_sequences,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_waiting=self.max_waiting,
+            max_bulk_tokens=self.max_bulk_tokens,
         )
 
 

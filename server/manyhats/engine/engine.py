@@ -251,7 +251,8 @@ class Engine:
         self._num_failed_steps += 1
         if self._num_failed_steps >= _MAX_FAILED_STEPS:
             raise error
-        names = {chunk.sequence.id for chunk in schedule.chunks}
+        sequences = (*(chunk.sequence for chunk in schedule.chunks), *schedule.started)
+        names = {sequence.id for sequence in sequences}
         failure = _unexpected(error, *sorted(names))
         for job in [job for name, job in self._jobs.items() if name in names]:
             events.append(self._fail(job, failure))

@@ -205,3 +205,8 @@ class ScoreRequest:
     deadline_s: float | None = None
     cache_salt: str = ""
     accepted_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and all continuations together."""
+        return len(self.prompt_token_ids) + sum(len(continuation) for continuation in self.continuations)

@@ -41,6 +41,7 @@ class Schedule:
         chunks: at most one per sequence, decodes first.
         prefix_fills: stored virtual tokens, written before anything else.
         block_copies: (source, destination) blocks, copied whole before anything of the step is computed.
+        started: sequences that begin with it, whether or not they have a chunk already.
         preempted: sequences whose blocks were taken back; they wait again.
         prefix_cache_queries: prompt tokens looked up for sequences that started.
         prefix_cache_hits: those found.
@@ -49,6 +50,7 @@ class Schedule:
     chunks: tuple[Chunk, ...] = ()
     prefix_fills: tuple[PrefixFill, ...] = ()
     block_copies: tuple[tuple[int, int], ...] = ()
+    started: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
@@ -68,14 +70,16 @@ class SchedulerConfig:
         max_num_batched_tokens: tokens of a step; at least ``max_num_sequences``, so that decodes always leave
             a token for a sequence in prefill.
         max_waiting: sequences that may wait.
+        max_bulk_tokens: tokens of scorings and of prompts that take several steps, in a step beside other sequences.
     """
 
     max_num_sequences: int = 64
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024
+    max_bulk_tokens: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_num_sequences", "max_waiting"):
+        for name in ("max_num_sequences", "max_waiting", "max_bulk_tokens"):
             if getattr(self, name) < 1:
                 raise FieldInvalidError(f"scheduler.{name}", f"must be at least 1, not {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_sequences:

@@ -1,9 +1,10 @@
 """Picks sequences and token counts for the next step, and takes blocks back when they run out.
 
 Order: running decodes, running prefills, then waiting sequences by (priority, arrival), preempted ones first
-within their priority. A running sequence's blocks cover all its tokens, so only decodes ever ask for more;
-when none is left, the running sequence that ranks last gives all of its blocks back and is computed again
-later, its output kept. The one that ranks first is thus never preempted while others run, and so finishes.
+within their priority; ``Step`` says who gets how many tokens. A running sequence's blocks cover all its tokens, so
+only decodes ever ask for more; when none is left, the running sequence that ranks last gives all of its blocks back
+and is computed again later, its output kept. The one that ranks first is thus never preempted while others run, and
+so finishes.
 
 Only running sequences hold blocks by right. Prefixes that are kept for others to start from, such as virtual tokens,
 are taken back where there is no room otherwise: what waits keeps nothing, and the first in the queue can always start
@@ -34,8 +35,6 @@ __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig"]
 _RETRY_AFTER_S = 1.0
 _INTERNAL_PRIORITY = 2**31
 """Above every request's."""
-_INTERNAL_TOKENS = 3
-"""As many make a step of one decode a quarter longer; each two further decodes allow for one more."""
 _MAX_PASSED = 32
 """Later sequences that may start ahead of one that waits for blocks; then nothing behind it starts before it does."""
 _MAX_BLOCKED = 16
@@ -102,9 +101,9 @@ class Scheduler:
         """
         if self._in_flight is not None:
             raise RuntimeError("the last schedule was not committed")
-        step = Step(self.config.max_num_batched_tokens, self.config.max_num_batched_tokens)
+        step = Step(self.config.max_num_batched_tokens, self.config.max_bulk_tokens)
         self._cover_tokens(step)
-        self._continue_running(step)
+        step.go_on(self._running)
         self._admit_waiting(step)
         schedule = step.freeze()
         if schedule.chunks:
@@ -227,42 +226,50 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING:
                 sequence.block_table.extend(self.allocator.allocate(missing))
 
-    def _continue_running(self, step: Step) -> None:
-        prefills: list[Sequence] = []
-        for sequence in self._running:
-            num_left = len(sequence.token_ids) - sequence.num_computed_tokens
-            if num_left == 1 and not sequence.is_internal:
-                step.add(sequence, 1)
-            elif num_left > 0:
-                prefills.append(sequence)
-        if step.chunks:
-            step.internal_budget = _INTERNAL_TOKENS + len(step.chunks) // 2
-        for sequence in prefills:
-            if step.budget > 0:
-                step.add_prefill(sequence)
-
     def _admit_waiting(self, step: Step) -> None:
         blocked: list[Sequence] = []
-        index = 0
-        while index < len(self._waiting) and step.budget > 0:
-            sequence = self._waiting[index]
-            if len(self._running) >= self.config.max_num_sequences and not sequence.is_internal:
+        num_bulk_left = 0
+        are_others_waiting = any(not self._is_bulk(each, each.num_tokens) for each in self._waiting)
+        for sequence in tuple(self._waiting):
+            if step.budget <= 0 or self._is_full(sequence):
                 return
             if self._awaits_virtual(sequence):
-                index += 1
+                continue
+            if self._is_bulk(sequence, sequence.num_tokens):
+                if num_bulk_left >= _MAX_BLOCKED:
+                    continue
+                num_left = self._num_left(sequence)
+                is_bulk = self._is_bulk(sequence, num_left)
+                if is_bulk and not step.has_bulk_room(num_left, are_others_waiting=are_others_waiting):
+                    num_bulk_left += 1
+                    continue
+            elif step.room <= 0:
                 continue
             admission = self._affordable_admission(sequence, step)
             if admission is None:
                 blocked.append(sequence)
                 if sequence.num_passed >= _MAX_PASSED or len(blocked) >= _MAX_BLOCKED:
                     return
-                index += 1
                 continue
             for passed in blocked:
                 passed.num_passed += 1
-            del self._waiting[index]
+            self._dequeue(sequence)
             self._admit(sequence, admission, step)
-            step.add_prefill(sequence)
+            step.started.append(sequence)
+            step.start(sequence)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        return len(self._running) >= self.config.max_num_sequences and not sequence.is_internal
+
+    def _is_bulk(self, sequence: Sequence, num_left: int) -> bool:
+        """Whether it is a bulk sequence (``Step``) with so many tokens to compute."""
+        is_long = num_left > self.config.max_num_batched_tokens and not sequence.is_internal
+        return sequence.is_bulk or is_long
+
+    def _num_left(self, sequence: Sequence) -> int:
+        """How many tokens a waiting sequence would have to compute."""
+        plan = plan_admission(sequence, self._prefix_of(sequence), self.allocator)
+        return sequence.num_tokens - plan.num_computed
 
     def _awaits_virtual(self, sequence: Sequence) -> bool:
         """Whether a running sequence is just computing the virtual tokens that this one begins with, too."""
@@ -320,6 +327,7 @@ class Scheduler:
                 step.num_queries += sequence.num_prompt_tokens - num_given
         sequence.status = SequenceStatus.RUNNING
         sequence.num_passed = 0
+        sequence.is_long = self._is_bulk(sequence, sequence.num_left)
         insort(self._running, sequence, key=_rank)
         self._hold_virtual(sequence)
         if virtual is not None and virtual.held is not None:

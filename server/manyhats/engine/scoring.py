@@ -20,7 +20,7 @@ from manyhats.engine.sequence import Sequence
 from manyhats.engine.serving import ServingModel, Start, new_sequence
 
 _MAX_QUEUED = 64
-"""Continuations of one request in the scheduler at a time, so that others get their turn."""
+"""Continuations of one request in the scheduler at a time; fewer where those have enough tokens for a step."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,12 +55,14 @@ class Scoring:
         self._running: dict[Sequence, _Branch] = {}
         self._prompt: Sequence | None = None
         self._prefix: SharedPrefix | None = None
+        self._is_bulk = False
         self._num_done = 0
         self._usage = Usage(prompt_tokens=len(request.prompt_token_ids), adapter_load_s=start.adapter_load_s)
         self._started_s: float | None = None
 
     def start(self, scheduler: Scheduler) -> None:
         """Queues the prompt, or all at once where there is one continuation."""
+        self._is_bulk = self._request.num_tokens > scheduler.config.max_num_batched_tokens
         if len(self._branches) > 1:
             self._prompt = self._sequence(self._request.prompt_token_ids)
             self._prompt.logits_from = self._num_context_tokens - 1
@@ -71,7 +73,7 @@ class Scoring:
     def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
         """Queues more continuations as others finish."""
         if self._prompt is None:
-            self._queue_branches(scheduler)
+            self._queue_branches(scheduler, now_s)
         return None
 
     def begin(self, sequence: Sequence, now_s: float) -> None:
@@ -115,7 +117,7 @@ class Scoring:
             longer = [branch for branch in self._branches if len(branch.token_ids) > 1]
             self._num_done = len(self._branches) - len(longer)
             self._unqueued = iter(longer)
-            self._queue_branches(scheduler)
+            self._queue_branches(scheduler, now_s)
         else:
             del self._running[sequence]
             scheduler.finish(sequence)
@@ -135,19 +137,29 @@ class Scoring:
         if self._prefix is not None:
             scheduler.release(self._prefix)
 
-    def _queue_branches(self, scheduler: Scheduler) -> None:
-        while len(self._running) < _MAX_QUEUED:
+    def _queue_branches(self, scheduler: Scheduler, now_s: float) -> None:
+        """Queues what makes up a step, as requests that come now: those that came before have their turn first."""
+        while (
+            len(self._running) < _MAX_QUEUED
+            and self._num_queued_tokens < scheduler.config.max_num_batched_tokens
+        ):
             branch = self._next or next(self._unqueued, None)
             if branch is None:
                 return
             self._next = branch
             sequence = self._new_branch_sequence(branch)
+            sequence.arrival = now_s
             try:
                 scheduler.add(sequence)
             except QueueFullError:
                 del self._running[sequence]
                 return  # tried again at the next tick
             self._next = None
+
+    @property
+    def _num_queued_tokens(self) -> int:
+        """Of the continuations that are in the scheduler."""
+        return sum(len(branch.token_ids) - 1 for branch in self._running.values())
 
     @property
     def _num_context_tokens(self) -> int:
@@ -162,7 +174,9 @@ class Scoring:
 
     def _sequence(self, token_ids: tuple[int, ...]) -> Sequence:
         """A sequence that starts from the shared prompt once that is there."""
-        return new_sequence(self.id, self._request, token_ids, 0, self._start, self._model, self._prefix)
+        sequence = new_sequence(self.id, self._request, token_ids, 0, self._start, self._model, self._prefix)
+        sequence.is_bulk = self._is_bulk
+        return sequence
 
     def _output(self, now_s: float) -> ScoreOutput:
         started = self._started_s or now_s

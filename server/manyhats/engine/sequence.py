@@ -42,11 +42,13 @@ class Sequence:
         virtual: virtual tokens that it begins with.
         uses_prefix_cache: whether it takes blocks from the prefix cache and leaves its own there.
         is_internal: the engine's own, no request's; see ``Scheduler``.
+        is_bulk: of a scoring that takes several steps; see ``Step``.
         num_prompt_tokens: ``len(token_ids)`` when it was made.
         num_computed_tokens: tokens whose KV is in its blocks.
         block_table: its blocks in order; while it runs, they cover all its tokens.
         num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s, nor virtual).
         num_preemptions: how often its blocks were taken back.
+        is_long: its prompt takes several steps from where it started; see ``Step``.
         num_passed: how many later sequences have started while it waited for blocks.
         block_keys: prefix cache keys of its first blocks, as far as they were needed.
         num_registered_blocks: first blocks that the prefix cache knows, or that are not its own.
@@ -66,12 +68,14 @@ class Sequence:
     virtual: VirtualTokens | None = None
     uses_prefix_cache: bool = True
     is_internal: bool = False
+    is_bulk: bool = False
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = field(default=0, init=False)
     block_table: list[int] = field(default_factory=list, init=False)
     status: SequenceStatus = field(default=SequenceStatus.NEW, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
+    is_long: bool = field(default=False, init=False)
     num_passed: int = field(default=0, init=False)
     block_keys: list[bytes] = field(default_factory=list, init=False, repr=False)
     num_registered_blocks: int = field(default=0, init=False)
@@ -89,6 +93,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and output tokens so far."""
         return len(self.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens whose KV is not computed yet."""
+        return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -144,6 +144,8 @@ def engine_config(config: ServeConfig) -> EngineConfig:
             max_num_sequences=config.max_sequences,
             max_num_batched_tokens=config.max_batched_tokens,
             max_waiting=config.max_waiting,
+            max_bulk_tokens=config.max_bulk_tokens,
+            max_score_tokens=config.max_score_tokens,
             max_loaded_adapters=config.max_adapters,
             max_adapter_bytes=config.adapter_memory_bytes,
             unread_limit_s=config.unread_limit_s,

@@ -37,6 +37,8 @@ _POSITIVE = (
     "max_sequences",
     "max_batched_tokens",
     "max_waiting",
+    "max_bulk_tokens",
+    "max_score_tokens",
     "kv_cache_bytes",
     "max_adapters",
     "adapter_memory_bytes",
@@ -86,6 +88,8 @@ class ServeConfig:
         max_sequences: sequences that run at once.
         max_batched_tokens: tokens of one step; a longer prompt takes several.
         max_waiting: requests that may wait; more are refused.
+        max_bulk_tokens: tokens of scorings and of prompts that take several steps, in a step beside other requests.
+        max_score_tokens: prompt and all continuations of one scoring.
         kv_cache_bytes: memory for keys and values.
         kv_cache_dtype: ``auto`` is ``dtype``.
         num_threads: of the kernels; 0 is one per core.
@@ -133,6 +137,8 @@ class ServeConfig:
     max_sequences: int = _ENGINE.max_num_sequences
     max_batched_tokens: int = _ENGINE.max_num_batched_tokens
     max_waiting: int = _ENGINE.max_waiting
+    max_bulk_tokens: int = _ENGINE.max_bulk_tokens
+    max_score_tokens: int = _ENGINE.max_score_tokens
     kv_cache_bytes: int = _ENGINE.kv_cache_bytes
     kv_cache_dtype: Dtype = "auto"
     num_threads: int = 0
