@@ -492,6 +492,7 @@ async def test_a_model_whose_logits_are_not_finite_does_not_start(model: LoadedM
         generation=model.generation,
         name="broken",
         reference="broken",
+        texts=model.texts,
     )
     engine = AsyncEngine(broken, EngineConfig(dtype="float32", num_threads=1), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
     with pytest.raises(ModelError, match="not finite"):

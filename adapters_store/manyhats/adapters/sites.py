@@ -73,4 +73,4 @@ class BaseDescription:
     is_tied: bool = True
     has_sliding_window: bool = False
     weights: WeightSource | None = None
-    check_text: TextCheck | None = None
+    check_text: TextCheck | None = field(default=None, compare=False)

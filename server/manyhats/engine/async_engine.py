@@ -253,7 +253,7 @@ class AsyncEngine:
             EngineError: what else ended it.
             AdapterError: its adapter cannot be loaded.
         """
-        check_generation(request, self._serving.vocab_size, self._serving.eos_token_ids)
+        check_generation(request, self._serving.vocab_size, self._serving.eos_of(request))
         config = self.config
         backlog = Backlog(config.max_unread_outputs, config.max_unread_bytes, config.unread_limit_s)
         outputs = self._submit(

@@ -131,5 +131,22 @@ def render_chat(template: str, messages: Sequence[ChatMessage], special_tokens: 
             add_generation_prompt=True,
             **special_tokens,
         )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise FieldInvalidError("chat", f"the chat template refused the messages: {error}") from error
+    except Exception as error:  # a template is a program, which can raise anything
+        problem = str(error) or type(error).__name__
+        raise FieldInvalidError(
+            "chat", f"the chat template refused the messages: {problem[:1000]}"
+        ) from error
+
+
+def check_template(template: str) -> None:
+    """See that a template compiles.
+
+    Raises:
+        ValueError: it does not, and why.
+    """
+    try:
+        _compile(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from error
+    except Exception as error:  # the compiler's own limits, such as the depth of nesting
+        raise ValueError(str(error) or type(error).__name__) from error

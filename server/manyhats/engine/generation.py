@@ -42,7 +42,7 @@ class Generation:
         self.samples = True
         self._request = request
         self._backlog = backlog
-        self._tokenizer = model.tokenizer
+        self._tokenizer = model.tokenizer_of(request)
         self._seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
         stopping = request.stopping
         prompt = request.prompt_token_ids
@@ -50,16 +50,16 @@ class Generation:
         self._prompt_tokens: list[TokenOutput] = []
         if request.response.prompt_logprobs:
             self._sequence.logits_from = start.num_virtual_tokens
-            self._prompt_tokens.append(token_output(model.tokenizer, prompt[0], None))
+            self._prompt_tokens.append(token_output(self._tokenizer, prompt[0], None))
         sampling = request.sampling
         self._changes = LogitChanges(sampling, prompt) if changes_logits(sampling) else None
         skips = request.response.skip_special_tokens
-        self._detokenizer = model.tokenizer.stream(skip_special_tokens=skips)
+        self._detokenizer = self._tokenizer.stream(skip_special_tokens=skips)
         # Stop sequences are looked for in the text with literals, which the answer need not show.
         self._watched = (
-            model.tokenizer.stream(skip_special_tokens=False) if skips and stopping.stop_sequences else None
+            self._tokenizer.stream(skip_special_tokens=False) if skips and stopping.stop_sequences else None
         )
-        self._stop = StopChecker(stopping, model.eos_token_ids)
+        self._stop = StopChecker(stopping, model.eos_of(request))
         self._end_s = None if stopping.time_limit_s is None else request.accepted_s + stopping.time_limit_s
         self._usage = Usage(prompt_tokens=len(prompt), adapter_load_s=start.adapter_load_s)
         self._started_s: float | None = None

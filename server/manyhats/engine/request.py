@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.tokenizer import Tokenizer
 
 MAX_TOP_LOGPROBS = 100
 MAX_STOP_SEQUENCES = 16
@@ -165,6 +166,7 @@ class Request:
         id: unique among the requests in flight.
         prompt_token_ids: at least one.
         adapter: the adapter version every token of it runs on; None is the base model.
+        tokenizer: the adapter's own; None is the base's.
         priority: higher goes first.
         deadline_s: on ``time.monotonic()``'s clock; past it the request fails.
         cache_salt: keeps its KV blocks apart from requests with another salt.
@@ -174,6 +176,7 @@ class Request:
     id: str
     prompt_token_ids: tuple[int, ...]
     adapter: AdapterRecord | None = None
+    tokenizer: Tokenizer | None = None
     sampling: SamplingParams = SamplingParams()
     stopping: StoppingParams = StoppingParams()
     response: ResponseOptions = ResponseOptions()
@@ -200,6 +203,7 @@ class ScoreRequest:
     continuations: tuple[tuple[int, ...], ...]
     num_given: tuple[int, ...] = ()
     adapter: AdapterRecord | None = None
+    tokenizer: Tokenizer | None = None
     response: ResponseOptions = ResponseOptions()
     priority: int = 0
     deadline_s: float | None = None

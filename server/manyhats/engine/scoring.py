@@ -185,5 +185,6 @@ class Scoring:
 
     def _scored(self, branch: _Branch) -> ScoredContinuation:
         found = list(zip(branch.token_ids, branch.logprobs, strict=True))[branch.num_given :]
-        tokens = tuple(token_output(self._model.tokenizer, token_id, logprob) for token_id, logprob in found)
+        tokenizer = self._model.tokenizer_of(self._request)
+        tokens = tuple(token_output(tokenizer, token_id, logprob) for token_id, logprob in found)
         return ScoredContinuation(sum(logprob.logprob for _, logprob in found), tokens)

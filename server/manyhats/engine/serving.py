@@ -39,7 +39,7 @@ class ServingModel:
     Attributes:
         base_digest: of weights and quantization.
         tokenizer: of the base.
-        eos_token_ids: any of them ends a generation.
+        eos_token_ids: any of them ends a generation, as do those of a request's own tokenizer.
         max_context_length: prompt and output tokens together, at most.
         vocab_size: token ids are below.
     """
@@ -49,6 +49,17 @@ class ServingModel:
     eos_token_ids: frozenset[int]
     max_context_length: int
     vocab_size: int
+
+    def tokenizer_of(self, request: Request | ScoreRequest) -> Tokenizer:
+        """What reads and writes a request's text."""
+        return request.tokenizer or self.tokenizer
+
+    def eos_of(self, request: Request) -> frozenset[int]:
+        """The ids that end a request's answer."""
+        if request.tokenizer is None:
+            return self.eos_token_ids
+        own = {token_id for token_id in request.tokenizer.eos_token_ids if token_id < self.vocab_size}
+        return self.eos_token_ids | own
 
 
 def new_sequence(

@@ -152,6 +152,11 @@ def add_tokens_as_special(backend: Backend, special: SpecialTokens) -> None:
     backend.add_tokens([AddedToken(literal, special=True) for literal in literals])
 
 
+def flags_of(token: AddedToken) -> tuple[str, bool, bool, bool, bool, bool]:
+    """Content, single_word, lstrip, rstrip, normalized, special."""
+    return token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special
+
+
 def _is_own_part(name: str) -> bool:
     return name.endswith("_token") and name not in STANDARD_PARTS
 

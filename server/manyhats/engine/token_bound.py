@@ -65,6 +65,23 @@ def token_bound(backend: Backend) -> TokenBound | None:
     return TokenBound(longest * shrinkage, ordinary.uncounted)
 
 
+def extended_bound(bound: TokenBound, backend: Backend) -> TokenBound | None:
+    """The bound of a tokenizer with the vocabulary and pipeline of another, whose is given, and other added tokens.
+
+    Returns:
+        None where nothing is certain.
+    """
+    added = list(backend.get_added_tokens_decoder().values())
+    shrinkage = _shrinkage(list(_steps(backend.normalizer, "normalizers")))
+    if shrinkage is None or any(token.lstrip or token.rstrip for token in added):
+        return None
+    literals = [token.content for token in added]
+    if backend.normalizer is not None:
+        literals += [backend.normalizer.normalize_str(literal) for literal in literals]
+    longest = max((len(literal.encode()) * shrinkage for literal in literals), default=0)
+    return TokenBound(max(bound.bytes_per_token, longest), bound.uncounted)
+
+
 def _steps(component: Any, list_name: str) -> Iterator[dict[str, Any]]:
     """The descriptions of a normalizer or pre-tokenizer, those of a sequence one by one."""
     pending = [] if component is None else [json.loads(component.__getstate__())]

@@ -7,10 +7,13 @@ business: its post-processor says so, and like transformers we ignore ``add_bos_
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.chat_template import ChatMessage, render_chat
@@ -24,8 +27,9 @@ from manyhats.engine.prompt_text import (
     is_byte_level,
     special_tokens_around,
 )
-from manyhats.engine.token_bound import TokenBound, token_bound
-from manyhats.engine.tokenizer_files import read_text_files
+from manyhats.engine.special_tokens import flags_of
+from manyhats.engine.token_bound import TokenBound, extended_bound, token_bound
+from manyhats.engine.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_text_files
 from manyhats.engine.tokenizer_parts import read_tokenizer
 
 __all__ = ["ChatMessage", "Tokenizer"]
@@ -39,6 +43,8 @@ class Tokenizer:
         special_tokens: name such as ``eos_token`` → literal.
         chat_template: Jinja source; None if the model has none.
         cleans_up_spaces: whether text loses the spaces before punctuation, see ``clean_up_spaces``.
+        base: the tokenizer whose vocabulary this one shares, if it was made from another.
+        files: what it was read from, if it was.
     """
 
     def __init__(
@@ -48,6 +54,8 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: str | None = None,
         cleans_up_spaces: bool = False,
+        base: Tokenizer | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         self._backend = backend
         self._cleans_up_spaces = cleans_up_spaces
@@ -58,6 +66,8 @@ class Tokenizer:
         )
         self._is_byte_level = is_byte_level(backend)
         self._ahead, self._behind = special_tokens_around(backend)
+        self._base = base
+        self._files = files
         self.chat_template = chat_template
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
@@ -87,6 +97,7 @@ class Tokenizer:
             special_tokens=read.special_tokens,
             chat_template=read.chat_template,
             cleans_up_spaces=read.cleans_up_spaces,
+            files=files,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
@@ -126,6 +137,8 @@ class Tokenizer:
 
     @cached_property
     def _bound(self) -> TokenBound | None:
+        if self._base is not None:
+            return None if self._base._bound is None else extended_bound(self._base._bound, self._backend)
         return token_bound(self._backend)
 
     def prompt(
@@ -168,6 +181,91 @@ class Tokenizer:
         """Id of the special token of that name, such as ``eos_token``; None if there is none."""
         literal = self._special_tokens.get(name)
         return None if literal is None else self._backend.token_to_id(literal)
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Name, such as ``eos_token`` → literal."""
+        return self._special_tokens
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token as the vocabulary has it; None if it is none."""
+        return self._backend.token_to_id(token)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Id of the end-of-sequence token, if it has one."""
+        token_id = self.special_token_id("eos_token")
+        return frozenset() if token_id is None else frozenset({token_id})
+
+    @property
+    def has_own_template(self) -> bool:
+        """Whether it was made from another tokenizer, and has another chat template."""
+        return self._base is not None and self.chat_template != self._base.chat_template
+
+    def files(self) -> Mapping[str, bytes]:
+        """Text files that make this tokenizer, without its chat template where it was not read from files."""
+        if self._files is not None:
+            return self._files
+        return {
+            TOKENIZER_FILE: self._backend.to_str().encode(),
+            TOKENIZER_CONFIG_FILE: json.dumps(self._special_tokens).encode(),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for tokenizers of one vocabulary that read and write texts and conversations the same way."""
+        template = self.chat_template
+        used = {
+            name: literal
+            for name, literal in self._special_tokens.items()
+            if name == "eos_token" or name in (template or "")
+        }
+        added = sorted((token_id, flags_of(token)) for token_id, token in self._added_tokens().items())
+        splits = self._backend.encode_special_tokens
+        meaning = [added, sorted(used.items()), template, self._cleans_up_spaces, splits]
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+
+    def with_text(
+        self,
+        *,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        added_tokens: Sequence[AddedToken] | None = None,
+        cleans_up_spaces: bool | None = None,
+        splits_special_tokens: bool = False,
+    ) -> Tokenizer:
+        """A tokenizer with this one's vocabulary, which is shared, and other text around it; None keeps what there is.
+
+        Args:
+            chat_template: Jinja source.
+            special_tokens: name → literal.
+            added_tokens: all of them, in the order of their ids.
+            cleans_up_spaces: as in the constructor.
+            splits_special_tokens: whether literals of special tokens in a text are ordinary text.
+        """
+        backend = self._backend
+        if added_tokens is not None and not self._has_tokens(added_tokens, splits_special_tokens):
+            backend = Backend(self._backend.model)
+            for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+                if (step := getattr(self._backend, name)) is not None:
+                    setattr(backend, name, step)
+            backend.encode_special_tokens = splits_special_tokens
+            backend.add_tokens(list(added_tokens))
+        return Tokenizer(
+            backend,
+            special_tokens=self._special_tokens if special_tokens is None else special_tokens,
+            chat_template=self.chat_template if chat_template is None else chat_template,
+            cleans_up_spaces=self._cleans_up_spaces if cleans_up_spaces is None else cleans_up_spaces,
+            base=self,
+        )
+
+    def _has_tokens(self, added_tokens: Sequence[AddedToken], splits_special_tokens: bool) -> bool:
+        own = [flags_of(token) for _, token in sorted(self._added_tokens().items())]
+        is_same = own == [flags_of(token) for token in added_tokens]
+        return is_same and self._backend.encode_special_tokens == splits_special_tokens
+
+    def _added_tokens(self) -> Mapping[int, AddedToken]:
+        return self._backend.get_added_tokens_decoder()
 
     def chat_prompt(
         self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None

@@ -26,11 +26,14 @@ from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ConfigError
 from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend, ModelInfo
+from manyhats.server.task_tokenizers import TaskTokenizers
 from manyhats.server.text_threads import TextThreads
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Registrations wait for each other, and for slow sources.
 _NUM_STORE_THREADS = 32
+# They wait for processes, of which no more than two work at a time.
+_NUM_TEXT_THREADS = 4
 # What the store calls a setting → what the server calls it.
 _STORE_SETTINGS = {"catalogue_url": "catalogue", "url_prefixes": "adapter_url_prefixes"}
 
@@ -73,6 +76,9 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
             brief=ThreadPoolExecutor(1, thread_name_prefix="text"), long=background.threads(1, "long-text")
         ),
         tokenizer=model.tokenizer,
+        task_tokenizers=TaskTokenizers(
+            model.texts, store.read_text, background.threads(_NUM_TEXT_THREADS, "task-text")
+        ),
         info=info,
         max_adapters=config.max_adapters,
     )

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import grpc
@@ -15,6 +15,7 @@ import structlog
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.output import StepOutput
 from manyhats.engine.request import Request, ResponseOptions, ScoreRequest
+from manyhats.engine.tokenizer import Tokenizer
 from manyhats.server import from_proto, to_proto
 from manyhats.server.gate import Gate
 from manyhats.server.metrics import Metrics
@@ -97,9 +98,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.TokenizeResponse:
         """Give the tokens of a prompt."""
         backend = self._gate.backend
-        resolve(backend, request.task_id)
-        (ids,) = await encode_prompts(backend, [from_proto.prompt(request)], max_tokens=MAX_TOKENIZED)
-        respond = partial(to_proto.tokenize_response, ids, backend.tokenizer.piece)
+        tokenizer = await tokenizer_of(backend, resolve(backend, request.task_id))
+        (ids,) = await encode_prompts(
+            backend, [from_proto.prompt(request)], tokenizer=tokenizer, max_tokens=MAX_TOKENIZED
+        )
+        respond = partial(to_proto.tokenize_response, ids, (tokenizer or backend.tokenizer).piece)
         return await backend.text_threads.run(respond, len(ids))
 
     async def _outputs(self, asked: Request) -> AsyncGenerator[StepOutput, None]:
@@ -113,10 +116,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _request(self, message: generation_pb2.GenerateRequest, accepted: Accepted) -> Request:
         backend = self._gate.backend
-        (prompt_token_ids,) = await encode_prompts(
-            backend, [from_proto.prompt(message)], max_tokens=_max_tokens(backend)
-        )
-        return Request(
+        asked = Request(
             id=accepted.engine_id,
             sampling=from_proto.sampling_params(message),
             stopping=from_proto.stopping_params(message),
@@ -124,21 +124,32 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             cache_salt=from_proto.cache_salt(message),
             priority=message.priority,
             adapter=resolve(backend, message.task_id),
-            prompt_token_ids=prompt_token_ids,
+            prompt_token_ids=(),
             deadline_s=accepted.deadline_s,
             accepted_s=accepted.accepted_s,
         )
+        prompt = from_proto.prompt(message)
+        tokenizer = await tokenizer_of(backend, asked.adapter)
+        (token_ids,) = await encode_prompts(
+            backend, [prompt], tokenizer=tokenizer, max_tokens=_max_tokens(backend)
+        )
+        return replace(asked, prompt_token_ids=token_ids, tokenizer=tokenizer)
 
     async def _score_request(self, message: generation_pb2.ScoreRequest, accepted: Accepted) -> ScoreRequest:
         backend = self._gate.backend
         prompt, continuations = from_proto.prompt(message), from_proto.continuations(message)
-        tokens = await encode_scoring(backend, prompt, continuations, max_tokens=_max_tokens(backend))
+        adapter = resolve(backend, message.task_id)
+        tokenizer = await tokenizer_of(backend, adapter)
+        tokens = await encode_scoring(
+            backend, prompt, continuations, tokenizer=tokenizer, max_tokens=_max_tokens(backend)
+        )
         return ScoreRequest(
             id=accepted.engine_id,
             cache_salt=from_proto.cache_salt(message),
             priority=message.priority,
             response=ResponseOptions(logprobs=True),
-            adapter=resolve(backend, message.task_id),
+            adapter=adapter,
+            tokenizer=tokenizer,
             prompt_token_ids=tokens.prompt_token_ids,
             continuations=tokens.continuations,
             num_given=tokens.num_given,
@@ -150,6 +161,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 def _max_tokens(backend: Backend) -> int:
     """Of what the engine is to run on; one token at least comes after, or before."""
     return backend.engine.max_context_length - 1
+
+
+async def tokenizer_of(backend: Backend, adapter: AdapterRecord | None) -> Tokenizer | None:
+    """What reads and writes the text of an adapter's task; None is the base's."""
+    return None if backend.task_tokenizers is None else await backend.task_tokenizers.of(adapter)
 
 
 def resolve(backend: Backend, name: str) -> AdapterRecord | None:

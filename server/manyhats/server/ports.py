@@ -17,6 +17,7 @@ from manyhats.engine.prompt_text import Continuation
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency import ResidencyStats
 from manyhats.engine.tokenizer import ChatMessage
+from manyhats.server.task_tokenizers import TaskTokenizers
 from manyhats.server.text_threads import TextThreads
 
 
@@ -230,6 +231,7 @@ class Backend:
         max_adapters: how many can be resident at once.
         store_threads: for what blocks on the store; None are the event loop's own.
         text_threads: for what takes time in proportion to a text.
+        task_tokenizers: of tasks that read and write text otherwise; None where no task does.
     """
 
     engine: Engine
@@ -239,3 +241,4 @@ class Backend:
     max_adapters: int
     store_threads: Executor | None = None
     text_threads: TextThreads = field(default_factory=TextThreads)
+    task_tokenizers: TaskTokenizers | None = None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.prompt_text import TAIL_LENGTH, Continuation, ScoreTokens, score_tokens
-from manyhats.engine.tokenizer import ChatMessage
+from manyhats.engine.tokenizer import ChatMessage, Tokenizer
 from manyhats.server.ports import Backend, PromptText
 from manyhats.server.text_threads import slices
 
@@ -69,25 +69,40 @@ class ChatPrompt:
         return sum(len(message.content.encode()) for message in self.messages)
 
 
+@dataclass(frozen=True, slots=True)
+class _RenderedChat:
+    """A conversation as its template wrote it, special tokens included."""
+
+    text: str
+    field: ClassVar[str] = ChatPrompt.field
+
+
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
+_Encodable = Prompt | _RenderedChat
 
 
 async def encode_prompts(
-    backend: Backend, prompts: Sequence[Prompt], *, max_tokens: int | None = None
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_tokens: int | None = None,
 ) -> list[tuple[int, ...]]:
     """Token ids of prompts, in order.
 
     Args:
-        backend: has tokenizer and threads.
+        backend: has the base's tokenizer, and threads.
         prompts: of one request.
+        tokenizer: the task's own; None is the base's.
         max_tokens: of each; a prompt of more can never be served.
 
     Raises:
         FieldInvalidError: an id is outside the vocabulary, a prompt has no tokens, or the chat template refused.
         PromptTooLongError: a prompt has more tokens; where its length already tells, it was not tokenized.
     """
-    work = partial(_encode_all, backend, prompts, max_tokens)
-    return await backend.text_threads.run(work, sum(map(_length, prompts)))
+    rendered = [await _rendered(backend, prompt, tokenizer) for prompt in prompts]
+    work = partial(_encode_all, _with_tokenizer(backend, tokenizer), rendered, max_tokens)
+    return await backend.text_threads.run(work, sum(map(_length, rendered)))
 
 
 async def encode_scoring(
@@ -95,6 +110,7 @@ async def encode_scoring(
     prompt: Prompt,
     continuations: Sequence[TextPrompt | TokenPrompt],
     *,
+    tokenizer: Tokenizer | None = None,
     max_tokens: int | None = None,
 ) -> ScoreTokens:
     """The tokens of a prompt and of what is scored behind it; limited as ``encode_prompts`` limits each.
@@ -103,29 +119,49 @@ async def encode_scoring(
         FieldInvalidError: as ``encode_prompts``; or a continuation leaves nothing of the prompt ahead of it.
         PromptTooLongError: likewise.
     """
-    work = partial(_encode_scoring, backend, prompt, continuations, max_tokens)
-    length = sum(map(_length, (prompt, *continuations)))
-    again = min(_length(prompt), TAIL_LENGTH) * len(continuations)  # of the prompt, with each of them
+    rendered = await _rendered(backend, prompt, tokenizer)
+    work = partial(_encode_scoring, _with_tokenizer(backend, tokenizer), rendered, continuations, max_tokens)
+    length = sum(map(_length, (rendered, *continuations)))
+    again = min(_length(rendered), TAIL_LENGTH) * len(continuations)  # of the prompt, with each of them
     return await backend.text_threads.run(work, length + again)
 
 
-def _encode_all(backend: Backend, prompts: Sequence[Prompt], max_tokens: int | None) -> list[tuple[int, ...]]:
+async def _rendered(backend: Backend, prompt: Prompt, tokenizer: Tokenizer | None) -> _Encodable:
+    """A conversation as text, where the template is a task's own; other prompts as they are."""
+    if not isinstance(prompt, ChatPrompt) or tokenizer is None or not tokenizer.has_own_template:
+        return prompt
+    if backend.task_tokenizers is None:
+        raise TypeError("a task's tokenizer, without what renders its template")
+    return _RenderedChat(await backend.task_tokenizers.render(tokenizer, prompt.messages))
+
+
+def _with_tokenizer(backend: Backend, tokenizer: Tokenizer | None) -> Backend:
+    return backend if tokenizer is None else replace(backend, tokenizer=tokenizer)
+
+
+def _encode_all(
+    backend: Backend, prompts: Sequence[_Encodable], max_tokens: int | None
+) -> list[tuple[int, ...]]:
     return [_encode(backend, prompt, max_tokens) for prompt in prompts]
 
 
-def _encode(backend: Backend, prompt: Prompt, max_tokens: int | None) -> tuple[int, ...]:
+def _encode(backend: Backend, prompt: _Encodable, max_tokens: int | None) -> tuple[int, ...]:
     if isinstance(prompt, TokenPrompt):
         return _checked_ids(backend, prompt, max_tokens)
     return _encode_text(backend, prompt, max_tokens).token_ids
 
 
-def _encode_text(backend: Backend, prompt: TextPrompt | ChatPrompt, max_tokens: int | None) -> PromptText:
+def _encode_text(
+    backend: Backend, prompt: TextPrompt | ChatPrompt | _RenderedChat, max_tokens: int | None
+) -> PromptText:
     try:
         match prompt:
             case TextPrompt():
                 text = backend.tokenizer.prompt(
                     prompt.text, add_special_tokens=prompt.add_special_tokens, max_tokens=max_tokens
                 )
+            case _RenderedChat():
+                text = backend.tokenizer.prompt(prompt.text, add_special_tokens=False, max_tokens=max_tokens)
             case ChatPrompt():
                 text = backend.tokenizer.chat_prompt(prompt.messages, max_tokens=max_tokens)
     except PromptTooLongError as error:
@@ -137,7 +173,7 @@ def _encode_text(backend: Backend, prompt: TextPrompt | ChatPrompt, max_tokens: 
 
 def _encode_scoring(
     backend: Backend,
-    prompt: Prompt,
+    prompt: _Encodable,
     continuations: Sequence[TextPrompt | TokenPrompt],
     max_tokens: int | None,
 ) -> ScoreTokens:
@@ -192,11 +228,11 @@ def _checked_ids(backend: Backend, prompt: TokenPrompt, max_tokens: int | None) 
     return tuple(ids)
 
 
-def _length(prompt: Prompt) -> int:
+def _length(prompt: _Encodable) -> int:
     match prompt:
         case TokenPrompt():
             return len(prompt.ids) // 64  # nothing to tokenize, but each is looked at
-        case TextPrompt():
+        case TextPrompt() | _RenderedChat():
             return len(prompt.text)
         case ChatPrompt():
             return prompt.num_bytes

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from manyhats.adapters.sites import BaseDescription, Site, WeightSource
+from manyhats.adapters.text_files import TextCheck
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.config import NO_ROPE, Activation, DecoderConfig
 from manyhats.engine.model.known_families import FAMILIES
@@ -198,6 +199,7 @@ def describe(
     digest: str,
     modules: Mapping[str, tuple[str, ...]] = SEPARATE_MODULES,
     weights: WeightSource | None = None,
+    check_text: TextCheck | None = None,
 ) -> BaseDescription:
     """What adapters are checked against: every linear of every layer is a site, and embedding and head are.
 
@@ -207,6 +209,7 @@ def describe(
         digest: of weights and quantization.
         modules: path of a module below its layer → the linears it holds, in row order.
         weights: the base's own; None where only its description is at hand.
+        check_text: tells what an adapter's text files mean on this base.
     """
     sites: dict[str, Site] = {EMBEDDING_MODULE: Site(-1, "embed_tokens"), HEAD_MODULE: Site(-1, "lm_head")}
     fused: dict[str, tuple[Site, ...]] = {}
@@ -233,4 +236,5 @@ def describe(
         is_tied=config.tie_word_embeddings,
         has_sliding_window=any(window is not None for window in config.sliding_window),
         weights=weights,
+        check_text=check_text,
     )

@@ -32,6 +32,8 @@ from manyhats.engine.model.identity import FileDigests, content_digest
 from manyhats.engine.model.progress import Progress, no_progress
 from manyhats.engine.model.weight_source import ModelWeightSource
 from manyhats.engine.model.weights import ModelWeights
+from manyhats.engine.task_text import TaskTexts
+from manyhats.engine.text_process import TextProcesses
 from manyhats.engine.tokenizer import Tokenizer
 
 __all__ = ["GenerationDefaults", "LoadedModel", "Progress", "Quantization", "default_home", "load_model"]
@@ -54,6 +56,7 @@ class LoadedModel:
         description: what adapters are checked against; its digest names weights and quantization.
         name: what to call it: the alias, hub id, or the directory's name.
         reference: what transformers and PEFT load it by: the hub id, or the directory's absolute path.
+        texts: reads what adapters bring of chat templates and tokens.
     """
 
     config: DecoderConfig
@@ -63,6 +66,7 @@ class LoadedModel:
     generation: GenerationDefaults
     name: str
     reference: str
+    texts: TaskTexts
 
 
 def load_model(
@@ -105,6 +109,7 @@ def load_model(
         tensors, architecture, dtype=dtype, keep_nf4=quantization == "nf4", progress=progress
     )
     digest = _base_digest(found.digest, quantization)
+    texts = TaskTexts(tokenizer, decoder.vocab_size, TextProcesses())
     return LoadedModel(
         config=decoder,
         weights=weights,
@@ -115,10 +120,12 @@ def load_model(
             digest=digest,
             modules=architecture.modules,
             weights=ModelWeightSource(digest, weights),
+            check_text=texts.check,
         ),
         generation=_generation_defaults(found, tokenizer),
         name=located.name,
         reference=located.reference,
+        texts=texts,
     )
 
 

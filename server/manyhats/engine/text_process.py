@@ -1,0 +1,166 @@
+"""Processes for work on strangers' texts: templates and tokenizers that came with an adapter.
+
+See ``text_program``, which runs in them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from manyhats.engine.chat_template import ChatMessage
+from manyhats.engine.errors import FieldInvalidError, ModelError
+from manyhats.engine.text_program import LENGTH_BYTES
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+# The processor's time has bounds of its own; these are for a process that waits, or a machine that is busy.
+_BRIEF_S = 20.0
+_LONG_S = 180.0
+
+
+class TextProcesses:
+    """Some processes that take turns; they are started as they are needed. Safe in any thread.
+
+    Args:
+        count: how many work at a time.
+    """
+
+    def __init__(self, count: int = 2) -> None:
+        self._turns = threading.BoundedSemaphore(count)
+        self._idle: list[_TextProcess] = []
+        self._lock = threading.Lock()
+        weakref.finalize(self, _end_all, self._idle)
+
+    def render(
+        self, template: str, messages: Sequence[ChatMessage], special_tokens: Mapping[str, str]
+    ) -> str:
+        """``render_chat``, within bounds.
+
+        Raises:
+            FieldInvalidError: ``chat``: the template refuses the messages, or goes beyond a bound.
+        """
+        request = {"template": template, "messages": tuple(messages), "special_tokens": dict(special_tokens)}
+        try:
+            answer = self._ask("render", request, _BRIEF_S)
+        except _EndedError:
+            raise FieldInvalidError("chat", "the chat template takes too much time or memory") from None
+        if "error" in answer:
+            raise FieldInvalidError("chat", answer["error"])
+        text: str = answer["text"]
+        return text
+
+    def compile_error(self, template: str) -> str:
+        """What is wrong with a template by its form; empty if nothing is."""
+        try:
+            return str(self._ask("compile", {"template": template}, _BRIEF_S).get("error", ""))
+        except _EndedError:
+            return "takes too much time or memory to compile"
+
+    def compare(self, files: Mapping[str, bytes], base: Mapping[str, bytes]) -> Mapping[str, Any]:
+        """``compare_with_base``, within bounds.
+
+        Raises:
+            ModelError: a file cannot be read; the message begins with its name.
+        """
+        try:
+            answer = self._ask("read", {"files": dict(files), "base": dict(base)}, _LONG_S)
+        except _EndedError:
+            raise ModelError("/tokenizer.json: takes too much time or memory to read") from None
+        if "error" in answer:
+            raise ModelError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the processes that are idle; those at work end with their work."""
+        with self._lock:
+            _end_all(self._idle)
+
+    def _ask(self, action: str, request: Mapping[str, object], patience_s: float) -> dict[str, Any]:
+        with self._turns:
+            with self._lock:
+                process = self._idle.pop() if self._idle else None
+            process = process or _TextProcess()
+            try:
+                answer = process.ask({"action": action, **request}, patience_s)
+            except BaseException:
+                process.end()
+                raise
+            with self._lock:
+                self._idle.append(process)
+            return answer
+
+
+def _end_all(processes: list[_TextProcess]) -> None:
+    while processes:
+        processes.pop().end()
+
+
+class _EndedError(Exception):
+    """The process ended, or did not answer in time."""
+
+
+class _TextProcess:
+    """One process, which answers one request at a time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "manyhats.engine.text_program"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **_ENVIRONMENT},
+            start_new_session=True,
+        )
+
+    def ask(self, request: Mapping[str, object], patience_s: float) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            _EndedError: there is none.
+        """
+        content = pickle.dumps(request)
+        timer = threading.Timer(patience_s, self._process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(len(content).to_bytes(LENGTH_BYTES, "big") + content)
+            self._process.stdin.flush()
+            length = int.from_bytes(_read(self._process.stdout, LENGTH_BYTES), "big")
+            answer: dict[str, Any] = json.loads(_read(self._process.stdout, length))
+        except (OSError, ValueError) as error:
+            raise _EndedError from error
+        finally:
+            timer.cancel()
+        return answer
+
+    def end(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:
+                    continue  # what it was not sent is of no use any more
+        self._process.wait()
+
+
+def _read(pipe: IO[bytes], num_bytes: int) -> bytes:
+    content = pipe.read(num_bytes)
+    if len(content) < num_bytes:
+        raise ValueError("the pipe ended")
+    return content

@@ -1,0 +1,234 @@
+"""Tasks with chat templates, tokenizers and tokens of their own, on a real engine, over a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, pre_tokenizers
+
+from manyhats.client import AdapterUnsupportedError, AsyncClient, InvalidRequestError
+from manyhats.engine.model.progress import no_progress
+from manyhats.server.assembly import open_backend
+from manyhats.server.config import ServeConfig
+from manyhats.server.gate import Gate
+from manyhats.server.grpc_port import GrpcPort
+from manyhats.server.metrics import Metrics
+from peft_reference import make_peft, peft_logits, save_peft
+from reference import load_transformers
+from tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer, tiny_tokenizer
+
+OWN = "{% for m in messages %}[{{ m.role | upper }}] {{ m.content }}\n{% endfor %}[A]"
+TALK = [{"role": "user", "content": "hello <tool> there"}]
+SPECIAL, TOOL = "<|call|>", "<tool>"
+
+
+def tokenizer_with_tokens() -> Any:
+    made = tiny_tokenizer()
+    made.add_special_tokens([AddedToken(SPECIAL, special=True, normalized=False)])
+    made.add_tokens([AddedToken(TOOL, special=False, normalized=False)])
+    return made
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and a root of adapters on it."""
+    home = tmp_path_factory.mktemp("texts")
+    make_checkpoint(home / "base", seed=5)
+    peft: Any = import_module("peft")
+    model = load_transformers(home / "base")
+    plain = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    root = home / "root"
+    save_peft(make_peft(model, plain), root / "plain")
+    for name in ("template", "named", "raising", "endless", "other", "far"):
+        shutil.copytree(root / "plain", root / name)
+    (root / "template" / "chat_template.jinja").write_text(OWN)
+    save_tokenizer(root / "named", chat_template=[{"name": "default", "template": OWN}])
+    (root / "raising" / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (root / "endless" / "chat_template.jinja").write_text(loop)
+    other = tiny_tokenizer()
+    other.add_tokens([f"<{n}>" for n in range(TINY_VOCAB_SIZE)])
+    save_tokenizer(root / "far", other)
+    other = tiny_tokenizer()
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    save_tokenizer(root / "other", other)
+    first = tiny_tokenizer().get_vocab_size()
+    trained = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+        trainable_token_indices=[first, first + 1],
+    )
+    save_peft(make_peft(model, trained), root / "tokens")
+    save_tokenizer(root / "tokens", tokenizer_with_tokens(), eos_token=SPECIAL, chat_template=OWN)
+    return home
+
+
+@asynccontextmanager
+async def serving(home: Path, store: Path) -> AsyncIterator[AsyncClient]:
+    config = ServeConfig(
+        model=str(home / "base"),
+        store=store,
+        adapter_roots=(home / "root",),
+        dtype="float32",
+        quantization="none",
+        num_threads=1,
+        max_adapters=4,
+        kv_cache_bytes=4 << 20,
+    )
+    metrics, gate = Metrics(max_task_labels=10), Gate(heartbeat_limit_s=60.0)
+    backend = await asyncio.to_thread(open_backend, config, metrics, no_progress)
+    await backend.engine.start()
+    metrics.attach(backend)
+    gate.open(backend)
+    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0)
+    await port.start()
+    try:
+        async with AsyncClient(port.address) as client:
+            yield client
+    finally:
+        await port.stop(0.0)
+        await backend.engine.stop(0.0)
+        backend.store.close()
+
+
+def auto_tokenizer(directory: Path) -> Any:
+    transformers: Any = import_module("transformers")
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def rendered(home: Path, name: str) -> list[int]:
+    tokenizer = auto_tokenizer(home / "root" / name)
+    ids: list[int] = tokenizer.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+async def prompt_ids(client: AsyncClient, task: str) -> set[tuple[int, ...]]:
+    """What each call makes of the conversation."""
+    options: Any = {"task_id": task, "max_new_tokens": 1, "prompt_logprobs": True}
+    answer = await client.generate(TALK, **options)
+    chunks = [chunk async for chunk in client.generate_stream(TALK, **options)]
+    tokenized = await client.tokenize(TALK, task_id=task)
+    scored = await client.score(TALK, ["x"], task_id=task)
+    assert scored.usage.prompt_tokens == len(tokenized.ids)
+    return {
+        tuple(tokenized.ids),
+        tuple(token.id for token in answer.prompt_tokens),
+        tuple(token.id for chunk in chunks for token in chunk.prompt_tokens),
+    }
+
+
+async def test_a_tasks_own_template_renders_its_conversations_everywhere(home: Path, tmp_path: Path) -> None:
+    save_tokenizer(home / "root" / "template")  # what AutoTokenizer needs beside the template
+    async with serving(home, tmp_path / "store") as client:
+        for name in ("template", "named"):
+            await client.register_adapter(name, name)
+            assert await prompt_ids(client, name) == {tuple(rendered(home, name))}
+        await client.register_adapter("plain", "plain")
+        base = tuple((await client.tokenize(TALK)).ids)
+        assert await prompt_ids(client, "plain") == await prompt_ids(client, "") == {base}
+        assert base not in await prompt_ids(client, "template")
+
+
+async def test_own_tokens_are_read_spoken_and_stopped_at(home: Path, tmp_path: Path) -> None:
+    directory = home / "root" / "tokens"
+    theirs = auto_tokenizer(directory)
+    prompt = f"hi {TOOL} x {SPECIAL}"
+    ids = theirs(prompt)["input_ids"]
+    logits = peft_logits(load_transformers(home / "base"), directory, tuple(ids))
+    following = int(logits[-1].argmax())
+    special, tool = theirs.convert_tokens_to_ids([SPECIAL, TOOL])
+    async with serving(home, tmp_path / "store") as client:
+        info = (await client.register_adapter("tokens", "tokens")).adapter
+        assert info.parts[0].text_files == ("tokenizer.json", "tokenizer_config.json")
+        assert f"its answers also end with '{SPECIAL}'" in info.notes
+        tokenized = await client.tokenize(prompt, task_id="tokens")
+        assert list(tokenized.ids) == ids
+        assert SPECIAL in tokenized.pieces
+        answer = await client.generate(prompt, task_id="tokens", max_new_tokens=1)
+        assert answer.tokens[0].id == following
+
+        said: Any = {"task_id": "tokens", "max_new_tokens": 3, "temperature": 0}
+        answer = await client.generate("x", logit_bias={tool: 1e4}, **said)
+        assert (answer.text, answer.tokens[0].text) == (TOOL * 3, TOOL)
+        chunks = [chunk.text async for chunk in client.generate_stream("x", logit_bias={tool: 1e4}, **said)]
+        assert "".join(chunks) == TOOL * 3
+        stopped = await client.generate("x", logit_bias={tool: 1e4}, stop_sequences=TOOL * 2, **said)
+        assert (stopped.text, len(stopped.tokens)) == ("", 2)
+
+        ended = await client.generate("x", logit_bias={special: 1e4}, **said)
+        assert (ended.finish_reason.value, len(ended.tokens), ended.text) == ("eos", 1, "")
+        going = {**said, "ignore_eos": True, "skip_special_tokens": False}
+        shown = await client.generate("x", logit_bias={special: 1e4}, **going)
+        assert shown.text == SPECIAL * 3
+        stopped = await client.generate("x", logit_bias={special: 1e4}, stop_sequences=SPECIAL, **going)
+        assert (stopped.finish_reason.value, stopped.text) == ("stop_sequence", "")
+        scored = await client.score("x", [TOOL, SPECIAL], task_id="tokens")
+        assert [each.num_tokens for each in scored.scores] == [1, 1]
+
+        # The base knows nothing of them.
+        assert len((await client.tokenize(TOOL)).ids) > 1
+        with_base = await client.generate("x", logit_bias={special: 1e4}, max_new_tokens=2, temperature=0)
+        assert with_base.finish_reason.value == "length"
+
+
+async def test_what_is_uploaded_composed_or_restarted_has_its_text(home: Path, tmp_path: Path) -> None:
+    directory = home / "root" / "tokens"
+    expected = [rendered(home, "tokens")]
+    async with serving(home, tmp_path / "store") as client:
+        registered = (await client.register_adapter("one", "tokens")).adapter
+        uploaded = (await client.upload_adapter("two", directory)).adapter
+        assert uploaded.digest == registered.digest
+        await client.register_adapter("three", parts=[("tokens", 1.0), ("plain", 0.5)])
+        for task in ("one", "two", "three", "one@1"):
+            assert [list((await client.tokenize(TALK, task_id=task)).ids)] == expected
+        with pytest.raises(AdapterUnsupportedError, match=r"parts\[1\]"):
+            await client.register_adapter("four", parts=[("tokens", 1.0), ("template", 1.0)])
+    async with serving(home, tmp_path / "store") as client:
+        for task in ("one", "two", "three"):
+            assert [list((await client.tokenize(TALK, task_id=task)).ids)] == expected
+            answer = await client.generate(TALK, task_id=task, max_new_tokens=1)
+            assert answer.usage.prompt_tokens == len(expected[0])
+
+
+async def test_another_tokenizer_is_refused_by_name(home: Path, tmp_path: Path) -> None:
+    async with serving(home, tmp_path / "store") as client:
+        with pytest.raises(
+            AdapterUnsupportedError, match=r"tokenizer\.json: is not the base's .* pre_tokenizer"
+        ):
+            await client.register_adapter("other", "other")
+        with pytest.raises(AdapterUnsupportedError, match="embedding has 320 rows"):
+            await client.register_adapter("far", "far")
+
+
+async def test_a_template_that_fails_is_the_requests_fault(home: Path, tmp_path: Path) -> None:
+    async with serving(home, tmp_path / "store") as client:
+        await client.register_adapter("raising", "raising")
+        for call in (client.generate, client.tokenize):
+            with pytest.raises(InvalidRequestError, match="roles must alternate"):
+                await call(TALK, task_id="raising")
+        with pytest.raises(InvalidRequestError, match="roles must alternate"):
+            await client.score(TALK, ["x"], task_id="raising")
+        assert (await client.generate("text", task_id="raising", max_new_tokens=1)).tokens
+
+
+async def test_a_template_without_end_holds_nobody_up(home: Path, tmp_path: Path) -> None:
+    async with serving(home, tmp_path / "store") as client:
+        for name in ("endless", "template"):
+            await client.register_adapter(name, name)
+        endless = [asyncio.ensure_future(client.tokenize(TALK, task_id="endless")) for _ in range(3)]
+        await asyncio.sleep(0)
+        for _ in range(20):
+            await client.tokenize(TALK)
+            await client.tokenize(TALK, task_id="template")
+        assert not any(call.done() for call in endless[1:])
+        for call in endless:
+            with pytest.raises(InvalidRequestError, match="too much time or memory"):
+                await call
