@@ -20,16 +20,9 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
 
-from manyhats.engine.decoder_chain import (
-    Step,
-    byte_of,
-    byte_run,
-    bytes_of,
-    clean_up_steps,
-    end_through,
-    push_through,
-    steps_for,
-)
+from manyhats.engine.decoder_chain import clean_up_steps, end_through, push_through, steps_for
+from manyhats.engine.decoder_steps import Step, byte_of, byte_run, bytes_of
+from manyhats.engine.vocabulary import Vocabulary, decoded, text_of
 
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 
@@ -104,58 +97,11 @@ def _sentencepiece_strip(chain: list[dict[str, Any]]) -> int | None:
             return None
 
 
-class _Vocabulary:
-    """Token strings by id; the special ones apart, where they are skipped."""
-
-    def __init__(self, backend: Backend, skip_special_tokens: bool) -> None:
-        self._backend = backend
-        self._special = _skipped_tokens(backend) if skip_special_tokens else {}
-
-    def special(self, token_id: int) -> str | None:
-        """The literal of a special token that is skipped; None for any other."""
-        return self._special.get(token_id)
-
-    def token(self, token_id: int) -> str | None:
-        """The string of a token as the vocabulary has it; None for skipped and unknown ones."""
-        if token_id in self._special or token_id < 0:
-            return None
-        return self._backend.id_to_token(token_id)
-
-
-def _skipped_tokens(backend: Backend) -> dict[int, str]:
-    """Id → literal of the tokens that decoding skips.
-
-    Their flags do not say it: of a token that is added anew, special or not, the library may keep what it was. So it is
-    tried between two ordinary tokens; the backend may be in use meanwhile and stays as it is.
-    """
-    added = backend.get_added_tokens_decoder()
-    ordinary = (i for i in range(backend.get_vocab_size()) if i not in added and _piece(backend, i))
-    around = next(ordinary, None)
-    return {
-        token_id: token.content
-        for token_id, token in added.items()
-        if (token.special if around is None else _is_skipped(backend, token_id, around, token.special))
-    }
-
-
-def _is_skipped(backend: Backend, token_id: int, around: int, has_flag: bool) -> bool:
-    ids = [around, token_id, around]
-    try:
-        with_literal = _decoded(backend, ids, skip_special_tokens=False)
-        if _decoded(backend, ids, skip_special_tokens=True) != with_literal:
-            return True
-        # A literal that is not seen even here makes no difference that could be tried.
-        is_seen = _decoded(backend, [around, around], skip_special_tokens=False) != with_literal
-    except ValueError:
-        return has_flag
-    return has_flag and not is_seen
-
-
 class BytePieces:
     """Tokens of a byte-level vocabulary."""
 
     def __init__(self, backend: Backend, *, skip_special_tokens: bool = True) -> None:
-        self._vocabulary = _Vocabulary(backend, skip_special_tokens)
+        self._vocabulary = Vocabulary(backend, skip_special_tokens)
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -197,7 +143,7 @@ class SentencePieces:
     """
 
     def __init__(self, backend: Backend, strip: int, *, skip_special_tokens: bool = True) -> None:
-        self._vocabulary = _Vocabulary(backend, skip_special_tokens)
+        self._vocabulary = Vocabulary(backend, skip_special_tokens)
         self.strip = strip
         self._known: dict[int, str | int | None] = {}
 
@@ -266,11 +212,11 @@ class ChainPieces:
     ) -> None:
         self._backend = backend
         self._steps = steps
-        self._vocabulary = _Vocabulary(backend, skip_special_tokens)
+        self._vocabulary = Vocabulary(backend, skip_special_tokens)
 
     def piece(self, token_id: int) -> str:
         """See ``Pieces``."""
-        return _piece(self._backend, token_id)
+        return text_of(self._backend, token_id)
 
     def stream(self) -> Detokenizer:
         """See ``Pieces``."""
@@ -278,7 +224,7 @@ class ChainPieces:
 
 
 class _ChainStream:
-    def __init__(self, vocabulary: _Vocabulary, steps: list[Step]) -> None:
+    def __init__(self, vocabulary: Vocabulary, steps: list[Step]) -> None:
         self._vocabulary = vocabulary
         self._steps = steps
 
@@ -300,7 +246,7 @@ class WholePieces:
 
     def piece(self, token_id: int) -> str:
         """See ``Pieces``."""
-        return _piece(self._backend, token_id)
+        return text_of(self._backend, token_id)
 
     def stream(self) -> Detokenizer:
         """See ``Pieces``."""
@@ -319,7 +265,7 @@ class _WholeStream:
 
     def flush(self) -> str:
         ids, self._ids = self._ids, []
-        return _decoded(self._backend, ids, self._skip_special_tokens) if ids else ""
+        return decoded(self._backend, ids, self._skip_special_tokens) if ids else ""
 
 
 class CleanedPieces:
@@ -348,22 +294,3 @@ class _CleanedStream:
     def flush(self) -> str:
         text = push_through(self._steps, self._stream.flush())
         return text + end_through(self._steps)
-
-
-def _piece(backend: Backend, token_id: int) -> str:
-    if token_id < 0:
-        return ""
-    try:
-        return _decoded(backend, [token_id], skip_special_tokens=False)
-    except ValueError:
-        return backend.id_to_token(token_id) or ""
-
-
-def _decoded(backend: Backend, ids: list[int], skip_special_tokens: bool) -> str:
-    try:
-        return backend.decode(ids, skip_special_tokens=skip_special_tokens)
-    except BaseException as error:
-        # The library's panics are no Exception, and would end the engine.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"the tokenizer's decoder failed: {error}") from error

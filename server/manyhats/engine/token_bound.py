@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from manyhats.engine.decoder_chain import byte_alphabet
+from manyhats.engine.decoder_steps import byte_alphabet
 
 # Unicode's normal forms shorten a text at most fourfold in UTF-8: a mathematical letter of four bytes becomes ASCII.
 _UNICODE_SHRINKAGE = 4

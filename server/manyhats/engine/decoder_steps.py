@@ -1,0 +1,247 @@
+"""The steps of a decoder at work on one text: each does what one decoder of the ``tokenizers`` library does.
+
+A step gives out, at each token, what no later token can change. Behind a decoder that makes one token of all (``Fuse``,
+``ByteLevel``), steps take parts of that one instead of tokens.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from tokenizers.decoders import Decoder
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Rust's reading of two hexadecimal digits, which may begin with a sign.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
+
+
+class Step(Protocol):
+    """One decoder of a chain at work on one text."""
+
+    def push(self, token: str) -> Sequence[str]:
+        """What is certain with one more token, or part of the one token, that was not before."""
+
+    def end(self) -> Sequence[str]:
+        """What is left when no more come."""
+
+
+def byte_of(token: str) -> int | None:
+    """The byte that a token such as ``<0x0A>`` stands for; None if it is no such token."""
+    match = _BYTE_TOKEN.fullmatch(token)
+    return None if match is None else int(match[1], 16)
+
+
+def byte_run(run: bytes) -> list[str]:
+    """The tokens that a run of byte tokens makes: one, or a replacement character for each byte if it is not UTF-8."""
+    try:
+        return [run.decode()] if run else []
+    except UnicodeDecodeError:
+        return [REPLACEMENT] * len(run)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Character → byte of byte-level vocabularies: printable Latin-1 is itself, the rest U+0100 and on.
+
+    Source: Radford et al. 2019, GPT-2's ``bytes_to_unicode``.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in set(printable)]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = byte_alphabet()
+
+
+def bytes_of(token: str) -> bytes:
+    """The bytes that a token of a byte-level vocabulary stands for; an added token is written as it is."""
+    try:
+        return bytes(_ALPHABET[character] for character in token)
+    except KeyError:
+        return token.encode()
+
+
+def stripped(token: str, content: str, start: int, stop: int) -> str:
+    """A token without up to ``start`` and ``stop`` of a character at its ends.
+
+    The library's own fails where more is to be stripped than there is.
+    """
+    first = _num_leading(token, content, start)
+    return token[first : len(token) - _num_leading(token[::-1], content, stop)]
+
+
+def _num_leading(text: str, content: str, limit: int) -> int:
+    return min(limit, len(text) - len(text.lstrip(content)))
+
+
+class Unchanged:
+    """Gives out each token, or part, as it is."""
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        return (token,)
+
+    def end(self) -> Sequence[str]:
+        """See ``Step``."""
+        return ()
+
+
+class Each(Unchanged):
+    """Changes each token, or part, by itself."""
+
+    def __init__(self, change: Callable[[str], str]) -> None:
+        self._change = change
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        return (self._change(token),)
+
+
+class FirstDiffers(Unchanged):
+    """A decoder that treats the first token otherwise than all others."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._before: list[str] = []
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        text = self._decoder.decode([*self._before, token])
+        self._before = [""]  # as the first, it has no text
+        return (text,)
+
+
+class LastDiffers:
+    """A decoder that treats the last token otherwise than all others."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._last: str | None = None
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        last, self._last = self._last, token
+        return () if last is None else (self._decoder.decode([last, ""]),)
+
+    def end(self) -> Sequence[str]:
+        """See ``Step``."""
+        return () if self._last is None else (self._decoder.decode([self._last]),)
+
+
+class Spaced(Unchanged):
+    """What joins tokens where there is no decoder."""
+
+    def __init__(self) -> None:
+        self._between = ""
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        text, self._between = self._between + token, " "
+        return (text,)
+
+
+class Ctc(Unchanged):
+    """Takes repeated tokens once, and leaves out those without text."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._last: str | None = None
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        if token == self._last:
+            return ()
+        self._last = token
+        text = self._decoder.decode([token])
+        return (text,) if text else ()
+
+
+class ByteRuns:
+    """Makes one token of a run of byte tokens, or one for each byte where they are not UTF-8."""
+
+    def __init__(self) -> None:
+        self._run = bytearray()
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        byte = byte_of(token)
+        if byte is None:
+            return (*self.end(), token)
+        self._run.append(byte)
+        return ()
+
+    def end(self) -> Sequence[str]:
+        """See ``Step``."""
+        run = bytes(self._run)
+        self._run.clear()
+        return byte_run(run)
+
+
+class Bytes:
+    """Reads all tokens as the bytes of one text."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        return (self._decoder.decode(bytes_of(token)),)
+
+    def end(self) -> Sequence[str]:
+        """See ``Step``."""
+        return (self._decoder.decode(b"", final=True),)
+
+
+class ReplaceInParts:
+    """Replaces a string in a text that comes in parts."""
+
+    def __init__(self, pattern: str, content: str) -> None:
+        self._pattern = pattern
+        self._content = content
+        self._held = ""
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        *whole, rest = (self._held + token).split(self._pattern)
+        longest = min(len(rest), len(self._pattern) - 1)
+        num_held = next(n for n in range(longest, -1, -1) if rest.endswith(self._pattern[:n]))
+        first_held = len(rest) - num_held
+        self._held = rest[first_held:]
+        return (self._content.join([*whole, rest[:first_held]]),)
+
+    def end(self) -> Sequence[str]:
+        """See ``Step``."""
+        held, self._held = self._held, ""
+        return (held,)
+
+
+class StripParts:
+    """Strips a text that comes in parts."""
+
+    def __init__(self, content: str, start: int, stop: int) -> None:
+        self._content = content
+        self._start = start
+        self._stop = stop
+        self._num_held = 0
+
+    def push(self, token: str) -> Sequence[str]:
+        """See ``Step``."""
+        if self._start:
+            num_leading = len(token) - len(token.lstrip(self._content))
+            num_stripped = min(self._start, num_leading)
+            is_all = num_leading == len(token)
+            self._start = self._start - num_stripped if is_all else 0
+            token = token[num_stripped:]
+        if not token:
+            return ()
+        token = self._content * self._num_held + token
+        self._num_held = _num_leading(token[::-1], self._content, self._stop)
+        return (token[: len(token) - self._num_held],)
+
+    def end(self) -> Sequence[str]:
+        """See ``Step``."""
+        self._num_held = 0
+        return ()
