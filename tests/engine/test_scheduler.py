@@ -1,5 +1,6 @@
 import pytest
 
+from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import FieldInvalidError, QueueFullError
 from manyhats.engine.scheduler import Schedule, SchedulerConfig
 from manyhats.engine.sequence import Sequence, SequenceStatus
@@ -234,6 +235,22 @@ def test_a_full_queue_refuses() -> None:
         scheduler.add(make_sequence("c", [1]))
     assert caught.value.limit == 2
     assert scheduler.num_waiting == 2
+
+
+def test_a_full_queue_says_when_it_will_be_done_at_the_rate_of_late() -> None:
+    now_s = 100.0
+    scheduler = make_scheduler(waiting=40, sequences=2, tokens=2)
+    scheduler.rate = FinishRate(clock=lambda: now_s)
+    engine = ToyEngine(scheduler)
+    while now_s < 140:
+        scheduler.add(make_sequence(str(now_s), [1], 0))
+        engine.step()
+        now_s += 0.25
+    for index in range(40):
+        scheduler.add(make_sequence(f"waits {index}", [1]))
+    with pytest.raises(QueueFullError) as caught:
+        scheduler.add(make_sequence("refused", [1]))
+    assert caught.value.retry_after_s == pytest.approx(40 / 4, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
+from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped]
 
 from manyhats.adapters import errors as adapter_errors
 from manyhats.engine import errors as engine_errors
+from manyhats.server import errors as server_errors
 from manyhats.server.status import CASES, INTERNAL, case_of, status_of
 from manyhats.v1 import adapter_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
@@ -162,6 +164,28 @@ async def test_full_queue_says_when_to_come_again() -> None:
         refusal = await refused(server.generation.Generate(pb.GenerateRequest(text="a")))
     assert refusal.retry_s == 1.5
     assert refusal.info.metadata["limit"] == "9"
+
+
+@pytest.mark.parametrize(
+    ("error", "retry_s"),
+    [
+        (engine_errors.QueueFullError(9, 12.5), 12.5),
+        (engine_errors.AdapterCapacityError(9, 10.0), 10.0),
+        (server_errors.TooManyCallsError(9, 0.25), 0.25),
+        (adapter_errors.QuotaExceededError("max_transfers", "are used up", 7.0), 7.0),
+        (adapter_errors.QuotaExceededError("max_tasks", "are used up"), None),
+    ],
+)
+def test_what_passes_by_itself_says_when_to_come_again(error: Exception, retry_s: float | None) -> None:
+    details = status_of(error, error_id="x").details
+    found = [retry_of(detail) for detail in details if detail.Is(RetryInfo.DESCRIPTOR)]
+    assert found == ([] if retry_s is None else [retry_s])
+
+
+def retry_of(detail: Any) -> float:
+    retry = RetryInfo()
+    detail.Unpack(retry)
+    return float(retry.retry_delay.ToTimedelta().total_seconds())
 
 
 async def test_too_long_prompt_says_the_limit() -> None:

@@ -153,9 +153,10 @@ async def test_more_calls_than_may_run_are_refused_with_a_time_to_come_back_and_
         answers = await asyncio.gather(*calls, return_exceptions=True)
         refusals = [refusal_of(each) for each in answers if isinstance(each, grpc.aio.AioRpcError)]
         assert 10 <= len(answers) - len(refusals) < 200
-        assert {(each.code, each.reason, each.retry_s) for each in refusals} == {
-            (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", 1.0)
+        assert {(each.code, each.reason) for each in refusals} == {
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         }
+        assert all(0.1 <= (each.retry_s or 0.0) <= 60 for each in refusals)
         assert refusals[0].info.metadata["limit"] == "10"
         assert counted(server, "Generate", "RESOURCE_EXHAUSTED") == len(refusals)
         assert server.gate.num_running == 0

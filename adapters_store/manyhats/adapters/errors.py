@@ -163,9 +163,16 @@ class RequestIdReusedError(AdapterError):
 
 
 class QuotaExceededError(AdapterError):
-    """The store may hold no more of it; ``subject`` is the quota, such as ``max_versions_per_task``."""
+    """The store may hold no more of it; ``subject`` is the quota, such as ``max_versions_per_task``.
+
+    ``retry_after_s`` is when there may be room again, where that comes by itself.
+    """
 
     reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, subject: str, description: str, retry_after_s: float | None = None) -> None:
+        super().__init__(subject, description)
+        self.retry_after_s = retry_after_s
 
 
 class DataLossError(AdapterError):

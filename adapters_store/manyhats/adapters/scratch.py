@@ -13,11 +13,12 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
 from manyhats.adapters.errors import QuotaExceededError
+from manyhats.adapters.finish_rate import FinishRate
 from manyhats.adapters.store_errors import store_errors
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -30,10 +31,10 @@ class ScratchDirectory:
         descriptor: of the directory, open until ``close``.
     """
 
-    def __init__(self, path: Path, descriptor: int, release: threading.BoundedSemaphore) -> None:
+    def __init__(self, path: Path, descriptor: int, on_close: Callable[[], None]) -> None:
         self.descriptor = descriptor
         self._path = path
-        self._release = release
+        self._on_close = on_close
         self._is_open = True
 
     def create(self, name: str) -> int:
@@ -53,7 +54,7 @@ class ScratchDirectory:
         self._is_open = False
         shutil.rmtree(self._path, ignore_errors=True)
         os.close(self.descriptor)
-        self._release.release()
+        self._on_close()
 
 
 class Scratch:
@@ -72,6 +73,7 @@ class Scratch:
         self._is_temporary = False
         self._max_directories = max_directories
         self._free = threading.BoundedSemaphore(max_directories)
+        self._rate = FinishRate()
         with store_errors():
             root.mkdir(parents=True, exist_ok=True)
 
@@ -99,13 +101,18 @@ class Scratch:
             raise QuotaExceededError(
                 "max_transfers",
                 f"{self._max_directories} uploads and downloads are under way; try again when one has ended",
+                self._rate.wait_s(1),
             )
         try:
             path, descriptor = self._make()
         except BaseException:
             self._free.release()
             raise
-        return ScratchDirectory(path, descriptor, self._free)
+        return ScratchDirectory(path, descriptor, self._closed)
+
+    def _closed(self) -> None:
+        self._rate.finished()
+        self._free.release()
 
     @contextlib.contextmanager
     def directory(self) -> Iterator[ScratchDirectory]:

@@ -42,7 +42,6 @@ from manyhats.engine.serving import ServingModel, Start
 from manyhats.engine.streams import Streams
 from manyhats.engine.warmup import warm_up
 
-_RETRY_AFTER_S = 1.0
 _WARM_WAIT_S = 10.0
 
 
@@ -326,7 +325,8 @@ class AsyncEngine:
         if resident is None:
             num_waiting = self._engine.scheduler.num_waiting + self._loading.num_waiting
             if num_waiting >= self.config.max_waiting:
-                raise QueueFullError(self.config.max_waiting, _RETRY_AFTER_S)
+                wait_s = self._engine.scheduler.rate.wait_s(num_waiting)
+                raise QueueFullError(self.config.max_waiting, wait_s)
             limit_s = None if request.deadline_s is None else request.deadline_s - started
             try:
                 async with asyncio.timeout(limit_s) as limit:

@@ -67,10 +67,10 @@ class QueueFullError(EngineError):
 class AdapterCapacityError(EngineError):
     """Every adapter slot has held an adapter in use for as long as a load could wait."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, retry_after_s: float = 1.0) -> None:
         super().__init__(f"all {num_slots} loaded adapters are in use")
         self.limit = num_slots
-        self.retry_after_s = 1.0
+        self.retry_after_s = retry_after_s
 
 
 class DrainingError(EngineError):

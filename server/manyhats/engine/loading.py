@@ -130,7 +130,7 @@ class AdapterLoading:
                 return await waiter.claimed
         except TimeoutError:
             self._leave(waiter)
-            raise AdapterCapacityError(self._residency.num_slots) from None
+            raise AdapterCapacityError(self._residency.num_slots, max_wait_s or 0.0) from None
         except asyncio.CancelledError:
             self._leave(waiter)
             raise

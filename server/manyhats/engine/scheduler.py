@@ -20,6 +20,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
 
+from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.admission import Admission, check_addable, plan_admission
 from manyhats.engine.blocks import BlockAllocator, SharedPrefix
 from manyhats.engine.errors import QueueFullError
@@ -32,7 +33,6 @@ from manyhats.engine.step import Step
 
 __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig"]
 
-_RETRY_AFTER_S = 1.0
 _INTERNAL_PRIORITY = 2**31
 """Above every request's."""
 _MAX_PASSED = 32
@@ -57,6 +57,7 @@ class Scheduler:
         self._prefixes = HeldPrefixes(allocator, self._free)
         self._num_added = 0
         self.num_paused = 0
+        self.rate = FinishRate()  # of requests' sequences
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
 
@@ -84,7 +85,7 @@ class Scheduler:
             ValueError: it contradicts itself, or was added before.
         """
         if len(self._waiting) >= self.config.max_waiting and not sequence.is_internal:
-            raise QueueFullError(self.config.max_waiting, _RETRY_AFTER_S)
+            raise QueueFullError(self.config.max_waiting, self.rate.wait_s(len(self._waiting)))
         check_addable(sequence, self.allocator)
         priority = _INTERNAL_PRIORITY if sequence.is_internal else sequence.priority
         sequence.rank = (-priority, sequence.arrival, self._num_added)
@@ -149,6 +150,8 @@ class Scheduler:
             self._dequeue(sequence)
         elif sequence.status is SequenceStatus.PAUSED:
             self.num_paused -= 1
+        if sequence.status is not SequenceStatus.FINISHED and not sequence.is_internal:
+            self.rate.finished()
         sequence.status = SequenceStatus.FINISHED
 
     def pause(self, sequence: Sequence) -> None:

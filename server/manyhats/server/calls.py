@@ -17,7 +17,6 @@ from grpc_status import rpc_status
 
 from manyhats.adapters.errors import shown
 from manyhats.engine.errors import FieldInvalidError, StreamUnreadError
-from manyhats.server.errors import TooManyCallsError
 from manyhats.server.from_proto import task_of
 from manyhats.server.gate import Gate
 from manyhats.server.messages import check_readable, readable, tolerant
@@ -68,7 +67,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def respond() -> None:
             """Not called: the gate is asked first, and if it has room again, the caller comes back."""
-            raise TooManyCallsError(self._gate.max_calls)
+            raise self._gate.full_error()
 
         async def refuse(requests: Any, context: Context) -> None:
             await self._observed(method, None, context, respond)

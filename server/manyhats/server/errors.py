@@ -49,11 +49,12 @@ class LoadingError(ServerError):
 
 
 class TooManyCallsError(ServerError):
-    """As many calls run as may; ``limit`` is their number."""
+    """As many calls run as may; ``limit`` is their number, ``retry_after_s`` a hint."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, retry_after_s: float) -> None:
         super().__init__(f"{limit} calls are being answered, which is the limit; try again soon")
         self.limit = limit
+        self.retry_after_s = retry_after_s
 
 
 class UploadStalledError(ServerError):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
+from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import DrainingError, EngineDeadError
 from manyhats.server.errors import LoadingError, TooManyCallsError
 from manyhats.server.ports import Backend
@@ -43,6 +44,7 @@ class Gate:
         self._backend: Backend | None = None
         self._is_draining = False
         self._num_running = 0
+        self._rate = FinishRate()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -80,6 +82,10 @@ class Gate:
         """Whether as many calls are inside as may be."""
         return self._num_running >= self.max_calls
 
+    def full_error(self) -> TooManyCallsError:
+        """What to tell a caller while ``is_full``."""
+        return TooManyCallsError(self.max_calls, self._rate.wait_s(self._num_running))
+
     def open(self, backend: Backend) -> None:
         """Let requests in; ``backend`` answers them."""
         self._backend = backend
@@ -100,13 +106,14 @@ class Gate:
         """
         self._check()
         if self.is_full:
-            raise TooManyCallsError(self.max_calls)
+            raise self.full_error()
         self._num_running += 1
         self._idle.clear()
         try:
             yield
         finally:
             self._num_running -= 1
+            self._rate.finished()
             if self._num_running == 0:
                 self._idle.set()
 

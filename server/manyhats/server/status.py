@@ -19,8 +19,6 @@ from manyhats.server import errors as server
 from manyhats.server.task_labels import BASE_LABEL
 
 DOMAIN = "manyhats"
-_TRANSFERS_RETRY_S = 1.0
-_CALLS_RETRY_S = 1.0
 _MAX_MESSAGE = 1000  # characters; status details travel as HTTP/2 headers, which have a size limit
 
 
@@ -140,12 +138,10 @@ def _details(error: Exception) -> tuple[Message, ...]:
             return (_bad_request(error.field, error.description),)
         case adapter.ArgumentInvalidError():
             return (_bad_request(error.subject, error.description),)
-        case engine.QueueFullError() | engine.AdapterCapacityError():
+        case engine.QueueFullError() | engine.AdapterCapacityError() | server.TooManyCallsError():
             return (_retry_info(error.retry_after_s),)
-        case server.TooManyCallsError():
-            return (_retry_info(_CALLS_RETRY_S),)
-        case adapter.QuotaExceededError(subject="max_transfers"):
-            return (_retry_info(_TRANSFERS_RETRY_S),)
+        case adapter.QuotaExceededError(retry_after_s=float(seconds)):
+            return (_retry_info(seconds),)
     return ()
 
 
