@@ -97,6 +97,7 @@ class FakeServer:
         self.status: Any = None
         self.fail_stream_after: int | None = None
         self.is_endless = False
+        self.is_old = False  # tells no limits
         self.stream_finish_reason = generation_pb2.FINISH_REASON_LENGTH
         self.delay_s = 0.0
         self.stream_began = threading.Event()
@@ -270,6 +271,22 @@ class _Adapters(adapter_pb2_grpc.AdapterServiceServicer):
         return adapter_pb2.DeleteAdapterResponse(adapters=[make_adapter("sql", 1), make_adapter("sql", 2)])
 
 
+LIMITS = server_pb2.ServerLimits(
+    max_request_bytes=8_000_000,
+    max_sequences=32,
+    max_waiting=256,
+    max_adapters=8,
+    max_continuations=1024,
+    max_artifact_bytes=2_000_000_000,
+    max_adapter_rank=64,
+    max_virtual_tokens=512,
+    max_parts=16,
+    max_transfers=4,
+    max_tasks=7,
+    max_bytes_per_task=9_000_000,
+)
+
+
 class _Server(server_pb2_grpc.ServerServiceServicer):
     def __init__(self, fake: FakeServer) -> None:
         self._fake = fake
@@ -285,6 +302,7 @@ class _Server(server_pb2_grpc.ServerServiceServicer):
             device="cpu",
             max_context_length=8192,
             vocab_size=49152,
+            limits=None if self._fake.is_old else LIMITS,
         )
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,11 +44,12 @@ from manyhats.engine.prompt_text import Continuation
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency import ResidencyStats
 from manyhats.engine.tokenizer import ChatMessage
+from manyhats.server.config import ServeConfig
 from manyhats.server.gate import Gate
 from manyhats.server.grpc_port import GrpcPort
 from manyhats.server.http_port import HttpPort, make_app
 from manyhats.server.metrics import Metrics
-from manyhats.server.ports import Backend, ModelInfo, Store, Tokenizer
+from manyhats.server.ports import Backend, ModelInfo, ServerLimits, Store, Tokenizer
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
@@ -414,10 +415,14 @@ INFO = ModelInfo(
 )
 
 
+_SETTINGS = {each.name: getattr(ServeConfig(), each.name) for each in fields(ServerLimits)}
+LIMITS = ServerLimits(**{**_SETTINGS, "max_adapters": 4, "max_tasks": 10**12, "max_bytes": 10**30})
+
+
 def make_backend(engine: EchoEngine, store: Store, tokenizer: Tokenizer | None = None) -> Backend:
     """The fakes as what answers requests."""
     return Backend(
-        engine=engine, store=store, tokenizer=tokenizer or ByteTokenizer(), info=INFO, max_adapters=4
+        engine=engine, store=store, tokenizer=tokenizer or ByteTokenizer(), info=INFO, limits=LIMITS
     )
 
 

@@ -250,7 +250,19 @@ def test_delete(fake: FakeServer) -> None:
 
 
 def test_info(fake: FakeServer) -> None:
-    assert "context: 8192 tokens" in succeed(fake, "info").splitlines()
+    lines = succeed(fake, "info").splitlines()
+    assert "context: 8192 tokens" in lines
+    assert "requests: 32 run at once, 256 wait, each of up to 8.0 MB and 1024 continuations" in lines
+    assert (
+        "adapters: 8 in memory at once, each of up to 2.0 GB, rank 64, 512 virtual tokens, 16 parts" in lines
+    )
+    assert "transfers: 4 at a time" in lines
+    assert "store: tasks: 7, a task: 9.0 MB" in lines
+    limits = succeed_json(fake, "info")["limits"]
+    assert (limits["max_tasks"], limits["max_versions_per_task"], limits["max_bytes"]) == (7, None, None)
+    fake.is_old = True
+    assert not [line for line in succeed(fake, "info").splitlines() if line.startswith(("requests", "store"))]
+    assert succeed_json(fake, "info")["limits"] is None
     assert succeed_json(fake, "info")["base_model"] == "tiny-base"
 
 

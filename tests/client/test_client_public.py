@@ -56,6 +56,7 @@ PUBLIC = [
     "ScoreResult",
     "ServerError",
     "ServerInfo",
+    "ServerLimits",
     "SourceNotAllowedError",
     "SourceNotFoundError",
     "TaskNotFoundError",

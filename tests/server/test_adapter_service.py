@@ -10,6 +10,7 @@ import grpc
 from manyhats.adapters.errors import AdapterInvalidError, DataLossError, StoreFullError
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.errors import AdapterCapacityError
+from manyhats.server.config import ServeConfig
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2, server_pb2
 from server_fakes import (
@@ -281,6 +282,22 @@ async def test_server_info_describes_the_base_model() -> None:
         300,
     )
     assert info.version
+
+
+async def test_server_info_tells_the_limits() -> None:
+    async with running_server() as server:
+        limits = (await server.server.GetServerInfo(server_pb2.GetServerInfoRequest())).limits
+    config = ServeConfig()
+    assert limits.max_request_bytes == 8 * 1024 * 1024
+    assert (limits.max_sequences, limits.max_waiting) == (config.max_sequences, config.max_waiting)
+    assert (limits.max_adapters, limits.max_continuations) == (4, 1024)
+    assert (limits.max_artifact_bytes, limits.max_parts) == (config.max_artifact_bytes, config.max_parts)
+    assert (limits.max_adapter_rank, limits.max_virtual_tokens) == (256, 4096)
+    assert limits.max_transfers == config.max_transfers
+    assert not limits.HasField("max_versions_per_task")
+    assert not limits.HasField("max_bytes_per_task")
+    # These are larger than their fields can hold, and told as the most that they can.
+    assert (limits.max_tasks, limits.max_bytes) == (2**32 - 1, 2**64 - 1)
 
 
 def test_every_kind_of_the_domain_has_its_value_in_the_api() -> None:

@@ -57,7 +57,10 @@ FIELDS = {
     "ListAdaptersRequest": "task_id page_size page_token",
     "ListAdaptersResponse": "adapters next_page_token",
     "GetServerInfoResponse": "version base_model base_digest quantization dtype device max_context_length"
-    " vocab_size",
+    " vocab_size limits",
+    "ServerLimits": "max_request_bytes max_sequences max_waiting max_adapters max_continuations max_artifact_bytes"
+    " max_adapter_rank max_virtual_tokens max_parts max_transfers max_tasks max_versions_per_task max_bytes_per_task"
+    " max_bytes",
 }
 ENUMS = {
     "FinishReason": "EOS STOP_SEQUENCE LENGTH TIME_LIMIT",

@@ -322,6 +322,21 @@ async def test_logs_name_the_token_and_never_hold_it(
     assert calls[2]["peer"].startswith("ipv4:127.0.0.1")
 
 
+@pytest.mark.usefixtures("_logs_restored")
+async def test_log_line_of_an_upload_names_its_task(
+    token_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs("json", "info")
+    ops = add_token(token_file, "ops")
+    async with secured_server(token_file=token_file) as server:
+        for task in ("mine", "../no"):
+            header = apb.UploadAdapterRequest(header=apb.UploadHeader(task_id=task))
+            await code_of(server.adapters.UploadAdapter(iter([header]), metadata=bearer(ops)))
+        await code_of(server.adapters.UploadAdapter(iter([]), metadata=bearer(ops)))
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert [line["task"] for line in lines if line.get("method") == "UploadAdapter"] == ["mine", "../no", ""]
+
+
 async def test_refused_calls_are_counted_and_not_as_the_base_models(token_file: Path) -> None:
     add_token(token_file, "ops")
     async with secured_server(token_file=token_file) as server:

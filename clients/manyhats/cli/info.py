@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from manyhats.cli import options as opt
 from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.output import print_fields, print_json
+from manyhats.cli.output import human_bytes, print_fields, print_json
+
+if TYPE_CHECKING:
+    from manyhats.client import ServerLimits
 
 HELP = """Show a server's version, base model and limits.
 
@@ -34,5 +39,32 @@ def info(*, connection: Connection, as_json: opt.Json = False) -> None:
             "device": found.device,
             "context": f"{found.max_context_length} tokens",
             "vocabulary": f"{found.vocab_size} tokens",
+            **({} if found.limits is None else _limits(found.limits)),
         }
     )
+
+
+def _limits(limits: ServerLimits) -> dict[str, str]:
+    """A line for each subject; what is not bounded is left out."""
+    store = {
+        "tasks": _count(limits.max_tasks),
+        "versions a task": _count(limits.max_versions_per_task),
+        "a task": _bytes(limits.max_bytes_per_task),
+        "in all": _bytes(limits.max_bytes),
+    }
+    return {
+        "requests": f"{limits.max_sequences} run at once, {limits.max_waiting} wait,"
+        f" each of up to {human_bytes(limits.max_request_bytes)} and {limits.max_continuations} continuations",
+        "adapters": f"{limits.max_adapters} in memory at once, each of up to {human_bytes(limits.max_artifact_bytes)},"
+        f" rank {limits.max_adapter_rank}, {limits.max_virtual_tokens} virtual tokens, {limits.max_parts} parts",
+        "transfers": f"{limits.max_transfers} at a time",
+        "store": ", ".join(f"{name}: {bound}" for name, bound in store.items() if bound),
+    }
+
+
+def _count(bound: int | None) -> str:
+    return "" if bound is None else str(bound)
+
+
+def _bytes(bound: int | None) -> str:
+    return "" if bound is None else human_bytes(bound)

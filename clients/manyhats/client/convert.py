@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from manyhats.client.fields import assign, enum_name, invalid
 from manyhats.client.requests import ChatMessage, Continuation, Prompt
@@ -19,6 +19,7 @@ from manyhats.client.results import (
     Score,
     ScoreResult,
     ServerInfo,
+    ServerLimits,
     Token,
     Tokenization,
     TopToken,
@@ -186,7 +187,16 @@ def server_info(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
         device=response.device,
         max_context_length=response.max_context_length,
         vocab_size=response.vocab_size,
+        limits=_limits(response.limits) if response.HasField("limits") else None,
     )
+
+
+def _limits(limits: server_pb2.ServerLimits) -> ServerLimits:
+    values: dict[str, Any] = {
+        field.name: None if field.has_presence else 0 for field in limits.DESCRIPTOR.fields
+    }
+    values |= {field.name: value for field, value in limits.ListFields()}
+    return ServerLimits(**values)
 
 
 def join_chunks(chunks: Sequence[GenerationChunk]) -> Generation:

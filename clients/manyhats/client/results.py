@@ -203,8 +203,42 @@ class Registration:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """What a server lets callers ask for at most; None is no bound.
+
+    Attributes:
+        max_request_bytes: of one message; the files of an upload come in several.
+        max_sequences: that run at once.
+        max_waiting: requests that wait; more are refused.
+        max_adapters: in memory at once.
+        max_continuations: of one ``score``.
+        max_artifact_bytes: all files of one adapter.
+        max_adapter_rank: of a low-rank delta.
+        max_virtual_tokens: of a prefix or a soft prompt.
+        max_parts: adapters in a composed task.
+        max_transfers: uploads, and downloads of adapters, at a time.
+        max_tasks, max_versions_per_task, max_bytes_per_task, max_bytes: of the store.
+    """
+
+    max_request_bytes: int
+    max_sequences: int
+    max_waiting: int
+    max_adapters: int
+    max_continuations: int
+    max_artifact_bytes: int
+    max_adapter_rank: int
+    max_virtual_tokens: int
+    max_parts: int
+    max_transfers: int
+    max_tasks: int | None
+    max_versions_per_task: int | None
+    max_bytes_per_task: int | None
+    max_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """What runs at the other end."""
+    """What runs at the other end; ``limits`` is None of a server that does not tell them."""
 
     version: str
     base_model: str
@@ -214,3 +248,4 @@ class ServerInfo:
     device: str
     max_context_length: int
     vocab_size: int
+    limits: ServerLimits | None = None

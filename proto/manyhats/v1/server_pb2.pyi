@@ -47,6 +47,7 @@ class GetServerInfoResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The server's version, such as "0.1.0"."""
     base_model: _builtins.str
@@ -63,6 +64,10 @@ class GetServerInfoResponse(_message.Message):
     """Prompt and output together, in tokens."""
     vocab_size: _builtins.int
     """Number of token ids."""
+    @_builtins.property
+    def limits(self) -> Global___ServerLimits:
+        """What a caller may ask for at most."""
+
     def __init__(
         self,
         *,
@@ -74,11 +79,101 @@ class GetServerInfoResponse(_message.Message):
         device: _builtins.str = ...,
         max_context_length: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
+        limits: Global___ServerLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "max_context_length", b"max_context_length", "quantization", b"quantization", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "limits", b"limits", "max_context_length", b"max_context_length", "quantization", b"quantization", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class ServerLimits(_message.Message):
+    """What a caller may ask for at most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTERS_FIELD_NUMBER: _builtins.int
+    MAX_CONTINUATIONS_FIELD_NUMBER: _builtins.int
+    MAX_ARTIFACT_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTER_RANK_FIELD_NUMBER: _builtins.int
+    MAX_VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_PARTS_FIELD_NUMBER: _builtins.int
+    MAX_TRANSFERS_FIELD_NUMBER: _builtins.int
+    MAX_TASKS_FIELD_NUMBER: _builtins.int
+    MAX_VERSIONS_PER_TASK_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_PER_TASK_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    max_request_bytes: _builtins.int
+    """One request message, in bytes; the files of an upload come in several."""
+    max_sequences: _builtins.int
+    """Sequences that run at once."""
+    max_waiting: _builtins.int
+    """Requests that wait; more are refused."""
+    max_adapters: _builtins.int
+    """Adapters in memory at once."""
+    max_continuations: _builtins.int
+    """Continuations of one Score."""
+    max_artifact_bytes: _builtins.int
+    """All files of one adapter, in bytes."""
+    max_adapter_rank: _builtins.int
+    """Rank of a low-rank delta."""
+    max_virtual_tokens: _builtins.int
+    """Virtual tokens of a prefix or a soft prompt."""
+    max_parts: _builtins.int
+    """Adapters in a composed task."""
+    max_transfers: _builtins.int
+    """Uploads, and downloads of adapters, at a time."""
+    max_tasks: _builtins.int
+    """Tasks in the store; unset where there is no bound, as in those below."""
+    max_versions_per_task: _builtins.int
+    """Versions of a task."""
+    max_bytes_per_task: _builtins.int
+    """All versions of a task, in bytes."""
+    max_bytes: _builtins.int
+    """All versions of all tasks, in bytes."""
+    def __init__(
+        self,
+        *,
+        max_request_bytes: _builtins.int = ...,
+        max_sequences: _builtins.int = ...,
+        max_waiting: _builtins.int = ...,
+        max_adapters: _builtins.int = ...,
+        max_continuations: _builtins.int = ...,
+        max_artifact_bytes: _builtins.int = ...,
+        max_adapter_rank: _builtins.int = ...,
+        max_virtual_tokens: _builtins.int = ...,
+        max_parts: _builtins.int = ...,
+        max_transfers: _builtins.int = ...,
+        max_tasks: _builtins.int | None = ...,
+        max_versions_per_task: _builtins.int | None = ...,
+        max_bytes_per_task: _builtins.int | None = ...,
+        max_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_bytes_per_task", b"_max_bytes_per_task", "_max_tasks", b"_max_tasks", "_max_versions_per_task", b"_max_versions_per_task", "max_bytes", b"max_bytes", "max_bytes_per_task", b"max_bytes_per_task", "max_tasks", b"max_tasks", "max_versions_per_task", b"max_versions_per_task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_bytes_per_task", b"_max_bytes_per_task", "_max_tasks", b"_max_tasks", "_max_versions_per_task", b"_max_versions_per_task", "max_adapter_rank", b"max_adapter_rank", "max_adapters", b"max_adapters", "max_artifact_bytes", b"max_artifact_bytes", "max_bytes", b"max_bytes", "max_bytes_per_task", b"max_bytes_per_task", "max_continuations", b"max_continuations", "max_parts", b"max_parts", "max_request_bytes", b"max_request_bytes", "max_sequences", b"max_sequences", "max_tasks", b"max_tasks", "max_transfers", b"max_transfers", "max_versions_per_task", b"max_versions_per_task", "max_virtual_tokens", b"max_virtual_tokens", "max_waiting", b"max_waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_bytes: _TypeAlias = _typing.Literal["max_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_bytes: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__max_bytes_per_task: _TypeAlias = _typing.Literal["max_bytes_per_task"]  # noqa: Y015
+    _WhichOneofArgType__max_bytes_per_task: _TypeAlias = _typing.Literal["_max_bytes_per_task", b"_max_bytes_per_task"]  # noqa: Y015
+    _WhichOneofReturnType__max_tasks: _TypeAlias = _typing.Literal["max_tasks"]  # noqa: Y015
+    _WhichOneofArgType__max_tasks: _TypeAlias = _typing.Literal["_max_tasks", b"_max_tasks"]  # noqa: Y015
+    _WhichOneofReturnType__max_versions_per_task: _TypeAlias = _typing.Literal["max_versions_per_task"]  # noqa: Y015
+    _WhichOneofArgType__max_versions_per_task: _TypeAlias = _typing.Literal["_max_versions_per_task", b"_max_versions_per_task"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bytes) -> _WhichOneofReturnType__max_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bytes_per_task) -> _WhichOneofReturnType__max_bytes_per_task | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tasks) -> _WhichOneofReturnType__max_tasks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_versions_per_task) -> _WhichOneofReturnType__max_versions_per_task | None: ...
+
+Global___ServerLimits: _TypeAlias = ServerLimits  # noqa: Y015

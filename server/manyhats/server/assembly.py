@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -25,7 +25,7 @@ from manyhats.engine.model.progress import Progress
 from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ConfigError
 from manyhats.server.metrics import Metrics
-from manyhats.server.ports import Backend, ModelInfo
+from manyhats.server.ports import Backend, ModelInfo, ServerLimits
 from manyhats.server.task_tokenizers import TaskTokenizers
 from manyhats.server.text_threads import TextThreads
 
@@ -80,7 +80,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
             model.texts, store.read_text, background.threads(_NUM_TEXT_THREADS, "task-text")
         ),
         info=info,
-        max_adapters=config.max_adapters,
+        limits=limits(config),
     )
 
 
@@ -116,6 +116,11 @@ def adapter_limits(config: ServeConfig) -> AdapterLimits:
         max_virtual_tokens=config.max_virtual_tokens,
         max_parts=config.max_parts,
     )
+
+
+def limits(config: ServeConfig) -> ServerLimits:
+    """What callers are told of the settings."""
+    return ServerLimits(**{each.name: getattr(config, each.name) for each in fields(ServerLimits)})
 
 
 def quotas(config: ServeConfig) -> Quotas:

@@ -84,8 +84,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return await self._observed(method, request, context, respond)
 
         async def upload(requests: Any, context: Context) -> Any:
-            respond = handler.stream_unary
-            return await self._observed(method, None, context, lambda: respond(readable(requests), context))
+            first = _Named()
+            messages = first.noted(readable(requests))
+            return await self._observed(
+                method, first, context, lambda: handler.stream_unary(messages, context)
+            )
 
         async def stream(request: Any, context: Context) -> None:
             # Written from here rather than yielded, so that a cancelled call closes the servicer's generator,
@@ -122,7 +125,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, method: str, request: Any, context: Context, respond: Callable[[], Awaitable[T]]
     ) -> T:
         structlog.contextvars.clear_contextvars()
-        call = _Call(method, getattr(request, "task_id", None), time.monotonic())
+        call = _Call(method, request, time.monotonic())
         try:
             with self._gate.admitted():
                 answer = await respond()
@@ -191,14 +194,30 @@ async def _refuse_unreadable(request: object, context: Context) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call: its RPC, the task or version it names ("" for none), and when it came.
-
-    A call that was refused before its message was read, and a stream of messages, have no ``name``.
-    """
+    """One call: its RPC, its message, and when it came."""
 
     method: str
-    name: str | None
+    request: Any
     begin_s: float
+
+    @property
+    def name(self) -> str | None:
+        """The task or version it names, "" for none; None where no message came, or such messages name none."""
+        name: str | None = getattr(self.request, "task_id", None)
+        return name
+
+
+class _Named:
+    """What an upload's messages name, once the first has come."""
+
+    task_id: str | None = None
+
+    async def noted(self, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The messages, the task of the header noted."""
+        async for message in messages:
+            if self.task_id is None:
+                self.task_id = message.header.task_id
+            yield message
 
 
 def _logged_status(error: Exception, method: str) -> status_pb2.Status:

@@ -82,7 +82,9 @@ class GrpcPort:
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterService(gate, metrics, scope_of), self._server
         )
-        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(gate), self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(
+            ServerService(gate, MAX_REQUEST_BYTES), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), self._server)

@@ -195,7 +195,7 @@ class LiveMetrics:
         evictions.add_metric([DEVICE_TIER], backend.engine.residency_stats.num_evictions)
         yield evictions
         waiting = backend.engine.stats.waiting_tasks
-        yield self._gateway_info(backend.max_adapters, (each.task_id for each in residents), waiting)
+        yield self._gateway_info(backend.limits.max_adapters, (each.task_id for each in residents), waiting)
 
     def _engine_gauges(self, backend: Backend) -> Iterator[Metric]:
         stats = backend.engine.stats

@@ -224,11 +224,28 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """What a caller may ask for at most; see ``ServeConfig``. None is no bound."""
+
+    max_sequences: int
+    max_waiting: int
+    max_adapters: int
+    max_artifact_bytes: int
+    max_adapter_rank: int
+    max_virtual_tokens: int
+    max_parts: int
+    max_transfers: int
+    max_tasks: int | None
+    max_versions_per_task: int | None
+    max_bytes_per_task: int | None
+    max_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """All that answers requests once the model is loaded.
 
     Attributes:
-        max_adapters: how many can be resident at once.
         store_threads: for what blocks on the store; None are the event loop's own.
         text_threads: for what takes time in proportion to a text.
         task_tokenizers: of tasks that read and write text otherwise; None where no task does.
@@ -238,7 +255,7 @@ class Backend:
     store: Store
     tokenizer: Tokenizer
     info: ModelInfo
-    max_adapters: int
+    limits: ServerLimits
     store_threads: Executor | None = None
     text_threads: TextThreads = field(default_factory=TextThreads)
     task_tokenizers: TaskTokenizers | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -15,6 +17,7 @@ from manyhats.engine.output import (
     TokenOutput,
     Usage,
 )
+from manyhats.engine.request import MAX_CONTINUATIONS
 from manyhats.server.ports import Backend
 from manyhats.server.text_threads import slices
 from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
@@ -163,9 +166,15 @@ def adapter(record: AdapterRecord, *, is_resident: bool) -> adapter_pb2.Adapter:
     )
 
 
-def server_info(backend: Backend, version: str) -> server_pb2.GetServerInfoResponse:
-    """What this server is."""
+def server_info(backend: Backend, version: str, max_request_bytes: int) -> server_pb2.GetServerInfoResponse:
+    """What this server is, and what callers may ask of it."""
     info = backend.info
+    settings: dict[str, Any] = {name: _capped(name, value) for name, value in asdict(backend.limits).items()}
+    limits = server_pb2.ServerLimits(
+        **settings,
+        max_request_bytes=max_request_bytes,
+        max_continuations=MAX_CONTINUATIONS,
+    )
     return server_pb2.GetServerInfoResponse(
         version=version,
         base_model=info.name,
@@ -175,4 +184,10 @@ def server_info(backend: Backend, version: str) -> server_pb2.GetServerInfoRespo
         device=info.device,
         max_context_length=backend.engine.max_context_length,
         vocab_size=info.vocab_size,
+        limits=limits,
     )
+
+
+def _capped(name: str, value: int | None) -> int | None:
+    """A limit as its field can hold it; larger ones bound nothing either."""
+    return None if value is None else min(value, 2**64 - 1 if "bytes" in name else 2**32 - 1)
