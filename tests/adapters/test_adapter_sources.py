@@ -209,3 +209,27 @@ def test_no_descriptor_is_left_open(root: Path) -> None:
         except AdapterError:
             continue
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_source_outside_is_refused_with_the_root_beside_it_and_what_to_do(
+    root: Path, tmp_path: Path
+) -> None:
+    outside = [str(tmp_path / name) for name in ("secret", "root-2", "nothing", "root/../secret")]
+    for uri in outside:
+        with pytest.raises(SourceNotAllowedError, match="manyhats adapters upload") as caught:
+            read(uri, root)
+        assert f"outside the allowed roots ({root})" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["../secret", "/etc", "/", "/srv/adapters/sql", "a/../../secret", "~/adapters"]
+)
+def test_roots_elsewhere_are_not_named(root: Path, tmp_path: Path, uri: str) -> None:
+    with pytest.raises((SourceNotAllowedError, SourceNotFoundError)) as caught:
+        read(uri, root)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_without_roots_there_is_nothing_to_register_from(root: Path) -> None:
+    with pytest.raises(SourceNotAllowedError, match="there are none; `manyhats adapters upload`"):
+        open_source(str(root / "a"), []).__enter__()

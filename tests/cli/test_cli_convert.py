@@ -43,7 +43,7 @@ def test_converted_with_a_warning_and_then_inspected(source: Path, tmp_path: Pat
         f"converted: {tmp_path / 'new' / 'adapter.safetensors'} (1 tensors, 1 repeated"
     )
     shown = CliRunner().invoke(app, ["adapters", "inspect", str(tmp_path / "new")], prog_name="manyhats")
-    assert "nothing would be refused" in shown.stdout
+    assert "it would be accepted" in shown.stdout
 
 
 def test_json_says_what_was_made(source: Path, tmp_path: Path) -> None:

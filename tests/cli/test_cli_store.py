@@ -47,7 +47,10 @@ def weights_of(store: Path, name: str) -> Path:
 
 def test_verify_names_every_artifact_and_its_versions(store: Path) -> None:
     result = run("verify", "--store", str(store))
-    assert (result.exit_code, result.stderr) == (0, "stored adapters: 2, all as they were registered\n")
+    assert (result.exit_code, result.stderr) == (
+        0,
+        f"stored adapters in {store}: 2, all as they were registered\n",
+    )
     header, *rows = (line.split("\t") for line in result.stdout.splitlines())
     assert header == ["digest", "status", "versions"]
     assert sorted((status, versions) for _, status, versions in rows) == [
@@ -64,7 +67,7 @@ def test_verify_finds_damage_and_fails_the_versions_that_have_it(store: Path) ->
     weights.write_bytes(content)
     result = run("verify", "--store", str(store), "--json")
     assert result.exit_code == 1
-    assert result.stderr == "error: damaged or missing: 1 of 2 stored adapters\n"
+    assert result.stderr == f"error: damaged or missing: 1 of 2 stored adapters in {store}\n"
     found = json.loads(result.stdout)
     assert sorted((each["status"], each["names"]) for each in found) == [
         ("damaged", ["both@1"]),
@@ -83,7 +86,7 @@ def test_gc_removes_what_no_version_needs_and_nothing_else(store: Path) -> None:
     (orphan / "adapter_model.safetensors").write_bytes(b"x" * 1500)
     result = run("gc", "--store", str(store))
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == "removed what no version needs: 1 (1.5 kB); unfinished: 0\n"
+    assert result.stdout == f"removed what no version needs from {store}: 1 (1.5 kB); unfinished: 0\n"
     assert sorted(store.rglob("*.safetensors")) == needed
     swept = json.loads(run("gc", "--store", str(store), "--older-than", "0", "--json").stdout)
     assert swept == {"num_artifacts": 0, "num_unfinished": 0, "size_bytes": 0}
@@ -114,6 +117,7 @@ def test_store_that_is_not_there_is_not_made(tmp_path: Path, command: list[str])
     result = run(*command, "--store", str(tmp_path / "nowhere"))
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: store: there is no store")
+    assert f"looked in {tmp_path / 'nowhere'}" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,4 +129,22 @@ def test_store_at_a_url_needs_its_catalogue() -> None:
 
 def test_unknown_version_is_named(store: Path, tmp_path: Path) -> None:
     result = run("export", "sql@7", str(tmp_path / "x"), "--store", str(store))
-    assert (result.exit_code, result.stderr) == (1, "error: sql@7: no such version\n")
+    assert (result.exit_code, result.stderr) == (1, f"error: sql@7: no such version (looked in {store})\n")
+
+
+@pytest.mark.parametrize("command", [["verify"], ["gc"], ["export", "sql", "out"]], ids=lambda c: c[0])
+def test_without_a_store_the_default_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("MANYHATS_HOME", str(tmp_path / "home"))
+    result = run(*command)
+    assert result.exit_code == 1
+    assert (
+        f"looked in {tmp_path / 'home' / 'store'}; --store names the one that a server has" in result.stderr
+    )
+
+
+def test_a_task_that_is_not_in_the_store_names_the_store(store: Path, tmp_path: Path) -> None:
+    result = run("export", "sqq", str(tmp_path / "out"), "--store", str(store))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: sqq: no such task (looked in {store})\n"

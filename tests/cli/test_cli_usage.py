@@ -24,6 +24,7 @@ from manyhats.cli.options import DEFAULT_SERVER
 from manyhats.cli.output import human_bytes, human_count
 from manyhats.cli.progress import amount
 from manyhats.client import DEFAULT_TARGET
+from manyhats.server.sizes import parse_size
 
 COMMANDS = [
     ["serve"],
@@ -219,7 +220,9 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -
     computed |= unbounded.keys()
     assert len(shown) > len(computed)
     assert {name: str(getattr(config, name)) for name in shown.keys() - computed} == {
-        name: text for name, text in shown.items() if name not in computed
+        name: str(parse_size(text)) if "bytes" in name.split("_") else text
+        for name, text in shown.items()
+        if name not in computed
     }
 
 

@@ -253,8 +253,20 @@ def _locate(uri: str, path: Path, roots: Sequence[Path]) -> Place:
             return Place(root, target)
     # Whether something exists is told of what lies under a root alone.
     if is_outside or not roots:
-        raise SourceNotAllowedError(uri, "lies outside the allowed roots")
+        raise SourceNotAllowedError(uri, _outside(path, roots))
     raise SourceNotFoundError(uri, "no allowed root has this directory")
+
+
+def _outside(path: Path, roots: Sequence[Path]) -> str:
+    """That a path lies outside, and what to do; a root is named to callers whose path leads to its own place."""
+    if not roots:
+        return "lies outside the allowed roots: there are none; `manyhats adapters upload` sends the files"
+    near = sorted(str(root) for root in roots if root.parent != root and path.is_relative_to(root.parent))
+    named = f" ({shown(', '.join(near))})" if near else ""
+    return (
+        f"lies outside the allowed roots{named}; give a path in one of them, or send the files with "
+        "`manyhats adapters upload`"
+    )
 
 
 def _source_error(uri: str, error: OSError) -> AdapterError:

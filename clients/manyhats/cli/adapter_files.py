@@ -11,7 +11,7 @@ import typer
 
 from manyhats.cli import options as opt
 from manyhats.cli.extras import needs_extra
-from manyhats.cli.failures import CommandError
+from manyhats.cli.failures import EXIT_FAILED, CommandError
 from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 INSPECT_HELP = """Show what an adapter's directory holds, and what of it would be refused.
 
 It needs no server. With --model the adapter is compared with that base
-model as well; without, only what it tells of itself is checked.
+model as well; without, only what it tells of itself is checked. The exit
+code is 1 if anything would be refused.
 
 [bold]Examples[/bold]
 
@@ -62,7 +63,13 @@ def inspect(path: Directory, model: Model = "", as_json: opt.Json = False) -> No
         found = inspect_directory(path, _describe(model) if model else None)
     if as_json:
         print_json(found)
-        return
+    else:
+        _print(found)
+    if found.refusals:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print(found: Inspection) -> None:
     _print_facts(found)
     if found.sites:
         columns = ("site", "operation", "layers", "rank", "shapes")
@@ -72,7 +79,7 @@ def inspect(path: Directory, model: Model = "", as_json: opt.Json = False) -> No
     for refusal in found.refusals:
         typer.echo(f"would be refused: {refusal.reason} {refusal.subject}: {refusal.description}")
     if not found.refusals:
-        typer.echo("nothing would be refused")
+        typer.echo("it would be accepted")
 
 
 def convert(source: Source, target: Target, as_json: opt.Json = False) -> None:

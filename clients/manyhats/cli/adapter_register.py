@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from manyhats.cli import options as opt
+from manyhats.cli.adapter_batch import Item, Outcome, parse_items, perform
 from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.failures import UsageError
-from manyhats.cli.output import human_bytes, print_json
-from manyhats.cli.progress import shown_progress
+from manyhats.cli.failures import CommandError, UsageError
+from manyhats.cli.output import human_bytes, print_json, to_plain
+from manyhats.cli.progress import Report, shown_progress
 
 if TYPE_CHECKING:
     from manyhats.client import RegisterOptions, Registration
@@ -38,6 +40,10 @@ of the server, or a URL under one of its --adapter-url-prefix. The server
 copies it, so it may change or go afterwards. The same files again make no
 new version. `manyhats adapters upload` sends a directory of this machine.
 
+TASK=PATH, as often as you like, registers several; so does a directory of
+this machine whose subdirectories are adapters, each named as its task.
+What fails is told at the end and does not keep the others from it.
+
 With --part in place of PATH, several adapters act together as one task,
 each scaled by its weight: LoRAs of any ranks, and at most one with
 virtual tokens (prefix or prompt tuning).
@@ -51,6 +57,8 @@ virtual tokens (prefix or prompt tuning).
 
   $ manyhats adapters register sql s3://bucket/tasks/sql --no-activate
 
+  $ manyhats adapters register ./tasks
+
   $ manyhats adapters register polite-sql --part ./tasks/sql \\
     --part ./tasks/polite=0.5
 """
@@ -60,17 +68,39 @@ Only adapter_config.json and the safetensors of PATH are sent. Nothing
 shows on the server before every byte is verified; an upload that breaks
 off leaves nothing, and may be repeated.
 
+TASK=PATH, as often as you like, sends several; so does a directory whose
+subdirectories are adapters, each named as its task. What fails is told at
+the end and does not keep the others from it.
+
 {FORMATS_HELP}
 [bold]Examples[/bold]
 
   $ manyhats adapters upload sql ./tasks/sql
 
   $ manyhats adapters upload sql ./tasks/sql --server 10.0.0.7:50051
+
+  $ manyhats adapters upload sql=./sql-new polite=./polite
+
+  $ manyhats adapters upload ./tasks
 """
 
-Task = Annotated[str, typer.Argument(metavar="TASK", help="A name of a-z, 0-9, dots, dashes, underscores.")]
-Source = Annotated[str, typer.Argument(metavar="PATH", help="The directory as the server sees it, or a URL.")]
-Directory = Annotated[Path, typer.Argument(metavar="PATH", help="The directory, on this machine.")]
+_FORMS = "TASK PATH | TASK=PATH... | DIR"
+Adapters = Annotated[
+    list[str],
+    typer.Argument(
+        metavar=_FORMS,
+        help="A task, and the adapter's directory as the server sees it or a URL; or several.",
+        show_default=False,
+    ),
+]
+Directories = Annotated[
+    list[str],
+    typer.Argument(
+        metavar=_FORMS,
+        help="A task, and the adapter's directory on this machine; or several.",
+        show_default=False,
+    ),
+]
 Part = Annotated[
     list[str] | None,
     typer.Option(
@@ -103,8 +133,7 @@ AssumeBase = Annotated[
 
 @takes_connection
 def register(
-    task: Task,
-    path: Source = "",
+    adapters: Adapters,
     part: Part = None,
     activate: Activate = True,
     validate_only: ValidateOnly = False,
@@ -116,20 +145,31 @@ def register(
     connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
-    """Make an adapter that the server can read the next version of a task."""
-    if bool(path) == bool(part):
-        raise UsageError("give either PATH or --part (see `manyhats adapters register --help`)")
-    parts = [parse_part(text) for text in part or []]
+    """Make adapters that the server can read the next versions of their tasks."""
     options = _options(activate, validate_only, expected_digest, request_id, label, assume_base)
-    with connect(connection) as client:
-        registration = client.register_adapter(task, as_uri(path), parts=parts, **options)
-    _print(registration, "valid" if validate_only else "registered", as_json)
+    done = "valid" if validate_only else "registered"
+    has_path = len(adapters) > 1 or "=" in adapters[0] or Path(adapters[0]).is_dir()
+    if has_path == bool(part):
+        raise UsageError("give either PATH or --part (see `manyhats adapters register --help`)")
+    if part:
+        parts = [parse_part(text) for text in part]
+        with connect(connection) as client:
+            registration = client.register_adapter(adapters[0], parts=parts, **options)
+        _print(registration, done, as_json)
+        return
+    items = _items(adapters, options)
+    with connect(connection) as client, shown_progress() as report:
+
+        def make(item: Item) -> Registration:
+            return client.register_adapter(item.task, as_uri(item.path), **options)
+
+        outcomes = _outcomes(items, adapters, make, report)
+    _print_outcomes(outcomes, adapters, done, as_json)
 
 
 @takes_connection
 def upload(
-    task: Task,
-    path: Directory,
+    adapters: Directories,
     activate: Activate = True,
     validate_only: ValidateOnly = False,
     expected_digest: ExpectedDigest = "",
@@ -140,13 +180,64 @@ def upload(
     connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
-    """Send an adapter's directory to the server, as the next version of a task."""
+    """Send adapters' directories to the server, as the next versions of their tasks."""
     options = _options(activate, validate_only, expected_digest, request_id, label, assume_base)
+    done = "valid" if validate_only else "uploaded"
+    items = _items(adapters, options)
     with connect(connection) as client, shown_progress() as report:
-        registration = client.upload_adapter(
-            task, path, progress=lambda sent, total: report("upload", sent, total), **options
-        )
-    _print(registration, "valid" if validate_only else "uploaded", as_json)
+
+        def send(item: Item) -> Registration:
+            return client.upload_adapter(
+                item.task, item.path, progress=lambda sent, total: report("upload", sent, total), **options
+            )
+
+        outcomes = _outcomes(items, adapters, send, report)
+    _print_outcomes(outcomes, adapters, done, as_json)
+
+
+def _items(texts: list[str], options: RegisterOptions) -> list[Item]:
+    items = parse_items(texts)
+    if len(items) > 1:
+        for name in ("expected_digest", "request_id"):
+            if options[name]:
+                raise UsageError(f"--{name.replace('_', '-')} is for one adapter, not for {len(items)}")
+    return items
+
+
+def _is_one(texts: list[str], items: list[Item]) -> bool:
+    """Whether the arguments are a task and a path: its answer alone is printed, its failure is the command's."""
+    return len(texts) == 2 and items == [Item(*texts)]
+
+
+def _outcomes(
+    items: list[Item], texts: list[str], make: Callable[[Item], Registration], report: Report
+) -> list[Outcome]:
+    if _is_one(texts, items):
+        return [Outcome(items[0], make(items[0]))]
+    return perform(items, make, report)
+
+
+def _print_outcomes(outcomes: list[Outcome], texts: list[str], done: str, as_json: bool) -> None:
+    """Print what became of each, and fail if one did."""
+    registered = [each.registration for each in outcomes if each.registration is not None]
+    failed = [each for each in outcomes if each.registration is None]
+    if not as_json or _is_one(texts, [each.item for each in outcomes]):
+        for registration in registered:
+            _print(registration, done, as_json)
+    else:
+        print_json([_as_json(each) for each in outcomes])
+    for each in failed:
+        typer.echo(f"failed: {each.item.task}: {' '.join(each.error.split())}", err=True)
+    if failed:
+        names = ", ".join(each.item.task for each in failed)
+        raise CommandError(f"{len(failed)} of {len(outcomes)} adapters failed: {names}")
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    item = {"task_id": outcome.item.task, "path": outcome.item.path}
+    if outcome.registration is None:
+        return {**item, "error": outcome.error}
+    return {**item, "registration": to_plain(outcome.registration)}
 
 
 def as_uri(path: str) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from manyhats.adapters.store import AdapterStore
 
 _STORE_HELP = """It needs no server, and may run beside one: --store and --catalogue are
-those that the server has.
+those that the server has. What it prints names the store it looked in.
 """
 VERIFY_HELP = f"""Read every stored adapter again, and compare it with its digest.
 
@@ -97,6 +97,7 @@ def verify(store: Store = "", catalogue: Catalogue = "", as_json: opt.Json = Fal
     """Read every stored adapter again, and compare it with its digest."""
     with opened(store, catalogue) as adapters:
         found = list(adapters.verify())
+    where = place(store)
     if as_json:
         print_json(found)
     elif found:
@@ -106,8 +107,8 @@ def verify(store: Store = "", catalogue: Catalogue = "", as_json: opt.Json = Fal
         )
     num_bad = sum(each.status != "ok" for each in found)
     if num_bad:
-        raise CommandError(f"damaged or missing: {num_bad} of {len(found)} stored adapters")
-    typer.echo(f"stored adapters: {len(found)}, all as they were registered", err=True)
+        raise CommandError(f"damaged or missing: {num_bad} of {len(found)} stored adapters in {where}")
+    typer.echo(f"stored adapters in {where}: {len(found)}, all as they were registered", err=True)
 
 
 def gc(
@@ -123,7 +124,7 @@ def gc(
         print_json(swept)
         return
     typer.echo(
-        f"removed what no version needs: {swept.num_artifacts} ({human_bytes(swept.size_bytes)});"
+        f"removed what no version needs from {place(store)}: {swept.num_artifacts} ({human_bytes(swept.size_bytes)});"
         f" unfinished: {swept.num_unfinished}"
     )
 
@@ -146,19 +147,28 @@ def opened(store: str, catalogue: str) -> Iterator[AdapterStore]:
     """A store without a base model.
 
     Raises:
-        CommandError: it is not there, and for every error of the store in the block.
+        CommandError: it is not there, and for every error of the store in the block; names the store.
     """
     with needs_extra("server"):
-        from manyhats.adapters.errors import AdapterError
+        from manyhats.adapters.errors import AdapterError, ArgumentInvalidError
         from manyhats.adapters.open_store import open_store
-        from manyhats.engine.model.directories import default_home
+    where = place(store)
     try:
-        directory = store or default_home() / "store"
         # Nothing is swept: what is left over is for gc to find and to count.
-        adapters = open_store(directory, None, catalogue_url=catalogue, create=False, sweep=False)
+        adapters = open_store(where, None, catalogue_url=catalogue, create=False, sweep=False)
         try:
             yield adapters
         finally:
             adapters.close()
-    except AdapterError as error:
+    except ArgumentInvalidError as error:
         raise CommandError(str(error)) from error
+    except AdapterError as error:
+        hint = "" if store else "; --store names the one that a server has"
+        raise CommandError(f"{error} (looked in {where}{hint})") from error
+
+
+def place(store: str) -> str:
+    """The directory or URL of a store; the default one where none is named."""
+    with needs_extra("server"):
+        from manyhats.engine.model.directories import default_home
+    return store or str(default_home() / "store")

@@ -9,7 +9,7 @@ import typer
 from manyhats.cli import adapter_files, adapter_register, adapter_store
 from manyhats.cli import options as opt
 from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.failures import command_group
+from manyhats.cli.failures import CommandError, command_group
 from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def list_(
     """List the versions of one task, or of every task."""
     with connect(connection) as client:
         listed = list(client.list_adapters(task_id=task))
+    if task and not listed:
+        raise CommandError(f"no task {task!r}; `manyhats adapters list` shows what there is")
     if as_json:
         print_json(listed)
     elif listed:

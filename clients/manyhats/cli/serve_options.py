@@ -90,10 +90,8 @@ StoreCache: TypeAlias = Annotated[
     ),
 ]
 StoreCacheBytes: TypeAlias = Annotated[
-    int | None,
-    _adapters(
-        "--store-cache-bytes", metavar="BYTES", min=1, help="Of those copies.", show_default="8589934592"
-    ),
+    str | None,
+    _adapters("--store-cache-bytes", metavar="SIZE", help="Of those copies.", show_default="8GiB"),
 ]
 StorePollS: TypeAlias = Annotated[
     float | None,
@@ -121,13 +119,12 @@ Register: TypeAlias = Annotated[
     _adapters("--register", metavar="TASK=PATH", help="Register this adapter at start. Repeatable."),
 ]
 MaxArtifactBytes: TypeAlias = Annotated[
-    int | None,
+    str | None,
     _bound(
         "--max-artifact-bytes",
-        metavar="BYTES",
-        min=1,
+        metavar="SIZE",
         help="All files of one adapter.",
-        show_default="1073741824",
+        show_default="1GiB",
     ),
 ]
 MaxAdapterRank: TypeAlias = Annotated[
@@ -163,21 +160,19 @@ MaxVersionsPerTask: TypeAlias = Annotated[
     ),
 ]
 MaxBytesPerTask: TypeAlias = Annotated[
-    int | None,
+    str | None,
     _bound(
         "--max-bytes-per-task",
-        metavar="BYTES",
-        min=1,
+        metavar="SIZE",
         help="All versions of a task together.",
         show_default="no bound",
     ),
 ]
 MaxBytes: TypeAlias = Annotated[
-    int | None,
+    str | None,
     _bound(
         "--max-bytes",
-        metavar="BYTES",
-        min=1,
+        metavar="SIZE",
         help="All versions of all tasks together.",
         show_default="no bound",
     ),
@@ -261,13 +256,12 @@ MaxBatchedTokens: TypeAlias = Annotated[
     _limit("--max-batched-tokens", metavar="N", min=1, help="Tokens of one step.", show_default="256"),
 ]
 KvCacheBytes: TypeAlias = Annotated[
-    int | None,
+    str | None,
     _limit(
         "--kv-cache-bytes",
-        metavar="BYTES",
-        min=1,
+        metavar="SIZE",
         help="Memory for the KV cache.",
-        show_default="1073741824",
+        show_default="1GiB",
     ),
 ]
 KvCacheDtype: TypeAlias = Annotated[

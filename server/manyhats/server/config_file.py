@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ConfigError
+from manyhats.server.sizes import parse_size
 
 _NAMES = frozenset(each.name for each in fields(ServeConfig))
 
@@ -32,7 +33,7 @@ def make_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConf
     for name in settings.keys() - _NAMES:
         raise ConfigError(name, not_a_setting(name))
     try:
-        return TypeAdapter(ServeConfig).validate_python(settings)
+        return TypeAdapter(ServeConfig).validate_python(_with_sizes(settings))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         setting = ".".join(str(part) for part in first["loc"]) or "config"
@@ -76,6 +77,18 @@ def not_a_setting(name: str) -> str:
     """What is said of a name that is no setting."""
     near = difflib.get_close_matches(name.lower(), _NAMES, n=1)
     return f"is not a setting; did you mean {near[0]}?" if near else "is not a setting"
+
+
+def _with_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the sizes among them as numbers of bytes."""
+    parsed = dict(settings)
+    for name, value in settings.items():
+        if "bytes" in name.split("_") and isinstance(value, str):
+            try:
+                parsed[name] = parse_size(value)
+            except ValueError as error:
+                raise ConfigError(name, str(error)) from error
+    return parsed
 
 
 def _plain(message: str) -> str:

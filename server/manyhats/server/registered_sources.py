@@ -27,5 +27,5 @@ def check_registered_sources(config: ServeConfig) -> None:
 
 def _hint(error: AdapterError, config: ServeConfig) -> str:
     if isinstance(error, SourceNotAllowedError) and not (config.adapter_roots or config.adapter_url_prefixes):
-        return "; there is none: --adapter-root names a directory that adapters may be registered from"
+        return "; --adapter-root names a directory that adapters may be registered from"
     return ""
