@@ -66,6 +66,8 @@ VOCAB_SIZE = 300
 class BytePrompt:
     """Token id = byte + 2; 1 begins a sequence."""
 
+    length_again = 0
+
     def __init__(self, text: str, *, begins: bool, max_tokens: int | None) -> None:
         self.token_ids = ((BOS,) if begins else ()) + byte_ids(text)
         if max_tokens is not None and len(self.token_ids) > max_tokens:

@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tokenizers import pre_tokenizers
 
+from manyhats.engine.prompt_text import score_tokens
 from manyhats.engine.tokenizer import Tokenizer
 from manyhats.server.text_threads import TextThreads, slices
 from manyhats.v1 import generation_pb2 as pb
@@ -147,6 +149,41 @@ async def test_other_calls_are_answered_while_long_texts_are_tokenized() -> None
         assert not all(call.done() for call in calls)
         answers = await asyncio.gather(*calls)
     assert {tuple(answer.ids) for answer in answers} == {tuple(answers[0].ids)}
+
+
+async def test_a_text_that_cannot_fit_does_not_wait_for_those_that_are_tokenized() -> None:
+    async with running_server(tokenizer=tokenizer()) as server:
+        request = pb.TokenizeRequest(text=TEXT[: MIB // 8])
+        calls = [asyncio.ensure_future(server.generation.Tokenize(request)) for _ in range(4)]
+        await asyncio.sleep(0)
+        refusal = await refused(server.generation.Generate(pb.GenerateRequest(text=TEXT)))
+        assert not all(call.done() for call in calls)
+        await asyncio.gather(*calls)
+    assert refusal.reason == "PROMPT_TOO_LONG"
+
+
+@pytest.mark.parametrize("is_byte_level", [True, False])
+@pytest.mark.parametrize(("length", "number"), [(5, 300), (3000, 20), (30_000, 3), (1, 1)])
+async def test_scored_texts_are_tokenized_in_pieces_as_they_are_one_by_one(
+    is_byte_level: bool, length: int, number: int
+) -> None:
+    backend = tiny_tokenizer()
+    if not is_byte_level:  # as it puts a space ahead of every text
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    reference = Tokenizer(backend, special_tokens={})
+    texts = [TEXT[index : index + length] for index in range(number)]
+    async with running_server(tokenizer=reference) as server:
+        server.engine.max_context_length = 100_000
+        request = pb.ScoreRequest(
+            text=TEXT[:2000], continuations=[pb.Continuation(text=text) for text in texts]
+        )
+        await server.generation.Score(request)
+        (asked,) = server.engine.score_requests
+    prompt = reference.prompt(TEXT[:2000])
+    expected = score_tokens(prompt.token_ids, [prompt.followed_by(text) for text in texts])
+    assert asked.prompt_token_ids == expected.prompt_token_ids
+    assert asked.continuations == expected.continuations
+    assert tuple(asked.num_given) == expected.num_given
 
 
 async def test_work_whose_caller_left_is_not_begun() -> None:

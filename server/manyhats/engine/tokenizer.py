@@ -152,9 +152,7 @@ class Tokenizer:
         Raises:
             PromptTooLongError: ``text``: it has more than ``max_tokens``, as ``encode`` tells.
         """
-        if max_tokens is not None:
-            self.check_length(text, max_tokens)
-        own = self.encode(text, add_special_tokens=False)
+        own = self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
         head = head_of(own, self._ahead) if add_special_tokens else ()
         if max_tokens is not None and len(head) + len(own) > max_tokens:
             raise PromptTooLongError("text", len(head) + len(own), max_tokens)

@@ -28,6 +28,10 @@ class PromptText(Protocol):
     def token_ids(self) -> tuple[int, ...]:
         """Its tokens."""
 
+    @property
+    def length_again(self) -> int:
+        """Characters of it that are tokenized with each text behind it, as a rule."""
+
     def followed_by(self, text: str) -> Continuation:
         """What a text becomes behind it."""
 

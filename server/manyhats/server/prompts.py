@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
-from manyhats.engine.prompt_text import TAIL_LENGTH, Continuation, ScoreTokens, score_tokens
+from manyhats.engine.prompt_text import Continuation, ScoreTokens, score_tokens
 from manyhats.engine.tokenizer import ChatMessage, Tokenizer
 from manyhats.server.ports import Backend, PromptText
-from manyhats.server.text_threads import slices
+from manyhats.server.text_threads import BRIEF_LENGTH, slices
 
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_CHAT_MESSAGES = 1024
@@ -101,7 +101,9 @@ async def encode_prompts(
         PromptTooLongError: a prompt has more tokens; where its length already tells, it was not tokenized.
     """
     rendered = [await _rendered(backend, prompt, tokenizer) for prompt in prompts]
-    work = partial(_encode_all, _with_tokenizer(backend, tokenizer), rendered, max_tokens)
+    backend = _with_tokenizer(backend, tokenizer)
+    await _check_lengths(backend, rendered, max_tokens)
+    work = partial(_encode_all, backend, rendered, max_tokens)
     return await backend.text_threads.run(work, sum(map(_length, rendered)))
 
 
@@ -120,10 +122,54 @@ async def encode_scoring(
         PromptTooLongError: likewise.
     """
     rendered = await _rendered(backend, prompt, tokenizer)
-    work = partial(_encode_scoring, _with_tokenizer(backend, tokenizer), rendered, continuations, max_tokens)
-    length = sum(map(_length, (rendered, *continuations)))
-    again = min(_length(rendered), TAIL_LENGTH) * len(continuations)  # of the prompt, with each of them
-    return await backend.text_threads.run(work, length + again)
+    backend = _with_tokenizer(backend, tokenizer)
+    await _check_lengths(backend, [rendered, *continuations], max_tokens)
+    run = backend.text_threads.run
+    ids, text, again = await run(partial(_encode_ahead, backend, rendered, max_tokens), _length(rendered))
+    found: list[Continuation] = []
+    # In pieces, between which others have their turn, and after which nothing is done for a caller that has left.
+    for some, length in _pieces(continuations, again):
+        found += await run(partial(_continuations, backend, ids, text, some, max_tokens), length)
+    return score_tokens(ids, found)
+
+
+async def _check_lengths(backend: Backend, prompts: Sequence[_Encodable], max_tokens: int | None) -> None:
+    """Refuse long texts that cannot fit, ahead of all those that are waiting to be tokenized."""
+    if max_tokens is None:
+        return
+    for prompt in prompts:
+        if isinstance(prompt, (TextPrompt, _RenderedChat)) and len(prompt.text) > BRIEF_LENGTH:
+            work = partial(_check_length, backend, prompt, max_tokens)
+            await backend.text_threads.run(work, BRIEF_LENGTH)
+
+
+def _check_length(backend: Backend, prompt: TextPrompt | _RenderedChat, max_tokens: int) -> None:
+    try:
+        backend.tokenizer.check_length(prompt.text, max_tokens)
+    except PromptTooLongError as error:
+        raise _named(error, prompt) from None
+
+
+def _named(error: PromptTooLongError, prompt: _Encodable) -> PromptTooLongError:
+    """The error with the name of the field; the engine has one word for whichever kind of prompt it is."""
+    field = prompt.field if prompt.field.startswith("continuations") else "prompt"
+    return PromptTooLongError(field, error.num_tokens, error.limit, at_least=error.at_least)
+
+
+def _pieces(
+    continuations: Sequence[TextPrompt | TokenPrompt], again: int
+) -> Iterator[tuple[list[TextPrompt | TokenPrompt], int]]:
+    """Consecutive continuations that take some milliseconds together, and their length with the prompt's part of it."""
+    piece: list[TextPrompt | TokenPrompt] = []
+    total = 0
+    for each in continuations:
+        length = _length(each) + again
+        if piece and total + length > BRIEF_LENGTH:
+            yield piece, total
+            piece, total = [], 0
+        piece.append(each)
+        total += length
+    yield piece, total
 
 
 async def _rendered(backend: Backend, prompt: Prompt, tokenizer: Tokenizer | None) -> _Encodable:
@@ -165,24 +211,30 @@ def _encode_text(
             case ChatPrompt():
                 text = backend.tokenizer.chat_prompt(prompt.messages, max_tokens=max_tokens)
     except PromptTooLongError as error:
-        raise PromptTooLongError("prompt", error.num_tokens, error.limit, at_least=error.at_least) from None
+        raise _named(error, prompt) from None
     if not text.token_ids:
         raise FieldInvalidError(prompt.field, "has no tokens")
     return text
 
 
-def _encode_scoring(
+def _encode_ahead(
+    backend: Backend, prompt: _Encodable, max_tokens: int | None
+) -> tuple[tuple[int, ...], PromptText | None, int]:
+    """Tokens of a prompt that is scored behind; where its text is known, that, and how much of it comes again."""
+    if isinstance(prompt, TokenPrompt):
+        return _checked_ids(backend, prompt, max_tokens), None, 0
+    text = _encode_text(backend, prompt, max_tokens)
+    return text.token_ids, text, text.length_again
+
+
+def _continuations(
     backend: Backend,
-    prompt: _Encodable,
+    ids: tuple[int, ...],
+    prompt: PromptText | None,
     continuations: Sequence[TextPrompt | TokenPrompt],
     max_tokens: int | None,
-) -> ScoreTokens:
-    if isinstance(prompt, TokenPrompt):
-        text, ids = None, _checked_ids(backend, prompt, max_tokens)
-    else:
-        text = _encode_text(backend, prompt, max_tokens)
-        ids = text.token_ids
-    return score_tokens(ids, [_continuation(backend, ids, text, each, max_tokens) for each in continuations])
+) -> list[Continuation]:
+    return [_continuation(backend, ids, prompt, each, max_tokens) for each in continuations]
 
 
 def _continuation(
@@ -204,7 +256,7 @@ def _continuation(
         else:
             found = prompt.followed_by(text)
     except PromptTooLongError as error:
-        raise PromptTooLongError(field, error.num_tokens, error.limit, at_least=error.at_least) from None
+        raise _named(error, continuation) from None
     except FieldInvalidError as error:
         raise FieldInvalidError(field, error.description) from error
     if max_tokens is not None and len(found.token_ids) > max_tokens:
@@ -214,9 +266,7 @@ def _continuation(
 
 def _checked_ids(backend: Backend, prompt: TokenPrompt, max_tokens: int | None) -> tuple[int, ...]:
     if max_tokens is not None and len(prompt.ids) > max_tokens:
-        # The engine's word for whichever kind of prompt it is.
-        field = prompt.field if prompt.field.startswith("continuations") else "prompt"
-        raise PromptTooLongError(field, len(prompt.ids), max_tokens)
+        raise _named(PromptTooLongError("ids", len(prompt.ids), max_tokens), prompt)
     ids: list[int] = []
     for part in slices(prompt.ids):
         largest = max(part)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 # For shorter texts the change of threads would cost more than the tokenizer does.
 _INLINE_LENGTH = 2048
 # Some 20 ms of the tokenizer's time.
-_BRIEF_LENGTH = 16 * 1024
+BRIEF_LENGTH = 16 * 1024
 # What Python code does in a tenth of a millisecond or two.
 _SLICE_LENGTH = 512
 _PAUSE_S = 0.0002
@@ -39,7 +39,7 @@ class TextThreads:
         """
         if length <= _INLINE_LENGTH:
             return work()
-        threads = self.brief if length <= _BRIEF_LENGTH else self.long
+        threads = self.brief if length <= BRIEF_LENGTH else self.long
         return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
