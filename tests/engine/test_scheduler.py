@@ -139,6 +139,20 @@ def test_what_comes_after_a_long_prompt_or_a_scoring_has_its_turn_in_a_few_steps
     assert engine.drain() < 120
 
 
+def test_a_long_prompt_of_higher_priority_does_not_wait_for_the_one_that_runs() -> None:
+    scheduler = make_scheduler(num_blocks=900, tokens=32, bulk=6)
+    engine = ToyEngine(scheduler)
+    scheduler.add(make_sequence("long", range(400), 0))
+    engine.step()
+    scheduler.add(make_sequence("vip", range(1000, 1400), 0, priority=1))
+    scheduler.add(make_sequence("later", range(2000, 2400), 0))
+    assert ids(engine.step()) == [("vip", 0, 16), ("long", 32, 16)]
+    done: list[str] = []
+    while scheduler.has_work:
+        done += [c.sequence.id for c in engine.step().chunks if c.end == 400]
+    assert done[-1] == "later"
+
+
 def test_when_blocks_run_out_the_latest_of_the_lowest_priority_is_preempted_and_resumes() -> None:
     scheduler = make_scheduler(num_blocks=6, block_size=4)
     engine = ToyEngine(scheduler)

@@ -243,7 +243,9 @@ class Scheduler:
                     continue
                 num_left = self._num_left(sequence)
                 is_bulk = self._is_bulk(sequence, num_left)
-                if is_bulk and not step.has_bulk_room(num_left, are_others_waiting=are_others_waiting):
+                if is_bulk and not step.has_bulk_room(
+                    sequence, num_left, are_others_waiting=are_others_waiting
+                ):
                     num_bulk_left += 1
                     continue
             elif step.room <= 0:

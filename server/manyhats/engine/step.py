@@ -76,10 +76,14 @@ class Step:
         if num_tokens > 0:
             self._add(sequence, num_tokens)
 
-    def has_bulk_room(self, num_left: int, *, are_others_waiting: bool) -> bool:
+    def has_bulk_room(self, sequence: Sequence, num_left: int, *, are_others_waiting: bool) -> bool:
         """Whether a bulk sequence of so many tokens would get some in this step."""
-        room = self._bulk_budget(are_others_waiting) - sum(sequence.num_left for sequence in self._bulk)
-        return room > 0 or all(num_left < sequence.num_left for sequence in self._bulk)
+        room = self._bulk_budget(are_others_waiting) - sum(other.num_left for other in self._bulk)
+        return (
+            room > 0
+            or all(num_left < other.num_left for other in self._bulk)
+            or all(sequence.rank < other.rank for other in self._bulk)
+        )
 
     def freeze(self) -> Schedule:
         """The schedule."""
