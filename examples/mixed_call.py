@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from manyhats.client import DEFAULT_TARGET, AsyncClient, Generation
+from manyhats.client import DEFAULT_TARGET, AsyncClient, Generation, ManyhatsError, UnavailableError
 
 PROMPTS = Path(__file__).with_name("prompts.json")
 
@@ -25,7 +26,14 @@ def main() -> None:
     server: str = parser.parse_args().server
     prompts: Mapping[str, Mapping[str, Any]] = json.loads(PROMPTS.read_text(encoding="utf-8"))
     began_s = time.perf_counter()
-    rows = asyncio.run(ask_all(server, prompts))
+    try:
+        rows = asyncio.run(ask_all(server, prompts))
+    except UnavailableError as error:
+        sys.exit(f"error: {error}; `make run` says `ready` when it can be asked")
+    except ManyhatsError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     print("\n".join(table(rows)))
     print(f"\n{len(rows)} tasks answered in {time.perf_counter() - began_s:.1f} s")
 

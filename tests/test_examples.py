@@ -6,10 +6,13 @@ import asyncio
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 from examples.catalogue import artifact_directory, base_task, parts_of
@@ -23,7 +26,7 @@ from examples.tasks import TASKS
 from examples.tasks.pirate import speak_pirate
 from examples.tasks.task import ExampleTask, Item, held_out_items, train_items
 
-from client_fakes import TEXT, running_server
+from client_fakes import TEXT, make_status, running_server
 from default_model import DEFAULT_MODEL
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord
 from manyhats.adapters.open_store import open_store
@@ -340,6 +343,43 @@ def test_base_answers_otherwise(task: ExampleTask, served: Mapping[tuple[str, st
 
 
 # The mixed call
+
+
+def mixed_call(server: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the script."""
+    result = subprocess.run(
+        [sys.executable, "-m", "examples.mixed_call", server],
+        cwd=EXAMPLES.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_mixed_call_without_a_server_is_one_line() -> None:
+    code, printed, said = mixed_call("127.0.0.1:1")
+    assert (code, printed) == (1, "")
+    assert said.startswith("error: cannot reach the server at 127.0.0.1:1")
+    assert said.endswith("; `make run` says `ready` when it can be asked\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "LOADING"),
+        (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
+        (grpc.StatusCode.NOT_FOUND, "TASK_NOT_FOUND"),
+        (grpc.StatusCode.UNAUTHENTICATED, ""),
+    ],
+)
+def test_mixed_call_before_the_server_is_ready_is_one_line(code: grpc.StatusCode, reason: str) -> None:
+    with running_server() as fake:
+        fake.status = make_status(code, "the model is being loaded", reason=reason)
+        exit_code, printed, said = mixed_call(fake.target)
+    assert (exit_code, printed) == (1, "")
+    assert re.fullmatch(r"error: the model is being loaded[^\n]*\n", said), said
 
 
 async def test_mixed_call_asks_every_task_and_tells_who_answered() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -240,6 +241,28 @@ def test_failing_child_is_quoted_and_its_progress_followed() -> None:
     assert [line.strip() for line in lines] == ["1/2", "2/2", "broken"]
     with pytest.raises(ModelError, match=r"cannot try: .*No such file"):
         run_child(["/no/such/program"], purpose="try", on_line=lines.append)
+
+
+@pytest.mark.parametrize("words", [os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "ERROR: Could not install packages due to an OSError: [Errno 28] {}",
+        "OSError: [Errno 28] {}: '/somewhere/model.safetensors'",
+        'safetensors_rust.SafetensorError: IoError(Os {{ code: 28, kind: StorageFull, message: "{}" }})',
+        "pip: {}\\nsee the log\\n",
+    ],
+)
+def test_child_that_found_no_space_is_one_line_that_says_where(
+    form: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANYHATS_HOME", str(tmp_path))
+    code = f"import sys; sys.stderr.write('Traceback\\n'); sys.exit({form.format(words)!r})"
+    with pytest.raises(ModelError) as caught:
+        run_child([sys.executable, "-c", code], purpose="download it", on_line=lambda line: None)
+    reason = words[0].lower() + words[1:]
+    assert str(caught.value).startswith(f"cannot download it: {reason}; models are kept in {tmp_path} (")
+    assert "Traceback" not in str(caught.value)
 
 
 def test_child_that_says_nothing_is_ended_by_what_its_caller_raises() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -96,7 +97,7 @@ class Nf4Cache:
                 _write_json(staging / MANIFEST_FILE, manifest)
                 _write_json(staging / "config.json", {**config, "quantization_config": _QUANTIZATION_CONFIG})
                 publish_directory(staging, entry, self._is_good)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             _LOG.warning("the NF4 weights cannot be cached and the next start quantizes again: %s", error)
             return False
         return True

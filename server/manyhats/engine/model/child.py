@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import subprocess
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from manyhats.engine.errors import ModelError
+from manyhats.engine.model.directories import default_home
 
 _TAIL_LINES = 5
 _PATIENCE_S = 0.2
+# However a program ends by it, these are the operating system's words.
+_FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def run_child(
@@ -61,6 +66,12 @@ def run_child(
             child.kill()
             raise
     if child.returncode != 0:
+        for words in _FULL:
+            if any(words in line for line in tail):
+                raise ModelError(
+                    f"cannot {purpose}: {words[0].lower() + words[1:]}; models are kept in {default_home()}"
+                    f" (MANYHATS_HOME moves it), temporary files in {tempfile.gettempdir()} (TMPDIR)"
+                )
         raise ModelError(f"cannot {purpose}: exit status {child.returncode}: {' / '.join(tail)}")
 
 
