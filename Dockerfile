@@ -1,7 +1,12 @@
 # The server with the CPU kernels. Build from the repository's root:
 #   docker build -t manyhats .
-#   docker run --rm -p 50051:50051 -p 8000:8000 -v manyhats:/var/lib/manyhats manyhats
-# PIP_ARGS takes further arguments for pip, such as an index that holds CPU builds of torch.
+# It listens on all of the container's addresses, and so starts only with certificate and tokens, or told not to mind:
+#   docker run --rm -p 50051:50051 -p 8000:8000 -v manyhats:/var/lib/manyhats -v ./secrets:/secrets:ro manyhats \
+#     --tls-cert /secrets/server.pem --tls-key /secrets/server.key --token-file /secrets/tokens.yaml
+#   docker run --rm -p 127.0.0.1:50051:50051 -p 127.0.0.1:8000:8000 -v manyhats:/var/lib/manyhats manyhats --insecure
+# With --insecure whoever reaches the published ports, or the container's network, may do everything: 127.0.0.1 in -p
+# leaves that to this machine.
+# PIP_ARGS takes further arguments for pip, such as --extra-index-url with an index that holds CPU builds of torch.
 
 FROM python:3.11-slim-bookworm AS build
 ARG PIP_ARGS=""
@@ -39,8 +44,9 @@ VOLUME /var/lib/manyhats
 EXPOSE 50051 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=180s \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
-# --insecure: the port mapping decides who can reach a container's ports.
-ENTRYPOINT ["manyhats", "serve", "--host", "0.0.0.0", "--insecure", "--log-format", "json", \
+    CMD python -c "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=1)" 2>/dev/null \
+    || python -c "import ssl, urllib.request as r; r.urlopen('https://127.0.0.1:8000/readyz', timeout=1, \
+context=ssl._create_unverified_context())"
+ENTRYPOINT ["manyhats", "serve", "--host", "0.0.0.0", "--log-format", "json", \
     "--store", "/var/lib/manyhats/store", "--adapter-root", "/var/lib/manyhats/adapters"]
 CMD ["--model", "smollm2-135m-instruct"]

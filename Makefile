@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
 # Files are compiled when they are first imported: most never are.
+# For pip, while it installs torch: such as an index of CPU builds, which are a tenth of the size.
+TORCH_ARGS ?=
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
@@ -28,7 +30,7 @@ $(RUN_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@# torch first and alone: the rest then takes it as it is.
-	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) $(TORCH_ARGS) torch
 	$(PIP_INSTALL) --editable '.[train]'
 	@touch $@
 

@@ -179,4 +179,6 @@ def test_without_the_servers_packages_a_line_says_what_to_install(command: list[
     )
     result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
-    assert re.fullmatch(r"error: .*pip install 'manyhats\[server\]'\n", result.stderr)
+    assert re.fullmatch(
+        r"error: .*pip install -c constraints\.txt --editable '\.\[server\]' in \S+\n", result.stderr
+    )

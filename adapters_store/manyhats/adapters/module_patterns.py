@@ -66,6 +66,7 @@ def _compile(field: str, key: str) -> re.Pattern[str]:
         )
     if _PLAIN_KEY.fullmatch(key) is None:
         raise AdapterUnsupportedError(
-            field, f"the key '{shown(key)}' is a regular expression; only plain module names are matched"
+            field,
+            f"the key '{shown(key)}' is more of a regular expression than is matched: names, dots, ^, $ and |",
         )
     return re.compile(rf"(.*\.)?({key})$")

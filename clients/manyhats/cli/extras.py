@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from manyhats.cli.failures import CommandError
 
@@ -23,8 +24,16 @@ def needs_extra(extra: str) -> Iterator[None]:
         if package == "manyhats":
             raise
         raise CommandError(
-            f"this command needs more packages ({package} is missing): pip install 'manyhats[{extra}]'"
+            f"this command needs more packages ({package} is missing): {_how_to_install(extra)}"
         ) from error
+
+
+def _how_to_install(extra: str) -> str:
+    """What brings an extra: no index has manyhats, so it comes from where it was installed from."""
+    checkout = Path(__file__).parents[3]
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install -c constraints.txt --editable '.[{extra}]' in {checkout}"
+    return f"install manyhats[{extra}] from the checkout or wheel that it came from"
 
 
 def quiet_libraries() -> None:

@@ -1,0 +1,126 @@
+"""What README and docs name is there: paths of a clone, commands and flags, make's targets; the image is safe."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from manyhats.cli.main import app
+from manyhats.server.config import ServeConfig
+from manyhats.server.config_file import make_config
+from manyhats.server.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS += sorted(path for path in (ROOT / "examples").glob("*.md"))
+IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+TOP = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} | {".ci"}
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+INLINE = re.compile(r"`([^`\n]+)`")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Made by the commands that the text is about, not part of a clone.
+MADE = ("examples/data/", "benchmarks/results/")
+
+
+def code_lines(text: str) -> Iterator[str]:
+    """The lines of code blocks, continued ones joined, prompts and comments taken off."""
+    for _, block in FENCE.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line.removeprefix("$ ").removeprefix(".venv/bin/").strip()
+
+
+def paths_in(text: str) -> set[str]:
+    """What looks like a path below one of the clone's folders."""
+    words = {word for span in INLINE.findall(text) for word in span.split()}
+    words |= {word for line in code_lines(text) for word in line.partition(" #")[0].split()}
+    words = {word.strip("'\",;").removeprefix("./") for word in words}
+    named = {word for word in words if word.partition("/")[0] in TOP and "/" in word}
+    return {word for word in named if not re.search(r"[*{}<>…=$]|::", word) and not word.startswith(MADE)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_every_path_and_link_is_in_a_clone(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    links = {link for link in LINK.findall(text) if "://" not in link}
+    missing = {link for link in links if not (document.parent / link).exists()}
+    missing |= {path for path in paths_in(text) if not (ROOT / path).exists()}
+    assert missing == set()
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Calls of ``manyhats`` in code blocks, as words."""
+    lines = (line.partition(" #")[0].strip() for line in code_lines(text))
+    return [shlex.split(line) for line in lines if line.startswith("manyhats ")]
+
+
+def resolved(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that words begin with, and the words that follow."""
+    command: click.Command = typer.main.get_command(app)  # type: ignore[assignment]
+    rest = words[1:]
+    while hasattr(command, "commands"):
+        assert rest, f"{words} names no command"
+        assert rest[0] in command.commands, f"{words}: there is no command {rest[0]!r}"
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command, rest
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_every_command_and_flag_exists(document: Path) -> None:
+    for words in commands_in(document.read_text(encoding="utf-8")):
+        command, rest = resolved(words)
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        flags = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+        assert flags <= known | {"--help"}, f"{words}: no flag {flags - known}"
+
+
+def test_readme_has_commands_and_paths_to_look_at() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(commands_in(text)) >= 12
+    assert {"examples/adapters", "docs/benchmarks.md", ".ci/run"} <= paths_in(text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
+def test_every_target_of_make_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    named = {span for span in INLINE.findall(text) if span.startswith("make ")} | set(code_lines(text))
+    targets = {match[1] for span in named if (match := re.match(r"make ([a-z-]+)", span))}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+
+
+def test_readme_does_not_say_that_an_index_has_manyhats() -> None:
+    for document in DOCUMENTS:
+        assert not re.search(r"pip install\s+['\"]?manyhats\b", document.read_text(encoding="utf-8"))
+
+
+def test_readme_says_where_files_are_kept() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "MANYHATS_HOME" in text
+    assert "~/.cache/manyhats" in text
+
+
+def entry_point() -> dict[str, str | bool]:
+    """The flags that the image's server always has, as settings."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.MULTILINE)
+    program, command, *words = json.loads(line)
+    assert (program, command) == ("manyhats", "serve")
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    assert flags.pop("--adapter-root")
+    return {name.removeprefix("--").replace("-", "_"): value for name, value in flags.items()}
+
+
+def test_the_image_does_not_serve_other_machines_unless_it_is_told_how_or_not_to_mind() -> None:
+    settings = entry_point()
+    with pytest.raises(ConfigError, match="needs --tls-cert and --tls-key and --token-file; or --insecure"):
+        make_config(settings)
+    secured = {"tls_cert": "/s/c.pem", "tls_key": "/s/c.key", "token_file": "/s/t.yaml"}
+    for more in ({"insecure": True}, secured):
+        assert isinstance(make_config({**settings, **more}), ServeConfig)
