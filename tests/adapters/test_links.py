@@ -22,6 +22,7 @@ from manyhats.adapters.open_store import open_store
 
 BASE = make_base(names=("org/tiny",))
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+TEMPLATE = "chat_template.jinja"
 
 
 def make_hub_cache(hub: Path, *, commit: str = "abc", seed: int = 0) -> Path:
@@ -33,7 +34,8 @@ def make_hub_cache(hub: Path, *, commit: str = "abc", seed: int = 0) -> Path:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     snapshot.mkdir(parents=True)
-    for name in FILES:
+    (plain / TEMPLATE).write_text("{{ messages[0].content }}")
+    for name in (*FILES, TEMPLATE):
         (plain / name).rename(repository / "blobs" / f"sha-{name}")
         (snapshot / name).symlink_to(f"../../blobs/sha-{name}")
     shutil.rmtree(plain)
@@ -50,6 +52,8 @@ def test_a_snapshot_of_the_hubs_cache_is_registered_with_the_digest_of_its_files
     shutil.copytree(snapshot, tmp_path / "hub" / "copy")  # follows the links
     assert store.register("copy", "copy").record.digest == record.digest
     assert inspect(snapshot).digest == record.digest
+    (snapshot / TEMPLATE).unlink()
+    assert inspect(snapshot).digest != record.digest
 
 
 def test_a_part_of_a_composed_task_may_be_a_snapshot(tmp_path: Path) -> None:
@@ -122,13 +126,13 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, TEMPLATE])
 @pytest.mark.parametrize("what", OUTSIDE)
 def test_links_that_lead_elsewhere_are_refused(tmp_path: Path, what: str, name: str) -> None:
     root = tmp_path / "root"
-    make_lora(root / "a", BASE)
-    make_lora(tmp_path / "secret", BASE, seed=1)
-    make_lora(tmp_path / "root-2", BASE, seed=1)
+    for number, directory in enumerate((root / "a", tmp_path / "secret", tmp_path / "root-2")):
+        make_lora(directory, BASE, seed=number)
+        (directory / TEMPLATE).write_text("{{ messages[0].content }}")
     (root / f"chain-{name}").symlink_to(f"../secret/{name}")
     (root / "folder").symlink_to(tmp_path / "secret")
     (root / "up").symlink_to("..")

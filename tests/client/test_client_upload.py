@@ -58,6 +58,20 @@ def upload(request: pytest.FixtureRequest) -> Upload:
     return of_sync if request.param == "sync" else of_async
 
 
+def test_a_directory_of_links_is_sent_as_the_files_they_lead_to(
+    fake: FakeServer, upload: Upload, adapter: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "hub" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for path in adapter.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../..") / adapter.name / path.name)
+    upload(fake.target, snapshot, None)
+    assert {name: bytes(data) for name, data in fake.uploaded.items()} == {
+        name: (adapter / name).read_bytes()
+        for name in ("adapter_config.json", "adapter_model.safetensors", *TEXT_FILES)
+    }
+
+
 def test_files_of_the_adapter_arrive_whole_and_nothing_else(
     fake: FakeServer, upload: Upload, adapter: Path
 ) -> None:

@@ -149,7 +149,9 @@ def test_the_card_begins_with_what_the_hub_reads() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["", "llama", "/models/llama", "./a/b", "../b"])
+@pytest.mark.parametrize(
+    "name", ["", "llama", "/models/llama", "./a/b", "../b", "my models/tiny", "C:/base", "a/b/c"]
+)
 def test_a_base_that_is_no_hub_id_is_left_out_of_the_front_matter(name: str) -> None:
     report = make_report()
     report = replace(report, base=replace(report.base, name=name))
