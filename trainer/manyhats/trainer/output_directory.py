@@ -1,7 +1,7 @@
 """What a training leaves in its output directory, which can be registered as it is.
 
-``adapter_config.json`` and the safetensors file are the artifact, ``README.md`` is its model card; the rest lies in
-``training/``, where a server does not look.
+``adapter_config.json``, the safetensors file and text files are the artifact, ``README.md`` is its model card; the
+rest lies in ``training/``, where a server does not look.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from manyhats.adapters.text_files import MAX_BYTES
 from manyhats.trainer.durable_files import remove_staged, sync, write_files
 from manyhats.trainer.errors import OutputError, SettingError
 
 CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
-_WEIGHTS_FILES = frozenset({"adapter_model.safetensors", "adapter.safetensors"})
+_OTHER_FILES = frozenset({"adapter_model.safetensors", "adapter.safetensors", *MAX_BYTES})
 _TRAINING = "training"
 _REPORT_FILE = "report.json"
 _CURVE_FILE = "loss.png"
@@ -98,9 +99,11 @@ def write_artifact(out: Path, files: Mapping[str, bytes]) -> None:
     """
     config = files[CONFIG_FILE]
     weights = {name: content for name, content in files.items() if name != CONFIG_FILE}
-    others = _WEIGHTS_FILES - weights.keys()
+    others = _OTHER_FILES - weights.keys()
     with _failing_as_output(out):
-        if _content(out / CONFIG_FILE) == config:
+        # Weights alone are replaced in one step; other files make another artifact of them.
+        is_alone = len(weights) == 1 and not any((out / name).exists() for name in others)
+        if is_alone and _content(out / CONFIG_FILE) == config:
             write_files(out, weights, replaced=others)
         else:
             write_files(out, {**weights, CONFIG_FILE: config}, replaced=(CONFIG_FILE, *others))

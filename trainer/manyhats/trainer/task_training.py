@@ -30,6 +30,7 @@ from manyhats.trainer.run import TrainingRun
 from manyhats.trainer.run_result import RunResult
 from manyhats.trainer.settings import TrainSettings
 from manyhats.trainer.task_data import read_task_data
+from manyhats.trainer.task_text import with_text_of
 from manyhats.trainer.tensorboard import tensorboard_curves
 from manyhats.trainer.training_base import TrainingBase, num_parameters
 
@@ -85,7 +86,8 @@ class TaskTraining:
         )
         prefix = self._adapter.lowered().prefix
         num_virtual_tokens = 0 if prefix is None else prefix.num_virtual_tokens
-        self._data = read_task_data(settings.data, base.model, num_virtual_tokens)
+        self._model, self._text_files = with_text_of(base.model, settings.init_from)
+        self._data = read_task_data(settings.data, self._model, num_virtual_tokens)
         self.run = TrainingRun(
             settings,
             base.decoder,
@@ -119,7 +121,7 @@ class TaskTraining:
     def _finish(self) -> TrainingReport:
         peak = peak_memory()
         result = self.run.finish()
-        files = self._adapter.files(self._settings.save_dtype)
+        files = {**self._adapter.files(self._settings.save_dtype), **self._text_files}
         write_artifact(self._out, files)
         saved = read_saved(self._settings.task, self._out, self._base.model.description)
         evaluation = self._evaluation(result, saved)
@@ -175,7 +177,7 @@ class TaskTraining:
             return None, None
 
         scores = score_labels(
-            self._base.model,
+            self._model,
             saved,
             data.items,
             data.label_token_ids,
