@@ -288,7 +288,7 @@ MaxBulkTokens: TypeAlias = Annotated[
         metavar="N",
         min=1,
         help="Of scorings and long prompts, in a step beside other requests.",
-        show_default="16",
+        show_default="8",
     ),
 ]
 MaxScoreTokens: TypeAlias = Annotated[

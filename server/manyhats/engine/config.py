@@ -43,7 +43,7 @@ class EngineConfig:
     max_num_sequences: int = 64
     max_num_batched_tokens: int = 256
     max_waiting: int = 1024
-    max_bulk_tokens: int = 16
+    max_bulk_tokens: int = 8
     max_score_tokens: int = 65_536
     max_loaded_adapters: int = 256
     max_adapter_bytes: int = 2048 * MIB

@@ -76,7 +76,7 @@ class SchedulerConfig:
     max_num_sequences: int = 64
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024
-    max_bulk_tokens: int = 16
+    max_bulk_tokens: int = 8
 
     def __post_init__(self) -> None:
         for name in ("max_num_sequences", "max_waiting", "max_bulk_tokens"):
