@@ -17,7 +17,7 @@ from adapter_factory import make_base, make_lora
 from adapterhub_factory import make_adapterhub
 from manyhats.cli.adapter_files import layer_ranges
 from manyhats.cli.main import app
-from tiny_models import make_checkpoint
+from tiny_models import make_checkpoint, save_tokenizer, tiny_tokenizer
 
 BASE = make_base(names=("org/tiny",))
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -48,6 +48,22 @@ def test_refusals_are_printed_with_reason_and_key(tmp_path: Path) -> None:
     result = run(str(tmp_path / "a"))
     assert result.exit_code == 1
     assert "would be refused: ADAPTER_UNSUPPORTED use_gating: asks for a gate" in result.stdout
+
+
+def test_text_files_are_named_and_compared_with_the_bases_tokenizer(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", "llama")
+    make_lora(tmp_path / "a", make_base(names=("",)), sites=["q_proj"])
+    save_tokenizer(tmp_path / "a", chat_template="{{ messages[0].content }}")
+    result = run(str(tmp_path / "a"), "--model", str(tmp_path / "model"))
+    assert "text files: tokenizer.json, tokenizer_config.json" in result.stdout.splitlines()
+    assert "note: has a chat template of its own" in result.stdout
+    other = tiny_tokenizer()
+    other.add_tokens([f"<{n}>" for n in range(100)])
+    save_tokenizer(tmp_path / "a", other)
+    result = run(str(tmp_path / "a"), "--model", str(tmp_path / "model"))
+    assert (
+        "would be refused: ADAPTER_UNSUPPORTED tokenizer.json: adds '<53>' with the id 320" in result.stdout
+    )
 
 
 def test_a_base_is_compared_with_by_its_config_alone(tmp_path: Path) -> None:

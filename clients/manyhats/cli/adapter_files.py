@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from manyhats.cli.output import human_bytes, human_count, print_fields, print_js
 if TYPE_CHECKING:
     from manyhats.adapters.inspect import Inspection, SiteFacts
     from manyhats.adapters.sites import BaseDescription
+    from manyhats.adapters.text_files import TextFacts
 
 INSPECT_HELP = """Show what an adapter's directory holds, and what of it would be refused.
 
@@ -148,7 +150,7 @@ def _site_row(site: SiteFacts) -> tuple[str, ...]:
 
 
 def _describe(model: str) -> BaseDescription:
-    """A base by its config alone; its weights are not read."""
+    """A base by its config, and its tokenizer where an adapter brings one; its weights are not read."""
     with needs_extra("server"):
         from manyhats.engine.errors import ModelError
         from manyhats.engine.model.checkpoint import read_json
@@ -158,9 +160,28 @@ def _describe(model: str) -> BaseDescription:
     try:
         located = locate_model(model, default_home())
         architecture = read_architecture(read_json(located.directory / "config.json"))
-        return describe(architecture.decoder, names=located.names, digest="", modules=architecture.modules)
+        return describe(
+            architecture.decoder,
+            names=located.names,
+            digest="",
+            modules=architecture.modules,
+            check_text=partial(_check_text, located.directory, architecture.decoder.vocab_size),
+        )
     except (ModelError, OSError) as error:
         raise CommandError(str(error)) from error
+
+
+def _check_text(directory: Path, vocab_size: int, files: Mapping[str, bytes | bytearray]) -> TextFacts:
+    """What text files mean beside the tokenizer of a base's directory."""
+    from manyhats.engine.task_text import TaskTexts
+    from manyhats.engine.text_process import TextProcesses
+    from manyhats.engine.tokenizer import Tokenizer
+
+    processes = TextProcesses()
+    try:
+        return TaskTexts(Tokenizer.from_directory(directory), vocab_size, processes).check(files)
+    finally:
+        processes.close()
 
 
 @contextmanager

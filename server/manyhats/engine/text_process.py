@@ -19,6 +19,8 @@ from manyhats.engine.chat_template import ChatMessage
 from manyhats.engine.errors import FieldInvalidError, ModelError
 from manyhats.engine.text_program import LENGTH_BYTES
 
+# No credential of this process: what runs there is strangers'.
+_HANDED_ON = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "TZ")
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -120,7 +122,7 @@ class _TextProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, **_ENVIRONMENT},
+            env={name: os.environ[name] for name in _HANDED_ON if name in os.environ} | _ENVIRONMENT,
             start_new_session=True,
         )
 

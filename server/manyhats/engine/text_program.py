@@ -31,6 +31,7 @@ def main() -> None:
     """Answer requests; an answer is a JSON object, which has ``error`` where something was refused."""
     # What ends the server at a terminal is for the server to hand on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, target = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing else may write between answers
     while length := source.read(LENGTH_BYTES):
