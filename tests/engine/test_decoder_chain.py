@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 
 from manyhats.engine.decoder_chain import clean_up_spaces, steps_for
+from manyhats.engine.decoder_steps import REPLACEMENT
 from manyhats.engine.detokenizer import pieces_for
 from manyhats.engine.tokenizer import Tokenizer as OurTokenizer
 
@@ -127,12 +128,26 @@ def assert_streams_the_whole(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
             assert "".join(cleaned) == clean_up_spaces(whole)
 
 
+def assert_pending_ends_the_text_so_far(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+    stream, pushed = pieces_for(tokenizer).stream(), ""
+    for index, token_id in enumerate(ids):
+        pushed += stream.push(token_id)
+        whole = decoded(tokenizer, ids[: index + 1], skip_special_tokens=True)
+        if whole is not None:
+            pending = stream.pending()
+            assert pending == stream.pending()
+            assert pushed + pending == whole or (pending == "" and REPLACEMENT in whole)
+    whole = decoded(tokenizer, ids, skip_special_tokens=True)
+    assert whole is None or whole == pushed + stream.flush()
+
+
 @pytest.mark.parametrize("name", sorted(STEPS))
 def test_each_decoders_stream_joined_is_the_whole_decoded(name: str) -> None:
     @settings(max_examples=150, deadline=None)
     @given(decoder=STEPS[name], ids=IDS)
     def check(decoder: Any, ids: list[int]) -> None:
         assert_streams_the_whole(tokenizer_with(decoder), ids)
+        assert_pending_ends_the_text_so_far(tokenizer_with(decoder), ids)
 
     check()
 
@@ -141,6 +156,7 @@ def test_each_decoders_stream_joined_is_the_whole_decoded(name: str) -> None:
 @given(decoder=CHAINS, ids=IDS)
 def test_a_chains_stream_joined_is_the_whole_decoded(decoder: Any, ids: list[int]) -> None:
     assert_streams_the_whole(tokenizer_with(decoder), ids)
+    assert_pending_ends_the_text_so_far(tokenizer_with(decoder), ids)
 
 
 @settings(max_examples=200, deadline=None)

@@ -19,7 +19,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
 
 
 class Step(Protocol):
-    """One decoder of a chain at work on one text."""
+    """One decoder of a chain at work on one text; a copy goes its own way."""
 
     def push(self, token: str) -> Sequence[str]:
         """What is certain with one more token, or part of the one token, that was not before."""
@@ -163,20 +163,19 @@ class ByteRuns:
     """Makes one token of a run of byte tokens, or one for each byte where they are not UTF-8."""
 
     def __init__(self) -> None:
-        self._run = bytearray()
+        self._run = b""
 
     def push(self, token: str) -> Sequence[str]:
         """See ``Step``."""
         byte = byte_of(token)
         if byte is None:
             return (*self.end(), token)
-        self._run.append(byte)
+        self._run += bytes((byte,))
         return ()
 
     def end(self) -> Sequence[str]:
         """See ``Step``."""
-        run = bytes(self._run)
-        self._run.clear()
+        run, self._run = self._run, b""
         return byte_run(run)
 
 
@@ -185,6 +184,12 @@ class Bytes:
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def __copy__(self) -> Bytes:
+        """Like this one, with a state of its own."""
+        other = Bytes()
+        other._decoder.setstate(self._decoder.getstate())
+        return other
 
     def push(self, token: str) -> Sequence[str]:
         """See ``Step``."""

@@ -16,12 +16,13 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.decoder_chain import clean_up_steps, end_through, push_through, steps_for
-from manyhats.engine.decoder_steps import Step, byte_of, byte_run, bytes_of
+from manyhats.engine.decoder_steps import REPLACEMENT, Step, byte_of, byte_run, bytes_of
 from manyhats.engine.vocabulary import Vocabulary, decoded, text_of
 
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -32,6 +33,9 @@ class Detokenizer(Protocol):
 
     def push(self, token_id: int) -> str:
         """The characters that are certain now and were not before; "" while a character is incomplete."""
+
+    def pending(self) -> str:
+        """What ``flush`` would give now, incomplete characters apart; later tokens may change it."""
 
     def flush(self) -> str:
         """What is left at the end of the sequence; incomplete bytes become U+FFFD."""
@@ -129,6 +133,9 @@ class _ByteStream:
     def push(self, token_id: int) -> str:
         return self._decoder.decode(self._bytes_of(token_id))
 
+    def pending(self) -> str:
+        return ""  # incomplete characters alone
+
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
@@ -186,6 +193,12 @@ class _SentenceStream:
         # A skipped token does not end a run of bytes either.
         return "" if text is None else self._stripped(self._end_run() + text)
 
+    def pending(self) -> str:
+        strip = self._strip
+        text = self._stripped("".join(byte_run(bytes(self._run))))
+        self._strip = strip
+        return _complete(text)
+
     def flush(self) -> str:
         return self._stripped(self._end_run())
 
@@ -232,6 +245,9 @@ class _ChainStream:
         token = self._vocabulary.token(token_id)
         return "" if token is None else push_through(self._steps, token)
 
+    def pending(self) -> str:
+        return _complete(end_through([copy(step) for step in self._steps]))
+
     def flush(self) -> str:
         steps, self._steps = self._steps, []
         return end_through(steps)
@@ -263,6 +279,9 @@ class _WholeStream:
         self._ids.append(token_id)
         return ""
 
+    def pending(self) -> str:
+        return _complete(decoded(self._backend, self._ids, self._skip_special_tokens)) if self._ids else ""
+
     def flush(self) -> str:
         ids, self._ids = self._ids, []
         return decoded(self._backend, ids, self._skip_special_tokens) if ids else ""
@@ -291,6 +310,14 @@ class _CleanedStream:
     def push(self, token_id: int) -> str:
         return push_through(self._steps, self._stream.push(token_id))
 
+    def pending(self) -> str:
+        steps = [copy(step) for step in self._steps]
+        return push_through(steps, self._stream.pending()) + end_through(steps)
+
     def flush(self) -> str:
         text = push_through(self._steps, self._stream.flush())
         return text + end_through(self._steps)
+
+
+def _complete(text: str) -> str:
+    return "" if REPLACEMENT in text else text

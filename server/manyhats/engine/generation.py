@@ -157,7 +157,14 @@ class Generation:
             return self._stop.push(token_id, "", num_generated)
         shown = self._detokenizer.push(token_id)
         watched = shown if self._watched is None else self._watched.push(token_id)
-        return self._stop.push(token_id, watched, num_generated, shown)
+        if not self._request.stopping.stop_sequences:
+            return self._stop.push(token_id, watched, num_generated, shown)
+        # A stop sequence counts as soon as the text so far has it, even where a later token might have changed that.
+        shown_pending = self._detokenizer.pending()
+        pending = shown_pending if self._watched is None else self._watched.pending()
+        return self._stop.push(
+            token_id, watched, num_generated, shown, pending=pending, shown_pending=shown_pending
+        )
 
     def abort(self, scheduler: Scheduler) -> None:
         """Frees the sequence's blocks."""

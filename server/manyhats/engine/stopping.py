@@ -25,6 +25,7 @@ class StopChecker:
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._held = ""
+        self._pending = ""
         # What is held, as (watched, shown): both the same, or a part that they do not have in common.
         self._spans: list[tuple[str, str]] = []
 
@@ -42,7 +43,14 @@ class StopChecker:
         return is_stop_token or token_id in self._eos_token_ids
 
     def push(
-        self, token_id: int, text_delta: str, num_generated: int, shown_delta: str | None = None
+        self,
+        token_id: int,
+        text_delta: str,
+        num_generated: int,
+        shown_delta: str | None = None,
+        *,
+        pending: str = "",
+        shown_pending: str | None = None,
     ) -> tuple[str, FinishReason | None]:
         """Take one token.
 
@@ -51,6 +59,8 @@ class StopChecker:
             text_delta: the characters that became certain with it, special tokens as their literals.
             num_generated: tokens so far, this one included.
             shown_delta: those of them that the answer shows; None is all.
+            pending: the characters that would follow if this were the last token.
+            shown_pending: those of them that the answer would show; None is all.
 
         Returns:
             text to let out, without what ended it unless ``include_stop_sequence``; and why it ended, or None.
@@ -62,12 +72,18 @@ class StopChecker:
         is_stop_token = may_stop and token_id in self._stop_token_ids
         if is_stop_token and not self._params.include_stop_sequence:
             return self.flush(), FinishReason.STOP_SEQUENCE
-        num_held = len(self._held)
-        text = self._held = self._held + text_delta
+        held, seen = self._held, self._held + self._pending
+        self._pending = "" if is_stop_token else pending
+        text = self._held = held + text_delta
         self._spans += _spans(text_delta, text_delta if shown_delta is None else shown_delta)
-        match = self._first_match(text, num_held) if may_stop else None
+        whole = text + self._pending
+        num_seen = len(seen) if whole.startswith(seen) else len(held)
+        match = self._first_match(whole, num_seen) if may_stop else None
         if match is not None:
             start, end = match
+            if end > len(text):
+                self._held = whole
+                self._spans += _spans(pending, pending if shown_pending is None else shown_pending)
             shown = self._let_out(end if self._params.include_stop_sequence else start)
             self.flush()
             return shown, FinishReason.STOP_SEQUENCE
