@@ -94,15 +94,15 @@ async def test_ids_that_cannot_fit_are_refused_by_their_number(num_ids: int) -> 
 
 
 MANY: Mapping[str, pb.GenerateRequest] = {
-    "chat.messages": pb.GenerateRequest(chat=pb.ChatMessages(messages=[pb.ChatMessage()] * 500_000)),
+    "chat.messages": pb.GenerateRequest(chat=pb.ChatMessages(messages=[pb.ChatMessage()] * 30_000)),
     "stopping.stop_sequences": pb.GenerateRequest(
-        text="a", stopping=pb.StoppingParams(stop_sequences=[""] * 500_000)
+        text="a", stopping=pb.StoppingParams(stop_sequences=[""] * 30_000)
     ),
     "stopping.stop_token_ids": pb.GenerateRequest(
         text="a", stopping=pb.StoppingParams(stop_token_ids=[1] * 1_000_000)
     ),
     "sampling.logit_bias": pb.GenerateRequest(
-        text="a", sampling=pb.SamplingParams(logit_bias=dict.fromkeys(range(100000), 1.0))
+        text="a", sampling=pb.SamplingParams(logit_bias=dict.fromkeys(range(10_000), 1.0))
     ),
 }
 

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from manyhats.server.messages import Unreadable, tolerant
 from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
 from server_fakes import Running, eventually, refusal_of, refused, running_server
@@ -64,8 +65,10 @@ async def send(
 
 
 def counted(server: Running, method: str, code: str) -> float:
-    labels = {"task": "", "method": method, "code": code}
-    return server.metrics.registry.get_sample_value("manyhats_requests_total", labels) or 0.0
+    """Calls of a method that ended so, whether or not their message was read."""
+    labels = [{"task": task, "method": method, "code": code} for task in ("", "_base")]
+    registry = server.metrics.registry
+    return sum(registry.get_sample_value("manyhats_requests_total", each) or 0.0 for each in labels)
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -114,6 +117,97 @@ async def test_bytes_that_are_no_message_in_the_middle_of_an_upload_end_it() -> 
         refusal = await refused(send(server, *upload, *messages))
         await eventually(lambda: server.store.uploads[0].is_aborted)
     assert (refusal.reason, refusal.fields) == ("FIELD_INVALID", ("request",))
+
+
+def empty_parts(*numbers: int, count: int) -> bytes:
+    """Empty parts of the field that ``numbers`` lead to, in wire format."""
+    *outer, inner = numbers
+    data = bytes([inner << 3 | 2, 0]) * count
+    for number in reversed(outer):
+        data = bytes([number << 3 | 2]) + _varint(len(data)) + data
+    return data
+
+
+def _varint(value: int) -> bytes:
+    data = b""
+    while value > 0x7F:
+        data += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return data + bytes([value])
+
+
+def number_of(message: Any, name: str) -> int:
+    return int(message.DESCRIPTOR.fields_by_name[name].number)
+
+
+CHAT = number_of(pb.GenerateRequest, "chat"), number_of(pb.ChatMessages, "messages")
+STOP = number_of(pb.GenerateRequest, "stopping"), number_of(pb.StoppingParams, "stop_sequences")
+FILES = (
+    number_of(adapter_pb2.UploadAdapterRequest, "header"),
+    number_of(adapter_pb2.UploadHeader, "files"),
+)
+GENERATE = ("manyhats.v1.GenerationService", "Generate", (False, False))
+
+
+@pytest.mark.parametrize("numbers", [CHAT, STOP, (15,)], ids=["messages", "texts", "an unknown field"])
+async def test_a_message_of_countless_parts_is_refused_unread(numbers: tuple[int, ...]) -> None:
+    async with running_server() as server:
+        refusal = await refused(send(server, *GENERATE, empty_parts(*numbers, count=1_000_000)))
+        few = await refused(send(server, *GENERATE, empty_parts(*numbers, count=32_000)))
+        upload = ("manyhats.v1.AdapterService", "UploadAdapter", (True, False))
+        in_stream = await refused(send(server, *upload, empty_parts(*FILES, count=1_000_000)))
+    assert refusal.message == "request: has more than 32768 fields, with those of its parts"
+    assert (in_stream.message, in_stream.fields) == (refusal.message, ("request",))
+    assert "fields" not in few.message
+
+
+@pytest.mark.parametrize(
+    ("method", "limit"), [("Generate", 2 * 2**20), ("Tokenize", 2 * 2**20), ("Score", 4 * 2**20)]
+)
+async def test_a_message_over_its_limit_is_refused_with_its_size(method: str, limit: int) -> None:
+    call = ("manyhats.v1.GenerationService", method, (False, False))
+    async with running_server() as server:
+        refusal = await refused(send(server, *call, b"\xff" * (limit + 1)))
+        assert counted(server, method, "INVALID_ARGUMENT") == 1.0
+    assert refusal.message == f"request: has {limit + 1} bytes; the limit is {limit}"
+
+
+async def test_the_largest_requests_are_read() -> None:
+    """Chats and scorings with as many parts as may be, and texts as long."""
+    turns = [pb.ChatMessage(role="user", content="x" * 100) for _ in range(1024)]
+    texts = [pb.Continuation(text="y" * 100) for _ in range(1024)]
+    async with running_server() as server:
+        server.engine.max_context_length = 10**7
+        last = pb.StoppingParams(max_new_tokens=1)
+        chat = pb.GenerateRequest(
+            chat=pb.ChatMessages(messages=turns),
+            stopping=last,
+            sampling=pb.SamplingParams(logit_bias=dict.fromkeys(range(1024), 1.0)),
+        )
+        await server.generation.Generate(chat)
+        await server.generation.Generate(pb.GenerateRequest(text="x" * 2**20, stopping=last))
+        answer = await server.generation.Score(pb.ScoreRequest(text="x" * 2**17, continuations=texts))
+    assert len(answer.scores) == 1024
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=200), repeats=st.integers(400, 700))
+def test_long_bytes_that_are_anything_are_read_as_the_library_reads_them_or_refused(
+    data: bytes, repeats: int
+) -> None:
+    read = tolerant(pb.GenerateRequest.FromString)
+    assert read is not None
+    found = read(data * repeats)
+    try:
+        theirs: object = pb.GenerateRequest.FromString(data * repeats)
+    except DecodeError:
+        theirs = None
+    if theirs is None:
+        assert isinstance(found, Unreadable)
+    elif isinstance(found, Unreadable):
+        assert "fields" in found.reason
+    else:
+        assert found == theirs
 
 
 async def test_unknown_methods_stay_unimplemented_and_large_messages_say_the_limit() -> None:

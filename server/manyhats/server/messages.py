@@ -1,58 +1,128 @@
-"""Bytes that are no message: the method refuses them as it refuses a bad field.
+"""Bytes that are no message, or one that would take too long to read: the method refuses them as a bad field.
 
-gRPC itself would answer before any of our code is called, with UNKNOWN and the name of a Python class.
+gRPC itself would answer the first before any of our code is called, with UNKNOWN and the name of a Python class; and it
+reads a message holding the interpreter lock, which takes most of a second for some millions of empty parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
 from manyhats.engine.errors import FieldInvalidError
 
 Deserializer = Callable[[bytes], Any]
 
+MIB = 1024 * 1024
+# A text of the greatest length, or ids of the longest context, with all else that there may be.
+_MAX_BYTES = 2 * MIB
+_MAX_BYTES_OF: Mapping[str, int] = MappingProxyType(
+    {"manyhats.v1.ScoreRequest": 4 * MIB, "manyhats.v1.UploadAdapterRequest": 8 * MIB}
+)
+# Fields, those of messages within it included: ten times what a conversation or a scoring of the greatest size has.
+_MAX_PARTS = 32_768
+# A smaller message is read in a millisecond or two, whatever is in it.
+_COUNTED_FROM_BYTES = 64 * 1024
+_MAX_VARINT_BYTES = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a message that could not be read; ``type_name`` is what it should have been."""
+    """Stands for a message that was not read, and says why."""
 
-    type_name: str
+    reason: str
 
 
 def tolerant(deserialize: Deserializer | None) -> Deserializer | None:
-    """A deserializer that gives ``Unreadable`` where ``deserialize`` fails; None, for raw bytes, stays None."""
+    """A deserializer that gives ``Unreadable`` for what it does not read; None, for raw bytes, stays None.
+
+    Args:
+        deserialize: a message class's ``FromString``.
+    """
     if deserialize is None:
         return None
+    descriptor: Descriptor = deserialize.__self__.DESCRIPTOR  # type: ignore[attr-defined]
+    max_bytes = _MAX_BYTES_OF.get(descriptor.full_name, _MAX_BYTES)
 
     def read(data: bytes) -> Any:
+        if len(data) > max_bytes:
+            return Unreadable(f"has {len(data)} bytes; the limit is {max_bytes}")
+        if len(data) > _COUNTED_FROM_BYTES and _has_too_many_parts(data, descriptor):
+            return Unreadable(f"has more than {_MAX_PARTS} fields, with those of its parts")
         try:
             return deserialize(data)
         except DecodeError:
-            message_class = getattr(deserialize, "__self__", None)
-            return Unreadable(getattr(getattr(message_class, "DESCRIPTOR", None), "full_name", "this method"))
+            return Unreadable(f"its bytes are no message of {descriptor.full_name}")
 
     return read
+
+
+def _has_too_many_parts(data: bytes, descriptor: Descriptor) -> bool:
+    """Whether a message has more than ``_MAX_PARTS`` fields, by its wire format alone; false if that is broken."""
+    num_parts = 0
+    pending: list[tuple[int, int, Descriptor]] = [(0, len(data), descriptor)]
+    try:
+        while pending:
+            at, end, message = pending.pop()
+            while at < end:
+                num_parts += 1
+                if num_parts > _MAX_PARTS:
+                    return True
+                key, at = _varint(data, at)
+                match key & 7:
+                    case 0:
+                        _, at = _varint(data, at)
+                    case 1:
+                        at += 8
+                    case 2:
+                        length, at = _varint(data, at)
+                        field = message.fields_by_number.get(key >> 3)
+                        if field is not None and field.message_type is not None:
+                            pending.append((at, at + length, field.message_type))
+                        at += length
+                    case 5:
+                        at += 4
+    except (IndexError, ValueError):
+        return False
+    return False
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number, and where it ends.
+
+    Raises:
+        IndexError, ValueError: it has no end.
+    """
+    value = 0
+    for shift in range(0, 7 * _MAX_VARINT_BYTES, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number of more than 64 bits")
 
 
 def check_readable(request: object) -> None:
     """See that there is a message.
 
     Raises:
-        FieldInvalidError: its bytes could not be read.
+        FieldInvalidError: it was not read.
     """
     if isinstance(request, Unreadable):
-        raise FieldInvalidError("request", f"its bytes are no message of {request.type_name}")
+        raise FieldInvalidError("request", request.reason)
 
 
 async def readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     """The messages of a stream, each checked as it comes.
 
     Raises:
-        FieldInvalidError: the bytes of one could not be read.
+        FieldInvalidError: one was not read.
     """
     async for request in requests:
         check_readable(request)
