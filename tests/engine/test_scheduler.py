@@ -379,3 +379,46 @@ def test_misuse_is_an_error() -> None:
         with pytest.raises(ValueError, match="has"):
             scheduler.add(wrong)
     assert wrong.status is SequenceStatus.NEW
+
+
+def scored_rows(schedule: Schedule) -> int:
+    """Rows of prompts whose logits are asked for."""
+    return sum(
+        max(
+            min(chunk.end, chunk.sequence.num_prompt_tokens) - max(chunk.start, chunk.sequence.logits_from), 0
+        )
+        for chunk in schedule.chunks
+        if chunk.sequence.logits_from is not None
+    )
+
+
+@pytest.mark.parametrize("bulk", [4, 8, 16])
+@pytest.mark.parametrize("length", [20, 33, 48, 60])
+def test_beside_decodes_few_rows_of_a_short_prompt_are_scored_in_a_step(bulk: int, length: int) -> None:
+    scheduler = make_scheduler(256, tokens=64, sequences=32, bulk=bulk)
+    engine = ToyEngine(scheduler)
+    decoding = [make_sequence(f"decodes {i}", [i, 1, 2], new=60) for i in range(3)]
+    for sequence in decoding:
+        scheduler.add(sequence)
+    engine.step()
+    scoring = [make_sequence(f"{i}", range(i, i + length), new=i, logits_from=i) for i in range(3)]
+    for sequence in scoring:
+        scheduler.add(sequence)
+    rows: list[int] = []
+    while any(sequence.num_output_tokens < sequence.max_num_tokens - length for sequence in scoring):
+        schedule = engine.step(during=lambda schedule: rows.append(scored_rows(schedule)))
+        still = [sequence for sequence in decoding if not sequence.is_finished]
+        assert {chunk.sequence for chunk in schedule.chunks} >= set(still) or not still
+        assert rows[-1] <= bulk + len(schedule.chunks) // 2 + len(scoring) or not still
+    engine.drain()
+    for sequence in scoring:
+        first = int(sequence.id)
+        assert [engine.logits[sequence][position] for position in range(first, length)] == [1] * (
+            length - first
+        )
+
+
+def test_alone_as_many_rows_are_scored_as_a_step_has() -> None:
+    scheduler = make_scheduler(tokens=64, bulk=4)
+    scheduler.add(make_sequence("scores", range(60), new=0, logits_from=0))
+    assert scored_rows(scheduler.schedule()) == 60

@@ -105,6 +105,37 @@ async def test_a_deadline_or_a_caller_that_leaves_ends_a_paused_stream(model: Lo
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+@pytest.mark.parametrize(("length", "num_top"), [(1, 0), (2, 100), (40, 3), (130, 1), (300, 100)])
+async def test_a_long_answer_built_in_pieces_has_every_token(
+    model: LoadedModel, length: int, num_top: int
+) -> None:
+    ids = [5 + (7 * i) % 300 for i in range(length)]
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=ids),
+        stopping=pb.StoppingParams(max_new_tokens=5, ignore_eos=True),
+        response=pb.ResponseOptions(logprobs=True, top_logprobs=num_top, prompt_logprobs=True),
+    )
+    async with served_engine(model, max_num_sequences=8) as server:
+        whole = await server.generation.Generate(request)
+        pieces = [piece async for piece in server.generation.GenerateStream(request)]
+        scored = await server.generation.Score(
+            pb.ScoreRequest(
+                token_ids=pb.TokenIds(ids=ids[:1]),
+                continuations=[pb.Continuation(token_ids=pb.TokenIds(ids=ids[1:] or [7]))] * 2,
+            )
+        )
+    assert [token.id for token in whole.prompt_tokens] == ids
+    assert [len(token.top) for token in whole.prompt_tokens] == [0] + [num_top] * (length - 1)
+    assert len(whole.tokens) == 5
+    assert list(pieces[0].prompt_tokens) == list(whole.prompt_tokens)
+    assert [token for piece in pieces for token in piece.tokens] == list(whole.tokens)
+    for score in scored.scores:
+        assert [token.id for token in score.tokens] == (ids[1:] or [7])
+        if length > 1:
+            found = [(token.logprob, token.rank) for token in whole.prompt_tokens[1:]]
+            assert [(token.logprob, token.rank) for token in score.tokens] == found
+
+
 WRONG_IDS = [V, V + 1, 2**31 - 1, 2**31, 2**32 - 1]
 
 

@@ -174,9 +174,8 @@ class Engine:
             with self._alone(part.job, events):
                 part.job.begin(part.chunk.sequence, started)
                 if part.scored_end > part.first:
-                    part.job.score(
-                        part.chunk.sequence, part.first_position, logits[part.first : part.scored_end]
-                    )
+                    scored = logits[part.first : part.scored_end]
+                    part.job.score(part.chunk.sequence, part.first_position, scored, self._kernels)
         rows = list(self._live(rows))
         tokens = self._sample(rows, logits, events)
         ended = [part.chunk.ends_tokens for part in rows]

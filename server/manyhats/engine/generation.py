@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from manyhats.engine.backlog import Backlog
 from manyhats.engine.errors import StreamUnreadError
 from manyhats.engine.jobs import Output, SampledToken, token_output
+from manyhats.engine.kernels.interface import Kernels
 from manyhats.engine.logprobs import token_logprobs
 from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage
 from manyhats.engine.penalties import LogitChanges, changes_logits
@@ -116,16 +117,16 @@ class Generation:
             num_logprobs=response.top_logprobs if response.logprobs else None,
         )
 
-    def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
+    def score(
+        self, sequence: Sequence, first_position: int, logits: Tensor, kernels: Kernels[Any, Any]
+    ) -> None:
         """Keeps the log-probabilities of the prompt's tokens after the first."""
         targets = sequence.token_ids[first_position + 1 : sequence.num_prompt_tokens][: logits.shape[0]]
         num_top = self._request.response.top_logprobs
-        for target, logprob in zip(
-            targets,
-            token_logprobs(logits[: len(targets)], torch.tensor(targets, dtype=torch.int64), num_top),
-            strict=True,
-        ):
-            self._prompt_tokens.append(token_output(self._tokenizer, target, logprob))
+        found = token_logprobs(logits[: len(targets)], targets, num_top, kernels)
+        self._prompt_tokens += [
+            token_output(self._tokenizer, *each) for each in zip(targets, found, strict=True)
+        ]
 
     def commit(
         self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float

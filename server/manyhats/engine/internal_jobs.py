@@ -13,6 +13,7 @@ from manyhats.engine.background import Background
 from manyhats.engine.engine import Engine
 from manyhats.engine.errors import EngineDeadError, EngineError
 from manyhats.engine.jobs import Event, Job, Output, SampledToken
+from manyhats.engine.kernels.interface import Kernels
 from manyhats.engine.sampler import SamplingRow
 from manyhats.engine.scheduler import Scheduler
 from manyhats.engine.sequence import Sequence
@@ -45,7 +46,9 @@ class InternalJob(Generic[T]):
         """Never asked for."""
         raise TypeError("this job samples nothing")
 
-    def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
+    def score(
+        self, sequence: Sequence, first_position: int, logits: Tensor, kernels: Kernels[Any, Any]
+    ) -> None:
         """Its logits are of no use."""
 
     def commit(

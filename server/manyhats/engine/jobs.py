@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from manyhats.engine.errors import EngineError
+from manyhats.engine.kernels.interface import Kernels
 from manyhats.engine.logprobs import TokenLogprob
-from manyhats.engine.output import ScoreOutput, StepOutput, TokenOutput, TopToken
+from manyhats.engine.output import ScoreOutput, StepOutput, TokenOutput, TopTokens
 from manyhats.engine.sampler import SamplingRow
 from manyhats.engine.scheduler import Scheduler
 from manyhats.engine.sequence import Sequence
@@ -62,7 +63,9 @@ class Job(Protocol):
         """How to sample after the sequence's last token, where the job samples."""
         ...
 
-    def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
+    def score(
+        self, sequence: Sequence, first_position: int, logits: Tensor, kernels: Kernels[Any, Any]
+    ) -> None:
         """Takes the logits [n, V] of positions first_position … that ``logits_from`` asked for."""
         ...
 
@@ -90,5 +93,5 @@ def token_output(tokenizer: Tokenizer, token_id: int, logprob: TokenLogprob | No
     text = tokenizer.piece(token_id)
     if logprob is None:
         return TokenOutput(token_id, text)
-    top = tuple(TopToken(id, tokenizer.piece(id), value) for id, value in logprob.top)
+    top = TopTokens(logprob.top_ids, logprob.top_logprobs, tokenizer.piece) if logprob.top_ids else ()
     return TokenOutput(token_id, text, logprob.logprob, logprob.rank, top)

@@ -1,69 +1,109 @@
-"""Natural log-probabilities of raw float32 logits, with ranks and the most likely tokens.
-
-Everything is computed row by row: the numbers don't depend on what else is in the batch, and however many
-rows there are, it takes no memory beside the logits but one row.
-"""
+"""Natural log-probabilities of raw float32 logits, with ranks and the most likely tokens."""
 
 from __future__ import annotations
 
-import math
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Logprobs:
+    """What P tokens have for log-probabilities in M rows of logits, P pairs of row and token.
+
+    Attributes:
+        logprobs: [P] float64, natural.
+        ranks: [P] int64, 1 + how many tokens of the row are strictly more likely.
+        top_ids: [M, K] int64, the most likely tokens of each row, best first, ties by id.
+        top_logprobs: [M, K] float64, theirs.
+    """
+
+    logprobs: npt.NDArray[np.float64]
+    ranks: npt.NDArray[np.int64]
+    top_ids: npt.NDArray[np.int64]
+    top_logprobs: npt.NDArray[np.float64]
+
+
+class LogprobKernels(Protocol):
+    """The part of ``Kernels`` that this needs."""
+
+    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> Logprobs:
+        """See ``Kernels``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One token's log-probability.
 
+    The most likely tokens are arrays of numbers, which for thousands of rows take a tenth of what tuples do.
+
     Attributes:
         logprob: natural.
         rank: 1 + how many tokens are strictly more likely.
-        top: (token id, log-probability) of the most likely, best first, ties by id.
+        top_ids: of the most likely, best first, ties by id.
+        top_logprobs: theirs.
     """
 
     logprob: float
     rank: int
-    top: tuple[tuple[int, float], ...] = ()
+    top_ids: array[int] = field(default_factory=lambda: array("q"))
+    top_logprobs: array[float] = field(default_factory=lambda: array("d"))
+
+    @property
+    def top(self) -> tuple[tuple[int, float], ...]:
+        """(token id, log-probability) of the most likely."""
+        return tuple(zip(self.top_ids, self.top_logprobs, strict=True))
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprob]:
-    """The log-probability of each row's target: log softmax(logits)[i, targets[i]].
+def token_logprobs(
+    logits: Tensor,
+    targets: Sequence[int],
+    num_top: int,
+    kernels: LogprobKernels,
+    rows: Sequence[int] | None = None,
+) -> list[TokenLogprob]:
+    """The log-probability of each target: log softmax(logits)[rows[i], targets[i]].
+
+    The numbers of a row don't depend on what else is in the batch.
 
     Args:
-        logits: [M, V] float32, raw: before bias, penalties, temperature and filters.
-        targets: [M] integer ids in [0, V).
-        num_top: how many of the most likely tokens to give, V at most.
+        logits: [M, V] float32, raw and finite: before bias, penalties, temperature and filters.
+        targets: ids in [0, V).
+        num_top: how many of the most likely tokens to give; V at most are given.
+        kernels: what computes.
+        rows: the row of each target; None is one target for each row.
+
+    Raises:
+        IndexError: a target is no token.
+        ValueError: not one target for each row.
     """
-    rows = logits.detach().cpu().numpy()
+    own = range(logits.shape[0]) if rows is None else rows
+    if len(own) != len(targets):
+        raise ValueError(f"{len(targets)} tokens for {len(own)} rows")
+    if any(not 0 <= target < logits.shape[1] for target in targets):  # the kernels check no index
+        raise IndexError(f"a token id is outside the vocabulary of {logits.shape[1]}")
+    found = kernels.logprobs(
+        logits,
+        torch.tensor(own, dtype=torch.int64),
+        torch.tensor(targets, dtype=torch.int64),
+        min(num_top, logits.shape[1]),
+    )
+    tops = [
+        (_array("q", ids), _array("d", values))
+        for ids, values in zip(found.top_ids, found.top_logprobs, strict=True)
+    ]
     return [
-        row_logprob(row, int(target), num_top) for row, target in zip(rows, targets.tolist(), strict=True)
+        TokenLogprob(logprob, rank, *tops[row])
+        for logprob, rank, row in zip(found.logprobs.tolist(), found.ranks.tolist(), own, strict=True)
     ]
 
 
-def row_logprob(row: npt.NDArray[np.float32], target: int, num_top: int) -> TokenLogprob:
-    """The same for one row, [V] float32."""
-    return row_logprobs(row, (target,), num_top)[0]
-
-
-def row_logprobs(row: npt.NDArray[np.float32], targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """Of several tokens that one row, [V] float32, may be followed by."""
-    largest = row.max()
-    log_total = float(largest) + math.log(float(np.exp(row - largest).sum(dtype=np.float64)))
-    top = tuple((int(i), float(row[i]) - log_total) for i in _largest_ids(row, num_top))
-    return [
-        TokenLogprob(float(value) - log_total, int(np.count_nonzero(row > value)) + 1, top)
-        for value in row[list(targets)]
-    ]
-
-
-def _largest_ids(row: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
-    """Ids of the ``count`` largest, best first, ties by id."""
-    if count <= 0:
-        return np.empty(0, np.intp)
-    cut = max(row.size - count, 0)
-    candidates = np.flatnonzero(row >= np.partition(row, cut)[cut])
-    return candidates[np.argsort(-row[candidates], kind="stable")][:count]
+def _array(code: str, values: npt.NDArray[Any]) -> array[Any]:
+    return array(code, values.tobytes())

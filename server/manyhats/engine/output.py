@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import overload
 
 _OUTPUT_BYTES = 500
-_TOKEN_BYTES = 250
-_TOP_BYTES = 200
+_TOKEN_BYTES = 500
+_TOP_BYTES = 16
 
 
 class FinishReason(Enum):
@@ -30,6 +33,35 @@ class TopToken:
 
 
 @dataclass(frozen=True, slots=True)
+class TopTokens(Seq[TopToken]):
+    """The most likely tokens of a step, best first; each is made when it is asked for.
+
+    Attributes:
+        ids: theirs. logprobs: theirs.
+        piece: the text of a token.
+    """
+
+    ids: array[int]
+    logprobs: array[float]
+    piece: Callable[[int], str] = field(compare=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> TopToken: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> TopTokens: ...
+
+    def __getitem__(self, index: int | slice) -> TopToken | TopTokens:
+        if isinstance(index, slice):
+            return TopTokens(self.ids[index], self.logprobs[index], self.piece)
+        token_id = self.ids[index]
+        return TopToken(token_id, self.piece(token_id), self.logprobs[index])
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
     """One token; ``logprob`` (natural log, raw logits) and ``rank`` (from 1) only where asked for."""
 
@@ -37,7 +69,7 @@ class TokenOutput:
     text: str
     logprob: float | None = None
     rank: int | None = None
-    top: tuple[TopToken, ...] = ()
+    top: Seq[TopToken] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from manyhats.adapters.primitives import (
 from manyhats.engine.errors import NumericalError
 from manyhats.engine.internal_jobs import InternalJob, InternalJobs
 from manyhats.engine.jobs import Job, Output, SampledToken
-from manyhats.engine.kernels.interface import AdapterSlots
+from manyhats.engine.kernels.interface import AdapterSlots, Kernels
 from manyhats.engine.prefix import PLACEHOLDER_ID, VirtualTokens
 from manyhats.engine.scheduler import Scheduler
 from manyhats.engine.sequence import Sequence
@@ -59,7 +60,9 @@ class ProbeJob(InternalJob[Logits]):
         """Queues the prompt."""
         scheduler.add(self._sequence)
 
-    def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
+    def score(
+        self, sequence: Sequence, first_position: int, logits: Tensor, kernels: Kernels[Any, Any]
+    ) -> None:
         """Keeps a copy: the step's logits are not the job's."""
         self._rows.append(logits.numpy().copy())
 

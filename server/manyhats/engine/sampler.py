@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from manyhats.engine.choices import Choices
 from manyhats.engine.errors import NoTokenAllowedError
 from manyhats.engine.kernels.interface import Kernels
-from manyhats.engine.logprobs import TokenLogprob, row_logprob, token_logprobs
+from manyhats.engine.logprobs import TokenLogprob, token_logprobs
 from manyhats.engine.penalties import Ids, LogitChanges, Values
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.uniform import uniform
@@ -98,12 +98,16 @@ def sample(logits: Tensor, rows: Seq[SamplingRow], kernels: Kernels[Any, Any]) -
     else:
         chosen = _choose(logits, rows, kernels)
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
-    for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-        if isinstance(token, int) and row.num_logprobs is not None:
-            try:
-                logprobs[index] = row_logprob(logits[index].numpy(), token, row.num_logprobs)
-            except Exception as error:  # noqa: BLE001 it is this row's alone
-                chosen[index] = error
+    asking = [
+        index
+        for index, row in enumerate(rows)
+        if row.num_logprobs is not None and isinstance(chosen[index], int)
+    ]
+    for index, logprob in zip(asking, _logprobs(logits, asking, rows, chosen, kernels), strict=True):
+        if isinstance(logprob, Exception):
+            chosen[index] = logprob
+        else:
+            logprobs[index] = logprob
     return Sampled(
         [token if isinstance(token, int) else -1 for token in chosen],
         logprobs,
@@ -120,6 +124,30 @@ def _choose(logits: Tensor, rows: Seq[SamplingRow], kernels: Kernels[Any, Any]) 
             return [error]
         return [_choose(logits[i : i + 1], [row], kernels)[0] for i, row in enumerate(rows)]
     return [NoTokenAllowedError() if token_id < 0 else token_id for token_id in token_ids]
+
+
+def _logprobs(
+    logits: Tensor,
+    asking: Seq[int],
+    rows: Seq[SamplingRow],
+    chosen: Seq[int | Exception],
+    kernels: Kernels[Any, Any],
+) -> list[TokenLogprob | Exception]:
+    """The log-probability of each token that is asked for it, or why it has none."""
+    if not asking:
+        return []
+    nums = [rows[index].num_logprobs or 0 for index in asking]
+    targets = [token for index in asking if isinstance(token := chosen[index], int)]
+    try:
+        found = token_logprobs(logits[list(asking)], targets, max(nums), kernels)
+        return [
+            replace(each, top_ids=each.top_ids[:num], top_logprobs=each.top_logprobs[:num])
+            for each, num in zip(found, nums, strict=True)
+        ]
+    except Exception as error:  # noqa: BLE001 whatever it is, it must end its own row alone
+        if len(asking) == 1:
+            return [error]
+        return [_logprobs(logits, [index], rows, chosen, kernels)[0] for index in asking]
 
 
 def non_finite_rows(logits: Tensor) -> list[int]:

@@ -268,8 +268,9 @@ class Scheduler:
 
     def _is_bulk(self, sequence: Sequence, num_left: int) -> bool:
         """Whether it is a bulk sequence (``Step``) with so many tokens to compute."""
-        is_long = num_left > self.config.max_num_batched_tokens and not sequence.is_internal
-        return sequence.is_bulk or is_long
+        is_long = num_left > self.config.max_num_batched_tokens
+        is_scored = sequence.num_scored > self.config.max_bulk_tokens
+        return sequence.is_bulk or ((is_long or is_scored) and not sequence.is_internal)
 
     def _num_left(self, sequence: Sequence) -> int:
         """How many tokens a waiting sequence would have to compute."""

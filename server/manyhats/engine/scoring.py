@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from manyhats.engine.blocks import SharedPrefix
 from manyhats.engine.errors import QueueFullError
 from manyhats.engine.jobs import Output, SampledToken, token_output
-from manyhats.engine.logprobs import TokenLogprob, row_logprobs, token_logprobs
-from manyhats.engine.output import ScoredContinuation, ScoreOutput, Usage
+from manyhats.engine.kernels.interface import Kernels
+from manyhats.engine.logprobs import token_logprobs
+from manyhats.engine.output import ScoredContinuation, ScoreOutput, TokenOutput, Usage
 from manyhats.engine.request import ScoreRequest
 from manyhats.engine.sampler import SamplingRow
 from manyhats.engine.scheduler import Scheduler
@@ -25,11 +26,11 @@ _MAX_QUEUED = 64
 
 @dataclass(slots=True, eq=False)
 class _Branch:
-    """One continuation: its tokens, how many of the first are given, and the log-probabilities found so far."""
+    """One continuation: its tokens, how many of the first are given, and those whose log-probability is found."""
 
     token_ids: tuple[int, ...]
     num_given: int
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    tokens: list[TokenOutput] = field(default_factory=list)
 
 
 class Scoring:
@@ -48,6 +49,7 @@ class Scoring:
         self._request = request
         self._start = start
         self._model = model
+        self._tokenizer = model.tokenizer_of(request)
         num_given = request.num_given or (0,) * len(request.continuations)
         self._branches = [_Branch(*each) for each in zip(request.continuations, num_given, strict=True)]
         self._unqueued: Iterator[_Branch] = iter(())
@@ -55,14 +57,17 @@ class Scoring:
         self._running: dict[Sequence, _Branch] = {}
         self._prompt: Sequence | None = None
         self._prefix: SharedPrefix | None = None
-        self._is_bulk = False
+        self._is_bulk = self._has_many_rows = False
         self._num_done = 0
         self._usage = Usage(prompt_tokens=len(request.prompt_token_ids), adapter_load_s=start.adapter_load_s)
         self._started_s: float | None = None
 
     def start(self, scheduler: Scheduler) -> None:
         """Queues the prompt, or all at once where there is one continuation."""
-        self._is_bulk = self._request.num_tokens > scheduler.config.max_num_batched_tokens
+        limits = scheduler.config
+        num_scored = sum(len(token_ids) for token_ids in self._request.continuations)
+        self._has_many_rows = num_scored > limits.max_bulk_tokens
+        self._is_bulk = self._request.num_tokens > limits.max_num_batched_tokens
         if len(self._branches) > 1:
             self._prompt = self._sequence(self._request.prompt_token_ids)
             self._prompt.logits_from = self._num_context_tokens - 1
@@ -90,20 +95,22 @@ class Scoring:
         """Never asked for."""
         raise TypeError("a scoring samples nothing")
 
-    def score(self, sequence: Sequence, first_position: int, logits: Tensor) -> None:
+    def score(
+        self, sequence: Sequence, first_position: int, logits: Tensor, kernels: Kernels[Any, Any]
+    ) -> None:
         """Keeps the log-probabilities of the continuations' tokens."""
+        num_top = self._request.response.top_logprobs
         if sequence is self._prompt:
             firsts = [branch.token_ids[0] for branch in self._branches]
-            found = row_logprobs(logits[0].numpy(), firsts, self._request.response.top_logprobs)
-            for branch, logprob in zip(self._branches, found, strict=True):
-                branch.logprobs.append(logprob)
+            found = token_logprobs(logits, firsts, num_top, kernels, rows=[0] * len(firsts))
+            for branch, token_id, logprob in zip(self._branches, firsts, found, strict=True):
+                branch.tokens.append(token_output(self._tokenizer, token_id, logprob))
             return
         branch = self._running[sequence]
         start = first_position + 1 - self._num_context_tokens
         targets = branch.token_ids[start : start + logits.shape[0]]
-        branch.logprobs += token_logprobs(
-            logits, torch.tensor(targets, dtype=torch.int64), self._request.response.top_logprobs
-        )
+        found = token_logprobs(logits, targets, num_top, kernels)
+        branch.tokens += [token_output(self._tokenizer, *each) for each in zip(targets, found, strict=True)]
 
     def commit(
         self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
@@ -168,7 +175,9 @@ class Scoring:
 
     def _new_branch_sequence(self, branch: _Branch) -> Sequence:
         sequence = self._sequence(self._request.prompt_token_ids + branch.token_ids[:-1])
-        sequence.logits_from = self._num_context_tokens - 1 + len(branch.logprobs)
+        sequence.logits_from = self._num_context_tokens - 1 + len(branch.tokens)
+        if len(self._branches) > 1:  # else the rows are those of this sequence, which it is told by
+            sequence.is_bulk = self._is_bulk or self._has_many_rows
         self._running[sequence] = branch
         return sequence
 
@@ -184,7 +193,5 @@ class Scoring:
         return ScoreOutput([self._scored(branch) for branch in self._branches], self._usage)
 
     def _scored(self, branch: _Branch) -> ScoredContinuation:
-        found = list(zip(branch.token_ids, branch.logprobs, strict=True))[branch.num_given :]
-        tokenizer = self._model.tokenizer_of(self._request)
-        tokens = tuple(token_output(tokenizer, token_id, logprob) for token_id, logprob in found)
-        return ScoredContinuation(sum(logprob.logprob for _, logprob in found), tokens)
+        tokens = tuple(branch.tokens[branch.num_given :])
+        return ScoredContinuation(sum(token.logprob or 0.0 for token in tokens), tokens)

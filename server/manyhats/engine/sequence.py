@@ -48,7 +48,7 @@ class Sequence:
         block_table: its blocks in order; while it runs, they cover all its tokens.
         num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s, nor virtual).
         num_preemptions: how often its blocks were taken back.
-        is_long: its prompt takes several steps from where it started; see ``Step``.
+        is_long: its prompt takes several steps from where it started, or has many scored rows; see ``Step``.
         num_passed: how many later sequences have started while it waited for blocks.
         block_keys: prefix cache keys of its first blocks, as far as they were needed.
         num_registered_blocks: first blocks that the prefix cache knows, or that are not its own.
@@ -98,6 +98,11 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens whose KV is not computed yet."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_scored(self) -> int:
+        """Positions whose logits are still needed, beside the last token's."""
+        return 0 if self.logits_from is None else len(self.token_ids) - self.logits_from
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -19,9 +19,9 @@ class Step:
     """A schedule in the making: who gets how many of the step's tokens.
 
     Decodes come first. Internal sequences and short prompts share what is left by rank, and *bulk* ones get the rest:
-    scorings and prompts that take several steps. Beside others these get few tokens, so that a step does not grow by
-    much, but never none. One that will be done sooner gets its tokens first; half of them are for the first in rank,
-    which is thus done some day, too.
+    scorings and prompts that take several steps, or have many rows whose logits are scored. Beside others these get few
+    tokens, so that a step does not grow by much, but never none. One that will be done sooner gets its tokens first;
+    half of them are for the first in rank, which is thus done some day, too.
 
     Attributes:
         budget: tokens that are left.

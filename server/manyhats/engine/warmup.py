@@ -49,7 +49,8 @@ def warm_up(
 
 def choose_once(logits: Tensor, kernels: Kernels[Any, Any]) -> None:
     """Chooses a token of one row's logits [1, V] in the way that takes all of the kernel."""
-    sample(logits, [SamplingRow(params=SamplingParams(temperature=1.0, top_p=0.5))], kernels)
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    sample(logits, [SamplingRow(params=params, num_logprobs=1)], kernels)
 
 
 def _every_kernel(config: DecoderConfig) -> LoweredAdapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -52,3 +52,14 @@ def slices(values: Sequence[T]) -> Iterator[Sequence[T]]:
         if begin:
             time.sleep(_PAUSE_S)
         yield values[begin : begin + _SLICE_LENGTH]
+
+
+def paced(values: Iterable[T], weight: Callable[[T], int]) -> Iterator[T]:
+    """``values`` one by one, with such a pause whenever those since the last one weigh as much as a slice is long."""
+    since = 0
+    for value in values:
+        if since >= _SLICE_LENGTH:
+            time.sleep(_PAUSE_S)
+            since = 0
+        since += weight(value)
+        yield value

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState
 from manyhats.engine.output import (
     FinishReason,
-    ScoredContinuation,
     ScoreOutput,
     StepOutput,
     TokenOutput,
@@ -19,8 +18,14 @@ from manyhats.engine.output import (
 )
 from manyhats.engine.request import MAX_CONTINUATIONS
 from manyhats.server.ports import Backend
-from manyhats.server.text_threads import slices
+from manyhats.server.text_threads import paced, slices
 from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
+# Adding a token to a message takes as long as reading a few of them.
+_ENTRY_WEIGHT = 4
 
 
 def generate_response(
@@ -28,15 +33,16 @@ def generate_response(
 ) -> generation_pb2.GenerateResponse:
     """A whole answer from all outputs of a request; at least one."""
     last = outputs[-1]
-    return generation_pb2.GenerateResponse(
+    response = generation_pb2.GenerateResponse(
         request_id=request_id,
         text="".join(output.text for output in outputs),
-        tokens=token_infos(token for output in outputs for token in output.tokens),
-        prompt_tokens=token_infos(token for output in outputs for token in output.prompt_tokens),
         finish_reason=finish_reason(last.finish_reason),
         usage=usage(last.usage),
         adapter=adapter_ref(adapter),
     )
+    add_tokens(response.tokens, (token for output in outputs for token in output.tokens))
+    add_tokens(response.prompt_tokens, (token for output in outputs for token in output.prompt_tokens))
+    return response
 
 
 def stream_response(
@@ -45,34 +51,34 @@ def stream_response(
     """One piece of an answer: the first tells adapter and prompt usage, the last all usage and the end."""
     is_last = output.finish_reason is not None
     spent = usage(output.usage) if is_last else prompt_usage(output.usage) if is_first else None
-    return generation_pb2.GenerateStreamResponse(
+    response = generation_pb2.GenerateStreamResponse(
         request_id=request_id,
         text=output.text,
-        tokens=token_infos(output.tokens),
-        prompt_tokens=token_infos(output.prompt_tokens),
         finish_reason=finish_reason(output.finish_reason),
         usage=spent,
         adapter=adapter_ref(adapter) if is_first else None,
     )
+    add_tokens(response.tokens, output.tokens)
+    add_tokens(response.prompt_tokens, output.prompt_tokens)
+    return response
 
 
 def score_response(
     request_id: str, output: ScoreOutput, adapter: AdapterRecord | None
 ) -> generation_pb2.ScoreResponse:
     """The scores of one request."""
-    return generation_pb2.ScoreResponse(
-        request_id=request_id,
-        scores=[scored_continuation(score) for score in output.scores],
-        usage=usage(output.usage),
-        adapter=adapter_ref(adapter),
+    response = generation_pb2.ScoreResponse(
+        request_id=request_id, usage=usage(output.usage), adapter=adapter_ref(adapter)
     )
+    for score in paced(output.scores, lambda each: _ENTRY_WEIGHT * len(each.tokens)):
+        scored = response.scores.add(logprob=score.logprob, num_tokens=len(score.tokens))
+        add_tokens(scored.tokens, score.tokens)
+    return response
 
 
-def scored_continuation(score: ScoredContinuation) -> generation_pb2.ScoredContinuation:
-    """One continuation's score."""
-    return generation_pb2.ScoredContinuation(
-        logprob=score.logprob, num_tokens=len(score.tokens), tokens=token_infos(score.tokens)
-    )
+def num_entries(tokens: Iterable[TokenOutput]) -> int:
+    """How many tokens a message of these has, the most likely ones of each position among them."""
+    return sum(1 + len(token.top) for token in tokens)
 
 
 def tokenize_response(ids: Sequence[int], piece: Callable[[int], str]) -> generation_pb2.TokenizeResponse:
@@ -84,16 +90,14 @@ def tokenize_response(ids: Sequence[int], piece: Callable[[int], str]) -> genera
     return response
 
 
-def token_infos(tokens: Iterable[TokenOutput]) -> list[generation_pb2.TokenInfo]:
-    """Tokens with what was asked for beside them."""
-    return [_token_info(token) for token in tokens]
-
-
-def _token_info(token: TokenOutput) -> generation_pb2.TokenInfo:
-    top = [generation_pb2.TopToken(id=each.id, text=each.text, logprob=each.logprob) for each in token.top]
-    return generation_pb2.TokenInfo(
-        id=token.id, text=token.text, logprob=token.logprob, rank=token.rank, top=top
-    )
+def add_tokens(
+    infos: RepeatedCompositeFieldContainer[generation_pb2.TokenInfo], tokens: Iterable[TokenOutput]
+) -> None:
+    """Adds tokens with what was asked for beside them, in slices: other threads run in between."""
+    for token in paced(tokens, lambda each: _ENTRY_WEIGHT * (1 + len(each.top))):
+        info = infos.add(id=token.id, text=token.text, logprob=token.logprob, rank=token.rank)
+        for each in token.top:
+            info.top.add(id=each.id, text=each.text, logprob=each.logprob)
 
 
 def usage(spent: Usage) -> generation_pb2.Usage:

@@ -15,6 +15,7 @@ from torch import Tensor
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.batch import AdapterRows, Batch
 from manyhats.engine.choices import Choices
+from manyhats.engine.logprobs import Logprobs
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.weights import Linear
 
@@ -252,5 +253,16 @@ class Kernels(Protocol[PackedT, CacheT]):
 
         Edits and masks first, then temperature, top_k, top_p, min_p and typical_p, each over what the ones before
         have left, renormalized; then the draw.
+        """
+        ...
+
+    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> Logprobs:
+        """Log softmax(logits)[rows[i], targets[i]] in float64, with ranks, and each row's most likely tokens.
+
+        Args:
+            logits: [M, V] float32, finite.
+            rows: [P] int64.
+            targets: [P] int64 in [0, V).
+            num_top: K, V at most.
         """
         ...

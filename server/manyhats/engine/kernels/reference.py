@@ -12,7 +12,9 @@ from manyhats.engine.batch import Batch
 from manyhats.engine.choices import Choices
 from manyhats.engine.kernels.dtypes import torch_dtype
 from manyhats.engine.kernels.reference_choice import choose_row
+from manyhats.engine.kernels.reference_logprobs import logprobs_of
 from manyhats.engine.kernels.reference_slots import ReferenceSlots
+from manyhats.engine.logprobs import Logprobs
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear
@@ -193,3 +195,7 @@ class ReferenceKernels:
         """One token for each row."""
         tokens = [choose_row(row, choices, index) for index, row in enumerate(logits)]
         return torch.tensor(tokens, dtype=torch.int64)
+
+    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> Logprobs:
+        """Log-probabilities of targets, with ranks, and each row's most likely tokens."""
+        return logprobs_of(logits, rows, targets, num_top)

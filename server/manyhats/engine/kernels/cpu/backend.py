@@ -20,8 +20,10 @@ from manyhats.engine.kernels.cpu.avx512_bf16 import Avx512Bf16Linear
 from manyhats.engine.kernels.cpu.choosing import TokenChooser
 from manyhats.engine.kernels.cpu.compile import max_threads
 from manyhats.engine.kernels.cpu.packing import LANES, CpuLinear, as_array, pack_linear
+from manyhats.engine.kernels.cpu.scoring import score
 from manyhats.engine.kernels.cpu.slots import CpuAdapterSlots
 from manyhats.engine.kernels.dtypes import torch_dtype
+from manyhats.engine.logprobs import Logprobs
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.weights import Linear
 
@@ -297,6 +299,28 @@ class CpuKernels:
     def choose(self, logits: Tensor, choices: Choices) -> Tensor:
         """One token for each row."""
         return self._chooser.choose(logits, choices)
+
+    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> Logprobs:
+        """Log-probabilities of targets, with ranks, and each row's most likely tokens."""
+        num_rows, num_pairs = logits.shape[0], targets.shape[0]
+        found = Logprobs(
+            np.empty(num_pairs),
+            np.empty(num_pairs, dtype=np.int64),
+            np.empty((num_rows, num_top), dtype=np.int64),
+            np.empty((num_rows, num_top)),
+        )
+        score(
+            logits.contiguous().numpy(),
+            rows.numpy(),
+            targets.numpy(),
+            found.logprobs,
+            found.ranks,
+            found.top_ids,
+            found.top_logprobs,
+            np.empty(num_rows),
+            min(self.num_threads, max(num_rows, num_pairs)),
+        )
+        return found
 
     def _row_threads(self, x: Tensor) -> int:
         """A few rows are quicker on one thread than the other threads are woken."""
