@@ -14,7 +14,7 @@ from manyhats.trainer.model.frozen_matrix import FrozenMatrix
 
 @pytest.mark.parametrize(
     ("double", "storage", "block_size"),
-    itertools.product((True, False), (torch.uint8, torch.bfloat16, torch.float32), (64, 128, 1024)),
+    list(itertools.product((True, False), (torch.uint8, torch.bfloat16, torch.float32), (64, 128, 1024))),
 )
 def test_a_matrix_is_dense_as_bitsandbytes_has_it_and_counts_its_bytes(
     double: bool, storage: torch.dtype, block_size: int
