@@ -48,6 +48,8 @@ EXIT_BY_SIGNAL = 128
 _STOP_LIMIT_S = 0.8
 _MAX_OTHER_CALLS = 512  # that are about no sequence, or wait for their adapter or tokens
 _log = structlog.get_logger("manyhats.process")
+# Of what progress bars show as well, which it would be written across.
+_loading_log = structlog.get_logger("manyhats.loading")
 
 
 async def serve(
@@ -188,7 +190,7 @@ class _Process:
             progress = both(self._progress, shown)
             backend = await in_own_thread(self._assemble, self._config, self._metrics, progress)
             self._store = backend.store
-            _log.info("starting the engine", note="the first start on a machine compiles its kernels")
+            _loading_log.info("starting the engine", note="the first start on a machine compiles its kernels")
             await backend.engine.start()
         stack.push_async_callback(backend.engine.stop, 0.0)
         registrar = Registrar(backend, self._metrics)
