@@ -17,7 +17,7 @@ from benchmarks.baselines import load_nf4
 from benchmarks.measure import Measurement
 from benchmarks.training_cases import TrainingCase, TrainingWorkload, tokens_per_s
 from manyhats.engine.model.loader import LoadedModel, load_model
-from manyhats.trainer.data.dataset import Dataset, TokenizedRows
+from manyhats.trainer.data.dataset import DataCounts, Dataset, TokenizedRows
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.run import TrainingRun
@@ -95,7 +95,8 @@ def _dataset(rows: Sequence[tuple[list[int], int]]) -> Dataset:
         lines=list(range(1, len(rows) + 1)),
         prompt_lengths=[first for _, first in rows],
         completions=[""] * len(rows),
-        num_skipped=0,
+        labels=(),
+        counts=DataCounts(),
     )
 
 

@@ -17,7 +17,7 @@ from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
 from manyhats.trainer.batch import TrainingBatch
 from manyhats.trainer.data import Dataset
-from manyhats.trainer.data.dataset import DatasetBuilder
+from manyhats.trainer.data.dataset import DataCounts, DatasetBuilder
 from manyhats.trainer.events import Listener, ignore
 from manyhats.trainer.run import TrainingRun
 from manyhats.trainer.settings import DataSettings, LoraSettings, OptimizationSettings, TrainSettings
@@ -91,7 +91,7 @@ def make_dataset(num_rows: int = 24, seed: int = 0) -> Dataset:
         first = int(torch.randint(1, length, (), generator=generator))
         targets = bytes([0] * first + [1] * (length - first))
         builder.add(tokens, targets, prompt_length=first, completion="x", line=line)
-    return builder.build("fake.jsonl", 0)
+    return builder.build("fake.jsonl", DataCounts())
 
 
 def make_train_settings(out: Path | str = "", *, task: str = "fake", **optimization: Any) -> TrainSettings:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from default_model import default_model_directory
+from manyhats.engine.prompt_text import ScoreTokens
 from manyhats.engine.tokenizer import ChatMessage, Tokenizer
 from manyhats.server import from_proto
 from manyhats.server.prompts import encode_prompts
@@ -23,9 +24,10 @@ from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data import (
     Dataset,
     Row,
+    Tokenization,
     choose_eos_token_id,
+    find_ends,
     find_labels,
-    label_token_ids,
     labelled_items,
     tokenize_rows,
 )
@@ -54,14 +56,21 @@ TOKENIZER = tokenizer_with()
 
 
 def dataset_of(
-    *rows: Mapping[str, object], tokenizer: Tokenizer = TOKENIZER, max_length: int = 10_000, **settings: Any
+    *rows: Mapping[str, object],
+    tokenizer: Tokenizer = TOKENIZER,
+    max_length: int = 10_000,
+    labels: Sequence[str] = (),
+    **settings: Any,
 ) -> Dataset:
+    how = Tokenization(
+        tokenizer=tokenizer,
+        ends=find_ends(tokenizer, {EOS_TOKEN_ID}),
+        settings=DataSettings(train="data.jsonl", **settings),
+        max_length=max_length,
+        vocab_size=tokenizer.vocab_size,
+    )
     return tokenize_rows(
-        [Row(fields, "data.jsonl", index + 1) for index, fields in enumerate(rows)],
-        tokenizer,
-        EOS_TOKEN_ID,
-        DataSettings(train="data.jsonl", **settings),
-        max_length,
+        [Row(fields, "data.jsonl", index + 1) for index, fields in enumerate(rows)], how, labels
     )
 
 
@@ -105,11 +114,12 @@ async def test_a_plain_prompt_and_completion_are_what_score_computes(
 ) -> None:
     request = ScoreRequest(text=prompt, continuations=[Continuation(text=completion)])
     context, continuation = await score_tokens(request, tokenizer)
-    data = dataset_of({"prompt": prompt, "completion": completion}, tokenizer=tokenizer)
+    row = {"prompt": prompt, "completion": completion}
+    data = dataset_of(row, tokenizer=tokenizer, labels=[completion])
     assert data.rows[0].token_ids == (*context, *continuation, EOS_TOKEN_ID)
     assert data.rows[0].is_target == (False,) * len(context) + (True,) * (len(continuation) + 1)
-    assert labelled_items(data, [completion])[0].prompt_token_ids == context
-    assert label_token_ids([completion], tokenizer) == (continuation,)
+    (item,) = labelled_items(data, [completion])
+    assert item.score_tokens == ScoreTokens(context, ((*continuation, EOS_TOKEN_ID),), (0,))
 
 
 @pytest.mark.parametrize("system", ["", "Be brief."])
@@ -207,7 +217,7 @@ def test_a_turn_that_the_template_strips_is_learned_stripped_and_in_the_same_row
     stripping = CHAT_TEMPLATE.replace("message['content']", "message['content'].strip()")
     turns = [CONVERSATION[0], {"role": "assistant", "content": " two\n"}, *CONVERSATION[2:]]
     data = dataset_of({"messages": turns}, tokenizer=tokenizer_with(stripping))
-    assert [learned(row) for row in data.rows] == [["two<|im_end|>", " four <|im_end|>"]]
+    assert [learned(row) for row in data.rows] == [["two<|im_end|>", "four<|im_end|>"]]
 
 
 def test_a_turns_end_is_learned_only_where_it_is_the_token_that_ends_a_generation() -> None:
@@ -237,6 +247,7 @@ def test_each_turn_is_learned_once_after_exactly_the_servers_prompt(contents: li
     [
         ({}, "has no value; it must have prompt and completion, or text, or messages"),
         ({"question": "a", "answer": "b"}, "has question, answer; it must have prompt and completion"),
+        ({"text": "a", "id": 7}, "id: nothing reads it; remove it, or set `ignore_fields`"),
         ({"prompt": "a"}, "has a prompt and no completion"),
         ({"prompt": "a", "completion": None}, "has a prompt and no completion"),
         ({"completion": "a", "system": "b"}, "has a completion and no prompt"),
@@ -264,8 +275,11 @@ def test_each_turn_is_learned_once_after_exactly_the_servers_prompt(contents: li
         ({"messages": {"role": "user"}}, "messages: must be a list, not dict"),
         ({"messages": "hello"}, "messages: must be a list, or JSON of one"),
         ({"messages": "1"}, "messages: must be a list, not int"),
-        ({"messages": f"[{'1' * 5000}]"}, "messages: has a number of too many digits"),
-        ({"messages": "[" * 100_000}, "messages: is nested too deeply"),
+        (
+            {"messages": f"[{'1' * 5000}]"},
+            "messages: must be a list, or JSON of one: it has a number of too many digits",
+        ),
+        ({"messages": "[" * 100_000}, "messages: must be a list, or JSON of one: it is nested too deeply"),
         ({"messages": ["hello"]}, "messages[0]: must be an object with role and content, not str"),
         ({"messages": [{"from": "human", "value": "a"}]}, "messages[0]: has no role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0]: has no content"),
@@ -277,7 +291,7 @@ def test_each_turn_is_learned_once_after_exactly_the_servers_prompt(contents: li
         ),
         (
             {"messages": [CONVERSATION[0], {"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "messages[1]: has tool_calls; only role and content can be learned",
+            "messages[1].tool_calls: the chat template does not read it",
         ),
         (
             {"messages": [{"role": "system", "content": "a"}, *CONVERSATION], "system": "b"},
@@ -326,7 +340,7 @@ def test_an_overlong_row_is_an_error_that_names_both_lengths() -> None:
 
 def test_overlong_rows_are_skipped_and_counted() -> None:
     data = dataset_of(LONG, SHORT, LONG, max_length=13, overlong="skip")
-    assert (len(data.rows), data.num_skipped, list(data.lines)) == (1, 2, [2])
+    assert (len(data.rows), data.counts.skipped, list(data.lines)) == (1, 2, [2])
     assert (
         refusal(LONG, LONG, max_length=13, overlong="skip")
         == "data.jsonl: all 2 rows are longer than 13 tokens"
@@ -339,12 +353,12 @@ def test_truncation_keeps_a_completion_and_cuts_the_prompts_beginning(max_length
     assert text_of(data.rows[0].token_ids) == f"{prompt}abc<|im_end|>"
     assert learned(data.rows[0]) == ["abc<|im_end|>"]
     assert text_of(data.prompt_token_ids(0)) == prompt
-    assert data.num_skipped == 0
+    assert (data.counts.skipped, data.counts.truncated) == (0, 1)
 
 
 def test_a_completion_that_does_not_fit_is_skipped_by_truncation_too() -> None:
     data = dataset_of(LONG, SHORT, max_length=4, overlong="truncate")
-    assert (len(data.rows), data.num_skipped) == (1, 1)
+    assert (len(data.rows), data.counts.skipped) == (1, 1)
 
 
 def test_truncation_cuts_a_texts_end() -> None:
@@ -384,8 +398,8 @@ def test_rows_come_back_from_memory_as_they_were_put_in(pairs: list[tuple[str, s
         data.rows[len(pairs)]
 
 
-def labelled(*completions: str) -> Dataset:
-    return dataset_of(*({"prompt": "q", "completion": each} for each in completions))
+def labelled(*completions: str, labels: Sequence[str] = ()) -> Dataset:
+    return dataset_of(*({"prompt": "q", "completion": each} for each in completions), labels=labels)
 
 
 def test_labels_are_those_given_or_the_distinct_completions() -> None:
@@ -408,7 +422,9 @@ def test_labels_that_cannot_be_told_apart_are_refused() -> None:
     with pytest.raises(SettingError, match="labels: ' a' comes twice"):
         find_labels((" a", " a"), labelled("a"))
     with pytest.raises(SettingError, match="labels: '' has no tokens"):
-        label_token_ids(("",), TOKENIZER)
+        labelled("a", labels=[""])
+    with pytest.raises(SettingError, match=r"'a' and 'a<\|im_end\|>' have the same tokens"):
+        labelled("a", labels=["a", "a<|im_end|>"])
 
 
 def test_a_row_whose_completion_is_no_label_is_named() -> None:
@@ -419,7 +435,8 @@ def test_a_row_whose_completion_is_no_label_is_named() -> None:
 
 
 def test_labelled_items_keep_the_rows_order() -> None:
-    items = labelled_items(labelled(" b", " a", " b"), (" a", " b"))
+    labels = (" a", " b")
+    items = labelled_items(labelled(" b", " a", " b", labels=labels), labels)
     assert [item.label for item in items] == [" b", " a", " b"]
     assert {item.prompt_token_ids for item in items} == {
         tuple(TOKENIZER.encode("q", add_special_tokens=True))

@@ -7,7 +7,7 @@ import torch
 
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.trainer.batch import TokenizedRow
-from manyhats.trainer.data import LabelledItem, collate
+from manyhats.trainer.data import LabelledItem, LabelTokens, collate
 from manyhats.trainer.errors import OutputError
 from manyhats.trainer.label_scoring import read_saved, score_labels
 from manyhats.trainer.methods import make_adapter
@@ -38,10 +38,11 @@ def random_tokens(count: int, generator: torch.Generator) -> tuple[int, ...]:
     return tuple(torch.randint(3, 320, (count,), generator=generator).tolist())
 
 
-def make_items(count: int, seed: int) -> list[LabelledItem]:
+def make_items(count: int, seed: int, labels: list[tuple[int, ...]]) -> list[LabelledItem]:
+    tokens = tuple(LabelTokens(0, 0, label) for label in labels)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 30, (count,), generator=generator).tolist()
-    return [LabelledItem(random_tokens(length, generator), "") for length in lengths]
+    return [LabelledItem(random_tokens(length, generator), tokens, "") for length in lengths]
 
 
 @torch.no_grad()
@@ -74,16 +75,15 @@ def test_the_engine_predicts_the_labels_of_full_forwards(method: str, tmp_path: 
     adapter = make_adapter(METHODS[method], "task", base.model, seed=0)
     move(adapter, size=0.2)
     save(adapter, tmp_path)
-    items = make_items(12, 3)
     generator = torch.Generator().manual_seed(4)
     labels = [random_tokens(length, generator) for length in (1, 3, 1, 2, 4, 1)]
+    items = make_items(12, 3, labels)
     seen = []
     saved = read_saved("task", tmp_path, base.model.description)
     scores = score_labels(
         base.model,
         saved,
         items,
-        labels,
         dtype="float32",
         num_threads=1,
         on_progress=lambda done, total: seen.append((done, total)),
@@ -110,8 +110,7 @@ def test_an_interrupt_ends_the_scoring(tmp_path: Path) -> None:
         score_labels(
             base.model,
             saved,
-            make_items(30, 1),
-            [(5,), (6,)],
+            make_items(30, 1, [(5,), (6,)]),
             dtype="float32",
             num_threads=1,
             on_progress=interrupt,

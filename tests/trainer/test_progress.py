@@ -76,7 +76,7 @@ def test_elsewhere_than_at_a_terminal_what_matters_is_a_line_each() -> None:
         "t: step 5, NO CHECKPOINT: no space; training goes on",
         "t: 20/20 items scored, by the base and the adapter",
         "t: stopped early at step 100: the held-out loss no longer falls",
-        "t: step 100/100, loss 1.0000, 500 tokens/s, 0:00 left",
+        "t: step 100/100, loss 1.0000 (mean of 3 steps 1.0000), 500 tokens/s, 0:00 left",
     ]
 
 
@@ -104,16 +104,18 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left() -> None:
         assert part in text, part
 
 
-def test_recent_loss_is_the_mean_over_targets() -> None:
+def test_the_latest_loss_is_shown_beside_the_mean_over_recent_targets() -> None:
     recent = Recent()
     recent.add(step(1, loss=1.0, targets=30))
     recent.add(step(2, loss=3.0, targets=10, seconds=4.0))
-    assert recent.loss == pytest.approx(1.5)
+    assert recent.loss == 3.0
+    assert recent.smoothed_loss == pytest.approx(1.5)
+    assert recent.losses == "loss 3.0000 (mean of 2 steps 1.5000)"
     assert recent.tokens_per_s == pytest.approx(2000 / 6)
     assert recent.seconds_left == pytest.approx(98 * 3)
     for number in range(3, 100):
         recent.add(step(number, loss=2.0))
-    assert recent.loss == pytest.approx(2.0), "the first steps are forgotten"
+    assert recent.smoothed_loss == pytest.approx(2.0), "the first steps are forgotten"
 
 
 @pytest.mark.parametrize(

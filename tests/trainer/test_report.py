@@ -4,15 +4,24 @@ import io
 import json
 import struct
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import yaml
 
+from manyhats.trainer.data import DataCounts
 from manyhats.trainer.events import EvaluationReport, StepReport
 from manyhats.trainer.loss_curve import loss_curve, smoothed
 from manyhats.trainer.model_card import model_card
 from manyhats.trainer.peak_memory import PeakMemory, forget_peak, peak_memory
-from manyhats.trainer.report import ArtifactReport, BaseReport, Evaluation, HeldOut, TrainingReport
+from manyhats.trainer.report import (
+    ArtifactReport,
+    BaseReport,
+    DataReport,
+    Evaluation,
+    HeldOut,
+    TrainingReport,
+)
 from manyhats.trainer.settings import DataSettings, LoraSettings, ModelSettings, TrainSettings
 
 
@@ -69,8 +78,9 @@ def make_report() -> TrainingReport:
             step=4,
             learning_rate=0.04,
         ),
-        num_rows=1234,
-        num_skipped=5,
+        date=datetime(2026, 1, 2, 3, 4, 5),
+        train=DataReport(num_rows=1234, counts=DataCounts(skipped=5, ignored={"id": 7})),
+        held_out=DataReport(num_rows=40, counts=DataCounts(truncated=1)),
         steps=make_steps(),
         evaluations=evaluations,
         evaluation=Evaluation(
@@ -125,7 +135,15 @@ def test_the_report_has_every_number() -> None:
     assert content["base"]["digest_before"] == content["base"]["digest_after"]
     assert content["speed"] == {"tokens": 400, "tokens_per_second": 200.0, "seconds": 5.0}
     assert content["peak_memory"] == {"rss": 3 * 2**20, "cuda": 0}
-    assert content["data"] == {"rows": 1234, "skipped": 5}
+    nothing = {"skipped": 0, "truncated": 0, "beginnings": 0, "ends": 0, "ignored": {}}
+    assert content["data"] == {
+        **nothing,
+        "rows": 1234,
+        "skipped": 5,
+        "ignored": {"id": 7},
+        "date": "2026-01-02T03:04:05",
+        "eval": {**nothing, "rows": 40, "truncated": 1},
+    }
     assert content["failed_checkpoints"] == ["step-000002: cannot be written"]
 
 
@@ -167,7 +185,9 @@ def test_the_card_says_what_a_reader_needs() -> None:
     assert "1,234 rows of `rows.jsonl`" in card
     assert "40 rows of `glue/sst2:validation`" in card
     assert '"Be brief."' in card
-    assert "5 rows were left out" in card
+    assert "5 rows left out as too long" in card
+    assert "7 rows had the field id, which nothing reads: ignored" in card
+    assert "Of the held-out data, 1 row truncated as too long" in card
     assert "0.500 % of the base's" in card
     assert "| adapter.rank | `8` |" in card
     assert "4 steps, 400 tokens in 5 s (200 tokens per second) in bfloat16 on cpu" in card

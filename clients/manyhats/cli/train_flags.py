@@ -36,6 +36,7 @@ class Flags:
     shuffle: opt.Shuffle = None
     max_train_rows: opt.MaxTrainRows = None
     max_eval_rows: opt.MaxEvalRows = None
+    ignore_fields: opt.IgnoreFields = None
 
     rank: opt.Rank = None
     alpha: opt.Alpha = None

@@ -127,6 +127,14 @@ MaxTrainRows: TypeAlias = Annotated[
 MaxEvalRows: TypeAlias = Annotated[
     int | None, _data("--max-eval-rows", metavar="N", help="The first so many.", show_default="all")
 ]
+IgnoreFields: TypeAlias = Annotated[
+    bool | None,
+    _data(
+        "--ignore-fields/--no-ignore-fields",
+        help="Go on without fields that nothing reads, and count them; else they are errors.",
+        show_default="no-ignore-fields",
+    ),
+]
 
 Rank: TypeAlias = Annotated[
     int | None, _lora("--rank", metavar="R", help="Of the deltas.", show_default="16")

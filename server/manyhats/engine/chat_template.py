@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
@@ -110,26 +111,58 @@ def _compile(template: str) -> jinja2.Template:
     return _environment().from_string(template)
 
 
-def render_chat(template: str, messages: Sequence[ChatMessage], special_tokens: Mapping[str, str]) -> str:
+@lru_cache(maxsize=64)
+def variables_of(template: str) -> frozenset[str]:
+    """The names that a template looks up and does not set itself, such as ``messages`` and ``tools``.
+
+    Raises:
+        FieldInvalidError: ``chat``: it is no template.
+    """
+    environment = _environment()
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
+    except jinja2.TemplateError as error:
+        raise FieldInvalidError("chat", f"the chat template cannot be read: {error}") from error
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[ChatMessage | Mapping[str, Any]],
+    special_tokens: Mapping[str, str],
+    *,
+    variables: Mapping[str, Any] | None = None,
+    now: datetime | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
     """The prompt of a conversation, up to where the assistant's next turn begins.
 
     Args:
         template: Jinja source.
-        messages: at least one.
+        messages: at least one; a mapping has all that the template may read of it.
         special_tokens: ``bos_token`` and the like, by the names templates use.
+        variables: what the template may read besides, such as ``tools``.
+        now: the date and time that it may write; None is now.
+        add_generation_prompt: whether the beginning of the assistant's turn is part of it.
 
     Raises:
         FieldInvalidError: there are no messages, or the template fails on these.
     """
     if not messages:
         raise FieldInvalidError("chat", "has no messages")
+    given = {
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        **special_tokens,
+        **({} if now is None else {"strftime_now": now.strftime}),
+        **(variables or {}),
+    }
     try:
         return _compile(template).render(
-            messages=[{"role": m.role, "content": m.content} for m in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **special_tokens,
+            given,
+            messages=[
+                m if isinstance(m, Mapping) else {"role": m.role, "content": m.content} for m in messages
+            ],
         )
     except Exception as error:  # a template is a program, which can raise anything
         problem = str(error) or type(error).__name__

@@ -8,9 +8,11 @@ prompt and continuation are tokenized as one text, and what both have in common 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from tokenizers import Encoding
@@ -77,15 +79,28 @@ class PromptText:
         head: tokens that stand ahead of the text's own.
         own: the text's own, without special tokens around them.
         is_byte_level: see ``is_byte_level``.
+        begins_itself: whether the text has what would stand ahead of it, or its end.
+
+    Attributes:
+        text, begins_itself: as given.
+        token_ids: head and own.
     """
 
     def __init__(
-        self, backend: Backend, text: str, head: Sequence[int], own: Sequence[int], *, is_byte_level: bool
+        self,
+        backend: Backend,
+        text: str,
+        head: Sequence[int],
+        own: Sequence[int],
+        *,
+        is_byte_level: bool,
+        begins_itself: bool = False,
     ) -> None:
         self._backend = backend
-        self._text = text
-        self._own = list(own)
+        self._own = own
         self._is_byte_level = is_byte_level
+        self.text = text
+        self.begins_itself = begins_itself
         self.token_ids: tuple[int, ...] = (*head, *own)
 
     def followed_by(self, text: str) -> Continuation:
@@ -100,8 +115,8 @@ class PromptText:
         encoding = _encoded(self._backend, tail + text)
         ids: list[int] = encoding.ids  # made anew each time it is asked for
         num_common = _num_common(tokens, ids)
-        if len(tail) < len(self._text) and num_common < len(tokens) - num_shared + _MIN_MARGIN:
-            tail, tokens = self._text, self._own
+        if len(tail) < len(self.text) and num_common < len(tokens) - num_shared + _MIN_MARGIN:
+            tail, tokens = self.text, self._own
             encoding = _encoded(self._backend, tail + text)
             ids = encoding.ids
             num_common = _num_common(tokens, ids)
@@ -114,6 +129,40 @@ class PromptText:
         """Characters of this prompt that are tokenized with each text behind it, as a rule."""
         return 0 if self._is_byte_level else len(self._tail[0])
 
+    def beginning(self, text: str) -> PromptText | None:
+        """The prompt that a beginning of this text is; None where it has other tokens by itself.
+
+        It takes as long as the end of the beginning does, not all of it.
+        """
+        head = self.token_ids[: len(self.token_ids) - len(self._own)]
+        ends = self._token_ends
+        place = bisect_right(ends, len(text))
+        for count in (place, place - 1, place + 1):  # some offsets leave out spaces
+            if 0 < count <= len(ends) and self._is_own(text, count):
+                own = self._own[:count]
+                return PromptText(self._backend, text, head, own, is_byte_level=self._is_byte_level)
+        return None
+
+    def _is_own(self, text: str, count: int) -> bool:
+        """Whether the first so many of the text's own tokens are those of a beginning of it."""
+        own = self._own[max(0, count - 4 * TAIL_LENGTH) : count]
+        length = TAIL_LENGTH
+        while length < len(text):
+            tokens = _ids(self._backend, text[-length:])
+            num_shared = _num_common_last(tokens, own)
+            if num_shared >= _MIN_AGREEMENT:
+                return True
+            if len(tokens) > 2 * _MIN_AGREEMENT:
+                return False
+            length *= 2
+        return _ids(self._backend, text) == list(self._own[:count])
+
+    @cached_property
+    def _token_ends(self) -> list[int]:
+        """Of each own token, where it ends in the text; ascending."""
+        ends = [end for _, end in _encoded(self._backend, self.text).offsets]
+        return list(accumulate(ends, max))
+
     @cached_property
     def _tail(self) -> tuple[str, Sequence[int], int]:
         """The end of the text, its tokens by itself, and how many of the last ones are the prompt's last.
@@ -121,14 +170,14 @@ class PromptText:
         Where the two agree on as many tokens as that, what lies before has no influence on what comes behind.
         """
         length = TAIL_LENGTH
-        while length < len(self._text):
-            tail = self._text[-length:]
+        while length < len(self.text):
+            tail = self.text[-length:]
             tokens = _ids(self._backend, tail)
-            num_shared = _num_common(tokens[::-1], self._own[::-1])
+            num_shared = _num_common_last(tokens, self._own)
             if num_shared >= _MIN_AGREEMENT:
                 return tail, tokens, num_shared
             length *= 2
-        return self._text, self._own, len(self._own)
+        return self.text, self._own, len(self._own)
 
 
 def followed_by(backend: Backend, text: str, *, is_byte_level: bool) -> tuple[int, ...]:
@@ -158,8 +207,8 @@ def is_byte_level(backend: Backend) -> bool:
     return not adds_space and any(part["type"] == "ByteLevel" for part in parts)
 
 
-def special_tokens_around(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens that the post-processor puts ahead of a text, and behind it."""
+def special_tokens_ahead(backend: Backend) -> tuple[int, ...]:
+    """The tokens that the post-processor puts ahead of a text."""
     for text in ("a", " ", "0", "\n"):
         try:
             encoding = backend.encode(text, add_special_tokens=True)
@@ -167,8 +216,8 @@ def special_tokens_around(backend: Backend) -> tuple[tuple[int, ...], tuple[int,
             continue
         own = [place for place, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
         if own:
-            return tuple(encoding.ids[: own[0]]), tuple(encoding.ids[own[-1] + 1 :])
-    return tuple(backend.encode("", add_special_tokens=True).ids), ()
+            return tuple(encoding.ids[: own[0]])
+    return tuple(backend.encode("", add_special_tokens=True).ids)
 
 
 def head_of(own: Sequence[int], ahead: Sequence[int]) -> tuple[int, ...]:
@@ -206,6 +255,12 @@ def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
         if a != b:
             return place
     return min(len(first), len(second))
+
+
+def _num_common_last(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both end with."""
+    length = min(len(first), len(second))
+    return _num_common(first[len(first) - length :][::-1], second[len(second) - length :][::-1])
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:

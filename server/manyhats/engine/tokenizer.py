@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -25,7 +27,7 @@ from manyhats.engine.prompt_text import (
     followed_by,
     head_of,
     is_byte_level,
-    special_tokens_around,
+    special_tokens_ahead,
 )
 from manyhats.engine.special_tokens import flags_of
 from manyhats.engine.token_bound import TokenBound, extended_bound, token_bound
@@ -65,7 +67,7 @@ class Tokenizer:
             backend, skip_special_tokens=False, cleans_up_spaces=cleans_up_spaces
         )
         self._is_byte_level = is_byte_level(backend)
-        self._ahead, self._behind = special_tokens_around(backend)
+        self._ahead = special_tokens_ahead(backend)
         self._base = base
         self._files = files
         self.chat_template = chat_template
@@ -153,10 +155,18 @@ class Tokenizer:
             PromptTooLongError: ``text``: it has more than ``max_tokens``, as ``encode`` tells.
         """
         own = self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
-        head = head_of(own, self._ahead) if add_special_tokens else ()
+        ahead = self._ahead if add_special_tokens else ()
+        head = head_of(own, ahead)
         if max_tokens is not None and len(head) + len(own) > max_tokens:
             raise PromptTooLongError("text", len(head) + len(own), max_tokens)
-        return PromptText(self._backend, text, head, own, is_byte_level=self._is_byte_level)
+        return PromptText(
+            self._backend,
+            text,
+            head,
+            own,
+            is_byte_level=self._is_byte_level,
+            begins_itself=len(head) < len(ahead),
+        )
 
     def followed_by(self, text: str) -> tuple[int, ...]:
         """What a text becomes behind tokens whose text is not known; see ``PromptText.followed_by``.
@@ -279,12 +289,35 @@ class Tokenizer:
             FieldInvalidError: ``chat``: there is no template or no message, or the template refuses them.
             PromptTooLongError: as in ``encode``.
         """
+        text = self.render_chat(messages, template)
+        # The template writes the special tokens itself.
+        return self.prompt(text, add_special_tokens=False, max_tokens=max_tokens)
+
+    def render_chat(
+        self,
+        messages: Sequence[ChatMessage | Mapping[str, Any]],
+        template: str | None = None,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text of a conversation; see ``chat_template.render_chat``.
+
+        Raises:
+            FieldInvalidError: ``chat``: there is no template or no message, or the template refuses them.
+        """
         source = self.chat_template if template is None else template
         if source is None:
             raise FieldInvalidError("chat", "the model has no chat template; send text or token_ids")
-        # The template writes the special tokens itself.
-        text = render_chat(source, messages, self._special_tokens)
-        return self.prompt(text, add_special_tokens=False, max_tokens=max_tokens)
+        return render_chat(
+            source,
+            messages,
+            self._special_tokens,
+            variables=variables,
+            now=now,
+            add_generation_prompt=add_generation_prompt,
+        )
 
     def encode_chat(
         self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None

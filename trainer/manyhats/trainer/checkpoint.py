@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from manyhats.trainer.data import Dataset
@@ -19,12 +20,17 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 def open_checkpoints(
-    settings: TrainSettings, train: Dataset, held_out: Dataset | None, base: Mapping[str, str]
+    settings: TrainSettings,
+    train: Dataset,
+    held_out: Dataset | None,
+    base: Mapping[str, str],
+    date: datetime | None = None,
 ) -> Checkpoints | None:
     """Where a run with these settings and data keeps its checkpoints; None without an output directory.
 
     Args:
         base: what else decides its course, such as the base's digest.
+        date: that chat templates wrote into the rows.
     """
     if not settings.out:
         return None
@@ -32,7 +38,31 @@ def open_checkpoints(
         checkpoints_directory(Path(settings.out)),
         settings.optimization.keep_checkpoints,
         fingerprint(settings, train.rows, () if held_out is None else held_out.rows, base),
+        date,
     )
+
+
+def recorded_date(out: Path) -> datetime | None:
+    """The date that the rows of a training in an output directory were made with; None where none is recorded.
+
+    Raises:
+        CheckpointError: its newest checkpoint is damaged.
+    """
+    newest = newest_in(checkpoints_directory(out))
+    if newest is None or not (newest / STATE_FILE).is_file():
+        return None
+    with _failing_as_checkpoint("cannot be read", newest):
+        date = decode_header(str(newest), (newest / STATE_FILE).read_bytes()).get("date")
+    try:
+        return None if date is None else datetime.fromisoformat(date)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{newest}/{STATE_FILE}: damaged: {date!r} is no date") from error
+
+
+def newest_in(directory: Path) -> Path | None:
+    """The checkpoint of the latest step in a directory; None if there is none."""
+    steps = _steps_in(directory)
+    return _path_in(directory, steps[-1]) if steps else None
 
 
 class Checkpoints:
@@ -42,12 +72,16 @@ class Checkpoints:
         directory: nobody else writes to it meanwhile.
         keep: the newest so many, at least one; the best is kept besides.
         fingerprint: of the run.
+        date: that chat templates wrote into its rows.
     """
 
-    def __init__(self, directory: Path, keep: int, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self, directory: Path, keep: int, fingerprint: Fingerprint, date: datetime | None = None
+    ) -> None:
         self._directory = directory
         self._keep = max(keep, 1)
         self._fingerprint = fingerprint
+        self._date = date
 
     def write(self, state: RunState, best_step: int | None) -> Path:
         """Write the state's checkpoint, and remove those no longer needed.
@@ -59,14 +93,13 @@ class Checkpoints:
         with _failing_as_checkpoint("cannot be written", path):
             self._directory.mkdir(parents=True, exist_ok=True)
             remove_staged(self._directory)
-            write_directory(path, encode(state, self._fingerprint))
+            write_directory(path, encode(state, self._fingerprint, self._date))
             self._remove_old(best_step)
         return path
 
     def newest(self) -> Path | None:
         """The checkpoint of the latest step; None if there is none."""
-        steps = self._steps()
-        return self._path(steps[-1]) if steps else None
+        return newest_in(self._directory)
 
     def read_newest(self) -> RunState:
         """The state to go on from.
@@ -111,13 +144,21 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
-        if not self._directory.is_dir():
-            return []
-        matches = (_NAME.fullmatch(path.name) for path in self._directory.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        return _steps_in(self._directory)
 
     def _path(self, step: int) -> Path:
-        return self._directory / f"step-{step:06d}"
+        return _path_in(self._directory, step)
+
+
+def _steps_in(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in directory.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _path_in(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06d}"
 
 
 @contextmanager

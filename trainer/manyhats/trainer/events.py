@@ -6,7 +6,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from manyhats.trainer.data.dataset import DataCounts
 from manyhats.trainer.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizingProgress:
+    """The data are being read and tokenized, so many rows and turns so far."""
+
+    task: str
+    done: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRead:
+    """A source is tokenized.
+
+    Attributes:
+        source: its name.
+        is_held_out: whether it is evaluated on, rather than learned.
+        num_rows: of tokens.
+        counts: what became of its rows besides.
+    """
+
+    task: str
+    source: str
+    is_held_out: bool
+    num_rows: int
+    counts: DataCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +130,9 @@ class RunEnded:
 
 
 Event = (
-    RunBegan
+    TokenizingProgress
+    | DataRead
+    | RunBegan
     | StepReport
     | EvaluationProgress
     | EvaluationReport

@@ -30,6 +30,7 @@ _WITHOUT_INFLUENCE = frozenset(
         "data.max_train_rows",
         "data.max_eval_rows",
         "data.labels",
+        "data.ignore_fields",
     }
 )
 

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Protocol
 
 from manyhats.trainer.errors import CheckpointError
-from manyhats.trainer.events import EvaluationProgress, Event, ScoringProgress
+from manyhats.trainer.events import EvaluationProgress, Event, ScoringProgress, TokenizingProgress
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -74,12 +74,12 @@ class StopRequest:
         self.is_set = True
 
     def __call__(self, event: Event) -> None:
-        """Listen to a run: its evaluations take long, and can be done again.
+        """Listen to a run: tokenizing and its evaluations take long, and can be done again.
 
         Raises:
             KeyboardInterrupt: if it is set.
         """
-        if self.is_set and isinstance(event, EvaluationProgress | ScoringProgress):
+        if self.is_set and isinstance(event, TokenizingProgress | EvaluationProgress | ScoringProgress):
             raise KeyboardInterrupt
 
     def check(self, runs: Sequence[Keepable]) -> None:

@@ -77,7 +77,6 @@ def score_labels(
     model: LoadedModel,
     saved: SavedAdapter,
     items: Sequence[LabelledItem],
-    labels: Sequence[tuple[int, ...]],
     *,
     dtype: str,
     num_threads: int = 0,
@@ -85,13 +84,13 @@ def score_labels(
 ) -> LabelScores:
     """Predict the label of each item with the adapter and with the base alone, in one engine.
 
-    A label's score is the sum of its tokens' log-probabilities after the prompt; the first of the highest wins.
+    A label's score is the sum of its tokens' log-probabilities after the prompt, its end's too; the first of the
+    highest wins.
 
     Args:
         model: the base.
         saved: the adapter, in no memory of the trainer's.
-        items: prompts; what is right is not looked at.
-        labels: the tokens of each label.
+        items: prompts with labels; which one is right is not looked at.
         dtype: of the engine, ``float32`` or ``bfloat16``.
         num_threads: 0 takes one per processor.
         on_progress: told how many of 2 · items are done; what it raises ends the scoring.
@@ -99,13 +98,13 @@ def score_labels(
     Raises:
         EngineError: the engine cannot score them, such as a prompt longer than its context.
     """
-    longest = max((len(item.prompt_token_ids) for item in items), default=0) + max(map(len, labels))
+    longest = max((item.num_tokens for item in items), default=0)
     config = EngineConfig(
         dtype=dtype, num_threads=num_threads, kv_cache_bytes=_kv_cache_bytes(model.config, longest)
     )
     engine = AsyncEngine(model, config, lambda record: saved.lowered)
     progress = _Progress(2 * len(items), on_progress)
-    predicted = asyncio.run(_score_all(engine, saved.record, items, tuple(labels), progress))
+    predicted = asyncio.run(_score_all(engine, saved.record, items, progress))
     if progress.interrupt is not None:
         raise progress.interrupt
     return LabelScores(base=tuple(predicted[: len(items)]), adapter=tuple(predicted[len(items) :]))
@@ -133,7 +132,6 @@ async def _score_all(
     engine: AsyncEngine,
     record: AdapterRecord,
     items: Sequence[LabelledItem],
-    labels: tuple[tuple[int, ...], ...],
     progress: _Progress,
 ) -> list[int]:
     """The label of each item by the base, and then by the adapter, a bounded number of them in flight."""
@@ -144,7 +142,7 @@ async def _score_all(
     async def work() -> None:
         for index in left:
             item, adapter = asks[index]
-            predicted[index] = await _predict(engine, item, labels, adapter)
+            predicted[index] = await _predict(engine, item, adapter)
             progress.add()
             if progress.interrupt is not None:
                 return
@@ -159,15 +157,15 @@ async def _score_all(
     return predicted
 
 
-async def _predict(
-    engine: AsyncEngine,
-    item: LabelledItem,
-    labels: tuple[tuple[int, ...], ...],
-    adapter: AdapterRecord | None,
-) -> int:
+async def _predict(engine: AsyncEngine, item: LabelledItem, adapter: AdapterRecord | None) -> int:
+    tokens = item.score_tokens
     output = await engine.score(
         ScoreRequest(
-            id="", prompt_token_ids=tuple(item.prompt_token_ids), continuations=labels, adapter=adapter
+            id="",
+            prompt_token_ids=tokens.prompt_token_ids,
+            continuations=tokens.continuations,
+            num_given=tokens.num_given,
+            adapter=adapter,
         )
     )
     logprobs = [score.logprob for score in output.scores]

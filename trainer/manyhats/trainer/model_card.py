@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from manyhats.trainer.data.dataset import sentences
 from manyhats.trainer.fingerprint import settings_by_name
 from manyhats.trainer.report import Evaluation, HeldOut, TrainingReport
 from manyhats.trainer.settings import TrainSettings
@@ -77,13 +78,13 @@ manyhats generate --task {settings.task} --temperature 0{chat} "…"
 def _data(report: TrainingReport) -> str:
     data = report.settings.data
     prompts = "chat messages by the model's template" if data.chat else "plain text"
-    lines = [f"{report.num_rows:,} rows of `{_shown_source(data.train)}`; prompts as {prompts}."]
+    lines = [f"{report.train.num_rows:,} rows of `{_shown_source(data.train)}`; prompts as {prompts}."]
     if data.system:
         lines.append(f"System message: {json.dumps(data.system, ensure_ascii=False)}.")
-    if report.num_skipped:
-        lines.append(f"{report.num_skipped:,} rows were left out as too long.")
-    if report.evaluation is not None:
-        lines.append(f"Held out: {report.evaluation.num_items:,} rows of `{_shown_source(data.eval)}`.")
+    lines += [f"{sentence}." for sentence in sentences(report.train.counts)]
+    if report.held_out is not None:
+        lines.append(f"Held out: {report.held_out.num_rows:,} rows of `{_shown_source(data.eval)}`.")
+        lines += [f"Of the held-out data, {sentence}." for sentence in sentences(report.held_out.counts)]
     return "## Data\n\n" + "\n".join(lines)
 
 

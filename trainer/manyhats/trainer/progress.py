@@ -12,9 +12,11 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from manyhats.trainer.data.dataset import sentences
 from manyhats.trainer.events import (
     CheckpointFailed,
     CheckpointReport,
+    DataRead,
     EvaluationProgress,
     EvaluationReport,
     Event,
@@ -42,7 +44,7 @@ def shown_training(stream: TextIO | None = None) -> Iterator[Listener]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=5),
         MofNCompleteColumn(),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
@@ -52,7 +54,7 @@ def shown_training(stream: TextIO | None = None) -> Iterator[Listener]:
 
 
 class Recent:
-    """Loss and speed of a task's latest steps."""
+    """Loss and speed of a task's latest steps, at least one."""
 
     def __init__(self) -> None:
         self._steps: deque[StepReport] = deque(maxlen=_RECENT_STEPS)
@@ -69,9 +71,20 @@ class Recent:
 
     @property
     def loss(self) -> float:
+        """Of the latest step."""
+        return self._steps[-1].loss
+
+    @property
+    def smoothed_loss(self) -> float:
         """The mean over the steps' target tokens."""
         targets = sum(step.num_targets for step in self._steps)
         return sum(step.loss * step.num_targets for step in self._steps) / targets
+
+    @property
+    def losses(self) -> str:
+        """Both, for people; the smoothed one named as such, where there is more than one step."""
+        smoothed = f" (mean of {len(self._steps)} steps {self.smoothed_loss:.4f})"
+        return f"loss {self.loss:.4f}{smoothed if len(self._steps) > 1 else ''}"
 
     @property
     def seconds_left(self) -> float:
@@ -97,15 +110,16 @@ class _Bars:
             case StepReport():
                 recent = self._recent[event.task]
                 recent.add(event)
-                state = f"loss {recent.loss:.4f} · {recent.tokens_per_s:,.0f} tokens/s"
+                losses = f"loss {recent.loss:.4f}, mean {recent.smoothed_loss:.4f}"
+                state = f"{losses}, {recent.tokens_per_s:,.0f} tokens/s"
                 self._set(event.task, event.step, event.num_steps, state)
             case EvaluationProgress():
                 self._set(f"{event.task}: held-out loss", event.done, event.total, "")
             case ScoringProgress():
                 self._set(f"{event.task}: scoring labels", event.done, event.total, "")
             case _:
-                if line := line_of(event):
-                    self._progress.console.print(line, highlight=False, markup=False)
+                for line in lines_of(event):
+                    self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _set(self, name: str, done: int, total: int, state: str) -> None:
         if name not in self._bars:
@@ -125,12 +139,12 @@ class PlainLines:
         """Write the event's line, if it has one."""
         match event:
             case StepReport():
-                line = self._step_line(event)
+                lines = [self._step_line(event)]
             case ScoringProgress():
-                line = self._scoring_line(event)
+                lines = [self._scoring_line(event)]
             case _:
-                line = line_of(event)
-        if line:
+                lines = lines_of(event)
+        for line in filter(None, lines):
             print(line, file=self._stream, flush=True)
 
     def _step_line(self, step: StepReport) -> str:
@@ -140,7 +154,7 @@ class PlainLines:
             return ""
         self._last_s[step.task] = time.monotonic()
         return (
-            f"{step.task}: step {step.step}/{step.num_steps}, loss {recent.loss:.4f}, "
+            f"{step.task}: step {step.step}/{step.num_steps}, {recent.losses}, "
             f"{recent.tokens_per_s:,.0f} tokens/s, {duration(recent.seconds_left)} left"
         )
 
@@ -153,6 +167,16 @@ class PlainLines:
 
     def _is_time(self, name: str) -> bool:
         return time.monotonic() - self._last_s.setdefault(name, time.monotonic()) >= _LINE_EVERY_S
+
+
+def lines_of(event: Event) -> list[str]:
+    """An event as lines; none for those that are shown otherwise, or not at all."""
+    if isinstance(event, DataRead):
+        data = "held-out data" if event.is_held_out else "training data"
+        warning = "warning: " if event.counts.ignored else ""
+        return [f"{warning}{event.task}: {data}: {sentence}" for sentence in sentences(event.counts)]
+    line = line_of(event)
+    return [line] if line else []
 
 
 def line_of(event: Event) -> str:

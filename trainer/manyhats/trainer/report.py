@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
+from manyhats.trainer.data.dataset import DataCounts
 from manyhats.trainer.events import EvaluationReport, StepReport
 from manyhats.trainer.fingerprint import settings_by_name
 from manyhats.trainer.peak_memory import PeakMemory
@@ -94,11 +96,20 @@ class ArtifactReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """A source as it was used: its rows of tokens, and what became of the others."""
+
+    num_rows: int
+    counts: DataCounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingReport:
     """A whole training.
 
     Attributes:
-        num_rows, num_skipped: of the training data; what was left out as too long.
+        date: that chat templates could write into the rows: the run's start, before any interrupt.
+        train, held_out: the data; None without evaluation data.
         evaluation: None without evaluation data.
         stopped_early: the held-out loss no longer fell.
         peak_memory: of the process while it trained.
@@ -108,8 +119,9 @@ class TrainingReport:
     settings: TrainSettings
     base: BaseReport
     artifact: ArtifactReport
-    num_rows: int
-    num_skipped: int
+    date: datetime
+    train: DataReport
+    held_out: DataReport | None
     steps: tuple[StepReport, ...]
     evaluations: tuple[EvaluationReport, ...]
     evaluation: Evaluation | None
@@ -156,7 +168,11 @@ class TrainingReport:
                 "bytes": self.artifact.num_bytes,
                 "trainable_share": self.trainable_share,
             },
-            "data": {"rows": self.num_rows, "skipped": self.num_skipped},
+            "data": {
+                **_data(self.train),
+                "date": self.date.isoformat(),
+                "eval": None if self.held_out is None else _data(self.held_out),
+            },
             "speed": {
                 "tokens": self.num_tokens,
                 "tokens_per_second": self.tokens_per_s,
@@ -170,6 +186,10 @@ class TrainingReport:
             "steps": [_without_task(step) for step in self.steps],
         }
         return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _data(report: DataReport) -> dict[str, Any]:
+    return {"rows": report.num_rows, **asdict(report.counts)}
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ class TrainingRun:
         held_out: what the loss is evaluated on; None for nothing.
         listener: told of what happens.
         base: what a checkpoint must have been made with besides settings and data, such as the base's digest.
+        date: that chat templates wrote into the rows; checkpoints have it, so that a later day goes on with it.
 
     Raises:
         SettingError: the optimizer, or early stopping without evaluation data.
@@ -67,6 +69,7 @@ class TrainingRun:
         *,
         listener: Listener = ignore,
         base: Mapping[str, str] | None = None,
+        date: datetime | None = None,
     ) -> None:
         options = settings.optimization
         if options.patience and held_out is None:
@@ -80,7 +83,7 @@ class TrainingRun:
         self._sampler = BatchSampler(train.rows, options, shuffle=settings.data.shuffle)
         self._learning_rate = options.learning_rate or default_learning_rate(settings.adapter)
         self._optimizer = AdapterOptimizer(adapter, options, self._learning_rate)
-        self._checkpoints = open_checkpoints(settings, train, held_out, base or {})
+        self._checkpoints = open_checkpoints(settings, train, held_out, base or {}, date)
         self._history = RunHistory()
         self._best: dict[str, Tensor] = {}
         self._failures: list[str] = []
@@ -207,7 +210,11 @@ class TrainingRun:
             raise SettingError("eval", "there is no evaluation data")
         began_s = time.perf_counter()
         loss = held_out_loss(
-            self._decoder, self._adapter, self._held_out, self._options, self._tell_evaluation_progress
+            self._decoder,
+            self._adapter.lowered(),
+            self._held_out,
+            self._options,
+            self._tell_evaluation_progress,
         )
         if not math.isfinite(loss):
             raise self._diverged(self.num_steps_taken)

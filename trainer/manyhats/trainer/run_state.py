@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from typing import Any
 
 from safetensors import SafetensorError
@@ -50,8 +51,8 @@ class RunState:
         return len(self.steps)
 
 
-def encode(state: RunState, fingerprint: Fingerprint) -> dict[str, bytes]:
-    """The files of a checkpoint by name; ``run.json`` has the digests of the others."""
+def encode(state: RunState, fingerprint: Fingerprint, date: datetime | None = None) -> dict[str, bytes]:
+    """The files of a checkpoint by name; ``run.json`` has the digests of the others, and the date of the rows."""
     tensors = {
         PARAMETERS_FILE: save(dict(state.parameters)),
         OPTIMIZER_FILE: save(dict(state.optimizer.tensors)),
@@ -61,6 +62,7 @@ def encode(state: RunState, fingerprint: Fingerprint) -> dict[str, bytes]:
         "format": _FORMAT,
         "step": state.step,
         "is_done": state.is_done,
+        "date": None if date is None else date.isoformat(),
         "fingerprint": fingerprint,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()},
         "optimizer_numbers": state.optimizer.numbers,

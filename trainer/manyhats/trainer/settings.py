@@ -190,6 +190,7 @@ class DataSettings:
         overlong: what to do with a longer row.
         shuffle: the order of the training rows, anew each epoch.
         max_train_rows, max_eval_rows: the first so many; None for all.
+        ignore_fields: go on without fields that nothing reads, and count them; else they are errors.
     """
 
     train: str
@@ -202,6 +203,7 @@ class DataSettings:
     shuffle: bool = True
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
+    ignore_fields: bool = False
 
     def __post_init__(self) -> None:
         _check(bool(self.train), "train", "must name the training data")

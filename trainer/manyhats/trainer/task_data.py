@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from manyhats.engine.model.loader import LoadedModel
-from manyhats.engine.tokenizer import Tokenizer
 from manyhats.trainer.data import (
     Dataset,
     LabelledItem,
-    choose_eos_token_id,
+    Tokenization,
+    find_ends,
     find_labels,
-    label_token_ids,
     labelled_items,
     read_rows,
     tokenize_rows,
@@ -28,14 +28,12 @@ class TaskData:
     Attributes:
         held_out: None where there is none.
         labels: scored as completions; empty for none.
-        label_token_ids: theirs, in order.
         items: of the held-out rows, where there are labels.
     """
 
     train: Dataset
     held_out: Dataset | None
     labels: tuple[str, ...]
-    label_token_ids: tuple[tuple[int, ...], ...]
     items: Sequence[LabelledItem]
 
 
@@ -49,42 +47,52 @@ def check_readable(sources: Iterable[str]) -> None:
         next(read_rows(source, max_rows=1))
 
 
-def read_task_data(settings: DataSettings, model: LoadedModel, num_virtual_tokens: int) -> TaskData:
+def read_task_data(
+    settings: DataSettings,
+    model: LoadedModel,
+    num_virtual_tokens: int,
+    *,
+    now: datetime | None = None,
+    on_row: Callable[[], None] = lambda: None,
+) -> TaskData:
     """Read and tokenize the data.
 
     Args:
         settings: where it is.
         model: its tokenizer, and its context, which virtual tokens take their part of.
         num_virtual_tokens: of the adapter.
+        now: the date that a chat template may write.
+        on_row: called at each row; what it raises ends the reading.
 
     Raises:
         DataError: a row; names file and line.
         SettingError: ``max_length`` or ``labels``.
     """
-    eos_token_id = choose_eos_token_id(model.tokenizer, model.generation.eos_token_ids)
+    ends = find_ends(model.tokenizer, model.generation.eos_token_ids)
     room = model.config.max_context_length - num_virtual_tokens
-    return tokenize_task_data(settings, model.tokenizer, eos_token_id, room)
+    how = Tokenization(
+        tokenizer=model.tokenizer,
+        ends=ends,
+        settings=settings,
+        max_length=longest_row(settings, room),
+        vocab_size=model.config.vocab_size,
+        now=now,
+        on_row=on_row,
+    )
+    return tokenize_task_data(how, room)
 
 
-def tokenize_task_data(
-    settings: DataSettings, tokenizer: Tokenizer, eos_token_id: int, room: int
-) -> TaskData:
+def tokenize_task_data(how: Tokenization, room: int) -> TaskData:
     """The same without a model, for rows and labels within so many tokens."""
-    max_length = longest_row(settings, room)
-
-    def tokenized(source: str, max_rows: int | None) -> Dataset:
-        rows = read_rows(source, max_rows=max_rows)
-        return tokenize_rows(rows, tokenizer, eos_token_id, settings, max_length)
-
-    train = tokenized(settings.train, settings.max_train_rows)
-    held_out = tokenized(settings.eval, settings.max_eval_rows) if settings.eval else None
-    if held_out is None or not settings.labels:
-        return TaskData(train, held_out, (), (), ())
-    labels = find_labels(settings.labels, train)
-    token_ids = label_token_ids(labels, tokenizer)
-    items = labelled_items(held_out, labels)
-    _check_room(held_out, items, max(map(len, token_ids)), room)
-    return TaskData(train, held_out, labels, token_ids, items)
+    settings = how.settings
+    train = tokenize_rows(read_rows(settings.train, max_rows=settings.max_train_rows), how)
+    if not settings.eval:
+        return TaskData(train, None, (), ())
+    labels = find_labels(settings.labels, train) if settings.labels else ()
+    held_out = tokenize_rows(read_rows(settings.eval, max_rows=settings.max_eval_rows), how, labels)
+    items = labelled_items(held_out, labels) if labels else ()
+    _check_room(held_out, items, room)
+    return TaskData(train, held_out, labels, items)
 
 
 def longest_row(settings: DataSettings, room: int) -> int:
@@ -105,12 +113,12 @@ def longest_row(settings: DataSettings, room: int) -> int:
     return settings.max_length
 
 
-def _check_room(held_out: Dataset, items: Sequence[LabelledItem], longest_label: int, room: int) -> None:
+def _check_room(held_out: Dataset, items: Sequence[LabelledItem], room: int) -> None:
     """Every label must fit behind every prompt."""
     for index, item in enumerate(items):
-        if len(item.prompt_token_ids) + longest_label > room:
+        if item.num_tokens > room:
             raise held_out.error(
                 index,
                 f"its prompt has {len(item.prompt_token_ids)} tokens, which leaves no room for the longest label "
-                f"of {longest_label} within {room}",
+                f"and its end within {room}",
             )

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from manyhats.adapters.adapterhub_format import is_adapterhub
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.trainer.checkpoint import recorded_date
+from manyhats.trainer.data import Dataset
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.evaluation import held_out_loss
-from manyhats.trainer.events import EvaluationProgress, Listener, ScoringProgress, all_of, ignore
+from manyhats.trainer.evaluation import held_out_loss, in_float32
+from manyhats.trainer.events import (
+    DataRead,
+    EvaluationProgress,
+    Listener,
+    ScoringProgress,
+    TokenizingProgress,
+    all_of,
+    ignore,
+)
 from manyhats.trainer.interrupt import TrainingInterrupted
 from manyhats.trainer.label_scoring import SavedAdapter, read_saved, score_labels
 from manyhats.trainer.loss_curve import loss_curve
@@ -25,7 +38,14 @@ from manyhats.trainer.output_directory import (
 )
 from manyhats.trainer.parameters import num_trainable
 from manyhats.trainer.peak_memory import peak_memory
-from manyhats.trainer.report import ArtifactReport, BaseReport, Evaluation, HeldOut, TrainingReport
+from manyhats.trainer.report import (
+    ArtifactReport,
+    BaseReport,
+    DataReport,
+    Evaluation,
+    HeldOut,
+    TrainingReport,
+)
 from manyhats.trainer.run import TrainingRun
 from manyhats.trainer.run_result import RunResult
 from manyhats.trainer.settings import TrainSettings
@@ -33,6 +53,12 @@ from manyhats.trainer.task_data import read_task_data
 from manyhats.trainer.task_text import with_text_of
 from manyhats.trainer.tensorboard import tensorboard_curves
 from manyhats.trainer.training_base import TrainingBase, num_parameters
+
+_TELL_EVERY_S = 0.2
+
+
+def _data_report(dataset: Dataset) -> DataReport:
+    return DataReport(num_rows=len(dataset.rows), counts=dataset.counts)
 
 
 @contextmanager
@@ -87,7 +113,11 @@ class TaskTraining:
         prefix = self._adapter.lowered().prefix
         num_virtual_tokens = 0 if prefix is None else prefix.num_virtual_tokens
         self._model, self._text_files = with_text_of(base.model, settings.init_from)
-        self._data = read_task_data(settings.data, self._model, num_virtual_tokens)
+        self._date = (recorded_date(self._out) if resume else None) or datetime.now()
+        self._data = read_task_data(
+            settings.data, self._model, num_virtual_tokens, now=self._date, on_row=self._progress_of_reading()
+        )
+        self._tell_of_data()
         self.run = TrainingRun(
             settings,
             base.decoder,
@@ -96,11 +126,39 @@ class TaskTraining:
             self._data.held_out,
             listener=listener,
             base={"base": base.model.description.digest, "model.dtype": base.computation.dtype_name},
+            date=self._date,
         )
         if resume:
             self.run.restore_checkpoint()
         else:
             self.run.clear_checkpoints()
+
+    def _progress_of_reading(self) -> Callable[[], None]:
+        """Tells the listener of it a few times a second."""
+        done, told_s = 0, 0.0
+
+        def tell() -> None:
+            nonlocal done, told_s
+            done += 1
+            now_s = time.monotonic()
+            if now_s - told_s >= _TELL_EVERY_S:
+                told_s = now_s
+                self._listener(TokenizingProgress(task=self._settings.task, done=done))
+
+        return tell
+
+    def _tell_of_data(self) -> None:
+        for is_held_out, dataset in ((False, self._data.train), (True, self._data.held_out)):
+            if dataset is not None:
+                self._listener(
+                    DataRead(
+                        task=self._settings.task,
+                        source=dataset.source,
+                        is_held_out=is_held_out,
+                        num_rows=len(dataset.rows),
+                        counts=dataset.counts,
+                    )
+                )
 
     def finish(self) -> TrainingReport:
         """After the last step: write the artifact, evaluate what was written, and write the report.
@@ -129,8 +187,9 @@ class TaskTraining:
             settings=self._settings,
             base=self._base_report(),
             artifact=self._artifact_report(result, saved, files),
-            num_rows=len(self._data.train.rows),
-            num_skipped=self._data.train.num_skipped,
+            date=self._date,
+            train=_data_report(self._data.train),
+            held_out=None if self._data.held_out is None else _data_report(self._data.held_out),
             steps=result.steps,
             evaluations=result.evaluations,
             evaluation=evaluation,
@@ -152,23 +211,29 @@ class TaskTraining:
         held_out, options = self._data.held_out, self._settings.optimization
         if held_out is None:
             return None
-        loss_before = held_out_loss(
-            self._base.decoder,
-            None,
-            held_out,
-            options,
-            lambda done, total: self._listener(
-                EvaluationProgress(task=self._settings.task, done=done, total=total)
-            ),
-        )
+
+        def loss_of(adapter: LoweredAdapter | None) -> float:
+            return held_out_loss(self._base.decoder, adapter, held_out, options, self._tell_evaluation)
+
         losses = {evaluation.step: evaluation.loss for evaluation in result.evaluations}
+        # A file of float32 has the very parameters that were evaluated last.
+        is_exact = self._settings.save_dtype == "float32"
+        loss_before = loss_of(None)
+        loss_after = (
+            losses[result.artifact_step]
+            if is_exact
+            else loss_of(in_float32(saved.lowered, self._base.computation.device))
+        )
         num_right = self._num_right(saved)
         return Evaluation(
             num_items=len(held_out.rows),
             labels=self._data.labels,
             before=HeldOut(loss=loss_before, num_right=num_right[0]),
-            after=HeldOut(loss=losses[result.artifact_step], num_right=num_right[1]),
+            after=HeldOut(loss=loss_after, num_right=num_right[1]),
         )
+
+    def _tell_evaluation(self, done: int, total: int) -> None:
+        self._listener(EvaluationProgress(task=self._settings.task, done=done, total=total))
 
     def _num_right(self, saved: SavedAdapter) -> tuple[int | None, int | None]:
         """Labels that the base and the artifact predict."""
@@ -180,7 +245,6 @@ class TaskTraining:
             self._model,
             saved,
             data.items,
-            data.label_token_ids,
             dtype=self._base.computation.dtype_name,
             num_threads=self._settings.model.num_threads,
             on_progress=lambda done, total: self._listener(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from manyhats.engine.model.loader import LoadedModel
@@ -46,7 +47,15 @@ def train(
         if model is None:
             check_before_loading(settings, resume=resume)
         base = load_base(settings.model, model, progress=progress, home=home)
-        with open_task(settings, base, resume=resume, listener=all_of(listener, stop)) as task:
+        with ExitStack() as opened:
+            try:
+                task = opened.enter_context(
+                    open_task(settings, base, resume=resume, listener=all_of(listener, stop))
+                )
+            except KeyboardInterrupt as error:
+                if stop.is_urgent:
+                    raise
+                raise TrainingInterrupted([]) from error
             take_turns([task.run], stop)
             return task.finish()
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from manyhats.trainer.data.collation import collate
-from manyhats.trainer.data.dataset import Dataset, TokenizedRows
-from manyhats.trainer.data.ending import choose_eos_token_id
-from manyhats.trainer.data.labels import LabelledItem, find_labels, label_token_ids, labelled_items
+from manyhats.trainer.data.dataset import DataCounts, Dataset, LabelTokens, TokenizedRows
+from manyhats.trainer.data.ending import Ends, choose_eos_token_id, find_ends
+from manyhats.trainer.data.labels import LabelledItem, find_labels, labelled_items
 from manyhats.trainer.data.reading import read_rows
 from manyhats.trainer.data.row import Row
 from manyhats.trainer.data.sampler import BatchSampler, evaluation_batches
-from manyhats.trainer.data.tokenization import tokenize_rows
+from manyhats.trainer.data.tokenization import Tokenization, tokenize_rows
 
 __all__ = [
     "BatchSampler",
+    "DataCounts",
     "Dataset",
+    "Ends",
+    "LabelTokens",
     "LabelledItem",
     "Row",
+    "Tokenization",
     "TokenizedRows",
     "choose_eos_token_id",
     "collate",
     "evaluation_batches",
+    "find_ends",
     "find_labels",
-    "label_token_ids",
     "labelled_items",
     "read_rows",
     "tokenize_rows",

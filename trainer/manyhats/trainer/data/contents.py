@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from manyhats.engine.tokenizer import ChatMessage
-from manyhats.trainer.data.row import Row
+from manyhats.trainer.data.json_files import json_of_cell
+from manyhats.trainer.data.row import FIELDS, Row
+
+Message = Mapping[str, object]
+"""A message as the chat template reads it: role, content, and whatever else it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,7 @@ class Prompted:
     prompt: str
     completion: str
     system: str
+    variables: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +31,27 @@ class PlainText:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, of which the assistant's are learned; at least one is, and none before another's message."""
+    """Messages up to the last one that is learned.
 
-    messages: tuple[ChatMessage, ...]
+    Attributes:
+        messages: at least two.
+        learned: places of the assistant's turns that are learned, ascending; at least one, none the first.
+        variables: what the template reads besides, such as ``tools``.
+    """
+
+    messages: tuple[Message, ...]
+    learned: tuple[int, ...]
+    variables: Mapping[str, object]
 
 
 Contents = Prompted | PlainText | Conversation
 
 
 def contents_of(row: Row) -> Contents:
-    """What the row says.
+    """What the row says; fields that are none of ``FIELDS`` are the caller's business.
 
     Of the kinds it must have exactly one whole: ``prompt`` with ``completion``, ``text``, or ``messages``.
-    ``system`` may stand beside a prompt or messages.
+    ``system`` and what a chat template reads besides may stand beside a prompt or messages.
 
     Raises:
         DataError: it has none, or several, or a value is of a wrong type.
@@ -51,20 +62,29 @@ def contents_of(row: Row) -> Contents:
         raise row.error(f"has {' and '.join('+'.join(kind) for kind in kinds)}: which one is meant?")
     if not kinds:
         raise row.error(_what_lacks(fields))
+    variables = _variables(row, fields)
     match kinds[0]:
         case ("text",):
+            if variables:
+                raise row.error(f"{next(iter(variables))}: a text has none")
             return PlainText(_string(row, "text", fields["text"]))
         case ("messages",):
-            return Conversation(_conversation(row, fields))
+            return _conversation(row, fields, variables)
         case _:
             return Prompted(
                 prompt=_string(row, "prompt", fields["prompt"]),
                 completion=_string(row, "completion", fields["completion"]),
                 system=_system(row, fields),
+                variables=variables,
             )
 
 
 _KINDS = (("prompt", "completion"), ("text",), ("messages",))
+LISTS = ("tools", "functions", "documents")
+KWARGS = "chat_template_kwargs"
+_SET_BY_US = frozenset({"messages", "add_generation_prompt", "strftime_now", *LISTS})
+_MARKS = ("weight", "train", "training", "trainable", "loss")
+"""Of a message: whether it is learned, as formats of training data say it."""
 
 
 def _what_lacks(fields: Mapping[str, object]) -> str:
@@ -93,50 +113,107 @@ def _system(row: Row, fields: Mapping[str, object]) -> str:
     return value if value == "" else _string(row, "system", value)
 
 
-def _conversation(row: Row, fields: Mapping[str, object]) -> tuple[ChatMessage, ...]:
-    """The messages up to the assistant's last one; what follows it teaches nothing."""
-    messages = [_message(row, index, each) for index, each in enumerate(_items(row, fields["messages"]))]
-    system = _system(row, fields)
-    if system and messages and messages[0].role == "system":
-        raise row.error("system: messages begin with a system message too")
-    if system:
-        messages.insert(0, ChatMessage("system", system))
-    turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    if not turns:
-        raise row.error("messages: none is the assistant's, so there is nothing to learn")
-    if turns[0] == 0:
-        raise row.error("messages[0]: is the assistant's; a message must come before it")
-    return tuple(messages[: turns[-1] + 1])
+def _variables(row: Row, fields: Mapping[str, object]) -> dict[str, object]:
+    """What the template reads besides messages, by the names it has there."""
+    variables: dict[str, object] = {}
+    for name in LISTS:
+        items = _list(row, name, fields[name]) if name in fields else []
+        if items:
+            variables[name] = items
+    if KWARGS in fields:
+        given = _value(row, KWARGS, fields[KWARGS])
+        if not isinstance(given, dict):
+            raise row.error(f"{KWARGS}: must be an object, not {type(given).__name__}")
+        for name, value in given.items():
+            if name in _SET_BY_US:
+                raise row.error(f"{KWARGS}.{name}: cannot be set here")
+            if value is not None:
+                variables[name] = value
+    return variables
 
 
-def _items(row: Row, value: object) -> list[object]:
-    """The messages as a list; CSV has it as JSON in a cell."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise row.error(f"messages: must be a list, or JSON of one: {error}") from error
-        except ValueError as error:
-            raise row.error("messages: has a number of too many digits") from error
-        except RecursionError as error:
-            raise row.error("messages: is nested too deeply") from error
+def _value(row: Row, name: str, value: object) -> object:
+    """A list or an object as it is; CSV has it as JSON in a cell."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json_of_cell(value)
+    except ValueError as error:
+        raise row.error(f"{name}: must be a list, or JSON of one: {error}") from error
+
+
+def _list(row: Row, name: str, value: object) -> list[object]:
+    value = _value(row, name, value)
     if not isinstance(value, list):
-        raise row.error(f"messages: must be a list, not {type(value).__name__}")
+        raise row.error(f"{name}: must be a list, not {type(value).__name__}")
     return value
 
 
-def _message(row: Row, index: int, value: object) -> ChatMessage:
+def _conversation(row: Row, fields: Mapping[str, object], variables: Mapping[str, object]) -> Conversation:
+    """The messages up to the last one that is learned; what follows it teaches nothing."""
+    read = [
+        _message(row, index, each) for index, each in enumerate(_list(row, "messages", fields["messages"]))
+    ]
+    messages = [message for message, _ in read]
+    learned = [index for index, (_, is_learned) in enumerate(read) if is_learned]
+    system = _system(row, fields)
+    if system and messages and messages[0]["role"] == "system":
+        raise row.error("system: messages begin with a system message too")
+    if not learned:
+        has_turns = any(message["role"] == "assistant" for message in messages)
+        which = "every turn of the assistant is left out" if has_turns else "none is the assistant's"
+        raise row.error(f"messages: {which}, so there is nothing to learn")
+    if learned[0] == 0:
+        raise row.error("messages[0]: is the assistant's; a message must come before it")
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+        learned = [index + 1 for index in learned]
+    return Conversation(tuple(messages[: learned[-1] + 1]), tuple(learned), variables)
+
+
+def _message(row: Row, index: int, value: object) -> tuple[Message, bool]:
+    """A message as the template reads it, and whether it is learned."""
     name = f"messages[{index}]"
     if not isinstance(value, dict):
         raise row.error(f"{name}: must be an object with role and content, not {type(value).__name__}")
-    for key in ("role", "content"):
-        if value.get(key) is None:
-            raise row.error(f"{name}: has no {key}")
-    for key in ("tool_calls", "function_call"):
-        if value.get(key):
-            raise row.error(f"{name}: has {key}; only role and content can be learned")
+    if value.get("role") is None:
+        raise row.error(f"{name}: has no role")
     role = _string(row, f"{name}.role", value["role"])
-    content = value["content"]
-    if role == "assistant" or content != "":
-        content = _string(row, f"{name}.content", content)
-    return ChatMessage(role, content)
+    is_learned = _is_learned(row, name, role, value)
+    # A Parquet file has every key in every message; what is null there is not said.
+    message = {
+        key: each
+        for key, each in value.items()
+        if key not in _MARKS and (each is not None or key == "content")
+    }
+    says_more = any(
+        each not in ("", [], {}) for key, each in message.items() if key not in ("role", "content")
+    )
+    content = message.get("content")
+    if content is None and not says_more:
+        raise row.error(f"{name}: has no content")
+    if content is not None and (content != "" or (is_learned and not says_more)):
+        _string(row, f"{name}.content", content)
+    return message, is_learned
+
+
+def _is_learned(row: Row, name: str, role: str, message: Mapping[str, object]) -> bool:
+    """Whether the message is to be learned: the assistant's are, unless it says otherwise."""
+    said: dict[str, bool] = {}
+    for mark in _MARKS:
+        value = message.get(mark)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise row.error(f"{name}.{mark}: must be 0 or 1, false or true, not {value!r}")
+        said[mark] = bool(value)
+    if len(set(said.values())) > 1:
+        raise row.error(f"{name}: {' and '.join(said)} contradict each other")
+    if role != "assistant" and True in said.values():
+        raise row.error(f"{name}.{next(iter(said))}: only turns of the assistant can be learned")
+    return role == "assistant" and False not in said.values()
+
+
+def unknown_fields(row: Row) -> list[str]:
+    """The row's fields that nothing reads, and that say something."""
+    return [name for name, value in row.fields.items() if name not in FIELDS and value is not None]

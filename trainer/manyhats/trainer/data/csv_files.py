@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from manyhats.trainer.data.lines import MAX_LINE_BYTES, text_lines
-from manyhats.trainer.data.row import Row, known_columns
+from manyhats.trainer.data.row import Row, check_columns
 from manyhats.trainer.errors import DataError
 
 
@@ -22,13 +22,13 @@ def read_csv(path: Path) -> Iterator[Row]:
     """
     records = _records(path, "\t" if path.suffix.lower() == ".tsv" else ",")
     for _, header in records:
-        known = set(known_columns(str(path), header))
+        check_columns(str(path), header)
         for line, cells in records:
             if len(cells) != len(header):
                 raise DataError(
                     str(path), line, f"has {len(cells)} cells; the header names {len(header)} columns"
                 )
-            fields = {name: cell for name, cell in zip(header, cells, strict=True) if cell and name in known}
+            fields = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
             yield Row(fields, str(path), line)
 
 

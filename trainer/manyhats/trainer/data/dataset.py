@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
@@ -59,6 +59,59 @@ class TokenizedRows(Sequence[TokenizedRow]):
         return int(self._bounds[row]), int(self._bounds[row + 1])
 
 
+@dataclass(frozen=True, slots=True)
+class LabelTokens:
+    """A label behind a row's prompt.
+
+    Attributes:
+        num_taken: how many of the prompt's last tokens are others with the label behind them; mostly none.
+        num_given: how many of ``token_ids`` still belong to the prompt: the row's completion took them; mostly none.
+        token_ids: what comes behind the prompt that is left, the label's end too.
+    """
+
+    num_taken: int
+    num_given: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataCounts:
+    """What became of a source's rows, beside what they say.
+
+    Attributes:
+        skipped: rows left out as too long.
+        truncated: rows cut to the length that is allowed.
+        beginnings: texts and prompts that had the tokenizer's beginning (BOS) already, so that none was put ahead.
+        ends: completions, turns and texts that had an end already, so that none was put behind.
+        ignored: field that nothing reads → how many rows have it.
+    """
+
+    skipped: int = 0
+    truncated: int = 0
+    beginnings: int = 0
+    ends: int = 0
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+
+def sentences(counts: DataCounts) -> list[str]:
+    """What became of rows, for people; nothing where nothing did."""
+    told = [
+        (counts.skipped, "left out as too long"),
+        (counts.truncated, "truncated as too long"),
+        (counts.beginnings, "already had the beginning token, which was not put ahead again"),
+        (counts.ends, "already had an end, which was not put behind again"),
+        *(
+            (number, f"had the field {name}, which nothing reads: ignored")
+            for name, number in counts.ignored.items()
+        ),
+    ]
+    return [f"{_rows(number)} {what}" for number, what in told if number]
+
+
+def _rows(number: int) -> str:
+    return f"{number:,} row{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
     """The rows of one source as tokens.
@@ -69,7 +122,8 @@ class Dataset:
         lines: [R] each row's line there.
         prompt_lengths: [R] tokens ahead of the row's last completion; 0 for a plain text.
         completions: each row's last completion as text, without the end; empty for a plain text.
-        num_skipped: rows left out as too long.
+        labels: [R] what each label is behind the row's prompt; empty where there are none.
+        counts: what became of the source's rows.
     """
 
     rows: TokenizedRows
@@ -77,7 +131,8 @@ class Dataset:
     lines: Sequence[int]
     prompt_lengths: Sequence[int]
     completions: Sequence[str]
-    num_skipped: int
+    labels: Sequence[tuple[LabelTokens, ...]]
+    counts: DataCounts
 
     def prompt_token_ids(self, index: int) -> tuple[int, ...]:
         """What the model is given ahead of the row's last completion."""
@@ -99,12 +154,21 @@ class DatasetBuilder:
         self._prompt_lengths = array("i")
         self._completions: list[str] = []
         self._known_completions: dict[str, str] = {}
+        self._labels: list[tuple[LabelTokens, ...]] = []
+        self._known_labels: dict[tuple[LabelTokens, ...], tuple[LabelTokens, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def add(
-        self, token_ids: Sequence[int], is_target: bytes, *, prompt_length: int, completion: str, line: int
+        self,
+        token_ids: Sequence[int],
+        is_target: bytes,
+        *,
+        prompt_length: int,
+        completion: str,
+        line: int,
+        labels: tuple[LabelTokens, ...] = (),
     ) -> None:
         """One row; see ``Dataset``."""
         self._token_ids.extend(token_ids)
@@ -113,12 +177,22 @@ class DatasetBuilder:
         self._lines.append(line)
         self._prompt_lengths.append(prompt_length)
         self._completions.append(self._known_completions.setdefault(completion, completion))
+        if labels:
+            self._labels.append(self._known_labels.setdefault(labels, labels))
 
-    def build(self, source: str, num_skipped: int) -> Dataset:
+    def build(self, source: str, counts: DataCounts) -> Dataset:
         """The rows as they stand; the builder is not used any more."""
         rows = TokenizedRows(
             token_ids=np.frombuffer(self._token_ids, dtype=np.int32),
             is_target=np.frombuffer(self._is_target, dtype=np.bool_),
             bounds=np.frombuffer(self._bounds, dtype=np.int64),
         )
-        return Dataset(rows, source, self._lines, self._prompt_lengths, tuple(self._completions), num_skipped)
+        return Dataset(
+            rows,
+            source,
+            self._lines,
+            self._prompt_lengths,
+            tuple(self._completions),
+            self._labels,
+            counts,
+        )

@@ -1,8 +1,11 @@
-"""The token that ends a completion, where a model has several."""
+"""The token that ends a completion, where a model has several, and ends that data have already."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.tokenizer import ChatMessage, Tokenizer
@@ -10,6 +13,73 @@ from manyhats.trainer.errors import BaseError
 
 _QUESTION = ChatMessage("user", "Hello")
 _ANSWER = ChatMessage("assistant", "World")
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How completions end.
+
+    Attributes:
+        token_id: what a completion is taught to end with.
+        literals: text of every token that ends a generation → its id.
+        of_turn: what the chat template writes behind an assistant's turn, which may be another text than those; empty
+            where that cannot be told.
+    """
+
+    token_id: int
+    literals: Mapping[str, int]
+    of_turn: str = ""
+
+    def split(self, text: str) -> tuple[str, int | None]:
+        """A text without the end that it has already, or the ends, and the first one's id; None where it has none.
+
+        White space behind an end goes with it.
+        """
+        return _split(self._of_text, self.literals, text)
+
+    def split_turn(self, text: str) -> tuple[str, int | None]:
+        """The same of an assistant's message, which may end as the template ends a turn."""
+        return _split(self._of_message, {self.of_turn.strip(): self.token_id, **self.literals}, text)
+
+    @cached_property
+    def _of_text(self) -> re.Pattern[str] | None:
+        return _ends_pattern(self.literals)
+
+    @cached_property
+    def _of_message(self) -> re.Pattern[str] | None:
+        return _ends_pattern([*self.literals, self.of_turn.strip()])
+
+
+def _ends_pattern(literals: Collection[str]) -> re.Pattern[str] | None:
+    """One or more ends at a text's end, with white space between and behind them."""
+    any_of = "|".join(re.escape(each) for each in sorted(literals, key=len, reverse=True) if each)
+    return re.compile(rf"({any_of})(?:\s*(?:{any_of}))*\s*\Z") if any_of else None
+
+
+def _split(pattern: re.Pattern[str] | None, literals: Mapping[str, int], text: str) -> tuple[str, int | None]:
+    found = None if pattern is None else pattern.search(text)
+    return (text, None) if found is None else (text[: found.start()], literals[found[1]])
+
+
+def find_ends(tokenizer: Tokenizer, eos_token_ids: Collection[int]) -> Ends:
+    """How completions end with this tokenizer.
+
+    Args:
+        eos_token_ids: as ``GenerationDefaults`` has them.
+
+    Raises:
+        BaseError: there is none: a generation would never end.
+    """
+    literals = {tokenizer.piece(token_id): token_id for token_id in sorted(eos_token_ids)}
+    return Ends(
+        token_id=choose_eos_token_id(tokenizer, eos_token_ids),
+        literals={
+            literal: token_id
+            for literal, token_id in literals.items()
+            if tokenizer.encode(literal, add_special_tokens=False) == [token_id]
+        },
+        of_turn=_common_beginning(*_behind_a_turn(tokenizer)),
+    )
 
 
 def choose_eos_token_id(tokenizer: Tokenizer, eos_token_ids: Collection[int]) -> int:
@@ -34,12 +104,24 @@ def choose_eos_token_id(tokenizer: Tokenizer, eos_token_ids: Collection[int]) ->
 
 def _end_of_turn(tokenizer: Tokenizer) -> int | None:
     """The token after an assistant's turn in a conversation that goes on; None where that cannot be told."""
+    _, behind = _behind_a_turn(tokenizer)
+    token_ids = tokenizer.encode(behind.lstrip(), add_special_tokens=False)
+    return token_ids[0] if token_ids else None
+
+
+def _behind_a_turn(tokenizer: Tokenizer) -> tuple[str, str]:
+    """What follows an assistant's turn, as the last message and as an earlier one; empty where it cannot be told."""
     if tokenizer.chat_template is None:
-        return None
+        return "", ""
     try:
-        before = tokenizer.encode_chat([_QUESTION])
-        whole = tokenizer.encode_chat([_QUESTION, _ANSWER, _QUESTION])
+        last = tokenizer.render_chat([_QUESTION, _ANSWER], add_generation_prompt=False)
+        earlier = tokenizer.render_chat([_QUESTION, _ANSWER, _QUESTION])
     except FieldInvalidError:
-        return None
-    before += tokenizer.encode(_ANSWER.content, add_special_tokens=False)
-    return whole[len(before)] if whole[: len(before)] == before and len(whole) > len(before) else None
+        return "", ""
+    return last.rpartition(_ANSWER.content)[2], earlier.rpartition(_ANSWER.content)[2]
+
+
+def _common_beginning(first: str, second: str) -> str:
+    while not second.startswith(first):
+        first = first[:-1]
+    return first

@@ -141,6 +141,27 @@ def _next_object(source: str, line: int, text: str, place: int) -> tuple[dict[st
     return value, end
 
 
+def json_of_cell(text: str) -> object:
+    """The value of a cell that holds JSON, read as strictly as a file of it.
+
+    Raises:
+        ValueError: it is not JSON, or says nothing certain; says why.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text.strip(" \t\r\n"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg}, at line {error.lineno}, character {error.colno}") from error
+    except _JsonError as error:
+        raise ValueError(str(error)) from error
+    except ValueError as error:
+        raise ValueError("it has a number of too many digits") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if end != len(text.strip(" \t\r\n")):
+        raise ValueError(f"something follows it, at character {end + 1}")
+    return value
+
+
 class _JsonError(Exception):
     """JSON that Python would take, and that says nothing certain."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from manyhats.engine.tokenizer import Tokenizer
-from manyhats.trainer.data.dataset import Dataset
+from manyhats.engine.prompt_text import ScoreTokens
+from manyhats.trainer.data.dataset import Dataset, LabelTokens
 from manyhats.trainer.errors import SettingError
 
 AUTO = ("auto",)
@@ -15,10 +15,37 @@ MAX_LABELS = 256
 
 @dataclass(frozen=True, slots=True)
 class LabelledItem:
-    """A prompt as the server tokenizes it, and the label that is right."""
+    """A prompt as the server tokenizes it, the labels behind it, and the one that is right.
+
+    Attributes:
+        labels: each label's tokens and its end, in the labels' order; the end belongs to a label, so that one that
+            begins another can be told from it.
+    """
 
     prompt_token_ids: tuple[int, ...]
+    labels: tuple[LabelTokens, ...]
     label: str
+
+    @property
+    def score_tokens(self) -> ScoreTokens:
+        """The prompt and the labels, to be scored together."""
+        left = [len(self.prompt_token_ids) - each.num_taken for each in self.labels]
+        shared = min(left)
+        return ScoreTokens(
+            prompt_token_ids=self.prompt_token_ids[:shared],
+            continuations=tuple(
+                (*self.prompt_token_ids[shared:end], *each.token_ids)
+                for end, each in zip(left, self.labels, strict=True)
+            ),
+            num_given=tuple(
+                end - shared + each.num_given for end, each in zip(left, self.labels, strict=True)
+            ),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt with the longest label."""
+        return max(len(self.prompt_token_ids) - each.num_taken + len(each.token_ids) for each in self.labels)
 
 
 def find_labels(labels: Sequence[str], train: Dataset) -> tuple[str, ...]:
@@ -52,23 +79,6 @@ def _distinct_completions(train: Dataset) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def label_token_ids(labels: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Each label's tokens after a prompt, as a completion's.
-
-    Raises:
-        SettingError: a label has no tokens, or two have the same.
-    """
-    known: dict[tuple[int, ...], str] = {}
-    for label in labels:
-        token_ids = tuple(tokenizer.encode(label, add_special_tokens=False))
-        if not token_ids:
-            raise SettingError("labels", f"{label!r} has no tokens")
-        if token_ids in known:
-            raise SettingError("labels", f"{known[token_ids]!r} and {label!r} have the same tokens")
-        known[token_ids] = label
-    return tuple(known)
-
-
 def labelled_items(dataset: Dataset, labels: Sequence[str]) -> list[LabelledItem]:
     """The rows as items, in order. A truncated row's prompt is what was left of it.
 
@@ -81,6 +91,6 @@ def labelled_items(dataset: Dataset, labels: Sequence[str]) -> list[LabelledItem
             shown = completion if len(completion) <= 80 else f"{completion[:80]}…"
             raise dataset.error(index, f"its completion {shown!r} is none of the {len(known)} labels")
     return [
-        LabelledItem(dataset.prompt_token_ids(index), completion)
+        LabelledItem(dataset.prompt_token_ids(index), dataset.labels[index], completion)
         for index, completion in enumerate(dataset.completions)
     ]

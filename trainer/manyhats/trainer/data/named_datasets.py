@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhats.trainer.data.packages import import_for
-from manyhats.trainer.data.row import Row, known_columns
+from manyhats.trainer.data.row import Row, check_columns
 from manyhats.trainer.errors import DataError
 
 DEFAULT_SPLIT = "train"
@@ -70,8 +70,8 @@ def read_dataset(source: str) -> Iterator[Row]:
     except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = "is a directory, and " if Path(name.name).is_dir() else ""
         raise DataError(source, None, f"{what}the datasets package cannot load it: {error}") from error
-    columns = known_columns(source, table.column_names)
-    for line, fields in enumerate(table.select_columns(columns), start=1):
+    check_columns(source, table.column_names)
+    for line, fields in enumerate(table, start=1):
         yield Row(fields, source, line)
 
 

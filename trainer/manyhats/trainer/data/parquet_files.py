@@ -8,14 +8,14 @@ from typing import Any
 
 from manyhats.trainer.data.lines import opened
 from manyhats.trainer.data.packages import import_for
-from manyhats.trainer.data.row import Row, known_columns
+from manyhats.trainer.data.row import Row, check_columns
 from manyhats.trainer.errors import DataError
 
 _BATCH_ROWS = 1024
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """One row per record; its line is the record's number from 1. Columns of other names are not read.
+    """One row per record; its line is the record's number from 1.
 
     Raises:
         DataError: the file cannot be read, is not Parquet, or has no column that is known.
@@ -26,8 +26,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
     with opened(path) as data:
         try:
             with parquet.ParquetFile(data) as file:
-                columns = known_columns(str(path), file.schema_arrow.names)
-                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+                check_columns(str(path), file.schema_arrow.names)
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                     for fields in _records(path, batch, num_read):
                         num_read += 1
                         yield Row(fields, str(path), num_read)

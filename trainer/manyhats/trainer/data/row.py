@@ -7,8 +7,18 @@ from dataclasses import dataclass
 
 from manyhats.trainer.errors import DataError
 
-FIELDS = ("prompt", "completion", "text", "messages", "system")
-"""What a row may have; other fields are left alone."""
+FIELDS = (
+    "prompt",
+    "completion",
+    "text",
+    "messages",
+    "system",
+    "tools",
+    "functions",
+    "documents",
+    "chat_template_kwargs",
+)
+"""What a row may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +40,8 @@ class Row:
         return DataError(self.source, self.line, message)
 
 
-def known_columns(source: str, columns: Sequence[str]) -> list[str]:
-    """Those columns of a table that are read.
+def check_columns(source: str, columns: Sequence[str]) -> None:
+    """See that a table's columns can make rows.
 
     Raises:
         DataError: a name comes twice, none is known, or there are prompts and no completions, or the reverse.
@@ -47,4 +57,3 @@ def known_columns(source: str, columns: Sequence[str]) -> list[str]:
         raise DataError(
             source, None, f"has no column {lacking.pop()!r}; its columns are {', '.join(columns)}"
         )
-    return known

@@ -1,30 +1,59 @@
 """Rows to tokens, as the server makes them of the same prompt and completion.
 
-A prompt is tokenized as a request's text or chat is, and the completion alone, without special tokens, after it:
-what the server's ``Score`` computes, and what its ``Generate`` continues. Then comes the token that ends a
-generation; it is learned too.
+A prompt is tokenized as a request's text or chat is, and the completion as its continuation: what the server's
+``Score`` computes, and what its ``Generate`` continues. Then comes the token that ends a generation; it is learned too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from datetime import datetime
 
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.tokenizer import ChatMessage, Tokenizer
-from manyhats.trainer.data.contents import Conversation, PlainText, Prompted, contents_of
-from manyhats.trainer.data.dataset import Dataset, DatasetBuilder
+from manyhats.engine.prompt_text import Continuation, PromptText
+from manyhats.engine.tokenizer import Tokenizer
+from manyhats.trainer.data.chats import ChatRenderer, Turn
+from manyhats.trainer.data.contents import (
+    Conversation,
+    Message,
+    PlainText,
+    Prompted,
+    contents_of,
+    unknown_fields,
+)
+from manyhats.trainer.data.dataset import DataCounts, Dataset, DatasetBuilder, LabelTokens
+from manyhats.trainer.data.ending import Ends
 from manyhats.trainer.data.row import Row
-from manyhats.trainer.errors import DataError
+from manyhats.trainer.errors import DataError, SettingError
 from manyhats.trainer.settings import DataSettings
 
-_NUM_REMEMBERED = 4096  # completions of classification are few, and each comes often
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenization:
+    """How rows become tokens.
+
+    Attributes:
+        tokenizer: the base's, or the task's.
+        ends: see ``find_ends``.
+        settings: chat, system, and what of rows that are too long.
+        max_length: of a row in tokens, at least 2.
+        vocab_size: rows of the base's embedding.
+        now: the date that chat templates may write; None is now.
+        on_row: called at each row and each turn; what it raises ends the tokenizing.
+    """
+
+    tokenizer: Tokenizer
+    ends: Ends
+    settings: DataSettings
+    max_length: int
+    vocab_size: int
+    now: datetime | None = None
+    on_row: Callable[[], None] = lambda: None
 
 
-def tokenize_rows(
-    rows: Iterable[Row], tokenizer: Tokenizer, eos_token_id: int, settings: DataSettings, max_length: int
-) -> Dataset:
+def tokenize_rows(rows: Iterable[Row], how: Tokenization, labels: Sequence[str] = ()) -> Dataset:
     """Tokenize rows, one at a time, and keep their tokens.
 
     A row longer than ``max_length`` is an error, or left out, or truncated, as ``settings.overlong`` says.
@@ -33,34 +62,48 @@ def tokenize_rows(
 
     Args:
         rows: of one source.
-        eos_token_id: ends each completion; see ``choose_eos_token_id``.
-        max_length: in tokens, at least 2.
+        how: see there.
+        labels: what to tokenize behind each row's prompt, besides its completion.
 
     Raises:
         DataError: a row cannot be trained on, or none is left; names file and line.
+        SettingError: a label has no tokens, or two have the same.
     """
-    tokenize = _RowTokenizer(tokenizer, eos_token_id, settings)
-    builder, source, num_skipped = DatasetBuilder(), "", 0
+    tokenize = _RowTokenizer(how, labels)
+    builder, source = DatasetBuilder(), ""
+    num_skipped = num_truncated = 0
     for row in rows:
         source = row.source
+        how.on_row()
         for whole in tokenize(row):
-            tokens = _fitted(row, whole, settings.overlong, max_length)
+            tokens = _fitted(row, whole, how.settings.overlong, how.max_length)
             if tokens is None:
                 num_skipped += 1
-            else:
-                builder.add(
-                    tokens.token_ids,
-                    tokens.is_target(),
-                    prompt_length=tokens.prompt_length,
-                    completion=tokens.completion,
-                    line=row.line,
-                )
+                continue
+            num_truncated += len(tokens.token_ids) < len(whole.token_ids)
+            builder.add(
+                tokens.token_ids,
+                tokens.is_target(),
+                prompt_length=tokens.prompt_length,
+                completion=tokens.completion,
+                line=row.line,
+                labels=tokens.labels,
+            )
     if not builder:
         reason = (
-            f"all {num_skipped} rows are longer than {max_length} tokens" if num_skipped else "has no rows"
+            f"all {num_skipped} rows are longer than {how.max_length} tokens"
+            if num_skipped
+            else "has no rows"
         )
         raise DataError(source, None, reason)
-    return builder.build(source, num_skipped)
+    counts = DataCounts(
+        skipped=num_skipped,
+        truncated=num_truncated,
+        beginnings=tokenize.num_beginnings,
+        ends=tokenize.num_ends,
+        ignored=dict(tokenize.ignored),
+    )
+    return builder.build(source, counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +114,14 @@ class _RowTokens:
         targets: spans of what is learned, in order, none empty.
         prompt_length: where the last completion begins; 0 in a text, which is all completion.
         completion: the last one's text; empty for a text.
+        labels: what may stand in its place.
     """
 
     token_ids: Sequence[int]
     targets: Sequence[tuple[int, int]]
     prompt_length: int
     completion: str
+    labels: tuple[LabelTokens, ...] = ()
 
     def is_target(self) -> bytes:
         """One byte per token, 0 or 1."""
@@ -87,95 +132,215 @@ class _RowTokens:
 
 
 class _RowTokenizer:
-    """From a row to its tokens, of any length; a conversation may take several rows of tokens."""
+    """From a row to its tokens, of any length; a conversation may take several rows of tokens.
 
-    def __init__(self, tokenizer: Tokenizer, eos_token_id: int, settings: DataSettings) -> None:
-        self._tokenizer = tokenizer
-        self._eos_token_id = eos_token_id
-        self._settings = settings
-        self._encode_completion: Callable[[str], Sequence[int]] = lru_cache(_NUM_REMEMBERED)(
-            lambda text: tokenizer.encode(text, add_special_tokens=False)
-        )
+    Attributes:
+        num_beginnings, num_ends, ignored: see ``DataCounts``.
+    """
+
+    def __init__(self, how: Tokenization, labels: Sequence[str]) -> None:
+        self._how = how
+        self._tokenizer = how.tokenizer
+        self._ends = how.ends
+        self._settings = how.settings
+        self._chats = ChatRenderer(how.tokenizer, how.ends, how.now)
+        self._labels = labels
+        self.num_beginnings = 0
+        self.num_ends = 0
+        self.ignored: Counter[str] = Counter()
 
     def __call__(self, row: Row) -> list[_RowTokens]:
-        match contents_of(row):
-            case Prompted() as contents:
-                return [self._prompted(row, contents)]
+        contents = contents_of(row)
+        self._note_unread(row, unknown_fields(row), "nothing reads it")
+        match contents:
+            case Prompted():
+                made = [self._prompted(row, contents)]
             case PlainText(text):
-                return [self._plain_text(row, text)]
-            case Conversation(messages):
-                return self._conversation(row, messages)
+                made = [self._plain_text(row, text)]
+            case Conversation():
+                made = self._conversation(row, contents)
+        for tokens in made:
+            self._check_known(row, tokens.token_ids)
+        return made
 
     def _prompted(self, row: Row, contents: Prompted) -> _RowTokens:
         system = contents.system or self._settings.system
         if self._settings.chat:
-            prompt = self._encode_chat(row, (*_system(system), ChatMessage("user", contents.prompt)))
+            messages: tuple[Message, ...] = (*_system(system), {"role": "user", "content": contents.prompt})
+            self._note_unread_by_template(row, messages, contents.variables)
+            prompt = self._rendered_prompt(self._chats.prompt(row, messages, contents.variables))
         elif system:
             raise row.error("system: a plain-text prompt has none; set `chat`")
+        elif contents.variables:
+            raise row.error(f"{next(iter(contents.variables))}: a plain-text prompt has none; set `chat`")
         else:
-            prompt = self._tokenizer.encode(contents.prompt, add_special_tokens=True)
-        if not prompt:
+            prompt = self._tokenizer.prompt(contents.prompt)
+            self.num_beginnings += prompt.begins_itself
+        if not prompt.token_ids:
             raise row.error("prompt: has no tokens")
-        return self._with_completion(row, prompt, contents.completion, [])
+        completion, end = self._ends.split(contents.completion)
+        self.num_ends += end is not None
+        return self._with_completion(row, prompt, completion, [], end)
 
     def _plain_text(self, row: Row, text: str) -> _RowTokens:
         if row.fields.get("system") or self._settings.system:
             raise row.error("system: a text has none")
-        tokens = self._tokenizer.encode(text, add_special_tokens=True)
-        if tokens[-1:] != [self._eos_token_id]:
-            tokens.append(self._eos_token_id)
+        text, end = self._ends.split(text)
+        self.num_ends += end is not None
+        whole = self._tokenizer.prompt(text)
+        self.num_beginnings += whole.begins_itself
+        tokens = [*whole.token_ids, self._ends.token_id if end is None else end]
         if len(tokens) < 2:
             raise row.error("text: has no tokens to learn")
         return _RowTokens(tokens, [(1, len(tokens))], 0, "")
 
-    def _conversation(self, row: Row, messages: tuple[ChatMessage, ...]) -> list[_RowTokens]:
-        """Each assistant's turn after what the server renders ahead of it.
+    def _conversation(self, row: Row, conversation: Conversation) -> list[_RowTokens]:
+        """Each turn that is learned after what the server renders ahead of it.
 
         All turns share the last one's row where its prompt has them as they were generated. A turn that the template
         rewrites later, or whose white space melts into the marks around it, gets a row of its own.
         """
-        if messages[0].role != "system":
-            messages = (*_system(self._settings.system), *messages)
-        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        heads = [self._encode_chat(row, messages[:index]) for index in turns]
+        conversation = self._prepared(conversation)
+        self._note_unread_by_template(row, conversation.messages, conversation.variables)
+        *earlier, last = [self._ticked(turn) for turn in self._chats.turns(row, conversation)]
+        prompt = self._rendered_prompt(last.head)
         found: list[_RowTokens] = []
-        earlier: list[tuple[int, int]] = []
-        for index, head in zip(turns[:-1], heads, strict=False):
-            content = messages[index].content
-            span = self._turn_within(heads[-1], head, content)
+        spans: list[tuple[int, int]] = []
+        for turn in earlier:
+            self._how.on_row()
+            span = self._turn_within(prompt, turn)
             if span is None:
-                found.append(self._with_completion(row, head, content, []))
+                own = self._rendered_prompt(turn.head)
+                found.append(self._with_completion(row, own, turn.text, [], None))
             else:
-                earlier.append(span)
-        return [*found, self._with_completion(row, heads[-1], messages[-1].content, earlier)]
+                spans.append(span)
+        return [*found, self._with_completion(row, prompt, last.text, spans, None)]
 
-    def _turn_within(self, prompt: list[int], head: list[int], content: str) -> tuple[int, int] | None:
+    def _ticked(self, turn: Turn) -> Turn:
+        self._how.on_row()
+        return turn
+
+    def _prepared(self, conversation: Conversation) -> Conversation:
+        """The conversation with the settings' system message, and with no end in a turn that gets one."""
+        messages = [*conversation.messages]
+        for index, message in enumerate(messages):
+            content = message.get("content")
+            if message["role"] == "assistant" and isinstance(content, str):
+                text, end = self._ends.split_turn(content)
+                if end is not None:
+                    self.num_ends += 1
+                    messages[index] = {**message, "content": text}
+        has_system = messages[0]["role"] == "system"
+        head = () if has_system else _system(self._settings.system)
+        return Conversation(
+            (*head, *messages),
+            tuple(index + len(head) for index in conversation.learned),
+            conversation.variables,
+        )
+
+    def _turn_within(self, prompt: PromptText, turn: Turn) -> tuple[int, int] | None:
         """Where a prompt has a turn's tokens, and its end if the template writes it; None if it has others."""
-        for text in (content, content.strip()):  # templates may strip a turn
-            tokens = self._encode_completion(text)
-            end = len(head) + len(tokens)
-            if tokens and [*head, *tokens] == prompt[:end]:
-                return len(head), end + (prompt[end : end + 1] == [self._eos_token_id])
-        return None
+        if not prompt.text.startswith(turn.head) or not prompt.text.startswith(turn.text, len(turn.head)):
+            return None
+        head = prompt.beginning(turn.head)
+        if head is None:
+            return None
+        begin = len(head.token_ids)
+        found = _followed_by(head, turn.text)
+        if found is None or found.num_prompt_tokens != begin:
+            return None
+        end = begin + len(found.token_ids)
+        if prompt.token_ids[begin:end] != found.token_ids:
+            return None
+        return begin, end + (prompt.token_ids[end : end + 1] == (self._ends.token_id,))
 
     def _with_completion(
-        self, row: Row, prompt: Sequence[int], completion: str, earlier: Sequence[tuple[int, int]]
+        self,
+        row: Row,
+        prompt: PromptText,
+        completion: str,
+        earlier: Sequence[tuple[int, int]],
+        end: int | None,
     ) -> _RowTokens:
-        tokens = self._encode_completion(completion)
-        if not tokens:
-            raise row.error("completion: has no tokens")
-        token_ids = (*prompt, *tokens, self._eos_token_id)
-        return _RowTokens(token_ids, [*earlier, (len(prompt), len(token_ids))], len(prompt), completion)
+        """A prompt, and a completion with its end; ``end`` is the one that it had, if it had one."""
+        last = self._ends.token_id if end is None else end
+        if completion or end is None:
+            try:
+                behind = prompt.followed_by(completion)
+            except FieldInvalidError as error:
+                raise row.error(f"completion: {error.description}") from error
+        else:
+            behind = Continuation(len(prompt.token_ids), ())
+        begin = behind.num_prompt_tokens
+        token_ids = (*prompt.token_ids[:begin], *behind.token_ids, last)
+        return _RowTokens(
+            token_ids,
+            [*(span for span in earlier if span[1] <= begin), (begin, len(token_ids))],
+            begin,
+            completion,
+            self._label_tokens(row, prompt, begin),
+        )
 
-    def _encode_chat(self, row: Row, messages: Sequence[ChatMessage]) -> list[int]:
-        try:
-            return self._tokenizer.encode_chat(messages)
-        except FieldInvalidError as error:
-            raise row.error(str(error)) from error
+    def _label_tokens(self, row: Row, prompt: PromptText, begin: int) -> tuple[LabelTokens, ...]:
+        """What each label is behind the prompt, of which the row's own completion left so many tokens."""
+        found: dict[LabelTokens, str] = {}
+        for label in self._labels:
+            text, end = self._ends.split(label)
+            try:
+                behind = prompt.followed_by(text)
+            except FieldInvalidError as error:
+                raise SettingError("labels", f"{label!r} {error.description}") from error
+            given = prompt.token_ids[begin : behind.num_prompt_tokens]
+            tokens = LabelTokens(
+                num_taken=max(0, begin - behind.num_prompt_tokens),
+                num_given=len(given),
+                token_ids=(*given, *behind.token_ids, self._ends.token_id if end is None else end),
+            )
+            if tokens in found:
+                raise SettingError("labels", f"{found[tokens]!r} and {label!r} have the same tokens")
+            self._check_known(row, tokens.token_ids, f"the label {label!r} ")
+            found[tokens] = label
+        return tuple(found)
+
+    def _rendered_prompt(self, text: str) -> PromptText:
+        # The template writes the special tokens itself.
+        return self._tokenizer.prompt(text, add_special_tokens=False)
+
+    def _note_unread_by_template(
+        self, row: Row, messages: Sequence[Message], variables: Mapping[str, object]
+    ) -> None:
+        unread = self._chats.unread(row, messages, variables)
+        self._note_unread(row, unread, "the chat template does not read it")
+
+    def _note_unread(self, row: Row, names: Sequence[str], why: str) -> None:
+        if names and not self._settings.ignore_fields:
+            raise row.error(f"{names[0]}: {why}; remove it, or set `ignore_fields` to go on without it")
+        self.ignored.update({_field(name) for name in names})
+
+    def _check_known(self, row: Row, token_ids: Sequence[int], whose: str = "") -> None:
+        """See that the base has an embedding for each token."""
+        largest = max(token_ids)
+        if largest >= self._how.vocab_size:
+            piece = self._tokenizer.piece(largest)
+            raise row.error(
+                f"{whose}has the token {largest} ({piece!r}); the base's embedding has {self._how.vocab_size} rows"
+            )
 
 
-def _system(text: str) -> tuple[ChatMessage, ...]:
-    return (ChatMessage("system", text),) if text else ()
+def _field(name: str) -> str:
+    """A field's name, a message's without its number."""
+    return f"messages[].{name.partition('].')[2]}" if name.startswith("messages[") else name
+
+
+def _followed_by(prompt: PromptText, text: str) -> Continuation | None:
+    try:
+        return prompt.followed_by(text)
+    except FieldInvalidError:
+        return None
+
+
+def _system(text: str) -> tuple[Message, ...]:
+    return ({"role": "system", "content": text},) if text else ()
 
 
 def _fitted(row: Row, tokens: _RowTokens, overlong: str, max_length: int) -> _RowTokens | None:
@@ -189,20 +354,22 @@ def _fitted(row: Row, tokens: _RowTokens, overlong: str, max_length: int) -> _Ro
         )
     if overlong == "skip":
         return None
-    if not tokens.completion:
+    if not tokens.prompt_length:
         return _RowTokens(tokens.token_ids[:max_length], [(1, max_length)], 0, "")
     return _without_beginning(tokens, length - max_length)
 
 
 def _without_beginning(tokens: _RowTokens, num_cut: int) -> _RowTokens | None:
     """The row without its first tokens; None where nothing is left ahead of the last completion."""
-    if tokens.prompt_length - num_cut < 1:
+    left = tokens.prompt_length - num_cut
+    if left < 1 or any(left - label.num_taken < 1 for label in tokens.labels):
         return None
     # The first token that is left has nothing before it to be predicted from.
     spans = [(max(begin - num_cut, 1), end - num_cut) for begin, end in tokens.targets]
     return _RowTokens(
         token_ids=tokens.token_ids[num_cut:],
         targets=[(begin, end) for begin, end in spans if begin < end],
-        prompt_length=tokens.prompt_length - num_cut,
+        prompt_length=left,
         completion=tokens.completion,
+        labels=tokens.labels,
     )

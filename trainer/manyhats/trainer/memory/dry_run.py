@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manyhats.engine.tokenizer import Tokenizer
+from manyhats.trainer.data import Tokenization, find_ends
 from manyhats.trainer.memory.adapter_size import adapter_size
 from manyhats.trainer.memory.batch_shape import BatchShape, largest_batch, longest_rows
 from manyhats.trainer.memory.prediction import MemoryPrediction, TaskSize, predict
@@ -52,16 +53,29 @@ def _tokenizer(shape: BaseShape) -> Tokenizer | None:
 def _task_size(settings: TrainSettings, shape: BaseShape, tokenizer: Tokenizer | None) -> TaskSize:
     adapter = adapter_size(settings.adapter, shape.architecture)
     room = shape.config.max_context_length - adapter.num_virtual_tokens
-    return TaskSize(settings, adapter, _batch(settings, room, tokenizer))
+    return TaskSize(settings, adapter, _batch(settings, room, tokenizer, shape.config.vocab_size))
 
 
-def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None) -> BatchShape:
+def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None, vocab_size: int) -> BatchShape:
     data = settings.data
     if tokenizer is None or data.train == NO_DATA:
         check_readable(source for source in (data.train, data.eval) if source not in (NO_DATA, ""))
         return longest_rows(settings.optimization, longest_row(data, room))
-    tokenized = tokenize_task_data(data, tokenizer, _ANY_TOKEN_ID, room)
+    how = Tokenization(
+        tokenizer=tokenizer,
+        ends=find_ends(tokenizer, {_end_of(tokenizer)}),
+        settings=data,
+        max_length=longest_row(data, room),
+        vocab_size=vocab_size,
+    )
+    tokenized = tokenize_task_data(how, room)
     return largest_batch(tokenized.train, settings.optimization, shuffle=data.shuffle)
+
+
+def _end_of(tokenizer: Tokenizer) -> int:
+    """The end of completions, as far as the tokenizer tells: the generation config may name another."""
+    token_id = tokenizer.special_token_id("eos_token")
+    return _ANY_TOKEN_ID if token_id is None else token_id
 
 
 def _notes(sizes: Sequence[TaskSize], tokenizer: Tokenizer | None) -> tuple[str, ...]:

@@ -72,6 +72,13 @@ def _text_ids(settings: PromptSettings, model: LoadedModel) -> list[int]:
     if not model.tokenizer.encode(settings.init_text, add_special_tokens=False):
         raise SettingError("init_text", "has no tokens")
     ids = model.tokenizer.encode(settings.init_text, add_special_tokens=True)
+    num_embeddings = len(model.weights.embed_tokens)
+    if max(ids) >= num_embeddings:
+        piece = model.tokenizer.piece(max(ids))
+        raise SettingError(
+            "init_text",
+            f"has the token {max(ids)} ({piece!r}); the base's embedding has {num_embeddings} rows",
+        )
     return [ids[index % len(ids)] for index in range(settings.num_virtual_tokens)]
 
 
