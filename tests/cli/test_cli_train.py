@@ -104,6 +104,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help() -> None:
         "output_modules": "k_proj, v_proj",
         "input_modules": "down_proj",
         "chat": "no-chat",
+        "ignore_fields": "no-ignore-fields",
         "shuffle": "shuffle",
         "use_rslora": "no-use-rslora",
         "gradient_checkpointing": "gradient-checkpointing",
