@@ -16,7 +16,7 @@ import pytest
 
 from manyhats.client import Client
 from manyhats.engine.model.directories import default_home
-from tiny_models import make_checkpoint
+from tiny_models import SPECIAL_TOKENS, make_checkpoint
 
 COMMAND = [sys.executable, "-m", "manyhats.cli"]
 # The same, obeying interrupts even where the tests run in the background, and so ignore them.
@@ -141,7 +141,8 @@ def test_a_running_server_serves_what_was_trained_as_the_trainer_scored_it(place
         rows = [json.loads(line) for line in (place / "eval.jsonl").read_text().splitlines()]
         num_right = 0
         for row in rows:
-            scores = client.score(row["prompt"], ["even", "odd"], task_id="parity").scores
+            labels = [label + SPECIAL_TOKENS[2] for label in ("even", "odd")]  # an answer has its end
+            scores = client.score(row["prompt"], labels, task_id="parity").scores
             best = max(range(2), key=lambda index: scores[index].logprob)
             num_right += ("even", "odd")[best] == row["completion"]
         assert num_right == printed["report"]["evaluation"]["after"]["right"]
