@@ -20,6 +20,7 @@ from manyhats.engine.async_engine import AsyncEngine
 from manyhats.engine.background import Background
 from manyhats.engine.config import MIB, EngineConfig
 from manyhats.engine.kernels.cpu.compile import max_threads
+from manyhats.engine.processors import TakenProcessors
 from manyhats.engine.request import ResponseOptions
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 
@@ -165,6 +166,7 @@ async def test_engine_leaves_a_processor_to_work_and_takes_it_back(
         lambda record: pytest.fail("no adapter is asked for"),
         lambda stats: seen.append((numba.get_num_threads(), torch.get_num_threads())),
         background,
+        taken_processors=TakenProcessors(read_busy_s=lambda: None),
     )
     request = make_request(
         random_ids(9, 12, TINY_VOCAB_SIZE), response=ResponseOptions(logprobs=True, top_logprobs=5)

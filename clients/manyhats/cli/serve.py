@@ -150,6 +150,9 @@ def run(flags: Mapping[str, Any], file: Path | None) -> int:
         UsageError: the server's packages are missing, or a setting is wrong.
     """
     with needs_extra("server"):
+        from manyhats.engine.openmp import sleep_soon
+
+        sleep_soon()
         from manyhats.server.config_file import check_names, make_config, read_file
         from manyhats.server.errors import ConfigError
         from manyhats.server.process import EXIT_BY_SIGNAL

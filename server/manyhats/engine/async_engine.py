@@ -35,6 +35,7 @@ from manyhats.engine.model.progress import LatestProgress, Progress, no_progress
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput, StepStats
 from manyhats.engine.prefix_pool import EnginePrefixPool
 from manyhats.engine.probe import AdapterProbe, probe_prompt
+from manyhats.engine.processors import TakenProcessors
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency import AdapterResidency, LoadAdapter, ResidencyStats
 from manyhats.engine.scoring import Scoring
@@ -55,6 +56,7 @@ class AsyncEngine:
         on_step: called on the engine's thread after each step.
         background: work beside the engine's, which is left a processor while it lasts.
         progress: told how many kernels are compiled; called on the engine's thread.
+        taken_processors: what other processes take; by default what the system says.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class AsyncEngine:
         on_step: Callable[[StepStats], None] = lambda stats: None,
         background: Background | None = None,
         progress: Progress = no_progress,
+        taken_processors: TakenProcessors | None = None,
     ) -> None:
         config = resolve(config)
         self._background = background or Background()
         self._progress = progress
+        self._taken_processors = taken_processors or TakenProcessors()
         self.model = model
         self.config = config
         self._kernels = CpuKernels(config.num_threads or None, is_exact=config.dtype == "float32")
@@ -352,7 +356,8 @@ class AsyncEngine:
 
     def _share_processors(self) -> None:
         """A step's loops end with their slowest thread: better one fewer than one that has half a processor."""
-        self._kernels.leave_processors(1 if self._background.is_busy else 0)
+        num_for_background = 1 if self._background.is_busy else 0
+        self._kernels.leave_processors(self._taken_processors.count() + num_for_background)
 
     def _publish(self, events: list[Event]) -> bool:
         return self._streams.publish([event for event in events if not self._jobs.take(event)])

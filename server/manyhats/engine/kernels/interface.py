@@ -157,7 +157,7 @@ class Kernels(Protocol[PackedT, CacheT]):
         ...
 
     def leave_processors(self, count: int) -> None:
-        """From now on uses so many fewer threads than it could, but one at least; on the thread that was started."""
+        """Leaves this many of the process's processors to other work from now on; on the thread that was started."""
         ...
 
     def pack(self, parts: Sequence[Linear]) -> PackedT:

@@ -26,6 +26,7 @@ from manyhats.engine.kernels.dtypes import torch_dtype
 from manyhats.engine.logprobs import Logprobs
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.weights import Linear
+from manyhats.engine.processors import num_processors
 
 _VECTOR_PAIR = 16
 """Positions and head values are handled sixteen at a time."""
@@ -113,11 +114,11 @@ class CpuKernels:
         others.join()
 
     def leave_processors(self, count: int) -> None:
-        """Uses ``count`` threads fewer from now on, but one at least.
+        """Uses no more threads from now on than the processors left over can run, but at least one.
 
         Work is divided as before, so the numbers are the same.
         """
-        num_used = max(self.num_threads - count, 1)
+        num_used = max(min(self.num_threads, num_processors() - count), 1)
         if num_used != self._num_used:
             self._use_threads(num_used)
 
