@@ -12,7 +12,7 @@ TORCH_ARGS ?=
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run test test-store-faults test-restarts fuzz check format bench examples proto clean
+.PHONY: help setup run test test-store-faults test-restarts test-hostile fuzz check format bench examples proto clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
@@ -20,6 +20,7 @@ help:
 	@echo "make test     set up, run the tests"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
 	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
+	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams go on"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
@@ -54,6 +55,9 @@ test-store-faults: $(STAMP)
 
 test-restarts: setup
 	cd tests && ../$(BIN)/python -m restart_under_load
+
+test-hostile: setup
+	cd tests && ../$(BIN)/python -m hostile_load
 
 fuzz: $(STAMP)
 	cd tests && ../$(BIN)/python -m fuzzing

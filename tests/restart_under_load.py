@@ -274,7 +274,8 @@ def _real_server(model: str, settings: Path) -> Command:
     return command
 
 
-def _describe(model: str) -> BaseDescription:
+def describe_model(model: str) -> BaseDescription:
+    """What adapters of a model must fit."""
     located = locate_model(model, default_home())
     config = read_architecture(read_json(located.directory / "config.json")).decoder
     return describe(config, names=located.names, digest="")
@@ -292,7 +293,7 @@ def main() -> None:
     done: list[Restart] = []
     with tempfile.TemporaryDirectory(prefix="restart-under-load-") as name:
         root = Path(name)
-        sources = Sources(root / "sources", _describe(options.model))
+        sources = Sources(root / "sources", describe_model(options.model))
         command = _real_server(options.model, root / "server.yaml")
         for restart in restarts(command, root / "store", sources, seconds):
             done.append(restart)

@@ -1,0 +1,195 @@
+"""Attacks a server of the default model in every way that a caller can, while well-behaved streams go on.
+
+``make test-hostile``, or ``python -m hostile_load`` in ``tests``. The server must live, keep answering the
+well-behaved, end every call with exactly one status, count each, and hold no more memory than after its first minutes.
+First each attack goes on alone, and the largest gap between two tokens of the well-behaved streams is printed in
+medians of a quiet server's; then all go on together. Attackers are processes of their own, so that what they use of
+an interpreter is not the streams'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from adapter_factory import make_lora
+from hostile_load.attacks import ATTACKS, NUM_TASKS, NUM_VIRTUAL_TASKS
+from hostile_load.watching import Attacked, HostileLoadError, Probe, Server, Watched, counted
+from manyhats.client import Client
+from prefix_factory import make_prompt
+from restart_under_load import describe_model
+
+NUM_SLOTS = 8
+"""Of adapters: tasks in flight are more."""
+NUM_VIRTUAL_TOKENS = 700
+KV_TOKENS = 8192
+MAX_GROWTH_BYTES = 64 << 20
+
+
+@contextmanager
+def serving(model: str, root: Path) -> Iterator[Server]:
+    """A server of its own, with tasks of LoRA and of virtual tokens."""
+    base = describe_model(model)
+    adapters = root / "adapters"
+    command = [
+        sys.executable,
+        "-m",
+        "manyhats.cli",
+        "serve",
+        "--model",
+        model,
+        "--store",
+        str(root / "store"),
+    ]
+    command += ["--adapter-root", str(adapters), "--max-adapters", str(NUM_SLOTS), "--log-format", "json"]
+    command += ["--grpc-port", "0", "--http-port", "0", "--kv-cache-bytes", str(_kv_bytes(base.num_layers))]
+    for index in range(NUM_TASKS):
+        make_lora(adapters / f"task{index:02}", base, rank=4, seed=index)
+    for index in range(NUM_VIRTUAL_TASKS):
+        make_prompt(adapters / f"virtual{index}", base, num_virtual_tokens=NUM_VIRTUAL_TOKENS, seed=index)
+    log = (root / "server.log").open("w")
+    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready: dict[str, Any] = {}
+            for line in process.stdout:
+                ready = json.loads(line)
+                if ready.get("event") == "ready":
+                    break
+            if not ready:
+                raise HostileLoadError(
+                    f"the server did not start: {(root / 'server.log').read_text()[-2000:]}"
+                )
+            with Client(ready["grpc"]) as client:
+                for directory in sorted(adapters.iterdir()):
+                    client.register_adapter(directory.name, directory.name)
+            yield Server(psutil.Process(process.pid), ready["grpc"], ready["http"])
+        finally:
+            process.kill()
+
+
+def _kv_bytes(num_layers: int) -> int:
+    """Room for some thousand tokens of the default model: 3 heads of 64 values, keys and values, in bfloat16."""
+    return KV_TOKENS * num_layers * 2 * 3 * 64 * 2
+
+
+def check_memory(probes: Sequence[Probe], allowed_bytes: int) -> tuple[int, int]:
+    """The memory held in the first fifth of the time at most, and in the last.
+
+    Raises:
+        HostileLoadError: it has grown.
+    """
+    part = max(len(probes) // 5, 1)
+    first, last = (max(p.rss_bytes for p in some) for some in (probes[: 2 * part], probes[-part:]))
+    if last > first + allowed_bytes:
+        raise HostileLoadError(f"memory grew from {first / 1e6:.0f} to {last / 1e6:.0f} MB")
+    return first, last
+
+
+def check_idle(server: Server) -> None:
+    """See that nothing is left of any call.
+
+    Raises:
+        HostileLoadError: something is.
+    """
+    end_s = time.monotonic() + 60.0
+    while True:
+        with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=20) as answer:
+            lines = answer.read().decode().splitlines()
+        gauges = ("manyhats_requests_running ", "manyhats_requests_waiting ")
+        left = [line for line in lines if line.startswith(gauges) and float(line.split()[-1]) > 0]
+        if not left:
+            return
+        if time.monotonic() > end_s:
+            raise HostileLoadError(f"after all calls have ended: {left}")
+        time.sleep(0.5)
+
+
+def check_counted(before: Counter[str], after: Counter[str], seen: Counter[str]) -> None:
+    """See that the server counted as many calls of each method as were made.
+
+    Raises:
+        HostileLoadError: it counted others.
+    """
+
+    def by_method(counts: Counter[str]) -> Counter[str]:
+        methods: Counter[str] = Counter()
+        for name, number in counts.items():
+            methods[name.split()[0]] += number
+        return methods
+
+    counted_calls, made = by_method(after) - by_method(before), by_method(seen)
+    for method, number in made.items():
+        if counted_calls[method] < number:
+            raise HostileLoadError(f"{number} calls of {method} were made, {counted_calls[method]} counted")
+
+
+def main() -> None:
+    """Print a line for each attack, and one for all."""
+    parser = argparse.ArgumentParser(prog="python -m hostile_load", description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="alias or directory (%(default)s)")
+    parser.add_argument("--each", type=float, default=20.0, help="seconds of each attack alone (%(default)s)")
+    parser.add_argument("--mixed", type=float, default=600.0, help="seconds of all together (%(default)s)")
+    parser.add_argument("--only", default="", help="attacks to make, comma-separated; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    options = parser.parse_args()
+    kinds = options.only.split(",") if options.only else list(ATTACKS)
+    with (
+        tempfile.TemporaryDirectory(prefix="hostile-load-") as name,
+        serving(options.model, Path(name)) as server,
+    ):
+        quiet = _quiet(server, options.each or 10.0)
+        usual_s = median(quiet.gaps_s)
+        print(
+            f"quiet: a token every {usual_s * 1000:.1f} ms, largest gap {max(quiet.gaps_s) / usual_s:.1f} medians"
+        )
+        for kind in kinds if options.each else ():
+            seen = server.attack([kind], options.each, options.seed)
+            slowest_s = max(p.metrics_s for p in seen.probes)
+            during_s = median(seen.gaps_s)
+            print(
+                f"{kind}: largest gap {max(seen.gaps_s) / usual_s:.1f} of the quiet medians, "
+                f"{max(seen.gaps_s) / during_s:.1f} of its own ({during_s * 1000:.1f} ms); "
+                f"/metrics {slowest_s * 1000:.0f} ms at most; {seen.codes or 'no calls'}",
+                flush=True,
+            )
+            check_idle(server)
+        if options.mixed:
+            before = counted(server.http)
+            seen = server.attack(kinds, options.mixed, options.seed)
+            check_idle(server)
+            check_counted(before, counted(server.http), seen.statuses)
+            first, last = check_memory(seen.probes, MAX_GROWTH_BYTES)
+            readiness = "always ready" if all(p.is_ready for p in seen.probes) else "not always ready"
+            slowest_s = max(p.metrics_s for p in seen.probes)
+            print(
+                f"all together for {options.mixed:.0f} s: the server lives, {readiness}; {seen.codes}; "
+                f"{seen.num_ended} well-behaved streams ended once each, largest gap {max(seen.gaps_s):.2f} s; "
+                f"memory {first / 1e6:.0f} MB early, {last / 1e6:.0f} MB at the end; "
+                f"/metrics {slowest_s * 1000:.0f} ms at most"
+            )
+
+
+def _quiet(server: Server, seconds: float) -> Attacked:
+    """The streams alone."""
+    watched = Watched(server.target)
+    with watched.going_on():
+        time.sleep(seconds)
+    return Attacked((), watched.gaps_s, Counter(), [], watched.num_ended)
+
+
+if __name__ == "__main__":
+    main()
