@@ -4,8 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from manyhats.engine.openmp import sleep_soon
 from postgres_server import PostgresServer
 from s3_server import Bucket, S3Server
+
+sleep_soon()  # before any test imports torch: on a busy machine the tests would take ten times as long
 
 
 @pytest.fixture(scope="session")
