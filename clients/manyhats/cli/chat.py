@@ -12,7 +12,7 @@ import typer
 from manyhats.cli import options as opt
 from manyhats.cli.connection import Connection, connect, describe, takes_connection
 from manyhats.cli.failures import print_error
-from manyhats.cli.generate import note_cut
+from manyhats.cli.generate import note_beyond_context, note_cut
 from manyhats.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def chat(
     }
     is_interactive = sys.stdin.isatty()
     with connect(connection) as client:
+        note_beyond_context(client, options)
         if is_interactive:
             _greet(client, task)
         conversation = Conversation(client, task, system, options)

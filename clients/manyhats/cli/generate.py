@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,6 +79,7 @@ def generate(
         "top_logprobs": logprobs,
     }
     with connect(connection) as client:
+        note_beyond_context(client, options)
         run = _stream if stream else _whole
         run(client, _as_prompt(text, chat or system is not None, system), task, options, as_json)
 
@@ -125,6 +127,23 @@ def _stream(client: Client, prompt: Prompt, task: str, options: GenerateOptions,
     if not as_json:
         typer.echo()
     note_cut(client, answer, options)
+
+
+def note_beyond_context(client: Client, options: GenerateOptions) -> None:
+    """Say on stderr, ahead of the answer, that more tokens are asked for than the context has."""
+    from manyhats.client import ManyhatsError
+
+    wanted = options.get("max_new_tokens") or opt.DEFAULT_MAX_NEW_TOKENS
+    if wanted <= opt.DEFAULT_MAX_NEW_TOKENS:
+        return  # what note_cut says is early enough, and the server need not be asked
+    with contextlib.suppress(ManyhatsError):  # the answer itself meets what is wrong
+        context = client.server_info().max_context_length
+        if wanted >= context:
+            typer.echo(
+                f"note: {wanted} tokens (--max-new-tokens) do not fit: prompt and answer share the context of"
+                f" {context}, and the answer ends there",
+                err=True,
+            )
 
 
 def note_cut(client: Client, answer: Generation, options: GenerateOptions) -> None:

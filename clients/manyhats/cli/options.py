@@ -91,7 +91,7 @@ MaxNewTokens: TypeAlias = Annotated[
         "-n",
         metavar="N",
         min=1,
-        help="Longest answer, in tokens.",
+        help="Longest answer, in tokens; it also ends where the context does.",
         show_default=str(DEFAULT_MAX_NEW_TOKENS),
     ),
 ]
