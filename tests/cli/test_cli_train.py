@@ -336,10 +336,32 @@ def test_what_needs_no_base_is_refused_before_one_is_loaded(
     monkeypatch.setattr("manyhats.cli.train_runs.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     (in_directory / "mine").mkdir()
     (in_directory / "mine" / "notes.txt").write_text("keep")
+    firsts: dict[str, dict[str, object]] = {
+        "half": {"prompt": "a"},
+        "more": {"prompt": "a", "completion": "b", "topic": "c"},
+        "light": {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "weight": 0.5},
+            ]
+        },
+        "system": {"prompt": "a", "completion": "b", "system": "c"},
+    }
+    for name, row in firsts.items():
+        (in_directory / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     server = ["--register", "127.0.0.1:1"]
     cases = [
         (["--data", "none.jsonl"], 1, "none.jsonl"),
         (["--eval", "none.jsonl"], 1, "none.jsonl"),
+        (["--data", "half.jsonl"], 1, "half.jsonl:1: has a prompt and no completion"),
+        (
+            ["--data", "more.jsonl"],
+            1,
+            "more.jsonl:1: topic: nothing reads it; remove it, or give --ignore-fields",
+        ),
+        (["--data", "light.jsonl"], 1, "light.jsonl:1: messages[1].weight: must be 0 or 1"),
+        (["--data", "system.jsonl"], 1, "system.jsonl:1: system: a plain-text prompt has none; give --chat"),
+        (["--eval", "eval.jsonl", "--label", "x", "--label", "y"], 1, "'even' is none of the 2 labels"),
         (["--init-from", "nowhere"], 2, "--init-from: nowhere: is no directory"),
         (["--resume"], 1, "tasks/sql/training/checkpoints has no checkpoint to resume from"),
         (["--out", "mine"], 2, "--out: mine holds notes.txt, which no training left there"),
@@ -497,8 +519,8 @@ def test_a_dry_run_of_a_model_that_is_not_there() -> None:
         ("lora --data none.jsonl", 1, "none.jsonl: cannot be read: No such file"),
         ("lora --data train.jsonl --eval none.jsonl", 1, "none.jsonl: cannot be read: No such file"),
         ("lora --data train.jsonl --eval pipe.jsonl", 1, "pipe.jsonl: is not a regular file"),
-        ("lora --data train.jsonl --eval eval.jsonl --label odd", 1, "'even' is none of the 1 labels"),
-        ("lora --label odd", 2, "--label: are scored on evaluation data, and there is none"),
+        ("lora --data train.jsonl --eval eval.jsonl --label odd", 1, "'even' is not the one label"),
+        ("lora --label odd", 2, "--label: need evaluation data to be scored on; give --eval"),
         ("lora --patience 2", 2, "--patience: early stopping needs evaluation data"),
         ("lora --rank-pattern nonsense=3", 2, "--rank-pattern: 'nonsense' matches none of the modules"),
         ("lora --epochs 1e30", 2, "--epochs: must be at most 10000"),

@@ -115,7 +115,7 @@ def test_settings_of_a_method(method: str, values: dict[str, Any], kind: type) -
         ("bottleneck", {"non_linearity": "prelu"}, "non_linearity: 'prelu' has parameters of its own"),
         ("bottleneck", {"scaling": 0}, "scaling: must be a number other than 0, up to 1e[+]06"),
         ("bottleneck", {"scaling": -2e6}, "scaling: must be a number other than 0"),
-        ("lora", {"labels": ["a"]}, "labels: are scored on evaluation data, and there is none"),
+        ("lora", {"labels": ["a"]}, "labels: need evaluation data to be scored on"),
         ("lora", {"patience": 2}, "patience: early stopping needs evaluation data"),
         ("lora", {"epochs": 0}, "epochs: must be above 0"),
         ("lora", {"epochs": "1e30"}, "epochs: must be at most 10000"),
@@ -243,7 +243,7 @@ def test_flags_win_over_the_file_and_the_file_over_what_is_otherwise(tmp_path: P
     [
         ("rank: 0\n", {}, r"config: .*train\.yaml: rank: must be at least 1"),
         ("rank_pattern: {a: b}\n", {}, r"config: .*train\.yaml: rank_pattern\.a: input should be"),
-        ("label: a\n", {}, r"config: .*train\.yaml: labels: are scored on evaluation data"),
+        ("label: a\n", {}, r"config: .*train\.yaml: labels: need evaluation data to be scored on"),
         (
             "num-virtual-tokens: 3\n",
             {},

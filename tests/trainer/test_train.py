@@ -308,7 +308,7 @@ def test_output_is_where_it_is_asked_for(task: TinyTask) -> None:
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ({"eval": ""}, SettingError, "labels: are scored on evaluation data"),
+        ({"eval": ""}, SettingError, "labels: need evaluation data to be scored on"),
         ({"labels": ("red", "green")}, DataError, r"eval\.jsonl:\d+: its completion 'blue' is none of the 2"),
         ({"max_length": 513}, SettingError, "max_length: the base has room for 512 tokens"),
         ({"train": "nowhere.jsonl"}, DataError, r"nowhere\.jsonl"),

@@ -99,6 +99,7 @@ def trainer_errors() -> Iterator[None]:
         typer.Exit: with 130, the training was interrupted.
     """
     from manyhats.adapters.errors import AdapterError
+    from manyhats.cli.train_runs import by_flags
     from manyhats.engine.errors import EngineError, ModelError
     from manyhats.trainer.errors import SettingError, TrainerError
     from manyhats.trainer.interrupt import TrainingInterrupted
@@ -106,9 +107,9 @@ def trainer_errors() -> Iterator[None]:
     try:
         yield
     except SettingError as error:
-        raise UsageError(describe_setting(error.setting, str(error))) from error
+        raise UsageError(by_flags(describe_setting(error.setting, str(error)))) from error
     except (TrainerError, ModelError, EngineError, AdapterError, OSError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(by_flags(str(error))) from error
     except TrainingInterrupted as error:
         hint = "; the same command with --resume goes on" if error.checkpoints else ""
         typer.echo(f"{error}{hint}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,16 @@ def _registered(outcome: TaskOutcome, registrar: Registrar) -> Ended:
 def _text(error: Exception) -> str:
     """An error on purpose by its own words, any other with its kind."""
     on_purpose = (TrainerError, EngineError, AdapterError, OSError)
-    return str(error) if isinstance(error, on_purpose) else f"unexpected {type(error).__name__}: {error}"
+    return (
+        by_flags(str(error))
+        if isinstance(error, on_purpose)
+        else f"unexpected {type(error).__name__}: {error}"
+    )
+
+
+def by_flags(text: str) -> str:
+    """An error's advice to set a setting, as advice to give its flag."""
+    return re.sub(r"\bset `(\w+)`", lambda match: f"give --{match[1].replace('_', '-')}", text)
 
 
 def _as_plain(ended: Ended) -> dict[str, Any]:

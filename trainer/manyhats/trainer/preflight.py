@@ -7,7 +7,7 @@ from pathlib import Path
 from manyhats.trainer.errors import CheckpointError, SettingError
 from manyhats.trainer.output_directory import check_output_directory, checkpoints_directory
 from manyhats.trainer.settings import TrainSettings
-from manyhats.trainer.task_data import check_readable
+from manyhats.trainer.task_data import check_first_rows
 
 
 def check_before_loading(settings: TrainSettings, *, resume: bool = False) -> None:
@@ -16,7 +16,7 @@ def check_before_loading(settings: TrainSettings, *, resume: bool = False) -> No
     Raises:
         SettingError: ``out`` or ``init_from``.
         CheckpointError: there is nothing to resume from.
-        DataError: a source cannot be read, or its first row.
+        DataError: a source cannot be read, or its first row cannot be trained on.
     """
     if settings.out:
         out = Path(settings.out)
@@ -26,4 +26,5 @@ def check_before_loading(settings: TrainSettings, *, resume: bool = False) -> No
             raise CheckpointError(f"{checkpoints} has no checkpoint to resume from")
     if settings.init_from and not Path(settings.init_from).is_dir():
         raise SettingError("init_from", f"{settings.init_from}: is no directory")
-    check_readable(source for source in (settings.data.train, settings.data.eval) if source)
+    data = settings.data
+    check_first_rows(data, [source for source in (data.train, data.eval) if source])

@@ -210,7 +210,7 @@ class DataSettings:
         _check_whole(self, 2, "max_length")
         _check_whole(self, 1, "max_train_rows", "max_eval_rows")
         is_scored = bool(self.eval) or not self.labels
-        _check(is_scored, "labels", "are scored on evaluation data, and there is none (eval)")
+        _check(is_scored, "labels", "need evaluation data to be scored on; set `eval`")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

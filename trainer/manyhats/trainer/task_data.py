@@ -10,7 +10,10 @@ from manyhats.engine.model.loader import LoadedModel
 from manyhats.trainer.data import (
     Dataset,
     LabelledItem,
+    Prompted,
     Tokenization,
+    check_label,
+    checked_contents,
     find_ends,
     find_labels,
     labelled_items,
@@ -37,14 +40,17 @@ class TaskData:
     items: Sequence[LabelledItem]
 
 
-def check_readable(sources: Iterable[str]) -> None:
-    """Read the first row of each source, so that what is missing is missed early.
+def check_first_rows(settings: DataSettings, sources: Iterable[str]) -> None:
+    """Read the first row of each source, so that what is wrong without a base is found before it is loaded.
 
     Raises:
-        DataError: a source cannot be read, or its first row.
+        DataError: a source cannot be read, or its first row cannot be trained on, or has none of the labels.
     """
     for source in sources:
-        next(read_rows(source, max_rows=1))
+        row = next(read_rows(source, max_rows=1))
+        contents = checked_contents(row, settings)
+        if source == settings.eval and isinstance(contents, Prompted):
+            check_label(row, contents.completion, settings.labels)
 
 
 def read_task_data(

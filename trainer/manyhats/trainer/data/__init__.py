@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from manyhats.trainer.data.collation import collate
+from manyhats.trainer.data.contents import Prompted, checked_contents
 from manyhats.trainer.data.dataset import DataCounts, Dataset, LabelTokens, TokenizedRows
 from manyhats.trainer.data.ending import Ends, choose_eos_token_id, find_ends
-from manyhats.trainer.data.labels import LabelledItem, find_labels, labelled_items
+from manyhats.trainer.data.labels import LabelledItem, check_label, find_labels, labelled_items
 from manyhats.trainer.data.reading import read_rows
 from manyhats.trainer.data.row import Row
 from manyhats.trainer.data.sampler import BatchSampler, evaluation_batches
@@ -18,9 +19,12 @@ __all__ = [
     "Ends",
     "LabelTokens",
     "LabelledItem",
+    "Prompted",
     "Row",
     "Tokenization",
     "TokenizedRows",
+    "check_label",
+    "checked_contents",
     "choose_eos_token_id",
     "collate",
     "evaluation_batches",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from manyhats.trainer.data.json_files import json_of_cell
 from manyhats.trainer.data.row import FIELDS, Row
+from manyhats.trainer.settings import DataSettings
 
 Message = Mapping[str, object]
 """A message as the chat template reads it: role, content, and whatever else it has."""
@@ -77,6 +78,35 @@ def contents_of(row: Row) -> Contents:
                 system=_system(row, fields),
                 variables=variables,
             )
+
+
+def checked_contents(row: Row, settings: DataSettings) -> Contents:
+    """What the row says, if as far as can be seen without a tokenizer it can be trained on.
+
+    Raises:
+        DataError: as ``contents_of``; or a field is there that nothing reads, or that its kind has not.
+    """
+    contents = contents_of(row)
+    refuse_unread(row, unknown_fields(row), "nothing reads it", settings)
+    match contents:
+        case Prompted() if not settings.chat and (contents.system or settings.system):
+            raise row.error("system: a plain-text prompt has none; set `chat`")
+        case Prompted() if not settings.chat and contents.variables:
+            raise row.error(f"{next(iter(contents.variables))}: a plain-text prompt has none; set `chat`")
+        case PlainText() if row.fields.get("system") or settings.system:
+            raise row.error("system: a text has none")
+        case _:
+            return contents
+
+
+def refuse_unread(row: Row, names: Sequence[str], why: str, settings: DataSettings) -> None:
+    """Refuse fields that are not read, unless the settings ignore them.
+
+    Raises:
+        DataError: names the first one.
+    """
+    if names and not settings.ignore_fields:
+        raise row.error(f"{names[0]}: {why}; remove it, or set `ignore_fields` to go on without it")
 
 
 _KINDS = (("prompt", "completion"), ("text",), ("messages",))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from manyhats.engine.prompt_text import ScoreTokens
 from manyhats.trainer.data.dataset import Dataset, LabelTokens
+from manyhats.trainer.data.row import Row
 from manyhats.trainer.errors import SettingError
 
 AUTO = ("auto",)
@@ -79,6 +80,26 @@ def _distinct_completions(train: Dataset) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def check_label(row: Row, completion: str, labels: Sequence[str]) -> None:
+    """See without a tokenizer that a completion, which an end may follow in its text, can be one of the labels.
+
+    Raises:
+        DataError: it is none.
+    """
+    if labels and tuple(labels) != AUTO and not completion.startswith(tuple(labels)):
+        raise row.error(none_of_labels(completion, len(set(labels))))
+
+
+def none_of_labels(completion: str, num_labels: int) -> str:
+    """What is wrong with a completion that is no label."""
+    shown = completion if len(completion) <= 80 else f"{completion[:80]}…"
+    return (
+        f"its completion {shown!r} is none of the {num_labels} labels"
+        if num_labels > 1
+        else (f"its completion {shown!r} is not the one label")
+    )
+
+
 def labelled_items(dataset: Dataset, labels: Sequence[str]) -> list[LabelledItem]:
     """The rows as items, in order. A truncated row's prompt is what was left of it.
 
@@ -88,8 +109,7 @@ def labelled_items(dataset: Dataset, labels: Sequence[str]) -> list[LabelledItem
     known = set(labels)
     for index, completion in enumerate(dataset.completions):
         if completion not in known:
-            shown = completion if len(completion) <= 80 else f"{completion[:80]}…"
-            raise dataset.error(index, f"its completion {shown!r} is none of the {len(known)} labels")
+            raise dataset.error(index, none_of_labels(completion, len(known)))
     return [
         LabelledItem(dataset.prompt_token_ids(index), dataset.labels[index], completion)
         for index, completion in enumerate(dataset.completions)

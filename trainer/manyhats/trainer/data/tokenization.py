@@ -20,7 +20,8 @@ from manyhats.trainer.data.contents import (
     Message,
     PlainText,
     Prompted,
-    contents_of,
+    checked_contents,
+    refuse_unread,
     unknown_fields,
 )
 from manyhats.trainer.data.dataset import DataCounts, Dataset, DatasetBuilder, LabelTokens
@@ -150,8 +151,8 @@ class _RowTokenizer:
         self.ignored: Counter[str] = Counter()
 
     def __call__(self, row: Row) -> list[_RowTokens]:
-        contents = contents_of(row)
-        self._note_unread(row, unknown_fields(row), "nothing reads it")
+        contents = checked_contents(row, self._settings)
+        self._note_ignored(unknown_fields(row))
         match contents:
             case Prompted():
                 made = [self._prompted(row, contents)]
@@ -169,10 +170,6 @@ class _RowTokenizer:
             messages: tuple[Message, ...] = (*_system(system), {"role": "user", "content": contents.prompt})
             self._note_unread_by_template(row, messages, contents.variables)
             prompt = self._rendered_prompt(self._chats.prompt(row, messages, contents.variables))
-        elif system:
-            raise row.error("system: a plain-text prompt has none; set `chat`")
-        elif contents.variables:
-            raise row.error(f"{next(iter(contents.variables))}: a plain-text prompt has none; set `chat`")
         else:
             prompt = self._tokenizer.prompt(contents.prompt)
             self.num_beginnings += prompt.begins_itself
@@ -183,8 +180,6 @@ class _RowTokenizer:
         return self._with_completion(row, prompt, completion, [], end)
 
     def _plain_text(self, row: Row, text: str) -> _RowTokens:
-        if row.fields.get("system") or self._settings.system:
-            raise row.error("system: a text has none")
         text, end = self._ends.split(text)
         self.num_ends += end is not None
         whole = self._tokenizer.prompt(text)
@@ -310,11 +305,10 @@ class _RowTokenizer:
         self, row: Row, messages: Sequence[Message], variables: Mapping[str, object]
     ) -> None:
         unread = self._chats.unread(row, messages, variables)
-        self._note_unread(row, unread, "the chat template does not read it")
+        refuse_unread(row, unread, "the chat template does not read it", self._settings)
+        self._note_ignored(unread)
 
-    def _note_unread(self, row: Row, names: Sequence[str], why: str) -> None:
-        if names and not self._settings.ignore_fields:
-            raise row.error(f"{names[0]}: {why}; remove it, or set `ignore_fields` to go on without it")
+    def _note_ignored(self, names: Sequence[str]) -> None:
         self.ignored.update({_field(name) for name in names})
 
     def _check_known(self, row: Row, token_ids: Sequence[int], whose: str = "") -> None:

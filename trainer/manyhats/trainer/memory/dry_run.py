@@ -13,7 +13,7 @@ from manyhats.trainer.memory.prediction import MemoryPrediction, TaskSize, predi
 from manyhats.trainer.memory.runtime import machine_of
 from manyhats.trainer.memory.shape import BaseShape, read_shape
 from manyhats.trainer.settings import TrainSettings
-from manyhats.trainer.task_data import check_readable, longest_row, tokenize_task_data
+from manyhats.trainer.task_data import check_first_rows, longest_row, tokenize_task_data
 
 NO_DATA = "-"
 """In place of the data where a prediction is wanted without."""
@@ -59,7 +59,7 @@ def _task_size(settings: TrainSettings, shape: BaseShape, tokenizer: Tokenizer |
 def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None, vocab_size: int) -> BatchShape:
     data = settings.data
     if tokenizer is None or data.train == NO_DATA:
-        check_readable(source for source in (data.train, data.eval) if source not in (NO_DATA, ""))
+        check_first_rows(data, [source for source in (data.train, data.eval) if source not in (NO_DATA, "")])
         return longest_rows(settings.optimization, longest_row(data, room))
     how = Tokenization(
         tokenizer=tokenizer,
