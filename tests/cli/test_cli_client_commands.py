@@ -48,6 +48,13 @@ def test_generate_json_is_the_whole_answer(fake: FakeServer) -> None:
     assert answer["usage"]["prompt_tokens"] == 7
 
 
+@pytest.mark.parametrize("more", [[], ["--stream"]])
+def test_logprobs_without_json_are_refused(fake: FakeServer, more: list[str]) -> None:
+    result = run(fake, "generate", "hi", "--logprobs", "1", *more)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: --logprobs needs --json, which shows them\n"
+
+
 def test_generate_stream_json_is_a_line_per_piece(fake: FakeServer) -> None:
     lines = succeed(fake, "generate", "hi", "--stream", "--json").splitlines()
     pieces = [json.loads(line) for line in lines]

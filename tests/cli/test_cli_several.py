@@ -86,6 +86,25 @@ def test_pairs_name_the_tasks(tasks: Path, command: str) -> None:
     assert (one.exit_code, one.stdout.startswith("already")) == (0, True)
 
 
+@pytest.mark.parametrize("command", ["upload", "register"])
+def test_a_subdirectory_that_is_no_adapter_is_skipped_with_a_word_and_weights_alone_fail(
+    tasks: Path, command: str
+) -> None:
+    (tasks / "other" / "adapter_config.json").unlink()
+    (made,) = serve_and_run(tasks.parent, [command, str(tasks)])
+    assert made.exit_code == 1
+    assert f"skipped: {tasks}/notes: has no adapter_config.json\n" in made.stderr
+    assert f"failed: other: {tasks}/other has weights and no adapter_config.json\n" in made.stderr
+    assert made.stderr.endswith("error: 1 of 3 adapters failed: other\n")
+    assert "README" not in made.stderr
+
+
+def test_a_weight_of_a_part_that_is_no_number_is_named(tasks: Path) -> None:
+    part = f"{tasks / 'fr'}=abc"
+    result = CliRunner().invoke(app, ["adapters", "register", "x", "--part", part], prog_name="manyhats")
+    assert (result.exit_code, result.stderr) == (2, f"error: --part: 'abc' is not a weight, in {part!r}\n")
+
+
 def test_a_name_that_is_no_task_id_fails_alone(tasks: Path) -> None:
     (tasks / "polite").rename(tasks / "Polite Ones")
     (made,) = serve_and_run(tasks.parent, ["upload", str(tasks), "--assume-base"])

@@ -210,6 +210,15 @@ def test_flags_win_over_the_settings_file(served: list[Any], tmp_path: Path) -> 
     assert dict(config.register) == {"sql": f"{tmp_path}/b"}
 
 
+def test_a_settings_file_takes_register_as_the_flag_does(served: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    make_adapter_files(tmp_path / "b", "adapter_config.json", "adapter_model.safetensors")
+    file.write_text(f"adapter-root: [{tmp_path}]\nregister: [sql={tmp_path}/b, 'a={tmp_path}/b']\n")
+    run("serve", "--config", str(file))
+    (config,) = served
+    assert dict(config.register) == {"sql": f"{tmp_path}/b", "a": f"{tmp_path}/b"}
+
+
 def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -> None:
     run("serve")
     (config,) = served
@@ -233,7 +242,12 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -
     ("content", "message"),
     [
         ("model: m\nstore: s\ncolour: red\n", "server.yaml: colour: is not a setting\n"),
-        ("model: m\nstore: s\nadapter_root: 7\n", "--adapter-root"),
+        ("model: m\nstore: s\nadapter_root: 7\n", "server.yaml: adapter_root: must be a list\n"),
+        ("grpc-port: x\n", "server.yaml: grpc_port: must be a whole number"),
+        ("register: 7\n", "server.yaml: register: must be a list of TASK=PATH, or a mapping"),
+        ("register: [sql]\n", "server.yaml: register must be TASK=PATH, not 'sql'\n"),
+        ("register: [a=b, a=c]\n", "server.yaml: register names a twice\n"),
+        ("register: {sql: [1]}\n", "server.yaml: register: must be a list of TASK=PATH, or a mapping"),
         ("- a\n", "--config"),
     ],
 )

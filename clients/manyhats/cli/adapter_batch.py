@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from manyhats.cli.connection import describe
 from manyhats.cli.failures import UsageError
 from manyhats.cli.progress import Report
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from manyhats.client import Registration
 
 _CONFIG_FILE = "adapter_config.json"
+_WEIGHTS = (".safetensors", ".bin")
 _PAIR = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)
 _FORMS = "give TASK PATH, or TASK=PATH as often as you like, or a directory of adapters"
 
@@ -41,7 +44,7 @@ def parse_items(texts: Sequence[str]) -> list[Item]:
     """The adapters that a command's arguments mean.
 
     They are a task and a path, or any number of ``TASK=PATH`` and of directories of this machine, each of whose
-    subdirectories with an adapter is one, its name the task.
+    subdirectories with an adapter is one, its name the task; one with weights alone is an item too, which fails.
 
     Raises:
         UsageError: they are none of these, a directory holds no adapters, or a task is named twice.
@@ -77,6 +80,9 @@ def perform(items: Sequence[Item], make: Callable[[Item], Registration], report:
     outcomes: list[Outcome] = []
     for number, item in enumerate(items):
         report("adapters", number, len(items))
+        if lacks_config(item.path):
+            outcomes.append(Outcome(item, error=f"{item.path} has weights and no {_CONFIG_FILE}"))
+            continue
         try:
             outcomes.append(Outcome(item, make(item)))
         except UnavailableError as error:
@@ -90,6 +96,16 @@ def perform(items: Sequence[Item], make: Callable[[Item], Registration], report:
     return outcomes
 
 
+def lacks_config(path: str) -> bool:
+    """Whether a directory of this machine has an adapter's weights, and not what tells how they are meant."""
+    folder = Path(path)
+    return folder.is_dir() and not (folder / _CONFIG_FILE).exists() and _has_weights(folder)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(path.suffix in _WEIGHTS for path in folder.iterdir())
+
+
 def _is_folder(text: str) -> bool:
     """Whether the first of two arguments is a directory rather than a task: a bare name is a task."""
     return ("/" in text or text in (".", "..")) and Path(text).is_dir()
@@ -101,9 +117,13 @@ def _in_folder(folder: Path) -> list[Item]:
     if (folder / _CONFIG_FILE).exists():
         raise UsageError(f"{folder} is an adapter itself; give its task, as in TASK PATH")
     try:
-        found = sorted(path for path in folder.iterdir() if (path / _CONFIG_FILE).exists())
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+        found = [path for path in subfolders if (path / _CONFIG_FILE).exists() or _has_weights(path)]
     except OSError as error:
         raise UsageError(f"cannot read {folder}: {error.strerror}") from error
     if not found:
         raise UsageError(f"{folder} has no subdirectory with an {_CONFIG_FILE}")
+    for path in subfolders:
+        if path not in found:
+            typer.echo(f"skipped: {path}: has no {_CONFIG_FILE}", err=True)
     return [Item(path.name, str(path)) for path in found]

@@ -59,18 +59,20 @@ virtual tokens (prefix or prompt tuning).
 
   $ manyhats adapters register ./tasks
 
-  $ manyhats adapters register polite-sql --part ./tasks/sql \\
-    --part ./tasks/polite=0.5
+  $ manyhats adapters register pirate-sql --part ./tasks/sql \\
+    --part ./tasks/pirate=0.5
 """
 UPLOAD_HELP = f"""Send an adapter's directory to the server, as the next version of a task.
 
-Only adapter_config.json and the safetensors of PATH are sent. Nothing
+Of PATH adapter_config.json, the safetensors and the tokenizer's text files
+(such as tokenizer.json and chat_template.jinja) are sent. Nothing
 shows on the server before every byte is verified; an upload that breaks
 off leaves nothing, and may be repeated.
 
 TASK=PATH, as often as you like, sends several; so does a directory whose
 subdirectories are adapters, each named as its task. What fails is told at
-the end and does not keep the others from it.
+the end and does not keep the others from it; a subdirectory without an
+adapter_config.json is skipped, or has failed if it has weights.
 
 {FORMATS_HELP}
 [bold]Examples[/bold]
@@ -230,7 +232,8 @@ def _print_outcomes(outcomes: list[Outcome], texts: list[str], done: str, as_jso
         typer.echo(f"failed: {each.item.task}: {' '.join(each.error.split())}", err=True)
     if failed:
         names = ", ".join(each.item.task for each in failed)
-        raise CommandError(f"{len(failed)} of {len(outcomes)} adapters failed: {names}")
+        which = "the adapter" if len(outcomes) == 1 else f"{len(failed)} of {len(outcomes)} adapters"
+        raise CommandError(f"{which} failed: {names}")
 
 
 def _as_json(outcome: Outcome) -> dict[str, Any]:
@@ -257,6 +260,8 @@ def parse_part(text: str) -> tuple[str, float]:
     try:
         parsed = (path, float(weight)) if equals else (text, 1.0)
     except ValueError:
+        if not Path(text).exists() and Path(path).exists():
+            raise UsageError(f"--part: {weight!r} is not a weight, in {text!r}") from None
         parsed = (text, 1.0)
     if not parsed[0] or not math.isfinite(parsed[1]):
         raise UsageError(f"--part must be PATH or PATH=WEIGHT, not {text!r}")

@@ -50,6 +50,8 @@ URL is tidied by this command alone.
 EXPORT_HELP = f"""Write the files of a version to a directory, as they were registered.
 
 {_STORE_HELP}
+adapter_config.json, the weights and the tokenizer's text files are
+written; other files of the directory, such as a README.md, were not kept.
 The parts of a composed task come into directories part-0, part-1, ...
 Without @VERSION it is the active one.
 

@@ -10,6 +10,7 @@ import typer
 
 from manyhats.cli import options as opt
 from manyhats.cli.connection import Connection, connect, takes_connection
+from manyhats.cli.failures import UsageError
 from manyhats.cli.output import print_json
 from manyhats.cli.progress import shown_wait
 
@@ -64,6 +65,8 @@ def generate(
     as_json: opt.Json = False,
 ) -> None:
     """Send one prompt and print the answer."""
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs needs --json, which shows them")
     text = sys.stdin.read() if prompt == "-" else prompt
     options: GenerateOptions = {
         "max_new_tokens": max_new_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 from typing import Annotated
@@ -72,5 +73,7 @@ app.command(help=info.HELP, rich_help_panel=_CLIENT)(info.info)
 
 def main() -> None:
     """Entry point of the ``manyhats`` script."""
+    # gRPC's own log lines would come among what a command prints; its errors are told in ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     restart_with_steady_heap(sys.argv[1:])
     app(prog_name="manyhats")

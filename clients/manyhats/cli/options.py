@@ -104,7 +104,7 @@ SkipSpecialTokens: TypeAlias = Annotated[
     bool | None,
     _stopping(
         "--skip-special-tokens/--show-special-tokens",
-        help="Whether the answer leaves special tokens out.",
+        help="Whether the answer leaves special tokens out; the one that ends it is never part of it.",
         show_default="skip",
     ),
 ]

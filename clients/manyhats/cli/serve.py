@@ -158,15 +158,21 @@ def run(flags: Mapping[str, Any], file: Path | None) -> int:
         from manyhats.server.process import EXIT_BY_SIGNAL
         from manyhats.server.process import serve as serve_process
         from manyhats.server.registered_sources import check_registered_sources
+    in_file: dict[str, Any] = {}
     try:
-        in_file: dict[str, Any] = {}
         if file is not None:
             in_file = read_file(file)
             check_names(file, in_file, _SINGULAR.values())
+            if "register" in in_file:
+                in_file["register"] = register_of_file(file, in_file["register"])
         given = {name: value for name, value in flags.items() if value not in (None, [], {})}
         config = make_config({**with_plurals(in_file), **given})
         check_registered_sources(config)
     except ConfigError as error:
+        name = error.setting.partition(".")[0]
+        if name in with_plurals(in_file) and not flags.get(name):
+            key = _SINGULAR[name] if _SINGULAR.get(name) in in_file else name
+            raise UsageError(f"{file}: {key}{str(error).removeprefix(name)}") from error
         flag = _SINGULAR.get(error.setting, error.setting).replace("_", "-")
         raise UsageError(f"--{flag}: {str(error).removeprefix(f'{error.setting}: ')}") from error
     quiet_libraries()
@@ -190,6 +196,21 @@ def with_plurals(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a file, which may have the names of the flags, under the names of ``ServeConfig``."""
     plural = {singular: name for name, singular in _SINGULAR.items()}
     return {plural.get(name, name): value for name, value in settings.items()}
+
+
+def register_of_file(file: Path, value: object) -> dict[str, str]:
+    """A settings file's ``register``: a mapping of tasks to paths, or a list of ``TASK=PATH`` as the flag takes.
+
+    Raises:
+        UsageError: it is neither, or a task comes twice; names the file.
+    """
+    if isinstance(value, dict) and all(isinstance(each, str) for pair in value.items() for each in pair):
+        return value
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return as_mapping(f"{file}: register", "TASK=PATH", (text.partition("=") for text in value))
+    raise UsageError(
+        f"{file}: register: must be a list of TASK=PATH, or a mapping such as {{sql: ./tasks/sql}}"
+    )
 
 
 def parse_register(texts: list[str]) -> dict[str, str]:

@@ -47,14 +47,21 @@ Model: TypeAlias = Annotated[
 ]
 Quantization: TypeAlias = Annotated[
     str | None,
-    _model("--quantization", metavar="nf4|none", help="Of the base's linears.", show_default="nf4"),
+    _model(
+        "--quantization", metavar="nf4|none", help="How the base's linears are stored.", show_default="nf4"
+    ),
 ]
 Dtype: TypeAlias = Annotated[
     str | None,
-    _model("--dtype", metavar="auto|bfloat16|float32", help="To compute in.", show_default="auto"),
+    _model(
+        "--dtype",
+        metavar="auto|bfloat16|float32",
+        help="The number format to compute in.",
+        show_default="auto",
+    ),
 ]
 Device: TypeAlias = Annotated[
-    str | None, _model("--device", metavar="auto|cpu|cuda", help="To run on.", show_default="auto")
+    str | None, _model("--device", metavar="auto|cpu|cuda", help="The device to run on.", show_default="auto")
 ]
 BaseNames: TypeAlias = Annotated[
     list[str] | None,
@@ -91,7 +98,12 @@ StoreCache: TypeAlias = Annotated[
 ]
 StoreCacheBytes: TypeAlias = Annotated[
     str | None,
-    _adapters("--store-cache-bytes", metavar="SIZE", help="Of those copies.", show_default="8GiB"),
+    _adapters(
+        "--store-cache-bytes",
+        metavar="SIZE",
+        help="The most that those copies may take.",
+        show_default="8GiB",
+    ),
 ]
 StorePollS: TypeAlias = Annotated[
     float | None,
@@ -137,7 +149,7 @@ MaxVirtualTokens: TypeAlias = Annotated[
         "--max-virtual-tokens",
         metavar="P",
         min=1,
-        help="Of a prefix or a soft prompt.",
+        help="Virtual tokens of a prefix or a soft prompt.",
         show_default="4096",
     ),
 ]
@@ -189,7 +201,10 @@ MaxTransfers: TypeAlias = Annotated[
 ]
 
 Host: TypeAlias = Annotated[
-    str | None, _address("--host", metavar="ADDRESS", help="Of both ports.", show_default="127.0.0.1")
+    str | None,
+    _address(
+        "--host", metavar="ADDRESS", help="The address that both ports listen on.", show_default="127.0.0.1"
+    ),
 ]
 GrpcPort: TypeAlias = Annotated[
     int | None,
@@ -269,7 +284,7 @@ KvCacheDtype: TypeAlias = Annotated[
     _limit(
         "--kv-cache-dtype",
         metavar="auto|bfloat16|float32",
-        help="Of the KV cache; auto is --dtype.",
+        help="The number format of the KV cache; auto is --dtype.",
         show_default="auto",
     ),
 ]
@@ -287,7 +302,7 @@ MaxBulkTokens: TypeAlias = Annotated[
         "--max-bulk-tokens",
         metavar="N",
         min=1,
-        help="Of scorings and long prompts, in a step beside other requests.",
+        help="Tokens of scorings and long prompts in a step beside other requests.",
         show_default="8",
     ),
 ]
@@ -303,7 +318,13 @@ MaxScoreTokens: TypeAlias = Annotated[
 ]
 NumThreads: TypeAlias = Annotated[
     int | None,
-    _limit("--num-threads", metavar="N", min=0, help="Of the kernels; 0 is one per core.", show_default="0"),
+    _limit(
+        "--num-threads",
+        metavar="N",
+        min=0,
+        help="Threads of the kernels; 0 is one per core.",
+        show_default="0",
+    ),
 ]
 
 ConfigFile: TypeAlias = Annotated[
@@ -312,14 +333,19 @@ ConfigFile: TypeAlias = Annotated[
 ]
 LogLevel: TypeAlias = Annotated[
     str | None,
-    _log("--log-level", metavar="debug|info|warning|error", help="Of the logs.", show_default="info"),
+    _log(
+        "--log-level",
+        metavar="debug|info|warning|error",
+        help="The least that is logged.",
+        show_default="info",
+    ),
 ]
 LogFormat: TypeAlias = Annotated[
     str | None,
     _log(
         "--log-format",
         metavar="json|text",
-        help="Of the logs on stderr, and of the ready line on stdout.",
+        help="The form of the logs on stderr, and of the ready line on stdout.",
         show_default="text",
     ),
 ]

@@ -15,6 +15,13 @@ from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ConfigError
 from manyhats.server.sizes import parse_size
 
+_WORDS = {
+    "Input should be": "must be",
+    "a valid tuple": "a list",
+    "a valid dictionary": "a mapping",
+    "a valid": "a",
+    "a integer": "a whole number",
+}
 _NAMES = frozenset(each.name for each in fields(ServeConfig))
 
 
@@ -92,4 +99,7 @@ def _with_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(message: str) -> str:
+    """Of what pydantic says, the same in the words of a settings file."""
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
     return message[:1].lower() + message[1:]
