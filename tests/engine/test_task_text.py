@@ -8,11 +8,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError
 from manyhats.adapters.text_files import MAX_BYTES, TextFacts
+from manyhats.engine.chat_template import render_chat
+from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.task_text import TaskTexts
 from manyhats.engine.text_process import TextProcesses
 from manyhats.engine.tokenizer import ChatMessage
@@ -370,6 +373,15 @@ def test_tokens_beyond_the_embedding_are_refused_by_name(texts: TaskTexts, tmp_p
         ({"tokenizer_config.json": '{"added_tokens_decoder": []}'}, "tokenizer_config.json", ""),
         ({"added_tokens.json": '{"<tool>": "x"}'}, "added_tokens.json", "<tool>"),
         ({"special_tokens_map.json": '{"eos_token": {"lstrip": true}}'}, "special_tokens_map.json", ""),
+        (
+            {"tokenizer.json": '{"added_tokens": [{"id": 269, "content": "\\ud800"}]}'},
+            "tokenizer.json",
+            "U+D800",
+        ),
+        ({"tokenizer_config.json": '{"chat_template": "a\\uDFFF"}'}, "tokenizer_config.json", "U+DFFF"),
+        ({"tokenizer_config.json": '{"eos_token": "\\udabcx"}'}, "tokenizer_config.json", "U+DABC"),
+        ({"special_tokens_map.json": '{"\\ud800": "x"}'}, "special_tokens_map.json", "U+D800"),
+        ({"added_tokens.json": '{"\\ud83d": 267}'}, "added_tokens.json", "half of a surrogate pair"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused_by_name(
@@ -428,9 +440,88 @@ HOSTILE = {
 def test_a_strangers_template_is_bounded_and_its_faults_are_the_requests(
     processes: TextProcesses, template: str
 ) -> None:
-    from manyhats.engine.errors import FieldInvalidError
-
     with pytest.raises(FieldInvalidError) as refused:
         processes.render(template, [ChatMessage("user", "hello " * 20)], {})
     assert refused.value.field == "chat"
     assert processes.render("{{ messages[0].content }}", [ChatMessage("user", "well")], {}) == "well"
+
+
+HALVES = [0xD800, 0xD801, 0xD83D, 0xDABC, 0xDBFF, 0xDC00, 0xDE00, 0xDFFF]
+WRITERS = {
+    "alone": '{{ "\\uHALF" }}',
+    "behind text": 'well {{ messages[0].content ~ "\\uHALF" }}',
+    "in a list": '{{ ["\\uHALF", 1] | join }}',
+    "as JSON": '{{ "\\uHALF" | tojson }}',
+}
+
+
+@pytest.mark.parametrize("half", HALVES, ids=hex)
+@pytest.mark.parametrize("template", WRITERS.values(), ids=WRITERS.keys())
+def test_half_of_a_surrogate_pair_is_no_prompt(half: int, template: str) -> None:
+    template = template.replace("HALF", f"{half:04x}")
+    with pytest.raises(FieldInvalidError, match=f"writes U\\+{half:04X}, half of a surrogate pair"):
+        render_chat(template, [ChatMessage("user", "hi")], {})
+
+
+@pytest.mark.parametrize(
+    "what", ['"\\ud800 bad"', '"bad" ~ "\\udfff" * 999', '"\U0001f600" * 1000', '"é" * 99999']
+)
+def test_what_a_template_raises_is_a_short_text(processes: TextProcesses, what: str) -> None:
+    with pytest.raises(FieldInvalidError) as refused:
+        processes.render("{{ raise_exception(" + what + ") }}", [ChatMessage("user", "hi")], {})
+    assert refused.value.description.startswith("the chat template refused the messages: ")
+    assert len(refused.value.description.encode()) < 600
+
+
+@pytest.fixture
+def one() -> Iterator[TextProcesses]:
+    made = TextProcesses(1)
+    yield made
+    made.close()
+
+
+def started(before: set[int]) -> psutil.Process:
+    """The process that was started since."""
+    (process,) = (each for each in psutil.Process().children() if each.pid not in before)
+    return process
+
+
+def children() -> set[int]:
+    return {each.pid for each in psutil.Process().children()}
+
+
+def test_a_process_that_died_between_requests_is_no_requests_fault(one: TextProcesses) -> None:
+    for _ in range(2):
+        before = children()
+        assert one.render("{{ messages[0].content }}", [ChatMessage("user", "well")], {}) == "well"
+        process = started(before)
+        process.kill()
+        psutil.wait_procs([process], timeout=10)
+    assert one.render_in_a_moment("{{ messages[0].content }}", [ChatMessage("user", "well")], {}) == "well"
+
+
+def test_bounds_of_a_request_end_with_it(one: TextProcesses) -> None:
+    before = children()
+    one.render("well", [ChatMessage("user", "hi")], {})
+    process = started(before)
+    for limit in (psutil.RLIMIT_AS, psutil.RLIMIT_CPU):
+        assert process.rlimit(limit) == psutil.Process().rlimit(limit)
+
+
+def test_what_a_template_leaves_takes_no_memory_from_others(one: TextProcesses) -> None:
+    for number in range(6):
+        greedy = "{% set x = '" + f"{number:03} " + "' * 15000000 %}{{ x | length }}"
+        assert one.render(greedy, [ChatMessage("user", "hi")], {}) == "60000000"
+    long = "{{ (messages[0].content * 1400) | length }}"
+    assert one.render(long, [ChatMessage("user", "x" * 500_000)], {}) == "700000000"
+
+
+def test_only_a_slow_template_is_not_done_in_a_moment(processes: TextProcesses) -> None:
+    def rendered(template: str) -> str | None:
+        return processes.render_in_a_moment(template, [ChatMessage("user", "hi")], {})
+
+    assert rendered(HOSTILE["an endless loop"]) is None
+    assert rendered(HOSTILE["a long repetition"]) is None
+    assert rendered("{{ messages[0].content }}") == "hi"
+    with pytest.raises(FieldInvalidError, match="only in pairs"):
+        rendered(HOSTILE["an exception"])

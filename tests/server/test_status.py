@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -52,6 +52,47 @@ def test_unexpected_error_shows_only_its_id() -> None:
 def test_long_message_is_cut_so_that_it_fits_in_headers() -> None:
     status = status_of(engine_errors.FieldInvalidError("text", "x" * 100_000), error_id="")
     assert len(status.SerializeToString()) < 4000
+
+
+HOSTILE_TEXTS = {
+    "half of a surrogate pair": "\ud800 bad",
+    "many halves": "\udfff" * 5000,
+    "four bytes each": "\U0001f600" * 5000,
+    "three bytes each": "\u65e5" * 5000,
+    "two bytes each": "\u00e9" * 5000,
+    "a byte, then four each": "a" + "\U0001f600" * 5000,
+    "control characters": "\x00\x01\n\r\x7f" * 2000,
+    "percent signs": "%" * 5000,
+    "nothing": "",
+}
+MADE_OF_TEXT: dict[str, Callable[[str], Exception]] = {
+    "a field": lambda text: engine_errors.FieldInvalidError("chat", text),
+    "a field's name": lambda text: engine_errors.FieldInvalidError(text, text),
+    "an argument": lambda text: adapter_errors.ArgumentInvalidError(text, text),
+    "an adapter": lambda text: adapter_errors.AdapterInvalidError(text, text),
+    "a draining": lambda text: engine_errors.DrainingError(text),
+    "a failed request": lambda text: engine_errors.RequestFailedError(text),
+    "a task": lambda text: server_errors.TaskNotAllowedError(text),
+    "anything": lambda text: RuntimeError(text),
+}
+
+
+@pytest.mark.parametrize("make", MADE_OF_TEXT.values(), ids=MADE_OF_TEXT.keys())
+@pytest.mark.parametrize("text", HOSTILE_TEXTS.values(), ids=HOSTILE_TEXTS.keys())
+def test_a_status_of_any_text_fits_in_headers(make: Callable[[str], Exception], text: str) -> None:
+    error = make(text)
+    status = status_of(error, error_id="id7")
+    assert status.code == case_of(error).code.value[0]
+    in_headers = 3 * len(status.message.encode()) + len(status.SerializeToString()) * 4 / 3
+    assert in_headers < 7500
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS.values(), ids=HOSTILE_TEXTS.keys())
+async def test_a_refusal_of_any_text_reaches_its_caller(text: str) -> None:
+    async with running_server() as server:
+        server.engine.error = engine_errors.FieldInvalidError("chat", text)
+        refusal = await refused(server.generation.Generate(pb.GenerateRequest(text="a")))
+        assert (refusal.code, refusal.reason, refusal.fields) == (INVALID, "FIELD_INVALID", ("chat",))
 
 
 def _asking(**fields: dict[str, Any]) -> pb.GenerateRequest:

@@ -26,6 +26,17 @@ from tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer, tiny_t
 
 OWN = "{% for m in messages %}[{{ m.role | upper }}] {{ m.content }}\n{% endfor %}[A]"
 TALK = [{"role": "user", "content": "hello <tool> there"}]
+FAILING = {
+    "raising": "{{ raise_exception('roles must alternate') }}",
+    "half": '{{ "\\ud800" }}{{ messages[0].content }}',
+    "far-half": '{% for i in range(20000) %}x{% endfor %}{{ "\\udfff" }}',
+    "raising-half": '{{ raise_exception("\\ud800 is bad") }}',
+    "wordy": '{{ raise_exception("\U0001f600" * 1000) }}',
+}
+ENDLESS = {
+    f"endless{n}": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + str(n)
+    for n in range(8)
+}
 SPECIAL, TOOL = "<|call|>", "<tool>"
 
 
@@ -46,13 +57,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     root = home / "root"
     save_peft(make_peft(model, plain), root / "plain")
-    for name in ("template", "named", "raising", "endless", "other", "far"):
+    for name in ("template", "named", "other", "far", *FAILING, *ENDLESS):
         shutil.copytree(root / "plain", root / name)
+    for name, template in (FAILING | ENDLESS).items():
+        (root / name / "chat_template.jinja").write_text(template, encoding="utf-8")
     (root / "template" / "chat_template.jinja").write_text(OWN)
     save_tokenizer(root / "named", chat_template=[{"name": "default", "template": OWN}])
-    (root / "raising" / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    (root / "endless" / "chat_template.jinja").write_text(loop)
     other = tiny_tokenizer()
     other.add_tokens([f"<{n}>" for n in range(TINY_VOCAB_SIZE)])
     save_tokenizer(root / "far", other)
@@ -209,26 +219,43 @@ async def test_another_tokenizer_is_refused_by_name(home: Path, tmp_path: Path) 
 
 
 async def test_a_template_that_fails_is_the_requests_fault(home: Path, tmp_path: Path) -> None:
+    why = {
+        "raising": "roles must alternate",
+        "half": r"writes U\+D800, half of a surrogate pair",
+        "far-half": r"writes U\+DFFF, half of a surrogate pair",
+        "raising-half": "refused the messages: . is bad",
+        "wordy": "refused the messages: \U0001f600",
+    }
     async with serving(home, tmp_path / "store") as client:
-        await client.register_adapter("raising", "raising")
-        for call in (client.generate, client.tokenize):
-            with pytest.raises(InvalidRequestError, match="roles must alternate"):
-                await call(TALK, task_id="raising")
-        with pytest.raises(InvalidRequestError, match="roles must alternate"):
-            await client.score(TALK, ["x"], task_id="raising")
-        assert (await client.generate("text", task_id="raising", max_new_tokens=1)).tokens
-
-
-async def test_a_template_without_end_holds_nobody_up(home: Path, tmp_path: Path) -> None:
-    async with serving(home, tmp_path / "store") as client:
-        for name in ("endless", "template"):
+        for name in FAILING:
             await client.register_adapter(name, name)
-        endless = [asyncio.ensure_future(client.tokenize(TALK, task_id="endless")) for _ in range(3)]
+            for call in (client.generate, client.tokenize):
+                with pytest.raises(InvalidRequestError, match=why[name]):
+                    await call(TALK, task_id=name)
+            with pytest.raises(InvalidRequestError, match=why[name]):
+                await client.score(TALK, ["x"], task_id=name)
+            with pytest.raises(InvalidRequestError, match=why[name]):
+                async for _ in client.generate_stream(TALK, task_id=name):
+                    pass
+            assert (await client.generate("text", task_id=name, max_new_tokens=1)).tokens
+
+
+async def test_templates_without_end_hold_nobody_up(home: Path, tmp_path: Path) -> None:
+    async with serving(home, tmp_path / "store") as client:
+        for name in ("template", *ENDLESS):
+            await client.register_adapter(name, name)
+        calls = [
+            asyncio.ensure_future(client.tokenize(TALK, task_id=name)) for name in ENDLESS for _ in range(3)
+        ]
         await asyncio.sleep(0)
         for _ in range(20):
             await client.tokenize(TALK)
             await client.tokenize(TALK, task_id="template")
-        assert not any(call.done() for call in endless[1:])
-        for call in endless:
-            with pytest.raises(InvalidRequestError, match="too much time or memory"):
-                await call
+        ended = [call for call in calls if call.done()]
+        assert len(ended) <= 3
+        (first, *_), _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        with pytest.raises(InvalidRequestError, match="too much time or memory"):
+            await first
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)

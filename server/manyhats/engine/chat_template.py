@@ -21,7 +21,9 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.errors import FieldInvalidError, clipped
+
+_MAX_PROBLEM_BYTES = 512  # a refusal travels in headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def variables_of(template: str) -> frozenset[str]:
     try:
         return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
     except jinja2.TemplateError as error:
-        raise FieldInvalidError("chat", f"the chat template cannot be read: {error}") from error
+        raise FieldInvalidError("chat", f"the chat template cannot be read: {_problem(error)}") from error
 
 
 def render_chat(
@@ -145,7 +147,7 @@ def render_chat(
         add_generation_prompt: whether the beginning of the assistant's turn is part of it.
 
     Raises:
-        FieldInvalidError: there are no messages, or the template fails on these.
+        FieldInvalidError: there are no messages, or the template fails on these, or writes what is no text.
     """
     if not messages:
         raise FieldInvalidError("chat", "has no messages")
@@ -158,17 +160,32 @@ def render_chat(
         **(variables or {}),
     }
     try:
-        return _compile(template).render(
+        text = _compile(template).render(
             given,
             messages=[
                 m if isinstance(m, Mapping) else {"role": m.role, "content": m.content} for m in messages
             ],
         )
     except Exception as error:  # a template is a program, which can raise anything
-        problem = str(error) or type(error).__name__
         raise FieldInvalidError(
-            "chat", f"the chat template refused the messages: {problem[:1000]}"
+            "chat", f"the chat template refused the messages: {_problem(error)}"
         ) from error
+    _check_characters(text)
+    return text
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise FieldInvalidError(
+            "chat", f"the chat template writes {half}, half of a surrogate pair, which is no character"
+        ) from None
+
+
+def _problem(error: Exception) -> str:
+    return clipped(str(error) or type(error).__name__, _MAX_PROBLEM_BYTES)
 
 
 def check_template(template: str) -> None:
@@ -180,6 +197,8 @@ def check_template(template: str) -> None:
     try:
         _compile(template)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"line {error.lineno}: {error.message}") from error
+        raise ValueError(
+            f"line {error.lineno}: {clipped(error.message or '', _MAX_PROBLEM_BYTES)}"
+        ) from error
     except Exception as error:  # the compiler's own limits, such as the depth of nesting
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError(_problem(error)) from error

@@ -20,6 +20,11 @@ EngineError
 from __future__ import annotations
 
 
+def clipped(text: str, max_bytes: int) -> str:
+    """Text from outside, made fit for a message: without halves of surrogate pairs, and at most so long in UTF-8."""
+    return text.encode("utf-8", "replace")[:max_bytes].decode("utf-8", "ignore")
+
+
 class EngineError(Exception):
     """Any error the engine raises on purpose."""
 

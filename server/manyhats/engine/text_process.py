@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from manyhats.engine.chat_template import ChatMessage
 from manyhats.engine.errors import FieldInvalidError, ModelError
-from manyhats.engine.text_program import LENGTH_BYTES
+from manyhats.engine.text_program import IS_LAST, LENGTH_BYTES, MOMENT_S, RENDER_CPU_S, TIME_IS_UP
 
 # No credential of this process: what runs there is strangers'.
 _HANDED_ON = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "TZ")
@@ -33,14 +33,18 @@ _LONG_S = 180.0
 
 
 class TextProcesses:
-    """Some processes that take turns; they are started as they are needed. Safe in any thread.
+    """Processes that take requests by turns; they are started as they are needed. Safe in any thread.
+
+    Nobody's request suffers from what others left in a process: one that ends on a request, and not by the time that
+    it takes, is replaced by a fresh one, and the request done over.
 
     Args:
-        count: how many work at a time.
+        count: how many are kept for the next request, and how many look at files at a time.
     """
 
     def __init__(self, count: int = 2) -> None:
-        self._turns = threading.BoundedSemaphore(count)
+        self._count = count
+        self._reading = threading.BoundedSemaphore(count)
         self._idle: list[_TextProcess] = []
         self._lock = threading.Lock()
         weakref.finalize(self, _end_all, self._idle)
@@ -53,20 +57,29 @@ class TextProcesses:
         Raises:
             FieldInvalidError: ``chat``: the template refuses the messages, or goes beyond a bound.
         """
-        request = {"template": template, "messages": tuple(messages), "special_tokens": dict(special_tokens)}
         try:
-            answer = self._ask("render", request, _BRIEF_S)
+            return self._render(template, messages, special_tokens, RENDER_CPU_S)
         except _EndedError:
             raise FieldInvalidError("chat", "the chat template takes too much time or memory") from None
-        if "error" in answer:
-            raise FieldInvalidError("chat", answer["error"])
-        text: str = answer["text"]
-        return text
+
+    def render_in_a_moment(
+        self, template: str, messages: Sequence[ChatMessage], special_tokens: Mapping[str, str]
+    ) -> str | None:
+        """``render``, but None from a template that takes longer than ``MOMENT_S``, or too much memory.
+
+        Raises:
+            FieldInvalidError: as ``render``.
+        """
+        try:
+            return self._render(template, messages, special_tokens, MOMENT_S)
+        except _EndedError:
+            return None
 
     def compile_error(self, template: str) -> str:
         """What is wrong with a template by its form; empty if nothing is."""
         try:
-            return str(self._ask("compile", {"template": template}, _BRIEF_S).get("error", ""))
+            with self._reading:
+                return str(self._ask("compile", {"template": template}, _BRIEF_S).get("error", ""))
         except _EndedError:
             return "takes too much time or memory to compile"
 
@@ -77,7 +90,8 @@ class TextProcesses:
             ModelError: a file cannot be read; the message begins with its name.
         """
         try:
-            answer = self._ask("read", {"files": dict(files), "base": dict(base)}, _LONG_S)
+            with self._reading:
+                answer = self._ask("read", {"files": dict(files), "base": dict(base)}, _LONG_S)
         except _EndedError:
             raise ModelError("/tokenizer.json: takes too much time or memory to read") from None
         if "error" in answer:
@@ -89,19 +103,50 @@ class TextProcesses:
         with self._lock:
             _end_all(self._idle)
 
+    def _render(
+        self,
+        template: str,
+        messages: Sequence[ChatMessage],
+        special_tokens: Mapping[str, str],
+        cpu_s: float,
+    ) -> str:
+        request = {
+            "template": template,
+            "messages": tuple(messages),
+            "special_tokens": dict(special_tokens),
+            "cpu_s": cpu_s,
+        }
+        answer = self._ask("render", request, _BRIEF_S)
+        if "error" in answer:
+            raise FieldInvalidError("chat", answer["error"])
+        text: str = answer["text"]
+        return text
+
     def _ask(self, action: str, request: Mapping[str, object], patience_s: float) -> dict[str, Any]:
-        with self._turns:
-            with self._lock:
-                process = self._idle.pop() if self._idle else None
-            process = process or _TextProcess()
+        content = pickle.dumps({"action": action, **request})
+        with self._lock:
+            process = self._idle.pop() if self._idle else None
+        if process is not None:
             try:
-                answer = process.ask({"action": action, **request}, patience_s)
-            except BaseException:
-                process.end()
+                return self._ask_one(process, content, patience_s)
+            except _TooSlowError:
                 raise
-            with self._lock:
+            except _EndedError:
+                pass  # it may have died while idle, or of what others left in it
+        return self._ask_one(_TextProcess(), content, patience_s)
+
+    def _ask_one(self, process: _TextProcess, content: bytes, patience_s: float) -> dict[str, Any]:
+        try:
+            answer = process.ask(content, patience_s)
+        except BaseException:
+            process.end()
+            raise
+        with self._lock:
+            if not answer.pop(IS_LAST, False) and len(self._idle) < self._count:
                 self._idle.append(process)
-            return answer
+                return answer
+        process.end()
+        return answer
 
 
 def _end_all(processes: list[_TextProcess]) -> None:
@@ -110,7 +155,11 @@ def _end_all(processes: list[_TextProcess]) -> None:
 
 
 class _EndedError(Exception):
-    """The process ended, or did not answer in time."""
+    """The process ended on a request."""
+
+
+class _TooSlowError(_EndedError):
+    """The request took too much of the processor's time, or too long."""
 
 
 class _TextProcess:
@@ -126,14 +175,19 @@ class _TextProcess:
             start_new_session=True,
         )
 
-    def ask(self, request: Mapping[str, object], patience_s: float) -> dict[str, Any]:
+    def ask(self, content: bytes, patience_s: float) -> dict[str, Any]:
         """The answer to a request.
 
         Raises:
             _EndedError: there is none.
         """
-        content = pickle.dumps(request)
-        timer = threading.Timer(patience_s, self._process.kill)
+        is_late = threading.Event()
+
+        def end_late() -> None:
+            is_late.set()
+            self._process.kill()
+
+        timer = threading.Timer(patience_s, end_late)
         timer.daemon = True
         timer.start()
         try:
@@ -144,6 +198,9 @@ class _TextProcess:
             length = int.from_bytes(_read(self._process.stdout, LENGTH_BYTES), "big")
             answer: dict[str, Any] = json.loads(_read(self._process.stdout, length))
         except (OSError, ValueError) as error:
+            self._process.kill()
+            if is_late.is_set() or self._process.wait() == -TIME_IS_UP:
+                raise _TooSlowError from error
             raise _EndedError from error
         finally:
             timer.cancel()

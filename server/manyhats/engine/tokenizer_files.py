@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ TEXT_FILES = (
     MODEL_CONFIG_FILE,
 )
 """Names of the files that decide how a model reads and writes text, in its directory."""
+
+
+# JSON may write a half of a pair, as an escape or in bytes.
+_MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,4 +139,12 @@ def _read_object(files: Mapping[str, bytes], name: str, origin: str) -> Mapping[
         raise ModelError(f"{origin}/{name}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{origin}/{name}: not a JSON object")
+    if _MAYBE_SURROGATE.search(files[name]):
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):04X}"
+            raise ModelError(
+                f"{origin}/{name}: has {half}, half of a surrogate pair, which is no character"
+            ) from None
     return content

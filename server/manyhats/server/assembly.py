@@ -32,8 +32,9 @@ from manyhats.server.text_threads import TextThreads
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Registrations wait for each other, and for slow sources.
 _NUM_STORE_THREADS = 32
-# They wait for processes, of which no more than two work at a time.
-_NUM_TEXT_THREADS = 4
+# Each of them waits for a process of its own.
+_NUM_READING_THREADS = 2
+_NUM_RENDERING_THREADS = 2
 # What the store calls a setting → what the server calls it.
 _STORE_SETTINGS = {"catalogue_url": "catalogue", "url_prefixes": "adapter_url_prefixes"}
 
@@ -77,7 +78,11 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         ),
         tokenizer=model.tokenizer,
         task_tokenizers=TaskTokenizers(
-            model.texts, store.read_text, background.threads(_NUM_TEXT_THREADS, "task-text")
+            model.texts,
+            store.read_text,
+            reading=background.threads(_NUM_READING_THREADS, "task-files"),
+            rendering=background.threads(_NUM_RENDERING_THREADS, "task-text"),
+            slow=background.threads(1, "slow-task-text"),
         ),
         info=info,
         limits=limits(config),

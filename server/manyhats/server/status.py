@@ -15,11 +15,15 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo  # typ
 
 from manyhats.adapters import errors as adapter
 from manyhats.engine import errors as engine
+from manyhats.engine.errors import clipped
 from manyhats.server import errors as server
 from manyhats.server.task_labels import BASE_LABEL
 
 DOMAIN = "manyhats"
-_MAX_MESSAGE = 1000  # characters; status details travel as HTTP/2 headers, which have a size limit
+# Statuses travel as HTTP/2 headers, 8 KiB in all. There a message stands twice or three times, and each byte beyond
+# ASCII takes three.
+_MAX_MESSAGE_BYTES = 1000
+_MAX_METADATA_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +98,15 @@ def case_of(error: Exception) -> Case:
 def status_of(error: Exception, *, error_id: str) -> status_pb2.Status:
     """What the caller sees of ``error``.
 
-    An unexpected error shows nothing of itself but ``error_id``, under which the log has it.
+    An unexpected error shows nothing of itself but ``error_id``, under which the log has it. Texts are cut, and what is
+    no character is replaced, so that no error's text can keep its status from the caller.
     """
     case = case_of(error)
     if case is INTERNAL:
         message, metadata = f"internal error {error_id}", {"error_id": error_id}
     else:
-        message, metadata = str(error)[:_MAX_MESSAGE], _metadata(error)
+        message = clipped(str(error), _MAX_MESSAGE_BYTES)
+        metadata = {key: clipped(value, _MAX_METADATA_BYTES) for key, value in _metadata(error).items()}
     info = ErrorInfo(reason=case.reason, domain=DOMAIN, metadata=metadata)
     code: int = case.code.value[0]
     details = [_packed(detail) for detail in (info, *_details(error))]
@@ -152,7 +158,9 @@ def _retry_info(seconds: float) -> RetryInfo:
 
 
 def _bad_request(field: str, description: str) -> BadRequest:
-    violation = BadRequest.FieldViolation(field=field, description=description[:_MAX_MESSAGE])
+    violation = BadRequest.FieldViolation(
+        field=clipped(field, _MAX_METADATA_BYTES), description=clipped(description, _MAX_MESSAGE_BYTES)
+    )
     return BadRequest(field_violations=[violation])
 
 

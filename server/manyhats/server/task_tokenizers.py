@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -10,12 +11,14 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.errors import AdapterError
 from manyhats.engine.task_text import TaskTexts
 from manyhats.engine.tokenizer import ChatMessage, Tokenizer
 
 T = TypeVar("T")
 
 _MAX_KEPT = 256
+_SLOW_FOR_S = 600.0
 
 ReadText = Callable[[AdapterRecord], Sequence[Mapping[str, bytes | bytearray]]]
 """A version's text files: one mapping for each part that has any. Blocks on the store."""
@@ -26,18 +29,34 @@ class TaskTokenizers:
 
     Tokenizers of tasks that mean the same by their files are one object; those used lately are kept.
 
+    A template that is not done in a moment is done over with other slow ones, one at a time, and stays among them for
+    ten minutes: it keeps nobody else waiting for longer than that moment.
+
     Args:
         texts: of the base.
         read_text: reads a version's files.
-        threads: for reading and rendering, which block.
+        reading: threads for that, which block; None are the event loop's own.
+        rendering: threads for templates; each waits for a process.
+        slow: a thread for templates that take long.
     """
 
-    def __init__(self, texts: TaskTexts, read_text: ReadText, threads: Executor | None = None) -> None:
+    def __init__(
+        self,
+        texts: TaskTexts,
+        read_text: ReadText,
+        *,
+        reading: Executor | None = None,
+        rendering: Executor | None = None,
+        slow: Executor | None = None,
+    ) -> None:
         self._texts = texts
         self._read_text = read_text
-        self._threads = threads
+        self._reading = reading
+        self._rendering = rendering
+        self._slow = slow
         self._kept: OrderedDict[str, asyncio.Future[Tokenizer]] = OrderedDict()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._slow_until_s: dict[str, float] = {}
 
     async def of(self, record: AdapterRecord | None) -> Tokenizer | None:
         """The tokenizer of a version; None if it is the base's.
@@ -47,11 +66,13 @@ class TaskTokenizers:
         """
         if record is None or not record.text:
             return None
-        found = self._kept.get(record.text)
-        if found is None or (found.done() and (found.cancelled() or found.exception() is not None)):
-            found = asyncio.ensure_future(self._run(lambda: self._read(record)))
-            self._kept[record.text] = found
-        self._kept.move_to_end(record.text)
+        while (kept := self._of_others(record.text)) is not None:
+            try:
+                return await asyncio.shield(kept)
+            except AdapterError:
+                continue  # another version's files, which may be gone while this one's are there
+        found = asyncio.ensure_future(_run(self._reading, lambda: self._read(record)))
+        self._kept[record.text] = found
         if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)
         # One caller who leaves does not end the reading for the others.
@@ -63,13 +84,28 @@ class TaskTokenizers:
         Raises:
             FieldInvalidError: ``chat``: the template refuses the messages, or takes too much time or memory.
         """
-        template = tokenizer.chat_template or ""
-        # One at a time of each tokenizer: a slow template keeps others from no more than one process.
+        # One at a time of each tokenizer.
         turn = self._turns.setdefault(tokenizer.fingerprint, asyncio.Lock())
         async with turn:
-            return await self._run(
-                lambda: self._texts.processes.render(template, messages, tokenizer.special_tokens)
+            if self._slow_until_s.get(tokenizer.fingerprint, 0.0) <= time.monotonic():
+                text = await _run(self._rendering, lambda: self._render_in_a_moment(tokenizer, messages))
+                if text is not None:
+                    return text
+            return await _run(
+                self._slow,
+                lambda: self._texts.processes.render(
+                    tokenizer.chat_template or "", messages, tokenizer.special_tokens
+                ),
             )
+
+    def _of_others(self, text: str) -> asyncio.Future[Tokenizer] | None:
+        """What is read, or being read, for files that mean the same."""
+        kept = self._kept.get(text)
+        if kept is None or (kept.done() and (kept.cancelled() or kept.exception() is not None)):
+            self._kept.pop(text, None)
+            return None
+        self._kept.move_to_end(text)
+        return kept
 
     def _read(self, record: AdapterRecord) -> Tokenizer:
         for files in self._read_text(record):
@@ -78,5 +114,19 @@ class TaskTokenizers:
                 return text.tokenizer
         return self._texts.base
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    def _render_in_a_moment(self, tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str | None:
+        text = self._texts.processes.render_in_a_moment(
+            tokenizer.chat_template or "", messages, tokenizer.special_tokens
+        )
+        if text is None:
+            # Noted here, on the thread: the caller may have left.
+            now_s = time.monotonic()
+            for fingerprint, until_s in list(self._slow_until_s.items()):
+                if until_s <= now_s:
+                    self._slow_until_s.pop(fingerprint, None)
+            self._slow_until_s[tokenizer.fingerprint] = now_s + _SLOW_FOR_S
+        return text
+
+
+async def _run(threads: Executor | None, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
