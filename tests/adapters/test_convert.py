@@ -191,11 +191,11 @@ def test_content_that_is_no_table_of_dense_floats_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(40)])
+@pytest.mark.parametrize("content", [b"", b"hello", b"<html>", b"junk bytes here", b"PK\x03\x04" + bytes(40)])
 def test_bytes_that_torch_did_not_write_are_refused(tmp_path: Path, content: bytes) -> None:
     source = save_adapterhub(tmp_path / "old")
     (source / "pytorch_adapter.bin").write_bytes(content)
-    with pytest.raises((AdapterInvalidError, AdapterUnsafeError), match=r"pytorch_adapter\.bin"):
+    with pytest.raises(AdapterInvalidError, match=r"pytorch_adapter\.bin: is no pickle"):
         convert(source, tmp_path / "new")
 
 

@@ -259,12 +259,16 @@ def test_delete(fake: FakeServer) -> None:
 def test_info(fake: FakeServer) -> None:
     lines = succeed(fake, "info").splitlines()
     assert "context: 8192 tokens" in lines
-    assert "requests: 32 run at once, 256 wait, each of up to 8.0 MB and 1024 continuations" in lines
     assert (
-        "adapters: 8 in memory at once, each of up to 2.0 GB, rank 64, 512 virtual tokens, 16 parts" in lines
+        "requests: 32 run at once, 256 wait, with at most 1024 continuations; no message is over 7.629 MiB"
+        in lines
+    )
+    assert (
+        "adapters: 8 in memory at once, each of up to 1.863 GiB, rank 64, 512 virtual tokens, 16 parts"
+        in lines
     )
     assert "transfers: 4 at a time" in lines
-    assert "store: tasks: 7, a task: 9.0 MB" in lines
+    assert "store: tasks: 7, a task: 8.583 MiB" in lines
     limits = succeed_json(fake, "info")["limits"]
     assert (limits["max_tasks"], limits["max_versions_per_task"], limits["max_bytes"]) == (7, None, None)
     fake.is_old = True
@@ -277,6 +281,7 @@ def test_info(fake: FakeServer) -> None:
     ("code", "reason", "message", "hint"),
     [
         (grpc.StatusCode.NOT_FOUND, "TASK_NOT_FOUND", "no task 'sqq'", "adapters list"),
+        (grpc.StatusCode.FAILED_PRECONDITION, "NO_ACTIVE_VERSION", "none of sql is active", "adapters activate"),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full", "try again in 1.5 s"),
         (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID", "top_p: must\nbe in (0, 1]", ""),
         (grpc.StatusCode.UNAVAILABLE, "", "gone", "is `manyhats serve` running there?"),

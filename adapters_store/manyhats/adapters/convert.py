@@ -180,11 +180,16 @@ def _load(path: Path, limits: AdapterLimits) -> tuple[dict[str, Tensor], tuple[s
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise AdapterUnsafeError(path.name, f"the restricted loader refuses it: {shown(first)}") from error
+        if not _begins_as_pickle(path):
+            raise AdapterInvalidError(path.name, "is no pickle that torch can read") from error
+        # The rest of the message advises to read it without the restriction.
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")), "")
+        what = f": {shown(reason.rstrip('.'))}" if reason else ""
+        raise AdapterUnsafeError(path.name, f"the restricted loader refuses it{what}") from error
     except _MALFORMED as error:
         raise AdapterInvalidError(
-            path.name, f"is no file that torch.save wrote: {shown(str(error))}"
+            path.name, f"is no pickle that torch can read: {shown(str(error))}"
         ) from error
     if not isinstance(loaded, dict) or not loaded:
         raise AdapterInvalidError(path.name, "holds no table of tensors by name")
@@ -203,6 +208,12 @@ def _load(path: Path, limits: AdapterLimits) -> tuple[dict[str, Tensor], tuple[s
     doubles = [name for name, tensor in tensors.items() if tensor.dtype is torch.float64]
     notes = (f"{len(doubles)} float64 tensors become float32",) if doubles else ()
     return tensors, notes
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    """Whether it begins as a pickle of protocol 2 or later, or as the archive that torch puts one in."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"\x80", b"PK\x03\x04"))
 
 
 def _check_name(name: Any, file: str) -> str:

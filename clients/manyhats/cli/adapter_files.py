@@ -46,6 +46,7 @@ tensors. A server never reads pickles.
   $ manyhats adapters convert ./old/style ./tasks/style
 """
 
+_PICKLES = (".bin", ".pt", ".pth")
 Directory = Annotated[Path, typer.Argument(metavar="PATH", help="The directory.", show_default=False)]
 Model = Annotated[
     str,
@@ -89,7 +90,8 @@ def convert(source: Source, target: Target, as_json: opt.Json = False) -> None:
     with needs_extra("server"):
         from manyhats.adapters.convert import WARNING
         from manyhats.adapters.convert import convert as convert_directory
-    typer.echo(f"warning: {WARNING}", err=True)
+    if source.is_dir() and any(path.suffix in _PICKLES for path in source.iterdir()):
+        typer.echo(f"warning: {WARNING}", err=True)
     with _adapter_errors():
         made = convert_directory(source, target)
     for note in made.notes:

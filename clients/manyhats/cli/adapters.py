@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,7 +88,7 @@ def list_(
     if as_json:
         print_json(listed)
     elif listed:
-        columns = ("task", "method", "state", "in", "size", "created", "digest")
+        columns = ("task", "method", "state", "in", "size", "created (UTC)", "digest")
         print_table(columns, [_row(info) for info in listed])
     else:
         typer.echo("no adapters are registered", err=True)
@@ -145,13 +146,16 @@ def delete(
         typer.echo("deleted: " + ", ".join(info.name for info in deleted))
 
 
+_WHERE = {"device": "memory"}
+
+
 def _row(info: AdapterInfo) -> tuple[str, ...]:
-    created = f"{info.create_time:%Y-%m-%d %H:%M}" if info.create_time else ""
+    created = f"{info.create_time.astimezone(UTC):%Y-%m-%d %H:%M}" if info.create_time else ""
     return (
         info.name,
         info.method,
         info.state,
-        info.residency,
+        _WHERE.get(info.residency, info.residency),
         human_bytes(info.size_bytes),
         created,
         info.digest.removeprefix("sha256:")[:12],
@@ -163,7 +167,7 @@ def _fields(info: AdapterInfo) -> dict[str, str]:
         "task": info.name,
         "method": info.method,
         "state": info.state + (f" ({info.state_reason})" if info.state_reason else ""),
-        "in": info.residency,
+        "in": _WHERE.get(info.residency, info.residency),
         "size": human_bytes(info.size_bytes),
         "parameters": human_count(info.num_parameters),
         "effect": "" if info.effect is None else f"{info.effect:.4g} nats",

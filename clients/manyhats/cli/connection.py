@@ -99,6 +99,7 @@ def describe(error: ManyhatsError) -> str:
     from manyhats.client import (
         AuthenticationError,
         CredentialsError,
+        NoActiveVersionError,
         QueueFullError,
         TaskNotFoundError,
         UnavailableError,
@@ -111,6 +112,8 @@ def describe(error: ManyhatsError) -> str:
             return f"{error}; try again in {seconds:g} s"
         case TaskNotFoundError():
             return f"{error}; `manyhats adapters list` shows what there is"
+        case NoActiveVersionError():
+            return f"{error}; `manyhats adapters activate TASK@VERSION` activates one"
         case AuthenticationError():
             return f"{error} (MANYHATS_TOKEN, or --token)"
         case CredentialsError() if "without TLS" in error.message:

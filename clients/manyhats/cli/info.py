@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from manyhats.cli import options as opt
 from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.output import human_bytes, print_fields, print_json
+from manyhats.cli.output import print_fields, print_json
 
 if TYPE_CHECKING:
     from manyhats.client import ServerLimits
@@ -54,8 +54,9 @@ def _limits(limits: ServerLimits) -> dict[str, str]:
     }
     return {
         "requests": f"{limits.max_sequences} run at once, {limits.max_waiting} wait,"
-        f" each of up to {human_bytes(limits.max_request_bytes)} and {limits.max_continuations} continuations",
-        "adapters": f"{limits.max_adapters} in memory at once, each of up to {human_bytes(limits.max_artifact_bytes)},"
+        f" with at most {limits.max_continuations} continuations;"
+        f" no message is over {_bytes(limits.max_request_bytes)}",
+        "adapters": f"{limits.max_adapters} in memory at once, each of up to {_bytes(limits.max_artifact_bytes)},"
         f" rank {limits.max_adapter_rank}, {limits.max_virtual_tokens} virtual tokens, {limits.max_parts} parts",
         "transfers": f"{limits.max_transfers} at a time",
         "store": ", ".join(f"{name}: {bound}" for name, bound in store.items() if bound),
@@ -67,4 +68,10 @@ def _count(bound: int | None) -> str:
 
 
 def _bytes(bound: int | None) -> str:
-    return "" if bound is None else human_bytes(bound)
+    """In the units that the server's flags take."""
+    if bound is None:
+        return ""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if bound >= size:
+            return f"{bound / size:.4g} {unit}"
+    return f"{bound} B"

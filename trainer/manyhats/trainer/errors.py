@@ -67,7 +67,7 @@ class RegistrationError(TrainerError):
     def __init__(self, task: str, directory: Path, target: str, message: str) -> None:
         super().__init__(
             f"{message}; the artifact is in {directory},"
-            f" and `manyhats adapters upload {task} {directory} --server {target}` sends it again"
+            f" and `manyhats adapters upload {task} {directory} --server {target}` sends it"
         )
         self.task = task
         self.directory = directory
