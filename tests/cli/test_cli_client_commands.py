@@ -281,7 +281,12 @@ def test_info(fake: FakeServer) -> None:
     ("code", "reason", "message", "hint"),
     [
         (grpc.StatusCode.NOT_FOUND, "TASK_NOT_FOUND", "no task 'sqq'", "adapters list"),
-        (grpc.StatusCode.FAILED_PRECONDITION, "NO_ACTIVE_VERSION", "none of sql is active", "adapters activate"),
+        (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "NO_ACTIVE_VERSION",
+            "none of sql is active",
+            "adapters activate",
+        ),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full", "try again in 1.5 s"),
         (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID", "top_p: must\nbe in (0, 1]", ""),
         (grpc.StatusCode.UNAVAILABLE, "", "gone", "is `manyhats serve` running there?"),

@@ -109,7 +109,7 @@ def test_export_writes_what_was_registered(store: Path, tmp_path: Path) -> None:
 def test_export_into_a_directory_with_something_in_it_is_refused(store: Path, tmp_path: Path) -> None:
     result = run("export", "sql", str(tmp_path / "polite"), "--store", str(store))
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: directory: is not empty\n"
+    assert result.stderr == "error: DIR: is not empty\n"
 
 
 @pytest.mark.parametrize("command", [["verify"], ["gc"], ["export", "sql", "out"]], ids=lambda c: c[0])

@@ -148,4 +148,6 @@ def _hint(subdirectories: Sequence[str]) -> str:
     if not subdirectories:
         return ""
     listed = ", ".join(shown(name) for name in subdirectories[:_MAX_LISTED])
-    return f"; these subdirectories look like adapters, register one of them: {listed}"
+    num_more = len(subdirectories) - _MAX_LISTED
+    more = f" and {num_more} more" if num_more > 0 else ""
+    return f"; these subdirectories look like adapters, register one of them: {listed}{more}"

@@ -163,7 +163,7 @@ def opened(store: str, catalogue: str) -> Iterator[AdapterStore]:
         finally:
             adapters.close()
     except ArgumentInvalidError as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(str(error).replace("directory: ", "DIR: ", 1)) from error
     except AdapterError as error:
         hint = "" if store else "; --store names the one that a server has"
         raise CommandError(f"{error} (looked in {where}{hint})") from error

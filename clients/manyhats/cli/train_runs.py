@@ -76,7 +76,7 @@ class Registrar:
         try:
             self.server.info()
         except ManyhatsError as error:
-            typer.echo(f"warning: {describe(error)}; the artifact will be kept", err=True)
+            typer.echo(f"warning: unless that changes, the artifact will only be kept: {describe(error)}", err=True)
 
     def register(self, settings: TrainSettings, report: TrainingReport) -> Ended:
         """Make the artifact a version of the task, the active one if that is wanted and its results are good enough.
