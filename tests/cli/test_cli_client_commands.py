@@ -55,6 +55,12 @@ def test_logprobs_without_json_are_refused(fake: FakeServer, more: list[str]) ->
     assert result.stderr == "error: --logprobs needs --json, which shows them\n"
 
 
+def test_an_empty_prompt_is_refused_by_its_argument(fake: FakeServer) -> None:
+    for prompt in ("", "-"):
+        result = run(fake, "generate", prompt)
+        assert (result.exit_code, result.stderr) == (2, "error: PROMPT must not be empty\n")
+
+
 def test_generate_stream_json_is_a_line_per_piece(fake: FakeServer) -> None:
     lines = succeed(fake, "generate", "hi", "--stream", "--json").splitlines()
     pieces = [json.loads(line) for line in lines]

@@ -68,6 +68,8 @@ def generate(
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json, which shows them")
     text = sys.stdin.read() if prompt == "-" else prompt
+    if not text and not chat and system is None:
+        raise UsageError("PROMPT must not be empty")
     options: GenerateOptions = {
         "max_new_tokens": max_new_tokens,
         "stop_sequences": stop or None,

@@ -76,7 +76,9 @@ class Registrar:
         try:
             self.server.info()
         except ManyhatsError as error:
-            typer.echo(f"warning: unless that changes, the artifact will only be kept: {describe(error)}", err=True)
+            typer.echo(
+                f"warning: unless that changes, the artifact will only be kept: {describe(error)}", err=True
+            )
 
     def register(self, settings: TrainSettings, report: TrainingReport) -> Ended:
         """Make the artifact a version of the task, the active one if that is wanted and its results are good enough.
