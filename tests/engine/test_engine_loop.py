@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine_harness import make_request
 from engine_loop import POISON, Loop, prompt, score_request
@@ -172,6 +174,84 @@ def test_scoring_with_more_continuations_than_the_queue_holds_gets_through(token
     output = loop.last("score")
     assert isinstance(output, ScoreOutput)
     assert [[t.id for t in score.tokens] for score in output.scores] == [[t, t + 1] for t in range(3, 93)]
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 9, 30])
+@pytest.mark.parametrize("max_waiting", [1, 2, 7])
+def test_a_scoring_that_has_begun_ends_however_many_come_after_it(
+    num_tokens: int, max_waiting: int, tokenizer: Tokenizer
+) -> None:
+    """The queue is full whenever a continuation could join it."""
+    config = SchedulerConfig(max_num_sequences=2, max_num_batched_tokens=16, max_waiting=max_waiting)
+    loop = Loop(tokenizer, config=config)
+    loop.score("score", score_request(prompt(1, 20), [[token] * num_tokens for token in range(3, 23)]))
+    for step in range(2000):
+        for number in range(max_waiting):
+            loop.generate(f"{step} {number}", make_request(prompt(number), new_tokens=3, accepted_s=1e12))
+        loop.step()
+        if "score" in loop.events:
+            break
+    assert isinstance(loop.last("score"), ScoreOutput)
+    refused = [name for name in loop.events if isinstance(loop.events[name][-1].payload, QueueFullError)]
+    served = [name for name in loop.events if isinstance(loop.events[name][-1].payload, StepOutput)]
+    assert refused
+    assert served, "they have their turn beside it"
+
+
+def test_a_scoring_s_continuations_keep_nobody_out_of_the_queue(tokenizer: Tokenizer) -> None:
+    config = SchedulerConfig(max_num_sequences=2, max_num_batched_tokens=16, max_waiting=3)
+    loop = Loop(tokenizer, config=config)
+    loop.score("score", score_request(prompt(1, 20), [[token, token + 1] for token in range(3, 93)]))
+    while loop.engine.scheduler.num_waiting < 10:
+        loop.step()
+    for seed in range(4):
+        loop.generate(str(seed), make_request(prompt(seed), new_tokens=3))
+    assert isinstance(loop.error("3"), QueueFullError)
+    loop.drain()
+    for seed in range(3):
+        assert loop.token_ids(str(seed)) == loop.decoder.greedy(prompt(seed), 3)
+    assert isinstance(loop.last("score"), ScoreOutput)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scorings=st.lists(
+        st.tuples(st.integers(1, 40), st.lists(st.integers(1, 20), min_size=1, max_size=12)),
+        min_size=1,
+        max_size=6,
+    ),
+    num_blocks=st.integers(18, 80),
+    max_sequences=st.integers(1, 8),
+    spare=st.integers(0, 40),
+    bulk=st.integers(1, 9),
+)
+def test_scorings_alone_get_on_in_every_step(
+    tokenizer: Tokenizer,
+    scorings: list[tuple[int, list[int]]],
+    num_blocks: int,
+    max_sequences: int,
+    spare: int,
+    bulk: int,
+) -> None:
+    config = SchedulerConfig(
+        max_num_sequences=max_sequences,
+        max_num_batched_tokens=max_sequences + spare,
+        max_waiting=12,
+        max_bulk_tokens=bulk,
+    )
+    loop = Loop(tokenizer, num_blocks=num_blocks, config=config)
+    num_tokens = 0
+    for number, (length, lengths) in enumerate(scorings):
+        continuations = [prompt(index, count) for index, count in enumerate(lengths)]
+        num_tokens += length + sum(length + count for count in lengths)
+        loop.score(str(number), score_request(prompt(number, length), continuations))
+    num_steps = 0
+    while loop.engine.has_work:
+        result = loop.engine.step()
+        assert result.stats is not None
+        num_steps += 1
+        assert num_steps <= num_tokens, "at least one token a step, and none twice but in a prompt taken back"
+    assert loop.engine.allocator.num_used == 0
 
 
 def test_a_scoring_is_cancelled_with_all_its_sequences(loop: Loop) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,10 +20,10 @@ from engine_harness import (
     random_lora,
     running_engine,
 )
-from engine_loop import Loop, prompt, score_request
+from engine_loop import POISON, Loop, prompt, score_request
 from manyhats.engine import async_engine
 from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.errors import EngineDeadError, NoTokenAllowedError, RequestFailedError
+from manyhats.engine.errors import EngineDeadError, EngineError, NoTokenAllowedError, RequestFailedError
 from manyhats.engine.generation import Generation
 from manyhats.engine.internal_jobs import InternalJob
 from manyhats.engine.model.decoder import Decoder
@@ -157,6 +157,132 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(loop: Loop) 
     assert isinstance(loop.error("1"), RequestFailedError)
     assert isinstance(loop.error("2"), RequestFailedError)
     assert loop.token_ids("3") == loop.decoder.greedy(prompt(0), 9)
+
+
+class Stubborn(Generation):
+    """Cannot be ended."""
+
+    def abort(self, scheduler: Any) -> None:
+        raise BrokenError("the end")
+
+
+class StubbornScoring(Scoring):
+    """Cannot be ended."""
+
+    def abort(self, scheduler: Any) -> None:
+        raise BrokenError("the end")
+
+
+@pytest.mark.parametrize("end", ["cancel", "clock", "step"])
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 4, 7])
+def test_what_cannot_be_ended_is_dropped_with_all_it_holds(loop: Loop, num_steps: int, end: str) -> None:
+    def broken(_: Any) -> None:
+        raise BrokenError("the forward")
+
+    generation = make_request(prompt(0, 20), new_tokens=90)
+    scoring = score_request(prompt(3, 9), [[token] * 40 for token in range(3, 20)])
+    jobs = (
+        Stubborn("0", generation, Start(), loop.serving),
+        StubbornScoring("1", scoring, Start(), loop.serving),
+    )
+    for job in jobs:
+        loop.add(job)
+    if end != "step":
+        loop.generate("2", make_request(prompt(2), new_tokens=50))
+    for _ in range(num_steps):
+        loop.step()
+    with capture_logs() as logs:
+        if end == "step":
+            loop.decoder.before_forward = broken
+            for _ in range(3):  # both, whether or not they share a step
+                loop.step()
+            loop.decoder.before_forward = lambda batch: None
+        for job in jobs:
+            if end == "cancel":
+                loop.cancel(job.id)
+            job.deadline_s = 0.0
+        loop.step()
+    assert sorted(log["job"] for log in logs if "was dropped" in log["event"]) == ["0", "1"]
+    assert all(isinstance(loop.error(job.id), EngineError) for job in jobs)
+    loop.generate("3", make_request(prompt(3), new_tokens=9))
+    loop.drain()
+    if end != "step":
+        assert loop.token_ids("2") == loop.decoder.greedy(prompt(2), 50)
+    assert loop.token_ids("3") == loop.decoder.greedy(prompt(3), 9)
+
+
+def test_a_step_with_what_a_job_left_behind_fails_once(loop: Loop) -> None:
+    class Leaving(Generation):
+        def abort(self, scheduler: Any) -> None:
+            pass
+
+    loop.add(Leaving("bad", make_request(prompt(0), new_tokens=90), Start(), loop.serving))
+    loop.step()
+    loop.cancel("bad")
+    loop.generate("1", make_request(prompt(1), new_tokens=9))
+    loop.step()
+    assert isinstance(loop.error("1"), RequestFailedError)
+    loop.generate("2", make_request(prompt(2), new_tokens=9))
+    loop.drain()
+    assert loop.token_ids("2") == loop.decoder.greedy(prompt(2), 9)
+
+
+class Spoiling(Generation):
+    """Leaves its sequence in a state that no schedule can be made with."""
+
+    spoils_at = 1
+    num_ticks = 0
+
+    def tick(self, scheduler: Any, now_s: float) -> Any:
+        self.num_ticks += 1
+        if self.num_ticks == self.spoils_at:
+            self._sequence.token_ids = cast(Any, None)
+        return super().tick(scheduler, now_s)
+
+
+@pytest.mark.parametrize("at_tick", [1, 2, 3, 6])
+@pytest.mark.parametrize("num_others", [0, 1, 12])
+def test_a_schedule_that_fails_ends_all_requests_and_the_engine_goes_on(
+    loop: Loop, at_tick: int, num_others: int
+) -> None:
+    good = [seed for seed in range(40) if POISON not in loop.decoder.greedy(prompt(seed), 20)][:12]
+    for number in range(num_others):
+        loop.generate(str(number), make_request(prompt(good[number]), new_tokens=20))
+    loop.score("score", score_request(prompt(3), [[token] * 20 for token in range(3, 20)]))
+    bad = Spoiling("bad", make_request(prompt(4), new_tokens=20, priority=1), Start(), loop.serving)
+    bad.spoils_at = at_tick
+    loop.add(bad)
+    with capture_logs() as logs:
+        for _ in range(at_tick):
+            loop.step()
+    (log,) = logs
+    assert isinstance(log["exc_info"], TypeError)
+    for name in ("bad", "score", *map(str, range(num_others))):
+        error = loop.error(name)
+        assert isinstance(error, RequestFailedError)
+        assert error.error_id == log["error_id"]
+    assert not loop.engine.has_work
+    assert loop.engine.is_idle
+    assert loop.engine.allocator.num_free == loop.num_blocks
+    for seed in good:
+        loop.generate(f"later {seed}", make_request(prompt(seed), new_tokens=9))
+    loop.score("later", score_request(prompt(3), [[7, 8], [9, 8]]))
+    loop.drain()
+    for seed in good:
+        assert loop.token_ids(f"later {seed}") == loop.decoder.greedy(prompt(seed), 9)
+    assert isinstance(loop.last("later"), ScoreOutput)
+
+
+def test_an_engine_whose_schedules_all_fail_gives_up(loop: Loop) -> None:
+    def fail_some() -> None:
+        for count in range(100):
+            loop.add(Spoiling(str(count), make_request(prompt(0)), Start(), loop.serving))
+            loop.step()
+
+    with pytest.raises(TypeError):
+        fail_some()
+    assert 2 < len(loop.events) < 20
+    assert all(isinstance(loop.error(name), RequestFailedError) for name in loop.events)
 
 
 def test_an_engine_whose_steps_all_fail_gives_up(loop: Loop) -> None:

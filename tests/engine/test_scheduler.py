@@ -1,7 +1,10 @@
 import pytest
+import torch
 
 from manyhats.adapters.finish_rate import FinishRate
+from manyhats.adapters.primitives import PromptEmbeddings
 from manyhats.engine.errors import FieldInvalidError, QueueFullError
+from manyhats.engine.prefix import VirtualTokens
 from manyhats.engine.scheduler import Schedule, SchedulerConfig
 from manyhats.engine.sequence import Sequence, SequenceStatus
 from scheduling import ToyEngine, make_scheduler, make_sequence
@@ -304,6 +307,60 @@ def test_finishing_frees_everything_whenever_it_happens(moment: str) -> None:
     assert scheduler.allocator.num_used == len(other.block_table)
     engine.drain()
     assert other.num_output_tokens == 9
+
+
+def test_what_is_cleared_holds_nothing_and_all_starts_anew() -> None:
+    scheduler = make_scheduler(waiting=2, sequences=2)
+    virtual = VirtualTokens(PromptEmbeddings(torch.zeros(6, 1)))
+    engine = ToyEngine(scheduler)
+    for _ in range(2):
+        sequences = [
+            make_sequence("task", [0] * 6 + [1], 9, cache_key=b"task", virtual=virtual),
+            make_sequence("paused", range(9), 9),
+            make_sequence("runs", range(10), 9),
+            make_sequence("waits", range(11), 9),
+        ]
+        for sequence in sequences[:2]:
+            scheduler.add(sequence)
+        engine.step()
+        assert virtual.held is not None
+        prefix = scheduler.hold(sequences[1], 5)
+        scheduler.pause(sequences[1])
+        for sequence in sequences[2:]:
+            scheduler.add(sequence)
+        scheduler.schedule()
+        scheduler.finish(sequences[0])
+        scheduler.clear()
+        assert all(sequence.is_finished for sequence in sequences)
+        assert virtual.held is None
+        assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_paused) == (0, 0, 0)
+        assert scheduler.allocator.num_free == 64
+        for sequence in sequences:
+            scheduler.finish(sequence)
+        scheduler.release(prefix)
+        assert scheduler.allocator.num_free == 64
+    scheduler.add(make_sequence("later", range(20), 3))
+    assert engine.drain() > 0
+
+
+def test_dropping_a_job_takes_its_sequences_and_prefixes_and_no_others() -> None:
+    scheduler = make_scheduler(sequences=2)
+    engine = ToyEngine(scheduler)
+    runs, pauses, other = (make_sequence(name, range(9), 9) for name in ("job", "job", "other"))
+    scheduler.add(runs)
+    scheduler.add(pauses)
+    engine.step()
+    scheduler.hold(runs, 5)
+    scheduler.pause(pauses)
+    scheduler.add(other)
+    scheduler.add(make_sequence("job", range(9), 9, arrival=1.0))
+    engine.step()
+    assert scheduler.num_waiting == 1
+    assert scheduler.drop("job") == 3
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_paused) == (1, 0, 0)
+    engine.drain()
+    assert scheduler.allocator.num_used == 0
+    assert scheduler.drop("job") == 0
 
 
 def test_blocks_freed_during_a_step_come_back_at_its_end() -> None:

@@ -21,7 +21,6 @@ from manyhats.engine.errors import (
     DrainingError,
     EngineDeadError,
     EngineError,
-    QueueFullError,
 )
 from manyhats.engine.generation import Generation
 from manyhats.engine.internal_jobs import InternalJobs
@@ -326,20 +325,18 @@ class AsyncEngine:
             return Start()
         started = time.monotonic()
         resident = self._residency.try_acquire(adapter)
-        if resident is None:
-            num_waiting = self._engine.scheduler.num_waiting + self._loading.num_waiting
-            if num_waiting >= self.config.max_waiting:
-                wait_s = self._engine.scheduler.rate.wait_s(num_waiting)
-                raise QueueFullError(self.config.max_waiting, wait_s)
-            limit_s = None if request.deadline_s is None else request.deadline_s - started
-            try:
-                async with asyncio.timeout(limit_s) as limit:
-                    resident = await self._loading.acquire(adapter)
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-                raise DeadlineExceededError("the deadline passed while the adapter was waited for") from None
-        return Start(resident.slot, resident.virtual, time.monotonic() - started)
+        if resident is not None:
+            return Start(resident.slot, resident.virtual, time.monotonic() - started)
+        self._engine.scheduler.check_queue(self._loading.num_waiting)
+        limit_s = None if request.deadline_s is None else request.deadline_s - started
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                resident = await self._loading.acquire(adapter)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceededError("the deadline passed while the adapter was waited for") from None
+        return Start(resident.slot, resident.virtual, time.monotonic() - started, has_waited=True)
 
     def _check_accepting(self) -> None:
         self._check_running()

@@ -16,10 +16,12 @@ class SharedPrefix:
     Attributes:
         block_ids: in order; the last may be filled in part.
         num_tokens: how many tokens they hold.
+        job_id: of the job that gives them back; empty for virtual tokens.
     """
 
     block_ids: tuple[int, ...]
     num_tokens: int
+    job_id: str = ""
 
 
 class BlockAllocator:
@@ -40,6 +42,11 @@ class BlockAllocator:
             raise ValueError(f"a pool needs blocks and tokens, not {num_blocks} blocks of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Make every block free, whoever holds it."""
+        num_blocks = self.num_blocks
         self._num_refs = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()

@@ -72,6 +72,7 @@ class Engine:
     """Runs jobs to their end. Not thread-safe; ``AsyncEngine`` gives it a thread.
 
     What a job raises ends that job alone; what a step raises as a whole, such as the forward, ends the step's jobs.
+    What the scheduler raises ends all jobs, since it may have been left in any state: it then starts anew.
     """
 
     def __init__(
@@ -108,15 +109,20 @@ class Engine:
     def add(self, job: Job) -> tuple[Event, ...]:
         """Takes a job in; the event says why not, where it can't."""
         events: list[Event] = []
-        self._jobs[job.id] = job
-        with self._alone(job, events):
-            job.start(self.scheduler)
+        with self._together(events):
+            self._jobs[job.id] = job
+            with self._alone(job, events):
+                job.start(self.scheduler)
         return tuple(events)
 
     def cancel(self, job_id: str) -> tuple[Event, ...]:
         """Ends a job at once; its blocks are free when this returns. Unknown ids are passed over."""
+        events: list[Event] = []
         job = self._jobs.get(job_id)
-        return () if job is None else (self._fail(job, RequestCancelledError("cancelled")),)
+        if job is not None:
+            with self._together(events):
+                events.append(self._fail(job, RequestCancelledError("cancelled")))
+        return tuple(events)
 
     def step(self) -> StepResult:
         """One turn: ends what the clock ends, then runs the next batch, if there is one.
@@ -124,9 +130,19 @@ class Engine:
         Raises:
             Exception: what a step failed with as a whole, after several in a row that did.
         """
+        events: list[Event] = []
+        try:
+            return self._step(events)
+        except Exception as error:
+            self._start_over(error, events)
+            if self._num_failed_steps >= _MAX_FAILED_STEPS:
+                raise
+            return StepResult(tuple(events), None)
+
+    def _step(self, events: list[Event]) -> StepResult:
         started = time.monotonic()
         num_jobs = len(self._jobs)
-        events = self._tick(started)
+        self._tick(started, events)
         schedule = self.scheduler.schedule()
         if not schedule.chunks:
             is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
@@ -150,18 +166,19 @@ class Engine:
                 self._cache.write(fill.block_ids, keys, values)
 
     def drop_all(self, error: EngineError) -> tuple[Event, ...]:
-        """Ends every job with an error."""
-        return tuple(self._fail(job, error) for job in tuple(self._jobs.values()))
+        """Ends every job with an error, whatever state the scheduler is in."""
+        events = tuple(Event(name, error, True) for name in self._jobs)
+        self._jobs.clear()
+        self.scheduler.clear()
+        return events
 
-    def _tick(self, now_s: float) -> list[Event]:
-        events: list[Event] = []
+    def _tick(self, now_s: float, events: list[Event]) -> None:
         for job in tuple(self._jobs.values()):
             if job.deadline_s is not None and now_s >= job.deadline_s:
                 events.append(self._fail(job, DeadlineExceededError("the deadline passed")))
                 continue
             with self._alone(job, events):
                 self._emit(job, job.tick(self.scheduler, now_s), events)
-        return events
 
     def _commit(self, schedule: Schedule, logits: Tensor, started: float, events: list[Event]) -> None:
         """Samples, scores, and moves every sequence of the step on; a row with bad logits ends its job alone."""
@@ -240,8 +257,31 @@ class Engine:
         except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
             events.append(self._fail(job, _unexpected(error, job.id)))
 
+    @contextmanager
+    def _together(self, events: list[Event]) -> Iterator[None]:
+        """What is raised in this block ends all jobs."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 whatever it is, requests that come later have no part in it
+            self._start_over(error, events)
+
+    def _start_over(self, error: Exception, events: list[Event]) -> None:
+        """Ends all jobs, so that those that come later have no part in it."""
+        self._num_failed_steps += 1
+        events += self.drop_all(_unexpected(error, *self._jobs))
+
     def _fail(self, job: Job, error: EngineError) -> Event:
-        job.abort(self.scheduler)
+        try:
+            job.abort(self.scheduler)
+        except Exception as failure:  # noqa: BLE001 whatever it is, other jobs have no part in it
+            num_left = self.scheduler.drop(job.id)
+            _log.error(
+                "a request could not be ended properly and was dropped",
+                job=job.id,
+                sequences=num_left,
+                reason=str(error),
+                exc_info=failure,
+            )
         del self._jobs[job.id]
         return Event(job.id, error, True)
 
@@ -253,8 +293,12 @@ class Engine:
         sequences = (*(chunk.sequence for chunk in schedule.chunks), *schedule.started)
         names = {sequence.id for sequence in sequences}
         failure = _unexpected(error, *sorted(names))
-        for job in [job for name, job in self._jobs.items() if name in names]:
-            events.append(self._fail(job, failure))
+        for name in sorted(names):
+            job = self._jobs.get(name)
+            if job is not None:
+                events.append(self._fail(job, failure))
+            else:
+                self.scheduler.drop(name)  # what a job left behind that has ended
         for fill in schedule.prefix_fills:
             self.scheduler.forget(fill.virtual)  # it may not have come to that
         self.scheduler.commit(schedule)  # all of its sequences are finished: their blocks come free

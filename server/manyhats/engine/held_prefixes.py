@@ -28,13 +28,17 @@ class HeldPrefixes:
         return iter(self._held)
 
     def hold(
-        self, block_ids: Sequence[int], num_tokens: int, virtual: VirtualTokens | None = None
+        self,
+        block_ids: Sequence[int],
+        num_tokens: int,
+        virtual: VirtualTokens | None = None,
+        job_id: str = "",
     ) -> SharedPrefix:
-        """Keeps the first blocks of a sequence, which have so many tokens; ``virtual`` if those are virtual ones."""
+        """Keeps the first blocks of a sequence, which have so many tokens: virtual ones, or a job's own."""
         blocks = tuple(block_ids[: self._allocator.num_blocks_for(num_tokens)])
         for block_id in blocks:
             self._allocator.ref(block_id)
-        prefix = SharedPrefix(blocks, num_tokens)
+        prefix = SharedPrefix(blocks, num_tokens, job_id)
         self._held[prefix] = virtual
         if virtual is not None:
             virtual.held = prefix
@@ -51,6 +55,13 @@ class HeldPrefixes:
             if virtual is not None:
                 virtual.held = None
             self._free(prefix.block_ids)
+
+    def clear(self) -> None:
+        """Forgets all of them; their blocks are forgotten elsewhere."""
+        for virtual in self._held.values():
+            if virtual is not None:
+                virtual.held = None
+        self._held.clear()
 
     def make_room(self, num_blocks: int, spared: Collection[SharedPrefix]) -> bool:
         """Gives back virtual tokens that no running sequence has, until so many blocks have come free.

@@ -13,6 +13,9 @@ once nothing runs. One that does not fit yet is passed by later ones that do, bu
 The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go ahead of every
 request, and neither ``max_waiting`` nor ``max_num_sequences`` holds for them. In turn a step in which others decode
 takes few of their tokens, so that it grows by half at most.
+
+``max_waiting`` refuses requests that come, once. It refuses none that has waited for its adapter before, and none of
+the continuations of a scoring that has begun, which steady newcomers could otherwise keep out for good.
 """
 
 from __future__ import annotations
@@ -55,8 +58,9 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # sorted by _waiting_rank
         self._running: list[Sequence] = []  # sorted by rank
         self._prefixes = HeldPrefixes(allocator, self._free)
+        self._paused: set[Sequence] = set()
+        self._num_counted = 0  # of those that wait
         self._num_added = 0
-        self.num_paused = 0
         self.rate = FinishRate()  # of requests' sequences
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
@@ -72,20 +76,38 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_paused(self) -> int:
+        """Sequences that wait for ``resume``."""
+        return len(self._paused)
+
+    @property
     def has_work(self) -> bool:
         """Whether any sequence is unfinished and not paused."""
         return bool(self._running or self._waiting)
+
+    def check_queue(self, num_elsewhere: int = 0) -> None:
+        """See that one more may wait; from any thread.
+
+        Args:
+            num_elsewhere: those that wait before they are added.
+
+        Raises:
+            QueueFullError: ``max_waiting`` wait.
+        """
+        num_ahead = self._num_counted + num_elsewhere
+        if num_ahead >= self.config.max_waiting:
+            raise QueueFullError(self.config.max_waiting, self.rate.wait_s(num_ahead))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
 
         Raises:
-            QueueFullError: ``max_waiting`` sequences wait, and it is not internal.
+            QueueFullError: ``max_waiting`` sequences wait; never where it is internal, a continuation, or has waited.
             FieldInvalidError: it could never run to ``max_num_tokens`` in this pool.
             ValueError: it contradicts itself, or was added before.
         """
-        if len(self._waiting) >= self.config.max_waiting and not sequence.is_internal:
-            raise QueueFullError(self.config.max_waiting, self.rate.wait_s(len(self._waiting)))
+        if sequence.is_counted and not sequence.has_waited:
+            self.check_queue()
         check_addable(sequence, self.allocator)
         priority = _INTERNAL_PRIORITY if sequence.is_internal else sequence.priority
         sequence.rank = (-priority, sequence.arrival, self._num_added)
@@ -148,11 +170,33 @@ class Scheduler:
             sequence.block_table = []
         elif sequence.status is SequenceStatus.WAITING:
             self._dequeue(sequence)
-        elif sequence.status is SequenceStatus.PAUSED:
-            self.num_paused -= 1
-        if sequence.status is not SequenceStatus.FINISHED and not sequence.is_internal:
+        self._paused.discard(sequence)
+        if sequence.status is not SequenceStatus.FINISHED and sequence.is_counted:
             self.rate.finished()
         sequence.status = SequenceStatus.FINISHED
+
+    def drop(self, job_id: str) -> int:
+        """Finish and release what a job has failed to; how many sequences that were."""
+        left = [sequence for sequence in self._unfinished() if sequence.id == job_id]
+        for sequence in left:
+            self.finish(sequence)
+        for prefix in [prefix for prefix in self._prefixes if prefix.job_id == job_id]:
+            self.release(prefix)
+        return len(left)
+
+    def clear(self) -> None:
+        """Start anew, whatever has gone wrong: no sequence, no prefix and no block is held or cached any more."""
+        for sequence in self._unfinished():
+            sequence.status = SequenceStatus.FINISHED
+            sequence.block_table = []
+        self._waiting.clear()
+        self._running.clear()
+        self._paused.clear()
+        self._num_counted = 0
+        self._prefixes.clear()
+        self._in_flight = None
+        self._freed_in_flight.clear()
+        self.allocator.clear()
 
     def pause(self, sequence: Sequence) -> None:
         """Leave a sequence out until ``resume``; it holds no blocks meanwhile, but the prefix cache keeps full ones."""
@@ -163,12 +207,12 @@ class Scheduler:
         else:
             return
         sequence.status = SequenceStatus.PAUSED
-        self.num_paused += 1
+        self._paused.add(sequence)
 
     def resume(self, sequence: Sequence) -> None:
         """Let a paused sequence take its turn again, ahead of those that have not begun."""
         if sequence.status is SequenceStatus.PAUSED:
-            self.num_paused -= 1
+            self._paused.remove(sequence)
             self._enqueue(sequence)
 
     def hold(self, sequence: Sequence, num_tokens: int) -> SharedPrefix:
@@ -186,7 +230,7 @@ class Scheduler:
         """
         if not 1 <= num_tokens <= sequence.num_computed_tokens or not sequence.block_table:
             raise ValueError(f"sequence {sequence.id} has {sequence.num_computed_tokens} tokens computed")
-        return self._prefixes.hold(sequence.block_table, num_tokens)
+        return self._prefixes.hold(sequence.block_table, num_tokens, job_id=sequence.id)
 
     def release(self, prefix: SharedPrefix) -> None:
         """Give a held prefix back. Safe to repeat, and after the scheduler has taken it back."""
@@ -197,11 +241,16 @@ class Scheduler:
         if virtual.held is not None:
             self._prefixes.release(virtual.held)
 
+    def _unfinished(self) -> tuple[Sequence, ...]:
+        return (*self._running, *self._waiting, *self._paused)
+
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
+        self._num_counted += sequence.is_counted
         insort(self._waiting, sequence, key=_waiting_rank)
 
     def _dequeue(self, sequence: Sequence) -> None:
+        self._num_counted -= sequence.is_counted
         del self._waiting[bisect_left(self._waiting, _waiting_rank(sequence), key=_waiting_rank)]
 
     def _free(self, block_ids: Seq[int]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from manyhats.engine.blocks import SharedPrefix
-from manyhats.engine.errors import QueueFullError
 from manyhats.engine.jobs import Output, SampledToken, token_output
 from manyhats.engine.kernels.interface import Kernels
 from manyhats.engine.logprobs import token_logprobs
@@ -53,7 +52,6 @@ class Scoring:
         num_given = request.num_given or (0,) * len(request.continuations)
         self._branches = [_Branch(*each) for each in zip(request.continuations, num_given, strict=True)]
         self._unqueued: Iterator[_Branch] = iter(())
-        self._next: _Branch | None = None
         self._running: dict[Sequence, _Branch] = {}
         self._prompt: Sequence | None = None
         self._prefix: SharedPrefix | None = None
@@ -150,18 +148,13 @@ class Scoring:
             len(self._running) < _MAX_QUEUED
             and self._num_queued_tokens < scheduler.config.max_num_batched_tokens
         ):
-            branch = self._next or next(self._unqueued, None)
+            branch = next(self._unqueued, None)
             if branch is None:
                 return
-            self._next = branch
             sequence = self._new_branch_sequence(branch)
+            sequence.is_continuation = True
             sequence.arrival = now_s
-            try:
-                scheduler.add(sequence)
-            except QueueFullError:
-                del self._running[sequence]
-                return  # tried again at the next tick
-            self._next = None
+            scheduler.add(sequence)
 
     @property
     def _num_queued_tokens(self) -> int:

@@ -43,6 +43,9 @@ class Sequence:
         uses_prefix_cache: whether it takes blocks from the prefix cache and leaves its own there.
         is_internal: the engine's own, no request's; see ``Scheduler``.
         is_bulk: of a scoring that takes several steps; see ``Step``.
+        has_waited: its request has waited for an adapter, and had its turn: no full queue refuses it.
+        is_continuation: of a scoring that has begun, and that bounds how many there are: no full queue refuses it, nor
+            does it fill one.
         num_prompt_tokens: ``len(token_ids)`` when it was made.
         num_computed_tokens: tokens whose KV is in its blocks.
         block_table: its blocks in order; while it runs, they cover all its tokens.
@@ -69,6 +72,8 @@ class Sequence:
     uses_prefix_cache: bool = True
     is_internal: bool = False
     is_bulk: bool = False
+    has_waited: bool = False
+    is_continuation: bool = False
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = field(default=0, init=False)
     block_table: list[int] = field(default_factory=list, init=False)
@@ -103,6 +108,11 @@ class Sequence:
     def num_scored(self) -> int:
         """Positions whose logits are still needed, beside the last token's."""
         return 0 if self.logits_from is None else len(self.token_ids) - self.logits_from
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is one of ``max_waiting`` while it waits."""
+        return not (self.is_internal or self.is_continuation)
 
     @property
     def output_token_ids(self) -> list[int]:

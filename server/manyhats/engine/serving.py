@@ -15,11 +15,12 @@ from manyhats.engine.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a request begins: the slot of its adapter, its virtual tokens, and what loading it took."""
+    """Where a request begins: the slot of its adapter, its virtual tokens, how long it waited for them, if it did."""
 
     slot: int = 0
     virtual: VirtualTokens | None = None
     adapter_load_s: float = 0.0
+    has_waited: bool = False
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -87,6 +88,7 @@ def new_sequence(
         arrival=request.accepted_s,
         shared=shared,
         virtual=start.virtual,
+        has_waited=start.has_waited,
     )
 
 
