@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from typing import Any, cast
@@ -154,6 +155,42 @@ async def test_who_leaves_while_waiting_gives_the_turn_to_the_next(model: Loaded
         assert loader.loaded == ["held", "b"]
 
 
+@pytest.mark.parametrize("leave", ["cancelled", "deadline", "warming"])
+async def test_nothing_is_kept_of_those_who_leave_while_others_wait_on(
+    leave: str, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "_WARM_WAIT_S", 0.05)
+    loader = Loader(model)
+    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+        stream = await hold(engine, "held")
+        patient = [asyncio.create_task(collect(engine, ask(task))) for task in ("first", "leaves 1", "last")]
+        await until(lambda: engine.stats.num_waiting == 3)
+
+        def call(task: str) -> Any:
+            if leave == "warming":
+                return engine.warm_adapter(make_record(task))
+            soon = time.monotonic() + 0.05 if leave == "deadline" else None
+            return collect(engine, ask(task, deadline_s=soon))
+
+        async def come_and_go() -> None:
+            calls = [asyncio.create_task(call(f"leaves {number % 3}")) for number in range(60)]
+            await asyncio.sleep(0.01)
+            if leave == "cancelled":
+                for each in calls:
+                    each.cancel()
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(result, BaseException) for result in results)
+
+        for _ in range(3):
+            await come_and_go()
+        gc.collect()
+        kept = [each.task_id for each in gc.get_objects() if type(each) is AdapterRecord]
+        assert sum(task.startswith("leaves") for task in kept) == 1, "the one who still waits"
+        await stream.aclose()
+        await asyncio.wait_for(asyncio.gather(*patient), 20)
+        assert loader.loaded == ["held", "first", "leaves 1", "last"]
+
+
 async def test_a_load_that_fails_gives_its_slot_to_the_next(model: LoadedModel) -> None:
     async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
         stream = await hold(engine, "held")
@@ -178,6 +215,34 @@ async def test_beyond_max_waiting_the_queue_is_full(model: LoadedModel) -> None:
         await asyncio.wait_for(collect(engine, ask("held")), 20)
         await stream.aclose()
         await asyncio.wait_for(asyncio.gather(*waiting), 20)
+
+
+async def test_who_has_waited_for_an_adapter_finds_no_full_queue_behind_it(model: LoadedModel) -> None:
+    loader, go = Loader(model), threading.Event()
+
+    def load(record: AdapterRecord) -> LoweredAdapter:
+        assert record.task_id != "cold" or go.wait(20)
+        return loader(record)
+
+    score = ScoreRequest(
+        id="s", prompt_token_ids=(5, 6), continuations=((7, 8), (9, 10)), adapter=make_record("cold")
+    )
+    async with running_engine(model, load, max_num_sequences=1, max_waiting=3) as engine:
+        running = asyncio.create_task(collect(engine, make_request(PROMPT, new_tokens=490)))
+        await until(lambda: engine.stats.num_running == 1)
+        cold = [asyncio.create_task(collect(engine, ask("cold"))) for _ in range(2)]
+        scoring = asyncio.create_task(engine.score(score))
+        await until(lambda: engine.stats.num_waiting == 3)
+        hot = [asyncio.create_task(collect(engine, make_request(PROMPT))) for _ in range(3)]
+        await until(lambda: engine.stats.num_waiting == 6)
+        with pytest.raises(QueueFullError):
+            await collect(engine, make_request(PROMPT))
+        with pytest.raises(QueueFullError):
+            await collect(engine, ask("cold"))
+        go.set()
+        await until(lambda: not engine.stats.waiting_tasks)
+        assert not running.done(), "the queue was full when they came to it"
+        await asyncio.wait_for(asyncio.gather(*cold, scoring, *hot, running), 60)
 
 
 async def test_draining_lets_those_who_wait_have_their_turn_and_a_stop_ends_the_wait(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -37,7 +37,9 @@ class AdapterLoading:
     def __init__(self, residency: AdapterResidency, background: Background) -> None:
         self._residency = residency
         self._threads = background.threads(_NUM_THREADS, "adapter-loader")
-        self._queue: OrderedDict[str, deque[_Waiter]] = OrderedDict()  # by digest, the first to ask first
+        self._queue: OrderedDict[str, dict[_Waiter, None]] = (
+            OrderedDict()
+        )  # by digest, the first to ask first
         self._tasks: Counter[str] = Counter()
         self._names: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -123,7 +125,7 @@ class AdapterLoading:
     async def _queued(self, waiter: _Waiter, max_wait_s: float | None) -> Claim:
         """A slot, when this one's turn has come."""
         self._loop = asyncio.get_running_loop()
-        self._queue.setdefault(waiter.record.digest, deque()).append(waiter)
+        self._queue.setdefault(waiter.record.digest, {})[waiter] = None
         self._serve()  # a slot may have come free on another thread just before
         try:
             async with asyncio.timeout(max_wait_s):
@@ -136,8 +138,14 @@ class AdapterLoading:
             raise
 
     def _leave(self, waiter: _Waiter) -> None:
-        """Gives a claim back that came too late."""
-        if waiter.claimed.done() and not waiter.claimed.cancelled() and waiter.claimed.exception() is None:
+        """Takes out who still waits; gives a claim back that came too late."""
+        digest = waiter.record.digest
+        waiters = self._queue.get(digest, {})
+        if waiter in waiters:
+            del waiters[waiter]
+            if not waiters:
+                del self._queue[digest]
+        elif waiter.claimed.done() and not waiter.claimed.cancelled() and waiter.claimed.exception() is None:
             loaded = asyncio.wrap_future(waiter.claimed.result().loaded)
             loaded.add_done_callback(lambda done: self._release_unused(waiter.record, done))
 
@@ -164,13 +172,13 @@ class AdapterLoading:
         while self._queue:
             digest, waiters = next(iter(self._queue.items()))
             while waiters:
-                waiter = waiters[0]
+                waiter = next(iter(waiters))
                 if not waiter.claimed.done():
                     claim = self._claim(waiter.record, waiter.lowered, is_first=True)
                     if claim is None:
                         return
                     waiter.claimed.set_result(claim)
-                waiters.popleft()
+                del waiters[waiter]
             del self._queue[digest]
 
     def _give_up_cancelled(self, record: AdapterRecord, filling: Future[None]) -> None:
