@@ -160,6 +160,19 @@ def test_whatever_is_asked_is_answered_or_closed_and_the_port_goes_on(
         assert get(port.address, "/healthz") == "ok\n"
 
 
+@pytest.mark.parametrize(
+    "line", [b"GET /healthz", b"GET /metrics", b"GET /nothing", b"PUT /readyz", b"HEAD /healthz", b"a b c d"]
+)
+@pytest.mark.parametrize("version", [b" HTTP/1.0", b" HTTP/1.1", b" HTTP/9.9", b""])
+def test_no_answer_names_versions_of_what_made_it(line: bytes, version: bytes) -> None:
+    with http_port() as port, connected(port.address) as client:
+        client.sendall(line + version + b"\r\n\r\n")
+        answer = said(client)
+    for name in (b"Python", b"WSGI", sys.version.split()[0].encode()):
+        assert name not in answer
+    assert (b"\r\nServer: manyhats\r\n" in answer) == answer.startswith(b"HTTP/")
+
+
 def test_the_port_stops_while_callers_are_connected() -> None:
     with ExitStack() as stack:
         with http_port() as port:

@@ -264,6 +264,16 @@ async def test_both_formats_are_served_by_the_accept_header() -> None:
     assert {"manyhats_requests", "vllm:lora_requests_info"} <= names
 
 
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+@pytest.mark.parametrize("version", ["x", "1.x", ".", "1..0", "-", "1,0", "\u00b2", "9" * 5000, "", "=", "0"])
+async def test_a_format_that_cannot_be_read_is_answered_in_plain_text(kind: str, version: str) -> None:
+    async with running_server() as server:
+        found, text = await asyncio.to_thread(_get, server, f"{kind}; version={version}; q=zz; escaping=\xff")
+    is_latest = kind == "application/openmetrics-text" and version == ""
+    assert found.startswith(kind if is_latest else "text/plain")
+    assert "# TYPE manyhats_requests" in text
+
+
 async def test_scrape_is_answered_while_the_event_loop_is_busy() -> None:
     async with running_server() as server:
         # Called on the loop's own thread: were the port on the loop, this would never return.

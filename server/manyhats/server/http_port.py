@@ -13,9 +13,10 @@ from contextlib import suppress
 from io import BytesIO
 from threading import Thread
 from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import choose_encoder
 
 from manyhats.server.errors import AddressError
 from manyhats.server.gate import Gate, ServingState
@@ -33,7 +34,7 @@ def make_app(gate: Gate, registry: CollectorRegistry) -> WSGIApplication:
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
-            return metrics(environ, start_response)
+            return metrics(_with_known_format(environ), start_response)
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             return _plain(
                 environ, start_response, "405 Method Not Allowed", "use GET", ("Allow", "GET, HEAD")
@@ -50,6 +51,15 @@ def make_app(gate: Gate, registry: CollectorRegistry) -> WSGIApplication:
         return _plain(environ, start_response, "404 Not Found", "try /metrics, /healthz or /readyz")
 
     return app
+
+
+def _with_known_format(environ: WSGIEnvironment) -> WSGIEnvironment:
+    """A request for metrics; one whose ``Accept`` cannot be read is for plain text."""
+    try:
+        choose_encoder(environ.get("HTTP_ACCEPT", ""))
+    except (TypeError, ValueError):  # a version that is no number
+        return {**environ, "HTTP_ACCEPT": "text/plain"}
+    return environ
 
 
 def _plain(
@@ -209,6 +219,13 @@ class _Answerer(WSGIServer):
         return _Handler(request, address, self).answer
 
 
+_SOFTWARE = "manyhats"  # in the header Server: no versions
+
+
+class _Response(ServerHandler):
+    server_software = _SOFTWARE
+
+
 class _Handler(WSGIRequestHandler):
     default_request_version = "HTTP/1.0"  # so that what cannot be read gets an answer with a status
 
@@ -217,6 +234,20 @@ class _Handler(WSGIRequestHandler):
         request: Any = self.request
         self.rfile = BytesIO(request)
         self.wfile = self._written = BytesIO()
+
+    def handle(self) -> None:
+        """Answer one request."""
+        self.raw_requestline = self.rfile.readline()  # the whole head has a limit
+        if self.parse_request():
+            environ = self.get_environ()
+            output: Any = self.wfile
+            response = _Response(self.rfile, output, self.get_stderr(), environ, multithread=False)
+            response.request_handler = self  # type: ignore[attr-defined]  # what it logs to
+            response.run(self.server.get_app())  # type: ignore[attr-defined]
+
+    def version_string(self) -> str:
+        """The header Server of an answer to what cannot be read."""
+        return _SOFTWARE
 
     def finish(self) -> None:
         """Keep what was written."""
