@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import pytest
 from tokenizers import pre_tokenizers
@@ -160,6 +162,44 @@ async def test_a_text_that_cannot_fit_does_not_wait_for_those_that_are_tokenized
         assert not all(call.done() for call in calls)
         await asyncio.gather(*calls)
     assert refusal.reason == "PROMPT_TOO_LONG"
+
+
+class Watched(Tokenizer):
+    """Keeps where its conversations were tokenized."""
+
+    threads: ClassVar[list[threading.Thread]] = []
+
+    def chat_prompt(
+        self, messages: Any, template: str | None = None, *, max_tokens: int | None = None
+    ) -> Any:
+        self.threads.append(threading.current_thread())
+        return super().chat_prompt(messages, template, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("count", "role", "content", "is_inline"),
+    [
+        (1024, "r" * 64, "", False),
+        (64, "r" * 64, "", False),
+        (1024, "r", "", False),
+        (600, "é" * 2, "", False),
+        (20, "\N{TOP HAT}" * 64, "", False),
+        (1, "user", "x" * 2049, False),
+        (1, "user", "x" * 1900, True),
+        (10, "user", "x" * 100, True),
+    ],
+)
+async def test_conversations_of_many_or_long_roles_are_tokenized_beside_the_event_loop(
+    count: int, role: str, content: str, is_inline: bool
+) -> None:
+    special = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
+    watched = Watched(tiny_tokenizer(), special_tokens=special, chat_template=CHAT_TEMPLATE)
+    messages = [pb.ChatMessage(role=role, content=content)] * count
+    Watched.threads.clear()
+    async with running_server(tokenizer=watched) as server:
+        await server.generation.Tokenize(pb.TokenizeRequest(chat=pb.ChatMessages(messages=messages)))
+    (thread,) = Watched.threads
+    assert (thread is threading.current_thread()) == is_inline
 
 
 @pytest.mark.parametrize("is_byte_level", [True, False])

@@ -161,6 +161,28 @@ async def test_a_message_of_countless_parts_is_refused_unread(numbers: tuple[int
     assert "fields" not in few.message
 
 
+_CHAT = bytes([CHAT[0] << 3 | 2])
+_GROUP, _END = _varint(100 << 3 | 3), _varint(100 << 3 | 4)  # of a field that no message has
+BROKEN = {
+    "a number of too many bits": _CHAT + b"\x0c" + b"\xff" * 12,
+    "a number that goes on behind its part": _CHAT + b"\x01\x80",
+    "a part that ends behind the message": _CHAT + b"\x7f",
+    "a type that is none": _CHAT + b"\x01\x0f",
+    "text that is not all there": _CHAT + b"\x02\x0a\x7f",
+}
+HIDDEN = {name: _GROUP + data + _END for name, data in BROKEN.items() if "behind the message" not in name}
+
+
+@pytest.mark.parametrize("last", [*BROKEN.values(), *HIDDEN.values()])
+async def test_one_broken_part_does_not_hide_countless_others(last: bytes) -> None:
+    async with running_server() as server:
+        million = empty_parts(*CHAT, count=900_000)
+        behind = await refused(send(server, *GENERATE, million + last))
+        within = await refused(send(server, *GENERATE, empty_parts(*CHAT, count=32_000) + last + million))
+    assert behind.message == "request: has more than 32768 fields, with those of its parts"
+    assert within.fields == ("request",)
+
+
 @pytest.mark.parametrize(
     ("method", "limit"), [("Generate", 2 * 2**20), ("Tokenize", 2 * 2**20), ("Score", 4 * 2**20)]
 )

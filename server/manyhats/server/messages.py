@@ -6,7 +6,7 @@ reads a message holding the interpreter lock, which takes most of a second for s
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,8 @@ from google.protobuf.message import DecodeError
 from manyhats.engine.errors import FieldInvalidError
 
 Deserializer = Callable[[bytes], Any]
+# Where a message lies in its bytes, and what it is.
+_Part = tuple[int, int, Descriptor]
 
 MIB = 1024 * 1024
 # A text of the greatest length, or ids of the longest context, with all else that there may be.
@@ -63,49 +65,69 @@ def tolerant(deserialize: Deserializer | None) -> Deserializer | None:
 
 
 def _has_too_many_parts(data: bytes, descriptor: Descriptor) -> bool:
-    """Whether a message has more than ``_MAX_PARTS`` fields, by its wire format alone; false if that is broken."""
+    """Whether a message has more than ``_MAX_PARTS`` fields, by its wire format alone.
+
+    A part that is broken counts up to there: so far it would be read.
+    """
     num_parts = 0
-    pending: list[tuple[int, int, Descriptor]] = [(0, len(data), descriptor)]
-    try:
-        while pending:
-            at, end, message = pending.pop()
-            while at < end:
-                num_parts += 1
-                if num_parts > _MAX_PARTS:
-                    return True
-                key, at = _varint(data, at)
-                match key & 7:
-                    case 0:
-                        _, at = _varint(data, at)
-                    case 1:
-                        at += 8
-                    case 2:
-                        length, at = _varint(data, at)
-                        field = message.fields_by_number.get(key >> 3)
-                        if field is not None and field.message_type is not None:
-                            pending.append((at, at + length, field.message_type))
-                        at += length
-                    case 5:
-                        at += 4
-    except (IndexError, ValueError):
-        return False
+    pending: list[_Part] = [(0, len(data), descriptor)]
+    while pending:
+        for inner in _fields(data, *pending.pop()):
+            num_parts += 1
+            if num_parts > _MAX_PARTS:
+                return True
+            if inner is not None:
+                pending.append(inner)
     return False
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _fields(data: bytes, at: int, end: int, message: Descriptor) -> Iterator[_Part | None]:
+    """The fields between two offsets, up to one that is broken; of those that are messages, where they lie."""
+    depth = 0  # of groups, which no message of ours has: what is in them is not read
+    try:
+        while at < end:
+            key, at = _varint(data, at, end)
+            inner = None
+            match key & 7:
+                case 0:
+                    _, at = _varint(data, at, end)
+                case 1:
+                    at += 8
+                case 2:
+                    length, at = _varint(data, at, end)
+                    begin, at = at, at + length
+                    field = message.fields_by_number.get(key >> 3)
+                    if depth == 0 and at <= end and field is not None and field.message_type is not None:
+                        inner = (begin, at, field.message_type)
+                case 3:
+                    depth += 1
+                case 4:
+                    depth -= 1
+                case 5:
+                    at += 4
+                case _:
+                    return
+            yield inner
+    except ValueError:
+        return
+
+
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     """A number, and where it ends.
 
     Raises:
-        IndexError, ValueError: it has no end.
+        ValueError: it does not end before ``end``, or has more than 64 bits.
     """
     value = 0
     for shift in range(0, 7 * _MAX_VARINT_BYTES, 7):
+        if at >= end:
+            break
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise ValueError("a number of more than 64 bits")
+    raise ValueError("a number that does not end")
 
 
 def check_readable(request: object) -> None:

@@ -16,6 +16,8 @@ from manyhats.server.text_threads import BRIEF_LENGTH, slices
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_CHAT_MESSAGES = 1024
 MAX_ROLE_LENGTH = 64
+# What a template writes around each message, in characters.
+_MESSAGE_LENGTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,8 @@ def _length(prompt: _Encodable) -> int:
         case TextPrompt() | _RenderedChat():
             return len(prompt.text)
         case ChatPrompt():
-            return prompt.num_bytes
+            roles = sum(len(message.role.encode()) for message in prompt.messages)
+            return prompt.num_bytes + roles + _MESSAGE_LENGTH * len(prompt.messages)
 
 
 def _check_size(field: str, num_bytes: int) -> None:
