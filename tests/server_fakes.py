@@ -461,8 +461,9 @@ async def running_server(
     store: Store | None = None,
     tokenizer: Tokenizer | None = None,
     max_calls: int = 1000,
+    **limits: Any,
 ) -> AsyncIterator[Running]:
-    """A server on fakes and free ports; with ``is_open`` false it is still loading."""
+    """A server on fakes and free ports; with ``is_open`` false it is still loading. ``limits`` are the gRPC port's."""
     engine, store = EchoEngine(), store or MemoryStore()
     metrics, gate = Metrics(max_task_labels=max_task_labels), Gate(heartbeat_limit_s=5.0, max_calls=max_calls)
     backend = make_backend(engine, store, tokenizer)
@@ -471,7 +472,7 @@ async def running_server(
         gate.open(backend)
     http = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0)
     http.start()
-    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0)
+    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, **limits)
     await port.start()
     try:
         async with grpc.aio.insecure_channel(port.address) as channel:

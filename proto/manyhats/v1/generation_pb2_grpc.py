@@ -70,9 +70,11 @@ class GenerationServiceServicer:
     def Generate(self, request, context):
         """Generates one answer and sends it whole.
 
-        Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
-        (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED (QUEUE_FULL), UNAVAILABLE (LOADING, DRAINING), INTERNAL (NUMERICAL_ERROR),
-        DEADLINE_EXCEEDED, CANCELLED.
+        Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED where what the request forbids leaves no
+        token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
+        (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD where the caller does not read its answer), UNAVAILABLE (LOADING,
+        DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
+        DEADLINE_EXCEEDED, CANCELLED. All methods of this service have them; an answer has at most 256 MiB.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -96,7 +98,8 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Gives the tokens a prompt becomes. Computes nothing on the model.
+        """Gives the tokens a prompt becomes: at most 262144, whose texts have at most 8 MiB together. Computes nothing on the
+        model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

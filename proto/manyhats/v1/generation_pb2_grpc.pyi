@@ -40,9 +40,11 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Generates one answer and sends it whole.
 
-    Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
-    (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED (QUEUE_FULL), UNAVAILABLE (LOADING, DRAINING), INTERNAL (NUMERICAL_ERROR),
-    DEADLINE_EXCEEDED, CANCELLED.
+    Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED where what the request forbids leaves no
+    token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
+    (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD where the caller does not read its answer), UNAVAILABLE (LOADING,
+    DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
+    DEADLINE_EXCEEDED, CANCELLED. All methods of this service have them; an answer has at most 256 MiB.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateStreamResponse]
@@ -53,7 +55,9 @@ class GenerationServiceStub:
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
     """Gives the log-probability of each continuation after one prompt, which is computed once."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
-    """Gives the tokens a prompt becomes. Computes nothing on the model."""
+    """Gives the tokens a prompt becomes: at most 262144, whose texts have at most 8 MiB together. Computes nothing on the
+    model.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -67,9 +71,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates one answer and sends it whole.
 
-    Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
-    (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED (QUEUE_FULL), UNAVAILABLE (LOADING, DRAINING), INTERNAL (NUMERICAL_ERROR),
-    DEADLINE_EXCEEDED, CANCELLED.
+    Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED where what the request forbids leaves no
+    token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
+    (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD where the caller does not read its answer), UNAVAILABLE (LOADING,
+    DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
+    DEADLINE_EXCEEDED, CANCELLED. All methods of this service have them; an answer has at most 256 MiB.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
@@ -80,7 +86,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
     """Gives the log-probability of each continuation after one prompt, which is computed once."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Gives the tokens a prompt becomes. Computes nothing on the model."""
+    """Gives the tokens a prompt becomes: at most 262144, whose texts have at most 8 MiB together. Computes nothing on the
+    model.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates and scores text on the base model or on one of its tasks.
@@ -97,9 +105,11 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_generation_pb2.GenerateResponse, _abc.Awaitable[_generation_pb2.GenerateResponse]]:
         """Generates one answer and sends it whole.
 
-        Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION
-        (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED (QUEUE_FULL), UNAVAILABLE (LOADING, DRAINING), INTERNAL (NUMERICAL_ERROR),
-        DEADLINE_EXCEEDED, CANCELLED.
+        Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED where what the request forbids leaves no
+        token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
+        (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD where the caller does not read its answer), UNAVAILABLE (LOADING,
+        DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
+        DEADLINE_EXCEEDED, CANCELLED. All methods of this service have them; an answer has at most 256 MiB.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
 
@@ -128,6 +138,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.TokenizeResponse, _abc.Awaitable[_generation_pb2.TokenizeResponse]]:
-        """Gives the tokens a prompt becomes. Computes nothing on the model."""
+        """Gives the tokens a prompt becomes: at most 262144, whose texts have at most 8 MiB together. Computes nothing on the
+        model.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import structlog
@@ -16,7 +16,8 @@ from google.rpc import status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from manyhats.adapters.errors import shown
-from manyhats.engine.errors import FieldInvalidError, StreamUnreadError
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.server.answers import Answers
 from manyhats.server.from_proto import task_of
 from manyhats.server.gate import Gate
 from manyhats.server.messages import check_readable, readable, tolerant
@@ -29,7 +30,6 @@ _DEADLINE_SLACK_S = 0.1
 _TIMED_METHODS = frozenset({"Generate", "GenerateStream", "Score"})
 _log = structlog.get_logger("manyhats.calls")
 
-T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
@@ -40,13 +40,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Args:
         gate: admits calls.
         metrics: counts them.
-        unread_limit_s: a stream of which nothing is read for so long is ended.
+        answers: sends what they are answered with.
     """
 
-    def __init__(self, gate: Gate, metrics: Metrics, unread_limit_s: float) -> None:
-        self._unread_limit_s = unread_limit_s
+    def __init__(self, gate: Gate, metrics: Metrics, answers: Answers) -> None:
         self._gate = gate
         self._metrics = metrics
+        self._answers = answers
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -76,59 +76,56 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_unary_rpc_method_handler(refuse)
 
     def _wrapped(self, handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
-        async def unary(request: Any, context: Context) -> Any:
-            async def respond() -> Any:
+        # Every answer is written from here, a single one too, as a stream of one looks the same to its caller: it is
+        # sent, or given up, while the call is inside the gate and before it counts as answered. A stream that is
+        # written rather than yielded has its servicer's generator, and with it the engine's, closed at once when the
+        # call is cancelled, instead of when it is collected.
+        serialize, send = handler.response_serializer, self._answers.send
+
+        async def unary(request: Any, context: Context) -> None:
+            async def respond() -> None:
                 check_readable(request)
-                return await handler.unary_unary(request, context)
+                await send(serialize(await handler.unary_unary(request, context)), context)
 
-            return await self._observed(method, request, context, respond)
+            await self._observed(method, request, context, respond)
 
-        async def upload(requests: Any, context: Context) -> Any:
+        async def upload(requests: Any, context: Context) -> None:
             first = _Named()
-            messages = first.noted(readable(requests))
-            return await self._observed(
-                method, first, context, lambda: handler.stream_unary(messages, context)
-            )
+
+            async def respond() -> None:
+                messages = first.noted(readable(requests))
+                answer = serialize(await handler.stream_unary(messages, context))
+                await send(answer, context, is_first=False)  # the method has begun its answer
+
+            await self._observed(method, first, context, respond)
 
         async def stream(request: Any, context: Context) -> None:
-            # Written from here rather than yielded, so that a cancelled call closes the servicer's generator,
-            # and with it the engine's, at once instead of when it is collected.
-            async def send() -> None:
+            async def respond() -> None:
                 check_readable(request)
                 responses: AsyncGenerator[Any, None] = handler.unary_stream(request, context)
                 async with aclosing(responses):
+                    is_first = True
                     async for response in responses:
-                        await self._write(response, context)
+                        await send(serialize(response), context, is_first=is_first)
+                        is_first = False
 
-            await self._observed(method, request, context, send)
+            await self._observed(method, request, context, respond)
 
-        serializers = (tolerant(handler.request_deserializer), handler.response_serializer)
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(stream, *serializers)
+        deserialize = tolerant(handler.request_deserializer)
         if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(upload, *serializers)
-        return grpc.unary_unary_rpc_method_handler(unary, *serializers)
-
-    async def _write(self, response: Any, context: Context) -> None:
-        """Sends a piece of an answer; waits while the caller does not read, but not for ever."""
-        try:
-            async with asyncio.timeout(self._unread_limit_s) as limit:
-                await context.write(response)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise StreamUnreadError(self._unread_limit_s) from None
-        except grpc.aio.InternalError as error:  # the caller has gone; the call is about to be cancelled
-            raise asyncio.CancelledError from error
+            return grpc.stream_stream_rpc_method_handler(upload, deserialize)
+        return grpc.unary_stream_rpc_method_handler(
+            stream if handler.response_streaming else unary, deserialize
+        )
 
     async def _observed(
-        self, method: str, request: Any, context: Context, respond: Callable[[], Awaitable[T]]
-    ) -> T:
+        self, method: str, request: Any, context: Context, respond: Callable[[], Awaitable[None]]
+    ) -> None:
         structlog.contextvars.clear_contextvars()
         call = _Call(method, request, time.monotonic())
         try:
             with self._gate.admitted():
-                answer = await respond()
+                await respond()
         except asyncio.CancelledError:
             remaining_s = context.time_remaining()
             is_late = remaining_s is not None and remaining_s <= _DEADLINE_SLACK_S
@@ -141,7 +138,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await context.abort_with_status(rpc_status.to_status(_logged_status(error, method)))
             raise
         self._finished(call, grpc.StatusCode.OK)
-        return answer
 
     def _finished(self, call: _Call, code: grpc.StatusCode) -> None:
         seconds = time.monotonic() - call.begin_s

@@ -103,7 +103,7 @@ class ServeConfig:
         max_transfers: uploads, and downloads of adapters, at a time.
         max_task_labels: tasks with metrics of their own.
         drain_limit_s: how long running requests may go on at shutdown.
-        unread_limit_s: a stream of which nothing is read for so long is ended.
+        unread_limit_s: an answer of which nothing is read for so long is given up.
         heartbeat_limit_s: an engine silent for longer is not healthy.
         log_level, log_format: of stderr; ``json`` also makes the ready line on stdout JSON.
 

@@ -5,6 +5,7 @@ ServerError
 ├── AddressError        a port that cannot be bound
 ├── LoadingError        the model is not loaded yet
 ├── TooManyCallsError   try again later
+│   └── UnreadAnswersError          large answers wait for their callers
 ├── UploadStalledError  a caller began an upload and sends no more
 ├── UnauthenticatedError
 │   ├── CredentialMissingError  the call shows no token
@@ -55,6 +56,18 @@ class TooManyCallsError(ServerError):
         super().__init__(f"{limit} calls are being answered, which is the limit; try again soon")
         self.limit = limit
         self.retry_after_s = retry_after_s
+
+
+class UnreadAnswersError(TooManyCallsError):
+    """Another large answer has no room beside those that their callers have not read; ``limit`` is in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        ServerError.__init__(
+            self,
+            f"answers wait to be read by their callers, and {limit} bytes of them is the limit; try again soon",
+        )
+        self.limit = limit
+        self.retry_after_s = 1.0
 
 
 class UploadStalledError(ServerError):

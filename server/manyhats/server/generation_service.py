@@ -32,7 +32,9 @@ _INLINE_ENTRIES = 120
 # What adding a token to a message takes, in characters to tokenize.
 _TEXT_LENGTH = 20
 
-MAX_TOKENIZED = 256 * 1024  # tokens in the answer of Tokenize
+# In the answer of Tokenize: tokens, and bytes of their texts.
+MAX_TOKENIZED = 256 * 1024
+MAX_TOKENIZED_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +121,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Give the tokens of a prompt."""
         backend = self._gate.backend
         tokenizer = await tokenizer_of(backend, resolve(backend, request.task_id))
-        (ids,) = await encode_prompts(
-            backend, [from_proto.prompt(request)], tokenizer=tokenizer, max_tokens=MAX_TOKENIZED
+        prompt = from_proto.prompt(request)
+        (ids,) = await encode_prompts(backend, [prompt], tokenizer=tokenizer, max_tokens=MAX_TOKENIZED)
+        piece = (tokenizer or backend.tokenizer).piece
+        respond = partial(
+            to_proto.tokenize_response, ids, piece, field=prompt.field, max_bytes=MAX_TOKENIZED_BYTES
         )
-        respond = partial(to_proto.tokenize_response, ids, (tokenizer or backend.tokenizer).piece)
         return await backend.text_threads.run(respond, len(ids))
 
     async def _outputs(self, asked: Request) -> AsyncGenerator[StepOutput, None]:

@@ -8,6 +8,7 @@ from grpc_reflection.v1alpha import reflection
 
 from manyhats.engine.config import EngineConfig
 from manyhats.server.adapter_service import AdapterService
+from manyhats.server.answers import MAX_ANSWER_BYTES, Answers
 from manyhats.server.authorization import AuthorizationInterceptor, Authorizer, everything
 from manyhats.server.calls import CallInterceptor
 from manyhats.server.errors import AddressError
@@ -34,7 +35,6 @@ SERVICES = tuple(
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 # The gate counts calls whose message has come, and refuses more with details; this bounds those that send none, too.
 _MAX_OPEN_CALLS = 16_384
-MAX_RESPONSE_BYTES = 256 * 1024 * 1024  # prompt_logprobs with 100 alternatives on a long prompt
 
 
 class GrpcPort:
@@ -47,7 +47,8 @@ class GrpcPort:
         tls: encrypts; None serves in the clear.
         authorizer: knows callers; None lets everybody do everything.
         max_connections: more are closed as they come.
-        unread_limit_s: a stream of which nothing is read for so long is ended.
+        unread_limit_s: an answer of which nothing is read for so long is given up.
+        max_answer_bytes: of one answer, and of all the large ones together that wait for their callers to read.
 
     Raises:
         AddressError: the address cannot be bound.
@@ -64,16 +65,22 @@ class GrpcPort:
         authorizer: Authorizer | None = None,
         max_connections: int = 4096,
         unread_limit_s: float = EngineConfig().unread_limit_s,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         self.health = HealthFollower(gate, SERVICES)
-        interceptors: list[grpc.aio.ServerInterceptor] = [CallInterceptor(gate, metrics, unread_limit_s)]
+        answers = Answers(unread_limit_s=unread_limit_s, max_bytes=max_answer_bytes)
+        interceptors: list[grpc.aio.ServerInterceptor] = [CallInterceptor(gate, metrics, answers)]
         scope_of = everything
         if authorizer is not None:
             interceptors.append(AuthorizationInterceptor(authorizer))
             scope_of = authorizer.scope
         self._server = grpc.aio.server(
             interceptors=interceptors,
-            options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections)),
+            options=(
+                *_OPTIONS,
+                ("grpc.max_send_message_length", max_answer_bytes),
+                ("grpc.max_allowed_incoming_connections", max_connections),
+            ),
             maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
@@ -118,7 +125,6 @@ def join_host_port(host: str, port: int) -> str:
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
     # A second server on the same port must fail, not share its calls.
     ("grpc.so_reuseport", 0),
     # With more calls than this at once, gRPC would cancel some without a word; they are for the gate to refuse.

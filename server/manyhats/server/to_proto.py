@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState
+from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.output import (
     FinishReason,
     ScoreOutput,
@@ -81,12 +82,25 @@ def num_entries(tokens: Iterable[TokenOutput]) -> int:
     return sum(1 + len(token.top) for token in tokens)
 
 
-def tokenize_response(ids: Sequence[int], piece: Callable[[int], str]) -> generation_pb2.TokenizeResponse:
-    """Token ids and the text of each, in slices: other threads run in between."""
+def tokenize_response(
+    ids: Sequence[int], piece: Callable[[int], str], *, field: str, max_bytes: int
+) -> generation_pb2.TokenizeResponse:
+    """Token ids and the text of each, in slices: other threads run in between.
+
+    Raises:
+        FieldInvalidError: the texts have more than ``max_bytes`` together; it names ``field``.
+    """
     response = generation_pb2.TokenizeResponse()
+    num_bytes = 0
     for part in slices(ids):
+        pieces = [piece(token_id) for token_id in part]
+        num_bytes += sum(len(text.encode()) for text in pieces)
+        if num_bytes > max_bytes:
+            raise FieldInvalidError(
+                field, f"its tokens have more than {max_bytes} bytes of text together, which is the limit"
+            )
         response.ids.extend(part)
-        response.pieces.extend(map(piece, part))
+        response.pieces.extend(pieces)
     return response
 
 
