@@ -329,7 +329,7 @@ def write_rows(path: Path, *completions: str) -> str:
     [
         ({"eval": "none.jsonl"}, DataError, "none.jsonl: cannot be read"),
         ({"labels": ["a", "b"]}, DataError, "its completion 'c' is none of the 2 labels"),
-        ({"labels": ["a", "c", "x" * 600]}, DataError, "no room for the longest label of 600"),
+        ({"labels": ["a", "c", "x" * 600]}, DataError, "no room for the longest label"),
         ({"labels": ["a", "a"]}, SettingError, "labels: 'a' comes twice"),
     ],
 )
@@ -380,7 +380,11 @@ def test_what_cannot_be_trained_cannot_be_predicted(
         ("lora", {"rank_pattern": {"q_proj": 300}}, "rank_pattern: is 300; the limit is 256"),
         ("lora", {"rank_pattern": {"nonsense": 3}}, "rank_pattern: 'nonsense' matches none of the modules"),
         ("dora", {"alpha_pattern": {"lm_head": 3}}, "alpha_pattern: 'lm_head' matches none of the modules"),
-        ("lora", {"rank_pattern": {".*": 3}}, "rank_pattern: .* is a regular expression"),
+        (
+            "lora",
+            {"rank_pattern": {".*": 3}},
+            "rank_pattern: the key .* is more of a regular expression than is matched",
+        ),
         ("prompt", {"num_virtual_tokens": 4097}, "num_virtual_tokens: is 4097; the limit is 4096"),
         ("prefix", {"num_virtual_tokens": 511}, "num_virtual_tokens: leaves no room for a row"),
     ],

@@ -26,7 +26,7 @@ from manyhats.trainer.errors import (
     OutputError,
     SettingError,
 )
-from manyhats.trainer.events import Event, ScoringProgress, StepReport
+from manyhats.trainer.events import Event, ScoringProgress, StepReport, TokenizingProgress
 from manyhats.trainer.interrupt import TrainingInterrupted
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.report import TrainingReport
@@ -315,7 +315,7 @@ def test_output_is_where_it_is_asked_for(task: TinyTask) -> None:
         (
             {"labels": (*LABELS, "x" * 600)},
             DataError,
-            r"eval\.jsonl:1: .* no room for the longest label of 600",
+            r"eval\.jsonl:1: .* no room for the longest label",
         ),
     ],
 )
@@ -325,7 +325,7 @@ def test_what_is_wrong_with_the_data_is_said_before_the_first_step(
     steps: list[Event] = []
     with pytest.raises(error, match=message):
         train(task.settings(data=data), task.model, listener=steps.append)
-    assert steps == []
+    assert not [event for event in steps if not isinstance(event, TokenizingProgress)]
 
 
 def test_a_training_that_does_not_begin_leaves_no_directory(task: TinyTask, tmp_path: Path) -> None:
