@@ -222,8 +222,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         started = [s for s in sequences if before[s][0] is SequenceStatus.WAITING]
         left = [s for s in waiting if before[s][0] is SequenceStatus.WAITING]
         for sequence in left:
-            is_long = sequence.num_left > self.scheduler.config.max_num_batched_tokens
-            if awaits_virtual(sequence, self.live) or sequence.is_bulk or is_long:
+            config = self.scheduler.config
+            is_long = sequence.num_left > config.max_num_batched_tokens
+            has_many_rows = sequence.num_scored > config.max_bulk_tokens
+            if awaits_virtual(sequence, self.live) or sequence.is_bulk or is_long or has_many_rows:
                 continue  # it waits for something else than blocks, too
             short = [other for other in started if not self._is_bulk(other)]
             is_passed = any(queue_rank(other) > queue_rank(sequence) for other in short)
