@@ -30,19 +30,7 @@ from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, ResponseOptions, SamplingParams, StoppingParams
 from manyhats.engine.serving import Start
 from manyhats.engine.tokenizer import Tokenizer
-from tiny_models import make_checkpoint, save_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(directory)
-    return Tokenizer.from_directory(directory)
-
-
-@pytest.fixture
-def loop(tokenizer: Tokenizer) -> Loop:
-    return Loop(tokenizer)
+from tiny_models import make_checkpoint
 
 
 def start(loop: Loop, name: str, request: Request, backlog: Backlog) -> None:

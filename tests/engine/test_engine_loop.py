@@ -21,19 +21,7 @@ from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput
 from manyhats.engine.request import SamplingParams, StoppingParams
 from manyhats.engine.schedule import SchedulerConfig
 from manyhats.engine.tokenizer import Tokenizer
-from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, save_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(directory)
-    return Tokenizer.from_directory(directory)
-
-
-@pytest.fixture
-def loop(tokenizer: Tokenizer) -> Loop:
-    return Loop(tokenizer)
+from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
 
 
 def test_generations_that_join_and_leave_at_any_step_say_what_each_says_alone(loop: Loop) -> None:

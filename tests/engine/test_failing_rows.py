@@ -32,20 +32,7 @@ from manyhats.engine.output import ScoreOutput
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest
 from manyhats.engine.scoring import Scoring
 from manyhats.engine.serving import Start
-from manyhats.engine.tokenizer import Tokenizer
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(directory)
-    return Tokenizer.from_directory(directory)
-
-
-@pytest.fixture
-def loop(tokenizer: Tokenizer) -> Loop:
-    return Loop(tokenizer)
+from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 
 
 class BrokenError(Exception):
