@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 # What serving and training need, and what the developers' tools need besides.
 RUN_STAMP := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
-# Files are compiled when they are first imported: most never are.
 # For pip, while it installs torch: such as an index of CPU builds, which are a tenth of the size.
 TORCH_ARGS ?=
+# Files are compiled when they are first imported, since most never are. Where the environment forbids Python to keep
+# what it compiled, every process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 

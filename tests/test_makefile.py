@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -107,3 +108,21 @@ def third_party_imports(path: Path) -> set[str]:
 def test_make_run_installs_no_developers_tool() -> None:
     assert not requirements_of("train") & DEVELOPERS_TOOLS
     assert requirements_of("dev") >= DEVELOPERS_TOOLS
+
+
+def test_what_python_compiles_is_kept_whatever_the_environment_says() -> None:
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "--eval", "show: ; @env", "show"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = {line.partition("=")[0] for line in shown.stdout.splitlines()}
+    assert "PYTHONUNBUFFERED" in names
+    assert "PYTHONDONTWRITEBYTECODE" not in names
+
+
+def test_make_run_installs_what_transformers_reads_the_default_model_with() -> None:
+    assert requirements_of("train") >= {"accelerate", "gguf"}
