@@ -66,12 +66,11 @@ class StopChecker:
             text to let out, without what ended it unless ``include_stop_sequence``; and why it ended, or None.
             When it ended, nothing is held back any more.
         """
+        if self.leaves_out(token_id, num_generated):
+            is_eos = token_id in self._eos_token_ids
+            return self.flush(), FinishReason.EOS if is_eos else FinishReason.STOP_SEQUENCE
         may_stop = num_generated >= self._params.min_new_tokens
-        if may_stop and token_id in self._eos_token_ids:
-            return self.flush(), FinishReason.EOS
         is_stop_token = may_stop and token_id in self._stop_token_ids
-        if is_stop_token and not self._params.include_stop_sequence:
-            return self.flush(), FinishReason.STOP_SEQUENCE
         held, seen = self._held, self._held + self._pending
         self._pending = "" if is_stop_token else pending
         text = self._held = held + text_delta
