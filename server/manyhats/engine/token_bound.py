@@ -48,21 +48,16 @@ def token_bound(backend: Backend) -> TokenBound | None:
     """
     normalizers = list(_steps(backend.normalizer, "normalizers"))
     pre_tokenizers = list(_steps(backend.pre_tokenizer, "pretokenizers"))
-    added = list(backend.get_added_tokens_decoder().values())
     shrinkage = _shrinkage(normalizers)
     if shrinkage is None or not all(map(_keeps_text, pre_tokenizers)):
         return None
-    if not isinstance(backend.model, models.BPE) or any(token.lstrip or token.rstrip for token in added):
+    if not isinstance(backend.model, models.BPE):
         return None
     reads_bytes = any(step["type"] == "ByteLevel" for step in (*normalizers, *pre_tokenizers))
     ordinary = _bytes_bound(backend) if reads_bytes else _fallback_bound(backend)
     if ordinary is None:
         return None
-    literals = [token.content for token in added]
-    if backend.normalizer is not None:
-        literals += [backend.normalizer.normalize_str(literal) for literal in literals]
-    longest = max([ordinary.bytes_per_token, *(len(literal.encode()) for literal in literals)])
-    return TokenBound(longest * shrinkage, ordinary.uncounted)
+    return extended_bound(TokenBound(ordinary.bytes_per_token * shrinkage, ordinary.uncounted), backend)
 
 
 def extended_bound(bound: TokenBound, backend: Backend) -> TokenBound | None:
