@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from tokenizers import Encoding
+from tokenizers import Encoding, models
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.errors import FieldInvalidError
@@ -209,15 +209,11 @@ def is_byte_level(backend: Backend) -> bool:
 
 def special_tokens_ahead(backend: Backend) -> tuple[int, ...]:
     """The tokens that the post-processor puts ahead of a text."""
-    for text in ("a", " ", "0", "\n"):
-        try:
-            encoding = backend.encode(text, add_special_tokens=True)
-        except Exception:  # noqa: BLE001 - a plain one, where there is neither the text nor the unknown token
-            continue
-        own = [place for place, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
-        if own:
-            return tuple(encoding.ids[: own[0]])
-    return tuple(backend.encode("", add_special_tokens=True).ids)
+    # The text of another model: this one may have no token for it.
+    text = Backend(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
+    encoding = backend.post_process(text)
+    own = [place for place, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+    return tuple(encoding.ids[: own[0]] if own else encoding.ids)
 
 
 def head_of(own: Sequence[int], ahead: Sequence[int]) -> tuple[int, ...]:
