@@ -45,6 +45,7 @@ class TokenizerFiles:
         special_tokens: ``special_tokens_map.json``.
         added_tokens: ``added_tokens.json``.
         model_config: ``config.json``, of the model.
+        chat_template: Jinja source of the default one; None if there is none.
     """
 
     origin: str
@@ -54,6 +55,7 @@ class TokenizerFiles:
     special_tokens: Mapping[str, Any]
     added_tokens: Mapping[str, Any]
     model_config: Mapping[str, Any]
+    chat_template: str | None
 
     def error(self, name: str, message: str) -> ModelError:
         """The error that names a file."""
@@ -86,42 +88,35 @@ def parse_files(files: Mapping[str, bytes], origin: str) -> TokenizerFiles:
         origin: what errors call the place they are from.
 
     Raises:
-        ModelError: there is no ``tokenizer.json``, or one of the files is not a JSON object.
+        ModelError: there is no ``tokenizer.json``, or one of the files is not a JSON object, or the chat template's
+            not UTF-8.
     """
     if TOKENIZER_FILE not in files:
         raise ModelError(
             f"{origin}: has no {TOKENIZER_FILE}; save the tokenizer with transformers to get one"
         )
+    tokenizer = _read_object(files, TOKENIZER_FILE, origin)
+    config = _read_object(files, TOKENIZER_CONFIG_FILE, origin)
     return TokenizerFiles(
         origin=origin,
         tokenizer_json=files[TOKENIZER_FILE],
-        tokenizer=_read_object(files, TOKENIZER_FILE, origin),
-        config=_read_object(files, TOKENIZER_CONFIG_FILE, origin),
+        tokenizer=tokenizer,
+        config=config,
         special_tokens=_read_object(files, SPECIAL_TOKENS_FILE, origin),
         added_tokens=_read_object(files, ADDED_TOKENS_FILE, origin),
         model_config=_read_object(files, MODEL_CONFIG_FILE, origin),
+        chat_template=_chat_template(files, config, origin),
     )
 
 
-def read_chat_template(files: Mapping[str, bytes], origin: str) -> str | None:
-    """The default chat template: a file of its own, or in ``tokenizer_config.json``, alone or among named ones.
-
-    Args:
-        files: name, one of ``TEXT_FILES``, → content.
-        origin: what errors call the place they are from.
-
-    Returns:
-        Jinja source; None if there is none.
-
-    Raises:
-        ModelError: the file is not UTF-8, or the config is not a JSON object.
-    """
+def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any], origin: str) -> str | None:
+    """The default chat template: a file of its own, or in ``tokenizer_config.json``, alone or among named ones."""
     if TEMPLATE_FILE in files:
         try:
             return files[TEMPLATE_FILE].decode()
         except UnicodeDecodeError as error:
             raise ModelError(f"{origin}/{TEMPLATE_FILE}: not UTF-8: {error}") from error
-    template = _read_object(files, TOKENIZER_CONFIG_FILE, origin).get("chat_template")
+    template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):

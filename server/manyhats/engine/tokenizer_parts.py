@@ -27,7 +27,6 @@ from manyhats.engine.tokenizer_files import (
     TOKENIZER_FILE,
     TokenizerFiles,
     parse_files,
-    read_chat_template,
 )
 
 
@@ -60,10 +59,9 @@ def read_tokenizer(files: Mapping[str, bytes], origin: str) -> TokenizerParts:
         ModelError: there is no ``tokenizer.json``, or one of the files cannot be read.
     """
     parsed = parse_files(files, origin)
-    template = read_chat_template(files, origin)
     name = class_name(parsed)
     if name is None or parsed.config.get("fix_mistral_regex"):
-        return _by_transformers(files, parsed, template)
+        return _by_transformers(files, parsed)
     declarations = read_declarations(parsed)
     backend = _backend(parsed)
     padding = backend.padding
@@ -80,7 +78,7 @@ def read_tokenizer(files: Mapping[str, bytes], origin: str) -> TokenizerParts:
     if rebuild is not None and rebuild.adds_named:
         add_tokens_as_special(backend, special)
     literals = {part: str(token) for part, token in special.parts.items()}
-    return _parts(backend, literals, template, declarations.fields)
+    return _parts(backend, literals, parsed.chat_template, declarations.fields)
 
 
 def _backend(files: TokenizerFiles) -> Backend:
@@ -120,9 +118,7 @@ def _parts(
     return TokenizerParts(backend, special_tokens, template, bool(cleans_up))
 
 
-def _by_transformers(
-    files: Mapping[str, bytes], parsed: TokenizerFiles, template: str | None
-) -> TokenizerParts:
+def _by_transformers(files: Mapping[str, bytes], parsed: TokenizerFiles) -> TokenizerParts:
     """The tokenizer of a class that is known to transformers alone: exact, but its import takes seconds."""
     from transformers import AutoTokenizer
 
@@ -150,4 +146,4 @@ def _by_transformers(
             "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
         )
     }
-    return _parts(backend, tokenizer.special_tokens_map, template, fields)
+    return _parts(backend, tokenizer.special_tokens_map, parsed.chat_template, fields)
