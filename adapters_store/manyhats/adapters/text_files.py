@@ -91,12 +91,21 @@ def check_text(files: Mapping[str, bytes | bytearray], check: TextCheck | None) 
     return TextFacts() if check is None else check(text)
 
 
+def decode_template(content: bytes | bytearray) -> str:
+    """The Jinja source in ``TEMPLATE_FILE``.
+
+    Raises:
+        AdapterInvalidError: it is not UTF-8.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise AdapterInvalidError(TEMPLATE_FILE, f"is not UTF-8 at byte {error.start}") from None
+
+
 def _check_form(files: Mapping[str, bytes | bytearray]) -> None:
     for name, content in files.items():
         if name == TEMPLATE_FILE:
-            try:
-                content.decode()
-            except UnicodeDecodeError as error:
-                raise AdapterInvalidError(name, f"is not UTF-8 at byte {error.start}") from None
+            decode_template(content)
         elif name != TOKENIZER_FILE:  # which is large, and read by its own library
             parse_json_object(bytes(content), name, max_bytes=MAX_BYTES[name], max_depth=_MAX_DEPTH)

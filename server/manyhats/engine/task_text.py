@@ -24,6 +24,7 @@ from manyhats.adapters.text_files import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     TextFacts,
+    decode_template,
     text_of,
 )
 from manyhats.engine.errors import ModelError
@@ -97,7 +98,7 @@ class TaskTexts:
 
     def _read(self, files: Mapping[str, bytes]) -> TaskText:
         if set(files) == {TEMPLATE_FILE}:
-            tokenizer = self.base.with_text(chat_template=_decoded(files[TEMPLATE_FILE]))
+            tokenizer = self.base.with_text(chat_template=decode_template(files[TEMPLATE_FILE]))
         else:
             tokenizer = self._tokenizer(files)
         template = tokenizer.chat_template
@@ -185,13 +186,6 @@ class TaskTexts:
         elif eos is not None and eos != self.base.special_tokens.get("eos_token"):
             notes.append(f"its answers also end with '{eos[:100]}'")
         return tuple(notes)
-
-
-def _decoded(template: bytes) -> str:
-    try:
-        return template.decode()
-    except UnicodeDecodeError as error:
-        raise AdapterInvalidError(TEMPLATE_FILE, f"is not UTF-8 at byte {error.start}") from None
 
 
 def _digest(files: Mapping[str, bytes]) -> str:
