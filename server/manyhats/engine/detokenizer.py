@@ -14,8 +14,7 @@ each token, the characters that no later token can change, so that its pieces jo
 from __future__ import annotations
 
 import codecs
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.decoder_chain import clean_up_steps, end_through, push_through, steps_for
 from manyhats.engine.decoder_steps import REPLACEMENT, Step, byte_of, byte_run, bytes_of
+from manyhats.engine.tokenizer_files import single_steps
 from manyhats.engine.vocabulary import Vocabulary, decoded, text_of
 
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -66,7 +66,7 @@ def pieces_for(
 
 
 def _pieces(backend: Backend, skip_special_tokens: bool) -> Pieces:
-    chain = _chain(None if backend.decoder is None else json.loads(backend.decoder.__getstate__()))
+    chain = single_steps(backend.decoder)
     if [each["type"] for each in chain] == ["ByteLevel"]:
         return BytePieces(backend, skip_special_tokens=skip_special_tokens)
     strip = _sentencepiece_strip(chain)
@@ -78,16 +78,7 @@ def _pieces(backend: Backend, skip_special_tokens: bool) -> Pieces:
     return WholePieces(backend, skip_special_tokens=skip_special_tokens)
 
 
-def _chain(description: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The decoders of a decoder, in their order."""
-    if description is None:
-        return []
-    if description["type"] != "Sequence":
-        return [description]
-    return [decoder for part in description["decoders"] for decoder in _chain(part)]
-
-
-def _sentencepiece_strip(chain: list[dict[str, Any]]) -> int | None:
+def _sentencepiece_strip(chain: Sequence[Mapping[str, Any]]) -> int | None:
     """How many leading spaces a SentencePiece decoder strips from a text; None if it is another decoder."""
     replace = {"type": "Replace", "pattern": {"String": _SPACE_MARK}, "content": " "}
     if chain[:3] != [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]:

@@ -7,18 +7,17 @@ prompt and continuation are tokenized as one text, and what both have in common 
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 from tokenizers import Encoding, models
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.tokenizer_files import single_steps
 
 TAIL_LENGTH = 512
 """Characters of a prompt's end that are tokenized with each continuation, where that tells as much as all of it."""
@@ -200,11 +199,11 @@ def is_byte_level(backend: Backend) -> bool:
     True of tokenizers that split words off and know every byte (GPT-2, Llama 3, Qwen), unless they put a space
     ahead of a text.
     """
-    parts = [*_parts(backend.normalizer), *_parts(backend.pre_tokenizer)]
+    steps = [*single_steps(backend.normalizer), *single_steps(backend.pre_tokenizer)]
     adds_space = any(
-        part["type"] in ("Prepend", "Metaspace") or part.get("add_prefix_space", False) for part in parts
+        step["type"] in ("Prepend", "Metaspace") or step.get("add_prefix_space", False) for step in steps
     )
-    return not adds_space and any(part["type"] == "ByteLevel" for part in parts)
+    return not adds_space and any(step["type"] == "ByteLevel" for step in steps)
 
 
 def special_tokens_ahead(backend: Backend) -> tuple[int, ...]:
@@ -257,15 +256,3 @@ def _num_common_last(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens both end with."""
     length = min(len(first), len(second))
     return _num_common(first[len(first) - length :][::-1], second[len(second) - length :][::-1])
-
-
-def _parts(component: Any) -> list[dict[str, Any]]:
-    """The descriptions of a normalizer or a pre-tokenizer, a sequence's each."""
-    return [] if component is None else _flat(json.loads(component.__getstate__()))
-
-
-def _flat(description: dict[str, Any]) -> list[dict[str, Any]]:
-    if description["type"] != "Sequence":
-        return [description]
-    items = description.get("normalizers", description.get("pretokenizers", []))
-    return [part for item in items for part in _flat(item)]

@@ -6,8 +6,7 @@ than the longest has, and that many bytes need that many tokens.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from manyhats.engine.decoder_steps import byte_alphabet
+from manyhats.engine.tokenizer_files import single_steps
 
 # Unicode's normal forms shorten a text at most fourfold in UTF-8: a mathematical letter of four bytes becomes ASCII.
 _UNICODE_SHRINKAGE = 4
@@ -46,8 +46,7 @@ def token_bound(backend: Backend) -> TokenBound | None:
         None where nothing is certain: a normalizer or pre-tokenizer may drop text (as may an added token that takes
         the white space around it), or the model has one unknown token for any number of characters.
     """
-    normalizers = list(_steps(backend.normalizer, "normalizers"))
-    pre_tokenizers = list(_steps(backend.pre_tokenizer, "pretokenizers"))
+    normalizers, pre_tokenizers = single_steps(backend.normalizer), single_steps(backend.pre_tokenizer)
     shrinkage = _shrinkage(normalizers)
     if shrinkage is None or not all(map(_keeps_text, pre_tokenizers)):
         return None
@@ -67,7 +66,7 @@ def extended_bound(bound: TokenBound, backend: Backend) -> TokenBound | None:
         None where nothing is certain.
     """
     added = list(backend.get_added_tokens_decoder().values())
-    shrinkage = _shrinkage(list(_steps(backend.normalizer, "normalizers")))
+    shrinkage = _shrinkage(single_steps(backend.normalizer))
     if shrinkage is None or any(token.lstrip or token.rstrip for token in added):
         return None
     literals = [token.content for token in added]
@@ -77,18 +76,7 @@ def extended_bound(bound: TokenBound, backend: Backend) -> TokenBound | None:
     return TokenBound(max(bound.bytes_per_token, longest), bound.uncounted)
 
 
-def _steps(component: Any, list_name: str) -> Iterator[dict[str, Any]]:
-    """The descriptions of a normalizer or pre-tokenizer, those of a sequence one by one."""
-    pending = [] if component is None else [json.loads(component.__getstate__())]
-    while pending:
-        description = pending.pop(0)
-        if description["type"] == "Sequence":
-            pending = [*description[list_name], *pending]
-        else:
-            yield description
-
-
-def _shrinkage(normalizers: list[dict[str, Any]]) -> int | None:
+def _shrinkage(normalizers: Sequence[Mapping[str, Any]]) -> int | None:
     """How many bytes may become one, by all the steps together; None if any number may."""
     product = 1
     for step in normalizers:
@@ -103,7 +91,7 @@ def _shrinkage(normalizers: list[dict[str, Any]]) -> int | None:
     return product
 
 
-def _keeps_text(pre_tokenizer: dict[str, Any]) -> bool:
+def _keeps_text(pre_tokenizer: Mapping[str, Any]) -> bool:
     kind = pre_tokenizer["type"]
     if kind in _KEEPS_UNLESS_REMOVED:
         return bool(pre_tokenizer["behavior"] != "Removed")

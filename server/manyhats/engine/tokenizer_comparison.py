@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.special_tokens import flags_of
-from manyhats.engine.tokenizer_files import TOKENIZER_FILE
+from manyhats.engine.tokenizer_files import TOKENIZER_FILE, steps_of
 from manyhats.engine.tokenizer_parts import read_tokenizer
 
 _PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -119,8 +119,8 @@ def _essence(component: Any, name: str) -> Any:
         return _added_around(component)
     if component.get("type") == "ByteLevel" and name in ("decoder", "post_processor"):
         return {"type": "ByteLevel"} if name == "decoder" else None
-    steps = next((component[key] for key in _STEPS if key in component), None)
-    if component.get("type") == "Sequence" and steps is not None:
+    steps = steps_of(component)
+    if steps is not None:
         kept = [step for step in (_essence(each, name) for each in steps) if step is not None]
         return kept[0] if len(kept) == 1 else kept or None
     return {key: _essence(value, name) for key, value in component.items() if key not in _IDLE_KEYS}
@@ -134,9 +134,6 @@ def _added_around(component: dict[str, Any]) -> list[Any] | None:
         for piece in component["single"]
     ]
     return None if pieces == [None] else pieces
-
-
-_STEPS = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
 def _missing(theirs: Backend, ours: Backend) -> str:

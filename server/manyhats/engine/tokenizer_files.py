@@ -29,6 +29,8 @@ TEXT_FILES = (
 """Names of the files that decide how a model reads and writes text, in its directory."""
 
 
+_STEPS = ("normalizers", "pretokenizers", "processors", "decoders")
+
 # JSON may write a half of a pair, as an escape or in bytes.
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
@@ -122,6 +124,31 @@ def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any], origin
     if isinstance(template, dict):
         template = template.get("default")
     return template if isinstance(template, str) else None
+
+
+def steps_of(description: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """Those in a sequence of normalizers, pre-tokenizers, post-processors or decoders; None if it is one itself.
+
+    Args:
+        description: as ``tokenizer.json`` has it.
+    """
+    if description.get("type") != "Sequence":
+        return None
+    return next((description[name] for name in _STEPS if name in description), None)
+
+
+def single_steps(component: Any) -> list[Mapping[str, Any]]:
+    """The descriptions of a backend's normalizer, pre-tokenizer or decoder, those in sequences one by one."""
+    pending = [] if component is None else [json.loads(component.__getstate__())]
+    single = []
+    while pending:
+        description = pending.pop(0)
+        steps = steps_of(description)
+        if steps is None:
+            single.append(description)
+        else:
+            pending[:0] = steps
+    return single
 
 
 def _read_object(files: Mapping[str, bytes], name: str, origin: str) -> Mapping[str, Any]:
