@@ -157,6 +157,13 @@ def flags_of(token: AddedToken) -> tuple[str, bool, bool, bool, bool, bool]:
     return token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special
 
 
+def added_flags(backend: Backend) -> list[tuple[int, tuple[str, bool, bool, bool, bool, bool]]]:
+    """Id and ``flags_of`` of each added token, in the order of the ids."""
+    return [
+        (token_id, flags_of(token)) for token_id, token in sorted(backend.get_added_tokens_decoder().items())
+    ]
+
+
 def _is_own_part(name: str) -> bool:
     return name.endswith("_token") and name not in STANDARD_PARTS
 

@@ -29,7 +29,7 @@ from manyhats.engine.prompt_text import (
     is_byte_level,
     special_tokens_ahead,
 )
-from manyhats.engine.special_tokens import flags_of
+from manyhats.engine.special_tokens import added_flags, flags_of
 from manyhats.engine.token_bound import TokenBound, extended_bound, token_bound
 from manyhats.engine.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_text_files
 from manyhats.engine.tokenizer_parts import read_tokenizer
@@ -228,9 +228,8 @@ class Tokenizer:
             for name, literal in self._special_tokens.items()
             if name == "eos_token" or name in (template or "")
         }
-        added = sorted((token_id, flags_of(token)) for token_id, token in self._added_tokens().items())
         splits = self._backend.encode_special_tokens
-        meaning = [added, sorted(used.items()), template, self._cleans_up_spaces, splits]
+        meaning = [added_flags(self._backend), sorted(used.items()), template, self._cleans_up_spaces, splits]
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
     def with_text(
@@ -268,12 +267,9 @@ class Tokenizer:
         )
 
     def _has_tokens(self, added_tokens: Sequence[AddedToken], splits_special_tokens: bool) -> bool:
-        own = [flags_of(token) for _, token in sorted(self._added_tokens().items())]
+        own = [flags for _, flags in added_flags(self._backend)]
         is_same = own == [flags_of(token) for token in added_tokens]
         return is_same and self._backend.encode_special_tokens == splits_special_tokens
-
-    def _added_tokens(self) -> Mapping[int, AddedToken]:
-        return self._backend.get_added_tokens_decoder()
 
     def chat_prompt(
         self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None

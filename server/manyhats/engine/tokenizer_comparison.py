@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from manyhats.engine.special_tokens import flags_of
+from manyhats.engine.special_tokens import added_flags
 from manyhats.engine.tokenizer_files import TOKENIZER_FILE, steps_of
 from manyhats.engine.tokenizer_parts import read_tokenizer
 
@@ -44,10 +44,7 @@ def compare_with_base(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> 
     if difference := first_difference(read.backend, ours):
         return {"difference": difference}
     return {
-        "added_tokens": [
-            [token_id, *flags_of(token)]
-            for token_id, token in sorted(read.backend.get_added_tokens_decoder().items())
-        ],
+        "added_tokens": [[token_id, *flags] for token_id, flags in added_flags(read.backend)],
         "special_tokens": dict(read.special_tokens),
         "chat_template": read.chat_template,
         "cleans_up_spaces": read.cleans_up_spaces,
