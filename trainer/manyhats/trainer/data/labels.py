@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from manyhats.engine.prompt_text import ScoreTokens
+from manyhats.engine.prompt_text import Continuation, ScoreTokens, score_tokens
 from manyhats.trainer.data.dataset import Dataset, LabelTokens
 from manyhats.trainer.data.row import Row
 from manyhats.trainer.errors import SettingError
@@ -30,16 +30,15 @@ class LabelledItem:
     @property
     def score_tokens(self) -> ScoreTokens:
         """The prompt and the labels, to be scored together."""
-        left = [len(self.prompt_token_ids) - each.num_taken for each in self.labels]
-        shared = min(left)
-        return ScoreTokens(
-            prompt_token_ids=self.prompt_token_ids[:shared],
-            continuations=tuple(
-                (*self.prompt_token_ids[shared:end], *each.token_ids)
-                for end, each in zip(left, self.labels, strict=True)
-            ),
+        length = len(self.prompt_token_ids)
+        together = score_tokens(
+            self.prompt_token_ids,
+            [Continuation(length - each.num_taken, each.token_ids) for each in self.labels],
+        )
+        return replace(
+            together,
             num_given=tuple(
-                end - shared + each.num_given for end, each in zip(left, self.labels, strict=True)
+                number + each.num_given for number, each in zip(together.num_given, self.labels, strict=True)
             ),
         )
 
