@@ -48,11 +48,15 @@ class Conversation:
 Contents = Prompted | PlainText | Conversation
 
 
-def contents_of(row: Row) -> Contents:
+def contents_of(row: Row, system: str) -> Contents:
     """What the row says; fields that are none of ``FIELDS`` are the caller's business.
 
     Of the kinds it must have exactly one whole: ``prompt`` with ``completion``, ``text``, or ``messages``.
     ``system`` and what a chat template reads besides may stand beside a prompt or messages.
+
+    Args:
+        row: as it was read.
+        system: the system message where a prompt or a conversation has none; empty for none.
 
     Raises:
         DataError: it has none, or several, or a value is of a wrong type.
@@ -70,12 +74,12 @@ def contents_of(row: Row) -> Contents:
                 raise row.error(f"{next(iter(variables))}: a text has none")
             return PlainText(_string(row, "text", fields["text"]))
         case ("messages",):
-            return _conversation(row, fields, variables)
+            return _conversation(row, fields, variables, system)
         case _:
             return Prompted(
                 prompt=_string(row, "prompt", fields["prompt"]),
                 completion=_string(row, "completion", fields["completion"]),
-                system=_system(row, fields),
+                system=_system(row, fields) or system,
                 variables=variables,
             )
 
@@ -86,10 +90,10 @@ def checked_contents(row: Row, settings: DataSettings) -> Contents:
     Raises:
         DataError: as ``contents_of``; or a field is there that nothing reads, or that its kind has not.
     """
-    contents = contents_of(row)
+    contents = contents_of(row, settings.system)
     refuse_unread(row, unknown_fields(row), "nothing reads it", settings)
     match contents:
-        case Prompted() if not settings.chat and (contents.system or settings.system):
+        case Prompted() if not settings.chat and contents.system:
             raise row.error("system: a plain-text prompt has none; set `chat`")
         case Prompted() if not settings.chat and contents.variables:
             raise row.error(f"{next(iter(contents.variables))}: a plain-text prompt has none; set `chat`")
@@ -179,15 +183,22 @@ def _list(row: Row, name: str, value: object) -> list[object]:
     return value
 
 
-def _conversation(row: Row, fields: Mapping[str, object], variables: Mapping[str, object]) -> Conversation:
-    """The messages up to the last one that is learned; what follows it teaches nothing."""
+def _conversation(
+    row: Row, fields: Mapping[str, object], variables: Mapping[str, object], otherwise: str
+) -> Conversation:
+    """The messages up to the last one that is learned; what follows it teaches nothing.
+
+    Args:
+        otherwise: the system message where there is none.
+    """
     read = [
         _message(row, index, each) for index, each in enumerate(_list(row, "messages", fields["messages"]))
     ]
     messages = [message for message, _ in read]
     learned = [index for index, (_, is_learned) in enumerate(read) if is_learned]
     system = _system(row, fields)
-    if system and messages and messages[0]["role"] == "system":
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    if system and has_system:
         raise row.error("system: messages begin with a system message too")
     if not learned:
         has_turns = any(message["role"] == "assistant" for message in messages)
@@ -195,8 +206,9 @@ def _conversation(row: Row, fields: Mapping[str, object], variables: Mapping[str
         raise row.error(f"messages: {which}, so there is nothing to learn")
     if learned[0] == 0:
         raise row.error("messages[0]: is the assistant's; a message must come before it")
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
+    ahead = "" if has_system else system or otherwise
+    if ahead:
+        messages.insert(0, {"role": "system", "content": ahead})
         learned = [index + 1 for index in learned]
     return Conversation(tuple(messages[: learned[-1] + 1]), tuple(learned), variables)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from manyhats.engine.errors import FieldInvalidError
@@ -165,9 +165,10 @@ class _RowTokenizer:
         return made
 
     def _prompted(self, row: Row, contents: Prompted) -> _RowTokens:
-        system = contents.system or self._settings.system
         if self._settings.chat:
-            messages: tuple[Message, ...] = (*_system(system), {"role": "user", "content": contents.prompt})
+            messages: list[Message] = [{"role": "user", "content": contents.prompt}]
+            if contents.system:
+                messages.insert(0, {"role": "system", "content": contents.system})
             self._note_unread_by_template(row, messages, contents.variables)
             prompt = self._rendered_prompt(self._chats.prompt(row, messages, contents.variables))
         else:
@@ -195,7 +196,7 @@ class _RowTokenizer:
         All turns share the last one's row where its prompt has them as they were generated. A turn that the template
         rewrites later, or whose white space melts into the marks around it, gets a row of its own.
         """
-        conversation = self._prepared(conversation)
+        conversation = self._without_ends(conversation)
         self._note_unread_by_template(row, conversation.messages, conversation.variables)
         *earlier, last = [self._ticked(turn) for turn in self._chats.turns(row, conversation)]
         prompt = self._rendered_prompt(last.head)
@@ -215,8 +216,8 @@ class _RowTokenizer:
         self._how.on_row()
         return turn
 
-    def _prepared(self, conversation: Conversation) -> Conversation:
-        """The conversation with the settings' system message, and with no end in a turn that gets one."""
+    def _without_ends(self, conversation: Conversation) -> Conversation:
+        """The conversation with no end in a turn, which gets one from the template."""
         messages = [*conversation.messages]
         for index, message in enumerate(messages):
             content = message.get("content")
@@ -225,13 +226,7 @@ class _RowTokenizer:
                 if end is not None:
                     self.num_ends += 1
                     messages[index] = {**message, "content": text}
-        has_system = messages[0]["role"] == "system"
-        head = () if has_system else _system(self._settings.system)
-        return Conversation(
-            (*head, *messages),
-            tuple(index + len(head) for index in conversation.learned),
-            conversation.variables,
-        )
+        return replace(conversation, messages=tuple(messages))
 
     def _turn_within(self, prompt: PromptText, turn: Turn) -> tuple[int, int] | None:
         """Where a prompt has a turn's tokens, and its end if the template writes it; None if it has others."""
@@ -331,10 +326,6 @@ def _followed_by(prompt: PromptText, text: str) -> Continuation | None:
         return prompt.followed_by(text)
     except FieldInvalidError:
         return None
-
-
-def _system(text: str) -> tuple[Message, ...]:
-    return ({"role": "system", "content": text},) if text else ()
 
 
 def _fitted(row: Row, tokens: _RowTokens, overlong: str, max_length: int) -> _RowTokens | None:
