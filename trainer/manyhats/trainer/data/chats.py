@@ -10,9 +10,9 @@ from typing import Any
 from manyhats.engine.chat_template import variables_of
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.tokenizer import Tokenizer
-from manyhats.trainer.data.contents import KWARGS, LISTS, Conversation, Message
+from manyhats.trainer.data.contents import Conversation, Message
 from manyhats.trainer.data.ending import Ends
-from manyhats.trainer.data.row import Row
+from manyhats.trainer.data.row import KWARGS, LISTS, Row
 
 _ALWAYS_READ = frozenset({"role", "content"})
 

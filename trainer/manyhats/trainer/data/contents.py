@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from manyhats.trainer.data.json_files import json_of_cell
-from manyhats.trainer.data.row import FIELDS, Row
+from manyhats.trainer.data.row import FIELDS, KWARGS, LISTS, Row
 from manyhats.trainer.settings import DataSettings
 
 Message = Mapping[str, object]
@@ -114,8 +114,6 @@ def refuse_unread(row: Row, names: Sequence[str], why: str, settings: DataSettin
 
 
 _KINDS = (("prompt", "completion"), ("text",), ("messages",))
-LISTS = ("tools", "functions", "documents")
-KWARGS = "chat_template_kwargs"
 _SET_BY_US = frozenset({"messages", "add_generation_prompt", "strftime_now", *LISTS})
 _MARKS = ("weight", "train", "training", "trainable", "loss")
 """Of a message: whether it is learned, as formats of training data say it."""

@@ -7,17 +7,9 @@ from dataclasses import dataclass
 
 from manyhats.trainer.errors import DataError
 
-FIELDS = (
-    "prompt",
-    "completion",
-    "text",
-    "messages",
-    "system",
-    "tools",
-    "functions",
-    "documents",
-    "chat_template_kwargs",
-)
+LISTS = ("tools", "functions", "documents")
+KWARGS = "chat_template_kwargs"
+FIELDS = ("prompt", "completion", "text", "messages", "system", *LISTS, KWARGS)
 """What a row may have."""
 
 
