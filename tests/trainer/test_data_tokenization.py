@@ -25,7 +25,6 @@ from manyhats.trainer.data import (
     Dataset,
     Row,
     Tokenization,
-    choose_eos_token_id,
     find_ends,
     find_labels,
     labelled_items,
@@ -457,12 +456,12 @@ def test_labelled_items_keep_the_rows_order() -> None:
 def test_a_completion_ends_as_the_templates_turns_do_else_with_the_models_eos(
     template: str | None, eos_token_ids: set[int], expected: int
 ) -> None:
-    assert choose_eos_token_id(tokenizer_with(template), eos_token_ids) == expected
+    assert find_ends(tokenizer_with(template), eos_token_ids).token_id == expected
 
 
 def test_a_base_without_an_end_is_refused() -> None:
     with pytest.raises(BaseError, match="eos_token_id"):
-        choose_eos_token_id(TOKENIZER, frozenset())
+        find_ends(TOKENIZER, frozenset())
 
 
 @pytest.mark.real_model
@@ -471,7 +470,7 @@ def test_the_default_models_conversations_are_one_row_as_transformers_renders_th
 
     directory: Path = default_model_directory()
     tokenizer = Tokenizer.from_directory(directory)
-    assert choose_eos_token_id(tokenizer, {2}) == 2
+    assert find_ends(tokenizer, {2}).token_id == 2
     data = dataset_of({"messages": CONVERSATION}, tokenizer=tokenizer)
     reference = cast(Any, AutoTokenizer).from_pretrained(directory)
     text = reference.apply_chat_template(CONVERSATION, tokenize=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.data.contents import Prompted, checked_contents
 from manyhats.trainer.data.dataset import DataCounts, Dataset, LabelTokens, TokenizedRows
-from manyhats.trainer.data.ending import Ends, choose_eos_token_id, find_ends
+from manyhats.trainer.data.ending import Ends, find_ends
 from manyhats.trainer.data.labels import LabelledItem, check_label, find_labels, labelled_items
 from manyhats.trainer.data.reading import read_rows
 from manyhats.trainer.data.row import Row
@@ -25,7 +25,6 @@ __all__ = [
     "TokenizedRows",
     "check_label",
     "checked_contents",
-    "choose_eos_token_id",
     "collate",
     "evaluation_batches",
     "find_ends",

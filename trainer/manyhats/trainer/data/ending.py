@@ -71,42 +71,31 @@ def find_ends(tokenizer: Tokenizer, eos_token_ids: Collection[int]) -> Ends:
         BaseError: there is none: a generation would never end.
     """
     literals = {tokenizer.piece(token_id): token_id for token_id in sorted(eos_token_ids)}
+    last, earlier = _behind_a_turn(tokenizer)
     return Ends(
-        token_id=choose_eos_token_id(tokenizer, eos_token_ids),
+        token_id=_taught_end(tokenizer, eos_token_ids, earlier),
         literals={
             literal: token_id
             for literal, token_id in literals.items()
             if tokenizer.encode(literal, add_special_tokens=False) == [token_id]
         },
-        of_turn=_common_beginning(*_behind_a_turn(tokenizer)),
+        of_turn=_common_beginning(last, earlier),
     )
 
 
-def choose_eos_token_id(tokenizer: Tokenizer, eos_token_ids: Collection[int]) -> int:
+def _taught_end(tokenizer: Tokenizer, eos_token_ids: Collection[int], behind_a_turn: str) -> int:
     """Which of the tokens that end a generation a completion is taught to end with.
 
     The one that the chat template writes after an assistant's turn, such as Gemma's ``<end_of_turn>``; else the
     tokenizer's ``eos_token``; else the smallest.
-
-    Args:
-        eos_token_ids: as ``GenerationDefaults`` has them.
-
-    Raises:
-        BaseError: there is none: a generation would never end.
     """
     if not eos_token_ids:
         raise BaseError("the base names no token that ends a generation (eos_token_id)")
-    for candidate in (_end_of_turn(tokenizer), tokenizer.special_token_id("eos_token")):
+    of_turn = tokenizer.encode(behind_a_turn.lstrip(), add_special_tokens=False)
+    for candidate in (*of_turn[:1], tokenizer.special_token_id("eos_token")):
         if candidate is not None and candidate in eos_token_ids:
             return candidate
     return min(eos_token_ids)
-
-
-def _end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The token after an assistant's turn in a conversation that goes on; None where that cannot be told."""
-    _, behind = _behind_a_turn(tokenizer)
-    token_ids = tokenizer.encode(behind.lstrip(), add_special_tokens=False)
-    return token_ids[0] if token_ids else None
 
 
 def _behind_a_turn(tokenizer: Tokenizer) -> tuple[str, str]:

@@ -63,19 +63,14 @@ def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None, voca
         return longest_rows(settings.optimization, longest_row(data, room))
     how = Tokenization(
         tokenizer=tokenizer,
-        ends=find_ends(tokenizer, {_end_of(tokenizer)}),
+        # As far as the tokenizer tells: the generation config may name another end.
+        ends=find_ends(tokenizer, tokenizer.eos_token_ids or {_ANY_TOKEN_ID}),
         settings=data,
         max_length=longest_row(data, room),
         vocab_size=vocab_size,
     )
     tokenized = tokenize_task_data(how, room)
     return largest_batch(tokenized.train, settings.optimization, shuffle=data.shuffle)
-
-
-def _end_of(tokenizer: Tokenizer) -> int:
-    """The end of completions, as far as the tokenizer tells: the generation config may name another."""
-    token_id = tokenizer.special_token_id("eos_token")
-    return _ANY_TOKEN_ID if token_id is None else token_id
 
 
 def _notes(sizes: Sequence[TaskSize], tokenizer: Tokenizer | None) -> tuple[str, ...]:
