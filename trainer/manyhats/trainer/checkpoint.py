@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from manyhats.trainer.data import Dataset
 from manyhats.trainer.durable_files import remove_directory, remove_staged, write_directory
@@ -51,8 +52,7 @@ def recorded_date(out: Path) -> datetime | None:
     newest = newest_in(checkpoints_directory(out))
     if newest is None or not (newest / STATE_FILE).is_file():
         return None
-    with _failing_as_checkpoint("cannot be read", newest):
-        date = decode_header(str(newest), (newest / STATE_FILE).read_bytes()).get("date")
+    date = _header_of(newest).get("date")
     try:
         return None if date is None else datetime.fromisoformat(date)
     except (TypeError, ValueError) as error:
@@ -89,7 +89,7 @@ class Checkpoints:
         Raises:
             CheckpointError: that fails, such as on a full disk; those before are still there.
         """
-        path = self._path(state.step)
+        path = _path_in(self._directory, state.step)
         with _failing_as_checkpoint("cannot be written", path):
             self._directory.mkdir(parents=True, exist_ok=True)
             remove_staged(self._directory)
@@ -126,31 +126,29 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return
-        with _failing_as_checkpoint("cannot be read", newest):
-            header = decode_header(str(newest), (newest / STATE_FILE).read_bytes())
-        if not header["is_done"]:
+        if not _header_of(newest)["is_done"]:
             raise CheckpointError(
                 f"{newest} is of a training that was not finished: resume it, or remove {self._directory} "
                 "to begin anew"
             )
-        for step in self._steps():
-            with _failing_as_checkpoint("cannot be removed", self._path(step)):
-                remove_directory(self._path(step))
+        for step in _steps_in(self._directory):
+            path = _path_in(self._directory, step)
+            with _failing_as_checkpoint("cannot be removed", path):
+                remove_directory(path)
 
     def _remove_old(self, best_step: int | None) -> None:
-        for step in self._steps()[: -self._keep]:
+        for step in _steps_in(self._directory)[: -self._keep]:
             if step != best_step:
-                remove_directory(self._path(step))
+                remove_directory(_path_in(self._directory, step))
 
-    def _steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending."""
-        return _steps_in(self._directory)
 
-    def _path(self, step: int) -> Path:
-        return _path_in(self._directory, step)
+def _header_of(checkpoint: Path) -> dict[str, Any]:
+    with _failing_as_checkpoint("cannot be read", checkpoint):
+        return decode_header(str(checkpoint), (checkpoint / STATE_FILE).read_bytes())
 
 
 def _steps_in(directory: Path) -> list[int]:
+    """Steps that have a checkpoint, ascending."""
     if not directory.is_dir():
         return []
     matches = (_NAME.fullmatch(path.name) for path in directory.iterdir())

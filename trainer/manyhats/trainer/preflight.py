@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from manyhats.trainer.checkpoint import newest_in
 from manyhats.trainer.errors import CheckpointError, SettingError
 from manyhats.trainer.output_directory import check_output_directory, checkpoints_directory
 from manyhats.trainer.settings import TrainSettings
@@ -22,7 +23,7 @@ def check_before_loading(settings: TrainSettings, *, resume: bool = False) -> No
         out = Path(settings.out)
         check_output_directory(out)
         checkpoints = checkpoints_directory(out)
-        if resume and not any(checkpoints.glob("*")):
+        if resume and newest_in(checkpoints) is None:
             raise CheckpointError(f"{checkpoints} has no checkpoint to resume from")
     if settings.init_from and not Path(settings.init_from).is_dir():
         raise SettingError("init_from", f"{settings.init_from}: is no directory")

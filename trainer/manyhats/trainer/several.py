@@ -9,6 +9,7 @@ from pathlib import Path
 
 from manyhats.engine.model.loader import LoadedModel
 from manyhats.engine.model.progress import Progress, no_progress
+from manyhats.trainer.checkpoint import newest_in
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.events import Listener, all_of, ignore
 from manyhats.trainer.interrupt import StopRequest, TrainingInterrupted, keep
@@ -116,8 +117,8 @@ class _Place:
 
     def open(self) -> None:
         """Read its data, and make its adapter."""
-        resume = self._resume and has_checkpoint(Path(self.settings.out))
         try:
+            resume = self._resume and has_checkpoint(Path(self.settings.out))
             self._task = self._stack.enter_context(
                 open_task(self.settings, self._base, resume=resume, listener=self._listener)
             )
@@ -182,5 +183,4 @@ def _runs(places: Iterable[_Place]) -> list[TrainingRun]:
 
 def has_checkpoint(out: Path) -> bool:
     """Whether a training in an output directory can be resumed."""
-    directory = checkpoints_directory(out)
-    return directory.is_dir() and any(directory.glob("step-*"))
+    return newest_in(checkpoints_directory(out)) is not None
