@@ -27,6 +27,7 @@ from manyhats.trainer.data.contents import (
 from manyhats.trainer.data.dataset import DataCounts, Dataset, DatasetBuilder, LabelTokens
 from manyhats.trainer.data.ending import Ends
 from manyhats.trainer.data.row import Row
+from manyhats.trainer.data.row_tokens import RowTokens, fitted
 from manyhats.trainer.errors import DataError, SettingError
 from manyhats.trainer.settings import DataSettings
 
@@ -77,7 +78,7 @@ def tokenize_rows(rows: Iterable[Row], how: Tokenization, labels: Sequence[str] 
         source = row.source
         how.on_row()
         for whole in tokenize(row):
-            tokens = _fitted(row, whole, how.settings.overlong, how.max_length)
+            tokens = fitted(row, whole, how.settings.overlong, how.max_length)
             if tokens is None:
                 num_skipped += 1
                 continue
@@ -107,31 +108,6 @@ def tokenize_rows(rows: Iterable[Row], how: Tokenization, labels: Sequence[str] 
     return builder.build(source, counts)
 
 
-@dataclass(frozen=True, slots=True)
-class _RowTokens:
-    """A row's tokens.
-
-    Attributes:
-        targets: spans of what is learned, in order, none empty.
-        prompt_length: where the last completion begins; 0 in a text, which is all completion.
-        completion: the last one's text; empty for a text.
-        labels: what may stand in its place.
-    """
-
-    token_ids: Sequence[int]
-    targets: Sequence[tuple[int, int]]
-    prompt_length: int
-    completion: str
-    labels: tuple[LabelTokens, ...] = ()
-
-    def is_target(self) -> bytes:
-        """One byte per token, 0 or 1."""
-        marks = bytearray(len(self.token_ids))
-        for begin, end in self.targets:
-            marks[begin:end] = b"\x01" * (end - begin)
-        return bytes(marks)
-
-
 class _RowTokenizer:
     """From a row to its tokens, of any length; a conversation may take several rows of tokens.
 
@@ -150,7 +126,7 @@ class _RowTokenizer:
         self.num_ends = 0
         self.ignored: Counter[str] = Counter()
 
-    def __call__(self, row: Row) -> list[_RowTokens]:
+    def __call__(self, row: Row) -> list[RowTokens]:
         contents = checked_contents(row, self._settings)
         self._note_ignored(unknown_fields(row))
         match contents:
@@ -164,7 +140,7 @@ class _RowTokenizer:
             self._check_known(row, tokens.token_ids)
         return made
 
-    def _prompted(self, row: Row, contents: Prompted) -> _RowTokens:
+    def _prompted(self, row: Row, contents: Prompted) -> RowTokens:
         if self._settings.chat:
             messages: list[Message] = [{"role": "user", "content": contents.prompt}]
             if contents.system:
@@ -180,7 +156,7 @@ class _RowTokenizer:
         self.num_ends += end is not None
         return self._with_completion(row, prompt, completion, [], end)
 
-    def _plain_text(self, row: Row, text: str) -> _RowTokens:
+    def _plain_text(self, row: Row, text: str) -> RowTokens:
         text, end = self._ends.split(text)
         self.num_ends += end is not None
         whole = self._tokenizer.prompt(text)
@@ -188,9 +164,9 @@ class _RowTokenizer:
         tokens = [*whole.token_ids, self._ends.token_id if end is None else end]
         if len(tokens) < 2:
             raise row.error("text: has no tokens to learn")
-        return _RowTokens(tokens, [(1, len(tokens))], 0, "")
+        return RowTokens(tokens, [(1, len(tokens))], 0, "")
 
-    def _conversation(self, row: Row, conversation: Conversation) -> list[_RowTokens]:
+    def _conversation(self, row: Row, conversation: Conversation) -> list[RowTokens]:
         """Each turn that is learned after what the server renders ahead of it.
 
         All turns share the last one's row where its prompt has them as they were generated. A turn that the template
@@ -198,9 +174,13 @@ class _RowTokenizer:
         """
         conversation = self._without_ends(conversation)
         self._note_unread_by_template(row, conversation.messages, conversation.variables)
-        *earlier, last = [self._ticked(turn) for turn in self._chats.turns(row, conversation)]
+        turns: list[Turn] = []
+        for turn in self._chats.turns(row, conversation):
+            self._how.on_row()
+            turns.append(turn)
+        *earlier, last = turns
         prompt = self._rendered_prompt(last.head)
-        found: list[_RowTokens] = []
+        found: list[RowTokens] = []
         spans: list[tuple[int, int]] = []
         for turn in earlier:
             self._how.on_row()
@@ -211,10 +191,6 @@ class _RowTokenizer:
             else:
                 spans.append(span)
         return [*found, self._with_completion(row, prompt, last.text, spans, None)]
-
-    def _ticked(self, turn: Turn) -> Turn:
-        self._how.on_row()
-        return turn
 
     def _without_ends(self, conversation: Conversation) -> Conversation:
         """The conversation with no end in a turn, which gets one from the template."""
@@ -251,7 +227,7 @@ class _RowTokenizer:
         completion: str,
         earlier: Sequence[tuple[int, int]],
         end: int | None,
-    ) -> _RowTokens:
+    ) -> RowTokens:
         """A prompt, and a completion with its end; ``end`` is the one that it had, if it had one."""
         last = self._ends.token_id if end is None else end
         if completion or end is None:
@@ -263,7 +239,7 @@ class _RowTokenizer:
             behind = Continuation(len(prompt.token_ids), ())
         begin = behind.num_prompt_tokens
         token_ids = (*prompt.token_ids[:begin], *behind.token_ids, last)
-        return _RowTokens(
+        return RowTokens(
             token_ids,
             [*(span for span in earlier if span[1] <= begin), (begin, len(token_ids))],
             begin,
@@ -326,35 +302,3 @@ def _followed_by(prompt: PromptText, text: str) -> Continuation | None:
         return prompt.followed_by(text)
     except FieldInvalidError:
         return None
-
-
-def _fitted(row: Row, tokens: _RowTokens, overlong: str, max_length: int) -> _RowTokens | None:
-    """The row within the length; None where it is left out."""
-    length = len(tokens.token_ids)
-    if length <= max_length:
-        return tokens
-    if overlong == "error":
-        raise row.error(
-            f"has {length} tokens; the limit is {max_length} (`max_length`): set `overlong` to skip or truncate"
-        )
-    if overlong == "skip":
-        return None
-    if not tokens.prompt_length:
-        return _RowTokens(tokens.token_ids[:max_length], [(1, max_length)], 0, "")
-    return _without_beginning(tokens, length - max_length)
-
-
-def _without_beginning(tokens: _RowTokens, num_cut: int) -> _RowTokens | None:
-    """The row without its first tokens; None where nothing is left ahead of the last completion."""
-    left = tokens.prompt_length - num_cut
-    if left < 1 or any(left - label.num_taken < 1 for label in tokens.labels):
-        return None
-    # The first token that is left has nothing before it to be predicted from.
-    spans = [(max(begin - num_cut, 1), end - num_cut) for begin, end in tokens.targets]
-    return _RowTokens(
-        token_ids=tokens.token_ids[num_cut:],
-        targets=[(begin, end) for begin, end in spans if begin < end],
-        prompt_length=left,
-        completion=tokens.completion,
-        labels=tokens.labels,
-    )
