@@ -45,11 +45,11 @@ async def count_right(
     The end belongs to a completion, so that one that begins another can be told from it.
     """
     labels = sorted({row["completion"] for row in rows})
+    continuations = [label if label.endswith(end) else label + end for label in labels]
     room = asyncio.Semaphore(_IN_FLIGHT)
 
     async def is_right(client: AsyncClient, row: Mapping[str, str]) -> bool:
         async with room:
-            continuations = [label if label.endswith(end) else label + end for label in labels]
             result = await client.score(row["prompt"], continuations, task_id=task_id)
         logprobs = [score.logprob for score in result.scores]
         return labels[logprobs.index(max(logprobs))] == row["completion"]

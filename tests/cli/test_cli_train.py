@@ -330,27 +330,23 @@ def test_a_failed_training_is_one_error_line(in_directory: Path, args: list[str]
     assert message in result.stderr.splitlines()[-1]
 
 
-def test_what_needs_no_base_is_refused_before_one_is_loaded(
-    in_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("manyhats.cli.train_runs.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
-    (in_directory / "mine").mkdir()
-    (in_directory / "mine" / "notes.txt").write_text("keep")
-    firsts: dict[str, dict[str, object]] = {
-        "half": {"prompt": "a"},
-        "more": {"prompt": "a", "completion": "b", "topic": "c"},
-        "light": {
-            "messages": [
-                {"role": "user", "content": "a"},
-                {"role": "assistant", "content": "b", "weight": 0.5},
-            ]
-        },
-        "system": {"prompt": "a", "completion": "b", "system": "c"},
-    }
-    for name, row in firsts.items():
-        (in_directory / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    server = ["--register", "127.0.0.1:1"]
-    cases = [
+FIRST_ROWS: dict[str, dict[str, object]] = {
+    "half": {"prompt": "a"},
+    "more": {"prompt": "a", "completion": "b", "topic": "c"},
+    "light": {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "weight": 0.5},
+        ]
+    },
+    "system": {"prompt": "a", "completion": "b", "system": "c"},
+}
+SERVER = ["--register", "127.0.0.1:1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
         (["--data", "none.jsonl"], 1, "none.jsonl"),
         (["--eval", "none.jsonl"], 1, "none.jsonl"),
         (["--data", "half.jsonl"], 1, "half.jsonl:1: has a prompt and no completion"),
@@ -373,19 +369,27 @@ def test_what_needs_no_base_is_refused_before_one_is_loaded(
         ),
         (["--no-activate"], 2, "--no-activate needs --register HOST:PORT"),
         (["--activate-if", "loss < 1"], 2, "--activate-if needs --register HOST:PORT"),
-        ([*server, "--no-activate", "--activate-if", "loss < 1"], 2, "contradict each other"),
-        ([*server, "--activate-if", "f1 > 0.9"], 2, "--activate-if: 'f1' is no metric"),
-        ([*server, "--activate-if", "loss < 1"], 2, "--activate-if: loss is measured on evaluation data"),
+        ([*SERVER, "--no-activate", "--activate-if", "loss < 1"], 2, "contradict each other"),
+        ([*SERVER, "--activate-if", "f1 > 0.9"], 2, "--activate-if: 'f1' is no metric"),
+        ([*SERVER, "--activate-if", "loss < 1"], 2, "--activate-if: loss is measured on evaluation data"),
         (
-            [*server, "--eval", "eval.jsonl", "--activate-if", "accuracy > 0.9"],
+            [*SERVER, "--eval", "eval.jsonl", "--activate-if", "accuracy > 0.9"],
             2,
             "--activate-if: accuracy is measured on labels",
         ),
-    ]
-    for args, code, message in cases:
-        result = small("lora", *args)
-        assert (result.exit_code, result.stdout) == (code, "")
-        assert message in result.stderr
+    ],
+)
+def test_what_needs_no_base_is_refused_before_one_is_loaded(
+    in_directory: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], code: int, message: str
+) -> None:
+    monkeypatch.setattr("manyhats.cli.train_runs.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    (in_directory / "mine").mkdir()
+    (in_directory / "mine" / "notes.txt").write_text("keep")
+    for name, row in FIRST_ROWS.items():
+        (in_directory / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    result = small("lora", *args)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
     assert not (in_directory / "tasks").exists()
     assert [path.name for path in (in_directory / "mine").iterdir()] == ["notes.txt"]
 
