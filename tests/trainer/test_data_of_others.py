@@ -13,27 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from manyhats.engine.tokenizer import Tokenizer
-from manyhats.trainer.data import (
-    Dataset,
-    Row,
-    Tokenization,
-    find_ends,
-    labelled_items,
-    read_rows,
-    tokenize_rows,
-)
+from manyhats.trainer.data import Dataset, labelled_items, read_rows
 from manyhats.trainer.errors import DataError
-from manyhats.trainer.settings import DataSettings
 from spaced_tokenizers import KINDS, spaced_tokenizer
-from tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+from training_rows import NAMES, learned, text_of, tokenized, tokenizer_of
 
 END, BEGIN, OTHER_END = 2, 1, 0
-NAMES = {"bos_token": SPECIAL_TOKENS[1], "eos_token": SPECIAL_TOKENS[2]}
 SPACED_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 SPACED_CHAT = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
@@ -51,58 +40,15 @@ RICH = (
 )
 
 
-def tokenizer_of(
-    single: str = "", template: str | None = CHAT_TEMPLATE, backend: Backend | None = None
-) -> Tokenizer:
-    backend = backend or tiny_tokenizer()
-    if single:
-        ids = [(token, index) for index, token in enumerate(SPECIAL_TOKENS) if token in single]
-        backend.post_processor = TemplateProcessing(single=single, special_tokens=ids)
-    return Tokenizer(backend, special_tokens=NAMES, chat_template=template)
-
-
-def tokenized(
-    rows: Sequence[Row] | Sequence[Mapping[str, object]],
-    tokenizer: Tokenizer,
-    *,
-    eos_token_ids: frozenset[int] = frozenset({END}),
-    labels: Sequence[str] = (),
-    vocab_size: int | None = None,
-    **options: Any,
-) -> Dataset:
-    made = [
-        row if isinstance(row, Row) else Row(row, "data.jsonl", index + 1) for index, row in enumerate(rows)
-    ]
-    how = Tokenization(
-        tokenizer=tokenizer,
-        ends=find_ends(tokenizer, eos_token_ids),
-        settings=DataSettings(train="data.jsonl", **options),
-        max_length=100_000,
-        vocab_size=vocab_size or tokenizer.vocab_size,
-    )
-    return tokenize_rows(made, how, labels)
-
-
 def refusal(row: Mapping[str, object], tokenizer: Tokenizer, **options: Any) -> str:
     with pytest.raises(DataError) as caught:
         tokenized([row], tokenizer, **options)
     return str(caught.value)
 
 
-def text_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    return "".join(tokenizer.piece(token_id) for token_id in token_ids)
-
-
-def learned(data: Dataset, tokenizer: Tokenizer) -> list[str]:
+def all_learned(data: Dataset, tokenizer: Tokenizer) -> list[str]:
     """The text of each run of targets, of all rows."""
-    runs: list[list[int]] = []
-    for row in data.rows:
-        for is_target, group in itertools.groupby(
-            zip(row.token_ids, row.is_target, strict=True), lambda each: each[1]
-        ):
-            if is_target:
-                runs.append([token_id for token_id, _ in group])
-    return [text_of(tokenizer, run) for run in runs]
+    return [text for row in data.rows for text in learned(row, tokenizer)]
 
 
 # Ends and beginnings
@@ -249,7 +195,7 @@ def test_turns_that_are_left_out_are_not_learned(mark: str, values: Sequence[int
     is_bool = mark != "weight"
     given_values = [bool(value) if is_bool and value is not None else value for value in values]
     data = tokenized([marked(mark, given_values)], tokenizer)
-    assert learned(data, tokenizer) == [f"a{index}<|im_end|>" for index in kept]
+    assert all_learned(data, tokenizer) == [f"a{index}<|im_end|>" for index in kept]
     assert len(data.rows) == 1
 
 
@@ -275,8 +221,8 @@ def test_a_first_turn_that_is_left_out_is_context() -> None:
     tokenizer = tokenizer_of()
     greeting = {"role": "assistant", "content": "hello", "weight": 0}
     data = tokenized([{"messages": [greeting, *marked("weight", [1])["messages"]]}], tokenizer)  # type: ignore[misc]
-    assert learned(data, tokenizer) == ["a0<|im_end|>"]
-    assert "hello" in text_of(tokenizer, data.prompt_token_ids(0))
+    assert all_learned(data, tokenizer) == ["a0<|im_end|>"]
+    assert "hello" in text_of(data.prompt_token_ids(0), tokenizer)
 
 
 @pytest.mark.parametrize("ext", ["jsonl", "json", "csv", "parquet"])
@@ -294,7 +240,7 @@ def test_marks_are_read_from_every_kind_of_file(ext: str, tmp_path: Path) -> Non
         case _:
             path.write_text(json.dumps(row))
     tokenizer = tokenizer_of()
-    assert learned(tokenized(list(read_rows(str(path))), tokenizer), tokenizer) == ["a1<|im_end|>"]
+    assert all_learned(tokenized(list(read_rows(str(path))), tokenizer), tokenizer) == ["a1<|im_end|>"]
 
 
 # What a chat template reads
@@ -351,14 +297,14 @@ def test_what_the_template_reads_is_rendered_as_transformers_does(
     expected = by_transformers(messages, RICH, beside)
     (row,) = data.rows
     assert [*row.token_ids, *tiny_tokenizer().encode("\n").ids] == expected
-    assert learned(data, tokenizer)[-1] == "4<|im_end|>"
-    assert len(learned(data, tokenizer)) == 2
+    assert all_learned(data, tokenizer)[-1] == "4<|im_end|>"
+    assert len(all_learned(data, tokenizer)) == 2
 
 
 def test_thoughts_and_calls_are_learned_with_the_answer() -> None:
     tokenizer = tokenizer_of(template=RICH)
     data = tokenized([{"messages": [QUESTION, ANSWERS[2]]}], tokenizer)
-    assert learned(data, tokenizer) == ["<think>two and two</think>4<|im_end|>"]
+    assert all_learned(data, tokenizer) == ["<think>two and two</think>4<|im_end|>"]
 
 
 def test_a_prompt_has_tools_in_a_chat() -> None:

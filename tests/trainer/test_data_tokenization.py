@@ -11,8 +11,6 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers.processors import TemplateProcessing
 
 from default_model import default_model_directory
 from manyhats.engine.prompt_text import ScoreTokens
@@ -20,80 +18,22 @@ from manyhats.engine.tokenizer import ChatMessage, Tokenizer
 from manyhats.server import from_proto
 from manyhats.server.prompts import encode_prompts
 from manyhats.server.text_threads import TextThreads
-from manyhats.trainer.batch import TokenizedRow
-from manyhats.trainer.data import (
-    Dataset,
-    Row,
-    Tokenization,
-    find_ends,
-    find_labels,
-    labelled_items,
-    tokenize_rows,
-)
+from manyhats.trainer.data import Dataset, find_ends, find_labels, labelled_items
 from manyhats.trainer.errors import BaseError, DataError, SettingError
-from manyhats.trainer.settings import DataSettings
 from manyhats.v1.generation_pb2 import ChatMessage as ChatMessageProto
 from manyhats.v1.generation_pb2 import ChatMessages, Continuation, ScoreRequest
-from tiny_models import CHAT_TEMPLATE, EOS_TOKEN_ID, SPECIAL_TOKENS, tiny_tokenizer
-
-NAMES = {"bos_token": SPECIAL_TOKENS[1], "eos_token": SPECIAL_TOKENS[2]}
-
-
-def tokenizer_with(template: str | None = CHAT_TEMPLATE, backend: Backend | None = None) -> Tokenizer:
-    return Tokenizer(backend or tiny_tokenizer(), special_tokens=NAMES, chat_template=template)
+from tiny_models import CHAT_TEMPLATE, EOS_TOKEN_ID
+from training_rows import TOKENIZER, learned, text_of, tokenized, tokenizer_of
 
 
-def with_beginning_token() -> Tokenizer:
-    """A tokenizer that puts BOS ahead of a text."""
-    backend = tiny_tokenizer()
-    token = SPECIAL_TOKENS[1]
-    backend.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, 1)])
-    return tokenizer_with(backend=backend)
-
-
-TOKENIZER = tokenizer_with()
-
-
-def dataset_of(
-    *rows: Mapping[str, object],
-    tokenizer: Tokenizer = TOKENIZER,
-    max_length: int = 10_000,
-    labels: Sequence[str] = (),
-    **settings: Any,
-) -> Dataset:
-    how = Tokenization(
-        tokenizer=tokenizer,
-        ends=find_ends(tokenizer, {EOS_TOKEN_ID}),
-        settings=DataSettings(train="data.jsonl", **settings),
-        max_length=max_length,
-        vocab_size=tokenizer.vocab_size,
-    )
-    return tokenize_rows(
-        [Row(fields, "data.jsonl", index + 1) for index, fields in enumerate(rows)], how, labels
-    )
+def dataset_of(*rows: Mapping[str, object], **arguments: Any) -> Dataset:
+    return tokenized(rows, **arguments)
 
 
 def refusal(*rows: Mapping[str, object], **arguments: Any) -> str:
     with pytest.raises(DataError) as caught:
         dataset_of(*rows, **arguments)
     return str(caught.value)
-
-
-def text_of(token_ids: Sequence[int]) -> str:
-    return "".join(TOKENIZER.piece(token_id) for token_id in token_ids)
-
-
-def learned(row: TokenizedRow) -> list[str]:
-    """The texts of the runs of targets."""
-    runs: list[list[int]] = []
-    before = False
-    for token_id, is_target in zip(row.token_ids, row.is_target, strict=True):
-        if is_target and not before:
-            runs.append([])
-        if is_target:
-            runs[-1].append(token_id)
-        before = is_target
-    return [text_of(run) for run in runs]
 
 
 async def score_tokens(request: ScoreRequest, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
@@ -104,7 +44,7 @@ async def score_tokens(request: ScoreRequest, tokenizer: Tokenizer) -> list[tupl
     return await encode_prompts(backend, [from_proto.prompt(received), *from_proto.continuations(received)])
 
 
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, with_beginning_token()], ids=["plain", "bos"])
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, tokenizer_of("<|im_start|> $A")], ids=["plain", "bos"])
 @pytest.mark.parametrize(
     ("prompt", "completion"), [("Who goes", " there"), ("the ", "the"), ("a<|im_end|>", "ü\n")]
 )
@@ -137,7 +77,7 @@ async def test_a_chat_prompt_is_what_score_computes(system: str) -> None:
 
 
 def test_all_of_a_text_but_its_first_token_is_learned_with_its_end() -> None:
-    data = dataset_of({"text": "abc"}, tokenizer=with_beginning_token())
+    data = dataset_of({"text": "abc"}, tokenizer=tokenizer_of("<|im_start|> $A"))
     assert text_of(data.rows[0].token_ids) == "<|im_start|>abc<|im_end|>"
     assert data.rows[0].is_target == (False, True, True, True, True)
     assert (
@@ -201,7 +141,7 @@ def test_a_turn_that_the_template_rewrites_later_gets_a_row_of_its_own() -> None
         {"role": "user", "content": "five"},
         {"role": "assistant", "content": "so|six"},
     ]
-    data = dataset_of({"messages": turns}, {"text": "a"}, tokenizer=tokenizer_with(FORGETFUL))
+    data = dataset_of({"messages": turns}, {"text": "a"}, tokenizer=tokenizer_of(template=FORGETFUL))
     assert [learned(row) for row in data.rows[:2]] == [
         ["hm|two<|im_end|>"],
         ["four<|im_end|>", "so|six<|im_end|>"],
@@ -215,13 +155,13 @@ def test_a_turn_that_the_template_rewrites_later_gets_a_row_of_its_own() -> None
 def test_a_turn_that_the_template_strips_is_learned_stripped_and_in_the_same_row() -> None:
     stripping = CHAT_TEMPLATE.replace("message['content']", "message['content'].strip()")
     turns = [CONVERSATION[0], {"role": "assistant", "content": " two\n"}, *CONVERSATION[2:]]
-    data = dataset_of({"messages": turns}, tokenizer=tokenizer_with(stripping))
+    data = dataset_of({"messages": turns}, tokenizer=tokenizer_of(template=stripping))
     assert [learned(row) for row in data.rows] == [["two<|im_end|>", "four<|im_end|>"]]
 
 
 def test_a_turns_end_is_learned_only_where_it_is_the_token_that_ends_a_generation() -> None:
     other_end = CHAT_TEMPLATE.replace("'<|im_end|>' + '\n'", "'</turn>'")
-    data = dataset_of({"messages": CONVERSATION}, tokenizer=tokenizer_with(other_end))
+    data = dataset_of({"messages": CONVERSATION}, tokenizer=tokenizer_of(template=other_end))
     assert learned(data.rows[0]) == ["two", " four <|im_end|>"]
 
 
@@ -305,7 +245,7 @@ def test_a_row_that_cannot_be_learned_is_named_with_its_line(fields: dict[str, o
 
 
 def test_a_model_without_a_chat_template_is_told_where_a_row_needs_one() -> None:
-    plain = tokenizer_with(None)
+    plain = tokenizer_of(template=None)
     assert refusal({"messages": CONVERSATION}, tokenizer=plain).startswith(
         "data.jsonl:1: chat: the model has no chat"
     )
@@ -315,7 +255,7 @@ def test_a_model_without_a_chat_template_is_told_where_a_row_needs_one() -> None
 
 
 def test_what_the_chat_template_refuses_is_named_with_its_line() -> None:
-    strict = tokenizer_with("{{ raise_exception('roles must alternate') }}")
+    strict = tokenizer_of(template="{{ raise_exception('roles must alternate') }}")
     assert "data.jsonl:1: chat: the chat template refused the messages: roles must alternate" in refusal(
         {"messages": CONVERSATION}, tokenizer=strict
     )
@@ -456,7 +396,7 @@ def test_labelled_items_keep_the_rows_order() -> None:
 def test_a_completion_ends_as_the_templates_turns_do_else_with_the_models_eos(
     template: str | None, eos_token_ids: set[int], expected: int
 ) -> None:
-    assert find_ends(tokenizer_with(template), eos_token_ids).token_id == expected
+    assert find_ends(tokenizer_of(template=template), eos_token_ids).token_id == expected
 
 
 def test_a_base_without_an_end_is_refused() -> None:
