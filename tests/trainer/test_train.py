@@ -29,6 +29,7 @@ from manyhats.trainer.errors import (
 from manyhats.trainer.events import Event, ScoringProgress, StepReport, TokenizingProgress
 from manyhats.trainer.interrupt import TrainingInterrupted
 from manyhats.trainer.model.decoder import TrainingDecoder
+from manyhats.trainer.preflight import check_before_loading
 from manyhats.trainer.report import TrainingReport
 from manyhats.trainer.settings import (
     AdapterSettings,
@@ -227,6 +228,12 @@ def test_a_resume_with_other_data_is_refused(task: TinyTask) -> None:
 def test_a_resume_without_a_checkpoint_is_refused(task: TinyTask) -> None:
     with pytest.raises(CheckpointError, match="has no checkpoint to resume from"):
         train(task.without_evaluation(), task.model, resume=True)
+
+
+def test_what_a_killed_process_left_half_written_is_no_checkpoint(task: TinyTask) -> None:
+    (task.out / "training/checkpoints/.step-000001.0123.partial").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="has no checkpoint to resume from"):
+        check_before_loading(task.without_evaluation(), resume=True)
 
 
 # What goes wrong
