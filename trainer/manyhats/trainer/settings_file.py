@@ -258,8 +258,7 @@ def _validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     try:
         return TypeAdapter(kind).validate_python(prepared)
     except SettingError as error:
-        name = _flag_name(error.setting)
-        raise SettingError(name, str(error).removeprefix(f"{error.setting}: ")) from error
+        raise SettingError(_flag_name(error.setting), error.message) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = [_flag_name(str(first["loc"][0])), *map(str, first["loc"][1:])]

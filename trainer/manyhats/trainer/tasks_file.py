@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -58,15 +59,18 @@ def _own_settings(file: Path, listed: object) -> list[dict[str, Any]]:
             raise SettingError(f"{_TASKS}[{index}]", "must be settings, one 'name: value' each")
         with of_file(file, _TASKS):
             own.append(named(content))
-            _check_own_names(own[-1], f"{_TASKS}[{own[-1].get('task', index)}]")
+            with _of_task(own[-1], index):
+                check_names(own[-1])
     return own
 
 
-def _check_own_names(settings: Mapping[str, Any], where: str) -> None:
+@contextmanager
+def _of_task(own: Mapping[str, Any], index: int) -> Iterator[None]:
+    """Errors of one task's settings name the task, by its place where it has no name."""
     try:
-        check_names(settings)
+        yield
     except SettingError as error:
-        raise SettingError(f"{where}.{error.setting}", error.message) from error
+        raise SettingError(f"{_TASKS}[{own.get('task', index)}].{error.setting}", error.message) from error
 
 
 def _check_used(shared: Mapping[str, Any], all_values: Sequence[Mapping[str, Any]]) -> None:
@@ -79,8 +83,7 @@ def _check_used(shared: Mapping[str, Any], all_values: Sequence[Mapping[str, Any
 def _make(
     index: int, own: Mapping[str, Any], shared: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> TrainSettings:
-    where = f"{_TASKS}[{own.get('task', index)}]"
-    try:
+    with _of_task(own, index):
         for name in own.keys() & SHARED_BY_TASKS:
             raise SettingError(name, "is shared by all tasks: give it at the top")
         method = own.get("method", shared.get("method"))
@@ -90,9 +93,6 @@ def _make(
         values = {"quantization": _QUANTIZATION, **fitting, **own, **winning}
         values["out"] = own.get("out") or str(PurePath(outs, str(own.get("task"))))
         return make_settings(values)
-    except SettingError as error:
-        message = str(error).removeprefix(f"{error.setting}: ")
-        raise SettingError(f"{where}.{error.setting}", message) from error
 
 
 def _all_distinct(tasks: Sequence[TrainSettings]) -> tuple[TrainSettings, ...]:
