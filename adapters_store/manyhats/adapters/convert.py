@@ -44,7 +44,6 @@ WARNING = (
 # Config format → the pickles that it may come with, and what becomes of them.
 _ADAPTERHUB_PICKLES = (adapterhub_format.PICKLE_FILE,)
 _PEFT_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-# Read by people, or by whoever serves the task; as they are.
 # What torch's readers raise on bytes that are not theirs.
 _MALFORMED = (
     RuntimeError,
@@ -57,6 +56,7 @@ _MALFORMED = (
     OSError,
     struct.error,
 )
+# Read by people, or by whoever serves the task; as they are.
 _COPIED = ("README.md", "chat_template.jinja")
 _DTYPES: Mapping[torch.dtype, torch.dtype] = MappingProxyType(
     {
