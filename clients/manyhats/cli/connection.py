@@ -30,11 +30,6 @@ class Connection:
     token: opt.Token = None
     token_in_clear: opt.TokenInClear = False
 
-    @property
-    def uses_tls(self) -> bool:
-        """Whether the options ask for encryption."""
-        return self.tls or self.tls_ca is not None or self.tls_cert is not None
-
     def credentials(self) -> Credentials:
         """What the options say of encryption and token."""
         from manyhats.client import Credentials
@@ -79,13 +74,12 @@ def connect(connection: Connection) -> Iterator[Client]:
     from manyhats.client import Client, ManyhatsError
 
     check_address("--server", connection.server)
+    credentials = connection.credentials()
     try:
-        with Client(
-            connection.server, timeout_s=connection.timeout, credentials=connection.credentials()
-        ) as client:
+        with Client(connection.server, timeout_s=connection.timeout, credentials=credentials) as client:
             yield client
     except ManyhatsError as error:
-        explanation = explain(connection.server, connection.uses_tls) if _got_no_answer(error) else None
+        explanation = explain(connection.server, credentials.uses_tls) if _got_no_answer(error) else None
         raise CommandError(explanation or describe(error)) from error
 
 

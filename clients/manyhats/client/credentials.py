@@ -37,13 +37,18 @@ class Credentials:
     key_file: Path | None = None
     allow_clear_token: bool = False
 
+    @property
+    def uses_tls(self) -> bool:
+        """Whether TLS is asked for; a file for it does so too."""
+        return self.tls or any((self.ca_file, self.cert_file, self.key_file))
+
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
         """What a secure channel is opened with, the token included; None where TLS is not asked for.
 
         Raises:
             CredentialsError: a file cannot be used, or the token is none.
         """
-        if not (self.tls or self.ca_file or self.cert_file or self.key_file):
+        if not self.uses_tls:
             return None
         key, certificate = self._pair()
         authorities = None if self.ca_file is None else _authorities(self.ca_file)
