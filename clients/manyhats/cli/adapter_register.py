@@ -17,7 +17,7 @@ from manyhats.cli.output import human_bytes, print_json, to_plain
 from manyhats.cli.progress import Report, shown_progress
 
 if TYPE_CHECKING:
-    from manyhats.client import RegisterOptions, Registration
+    from manyhats.client import Client, RegisterOptions, Registration
 
 FORMATS_HELP = """[bold]What can be registered[/bold]
 
@@ -159,14 +159,11 @@ def register(
             registration = client.register_adapter(adapters[0], parts=parts, **options)
         _print(registration, done, as_json)
         return
-    items = _items(adapters, options)
-    with connect(connection) as client, shown_progress() as report:
 
-        def make(item: Item) -> Registration:
-            return client.register_adapter(item.task, as_uri(item.path), **options)
+    def make(client: Client, item: Item, report: Report) -> Registration:
+        return client.register_adapter(item.task, as_uri(item.path), **options)
 
-        outcomes = _outcomes(items, adapters, make, report)
-    _print_outcomes(outcomes, adapters, done, as_json)
+    _make_each(adapters, make, options, connection, done, as_json)
 
 
 @takes_connection
@@ -185,16 +182,35 @@ def upload(
     """Send adapters' directories to the server, as the next versions of their tasks."""
     options = _options(activate, validate_only, expected_digest, request_id, label, assume_base)
     done = "valid" if validate_only else "uploaded"
-    items = _items(adapters, options)
+
+    def send(client: Client, item: Item, report: Report) -> Registration:
+        return client.upload_adapter(
+            item.task, item.path, progress=lambda sent, total: report("upload", sent, total), **options
+        )
+
+    _make_each(adapters, send, options, connection, done, as_json)
+
+
+def _make_each(
+    texts: list[str],
+    make: Callable[[Client, Item, Report], Registration],
+    options: RegisterOptions,
+    connection: Connection,
+    done: str,
+    as_json: bool,
+) -> None:
+    """Register what the arguments mean, print what became of it, and fail if one did.
+
+    Where they are a task and a path, its answer alone is printed, and its failure is the command's.
+    """
+    items = _items(texts, options)
+    is_one = len(texts) == 2 and items == [Item(*texts)]
     with connect(connection) as client, shown_progress() as report:
-
-        def send(item: Item) -> Registration:
-            return client.upload_adapter(
-                item.task, item.path, progress=lambda sent, total: report("upload", sent, total), **options
-            )
-
-        outcomes = _outcomes(items, adapters, send, report)
-    _print_outcomes(outcomes, adapters, done, as_json)
+        if is_one:
+            outcomes = [Outcome(items[0], make(client, items[0], report))]
+        else:
+            outcomes = perform(items, lambda item: make(client, item, report), report)
+    _print_outcomes(outcomes, is_one, done, as_json)
 
 
 def _items(texts: list[str], options: RegisterOptions) -> list[Item]:
@@ -206,28 +222,15 @@ def _items(texts: list[str], options: RegisterOptions) -> list[Item]:
     return items
 
 
-def _is_one(texts: list[str], items: list[Item]) -> bool:
-    """Whether the arguments are a task and a path: its answer alone is printed, its failure is the command's."""
-    return len(texts) == 2 and items == [Item(*texts)]
-
-
-def _outcomes(
-    items: list[Item], texts: list[str], make: Callable[[Item], Registration], report: Report
-) -> list[Outcome]:
-    if _is_one(texts, items):
-        return [Outcome(items[0], make(items[0]))]
-    return perform(items, make, report)
-
-
-def _print_outcomes(outcomes: list[Outcome], texts: list[str], done: str, as_json: bool) -> None:
+def _print_outcomes(outcomes: list[Outcome], is_one: bool, done: str, as_json: bool) -> None:
     """Print what became of each, and fail if one did."""
     registered = [each.registration for each in outcomes if each.registration is not None]
     failed = [each for each in outcomes if each.registration is None]
-    if not as_json or _is_one(texts, [each.item for each in outcomes]):
+    if as_json and not is_one:
+        print_json([_as_json(each) for each in outcomes])
+    else:
         for registration in registered:
             _print(registration, done, as_json)
-    else:
-        print_json([_as_json(each) for each in outcomes])
     for each in failed:
         typer.echo(f"failed: {each.item.task}: {' '.join(each.error.split())}", err=True)
     if failed:
