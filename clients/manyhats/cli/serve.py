@@ -21,6 +21,7 @@ from manyhats.cli.progress import shown_progress
 
 if TYPE_CHECKING:
     from manyhats.engine.model.progress import Progress
+    from manyhats.server.errors import ConfigError
 
 HELP = """Serve one base model and any number of tasks on it, over gRPC.
 
@@ -169,12 +170,7 @@ def run(flags: Mapping[str, Any], file: Path | None) -> int:
         config = make_config({**with_plurals(in_file), **given})
         check_registered_sources(config)
     except ConfigError as error:
-        name = error.setting.partition(".")[0]
-        if name in with_plurals(in_file) and not flags.get(name):
-            key = _SINGULAR[name] if _SINGULAR.get(name) in in_file else name
-            raise UsageError(f"{file}: {key}{str(error).removeprefix(name)}") from error
-        flag = _SINGULAR.get(error.setting, error.setting).replace("_", "-")
-        raise UsageError(f"--{flag}: {str(error).removeprefix(f'{error.setting}: ')}") from error
+        raise UsageError(_where_given(error, flags, file, in_file)) from error
     quiet_libraries()
     has_bars = sys.stderr.isatty() and config.log_format == "text"
     code = asyncio.run(serve_process(config, show_progress=_bars if has_bars else None))
@@ -192,6 +188,18 @@ def _bars() -> AbstractContextManager[Progress]:
     return shown_progress()
 
 
+def _where_given(
+    error: ConfigError, flags: Mapping[str, Any], file: Path | None, in_file: Mapping[str, Any]
+) -> str:
+    """What is wrong with a setting, by the file or flag that gives it."""
+    name = error.setting.partition(".")[0]
+    if name in with_plurals(in_file) and not flags.get(name):
+        key = _SINGULAR[name] if _SINGULAR.get(name) in in_file else name
+        return f"{file}: {key}{str(error).removeprefix(name)}"
+    flag = _SINGULAR.get(error.setting, error.setting).replace("_", "-")
+    return f"--{flag}: {str(error).removeprefix(f'{error.setting}: ')}"
+
+
 def with_plurals(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a file, which may have the names of the flags, under the names of ``ServeConfig``."""
     plural = {singular: name for name, singular in _SINGULAR.items()}
@@ -207,16 +215,16 @@ def register_of_file(file: Path, value: object) -> dict[str, str]:
     if isinstance(value, dict) and all(isinstance(each, str) for pair in value.items() for each in pair):
         return value
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return as_mapping(f"{file}: register", "TASK=PATH", (text.partition("=") for text in value))
+        return parse_register(value, f"{file}: register")
     raise UsageError(
         f"{file}: register: must be a list of TASK=PATH, or a mapping such as {{sql: ./tasks/sql}}"
     )
 
 
-def parse_register(texts: list[str]) -> dict[str, str]:
+def parse_register(texts: list[str], name: str = "--register") -> dict[str, str]:
     """``TASK=PATH`` texts as a mapping.
 
     Raises:
-        UsageError: one is not of that form, or a task comes twice.
+        UsageError: one is not of that form, or a task comes twice; says ``name``.
     """
-    return as_mapping("--register", "TASK=PATH", (text.partition("=") for text in texts))
+    return as_mapping(name, "TASK=PATH", (text.partition("=") for text in texts))
