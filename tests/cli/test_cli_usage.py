@@ -311,6 +311,7 @@ REFUSED_SOURCES = {
     "ftp:sql": "the scheme 'ftp' is not served",
     "nested": "adapter_config.json: is missing",
     "large": "has 2000000 bytes; the limit is 1048576",
+    "large-template": "has 2000000 bytes; the limit is 1048576",
 }
 
 
@@ -337,6 +338,8 @@ def adapter_root(tmp_path: Path) -> Path:
     make_adapter_files(root / "nested" / "checkpoint-1", config, weights)
     make_adapter_files(root / "large", weights)
     (root / "large" / config).write_text(" " * 2_000_000)
+    make_adapter_files(root / "large-template", config, weights)
+    (root / "large-template" / "chat_template.jinja").write_text(" " * 2_000_000)
     (root / "file").write_text("{}")
     return root
 

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from client_fakes import FakeServer, make_status
+from manyhats.adapters.artifact_files import FILES
 from manyhats.client import (
     AdapterUnsafeError,
     AsyncClient,
@@ -56,6 +57,11 @@ def upload(request: pytest.FixtureRequest) -> Upload:
         return asyncio.run(run())
 
     return of_sync if request.param == "sync" else of_async
+
+
+def test_the_client_sends_every_file_that_the_store_keeps(adapter: Path) -> None:
+    (adapter / "adapter.safetensors").write_bytes(b"weights")
+    assert {file.info.name for file in read_files(adapter)} == set(FILES)
 
 
 def test_a_directory_of_links_is_sent_as_the_files_they_lead_to(

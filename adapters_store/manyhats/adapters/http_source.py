@@ -16,11 +16,11 @@ from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from manyhats.adapters import adapterhub_format, peft_format
+from manyhats.adapters.artifact_files import FILES
 from manyhats.adapters.errors import (
     SourceNotAllowedError,
     SourceUnavailableError,
 )
-from manyhats.adapters.text_files import MAX_BYTES
 
 Resolve = Callable[[str, int], list[str]]
 
@@ -32,14 +32,7 @@ _FORBIDDEN = (401, 403)
 # Addresses that carry an IPv4 address inside: what they lead to is not theirs to say.
 _TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
 # A web server does not list: these are asked for one by one.
-_NAMES = (
-    peft_format.CONFIG_FILE,
-    peft_format.WEIGHTS_FILE,
-    adapterhub_format.WEIGHTS_FILE,
-    *MAX_BYTES,
-    *peft_format.PICKLES,
-    *adapterhub_format.COMPANIONS,
-)
+_NAMES = (*FILES, *peft_format.PICKLES, *adapterhub_format.COMPANIONS)
 
 
 def resolve_host(host: str, port: int) -> list[str]:

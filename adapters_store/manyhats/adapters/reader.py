@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact
+from manyhats.adapters.artifact_files import max_bytes_of
 from manyhats.adapters.base_name import check_base_name
 from manyhats.adapters.digest import artifact_digest
 from manyhats.adapters.errors import AdapterInvalidError, AdapterNoEffectError
@@ -66,7 +67,7 @@ def read_adapter(
         BaseMismatchError: it was made for another base.
     """
     check_directory(directory)
-    with directory.open_file(CONFIG_FILE, min(limits.max_config_bytes, limits.max_size_bytes)) as file:
+    with directory.open_file(CONFIG_FILE, max_bytes_of(CONFIG_FILE, limits)) as file:
         config_bytes = file.read()
     config = _parse_config(config_bytes, limits)
     method = method_of(recognise(config), config)

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from manyhats.adapters import adapterhub_format, peft_format
+from manyhats.adapters import peft_format
+from manyhats.adapters.artifact_files import FILES, max_bytes_of
 from manyhats.adapters.errors import (
     AdapterInvalidError,
     AdapterTooLargeError,
@@ -36,7 +37,6 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # No query, fragment, user, escape, glob, or "::" that would chain file systems.
 _PLAIN_URL = re.compile(r"[a-z][a-z0-9]*://[A-Za-z0-9._-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~+=,@-]+)*/?")
 _MAX_URL_LENGTH = 2048
-_FETCHED = (peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE, *MAX_BYTES)
 # A download ends within this time, and longer only for what a slow line needs.
 _DEADLINE_S = 60.0
 _SLOWEST_BYTES_PER_S = 1024 * 1024
@@ -119,10 +119,9 @@ def check_source(
     with open_source(uri, roots) as directory:
         peft_format.check_directory(directory)
         present = set(directory.names())
-        for name in _FETCHED:
-            limit = limits.max_config_bytes if name == peft_format.CONFIG_FILE else limits.max_size_bytes
+        for name in FILES:
             if name in present:
-                with directory.open_file(name, limit):
+                with directory.open_file(name, max_bytes_of(name, limits)):
                     pass
 
 
@@ -180,7 +179,7 @@ class _Download:
         if not sizes:
             raise SourceNotFoundError(self._uri, "no file is there")
         peft_format.check_names(sorted(sizes))
-        wanted = {name: sizes[name] for name in _FETCHED if name in sizes}
+        wanted = {name: sizes[name] for name in FILES if name in sizes}
         self._check_sizes(wanted)
         self._deadline += sum(wanted.values()) / _SLOWEST_BYTES_PER_S
         for name, size in wanted.items():

@@ -14,6 +14,7 @@ from typing import Protocol, Self
 
 from manyhats.adapters import adapterhub_format, peft_format
 from manyhats.adapters.answered_requests import Registration
+from manyhats.adapters.artifact_files import FILES, max_bytes_of
 from manyhats.adapters.digest import digest_of_hashes
 from manyhats.adapters.errors import (
     AdapterInvalidError,
@@ -31,7 +32,6 @@ from manyhats.adapters.store_errors import store_errors
 from manyhats.adapters.text_files import MAX_BYTES
 
 _WEIGHTS = (peft_format.WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE)
-_MAX_FILES = 1 + len(_WEIGHTS) + len(MAX_BYTES)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _READ_BYTES = 4 * 1024 * 1024
 # Pieces with holes between them that one file may have at a time; bounds memory.
@@ -68,8 +68,8 @@ def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> tuple[Upl
         AdapterInvalidError, AdapterUnsafeError, AdapterUnsupportedError: as a directory of these files.
         AdapterTooLargeError: over a limit.
     """
-    if len(files) > _MAX_FILES:
-        raise ArgumentInvalidError("files", f"has {len(files)} entries; an adapter has at most {_MAX_FILES}")
+    if len(files) > len(FILES):
+        raise ArgumentInvalidError("files", f"has {len(files)} entries; an adapter has at most {len(FILES)}")
     checked = tuple(_check_file(f"files[{index}]", file) for index, file in enumerate(files))
     names = [file.name for file in checked]
     if len(set(names)) < len(names):
@@ -80,18 +80,12 @@ def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> tuple[Upl
             _WEIGHTS[1], f"would not be used beside {_WEIGHTS[0]}; send one of them"
         )
     for file in checked:
-        limit = min(_limit_of(file.name, limits), limits.max_size_bytes)
+        limit = max_bytes_of(file.name, limits)
         if file.size_bytes > limit:
             raise AdapterTooLargeError(file.name, f"has {file.size_bytes} bytes; the limit is {limit}")
     if (total := sum(file.size_bytes for file in checked)) > limits.max_size_bytes:
         raise AdapterTooLargeError("files", f"have {total} bytes; the limit is {limits.max_size_bytes}")
     return checked
-
-
-def _limit_of(name: str, limits: AdapterLimits) -> int:
-    if name == peft_format.CONFIG_FILE:
-        return limits.max_config_bytes
-    return MAX_BYTES.get(name, limits.max_size_bytes)
 
 
 def announced_digest(files: Sequence[UploadFile]) -> str:
@@ -254,7 +248,7 @@ class _IncomingFile:
 def _check_file(field: str, file: UploadFile) -> UploadFile:
     if file.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
         raise AdapterUnsafeError(file.name, "may be a pickle, which can run code when it is read")
-    if file.name not in (peft_format.CONFIG_FILE, *_WEIGHTS, *MAX_BYTES):
+    if file.name not in FILES:
         raise ArgumentInvalidError(
             f"{field}.name",
             f"an upload has {peft_format.CONFIG_FILE} and {_WEIGHTS[0]} or {_WEIGHTS[1]}, and of text files "
