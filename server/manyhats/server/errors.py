@@ -4,8 +4,9 @@ ServerError
 ├── ConfigError         a setting that cannot be served with; names it
 ├── AddressError        a port that cannot be bound
 ├── LoadingError        the model is not loaded yet
-├── TooManyCallsError   try again later
-│   └── UnreadAnswersError          large answers wait for their callers
+├── BusyError           try again later
+│   ├── TooManyCallsError       as many calls run as may
+│   └── UnreadAnswersError      large answers wait for their callers
 ├── UploadStalledError  a caller began an upload and sends no more
 ├── UnauthenticatedError
 │   ├── CredentialMissingError  the call shows no token
@@ -49,25 +50,29 @@ class LoadingError(ServerError):
         super().__init__("the model is being loaded")
 
 
-class TooManyCallsError(ServerError):
-    """As many calls run as may; ``limit`` is their number, ``retry_after_s`` a hint."""
+class BusyError(ServerError):
+    """As much is under way as may be, by some ``limit``; ``retry_after_s`` is a hint."""
 
-    def __init__(self, limit: int, retry_after_s: float) -> None:
-        super().__init__(f"{limit} calls are being answered, which is the limit; try again soon")
+    def __init__(self, message: str, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"{message}; try again soon")
         self.limit = limit
         self.retry_after_s = retry_after_s
 
 
-class UnreadAnswersError(TooManyCallsError):
+class TooManyCallsError(BusyError):
+    """As many calls run as may; ``limit`` is their number."""
+
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"{limit} calls are being answered, which is the limit", limit, retry_after_s)
+
+
+class UnreadAnswersError(BusyError):
     """Another large answer has no room beside those that their callers have not read; ``limit`` is in bytes."""
 
     def __init__(self, limit: int) -> None:
-        ServerError.__init__(
-            self,
-            f"answers wait to be read by their callers, and {limit} bytes of them is the limit; try again soon",
+        super().__init__(
+            f"answers wait to be read by their callers, and {limit} bytes of them is the limit", limit, 1.0
         )
-        self.limit = limit
-        self.retry_after_s = 1.0
 
 
 class UploadStalledError(ServerError):

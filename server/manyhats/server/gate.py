@@ -38,7 +38,7 @@ class Gate:
     def __init__(
         self, *, heartbeat_limit_s: float, max_calls: int = 2048, clock: Callable[[], float] = time.time
     ) -> None:
-        self.max_calls = max_calls
+        self._max_calls = max_calls
         self._heartbeat_limit_s = heartbeat_limit_s
         self._clock = clock
         self._backend: Backend | None = None
@@ -80,11 +80,11 @@ class Gate:
     @property
     def is_full(self) -> bool:
         """Whether as many calls are inside as may be."""
-        return self._num_running >= self.max_calls
+        return self._num_running >= self._max_calls
 
     def full_error(self) -> TooManyCallsError:
         """What to tell a caller while ``is_full``."""
-        return TooManyCallsError(self.max_calls, self._rate.wait_s(self._num_running))
+        return TooManyCallsError(self._max_calls, self._rate.wait_s(self._num_running))
 
     def open(self, backend: Backend) -> None:
         """Let requests in; ``backend`` answers them."""

@@ -57,7 +57,7 @@ CASES: Mapping[type[Exception], Case] = MappingProxyType(
         engine.NoTokenAllowedError: Case(_INVALID, "NO_TOKEN_ALLOWED"),
         engine.RequestFailedError: Case(grpc.StatusCode.INTERNAL, "INTERNAL"),
         server.LoadingError: Case(_UNAVAILABLE, "LOADING"),
-        server.TooManyCallsError: Case(_EXHAUSTED, "QUEUE_FULL"),
+        server.BusyError: Case(_EXHAUSTED, "QUEUE_FULL"),
         server.UploadStalledError: Case(grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_STALLED"),
         server.CredentialMissingError: Case(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_MISSING"),
         server.CredentialInvalidError: Case(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"),
@@ -119,7 +119,7 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"field": error.field, "num_tokens": str(error.num_tokens), "limit": str(error.limit)}
         case engine.RequestError():
             return {"field": error.field}
-        case engine.QueueFullError() | engine.AdapterCapacityError() | server.TooManyCallsError():
+        case engine.QueueFullError() | engine.AdapterCapacityError() | server.BusyError():
             return {"limit": str(error.limit)}
         case engine.StreamUnreadError():
             return {"limit_s": f"{error.limit_s:g}"}
@@ -144,7 +144,7 @@ def _details(error: Exception) -> tuple[Message, ...]:
             return (_bad_request(error.field, error.description),)
         case adapter.ArgumentInvalidError():
             return (_bad_request(error.subject, error.description),)
-        case engine.QueueFullError() | engine.AdapterCapacityError() | server.TooManyCallsError():
+        case engine.QueueFullError() | engine.AdapterCapacityError() | server.BusyError():
             return (_retry_info(error.retry_after_s),)
         case adapter.QuotaExceededError(retry_after_s=float(seconds)):
             return (_retry_info(seconds),)
