@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,10 +27,8 @@ from manyhats.v1 import generation_pb2, generation_pb2_grpc
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[object, object]
 
-# As many go into a message in a fraction of a millisecond, without a pause.
-_INLINE_ENTRIES = 120
 # What adding a token to a message takes, in characters to tokenize.
-_TEXT_LENGTH = 20
+_TEXT_LENGTH = 17
 
 # In the answer of Tokenize: tokens, and bytes of their texts.
 MAX_TOKENIZED = 256 * 1024
@@ -109,11 +107,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         respond = partial(to_proto.score_response, accepted.request_id, output, asked.adapter)
         return await self._built(respond, sum(to_proto.num_entries(each.tokens) for each in output.scores))
 
-    async def _built(self, respond: Callable[[], T], num_entries: int) -> T:
+    def _built(self, respond: Callable[[], T], num_entries: int) -> Awaitable[T]:
         """A message of so many tokens; a large one is built in pieces beside the event loop."""
-        if num_entries <= _INLINE_ENTRIES:
-            return respond()
-        return await self._gate.backend.text_threads.run(respond, _TEXT_LENGTH * num_entries)
+        return self._gate.backend.text_threads.run(respond, _TEXT_LENGTH * num_entries)
 
     async def Tokenize(  # noqa: N802
         self, request: generation_pb2.TokenizeRequest, context: Context
