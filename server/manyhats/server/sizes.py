@@ -25,7 +25,7 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].lower()) if match is not None else None
-    size = Fraction(match[1]) * unit if match is not None and unit is not None else Fraction(1, 2)
-    if size.denominator != 1:
+    size = Fraction(match[1]) * unit if match is not None and unit is not None else None
+    if size is None or size.denominator != 1:
         raise ValueError(f"must be a size such as 1GiB, 512MiB, 2GB or a number of bytes, not {text!r}")
     return int(size)
