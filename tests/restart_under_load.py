@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,12 +182,12 @@ def restarts(command: Command, store: Path, sources: Sources, seconds: Sequence[
     """
     known: list[Upload] = []
     for duration in seconds:
-        with serving(command(store)) as (process, target):
-            load = Load(target, sources, known)
+        with serving(command(store)) as (process, ready):
+            load = Load(ready["grpc"], sources, known)
             load.run(process, duration)
         known += load.acknowledged
         num_unfinished = len(_unfinished(store))
-        with serving(command(store)) as (_, target), Client(target) as client:
+        with serving(command(store)) as (_, ready), Client(ready["grpc"]) as client:
             whole = check(client, known, load.cut_off)
             check_files(store, len(known) + len(whole))
             for upload in load.cut_off:
@@ -236,19 +236,23 @@ def check_files(store: Path, num_artifacts: int) -> None:
 
 
 @contextmanager
-def serving(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process that is ready, and its address; killed at the end.
+def serving(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], Mapping[str, str]]]:
+    """A server process that is ready, and what its ready line says; killed at the end.
 
     Raises:
-        RestartError: it did not start.
+        RuntimeError: it did not start; tells the end of its log.
     """
-    pipe, null = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=pipe, stderr=null, text=True) as process:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
         try:
             assert process.stdout is not None
             ready = process.stdout.readline()
-            _require(bool(ready), "the server did not start")
-            yield process, json.loads(ready)["grpc"]
+            if not ready:
+                log.seek(0)
+                raise RuntimeError(f"the server did not start: {log.read()[-2000:]}")
+            yield process, json.loads(ready)
         finally:
             process.kill()
 
@@ -263,15 +267,11 @@ def _require(is_so: bool, complaint: str) -> None:
         raise RestartError(complaint)
 
 
-def _real_server(model: str, settings: Path) -> Command:
-    """The server as a user runs it."""
-
-    def command(store: Path) -> Sequence[str]:
-        content = {"model": model, "store": str(store), "grpc_port": 0, "http_port": 0, "log_format": "json"}
-        settings.write_text(json.dumps(content))
-        return [sys.executable, "-m", "manyhats.cli", "serve", "--config", str(settings)]
-
-    return command
+def serve_command(file: Path, **settings: object) -> Sequence[str]:
+    """The server as a user runs it, on free ports; writes its settings into a file."""
+    content = {**settings, "grpc_port": 0, "http_port": 0, "log_format": "json"}
+    file.write_text(json.dumps(content))
+    return [sys.executable, "-m", "manyhats.cli", "serve", "--config", str(file)]
 
 
 def describe_model(model: str) -> BaseDescription:
@@ -294,7 +294,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="restart-under-load-") as name:
         root = Path(name)
         sources = Sources(root / "sources", describe_model(options.model))
-        command = _real_server(options.model, root / "server.yaml")
+
+        def command(store: Path) -> Sequence[str]:
+            return serve_command(root / "server.yaml", model=options.model, store=str(store))
+
         for restart in restarts(command, root / "store", sources, seconds):
             done.append(restart)
             print(f"{len(done)}. {restart}", flush=True)

@@ -10,27 +10,22 @@ an interpreter is not the streams'.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
 
 from adapter_factory import make_lora
 from hostile_load.attacks import ATTACKS, NUM_TASKS, NUM_VIRTUAL_TASKS
-from hostile_load.watching import Attacked, HostileLoadError, Probe, Server, Watched, counted
+from hostile_load.watching import Attacked, HostileLoadError, Probe, Server, Watched, counted, scraped
 from manyhats.client import Client
 from prefix_factory import make_prompt
-from restart_under_load import describe_model
+from restart_under_load import describe_model, serve_command, serving
 
 NUM_SLOTS = 8
 """Of adapters: tasks in flight are more."""
@@ -41,45 +36,27 @@ GIVEN_UP = {"CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE"}
 
 
 @contextmanager
-def serving(model: str, root: Path) -> Iterator[Server]:
+def attackable(model: str, root: Path) -> Iterator[Server]:
     """A server of its own, with tasks of LoRA and of virtual tokens."""
     base = describe_model(model)
     adapters = root / "adapters"
-    command = [
-        sys.executable,
-        "-m",
-        "manyhats.cli",
-        "serve",
-        "--model",
-        model,
-        "--store",
-        str(root / "store"),
-    ]
-    command += ["--adapter-root", str(adapters), "--max-adapters", str(NUM_SLOTS), "--log-format", "json"]
-    command += ["--grpc-port", "0", "--http-port", "0", "--kv-cache-bytes", str(_kv_bytes(base.num_layers))]
+    command = serve_command(
+        root / "server.yaml",
+        model=model,
+        store=str(root / "store"),
+        adapter_roots=[str(adapters)],
+        max_adapters=NUM_SLOTS,
+        kv_cache_bytes=_kv_bytes(base.num_layers),
+    )
     for index in range(NUM_TASKS):
         make_lora(adapters / f"task{index:02}", base, rank=4, seed=index)
     for index in range(NUM_VIRTUAL_TASKS):
         make_prompt(adapters / f"virtual{index}", base, num_virtual_tokens=NUM_VIRTUAL_TOKENS, seed=index)
-    log = (root / "server.log").open("w")
-    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
-        try:
-            assert process.stdout is not None
-            ready: dict[str, Any] = {}
-            for line in process.stdout:
-                ready = json.loads(line)
-                if ready.get("event") == "ready":
-                    break
-            if not ready:
-                raise HostileLoadError(
-                    f"the server did not start: {(root / 'server.log').read_text()[-2000:]}"
-                )
-            with Client(ready["grpc"]) as client:
-                for directory in sorted(adapters.iterdir()):
-                    client.register_adapter(directory.name, directory.name)
-            yield Server(psutil.Process(process.pid), ready["grpc"], ready["http"])
-        finally:
-            process.kill()
+    with serving(command) as (process, ready):
+        with Client(ready["grpc"]) as client:
+            for directory in sorted(adapters.iterdir()):
+                client.register_adapter(directory.name, directory.name)
+        yield Server(psutil.Process(process.pid), ready["grpc"], ready["http"])
 
 
 def _kv_bytes(num_layers: int) -> int:
@@ -107,11 +84,11 @@ def check_idle(server: Server) -> None:
         HostileLoadError: something is.
     """
     end_s = time.monotonic() + 60.0
+    gauges = ("manyhats_requests_running", "manyhats_requests_waiting")
     while True:
-        with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=20) as answer:
-            lines = answer.read().decode().splitlines()
-        gauges = ("manyhats_requests_running ", "manyhats_requests_waiting ")
-        left = [line for line in lines if line.startswith(gauges) and float(line.split()[-1]) > 0]
+        left = {
+            each.name: each.value for each in scraped(server.http) if each.name in gauges and each.value > 0
+        }
         if not left:
             return
         if time.monotonic() > end_s:
@@ -152,7 +129,7 @@ def main() -> None:
     kinds = options.only.split(",") if options.only else list(ATTACKS)
     with (
         tempfile.TemporaryDirectory(prefix="hostile-load-") as name,
-        serving(options.model, Path(name)) as server,
+        attackable(options.model, Path(name)) as server,
     ):
         quiet = _quiet(server, options.each or 10.0)
         usual_s = median(quiet.gaps_s)
@@ -176,10 +153,9 @@ def main() -> None:
             check_idle(server)
             check_counted(before, counted(server.http), seen.statuses)
             first, last = check_memory(seen.probes, MAX_GROWTH_BYTES)
-            readiness = "always ready" if all(p.is_ready for p in seen.probes) else "not always ready"
             slowest_s = max(p.metrics_s for p in seen.probes)
             print(
-                f"all together for {options.mixed:.0f} s: the server lives, {readiness}; {seen.codes}; "
+                f"all together for {options.mixed:.0f} s: the server lives, always ready; {seen.codes}; "
                 f"{seen.num_ended} well-behaved streams ended once each, largest gap {max(seen.gaps_s):.2f} s; "
                 f"memory {first / 1e6:.0f} MB early, {last / 1e6:.0f} MB at the end; "
                 f"/metrics {slowest_s * 1000:.0f} ms at most"
@@ -191,7 +167,7 @@ def _quiet(server: Server, seconds: float) -> Attacked:
     watched = Watched(server.target)
     with watched.going_on():
         time.sleep(seconds)
-    return Attacked((), watched.gaps_s, Counter(), [], watched.num_ended)
+    return Attacked(watched.gaps_s, Counter(), [], watched.num_ended)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any
 
 import grpc
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from hostile_load.attacks import ALLOWED
 from manyhats.v1 import generation_pb2, generation_pb2_grpc
@@ -90,38 +92,45 @@ class Probe:
 
     rss_bytes: int
     metrics_s: float
-    is_ready: bool
 
 
 def probe(process: psutil.Process, http: str) -> Probe:
-    """Its memory, and how long ``/metrics`` takes."""
+    """Its memory, and how long ``/metrics`` takes.
+
+    Raises:
+        HTTPError: it is not ready.
+    """
     started = time.perf_counter()
-    with urllib.request.urlopen(f"http://{http}/metrics", timeout=20) as answer:
-        answer.read()
+    _get(http, "/metrics")
     metrics_s = time.perf_counter() - started
-    with urllib.request.urlopen(f"http://{http}/readyz", timeout=20) as answer:
-        is_ready = answer.status == 200
-    return Probe(process.memory_info().rss, metrics_s, is_ready)
+    _get(http, "/readyz")
+    return Probe(process.memory_info().rss, metrics_s)
+
+
+def scraped(http: str) -> Iterator[Sample]:
+    """What ``/metrics`` says."""
+    for family in text_string_to_metric_families(_get(http, "/metrics")):
+        yield from family.samples
 
 
 def counted(http: str) -> Counter[str]:
     """Calls that the server counted, by method and status."""
-    with urllib.request.urlopen(f"http://{http}/metrics", timeout=20) as answer:
-        lines = answer.read().decode().splitlines()
     counts: Counter[str] = Counter()
-    for line in lines:
-        if line.startswith(_REQUESTS + "{"):
-            labels, _, value = line[len(_REQUESTS) :].rpartition(" ")
-            by_name = dict(part.split("=", 1) for part in labels.strip("{}").split(","))
-            counts[f"{by_name['method']} {by_name['code']}".replace('"', "")] += int(float(value))
+    for sample in scraped(http):
+        if sample.name == _REQUESTS:
+            counts[f"{sample.labels['method']} {sample.labels['code']}"] += int(sample.value)
     return counts
+
+
+def _get(http: str, path: str) -> str:
+    with urllib.request.urlopen(f"http://{http}{path}", timeout=20) as answer:
+        return str(answer.read().decode())
 
 
 @dataclass(frozen=True, slots=True)
 class Attacked:
     """What was seen during an attack."""
 
-    kinds: tuple[str, ...]
     gaps_s: list[float]
     statuses: Counter[str]
     probes: list[Probe]
@@ -189,4 +198,4 @@ class Server:
         faults = sorted(status for status in statuses if status.split()[1] not in ALLOWED)
         if faults or watched.errors:
             raise HostileLoadError(f"faults: {faults}, of the well-behaved: {watched.errors[:5]}")
-        return Attacked(tuple(kinds), watched.gaps_s, statuses, probes, watched.num_ended)
+        return Attacked(watched.gaps_s, statuses, probes, watched.num_ended)
