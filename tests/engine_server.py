@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,17 +13,18 @@ import grpc
 from engine_harness import running_engine
 from manyhats.engine.async_engine import AsyncEngine
 from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.model.progress import no_progress
+from manyhats.server.assembly import open_backend
+from manyhats.server.config import ServeConfig
 from manyhats.server.gate import Gate
 from manyhats.server.grpc_port import GrpcPort
 from manyhats.server.metrics import Metrics
+from manyhats.server.ports import Backend
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
-from server_fakes import INFO, MemoryStore, make_backend
+from server_fakes import INFO, SMALL_WINDOW, MemoryStore, make_backend
 
 if TYPE_CHECKING:
     from manyhats.v1.generation_pb2_grpc import GenerationServiceAsyncStub
-
-# Otherwise gRPC takes megabytes for a client that reads nothing.
-_SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,42 @@ class Served:
 async def served_engine(model: LoadedModel, **config: Any) -> AsyncIterator[Served]:
     """Serves a tiny model; ``config`` is the engine's."""
     async with running_engine(model, **config) as engine:
-        metrics, gate = Metrics(max_task_labels=4), Gate(heartbeat_limit_s=60.0)
         backend = replace(
-            make_backend(cast(Any, engine), MemoryStore()),
-            tokenizer=model.tokenizer,
+            make_backend(cast(Any, engine), MemoryStore(), model.tokenizer),
             info=replace(INFO, vocab_size=model.config.vocab_size),
         )
-        metrics.attach(backend)
-        gate.open(backend)
-        port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, unread_limit_s=engine.config.unread_limit_s)
-        await port.start()
-        try:
-            async with grpc.aio.insecure_channel(port.address, options=_SMALL_WINDOW) as channel:
-                yield Served(engine, GenerationServiceStub(channel), port.address)
-        finally:
-            await port.stop(0.0)
+        async with (
+            _port(
+                backend, Metrics(max_task_labels=4), unread_limit_s=engine.config.unread_limit_s
+            ) as address,
+            grpc.aio.insecure_channel(address, options=SMALL_WINDOW) as channel,
+        ):
+            yield Served(engine, GenerationServiceStub(channel), address)
+
+
+@asynccontextmanager
+async def served_config(config: ServeConfig) -> AsyncIterator[tuple[str, Backend]]:
+    """Serves what a server's process would by these settings: the port's address, and what answers there."""
+    metrics = Metrics(max_task_labels=10)
+    backend = await asyncio.to_thread(open_backend, config, metrics, no_progress)
+    try:
+        await backend.engine.start()
+        async with _port(backend, metrics) as address:
+            yield address, backend
+    finally:
+        await backend.engine.stop(0.0)
+        backend.store.close()
+
+
+@asynccontextmanager
+async def _port(backend: Backend, metrics: Metrics, **limits: Any) -> AsyncIterator[str]:
+    """A gRPC port of its own, by its address."""
+    gate = Gate(heartbeat_limit_s=60.0)
+    metrics.attach(backend)
+    gate.open(backend)
+    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, **limits)
+    await port.start()
+    try:
+        yield port.address
+    finally:
+        await port.stop(0.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
+import urllib.request
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -131,6 +133,16 @@ async def secured_server(
     finally:
         await port.stop(0.0)
         http.stop()
+
+
+async def https_get(server: Running, context: ssl.SSLContext, path: str = "/readyz") -> str:
+    """What the HTTP port answers."""
+
+    def get() -> str:
+        with urllib.request.urlopen(f"https://{server.http}{path}", timeout=5, context=context) as answer:
+            return str(answer.read().decode().strip())
+
+    return await asyncio.to_thread(get)
 
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:

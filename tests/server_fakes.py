@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 
 BOS = 1
 VOCAB_SIZE = 300
+# A channel's options; otherwise gRPC takes megabytes for a client that reads nothing.
+SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
 
 
 class BytePrompt:

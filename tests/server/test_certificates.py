@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import urllib.request
 from collections.abc import Iterator, MutableMapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +19,8 @@ from hypothesis import strategies as st
 
 from manyhats.server.certificates import ExpiryWarnings, Validity, validity_of
 from manyhats.server.tls import ServerTls, TlsFiles
-from secure_server import Pki, make_pki, secured_server
-from server_fakes import eventually
+from secure_server import Pki, https_get, make_pki, secured_server
+from server_fakes import Running, eventually
 
 NOW = datetime(2030, 5, 17, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -161,7 +160,7 @@ async def test_a_good_certificate_replaced_by_a_bad_one_is_warned_of_and_measure
     pki, now = make_pki(tmp_path), datetime.now(UTC)
     pki.issue(not_after=now + 90 * DAY)
     async with secured_server(tls=pki.files) as server:
-        assert await days_left(server.http, pki) == pytest.approx({"tls_cert": 90}, abs=0.1)
+        assert await days_left(server, pki) == pytest.approx({"tls_cert": 90}, abs=0.1)
         assert said == []
         pki.issue(now + begins, now + ends)
         registry = server.metrics.registry
@@ -170,19 +169,15 @@ async def test_a_good_certificate_replaced_by_a_bad_one_is_warned_of_and_measure
         assert left == pytest.approx(ends / DAY, abs=0.1)
         assert said == [f"{word}: tls_cert"]
         pki.issue(not_after=now + 90 * DAY)
-        assert await days_left(server.http, pki) == pytest.approx({"tls_cert": 90}, abs=0.1)
+        assert await days_left(server, pki) == pytest.approx({"tls_cert": 90}, abs=0.1)
     assert said == [f"{word}: tls_cert"]
 
 
-async def days_left(address: str, pki: Pki) -> dict[str, float]:
+async def days_left(server: Running, pki: Pki) -> dict[str, float]:
     """By file, as a scraper reads it."""
-
-    def get() -> str:
-        with urllib.request.urlopen(f"https://{address}/metrics", timeout=5, context=pki.https()) as answer:
-            return str(answer.read().decode())
-
     name = "manyhats_tls_certificate_expiry_days"
-    lines = [line for line in (await asyncio.to_thread(get)).splitlines() if line.startswith(f"{name}{{")]
+    text = await https_get(server, pki.https(), "/metrics")
+    lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
     return {line.split('"')[1]: float(line.rpartition(" ")[2]) for line in lines}
 
 

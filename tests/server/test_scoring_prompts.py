@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
@@ -11,24 +10,22 @@ from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.prompt_text import ScoreTokens
 from manyhats.engine.tokenizer import Tokenizer
 from manyhats.server import from_proto
+from manyhats.server.ports import Backend
 from manyhats.server.prompts import encode_prompts, encode_scoring
-from manyhats.server.text_threads import TextThreads
 from manyhats.v1.generation_pb2 import Continuation, ScoreRequest, TokenIds
+from server_fakes import INFO, EchoEngine, MemoryStore, make_backend
 from spaced_tokenizers import KINDS, spaced_tokenizer
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def backend_of(kind: str, single: str = "<s> $A") -> Any:
+def backend_of(kind: str, single: str = "<s> $A") -> Backend:
     tokenizer = Tokenizer(spaced_tokenizer(kind, single), special_tokens=NAMES)
-    return SimpleNamespace(
-        tokenizer=tokenizer,
-        info=SimpleNamespace(vocab_size=tokenizer.vocab_size),
-        text_threads=TextThreads(),
-    )
+    backend = make_backend(EchoEngine(), MemoryStore(), tokenizer)
+    return replace(backend, info=replace(INFO, vocab_size=tokenizer.vocab_size))
 
 
-async def scored(backend: Any, request: ScoreRequest) -> ScoreTokens:
+async def scored(backend: Backend, request: ScoreRequest) -> ScoreTokens:
     return await encode_scoring(backend, from_proto.prompt(request), from_proto.continuations(request))
 
 

@@ -13,13 +13,9 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, pre_tokenizers
 
+from engine_server import served_config
 from manyhats.client import AdapterUnsupportedError, AsyncClient, InvalidRequestError
-from manyhats.engine.model.progress import no_progress
-from manyhats.server.assembly import open_backend
 from manyhats.server.config import ServeConfig
-from manyhats.server.gate import Gate
-from manyhats.server.grpc_port import GrpcPort
-from manyhats.server.metrics import Metrics
 from peft_reference import make_peft, peft_logits, save_peft
 from reference import load_transformers
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer, tiny_tokenizer
@@ -93,20 +89,8 @@ async def serving(home: Path, store: Path) -> AsyncIterator[AsyncClient]:
         max_adapters=4,
         kv_cache_bytes=4 << 20,
     )
-    metrics, gate = Metrics(max_task_labels=10), Gate(heartbeat_limit_s=60.0)
-    backend = await asyncio.to_thread(open_backend, config, metrics, no_progress)
-    await backend.engine.start()
-    metrics.attach(backend)
-    gate.open(backend)
-    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0)
-    await port.start()
-    try:
-        async with AsyncClient(port.address) as client:
-            yield client
-    finally:
-        await port.stop(0.0)
-        await backend.engine.stop(0.0)
-        backend.store.close()
+    async with served_config(config) as (address, _), AsyncClient(address) as client:
+        yield client
 
 
 def auto_tokenizer(directory: Path) -> Any:

@@ -6,7 +6,6 @@ import asyncio
 import socket
 import ssl
 import urllib.error
-import urllib.request
 from pathlib import Path
 
 import grpc
@@ -18,7 +17,7 @@ from manyhats.server.errors import ConfigError
 from manyhats.server.tls import ServerTls, TlsFiles
 from manyhats.v1 import server_pb2
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
-from secure_server import Pki, make_pki, open_channel, pair_of, secured_server, write_pair
+from secure_server import Pki, https_get, make_pki, open_channel, pair_of, secured_server, write_pair
 from server_fakes import Running
 
 
@@ -34,14 +33,6 @@ async def answers(server: Running, credentials: grpc.ChannelCredentials | None) 
         code = await call.code()
     assert code in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
     return code is grpc.StatusCode.OK
-
-
-async def https_get(server: Running, context: ssl.SSLContext, path: str = "/readyz") -> str:
-    def get() -> str:
-        with urllib.request.urlopen(f"https://{server.http}{path}", timeout=5, context=context) as answer:
-            return str(answer.read().decode().strip())
-
-    return await asyncio.to_thread(get)
 
 
 async def test_grpc_is_encrypted_and_proves_who_answers(pki: Pki) -> None:

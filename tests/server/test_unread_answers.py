@@ -13,10 +13,16 @@ import pytest
 from manyhats.v1 import adapter_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
-from server_fakes import ByteTokenizer, Running, eventually, refusal_of, refused, running_server
+from server_fakes import (
+    SMALL_WINDOW,
+    ByteTokenizer,
+    Running,
+    eventually,
+    refusal_of,
+    refused,
+    running_server,
+)
 
-# Otherwise gRPC takes megabytes for a client that reads nothing.
-_SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
 MANY = 100_000
 TOKENIZE = pb.TokenizeRequest(token_ids=pb.TokenIds(ids=[70] * MANY))
 ANSWER_BYTES = 4 * MANY  # an id of one byte, a piece of three
@@ -30,7 +36,7 @@ Call = grpc.aio.UnaryStreamCall[Any, Any]
 async def caller_that_does_not_read(server: Running) -> AsyncIterator[Callable[[str], Call]]:
     """Makes calls of one answer, each of which is read only where it is asked for."""
     server.engine.max_context_length = 10**6
-    async with grpc.aio.insecure_channel(server.port.address, options=_SMALL_WINDOW) as channel:
+    async with grpc.aio.insecure_channel(server.port.address, options=SMALL_WINDOW) as channel:
         yield lambda name: channel.unary_stream(f"/manyhats.v1.GenerationService/{name}")(
             LARGE[name].SerializeToString()
         )
@@ -122,7 +128,7 @@ async def eventually_answered(server: Running) -> None:
 async def test_a_caller_that_leaves_or_is_late_ends_its_unread_answer_at_once() -> None:
     async with running_server() as server, caller_that_does_not_read(server) as make:
         leaving = make("Tokenize")
-        async with grpc.aio.insecure_channel(server.port.address, options=_SMALL_WINDOW) as channel:
+        async with grpc.aio.insecure_channel(server.port.address, options=SMALL_WINDOW) as channel:
             method = channel.unary_stream("/manyhats.v1.GenerationService/Tokenize")
             late = method(TOKENIZE.SerializeToString(), timeout=1.0)
             await eventually(lambda: server.gate.num_running == 2)

@@ -14,12 +14,9 @@ import grpc
 import pytest
 
 from adapter_factory import make_ia3, make_lora
+from engine_server import served_config
 from manyhats.adapters.sites import BaseDescription
-from manyhats.server.assembly import open_backend
 from manyhats.server.config import ServeConfig
-from manyhats.server.gate import Gate
-from manyhats.server.grpc_port import GrpcPort
-from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
@@ -88,19 +85,11 @@ async def serving(tmp_path: Path) -> AsyncIterator[tuple[Server, Backend]]:
         kv_cache_bytes=4 << 20,
         num_threads=1,
     )
-    metrics, gate = Metrics(max_task_labels=4), Gate(heartbeat_limit_s=60)
-    backend = await asyncio.to_thread(open_backend, config, metrics, lambda stage, done, total: None)
-    await backend.engine.start()
-    gate.open(backend)
-    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0)
-    await port.start()
-    try:
-        async with grpc.aio.insecure_channel(port.address) as channel:
-            yield Server(channel), backend
-    finally:
-        await port.stop(0.0)
-        await backend.engine.stop(0.0)
-        backend.store.close()
+    async with (
+        served_config(config) as (address, backend),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        yield Server(channel), backend
 
 
 def make_versions(directory: Path, base: BaseDescription) -> list[Path]:
