@@ -83,14 +83,13 @@ class Nf4Weight:
         """The absmax of each block, dequantized: float32 [num_blocks]."""
         if not self.is_nested:
             return self.absmax
-        # Two roundings, product then sum, as bitsandbytes does; a fused multiply-add differs in the last bit.
-        per_block = self.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: self.absmax.numel()]
-        return self.nested_code[self.absmax.int()].mul_(per_block).add_(self.offset)
+        return nested_scales(
+            self.absmax, self.nested_absmax, self.nested_code, self.offset, NESTED_BLOCK_SIZE
+        )
 
     def dequantize(self) -> Tensor:
         """The matrix as float32 [out, in], bit-equal to bitsandbytes' ``dequantize_4bit`` in float32."""
-        pairs = torch.stack((self.code.repeat_interleave(16), self.code.repeat(16)), dim=1)  # [256, 2]
-        values = pairs.index_select(0, self.packed.int()).view(-1, BLOCK_SIZE)
+        values = unpacked(self.packed, self.code).view(-1, BLOCK_SIZE)
         return values.mul_(self.block_scales().unsqueeze(1)).view(self.shape)
 
     def rows(self, start: int, stop: int) -> Nf4Weight:
@@ -116,6 +115,21 @@ class Nf4Weight:
             nested_code=self.nested_code,
             shape=(stop - start, self.shape[1]),
         )
+
+
+def unpacked(packed: Tensor, code: Tensor) -> Tensor:
+    """The codes of uint8 [n] bytes, high nibble first, as float32 [2 n] values of the table ``code``."""
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)  # [256, 2]
+    return pairs.index_select(0, packed.int()).view(-1)
+
+
+def nested_scales(
+    absmax: Tensor, nested_absmax: Tensor, nested_code: Tensor, offset: float, block_size: int
+) -> Tensor:
+    """Absmaxes that are quantized in blocks of ``block_size``, dequantized: float32, one for each uint8 code."""
+    # Two roundings, product then sum, as bitsandbytes does; a fused multiply-add differs in the last bit.
+    per_block = nested_absmax.repeat_interleave(block_size)[: absmax.numel()]
+    return nested_code[absmax.int()].mul_(per_block).add_(offset)
 
 
 def quantize_nf4(weight: Tensor) -> Nf4Weight:

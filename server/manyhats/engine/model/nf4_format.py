@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
+from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight, nested_scales, unpacked
 
 _PLAIN = ("absmax", "quant_map")
 _NESTED = ("nested_absmax", "nested_quant_map")
@@ -92,9 +92,8 @@ class FourBitMatrix:
 
     def dequantize(self) -> Tensor:
         """The matrix as float32 [out, in], bit-equal to bitsandbytes' ``dequantize_4bit`` in float32."""
-        pairs = torch.stack((self.code.repeat_interleave(16), self.code.repeat(16)), dim=1)  # [256, 2]
         size = self.shape[0] * self.shape[1]
-        values = pairs.index_select(0, self.packed.int()).view(-1)[:size]
+        values = unpacked(self.packed, self.code)[:size]
         return values.mul_(self._scales().repeat_interleave(self.block_size)[:size]).view(self.shape)
 
     def nf4(self) -> Nf4Weight:
@@ -133,8 +132,9 @@ class FourBitMatrix:
         """The absmax of each block, dequantized: float32 [num_blocks]."""
         if self.nested_absmax is None or self.nested_code is None:
             return self.absmax
-        per_block = self.nested_absmax.repeat_interleave(self.nested_block_size)[: self.absmax.numel()]
-        return self.nested_code[self.absmax.int()].mul_(per_block).add_(self.offset)
+        return nested_scales(
+            self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_block_size
+        )
 
 
 def read_quantized(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> FourBitMatrix:
