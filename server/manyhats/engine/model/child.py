@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from manyhats.engine.errors import ModelError
@@ -66,13 +66,18 @@ def run_child(
             child.kill()
             raise
     if child.returncode != 0:
-        for words in _FULL:
-            if any(words in line for line in tail):
-                raise ModelError(
-                    f"cannot {purpose}: {words[0].lower() + words[1:]}; models are kept in {default_home()}"
-                    f" (MANYHATS_HOME moves it), temporary files in {tempfile.gettempdir()} (TMPDIR)"
-                )
-        raise ModelError(f"cannot {purpose}: exit status {child.returncode}: {' / '.join(tail)}")
+        raise ModelError(f"cannot {purpose}: {_reason(child.returncode, tail)}")
+
+
+def _reason(status: int, tail: Collection[str]) -> str:
+    """Why a program failed, from the end of what it printed."""
+    full = next((words for words in _FULL if any(words in line for line in tail)), None)
+    if full is None:
+        return f"exit status {status}: {' / '.join(tail)}"
+    return (
+        f"{full[0].lower() + full[1:]}; models are kept in {default_home()}"
+        f" (MANYHATS_HOME moves it), temporary files in {tempfile.gettempdir()} (TMPDIR)"
+    )
 
 
 def _lines(child: subprocess.Popen[str], on_silence: Callable[[], None]) -> Iterator[str]:
