@@ -115,11 +115,10 @@ class AdapterLoading:
         self, record: AdapterRecord, lowered: LoweredAdapter | None, max_wait_s: float | None
     ) -> ResidentAdapter:
         claim = self._claim(record, lowered) or await self._queued(_Waiter(record, lowered), max_wait_s)
-        loaded = asyncio.wrap_future(claim.loaded)
         try:
-            return await asyncio.shield(loaded)
+            return await asyncio.shield(asyncio.wrap_future(claim.loaded))
         except asyncio.CancelledError:
-            loaded.add_done_callback(lambda done: self._release_unused(record, done))
+            self._release_unused(record, claim)
             raise
 
     async def _queued(self, waiter: _Waiter, max_wait_s: float | None) -> Claim:
@@ -146,8 +145,7 @@ class AdapterLoading:
             if not waiters:
                 del self._queue[digest]
         elif waiter.claimed.done() and not waiter.claimed.cancelled() and waiter.claimed.exception() is None:
-            loaded = asyncio.wrap_future(waiter.claimed.result().loaded)
-            loaded.add_done_callback(lambda done: self._release_unused(waiter.record, done))
+            self._release_unused(waiter.record, waiter.claimed.result())
 
     def _claim(
         self, record: AdapterRecord, lowered: LoweredAdapter | None, *, is_first: bool = False
@@ -185,9 +183,14 @@ class AdapterLoading:
         if filling.cancelled():
             self._residency.give_up(record, _closed())
 
-    def _release_unused(self, record: AdapterRecord, loaded: asyncio.Future[ResidentAdapter]) -> None:
-        if not loaded.cancelled() and loaded.exception() is None:
-            self._residency.release(record)
+    def _release_unused(self, record: AdapterRecord, claim: Claim) -> None:
+        """Unpins it once it is loaded; one that cannot be loaded has no pins."""
+
+        def release(loaded: Future[ResidentAdapter]) -> None:
+            if loaded.exception() is None:
+                self._residency.release(record)
+
+        claim.loaded.add_done_callback(release)
 
 
 def _closed() -> DrainingError:
