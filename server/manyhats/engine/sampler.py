@@ -139,7 +139,8 @@ def _logprobs(
     nums = [rows[index].num_logprobs or 0 for index in asking]
     targets = [token for index in asking if isinstance(token := chosen[index], int)]
     try:
-        found = token_logprobs(logits[list(asking)], targets, max(nums), kernels)
+        own = logits if len(asking) == logits.shape[0] else logits[list(asking)]
+        found = token_logprobs(own, targets, max(nums), kernels)
         return [
             replace(each, top_ids=each.top_ids[:num], top_logprobs=each.top_logprobs[:num])
             for each, num in zip(found, nums, strict=True)
