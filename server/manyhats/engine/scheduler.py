@@ -60,6 +60,7 @@ class Scheduler:
         self._prefixes = HeldPrefixes(allocator, self._free)
         self._paused: set[Sequence] = set()
         self._num_counted = 0  # of those that wait
+        self._num_short = 0  # of them, too: no bulk ones
         self._num_added = 0
         self.rate = FinishRate()  # of requests' sequences
         self._in_flight: Schedule | None = None
@@ -192,7 +193,7 @@ class Scheduler:
         self._waiting.clear()
         self._running.clear()
         self._paused.clear()
-        self._num_counted = 0
+        self._num_counted = self._num_short = 0
         self._prefixes.clear()
         self._in_flight = None
         self._freed_in_flight.clear()
@@ -246,12 +247,16 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
-        self._num_counted += sequence.is_counted
+        self._count_waiting(sequence, +1)
         insort(self._waiting, sequence, key=_waiting_rank)
 
     def _dequeue(self, sequence: Sequence) -> None:
-        self._num_counted -= sequence.is_counted
+        self._count_waiting(sequence, -1)
         del self._waiting[bisect_left(self._waiting, _waiting_rank(sequence), key=_waiting_rank)]
+
+    def _count_waiting(self, sequence: Sequence, change: int) -> None:
+        self._num_counted += change * sequence.is_counted
+        self._num_short += change * (not self._is_bulk(sequence, sequence.num_tokens))
 
     def _free(self, block_ids: Seq[int]) -> None:
         if self._in_flight is None:
@@ -281,23 +286,18 @@ class Scheduler:
     def _admit_waiting(self, step: Step) -> None:
         blocked: list[Sequence] = []
         num_bulk_left = 0
-        are_others_waiting = any(not self._is_bulk(each, each.num_tokens) for each in self._waiting)
+        num_short_left = self._num_short  # that are not looked at yet
+        are_others_waiting = num_short_left > 0
         for sequence in tuple(self._waiting):
-            if step.budget <= 0 or self._is_full(sequence):
+            no_more_bulk = num_bulk_left >= _MAX_BLOCKED
+            if step.budget <= 0 or self._is_full(sequence) or (no_more_bulk and num_short_left == 0):
                 return
-            if self._awaits_virtual(sequence):
+            is_bulk = self._is_bulk(sequence, sequence.num_tokens)
+            num_short_left -= not is_bulk
+            if (is_bulk and no_more_bulk) or self._awaits_virtual(sequence):
                 continue
-            if self._is_bulk(sequence, sequence.num_tokens):
-                if num_bulk_left >= _MAX_BLOCKED:
-                    continue
-                num_left = self._num_left(sequence)
-                is_bulk = self._is_bulk(sequence, num_left)
-                if is_bulk and not step.has_bulk_room(
-                    sequence, num_left, are_others_waiting=are_others_waiting
-                ):
-                    num_bulk_left += 1
-                    continue
-            elif step.room <= 0:
+            if not self._has_room(sequence, step, are_others_waiting=are_others_waiting):
+                num_bulk_left += is_bulk
                 continue
             admission = self._affordable_admission(sequence, step)
             if admission is None:
@@ -321,10 +321,15 @@ class Scheduler:
         is_scored = sequence.num_scored > self.config.max_bulk_tokens
         return sequence.is_bulk or ((is_long or is_scored) and not sequence.is_internal)
 
-    def _num_left(self, sequence: Sequence) -> int:
-        """How many tokens a waiting sequence would have to compute."""
+    def _has_room(self, sequence: Sequence, step: Step, *, are_others_waiting: bool) -> bool:
+        """Whether the step has tokens for a waiting sequence; a bulk one may be short by what is computed already."""
+        if not self._is_bulk(sequence, sequence.num_tokens):
+            return step.room > 0
         plan = plan_admission(sequence, self._prefix_of(sequence), self.allocator)
-        return sequence.num_tokens - plan.num_computed
+        num_left = sequence.num_tokens - plan.num_computed
+        if not self._is_bulk(sequence, num_left):
+            return True
+        return step.has_bulk_room(sequence, num_left, are_others_waiting=are_others_waiting)
 
     def _awaits_virtual(self, sequence: Sequence) -> bool:
         """Whether a running sequence is just computing the virtual tokens that this one begins with, too."""
