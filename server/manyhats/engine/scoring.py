@@ -74,9 +74,7 @@ class Scoring:
             scheduler.add(self._new_branch_sequence(self._branches[0]))
 
     def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
-        """Queues more continuations as others finish."""
-        if self._prompt is None:
-            self._queue_branches(scheduler, now_s)
+        """Nothing to do between steps."""
         return None
 
     def begin(self, sequence: Sequence, now_s: float) -> None:
@@ -113,7 +111,7 @@ class Scoring:
     def commit(
         self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
     ) -> Output | None:
-        """Starts the continuations once the prompt is there; answers when the last one is."""
+        """Starts the continuations once the prompt is there, more as others finish; answers when the last one is."""
         if sequence is self._prompt:
             self._prefix = scheduler.hold(sequence, sequence.num_tokens)
             scheduler.finish(sequence)
@@ -122,11 +120,11 @@ class Scoring:
             longer = [branch for branch in self._branches if len(branch.token_ids) > 1]
             self._num_done = len(self._branches) - len(longer)
             self._unqueued = iter(longer)
-            self._queue_branches(scheduler, now_s)
         else:
             del self._running[sequence]
             scheduler.finish(sequence)
             self._num_done += 1
+        self._queue_branches(scheduler, now_s)
         if self._num_done < len(self._branches):
             return None
         self.is_done = True
