@@ -76,9 +76,9 @@ class AsyncEngine:
         self.config = config
         self._kernels = CpuKernels(config.num_threads or None, is_exact=config.dtype == "float32")
         self._decoder = Decoder(model.config, model.weights, self._kernels)
-        self._num_blocks = num_blocks_of(config, model.config)
+        num_blocks = num_blocks_of(config, model.config)
         self._cache = self._kernels.new_cache(
-            model.config, self._num_blocks, config.block_size, config.kv_cache_dtype
+            model.config, num_blocks, config.block_size, config.kv_cache_dtype
         )
         self._probe_slot = config.max_loaded_adapters + 1  # after the base model's and the loaded adapters'
         self._slots = self._kernels.new_slots(model.config, self._probe_slot + 1, config.dtype)
@@ -87,11 +87,11 @@ class AsyncEngine:
             self._cache,
             self._slots,
             self._kernels,
-            num_blocks=self._num_blocks,
+            num_blocks=num_blocks,
             block_size=config.block_size,
             scheduler=config.scheduler,
         )
-        capacity = self._num_blocks * config.block_size
+        capacity = num_blocks * config.block_size
         self.max_context_length = min(model.config.max_context_length, capacity)
         self._serving = ServingModel(
             base_digest=model.description.digest,
