@@ -13,6 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from structlog.testing import capture_logs
 
 from manyhats.server.errors import AddressError
 from manyhats.server.gate import Gate, ServingState
@@ -90,6 +91,16 @@ async def test_follower_publishes_changes_to_watchers_and_ends_with_the_engine()
         await asyncio.wait_for(following, 5)
         watch.cancel()
     assert seen == [NOT_SERVING, SERVING, NOT_SERVING]
+
+
+async def test_a_state_is_logged_once_however_often_it_is_published() -> None:
+    with capture_logs() as logs:
+        async with running_server() as server:
+            health = server.port.health
+            await health.publish()
+            server.engine.is_alive = False
+            await asyncio.wait_for(health.follow_until_dead(), 5)
+    assert [each["state"] for each in logs if each["event"] == "state"] == ["ready", "dead"]
 
 
 async def test_stalled_engine_still_admits() -> None:

@@ -28,6 +28,7 @@ class HealthFollower:
         self._gate = gate
         self._services = ("", *services)
         self._period_s = period_s
+        self._logged: ServingState | None = None
 
     async def publish(self) -> ServingState:
         """Make health say what the gate says now, and return it."""
@@ -36,7 +37,9 @@ class HealthFollower:
         status = HealthCheckResponse.SERVING if is_serving else HealthCheckResponse.NOT_SERVING
         for service in self._services:
             await self.servicer.set(service, status)
-        _log.info("state", state=state.value)
+        if state is not self._logged:
+            self._logged = state
+            _log.info("state", state=state.value)
         return state
 
     async def follow_until_dead(self) -> None:
