@@ -173,6 +173,13 @@ def test_an_empty_directory_lacks_its_config(tmp_path: Path) -> None:
     assert reasons(inspect(tmp_path / "a")) == [("ADAPTER_INVALID", "adapter_config.json")]
 
 
+def test_a_directory_of_adapters_names_them_and_is_told_once(tmp_path: Path) -> None:
+    make_lora(tmp_path / "a" / "sql", BASE)
+    (refusal,) = inspect(tmp_path / "a").refusals
+    assert refusal.subject == "adapter_config.json"
+    assert refusal.description.endswith("look like adapters, register one of them: sql")
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(SourceNotFoundError):
         inspect(tmp_path / "a")

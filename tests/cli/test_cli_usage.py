@@ -354,7 +354,11 @@ def test_what_cannot_be_registered_at_start_is_refused_before_anything_is_loaded
     assert (result.exit_code, served) == (2, [])
     assert result.stderr.startswith("error: --register: sql: ")
     assert path in result.stderr
-    expected = "no allowed root has this directory" if path == "missing" else REFUSED_SOURCES[source]
+    expected = (
+        "no allowed root has this directory; `manyhats adapters upload`"
+        if path == "missing"
+        else REFUSED_SOURCES[source]
+    )
     assert expected in result.stderr
     assert len(result.stderr.splitlines()) == 1
 

@@ -254,7 +254,9 @@ def _locate(uri: str, path: Path, roots: Sequence[Path]) -> Place:
     # Whether something exists is told of what lies under a root alone.
     if is_outside or not roots:
         raise SourceNotAllowedError(uri, _outside(path, roots))
-    raise SourceNotFoundError(uri, "no allowed root has this directory")
+    raise SourceNotFoundError(
+        uri, "no allowed root has this directory; `manyhats adapters upload` sends one of another machine"
+    )
 
 
 def _outside(path: Path, roots: Sequence[Path]) -> str:

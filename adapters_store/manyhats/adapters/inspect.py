@@ -139,6 +139,8 @@ class _Inspector:
         with self._stage():
             check_directory(directory)
         config: dict[str, Any] | None = None
+        if CONFIG_FILE not in directory.names():
+            return  # as the first stage said
         with self._stage():
             config_bytes = _read(directory, CONFIG_FILE, self._limits.max_config_bytes)
             config = self._look_at_config(config_bytes)
