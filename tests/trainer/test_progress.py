@@ -80,6 +80,13 @@ def test_elsewhere_than_at_a_terminal_what_matters_is_a_line_each() -> None:
     ]
 
 
+def test_one_of_a_thing_is_no_more() -> None:
+    stream = io.StringIO()
+    with shown_training(stream) as listener:
+        listener(RunBegan(task="t", step=0, num_steps=1, num_trainable=1))
+    assert stream.getvalue() == "t: 1 step, 1 trainable parameter\n"
+
+
 def test_steps_are_a_line_every_ten_seconds_for_each_task(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)

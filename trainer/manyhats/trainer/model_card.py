@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from manyhats.trainer.data.dataset import sentences
+from manyhats.trainer.data.dataset import counted, sentences
 from manyhats.trainer.fingerprint import settings_by_name
 from manyhats.trainer.report import Evaluation, HeldOut, TrainingReport
 from manyhats.trainer.settings import TrainSettings
@@ -78,12 +78,14 @@ manyhats generate --task {settings.task} --temperature 0{chat} "…"
 def _data(report: TrainingReport) -> str:
     data = report.settings.data
     prompts = "chat messages by the model's template" if data.chat else "plain text"
-    lines = [f"{report.train.num_rows:,} rows of `{_shown_source(data.train)}`; prompts as {prompts}."]
+    lines = [
+        f"{counted(report.train.num_rows, 'row')} of `{_shown_source(data.train)}`; prompts as {prompts}."
+    ]
     if data.system:
         lines.append(f"System message: {json.dumps(data.system, ensure_ascii=False)}.")
     lines += [f"{sentence}." for sentence in sentences(report.train.counts)]
     if report.held_out is not None:
-        lines.append(f"Held out: {report.held_out.num_rows:,} rows of `{_shown_source(data.eval)}`.")
+        lines.append(f"Held out: {counted(report.held_out.num_rows, 'row')} of `{_shown_source(data.eval)}`.")
         lines += [f"Of the held-out data, {sentence}." for sentence in sentences(report.held_out.counts)]
     return "## Data\n\n" + "\n".join(lines)
 
@@ -125,7 +127,7 @@ def _training(report: TrainingReport) -> str:
     return f"""\
 ## Training
 
-{len(report.steps):,} steps, {report.num_tokens:,} tokens in {report.duration_s:,.0f} s \
+{counted(len(report.steps), "step")}, {counted(report.num_tokens, "token")} in {report.duration_s:,.0f} s \
 ({report.tokens_per_s:,.0f} tokens per second) in {base.dtype} on {base.device}; at most {peak}.\
 {last}{early}{kept}
 The learning rate was {artifact.learning_rate:g} at its peak. The base was not changed: its weights had the same

@@ -12,7 +12,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from manyhats.trainer.data.dataset import sentences
+from manyhats.trainer.data.dataset import counted, sentences
 from manyhats.trainer.events import (
     CheckpointFailed,
     CheckpointReport,
@@ -184,7 +184,11 @@ def line_of(event: Event) -> str:
     match event:
         case RunBegan():
             resumed = f" from step {event.step}" if event.step else ""
-            return f"{event.task}: {event.num_steps} steps{resumed}, {event.num_trainable:,} trainable parameters"
+            steps, parameters = (
+                counted(event.num_steps, "step"),
+                counted(event.num_trainable, "trainable parameter"),
+            )
+            return f"{event.task}: {steps}{resumed}, {parameters}"
         case EvaluationReport():
             best = ", the best so far" if event.is_best else ""
             return f"{event.task}: step {event.step}, held-out loss {event.loss:.4f}{best}"

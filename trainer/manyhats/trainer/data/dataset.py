@@ -105,11 +105,12 @@ def sentences(counts: DataCounts) -> list[str]:
             for name, number in counts.ignored.items()
         ),
     ]
-    return [f"{_rows(number)} {what}" for number, what in told if number]
+    return [f"{counted(number, 'row')} {what}" for number, what in told if number]
 
 
-def _rows(number: int) -> str:
-    return f"{number:,} row{'' if number == 1 else 's'}"
+def counted(number: int, noun: str) -> str:
+    """``1 row``, ``2,000 rows``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
