@@ -252,6 +252,7 @@ def test_list_of_nothing_says_so_but_is_no_error(fake: FakeServer) -> None:
 def test_show(fake: FakeServer) -> None:
     lines = succeed(fake, "adapters", "show", "sql").splitlines()
     assert {"task: sql@2", "size: 1.2 MB", "parameters: 300 k", "labels: team=a"} <= set(lines)
+    assert "created: 2026-03-01 12:30:00 UTC" in lines
     assert {"effect: 0.25 nats", "part 0: 0.5 × /adapters/sql (sha256:aa)"} <= set(lines)
     assert succeed_json(fake, "adapters", "show", "sql@2")["version"] == 2
 

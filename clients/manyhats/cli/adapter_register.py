@@ -14,7 +14,7 @@ from manyhats.cli.adapter_batch import Item, Outcome, parse_items, perform
 from manyhats.cli.connection import Connection, connect, takes_connection
 from manyhats.cli.failures import CommandError, UsageError
 from manyhats.cli.output import human_bytes, print_json, to_plain
-from manyhats.cli.progress import Report, shown_progress
+from manyhats.cli.progress import Report, shown_progress, shown_wait
 
 if TYPE_CHECKING:
     from manyhats.client import Client, RegisterOptions, Registration
@@ -155,7 +155,7 @@ def register(
         raise UsageError("give either PATH or --part (see `manyhats adapters register --help`)")
     if part:
         parts = [parse_part(text) for text in part]
-        with connect(connection) as client:
+        with connect(connection) as client, shown_wait():
             registration = client.register_adapter(adapters[0], parts=parts, **options)
         _print(registration, done, as_json)
         return

@@ -173,7 +173,7 @@ def _fields(info: AdapterInfo) -> dict[str, str]:
         "effect": "" if info.effect is None else f"{info.effect:.4g} nats",
         "base model": info.base_model,
         "source": info.source,
-        "created": info.create_time.isoformat() if info.create_time else "",
+        "created": f"{info.create_time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" if info.create_time else "",
         "digest": info.digest,
         **_parts(info),
         "text files": ", ".join(sorted({name for part in info.parts for name in part.text_files})),
