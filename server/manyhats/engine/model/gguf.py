@@ -6,6 +6,7 @@ several times the model's memory, and modules that a server never needs again.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -57,9 +58,15 @@ def _num_tensors(source: Path) -> int:
 
 
 def _convert(source: Path, target: Path) -> None:
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    # transformers reads the file for config, weights and tokenizer anew, and makes the table of names for each module:
+    # half the time of a conversion.
+    library: Any = gguf
+    library.GGUFReader = functools.cache(gguf.GGUFReader)
+    library.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     # Values are computed in float32 and rounded once.
     model: Any = AutoModelForCausalLM.from_pretrained(
         source.parent,
