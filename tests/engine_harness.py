@@ -23,8 +23,8 @@ from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription, Site
 from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.batch import build_batch, num_logit_rows
 from manyhats.engine.blocks import BlockAllocator
+from manyhats.engine.build_batch import build_batch, num_logit_rows
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.kernels.cpu.backend import CpuKernels
 from manyhats.engine.kernels.interface import Kernels

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.batch import Batch, build_batch
+from manyhats.engine.batch import Batch
+from manyhats.engine.build_batch import build_batch
 from manyhats.engine.errors import ModelError
 from manyhats.engine.kernels.cpu.backend import CpuKernels
 from manyhats.engine.kernels.interface import Kernels, KVCache

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numba import njit
 from torch import Tensor
 
-from manyhats.engine.batch import Batch, build_batch
+from manyhats.engine.batch import Batch
+from manyhats.engine.build_batch import build_batch
 from manyhats.engine.errors import ModelError
 from manyhats.engine.kernels.cpu import simd
 from manyhats.engine.kernels.cpu.backend import CpuKernels

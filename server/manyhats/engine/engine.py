@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.primitives import KVPrefix
-from manyhats.engine.batch import Batch, build_batch, num_logit_rows
+from manyhats.engine.batch import Batch
 from manyhats.engine.blocks import BlockAllocator
+from manyhats.engine.build_batch import build_batch, num_logit_rows
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineError,
