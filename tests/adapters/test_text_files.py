@@ -25,8 +25,9 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.inspect import inspect
 from manyhats.adapters.intake import PartSource
 from manyhats.adapters.open_store import open_store
+from manyhats.adapters.sites import TextFacts
 from manyhats.adapters.store import AdapterStore
-from manyhats.adapters.text_files import MAX_BYTES, TextFacts
+from manyhats.adapters.text_files import MAX_BYTES
 from uploads import announced, content_of, send
 
 TEXT = {

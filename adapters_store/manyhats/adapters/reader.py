@@ -28,8 +28,8 @@ from manyhats.adapters.recognition import (
     weights_file,
 )
 from manyhats.adapters.safetensors_reader import LENGTH_BYTES, header_size, parse_header, read_tensors
-from manyhats.adapters.sites import BaseDescription
-from manyhats.adapters.text_files import TextFacts, check_text, read_text
+from manyhats.adapters.sites import BaseDescription, TextFacts
+from manyhats.adapters.text_files import check_text, read_text
 
 
 @dataclass(frozen=True, slots=True, eq=False)

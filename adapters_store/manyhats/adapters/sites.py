@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
 from torch import Tensor
-
-from manyhats.adapters.text_files import TextCheck
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -33,6 +31,23 @@ class WeightSource(Protocol):
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
         """Weight [d_out, d_in], dequantized, and bias [d_out] or None, float32."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextFacts:
+    """What text files mean beside a base's own.
+
+    Attributes:
+        fingerprint: the same for files that mean the same; empty if they mean what the base's do.
+        notes: what the operator should know.
+    """
+
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
+
+
+TextCheck = Callable[[Mapping[str, bytes | bytearray]], TextFacts]
+"""Tells what text files, name → content, mean on a base; raises ``ArtifactError``, ``subject`` the file."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,13 @@ whoever describes a base may bring a ``TextCheck``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from manyhats.adapters.errors import AdapterInvalidError
 from manyhats.adapters.files import SourceDirectory
 from manyhats.adapters.json_reader import parse_json_object
+from manyhats.adapters.sites import TextCheck, TextFacts
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer.json"
@@ -31,23 +31,6 @@ MAX_BYTES: Mapping[str, int] = MappingProxyType(
     }
 )
 """The text files by name → how large each may be."""
-
-
-@dataclass(frozen=True, slots=True)
-class TextFacts:
-    """What text files mean beside a base's own.
-
-    Attributes:
-        fingerprint: the same for files that mean the same; empty if they mean what the base's do.
-        notes: what the operator should know.
-    """
-
-    fingerprint: str = ""
-    notes: tuple[str, ...] = ()
-
-
-TextCheck = Callable[[Mapping[str, bytes | bytearray]], TextFacts]
-"""Tells what text files, name → content, mean on a base; raises ``ArtifactError``, ``subject`` the file."""
 
 
 def text_names(names: Collection[str]) -> tuple[str, ...]:

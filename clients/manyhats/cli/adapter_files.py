@@ -17,8 +17,7 @@ from manyhats.cli.output import human_bytes, human_count, print_fields, print_js
 
 if TYPE_CHECKING:
     from manyhats.adapters.inspect import Inspection, SiteFacts
-    from manyhats.adapters.sites import BaseDescription
-    from manyhats.adapters.text_files import TextFacts
+    from manyhats.adapters.sites import BaseDescription, TextFacts
 
 INSPECT_HELP = """Show what an adapter's directory holds, and what of it would be refused.
 

@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from collections.abc import Set as AbstractSet
-
-import structlog
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.request import MAX_CONTINUATIONS, Request, ScoreRequest
 from manyhats.engine.stopping import StopChecker
-
-_log = structlog.get_logger(__name__)
-
-
-def known_token_ids(ids: Iterable[object], vocab_size: int, source: str) -> frozenset[int]:
-    """Those ids that are tokens of the model; what a model's files name beside them is dropped with a note.
-
-    Args:
-        ids: as a file has them; None stands for none.
-        vocab_size: token ids are below.
-        source: which file and field they are from, for the note.
-    """
-    given = [each for each in ids if each is not None]
-    known = [each for each in given if type(each) is int and 0 <= each < vocab_size]
-    if len(known) < len(given):
-        unknown = [each for each in given if each not in known]
-        _log.warning(
-            "ids that are no token of the model are dropped",
-            source=source,
-            ids=unknown[:20],
-            limit=vocab_size,
-        )
-    return frozenset(known)
 
 
 def check_generation(request: Request, vocab_size: int, eos_token_ids: AbstractSet[int]) -> None:

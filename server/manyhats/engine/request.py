@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from manyhats.engine.tokenizer import Tokenizer
 
 MAX_TOP_LOGPROBS = 100
 MAX_STOP_SEQUENCES = 16

@@ -18,12 +18,12 @@ from typing import Any
 from tokenizers import AddedToken
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError
+from manyhats.adapters.sites import TextFacts
 from manyhats.adapters.text_files import (
     MAX_BYTES,
     TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    TextFacts,
     decode_template,
     text_of,
 )

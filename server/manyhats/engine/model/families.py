@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from manyhats.adapters.sites import BaseDescription, Site, WeightSource
-from manyhats.adapters.text_files import TextCheck
+from manyhats.adapters.sites import BaseDescription, Site, TextCheck, WeightSource
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.config import NO_ROPE, Activation, DecoderConfig
 from manyhats.engine.model.known_families import FAMILIES

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import structlog
 import torch
 from torch import Tensor
 
 from manyhats.adapters.base_name import has_form_of_path
 from manyhats.adapters.sites import BaseDescription
-from manyhats.engine.checks import known_token_ids
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.cache import Nf4Cache, quantize_checkpoint
 from manyhats.engine.model.checkpoint import (
@@ -37,6 +37,8 @@ from manyhats.engine.text_process import TextProcesses
 from manyhats.engine.tokenizer import Tokenizer
 
 __all__ = ["GenerationDefaults", "LoadedModel", "Progress", "Quantization", "default_home", "load_model"]
+
+_log = structlog.get_logger(__name__)
 
 Quantization = Literal["nf4", "none"]
 
@@ -184,6 +186,27 @@ def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefau
         ("generation_config.json: eos_token_id", generation.get("eos_token_id")),
         ("config.json: eos_token_id", found.config.get("eos_token_id")),
     ):
-        ids = ids or known_token_ids(value if isinstance(value, list) else [value], vocab_size, source)
-    own = known_token_ids([tokenizer.special_token_id("eos_token")], vocab_size, "the tokenizer: eos_token")
+        ids = ids or _known_token_ids(value if isinstance(value, list) else [value], vocab_size, source)
+    own = _known_token_ids([tokenizer.special_token_id("eos_token")], vocab_size, "the tokenizer: eos_token")
     return GenerationDefaults(eos_token_ids=ids | own)
+
+
+def _known_token_ids(ids: Iterable[object], vocab_size: int, source: str) -> frozenset[int]:
+    """Those ids that are tokens of the model; what a model's files name beside them is dropped with a note.
+
+    Args:
+        ids: as a file has them; None stands for none.
+        vocab_size: token ids are below.
+        source: which file and field they are from, for the note.
+    """
+    given = [each for each in ids if each is not None]
+    known = [each for each in given if type(each) is int and 0 <= each < vocab_size]
+    if len(known) < len(given):
+        unknown = [each for each in given if each not in known]
+        _log.warning(
+            "ids that are no token of the model are dropped",
+            source=source,
+            ids=unknown[:20],
+            limit=vocab_size,
+        )
+    return frozenset(known)
