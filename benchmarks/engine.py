@@ -16,12 +16,12 @@ from benchmarks.worker import Worker
 from benchmarks.workload import HELD_COUNTS, Adapter, Case, Workload
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.open_store import open_store
-from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.config import EngineConfig
-from manyhats.engine.model.loader import load_model
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.output import StepStats
-from manyhats.engine.own_thread import in_own_thread
 from manyhats.engine.request import Request, StoppingParams
+from manyhats.engine.threads.own_thread import in_own_thread
 
 _MAX_SEQUENCES = max(64, *HELD_COUNTS)
 

@@ -23,8 +23,8 @@ def save(directory: Path, shape: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from manyhats.engine.model.directories import default_home
-    from manyhats.engine.model.fetch import fetch_model
+    from manyhats.engine.checkpoints.fetch import fetch_model
+    from manyhats.engine.home import default_home
 
     config = LlamaConfig(
         vocab_size=_VOCAB_SIZE,

@@ -40,10 +40,10 @@ from benchmarks.workload import (
     Workload,
     quick_settings,
 )
-from manyhats.engine.model.checkpoint import read_json
-from manyhats.engine.model.directories import default_home
+from manyhats.engine.checkpoints.checkpoint import read_json
+from manyhats.engine.checkpoints.fetch import locate_model
+from manyhats.engine.home import default_home
 from manyhats.engine.model.families import describe, read_architecture
-from manyhats.engine.model.fetch import locate_model
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_MODEL = "smollm2-135m-instruct"

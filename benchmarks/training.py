@@ -18,10 +18,10 @@ from benchmarks.rows import BUSY, Pick, Row, at_least
 from benchmarks.training_cases import CASES, FLOOR, TrainingCase, TrainingWorkload
 from benchmarks.training_systems import OwnTrainer, PeftTrainer
 from benchmarks.worker import Worker
-from manyhats.engine.model.checkpoint import read_json
-from manyhats.engine.model.directories import default_home
+from manyhats.engine.checkpoints.checkpoint import read_json
+from manyhats.engine.checkpoints.fetch import locate_model
+from manyhats.engine.home import default_home
 from manyhats.engine.model.families import read_architecture
-from manyhats.engine.model.fetch import locate_model
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_MODEL = "smollm2-135m-instruct"

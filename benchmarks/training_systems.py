@@ -16,7 +16,7 @@ import torch
 from benchmarks.baselines import load_nf4
 from benchmarks.measure import Measurement
 from benchmarks.training_cases import TrainingCase, TrainingWorkload, tokens_per_s
-from manyhats.engine.model.loader import LoadedModel, load_model
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.data.dataset import DataCounts, Dataset, TokenizedRows
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(directory: Path, options: argparse.Namespace) -> Mapping[str, Sequence[Trained]]:
     """Every run, in each round the one that began the last comes second."""
-    from manyhats.engine.model.loader import load_model
+    from manyhats.engine.checkpoints.loader import load_model
     from manyhats.trainer.computation import resolve_computation
     from manyhats.trainer.settings_file import make_settings
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from examples.data import NUM_HELD_OUT
 from examples.tasks.task import ExampleTask, Item, held_out_items
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import MIB, EngineConfig
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.request import Request, StoppingParams
-from manyhats.engine.residency import LoadAdapter
-from manyhats.engine.tokenizer import ChatMessage
+from manyhats.engine.residency.residency import LoadAdapter
+from manyhats.engine.text.tokenizer import ChatMessage
 
 # The base wraps its answers in words: it gets room for them.
 _BASE_MAX_NEW_TOKENS = 64

@@ -27,8 +27,8 @@ from examples.settings import (
     PromptOverSettings,
     VeraSettings,
 )
-from manyhats.engine.model.directories import default_home
-from manyhats.engine.model.fetch import locate_model
+from manyhats.engine.checkpoints.fetch import locate_model
+from manyhats.engine.home import default_home
 from manyhats.trainer.batch import TrainingBatch
 
 BASE_ALIAS = "smollm2-135m-instruct"

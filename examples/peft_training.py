@@ -19,9 +19,9 @@ from examples.peft_adapters import BASE_ALIAS, PeftAdapter, attach
 from examples.settings import PeftSettings
 from examples.tasks.task import ExampleTask
 from examples.training import TrainingResult, recent
-from manyhats.engine.model.directories import default_home
-from manyhats.engine.model.fetch import locate_model
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.fetch import locate_model
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.home import default_home
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.trainer.data import BatchSampler, collate
 from manyhats.trainer.schedule import learning_rate_factor

@@ -27,7 +27,7 @@ from examples.tasks.task import ExampleTask
 from examples.training import TrainingResult, train_example
 from manyhats.adapters.open_store import open_store
 from manyhats.adapters.store import PartSource
-from manyhats.engine.model.loader import LoadedModel, load_model
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.computation import resolve_computation
 from manyhats.trainer.settings import ModelSettings
 

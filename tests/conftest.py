@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from manyhats.engine.openmp import sleep_soon
+from manyhats.engine.threads.openmp import sleep_soon
 from postgres_server import PostgresServer
 from s3_server import Bucket, S3Server
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from manyhats.engine.model.directories import default_home
-from manyhats.engine.model.fetch import locate_model
+from manyhats.engine.checkpoints.fetch import locate_model
+from manyhats.engine.home import default_home
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 

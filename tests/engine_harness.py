@@ -22,19 +22,19 @@ from manyhats.adapters.lowering import lower
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription, Site
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.blocks import BlockAllocator
-from manyhats.engine.build_batch import build_batch, num_logit_rows
+from manyhats.engine.backends.backend import Kernels
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.config import EngineConfig
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.interface import Kernels
-from manyhats.engine.model.decoder import Decoder
-from manyhats.engine.model.loader import LoadedModel, load_model
+from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.loop.build_batch import build_batch, num_logit_rows
 from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage
 from manyhats.engine.request import Request, ResponseOptions, SamplingParams, StoppingParams
-from manyhats.engine.schedule import Chunk, SchedulerConfig
-from manyhats.engine.scheduler import Scheduler
-from manyhats.engine.sequence import Sequence
+from manyhats.engine.scheduling.blocks import BlockAllocator
+from manyhats.engine.scheduling.schedule import Chunk, SchedulerConfig
+from manyhats.engine.scheduling.scheduler import Scheduler
+from manyhats.engine.scheduling.sequence import Sequence
 
 
 def load_tiny(

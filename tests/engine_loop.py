@@ -9,17 +9,17 @@ from typing import Any, cast
 
 from engine_harness import random_ids
 from fakes import FakeCache, FakeDecoder
-from manyhats.engine.engine import Engine
+from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import EngineError
-from manyhats.engine.generation import Generation
-from manyhats.engine.jobs import Event, Job
-from manyhats.engine.kernels.reference import ReferenceKernels
+from manyhats.engine.loop.generation import Generation
+from manyhats.engine.loop.jobs import Event, Job
+from manyhats.engine.loop.scoring import Scoring
+from manyhats.engine.loop.serving import ServingModel, Start
+from manyhats.engine.loop.step import Engine
 from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepStats
 from manyhats.engine.request import Request, ScoreRequest
-from manyhats.engine.schedule import SchedulerConfig
-from manyhats.engine.scoring import Scoring
-from manyhats.engine.serving import ServingModel, Start
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.scheduling.schedule import SchedulerConfig
+from manyhats.engine.text.tokenizer import Tokenizer
 from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
 
 POISON = TINY_VOCAB_SIZE - 1

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 
 from engine_harness import running_engine
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.model.loader import LoadedModel
-from manyhats.engine.model.progress import no_progress
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.progress import no_progress
 from manyhats.server.assembly import open_backend
 from manyhats.server.config import ServeConfig
 from manyhats.server.gate import Gate

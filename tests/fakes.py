@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.batch import Batch
-from manyhats.engine.kernels.interface import AdapterSlots
+from manyhats.engine.backends.backend import AdapterSlots
+from manyhats.engine.backends.batch import Batch
 
 
 class FakeCache:

@@ -30,10 +30,10 @@ from manyhats.adapters.digest import artifact_digest
 from manyhats.adapters.open_store import open_store
 from manyhats.adapters.sites import BaseDescription
 from manyhats.client import Client, ManyhatsError
-from manyhats.engine.model.checkpoint import read_json
-from manyhats.engine.model.directories import default_home
+from manyhats.engine.checkpoints.checkpoint import read_json
+from manyhats.engine.checkpoints.fetch import locate_model
+from manyhats.engine.home import default_home
 from manyhats.engine.model.families import describe, read_architecture
-from manyhats.engine.model.fetch import locate_model
 
 NUM_UPLOADERS = 4
 NUM_CALLERS = 4

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from manyhats.engine.blocks import BlockAllocator, SharedPrefix
-from manyhats.engine.prefix import VirtualTokens
-from manyhats.engine.scheduler import Schedule, Scheduler, SchedulerConfig
-from manyhats.engine.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
+from manyhats.engine.scheduling.scheduler import Schedule, Scheduler, SchedulerConfig
+from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 
 
 def make_scheduler(

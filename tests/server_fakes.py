@@ -40,10 +40,10 @@ from manyhats.engine.output import (
     TokenOutput,
     Usage,
 )
-from manyhats.engine.prompt_text import Continuation
 from manyhats.engine.request import Request, ScoreRequest
-from manyhats.engine.residency import ResidencyStats
-from manyhats.engine.tokenizer import ChatMessage
+from manyhats.engine.residency.residency import ResidencyStats
+from manyhats.engine.text.prompt_text import Continuation
+from manyhats.engine.text.tokenizer import ChatMessage
 from manyhats.server.config import ServeConfig
 from manyhats.server.gate import Gate
 from manyhats.server.grpc_port import GrpcPort

@@ -32,12 +32,12 @@ from manyhats.adapters.artifact import AdapterMethod, AdapterRecord
 from manyhats.adapters.open_store import open_store
 from manyhats.adapters.primitives import LowRank
 from manyhats.adapters.store import AdapterStore, PartSource
-from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.config import MIB, EngineConfig
-from manyhats.engine.model.loader import LoadedModel, load_model
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, SamplingParams, StoppingParams
-from manyhats.engine.tokenizer import ChatMessage
+from manyhats.engine.text.tokenizer import ChatMessage
 from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data import collate, read_rows
 from manyhats.trainer.settings import LoraSettings

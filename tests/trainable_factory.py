@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from manyhats.engine.model.loader import LoadedModel, Quantization, load_model
+from manyhats.engine.checkpoints.loader import LoadedModel, Quantization, load_model
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.trainer.adapter import TrainableAdapter
 from manyhats.trainer.settings import (

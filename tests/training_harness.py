@@ -14,7 +14,7 @@ from manyhats.adapters.artifact import AdapterArtifact
 from manyhats.adapters.lowering import lower
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.batch import TokenizedRow, TrainingBatch
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.model.decoder import TrainingDecoder

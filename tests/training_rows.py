@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data import Dataset, Row, Tokenization, find_ends, tokenize_rows
 from manyhats.trainer.settings import DataSettings

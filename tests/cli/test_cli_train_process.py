@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from manyhats.client import Client
-from manyhats.engine.model.directories import default_home
+from manyhats.engine.home import default_home
 from tiny_models import SPECIAL_TOKENS, make_checkpoint
 
 COMMAND = [sys.executable, "-m", "manyhats.cli"]

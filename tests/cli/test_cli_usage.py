@@ -386,7 +386,7 @@ def test_model_fetch_reports_progress_and_prints_the_directory(
             progress("download", done, 2)
         return home / alias
 
-    monkeypatch.setattr("manyhats.engine.model.fetch.fetch_model", fetch)
+    monkeypatch.setattr("manyhats.engine.checkpoints.fetch.fetch_model", fetch)
     result = run("model", "fetch", "--home", str(tmp_path))
     assert (result.exit_code, result.stderr) == (0, "download ...\n")
     assert result.stdout == f"{tmp_path / model.DEFAULT_MODEL}\n"

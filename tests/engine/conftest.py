@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from engine_loop import Loop
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.tokenizer import Tokenizer
 from tiny_models import save_tokenizer
 
 

@@ -25,20 +25,20 @@ from engine_harness import (
 )
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.engine import async_engine
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.background import Background
+from manyhats.engine import engine as async_engine
+from manyhats.engine.backends.backend import AdapterSlots
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.errors import (
     AdapterCapacityError,
     DeadlineExceededError,
     DrainingError,
     QueueFullError,
 )
-from manyhats.engine.kernels.interface import AdapterSlots
-from manyhats.engine.loading import AdapterLoading
-from manyhats.engine.model.loader import LoadedModel
 from manyhats.engine.request import Request, ScoreRequest
-from manyhats.engine.residency import AdapterResidency, PrefixPool
+from manyhats.engine.residency.loading import AdapterLoading
+from manyhats.engine.residency.residency import AdapterResidency, PrefixPool
+from manyhats.engine.threads.background import Background
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 
 PROMPT = random_ids(1, 9, TINY_VOCAB_SIZE)

@@ -23,9 +23,11 @@ from engine_harness import (
 )
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
-from manyhats.engine import async_engine
-from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine import engine as async_engine
+from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import EngineConfig
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.errors import (
     DeadlineExceededError,
     DrainingError,
@@ -36,9 +38,7 @@ from manyhats.engine.errors import (
     PromptTooLongError,
     QueueFullError,
 )
-from manyhats.engine.generation import Generation
-from manyhats.engine.model.decoder import Decoder
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.loop.generation import Generation
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest, StoppingParams
 from reference import full_logits, greedy, load_transformers, next_logprobs

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from engine_harness import collect, load_tiny, make_request, random_ids
-from manyhats.engine import background as module
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.background import Background
+from manyhats.engine.backends.cpu.compile import max_threads
 from manyhats.engine.config import MIB, EngineConfig
-from manyhats.engine.kernels.cpu.compile import max_threads
-from manyhats.engine.processors import TakenProcessors
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.request import ResponseOptions
+from manyhats.engine.threads import background as module
+from manyhats.engine.threads.background import Background
+from manyhats.engine.threads.processors import TakenProcessors
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a thread's own priority is Linux's")

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from engine_harness import collect, load_tiny, make_request, random_ids, running_engine, until
 from engine_loop import Loop, prompt
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.backlog import Backlog
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import EngineConfig
-from manyhats.engine.engine import Engine
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -24,12 +23,13 @@ from manyhats.engine.errors import (
     RequestCancelledError,
     StreamUnreadError,
 )
-from manyhats.engine.generation import Generation
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.loop.backlog import Backlog
+from manyhats.engine.loop.generation import Generation
+from manyhats.engine.loop.serving import Start
+from manyhats.engine.loop.step import Engine
 from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, ResponseOptions, SamplingParams, StoppingParams
-from manyhats.engine.serving import Start
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.tokenizer import Tokenizer
 from tiny_models import make_checkpoint
 
 

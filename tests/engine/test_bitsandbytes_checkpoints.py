@@ -14,10 +14,10 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
 from engine_harness import Prompt, Runner, load_tiny, random_ids
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.checkpoints.nf4_format import nf4_to_tensors, read_quantized
 from manyhats.engine.errors import ModelError
-from manyhats.engine.kernels.cpu.backend import CpuKernels
 from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4
-from manyhats.engine.model.nf4_format import nf4_to_tensors, read_quantized
 from manyhats.engine.model.weights import Linear
 from reference import full_logits
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer

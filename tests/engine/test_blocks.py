@@ -2,7 +2,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from manyhats.engine.blocks import BlockAllocator
+from manyhats.engine.scheduling.blocks import BlockAllocator
 
 
 def test_a_new_pool_is_all_free() -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from manyhats.engine import choosing_ahead
-from manyhats.engine.choosing_ahead import choosing_compiled_ahead
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.model.progress import LatestProgress
-from manyhats.engine.warmup import choose_once
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.loop import choosing_ahead
+from manyhats.engine.loop.choosing_ahead import choosing_compiled_ahead
+from manyhats.engine.loop.warmup import choose_once
+from manyhats.engine.progress import LatestProgress
 
-COMMAND = [sys.executable, "-m", "manyhats.engine.choosing_ahead"]
+COMMAND = [sys.executable, "-m", "manyhats.engine.loop.choosing_ahead"]
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 
-from manyhats.engine.decoder_chain import clean_up_spaces, steps_for
-from manyhats.engine.decoder_steps import REPLACEMENT
-from manyhats.engine.detokenizer import pieces_for
-from manyhats.engine.tokenizer import Tokenizer as OurTokenizer
+from manyhats.engine.text.decoder_chain import clean_up_spaces, steps_for
+from manyhats.engine.text.decoder_steps import REPLACEMENT
+from manyhats.engine.text.detokenizer import pieces_for
+from manyhats.engine.text.tokenizer import Tokenizer as OurTokenizer
 
 TOKENS = (
     *(

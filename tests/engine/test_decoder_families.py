@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from engine_harness import Prompt, Ran, Runner, digest_of, load_tiny, random_ids
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.errors import ModelError
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.reference import ReferenceKernels
-from manyhats.engine.model.loader import LoadedModel
 from reference import full_logits, load_transformers
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from engine_harness import Prompt, Ran, Runner, load_tiny, random_ids
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.reference import ReferenceKernels
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.checkpoints.loader import LoadedModel
 from reference import dequantize_into, full_logits, load_transformers
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 

@@ -19,8 +19,8 @@ from manyhats.engine.errors import (
 )
 from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput
 from manyhats.engine.request import SamplingParams, StoppingParams
-from manyhats.engine.schedule import SchedulerConfig
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.scheduling.schedule import SchedulerConfig
+from manyhats.engine.text.tokenizer import Tokenizer
 from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
 
 

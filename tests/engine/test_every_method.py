@@ -20,8 +20,8 @@ from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.lowering import lower
 from manyhats.adapters.open_store import open_store
 from manyhats.adapters.store import AdapterStore
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.output import StepStats
 from manyhats.engine.request import ResponseOptions
 from peft_reference import read

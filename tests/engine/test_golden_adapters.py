@@ -20,7 +20,7 @@ from golden import ADAPTERHUB_FIXTURES, GOLDEN, adapterhub_directory, needs_gold
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.open_store import open_store
 from manyhats.adapters.store import AdapterStore
-from manyhats.engine.model.loader import load_model
+from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.request import ResponseOptions
 
 pytestmark = [pytest.mark.real_model, needs_golden]

@@ -12,8 +12,8 @@ import torch
 from default_model import DEFAULT_MODEL, default_model_directory
 from engine_harness import Prompt, Ran, Runner
 from golden import GOLDEN, needs_golden
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.model.loader import load_model
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.checkpoints.loader import load_model
 
 pytestmark = [pytest.mark.real_model, needs_golden]
 FIXTURE = GOLDEN / "base"

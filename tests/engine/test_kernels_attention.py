@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.batch import Batch
-from manyhats.engine.build_batch import build_batch
+from manyhats.engine.backends.backend import Kernels, KVCache
+from manyhats.engine.backends.batch import Batch
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import ModelError
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.interface import Kernels, KVCache
-from manyhats.engine.kernels.reference import ReferenceKernels
+from manyhats.engine.loop.build_batch import build_batch
 from manyhats.engine.model.config import DecoderConfig, RopeConfig
-from manyhats.engine.schedule import Chunk, Schedule
-from manyhats.engine.sequence import Sequence
+from manyhats.engine.scheduling.schedule import Chunk, Schedule
+from manyhats.engine.scheduling.sequence import Sequence
 from reference import causal_attention
 
 ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()

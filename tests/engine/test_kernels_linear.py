@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.cpu.packing import CpuLinear
+from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import ModelError
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.cpu.packing import CpuLinear
-from manyhats.engine.kernels.reference import ReferenceKernels
 from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4
 from manyhats.engine.model.weights import Linear, Matrix
 
@@ -152,10 +152,10 @@ def test_widths_that_cannot_be_run_are_refused() -> None:
 
 
 EIGHT_LANES = """
-from manyhats.engine.kernels.cpu import simd
+from manyhats.engine.backends.cpu import simd
 
 simd.has_feature = lambda name, known=simd.has_feature: name != "avx512f" and known(name)
-from manyhats.engine.kernels.cpu import wide
+from manyhats.engine.backends.cpu import wide
 
 assert wide.LANES == 8
 import test_kernels_linear as tests

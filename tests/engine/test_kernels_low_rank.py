@@ -11,12 +11,12 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
-from manyhats.engine.batch import AdapterRows
+from manyhats.engine.backends.backend import FUSED, AdapterSlots
+from manyhats.engine.backends.batch import AdapterRows
+from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import ModelError
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.cpu.slots import CpuAdapterSlots
-from manyhats.engine.kernels.interface import FUSED, AdapterSlots
-from manyhats.engine.kernels.reference import ReferenceKernels
 from manyhats.engine.model.config import DecoderConfig, RopeConfig
 
 CONFIG = DecoderConfig(

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.batch import Batch
-from manyhats.engine.build_batch import build_batch
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.interface import Kernels
-from manyhats.engine.kernels.reference import ReferenceKernels
+from manyhats.engine.backends.backend import Kernels
+from manyhats.engine.backends.batch import Batch
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.loop.build_batch import build_batch
 from manyhats.engine.model.config import DecoderConfig, RopeConfig
-from manyhats.engine.schedule import Chunk, Schedule
-from manyhats.engine.sequence import Sequence
+from manyhats.engine.scheduling.schedule import Chunk, Schedule
+from manyhats.engine.scheduling.sequence import Sequence
 
 ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
 sizes = st.integers(1, 40).map(lambda n: 8 * n)

@@ -18,9 +18,9 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterInUseError
 from manyhats.adapters.open_store import open_store
 from manyhats.adapters.store import AdapterStore
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.model.loader import LoadedModel
-from manyhats.engine.schedule import Schedule
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.scheduling.schedule import Schedule
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 
 PROMPT = random_ids(7, 70, TINY_VOCAB_SIZE)

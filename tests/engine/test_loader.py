@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from default_model import DEFAULT_MODEL, default_model_directory
 from golden import GOLDEN, needs_golden
+from manyhats.engine.checkpoints import nf4_cache as cache_module
+from manyhats.engine.checkpoints.identity import FileDigests
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model import cache as cache_module
-from manyhats.engine.model.identity import FileDigests
-from manyhats.engine.model.loader import LoadedModel, load_model
 from manyhats.engine.model.nf4 import Nf4Weight
 from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
 
@@ -249,9 +249,11 @@ def test_settled_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_bytes(b"one")
     digests = FileDigests(tmp_path / "memo")
     later = file.stat().st_ctime_ns + 10_000_000_000
-    monkeypatch.setattr("manyhats.engine.model.identity.time.time_ns", lambda: later)
+    monkeypatch.setattr("manyhats.engine.checkpoints.identity.time.time_ns", lambda: later)
     first = digests.sha256(file)
-    monkeypatch.setattr("manyhats.engine.model.identity.file_sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(
+        "manyhats.engine.checkpoints.identity.file_sha256", lambda path: pytest.fail("read again")
+    )
     assert digests.sha256(file) == first
 
 
@@ -261,7 +263,7 @@ def test_start_from_the_cache_imports_neither_transformers_nor_bitsandbytes() ->
     load_model(DEFAULT_MODEL, quantization="nf4", dtype=torch.bfloat16)
     code = (
         "import sys, torch\n"
-        "from manyhats.engine.model.loader import load_model\n"
+        "from manyhats.engine.checkpoints.loader import load_model\n"
         f"load_model({DEFAULT_MODEL!r}, quantization='nf4', dtype=torch.bfloat16)\n"
         "print(sorted({'transformers', 'bitsandbytes', 'huggingface_hub'} & set(sys.modules)))\n"
     )

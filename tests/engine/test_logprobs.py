@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhats.engine import logprobs as found_logprobs
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.reference import ReferenceKernels
-from manyhats.engine.logprobs import TokenLogprob
-from manyhats.engine.penalties import LogitChanges
+from manyhats.engine.backends import logprobs as found_logprobs
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.logprobs import TokenLogprob
+from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.request import SamplingParams
-from manyhats.engine.sampler import SamplingRow, sample
+from manyhats.engine.sampling.penalties import LogitChanges
+from manyhats.engine.sampling.sampler import SamplingRow, sample
 
 KERNELS = CpuKernels(2)
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from adapter_factory import make_lora
 from engine_harness import Prompt, Ran, Runner, load_tiny, random_ids, read_lora
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.reference import ReferenceKernels
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.checkpoints.loader import LoadedModel
 from reference import dequantize_into, full_logits, load_transformers
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 

@@ -19,9 +19,9 @@ from engine_harness import (
     running_engine,
     until,
 )
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.output import StepStats
 from manyhats.engine.request import Request, ResponseOptions, SamplingParams
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from default_model import default_model_directory
 from golden import GOLDEN, needs_golden
+from manyhats.engine.checkpoints.checkpoint import SafetensorsDirectory
+from manyhats.engine.checkpoints.nf4_format import (
+    is_quantized,
+    nf4_to_tensors,
+    quantized_keys,
+    read_quantized,
+)
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.checkpoint import SafetensorsDirectory
 from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4
-from manyhats.engine.model.nf4_format import is_quantized, nf4_to_tensors, quantized_keys, read_quantized
 
 
 def sha256(tensor: Tensor) -> str:

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from manyhats.engine.blocks import SharedPrefix
-from manyhats.engine.prefix_cache import extend_block_keys
-from manyhats.engine.scheduler import Scheduler
-from manyhats.engine.sequence import Sequence
+from manyhats.engine.scheduling.blocks import SharedPrefix
+from manyhats.engine.scheduling.prefix_cache import extend_block_keys
+from manyhats.engine.scheduling.scheduler import Scheduler
+from manyhats.engine.scheduling.sequence import Sequence
 from scheduling import ToyEngine, make_scheduler, make_sequence
 
 

@@ -40,10 +40,10 @@ from manyhats.adapters.primitives import (
     PromptEmbeddings,
 )
 from manyhats.adapters.sites import Site
-from manyhats.engine.kernels.cpu import bottleneck as bottleneck_kernels
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.reference import ReferenceKernels
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.backends.cpu.adapters import bottleneck as bottleneck_kernels
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.request import ResponseOptions, ScoreRequest
 from primitive_oracle import logits_with
 from reference import load_transformers

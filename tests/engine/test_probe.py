@@ -54,13 +54,13 @@ from manyhats.adapters.primitives import (
     PromptEmbeddings,
 )
 from manyhats.adapters.sites import BaseDescription, Site
-from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import EngineConfig
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.errors import DrainingError, EngineDeadError, ModelError
-from manyhats.engine.model.decoder import Decoder
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.loop.probe import changed_tokens, effect, probe_prompt
 from manyhats.engine.output import StepStats
-from manyhats.engine.probe import changed_tokens, effect, probe_prompt
 from prefix_factory import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
 from primitive_oracle import logits_with
 from reference import load_transformers

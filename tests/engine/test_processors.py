@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhats.engine.openmp import sleep_soon
-from manyhats.engine.processors import TakenProcessors, busy_seconds, num_processors
+from manyhats.engine.threads.openmp import sleep_soon
+from manyhats.engine.threads.processors import TakenProcessors, busy_seconds, num_processors
 
 
 class Machine:

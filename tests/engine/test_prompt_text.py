@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.prompt_text import Continuation, score_tokens
-from manyhats.engine.tokenizer import ChatMessage, Tokenizer
+from manyhats.engine.text.prompt_text import Continuation, score_tokens
+from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from spaced_tokenizers import KINDS, spaced_tokenizer
 from tiny_models import SPECIAL_TOKENS, tiny_tokenizer
 

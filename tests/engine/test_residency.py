@@ -12,10 +12,10 @@ import torch
 from engine_harness import digest_of, make_record
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
+from manyhats.engine.backends.backend import AdapterSlots
 from manyhats.engine.errors import AdapterCapacityError
-from manyhats.engine.kernels.interface import AdapterSlots
-from manyhats.engine.prefix import VirtualTokens
-from manyhats.engine.residency import AdapterResidency, ResidentAdapter
+from manyhats.engine.residency.residency import AdapterResidency, ResidentAdapter
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 
 
 class Slots:

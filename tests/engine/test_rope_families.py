@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from manyhats.engine.backends.rotary import RotaryTables
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.config import NO_ROPE, DecoderConfig, RopeConfig
 from manyhats.engine.model.families import read_architecture
-from manyhats.engine.model.rotary import RotaryTables
 
 TINY: dict[str, Any] = {
     "vocab_size": 320,

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from manyhats.engine import sampler
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import NoTokenAllowedError
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.kernels.reference import ReferenceKernels
-from manyhats.engine.penalties import LogitChanges
 from manyhats.engine.request import SamplingParams
-from manyhats.engine.sampler import Sampled, SamplingRow, non_finite_rows
-from manyhats.engine.uniform import uniform
+from manyhats.engine.sampling import sampler
+from manyhats.engine.sampling.penalties import LogitChanges
+from manyhats.engine.sampling.sampler import Sampled, SamplingRow, non_finite_rows
+from manyhats.engine.sampling.uniform import uniform
 
 V = 40
 KERNELS = CpuKernels(2)

@@ -14,9 +14,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from manyhats.engine.kernels.cpu.sampling import filter_row
-from manyhats.engine.kernels.cpu.selection import GROUP, NUM_BUCKETS, keep_shortest
-from manyhats.engine.kernels.reference_choice import passing
+from manyhats.engine.backends.cpu.choosing.sampling import filter_row
+from manyhats.engine.backends.cpu.choosing.selection import GROUP, NUM_BUCKETS, keep_shortest
+from manyhats.engine.backends.reference.choosing import passing
 from manyhats.engine.request import SamplingParams
 
 Floats = npt.NDArray[np.float64]

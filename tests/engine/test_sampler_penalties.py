@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from manyhats.engine.kernels.reference import ReferenceKernels
-from manyhats.engine.penalties import LogitChanges
+from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.request import SamplingParams
-from manyhats.engine.sampler import SamplingRow, sample
+from manyhats.engine.sampling.penalties import LogitChanges
+from manyhats.engine.sampling.sampler import SamplingRow, sample
 
 V = 12
 IDS = st.lists(st.integers(0, V - 1), max_size=10)

@@ -4,9 +4,9 @@ import torch
 from manyhats.adapters.finish_rate import FinishRate
 from manyhats.adapters.primitives import PromptEmbeddings
 from manyhats.engine.errors import FieldInvalidError, QueueFullError
-from manyhats.engine.prefix import VirtualTokens
-from manyhats.engine.scheduler import Schedule, SchedulerConfig
-from manyhats.engine.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.scheduler import Schedule, SchedulerConfig
+from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 from scheduling import ToyEngine, make_scheduler, make_sequence
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from manyhats.adapters.primitives import KVPrefix, PromptEmbeddings
-from manyhats.engine.blocks import SharedPrefix
-from manyhats.engine.prefix import VirtualTokens
-from manyhats.engine.scheduler import Schedule
-from manyhats.engine.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.blocks import SharedPrefix
+from manyhats.engine.scheduling.scheduler import Schedule
+from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 from scheduling import ToyEngine, make_scheduler, make_sequence
 
 BLOCK_SIZE = 3

@@ -19,8 +19,8 @@ from engine_harness import (
     running_engine,
     until,
 )
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.model.loader import LoadedModel
 from manyhats.engine.output import ScoreOutput, StepStats
 from manyhats.engine.request import ResponseOptions, ScoreRequest
 from reference import continuation_logprob, full_logits, load_transformers, next_logprobs

@@ -8,8 +8,8 @@ import pytest
 import torch
 from numba import njit
 
-from manyhats.engine.kernels.cpu import simd
-from manyhats.engine.kernels.cpu.packing import interleave_nibbles
+from manyhats.engine.backends.cpu import simd
+from manyhats.engine.backends.cpu.packing import interleave_nibbles
 
 load, store, exp, decode_nf4 = simd.load, simd.store, simd.exp, simd.decode_nf4
 store_scalar, sum_lanes, max_lanes = simd.store_scalar, simd.sum_lanes, simd.max_lanes

@@ -15,11 +15,11 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from engine_harness import collect, load_tiny, make_request, running_engine
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import ResponseOptions, StoppingParams
-from manyhats.engine.stopping import StopChecker
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.stopping import StopChecker
+from manyhats.engine.text.tokenizer import Tokenizer
 from reference import load_transformers
 from saying_model import make_saying_checkpoint
 from tiny_models import save_tokenizer, tiny_tokenizer

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import StoppingParams
-from manyhats.engine.stopping import StopChecker
+from manyhats.engine.text.stopping import StopChecker
 
 EOS, STOP, WORD = 0, 7, 5
 

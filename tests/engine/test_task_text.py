@@ -15,12 +15,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError
 from manyhats.adapters.sites import TextFacts
 from manyhats.adapters.text_files import MAX_BYTES
-from manyhats.engine.chat_template import render_chat
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.task_text import TaskTexts
-from manyhats.engine.text_process import TextProcesses
-from manyhats.engine.tokenizer import ChatMessage
-from manyhats.engine.tokenizer import Tokenizer as BaseTokenizer
+from manyhats.engine.text.chat_template import render_chat
+from manyhats.engine.text.task_text import TaskTexts
+from manyhats.engine.text.text_process import TextProcesses
+from manyhats.engine.text.tokenizer import ChatMessage
+from manyhats.engine.text.tokenizer import Tokenizer as BaseTokenizer
 from tiny_models import CHAT_TEMPLATE, TINY_VOCAB_SIZE, save_tokenizer, tiny_tokenizer
 
 OWN_TEMPLATE = (

@@ -10,8 +10,8 @@ import numba
 import pytest
 import torch
 
-from manyhats.engine.kernels.cpu.backend import CpuKernels
-from manyhats.engine.own_thread import in_own_thread
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.threads.own_thread import in_own_thread
 
 T = TypeVar("T")
 

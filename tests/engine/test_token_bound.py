@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as Backend
 
 from default_model import default_model_directory
 from manyhats.engine.errors import PromptTooLongError
-from manyhats.engine.token_bound import token_bound
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.token_bound import token_bound
+from manyhats.engine.text.tokenizer import Tokenizer
 from tiny_models import tiny_tokenizer
 
 

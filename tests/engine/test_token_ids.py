@@ -13,10 +13,10 @@ import torch
 from structlog.testing import capture_logs
 
 from engine_harness import collect, load_tiny, make_request, random_ids, running_engine
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.checks import check_generation, check_scoring
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.loop.checks import check_generation, check_scoring
 from manyhats.engine.request import Request, SamplingParams, ScoreRequest, StoppingParams
 from tiny_models import EOS_TOKEN_ID, make_checkpoint
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from default_model import default_model_directory
 from golden import GOLDEN, needs_golden
 from manyhats.engine.errors import FieldInvalidError, ModelError
-from manyhats.engine.tokenizer import ChatMessage, Tokenizer
+from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from tiny_models import CHAT_TEMPLATE, save_tokenizer, tiny_tokenizer
 
 TALK = (

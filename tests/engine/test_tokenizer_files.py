@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 import tokenizer_directories as directories
 from manyhats.engine.errors import ModelError
-from manyhats.engine.tokenizer import ChatMessage, Tokenizer
-from manyhats.engine.tokenizer_files import TEXT_FILES, read_text_files
+from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
+from manyhats.engine.text.tokenizer_files import TEXT_FILES, read_text_files
 from tiny_models import save_tokenizer, tiny_tokenizer
 
 SEEDS = 24
@@ -164,7 +164,7 @@ def test_a_token_that_was_special_once_is_skipped_by_streams_as_by_decoding(tmp_
 
 def test_reading_the_served_families_tokenizers_imports_no_transformers(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from manyhats.engine.tokenizer import Tokenizer\n"
+        "import sys; from pathlib import Path; from manyhats.engine.text.tokenizer import Tokenizer\n"
         "[Tokenizer.from_directory(path) for path in Path(sys.argv[1]).iterdir()]\n"
         "print('transformers' in sys.modules)"
     )

@@ -24,15 +24,15 @@ from engine_harness import (
     until,
 )
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
-from manyhats.engine import engine as engine_module
-from manyhats.engine import engine_thread
-from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.errors import EngineError
-from manyhats.engine.internal_jobs import InternalJob
-from manyhats.engine.model.decoder import Decoder
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.loop import step as engine_module
+from manyhats.engine.loop import thread as engine_thread
+from manyhats.engine.loop.internal_jobs import InternalJob
 from manyhats.engine.request import ResponseOptions, ScoreRequest
-from manyhats.engine.scheduler import Scheduler
+from manyhats.engine.scheduling.scheduler import Scheduler
 from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4

@@ -10,19 +10,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from manyhats.engine.errors import ModelError
-from manyhats.engine.model.cache import quantize_checkpoint
-from manyhats.engine.model.checkpoint import (
+from manyhats.engine.checkpoints.checkpoint import (
     SafetensorsDirectory,
     assemble_weights,
     check_quantization_config,
     check_tensors,
     read_json,
 )
+from manyhats.engine.checkpoints.nf4_cache import quantize_checkpoint
+from manyhats.engine.errors import ModelError
 from manyhats.engine.model.families import Architecture, read_architecture
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.engine.model.progress import no_progress
 from manyhats.engine.model.weights import LINEAR_NAMES, ModelWeights
+from manyhats.engine.progress import no_progress
 from tiny_models import make_checkpoint
 
 

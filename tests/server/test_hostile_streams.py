@@ -11,7 +11,7 @@ import pytest
 
 from engine_harness import load_tiny, until
 from engine_server import Served, served_engine
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.output import StepOutput
 from manyhats.v1 import generation_pb2 as pb
 from server_fakes import refusal_of, refused

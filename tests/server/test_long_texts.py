@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import pytest
 from tokenizers import pre_tokenizers
 
-from manyhats.engine.prompt_text import score_tokens
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.prompt_text import score_tokens
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.server.text_threads import TextThreads, slices
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1 import server_pb2

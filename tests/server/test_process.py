@@ -26,7 +26,7 @@ import structlog
 
 from manyhats.adapters.errors import SourceNotFoundError
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.progress import Progress
+from manyhats.engine.progress import Progress
 from manyhats.server.config import ServeConfig
 from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend

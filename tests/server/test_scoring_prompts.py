@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.prompt_text import ScoreTokens
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.prompt_text import ScoreTokens
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.server import from_proto
 from manyhats.server.ports import Backend
 from manyhats.server.prompts import encode_prompts, encode_scoring

@@ -12,9 +12,9 @@ import pytest
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import TaskNotFoundError
-from manyhats.engine.task_text import TaskTexts
-from manyhats.engine.text_process import TextProcesses
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.task_text import TaskTexts
+from manyhats.engine.text.text_process import TextProcesses
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.server.task_tokenizers import TaskTokenizers
 from server_fakes import make_record
 from tiny_models import TINY_VOCAB_SIZE, save_tokenizer

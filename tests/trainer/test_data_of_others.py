@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data import Dataset, labelled_items, read_rows
 from manyhats.trainer.errors import DataError
 from spaced_tokenizers import KINDS, spaced_tokenizer

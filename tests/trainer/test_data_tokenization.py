@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from default_model import default_model_directory
-from manyhats.engine.prompt_text import ScoreTokens
-from manyhats.engine.tokenizer import ChatMessage, Tokenizer
+from manyhats.engine.text.prompt_text import ScoreTokens
+from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from manyhats.server import from_proto
 from manyhats.server.prompts import encode_prompts
 from manyhats.server.text_threads import TextThreads

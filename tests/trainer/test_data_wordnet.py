@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from default_model import default_model_directory
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data import read_rows
 
 ROOT = Path(__file__).parent.parent.parent

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from manyhats.engine.model.nf4_format import read_quantized
+from manyhats.engine.checkpoints.nf4_format import read_quantized
 from manyhats.trainer.model.frozen_matrix import FrozenMatrix
 
 

@@ -36,7 +36,7 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.adapters.sites import Site
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.methods import make_adapter

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from live_bytes import LiveBytes
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.loader import LoadedModel, load_model
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.trainer.data import collate
 from manyhats.trainer.errors import DataError, SettingError

@@ -12,7 +12,7 @@ import torch
 from manyhats.adapters.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.reader import read_adapter
-from manyhats.engine.model.loader import LoadedModel, load_model
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.methods import make_adapter
 from tiny_models import make_checkpoint
 from trainable_factory import ALL_CASES, PEFT_CASES, move, save

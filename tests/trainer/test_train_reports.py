@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer import task_training
 from manyhats.trainer.checkpoint import recorded_date
 from manyhats.trainer.data import Dataset, collate

@@ -26,7 +26,7 @@ from manyhats.adapters.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.reader import read_adapter
-from manyhats.engine.model.loader import LoadedModel, load_model
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.errors import OutputError, SettingError
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.settings import (

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from safetensors.torch import load_file
 
-from manyhats.engine.model.loader import Quantization
+from manyhats.engine.checkpoints.loader import Quantization
 from manyhats.trainer.methods import default_learning_rate, make_adapter
 from manyhats.trainer.settings import (
     AdapterSettings,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.settings import (

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine_harness import load_tiny, random_lora
 from manyhats.adapters.primitives import Affine, LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.errors import BaseError

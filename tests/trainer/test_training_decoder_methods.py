@@ -14,8 +14,8 @@ from every_method import PLAIN, Sizes
 from manyhats.adapters.composition import AdapterPart, compose
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter
-from manyhats.engine.kernels.reference import ReferenceKernels
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.model.decoder import TrainingDecoder
 from peft_reference import read_lowered

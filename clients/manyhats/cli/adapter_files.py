@@ -153,11 +153,11 @@ def _site_row(site: SiteFacts) -> tuple[str, ...]:
 def _describe(model: str) -> BaseDescription:
     """A base by its config, and its tokenizer where an adapter brings one; its weights are not read."""
     with needs_extra("server"):
+        from manyhats.engine.checkpoints.checkpoint import read_json
+        from manyhats.engine.checkpoints.fetch import locate_model
         from manyhats.engine.errors import ModelError
-        from manyhats.engine.model.checkpoint import read_json
-        from manyhats.engine.model.directories import default_home
+        from manyhats.engine.home import default_home
         from manyhats.engine.model.families import describe, read_architecture
-        from manyhats.engine.model.fetch import locate_model
     try:
         located = locate_model(model, default_home())
         architecture = read_architecture(read_json(located.directory / "config.json"))
@@ -174,9 +174,9 @@ def _describe(model: str) -> BaseDescription:
 
 def _check_text(directory: Path, vocab_size: int, files: Mapping[str, bytes | bytearray]) -> TextFacts:
     """What text files mean beside the tokenizer of a base's directory."""
-    from manyhats.engine.task_text import TaskTexts
-    from manyhats.engine.text_process import TextProcesses
-    from manyhats.engine.tokenizer import Tokenizer
+    from manyhats.engine.text.task_text import TaskTexts
+    from manyhats.engine.text.text_process import TextProcesses
+    from manyhats.engine.text.tokenizer import Tokenizer
 
     processes = TextProcesses()
     try:

@@ -172,5 +172,5 @@ def opened(store: str, catalogue: str) -> Iterator[AdapterStore]:
 def place(store: str) -> str:
     """The directory or URL of a store; the default one where none is named."""
     with needs_extra("server"):
-        from manyhats.engine.model.directories import default_home
+        from manyhats.engine.home import default_home
     return store or str(default_home() / "store")

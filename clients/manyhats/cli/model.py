@@ -76,8 +76,8 @@ class ModelInfo:
 def fetch(model: Source = DEFAULT_MODEL, home: Home = None, as_json: opt.Json = False) -> None:
     """Get a base model and print its directory."""
     with needs_extra("server"):
-        from manyhats.engine.model.directories import default_home
-        from manyhats.engine.model.fetch import KNOWN_MODELS, fetch_model, locate_model
+        from manyhats.engine.checkpoints.fetch import KNOWN_MODELS, fetch_model, locate_model
+        from manyhats.engine.home import default_home
     quiet_libraries()
     with prompt_interrupts(), _model_errors(), shown_progress() as report:
         where = home or default_home()
@@ -117,7 +117,7 @@ def info(model: Source = DEFAULT_MODEL, home: Home = None, as_json: opt.Json = F
 
 def _describe(model: str, home: Path | None) -> ModelInfo:
     with needs_extra("server"):
-        from manyhats.engine.model import checkpoint
+        from manyhats.engine.checkpoints import checkpoint
         from manyhats.engine.model.families import linear_shapes, read_architecture
     directory = _directory(model, home)
     raw_config = checkpoint.read_json(directory / "config.json")
@@ -143,8 +143,8 @@ def _describe(model: str, home: Path | None) -> ModelInfo:
 def _directory(model: str, home: Path | None) -> Path:
     """Where a model is; a known one is not fetched just to be looked at."""
     with needs_extra("server"):
-        from manyhats.engine.model.directories import default_home
-        from manyhats.engine.model.fetch import KNOWN_MODELS, locate_model
+        from manyhats.engine.checkpoints.fetch import KNOWN_MODELS, locate_model
+        from manyhats.engine.home import default_home
     where = home or default_home()
     if model in KNOWN_MODELS and not (where / "models" / model).is_dir():
         raise CommandError(f"{model} is not on this machine; `manyhats model fetch {model}` gets it")

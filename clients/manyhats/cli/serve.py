@@ -20,7 +20,7 @@ from manyhats.cli.pairs import as_mapping
 from manyhats.cli.progress import shown_progress
 
 if TYPE_CHECKING:
-    from manyhats.engine.model.progress import Progress
+    from manyhats.engine.progress import Progress
     from manyhats.server.errors import ConfigError
 
 HELP = """Serve one base model and any number of tasks on it, over gRPC.
@@ -151,7 +151,7 @@ def run(flags: Mapping[str, Any], file: Path | None) -> int:
         UsageError: the server's packages are missing, or a setting is wrong.
     """
     with needs_extra("server"):
-        from manyhats.engine.openmp import sleep_soon
+        from manyhats.engine.threads.openmp import sleep_soon
 
         sleep_soon()
         from manyhats.server.config_file import check_names, make_config, read_file

@@ -73,7 +73,7 @@ def train(
         raise UsageError("--tasks has the methods and settings of all tasks: leave out METHOD and --config")
     quiet_libraries()
     with needs_extra("train"):
-        from manyhats.engine.openmp import sleep_soon
+        from manyhats.engine.threads.openmp import sleep_soon
 
         sleep_soon()
         from manyhats.cli import train_dry_run, train_runs, train_settings

@@ -19,8 +19,8 @@ from manyhats.cli.output import human_bytes, human_count, print_fields, print_js
 from manyhats.cli.progress import shown_progress
 from manyhats.cli.train_flags import Server
 from manyhats.client import ManyhatsError, Registration
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import EngineError
-from manyhats.engine.model.loader import LoadedModel, load_model
 from manyhats.trainer.activation import ActivationRule
 from manyhats.trainer.computation import resolve_computation
 from manyhats.trainer.errors import RegistrationError, TrainerError

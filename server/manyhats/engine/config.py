@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.schedule import SchedulerConfig
+from manyhats.engine.scheduling.schedule import SchedulerConfig
 
 MIB = 2**20
 

@@ -1,325 +1,364 @@
-"""The engine's loop body: schedule → run → sample → commit. One thread owns it."""
+"""The one thread boundary: asyncio on one side, the engine's thread on the other."""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import time
-import uuid
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Seq
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Mapping
 
-import structlog
-import torch
-from torch import Tensor
-
-from manyhats.adapters.primitives import KVPrefix
-from manyhats.engine.batch import Batch
-from manyhats.engine.blocks import BlockAllocator
-from manyhats.engine.build_batch import build_batch, num_logit_rows
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.cpu.compile import counted_compilation
+from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.config import EngineConfig, num_blocks_of, resolve
 from manyhats.engine.errors import (
     DeadlineExceededError,
+    DrainingError,
+    EngineDeadError,
     EngineError,
-    NumericalError,
-    RequestCancelledError,
-    RequestFailedError,
 )
-from manyhats.engine.jobs import Event, Job, Output, SampledToken
-from manyhats.engine.kernels.interface import AdapterSlots, Kernels, KVCache
-from manyhats.engine.model.decoder import Decoder
-from manyhats.engine.output import StepStats
-from manyhats.engine.sampler import SamplingRow, non_finite_rows, sample
-from manyhats.engine.schedule import Chunk, Schedule, SchedulerConfig
-from manyhats.engine.scheduler import Scheduler
+from manyhats.engine.loop.backlog import Backlog
+from manyhats.engine.loop.checks import check_generation, check_length, check_scoring
+from manyhats.engine.loop.choosing_ahead import choosing_compiled_ahead
+from manyhats.engine.loop.generation import Generation
+from manyhats.engine.loop.internal_jobs import InternalJobs
+from manyhats.engine.loop.jobs import Event, Job, Output
+from manyhats.engine.loop.prefix_pool import EnginePrefixPool
+from manyhats.engine.loop.probe import AdapterProbe, probe_prompt
+from manyhats.engine.loop.scoring import Scoring
+from manyhats.engine.loop.serving import ServingModel, Start
+from manyhats.engine.loop.step import Engine
+from manyhats.engine.loop.streams import Streams
+from manyhats.engine.loop.thread import EngineThread
+from manyhats.engine.loop.warmup import warm_up
+from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput, StepStats
+from manyhats.engine.progress import LatestProgress, Progress, no_progress
+from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.residency.loading import AdapterLoading
+from manyhats.engine.residency.residency import AdapterResidency, LoadAdapter, ResidencyStats
+from manyhats.engine.threads.background import Background
+from manyhats.engine.threads.processors import TakenProcessors
 
-_MAX_FAILED_STEPS = 8
-"""In a row; where no step gets through any more, the engine is of no use."""
-_log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step tells the callers, and its statistics.
-
-    Attributes:
-        events: for the callers.
-        stats: None where nothing ran.
-        is_stuck: jobs are left and none got on, which should not be.
-    """
-
-    events: tuple[Event, ...]
-    stats: StepStats | None
-    is_stuck: bool = False
+_WARM_WAIT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """A chunk's share of the logits: rows [first, scored_end) are scored, then one is sampled if there is one."""
+class AsyncEngine:
+    """Accepts requests on an event loop and runs them on a thread of its own.
 
-    chunk: Chunk
-    job: Job
-    first: int
-    scored_end: int
-    end: int
-
-    @property
-    def first_position(self) -> int:
-        """The position in the sequence that row ``first`` belongs to."""
-        return self.chunk.end - (self.end - self.first)
-
-
-class Engine:
-    """Runs jobs to their end. Not thread-safe; ``AsyncEngine`` gives it a thread.
-
-    What a job raises ends that job alone; what a step raises as a whole, such as the forward, ends the step's jobs.
-    What the scheduler raises ends all jobs, since it may have been left in any state: it then starts anew.
+    Args:
+        model: the resident base; its weights are packed for the backend here.
+        config: limits and sizes.
+        load_adapter: reads and lowers an artifact; called on loader threads.
+        on_step: called on the engine's thread after each step.
+        background: work beside the engine's, which is left a processor while it lasts.
+        progress: told how many kernels are compiled; called on the engine's thread.
+        taken_processors: what other processes take; by default what the system says.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
-        cache: KVCache,
-        slots: AdapterSlots,
-        kernels: Kernels[Any, Any],
-        *,
-        num_blocks: int,
-        block_size: int,
-        scheduler: SchedulerConfig,
+        model: LoadedModel,
+        config: EngineConfig,
+        load_adapter: LoadAdapter,
+        on_step: Callable[[StepStats], None] = lambda stats: None,
+        background: Background | None = None,
+        progress: Progress = no_progress,
+        taken_processors: TakenProcessors | None = None,
     ) -> None:
-        self._decoder = decoder
-        self._cache = cache
-        self._slots = slots
-        self._kernels = kernels
-        self._block_size = block_size
-        self.allocator = BlockAllocator(num_blocks, block_size)
-        self.scheduler = Scheduler(scheduler, self.allocator)
-        self._jobs: dict[str, Job] = {}
-        self._num_failed_steps = 0  # since the last one that got through
+        config = resolve(config)
+        self._background = background or Background()
+        self._progress = progress
+        self._taken_processors = taken_processors or TakenProcessors()
+        self.model = model
+        self.config = config
+        self._kernels = CpuKernels(config.num_threads or None, is_exact=config.dtype == "float32")
+        self._decoder = Decoder(model.config, model.weights, self._kernels)
+        num_blocks = num_blocks_of(config, model.config)
+        self._cache = self._kernels.new_cache(
+            model.config, num_blocks, config.block_size, config.kv_cache_dtype
+        )
+        self._probe_slot = config.max_loaded_adapters + 1  # after the base model's and the loaded adapters'
+        self._slots = self._kernels.new_slots(model.config, self._probe_slot + 1, config.dtype)
+        self._engine = Engine(
+            self._decoder,
+            self._cache,
+            self._slots,
+            self._kernels,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            scheduler=config.scheduler,
+        )
+        capacity = num_blocks * config.block_size
+        self.max_context_length = min(model.config.max_context_length, capacity)
+        self._serving = ServingModel(
+            base_digest=model.description.digest,
+            tokenizer=model.tokenizer,
+            eos_token_ids=model.generation.eos_token_ids,
+            max_context_length=self.max_context_length,
+            vocab_size=model.config.vocab_size,
+        )
+        self._on_step = on_step
+        self._thread = EngineThread(
+            self._engine,
+            prepare=self._prepare,
+            before_step=self._share_processors,
+            publish=self._publish,
+            on_step=lambda stats: self._on_step(stats),
+            on_end=self._end,
+        )
+        self._jobs = InternalJobs(self._engine, self._thread.submit, self._background)
+        prefixes = EnginePrefixPool(self._jobs, capacity)
+        self._residency = AdapterResidency(
+            self._slots, config.max_loaded_adapters, config.max_adapter_bytes, load_adapter, prefixes
+        )
+        self._probe = self._new_probe()
+        self._loading = AdapterLoading(self._residency, self._background)
+        self._streams = Streams(self._residency.release)
+        self._ids = itertools.count(1)
+        self._is_draining = False
+        self._is_stopped = False
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any job is unfinished."""
-        return bool(self._jobs)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing can run by itself: there is no job, or each waits for its reader."""
-        return self.scheduler.num_paused == len(self._jobs)
-
-    def add(self, job: Job) -> tuple[Event, ...]:
-        """Takes a job in; the event says why not, where it can't."""
-        events: list[Event] = []
-        with self._together(events):
-            self._jobs[job.id] = job
-            with self._alone(job, events):
-                job.start(self.scheduler)
-        return tuple(events)
-
-    def cancel(self, job_id: str) -> tuple[Event, ...]:
-        """Ends a job at once; its blocks are free when this returns. Unknown ids are passed over."""
-        events: list[Event] = []
-        job = self._jobs.get(job_id)
-        if job is not None:
-            with self._together(events):
-                events.append(self._fail(job, RequestCancelledError("cancelled")))
-        return tuple(events)
-
-    def step(self) -> StepResult:
-        """One turn: ends what the clock ends, then runs the next batch, if there is one.
-
-        Raises:
-            Exception: what a step failed with as a whole, after several in a row that did.
-        """
-        events: list[Event] = []
-        try:
-            return self._step(events)
-        except Exception as error:
-            self._start_over(error, events)
-            if self._num_failed_steps >= _MAX_FAILED_STEPS:
-                raise
-            return StepResult(tuple(events), None)
-
-    def _step(self, events: list[Event]) -> StepResult:
-        started = time.monotonic()
-        num_jobs = len(self._jobs)
-        self._tick(started, events)
-        schedule = self.scheduler.schedule()
-        if not schedule.chunks:
-            is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
-            return StepResult(tuple(events), None, is_stuck)
-        try:
-            batch = build_batch(schedule, self._block_size)
-            self._fill_prefixes(schedule)
-            with torch.inference_mode():
-                logits = self._decoder.forward(batch, self._cache, self._slots)
-                self._commit(schedule, logits, started, events)
-        except Exception as error:  # noqa: BLE001 whatever it is, requests beyond this step have no part in it
-            self._fail_step(schedule, error, events)
-            return StepResult(tuple(events), None)
-        self._num_failed_steps = 0
-        return StepResult(tuple(events), self._stats(schedule, batch, time.monotonic() - started))
-
-    def _fill_prefixes(self, schedule: Schedule) -> None:
-        for fill in schedule.prefix_fills:
-            if isinstance(source := fill.virtual.source, KVPrefix):
-                keys, values = (part[:, fill.first_token :] for part in (source.keys, source.values))
-                self._cache.write(fill.block_ids, keys, values)
-
-    def drop_all(self, error: EngineError) -> tuple[Event, ...]:
-        """Ends every job with an error, whatever state the scheduler is in."""
-        events = tuple(Event(name, error, True) for name in self._jobs)
-        self._jobs.clear()
-        self.scheduler.clear()
-        return events
-
-    def _tick(self, now_s: float, events: list[Event]) -> None:
-        for job in tuple(self._jobs.values()):
-            if job.deadline_s is not None and now_s >= job.deadline_s:
-                events.append(self._fail(job, DeadlineExceededError("the deadline passed")))
-                continue
-            with self._alone(job, events):
-                self._emit(job, job.tick(self.scheduler, now_s), events)
-
-    def _commit(self, schedule: Schedule, logits: Tensor, started: float, events: list[Event]) -> None:
-        """Samples, scores, and moves every sequence of the step on; a row with bad logits ends its job alone."""
-        rows = self._rows(schedule)
-        bad = set(non_finite_rows(logits))
-        for part in self._live(rows):
-            if bad.intersection(range(part.first, part.end)):
-                events.append(self._fail(part.job, NumericalError("the logits are not finite")))
-        for part in self._live(rows):
-            with self._alone(part.job, events):
-                part.job.begin(part.chunk.sequence, started)
-                if part.scored_end > part.first:
-                    scored = logits[part.first : part.scored_end]
-                    part.job.score(part.chunk.sequence, part.first_position, scored, self._kernels)
-        rows = list(self._live(rows))
-        tokens = self._sample(rows, logits, events)
-        ended = [part.chunk.ends_tokens for part in rows]
-        self.scheduler.commit(schedule)
-        now_s = time.monotonic()
-        for part, token, is_end in zip(rows, tokens, ended, strict=True):
-            if is_end and part.job.id in self._jobs:
-                with self._alone(part.job, events):
-                    output = part.job.commit(part.chunk.sequence, token, self.scheduler, now_s)
-                    self._emit(part.job, output, events)
-
-    def _live(self, rows: Iterable[_Rows]) -> Iterator[_Rows]:
-        """Those whose job has not ended meanwhile; one job may have several."""
-        return (part for part in rows if part.job.id in self._jobs)
-
-    def _rows(self, schedule: Schedule) -> list[_Rows]:
-        rows: list[_Rows] = []
-        first = 0
-        for chunk in schedule.chunks:
-            end = first + num_logit_rows(chunk)
-            job = self._jobs[chunk.sequence.id]
-            sampled = chunk.ends_tokens and job.samples
-            rows.append(_Rows(chunk, job, first, end - 1 if sampled else end, end))
-            first = end
-        return rows
-
-    def _sample(self, rows: Seq[_Rows], logits: Tensor, events: list[Event]) -> list[SampledToken | None]:
-        """One token for each of the rows that samples, in their order; None for the others and those that fail."""
-        sampling: list[_Rows] = []
-        sampling_rows: list[SamplingRow] = []
-        for part in rows:
-            if part.scored_end < part.end:
-                with self._alone(part.job, events):
-                    sampling_rows.append(part.job.sampling_row(part.chunk.sequence))
-                    sampling.append(part)
-        if not sampling:
-            return [None] * len(rows)
-        index = [part.end - 1 for part in sampling]
-        chosen = logits if len(index) == logits.shape[0] else logits[index]
-        result = sample(chosen, sampling_rows, self._kernels)
-        tokens: dict[int, SampledToken] = {}
-        for number, part in enumerate(sampling):
-            with self._alone(part.job, events):
-                if number in result.failures:
-                    raise result.failures[number]
-                tokens[part.first] = SampledToken(result.token_ids[number], result.logprobs[number])
-        return [tokens.get(part.first) for part in rows]
-
-    def _emit(self, job: Job, output: Output | None, events: list[Event]) -> None:
-        if job.is_done:
-            del self._jobs[job.id]
-        if output is not None:
-            events.append(Event(job.id, output, job.is_done))
-
-    @contextmanager
-    def _alone(self, job: Job, events: list[Event]) -> Iterator[None]:
-        """What is raised in this block ends the job, and nothing else."""
-        try:
-            yield
-        except EngineError as error:
-            events.append(self._fail(job, error))
-        except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
-            events.append(self._fail(job, _unexpected(error, job.id)))
-
-    @contextmanager
-    def _together(self, events: list[Event]) -> Iterator[None]:
-        """What is raised in this block ends all jobs."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 whatever it is, requests that come later have no part in it
-            self._start_over(error, events)
-
-    def _start_over(self, error: Exception, events: list[Event]) -> None:
-        """Ends all jobs, so that those that come later have no part in it."""
-        self._num_failed_steps += 1
-        events += self.drop_all(_unexpected(error, *self._jobs))
-
-    def _fail(self, job: Job, error: EngineError) -> Event:
-        try:
-            job.abort(self.scheduler)
-        except Exception as failure:  # noqa: BLE001 whatever it is, other jobs have no part in it
-            num_left = self.scheduler.drop(job.id)
-            _log.error(
-                "a request could not be ended properly and was dropped",
-                job=job.id,
-                sequences=num_left,
-                reason=str(error),
-                exc_info=failure,
-            )
-        del self._jobs[job.id]
-        return Event(job.id, error, True)
-
-    def _fail_step(self, schedule: Schedule, error: Exception, events: list[Event]) -> None:
-        """Ends the jobs of a step that failed as a whole; the others go on."""
-        self._num_failed_steps += 1
-        if self._num_failed_steps >= _MAX_FAILED_STEPS:
-            raise error
-        sequences = (*(chunk.sequence for chunk in schedule.chunks), *schedule.started)
-        names = {sequence.id for sequence in sequences}
-        failure = _unexpected(error, *sorted(names))
-        for name in sorted(names):
-            job = self._jobs.get(name)
-            if job is not None:
-                events.append(self._fail(job, failure))
-            else:
-                self.scheduler.drop(name)  # what a job left behind that has ended
-        for fill in schedule.prefix_fills:
-            self.scheduler.forget(fill.virtual)  # it may not have come to that
-        self.scheduler.commit(schedule)  # all of its sequences are finished: their blocks come free
-
-    def _stats(self, schedule: Schedule, batch: Batch, duration_s: float) -> StepStats:
-        num_decode = sum(chunk.is_decode for chunk in schedule.chunks)
-        return StepStats(
-            duration_s=duration_s,
-            num_prefill_tokens=batch.num_tokens - num_decode,
-            num_decode_tokens=num_decode,
-            num_adapters=batch.adapter_rows.num_adapters,
-            num_preempted=len(schedule.preempted),
-            prefix_cache_queries=schedule.prefix_cache_queries,
-            prefix_cache_hits=schedule.prefix_cache_hits,
+    def _new_probe(self) -> AdapterProbe:
+        return AdapterProbe(
+            self._jobs,
+            self._slots,
+            self._probe_slot,
+            prompt=probe_prompt(self.model.tokenizer, self.model.config.vocab_size),
+            embeddings=self.model.weights.embed_tokens,
+            max_context_length=self.max_context_length,
         )
 
+    # Life
 
-def _unexpected(error: Exception, *job_ids: str) -> RequestFailedError:
-    """What the callers hear of it; the log has it whole."""
-    failure = RequestFailedError(uuid.uuid4().hex)
-    failure.__cause__ = error
-    _log.error("a request failed in the engine", jobs=job_ids, error_id=failure.error_id, exc_info=error)
-    return failure
+    async def start(self) -> None:
+        """Compiles or loads the kernels, runs the model once, then starts the loop.
+
+        Raises:
+            EngineError: the model does not run.
+        """
+        await asyncio.wrap_future(self._thread.start())
+        self._streams.attach(asyncio.get_running_loop())  # from here on requests are accepted
+
+    def _prepare(self) -> None:
+        """On the engine's thread, where every later step runs: it is the one with the kernels' threads."""
+        compiled = LatestProgress(self._progress)
+        with counted_compilation(compiled), choosing_compiled_ahead(compiled.again) as wait:
+            warm_up(self._decoder, self._cache, self._slots, self._probe_slot, self._kernels, wait)
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuses new requests, lets running ones finish for up to ``drain_s``, then ends the thread."""
+        self._is_draining = True
+        if self.is_alive:
+            await self._streams.wait_empty(drain_s)
+        self._is_stopped = True
+        self._loading.close()
+        self._thread.stop()
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive
+
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot, from any thread."""
+        scheduler, allocator = self._engine.scheduler, self._engine.allocator
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting + self._loading.num_waiting,
+            kv_blocks_used=allocator.num_used,
+            kv_blocks_cached=allocator.num_cached,
+            kv_blocks_total=allocator.num_blocks,
+            heartbeat_s=self._thread.heartbeat_s,
+            waiting_tasks=self._loading.waiting_tasks,
+            is_at_standstill=self._thread.is_at_standstill,
+        )
+
+    @property
+    def model_bytes(self) -> Mapping[str, int]:
+        """Resident bytes by part."""
+        return {
+            "base": self._decoder.linear_bytes,
+            "embeddings": self._decoder.embedding_bytes,
+            "adapters": self._residency.stats.resident_bytes,
+            "kv": self._cache.num_bytes,
+        }
+
+    @property
+    def kernels_name(self) -> str:
+        """The backend's name."""
+        return self._kernels.name
+
+    # Adapters
+
+    @property
+    def residency_stats(self) -> ResidencyStats:
+        """Loads, evictions and bytes."""
+        return self._residency.stats
+
+    def resident_digests(self) -> frozenset[str]:
+        """Digests of the loaded adapters."""
+        return self._residency.resident_digests()
+
+    def in_use(self, record: AdapterRecord) -> bool:
+        """Whether a request for this version runs or waits now, whatever other versions are made of the same bytes."""
+        return self._residency.in_use(record) or self._loading.in_use(record)
+
+    async def warm_adapter(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
+        """Loads an adapter now, or as soon as there is a slot for it.
+
+        Args:
+            record: the version.
+            lowered: what it comes to, where that is at hand; None reads it.
+
+        Raises:
+            AdapterError: it cannot be loaded.
+            AdapterCapacityError: every slot has been in use for some seconds.
+        """
+        self._check_accepting()
+        await self._loading.warm(record, lowered, max_wait_s=_WARM_WAIT_S)
+
+    def forget_adapter(self, digest: str) -> None:
+        """Frees its memory once no request runs on it."""
+        self._residency.forget(digest)
+
+    def probe(self, adapter: LoweredAdapter) -> float:
+        """How far an adapter moves the base model's answers, in nats; exactly 0 where it changes nothing.
+
+        The mean, over the positions of a short fixed prompt that reaches the adapter's own tokens, of the largest
+        change of any token's log-probability. Blocks; call it on a worker thread, never the event loop's or the
+        engine's. One probe runs at a time, beside the requests.
+
+        Raises:
+            AdapterInvalidError: its logits are not finite; the base's are.
+            AdapterTooLargeError: its virtual tokens leave no room for the prompt.
+            ModelError: the kernels cannot run it.
+            DrainingError: the engine takes no more.
+            EngineDeadError: the engine does not run, or ended meanwhile.
+        """
+        self._check_accepting()
+        return self._probe.measure(adapter)
+
+    # Requests
+
+    async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        """Runs one generation; closing the iterator ends it, and its blocks are free within one step.
+
+        It gets ahead of the iterator's reader by ``max_unread_outputs`` and ``max_unread_bytes`` at most, then pauses.
+
+        Raises:
+            RequestError: it can never be served.
+            EngineError: what else ended it.
+            AdapterError: its adapter cannot be loaded.
+        """
+        check_generation(request, self._serving.vocab_size, self._serving.eos_of(request))
+        config = self.config
+        backlog = Backlog(config.max_unread_outputs, config.max_unread_bytes, config.unread_limit_s)
+        outputs = self._submit(
+            request, lambda job_id, start: Generation(job_id, request, start, self._serving, backlog)
+        )
+        try:
+            async for output in outputs:
+                if isinstance(output, StepOutput):
+                    yield output
+                    if backlog.take(output):  # who asks for the next one is through with this one
+                        self._thread.wake()
+        finally:
+            await outputs.aclose()
+
+    async def score(self, request: ScoreRequest) -> ScoreOutput:
+        """Runs one scoring; cancelling it frees its blocks within one step.
+
+        Raises:
+            RequestError: it can never be served.
+            EngineError: what else ended it.
+            AdapterError: its adapter cannot be loaded.
+        """
+        check_scoring(request, self._serving.vocab_size, self.config.max_score_tokens)
+        outputs = self._submit(request, lambda job_id, start: Scoring(job_id, request, start, self._serving))
+        try:
+            async for output in outputs:
+                if isinstance(output, ScoreOutput):
+                    return output
+        finally:
+            await outputs.aclose()
+        raise EngineDeadError("the scoring ended without a result")
+
+    async def _submit(
+        self, request: Request | ScoreRequest, make_job: Callable[[str, Start], Job]
+    ) -> AsyncGenerator[Output, None]:
+        self._check_accepting()
+        check_length(request, 0, self.max_context_length)  # without loading the adapter for it
+        job_id = str(next(self._ids))
+        with self._streams.expected():
+            start = await self._start_of(request)
+            try:
+                self._check_running()
+                check_length(request, start.num_virtual_tokens, self.max_context_length)
+                job = make_job(job_id, start)
+            except BaseException:
+                if request.adapter is not None:
+                    self._residency.release(request.adapter)
+                raise
+            stream = self._streams.open(job_id, request.adapter)
+        self._thread.submit(lambda: self._engine.add(job))
+        is_last = False
+        try:
+            while not is_last:
+                event = await stream.events.get()
+                is_last = event.is_last
+                if isinstance(event.payload, EngineError):
+                    raise event.payload
+                yield event.payload
+        finally:
+            if not is_last:
+                self._thread.submit(lambda: self._engine.cancel(job_id))
+
+    async def _start_of(self, request: Request | ScoreRequest) -> Start:
+        """Where a request begins; its adapter is pinned, once it is loaded."""
+        adapter = request.adapter
+        if adapter is None:
+            return Start()
+        started = time.monotonic()
+        resident = self._residency.try_acquire(adapter)
+        if resident is not None:
+            return Start(resident.slot, resident.virtual, time.monotonic() - started)
+        self._engine.scheduler.check_queue(self._loading.num_waiting)
+        limit_s = None if request.deadline_s is None else request.deadline_s - started
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                resident = await self._loading.acquire(adapter)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceededError("the deadline passed while the adapter was waited for") from None
+        return Start(resident.slot, resident.virtual, time.monotonic() - started, has_waited=True)
+
+    def _check_accepting(self) -> None:
+        self._check_running()
+        if self._is_draining:
+            raise DrainingError("the server is shutting down")
+
+    def _check_running(self) -> None:
+        if self._thread.failure is not None or not self._streams.is_attached:
+            raise EngineDeadError("the engine has ended")
+        if self._is_stopped:
+            raise DrainingError("the server is shutting down")
+
+    # On the engine's thread
+
+    def _share_processors(self) -> None:
+        """A step's loops end with their slowest thread: better one fewer than one that has half a processor."""
+        num_for_background = 1 if self._background.is_busy else 0
+        self._kernels.leave_processors(self._taken_processors.count() + num_for_background)
+
+    def _publish(self, events: list[Event]) -> bool:
+        return self._streams.publish([event for event in events if not self._jobs.take(event)])
+
+    def _end(self) -> None:
+        self._jobs.close()
+        self._streams.end("the engine has ended" if self._thread.failure is None else "the engine failed")

@@ -12,7 +12,7 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.errors import FieldInvalidError
 
 if TYPE_CHECKING:
-    from manyhats.engine.tokenizer import Tokenizer
+    from manyhats.engine.text.tokenizer import Tokenizer
 
 MAX_TOP_LOGPROBS = 100
 MAX_STOP_SEQUENCES = 16

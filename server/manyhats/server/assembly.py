@@ -16,12 +16,12 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store import AdapterStore
-from manyhats.engine.async_engine import AsyncEngine
-from manyhats.engine.background import Background
+from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.config import EngineConfig, resolve
-from manyhats.engine.model.directories import default_home
-from manyhats.engine.model.loader import load_model
-from manyhats.engine.model.progress import Progress
+from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.home import default_home
+from manyhats.engine.progress import Progress
+from manyhats.engine.threads.background import Background
 from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ConfigError
 from manyhats.server.metrics import Metrics

@@ -17,7 +17,7 @@ from manyhats.adapters.open_artifacts import DEFAULT_CACHE_BYTES
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.taskid import check_task_id
 from manyhats.engine.config import EngineConfig
-from manyhats.engine.model.directories import default_home
+from manyhats.engine.home import default_home
 from manyhats.server.errors import ConfigError
 from manyhats.server.tls import TlsFiles
 

@@ -17,7 +17,7 @@ from manyhats.engine.request import (
     SamplingParams,
     StoppingParams,
 )
-from manyhats.engine.tokenizer import ChatMessage
+from manyhats.engine.text.tokenizer import ChatMessage
 from manyhats.server.prompts import (
     MAX_CHAT_MESSAGES,
     MAX_TEXT_BYTES,

@@ -16,7 +16,7 @@ import structlog
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.output import StepOutput
 from manyhats.engine.request import Request, ResponseOptions, ScoreRequest
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.server import from_proto, to_proto
 from manyhats.server.gate import Gate
 from manyhats.server.metrics import Metrics

@@ -8,7 +8,7 @@ from threading import Event
 
 import structlog
 
-from manyhats.engine.model.progress import Progress
+from manyhats.engine.progress import Progress
 
 _log = structlog.get_logger("manyhats.loading")
 

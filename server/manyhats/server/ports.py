@@ -13,10 +13,10 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.upload import UploadFile
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput
-from manyhats.engine.prompt_text import Continuation
 from manyhats.engine.request import Request, ScoreRequest
-from manyhats.engine.residency import ResidencyStats
-from manyhats.engine.tokenizer import ChatMessage
+from manyhats.engine.residency.residency import ResidencyStats
+from manyhats.engine.text.prompt_text import Continuation
+from manyhats.engine.text.tokenizer import ChatMessage
 from manyhats.server.task_tokenizers import TaskTokenizers
 from manyhats.server.text_threads import TextThreads
 

@@ -18,8 +18,8 @@ from prometheus_client import disable_created_metrics
 
 from manyhats.adapters.errors import AdapterError
 from manyhats.engine.errors import EngineError
-from manyhats.engine.model.progress import Progress, no_progress
-from manyhats.engine.own_thread import in_own_thread
+from manyhats.engine.progress import Progress, no_progress
+from manyhats.engine.threads.own_thread import in_own_thread
 from manyhats.server.authorization import Authorizer
 from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ServerError

@@ -8,8 +8,8 @@ from functools import partial
 from typing import ClassVar
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
-from manyhats.engine.prompt_text import Continuation, ScoreTokens, score_tokens
-from manyhats.engine.tokenizer import ChatMessage, Tokenizer
+from manyhats.engine.text.prompt_text import Continuation, ScoreTokens, score_tokens
+from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from manyhats.server.ports import Backend, PromptText
 from manyhats.server.text_threads import BRIEF_LENGTH, slices
 

@@ -12,8 +12,8 @@ from weakref import WeakValueDictionary
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError
-from manyhats.engine.task_text import TaskTexts
-from manyhats.engine.tokenizer import ChatMessage, Tokenizer
+from manyhats.engine.text.task_text import TaskTexts
+from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 
 T = TypeVar("T")
 

@@ -15,10 +15,10 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription
-from manyhats.engine.async_engine import AsyncEngine
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import MIB, EngineConfig, kv_bytes_per_token
+from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.loader import LoadedModel
 from manyhats.engine.request import ScoreRequest
 from manyhats.trainer.data import LabelledItem
 from manyhats.trainer.errors import OutputError

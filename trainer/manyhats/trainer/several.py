@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from manyhats.engine.model.loader import LoadedModel
-from manyhats.engine.model.progress import Progress, no_progress
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.progress import Progress, no_progress
 from manyhats.trainer.checkpoint import newest_in
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.events import Listener, all_of, ignore

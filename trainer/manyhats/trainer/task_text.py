@@ -10,7 +10,7 @@ from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.files import open_local
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.text_files import read_text
-from manyhats.engine.model.loader import GenerationDefaults, LoadedModel
+from manyhats.engine.checkpoints.loader import GenerationDefaults, LoadedModel
 from manyhats.trainer.errors import SettingError
 
 

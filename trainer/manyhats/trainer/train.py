@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from manyhats.engine.model.loader import LoadedModel
-from manyhats.engine.model.progress import Progress, no_progress
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.progress import Progress, no_progress
 from manyhats.trainer.events import Listener, all_of, ignore
 from manyhats.trainer.interrupt import StopRequest, TrainingInterrupted, keep
 from manyhats.trainer.preflight import check_before_loading

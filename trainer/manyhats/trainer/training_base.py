@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from manyhats.engine.model.loader import LoadedModel, load_model
-from manyhats.engine.model.progress import Progress, no_progress
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.model.weights import Matrix, ModelWeights
+from manyhats.engine.progress import Progress, no_progress
 from manyhats.trainer.base_digest import weights_digest
 from manyhats.trainer.computation import Computation, resolve_computation
 from manyhats.trainer.errors import BaseError

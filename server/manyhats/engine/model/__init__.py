@@ -1,1 +1,1 @@
-"""The base model: fetching, quantizing, configuring and running it."""
+"""What a decoder is: its shape, its families, its weights and their 4-bit form."""

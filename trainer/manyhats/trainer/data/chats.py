@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from manyhats.engine.chat_template import variables_of
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.chat_template import variables_of
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data.contents import Conversation, Message
 from manyhats.trainer.data.ending import Ends
 from manyhats.trainer.data.row import KWARGS, LISTS, Row

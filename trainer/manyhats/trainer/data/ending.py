@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.tokenizer import ChatMessage, Tokenizer
+from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from manyhats.trainer.errors import BaseError
 
 _QUESTION = ChatMessage("user", "Hello")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from manyhats.engine.prompt_text import Continuation, ScoreTokens, score_tokens
+from manyhats.engine.text.prompt_text import Continuation, ScoreTokens, score_tokens
 from manyhats.trainer.data.dataset import Dataset, LabelTokens
 from manyhats.trainer.data.row import Row
 from manyhats.trainer.errors import SettingError

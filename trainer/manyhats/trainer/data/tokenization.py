@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.prompt_text import Continuation, PromptText
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.prompt_text import Continuation, PromptText
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data.chats import ChatRenderer, Turn
 from manyhats.trainer.data.contents import (
     Conversation,

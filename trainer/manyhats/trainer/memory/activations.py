@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from manyhats.engine.kernels.interface import FUSED
+from manyhats.engine.backends.backend import FUSED
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.families import linear_shapes
 from manyhats.trainer.memory.adapter_size import AdapterSize

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from manyhats.engine.tokenizer import Tokenizer
+from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data import Tokenization, find_ends
 from manyhats.trainer.memory.adapter_size import adapter_size
 from manyhats.trainer.memory.batch_shape import BatchShape, largest_batch, longest_rows

@@ -13,12 +13,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from manyhats.adapters.errors import shown
+from manyhats.engine.checkpoints.checkpoint import check_quantization_config, expected_shapes, read_json
+from manyhats.engine.checkpoints.fetch import KNOWN_MODELS
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.checkpoint import check_quantization_config, expected_shapes, read_json
+from manyhats.engine.home import default_home
 from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.directories import default_home
 from manyhats.engine.model.families import Architecture, linear_shapes, read_architecture
-from manyhats.engine.model.fetch import KNOWN_MODELS
 from manyhats.engine.model.known_families import FAMILIES
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from manyhats.trainer.settings import LARGEST

@@ -16,7 +16,7 @@ from torch import Generator, nn
 from manyhats.adapters.adapterhub_bottleneck import MODULES
 from manyhats.adapters.adapterhub_tensors import full_path
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.initialization import kaiming_uniform, zeros
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter

@@ -15,7 +15,7 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.methods.lora_tensors import MAGNITUDE
 from manyhats.adapters.methods.peft_tensors import Target
 from manyhats.adapters.sites import WeightSource
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods.lora import (
     LoraPlan,

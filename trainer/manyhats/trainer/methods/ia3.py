@@ -10,7 +10,7 @@ from torch import nn
 
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.methods.peft_tensors import PREFIX
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.peft_config import peft_config

@@ -18,7 +18,7 @@ from manyhats.adapters.methods.lora_tensors import A, B
 from manyhats.adapters.methods.peft_tensors import PREFIX, Target
 from manyhats.adapters.module_patterns import compile_patterns
 from manyhats.adapters.sites import BaseDescription
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.initialization import kaiming_uniform, zeros
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter

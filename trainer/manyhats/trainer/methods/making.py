@@ -14,7 +14,7 @@ from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering import check_lowered, method_of
 from manyhats.adapters.methods.peft_tensors import candidate_of
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods.bottleneck import make_bottleneck
 from manyhats.trainer.methods.dora import make_dora

@@ -18,7 +18,7 @@ from torch.nn import functional
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.methods.prompt_config import PROMPT_EMBEDDINGS
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.methods.initialization import linear, normal
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter

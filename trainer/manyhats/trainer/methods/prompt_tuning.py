@@ -14,7 +14,7 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.methods.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.adapters.methods.prompt_tuning import as_first_layer_reads
 from manyhats.adapters.sites import BaseDescription
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods.initialization import normal
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter

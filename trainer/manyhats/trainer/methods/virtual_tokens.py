@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.engine.model.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
-from manyhats.engine.model.loader import LoadedModel
-from manyhats.engine.model.rotary import Angles, RotaryTables
+from manyhats.engine.backends.rotary import Angles, RotaryTables
+from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.batch import TrainingBatch
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.model.deltas import PlacedDeltas, place_deltas, with_embedding_deltas

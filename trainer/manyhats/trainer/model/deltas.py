@@ -26,7 +26,7 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.adapters.sites import Site
-from manyhats.engine.kernels.interface import SUBLAYERS
+from manyhats.engine.backends.backend import SUBLAYERS
 from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.weights import LINEAR_NAMES
 from manyhats.trainer.errors import BaseError

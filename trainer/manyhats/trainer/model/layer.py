@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.sites import Site
-from manyhats.engine.kernels.interface import FUSED
+from manyhats.engine.backends.backend import FUSED
+from manyhats.engine.backends.rotary import Angles
 from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.rotary import Angles
 from manyhats.engine.model.weights import NORM_NAMES, LayerWeights
 from manyhats.trainer.model.attention import KeysAndValues, attend
 from manyhats.trainer.model.blocked_attention import AttentionKind

@@ -1,0 +1,1 @@
+"""What computes: the seam to a device, and the devices behind it."""

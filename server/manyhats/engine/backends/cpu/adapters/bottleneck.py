@@ -1,0 +1,204 @@
+"""Bottleneck adapters of many tasks in one call, on a sub-layer's output; each row by its own, of any size.
+
+What a row computes stands in ``manyhats.adapters.primitives.Bottleneck``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import prange
+
+from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
+from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.simd import (
+    add,
+    fma,
+    load,
+    load_address,
+    mul,
+    splat,
+    store,
+    sub,
+    sum_lanes,
+    zero,
+)
+
+# Columns of the address table.
+DOWN, DOWN_BIAS, UP, UP_BIAS, SCALE, BEFORE_WEIGHT, BEFORE_BIAS, AFTER_WEIGHT, AFTER_BIAS = range(9)
+NUM_ADDRESSES = 9
+# Columns of the integer table; a size of 0 is a slot without an adapter here.
+SIZE, ACTIVATION, INPUT, NORM_RESIDUAL = range(4)
+NUM_INTEGERS = 4
+# Columns of the number table.
+KEEP, CARRY, BEFORE_EPS, AFTER_EPS = range(4)
+NUM_NUMBERS = 4
+# Values of INPUT and NORM_RESIDUAL.
+NOTHING, OUTPUT, SUM, RESIDUAL = range(4)
+
+ACTIVATIONS = (
+    "linear",
+    "relu",
+    "gelu",
+    "gelu_pytorch_tanh",
+    "silu",
+    "tanh",
+    "sigmoid",
+    "leaky_relu",
+    "quick_gelu",
+    "mish",
+    "relu6",
+    "relu2",
+    "hardswish",
+    "laplace",
+    "gelu_10",
+    "sqrtsoftplus",
+)
+"""The activations that ``activate`` knows, by index."""
+
+_SQRT_HALF = math.sqrt(0.5)
+_SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
+
+
+@inner
+def sigmoid(v):
+    """1 / (1 + e⁻ᵛ), without overflow."""
+    if v >= 0.0:
+        return 1.0 / (1.0 + math.exp(-v))
+    e = math.exp(v)
+    return e / (1.0 + e)
+
+
+@inner
+def activate(kind, v):
+    """One value through an activation, in float64."""
+    if kind == 1:
+        return max(v, 0.0)
+    if kind == 2:
+        return 0.5 * v * (1.0 + math.erf(v * _SQRT_HALF))
+    if kind == 3:
+        return 0.5 * v * (1.0 + math.tanh(_SQRT_2_OVER_PI * (v + 0.044715 * v * v * v)))
+    if kind == 4:
+        return v * sigmoid(v)
+    if kind == 5:
+        return math.tanh(v)
+    if kind == 6:
+        return sigmoid(v)
+    if kind == 7:
+        return v if v >= 0.0 else 0.01 * v
+    if kind == 8:
+        return v * sigmoid(1.702 * v)
+    if kind == 9:
+        return v * math.tanh(max(v, 0.0) + math.log1p(math.exp(-abs(v))))
+    if kind == 10:
+        return min(max(v, 0.0), 6.0)
+    if kind == 11:
+        return max(v, 0.0) * max(v, 0.0)
+    if kind == 12:
+        return v * min(max(v + 3.0, 0.0), 6.0) / 6.0
+    if kind == 13:
+        return 0.5 * (1.0 + math.erf((v - 0.707107) / (0.282095 * math.sqrt(2.0))))
+    if kind == 14:
+        return min(max(0.5 * v * (1.0 + math.erf(v * _SQRT_HALF)), -10.0), 10.0)
+    if kind == 15:
+        return math.sqrt(max(v, 0.0) + math.log1p(math.exp(-abs(v))))
+    return v
+
+
+@inner
+def layer_norm(x, at, size, weight, bias, eps, f32):
+    """x[at : at + size] = (x − mean) / √(variance + eps) · weight + bias, in place."""
+    total = zero()
+    for i in range(at, at + size, 8):
+        total = add(total, load(x, i))
+    mean = splat(np.float32(sum_lanes(total) / np.float32(size)))
+    squares = zero()
+    for i in range(at, at + size, 8):
+        v = sub(load(x, i), mean)
+        squares = fma(v, v, squares)
+    factor = splat(np.float32(1.0 / math.sqrt(sum_lanes(squares) / np.float32(size) + eps)))
+    for i in range(0, size, 8):
+        v = mul(sub(load(x, at + i), mean), factor)
+        store(x, at + i, fma(v, load_address(weight + 4 * i, f32), load_address(bias + 4 * i, f32)))
+
+
+@inner
+def pick(kind, residual, output, start, size, scratch, at):
+    """scratch[at : at + size] = what a bottleneck reads of a row: m, r + m, or r."""
+    for i in range(0, size, 8):
+        if kind == OUTPUT:
+            v = load(output, start + i)
+        elif kind == RESIDUAL:
+            v = load(residual, start + i)
+        else:
+            v = add(load(residual, start + i), load(output, start + i))
+        store(scratch, at + i, v)
+
+
+@inner
+def row_delta(residual, output, start, size, addresses, integers, numbers, like, f32, scratch, at):
+    """Leaves f, or norm_after(f + norm_residual), in scratch[at : at + size]."""
+    source = at + size
+    inside = source + size
+    pick(integers[INPUT], residual, output, start, size, scratch, source)
+    if addresses[BEFORE_WEIGHT] != 0:
+        layer_norm(
+            scratch, source, size, addresses[BEFORE_WEIGHT], addresses[BEFORE_BIAS], numbers[BEFORE_EPS], f32
+        )
+    width = integers[SIZE]
+    shrink(scratch, source, size, addresses[DOWN], width, like, scratch, inside)
+    for j in range(0, width, 8):  # vectors are padded to eight, and so is this part of the scratch
+        biased = add(load(scratch, inside + j), load_address(addresses[DOWN_BIAS] + 4 * j, f32))
+        store(scratch, inside + j, biased)
+    for j in range(inside, inside + width):
+        scratch[j] = np.float32(activate(integers[ACTIVATION], np.float64(scratch[j])))
+    for i in range(0, size, 8):
+        store(scratch, at + i, load_address(addresses[UP_BIAS] + 4 * i, f32))
+    expand(scratch, inside, width, addresses[UP], size, like, np.float32(1.0), scratch, at)
+    for i in range(0, size, 8):
+        store(scratch, at + i, mul(load(scratch, at + i), load_address(addresses[SCALE] + 4 * i, f32)))
+    if addresses[AFTER_WEIGHT] != 0:
+        if integers[NORM_RESIDUAL] != NOTHING:
+            pick(integers[NORM_RESIDUAL], residual, output, start, size, scratch, source)
+            for i in range(0, size, 8):
+                store(scratch, at + i, add(load(scratch, at + i), load(scratch, source + i)))
+        layer_norm(scratch, at, size, addresses[AFTER_WEIGHT], addresses[AFTER_BIAS], numbers[AFTER_EPS], f32)
+
+
+@kernel
+def bottleneck(residual, output, rows, row_slots, addresses, integers, numbers, like, f32, scratch):
+    """output[i] = keep · m + carry · r + the row's bottleneck, for each row i that has one.
+
+    Args:
+        residual: [N, D] float32, the stream r that entered the sub-layer.
+        output: [N, D] float32, the sub-layer's output m, updated.
+        rows: [M] int32, the rows that have an adapter, those of one adapter side by side.
+        row_slots: [M] int32, their slots.
+        addresses: [S, 9] int64, integers: [S, 4] int32, numbers: [S, 4] float32; columns as named above.
+        like: an array of the matrices' dtype: float32, or uint16 for bfloat16.
+        f32: a float32 array.
+        scratch: [threads, 2·D + largest size rounded up to eight] float32.
+    """
+    size = output.shape[1]
+    flat_residual = residual.reshape(-1)
+    flat_output = output.reshape(-1)
+    num_threads, scratch_size = scratch.shape
+    flat_scratch = scratch.reshape(-1)
+    num_rows = rows.size
+    for thread in prange(num_threads):
+        at = thread * scratch_size
+        for index in range(num_rows * thread // num_threads, num_rows * (thread + 1) // num_threads):
+            slot = row_slots[index]
+            if integers[slot, SIZE] == 0:
+                continue
+            start = np.int64(rows[index]) * size
+            row_delta(
+                flat_residual, flat_output, start, size,
+                addresses[slot], integers[slot], numbers[slot], like, f32, flat_scratch, at,
+            )  # fmt: skip
+            keep = splat(numbers[slot, KEEP])
+            carry = splat(numbers[slot, CARRY])
+            for i in range(0, size, 8):
+                v = fma(load(flat_output, start + i), keep, load(flat_scratch, at + i))
+                store(flat_output, start + i, fma(load(flat_residual, start + i), carry, v))

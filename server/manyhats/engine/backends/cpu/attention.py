@@ -1,0 +1,251 @@
+"""Attention over paged keys and values, read in place.
+
+Each query row makes two passes: scores of all its positions into scratch, then their softmax times the values.
+Positions are visited in order, one chain of multiply-adds each, so a row's result does not depend on how
+its prompt was chunked, nor on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.rowwise import cap
+from manyhats.engine.backends.cpu.simd import (
+    add,
+    exp,
+    fma,
+    load,
+    max_lanes,
+    maximum,
+    mul,
+    splat,
+    store,
+    sub,
+    sum_lanes,
+    zero,
+)
+
+MINUS_INFINITY = np.float32(-np.inf)
+
+
+@inner
+def tile_4x16(a, a0, a1, a2, a3, b, at, stride, count, c, c0, c1, c2, c3, fresh):
+    """c[ci : ci + 16] (+)= Σ_t a[ai + t] · b[at + t·stride : … + 16], for four rows i; t in order."""
+    if fresh:
+        s00 = s01 = s10 = s11 = s20 = s21 = s30 = s31 = zero()
+    else:
+        s00 = load(c, c0)
+        s01 = load(c, c0 + 8)
+        s10 = load(c, c1)
+        s11 = load(c, c1 + 8)
+        s20 = load(c, c2)
+        s21 = load(c, c2 + 8)
+        s30 = load(c, c3)
+        s31 = load(c, c3 + 8)
+    for t in range(count):
+        low = load(b, at)
+        high = load(b, at + 8)
+        at += stride
+        v = splat(a[a0 + t])
+        s00 = fma(v, low, s00)
+        s01 = fma(v, high, s01)
+        v = splat(a[a1 + t])
+        s10 = fma(v, low, s10)
+        s11 = fma(v, high, s11)
+        v = splat(a[a2 + t])
+        s20 = fma(v, low, s20)
+        s21 = fma(v, high, s21)
+        v = splat(a[a3 + t])
+        s30 = fma(v, low, s30)
+        s31 = fma(v, high, s31)
+    store(c, c0, s00)
+    store(c, c0 + 8, s01)
+    store(c, c1, s10)
+    store(c, c1 + 8, s11)
+    store(c, c2, s20)
+    store(c, c2 + 8, s21)
+    store(c, c3, s30)
+    store(c, c3 + 8, s31)
+
+
+@inner
+def softmax_row(scores, at, first, last, padded, scale):
+    """Turns scores[at + first : at + last] into unnormalized weights in place, 0 elsewhere below padded.
+
+    Returns:
+        1 / their sum.
+    """
+    for i in range(first):
+        scores[at + i] = MINUS_INFINITY
+    for i in range(last, padded):
+        scores[at + i] = MINUS_INFINITY
+    top = splat(MINUS_INFINITY)
+    for i in range(0, padded, 8):
+        top = maximum(load(scores, at + i), top)
+    shift = splat(max_lanes(top))
+    factor = splat(scale)
+    total = zero()
+    for i in range(0, padded, 8):
+        weight = exp(mul(sub(load(scores, at + i), shift), factor))
+        store(scores, at + i, weight)
+        total = add(total, weight)
+    return np.float32(1.0) / sum_lanes(total)
+
+
+@inner
+def cap_rows(scores, at, end, scale, limit):
+    """scores[at : end] = limit · tanh(scores · scale / limit)."""
+    factor = splat(scale)
+    limits = splat(limit)
+    for i in range(at, end, 8):
+        store(scores, i, cap(mul(load(scores, i), factor), limits))
+
+
+@inner
+def attend_rows(
+    q, q0, q1, q2, q3, ends, window, table, table_at, head, keys, values, shape, scale, softcap,
+    scores, s0, out, o0, o1, o2, o3,
+):  # fmt: skip
+    """Four query rows of one sequence and one KV head; ``ends`` are the positions they see up to, exclusive."""
+    num_kv_heads, head_dim, block_size = shape
+    span = block_size * head_dim
+    end = max(max(ends[0], ends[1]), max(ends[2], ends[3]))
+    begin = min(min(ends[0], ends[1]), min(ends[2], ends[3]))
+    first_block = max(0, begin - window) // block_size if window > 0 else 0
+    base = first_block * block_size
+    last_block = (end + block_size - 1) // block_size
+    padded = last_block * block_size - base
+    s1 = s0 + padded
+    s2 = s1 + padded
+    s3 = s2 + padded
+    for index in range(first_block, last_block):
+        block = (table[table_at + index] * num_kv_heads + head) * span
+        column = index * block_size - base
+        for lane in range(0, block_size, 16):
+            c = column + lane
+            tile_4x16(
+                q, q0, q1, q2, q3, keys, block + lane, block_size, head_dim,
+                scores, s0 + c, s1 + c, s2 + c, s3 + c, True,
+            )  # fmt: skip
+    if softcap > 0.0:
+        cap_rows(scores, s0, s3 + padded, scale, softcap)
+        scale = np.float32(1.0)
+    f0 = f1 = f2 = f3 = 0
+    if window > 0:
+        f0 = max(0, ends[0] - window - base)
+        f1 = max(0, ends[1] - window - base)
+        f2 = max(0, ends[2] - window - base)
+        f3 = max(0, ends[3] - window - base)
+    n0 = softmax_row(scores, s0, f0, ends[0] - base, padded, scale)
+    n1 = softmax_row(scores, s1, f1, ends[1] - base, padded, scale)
+    n2 = softmax_row(scores, s2, f2, ends[2] - base, padded, scale)
+    n3 = softmax_row(scores, s3, f3, ends[3] - base, padded, scale)
+    for index in range(first_block, last_block):
+        block = (table[table_at + index] * num_kv_heads + head) * span
+        c = index * block_size - base
+        count = min(block_size, end - index * block_size)
+        for i in range(0, head_dim, 16):
+            tile_4x16(
+                scores, s0 + c, s1 + c, s2 + c, s3 + c, values, block + i, head_dim, count,
+                out, o0 + i, o1 + i, o2 + i, o3 + i, index == first_block,
+            )  # fmt: skip
+    return n0, n1, n2, n3
+
+
+@inner
+def scale_row(x, at, size, factor):
+    """x[at : at + size] *= factor."""
+    factors = splat(factor)
+    for i in range(at, at + size, 8):
+        store(x, i, mul(load(x, i), factors))
+
+
+@kernel
+def paged_attention(
+    qkv, tiles, query_start, context_len, block_tables, keys, values, scale, softcap, window, out, scores
+):  # fmt: skip
+    """Out = softmax(cap(q Kᵀ · scale)) V, causal, per query row and head.
+
+    Args:
+        qkv: [N, (H + 2·Hkv)·K] float32; rotated queries come first in each row.
+        tiles: [T, 3] int32: sequence, its first query row of the tile, their number.
+        query_start: [B + 1] int32, each sequence's first row.
+        context_len: [B] int32, positions of each sequence with this step's rows.
+        block_tables: [B, max_blocks] int32.
+        keys: [num_blocks, Hkv, K, block_size]; values: [num_blocks, Hkv, block_size, K].
+        scale: of the scores.
+        softcap: c in cap(x) = c · tanh(x / c); 0 for no cap.
+        window: a row sees that many positions, itself included; 0 for all.
+        out: [N, H·K] float32, written.
+        scores: [threads, 4 · longest context rounded up to blocks] float32 scratch.
+    """
+    num_kv_heads, head_dim, block_size = keys.shape[1:]
+    shape = (num_kv_heads, head_dim, block_size)
+    width = qkv.shape[1]
+    out_width = out.shape[1]
+    group = out_width // head_dim // num_kv_heads
+    max_blocks = block_tables.shape[1]
+    num_threads, score_size = scores.shape
+    flat_q = qkv.reshape(-1)
+    flat_out = out.reshape(-1)
+    flat_scores = scores.reshape(-1)
+    flat_keys = keys.reshape(-1)
+    flat_values = values.reshape(-1)
+    flat_tables = block_tables.reshape(-1)
+    num_units = tiles.shape[0] * num_kv_heads
+    for thread in prange(num_threads):
+        for unit in range(thread, num_units, num_threads):
+            tile = unit // num_kv_heads
+            head = unit - tile * num_kv_heads
+            sequence, first, count = tiles[tile]
+            query_len = query_start[sequence + 1] - query_start[sequence]
+            row0 = query_start[sequence] + first
+            end0 = context_len[sequence] - query_len + first + 1
+            total = count * group
+            for start in range(0, total, 4):
+                i0 = start
+                i1 = min(start + 1, total - 1)
+                i2 = min(start + 2, total - 1)
+                i3 = min(start + 3, total - 1)
+                t0, t1, t2, t3 = i0 // group, i1 // group, i2 // group, i3 // group
+                h0 = head * group + i0 - t0 * group
+                h1 = head * group + i1 - t1 * group
+                h2 = head * group + i2 - t2 * group
+                h3 = head * group + i3 - t3 * group
+                o0 = (row0 + t0) * out_width + h0 * head_dim
+                o1 = (row0 + t1) * out_width + h1 * head_dim
+                o2 = (row0 + t2) * out_width + h2 * head_dim
+                o3 = (row0 + t3) * out_width + h3 * head_dim
+                n0, n1, n2, n3 = attend_rows(
+                    flat_q,
+                    (row0 + t0) * width + h0 * head_dim,
+                    (row0 + t1) * width + h1 * head_dim,
+                    (row0 + t2) * width + h2 * head_dim,
+                    (row0 + t3) * width + h3 * head_dim,
+                    (end0 + t0, end0 + t1, end0 + t2, end0 + t3),
+                    window,
+                    flat_tables,
+                    sequence * max_blocks,
+                    head,
+                    flat_keys,
+                    flat_values,
+                    shape,
+                    scale,
+                    softcap,
+                    flat_scores,
+                    thread * score_size,
+                    flat_out,
+                    o0,
+                    o1,
+                    o2,
+                    o3,
+                )
+                scale_row(flat_out, o0, head_dim, n0)
+                if i1 > i0:
+                    scale_row(flat_out, o1, head_dim, n1)
+                if i2 > i1:
+                    scale_row(flat_out, o2, head_dim, n2)
+                if i3 > i2:
+                    scale_row(flat_out, o3, head_dim, n3)

@@ -1,0 +1,1 @@
+"""Tokens chosen and log-probabilities taken on the CPU."""

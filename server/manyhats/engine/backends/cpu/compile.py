@@ -1,0 +1,97 @@
+"""How kernels are compiled: ahead of need, cached on disk under a name that follows their source."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import njit
+from numba.core import event
+
+from manyhats.engine.home import default_home
+from manyhats.engine.progress import Progress
+
+_EVENT = "numba:compile"
+
+numba_config: Any = numba.config  # its members are made at run time
+
+
+def _source_digest() -> str:
+    """Changes with any file of this package and those in it: Numba itself only watches the file a kernel stands in."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache_directory() -> Path:
+    return default_home() / "kernels" / _source_digest()
+
+
+if not os.environ.get("NUMBA_CACHE_DIR"):
+    numba_config.CACHE_DIR = str(_cache_directory())
+# One pool of OpenMP threads where the platform has it: its threads sleep between kernels.
+if "NUMBA_THREADING_LAYER" not in os.environ:
+    numba_config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+_kernels: list[Any] = []
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel called from Python: runs on all threads, without the interpreter lock."""
+    compiled: Callable[..., Any] = njit(parallel=True, nogil=True, cache=True)(function)
+    _kernels.append(compiled)
+    return compiled
+
+
+inner: Callable[..., Any] = njit(cache=True)
+"""A function of a kernel."""
+
+
+@contextmanager
+def counted_compilation(progress: Progress) -> Iterator[None]:
+    """Reports the stage ``compile`` where kernels must be compiled, and nothing where the disk has them all.
+
+    Compiling goes on for as long as this is entered; at the end every kernel counts as done, those that a model does
+    not need too. What ``progress`` raises comes out of the call that compiles.
+    """
+    counter = _Counter(progress)
+    event.register(_EVENT, counter)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        event.unregister(_EVENT, counter)  # type: ignore[no-untyped-call]
+    counter.finish()
+
+
+class _Counter(event.Listener):
+    """Counts the kernels whose compilation has begun; those of their functions are a part of theirs."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._begun: set[int] = set()
+
+    def on_start(self, event: Any) -> None:
+        """Report that a kernel's compilation begins."""
+        dispatcher = event.data["dispatcher"]
+        if any(dispatcher is each for each in _kernels):
+            self._progress("compile", len(self._begun), len(_kernels))
+            self._begun.add(id(dispatcher))
+
+    def on_end(self, event: Any) -> None:
+        """Nothing: the next start tells."""
+
+    def finish(self) -> None:
+        """Report the end, if there was a beginning."""
+        if self._begun:
+            self._progress("compile", len(_kernels), len(_kernels))
+
+
+def max_threads() -> int:
+    """Threads that Numba was started with, the most that a kernel can use."""
+    return int(numba_config.NUMBA_NUM_THREADS)

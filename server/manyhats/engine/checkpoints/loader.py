@@ -1,0 +1,212 @@
+"""From a name to a model in memory: find the checkpoint, quantize it or take it from the cache, assemble."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+import torch
+from torch import Tensor
+
+from manyhats.adapters.base_name import has_form_of_path
+from manyhats.adapters.sites import BaseDescription
+from manyhats.engine.checkpoints.checkpoint import (
+    SafetensorsDirectory,
+    assemble_weights,
+    check_quantization_config,
+    check_tensors,
+    read_json,
+    weight_files,
+)
+from manyhats.engine.checkpoints.fetch import locate_model
+from manyhats.engine.checkpoints.identity import FileDigests, content_digest
+from manyhats.engine.checkpoints.nf4_cache import Nf4Cache, quantize_checkpoint
+from manyhats.engine.checkpoints.weight_source import ModelWeightSource
+from manyhats.engine.errors import ModelError
+from manyhats.engine.home import default_home
+from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.families import Architecture, describe, read_architecture
+from manyhats.engine.model.weights import ModelWeights
+from manyhats.engine.progress import Progress, no_progress
+from manyhats.engine.text.task_text import TaskTexts
+from manyhats.engine.text.text_process import TextProcesses
+from manyhats.engine.text.tokenizer import Tokenizer
+
+__all__ = ["GenerationDefaults", "LoadedModel", "Progress", "Quantization", "default_home", "load_model"]
+
+_log = structlog.get_logger(__name__)
+
+Quantization = Literal["nf4", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """How a generation ends by what the model's files say; EOS ids may be empty."""
+
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LoadedModel:
+    """A base model in memory, ready for the decoder.
+
+    Attributes:
+        description: what adapters are checked against; its digest names weights and quantization.
+        name: what to call it: the alias, hub id, or the directory's name.
+        reference: what transformers and PEFT load it by: the hub id, or the directory's absolute path.
+        texts: reads what adapters bring of chat templates and tokens.
+    """
+
+    config: DecoderConfig
+    weights: ModelWeights
+    tokenizer: Tokenizer
+    description: BaseDescription
+    generation: GenerationDefaults
+    name: str
+    reference: str
+    texts: TaskTexts
+
+
+def load_model(
+    source: str,
+    *,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    names: Iterable[str] = (),
+    max_context_length: int | None = None,
+    progress: Progress = no_progress,
+    home: Path | None = None,
+) -> LoadedModel:
+    """Load a base model.
+
+    Args:
+        source: an alias (``smollm2-135m-instruct``), a local Hugging Face directory, or a hub id.
+        quantization: ``nf4`` keeps the layers' linears in NF4, quantized once and cached; ``none`` keeps them
+            dense (an NF4 checkpoint is then dequantized).
+        dtype: float32 or bfloat16, of dense matrices. With ``nf4``, embedding and output head are bfloat16
+            unless it is float32.
+        names: other names adapters may know this base by.
+        max_context_length: prompt and output tokens together; None takes the model's own maximum.
+        progress: told of each stage.
+        home: holds fetched models and the cache; None takes ``default_home()``.
+
+    Raises:
+        ModelError: the model cannot be found, fetched, read or served, and why.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ModelError(f"dtype must be float32 or bfloat16, not {dtype}")
+    home = default_home() if home is None else home
+    located = locate_model(source, home, progress)
+    digests = FileDigests(home / "digests")
+    found = _find(located.directory, max_context_length, digests)
+    tensors = _read_tensors(found, quantization, Nf4Cache(home / "nf4", digests), progress)
+    tokenizer = Tokenizer.from_directory(located.directory)
+    architecture = found.architecture
+    decoder = architecture.decoder_at(dtype)
+    weights = assemble_weights(
+        tensors, architecture, dtype=dtype, keep_nf4=quantization == "nf4", progress=progress
+    )
+    digest = _base_digest(found.digest, quantization)
+    texts = TaskTexts(tokenizer, decoder.vocab_size, TextProcesses())
+    return LoadedModel(
+        config=decoder,
+        weights=weights,
+        tokenizer=tokenizer,
+        description=describe(
+            decoder,
+            names={*located.names, *names, *_recorded_name(found.config)},
+            digest=digest,
+            modules=architecture.modules,
+            weights=ModelWeightSource(digest, weights),
+            check_text=texts.check,
+        ),
+        generation=_generation_defaults(found, tokenizer),
+        name=located.name,
+        reference=located.reference,
+        texts=texts,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint's directory, parsed config, what that describes, and the digest of config and weights."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    architecture: Architecture
+    digest: str
+
+
+def _find(directory: Path, max_context_length: int | None, digests: FileDigests) -> _Found:
+    config_file = directory / "config.json"
+    config = read_json(config_file)
+    architecture = read_architecture(config, max_context_length)
+    digest = content_digest([config_file, *weight_files(directory)], digests)
+    return _Found(directory, config, architecture, digest)
+
+
+def _read_tensors(
+    found: _Found, quantization: Quantization, cache: Nf4Cache, progress: Progress
+) -> Mapping[str, Tensor]:
+    """The checked tensors of a checkpoint: as they are, or with NF4 linears, from the cache if it has them."""
+    is_quantized = check_quantization_config(found.config)
+    tensors: Mapping[str, Tensor] | None
+    if is_quantized or quantization == "none":
+        tensors = SafetensorsDirectory(found.directory)
+    else:
+        tensors = cache.load(found.digest)
+        if tensors is None:
+            tensors = quantize_checkpoint(SafetensorsDirectory(found.directory), found.architecture, progress)
+            cache.store(found.digest, tensors, found.config)
+    check_tensors(tensors, found.architecture)
+    return tensors
+
+
+def _base_digest(checkpoint_digest: str, quantization: Quantization) -> str:
+    return "sha256:" + hashlib.sha256(f"{checkpoint_digest} {quantization}\n".encode()).hexdigest()
+
+
+def _recorded_name(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The hub id that the checkpoint was saved under, if its config has one; a path says nothing."""
+    name = config.get("_name_or_path")
+    return (name,) if isinstance(name, str) and not has_form_of_path(name) else ()
+
+
+def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefaults:
+    """EOS ids of ``generation_config.json``, else of ``config.json``; and the tokenizer's, which any file may name."""
+    path = found.directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    vocab_size = found.architecture.decoder.vocab_size
+    ids: frozenset[int] = frozenset()
+    for source, value in (
+        ("generation_config.json: eos_token_id", generation.get("eos_token_id")),
+        ("config.json: eos_token_id", found.config.get("eos_token_id")),
+    ):
+        ids = ids or _known_token_ids(value if isinstance(value, list) else [value], vocab_size, source)
+    own = _known_token_ids([tokenizer.special_token_id("eos_token")], vocab_size, "the tokenizer: eos_token")
+    return GenerationDefaults(eos_token_ids=ids | own)
+
+
+def _known_token_ids(ids: Iterable[object], vocab_size: int, source: str) -> frozenset[int]:
+    """Those ids that are tokens of the model; what a model's files name beside them is dropped with a note.
+
+    Args:
+        ids: as a file has them; None stands for none.
+        vocab_size: token ids are below.
+        source: which file and field they are from, for the note.
+    """
+    given = [each for each in ids if each is not None]
+    known = [each for each in given if type(each) is int and 0 <= each < vocab_size]
+    if len(known) < len(given):
+        unknown = [each for each in given if each not in known]
+        _log.warning(
+            "ids that are no token of the model are dropped",
+            source=source,
+            ids=unknown[:20],
+            limit=vocab_size,
+        )
+    return frozenset(known)

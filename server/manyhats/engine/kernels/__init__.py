@@ -1,1 +1,0 @@
-"""The few operations the decoder is made of, behind one interface."""

@@ -1,0 +1,201 @@
+"""How far an adapter moves the base model's answers: one short prompt is run on both, beside the requests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError
+from manyhats.adapters.primitives import (
+    Delta,
+    EmbeddingLowRank,
+    EmbeddingRows,
+    LoweredAdapter,
+)
+from manyhats.engine.backends.backend import AdapterSlots, Kernels
+from manyhats.engine.errors import NumericalError
+from manyhats.engine.loop.internal_jobs import InternalJob, InternalJobs
+from manyhats.engine.loop.jobs import Job, Output, SampledToken
+from manyhats.engine.loop.serving import Start
+from manyhats.engine.scheduling.scheduler import Scheduler
+from manyhats.engine.scheduling.sequence import Sequence
+from manyhats.engine.scheduling.virtual_tokens import PLACEHOLDER_ID, VirtualTokens
+from manyhats.engine.text.tokenizer import Tokenizer
+
+_TEXT = "The best way to learn a new language is to listen"
+_NUM_FIXED_TOKENS = 8
+_MAX_OWN_TOKENS = 4
+
+Logits = npt.NDArray[np.float32]
+
+
+class ProbeJob(InternalJob[Logits]):
+    """Runs a prompt behind an adapter's virtual tokens and gives the logits [T, V] of all its positions."""
+
+    def __init__(
+        self, job_id: str, token_ids: tuple[int, ...], start: Start, on_done: Callable[[Logits], None]
+    ) -> None:
+        super().__init__(job_id, on_done)
+        num_virtual = start.num_virtual_tokens
+        self._rows: list[Logits] = []
+        self._sequence = Sequence(
+            id=job_id,
+            token_ids=[PLACEHOLDER_ID] * num_virtual + list(token_ids),
+            max_num_tokens=num_virtual + len(token_ids),
+            slot=start.slot,
+            position_offset=start.position_offset,
+            logits_from=num_virtual,
+            virtual=start.virtual,
+            uses_prefix_cache=False,
+            is_internal=True,
+        )
+
+    def start(self, scheduler: Scheduler) -> None:
+        """Queues the prompt."""
+        scheduler.add(self._sequence)
+
+    def score(
+        self, sequence: Sequence, first_position: int, logits: Tensor, kernels: Kernels[Any, Any]
+    ) -> None:
+        """Keeps a copy: the step's logits are not the job's."""
+        self._rows.append(logits.numpy().copy())
+
+    def commit(
+        self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
+    ) -> Output | None:
+        """All of it has run."""
+        scheduler.finish(sequence)
+        self._finish(np.concatenate(self._rows))
+        return None
+
+    def abort(self, scheduler: Scheduler) -> None:
+        """Frees the sequence's blocks."""
+        scheduler.finish(self._sequence)
+
+
+class AdapterProbe:
+    """Measures adapters on one engine, one at a time, from any thread but the engine's own.
+
+    Args:
+        jobs: of the engine.
+        slots: of the engine.
+        slot: kept for this alone, so that a probe neither evicts an adapter nor waits for one.
+        prompt: the fixed token ids.
+        embeddings: [V, D], the base's.
+        max_context_length: of the engine.
+    """
+
+    def __init__(
+        self,
+        jobs: InternalJobs,
+        slots: AdapterSlots,
+        slot: int,
+        *,
+        prompt: tuple[int, ...],
+        embeddings: Tensor,
+        max_context_length: int,
+    ) -> None:
+        self._jobs = jobs
+        self._slots = slots
+        self._slot = slot
+        self._prompt = prompt
+        self._embeddings = embeddings
+        self._max_context_length = max_context_length
+        self._lock = threading.Lock()
+        self._prompt_logits: Logits | None = None  # the base's, of ``prompt`` alone
+
+    def measure(self, adapter: LoweredAdapter) -> float:
+        """The mean, over the prompt's positions, of the largest change of any token's log-probability, in nats.
+
+        The prompt ends with tokens of the adapter's own, where it changes embeddings. A row's logits depend on
+        that row alone, bit for bit, so an adapter that changes nothing gives exactly 0.
+
+        Raises:
+            AdapterInvalidError: its logits are not finite; the base's are.
+            AdapterTooLargeError: its virtual tokens leave no room for the prompt.
+            EngineError: the engine cannot run it, or ended.
+        """
+        token_ids = (*self._prompt, *changed_tokens(adapter.deltas, self._embeddings, _MAX_OWN_TOKENS))
+        self._check_room(adapter, len(token_ids))
+        with self._lock:
+            return effect(self._base_logits(token_ids), self._adapter_logits(adapter, token_ids))
+
+    def _check_room(self, adapter: LoweredAdapter, num_tokens: int) -> None:
+        num_virtual = 0 if adapter.prefix is None else adapter.prefix.num_virtual_tokens
+        if num_virtual + num_tokens > self._max_context_length:
+            raise AdapterTooLargeError(
+                "num_virtual_tokens",
+                f"are {num_virtual}, which leaves no room for a prompt of {num_tokens} tokens "
+                f"in a context of {self._max_context_length}",
+            )
+
+    def _base_logits(self, token_ids: tuple[int, ...]) -> Logits:
+        if token_ids != self._prompt:
+            return self._run(token_ids, Start())
+        if self._prompt_logits is None:
+            self._prompt_logits = self._run(token_ids, Start())
+        return self._prompt_logits
+
+    def _adapter_logits(self, adapter: LoweredAdapter, token_ids: tuple[int, ...]) -> Logits:
+        try:
+            self._slots.write(self._slot, adapter)
+            virtual = None if adapter.prefix is None else VirtualTokens(adapter.prefix)
+            return self._run(token_ids, Start(self._slot, virtual))
+        except NumericalError as error:
+            raise AdapterInvalidError(
+                "logits", "are not finite with this adapter, and are without it: its numbers overflow"
+            ) from error
+        finally:
+            self._slots.clear(self._slot)  # no step names it any more, however the job ended
+
+    def _run(self, token_ids: tuple[int, ...], start: Start) -> Logits:
+        def make_job(job_id: str, on_done: Callable[[Logits], None]) -> Job:
+            return ProbeJob(job_id, token_ids, start, on_done)
+
+        return self._jobs.run(make_job)
+
+
+def probe_prompt(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """The fixed token ids: plain English, begun as the tokenizer begins a text; those that the model has a row for."""
+    token_ids = tokenizer.encode(_TEXT, add_special_tokens=True)
+    return tuple(token_id for token_id in token_ids if token_id < vocab_size)[:_NUM_FIXED_TOKENS] or (0,)
+
+
+def changed_tokens(deltas: Iterable[Delta], embeddings: Tensor, count: int) -> tuple[int, ...]:
+    """The tokens whose embeddings deltas change most, ``count`` at most; only trained tokens may change at all.
+
+    Changes of the output head need no such care: they show at every position.
+    """
+    sizes = torch.zeros(embeddings.shape[0])
+    for delta in deltas:
+        if isinstance(delta, EmbeddingRows):
+            sizes[delta.ids] += (delta.rows.float() - embeddings[delta.ids].float()).norm(dim=1)
+        elif isinstance(delta, EmbeddingLowRank):
+            a, b = delta.a.float(), delta.b.float()
+            squares = ((a @ (b.t() @ b)) * a).sum(dim=1)  # |A[id] Bᵀ|², without the [V, D] product
+            sizes += abs(delta.scale) * squares.clamp(min=0).sqrt()
+    largest = sizes.topk(min(count, sizes.numel()))
+    return tuple(
+        token for token, size in zip(largest.indices.tolist(), largest.values.tolist(), strict=True) if size
+    )
+
+
+def effect(before: Logits, after: Logits) -> float:
+    """mean_t max_v |log softmax(after)[t, v] − log softmax(before)[t, v]|, of logits [T, V]; in nats."""
+    changes = []
+    for old, new in zip(before, after, strict=True):
+        moved = new.astype(np.float64) - old
+        shift = _log_total(new) - _log_total(old)
+        changes.append(max(float(moved.max()) - shift, shift - float(moved.min())))
+    return float(np.mean(changes))
+
+
+def _log_total(logits: Logits) -> float:
+    largest = logits.max()
+    return float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))

@@ -1,0 +1,91 @@
+"""KV that is kept beyond the sequences that computed it, for others to start from; all of it may be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
+
+
+class HeldPrefixes:
+    """Holds a reference on each block of its prefixes. Belongs to the scheduler.
+
+    Args:
+        allocator: of the blocks.
+        free: drops references, at once or when the step at hand has run.
+    """
+
+    def __init__(self, allocator: BlockAllocator, free: Callable[[Sequence[int]], None]) -> None:
+        self._allocator = allocator
+        self._free = free
+        self._held: dict[SharedPrefix, VirtualTokens | None] = {}  # the least recently used first
+
+    def __contains__(self, prefix: SharedPrefix) -> bool:
+        return prefix in self._held
+
+    def __iter__(self) -> Iterator[SharedPrefix]:
+        return iter(self._held)
+
+    def hold(
+        self,
+        block_ids: Sequence[int],
+        num_tokens: int,
+        virtual: VirtualTokens | None = None,
+        job_id: str = "",
+    ) -> SharedPrefix:
+        """Keeps the first blocks of a sequence, which have so many tokens: virtual ones, or a job's own."""
+        blocks = tuple(block_ids[: self._allocator.num_blocks_for(num_tokens)])
+        for block_id in blocks:
+            self._allocator.ref(block_id)
+        prefix = SharedPrefix(blocks, num_tokens, job_id)
+        self._held[prefix] = virtual
+        if virtual is not None:
+            virtual.held = prefix
+        return prefix
+
+    def touch(self, prefix: SharedPrefix) -> None:
+        """Somebody starts from it: it is the most recently used."""
+        self._held[prefix] = self._held.pop(prefix)
+
+    def release(self, prefix: SharedPrefix) -> None:
+        """Gives one back; does nothing if it is not held any more."""
+        if prefix in self._held:
+            virtual = self._held.pop(prefix)
+            if virtual is not None:
+                virtual.held = None
+            self._free(prefix.block_ids)
+
+    def clear(self) -> None:
+        """Forgets all of them; their blocks are forgotten elsewhere."""
+        for virtual in self._held.values():
+            if virtual is not None:
+                virtual.held = None
+        self._held.clear()
+
+    def make_room(self, num_blocks: int, spared: Collection[SharedPrefix]) -> bool:
+        """Gives back virtual tokens that no running sequence has, until so many blocks have come free.
+
+        The least recently used go first, ``spared`` never. Where all of them are not enough, they stay.
+        """
+        num_refs = self._allocator.num_refs
+        chosen, num_freed = [], 0
+        for prefix, virtual in self._held.items():
+            if num_freed >= num_blocks:
+                break
+            if virtual is not None and prefix not in spared and num_refs(prefix.block_ids[0]) == 1:
+                chosen.append(prefix)
+                num_freed += sum(num_refs(block_id) == 1 for block_id in prefix.block_ids)
+        if num_freed < num_blocks:
+            return False
+        for prefix in chosen:
+            self.release(prefix)
+        return True
+
+    def take_one(self, last: SharedPrefix | None) -> bool:
+        """Gives back one, whatever it is, ``last`` only if there is no other; whether there was one."""
+        victim = next((prefix for prefix in self._held if prefix is not last), last)
+        if victim is None or victim not in self._held:
+            return False
+        self.release(victim)
+        return True

@@ -1,0 +1,90 @@
+"""What the scheduler hands to the engine for one step, and the limits it keeps to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.scheduling.sequence import Sequence
+from manyhats.engine.scheduling.virtual_tokens import PrefixFill
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Tokens [start, start + num_tokens) of one sequence, to be run in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        """One past the chunk's last position."""
+        return self.start + self.num_tokens
+
+    @property
+    def ends_tokens(self) -> bool:
+        """Whether it reaches the sequence's last token, whose row samples; ask before appending it."""
+        return self.start + self.num_tokens == len(self.sequence.token_ids)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one output token going on, not a prompt nor a recomputation."""
+        return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """One step.
+
+    Attributes:
+        chunks: at most one per sequence, decodes first.
+        prefix_fills: stored virtual tokens, written before anything else.
+        block_copies: (source, destination) blocks, copied whole before anything of the step is computed.
+        started: sequences that begin with it, whether or not they have a chunk already.
+        preempted: sequences whose blocks were taken back; they wait again.
+        prefix_cache_queries: prompt tokens looked up for sequences that started.
+        prefix_cache_hits: those found.
+    """
+
+    chunks: tuple[Chunk, ...] = ()
+    prefix_fills: tuple[PrefixFill, ...] = ()
+    block_copies: tuple[tuple[int, int], ...] = ()
+    started: tuple[Sequence, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of a step and of the queue.
+
+    Attributes:
+        max_num_sequences: sequences that hold blocks at a time.
+        max_num_batched_tokens: tokens of a step; at least ``max_num_sequences``, so that decodes always leave
+            a token for a sequence in prefill.
+        max_waiting: sequences that may wait.
+        max_bulk_tokens: tokens of scorings and of prompts that take several steps, in a step beside other sequences.
+    """
+
+    max_num_sequences: int = 64
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 1024
+    max_bulk_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_sequences", "max_waiting", "max_bulk_tokens"):
+            if getattr(self, name) < 1:
+                raise FieldInvalidError(f"scheduler.{name}", f"must be at least 1, not {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_sequences:
+            raise FieldInvalidError(
+                "scheduler.max_num_batched_tokens",
+                f"must be at least max_num_sequences = {self.max_num_sequences}, "
+                f"not {self.max_num_batched_tokens}",
+            )

@@ -1,0 +1,439 @@
+"""Picks sequences and token counts for the next step, and takes blocks back when they run out.
+
+Order: running decodes, running prefills, then waiting sequences by (priority, arrival), preempted ones first
+within their priority; ``Step`` says who gets how many tokens. A running sequence's blocks cover all its tokens, so
+only decodes ever ask for more; when none is left, the running sequence that ranks last gives all of its blocks back
+and is computed again later, its output kept. The one that ranks first is thus never preempted while others run, and
+so finishes.
+
+Only running sequences hold blocks by right. Prefixes that are kept for others to start from, such as virtual tokens,
+are taken back where there is no room otherwise: what waits keeps nothing, and the first in the queue can always start
+once nothing runs. One that does not fit yet is passed by later ones that do, but not for ever.
+
+The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go ahead of every
+request, and neither ``max_waiting`` nor ``max_num_sequences`` holds for them. In turn a step in which others decode
+takes few of their tokens, so that it grows by half at most.
+
+``max_waiting`` refuses requests that come, once. It refuses none that has waited for its adapter before, and none of
+the continuations of a scoring that has begun, which steady newcomers could otherwise keep out for good.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence as Seq
+
+from manyhats.adapters.finish_rate import FinishRate
+from manyhats.engine.errors import QueueFullError
+from manyhats.engine.scheduling.admission import Admission, check_addable, plan_admission
+from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
+from manyhats.engine.scheduling.held_prefixes import HeldPrefixes
+from manyhats.engine.scheduling.prefix_cache import max_hit_tokens, register_full_blocks
+from manyhats.engine.scheduling.schedule import Chunk, Schedule, SchedulerConfig
+from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.step import Step
+from manyhats.engine.scheduling.virtual_tokens import PrefixFill, VirtualTokens
+
+__all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig"]
+
+_INTERNAL_PRIORITY = 2**31
+"""Above every request's."""
+_MAX_PASSED = 32
+"""Later sequences that may start ahead of one that waits for blocks; then nothing behind it starts before it does."""
+_MAX_BLOCKED = 16
+"""Sequences that may be found not to fit in one step; looking at each takes time."""
+
+
+class Scheduler:
+    """Owns every sequence between ``add`` and ``finish``, and the blocks they hold.
+
+    One turn is ``schedule``, run, then ``append_token`` and ``commit`` in either order. Blocks that are let
+    go between ``schedule`` and ``commit`` come free at ``commit``, since the step may still write to them.
+    Not thread-safe; it belongs to the engine thread.
+    """
+
+    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator) -> None:
+        self.config = config
+        self.allocator = allocator
+        self._waiting: list[Sequence] = []  # sorted by _waiting_rank
+        self._running: list[Sequence] = []  # sorted by rank
+        self._prefixes = HeldPrefixes(allocator, self._free)
+        self._paused: set[Sequence] = set()
+        self._num_counted = 0  # of those that wait
+        self._num_short = 0  # of them, too: no bulk ones
+        self._num_added = 0
+        self.rate = FinishRate()  # of requests' sequences
+        self._in_flight: Schedule | None = None
+        self._freed_in_flight: list[int] = []
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a first step, or were preempted."""
+        return len(self._waiting)
+
+    @property
+    def num_paused(self) -> int:
+        """Sequences that wait for ``resume``."""
+        return len(self._paused)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished and not paused."""
+        return bool(self._running or self._waiting)
+
+    def check_queue(self, num_elsewhere: int = 0) -> None:
+        """See that one more may wait; from any thread.
+
+        Args:
+            num_elsewhere: those that wait before they are added.
+
+        Raises:
+            QueueFullError: ``max_waiting`` wait.
+        """
+        num_ahead = self._num_counted + num_elsewhere
+        if num_ahead >= self.config.max_waiting:
+            raise QueueFullError(self.config.max_waiting, self.rate.wait_s(num_ahead))
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence.
+
+        Raises:
+            QueueFullError: ``max_waiting`` sequences wait; never where it is internal, a continuation, or has waited.
+            FieldInvalidError: it could never run to ``max_num_tokens`` in this pool.
+            ValueError: it contradicts itself, or was added before.
+        """
+        if sequence.is_counted and not sequence.has_waited:
+            self.check_queue()
+        check_addable(sequence, self.allocator)
+        priority = _INTERNAL_PRIORITY if sequence.is_internal else sequence.priority
+        sequence.rank = (-priority, sequence.arrival, self._num_added)
+        self._num_added += 1
+        self._enqueue(sequence)
+
+    def schedule(self) -> Schedule:
+        """Decide the next step.
+
+        It has no chunks when no sequence can run: there is none, or every running one awaits a token or ``finish``.
+
+        Raises:
+            RuntimeError: the last schedule with chunks was not committed.
+        """
+        if self._in_flight is not None:
+            raise RuntimeError("the last schedule was not committed")
+        step = Step(self.config.max_num_batched_tokens, self.config.max_bulk_tokens)
+        self._cover_tokens(step)
+        step.go_on(self._running)
+        self._admit_waiting(step)
+        schedule = step.freeze()
+        if schedule.chunks:
+            self._in_flight = schedule
+        return schedule
+
+    def append_token(self, sequence: Sequence, token_id: int) -> None:
+        """Add an output token.
+
+        Raises:
+            ValueError: it has ``max_num_tokens`` already, or isn't running.
+        """
+        if sequence.status is not SequenceStatus.RUNNING:
+            raise ValueError(f"sequence {sequence.id} is {sequence.status.value}")
+        if len(sequence.token_ids) >= sequence.max_num_tokens:
+            raise ValueError(f"sequence {sequence.id} has {sequence.max_num_tokens} tokens, its maximum")
+        sequence.token_ids.append(token_id)
+
+    def commit(self, schedule: Schedule) -> None:
+        """Account for a step that has run; sequences finished meanwhile are passed over."""
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            end = chunk.start + chunk.num_tokens
+            sequence.num_computed_tokens = end
+            self._hold_virtual(sequence)
+            if sequence.logits_from is not None:
+                sequence.logits_from = max(sequence.logits_from, end)
+            register_full_blocks(sequence, self.allocator)
+        if schedule is self._in_flight:
+            self._in_flight = None
+            self.allocator.free(self._freed_in_flight)
+            self._freed_in_flight.clear()
+
+    def finish(self, sequence: Sequence) -> None:
+        """Let a sequence go, whatever its state; its full blocks stay in the prefix cache. Safe to repeat."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self._free(sequence.block_table)
+            sequence.block_table = []
+        elif sequence.status is SequenceStatus.WAITING:
+            self._dequeue(sequence)
+        self._paused.discard(sequence)
+        if sequence.status is not SequenceStatus.FINISHED and sequence.is_counted:
+            self.rate.finished()
+        sequence.status = SequenceStatus.FINISHED
+
+    def drop(self, job_id: str) -> int:
+        """Finish and release what a job has failed to; how many sequences that were."""
+        left = [sequence for sequence in self._unfinished() if sequence.id == job_id]
+        for sequence in left:
+            self.finish(sequence)
+        for prefix in [prefix for prefix in self._prefixes if prefix.job_id == job_id]:
+            self.release(prefix)
+        return len(left)
+
+    def clear(self) -> None:
+        """Start anew, whatever has gone wrong: no sequence, no prefix and no block is held or cached any more."""
+        for sequence in self._unfinished():
+            sequence.status = SequenceStatus.FINISHED
+            sequence.block_table = []
+        self._waiting.clear()
+        self._running.clear()
+        self._paused.clear()
+        self._num_counted = self._num_short = 0
+        self._prefixes.clear()
+        self._in_flight = None
+        self._freed_in_flight.clear()
+        self.allocator.clear()
+
+    def pause(self, sequence: Sequence) -> None:
+        """Leave a sequence out until ``resume``; it holds no blocks meanwhile, but the prefix cache keeps full ones."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._give_back(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self._dequeue(sequence)
+        else:
+            return
+        sequence.status = SequenceStatus.PAUSED
+        self._paused.add(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Let a paused sequence take its turn again, ahead of those that have not begun."""
+        if sequence.status is SequenceStatus.PAUSED:
+            self._paused.remove(sequence)
+            self._enqueue(sequence)
+
+    def hold(self, sequence: Sequence, num_tokens: int) -> SharedPrefix:
+        """Keep the KV of a running sequence's first tokens for others to start from, beyond its finish.
+
+        The scheduler may take the blocks back when nothing else can run; sequences that name the prefix then compute
+        its tokens themselves.
+
+        Args:
+            sequence: it runs, and has computed (and committed) them.
+            num_tokens: at least 1.
+
+        Raises:
+            ValueError: fewer are computed.
+        """
+        if not 1 <= num_tokens <= sequence.num_computed_tokens or not sequence.block_table:
+            raise ValueError(f"sequence {sequence.id} has {sequence.num_computed_tokens} tokens computed")
+        return self._prefixes.hold(sequence.block_table, num_tokens, job_id=sequence.id)
+
+    def release(self, prefix: SharedPrefix) -> None:
+        """Give a held prefix back. Safe to repeat, and after the scheduler has taken it back."""
+        self._prefixes.release(prefix)
+
+    def forget(self, virtual: VirtualTokens) -> None:
+        """Let go of the blocks of virtual tokens, if there are any."""
+        if virtual.held is not None:
+            self._prefixes.release(virtual.held)
+
+    def _unfinished(self) -> tuple[Sequence, ...]:
+        return (*self._running, *self._waiting, *self._paused)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        self._count_waiting(sequence, +1)
+        insort(self._waiting, sequence, key=_waiting_rank)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        self._count_waiting(sequence, -1)
+        del self._waiting[bisect_left(self._waiting, _waiting_rank(sequence), key=_waiting_rank)]
+
+    def _count_waiting(self, sequence: Sequence, change: int) -> None:
+        self._num_counted += change * sequence.is_counted
+        self._num_short += change * (not self._is_bulk(sequence, sequence.num_tokens))
+
+    def _free(self, block_ids: Seq[int]) -> None:
+        if self._in_flight is None:
+            self.allocator.free(block_ids)
+        else:
+            self._freed_in_flight.extend(block_ids)
+
+    def _cover_tokens(self, step: Step) -> None:
+        """Give every running sequence blocks for all its tokens, the first in rank first."""
+        block_size = self.allocator.block_size
+        for sequence in tuple(self._running):
+            missing = -(-len(sequence.token_ids) // block_size) - len(sequence.block_table)
+            if missing <= 0 or sequence.status is not SequenceStatus.RUNNING:
+                continue
+            while (lacking := missing - self.allocator.num_available) > 0:
+                if self._prefixes.make_room(lacking, step.prefixes):
+                    break
+                if len(self._running) == 1 and self._prefixes.take_one(self._prefix_of(sequence)):
+                    continue
+                last = self._running[-1]
+                self._preempt(last, step)
+                if last is sequence:
+                    break
+            if sequence.status is SequenceStatus.RUNNING:
+                sequence.block_table.extend(self.allocator.allocate(missing))
+
+    def _admit_waiting(self, step: Step) -> None:
+        blocked: list[Sequence] = []
+        num_bulk_left = 0
+        num_short_left = self._num_short  # that are not looked at yet
+        are_others_waiting = num_short_left > 0
+        for sequence in tuple(self._waiting):
+            no_more_bulk = num_bulk_left >= _MAX_BLOCKED
+            if step.budget <= 0 or self._is_full(sequence) or (no_more_bulk and num_short_left == 0):
+                return
+            is_bulk = self._is_bulk(sequence, sequence.num_tokens)
+            num_short_left -= not is_bulk
+            if (is_bulk and no_more_bulk) or self._awaits_virtual(sequence):
+                continue
+            if not self._has_room(sequence, step, are_others_waiting=are_others_waiting):
+                num_bulk_left += is_bulk
+                continue
+            admission = self._affordable_admission(sequence, step)
+            if admission is None:
+                blocked.append(sequence)
+                if sequence.num_passed >= _MAX_PASSED or len(blocked) >= _MAX_BLOCKED:
+                    return
+                continue
+            for passed in blocked:
+                passed.num_passed += 1
+            self._dequeue(sequence)
+            self._admit(sequence, admission, step)
+            step.started.append(sequence)
+            step.start(sequence)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        return len(self._running) >= self.config.max_num_sequences and not sequence.is_internal
+
+    def _is_bulk(self, sequence: Sequence, num_left: int) -> bool:
+        """Whether it is a bulk sequence (``Step``) with so many tokens to compute."""
+        is_long = num_left > self.config.max_num_batched_tokens
+        is_scored = sequence.num_scored > self.config.max_bulk_tokens
+        return sequence.is_bulk or ((is_long or is_scored) and not sequence.is_internal)
+
+    def _has_room(self, sequence: Sequence, step: Step, *, are_others_waiting: bool) -> bool:
+        """Whether the step has tokens for a waiting sequence; a bulk one may be short by what is computed already."""
+        if not self._is_bulk(sequence, sequence.num_tokens):
+            return step.room > 0
+        plan = plan_admission(sequence, self._prefix_of(sequence), self.allocator)
+        num_left = sequence.num_tokens - plan.num_computed
+        if not self._is_bulk(sequence, num_left):
+            return True
+        return step.has_bulk_room(sequence, num_left, are_others_waiting=are_others_waiting)
+
+    def _awaits_virtual(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is just computing the virtual tokens that this one begins with, too."""
+        virtual = sequence.virtual
+        if virtual is None or virtual.held is not None or virtual.embeddings is None:
+            return False
+        return any(
+            other.virtual is virtual and other.num_computed_tokens < virtual.num_tokens
+            for other in self._running
+        )
+
+    def _affordable_admission(self, sequence: Sequence, step: Step) -> Admission | None:
+        """How to start it, or None if there are too few blocks for all its tokens.
+
+        While others run, one block stays free for each that still grows, or it would soon be preempted. Alone, it
+        gets the blocks of every prefix too: nothing else holds any, and it fits at full length (``check_addable``).
+        """
+        allocator = self.allocator
+        while True:
+            prefix = self._prefix_of(sequence)
+            plan = plan_admission(sequence, prefix, allocator)
+            needed = allocator.num_blocks_for(len(sequence.token_ids)) - plan.num_borrowed_used
+            lacking = needed + self._num_growing() - allocator.num_available
+            if lacking <= 0:
+                return plan
+            spared = step.prefixes if prefix is None else {*step.prefixes, prefix}
+            if self._prefixes.make_room(lacking, spared):
+                continue  # the prefix cache may have lost what the plan is made of
+            if self._running or not self._prefixes.take_one(prefix):
+                return None
+
+    def _admit(self, sequence: Sequence, admission: Admission, step: Step) -> None:
+        allocator = self.allocator
+        for block_id in admission.borrowed:
+            allocator.ref(block_id)
+        num_own = allocator.num_blocks_for(len(sequence.token_ids)) - len(admission.borrowed)
+        own = allocator.allocate(num_own)
+        sequence.block_table = [*admission.borrowed, *own]
+        prefix, virtual = self._prefix_of(sequence), sequence.virtual
+        if prefix is not None:
+            self._prefixes.touch(prefix)
+            step.prefixes.add(prefix)
+        if admission.copy_from is not None:
+            step.block_copies.append((admission.copy_from, own[0]))
+        if admission.fill_from is not None and virtual is not None:
+            filled = tuple(own[: allocator.num_blocks_for(virtual.num_tokens) - len(admission.borrowed)])
+            step.prefix_fills.append(PrefixFill(virtual, admission.fill_from, filled))
+        sequence.num_registered_blocks = len(admission.borrowed)
+        sequence.num_computed_tokens = admission.num_computed
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = admission.num_hit_tokens
+            step.num_hits += admission.num_hit_tokens
+            if max_hit_tokens(sequence) > 0:
+                num_given = max(sequence.num_virtual_tokens, 0 if prefix is None else prefix.num_tokens)
+                step.num_queries += sequence.num_prompt_tokens - num_given
+        sequence.status = SequenceStatus.RUNNING
+        sequence.num_passed = 0
+        sequence.is_long = self._is_bulk(sequence, sequence.num_left)
+        insort(self._running, sequence, key=_rank)
+        self._hold_virtual(sequence)
+        if virtual is not None and virtual.held is not None:
+            step.prefixes.add(virtual.held)
+
+    def _hold_virtual(self, sequence: Sequence) -> None:
+        """Keep virtual tokens that a sequence has put in place, for others of its task."""
+        virtual = sequence.virtual
+        if virtual is None or virtual.held is not None or not sequence.uses_prefix_cache:
+            return
+        if sequence.num_computed_tokens >= virtual.num_tokens:
+            self._prefixes.hold(sequence.block_table, virtual.num_tokens, virtual)
+
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
+        self._give_back(sequence)
+        step.preempted.append(sequence)
+        self._enqueue(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """A running sequence's blocks go to others; it will be computed again."""
+        self._running.remove(sequence)
+        self._free(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+        sequence.num_registered_blocks = 0
+        sequence.num_preemptions += 1
+
+    def _prefix_of(self, sequence: Sequence) -> SharedPrefix | None:
+        """What is held that a sequence can start from."""
+        if sequence.shared is not None and sequence.shared in self._prefixes:
+            return sequence.shared
+        return None if sequence.virtual is None else sequence.virtual.held
+
+    def _num_growing(self) -> int:
+        """Running sequences that may still ask for a block."""
+        allocator = self.allocator
+        return sum(
+            len(sequence.block_table) < allocator.num_blocks_for(sequence.max_num_tokens)
+            for sequence in self._running
+        )
+
+
+def _rank(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.rank
+
+
+def _waiting_rank(sequence: Sequence) -> tuple[int, bool, float, int]:
+    priority, arrival, order = sequence.rank
+    return (priority, sequence.num_preemptions == 0, arrival, order)

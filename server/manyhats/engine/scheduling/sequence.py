@@ -1,0 +1,130 @@
+"""One request's tokens and KV blocks while it is in the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from manyhats.engine.scheduling.blocks import SharedPrefix
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is; a preempted one is waiting again, a paused one until it is resumed."""
+
+    NEW = "new"
+    PAUSED = "paused"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """The only mutable state of a request; only the scheduler changes it. Compared by identity.
+
+    KV index i of the sequence belongs to ``token_ids[i]``. In place of virtual tokens the caller puts placeholder ids.
+
+    Attributes:
+        id: of the job that it belongs to.
+        token_ids: prompt, then output.
+        max_num_tokens: prompt and output never exceed it.
+        cache_key: root of the prefix cache's keys; equal only where equal tokens give equal KV (base digest,
+            adapter digest, position offset, salt).
+        slot: adapter slot, 0 is the base model.
+        position_offset: position of token i is i + position_offset.
+        priority: higher goes first.
+        arrival: then the earlier goes first.
+        logits_from: smallest position whose logits are still needed besides the last token's; None needs no
+            others. The scheduler moves it on as positions are computed, so none comes twice after preemption.
+        shared: KV that stands for the first ``shared.num_tokens`` of ``token_ids``; where the scheduler took it back,
+            the sequence computes them itself.
+        virtual: virtual tokens that it begins with.
+        uses_prefix_cache: whether it takes blocks from the prefix cache and leaves its own there.
+        is_internal: the engine's own, no request's; see ``Scheduler``.
+        is_bulk: of a scoring that takes several steps; see ``Step``.
+        has_waited: its request has waited for an adapter, and had its turn: no full queue refuses it.
+        is_continuation: of a scoring that has begun, and that bounds how many there are: no full queue refuses it, nor
+            does it fill one.
+        num_prompt_tokens: ``len(token_ids)`` when it was made.
+        num_computed_tokens: tokens whose KV is in its blocks.
+        block_table: its blocks in order; while it runs, they cover all its tokens.
+        num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s, nor virtual).
+        num_preemptions: how often its blocks were taken back.
+        is_long: its prompt takes several steps from where it started, or has many scored rows; see ``Step``.
+        num_passed: how many later sequences have started while it waited for blocks.
+        block_keys: prefix cache keys of its first blocks, as far as they were needed.
+        num_registered_blocks: first blocks that the prefix cache knows, or that are not its own.
+        rank: (-priority, arrival, order of adding); smaller goes first.
+    """
+
+    id: str
+    token_ids: list[int]
+    max_num_tokens: int
+    cache_key: bytes = b""
+    slot: int = 0
+    position_offset: int = 0
+    priority: int = 0
+    arrival: float = 0.0
+    logits_from: int | None = None
+    shared: SharedPrefix | None = None
+    virtual: VirtualTokens | None = None
+    uses_prefix_cache: bool = True
+    is_internal: bool = False
+    is_bulk: bool = False
+    has_waited: bool = False
+    is_continuation: bool = False
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = field(default=0, init=False)
+    block_table: list[int] = field(default_factory=list, init=False)
+    status: SequenceStatus = field(default=SequenceStatus.NEW, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    is_long: bool = field(default=False, init=False)
+    num_passed: int = field(default=0, init=False)
+    block_keys: list[bytes] = field(default_factory=list, init=False, repr=False)
+    num_registered_blocks: int = field(default=0, init=False)
+    rank: tuple[int, float, int] = field(default=(0, 0.0, 0), init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P, 0 where it has none."""
+        return 0 if self.virtual is None else self.virtual.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens whose KV is not computed yet."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_scored(self) -> int:
+        """Positions whose logits are still needed, beside the last token's."""
+        return 0 if self.logits_from is None else len(self.token_ids) - self.logits_from
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is one of ``max_waiting`` while it waits."""
+        return not (self.is_internal or self.is_continuation)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of the output tokens so far."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """How many tokens came after the prompt."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has left the scheduler."""
+        return self.status is SequenceStatus.FINISHED

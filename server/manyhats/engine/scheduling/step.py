@@ -1,0 +1,124 @@
+"""A schedule in the making."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from manyhats.engine.scheduling.blocks import SharedPrefix
+from manyhats.engine.scheduling.schedule import Chunk, Schedule
+from manyhats.engine.scheduling.sequence import Sequence
+from manyhats.engine.scheduling.virtual_tokens import PrefixFill
+
+_INTERNAL_TOKENS = 3
+"""As many make a step of one decode a quarter longer; each two further decodes allow for one more."""
+
+
+@dataclass(slots=True)
+class Step:
+    """A schedule in the making: who gets how many of the step's tokens.
+
+    Decodes come first. Internal sequences and short prompts share what is left by rank, and *bulk* ones get the rest:
+    scorings and prompts that take several steps, or have many rows whose logits are scored. Beside others these get few
+    tokens, so that a step does not grow by much, but never none. One that will be done sooner gets its tokens first;
+    half of them are for the first in rank, which is thus done some day, too.
+
+    Attributes:
+        budget: tokens that are left.
+        max_bulk: of bulk sequences, beside one decode; each two further decodes allow for one more.
+    """
+
+    budget: int
+    max_bulk: int
+    chunks: list[Chunk] = field(default_factory=list)
+    prefix_fills: list[PrefixFill] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    prefixes: set[SharedPrefix] = field(default_factory=set)  # that it starts from
+    started: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    num_queries: int = 0
+    num_hits: int = 0
+    _num_decodes: int = 0
+    _internal_budget: int = 0
+    _bulk: list[Sequence] = field(default_factory=list)
+    _reserved: int = 0  # for them
+
+    @property
+    def room(self) -> int:
+        """Tokens that are left for others than bulk sequences."""
+        return self.budget - self._reserved
+
+    def go_on(self, running: Iterable[Sequence]) -> None:
+        """Give tokens to what runs already, in the order of rank."""
+        prefills: list[Sequence] = []
+        for sequence in running:
+            num_left = sequence.num_left
+            if num_left == 1 and not sequence.is_internal and not sequence.is_bulk:
+                self._add(sequence, 1)
+            elif num_left > 0:
+                prefills.append(sequence)
+        self._num_decodes = len(self.chunks)
+        self._internal_budget = _INTERNAL_TOKENS + self._num_decodes // 2 if self.chunks else self.budget
+        for sequence in sorted(prefills, key=lambda each: not (each.is_bulk or each.is_long)):
+            self.start(sequence)
+
+    def start(self, sequence: Sequence) -> None:
+        """Give tokens to one that has blocks for them; bulk ones get theirs in ``freeze``."""
+        if sequence.is_bulk or sequence.is_long:
+            if not self._bulk:
+                self._reserved = min(self.max_bulk, max(1, self.budget // 2))
+            self._bulk.append(sequence)
+            return
+        num_tokens = min(sequence.num_left, self.room)
+        if sequence.is_internal:
+            num_tokens = min(num_tokens, max(1, self._internal_budget))
+            self._internal_budget -= num_tokens
+        if num_tokens > 0:
+            self._add(sequence, num_tokens)
+
+    def has_bulk_room(self, sequence: Sequence, num_left: int, *, are_others_waiting: bool) -> bool:
+        """Whether a bulk sequence of so many tokens would get some in this step."""
+        room = self._bulk_budget(are_others_waiting) - sum(other.num_left for other in self._bulk)
+        return (
+            room > 0
+            or all(num_left < other.num_left for other in self._bulk)
+            or all(sequence.rank < other.rank for other in self._bulk)
+        )
+
+    def freeze(self) -> Schedule:
+        """The schedule."""
+        self._run_bulk()
+        return Schedule(
+            tuple(self.chunks),
+            tuple(self.prefix_fills),
+            tuple(self.block_copies),
+            tuple(self.started),
+            tuple(self.preempted),
+            self.num_queries,
+            self.num_hits,
+        )
+
+    def _bulk_budget(self, are_others_waiting: bool = False) -> int:
+        if self.chunks or are_others_waiting:
+            return min(self.budget, self.max_bulk + self._num_decodes // 2)
+        return self.budget
+
+    def _run_bulk(self) -> None:
+        budget = self._bulk_budget()
+        if not self._bulk:
+            return
+        first = min(self._bulk, key=lambda sequence: sequence.rank)
+        shares = {first: min(first.num_left, -(-budget // 2))}
+        budget -= shares[first]
+        for sequence in sorted(self._bulk, key=lambda sequence: (sequence.num_left, sequence.rank)):
+            share = shares.get(sequence, 0)
+            more = min(sequence.num_left - share, budget)
+            shares[sequence] = share + more
+            budget -= more
+        for sequence, share in shares.items():
+            if share > 0:
+                self._add(sequence, share)
+
+    def _add(self, sequence: Sequence, num_tokens: int) -> None:
+        self.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
+        self.budget -= num_tokens

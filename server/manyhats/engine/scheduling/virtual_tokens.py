@@ -1,0 +1,62 @@
+"""Virtual tokens: one set of KV blocks stands for them in every sequence of a task, for as long as there is room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from manyhats.adapters.primitives import KVPrefix, PromptEmbeddings
+from manyhats.engine.scheduling.blocks import SharedPrefix
+
+PLACEHOLDER_ID = 0
+"""Stands in a sequence's token ids for a virtual token; it is never looked up."""
+
+
+@dataclass(slots=True, eq=False)
+class VirtualTokens:
+    """The virtual tokens of a loaded adapter.
+
+    A sequence finds their keys and values in the blocks that are held, or else puts them into its own: stored ones are
+    copied there, embeddings are run. Nothing in the pool is theirs by right, so a request that waits keeps no blocks.
+
+    Attributes:
+        source: stored keys and values, or embeddings.
+        held: blocks that have them now; only the scheduler changes it.
+        embeddings: [P, D] float32, what the first P tokens are in place of their ids' embeddings; None for stored ones.
+    """
+
+    source: KVPrefix | PromptEmbeddings
+    held: SharedPrefix | None = field(default=None, init=False)
+    embeddings: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, PromptEmbeddings):
+            self.embeddings = self.source.embeddings.to(torch.float32)
+
+    @property
+    def num_tokens(self) -> int:
+        """P."""
+        return self.source.num_virtual_tokens
+
+    @property
+    def position_offset(self) -> int:
+        """Real token t has position ``P + t + position_offset``."""
+        return self.source.position_offset if isinstance(self.source, KVPrefix) else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """In memory, the pool's blocks not counted."""
+        if isinstance(self.source, KVPrefix):
+            return self.source.keys.nbytes + self.source.values.nbytes
+        return 0 if self.embeddings is None else self.embeddings.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixFill:
+    """Stored keys and values of virtual tokens first_token … P − 1, to be copied to the blocks from there on."""
+
+    virtual: VirtualTokens
+    first_token: int
+    block_ids: tuple[int, ...]
