@@ -15,7 +15,7 @@ from benchmarks.measure import Measurement, throughput
 from benchmarks.worker import Worker
 from benchmarks.workload import HELD_COUNTS, Adapter, Case, Workload
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.store.opening import open_store
 from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.engine import AsyncEngine

@@ -23,9 +23,9 @@ def task_name(index: int) -> str:
 def fill_store(store: Path, num_tasks: int) -> None:
     """Give a store's one task, ``task_name(0)``, the company of others that are made of the same artifact."""
     # Imported where it is used: the client's processes have no need of it, nor of torch.
-    from manyhats.adapters.answered_requests import RegistrationBody
-    from manyhats.adapters.catalogue import Catalogue
     from manyhats.adapters.quotas import Quotas
+    from manyhats.adapters.store.catalogue.answers import RegistrationBody
+    from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
     catalogue = Catalogue(f"sqlite:///{store / 'catalogue.db'}")
     (first,) = catalogue.versions(task_name(0))

@@ -25,8 +25,8 @@ from examples.settings import PeftSettings
 from examples.tasks import TASKS
 from examples.tasks.task import ExampleTask
 from examples.training import TrainingResult, train_example
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import PartSource
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import PartSource
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.computation import resolve_computation
 from manyhats.trainer.settings import ModelSettings

@@ -7,10 +7,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from manyhats.adapters.answered_requests import Registration, RegistrationBody
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
-from manyhats.adapters.catalogue import Catalogue
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.store.catalogue.answers import Registration, RegistrationBody
+from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
 
 def digest_of(number: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from catalogue_records import allow, register
-from manyhats.adapters.catalogue import Catalogue
 from manyhats.adapters.errors import TaskNotFoundError
+from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.taskid import TaskName
 
 

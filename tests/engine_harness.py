@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
-from manyhats.adapters.files import open_source
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
-from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription, Site
 from manyhats.engine.backends.backend import Kernels
 from manyhats.engine.backends.cpu.backend import CpuKernels

@@ -24,7 +24,7 @@ from adapter_factory import (
 from adapterhub_factory import make_adapterhub
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord
 from manyhats.adapters.sites import BaseDescription
-from manyhats.adapters.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore, PartSource
 from prefix_factory import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.convert import convert
+from manyhats.adapters.lowering.convert import convert
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact
-from manyhats.adapters.files import open_source
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription
 from primitive_oracle import describe_model, logits_with
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapter_factory import make_base, write_adapter
 from manyhats.adapters.artifact import AdapterArtifact
-from manyhats.adapters.peft_format import recognise, recorded_base
+from manyhats.adapters.formats.peft.format import recognise, recorded_base
 from manyhats.adapters.sites import BaseDescription
 
 _SHAPE = {

@@ -8,7 +8,7 @@ import pytest
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.store import AdapterStore
 
 
 def nobody(record: AdapterRecord) -> bool:

@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 
 from adapter_factory import make_lora
-from manyhats.adapters.digest import artifact_digest
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.disk.digest import artifact_digest
 from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.store.opening import open_store
 from manyhats.client import Client, ManyhatsError
 from manyhats.engine.checkpoints.checkpoint import read_json
 from manyhats.engine.checkpoints.fetch import locate_model

@@ -24,12 +24,12 @@ from manyhats.adapters.errors import (
     NoActiveVersionError,
     TaskNotFoundError,
 )
-from manyhats.adapters.intake import PartSource
-from manyhats.adapters.page_token import decode_page_token, encode_page_token
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
+from manyhats.adapters.store.catalogue.page_token import decode_page_token, encode_page_token
+from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.store.upload import UploadFile
 from manyhats.adapters.taskid import check_task_id, parse_name
-from manyhats.adapters.upload import UploadFile
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.output import (
     EngineStats,

@@ -29,9 +29,9 @@ from examples.tasks.task import ExampleTask, Item, held_out_items, train_items
 from client_fakes import TEXT, make_status, running_server
 from default_model import DEFAULT_MODEL
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord
-from manyhats.adapters.open_store import open_store
 from manyhats.adapters.primitives import LowRank
-from manyhats.adapters.store import AdapterStore, PartSource
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore, PartSource
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.config import MIB, EngineConfig
 from manyhats.engine.engine import AsyncEngine

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from manyhats.adapters import adapterhub_bottleneck, adapterhub_loras, peft_format
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.methods import adapterhub_prefix, peft_fields, prompt_config
-from manyhats.adapters.methods.lora_config import LORA_REFUSED
+from manyhats.adapters.formats.adapterhub import bottleneck as adapterhub_bottleneck
+from manyhats.adapters.formats.adapterhub import loras as adapterhub_loras
+from manyhats.adapters.formats.peft import fields as peft_fields
+from manyhats.adapters.formats.peft import format as peft_format
+from manyhats.adapters.formats.peft import prompt_config
+from manyhats.adapters.formats.peft.lora_config import LORA_REFUSED
+from manyhats.adapters.methods import adapterhub_prefix
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

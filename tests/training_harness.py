@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from manyhats.adapters.artifact import AdapterArtifact
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checkpoints.loader import LoadedModel

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.store import AdapterStore, Registration
-from manyhats.adapters.upload import UploadFile
+from manyhats.adapters.store.store import AdapterStore, Registration
+from manyhats.adapters.store.upload import UploadFile
 
 
 def content_of(directory: Path) -> Mapping[str, bytes]:

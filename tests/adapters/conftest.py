@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from adapter_factory import make_base, make_lora
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 
 
 @pytest.fixture

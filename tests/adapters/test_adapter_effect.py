@@ -19,7 +19,7 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore, PartSource
 from registrations import nobody
 from uploads import announced, content_of, send
 

@@ -5,7 +5,7 @@ import pytest
 from manyhats.adapters.errors import (
     ArgumentInvalidError,
 )
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.store import AdapterStore
 from registrations import nobody
 
 

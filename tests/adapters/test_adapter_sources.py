@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -14,7 +15,6 @@ from manyhats.adapters.errors import (
     SourceNotAllowedError,
     SourceNotFoundError,
 )
-from manyhats.adapters.files import open_source
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from manyhats.adapters.errors import (
     TaskIdInvalidError,
     TaskNotFoundError,
 )
-from manyhats.adapters.lowering import lower
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.store.store import AdapterStore
 from registrations import nobody
 
 BASE = make_base(names=("org/tiny",))

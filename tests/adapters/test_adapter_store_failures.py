@@ -14,8 +14,8 @@ from adapter_factory import make_base
 from failing_calls import FailingCalls, failing
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore, PartSource
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore, PartSource
 from registrations import nobody
 from uploads import content_of, send
 

@@ -19,8 +19,8 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from registrations import nobody
 
 BASE = make_base(names=("org/tiny",))
@@ -105,7 +105,7 @@ def test_several_processes_share_a_store(store: AdapterStore, tmp_path: Path, so
     program = (
         "import sys, pathlib\n"
         "from adapter_factory import make_base\n"
-        "from manyhats.adapters.open_store import open_store\n"
+        "from manyhats.adapters.store.opening import open_store\n"
         "root, sources = map(pathlib.Path, sys.argv[1:])\n"
         "store = open_store(root, make_base(names=('org/tiny',)), [sources])\n"
         "store.register('fr', 'a1')\n"

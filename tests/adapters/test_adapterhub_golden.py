@@ -14,10 +14,10 @@ from torch import Tensor
 
 from default_model import default_model_directory
 from golden import ADAPTERHUB_FIXTURES, GOLDEN, adapterhub_directory, needs_golden
-from manyhats.adapters.files import open_source
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
-from manyhats.adapters.reader import read_adapter
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.model.families import describe, read_architecture
 from primitive_oracle import logits_with

@@ -31,13 +31,13 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
     BaseMismatchError,
 )
+from manyhats.adapters.formats.recognition import recognise
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.primitives import Affine, KVPrefix, LoweredAdapter, LowRank
-from manyhats.adapters.recognition import recognise
 from manyhats.adapters.sites import BaseDescription, Site
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from registrations import assert_refused
 
 BASE = make_base(names=("org/tiny",))

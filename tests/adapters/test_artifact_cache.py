@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from manyhats.adapters.blob_cache import BlobCache
+from manyhats.adapters.store.artifacts.blob_cache import BlobCache
 
 
 def blob(n: int, size: int = 100) -> bytes:

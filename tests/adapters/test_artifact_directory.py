@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from manyhats.adapters.artifact_storage import Swept
-from manyhats.adapters.digest import artifact_digest
+from manyhats.adapters.disk.digest import artifact_digest
+from manyhats.adapters.disk.file_lock import FileLock
 from manyhats.adapters.errors import DataLossError, StoreFullError, StoreUnavailableError
-from manyhats.adapters.file_lock import FileLock
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.local_artifacts import LocalArtifacts
+from manyhats.adapters.store.artifacts.local import LocalArtifacts
+from manyhats.adapters.store.artifacts.storage import Swept
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 40}
 DIGEST = artifact_digest(FILES)
@@ -266,7 +266,7 @@ _STOPPED_PUBLISHER = """
 import os, sys
 from pathlib import Path
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.local_artifacts import LocalArtifacts
+from manyhats.adapters.store.artifacts.local import LocalArtifacts
 
 def stop(*names):
     print("staged", flush=True)

@@ -16,15 +16,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhats.adapters.artifact_copies import list_copies
-from manyhats.adapters.artifact_storage import Swept
-from manyhats.adapters.blob_cache import BlobCache
-from manyhats.adapters.digest import artifact_digest
+from manyhats.adapters.disk.digest import artifact_digest
+from manyhats.adapters.disk.object_store import ObjectStore
 from manyhats.adapters.errors import AdapterError, DataLossError, StoreUnavailableError
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.object_store import ObjectStore
-from manyhats.adapters.open_artifacts import open_artifacts
-from manyhats.adapters.remote_artifacts import RemoteArtifacts
+from manyhats.adapters.store.artifacts.blob_cache import BlobCache
+from manyhats.adapters.store.artifacts.copies import list_copies
+from manyhats.adapters.store.artifacts.opening import open_artifacts
+from manyhats.adapters.store.artifacts.remote import RemoteArtifacts
+from manyhats.adapters.store.artifacts.storage import Swept
 from s3_server import Bucket
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 40}
@@ -338,7 +338,7 @@ def test_a_cache_that_is_too_small_does_no_harm(objects: FailingObjects, tmp_pat
 
 
 def test_files_of_many_ranges_and_none_survive_s3(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manyhats.adapters.object_store._READ_BYTES", 1000)
+    monkeypatch.setattr("manyhats.adapters.disk.object_store._READ_BYTES", 1000)
     storage = open_artifacts(bucket.url, AdapterLimits(), storage_options=bucket.options)
     files = {"a": bytes(range(250)) * 12, "b": b"", "c": b"x" * 2000}
     digest = artifact_digest(files)

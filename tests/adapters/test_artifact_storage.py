@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from manyhats.adapters.artifact_storage import ArtifactStorage, Swept
-from manyhats.adapters.digest import artifact_digest
+from manyhats.adapters.disk.digest import artifact_digest
 from manyhats.adapters.errors import (
     AdapterTooLargeError,
     DataLossError,
@@ -20,9 +19,10 @@ from manyhats.adapters.errors import (
     StoreUnavailableError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.local_artifacts import LocalArtifacts
-from manyhats.adapters.open_artifacts import open_artifacts
-from manyhats.adapters.remote_artifacts import RemoteArtifacts
+from manyhats.adapters.store.artifacts.local import LocalArtifacts
+from manyhats.adapters.store.artifacts.opening import open_artifacts
+from manyhats.adapters.store.artifacts.remote import RemoteArtifacts
+from manyhats.adapters.store.artifacts.storage import ArtifactStorage, Swept
 
 FILES = {"adapter_config.json": bytearray(b"{}"), "adapter_model.safetensors": bytearray(range(256)) * 40}
 DIGEST = artifact_digest(FILES)

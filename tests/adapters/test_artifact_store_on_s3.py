@@ -9,8 +9,8 @@ import pytest
 
 from adapter_factory import make_base
 from manyhats.adapters.errors import DataLossError, StoreUnavailableError, TaskNotFoundError
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore, PartSource
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore, PartSource
 from registrations import nobody
 from s3_server import Bucket
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_factory import make_base, make_lora
-from manyhats.adapters.base_name import check_base_name, is_path, names_of_directory
 from manyhats.adapters.errors import BaseMismatchError
-from manyhats.adapters.intake import PartSource
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.formats.base_name import check_base_name, is_path, names_of_directory
+from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 
 BASE = make_base(names=("org/tiny",))
 
@@ -232,7 +232,7 @@ def test_callers_are_not_told_the_servers_paths(tmp_path: Path) -> None:
 def test_records_of_before_say_nothing_of_their_base_and_are_read(
     store: AdapterStore, tmp_path: Path
 ) -> None:
-    from manyhats.adapters.catalogue_documents import read_record, record_document
+    from manyhats.adapters.store.catalogue.documents import read_record, record_document
 
     document = record_document(store.register("task", record(tmp_path, "org/tiny")).record)
     del document["registered_for"]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from adapter_factory import make_base
 from adapterhub_factory import NAME, PRESETS, adapterhub_config, adapterhub_tensors
-from manyhats.adapters.adapterhub_bottleneck import parse_bottleneck_config
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.formats.adapterhub.bottleneck import parse_bottleneck_config
+from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.methods.bottleneck import Flow, bottleneck_output, resolve_flow
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput
 from manyhats.adapters.sites import Site

@@ -10,7 +10,6 @@ import pytest
 
 from catalogue_records import allow, digest_of, make_body, make_record, names, refuse_with, register
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
-from manyhats.adapters.catalogue import IN_MEMORY, Catalogue
 from manyhats.adapters.errors import (
     AdapterInUseError,
     DataLossError,
@@ -19,6 +18,7 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.store.catalogue.catalogue import IN_MEMORY, Catalogue
 from manyhats.adapters.taskid import TaskName
 
 

@@ -13,12 +13,12 @@ from sqlalchemy import create_engine, update
 
 from catalogue_records import allow, digest_of, make_body, make_record, names, register
 from manyhats.adapters.artifact import AdapterState, ArtifactPart
-from manyhats.adapters.catalogue import Catalogue
-from manyhats.adapters.catalogue_database import CatalogueDatabase
-from manyhats.adapters.catalogue_rows import read_task
-from manyhats.adapters.catalogue_tables import CATALOGUE
 from manyhats.adapters.errors import NoActiveVersionError, StoreConfigError, TaskNotFoundError
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.store.catalogue.catalogue import Catalogue
+from manyhats.adapters.store.catalogue.database import CatalogueDatabase
+from manyhats.adapters.store.catalogue.rows import read_task
+from manyhats.adapters.store.catalogue.tables import CATALOGUE
 from manyhats.adapters.taskid import TaskName
 
 Open = Callable[[], Catalogue]

@@ -10,10 +10,6 @@ from pathlib import Path
 import pytest
 
 from catalogue_records import allow, make_body, make_record, names, register
-from manyhats.adapters import catalogue_database
-from manyhats.adapters.answered_requests import Registration
-from manyhats.adapters.catalogue import Catalogue
-from manyhats.adapters.catalogue_database import CatalogueDatabase
 from manyhats.adapters.errors import (
     StoreConfigError,
     StoreFullError,
@@ -21,6 +17,10 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.store.catalogue import database as catalogue_database
+from manyhats.adapters.store.catalogue.answers import Registration
+from manyhats.adapters.store.catalogue.catalogue import Catalogue
+from manyhats.adapters.store.catalogue.database import CatalogueDatabase
 from manyhats.adapters.taskid import TaskName
 from postgres_server import PostgresServer
 

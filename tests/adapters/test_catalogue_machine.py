@@ -19,7 +19,6 @@ from hypothesis.stateful import (
 
 from catalogue_records import allow, digest_of, make_body, refuse_with, register
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
-from manyhats.adapters.catalogue import Catalogue
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInUseError,
@@ -30,6 +29,7 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.taskid import TaskName
 
 TASKS = ("a", "a.b", "b")

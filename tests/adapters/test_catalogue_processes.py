@@ -14,7 +14,7 @@ import pytest
 from catalogue_records import names
 from catalogue_workers import add_versions, churn
 from manyhats.adapters.artifact import AdapterState
-from manyhats.adapters.catalogue import Catalogue
+from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
 NUM_PROCESSES = 3
 
@@ -23,7 +23,7 @@ NUM_PROCESSES = 3
 def processes() -> Iterator[Executor]:
     """Processes that share nothing with this one, and import what they need once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["manyhats.adapters.catalogue"])
+    context.set_forkserver_preload(["manyhats.adapters.store.catalogue.catalogue"])
     with ProcessPoolExecutor(NUM_PROCESSES, mp_context=context) as pool:
         yield pool
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from adapter_factory import make_ia3, make_lora
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.composition import composed_digest
 from manyhats.adapters.errors import (
     AdapterInvalidError,
     AdapterNoEffectError,
@@ -29,11 +28,12 @@ from manyhats.adapters.errors import (
     SourceNotFoundError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.lowering.composition import composed_digest
+from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
-from manyhats.adapters.store import AdapterStore, PartSource
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore, PartSource
 from prefix_factory import make_prefix, make_prompt, tiny_model
 from primitive_oracle import describe_model, logits_with
 from registrations import nobody

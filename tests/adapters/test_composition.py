@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapter_factory import ALL_LINEARS, lora_config, lora_tensors
-from manyhats.adapters.composition import AdapterPart, compose, composed_digest
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -22,7 +21,8 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.composition import AdapterPart, compose, composed_digest
+from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.primitives import (
     Affine,
     Bottleneck,

@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from adapter_factory import ALL_LINEARS, make_lora
-from manyhats.adapters.composition import AdapterPart, compose
-from manyhats.adapters.files import open_source
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.composition import AdapterPart, compose
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.reader import read_adapter
 from prefix_factory import make_prefix, make_prompt, tiny_base, tiny_model
 from primitive_oracle import logits_with
 

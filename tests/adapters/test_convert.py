@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from adapter_factory import lora_config, lora_tensors, make_base, make_lora
 from adapterhub_factory import PRESETS, adapterhub_config, adapterhub_tensors, make_adapterhub
-from manyhats.adapters.convert import convert
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -26,7 +25,8 @@ from manyhats.adapters.errors import (
     SourceNotFoundError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.lowering.convert import convert
+from manyhats.adapters.store.opening import open_store
 
 BASE = make_base(names=("org/tiny",))
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fuzzing.mutators import mutated_value
 from fuzzing.targets import FILE, LIMITS, Sample, samples, targets
-from manyhats.adapters.json_reader import parse_json_object
-from manyhats.adapters.safetensors_reader import header_size, parse_header
+from manyhats.adapters.formats.json_reader import parse_json_object
+from manyhats.adapters.formats.safetensors_reader import header_size, parse_header
 
 RANDOMS = st.randoms(use_true_random=False)
 

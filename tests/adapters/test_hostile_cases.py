@@ -15,7 +15,7 @@ from hostile.audit import Opened, leaks, recorded_opens
 from hostile.case import BASE, LIMITS, STATUS, Case, World, make_world, register
 from hostile.perform import perform
 from hostile.table import CASES
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.store.opening import open_store
 
 PYTHON = [Path(path) for path in {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}]
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from manyhats.adapters.errors import AdapterError, SourceNotAllowedError, SourceUnavailableError
-from manyhats.adapters.http_source import HttpDirectory, is_public
+from manyhats.adapters.sources.http import HttpDirectory, is_public
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HOST = "adapters.example"

@@ -18,10 +18,10 @@ from adapterhub_factory import (
     write_adapterhub,
 )
 from manyhats.adapters.errors import SourceNotFoundError
-from manyhats.adapters.inspect import Inspection, inspect
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.lowering.inspect import Inspection, inspect
 from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.store.opening import open_store
 
 BASE = make_base(names=("org/tiny",))
 BASES = pytest.mark.parametrize("base", [BASE, None], ids=["with base", "without"])

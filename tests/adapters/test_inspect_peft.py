@@ -16,7 +16,7 @@ from adapter_factory import (
     make_token_rows,
     make_vera,
 )
-from manyhats.adapters.inspect import inspect
+from manyhats.adapters.lowering.inspect import inspect
 from manyhats.adapters.sites import BaseDescription
 from prefix_factory import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
 

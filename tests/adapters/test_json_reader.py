@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterTooLargeError
-from manyhats.adapters.json_reader import parse_json_object
+from manyhats.adapters.formats.json_reader import parse_json_object
 
 json_values = st.recursive(
     st.none()

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from adapter_factory import lora_config, lora_tensors, make_base, make_lora
-from manyhats.adapters.convert import convert
+from manyhats.adapters.disk.files import open_local, open_source
 from manyhats.adapters.errors import AdapterError, AdapterUnsafeError, SourceNotAllowedError
-from manyhats.adapters.files import open_local, open_source
-from manyhats.adapters.inspect import inspect
-from manyhats.adapters.intake import PartSource
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.lowering.convert import convert
+from manyhats.adapters.lowering.inspect import inspect
+from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.store.opening import open_store
 
 BASE = make_base(names=("org/tiny",))
 FILES = ("adapter_config.json", "adapter_model.safetensors")

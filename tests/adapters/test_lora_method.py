@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from adapter_factory import ALL_LINEARS, lora_config, lora_tensors, make_base, make_lora, module_path
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterUnsupportedError
-from manyhats.adapters.files import open_source
+from manyhats.adapters.formats.peft.lora_tensors import lora_scale
+from manyhats.adapters.formats.peft.module_patterns import compile_patterns
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import has_effect, lower
+from manyhats.adapters.lowering.lowering import has_effect, lower
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.methods.lora import lora_delta
-from manyhats.adapters.methods.lora_tensors import lora_scale
-from manyhats.adapters.module_patterns import compile_patterns
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import Site
 
 BASE = make_base()

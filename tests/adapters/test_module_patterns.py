@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from manyhats.adapters.errors import AdapterUnsupportedError
-from manyhats.adapters.module_patterns import compile_patterns
+from manyhats.adapters.formats.peft.module_patterns import compile_patterns
 
 MODULES = [
     f"{head}model.layers.{layer}.{name}"

@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_factory import write_adapter
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
     AdapterTooLargeError,
     AdapterUnsupportedError,
 )
-from manyhats.adapters.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
 from manyhats.adapters.methods.multitask_prompt_tuning import multitask_prompt
 from manyhats.adapters.primitives import PromptEmbeddings
-from manyhats.adapters.reader import ReadAdapter, read_adapter
 from prefix_factory import artifact_of, make_multitask_prompt, multitask_config, multitask_tensors, tiny_base
 
 BASE = tiny_base()

@@ -12,8 +12,8 @@ from adapter_factory import make_lora
 from hostile.case import BASE, LIMITS, WEIGHTS
 from manyhats.adapters.errors import AdapterTooLargeError
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from registrations import assert_refused
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 
-from manyhats.adapters.files import open_source
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter
-from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription
 from prefix_factory import make_prefix, tiny_base, tiny_model
 from primitive_oracle import logits_with

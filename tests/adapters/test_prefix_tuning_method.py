@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from adapter_factory import write_adapter
 from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -20,13 +21,12 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
     BaseMismatchError,
 )
-from manyhats.adapters.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.methods.prefix_tuning import PrefixTuningMethod, split_prefix
 from manyhats.adapters.primitives import KVPrefix
-from manyhats.adapters.reader import ReadAdapter, read_adapter
 from prefix_factory import artifact_of, make_prefix, prefix_config, prefix_tensors, tiny_base
 
 BASE = tiny_base()

@@ -21,11 +21,11 @@ from peft import (
 )
 from torch import Tensor
 
-from manyhats.adapters.files import open_source
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
-from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription
 from prefix_factory import make_multitask_prompt, make_p_tuning, make_prompt, tiny_base, tiny_model
 from primitive_oracle import logits_with

@@ -11,6 +11,7 @@ import torch
 
 from adapter_factory import write_adapter
 from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -18,13 +19,12 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
     BaseMismatchError,
 )
-from manyhats.adapters.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.methods.prompt_tuning import PromptTuningMethod, prepend_prompt
 from manyhats.adapters.primitives import PromptEmbeddings
-from manyhats.adapters.reader import ReadAdapter, read_adapter
 from prefix_factory import (
     artifact_of,
     make_p_tuning,

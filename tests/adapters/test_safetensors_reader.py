@@ -20,8 +20,8 @@ from manyhats.adapters.errors import (
     AdapterUnsafeError,
     AdapterUnsupportedError,
 )
+from manyhats.adapters.formats.safetensors_reader import header_size, parse_header, read_tensors
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.safetensors_reader import header_size, parse_header, read_tensors
 
 FILE = "adapter_model.safetensors"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

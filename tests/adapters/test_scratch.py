@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from manyhats.adapters.disk.scratch import Scratch
 from manyhats.adapters.errors import QuotaExceededError, StoreUnavailableError
-from manyhats.adapters.scratch import Scratch
 
 
 def test_a_directory_is_private_and_goes_with_its_owner(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_there_are_only_so_many_at_a_time(tmp_path: Path) -> None:
 def test_a_sweep_removes_what_a_crash_left_and_spares_what_is_in_use(tmp_path: Path) -> None:
     program = (
         "import os, sys, pathlib\n"
-        "from manyhats.adapters.scratch import Scratch\n"
+        "from manyhats.adapters.disk.scratch import Scratch\n"
         "directory = Scratch(pathlib.Path(sys.argv[1]), 1).open()\n"
         "os.write(directory.create('half'), b'bytes')\n"
         "os._exit(9)\n"

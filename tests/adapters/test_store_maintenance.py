@@ -12,9 +12,9 @@ from manyhats.adapters.errors import (
     StoreUnavailableError,
     TaskNotFoundError,
 )
-from manyhats.adapters.maintenance import Verified
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore, PartSource
+from manyhats.adapters.store.maintenance import Verified
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore, PartSource
 from registrations import nobody
 from uploads import content_of
 

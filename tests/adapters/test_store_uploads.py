@@ -24,9 +24,9 @@ from manyhats.adapters.errors import (
     TaskIdInvalidError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_store import open_store
 from manyhats.adapters.quotas import Quotas
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from uploads import announced, content_of, send
 
 BASE = make_base(names=("org/tiny",))

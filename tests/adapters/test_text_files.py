@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from adapter_factory import make_base
-from manyhats.adapters.digest import artifact_digest
+from manyhats.adapters.disk.digest import artifact_digest
 from manyhats.adapters.errors import (
     AdapterInvalidError,
     AdapterTooLargeError,
@@ -22,12 +22,12 @@ from manyhats.adapters.errors import (
     ArgumentInvalidError,
     ArtifactError,
 )
-from manyhats.adapters.inspect import inspect
-from manyhats.adapters.intake import PartSource
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.formats.text_files import MAX_BYTES
+from manyhats.adapters.lowering.inspect import inspect
 from manyhats.adapters.sites import TextFacts
-from manyhats.adapters.store import AdapterStore
-from manyhats.adapters.text_files import MAX_BYTES
+from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from uploads import announced, content_of, send
 
 TEXT = {

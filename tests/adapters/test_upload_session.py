@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhats.adapters.answered_requests import Registration
+from manyhats.adapters.disk.files import SourceDirectory
+from manyhats.adapters.disk.scratch import Scratch
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -24,11 +25,10 @@ from manyhats.adapters.errors import (
     DigestMismatchError,
     StoreFullError,
 )
-from manyhats.adapters.files import SourceDirectory
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.scratch import Scratch
-from manyhats.adapters.upload import UploadFile, UploadSession, check_files
+from manyhats.adapters.store.catalogue.answers import Registration
+from manyhats.adapters.store.upload import UploadFile, UploadSession, check_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONTENT = {CONFIG: b"{}" * 20, WEIGHTS: bytes(range(256)) * 4}

@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from manyhats.adapters import sources as sources_module
+from manyhats.adapters.disk.scratch import Scratch
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -20,8 +20,8 @@ from manyhats.adapters.errors import (
     StoreConfigError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.scratch import Scratch
-from manyhats.adapters.sources import AdapterSources, check_url_prefix, open_remote
+from manyhats.adapters.sources import sources as sources_module
+from manyhats.adapters.sources.sources import AdapterSources, check_url_prefix, open_remote
 
 PREFIX = "memory://bucket/adapters/"
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"tensors", "README.md": b"hello"}

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from adapter_factory import make_base, make_lora
 from client_fakes import FakeServer
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.store.opening import open_store
 from manyhats.cli.adapter_batch import Item, parse_items
 from manyhats.cli.failures import UsageError
 from manyhats.cli.main import app

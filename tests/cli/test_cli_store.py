@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from adapter_factory import make_base, make_lora
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore, PartSource
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore, PartSource
 from manyhats.cli.main import app
 
 BASE = make_base()

@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.lowering import ADAPTERHUB_METHODS, METHODS
+from manyhats.adapters.lowering.lowering import ADAPTERHUB_METHODS, METHODS
 from manyhats.cli import adapter_register, model, serve
 from manyhats.cli.extras import needs_extra
 from manyhats.cli.failures import CommandError

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from client_fakes import FakeServer, make_status
-from manyhats.adapters.artifact_files import FILES
+from manyhats.adapters.formats.artifact_files import FILES
 from manyhats.client import (
     AdapterUnsafeError,
     AsyncClient,

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from engine_harness import Answer, collect, load_tiny, make_request, random_ids, running_engine
 from every_method import COMPOSED, PLAIN, Sizes, register_every_method
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.lowering import lower
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.output import StepStats

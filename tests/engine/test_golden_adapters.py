@@ -18,8 +18,8 @@ from default_model import DEFAULT_MODEL, default_model_directory
 from engine_harness import Answer, collect, make_request, running_engine
 from golden import ADAPTERHUB_FIXTURES, GOLDEN, adapterhub_directory, needs_golden
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.request import ResponseOptions
 

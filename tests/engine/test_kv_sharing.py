@@ -16,8 +16,8 @@ from engine_harness import Answer, collect, load_tiny, make_request, random_ids,
 from every_method import COMPOSED, PLAIN, Sizes, register_every_method
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterInUseError
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.scheduling.schedule import Schedule

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine_harness import Answer, collect, load_tiny, make_request, random_ids, running_engine
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.store.opening import open_store
 from manyhats.engine.request import ResponseOptions
 from peft_reference import make_peft, save_peft
 from reference import load_transformers

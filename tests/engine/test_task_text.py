@@ -13,8 +13,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError
+from manyhats.adapters.formats.text_files import MAX_BYTES
 from manyhats.adapters.sites import TextFacts
-from manyhats.adapters.text_files import MAX_BYTES
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.text.chat_template import render_chat
 from manyhats.engine.text.task_text import TaskTexts

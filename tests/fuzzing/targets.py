@@ -20,12 +20,12 @@ from every_method import PLAIN, Sizes
 from fuzzing.mutators import Mutate, mutated_json, mutated_safetensors
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterError
-from manyhats.adapters.json_reader import parse_json_object
+from manyhats.adapters.formats.json_reader import parse_json_object
+from manyhats.adapters.formats.recognition import recognise, recorded_base
+from manyhats.adapters.formats.safetensors_reader import LENGTH_BYTES, header_size, parse_header, read_tensors
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import check_lowered, lower, method_of
+from manyhats.adapters.lowering.lowering import check_lowered, lower, method_of
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.recognition import recognise, recorded_base
-from manyhats.adapters.safetensors_reader import LENGTH_BYTES, header_size, parse_header, read_tensors
 from manyhats.adapters.sites import Site
 
 

@@ -17,8 +17,8 @@ from google.protobuf.message import Message
 from adapter_factory import lora_config, make_base, make_lora
 from manyhats.adapters import errors
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.errors import DrainingError, FieldInvalidError
 from manyhats.server.errors import LoadingError
 from manyhats.v1 import adapter_pb2 as pb

@@ -16,7 +16,7 @@ from manyhats.adapters.errors import (
     RequestIdReusedError,
     TaskNotFoundError,
 )
-from manyhats.adapters.page_token import encode_page_token
+from manyhats.adapters.store.catalogue.page_token import encode_page_token
 from manyhats.engine.errors import DrainingError
 from manyhats.server.errors import LoadingError
 from manyhats.v1 import adapter_pb2 as pb

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from hostile.case import Call, GateState
-from manyhats.adapters.intake import PartSource
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.server.gate import Gate
 from manyhats.server.metrics import Metrics
 from manyhats.server.registrar import Registrar

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapter_factory import make_base, make_lora
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.store.opening import open_store
 from manyhats.client import AsyncClient, BaseMismatchError
 from server_fakes import running_server
 

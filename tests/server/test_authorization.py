@@ -16,7 +16,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from manyhats.adapters.page_token import decode_page_token
+from manyhats.adapters.store.catalogue.page_token import decode_page_token
 from manyhats.server.authorization import OPEN_METHODS, RULES
 from manyhats.server.logs import configure_logs
 from manyhats.server.tokens import Role, new_token

@@ -11,9 +11,9 @@ import grpc
 import pytest
 
 from adapter_factory import make_lora
-from manyhats.adapters.composition import composed_digest
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.lowering.composition import composed_digest
+from manyhats.adapters.store.opening import open_store
 from manyhats.v1 import adapter_pb2 as pb
 from prefix_factory import make_prefix, tiny_base
 from server_fakes import Refusal, Running, refused, running_server

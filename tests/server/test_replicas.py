@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from adapter_factory import make_base, make_lora
 from manyhats.adapters.errors import AdapterInvalidError, StoreUnavailableError
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.store.opening import open_store
 from manyhats.server.follower import StoreFollower
 from manyhats.server.registrar import Registrar
 from manyhats.v1 import adapter_pb2 as pb

@@ -27,7 +27,7 @@ CHILD = """
 import asyncio, sys
 from pathlib import Path
 from adapter_factory import make_base
-from manyhats.adapters.open_store import open_store
+from manyhats.adapters.store.opening import open_store
 from manyhats.server.config import ServeConfig
 from manyhats.server.process import serve
 from server_fakes import EchoEngine, make_backend

@@ -14,9 +14,9 @@ import pytest
 
 from adapter_factory import make_base, make_lora
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_store import open_store
 from manyhats.adapters.quotas import Quotas
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.server.errors import UploadStalledError
 from manyhats.server.metrics import Metrics
 from manyhats.server.registrar import Registrar

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_factory import make_base, make_lora
-from manyhats.adapters.open_store import open_store
-from manyhats.adapters.store import AdapterStore, PartSource
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore, PartSource
 from registrations import nobody
 from uploads import content_of, send
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapterhub_factory import make_adapterhub
 from engine_harness import load_tiny
-from manyhats.adapters.methods.prompt_config import PROMPT_EMBEDDINGS
+from manyhats.adapters.formats.peft.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.adapters.primitives import (
     Affine,
     Bottleneck,

@@ -11,7 +11,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor
 
 from engine_harness import load_tiny
-from manyhats.adapters.methods.prompt_config import PROMPT_EMBEDDINGS
+from manyhats.adapters.formats.peft.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.trainer.adapter import TrainableAdapter
 from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data.collation import collate

@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 
-from manyhats.adapters.files import open_source
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.reader import read_adapter
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.methods import make_adapter
 from tiny_models import make_checkpoint

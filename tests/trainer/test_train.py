@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from failing_calls import FailingCalls, failing
-from manyhats.adapters.files import open_source
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.reader import read_adapter
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.trainer.base_digest import weights_digest
 from manyhats.trainer.computation import resolve_computation
 from manyhats.trainer.errors import (

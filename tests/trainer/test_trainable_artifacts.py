@@ -22,10 +22,10 @@ from safetensors.torch import load
 
 from golden import ADAPTERHUB_FIXTURES, GOLDEN, needs_golden
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.files import open_source
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.reader import read_adapter
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.errors import OutputError, SettingError
 from manyhats.trainer.methods import make_adapter

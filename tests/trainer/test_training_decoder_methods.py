@@ -11,8 +11,8 @@ import torch
 
 from engine_harness import Prompt, Runner, load_tiny
 from every_method import PLAIN, Sizes
-from manyhats.adapters.composition import AdapterPart, compose
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.composition import AdapterPart, compose
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.checkpoints.loader import LoadedModel

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from manyhats.adapters.files import open_local
+from manyhats.adapters.disk.files import open_local
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.reader import read_adapter
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.settings import LoraSettings, TrainSettings
 from manyhats.trainer.task_data import read_task_data

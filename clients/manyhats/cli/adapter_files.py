@@ -16,7 +16,7 @@ from manyhats.cli.failures import EXIT_FAILED, CommandError
 from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
-    from manyhats.adapters.inspect import Inspection, SiteFacts
+    from manyhats.adapters.lowering.inspect import Inspection, SiteFacts
     from manyhats.adapters.sites import BaseDescription, TextFacts
 
 INSPECT_HELP = """Show what an adapter's directory holds, and what of it would be refused.
@@ -60,7 +60,7 @@ Target = Annotated[Path, typer.Argument(metavar="DST", help="A new directory.")]
 def inspect(path: Directory, model: Model = "", as_json: opt.Json = False) -> None:
     """Show what an adapter's directory holds, and what of it would be refused."""
     with needs_extra("server"):
-        from manyhats.adapters.inspect import inspect as inspect_directory
+        from manyhats.adapters.lowering.inspect import inspect as inspect_directory
     with _adapter_errors():
         found = inspect_directory(path, _describe(model) if model else None)
     if as_json:
@@ -87,8 +87,8 @@ def _print(found: Inspection) -> None:
 def convert(source: Source, target: Target, as_json: opt.Json = False) -> None:
     """Make safetensors of an adapter that is saved as a pickle."""
     with needs_extra("server"):
-        from manyhats.adapters.convert import WARNING
-        from manyhats.adapters.convert import convert as convert_directory
+        from manyhats.adapters.lowering.convert import WARNING
+        from manyhats.adapters.lowering.convert import convert as convert_directory
     if source.is_dir() and any(path.suffix in _PICKLES for path in source.iterdir()):
         typer.echo(f"warning: {WARNING}", err=True)
     with _adapter_errors():

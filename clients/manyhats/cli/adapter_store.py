@@ -15,7 +15,7 @@ from manyhats.cli.failures import CommandError
 from manyhats.cli.output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
-    from manyhats.adapters.store import AdapterStore
+    from manyhats.adapters.store.store import AdapterStore
 
 _STORE_HELP = """It needs no server, and may run beside one: --store and --catalogue are
 those that the server has. What it prints names the store it looked in.
@@ -153,7 +153,7 @@ def opened(store: str, catalogue: str) -> Iterator[AdapterStore]:
     """
     with needs_extra("server"):
         from manyhats.adapters.errors import AdapterError, ArgumentInvalidError
-        from manyhats.adapters.open_store import open_store
+        from manyhats.adapters.store.opening import open_store
     where = place(store)
     try:
         # Nothing is swept: what is left over is for gc to find and to count.

@@ -11,11 +11,11 @@ import torch
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import StoreConfigError
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_store import open_store
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.sites import BaseDescription
-from manyhats.adapters.store import AdapterStore
+from manyhats.adapters.store.opening import open_store
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.config import EngineConfig, resolve
 from manyhats.engine.engine import AsyncEngine

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from manyhats.adapters.errors import TaskIdInvalidError
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.open_artifacts import DEFAULT_CACHE_BYTES
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.store.artifacts.opening import DEFAULT_CACHE_BYTES
 from manyhats.adapters.taskid import check_task_id
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.home import default_home

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sized
 from types import MappingProxyType
 
-from manyhats.adapters.intake import PartSource
-from manyhats.adapters.upload import UploadFile
+from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.store.upload import UploadFile
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.request import (
     MAX_CONTINUATIONS,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.intake import PartSource
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.upload import UploadFile
+from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.store.upload import UploadFile
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.residency import ResidencyStats

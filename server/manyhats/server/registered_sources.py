@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from manyhats.adapters.errors import AdapterError, SourceNotAllowedError
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.sources import check_source
+from manyhats.adapters.sources.sources import check_source
 from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ConfigError
 

@@ -14,11 +14,11 @@ import structlog
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError, TaskNotFoundError
-from manyhats.adapters.intake import PartSource
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare
+from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.store.upload import UploadFile
 from manyhats.adapters.taskid import parse_name
-from manyhats.adapters.upload import UploadFile
 from manyhats.engine.errors import EngineError
 from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend, Registration, UploadSession

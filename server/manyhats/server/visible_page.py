@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.page_token import encode_page_token
-from manyhats.adapters.pages import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page
+from manyhats.adapters.store.catalogue.page_token import encode_page_token
+from manyhats.adapters.store.catalogue.pages import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page
 from manyhats.server import ports
 from manyhats.server.ports import Store
 from manyhats.server.tokens import Scope

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from manyhats.adapters.durable import sync_directory, write_file
+from manyhats.adapters.disk.durable import sync_directory, write_file
 
 _STAGED = ".partial"
 _MODE = 0o644

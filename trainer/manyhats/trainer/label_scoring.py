@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState, ArtifactPart
+from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import AdapterError
-from manyhats.adapters.files import open_source
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import MIB, EngineConfig, kv_bytes_per_token

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from manyhats.adapters.text_files import MAX_BYTES
+from manyhats.adapters.formats.text_files import MAX_BYTES
 from manyhats.trainer.durable_files import remove_staged, sync, write_files
 from manyhats.trainer.errors import OutputError, SettingError
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from manyhats.adapters.disk.files import open_local
 from manyhats.adapters.errors import AdapterError
-from manyhats.adapters.files import open_local
+from manyhats.adapters.formats.text_files import read_text
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.text_files import read_text
 from manyhats.engine.checkpoints.loader import GenerationDefaults, LoadedModel
 from manyhats.trainer.errors import SettingError
 

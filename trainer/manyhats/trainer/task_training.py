@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from manyhats.adapters.adapterhub_format import is_adapterhub
+from manyhats.adapters.formats.adapterhub.format import is_adapterhub
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.trainer.checkpoint import recorded_date
 from manyhats.trainer.data import Dataset

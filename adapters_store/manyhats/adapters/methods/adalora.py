@@ -13,16 +13,15 @@ from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
-from manyhats.adapters.methods.lora_config import (
+from manyhats.adapters.formats.peft.fields import check_bias_field, check_fields, parse_alpha, parse_rank
+from manyhats.adapters.formats.peft.lora_config import (
     DEFAULT_ALPHA,
     LORA_FIELDS,
     LORA_REFUSED,
     check_initialisation,
 )
-from manyhats.adapters.methods.peft_fields import check_bias_field, check_fields, parse_alpha, parse_rank
-from manyhats.adapters.methods.peft_tensors import (
+from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
+from manyhats.adapters.formats.peft.tensors import (
     Misfit,
     ModuleTensors,
     Target,
@@ -34,7 +33,8 @@ from manyhats.adapters.methods.peft_tensors import (
     missing_module,
     raise_misfits,
 )
-from manyhats.adapters.methods.saved_modules import SavedModules, find_saved_modules
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from manyhats.adapters.adapterhub_loras import LorasConfig, find_linears, read_config
-from manyhats.adapters.adapterhub_tensors import TensorNames
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError
+from manyhats.adapters.formats.adapterhub.loras import LorasConfig, find_linears, read_config
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Affine, LoweredAdapter

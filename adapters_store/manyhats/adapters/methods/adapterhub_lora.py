@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from manyhats.adapters.adapterhub_loras import AdaptedLinear, find_linears, read_config
-from manyhats.adapters.adapterhub_tensors import TensorNames, full_path
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, shown
+from manyhats.adapters.formats.adapterhub.loras import AdaptedLinear, find_linears, read_config
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames, full_path
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import LoweredAdapter, LowRank

@@ -18,12 +18,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from manyhats.adapters import adapterhub_format
 from manyhats.adapters.activations import ACTIVATIONS, activation_name
-from manyhats.adapters.adapterhub_fields import read_count, read_flag, read_leave_out, refuse_unserved
-from manyhats.adapters.adapterhub_tensors import TensorNames, check_shapes, plain_name
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterTooLargeError, AdapterUnsupportedError, shown
+from manyhats.adapters.formats.adapterhub import format as adapterhub_format
+from manyhats.adapters.formats.adapterhub.fields import read_count, read_flag, read_leave_out, refuse_unserved
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_shapes, plain_name
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter

@@ -39,19 +39,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from manyhats.adapters import adapterhub_format
 from manyhats.adapters.activations import ACTIVATIONS
-from manyhats.adapters.adapterhub_bottleneck import (
+from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.errors import AdapterUnsupportedError, shown
+from manyhats.adapters.formats.adapterhub import format as adapterhub_format
+from manyhats.adapters.formats.adapterhub.bottleneck import (
     Block,
     BottleneckConfig,
     blocks,
     parse_bottleneck_config,
     plain_block_name,
 )
-from manyhats.adapters.adapterhub_phm import phm_matrix, phm_shapes
-from manyhats.adapters.adapterhub_tensors import TensorNames, check_layers, check_shapes, plain_name
-from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
-from manyhats.adapters.errors import AdapterUnsupportedError, shown
+from manyhats.adapters.formats.adapterhub.phm import phm_matrix, phm_shapes
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_layers, check_shapes, plain_name
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput, LayerNorm, LoweredAdapter

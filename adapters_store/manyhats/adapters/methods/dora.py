@@ -13,11 +13,11 @@ from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterUnsupportedError
+from manyhats.adapters.formats.peft.lora_tensors import MAGNITUDE, A, B, LinearPlacement
+from manyhats.adapters.formats.peft.tensors import check_finite
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.methods.lora import check_lora, place_artifact
-from manyhats.adapters.methods.lora_tensors import MAGNITUDE, A, B, LinearPlacement
-from manyhats.adapters.methods.peft_tensors import check_finite
 from manyhats.adapters.primitives import Affine, Delta, LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription, WeightSource
 

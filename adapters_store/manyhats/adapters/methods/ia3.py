@@ -12,10 +12,9 @@ from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
-from manyhats.adapters.methods.peft_fields import check_fields
-from manyhats.adapters.methods.peft_tensors import (
+from manyhats.adapters.formats.peft.fields import check_fields
+from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
+from manyhats.adapters.formats.peft.tensors import (
     Misfit,
     ModuleTensors,
     Target,
@@ -26,7 +25,8 @@ from manyhats.adapters.methods.peft_tensors import (
     missing_module,
     raise_misfits,
 )
-from manyhats.adapters.methods.saved_modules import SavedModules, find_saved_modules
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Affine, InputScale, LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterTooLargeError
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
-from manyhats.adapters.methods.lora_config import parse_lora_config
-from manyhats.adapters.methods.lora_tensors import (
+from manyhats.adapters.formats.peft.lora_config import parse_lora_config
+from manyhats.adapters.formats.peft.lora_tensors import (
     BIAS,
     EMBEDDING_A,
     EMBEDDING_B,
@@ -26,8 +24,10 @@ from manyhats.adapters.methods.lora_tensors import (
     LoraPlacements,
     place_lora,
 )
-from manyhats.adapters.methods.peft_tensors import candidate_of
-from manyhats.adapters.methods.saved_modules import SavedModules, find_saved_modules
+from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
+from manyhats.adapters.formats.peft.tensors import candidate_of
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Affine, Delta, EmbeddingLowRank, LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription
 

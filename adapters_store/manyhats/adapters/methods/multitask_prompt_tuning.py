@@ -16,9 +16,7 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
     shown,
 )
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
-from manyhats.adapters.methods.prompt_config import (
+from manyhats.adapters.formats.peft.prompt_config import (
     PROMPT_EMBEDDINGS,
     PromptConfig,
     check_num_virtual_tokens,
@@ -27,6 +25,8 @@ from manyhats.adapters.methods.prompt_config import (
     parse_count,
     parse_prompt_config,
 )
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate
 from manyhats.adapters.methods.prompt_tuning import (
     INITIALISATION_FIELDS,
     as_first_layer_reads,

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, shown
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
-from manyhats.adapters.methods.prompt_config import (
+from manyhats.adapters.formats.peft.prompt_config import (
     PROMPT_EMBEDDINGS,
     PromptConfig,
     check_fits,
@@ -22,6 +20,8 @@ from manyhats.adapters.methods.prompt_config import (
     check_tensor_names,
     parse_prompt_config,
 )
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
 from manyhats.adapters.sites import BaseDescription
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from manyhats.adapters.base_name import has_form_of_path, names_of_directory
+from manyhats.adapters.formats.base_name import has_form_of_path, names_of_directory
 from manyhats.engine.checkpoints.checkpoint import SafetensorsDirectory, read_json
 from manyhats.engine.checkpoints.directories import publish_directory, staged_directory
 from manyhats.engine.checkpoints.gguf import convert_gguf

@@ -12,7 +12,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from manyhats.adapters.base_name import has_form_of_path
+from manyhats.adapters.formats.base_name import has_form_of_path
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checkpoints.checkpoint import (
     SafetensorsDirectory,

@@ -18,8 +18,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError
-from manyhats.adapters.sites import TextFacts
-from manyhats.adapters.text_files import (
+from manyhats.adapters.formats.text_files import (
     MAX_BYTES,
     TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -27,6 +26,7 @@ from manyhats.adapters.text_files import (
     decode_template,
     text_of,
 )
+from manyhats.adapters.sites import TextFacts
 from manyhats.engine.errors import ModelError
 from manyhats.engine.text.text_process import TextProcesses
 from manyhats.engine.text.tokenizer import Tokenizer

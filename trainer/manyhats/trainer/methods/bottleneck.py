@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Generator, nn
 
-from manyhats.adapters.adapterhub_bottleneck import MODULES
-from manyhats.adapters.adapterhub_tensors import full_path
 from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.formats.adapterhub.bottleneck import MODULES
+from manyhats.adapters.formats.adapterhub.tensors import full_path
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.initialization import kaiming_uniform, zeros

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Generator, nn
 
+from manyhats.adapters.formats.peft.lora_tensors import MAGNITUDE
+from manyhats.adapters.formats.peft.tensors import Target
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.methods.lora_tensors import MAGNITUDE
-from manyhats.adapters.methods.peft_tensors import Target
 from manyhats.adapters.sites import WeightSource
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.methods.peft_tensors import PREFIX
+from manyhats.adapters.formats.peft.tensors import PREFIX
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter

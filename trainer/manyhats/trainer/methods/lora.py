@@ -13,10 +13,10 @@ from typing import Any
 from torch import Generator, nn
 
 from manyhats.adapters.errors import AdapterError
+from manyhats.adapters.formats.peft.lora_tensors import A, B
+from manyhats.adapters.formats.peft.module_patterns import compile_patterns
+from manyhats.adapters.formats.peft.tensors import PREFIX, Target
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.methods.lora_tensors import A, B
-from manyhats.adapters.methods.peft_tensors import PREFIX, Target
-from manyhats.adapters.module_patterns import compile_patterns
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import SettingError

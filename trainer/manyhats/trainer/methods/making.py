@@ -11,9 +11,9 @@ import torch
 from torch import Generator, nn
 
 from manyhats.adapters.errors import AdapterError
+from manyhats.adapters.formats.peft.tensors import candidate_of
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering import check_lowered, method_of
-from manyhats.adapters.methods.peft_tensors import candidate_of
+from manyhats.adapters.lowering.lowering import check_lowered, method_of
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods.bottleneck import make_bottleneck

@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.formats.peft.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.methods.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.methods.initialization import linear, normal
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter

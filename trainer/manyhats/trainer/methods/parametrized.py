@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
-from manyhats.adapters.lowering import lower
+from manyhats.adapters.formats.recognition import recorded_base
+from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.recognition import recorded_base
 from manyhats.adapters.sites import BaseDescription
 from manyhats.trainer.methods.saving import artifact_files
 

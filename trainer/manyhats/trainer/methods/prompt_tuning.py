@@ -10,8 +10,8 @@ from torch import Generator, Tensor, nn
 
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.errors import AdapterError
+from manyhats.adapters.formats.peft.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.methods.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.adapters.methods.prompt_tuning import as_first_layer_reads
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checkpoints.loader import LoadedModel

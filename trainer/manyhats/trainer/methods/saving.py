@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from manyhats.adapters.adapterhub_format import is_adapterhub
 from manyhats.adapters.artifact import AdapterArtifact
-from manyhats.adapters.lowering import is_finite
-from manyhats.adapters.peft_format import CONFIG_FILE
-from manyhats.adapters.recognition import weights_file
+from manyhats.adapters.formats.adapterhub.format import is_adapterhub
+from manyhats.adapters.formats.peft.format import CONFIG_FILE
+from manyhats.adapters.formats.recognition import weights_file
+from manyhats.adapters.lowering.lowering import is_finite
 from manyhats.trainer.errors import OutputError, SettingError
 
 _DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})

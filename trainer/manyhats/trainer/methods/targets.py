@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from manyhats.adapters.methods.peft_tensors import HEAD_MODULE, Target, find_target
+from manyhats.adapters.formats.peft.tensors import HEAD_MODULE, Target, find_target
 from manyhats.adapters.sites import BaseDescription
 from manyhats.trainer.errors import SettingError
 

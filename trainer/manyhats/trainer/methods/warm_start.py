@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhats.adapters.adapterhub_format import adapter_name, is_adapterhub
-from manyhats.adapters.adapterhub_tensors import full_path, plain_name
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.disk.files import open_local
 from manyhats.adapters.errors import AdapterError
-from manyhats.adapters.files import open_local
+from manyhats.adapters.formats.adapterhub.format import adapter_name, is_adapterhub
+from manyhats.adapters.formats.adapterhub.tensors import full_path, plain_name
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.reader import ReadAdapter, read_adapter
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 

@@ -1,0 +1,1 @@
+"""Files that survive: durable writes, locks, digests, links, and objects in a store of them."""

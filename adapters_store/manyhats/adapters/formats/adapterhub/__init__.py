@@ -1,0 +1,1 @@
+"""Adapters as AdapterHub saves them."""

@@ -1,0 +1,18 @@
+"""The files that an artifact may have, and how large each may be."""
+
+from __future__ import annotations
+
+from manyhats.adapters.formats.adapterhub import format as adapterhub_format
+from manyhats.adapters.formats.peft import format as peft_format
+from manyhats.adapters.formats.text_files import MAX_BYTES
+from manyhats.adapters.limits import AdapterLimits
+
+FILES = (peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE, *MAX_BYTES)
+"""Their names: config, tensors in either format, text files."""
+
+
+def max_bytes_of(name: str, limits: AdapterLimits) -> int:
+    """How large one of ``FILES`` may be; all of an artifact's together have ``max_size_bytes``."""
+    is_config = name == peft_format.CONFIG_FILE
+    own = limits.max_config_bytes if is_config else MAX_BYTES.get(name, limits.max_size_bytes)
+    return min(own, limits.max_size_bytes)

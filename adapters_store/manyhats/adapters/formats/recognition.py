@@ -1,0 +1,66 @@
+"""Which format and method an artifact has, by what its config holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.errors import AdapterUnsupportedError
+from manyhats.adapters.formats.adapterhub import format as adapterhub_format
+from manyhats.adapters.formats.peft import format as peft_format
+
+
+def recognise(config: Mapping[str, Any]) -> AdapterMethod:
+    """The method of an artifact.
+
+    Raises:
+        AdapterUnsupportedError: a method or format that is not served; names it.
+        AdapterInvalidError: it is no adapter's config.
+    """
+    if adapterhub_format.is_adapterhub(config):
+        return adapterhub_format.recognise(config)
+    return peft_format.recognise(config)
+
+
+def recorded_base(config: Mapping[str, Any]) -> str:
+    """What an artifact names as its base model; empty where it names none.
+
+    Raises:
+        AdapterInvalidError: it is no name.
+    """
+    if adapterhub_format.is_adapterhub(config):
+        return adapterhub_format.recorded_base(config)
+    return peft_format.recorded_base(config)
+
+
+def base_name_key(config: Mapping[str, Any]) -> str:
+    """The key that ``recorded_base`` reads."""
+    is_adapterhub = adapterhub_format.is_adapterhub(config)
+    return adapterhub_format.BASE_NAME_KEY if is_adapterhub else peft_format.BASE_NAME_KEY
+
+
+def weights_file(config: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The file that holds an artifact's tensors; nothing else in its directory may hold more of it.
+
+    Args:
+        config: decides the format.
+        names: what lies in the directory.
+
+    Raises:
+        AdapterUnsupportedError: a file would be left unused.
+    """
+    is_adapterhub = adapterhub_format.is_adapterhub(config)
+    if is_adapterhub:
+        adapterhub_format.check_companions(names)
+    files = (adapterhub_format.WEIGHTS_FILE, peft_format.WEIGHTS_FILE)
+    own, other = files if is_adapterhub else reversed(files)
+    if own in names and other in names:
+        raise AdapterUnsupportedError(other, f"would not be used: the config is that of {own}")
+    return own
+
+
+def stored_weights_file(names: Sequence[str]) -> str:
+    """The tensor file of a directory that the store wrote, which holds one."""
+    is_adapterhub = adapterhub_format.WEIGHTS_FILE in names
+    return adapterhub_format.WEIGHTS_FILE if is_adapterhub else peft_format.WEIGHTS_FILE

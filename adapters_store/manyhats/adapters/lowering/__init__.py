@@ -1,0 +1,1 @@
+"""From an artifact to primitives: read, checked against a base, lowered, composed."""

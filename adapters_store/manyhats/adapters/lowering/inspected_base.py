@@ -1,0 +1,185 @@
+"""A base made up from an artifact itself, so that the artifact can be looked at where no base is at hand.
+
+Checked against it, an artifact is refused for what is wrong with it in itself: unserved fields, missing and unused
+tensors, shapes that contradict each other. What only a real base can tell (how many layers, which widths) fits.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhats.adapters.formats.adapterhub import format as adapterhub_format
+from manyhats.adapters.sites import BaseDescription, Site
+
+Shape = tuple[int, ...]
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(0|[1-9]\d{0,3})\.")
+# A module of a layer, and what follows its path in a tensor's name.
+_LINEAR = re.compile(
+    r"^(?:base_model\.model\.)?(?:model\.)?(?P<module>layers\.\d{1,4}\.(?:self_attn|mlp)\.(?P<name>\w+))\.(?P<part>.+)$"
+)
+# End of a tensor's name → where its shape tells features in, and out.
+_WIDTHS: Mapping[str, tuple[int | None, int | None]] = {
+    "lora_A": (1, None),
+    "lora_A.weight": (1, None),
+    "lora_B": (None, 0),
+    "lora_B.weight": (None, 0),
+    "lora_magnitude_vector": (None, 0),
+    "vera_lambda_b": (None, 0),
+}
+_IA3 = "ia3_l"
+_UNKNOWN_WIDTH = 1
+# Any token id fits.
+_UNKNOWN_VOCAB_SIZE = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _OnesSource:
+    """Weights that nobody has: ones. Constants computed of them mean nothing, but have their shape."""
+
+    linears: Mapping[str, tuple[int, int]]
+
+    def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        d_in, d_out = self.linears[site.name]
+        return torch.ones(d_out, d_in), None
+
+
+def stand_in_weights(base: BaseDescription) -> _OnesSource:
+    """A ``WeightSource`` of ones, for a base that is known by its description alone."""
+    return _OnesSource(base.linears)
+
+
+def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_model: str) -> BaseDescription:
+    """The smallest base that an artifact could be for.
+
+    Args:
+        config: the parsed ``adapter_config.json``.
+        shapes: tensor name → shape.
+        base_model: what the artifact names as its base.
+    """
+    modules = {path: Site(layer, name) for path, layer, name, _, _ in _parts(shapes)}
+    widths = _infer_widths(shapes)
+    hidden_size = _infer_hidden_size(config, shapes, widths)
+    num_layers, num_kv_heads, head_dim = _infer_attention(config, shapes)
+    # VeRA's modules share one A, which is as wide as the widest.
+    shared_in = _first(shapes, "base_model.vera_A", 1) or hidden_size
+    linears = {name: (d_in or shared_in, d_out or hidden_size) for name, (d_in, d_out) in widths.items()}
+    return BaseDescription(
+        model_type=str(config.get("model_type", "llama")),
+        names=frozenset([base_model]),
+        digest="",
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        vocab_size=_infer_vocab_size(shapes),
+        linears=linears,
+        modules={
+            **modules,
+            "model.embed_tokens": Site(-1, "embed_tokens"),
+            "lm_head": Site(-1, "lm_head"),
+        },
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        weights=_OnesSource(linears),
+    )
+
+
+def _parts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, str, str, Shape]]:
+    """Module path, layer, site name, rest of the name and shape of each tensor that belongs to a linear."""
+    for tensor, shape in shapes.items():
+        match = _LINEAR.match(tensor)
+        if match is not None:
+            layer = int(match["module"].split(".")[1])
+            # AdapterHub's modules go on with the adapter's own name.
+            part = re.sub(r"^loras\.[^.]+\.", "", match["part"])
+            yield f"model.{match['module']}", layer, match["name"], part, shape
+
+
+def _infer_widths(shapes: Mapping[str, Shape]) -> dict[str, tuple[int | None, int | None]]:
+    """Site name → features in and out, None where nothing tells."""
+    widths: dict[str, tuple[int | None, int | None]] = {}
+    for _, _, name, part, shape in _parts(shapes):
+        known_in, known_out = widths.get(name, (None, None))
+        if part == _IA3 and len(shape) == 2:
+            at_in, at_out = (1, None) if shape[0] == 1 else (None, 0)
+        else:
+            at_in, at_out = _WIDTHS.get(part, (None, None))
+        d_in = shape[at_in] if at_in is not None and at_in < len(shape) else None
+        d_out = shape[at_out] if at_out is not None and at_out < len(shape) else None
+        widths[name] = (known_in or d_in, known_out or d_out)
+    return widths
+
+
+def _infer_hidden_size(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    widths: Mapping[str, tuple[int | None, int | None]],
+) -> int:
+    """D: recorded, or what feeds the attention, or a row of an embedding; 1 where nothing tells."""
+    recorded = config.get("hidden_size")
+    if type(recorded) is int and recorded > 0:
+        return recorded
+    fed = (
+        widths[name][0] for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj") if name in widths
+    )
+    made = (widths[name][1] for name in ("o_proj", "down_proj") if name in widths)
+    rows = (
+        _first(shapes, "prompt_embeddings", 1),
+        _first(shapes, "trainable_tokens_delta", 1),
+        _first(shapes, "lora_embedding_B", 0),
+        _first(shapes, "lm_head.weight", 1),
+        _first(shapes, "lm_head.lora_A.weight", 1),
+    )
+    return next((width for width in (*fed, *made, *rows) if width), _UNKNOWN_WIDTH)
+
+
+def _infer_vocab_size(shapes: Mapping[str, Shape]) -> int:
+    """V, where the embedding or the head is adapted whole."""
+    found = (
+        _first(shapes, "lora_embedding_A", 1),
+        _first(shapes, "lm_head.weight", 0),
+        _first(shapes, "lm_head.lora_B.weight", 0),
+    )
+    return next((size for size in found if size), _UNKNOWN_VOCAB_SIZE)
+
+
+def _infer_attention(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
+    """L, Hkv and K, as far as layers in names and a prefix's width tell."""
+    layers = [int(match[1]) for name in shapes if (match := _LAYER.search(name))]
+    inner = config.get("config")
+    if adapterhub_format.is_adapterhub(config) and isinstance(inner, dict):
+        layers += [layer for layer in _left_out(inner) if 0 <= layer < 4096]
+        columns = _first(shapes, ".control_trans.2.weight", 0) or _flat_columns(inner, shapes)
+        return max(layers, default=0) + 1, 1, columns // 2
+    recorded = [config.get(key) for key in ("num_layers", "token_dim", "num_attention_heads")]
+    counts = [value for value in recorded if type(value) is int and value > 0]
+    if len(counts) == len(recorded):
+        num_layers, width, heads = counts
+        return num_layers, heads, width // heads
+    return max(layers, default=0) + 1, 1, 1
+
+
+def _left_out(inner: Mapping[str, Any]) -> list[int]:
+    """Layers that have no tensors, but exist; a prefix has no tensors of single layers at all."""
+    leave_out = inner.get("leave_out")
+    if inner.get("architecture") == "prefix_tuning" or not isinstance(leave_out, list):
+        return []
+    return [layer for layer in leave_out if type(layer) is int]
+
+
+def _flat_columns(inner: Mapping[str, Any], shapes: Mapping[str, Shape]) -> int:
+    count = inner.get("prefix_length", 30)
+    size = _first(shapes, ".control_trans", 0) or 2
+    return size // count if type(count) is int and count > 0 else size
+
+
+def _first(shapes: Mapping[str, Shape], ending: str, axis: int) -> int | None:
+    """Length along ``axis`` of the first tensor whose name ends so."""
+    found = (shape for name, shape in shapes.items() if name.endswith(ending) and axis < len(shape))
+    return next((shape[axis] for shape in found if math.prod(shape)), None)

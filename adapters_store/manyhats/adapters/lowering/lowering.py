@@ -1,0 +1,140 @@
+"""From an artifact to the primitives that the engine runs; one entry per method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
+from manyhats.adapters.formats.adapterhub.format import is_adapterhub
+from manyhats.adapters.method import Method
+from manyhats.adapters.methods.adalora import AdaLoraMethod
+from manyhats.adapters.methods.adapterhub_ia3 import AdapterHubIa3Method
+from manyhats.adapters.methods.adapterhub_lora import AdapterHubLoraMethod
+from manyhats.adapters.methods.adapterhub_prefix import AdapterHubPrefixMethod
+from manyhats.adapters.methods.bottleneck import BottleneckMethod, can_change_output
+from manyhats.adapters.methods.dora import DoraMethod
+from manyhats.adapters.methods.ia3 import Ia3Method
+from manyhats.adapters.methods.lora import LoraMethod
+from manyhats.adapters.methods.multitask_prompt_tuning import MultitaskPromptTuningMethod
+from manyhats.adapters.methods.p_tuning import PTuningMethod
+from manyhats.adapters.methods.prefix_tuning import PrefixTuningMethod
+from manyhats.adapters.methods.prompt_tuning import PromptTuningMethod
+from manyhats.adapters.methods.vera import VeraMethod
+from manyhats.adapters.primitives import (
+    Affine,
+    Bottleneck,
+    Delta,
+    EmbeddingLowRank,
+    InputScale,
+    KVPrefix,
+    LoweredAdapter,
+    LowRank,
+    PromptEmbeddings,
+)
+from manyhats.adapters.sites import BaseDescription
+
+
+def _by_name(*methods: Method) -> Mapping[AdapterMethod, Method]:
+    return MappingProxyType({method.method: method for method in methods})
+
+
+# What reads PEFT's directories.
+METHODS: Mapping[AdapterMethod, Method] = _by_name(
+    LoraMethod(),
+    DoraMethod(),
+    AdaLoraMethod(),
+    VeraMethod(),
+    Ia3Method(),
+    PrefixTuningMethod(),
+    PromptTuningMethod(),
+    PTuningMethod(),
+    MultitaskPromptTuningMethod(),
+)
+
+# What reads AdapterHub's.
+ADAPTERHUB_METHODS: Mapping[AdapterMethod, Method] = _by_name(
+    BottleneckMethod(),
+    AdapterHubLoraMethod(),
+    AdapterHubIa3Method(),
+    AdapterHubPrefixMethod(),
+)
+
+
+def method_of(method: AdapterMethod, config: Mapping[str, Any]) -> Method:
+    """The file that knows a method, in the format that ``config`` is of.
+
+    Raises:
+        AdapterUnsupportedError: none does.
+    """
+    methods, library = (ADAPTERHUB_METHODS, "AdapterHub") if is_adapterhub(config) else (METHODS, "PEFT")
+    if method not in methods:
+        raise AdapterUnsupportedError("method", f"{method.value} adapters of {library} are not served")
+    return methods[method]
+
+
+def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
+    """The artifact as primitives of the base's sites.
+
+    Raises:
+        ArtifactError: it cannot be served exactly; registration refuses it with the same error.
+        BaseMismatchError: it was made for another base.
+    """
+    return method_of(artifact.method, artifact.config).lower(artifact, base)
+
+
+def check_lowered(lowered: LoweredAdapter) -> None:
+    """Refuse constants that are not finite though the tensors are, such as a product that overflows.
+
+    Raises:
+        AdapterInvalidError: names the place.
+    """
+    for delta in lowered.deltas:
+        if not _is_finite(delta):
+            place = getattr(delta, "site", "embedding or head")
+            raise AdapterInvalidError(str(place), "what it computes there with this base is not finite")
+    if lowered.prefix is not None and not _is_finite(lowered.prefix):
+        raise AdapterInvalidError("virtual tokens", "what they are computed to is not finite")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is; the extremes tell, which are NaN if any value is, and take a tenth of the time."""
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in tensor.aminmax())
+
+
+def _is_finite(primitive: Delta | KVPrefix | PromptEmbeddings) -> bool:
+    values = (getattr(primitive, field.name) for field in fields(primitive))
+    return all(
+        is_finite(value) if isinstance(value, Tensor) else math.isfinite(value)
+        for value in values
+        if isinstance(value, Tensor | float)
+    )
+
+
+def has_effect(lowered: LoweredAdapter) -> bool:
+    """Whether anything in it can change an output, as far as its own numbers tell."""
+    return lowered.prefix is not None or any(_can_change(delta) for delta in lowered.deltas)
+
+
+def _can_change(delta: Delta) -> bool:
+    if isinstance(delta, LowRank | EmbeddingLowRank):
+        return delta.scale != 0 and _has_non_zero(delta.a) and _has_non_zero(delta.b)
+    if isinstance(delta, Affine):
+        is_scaled = delta.scale is not None and _has_non_zero(delta.scale - 1)
+        return is_scaled or (delta.offset is not None and _has_non_zero(delta.offset))
+    if isinstance(delta, InputScale):
+        return _has_non_zero(delta.scale - 1)
+    if isinstance(delta, Bottleneck):
+        return can_change_output(delta)
+    return True
+
+
+def _has_non_zero(tensor: Tensor) -> bool:
+    return bool(torch.any(tensor != 0))

@@ -1,0 +1,1 @@
+"""Where adapters are registered from: directories and URLs."""

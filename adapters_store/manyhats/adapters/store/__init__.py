@@ -1,0 +1,1 @@
+"""The adapter store: registrations, versions, uploads and maintenance."""

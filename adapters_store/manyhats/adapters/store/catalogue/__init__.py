@@ -1,0 +1,1 @@
+"""Which versions a task has, in a database."""

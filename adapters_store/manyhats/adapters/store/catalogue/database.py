@@ -1,0 +1,205 @@
+"""The catalogue's database, SQLite or PostgreSQL: connections, transactions, and what their errors mean."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, text, update
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import QueuePool
+
+from manyhats.adapters.errors import StoreConfigError, StoreError, StoreFullError, StoreUnavailableError
+from manyhats.adapters.store.catalogue.tables import CATALOGUE, METADATA, SCHEMA_VERSION
+
+IN_MEMORY = "sqlite://"
+
+_SUBJECT = "catalogue_url"
+_MEMORY = (None, "", ":memory:")
+_WAIT_S = 10
+# What a URL may override, as in "?connect_timeout=30".
+_SQLITE_DEFAULTS: Mapping[str, Any] = MappingProxyType({"timeout": _WAIT_S})
+_POSTGRESQL_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "connect_timeout": 5,
+        "tcp_user_timeout": _WAIT_S * 1000,
+        "options": f"-c statement_timeout={_WAIT_S}s -c idle_in_transaction_session_timeout={_WAIT_S}s",
+    }
+)
+# Any number that nobody else is likely to lock.
+_POSTGRESQL_SCHEMA_LOCK = 0x6D616E796861
+
+
+@dataclass(frozen=True, slots=True)
+class WriteTransaction:
+    """A transaction that is alone among writers.
+
+    Attributes:
+        connection: in the transaction; it sees all that earlier writers committed.
+        generation: what the catalogue's generation is once this is committed.
+    """
+
+    connection: Connection
+    generation: int
+
+
+class CatalogueDatabase:
+    """Transactions on the catalogue's tables, which are made if they are missing. Safe to use from any thread.
+
+    Every error of the database is a ``StoreUnavailableError``, or a ``StoreFullError`` where its disk is full.
+
+    Args:
+        url: ``sqlite:////directory/catalogue.db``, ``postgresql+psycopg://user@host/database``, or ``IN_MEMORY``.
+
+    Raises:
+        StoreConfigError: no such URL is served, or the tables are of another version of this software.
+        StoreUnavailableError: the database cannot be reached.
+    """
+
+    def __init__(self, url: str) -> None:
+        parsed = _parse(url)
+        self._writers = _create_engine(parsed)
+        self._readers = self._writers.execution_options(**_READER_OPTIONS[parsed.get_backend_name()])
+        try:
+            with _database_errors(), self._writers.begin() as connection:
+                self.catalogue_id = _open_schema(connection)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that reads the state of one moment."""
+        with _database_errors(), self._readers.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[WriteTransaction]:
+        """A transaction that writes, and is committed unless the block raises."""
+        with _database_errors(), self._writers.begin() as connection:
+            counted = update(CATALOGUE).values(generation=CATALOGUE.c.generation + 1)
+            generation = connection.execute(counted.returning(CATALOGUE.c.generation)).scalar_one()
+            yield WriteTransaction(connection, generation)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._writers.dispose()
+
+
+# SQLite: see ``_prepare_sqlite``. PostgreSQL by default shows each statement another moment.
+_READER_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sqlite": {"sqlite_begin": "BEGIN"},
+        "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+    }
+)
+
+
+def _parse(url: str) -> URL:
+    """The URL, with the driver that is used; messages leave it out, for it may hold a password."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise StoreConfigError(_SUBJECT, "is not a database URL") from None
+    match parsed.drivername:
+        case "sqlite" | "sqlite+pysqlite" | "postgresql+psycopg":
+            return parsed
+        case "postgresql" | "postgres":
+            return parsed.set(drivername="postgresql+psycopg")
+    raise StoreConfigError(
+        _SUBJECT, f"names the database '{parsed.drivername}'; sqlite and postgresql+psycopg are served"
+    )
+
+
+def _create_engine(url: URL) -> Engine:
+    is_sqlite = url.get_backend_name() == "sqlite"
+    defaults = _SQLITE_DEFAULTS if is_sqlite else _POSTGRESQL_DEFAULTS
+    connect_args = {key: value for key, value in defaults.items() if key not in url.query}
+    if is_sqlite:
+        return _create_sqlite_engine(url, connect_args)
+    try:
+        # Pings, so that a server that was restarted meanwhile is no error.
+        return create_engine(url, connect_args=connect_args, pool_pre_ping=True)
+    except ModuleNotFoundError:
+        raise StoreConfigError(_SUBJECT, "needs psycopg: pip install 'manyhats[postgres]'") from None
+
+
+def _create_sqlite_engine(url: URL, connect_args: dict[str, Any]) -> Engine:
+    # A database in memory lives in its one connection, which threads take in turn.
+    one = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0} if url.database in _MEMORY else {}
+    engine = create_engine(url, connect_args=connect_args | {"check_same_thread": False}, **one)
+    _prepare_sqlite(engine)
+    return engine
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def connect(connection: sqlite3.Connection, _: object) -> None:
+        # Transactions begin below, not where Python's driver would begin them.
+        connection.isolation_level = None
+        _enter_wal(connection)
+        # A commit is on the disk when it returns.
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A writer takes the lock at once: one that has read first cannot wait for another.
+        connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN IMMEDIATE"))
+
+
+def _enter_wal(connection: sqlite3.Connection) -> None:
+    """Readers then never wait for a writer. SQLite does not wait for its turn to switch, so this does."""
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # The low byte is the kind of error, the others its details.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _open_schema(connection: Connection) -> str:
+    """Make the tables if they are missing; gives the catalogue's id."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRESQL_SCHEMA_LOCK})
+    if not inspect(connection).has_table(CATALOGUE.name):
+        METADATA.create_all(connection)
+        fresh = {"id": 1, "schema_version": SCHEMA_VERSION, "catalogue_id": uuid.uuid4().hex, "generation": 0}
+        connection.execute(insert(CATALOGUE), fresh)
+    found = connection.execute(select(CATALOGUE.c.schema_version)).scalar_one()
+    if found != SCHEMA_VERSION:
+        raise StoreConfigError(
+            _SUBJECT, f"has tables of schema version {found}; this software knows version {SCHEMA_VERSION}"
+        )
+    return str(connection.execute(select(CATALOGUE.c.catalogue_id)).scalar_one())
+
+
+@contextlib.contextmanager
+def _database_errors() -> Iterator[None]:
+    """Turn errors of the database into the store's; their text names no host and no path."""
+    try:
+        yield
+    except IntegrityError:
+        raise  # a mistake in this software
+    except (DBAPIError, PoolTimeoutError) as error:
+        raise _store_error(error) from error
+
+
+def _store_error(error: Exception) -> StoreError:
+    cause = getattr(error, "orig", None)
+    is_full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    if is_full or getattr(cause, "sqlstate", None) == "53100":
+        return StoreFullError("catalogue", "no space is left in its database")
+    return StoreUnavailableError("catalogue", "its database cannot be reached or used now")

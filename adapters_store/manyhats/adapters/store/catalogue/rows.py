@@ -1,0 +1,129 @@
+"""Tasks as rows of the catalogue's tables: reading them, and writing what changed of one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, insert, select, update
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.store.catalogue.database import WriteTransaction
+from manyhats.adapters.store.catalogue.documents import details_document, read_details
+from manyhats.adapters.store.catalogue.tables import ARTIFACTS, CATALOGUE, TASKS, VERSIONS
+from manyhats.adapters.store.catalogue.task import CataloguedTask, version_state
+
+# How many values one statement names; databases have limits.
+_MAX_VALUES = 1000
+
+
+def read_generation(connection: Connection) -> int:
+    """Counts the catalogue's writes."""
+    return int(connection.execute(select(CATALOGUE.c.generation)).scalar_one())
+
+
+def read_task(connection: Connection, task_id: str) -> CataloguedTask:
+    """One task; one without versions if it never was."""
+    return next(iter(_read_tasks(connection, TASKS.c.task_id == task_id)), CataloguedTask(task_id=task_id))
+
+
+def read_changed_tasks(connection: Connection, since: int) -> list[CataloguedTask]:
+    """The tasks that writes after generation ``since`` changed; 0: all tasks."""
+    return _read_tasks(connection, TASKS.c.generation > since)
+
+
+def read_named_digests(connection: Connection, digests: Collection[str]) -> frozenset[str]:
+    """Those digests whose artifact some version is made of."""
+    asked = sorted(digests)
+    named: set[str] = set()
+    for start in range(0, len(asked), _MAX_VALUES):
+        some = asked[start : start + _MAX_VALUES]
+        named.update(connection.scalars(select(ARTIFACTS.c.digest).where(ARTIFACTS.c.digest.in_(some))))
+    return frozenset(named)
+
+
+def write_task(
+    transaction: WriteTransaction, before: CataloguedTask, after: CataloguedTask
+) -> CataloguedTask:
+    """Write what differs between two states of a task; gives the second, of the transaction's generation."""
+    after = replace(after, generation=transaction.generation)
+    connection = transaction.connection
+    _write_head(connection, after, is_new=not before.generation)
+    _delete_versions(connection, before.task_id, before.versions.keys() - after.versions)
+    _insert_versions(
+        connection, [after.versions[number] for number in after.versions.keys() - before.versions]
+    )
+    for number in before.versions.keys() & after.versions:
+        old, new = before.versions[number], after.versions[number]
+        if (old.state_reason, old.registered_for) != (new.state_reason, new.registered_for):
+            _write_change(connection, new)
+    return after
+
+
+def _read_tasks(connection: Connection, condition: ColumnElement[bool]) -> list[CataloguedTask]:
+    heads = connection.execute(select(TASKS).where(condition).order_by(TASKS.c.task_id)).all()
+    query = select(VERSIONS).join(TASKS).where(condition).order_by(VERSIONS.c.task_id, VERSIONS.c.version)
+    rows: dict[str, list[Row[Any]]] = {head.task_id: [] for head in heads}
+    for row in connection.execute(query):
+        rows[row.task_id].append(row)
+    return [
+        CataloguedTask(
+            task_id=head.task_id,
+            generation=head.generation,
+            last_version=head.last_version,
+            active_version=head.active_version,
+            versions=MappingProxyType(
+                {row.version: _read_version(row, head.active_version) for row in rows[head.task_id]}
+            ),
+        )
+        for head in heads
+    ]
+
+
+def _read_version(row: Row[Any], active_version: int | None) -> AdapterRecord:
+    return read_details(
+        row.details,
+        task_id=row.task_id,
+        version=row.version,
+        digest=row.digest,
+        size_bytes=row.size_bytes,
+        state=version_state(row.version, active_version, row.failure),
+        state_reason=row.failure,
+    )
+
+
+def _write_head(connection: Connection, task: CataloguedTask, *, is_new: bool) -> None:
+    values = {
+        "last_version": task.last_version,
+        "active_version": task.active_version,
+        "generation": task.generation,
+    }
+    if is_new:
+        connection.execute(insert(TASKS).values(task_id=task.task_id, **values))
+    else:
+        connection.execute(update(TASKS).where(TASKS.c.task_id == task.task_id).values(**values))
+
+
+def _insert_versions(connection: Connection, records: Iterable[AdapterRecord]) -> None:
+    for record in records:
+        name = {"task_id": record.task_id, "version": record.version}
+        row = {"digest": record.digest, "size_bytes": record.size_bytes, "failure": record.state_reason}
+        connection.execute(insert(VERSIONS).values(**name, **row, details=details_document(record)))
+        artifacts = {part.digest for part in record.parts}
+        connection.execute(insert(ARTIFACTS), [name | {"digest": digest} for digest in artifacts])
+
+
+def _delete_versions(connection: Connection, task_id: str, versions: Collection[int]) -> None:
+    if versions:
+        one = delete(VERSIONS).where(VERSIONS.c.task_id == task_id, VERSIONS.c.version == bindparam("gone"))
+        connection.execute(one, [{"gone": version} for version in versions])
+
+
+def _write_change(connection: Connection, record: AdapterRecord) -> None:
+    """What may change of a version, written anew."""
+    is_it = (VERSIONS.c.task_id == record.task_id) & (VERSIONS.c.version == record.version)
+    connection.execute(
+        update(VERSIONS).where(is_it).values(failure=record.state_reason, details=details_document(record))
+    )

@@ -1,0 +1,112 @@
+"""Opens a store: a directory, or object storage with a catalogue in a database."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from manyhats.adapters.disk.scratch import Scratch
+from manyhats.adapters.disk.store_errors import store_errors
+from manyhats.adapters.errors import StoreConfigError
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sources.sources import AdapterSources
+from manyhats.adapters.store.artifacts.opening import DEFAULT_CACHE_BYTES, open_artifacts
+from manyhats.adapters.store.catalogue.catalogue import Catalogue
+from manyhats.adapters.store.store import AdapterStore
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_CATALOGUE_FILE = "catalogue.db"
+
+
+def open_store(
+    store: str | Path,
+    base: BaseDescription | None,
+    allowed_roots: Sequence[Path] = (),
+    *,
+    catalogue_url: str = "",
+    url_prefixes: Sequence[str] = (),
+    limits: AdapterLimits | None = None,
+    quotas: Quotas | None = None,
+    cache_directory: Path | None = None,
+    cache_max_bytes: int = DEFAULT_CACHE_BYTES,
+    create: bool = True,
+    sweep: bool = True,
+) -> AdapterStore:
+    """Open a store, made if it is missing; what a crash left in it is removed.
+
+    A directory holds everything: ``artifacts/``, ``catalogue.db`` and ``scratch/``. Object storage holds artifacts
+    alone; the catalogue is then a database that every replica reaches.
+
+    Args:
+        store: a directory, or a URL such as ``s3://bucket/manyhats``.
+        base: the resident base; None for upkeep (list, verify, gc, export, activate, delete) alone.
+        allowed_roots: the directories that sources may lie under.
+        catalogue_url: a database; empty for the directory's own.
+        url_prefixes: what URLs of sources may begin with, such as ``s3://bucket/adapters/``; none by default.
+        limits: how large an adapter may be.
+        quotas: how much there may be.
+        cache_directory: where copies of what lies in object storage are kept; None for none.
+        cache_max_bytes: of those copies.
+        create: make a directory that is missing; otherwise it is an error.
+        sweep: remove what a crash left; otherwise ``gc`` finds it.
+
+    Raises:
+        StoreConfigError: the settings do not go together; ``subject`` is the setting.
+        StoreError: the store cannot be read or written.
+    """
+    limits, quotas = limits or AdapterLimits(), quotas or Quotas()
+    directory = _directory(store)
+    if directory is not None:
+        _make(directory, create=create)
+        catalogue_url = catalogue_url or f"sqlite:///{directory / _CATALOGUE_FILE}"
+    elif not catalogue_url:
+        raise StoreConfigError("catalogue_url", "must be given where the artifacts lie in object storage")
+    with contextlib.ExitStack() as undo:
+        catalogue = Catalogue(catalogue_url)
+        undo.callback(catalogue.close)
+        storage = open_artifacts(
+            directory or str(store), limits, cache_directory=cache_directory, cache_max_bytes=cache_max_bytes
+        )
+        # Nothing may be removed unless it is certain that this catalogue says what is needed.
+        storage.claim(catalogue.catalogue_id)
+        scratch = _scratch(directory, quotas)
+        undo.callback(scratch.close)
+        if sweep:
+            storage.sweep(catalogue.named)
+            scratch.sweep()
+        sources = AdapterSources(allowed_roots, url_prefixes, scratch, limits)
+        undo.pop_all()
+    return AdapterStore(storage, catalogue, sources, scratch, base, limits, quotas)
+
+
+def _directory(store: str | Path) -> Path | None:
+    """The directory that a store is, links resolved; None for object storage."""
+    if isinstance(store, str) and _URL.match(store):
+        parts = urlsplit(store)
+        if parts.scheme.lower() != "file":
+            return None
+        store = unquote(parts.path)
+    if not str(store):
+        raise StoreConfigError("store", "is empty")
+    return Path(os.path.realpath(store))
+
+
+def _make(directory: Path, *, create: bool) -> None:
+    if "?" in str(directory):
+        raise StoreConfigError("store", "a store's path has no question mark")
+    if not create and not (directory / _CATALOGUE_FILE).exists():
+        raise StoreConfigError("store", "there is no store in this directory")
+    with store_errors():
+        directory.mkdir(parents=True, exist_ok=True)
+
+
+def _scratch(directory: Path | None, quotas: Quotas) -> Scratch:
+    if directory is None:
+        return Scratch.temporary(quotas.max_transfers)
+    return Scratch(directory / "scratch", quotas.max_transfers)

@@ -1,0 +1,113 @@
+"""The last steps of a registration: bytes first, the catalogue's row last; a failure leaves neither."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+
+from manyhats.adapters.artifact import AdapterRecord, AdapterState
+from manyhats.adapters.errors import DigestMismatchError, StoreError
+from manyhats.adapters.lowering.validation import ValidVersion, measure
+from manyhats.adapters.probe import Prepare, Probe
+from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.store.artifacts.storage import ArtifactStorage
+from manyhats.adapters.store.catalogue.answers import Registration, RegistrationBody
+from manyhats.adapters.store.catalogue.catalogue import Catalogue
+
+
+class Publisher:
+    """Makes valid versions known. Safe in any thread; several processes may publish into one store.
+
+    Args:
+        storage: holds the bytes.
+        catalogue: holds the rows.
+        quotas: bound what is published.
+    """
+
+    def __init__(self, storage: ArtifactStorage, catalogue: Catalogue, quotas: Quotas) -> None:
+        self._storage = storage
+        self._catalogue = catalogue
+        self._quotas = quotas
+
+    def recall(self, body: RegistrationBody) -> Registration | None:
+        """The answer that the body's request id was given before; None if it is new.
+
+        Raises:
+            RequestIdReusedError: it was used for something else.
+        """
+        return self._catalogue.recall(body)
+
+    def check_quotas(self, task_id: str, digest: str, size_bytes: int) -> None:
+        """Refuse early what ``publish`` would refuse: a version that is new and over a quota.
+
+        Raises:
+            QuotaExceededError: ``subject`` is the quota.
+        """
+        if self._catalogue.find_digest(task_id, digest) is None:
+            self._catalogue.check_quotas(task_id, size_bytes, self._quotas)
+
+    def publish(
+        self,
+        valid: ValidVersion,
+        body: RegistrationBody,
+        *,
+        source: str,
+        probe: Probe | None,
+        prepare: Prepare | None,
+    ) -> Registration:
+        """Probe a version, store it and catalogue it; or, if it is to be validated only, say what it would be.
+
+        Raises:
+            DigestMismatchError: it is not the expected one.
+            QuotaExceededError: it would be over a quota.
+            AdapterInvalidError, AdapterNoEffectError: the probe says so.
+            RequestIdReusedError: the request id was used for something else meanwhile.
+            StoreError: it could not be written; nothing is published then.
+        """
+        if body.expected_digest not in ("", valid.digest):
+            raise DigestMismatchError("expected_digest", f"the adapter's digest is {valid.digest}")
+        self.check_quotas(body.task_id, valid.digest, valid.size_bytes)
+        effect = None if probe is None else measure(valid.lowered, probe)
+        draft = _draft(valid, body, source, effect)
+        if body.validate_only:
+            existing = self._catalogue.find_digest(body.task_id, valid.digest)
+            return self._catalogue.remember(body, Registration(existing or draft, created=False))
+        with self._discarded_on_failure(valid.files), self._storage.publishing():
+            for digest, files in valid.files.items():
+                self._storage.publish(digest, files)
+            if prepare is not None and body.activate:
+                prepare(draft, valid.lowered)
+            return self._catalogue.add(draft, body, self._quotas)
+
+    @contextlib.contextmanager
+    def _discarded_on_failure(self, digests: Collection[str]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # Whether the row was committed is asked of the database; what cannot be removed now, a sweep finds.
+            with contextlib.suppress(StoreError):
+                self._storage.remove(digests, self._catalogue.named)
+            raise
+
+
+def _draft(valid: ValidVersion, body: RegistrationBody, source: str, effect: float | None) -> AdapterRecord:
+    """The record as it will be, but for version and state."""
+    return AdapterRecord(
+        task_id=body.task_id,
+        version=0,
+        digest=valid.digest,
+        method=valid.method,
+        state=AdapterState.CREATING,
+        parts=valid.parts,
+        size_bytes=valid.size_bytes,
+        num_parameters=valid.num_parameters,
+        source=source,
+        create_time=datetime.now(UTC),
+        base_model=valid.base_model,
+        registered_for=valid.registered_for,
+        labels=body.labels,
+        effect=effect,
+        notes=valid.notes,
+        text=valid.text,
+    )

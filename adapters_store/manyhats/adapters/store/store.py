@@ -1,0 +1,337 @@
+"""The adapter store: registers, lists, resolves, loads and deletes the versions of tasks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.disk.scratch import Scratch
+from manyhats.adapters.errors import (
+    AdapterError,
+    AdapterInUseError,
+    ArgumentInvalidError,
+    DataLossError,
+    StoreError,
+    TaskNotFoundError,
+)
+from manyhats.adapters.formats.text_files import text_of
+from manyhats.adapters.labels import NO_LABELS
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.reader import parse_artifact
+from manyhats.adapters.lowering.version import LoadedVersion, lower_version
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.probe import Prepare, Probe
+from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sources.sources import AdapterSources
+from manyhats.adapters.store.artifacts.storage import ArtifactStorage, Swept
+from manyhats.adapters.store.catalogue.answers import Registration
+from manyhats.adapters.store.catalogue.catalogue import Catalogue
+from manyhats.adapters.store.catalogue.pages import Page, read_page
+from manyhats.adapters.store.intake import Intake, PartSource, checked_body, require_base
+from manyhats.adapters.store.maintenance import Verified, export_version, verify
+from manyhats.adapters.store.publication import Publisher
+from manyhats.adapters.store.upload import UploadFile, UploadSession
+from manyhats.adapters.taskid import check_task_id, parse_name
+
+__all__ = ["AdapterStore", "Page", "PartSource", "Registration"]
+
+
+class AdapterStore:
+    """Versions of tasks: rows in a catalogue, immutable artifacts in a storage. Safe in any thread.
+
+    ``open_store`` puts one together. Several processes may have one store open; what others change is known here
+    after ``refresh``.
+
+    Args:
+        storage: holds the artifacts.
+        catalogue: holds tasks and versions.
+        sources: opens what is registered.
+        scratch: takes uploads.
+        base: the resident base, which every adapter is checked against; None for upkeep alone.
+        limits: how large an adapter may be.
+        quotas: how much there may be.
+    """
+
+    def __init__(
+        self,
+        storage: ArtifactStorage,
+        catalogue: Catalogue,
+        sources: AdapterSources,
+        scratch: Scratch,
+        base: BaseDescription | None,
+        limits: AdapterLimits,
+        quotas: Quotas,
+    ) -> None:
+        self._storage = storage
+        self._catalogue = catalogue
+        self._scratch = scratch
+        self._base = base
+        self._limits = limits
+        self._intake = Intake(sources, scratch, Publisher(storage, catalogue, quotas), base, limits)
+
+    def register(
+        self,
+        task_id: str,
+        uri: str = "",
+        *,
+        parts: Sequence[PartSource] = (),
+        activate: bool = True,
+        validate_only: bool = False,
+        expected_digest: str = "",
+        request_id: str = "",
+        labels: Mapping[str, str] = NO_LABELS,
+        assume_base: bool = False,
+        probe: Probe | None = None,
+        prepare: Prepare | None = None,
+    ) -> Registration:
+        """Validate an adapter, or several to be combined, and publish a copy as a version of the task.
+
+        The same content again is the version that exists, activated if asked. The same ``request_id`` and
+        arguments again is the first answer. With ``validate_only`` nothing is stored: a record of version 0 says
+        what would be.
+
+        Args:
+            task_id: the task.
+            uri: a path under an allowed root, or a URL under an allowed prefix.
+            parts: in place of ``uri``, the adapters that are combined into one.
+            activate: whether the task's name means this version from now on.
+            validate_only: say what would be, and store nothing.
+            expected_digest: refuse any other; empty for none.
+            request_id: names the call, so that it may be repeated; empty for none.
+            labels: kept with the version.
+            assume_base: it is meant for this store's base, whatever name it records; shapes must fit still.
+            probe: measures the adapter's effect, which is recorded.
+            prepare: called before the version becomes active.
+
+        Raises:
+            ArgumentInvalidError: an argument is out of range.
+            RequestIdReusedError: the request id was used for something else.
+            SourceNotAllowedError, SourceNotFoundError, SourceUnavailableError: there is no such source here.
+            ArtifactError, BaseMismatchError: the adapter cannot be served on this base.
+            DigestMismatchError: it is not the expected one.
+            QuotaExceededError: there may be no more of it.
+            StoreError: it could not be written; nothing is published then.
+
+            Of a part, the error's subject begins with ``parts[1]``.
+        """
+        body = checked_body(
+            task_id=task_id,
+            activate=activate,
+            validate_only=validate_only,
+            expected_digest=expected_digest,
+            request_id=request_id,
+            labels=labels,
+            assume_base=assume_base,
+        )
+        return self._intake.register(uri, parts, body, probe, prepare)
+
+    def open_upload(
+        self,
+        task_id: str,
+        files: Sequence[UploadFile],
+        *,
+        activate: bool = True,
+        validate_only: bool = False,
+        expected_digest: str = "",
+        request_id: str = "",
+        labels: Mapping[str, str] = NO_LABELS,
+        assume_base: bool = False,
+    ) -> UploadSession:
+        """Begin an upload; all that can be told from its header is checked before a byte is taken.
+
+        Its ``finish`` does what ``register`` does, with the same arguments. An upload that broke off may be
+        repeated whole.
+
+        Raises:
+            ArgumentInvalidError: an argument is out of range.
+            ArtifactError: these files are no adapter, or over a limit.
+            DigestMismatchError: they are not the expected ones.
+            QuotaExceededError: there may be no more of it, or too many uploads are under way.
+            StoreError: the files cannot be written.
+        """
+        body = checked_body(
+            task_id=task_id,
+            activate=activate,
+            validate_only=validate_only,
+            expected_digest=expected_digest,
+            request_id=request_id,
+            labels=labels,
+            assume_base=assume_base,
+        )
+        return self._intake.open_upload(files, body)
+
+    def get(self, name: str) -> AdapterRecord:
+        """The version that ``task`` (its active one) or ``task@3`` names.
+
+        Raises:
+            TaskIdInvalidError, TaskNotFoundError, NoActiveVersionError: it names none.
+        """
+        return self._catalogue.resolve(parse_name(name))
+
+    def resolve(self, name: str) -> AdapterRecord:
+        """The version that a request for ``name`` runs on; a look-up in memory, for every request.
+
+        Raises:
+            TaskIdInvalidError, TaskNotFoundError, NoActiveVersionError: it names none.
+        """
+        return self._catalogue.resolve(parse_name(name))
+
+    def versions(self, task_id: str) -> tuple[AdapterRecord, ...]:
+        """All versions of a task, oldest first.
+
+        Raises:
+            TaskIdInvalidError, TaskNotFoundError: there is no such task.
+        """
+        return self._catalogue.versions(check_task_id(task_id))
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether any version of any task has this digest; a look-up in memory."""
+        return self._catalogue.has_digest(digest)
+
+    def list(self, *, task_id: str = "", page_size: int = 0, page_token: str = "") -> Page:
+        """Versions ordered by task id and version.
+
+        Args:
+            task_id: of this task alone; empty for all. A task that does not exist has an empty list.
+            page_size: at most this many (1000 at most); 0 for 100.
+            page_token: from the page before, of a list with the same ``task_id``.
+
+        Raises:
+            ArgumentInvalidError: an argument is out of range.
+        """
+        return read_page(self._catalogue, task_id=task_id, page_size=page_size, page_token=page_token)
+
+    def activate(self, name: str) -> AdapterRecord:
+        """Make ``task@3`` the version that ``task`` means.
+
+        Raises:
+            TaskIdInvalidError, TaskNotFoundError: there is no such version, or the name gives none.
+            DataLossError: its stored files are known to be damaged.
+            StoreError: the catalogue cannot be written.
+        """
+        parsed = parse_name(name)
+        if parsed.version is None:
+            raise ArgumentInvalidError("task_id", "must name the version to activate, as in 'task@3'")
+        return self._catalogue.activate(parsed.task_id, parsed.version)
+
+    def delete(
+        self, name: str, *, in_use: Callable[[AdapterRecord], bool], force: bool = False
+    ) -> tuple[AdapterRecord, ...]:
+        """Remove one version (``task@3``) or all (``task``), and the files that no version needs any more.
+
+        Args:
+            name: what to remove.
+            in_use: whether requests run on a version. It is called while nobody can resolve one, so it must
+                be quick.
+            force: remove it even so; who has loaded it already keeps it.
+
+        Returns:
+            What was removed.
+
+        Raises:
+            TaskIdInvalidError, TaskNotFoundError: there is nothing of that name.
+            AdapterInUseError: it is in use and ``force`` is not given; nothing is removed then.
+            StoreError: the catalogue cannot be written; nothing is removed then.
+        """
+
+        def refuse_in_use(records: Sequence[AdapterRecord]) -> None:
+            used = next((record for record in records if not force and in_use(record)), None)
+            if used is not None:
+                raise AdapterInUseError(
+                    used.name, "requests are running on it; force its deletion, or try again later"
+                )
+
+        removed = self._catalogue.remove(parse_name(name), refuse_in_use)
+        digests = {part.digest for record in removed for part in record.parts}
+        # The versions are gone, whatever becomes of their bytes: a sweep finds those that cannot be removed now.
+        with contextlib.suppress(StoreError):
+            self._storage.remove(digests, self._catalogue.named)
+        return removed
+
+    def refresh(self) -> frozenset[str]:
+        """Learn what other processes changed.
+
+        Returns:
+            The tasks that changed since the last call, by whomever.
+
+        Raises:
+            StoreUnavailableError: the catalogue cannot be read; what was known stays known.
+        """
+        return self._catalogue.refresh()
+
+    def load(self, record: AdapterRecord) -> LoadedVersion:
+        """Read a version's stored artifacts into memory.
+
+        Raises:
+            TaskNotFoundError: it was deleted meanwhile.
+            DataLossError: its files are not those that were registered.
+            StoreUnavailableError: the storage fails.
+        """
+        artifacts = []
+        for part in record.parts:
+            try:
+                files = self._storage.read(part.digest)
+            except DataLossError:
+                raise self._loss(record) from None
+            artifacts.append(parse_artifact(files, part.digest, self._limits))
+        return LoadedVersion(record, tuple(artifacts))
+
+    def read_text(self, record: AdapterRecord) -> tuple[Mapping[str, bytes | bytearray], ...]:
+        """The text files of a version, name → content; one mapping for each part that has any.
+
+        Raises:
+            TaskNotFoundError, DataLossError, StoreUnavailableError: as ``load``.
+        """
+        try:
+            return tuple(text_of(self._storage.read(part.digest)) for part in record.parts if part.text_files)
+        except DataLossError:
+            raise self._loss(record) from None
+
+    def lower(self, record: AdapterRecord) -> LoweredAdapter:
+        """Read a version and lower it for the engine; its digest is the record's.
+
+        Raises:
+            TaskNotFoundError, DataLossError, StoreUnavailableError: as ``load``.
+            BaseMismatchError: it was registered for another base.
+            ArtifactError: it cannot be served on this one.
+        """
+        return lower_version(self.load(record), require_base(self._base), self._limits)
+
+    def verify(self) -> Iterator[Verified]:
+        """Digest every stored artifact again; see ``maintenance.verify``."""
+        return verify(self._catalogue, self._storage)
+
+    def gc(self, *, older_than_s: float = 24 * 3600.0) -> Swept:
+        """Remove artifacts that no version needs.
+
+        Args:
+            older_than_s: spares younger ones where a registration under way cannot be told from what is left over
+                (object stores).
+
+        Raises:
+            StoreUnavailableError: storage or catalogue fails.
+        """
+        return self._storage.gc(self._catalogue.named, older_than_s=older_than_s)
+
+    def export(self, name: str, directory: Path) -> tuple[Path, ...]:
+        """Write a version's files to a new or empty directory; see ``maintenance.export_version``."""
+        record = self.get(name)
+        try:
+            return export_version(record, self._storage, directory)
+        except DataLossError:
+            raise self._loss(record) from None
+
+    def close(self) -> None:
+        """Give back connections and scratch space. Look-ups go on; nothing else may be called."""
+        self._catalogue.close()
+        self._scratch.close()
+
+    def _loss(self, record: AdapterRecord) -> AdapterError:
+        """Why a version's bytes are not there: it was deleted, by some process, or they are lost."""
+        digests = {part.digest for part in record.parts}
+        if self._catalogue.named(digests) == digests:
+            return DataLossError(record.name, "its stored files are missing or damaged")
+        return TaskNotFoundError(record.name, "was deleted")

@@ -1,0 +1,270 @@
+"""An upload: files that arrive piece by piece, in any order, and are verified before anything is made of them."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from manyhats.adapters.disk.digest import digest_of_hashes
+from manyhats.adapters.disk.files import SourceDirectory
+from manyhats.adapters.disk.scratch import ScratchDirectory
+from manyhats.adapters.disk.store_errors import store_errors
+from manyhats.adapters.errors import (
+    AdapterInvalidError,
+    AdapterTooLargeError,
+    AdapterUnsafeError,
+    AdapterUnsupportedError,
+    ArgumentInvalidError,
+    DigestMismatchError,
+)
+from manyhats.adapters.formats.adapterhub import format as adapterhub_format
+from manyhats.adapters.formats.artifact_files import FILES, max_bytes_of
+from manyhats.adapters.formats.peft import format as peft_format
+from manyhats.adapters.formats.text_files import MAX_BYTES
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.probe import Prepare, Probe
+from manyhats.adapters.store.catalogue.answers import Registration
+
+_WEIGHTS = (peft_format.WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_READ_BYTES = 4 * 1024 * 1024
+# Pieces with holes between them that one file may have at a time; bounds memory.
+_MAX_PIECES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class UploadFile:
+    """A file as its sender announces it; ``sha256`` has 64 hexadecimal digits."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class Publish(Protocol):
+    """What the store does with the files of an upload once they are verified."""
+
+    def __call__(
+        self, directory: SourceDirectory, *, probe: Probe | None, prepare: Prepare | None
+    ) -> Registration:
+        """Validate and publish them."""
+        ...
+
+
+def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> tuple[UploadFile, ...]:
+    """Check what is announced, before a byte is taken: one config, one file of tensors, text files, and all sizes.
+
+    Returns:
+        The files, their hashes in lower case.
+
+    Raises:
+        ArgumentInvalidError: ``subject`` is the field, such as ``files[1].name``.
+        AdapterInvalidError, AdapterUnsafeError, AdapterUnsupportedError: as a directory of these files.
+        AdapterTooLargeError: over a limit.
+    """
+    if len(files) > len(FILES):
+        raise ArgumentInvalidError("files", f"has {len(files)} entries; an adapter has at most {len(FILES)}")
+    checked = tuple(_check_file(f"files[{index}]", file) for index, file in enumerate(files))
+    names = [file.name for file in checked]
+    if len(set(names)) < len(names):
+        raise ArgumentInvalidError("files", "name a file twice")
+    peft_format.check_names(names)
+    if all(name in names for name in _WEIGHTS):
+        raise AdapterUnsupportedError(
+            _WEIGHTS[1], f"would not be used beside {_WEIGHTS[0]}; send one of them"
+        )
+    for file in checked:
+        limit = max_bytes_of(file.name, limits)
+        if file.size_bytes > limit:
+            raise AdapterTooLargeError(file.name, f"has {file.size_bytes} bytes; the limit is {limit}")
+    if (total := sum(file.size_bytes for file in checked)) > limits.max_size_bytes:
+        raise AdapterTooLargeError("files", f"have {total} bytes; the limit is {limits.max_size_bytes}")
+    return checked
+
+
+def announced_digest(files: Sequence[UploadFile]) -> str:
+    """The digest of the artifact that the files will be, if they arrive as announced."""
+    return digest_of_hashes({file.name: (file.sha256, file.size_bytes) for file in files})
+
+
+class UploadSession:
+    """One upload. Its calls may come from any thread, and wait for each other; ``abort`` ends it at any time.
+
+    Args:
+        files: checked by ``check_files``.
+        directory: an empty one, which the session takes over.
+        publish: called once, with a directory of the files, when all are verified.
+    """
+
+    def __init__(self, files: Sequence[UploadFile], directory: ScratchDirectory, publish: Publish) -> None:
+        self._directory = directory
+        self._publish = publish
+        self._lock = threading.Lock()
+        self._is_open = True
+        self._files: list[_IncomingFile] = []
+        try:
+            for file in files:
+                self._files.append(_IncomingFile(file, directory.create(file.name)))
+        except BaseException:
+            self.abort()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def write(self, file_index: int, offset: int, data: bytes) -> None:
+        """Take bytes ``offset`` and following of a file.
+
+        Raises:
+            ArgumentInvalidError: there is no such file, or the bytes lie outside it or were sent before.
+            StoreError: they cannot be written.
+        """
+        with self._lock:
+            self._require_open()
+            if not 0 <= file_index < len(self._files):
+                raise ArgumentInvalidError(
+                    "chunk.file_index", f"is {file_index}; the header announced {len(self._files)} files"
+                )
+            self._files[file_index].write(offset, data)
+
+    def finish(self, *, probe: Probe | None = None, prepare: Prepare | None = None) -> Registration:
+        """Verify every file, then validate and publish them as ``register`` does. The session ends, either way.
+
+        Raises:
+            ArgumentInvalidError: bytes are missing.
+            DigestMismatchError: a file is not the one announced; ``subject`` is its name.
+            AdapterError: as ``AdapterStore.register``.
+        """
+        with self._lock:
+            self._require_open()
+            try:
+                for file in self._files:
+                    file.verify()
+                return self._publish(
+                    SourceDirectory(self._directory.descriptor), probe=probe, prepare=prepare
+                )
+            finally:
+                self._end()
+
+    def abort(self) -> None:
+        """Remove what has arrived; after the end it does nothing."""
+        with self._lock:
+            self._end()
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise ArgumentInvalidError("chunk", "comes after the upload's end")
+
+    def _end(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            for file in self._files:
+                file.close()
+            self._directory.close()
+
+
+class _IncomingFile:
+    """One file on its way in: which bytes are there, and the hash of those that came in order."""
+
+    def __init__(self, announced: UploadFile, descriptor: int) -> None:
+        self._announced = announced
+        self._descriptor = descriptor
+        # Begins and ends of what is there, disjoint, in order and not adjacent.
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        self._hash = hashlib.sha256()
+        self._num_hashed = 0
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write a piece; see ``UploadSession.write``."""
+        end = offset + len(data)
+        self._check_bounds(offset, end)
+        self._take(offset, end)
+        with store_errors():
+            _write_all(self._descriptor, data, offset)
+        if offset == self._num_hashed:  # hashed while it is at hand; what comes out of order is read again
+            self._hash.update(data)
+            self._num_hashed = end
+
+    def verify(self) -> None:
+        """Raises unless every byte is there and they are those announced."""
+        name, size = self._announced.name, self._announced.size_bytes
+        if (self._begins, self._ends) != ([0], [size]):
+            arrived = sum(self._ends) - sum(self._begins)
+            raise ArgumentInvalidError("chunk", f"'{name}' is not whole: {arrived} of {size} bytes came")
+        with store_errors():
+            while self._num_hashed < size:
+                piece = os.pread(self._descriptor, _READ_BYTES, self._num_hashed)
+                if not piece:
+                    break  # the hash tells
+                self._hash.update(piece)
+                self._num_hashed += len(piece)
+        if (sha256 := self._hash.hexdigest()) != self._announced.sha256:
+            raise DigestMismatchError(name, f"was announced with another SHA-256 than it has, {sha256}")
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._descriptor)
+
+    def _check_bounds(self, offset: int, end: int) -> None:
+        if offset < 0 or end > self._announced.size_bytes:
+            raise ArgumentInvalidError(
+                "chunk.offset",
+                f"bytes {offset} to {end} lie outside '{self._announced.name}', which was announced with "
+                f"{self._announced.size_bytes} bytes",
+            )
+        if offset == end:
+            raise ArgumentInvalidError("chunk.data", "is empty")
+
+    def _take(self, begin: int, end: int) -> None:
+        """Account for a piece, joined with those that it touches."""
+        index = bisect.bisect_left(self._ends, begin)  # the first piece that ends at or behind ``begin``
+        stop = bisect.bisect_right(self._begins, end)  # behind the last that begins at or before ``end``
+        touched = range(index, stop)
+        if any(self._begins[i] < end and begin < self._ends[i] for i in touched):
+            raise ArgumentInvalidError(
+                "chunk.offset",
+                f"bytes {begin} to {end} of '{self._announced.name}' overlap those sent before",
+            )
+        if not touched and len(self._begins) >= _MAX_PIECES:
+            raise ArgumentInvalidError(
+                "chunk.offset", f"'{self._announced.name}' has over {_MAX_PIECES} pieces with holes between"
+            )
+        self._begins[index:stop] = [min([begin, *self._begins[index:stop]])]
+        self._ends[index:stop] = [max([end, *self._ends[index:stop]])]
+
+
+def _check_file(field: str, file: UploadFile) -> UploadFile:
+    if file.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
+        raise AdapterUnsafeError(file.name, "may be a pickle, which can run code when it is read")
+    if file.name not in FILES:
+        raise ArgumentInvalidError(
+            f"{field}.name",
+            f"an upload has {peft_format.CONFIG_FILE} and {_WEIGHTS[0]} or {_WEIGHTS[1]}, and of text files "
+            + ", ".join(MAX_BYTES),
+        )
+    if file.size_bytes < 1:
+        raise AdapterInvalidError(file.name, "is empty")
+    sha256 = file.sha256.lower()
+    if _SHA256.fullmatch(sha256) is None:
+        raise ArgumentInvalidError(f"{field}.sha256", "has 64 hexadecimal digits")
+    return UploadFile(file.name, file.size_bytes, sha256)
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
