@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from manyhats.engine.threads.openmp import sleep_soon
-from postgres_server import PostgresServer
-from s3_server import Bucket, S3Server
+from support.servers.postgres import PostgresServer
+from support.servers.s3 import Bucket, S3Server
 
 sleep_soon()  # before any test imports torch: on a busy machine the tests would take ten times as long
 

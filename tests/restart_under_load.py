@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 
-from adapter_factory import make_lora
 from manyhats.adapters.disk.digest import artifact_digest
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
@@ -34,6 +33,7 @@ from manyhats.engine.checkpoints.checkpoint import read_json
 from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.home import default_home
 from manyhats.engine.model.families import describe, read_architecture
+from support.factories.adapters import make_lora
 
 NUM_UPLOADERS = 4
 NUM_CALLERS = 4

@@ -22,7 +22,7 @@ from benchmarks.service import Stream, common_steps
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.workload import MIXED_CASE, VIRTUAL_CASES, Case, Workload, quick_settings
 
-from tiny_models import make_checkpoint
+from support.factories.tiny_models import make_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

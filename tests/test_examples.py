@@ -26,8 +26,6 @@ from examples.tasks import TASKS
 from examples.tasks.pirate import speak_pirate
 from examples.tasks.task import ExampleTask, Item, held_out_items, train_items
 
-from client_fakes import TEXT, make_status, running_server
-from default_model import DEFAULT_MODEL
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord
 from manyhats.adapters.primitives import LowRank
 from manyhats.adapters.store.opening import open_store
@@ -42,6 +40,8 @@ from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data import collate, read_rows
 from manyhats.trainer.settings import LoraSettings
 from manyhats.v1.generation_pb2 import GenerateRequest
+from support.factories.default_model import DEFAULT_MODEL
+from support.fakes.client import TEXT, make_status, running_server
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NUM_SERVED = 6

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from adapter_factory import make_base, make_lora
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
+from support.factories.adapters import make_base, make_lora
 
 
 @pytest.fixture

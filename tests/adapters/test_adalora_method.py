@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import AdaLoraConfig
 
-from adapter_factory import ALL_LINEARS, make_adalora, make_base
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -19,7 +18,8 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.methods.adalora import adalora_delta, adalora_scale
 from manyhats.adapters.methods.lora import lora_delta
 from manyhats.adapters.primitives import LowRank
-from peft_reference import (
+from support.factories.adapters import ALL_LINEARS, make_adalora, make_base
+from support.oracles.peft import (
     PEFT_FAMILIES,
     check_against_peft,
     make_peft,
@@ -28,7 +28,7 @@ from peft_reference import (
     save_peft,
     tiny_model,
 )
-from primitive_oracle import describe_model
+from support.oracles.primitives import describe_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

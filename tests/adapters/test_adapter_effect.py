@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from adapter_factory import make_base, make_ia3
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import (
     AdapterInvalidError,
@@ -20,8 +19,9 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.store.store import AdapterStore, PartSource
-from registrations import nobody
-from uploads import announced, content_of, send
+from support.factories.adapters import make_base, make_ia3
+from support.factories.registrations import nobody
+from support.factories.uploads import announced, content_of, send
 
 
 def published(tmp_path: Path) -> list[str]:

@@ -6,7 +6,7 @@ from manyhats.adapters.errors import (
     ArgumentInvalidError,
 )
 from manyhats.adapters.store.store import AdapterStore
-from registrations import nobody
+from support.factories.registrations import nobody
 
 
 def test_pages_cover_the_list_once_in_order(store: AdapterStore) -> None:

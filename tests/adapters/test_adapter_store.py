@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter_factory import make_base, make_lora
 from manyhats.adapters.artifact import AdapterRecord, AdapterState, ArtifactPart
 from manyhats.adapters.errors import (
     AdapterInUseError,
@@ -20,7 +19,8 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.store.store import AdapterStore
-from registrations import nobody
+from support.factories.adapters import make_base, make_lora
+from support.factories.registrations import nobody
 
 BASE = make_base(names=("org/tiny",))
 

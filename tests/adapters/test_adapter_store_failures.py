@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from adapter_factory import make_base
-from failing_calls import FailingCalls, failing
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore, PartSource
-from registrations import nobody
-from uploads import content_of, send
+from support.factories.adapters import make_base
+from support.factories.registrations import nobody
+from support.factories.uploads import content_of, send
+from support.harnesses.failing_calls import FailingCalls, failing
 
 BASE = make_base(names=("org/tiny",))
 

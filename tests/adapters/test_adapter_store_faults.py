@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from adapter_factory import make_base
 from manyhats.adapters.artifact import AdapterState
 from manyhats.adapters.errors import (
     AdapterTooLargeError,
@@ -21,7 +20,8 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
-from registrations import nobody
+from support.factories.adapters import make_base
+from support.factories.registrations import nobody
 
 BASE = make_base(names=("org/tiny",))
 
@@ -104,7 +104,7 @@ def test_several_processes_share_a_store(store: AdapterStore, tmp_path: Path, so
     record = store.register("fr", "a0").record
     program = (
         "import sys, pathlib\n"
-        "from adapter_factory import make_base\n"
+        "from support.factories.adapters import make_base\n"
         "from manyhats.adapters.store.opening import open_store\n"
         "root, sources = map(pathlib.Path, sys.argv[1:])\n"
         "store = open_store(root, make_base(names=('org/tiny',)), [sources])\n"

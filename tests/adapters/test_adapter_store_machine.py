@@ -13,14 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from adapter_factory import make_base
-from failing_calls import FailingCalls, failing
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import AdapterError, StoreError, TaskNotFoundError
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore, PartSource
-from registrations import nobody
-from uploads import content_of, send
+from support.factories.adapters import make_base
+from support.factories.registrations import nobody
+from support.factories.uploads import content_of, send
+from support.harnesses.failing_calls import FailingCalls, failing
 
 BASE = make_base(names=("org/tiny",))
 # Two plain versions and a composed one of both.

@@ -10,7 +10,6 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from adapter_factory import make_base
 from manyhats.adapters.artifact import AdapterState
 from manyhats.adapters.errors import (
     NoActiveVersionError,
@@ -21,8 +20,9 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore, PartSource
-from registrations import nobody
-from uploads import content_of, send
+from support.factories.adapters import make_base
+from support.factories.registrations import nobody
+from support.factories.uploads import content_of, send
 
 BASE = make_base(names=("org/tiny",))
 

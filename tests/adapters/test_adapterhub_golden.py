@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from default_model import default_model_directory
-from golden import ADAPTERHUB_FIXTURES, GOLDEN, adapterhub_directory, needs_golden
 from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.model.families import describe, read_architecture
-from primitive_oracle import logits_with
+from support.factories.default_model import default_model_directory
+from support.oracles.golden import ADAPTERHUB_FIXTURES, GOLDEN, adapterhub_directory, needs_golden
+from support.oracles.primitives import logits_with
 
 pytestmark = [pytest.mark.real_model, needs_golden]
 

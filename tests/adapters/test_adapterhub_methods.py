@@ -13,15 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapter_factory import make_base
-from adapterhub_factory import (
-    NAME,
-    PRESETS,
-    adapterhub_config,
-    adapterhub_tensors,
-    make_adapterhub,
-    write_adapterhub,
-)
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import (
     AdapterError,
@@ -38,7 +29,16 @@ from manyhats.adapters.primitives import Affine, KVPrefix, LoweredAdapter, LowRa
 from manyhats.adapters.sites import BaseDescription, Site
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
-from registrations import assert_refused
+from support.factories.adapterhub import (
+    NAME,
+    PRESETS,
+    adapterhub_config,
+    adapterhub_tensors,
+    make_adapterhub,
+    write_adapterhub,
+)
+from support.factories.adapters import make_base
+from support.factories.registrations import assert_refused
 
 BASE = make_base(names=("org/tiny",))
 METHODS = {

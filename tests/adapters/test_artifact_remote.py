@@ -25,7 +25,7 @@ from manyhats.adapters.store.artifacts.copies import list_copies
 from manyhats.adapters.store.artifacts.opening import open_artifacts
 from manyhats.adapters.store.artifacts.remote import RemoteArtifacts
 from manyhats.adapters.store.artifacts.storage import Swept
-from s3_server import Bucket
+from support.servers.s3 import Bucket
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 40}
 DIGEST = artifact_digest(FILES)

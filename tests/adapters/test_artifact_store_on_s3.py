@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from adapter_factory import make_base
 from manyhats.adapters.errors import DataLossError, StoreUnavailableError, TaskNotFoundError
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore, PartSource
-from registrations import nobody
-from s3_server import Bucket
+from support.factories.adapters import make_base
+from support.factories.registrations import nobody
+from support.servers.s3 import Bucket
 
 BASE = make_base(names=("org/tiny",))
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_factory import make_base, make_lora
 from manyhats.adapters.errors import BaseMismatchError
 from manyhats.adapters.formats.base_name import check_base_name, is_path, names_of_directory
 from manyhats.adapters.store.intake import PartSource
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
+from support.factories.adapters import make_base, make_lora
 
 BASE = make_base(names=("org/tiny",))
 

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adapter_factory import make_base
-from adapterhub_factory import NAME, PRESETS, adapterhub_config, adapterhub_tensors
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.formats.adapterhub.bottleneck import parse_bottleneck_config
 from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.methods.bottleneck import Flow, bottleneck_output, resolve_flow
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput
 from manyhats.adapters.sites import Site
-from primitive_oracle import bottleneck_output as oracle_output
+from support.factories.adapterhub import NAME, PRESETS, adapterhub_config, adapterhub_tensors
+from support.factories.adapters import make_base
+from support.oracles.primitives import bottleneck_output as oracle_output
 
 BASE = make_base(num_layers=2, hidden_size=16, num_heads=2, num_kv_heads=1, intermediate_size=24)
 MODULES = {"attention": "attention_adapters", "feed_forward": "output_adapters"}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from catalogue_records import allow, digest_of, make_body, make_record, names, refuse_with, register
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
 from manyhats.adapters.errors import (
     AdapterInUseError,
@@ -20,6 +19,15 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.store.catalogue.catalogue import IN_MEMORY, Catalogue
 from manyhats.adapters.taskid import TaskName
+from support.factories.catalogue_records import (
+    allow,
+    digest_of,
+    make_body,
+    make_record,
+    names,
+    refuse_with,
+    register,
+)
 
 
 @pytest.fixture(params=["memory", "sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from catalogue_records import allow, make_body, make_record, names, register
 from manyhats.adapters.errors import ArgumentInvalidError, QuotaExceededError, RequestIdReusedError
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.store.catalogue import answers as answered_requests
 from manyhats.adapters.store.catalogue.answers import Registration, check_request_id
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.taskid import TaskName
+from support.factories.catalogue_records import allow, make_body, make_record, names, register
 
 Open = Callable[[], Catalogue]
 

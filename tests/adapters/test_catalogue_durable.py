@@ -11,7 +11,6 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine, update
 
-from catalogue_records import allow, digest_of, make_body, make_record, names, register
 from manyhats.adapters.artifact import AdapterState, ArtifactPart
 from manyhats.adapters.errors import NoActiveVersionError, StoreConfigError, TaskNotFoundError
 from manyhats.adapters.quotas import Quotas
@@ -20,6 +19,7 @@ from manyhats.adapters.store.catalogue.database import CatalogueDatabase
 from manyhats.adapters.store.catalogue.rows import read_task
 from manyhats.adapters.store.catalogue.tables import CATALOGUE
 from manyhats.adapters.taskid import TaskName
+from support.factories.catalogue_records import allow, digest_of, make_body, make_record, names, register
 
 Open = Callable[[], Catalogue]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from catalogue_records import allow, make_body, make_record, names, register
 from manyhats.adapters.errors import (
     StoreConfigError,
     StoreFullError,
@@ -22,7 +21,8 @@ from manyhats.adapters.store.catalogue.answers import Registration
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.store.catalogue.database import CatalogueDatabase
 from manyhats.adapters.taskid import TaskName
-from postgres_server import PostgresServer
+from support.factories.catalogue_records import allow, make_body, make_record, names, register
+from support.servers.postgres import PostgresServer
 
 ANSWER = Registration(make_record("fr"), created=False)
 WRITES: list[Callable[[Catalogue], object]] = [

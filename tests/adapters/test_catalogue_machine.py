@@ -17,7 +17,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from catalogue_records import allow, digest_of, make_body, refuse_with, register
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import (
     AdapterError,
@@ -31,6 +30,7 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.taskid import TaskName
+from support.factories.catalogue_records import allow, digest_of, make_body, refuse_with, register
 
 TASKS = ("a", "a.b", "b")
 MAX_VERSIONS = 3

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from catalogue_records import names
-from catalogue_workers import add_versions, churn
 from manyhats.adapters.artifact import AdapterState
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
+from support.factories.catalogue_records import names
+from support.harnesses.catalogue_workers import add_versions, churn
 
 NUM_PROCESSES = 3
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_factory import make_ia3, make_lora
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.errors import (
     AdapterInvalidError,
@@ -34,9 +33,10 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore, PartSource
-from prefix_factory import make_prefix, make_prompt, tiny_model
-from primitive_oracle import describe_model, logits_with
-from registrations import nobody
+from support.factories.adapters import make_ia3, make_lora
+from support.factories.prefixes import make_prefix, make_prompt, tiny_model
+from support.factories.registrations import nobody
+from support.oracles.primitives import describe_model, logits_with
 
 TOKENS = [1, 5, 9, 33, 2, 60, 17, 8, 41]
 MODEL = tiny_model()

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapter_factory import ALL_LINEARS, lora_config, lora_tensors
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -40,7 +39,8 @@ from manyhats.adapters.primitives import (
     PromptEmbeddings,
 )
 from manyhats.adapters.sites import Site
-from prefix_factory import artifact_of, prefix_config, prefix_tensors, tiny_base
+from support.factories.adapters import ALL_LINEARS, lora_config, lora_tensors
+from support.factories.prefixes import artifact_of, prefix_config, prefix_tensors, tiny_base
 
 BASE = tiny_base()
 LIMITS = AdapterLimits()

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 
-from adapter_factory import ALL_LINEARS, make_lora
 from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.composition import AdapterPart, compose
 from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
-from prefix_factory import make_prefix, make_prompt, tiny_base, tiny_model
-from primitive_oracle import logits_with
+from support.factories.adapters import ALL_LINEARS, make_lora
+from support.factories.prefixes import make_prefix, make_prompt, tiny_base, tiny_model
+from support.oracles.primitives import logits_with
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")

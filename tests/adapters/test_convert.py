@@ -13,8 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapter_factory import lora_config, lora_tensors, make_base, make_lora
-from adapterhub_factory import PRESETS, adapterhub_config, adapterhub_tensors, make_adapterhub
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -27,6 +25,8 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.convert import convert
 from manyhats.adapters.store.opening import open_store
+from support.factories.adapterhub import PRESETS, adapterhub_config, adapterhub_tensors, make_adapterhub
+from support.factories.adapters import lora_config, lora_tensors, make_base, make_lora
 
 BASE = make_base(names=("org/tiny",))
 

@@ -11,8 +11,8 @@ from peft import LoraConfig
 
 from manyhats.adapters.errors import AdapterUnsupportedError
 from manyhats.adapters.primitives import LowRank
-from peft_reference import IDS, base_logits, make_peft, read_lowered, save_peft, tiny_model
-from primitive_oracle import describe_model, logits_with
+from support.oracles.peft import IDS, base_logits, make_peft, read_lowered, save_peft, tiny_model
+from support.oracles.primitives import describe_model, logits_with
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from adapter_factory import make_base, make_dora
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.methods.dora import dora_gain, dora_output, updated_lengths
 from manyhats.adapters.primitives import Affine, LowRank
 from manyhats.adapters.sites import Site
-from peft_reference import (
+from support.factories.adapters import make_base, make_dora
+from support.oracles.peft import (
     PEFT_FAMILIES,
     check_against_peft,
     make_peft,
@@ -23,7 +23,7 @@ from peft_reference import (
     save_peft,
     tiny_model,
 )
-from primitive_oracle import describe_model
+from support.oracles.primitives import describe_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

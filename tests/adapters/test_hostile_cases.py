@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from adapter_factory import make_lora
 from hostile.audit import Opened, leaks, recorded_opens
 from hostile.case import BASE, LIMITS, STATUS, Case, World, make_world, register
 from hostile.perform import perform
 from hostile.table import CASES
 from manyhats.adapters.store.opening import open_store
+from support.factories.adapters import make_lora
 
 PYTHON = [Path(path) for path in {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}]
 

@@ -9,7 +9,6 @@ import torch
 from peft import IA3Config
 from safetensors.torch import load_file
 
-from adapter_factory import make_base, make_ia3, write_adapter
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -20,7 +19,8 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.methods.ia3 import ia3_input, ia3_output
 from manyhats.adapters.primitives import Affine, InputScale
 from manyhats.adapters.sites import Site
-from peft_reference import (
+from support.factories.adapters import make_base, make_ia3, write_adapter
+from support.oracles.peft import (
     PEFT_FAMILIES,
     check_against_peft,
     make_peft,
@@ -29,7 +29,7 @@ from peft_reference import (
     save_peft,
     tiny_model,
 )
-from primitive_oracle import describe_model
+from support.oracles.primitives import describe_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_factory import lora_config, lora_tensors, make_base, make_lora, write_adapter
-from adapterhub_factory import (
+from manyhats.adapters.errors import SourceNotFoundError
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.inspect import Inspection, inspect
+from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.store.opening import open_store
+from support.factories.adapterhub import (
     PRESETS,
     adapterhub_config,
     adapterhub_tensors,
     make_adapterhub,
     write_adapterhub,
 )
-from manyhats.adapters.errors import SourceNotFoundError
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering.inspect import Inspection, inspect
-from manyhats.adapters.sites import BaseDescription
-from manyhats.adapters.store.opening import open_store
+from support.factories.adapters import lora_config, lora_tensors, make_base, make_lora, write_adapter
 
 BASE = make_base(names=("org/tiny",))
 BASES = pytest.mark.parametrize("base", [BASE, None], ids=["with base", "without"])

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adapter_factory import (
+from manyhats.adapters.lowering.inspect import inspect
+from manyhats.adapters.sites import BaseDescription
+from support.factories.adapters import (
     make_adalora,
     make_base,
     make_dora,
@@ -16,9 +18,7 @@ from adapter_factory import (
     make_token_rows,
     make_vera,
 )
-from manyhats.adapters.lowering.inspect import inspect
-from manyhats.adapters.sites import BaseDescription
-from prefix_factory import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
+from support.factories.prefixes import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
 
 Maker = Callable[[Path, BaseDescription], Path]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter_factory import lora_config, lora_tensors, make_base, make_lora
 from manyhats.adapters.disk.files import open_local, open_source
 from manyhats.adapters.errors import AdapterError, AdapterUnsafeError, SourceNotAllowedError
 from manyhats.adapters.lowering.convert import convert
 from manyhats.adapters.lowering.inspect import inspect
 from manyhats.adapters.store.intake import PartSource
 from manyhats.adapters.store.opening import open_store
+from support.factories.adapters import lora_config, lora_tensors, make_base, make_lora
 
 BASE = make_base(names=("org/tiny",))
 FILES = ("adapter_config.json", "adapter_model.safetensors")

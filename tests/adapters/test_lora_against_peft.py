@@ -11,7 +11,7 @@ from peft import LoraConfig
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, BaseMismatchError
 from manyhats.adapters.primitives import Affine, EmbeddingLowRank, LowRank
 from manyhats.adapters.sites import Site
-from peft_reference import (
+from support.oracles.peft import (
     PEFT_FAMILIES,
     check_against_peft,
     make_peft,
@@ -20,7 +20,7 @@ from peft_reference import (
     save_peft,
     tiny_model,
 )
-from primitive_oracle import describe_model
+from support.oracles.primitives import describe_model
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")

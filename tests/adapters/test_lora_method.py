@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_factory import ALL_LINEARS, lora_config, lora_tensors, make_base, make_lora, module_path
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterUnsupportedError
@@ -22,6 +21,14 @@ from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.methods.lora import lora_delta
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import Site
+from support.factories.adapters import (
+    ALL_LINEARS,
+    lora_config,
+    lora_tensors,
+    make_base,
+    make_lora,
+    module_path,
+)
 
 BASE = make_base()
 

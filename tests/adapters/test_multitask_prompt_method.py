@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_factory import write_adapter
 from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import (
     AdapterError,
@@ -23,7 +22,14 @@ from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
 from manyhats.adapters.methods.multitask_prompt_tuning import multitask_prompt
 from manyhats.adapters.primitives import PromptEmbeddings
-from prefix_factory import artifact_of, make_multitask_prompt, multitask_config, multitask_tensors, tiny_base
+from support.factories.adapters import write_adapter
+from support.factories.prefixes import (
+    artifact_of,
+    make_multitask_prompt,
+    multitask_config,
+    multitask_tensors,
+    tiny_base,
+)
 
 BASE = tiny_base()
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from adapter_factory import make_lora
 from hostile.case import BASE, LIMITS, WEIGHTS
 from manyhats.adapters.errors import AdapterTooLargeError
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
-from registrations import assert_refused
+from support.factories.adapters import make_lora
+from support.factories.registrations import assert_refused
 
 
 @pytest.fixture

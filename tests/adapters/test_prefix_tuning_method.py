@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_factory import write_adapter
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import (
@@ -27,7 +26,8 @@ from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.methods.prefix_tuning import PrefixTuningMethod, split_prefix
 from manyhats.adapters.primitives import KVPrefix
-from prefix_factory import artifact_of, make_prefix, prefix_config, prefix_tensors, tiny_base
+from support.factories.adapters import write_adapter
+from support.factories.prefixes import artifact_of, make_prefix, prefix_config, prefix_tensors, tiny_base
 
 BASE = tiny_base()
 

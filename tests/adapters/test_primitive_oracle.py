@@ -25,8 +25,8 @@ from manyhats.adapters.primitives import (
     PromptEmbeddings,
 )
 from manyhats.adapters.sites import Site
-from peft_reference import IDS, tiny_model
-from primitive_oracle import bottleneck_output, logits_with
+from support.oracles.peft import IDS, tiny_model
+from support.oracles.primitives import bottleneck_output, logits_with
 
 FAMILIES = ("llama", "gemma2", "phi3", "granite")
 

@@ -27,8 +27,14 @@ from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
 from manyhats.adapters.sites import BaseDescription
-from prefix_factory import make_multitask_prompt, make_p_tuning, make_prompt, tiny_base, tiny_model
-from primitive_oracle import logits_with
+from support.factories.prefixes import (
+    make_multitask_prompt,
+    make_p_tuning,
+    make_prompt,
+    tiny_base,
+    tiny_model,
+)
+from support.oracles.primitives import logits_with
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_factory import write_adapter
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.errors import (
@@ -25,7 +24,8 @@ from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.methods.prompt_tuning import PromptTuningMethod, prepend_prompt
 from manyhats.adapters.primitives import PromptEmbeddings
-from prefix_factory import (
+from support.factories.adapters import write_adapter
+from support.factories.prefixes import (
     artifact_of,
     make_p_tuning,
     make_prompt,

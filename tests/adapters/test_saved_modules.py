@@ -13,16 +13,10 @@ from peft import AdaLoraConfig, LoraConfig, VeraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapter_factory import lora_config, lora_tensors, make_base, write_adapter
 from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.primitives import EmbeddingRows, HeadWeight
-from peft_reference import (
-    check_against_peft,
-    make_peft,
-    read,
-    save_peft,
-    tiny_model,
-)
+from support.factories.adapters import lora_config, lora_tensors, make_base, write_adapter
+from support.oracles.peft import check_against_peft, make_peft, read, save_peft, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

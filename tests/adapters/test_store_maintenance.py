@@ -15,8 +15,8 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.store.maintenance import Verified
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore, PartSource
-from registrations import nobody
-from uploads import content_of
+from support.factories.registrations import nobody
+from support.factories.uploads import content_of
 
 
 def stored(tmp_path: Path, record: AdapterRecord, part: int = 0) -> Path:

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapter_factory import make_base, make_lora
 from manyhats.adapters.artifact import AdapterState, ArtifactPart
 from manyhats.adapters.errors import (
     AdapterInvalidError,
@@ -27,7 +26,8 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
-from uploads import announced, content_of, send
+from support.factories.adapters import make_base, make_lora
+from support.factories.uploads import announced, content_of, send
 
 BASE = make_base(names=("org/tiny",))
 

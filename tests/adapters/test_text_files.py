@@ -12,7 +12,6 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from adapter_factory import make_base
 from manyhats.adapters.disk.digest import artifact_digest
 from manyhats.adapters.errors import (
     AdapterInvalidError,
@@ -28,7 +27,8 @@ from manyhats.adapters.sites import TextFacts
 from manyhats.adapters.store.intake import PartSource
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
-from uploads import announced, content_of, send
+from support.factories.adapters import make_base
+from support.factories.uploads import announced, content_of, send
 
 TEXT = {
     "added_tokens.json": '{"<tool>": 64}',

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from adapter_factory import lora_config, lora_tensors, make_base, make_token_rows, write_adapter
 from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.formats.peft.saved_modules import find_saved_modules
 from manyhats.adapters.primitives import EmbeddingRows, HeadRows
-from peft_reference import check_against_peft, make_peft, read, read_lowered, save_peft, tiny_model
+from support.factories.adapters import lora_config, lora_tensors, make_base, make_token_rows, write_adapter
+from support.oracles.peft import check_against_peft, make_peft, read, read_lowered, save_peft, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

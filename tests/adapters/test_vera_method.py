@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from peft import VeraConfig
 from peft.tuners.vera.model import _kaiming_init
 
-from adapter_factory import make_base, make_vera, write_adapter
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -21,7 +20,8 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.methods.vera import vera_delta, vera_projections
 from manyhats.adapters.primitives import LowRank
-from peft_reference import (
+from support.factories.adapters import make_base, make_vera, write_adapter
+from support.oracles.peft import (
     PEFT_FAMILIES,
     check_against_peft,
     make_peft,
@@ -30,7 +30,7 @@ from peft_reference import (
     save_peft,
     tiny_model,
 )
-from primitive_oracle import describe_model
+from support.oracles.primitives import describe_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from client_fakes import FakeServer, running_server
 from manyhats.v1 import generation_pb2
+from support.fakes.client import FakeServer, running_server
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner, Result
 
-from client_fakes import FakeServer, running_server
 from manyhats.cli.address import Listener, check_address, what_listens
 from manyhats.cli.failures import UsageError
 from manyhats.cli.main import app
 from manyhats.server.gate import Gate
 from manyhats.server.http_port import HttpPort, make_app
-from secure_server import make_pki
+from support.fakes.client import FakeServer, running_server
+from support.servers.secure import make_pki
 
 HOSTS = st.one_of(
     st.sampled_from(["localhost", "127.0.0.1", "[::1]", "gpu-1.example.org", "[fe80::1%eth0]"]),

@@ -10,9 +10,9 @@ import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
-from client_fakes import PIECES, TEXT, FakeServer, make_status
 from manyhats.cli.main import app
 from manyhats.v1 import generation_pb2
+from support.fakes.client import PIECES, TEXT, FakeServer, make_status
 
 
 def run(fake: FakeServer, *args: str, stdin: str = "") -> Result:

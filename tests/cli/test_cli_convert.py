@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from adapter_factory import make_base
-from adapterhub_factory import adapterhub_config, adapterhub_tensors
 from manyhats.cli.main import app
+from support.factories.adapterhub import adapterhub_config, adapterhub_tensors
+from support.factories.adapters import make_base
 
 BASE = make_base(names=("org/tiny",))
 

@@ -10,10 +10,10 @@ import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
-from client_fakes import FakeServer, make_status, running_server
 from manyhats.cli.main import app
 from manyhats.server.tokens import Role, Scope, parse_tokens
-from secure_server import make_pki
+from support.fakes.client import FakeServer, make_status, running_server
+from support.servers.secure import make_pki
 
 COMMANDS = [
     ["generate", "hi"],

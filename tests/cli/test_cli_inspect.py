@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from adapter_factory import make_base, make_lora
-from adapterhub_factory import make_adapterhub
 from manyhats.cli.adapter_files import layer_ranges
 from manyhats.cli.main import app
-from tiny_models import make_checkpoint, save_tokenizer, tiny_tokenizer
+from support.factories.adapterhub import make_adapterhub
+from support.factories.adapters import make_base, make_lora
+from support.factories.tiny_models import make_checkpoint, save_tokenizer, tiny_tokenizer
 
 BASE = make_base(names=("org/tiny",))
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_models import make_checkpoint
+from support.factories.tiny_models import make_checkpoint
 
 # Obeys interrupts even where the tests run in the background, and so ignore them.
 INTERRUPTIBLE = [

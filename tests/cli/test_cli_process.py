@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import pytest
 
 import manyhats
-from client_fakes import TEXT, FakeServer
+from support.fakes.client import TEXT, FakeServer
 
 COMMAND = [sys.executable, "-m", "manyhats.cli"]
 # The same, obeying interrupts even where the tests run in the background, and so ignore them.

@@ -11,13 +11,13 @@ import pytest
 import structlog
 from typer.testing import CliRunner, Result
 
-from adapter_factory import make_base, make_lora
-from client_fakes import FakeServer
 from manyhats.adapters.store.opening import open_store
 from manyhats.cli.adapter_batch import Item, parse_items
 from manyhats.cli.failures import UsageError
 from manyhats.cli.main import app
-from server_fakes import running_server
+from support.factories.adapters import make_base, make_lora
+from support.fakes.client import FakeServer
+from support.fakes.server import running_server
 
 BASE = make_base(names=("org/tiny",))
 

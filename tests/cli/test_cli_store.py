@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from adapter_factory import make_base, make_lora
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore, PartSource
 from manyhats.cli.main import app
+from support.factories.adapters import make_base, make_lora
 
 BASE = make_base()
 

@@ -17,12 +17,12 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from client_fakes import FakeServer
 from manyhats.cli.main import app
 from manyhats.cli.train_flags import Flags, parse_pattern
 from manyhats.trainer import settings as trainer_settings
 from manyhats.trainer.settings_file import METHODS, make_settings
-from tiny_models import make_checkpoint
+from support.factories.tiny_models import make_checkpoint
+from support.fakes.client import FakeServer
 
 
 def run(*args: str) -> Result:

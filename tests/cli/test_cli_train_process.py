@@ -16,7 +16,7 @@ import pytest
 
 from manyhats.client import Client
 from manyhats.engine.home import default_home
-from tiny_models import SPECIAL_TOKENS, make_checkpoint
+from support.factories.tiny_models import SPECIAL_TOKENS, make_checkpoint
 
 COMMAND = [sys.executable, "-m", "manyhats.cli"]
 # The same, obeying interrupts even where the tests run in the background, and so ignore them.

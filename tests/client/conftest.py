@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from client_fakes import FakeServer, running_server
+from support.fakes.client import FakeServer, running_server
 
 
 @pytest.fixture

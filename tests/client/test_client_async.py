@@ -9,8 +9,8 @@ import threading
 import grpc.aio
 import pytest
 
-from client_fakes import PIECES, TEXT, FakeServer
 from manyhats.client import AsyncClient, Client, FinishReason, Tokenization, UnavailableError
+from support.fakes.client import PIECES, TEXT, FakeServer
 
 
 def test_the_two_clients_take_the_same_arguments() -> None:

@@ -9,7 +9,6 @@ from contextlib import suppress
 import grpc
 import pytest
 
-from client_fakes import CREATE_TIME, PIECES, TEXT, FakeServer
 from manyhats.client import (
     AdapterRef,
     ArtifactPart,
@@ -21,6 +20,7 @@ from manyhats.client import (
     UnavailableError,
     Usage,
 )
+from support.fakes.client import CREATE_TIME, PIECES, TEXT, FakeServer
 
 USAGE = Usage(
     prompt_tokens=7, cached_prompt_tokens=3, generated_tokens=4, queue_ms=1.5, prefill_ms=2.5, decode_ms=3.5

@@ -12,7 +12,6 @@ import grpc
 import pytest
 import trustme
 
-from client_fakes import TEXT, FakeServer, running_server
 from manyhats.client import (
     AsyncClient,
     Client,
@@ -21,7 +20,8 @@ from manyhats.client import (
     UnavailableError,
 )
 from manyhats.client.credentials import is_this_machine
-from secure_server import Pki, make_pki
+from support.fakes.client import TEXT, FakeServer, running_server
+from support.servers.secure import Pki, make_pki
 
 TOKEN = "mh_a-token"
 

@@ -8,9 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
-from client_fakes import FakeServer, make_status
 from manyhats import client as public
 from manyhats.client import AsyncClient, AsyncGenerationStream, Client, ManyhatsError
+from support.fakes.client import FakeServer, make_status
 
 CODE = grpc.StatusCode
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import grpc
 import pytest
 
-from client_fakes import FakeServer, make_status
 from manyhats.adapters.formats.artifact_files import FILES
 from manyhats.client import (
     AdapterUnsafeError,
@@ -23,6 +22,7 @@ from manyhats.client import (
     UnavailableError,
 )
 from manyhats.client.upload import CHUNK_BYTES, TEXT_FILES, read_files
+from support.fakes.client import FakeServer, make_status
 
 Upload = Callable[[str, Path, Progress | None], Registration]
 

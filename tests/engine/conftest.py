@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine_loop import Loop
 from manyhats.engine.text.tokenizer import Tokenizer
-from tiny_models import save_tokenizer
+from support.factories.tiny_models import save_tokenizer
+from support.harnesses.engine_loop import Loop
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_harness import (
-    collect,
-    digest_of,
-    load_tiny,
-    make_record,
-    make_request,
-    random_ids,
-    random_lora,
-    running_engine,
-    until,
-)
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine import engine as async_engine
@@ -39,7 +28,18 @@ from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.loading import AdapterLoading
 from manyhats.engine.residency.residency import AdapterResidency, PrefixPool
 from manyhats.engine.threads.background import Background
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import (
+    collect,
+    digest_of,
+    load_tiny,
+    make_record,
+    make_request,
+    random_ids,
+    random_lora,
+    running_engine,
+    until,
+)
 
 PROMPT = random_ids(1, 9, TINY_VOCAB_SIZE)
 

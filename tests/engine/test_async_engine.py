@@ -9,18 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from engine_harness import (
-    collect,
-    digest_of,
-    load_tiny,
-    make_record,
-    make_request,
-    overflowing_lora,
-    random_ids,
-    random_lora,
-    running_engine,
-    until,
-)
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
 from manyhats.engine import engine as async_engine
@@ -41,8 +29,20 @@ from manyhats.engine.errors import (
 from manyhats.engine.loop.generation import Generation
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest, StoppingParams
-from reference import full_logits, greedy, load_transformers, next_logprobs
-from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import (
+    collect,
+    digest_of,
+    load_tiny,
+    make_record,
+    make_request,
+    overflowing_lora,
+    random_ids,
+    random_lora,
+    running_engine,
+    until,
+)
+from support.oracles.transformers import full_logits, greedy, load_transformers, next_logprobs
 
 LONG = 400
 

@@ -14,7 +14,6 @@ import numba
 import pytest
 import torch
 
-from engine_harness import collect, load_tiny, make_request, random_ids
 from manyhats.engine.backends.cpu.compile import max_threads
 from manyhats.engine.config import MIB, EngineConfig
 from manyhats.engine.engine import AsyncEngine
@@ -22,7 +21,8 @@ from manyhats.engine.request import ResponseOptions
 from manyhats.engine.threads import background as module
 from manyhats.engine.threads.background import Background
 from manyhats.engine.threads.processors import TakenProcessors
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import collect, load_tiny, make_request, random_ids
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a thread's own priority is Linux's")
 

@@ -11,8 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_harness import collect, load_tiny, make_request, random_ids, running_engine, until
-from engine_loop import Loop, prompt
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.engine import AsyncEngine
@@ -30,7 +28,9 @@ from manyhats.engine.loop.step import Engine
 from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, ResponseOptions, SamplingParams, StoppingParams
 from manyhats.engine.text.tokenizer import Tokenizer
-from tiny_models import make_checkpoint
+from support.factories.tiny_models import make_checkpoint
+from support.harnesses.engine import collect, load_tiny, make_request, random_ids, running_engine, until
+from support.harnesses.engine_loop import Loop, prompt
 
 
 def start(loop: Loop, name: str, request: Request, backlog: Backlog) -> None:

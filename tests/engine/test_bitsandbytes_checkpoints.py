@@ -13,14 +13,14 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
-from engine_harness import Prompt, Runner, load_tiny, random_ids
 from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.checkpoints.nf4_format import nf4_to_tensors, read_quantized
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4
 from manyhats.engine.model.weights import Linear
-from reference import full_logits
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer
+from support.harnesses.engine import Prompt, Runner, load_tiny, random_ids
+from support.oracles.transformers import full_logits
 
 TOLERANCE = 1e-4
 ONE_DENSE = ("lm_head", "model.layers.1.mlp.down_proj")

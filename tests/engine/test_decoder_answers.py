@@ -9,9 +9,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
-from engine_harness import collect, load_tiny, make_request, running_engine
 from manyhats.engine.request import ResponseOptions, StoppingParams
-from saying_model import make_saying_checkpoint
+from support.factories.saying_model import make_saying_checkpoint
+from support.harnesses.engine import collect, load_tiny, make_request, running_engine
 
 TOKENS = (
     "it",

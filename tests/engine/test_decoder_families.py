@@ -10,15 +10,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from engine_harness import Prompt, Ran, Runner, digest_of, load_tiny, random_ids
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription, Site
 from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.errors import ModelError
-from reference import full_logits, load_transformers
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import Prompt, Ran, Runner, digest_of, load_tiny, random_ids
+from support.oracles.transformers import full_logits, load_transformers
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from engine_harness import Prompt, Ran, Runner, load_tiny, random_ids
 from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.checkpoints.loader import LoadedModel
-from reference import dequantize_into, full_logits, load_transformers
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import Prompt, Ran, Runner, load_tiny, random_ids
+from support.oracles.transformers import dequantize_into, full_logits, load_transformers
 
 TOLERANCE = 1e-4
 LENGTHS = (1, 5, 16, 17, 33, 64, 90)

@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from default_model import default_model_directory
 from manyhats.engine.text.detokenizer import BytePieces, ChainPieces, SentencePieces, pieces_for
-from tiny_models import SPECIAL_TOKENS, tiny_tokenizer
+from support.factories.default_model import default_model_directory
+from support.factories.tiny_models import SPECIAL_TOKENS, tiny_tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_harness import make_request
-from engine_loop import POISON, Loop, prompt, score_request
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -21,7 +19,9 @@ from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput
 from manyhats.engine.request import SamplingParams, StoppingParams
 from manyhats.engine.scheduling.schedule import SchedulerConfig
 from manyhats.engine.text.tokenizer import Tokenizer
-from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
+from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
+from support.harnesses.engine import make_request
+from support.harnesses.engine_loop import POISON, Loop, prompt, score_request
 
 
 def test_generations_that_join_and_leave_at_any_step_say_what_each_says_alone(loop: Loop) -> None:

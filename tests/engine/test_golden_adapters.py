@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from default_model import DEFAULT_MODEL, default_model_directory
-from engine_harness import Answer, collect, make_request, running_engine
-from golden import ADAPTERHUB_FIXTURES, GOLDEN, adapterhub_directory, needs_golden
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.request import ResponseOptions
+from support.factories.default_model import DEFAULT_MODEL, default_model_directory
+from support.harnesses.engine import Answer, collect, make_request, running_engine
+from support.oracles.golden import ADAPTERHUB_FIXTURES, GOLDEN, adapterhub_directory, needs_golden
 
 pytestmark = [pytest.mark.real_model, needs_golden]
 

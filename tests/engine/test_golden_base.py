@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from default_model import DEFAULT_MODEL, default_model_directory
-from engine_harness import Prompt, Ran, Runner
-from golden import GOLDEN, needs_golden
 from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.checkpoints.loader import load_model
+from support.factories.default_model import DEFAULT_MODEL, default_model_directory
+from support.harnesses.engine import Prompt, Ran, Runner
+from support.oracles.golden import GOLDEN, needs_golden
 
 pytestmark = [pytest.mark.real_model, needs_golden]
 FIXTURE = GOLDEN / "base"

@@ -20,7 +20,7 @@ from manyhats.engine.loop.build_batch import build_batch
 from manyhats.engine.model.config import DecoderConfig, RopeConfig
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
-from reference import causal_attention
+from support.oracles.transformers import causal_attention
 
 ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
 NUM_BLOCKS = 24

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from adapter_factory import make_lora
-from engine_harness import Answer, collect, load_tiny, make_request, random_ids, running_engine, until
-from every_method import COMPOSED, PLAIN, Sizes, register_every_method
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterInUseError
 from manyhats.adapters.store.opening import open_store
@@ -21,7 +18,18 @@ from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.scheduling.schedule import Schedule
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.adapters import make_lora
+from support.factories.every_method import COMPOSED, PLAIN, Sizes, register_every_method
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import (
+    Answer,
+    collect,
+    load_tiny,
+    make_request,
+    random_ids,
+    running_engine,
+    until,
+)
 
 PROMPT = random_ids(7, 70, TINY_VOCAB_SIZE)
 NUM_CACHED = 64

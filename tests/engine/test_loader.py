@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
-from default_model import DEFAULT_MODEL, default_model_directory
-from golden import GOLDEN, needs_golden
 from manyhats.engine.checkpoints import nf4_cache as cache_module
 from manyhats.engine.checkpoints.identity import FileDigests
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight
-from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.default_model import DEFAULT_MODEL, default_model_directory
+from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
+from support.oracles.golden import GOLDEN, needs_golden
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from adapter_factory import make_lora
-from engine_harness import Prompt, Ran, Runner, load_tiny, random_ids, read_lora
 from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.checkpoints.loader import LoadedModel
-from reference import dequantize_into, full_logits, load_transformers
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.adapters import make_lora
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import Prompt, Ran, Runner, load_tiny, random_ids, read_lora
+from support.oracles.transformers import dequantize_into, full_logits, load_transformers
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -22,13 +22,13 @@ from peft import (
 )
 from torch import Tensor
 
-from engine_harness import Answer, collect, load_tiny, make_request, random_ids, running_engine
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.request import ResponseOptions
-from peft_reference import make_peft, save_peft
-from reference import load_transformers
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import Answer, collect, load_tiny, make_request, random_ids, running_engine
+from support.oracles.peft import make_peft, save_peft
+from support.oracles.transformers import load_transformers
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")

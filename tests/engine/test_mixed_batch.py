@@ -6,7 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from engine_harness import (
+from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.output import StepStats
+from manyhats.engine.request import Request, ResponseOptions, SamplingParams
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import (
     Answer,
     Prompt,
     Runner,
@@ -19,12 +25,6 @@ from engine_harness import (
     running_engine,
     until,
 )
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.engine import AsyncEngine
-from manyhats.engine.output import StepStats
-from manyhats.engine.request import Request, ResponseOptions, SamplingParams
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 
 NUM_ADAPTERS = 10
 NUM_REQUESTS = 10

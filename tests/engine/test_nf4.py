@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from default_model import default_model_directory
-from golden import GOLDEN, needs_golden
 from manyhats.engine.checkpoints.checkpoint import SafetensorsDirectory
 from manyhats.engine.checkpoints.nf4_format import (
     is_quantized,
@@ -23,6 +21,8 @@ from manyhats.engine.checkpoints.nf4_format import (
 )
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4
+from support.factories.default_model import default_model_directory
+from support.oracles.golden import GOLDEN, needs_golden
 
 
 def sha256(tensor: Tensor) -> str:

@@ -14,13 +14,13 @@ import torch
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
-from engine_harness import collect, load_tiny, make_request, running_engine
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import StoppingParams
 from manyhats.engine.text.stopping import StopChecker
-from reference import load_transformers
-from saying_model import make_saying_checkpoint
+from support.factories.saying_model import make_saying_checkpoint
+from support.harnesses.engine import collect, load_tiny, make_request, running_engine
+from support.oracles.transformers import load_transformers
 
 SAID = ("▁a", "b", "<0x0A>", "▁c", "<0xC3>", "<0xA9>", "d", "<0x21>", "</s>")
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine_harness import Prompt, Runner, load_tiny, random_ids, random_lora
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import Prompt, Runner, load_tiny, random_ids, random_lora
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from manyhats.engine.scheduling.blocks import SharedPrefix
 from manyhats.engine.scheduling.prefix_cache import extend_block_keys
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence
-from scheduling import ToyEngine, make_scheduler, make_sequence
+from support.harnesses.scheduling import ToyEngine, make_scheduler, make_sequence
 
 
 def run_alone(scheduler: Scheduler, engine: ToyEngine, sequence: Sequence) -> tuple[int, int]:

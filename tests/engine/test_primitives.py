@@ -10,18 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine_harness import (
-    Prompt,
-    Runner,
-    collect,
-    digest_of,
-    load_tiny,
-    make_record,
-    make_request,
-    random_ids,
-    random_lora,
-    running_engine,
-)
 from manyhats.adapters.activations import ACTIVATIONS
 from manyhats.adapters.primitives import (
     Affine,
@@ -45,9 +33,21 @@ from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.request import ResponseOptions, ScoreRequest
-from primitive_oracle import logits_with
-from reference import load_transformers
-from tiny_models import make_checkpoint
+from support.factories.tiny_models import make_checkpoint
+from support.harnesses.engine import (
+    Prompt,
+    Runner,
+    collect,
+    digest_of,
+    load_tiny,
+    make_record,
+    make_request,
+    random_ids,
+    random_lora,
+    running_engine,
+)
+from support.oracles.primitives import logits_with
+from support.oracles.transformers import load_transformers
 
 HIDDEN, VOCAB_TOLERANCE = 64, 2e-4
 

@@ -16,28 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapter_factory import (
-    make_adalora,
-    make_dora,
-    make_ia3,
-    make_lora,
-    make_token_rows,
-    make_vera,
-)
-from adapterhub_factory import make_adapterhub
-from engine_harness import (
-    collect,
-    digest_of,
-    load_tiny,
-    make_record,
-    make_request,
-    overflowing_lora,
-    random_ids,
-    random_lora,
-    read_lora,
-    running_engine,
-    until,
-)
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError
 from manyhats.adapters.primitives import (
     Affine,
@@ -61,10 +39,32 @@ from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.errors import DrainingError, EngineDeadError, ModelError
 from manyhats.engine.loop.probe import changed_tokens, effect, probe_prompt
 from manyhats.engine.output import StepStats
-from prefix_factory import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
-from primitive_oracle import logits_with
-from reference import load_transformers
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.adapterhub import make_adapterhub
+from support.factories.adapters import (
+    make_adalora,
+    make_dora,
+    make_ia3,
+    make_lora,
+    make_token_rows,
+    make_vera,
+)
+from support.factories.prefixes import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import (
+    collect,
+    digest_of,
+    load_tiny,
+    make_record,
+    make_request,
+    overflowing_lora,
+    random_ids,
+    random_lora,
+    read_lora,
+    running_engine,
+    until,
+)
+from support.oracles.primitives import logits_with
+from support.oracles.transformers import load_transformers
 
 HIDDEN = 64
 LONG = 400

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.text.prompt_text import Continuation, score_tokens
 from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
-from spaced_tokenizers import KINDS, spaced_tokenizer
-from tiny_models import SPECIAL_TOKENS, tiny_tokenizer
+from support.factories.spaced_tokenizers import KINDS, spaced_tokenizer
+from support.factories.tiny_models import SPECIAL_TOKENS, tiny_tokenizer
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 WORDS = [

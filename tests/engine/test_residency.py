@@ -9,13 +9,13 @@ from typing import cast
 import pytest
 import torch
 
-from engine_harness import digest_of, make_record
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
 from manyhats.engine.backends.backend import AdapterSlots
 from manyhats.engine.errors import AdapterCapacityError
 from manyhats.engine.residency.residency import AdapterResidency, ResidentAdapter
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
+from support.harnesses.engine import digest_of, make_record
 
 
 class Slots:

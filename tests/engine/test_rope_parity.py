@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine_harness import Prompt, Runner, load_tiny, random_ids
-from reference import full_logits, load_transformers
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import Prompt, Runner, load_tiny, random_ids
+from support.oracles.transformers import full_logits, load_transformers
 
 THETA = 10000.0
 KINDS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from manyhats.engine.errors import FieldInvalidError, QueueFullError
 from manyhats.engine.scheduling.scheduler import Schedule, SchedulerConfig
 from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
-from scheduling import ToyEngine, make_scheduler, make_sequence
+from support.harnesses.scheduling import ToyEngine, make_scheduler, make_sequence
 
 
 def ids(schedule: Schedule) -> list[tuple[str, int, int]]:

@@ -13,7 +13,7 @@ from manyhats.engine.scheduling.blocks import SharedPrefix
 from manyhats.engine.scheduling.scheduler import Schedule
 from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
-from scheduling import ToyEngine, make_scheduler, make_sequence
+from support.harnesses.scheduling import ToyEngine, make_scheduler, make_sequence
 
 BLOCK_SIZE = 3
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)

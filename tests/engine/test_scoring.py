@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from engine_harness import (
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.output import ScoreOutput, StepStats
+from manyhats.engine.request import ResponseOptions, ScoreRequest
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import (
     collect,
     load_tiny,
     make_record,
@@ -19,12 +24,7 @@ from engine_harness import (
     running_engine,
     until,
 )
-from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.output import ScoreOutput, StepStats
-from manyhats.engine.request import ResponseOptions, ScoreRequest
-from reference import continuation_logprob, full_logits, load_transformers, next_logprobs
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.oracles.transformers import continuation_logprob, full_logits, load_transformers, next_logprobs
 
 
 @pytest.fixture(scope="module")

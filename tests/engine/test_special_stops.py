@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
-from engine_harness import collect, load_tiny, make_request, running_engine
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import ResponseOptions, StoppingParams
 from manyhats.engine.text.stopping import StopChecker
 from manyhats.engine.text.tokenizer import Tokenizer
-from reference import load_transformers
-from saying_model import make_saying_checkpoint
-from tiny_models import save_tokenizer, tiny_tokenizer
+from support.factories.saying_model import make_saying_checkpoint
+from support.factories.tiny_models import save_tokenizer, tiny_tokenizer
+from support.harnesses.engine import collect, load_tiny, make_request, running_engine
+from support.oracles.transformers import load_transformers
 
 EOT, TURN, TOOL = "<|eot|>", "<|turn|>", "<tool>"
 SAID = ("h", "e", "l", "o", EOT, TURN, "A", TOOL, "B", "<|im_end|>", "C")

@@ -21,7 +21,7 @@ from manyhats.engine.text.task_text import TaskTexts
 from manyhats.engine.text.text_process import TextProcesses
 from manyhats.engine.text.tokenizer import ChatMessage
 from manyhats.engine.text.tokenizer import Tokenizer as BaseTokenizer
-from tiny_models import CHAT_TEMPLATE, TINY_VOCAB_SIZE, save_tokenizer, tiny_tokenizer
+from support.factories.tiny_models import CHAT_TEMPLATE, TINY_VOCAB_SIZE, save_tokenizer, tiny_tokenizer
 
 OWN_TEMPLATE = (
     "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}<tool>"

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from default_model import default_model_directory
 from manyhats.engine.errors import PromptTooLongError
 from manyhats.engine.text.token_bound import token_bound
 from manyhats.engine.text.tokenizer import Tokenizer
-from tiny_models import tiny_tokenizer
+from support.factories.default_model import default_model_directory
+from support.factories.tiny_models import tiny_tokenizer
 
 
 def byte_level(normalizer: Any = None, missing: str = "") -> Backend:

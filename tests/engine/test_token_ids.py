@@ -12,13 +12,13 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from engine_harness import collect, load_tiny, make_request, random_ids, running_engine
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.loop.checks import check_generation, check_scoring
 from manyhats.engine.request import Request, SamplingParams, ScoreRequest, StoppingParams
-from tiny_models import EOS_TOKEN_ID, make_checkpoint
+from support.factories.tiny_models import EOS_TOKEN_ID, make_checkpoint
+from support.harnesses.engine import collect, load_tiny, make_request, random_ids, running_engine
 
 V = 320
 NO_TOKENS = [

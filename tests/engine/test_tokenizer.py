@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from default_model import default_model_directory
-from golden import GOLDEN, needs_golden
 from manyhats.engine.errors import FieldInvalidError, ModelError
 from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
-from tiny_models import CHAT_TEMPLATE, save_tokenizer, tiny_tokenizer
+from support.factories.default_model import default_model_directory
+from support.factories.tiny_models import CHAT_TEMPLATE, save_tokenizer, tiny_tokenizer
+from support.oracles.golden import GOLDEN, needs_golden
 
 TALK = (
     ChatMessage("system", "Be brief."),

@@ -13,11 +13,11 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-import tokenizer_directories as directories
 from manyhats.engine.errors import ModelError
 from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from manyhats.engine.text.tokenizer_files import TEXT_FILES, read_text_files
-from tiny_models import save_tokenizer, tiny_tokenizer
+from support.factories import tokenizer_directories as directories
+from support.factories.tiny_models import save_tokenizer, tiny_tokenizer
 
 SEEDS = 24
 

@@ -12,17 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_harness import (
-    collect,
-    digest_of,
-    load_tiny,
-    make_record,
-    make_request,
-    random_ids,
-    random_lora,
-    running_engine,
-    until,
-)
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
 from manyhats.engine.backends.decoder import Decoder
 from manyhats.engine.checkpoints.loader import LoadedModel
@@ -33,7 +22,18 @@ from manyhats.engine.loop import thread as engine_thread
 from manyhats.engine.loop.internal_jobs import InternalJob
 from manyhats.engine.request import ResponseOptions, ScoreRequest
 from manyhats.engine.scheduling.scheduler import Scheduler
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.engine import (
+    collect,
+    digest_of,
+    load_tiny,
+    make_record,
+    make_request,
+    random_ids,
+    random_lora,
+    running_engine,
+    until,
+)
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4
 """Keys and values of 16 positions in the tiny model's two layers, two heads of 16 each, float32."""

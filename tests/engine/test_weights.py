@@ -23,7 +23,7 @@ from manyhats.engine.model.families import Architecture, read_architecture
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import LINEAR_NAMES, ModelWeights
 from manyhats.engine.progress import no_progress
-from tiny_models import make_checkpoint
+from support.factories.tiny_models import make_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from adapter_factory import make_base
-from every_method import PLAIN, Sizes
 from fuzzing.mutators import Mutate, mutated_json, mutated_safetensors
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterError
@@ -27,6 +25,8 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.lowering import check_lowered, lower, method_of
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.sites import Site
+from support.factories.adapters import make_base
+from support.factories.every_method import PLAIN, Sizes
 
 
 class _Weights:

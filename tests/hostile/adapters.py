@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_factory import lora_config, lora_tensors, make_base, write_adapter
 from hostile.case import BASE, CONFIG, WEIGHTS, Call, Case, World, register
 from manyhats.adapters.errors import (
     AdapterError,
@@ -19,6 +18,7 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
     BaseMismatchError,
 )
+from support.factories.adapters import lora_config, lora_tensors, make_base, write_adapter
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import grpc
 from google.protobuf.message import Message
 
-from adapter_factory import lora_config, make_base, make_lora
 from manyhats.adapters import errors
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.store.opening import open_store
@@ -22,6 +21,7 @@ from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.errors import DrainingError, FieldInvalidError
 from manyhats.server.errors import LoadingError
 from manyhats.v1 import adapter_pb2 as pb
+from support.factories.adapters import lora_config, make_base, make_lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = make_base(names=("org/tiny", "tiny"))

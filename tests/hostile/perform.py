@@ -15,7 +15,7 @@ from manyhats.server.registrar import Registrar
 from manyhats.server.uploads import take_upload
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
-from server_fakes import EchoEngine, make_backend
+from support.fakes.server import EchoEngine, make_backend
 
 _METRICS = Metrics(max_task_labels=1)
 

@@ -15,7 +15,6 @@ from unittest import mock
 
 import pytest
 
-from adapter_factory import make_lora
 from hostile.case import BASE, CONFIG, WEIGHTS, Call, Case, World, register, replace_path, spoilt
 from manyhats.adapters.errors import (
     AdapterError,
@@ -27,6 +26,7 @@ from manyhats.adapters.errors import (
     SourceNotFoundError,
 )
 from manyhats.v1 import adapter_pb2 as pb
+from support.factories.adapters import make_lora
 
 Meanwhile = Callable[[World], AbstractContextManager[None]]
 

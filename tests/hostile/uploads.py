@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adapter_factory import make_lora
 from hostile.case import BASE, CONFIG, WEIGHTS, Call, Case, World
 from manyhats.adapters.errors import (
     AdapterInvalidError,
@@ -19,6 +18,7 @@ from manyhats.adapters.errors import (
 )
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.v1 import adapter_pb2 as pb
+from support.factories.adapters import make_lora
 
 Files = Mapping[str, bytes]
 Message = pb.UploadAdapterRequest

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import save, save_file
 
-from adapter_factory import lora_tensors
 from hostile.case import BASE, WEIGHTS, Case, config_of, pack, spoilt, weights_of
 from manyhats.adapters.errors import (
     AdapterInvalidError,
@@ -21,6 +20,7 @@ from manyhats.adapters.errors import (
     AdapterUnsafeError,
     AdapterUnsupportedError,
 )
+from support.factories.adapters import lora_tensors
 
 Invalid, TooLarge, Unsafe = AdapterInvalidError, AdapterTooLargeError, AdapterUnsafeError
 GOOD = save(lora_tensors(BASE, rank=4))

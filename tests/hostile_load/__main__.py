@@ -20,12 +20,12 @@ from statistics import median
 
 import psutil
 
-from adapter_factory import make_lora
 from hostile_load.attacks import ATTACKS, NUM_TASKS, NUM_VIRTUAL_TASKS
 from hostile_load.watching import Attacked, HostileLoadError, Probe, Server, Watched, counted, scraped
 from manyhats.client import Client
-from prefix_factory import make_prompt
 from restart_under_load import describe_model, serve_command, serving
+from support.factories.adapters import make_lora
+from support.factories.prefixes import make_prompt
 
 NUM_SLOTS = 8
 """Of adapters: tasks in flight are more."""

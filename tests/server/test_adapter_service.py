@@ -13,7 +13,7 @@ from manyhats.engine.errors import AdapterCapacityError
 from manyhats.server.config import ServeConfig
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2, server_pb2
-from server_fakes import (
+from support.fakes.server import (
     INFO,
     FakeRegistration,
     MemoryStore,

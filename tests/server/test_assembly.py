@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from adapter_factory import make_base
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.quotas import Quotas
 from manyhats.engine.config import EngineConfig
@@ -20,6 +19,7 @@ from manyhats.server.assembly import (
 )
 from manyhats.server.config import ServeConfig
 from manyhats.server.errors import ConfigError
+from support.factories.adapters import make_base
 
 
 def make(**settings: Any) -> ServeConfig:

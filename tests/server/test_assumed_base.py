@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from adapter_factory import make_base, make_lora
 from manyhats.adapters.store.opening import open_store
 from manyhats.client import AsyncClient, BaseMismatchError
-from server_fakes import running_server
+from support.factories.adapters import make_base, make_lora
+from support.fakes.server import running_server
 
 BASE = make_base(names=("org/tiny",))
 

@@ -23,8 +23,8 @@ from manyhats.server.tokens import Role, new_token
 from manyhats.v1 import adapter_pb2 as apb
 from manyhats.v1 import generation_pb2 as gpb
 from manyhats.v1 import server_pb2 as spb
-from secure_server import BOTH, add_token, bearer, secured_server
-from server_fakes import Running, refused
+from support.fakes.server import Running, refused
+from support.servers.secure import BOTH, add_token, bearer, secured_server
 
 Call = Callable[[Running, Any], Awaitable[Any]]
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from manyhats.server.certificates import ExpiryWarnings, Validity, validity_of
 from manyhats.server.tls import ServerTls, TlsFiles
-from secure_server import Pki, https_get, make_pki, secured_server
-from server_fakes import Running, eventually
+from support.fakes.server import Running, eventually
+from support.servers.secure import Pki, https_get, make_pki, secured_server
 
 NOW = datetime(2030, 5, 17, 12, tzinfo=UTC)
 DAY = timedelta(days=1)

@@ -10,13 +10,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from adapter_factory import make_lora
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.composition import composed_digest
 from manyhats.adapters.store.opening import open_store
 from manyhats.v1 import adapter_pb2 as pb
-from prefix_factory import make_prefix, tiny_base
-from server_fakes import Refusal, Running, refused, running_server
+from support.factories.adapters import make_lora
+from support.factories.prefixes import make_prefix, tiny_base
+from support.fakes.server import Refusal, Running, refused, running_server
 
 BASE = tiny_base()
 

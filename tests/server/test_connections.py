@@ -24,7 +24,7 @@ from manyhats.server.metrics import Metrics
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1 import server_pb2
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
-from server_fakes import Running, running_server
+from support.fakes.server import Running, running_server
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 

@@ -11,7 +11,7 @@ import pytest
 from manyhats.engine.errors import NumericalError
 from manyhats.engine.request import ResponseOptions, SamplingParams, StoppingParams
 from manyhats.v1 import generation_pb2 as pb
-from server_fakes import BOS, eventually, refusal_of, refused, running_server
+from support.fakes.server import BOS, eventually, refusal_of, refused, running_server
 
 
 async def test_generate_echoes_text_tokens_usage_and_request_id() -> None:

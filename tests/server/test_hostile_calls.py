@@ -13,7 +13,7 @@ from hostile.case import STATUS, Call, Case, GateState, World, make_world
 from hostile.table import CASES
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2, server_pb2
-from server_fakes import Running, refused, running_server
+from support.fakes.server import Running, refused, running_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 Servers = Mapping[GateState, Running]

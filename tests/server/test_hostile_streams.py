@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import pytest
 
-from engine_harness import load_tiny, until
-from engine_server import Served, served_engine
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.output import StepOutput
 from manyhats.v1 import generation_pb2 as pb
-from server_fakes import refusal_of, refused
-from tiny_models import EOS_TOKEN_ID, make_checkpoint
+from support.factories.tiny_models import EOS_TOKEN_ID, make_checkpoint
+from support.fakes.server import refusal_of, refused
+from support.harnesses.engine import load_tiny, until
+from support.harnesses.engine_server import Served, served_engine
 
 V = 320
 NUM_UNREAD = 6

@@ -16,8 +16,8 @@ from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.server.text_threads import TextThreads, slices
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1 import server_pb2
-from server_fakes import Running, refused, running_server
-from tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
+from support.factories.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
+from support.fakes.server import Running, refused, running_server
 
 MIB = 1024 * 1024
 TEXT = ("All that is gold does not glitter. " * 30_000)[:MIB]

@@ -16,7 +16,7 @@ from manyhats.engine.output import StepStats
 from manyhats.server.task_labels import TaskLabels
 from manyhats.v1 import adapter_pb2
 from manyhats.v1 import generation_pb2 as pb
-from server_fakes import Running, eventually, make_record, refused, running_server
+from support.fakes.server import Running, eventually, make_record, refused, running_server
 
 Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -21,7 +21,7 @@ from manyhats.server.grpc_port import SERVICES, GrpcPort
 from manyhats.server.http_port import HttpPort, make_app
 from manyhats.server.metrics import Metrics
 from manyhats.v1 import generation_pb2 as pb
-from server_fakes import Running, make_backend, running_server
+from support.fakes.server import Running, make_backend, running_server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -33,7 +33,7 @@ from manyhats.server.ports import Backend
 from manyhats.server.process import Assemble, ShowProgress, serve
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
-from server_fakes import (
+from support.fakes.server import (
     EchoEngine,
     MemoryStore,
     eventually,
@@ -51,7 +51,7 @@ import asyncio, sys
 from pathlib import Path
 from manyhats.server.config import ServeConfig
 from manyhats.server.process import serve
-from server_fakes import EchoEngine, MemoryStore, make_backend
+from support.fakes.server import EchoEngine, MemoryStore, make_backend
 
 config = ServeConfig(
     model="echo", store=Path("/nowhere"), grpc_port=0, http_port=0, log_format="json", register={"hats": "/a"}

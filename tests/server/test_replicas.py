@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter_factory import make_base, make_lora
 from manyhats.adapters.errors import AdapterInvalidError, StoreUnavailableError
 from manyhats.adapters.store.opening import open_store
 from manyhats.server.follower import StoreFollower
 from manyhats.server.registrar import Registrar
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
-from server_fakes import Running, eventually, make_backend, make_record, refused, running_server
+from support.factories.adapters import make_base, make_lora
+from support.fakes.server import Running, eventually, make_backend, make_record, refused, running_server
 
 BASE = make_base()
 

@@ -16,21 +16,21 @@ from typing import Any
 import grpc
 import pytest
 
-from adapter_factory import make_base, make_lora
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from restart_under_load import Sources, restarts
+from support.factories.adapters import make_base, make_lora
 
 CHILD = """
 import asyncio, sys
 from pathlib import Path
-from adapter_factory import make_base
+from support.factories.adapters import make_base
 from manyhats.adapters.store.opening import open_store
 from manyhats.server.config import ServeConfig
 from manyhats.server.process import serve
-from server_fakes import EchoEngine, make_backend
+from support.fakes.server import EchoEngine, make_backend
 
 directory = Path(sys.argv[1])
 config = ServeConfig(model="echo", store=directory, grpc_port=0, http_port=0, log_format="json")

@@ -13,8 +13,8 @@ from manyhats.server import from_proto
 from manyhats.server.ports import Backend
 from manyhats.server.prompts import encode_prompts, encode_scoring
 from manyhats.v1.generation_pb2 import Continuation, ScoreRequest, TokenIds
-from server_fakes import INFO, EchoEngine, MemoryStore, make_backend
-from spaced_tokenizers import KINDS, spaced_tokenizer
+from support.factories.spaced_tokenizers import KINDS, spaced_tokenizer
+from support.fakes.server import INFO, EchoEngine, MemoryStore, make_backend
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 

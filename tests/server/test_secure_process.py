@@ -17,13 +17,13 @@ import pytest
 
 from manyhats.client import AuthenticationError, Client, Credentials, PermissionDeniedError, UnavailableError
 from manyhats.server.tokens import Role, new_token
-from secure_server import Pki, add_token, make_pki
+from support.servers.secure import Pki, add_token, make_pki
 
 CHILD = """
 import asyncio, sys, yaml
 from manyhats.server.config_file import make_config
 from manyhats.server.process import serve
-from server_fakes import EchoEngine, MemoryStore, make_backend
+from support.fakes.server import EchoEngine, MemoryStore, make_backend
 
 config = make_config(yaml.safe_load(sys.argv[1]))
 backend = make_backend(EchoEngine(), MemoryStore())

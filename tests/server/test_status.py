@@ -16,7 +16,7 @@ from manyhats.server import errors as server_errors
 from manyhats.server.status import CASES, INTERNAL, case_of, status_of
 from manyhats.v1 import adapter_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
-from server_fakes import Running, refused, running_server
+from support.fakes.server import Running, refused, running_server
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, pre_tokenizers
 
-from engine_server import served_config
 from manyhats.client import AdapterUnsupportedError, AsyncClient, InvalidRequestError
 from manyhats.server.config import ServeConfig
-from peft_reference import make_peft, peft_logits, save_peft
-from reference import load_transformers
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer, tiny_tokenizer
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer, tiny_tokenizer
+from support.harnesses.engine_server import served_config
+from support.oracles.peft import make_peft, peft_logits, save_peft
+from support.oracles.transformers import load_transformers
 
 OWN = "{% for m in messages %}[{{ m.role | upper }}] {{ m.content }}\n{% endfor %}[A]"
 TALK = [{"role": "user", "content": "hello <tool> there"}]

@@ -16,8 +16,8 @@ from manyhats.engine.text.task_text import TaskTexts
 from manyhats.engine.text.text_process import TextProcesses
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.server.task_tokenizers import TaskTokenizers
-from server_fakes import make_record
-from tiny_models import TINY_VOCAB_SIZE, save_tokenizer
+from support.factories.tiny_models import TINY_VOCAB_SIZE, save_tokenizer
+from support.fakes.server import make_record
 
 FILES: Mapping[str, bytes] = {"chat_template.jinja": b"{{ messages[0].content }}!"}
 

@@ -17,8 +17,8 @@ from manyhats.server.errors import ConfigError
 from manyhats.server.tls import ServerTls, TlsFiles
 from manyhats.v1 import server_pb2
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
-from secure_server import Pki, https_get, make_pki, open_channel, pair_of, secured_server, write_pair
-from server_fakes import Running
+from support.fakes.server import Running
+from support.servers.secure import Pki, https_get, make_pki, open_channel, pair_of, secured_server, write_pair
 
 
 @pytest.fixture

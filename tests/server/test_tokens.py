@@ -20,7 +20,7 @@ from manyhats.server.tokens import (
     parse_tokens,
     token_entry,
 )
-from secure_server import BOTH, add_token
+from support.servers.secure import BOTH, add_token
 
 DIGEST = "ab" * 32
 

@@ -13,7 +13,7 @@ import pytest
 from manyhats.v1 import adapter_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
-from server_fakes import (
+from support.fakes.server import (
     SMALL_WINDOW,
     ByteTokenizer,
     Running,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from manyhats.server.messages import Unreadable, tolerant
 from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
-from server_fakes import Running, eventually, refusal_of, refused, running_server
+from support.fakes.server import Running, eventually, refusal_of, refused, running_server
 
 METHODS = [
     (service.full_name, method.name, method.client_streaming, method.server_streaming, method.input_type)

@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 import pytest
 
-from adapter_factory import make_base, make_lora
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.store.opening import open_store
@@ -23,7 +22,8 @@ from manyhats.server.registrar import Registrar
 from manyhats.server.uploads import take_upload
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
-from server_fakes import (
+from support.factories.adapters import make_base, make_lora
+from support.fakes.server import (
     EchoEngine,
     MemoryStore,
     Refusal,

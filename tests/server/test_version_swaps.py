@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
-from adapter_factory import make_ia3, make_lora
-from engine_server import served_config
 from manyhats.adapters.sites import BaseDescription
 from manyhats.server.config import ServeConfig
 from manyhats.server.ports import Backend
@@ -22,8 +20,10 @@ from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
-from prefix_factory import make_prefix
-from tiny_models import make_checkpoint
+from support.factories.adapters import make_ia3, make_lora
+from support.factories.prefixes import make_prefix
+from support.factories.tiny_models import make_checkpoint
+from support.harnesses.engine_server import served_config
 
 if TYPE_CHECKING:
     from manyhats.v1.adapter_pb2_grpc import AdapterServiceAsyncStub

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_factory import make_base, make_lora
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore, PartSource
-from registrations import nobody
-from uploads import content_of, send
+from support.factories.adapters import make_base, make_lora
+from support.factories.registrations import nobody
+from support.factories.uploads import content_of, send
 
 _BASE = make_base(names=("org/tiny",))
 _NUM_SOURCES = 4

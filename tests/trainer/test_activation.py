@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from manyhats.trainer.activation import ActivationRule
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.report import Evaluation, HeldOut
-from training_fakes import make_train_settings, with_data
+from support.fakes.training import make_train_settings, with_data
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from failing_calls import FailingCalls, failing
 from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.errors import CheckpointError
 from manyhats.trainer.events import CheckpointFailed, EvaluationReport, Event
@@ -19,7 +18,7 @@ from manyhats.trainer.fingerprint import rows_digest
 from manyhats.trainer.run import TrainingRun
 from manyhats.trainer.run_result import RunResult
 from manyhats.trainer.settings import LoraSettings, TrainSettings
-from training_fakes import (
+from support.fakes.training import (
     FakeAdapter,
     ScriptedDecoder,
     make_dataset,
@@ -28,6 +27,7 @@ from training_fakes import (
     run_to_end,
     with_data,
 )
+from support.harnesses.failing_calls import FailingCalls, failing
 
 
 def checkpoints(out: Path) -> list[str]:

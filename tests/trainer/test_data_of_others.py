@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data import Dataset, labelled_items, read_rows
 from manyhats.trainer.errors import DataError
-from spaced_tokenizers import KINDS, spaced_tokenizer
-from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
-from training_rows import NAMES, learned, text_of, tokenized, tokenizer_of
+from support.factories.spaced_tokenizers import KINDS, spaced_tokenizer
+from support.factories.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+from support.factories.training_rows import NAMES, learned, text_of, tokenized, tokenizer_of
 
 END, BEGIN, OTHER_END = 2, 1, 0
 SPACED_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from default_model import default_model_directory
 from manyhats.engine.text.prompt_text import ScoreTokens
 from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from manyhats.server import from_proto
@@ -22,8 +21,9 @@ from manyhats.trainer.data import Dataset, find_ends, find_labels, labelled_item
 from manyhats.trainer.errors import BaseError, DataError, SettingError
 from manyhats.v1.generation_pb2 import ChatMessage as ChatMessageProto
 from manyhats.v1.generation_pb2 import ChatMessages, Continuation, ScoreRequest
-from tiny_models import CHAT_TEMPLATE, EOS_TOKEN_ID
-from training_rows import TOKENIZER, learned, text_of, tokenized, tokenizer_of
+from support.factories.default_model import default_model_directory
+from support.factories.tiny_models import CHAT_TEMPLATE, EOS_TOKEN_ID
+from support.factories.training_rows import TOKENIZER, learned, text_of, tokenized, tokenizer_of
 
 
 def dataset_of(*rows: Mapping[str, object], **arguments: Any) -> Dataset:

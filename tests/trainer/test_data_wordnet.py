@@ -22,9 +22,9 @@ from examples.wordnet import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from default_model import default_model_directory
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data import read_rows
+from support.factories.default_model import default_model_directory
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -18,8 +18,6 @@ from peft import (
 )
 from torch import Tensor
 
-from adapterhub_factory import make_adapterhub
-from engine_harness import load_tiny
 from manyhats.adapters.formats.peft.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.adapters.primitives import (
     Affine,
@@ -41,12 +39,11 @@ from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.settings import LoraSettings
-from peft_reference import make_peft, read, read_lowered, save_peft
-from primitive_oracle import logits_with
-from reference import load_transformers
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint
-from trainable_factory import move, tiny_base
-from training_harness import (
+from support.factories.adapterhub import make_adapterhub
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.trainables import move, tiny_base
+from support.harnesses.engine import load_tiny
+from support.harnesses.training import (
     artifact_gradients,
     assert_gradients_close,
     make_decoder,
@@ -54,6 +51,9 @@ from training_harness import (
     parameter_gradients,
     summed_loss,
 )
+from support.oracles.peft import make_peft, read, read_lowered, save_peft
+from support.oracles.primitives import logits_with
+from support.oracles.transformers import load_transformers
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")

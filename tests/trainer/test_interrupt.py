@@ -11,7 +11,7 @@ from manyhats.trainer.errors import CheckpointError
 from manyhats.trainer.events import EvaluationProgress, Event, StepReport, all_of
 from manyhats.trainer.interrupt import StopRequest, TrainingInterrupted
 from manyhats.trainer.train import take_turns
-from training_fakes import FakeAdapter, make_dataset, make_run, make_train_settings, run_to_end
+from support.fakes.training import FakeAdapter, make_dataset, make_run, make_train_settings, run_to_end
 
 
 def newest(out: Path) -> list[str]:

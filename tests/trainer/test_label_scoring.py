@@ -21,7 +21,7 @@ from manyhats.trainer.settings import (
     PromptSettings,
     PTuningSettings,
 )
-from trainable_factory import TinyBase, move, save, tiny_base
+from support.factories.trainables import TinyBase, move, save, tiny_base
 
 METHODS: dict[str, AdapterSettings] = {
     "lora": LoraSettings(rank=3),

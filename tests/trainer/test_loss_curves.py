@@ -10,17 +10,17 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor
 
-from engine_harness import load_tiny
 from manyhats.adapters.formats.peft.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.trainer.adapter import TrainableAdapter
 from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.settings import AdapterSettings, LoraSettings, PrefixSettings, PromptSettings
-from peft_reference import make_peft
-from reference import load_transformers
-from tiny_models import make_checkpoint
-from training_harness import make_decoder, make_rows, summed_loss
+from support.factories.tiny_models import make_checkpoint
+from support.harnesses.engine import load_tiny
+from support.harnesses.training import make_decoder, make_rows, summed_loss
+from support.oracles.peft import make_peft
+from support.oracles.transformers import load_transformers
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from live_bytes import LiveBytes
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight
@@ -51,9 +50,10 @@ from manyhats.trainer.settings import (
     TrainSettings,
 )
 from manyhats.trainer.settings_file import make_settings
-from tiny_models import make_checkpoint
-from trainable_factory import ALL_CASES
-from training_harness import make_rows
+from support.factories.tiny_models import make_checkpoint
+from support.factories.trainables import ALL_CASES
+from support.harnesses.live_bytes import LiveBytes
+from support.harnesses.training import make_rows
 
 LLAMA_33B: Mapping[str, Any] = {
     "model_type": "llama",

@@ -16,7 +16,7 @@ from manyhats.trainer.settings import (
     PrefixSettings,
     PTuningSettings,
 )
-from trainable_factory import move, tiny_base
+from support.factories.trainables import move, tiny_base
 
 
 def test_a_tensor_that_occurs_twice_gets_the_gradients_of_both_places() -> None:

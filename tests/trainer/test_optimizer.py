@@ -10,7 +10,7 @@ from torch import Tensor
 from manyhats.trainer.errors import CheckpointError, SettingError
 from manyhats.trainer.optimizer import AdapterOptimizer, OptimizerState
 from manyhats.trainer.settings import OptimizationSettings
-from training_fakes import FakeAdapter
+from support.fakes.training import FakeAdapter
 
 
 def set_gradients(adapter: FakeAdapter, seed: int) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from failing_calls import FailingCalls, failing
 from manyhats.trainer.errors import OutputError, SettingError
 from manyhats.trainer.output_directory import (
     make_output_directory,
@@ -13,6 +12,7 @@ from manyhats.trainer.output_directory import (
     write_artifact,
     write_report,
 )
+from support.harnesses.failing_calls import FailingCalls, failing
 
 OLD = {"adapter_config.json": b"old config", "adapter_model.safetensors": b"old weights"}
 NEW = {"adapter_config.json": b"new config", "adapter_model.safetensors": b"new weights"}

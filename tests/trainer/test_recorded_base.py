@@ -14,8 +14,8 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.methods import make_adapter
-from tiny_models import make_checkpoint
-from trainable_factory import ALL_CASES, PEFT_CASES, move, save
+from support.factories.tiny_models import make_checkpoint
+from support.factories.trainables import ALL_CASES, PEFT_CASES, move, save
 
 
 def load(spelled: str, home: Path) -> LoadedModel:

@@ -9,10 +9,10 @@ import grpc
 import pytest
 import trustme
 
-from client_fakes import FakeServer, make_status, running_server
 from manyhats.client import AdapterInvalidError, Credentials, UnavailableError
 from manyhats.trainer.errors import RegistrationError
 from manyhats.trainer.registration import RegistrationServer
+from support.fakes.client import FakeServer, make_status, running_server
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from manyhats.trainer.events import EvaluationReport, Event, RunBegan, RunEnded,
 from manyhats.trainer.gradients import accumulate_gradients
 from manyhats.trainer.run import TrainingRun
 from manyhats.trainer.schedule import learning_rate_factor
-from training_fakes import (
+from support.fakes.training import (
     FakeAdapter,
     FakeDecoder,
     PoisonedDecoder,

@@ -24,7 +24,7 @@ from manyhats.trainer.settings import (
 )
 from manyhats.trainer.several import TaskOutcome, common_base, has_checkpoint, train_several
 from manyhats.trainer.train import train
-from training_tasks import TinyTask, make_tiny_task
+from support.factories.training_tasks import TinyTask, make_tiny_task
 
 METHODS: dict[str, AdapterSettings] = {
     "lora": LoraSettings(rank=4, dropout=0.2),

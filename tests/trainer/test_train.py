@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 
-from failing_calls import FailingCalls, failing
 from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.reader import read_adapter
@@ -44,7 +43,8 @@ from manyhats.trainer.settings import (
 from manyhats.trainer.task_training import open_task
 from manyhats.trainer.train import train
 from manyhats.trainer.training_base import TrainingBase, load_base
-from training_tasks import LABELS, TinyTask, make_tiny_task
+from support.factories.training_tasks import LABELS, TinyTask, make_tiny_task
+from support.harnesses.failing_calls import FailingCalls, failing
 
 METHODS: dict[str, AdapterSettings] = {
     "lora": LoraSettings(rank=4),

@@ -35,8 +35,8 @@ from manyhats.trainer.settings import (
 )
 from manyhats.trainer.task_data import read_task_data
 from manyhats.trainer.train import train
-from tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
-from training_tasks import TinyTask, make_tiny_task
+from support.factories.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
+from support.factories.training_tasks import TinyTask, make_tiny_task
 
 NAMES = {"bos_token": SPECIAL_TOKENS[1], "eos_token": SPECIAL_TOKENS[2]}
 DATED = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') + '\n' }}" + CHAT_TEMPLATE

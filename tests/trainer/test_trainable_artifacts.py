@@ -20,7 +20,6 @@ from peft import (
 )
 from safetensors.torch import load
 
-from golden import ADAPTERHUB_FIXTURES, GOLDEN, needs_golden
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
@@ -38,9 +37,7 @@ from manyhats.trainer.settings import (
     PromptSettings,
     PTuningSettings,
 )
-from peft_reference import IDS, base_logits, make_peft, peft_logits, save_peft
-from primitive_oracle import logits_with
-from trainable_factory import (
+from support.factories.trainables import (
     ALL_CASES,
     ALL_LINEARS,
     BOTTLENECK_CASES,
@@ -50,6 +47,9 @@ from trainable_factory import (
     save,
     tiny_base,
 )
+from support.oracles.golden import ADAPTERHUB_FIXTURES, GOLDEN, needs_golden
+from support.oracles.peft import IDS, base_logits, make_peft, peft_logits, save_peft
+from support.oracles.primitives import logits_with
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")

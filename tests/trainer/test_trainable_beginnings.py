@@ -21,10 +21,10 @@ from manyhats.trainer.settings import (
     PromptSettings,
     PTuningSettings,
 )
-from peft_reference import IDS, base_logits, make_peft, save_peft
-from primitive_oracle import logits_with
-from tiny_models import save_tokenizer
-from trainable_factory import ALL_CASES, ALL_LINEARS, BOTTLENECK_CASES, PEFT_CASES, tiny_base
+from support.factories.tiny_models import save_tokenizer
+from support.factories.trainables import ALL_CASES, ALL_LINEARS, BOTTLENECK_CASES, PEFT_CASES, tiny_base
+from support.oracles.peft import IDS, base_logits, make_peft, save_peft
+from support.oracles.primitives import logits_with
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

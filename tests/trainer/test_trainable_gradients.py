@@ -17,8 +17,8 @@ from manyhats.trainer.data.collation import collate
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.settings import AdapterSettings, LoraSettings
-from peft_reference import make_peft
-from trainable_factory import ALL_CASES, BOTTLENECK_CASES, PEFT_CASES, move, tiny_base
+from support.factories.trainables import ALL_CASES, BOTTLENECK_CASES, PEFT_CASES, move, tiny_base
+from support.oracles.peft import make_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -20,7 +20,7 @@ from manyhats.trainer.settings import (
     PromptSettings,
     PTuningSettings,
 )
-from trainable_factory import tiny_base
+from support.factories.trainables import tiny_base
 
 Q = ("q_proj",)
 

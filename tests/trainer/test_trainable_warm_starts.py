@@ -21,9 +21,9 @@ from manyhats.trainer.settings import (
     PromptSettings,
     PTuningSettings,
 )
-from peft_reference import IDS, make_peft, peft_logits, save_peft
-from primitive_oracle import logits_with
-from trainable_factory import ALL_CASES, BOTTLENECK_CASES, PEFT_CASES, move, save, tiny_base
+from support.factories.trainables import ALL_CASES, BOTTLENECK_CASES, PEFT_CASES, move, save, tiny_base
+from support.oracles.peft import IDS, make_peft, peft_logits, save_peft
+from support.oracles.primitives import logits_with
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

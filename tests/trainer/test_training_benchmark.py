@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.training import rows
 from benchmarks.training_cases import CASES, TrainingWorkload, tokens_per_s
 
-from tiny_models import make_checkpoint
+from support.factories.tiny_models import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine_harness import load_tiny, random_lora
 from manyhats.adapters.primitives import Affine, LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
 from manyhats.engine.checkpoints.loader import LoadedModel
@@ -20,10 +19,10 @@ from manyhats.trainer.errors import BaseError
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model import head
 from manyhats.trainer.settings import LoraSettings
-from reference import full_logits, load_transformers
-from tiny_models import make_checkpoint
-from trainable_factory import ALL_CASES, move, tiny_base
-from training_harness import (
+from support.factories.tiny_models import make_checkpoint
+from support.factories.trainables import ALL_CASES, move, tiny_base
+from support.harnesses.engine import load_tiny, random_lora
+from support.harnesses.training import (
     LENGTHS,
     assert_gradients_close,
     make_batch,
@@ -33,6 +32,7 @@ from training_harness import (
     row_ids,
     summed_loss,
 )
+from support.oracles.transformers import full_logits, load_transformers
 
 WINDOW = {"sliding_window": 20}
 """Shorter than some rows, longer than others."""

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from engine_harness import Prompt, Runner, load_tiny
-from every_method import PLAIN, Sizes
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.composition import AdapterPart, compose
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter
@@ -18,11 +16,13 @@ from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.model.decoder import TrainingDecoder
-from peft_reference import read_lowered
-from primitive_oracle import logits_with
-from reference import load_transformers
-from tiny_models import make_checkpoint
-from training_harness import make_batch, make_decoder, make_rows, row_ids
+from support.factories.every_method import PLAIN, Sizes
+from support.factories.tiny_models import make_checkpoint
+from support.harnesses.engine import Prompt, Runner, load_tiny
+from support.harnesses.training import make_batch, make_decoder, make_rows, row_ids
+from support.oracles.peft import read_lowered
+from support.oracles.primitives import logits_with
+from support.oracles.transformers import load_transformers
 
 TOLERANCE = 2e-4
 VIRTUAL = ("adapterhub-prefix-flat", "prefix", "prompt", "p-tuning", "multitask")

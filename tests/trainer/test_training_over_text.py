@@ -18,8 +18,8 @@ from manyhats.trainer.settings import LoraSettings, TrainSettings
 from manyhats.trainer.task_data import read_task_data
 from manyhats.trainer.task_text import with_text_of
 from manyhats.trainer.train import train
-from tiny_models import save_tokenizer, tiny_tokenizer
-from training_tasks import TinyTask, in_directory, make_tiny_task
+from support.factories.tiny_models import save_tokenizer, tiny_tokenizer
+from support.factories.training_tasks import TinyTask, in_directory, make_tiny_task
 
 OWN = (
     "{% for m in messages %}<tool>{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"

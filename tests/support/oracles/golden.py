@@ -9,7 +9,7 @@ import pytest
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.lowering.convert import convert
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "golden"
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden references beside the checkout")
 

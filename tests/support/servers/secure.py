@@ -22,7 +22,7 @@ from manyhats.server.http_port import HttpPort, make_app
 from manyhats.server.metrics import Metrics
 from manyhats.server.tls import ServerTls, TlsFiles
 from manyhats.server.tokens import Role, TokenFile, new_token, token_entry
-from server_fakes import EchoEngine, MemoryStore, Running, make_backend
+from support.fakes.server import EchoEngine, MemoryStore, Running, make_backend
 
 BOTH = (Role.GENERATE, Role.MANAGE)
 

@@ -18,7 +18,7 @@ from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.batch import TokenizedRow, TrainingBatch
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.model.decoder import TrainingDecoder
-from tiny_models import TINY_VOCAB_SIZE
+from support.factories.tiny_models import TINY_VOCAB_SIZE
 
 LENGTHS = (37, 12, 25)
 """Of the rows of most batches."""

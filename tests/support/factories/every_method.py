@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from adapter_factory import (
+from manyhats.adapters.artifact import AdapterMethod, AdapterRecord
+from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.store.store import AdapterStore, PartSource
+from support.factories.adapterhub import make_adapterhub
+from support.factories.adapters import (
     PREFIX,
     lora_config,
     lora_tensors,
@@ -21,11 +25,7 @@ from adapter_factory import (
     make_vera,
     write_adapter,
 )
-from adapterhub_factory import make_adapterhub
-from manyhats.adapters.artifact import AdapterMethod, AdapterRecord
-from manyhats.adapters.sites import BaseDescription
-from manyhats.adapters.store.store import AdapterStore, PartSource
-from prefix_factory import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
+from support.factories.prefixes import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
-from engine_harness import running_engine
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.progress import no_progress
@@ -21,7 +20,8 @@ from manyhats.server.grpc_port import GrpcPort
 from manyhats.server.metrics import Metrics
 from manyhats.server.ports import Backend
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
-from server_fakes import INFO, SMALL_WINDOW, MemoryStore, make_backend
+from support.fakes.server import INFO, SMALL_WINDOW, MemoryStore, make_backend
+from support.harnesses.engine import running_engine
 
 if TYPE_CHECKING:
     from manyhats.v1.generation_pb2_grpc import GenerationServiceAsyncStub

@@ -20,7 +20,7 @@ from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
-from primitive_oracle import describe_model, logits_with
+from support.oracles.primitives import describe_model, logits_with
 
 IDS = (3, 17, 42, 5, 63, 8)
 """A prompt of the tiny models' 64 tokens."""

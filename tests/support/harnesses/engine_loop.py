@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
-from engine_harness import random_ids
-from fakes import FakeCache, FakeDecoder
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import EngineError
 from manyhats.engine.loop.generation import Generation
@@ -20,7 +18,9 @@ from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepSt
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.scheduling.schedule import SchedulerConfig
 from manyhats.engine.text.tokenizer import Tokenizer
-from tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
+from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
+from support.fakes.engine import FakeCache, FakeDecoder
+from support.harnesses.engine import random_ids
 
 POISON = TINY_VOCAB_SIZE - 1
 """A token that turns the logits of its sequence to NaN."""

@@ -17,7 +17,7 @@ from manyhats.trainer.settings import (
     OptimizationSettings,
     TrainSettings,
 )
-from trainable_factory import tiny_base
+from support.factories.trainables import tiny_base
 
 LABELS = ("red", "green", "blue")
 

@@ -24,8 +24,8 @@ from manyhats.trainer.settings import (
     PromptSettings,
     PTuningSettings,
 )
-from primitive_oracle import linears_of
-from tiny_models import make_checkpoint
+from support.factories.tiny_models import make_checkpoint
+from support.oracles.primitives import linears_of
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_factory import make_base, write_adapter
 from manyhats.adapters.artifact import AdapterArtifact
 from manyhats.adapters.formats.peft.format import recognise, recorded_base
 from manyhats.adapters.sites import BaseDescription
+from support.factories.adapters import make_base, write_adapter
 
 _SHAPE = {
     "vocab_size": 64,
@@ -58,7 +58,7 @@ def tiny_base(
     embedding_scale: float = 1.0,
     **fields: Any,
 ) -> BaseDescription:
-    """Describe a small base, its heads included; other arguments are those of ``adapter_factory.make_base``."""
+    """Describe a small base, its heads included; other arguments are those of ``adapters.make_base``."""
     base = make_base(
         num_layers=num_layers,
         hidden_size=hidden_size,

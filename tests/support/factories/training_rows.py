@@ -13,7 +13,7 @@ from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data import Dataset, Row, Tokenization, find_ends, tokenize_rows
 from manyhats.trainer.settings import DataSettings
-from tiny_models import CHAT_TEMPLATE, EOS_TOKEN_ID, SPECIAL_TOKENS, tiny_tokenizer
+from support.factories.tiny_models import CHAT_TEMPLATE, EOS_TOKEN_ID, SPECIAL_TOKENS, tiny_tokenizer
 
 NAMES = {"bos_token": SPECIAL_TOKENS[1], "eos_token": SPECIAL_TOKENS[2]}
 

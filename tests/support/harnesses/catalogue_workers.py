@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 
-from catalogue_records import allow, register
 from manyhats.adapters.errors import TaskNotFoundError
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.taskid import TaskName
+from support.factories.catalogue_records import allow, register
 
 
 def add_versions(url: str, worker: int, num_versions: int) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer
 
 
 def make_saying_checkpoint(
