@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -36,16 +37,49 @@ FORBIDDEN = {
     "client": {"torch", "numpy", "transformers", "typer", "rich"},
 }
 
+# Files and folders of a package from the ground up: one may import those before it.
+FLOORS = {
+    "adapters": """
+        errors artifact finish_rate limits quotas sites activations disk labels taskid primitives method probe
+        formats methods sources lowering store
+    """,
+    "engine": """
+        errors home output progress request threads model text scheduling backends checkpoints config sampling
+        residency loop engine
+    """,
+}
+# What devices do knows no request, no sequence and no schedule.
+KNOWN_TO_BACKENDS = {"errors", "home", "output", "progress", "threads", "model", "backends"}
 
-def imported_modules(path: Path) -> set[str]:
+
+def imported_modules(path: Path, *, at_run_time: bool = False) -> set[str]:
+    """Modules and names that a file imports; with ``at_run_time``, not what is for the checker of types alone."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in run_time_nodes(tree) if at_run_time else ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
+
+
+def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from run_time_nodes(node)
+
+
+def rooms_imported(path: Path, package: str) -> set[str]:
+    """Files and folders of a package that one of its files imports, the package itself not counted."""
+    parts = (name.split(".") for name in imported_modules(path, at_run_time=True))
+    return {name[2] for name in parts if name[:2] == ["manyhats", package] and len(name) > 2}
+
+
+def room_of(path: Path, package: str) -> str:
+    return path.relative_to(PACKAGES[package]).parts[0].removesuffix(".py")
 
 
 def sources(package: str) -> list[Path]:
@@ -67,6 +101,23 @@ def test_a_package_does_not_import_what_it_must_not_know(package: str) -> None:
     for path in sources(package):
         top = {name.split(".")[0] for name in imported_modules(path)}
         assert not top & FORBIDDEN[package], f"{path.relative_to(ROOT)} imports {top & FORBIDDEN[package]}"
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_within_a_package_point_down(package: str) -> None:
+    floors = FLOORS[package].split()
+    assert {room_of(path, package) for path in sources(package)} == {"__init__", *floors}
+    for path in sources(package):
+        room = room_of(path, package)
+        below = set() if room == "__init__" else set(floors[: floors.index(room) + 1])
+        above = rooms_imported(path, package) - below
+        assert not above, f"{path.relative_to(ROOT)} imports {above}"
+
+
+def test_backends_know_no_schedule() -> None:
+    for path in (PACKAGES["engine"] / "backends").rglob("*.py"):
+        others = rooms_imported(path, "engine") - KNOWN_TO_BACKENDS
+        assert not others, f"{path.relative_to(ROOT)} imports {others}"
 
 
 def test_one_folder_alone_has_the_init_file_that_finds_the_others() -> None:
