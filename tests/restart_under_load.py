@@ -38,6 +38,7 @@ from support.factories.adapters import make_lora
 NUM_UPLOADERS = 4
 NUM_CALLERS = 4
 RANK = 16
+_PATIENCE_S = 60.0
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
@@ -110,13 +111,18 @@ class Load:
         self._num_under_way = 0
 
     def run(self, process: subprocess.Popen[str], seconds: float) -> None:
-        """Go on for a while, kill the server while an upload is under way, and return when everybody noticed."""
+        """Go on for a while, and until an upload is acknowledged; kill the server while another is under way.
+
+        It returns when everybody noticed.
+        """
         with ThreadPoolExecutor(NUM_UPLOADERS + NUM_CALLERS) as threads:
             work = [threads.submit(self._upload) for _ in range(NUM_UPLOADERS)]
             work += [threads.submit(self._call) for _ in range(NUM_CALLERS)]
             time.sleep(seconds)
             with self._changed:
-                self._changed.wait_for(lambda: self._num_under_way > 0)
+                self._changed.wait_for(
+                    lambda: self._num_under_way > 0 and bool(self.acknowledged), _PATIENCE_S
+                )
                 self._is_killed = True
                 process.kill()
         for each in work:
@@ -133,6 +139,7 @@ class Load:
                 with self._changed:
                     self._num_under_way -= 1
                     ended.append(upload)
+                    self._changed.notify()
 
     def _call(self) -> None:
         with Client(self._target) as client:
