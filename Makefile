@@ -50,7 +50,8 @@ run: $(RUN_STAMP)
 
 test: setup
 	scripts/need_postgresql.sh
-	$(BIN)/python -m pytest
+	@# A process for each processor, up to four: most tests keep one busy, and each process takes up to 2 GB.
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-store-faults: $(STAMP)
 	cd tests && ../$(BIN)/python -m store_faults

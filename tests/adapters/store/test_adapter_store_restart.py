@@ -114,7 +114,7 @@ def test_object_storage_and_a_database_are_a_store_for_several_processes(
     (tmp_path / "temporary").mkdir()
     open_replica = partial(
         open_store,
-        "memory://bucket/store",
+        f"memory://{tmp_path.name}/store",
         BASE,
         [sources],
         catalogue_url=f"sqlite:///{tmp_path}/catalogue.db",
