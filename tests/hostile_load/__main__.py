@@ -78,7 +78,7 @@ def check_memory(probes: Sequence[Probe], allowed_bytes: int) -> tuple[int, int]
 
 
 def check_idle(server: Server) -> None:
-    """See that nothing is left of any call.
+    """Check that nothing is left of any call.
 
     Raises:
         HostileLoadError: something is.
@@ -97,7 +97,7 @@ def check_idle(server: Server) -> None:
 
 
 def check_counted(before: Counter[str], after: Counter[str], seen: Counter[str]) -> None:
-    """See that the server counted as many calls of each method as were made.
+    """Check that the server counted as many calls of each method as were made.
 
     Raises:
         HostileLoadError: it counted others.

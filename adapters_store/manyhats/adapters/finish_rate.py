@@ -47,7 +47,7 @@ class FinishRate:
         )
 
     def wait_s(self, num_ahead: int) -> float:
-        """Seconds until so many have finished, in [0.1, 60]; 1 where nothing is known."""
+        """Seconds until this many have finished, in [0.1, 60]; 1 where nothing is known."""
         rate = self.per_second()
         return min(max(num_ahead / rate, _MIN_S), _MAX_S) if rate > 0 else _UNKNOWN_S
 

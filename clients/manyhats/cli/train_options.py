@@ -168,7 +168,9 @@ AlphaPattern: TypeAlias = Annotated[
 ]
 LoraPlusRatio: TypeAlias = Annotated[
     float | None,
-    _lora("--lora-plus-ratio", metavar="X", help="LoRA+: B learns so many times faster.", show_default="1.0"),
+    _lora(
+        "--lora-plus-ratio", metavar="X", help="LoRA+: B learns this many times faster.", show_default="1.0"
+    ),
 ]
 
 OutputModules: TypeAlias = Annotated[
@@ -296,7 +298,7 @@ BatchSize: TypeAlias = Annotated[
 ]
 BatchTokens: TypeAlias = Annotated[
     int | None,
-    _steps("--batch-tokens", metavar="N", help="Packing: rows up to so many tokens a step instead."),
+    _steps("--batch-tokens", metavar="N", help="Packing: rows up to this many tokens a step instead."),
 ]
 GradientAccumulation: TypeAlias = Annotated[
     int | None,
@@ -363,7 +365,7 @@ Patience: TypeAlias = Annotated[
     _watch(
         "--patience",
         metavar="N",
-        help="Stop after so many evaluations without a better loss; 0 never.",
+        help="Stop after this many evaluations without a better loss; 0 never.",
         show_default="0",
     ),
 ]

@@ -96,7 +96,7 @@ def resolve(config: EngineConfig) -> EngineConfig:
 
 
 def kv_bytes_per_token(decoder: DecoderConfig, itemsize: int) -> int:
-    """Keys and values of one position in all layers, of so many bytes a value."""
+    """Keys and values of one position in all layers, given the bytes per value."""
     return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * itemsize
 
 

@@ -43,7 +43,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     """Load the model and open the store; takes seconds, so it runs in a worker thread.
 
     Raises:
-        ConfigError: a setting asks for what this version has not.
+        ConfigError: a setting needs a feature this version lacks.
         EngineError: the model cannot be loaded.
         AdapterError: the store cannot be opened.
     """

@@ -97,7 +97,7 @@ class Authorizer:
         """Who makes a call, by its metadata.
 
         Raises:
-            CredentialMissingError, CredentialInvalidError: it is nobody that is known.
+            CredentialMissingError, CredentialInvalidError: the caller is unknown.
         """
         values = [value for key, value in metadata or () if key == "authorization"]
         if not values:

@@ -110,7 +110,7 @@ class RoleMissingError(NotAllowedError):
 
     def __init__(self, method: str, roles: Sequence[str]) -> None:
         needed = f"needs the role {' or '.join(roles)}" if roles else "is for nobody"
-        super().__init__(f"{method} {needed}, which this token has not")
+        super().__init__(f"{method} {needed}, which this token does not have")
         self.method = method
         self.roles = tuple(roles)
 

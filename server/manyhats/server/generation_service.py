@@ -108,7 +108,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return await self._built(respond, sum(to_proto.num_entries(each.tokens) for each in output.scores))
 
     def _built(self, respond: Callable[[], T], num_entries: int) -> Awaitable[T]:
-        """A message of so many tokens; a large one is built in pieces beside the event loop."""
+        """A message of this many tokens; a large one is built in pieces beside the event loop."""
         return self._gate.backend.text_threads.run(respond, _TEXT_LENGTH * num_entries)
 
     async def Tokenize(  # noqa: N802

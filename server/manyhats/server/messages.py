@@ -131,7 +131,7 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def check_readable(request: object) -> None:
-    """See that there is a message.
+    """Check that there is a message.
 
     Raises:
         FieldInvalidError: it was not read.

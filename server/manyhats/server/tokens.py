@@ -70,7 +70,7 @@ class Scope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who shows a token, and what it allows."""
+    """The holder of a token, and what it may do."""
 
     name: str
     roles: frozenset[Role]
@@ -90,7 +90,7 @@ class Tokens:
     _entries: tuple[_Entry, ...]
 
     def caller(self, token: str) -> Caller | None:
-        """Who shows ``token``; None for one that is not known."""
+        """The holder of ``token``; None if it is unknown."""
         digest = token_digest(token)
         found: Caller | None = None
         # All are compared, each in constant time: how long it takes says nothing of any of them.
@@ -111,7 +111,7 @@ class TokenFile:
         self._tokens = FollowedFiles([path], lambda: parse_tokens(_read(path), path.name))
 
     def caller(self, token: str) -> Caller | None:
-        """Who shows ``token``; None for one that is not known."""
+        """The holder of ``token``; None if it is unknown."""
         return self._tokens.current.caller(token)
 
 

@@ -98,7 +98,7 @@ def remove_staged(directory: Path) -> None:
 
 
 def sync(directory: Path) -> None:
-    """See that a directory's entries are on the disk; it may be a link to one."""
+    """Sync a directory, so that its entries are on the disk; it may be a link to one."""
     sync_directory(directory.resolve())
 
 

@@ -12,7 +12,7 @@ from manyhats.trainer.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizingProgress:
-    """The data are being read and tokenized, so many rows and turns so far."""
+    """The data are being read and tokenized, this many rows and turns so far."""
 
     task: str
     done: int

@@ -68,7 +68,7 @@ def settings_by_name(settings: TrainSettings) -> dict[str, Any]:
 
 
 def check_same(was: Fingerprint, now: Fingerprint, checkpoint: str) -> None:
-    """See that a checkpoint is of this very run.
+    """Check that a checkpoint is of this very run.
 
     Raises:
         CheckpointError: names what differs.

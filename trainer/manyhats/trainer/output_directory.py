@@ -39,7 +39,7 @@ def report_file(out: Path) -> Path:
 
 
 def check_output_directory(out: Path) -> None:
-    """See that nothing would be overwritten but what a training left.
+    """Check that nothing would be overwritten but what a training left.
 
     Raises:
         SettingError: ``out`` holds files, and no training was ever there.

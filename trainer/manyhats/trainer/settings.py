@@ -219,7 +219,7 @@ class OptimizationSettings:
 
     Attributes:
         batch_size: rows of one optimizer step.
-        batch_tokens: packing: fill a step with rows up to so many tokens instead; None for ``batch_size`` rows.
+        batch_tokens: packing: fill a step with rows up to this many tokens instead; None for ``batch_size`` rows.
         gradient_accumulation: micro-batches of one step, each of ``batch_size`` rows; their loss is the mean over
             all their target tokens, as if they were one.
         epochs: passes over the data; a fraction ends within one.
@@ -229,9 +229,9 @@ class OptimizationSettings:
         warmup_steps: of a linear rise; below 1 it is a share of all steps.
         optimizer: ``adamw``, or on CUDA ``adamw_8bit`` and ``paged_adamw_8bit`` of bitsandbytes.
         max_grad_norm: gradients are scaled down to it; 0 for no bound.
-        eval_steps: evaluate the loss every so many steps; 0 only at each epoch's end.
-        patience: stop after so many evaluations without a better loss; 0 never stops early.
-        checkpoint_steps: write one every so many steps; 0 only at an interrupt and at the end.
+        eval_steps: evaluate the loss every N steps; 0 only at each epoch's end.
+        patience: stop after this many evaluations without a better loss; 0 never stops early.
+        checkpoint_steps: write one every N steps; 0 only at an interrupt and at the end.
         keep_checkpoints: the newest so many, besides the best.
     """
 

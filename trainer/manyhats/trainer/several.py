@@ -65,7 +65,7 @@ def train_several(
         An outcome of each task, in their order.
 
     Raises:
-        SettingError: the tasks have not one base.
+        SettingError: the tasks do not share one base.
         ModelError: the base cannot be loaded.
         TrainingInterrupted: by SIGINT or SIGTERM; every unfinished task has a checkpoint to resume from.
     """

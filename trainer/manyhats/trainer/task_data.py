@@ -89,7 +89,7 @@ def read_task_data(
 
 
 def tokenize_task_data(how: Tokenization, room: int) -> TaskData:
-    """The same without a model, for rows and labels within so many tokens."""
+    """The same without a model, for rows and labels within this many tokens."""
     settings = how.settings
     train = tokenize_rows(read_rows(settings.train, max_rows=settings.max_train_rows), how)
     if not settings.eval:

@@ -26,7 +26,7 @@ def write_file(path: Path, content: bytes | bytearray, mode: int) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """See that a directory's entries are on the disk.
+    """Sync a directory, so that its entries are on the disk.
 
     Raises:
         OSError: it is no directory, or a link to one, or cannot be synced.

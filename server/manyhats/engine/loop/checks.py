@@ -11,7 +11,7 @@ from manyhats.engine.text.stopping import StopChecker
 
 
 def check_generation(request: Request, vocab_size: int, eos_token_ids: AbstractSet[int]) -> None:
-    """See that every token id of a generation is one, and that there is one that may come first.
+    """Check that every token id of a generation is one, and that there is one that may come first.
 
     Args:
         request: to look at.
@@ -33,7 +33,7 @@ def check_generation(request: Request, vocab_size: int, eos_token_ids: AbstractS
 
 
 def check_scoring(request: ScoreRequest, vocab_size: int, max_tokens: int) -> None:
-    """See that every token id of a scoring is one, and that it is not too much.
+    """Check that every token id of a scoring is one, and that it is not too much.
 
     Args:
         request: to look at.
@@ -67,7 +67,7 @@ def check_scoring(request: ScoreRequest, vocab_size: int, max_tokens: int) -> No
 
 
 def check_length(request: Request | ScoreRequest, num_virtual_tokens: int, max_context_length: int) -> None:
-    """See that the prompt leaves room for what follows: one output token, or the longest continuation.
+    """Check that the prompt leaves room for what follows: one output token, or the longest continuation.
 
     Raises:
         PromptTooLongError: it does not, the adapter's virtual tokens counted.

@@ -21,7 +21,7 @@ Output = StepOutput | ScoreOutput
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something a request's caller must hear of; ``is_last`` ends the request."""
+    """Something a request's caller must be told; ``is_last`` ends the request."""
 
     job_id: str
     payload: Output | EngineError

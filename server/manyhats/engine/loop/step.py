@@ -117,7 +117,7 @@ class Engine:
         return tuple(events)
 
     def cancel(self, job_id: str) -> tuple[Event, ...]:
-        """Ends a job at once; its blocks are free when this returns. Unknown ids are passed over."""
+        """Ends a job at once; its blocks are free when this returns. Unknown ids are ignored."""
         events: list[Event] = []
         job = self._jobs.get(job_id)
         if job is not None:

@@ -29,7 +29,7 @@ class EngineThread:
         engine: nobody else touches it while the thread runs.
         prepare: called first.
         before_step: called before each step.
-        publish: takes the events of a turn; says whether anybody listens still.
+        publish: takes the events of a turn; returns whether anyone is still listening.
         on_step: takes the statistics of a step.
         on_end: called last, however the thread ends.
     """
@@ -90,7 +90,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self._prepare()
-        except BaseException as error:  # noqa: BLE001 whatever it was, who starts the thread must hear of it
+        except BaseException as error:  # noqa: BLE001 whatever it was, its starter must see the error
             self.failure = error
             self._prepared.set_exception(error)
             return
@@ -99,7 +99,7 @@ class EngineThread:
         try:
             while not self._is_stopping:
                 self._turn()
-        except BaseException as error:  # noqa: BLE001 whatever it was, every caller must hear that the engine is gone
+        except BaseException as error:  # noqa: BLE001 whatever it was, every caller must be told that the engine is gone
             self.failure = error
         self._on_end()
         if self.failure is not None:
@@ -121,7 +121,7 @@ class EngineThread:
             self._is_stopping = True
 
     def _note_standstill(self, is_stuck: bool) -> None:
-        """There should be none; if there is, whoever sends requests here must hear of it."""
+        """There should be none; if there is, whoever sends requests here must be told."""
         if not is_stuck:
             if self.is_at_standstill:
                 _log.info("requests get on again")

@@ -182,7 +182,7 @@ class AdapterResidency:
         started = time.monotonic()
         try:
             resident = self._loaded(record, entry, lowered)
-        except BaseException as error:  # noqa: BLE001 whatever it was, those who wait must hear of it
+        except BaseException as error:  # noqa: BLE001 whatever it was, those who wait must see it
             self.give_up(record, error)
             return
         with self._lock:

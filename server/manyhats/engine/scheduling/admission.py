@@ -62,7 +62,7 @@ def plan_admission(sequence: Sequence, shared: SharedPrefix | None, allocator: B
 
 
 def check_addable(sequence: Sequence, allocator: BlockAllocator) -> None:
-    """See that a new sequence can be run as it says.
+    """Check that a new sequence can be run as it says.
 
     Raises:
         FieldInvalidError: it could never run to ``max_num_tokens`` in this pool.

@@ -34,7 +34,7 @@ class HeldPrefixes:
         virtual: VirtualTokens | None = None,
         job_id: str = "",
     ) -> SharedPrefix:
-        """Keeps the first blocks of a sequence, which have so many tokens: virtual ones, or a job's own."""
+        """Keeps the first blocks of a sequence, which have this many tokens: virtual ones, or a job's own."""
         blocks = tuple(block_ids[: self._allocator.num_blocks_for(num_tokens)])
         for block_id in blocks:
             self._allocator.ref(block_id)
@@ -64,7 +64,7 @@ class HeldPrefixes:
         self._held.clear()
 
     def make_room(self, num_blocks: int, spared: Collection[SharedPrefix]) -> bool:
-        """Gives back virtual tokens that no running sequence has, until so many blocks have come free.
+        """Gives back virtual tokens that no running sequence has, until this many blocks have come free.
 
         The least recently used go first, ``spared`` never. Where all of them are not enough, they stay.
         """

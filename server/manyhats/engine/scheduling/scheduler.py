@@ -87,7 +87,7 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     def check_queue(self, num_elsewhere: int = 0) -> None:
-        """See that one more may wait; from any thread.
+        """Check that one more may wait; from any thread.
 
         Args:
             num_elsewhere: those that wait before they are added.
@@ -147,7 +147,7 @@ class Scheduler:
         sequence.token_ids.append(token_id)
 
     def commit(self, schedule: Schedule) -> None:
-        """Account for a step that has run; sequences finished meanwhile are passed over."""
+        """Account for a step that has run; sequences finished meanwhile are ignored."""
         for chunk in schedule.chunks:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
@@ -316,7 +316,7 @@ class Scheduler:
         return len(self._running) >= self.config.max_num_sequences and not sequence.is_internal
 
     def _is_bulk(self, sequence: Sequence, num_left: int) -> bool:
-        """Whether it is a bulk sequence (``Step``) with so many tokens to compute."""
+        """Whether it is a bulk sequence (``Step``) with this many tokens to compute."""
         is_long = num_left > self.config.max_num_batched_tokens
         is_scored = sequence.num_scored > self.config.max_bulk_tokens
         return sequence.is_bulk or ((is_long or is_scored) and not sequence.is_internal)

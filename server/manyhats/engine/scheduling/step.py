@@ -77,7 +77,7 @@ class Step:
             self._add(sequence, num_tokens)
 
     def has_bulk_room(self, sequence: Sequence, num_left: int, *, are_others_waiting: bool) -> bool:
-        """Whether a bulk sequence of so many tokens would get some in this step."""
+        """Whether a bulk sequence of this many tokens would get some in this step."""
         room = self._bulk_budget(are_others_waiting) - sum(other.num_left for other in self._bulk)
         return (
             room > 0

@@ -189,7 +189,7 @@ def _problem(error: Exception) -> str:
 
 
 def check_template(template: str) -> None:
-    """See that a template compiles.
+    """Check that a template compiles.
 
     Raises:
         ValueError: it does not, and why.

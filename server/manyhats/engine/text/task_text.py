@@ -73,7 +73,7 @@ class TaskTexts:
         """What an artifact's text files mean.
 
         Args:
-            files: name → content; others than text files are passed over.
+            files: name → content; others than text files are ignored.
 
         Raises:
             AdapterInvalidError: a file cannot be read, or the template does not compile; ``subject`` is the file.

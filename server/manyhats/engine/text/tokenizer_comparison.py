@@ -84,7 +84,7 @@ def _vocabulary_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) 
         return
     for token, value in theirs.items():
         if token not in ours:
-            yield f"model.vocab has {_shown(token)}, which the base's has not"
+            yield f"model.vocab has {_shown(token)}, which the base's does not have"
         elif value != ours[token]:
             yield f"model.vocab has {_shown(token)} as {_shown(value)}, the base's as {_shown(ours[token])}"
     for token in ours:

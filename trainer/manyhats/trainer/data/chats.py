@@ -75,7 +75,7 @@ class ChatRenderer:
         return Turn(head, text)
 
     def _in_whole(self, message: Message, head: str, whole: str) -> str | None:
-        """A plain message's text, where the whole has it between its head and its end; None where it has not."""
+        """A plain message's text, where the whole has it between its head and its end; None where it does not."""
         content, end = message["content"], self._ends.of_turn
         if not (
             message.keys() <= _ALWAYS_READ and isinstance(content, str) and end and whole.startswith(head)

@@ -88,7 +88,7 @@ def checked_contents(row: Row, settings: DataSettings) -> Contents:
     """What the row says, if as far as can be seen without a tokenizer it can be trained on.
 
     Raises:
-        DataError: as ``contents_of``; or a field is there that nothing reads, or that its kind has not.
+        DataError: as ``contents_of``; or a field is there that nothing reads, or that its kind does not have.
     """
     contents = contents_of(row, settings.system)
     refuse_unread(row, unknown_fields(row), "nothing reads it", settings)

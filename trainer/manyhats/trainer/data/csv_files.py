@@ -13,7 +13,7 @@ from manyhats.trainer.errors import DataError
 
 
 def read_csv(path: Path) -> Iterator[Row]:
-    """One row per record; an empty cell is no value, and blank lines are passed over.
+    """One row per record; an empty cell is no value, and blank lines are ignored.
 
     A row's line is where its record begins: quoted cells may hold line ends.
 

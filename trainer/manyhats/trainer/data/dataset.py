@@ -50,7 +50,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
         )
 
     def beginning(self, index: int, length: int) -> tuple[int, ...]:
-        """A row's first so many tokens."""
+        """A row's first tokens, as many as asked for."""
         begin, _ = self._span(index)
         return tuple(self._token_ids[begin : begin + length].tolist())
 

@@ -18,7 +18,7 @@ _ONE_OBJECT = "is an object; a .json file holds a list of objects, or one object
 
 
 def read_json_lines(path: Path) -> Iterator[Row]:
-    """One row per line; blank lines are passed over.
+    """One row per line; blank lines are ignored.
 
     Raises:
         DataError: a line is not one JSON object, or has a key twice.

@@ -33,7 +33,7 @@ class Row:
 
 
 def check_columns(source: str, columns: Sequence[str]) -> None:
-    """See that a table's columns can make rows.
+    """Check that a table's columns can make rows.
 
     Raises:
         DataError: a name comes twice, none is known, or there are prompts and no completions, or the reverse.

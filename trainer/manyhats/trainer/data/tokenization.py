@@ -248,7 +248,7 @@ class _RowTokenizer:
         )
 
     def _label_tokens(self, row: Row, prompt: PromptText, begin: int) -> tuple[LabelTokens, ...]:
-        """What each label is behind the prompt, of which the row's own completion left so many tokens."""
+        """What each label is behind the prompt, of which the row's own completion left this many tokens."""
         found: dict[LabelTokens, str] = {}
         for label in self._labels:
             text, end = self._ends.split(label)
@@ -283,7 +283,7 @@ class _RowTokenizer:
         self.ignored.update({_field(name) for name in names})
 
     def _check_known(self, row: Row, token_ids: Sequence[int], whose: str = "") -> None:
-        """See that the base has an embedding for each token."""
+        """Check that the base has an embedding for each token."""
         largest = max(token_ids)
         if largest >= self._how.vocab_size:
             piece = self._tokenizer.piece(largest)

@@ -120,7 +120,7 @@ def _of_file(path: Path, message: str) -> str:
 
 
 def _check_sizes(raw: Mapping[str, Any]) -> None:
-    """Refuse a config whose shape is another model's for want of a number, or takes long to draw up.
+    """Refuse a config whose shape is another model's because a number is missing, or takes long to draw up.
 
     Raises:
         ModelError: names the field.

@@ -109,7 +109,7 @@ class _Block:
     """Some queries, as rows of T · G, and the keys that any of them sees.
 
     Attributes:
-        hidden: [rows, the last so many keys seen] bool, which of these each query does not see.
+        hidden: [rows, the last keys seen] bool, which of these each query does not see.
     """
 
     rows: slice

@@ -51,7 +51,7 @@ class FrozenLinears:
 
         Args:
             parts: which.
-            num_more: so many columns are left free behind those of the weights.
+            num_more: this many columns are left free behind those of the weights.
 
         Returns:
             [outputs, d_in + num_more]; the caller's own where columns are left free.

@@ -47,7 +47,7 @@ def phm_shapes(phm: PhmConfig, block: Block, module: str, direction: str, d_in: 
     """
     n, rank = phm.dim, phm.rank
     if d_in % n or d_out % n:
-        raise AdapterInvalidError("phm_dim", f"{n} divides not both {d_in} and {d_out}")
+        raise AdapterInvalidError("phm_dim", f"{n} does not divide both {d_in} and {d_out}")
     w, rule = _names(phm, block, module, direction)
     shapes: Shapes = {}
     if phm.is_w_factorized:

@@ -2,8 +2,8 @@
 
 ``<root>/artifacts/<64 hexadecimal digits>/`` holds an artifact; ``<root>/staging/`` what is on its way in or out.
 Publication writes to staging, syncs each file and the directory, digests what was written, and renames; so whatever
-bears an artifact's name is complete. Who has something in staging, or an artifact that no row names yet, shares the
-lock; who has the lock alone may remove both, for they are a dead process's.
+bears an artifact's name is complete. Anyone with files in staging, or an artifact that no row names yet, holds the
+lock shared; whoever holds it alone may remove both, for they are a dead process's.
 """
 
 from __future__ import annotations

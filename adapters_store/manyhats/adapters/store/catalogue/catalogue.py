@@ -230,7 +230,7 @@ class Catalogue:
             return frozenset(task.task_id for task in changed)
 
     def generation(self) -> int:
-        """How many writes the database has seen; a cheap query, for who waits for a change."""
+        """How many writes the database has seen; cheap enough to poll for changes."""
         with self._database.read() as connection:
             return read_generation(connection)
 

@@ -77,7 +77,7 @@ class ReferenceKernels:
         """Nothing to prepare."""
 
     def leave_processors(self, count: int) -> None:
-        """Takes no notice."""
+        """Does nothing."""
 
     def pack(self, parts: Sequence[Linear]) -> ReferenceLinear:
         """Dequantizes and concatenates."""
