@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -72,9 +73,9 @@ def check_memory(probes: Sequence[Probe], allowed_bytes: int) -> str:
     Raises:
         HostileLoadError: it has grown since the first four tenths.
     """
-    part = max(len(probes) // 10, 1)
+    bounds = [len(probes) * tenth // 10 for tenth in range(11)]
     held = [
-        median(p.rss_bytes for p in probes[first : first + part]) for first in range(0, len(probes), part)
+        median(p.rss_bytes for p in probes[first : max(last, first + 1)]) for first, last in pairwise(bounds)
     ]
     shown = ", ".join(f"{each / 1e6:.0f}" for each in held)
     if held[-1] > max(held[:4]) + allowed_bytes:
