@@ -134,9 +134,7 @@ def main() -> None:
         rooms = rooms_of(imports, package)
         floors = num_floors(rooms)
         print(f"{package}: {len(rooms)} rooms, {f'{floors} floors' if floors else 'a circle among them'}")
-    backends = [
-        name for name in trees if name.startswith(("manyhats.engine.backends", "manyhats.engine.kernels"))
-    ]
+    backends = [name for name in trees if name.startswith("manyhats.engine.backends")]
     knowing = [name for name in backends if any("schedul" in each for each in reached(imports, name))]
     print(
         f"modules of backends that import the scheduler, at any distance: {len(knowing)} of {len(backends)}"

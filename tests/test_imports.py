@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from measure_structure import run_time_nodes
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
@@ -63,13 +63,6 @@ def imported_modules(path: Path, *, at_run_time: bool = False) -> set[str]:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
-
-
-def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            yield node
-            yield from run_time_nodes(node)
 
 
 def rooms_imported(path: Path, package: str) -> set[str]:
