@@ -13,9 +13,9 @@ import pytest
 import typer
 
 from manyhats.cli.main import app
-from manyhats.server.config import ServeConfig
-from manyhats.server.config_file import make_config
 from manyhats.server.errors import ConfigError
+from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.config_file import make_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]

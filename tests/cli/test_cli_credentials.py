@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from manyhats.cli.main import app
-from manyhats.server.tokens import Role, Scope, parse_tokens
+from manyhats.server.access.tokens import Role, Scope, parse_tokens
 from support.fakes.client import FakeServer, make_status, running_server
 from support.servers.secure import make_pki
 

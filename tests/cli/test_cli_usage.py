@@ -24,7 +24,7 @@ from manyhats.cli.options import DEFAULT_SERVER
 from manyhats.cli.output import human_bytes, human_count
 from manyhats.cli.progress import amount
 from manyhats.client import DEFAULT_TARGET
-from manyhats.server.sizes import parse_size
+from manyhats.server.lifetime.sizes import parse_size
 
 COMMANDS = [
     ["serve"],
@@ -153,7 +153,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         configs.append(config)
         return 3
 
-    monkeypatch.setattr("manyhats.server.process.serve", fake_serve)
+    monkeypatch.setattr("manyhats.server.lifetime.process.serve", fake_serve)
     return configs
 
 

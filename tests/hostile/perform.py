@@ -9,10 +9,10 @@ from typing import Any
 from hostile.case import Call, GateState
 from manyhats.adapters.store.intake import PartSource
 from manyhats.adapters.store.store import AdapterStore
-from manyhats.server.gate import Gate
-from manyhats.server.metrics import Metrics
-from manyhats.server.registrar import Registrar
-from manyhats.server.uploads import take_upload
+from manyhats.server.grpc.uploads import take_upload
+from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.gate import Gate
+from manyhats.server.service.registrations import Registrar
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
 from support.fakes.server import EchoEngine, make_backend

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import AddedToken, pre_tokenizers
 
 from manyhats.client import AdapterUnsupportedError, AsyncClient, InvalidRequestError
-from manyhats.server.config import ServeConfig
+from manyhats.server.lifetime.config import ServeConfig
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer, tiny_tokenizer
 from support.harnesses.engine_server import served_config
 from support.oracles.peft import make_peft, peft_logits, save_peft

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from manyhats.engine.text.prompt_text import ScoreTokens
 from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
-from manyhats.server import from_proto
-from manyhats.server.prompts import encode_prompts
-from manyhats.server.text_threads import TextThreads
+from manyhats.server.grpc import from_proto
+from manyhats.server.service.prompts import encode_prompts
+from manyhats.server.service.text_threads import TextThreads
 from manyhats.trainer.data import Dataset, find_ends, find_labels, labelled_items
 from manyhats.trainer.errors import BaseError, DataError, SettingError
 from manyhats.v1.generation_pb2 import ChatMessage as ChatMessageProto

@@ -154,11 +154,11 @@ def run(flags: Mapping[str, Any], file: Path | None) -> int:
         from manyhats.engine.threads.openmp import sleep_soon
 
         sleep_soon()
-        from manyhats.server.config_file import check_names, make_config, read_file
         from manyhats.server.errors import ConfigError
-        from manyhats.server.process import EXIT_BY_SIGNAL
-        from manyhats.server.process import serve as serve_process
-        from manyhats.server.registered_sources import check_registered_sources
+        from manyhats.server.lifetime.config_file import check_names, make_config, read_file
+        from manyhats.server.lifetime.process import EXIT_BY_SIGNAL
+        from manyhats.server.lifetime.process import serve as serve_process
+        from manyhats.server.lifetime.registered_sources import check_registered_sources
     in_file: dict[str, Any] = {}
     try:
         if file is not None:

@@ -59,8 +59,8 @@ def new(
 ) -> None:
     """Add a token to a token file, and print it."""
     with needs_extra("server"):
+        from manyhats.server.access.tokens import Role, new_token, parse_tokens, token_entry
         from manyhats.server.errors import ConfigError
-        from manyhats.server.tokens import Role, new_token, parse_tokens, token_entry
     token = new_token()
     try:
         roles = [Role(text) for text in role or ["generate"]]

@@ -44,12 +44,12 @@ from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.residency import ResidencyStats
 from manyhats.engine.text.prompt_text import Continuation
 from manyhats.engine.text.tokenizer import ChatMessage
-from manyhats.server.config import ServeConfig
-from manyhats.server.gate import Gate
-from manyhats.server.grpc_port import GrpcPort
-from manyhats.server.http_port import HttpPort, make_app
-from manyhats.server.metrics import Metrics
-from manyhats.server.ports import Backend, ModelInfo, ServerLimits, Store, Tokenizer
+from manyhats.server.grpc.port import GrpcPort
+from manyhats.server.http.port import HttpPort, make_app
+from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.gate import Gate
+from manyhats.server.service.ports import Backend, ModelInfo, ServerLimits, Store, Tokenizer
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from manyhats.v1.server_pb2_grpc import ServerServiceStub

@@ -15,13 +15,13 @@ from typing import Any
 import grpc
 import trustme
 
-from manyhats.server.authorization import Authorizer
-from manyhats.server.gate import Gate
-from manyhats.server.grpc_port import GrpcPort
-from manyhats.server.http_port import HttpPort, make_app
-from manyhats.server.metrics import Metrics
-from manyhats.server.tls import ServerTls, TlsFiles
-from manyhats.server.tokens import Role, TokenFile, new_token, token_entry
+from manyhats.server.access.tls import ServerTls, TlsFiles
+from manyhats.server.access.tokens import Role, TokenFile, new_token, token_entry
+from manyhats.server.grpc.authorization import Authorizer
+from manyhats.server.grpc.port import GrpcPort
+from manyhats.server.http.port import HttpPort, make_app
+from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.gate import Gate
 from support.fakes.server import EchoEngine, MemoryStore, Running, make_backend
 
 BOTH = (Role.GENERATE, Role.MANAGE)

@@ -1,0 +1,140 @@
+"""The gRPC server: services, health, reflection and limits on one port."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from manyhats.engine.config import EngineConfig
+from manyhats.server.access.tls import ServerTls
+from manyhats.server.errors import AddressError
+from manyhats.server.grpc.adapters import AdapterService
+from manyhats.server.grpc.answers import MAX_ANSWER_BYTES, Answers
+from manyhats.server.grpc.authorization import AuthorizationInterceptor, Authorizer, everything
+from manyhats.server.grpc.generation import GenerationService
+from manyhats.server.grpc.health import HealthFollower
+from manyhats.server.grpc.interceptor import CallInterceptor
+from manyhats.server.grpc.server_info import ServerService
+from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.gate import Gate
+from manyhats.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+SERVICES = tuple(
+    service.full_name
+    for file in (generation_pb2, adapter_pb2, server_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+)
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
+# The gate counts calls whose message has come, and refuses more with details; this bounds those that send none, too.
+_MAX_OPEN_CALLS = 16_384
+
+
+class GrpcPort:
+    """A gRPC server on one address; requests are admitted by the gate.
+
+    Args:
+        gate: admits, and knows what answers.
+        metrics: counts.
+        host, port: where to listen; port 0 takes any free one.
+        tls: encrypts; None serves in the clear.
+        authorizer: knows callers; None lets everybody do everything.
+        max_connections: more are closed as they come.
+        unread_limit_s: an answer of which nothing is read for so long is given up.
+        max_answer_bytes: of one answer, and of all the large ones together that wait for their callers to read.
+
+    Raises:
+        AddressError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        metrics: Metrics,
+        *,
+        host: str,
+        port: int,
+        tls: ServerTls | None = None,
+        authorizer: Authorizer | None = None,
+        max_connections: int = 4096,
+        unread_limit_s: float = EngineConfig().unread_limit_s,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
+    ) -> None:
+        self.health = HealthFollower(gate, SERVICES)
+        answers = Answers(unread_limit_s=unread_limit_s, max_bytes=max_answer_bytes)
+        interceptors: list[grpc.aio.ServerInterceptor] = [CallInterceptor(gate, metrics, answers)]
+        scope_of = everything
+        if authorizer is not None:
+            interceptors.append(AuthorizationInterceptor(authorizer))
+            scope_of = authorizer.scope
+        self._server = grpc.aio.server(
+            interceptors=interceptors,
+            options=(
+                *_OPTIONS,
+                ("grpc.max_send_message_length", max_answer_bytes),
+                ("grpc.max_allowed_incoming_connections", max_connections),
+            ),
+            maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
+        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(gate, metrics), self._server
+        )
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
+            AdapterService(gate, metrics, scope_of), self._server
+        )
+        server_pb2_grpc.add_ServerServiceServicer_to_server(
+            ServerService(gate, MAX_REQUEST_BYTES), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), self._server)
+        self.address = self._bind(host, port, tls)
+
+    def _bind(self, host: str, port: int, tls: ServerTls | None) -> str:
+        address = join_host_port(host, port)
+        try:
+            if tls is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, tls.grpc_credentials())
+        except RuntimeError as error:
+            raise AddressError("gRPC", address) from error
+        return join_host_port(host, bound)
+
+    async def start(self) -> None:
+        """Answer calls; before the gate opens, with UNAVAILABLE."""
+        await self.health.publish()
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, and cancel those still running after ``grace_s``."""
+        await self._server.stop(grace_s)
+
+
+def join_host_port(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    # A second server on the same port must fail, not share its calls.
+    ("grpc.so_reuseport", 0),
+    # With more calls than this at once, gRPC would cancel some without a word; they are for the gate to refuse.
+    ("grpc.server.max_pending_requests", 1_000_000),
+    ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
+    # A caller that connects must say so, in TLS and in HTTP/2, and one that makes no calls goes; clients come back by
+    # themselves when they have one.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    # Notices a client that vanished without closing its connection, so that its requests end.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)

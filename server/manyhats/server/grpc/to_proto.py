@@ -1,0 +1,211 @@
+"""From the dataclasses of the domain to the messages of the API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.output import (
+    FinishReason,
+    ScoreOutput,
+    StepOutput,
+    TokenOutput,
+    Usage,
+)
+from manyhats.engine.request import MAX_CONTINUATIONS
+from manyhats.server.service.ports import Backend
+from manyhats.server.service.text_threads import paced, slices
+from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
+# Adding a token to a message takes as long as reading a few of them.
+_ENTRY_WEIGHT = 4
+
+
+def generate_response(
+    request_id: str, outputs: Sequence[StepOutput], adapter: AdapterRecord | None
+) -> generation_pb2.GenerateResponse:
+    """A whole answer from all outputs of a request; at least one."""
+    last = outputs[-1]
+    response = generation_pb2.GenerateResponse(
+        request_id=request_id,
+        text="".join(output.text for output in outputs),
+        finish_reason=finish_reason(last.finish_reason),
+        usage=usage(last.usage),
+        adapter=adapter_ref(adapter),
+    )
+    add_tokens(response.tokens, (token for output in outputs for token in output.tokens))
+    add_tokens(response.prompt_tokens, (token for output in outputs for token in output.prompt_tokens))
+    return response
+
+
+def stream_response(
+    request_id: str, output: StepOutput, adapter: AdapterRecord | None, *, is_first: bool
+) -> generation_pb2.GenerateStreamResponse:
+    """One piece of an answer: the first tells adapter and prompt usage, the last all usage and the end."""
+    is_last = output.finish_reason is not None
+    spent = usage(output.usage) if is_last else prompt_usage(output.usage) if is_first else None
+    response = generation_pb2.GenerateStreamResponse(
+        request_id=request_id,
+        text=output.text,
+        finish_reason=finish_reason(output.finish_reason),
+        usage=spent,
+        adapter=adapter_ref(adapter) if is_first else None,
+    )
+    add_tokens(response.tokens, output.tokens)
+    add_tokens(response.prompt_tokens, output.prompt_tokens)
+    return response
+
+
+def score_response(
+    request_id: str, output: ScoreOutput, adapter: AdapterRecord | None
+) -> generation_pb2.ScoreResponse:
+    """The scores of one request."""
+    response = generation_pb2.ScoreResponse(
+        request_id=request_id, usage=usage(output.usage), adapter=adapter_ref(adapter)
+    )
+    for score in paced(output.scores, lambda each: _ENTRY_WEIGHT * len(each.tokens)):
+        scored = response.scores.add(logprob=score.logprob, num_tokens=len(score.tokens))
+        add_tokens(scored.tokens, score.tokens)
+    return response
+
+
+def num_entries(tokens: Iterable[TokenOutput]) -> int:
+    """How many tokens a message of these has, the most likely ones of each position among them."""
+    return sum(1 + len(token.top) for token in tokens)
+
+
+def tokenize_response(
+    ids: Sequence[int], piece: Callable[[int], str], *, field: str, max_bytes: int
+) -> generation_pb2.TokenizeResponse:
+    """Token ids and the text of each, in slices: other threads run in between.
+
+    Raises:
+        FieldInvalidError: the texts have more than ``max_bytes`` together; it names ``field``.
+    """
+    response = generation_pb2.TokenizeResponse()
+    num_bytes = 0
+    for part in slices(ids):
+        pieces = [piece(token_id) for token_id in part]
+        num_bytes += sum(len(text.encode()) for text in pieces)
+        if num_bytes > max_bytes:
+            raise FieldInvalidError(
+                field, f"its tokens have more than {max_bytes} bytes of text together, which is the limit"
+            )
+        response.ids.extend(part)
+        response.pieces.extend(pieces)
+    return response
+
+
+def add_tokens(
+    infos: RepeatedCompositeFieldContainer[generation_pb2.TokenInfo], tokens: Iterable[TokenOutput]
+) -> None:
+    """Adds tokens with what was asked for beside them, in slices: other threads run in between."""
+    for token in paced(tokens, lambda each: _ENTRY_WEIGHT * (1 + len(each.top))):
+        info = infos.add(id=token.id, text=token.text, logprob=token.logprob, rank=token.rank)
+        for each in token.top:
+            info.top.add(id=each.id, text=each.text, logprob=each.logprob)
+
+
+def usage(spent: Usage) -> generation_pb2.Usage:
+    """What a request cost."""
+    message = prompt_usage(spent)
+    message.generated_tokens = spent.generated_tokens
+    message.decode_ms = spent.decode_s * 1000
+    return message
+
+
+def prompt_usage(spent: Usage) -> generation_pb2.Usage:
+    """What the prompt alone cost."""
+    return generation_pb2.Usage(
+        prompt_tokens=spent.prompt_tokens,
+        cached_prompt_tokens=spent.cached_prompt_tokens,
+        queue_ms=spent.queue_s * 1000,
+        prefill_ms=spent.prefill_s * 1000,
+        adapter_load_ms=spent.adapter_load_s * 1000,
+    )
+
+
+_FINISH_REASONS = {
+    reason: generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason
+}
+_METHODS = {
+    method: adapter_pb2.AdapterMethod.Value(f"ADAPTER_METHOD_{method.name}") for method in AdapterMethod
+}
+_STATES = {state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState}
+
+
+def finish_reason(reason: FinishReason | None) -> generation_pb2.FinishReason.ValueType:
+    """Why a generation ended; unspecified while it goes on."""
+    return generation_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_REASONS[reason]
+
+
+def adapter_ref(record: AdapterRecord | None) -> adapter_pb2.AdapterRef | None:
+    """Which adapter served; None for the base model."""
+    if record is None:
+        return None
+    return adapter_pb2.AdapterRef(task_id=record.task_id, version=record.version, digest=record.digest)
+
+
+def adapter(record: AdapterRecord, *, is_resident: bool) -> adapter_pb2.Adapter:
+    """One version of a task's adapter."""
+    created = Timestamp()
+    created.FromDatetime(record.create_time)
+    device, disk = adapter_pb2.ADAPTER_RESIDENCY_DEVICE, adapter_pb2.ADAPTER_RESIDENCY_DISK
+    return adapter_pb2.Adapter(
+        task_id=record.task_id,
+        version=record.version,
+        digest=record.digest,
+        method=_METHODS[record.method],
+        state=_STATES[record.state],
+        state_reason=record.state_reason,
+        size_bytes=record.size_bytes,
+        num_parameters=record.num_parameters,
+        source=record.source,
+        create_time=created,
+        base_model=record.base_model,
+        labels=record.labels,
+        effect=record.effect,
+        residency=device if is_resident else disk,
+        notes=record.notes,
+        parts=[
+            adapter_pb2.ArtifactPart(
+                digest=part.digest, weight=part.weight, source=part.source, text_files=part.text_files
+            )
+            for part in record.parts
+        ],
+    )
+
+
+def server_info(backend: Backend, version: str, max_request_bytes: int) -> server_pb2.GetServerInfoResponse:
+    """What this server is, and what callers may ask of it."""
+    info = backend.info
+    settings: dict[str, Any] = {name: _capped(name, value) for name, value in asdict(backend.limits).items()}
+    limits = server_pb2.ServerLimits(
+        **settings,
+        max_request_bytes=max_request_bytes,
+        max_continuations=MAX_CONTINUATIONS,
+    )
+    return server_pb2.GetServerInfoResponse(
+        version=version,
+        base_model=info.name,
+        base_digest=info.digest,
+        quantization=info.quantization,
+        dtype=info.dtype,
+        device=info.device,
+        max_context_length=backend.engine.max_context_length,
+        vocab_size=info.vocab_size,
+        limits=limits,
+    )
+
+
+def _capped(name: str, value: int | None) -> int | None:
+    """A limit as its field can hold it; larger ones bound nothing either."""
+    return None if value is None else min(value, 2**64 - 1 if "bytes" in name else 2**32 - 1)

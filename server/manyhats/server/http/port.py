@@ -1,0 +1,257 @@
+"""The HTTP port: ``/metrics``, ``/healthz`` and ``/readyz``, served by a thread of its own.
+
+Its own, so that a scrape is answered while the event loop of the calls is busy; nothing here waits for the engine. One
+thread, with an event loop, so that any number of callers that say nothing cost no more than their sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from io import BytesIO
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import choose_encoder
+
+from manyhats.server.access.tls import ServerTls
+from manyhats.server.errors import AddressError
+from manyhats.server.grpc.port import join_host_port
+from manyhats.server.service.gate import Gate, ServingState
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+
+def make_app(gate: Gate, registry: CollectorRegistry) -> WSGIApplication:
+    """The WSGI application: three paths, 404 for the rest."""
+    metrics: WSGIApplication = make_wsgi_app(registry)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path == "/metrics":
+            return metrics(_with_known_format(environ), start_response)
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return _plain(
+                environ, start_response, "405 Method Not Allowed", "use GET", ("Allow", "GET, HEAD")
+            )
+        if path == "/healthz":
+            # The process lives as long as this thread can answer; a dead engine ends the process by itself.
+            return _plain(environ, start_response, "200 OK", "ok")
+        if path == "/readyz":
+            state = gate.state
+            is_ready = state is ServingState.READY
+            return _plain(
+                environ, start_response, "200 OK" if is_ready else "503 Service Unavailable", state.value
+            )
+        return _plain(environ, start_response, "404 Not Found", "try /metrics, /healthz or /readyz")
+
+    return app
+
+
+def _with_known_format(environ: WSGIEnvironment) -> WSGIEnvironment:
+    """A request for metrics; one whose ``Accept`` cannot be read is for plain text."""
+    try:
+        choose_encoder(environ.get("HTTP_ACCEPT", ""))
+    except (TypeError, ValueError):  # a version that is no number
+        return {**environ, "HTTP_ACCEPT": "text/plain"}
+    return environ
+
+
+def _plain(
+    environ: WSGIEnvironment, start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]
+) -> Iterable[bytes]:
+    body = f"{text}\n".encode()
+    length = ("Content-Length", str(len(body)))
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), length, *headers])
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+
+_BACKLOG = 1024  # connections that the system keeps until they are accepted; its own limit may be lower
+_MAX_HEAD_BYTES = 16 * 1024
+_WAIT_FOR_FILES_S = 0.1
+
+
+class HttpPort:
+    """An HTTP server on one address, in a background thread; each connection has one request.
+
+    Args:
+        app: answers requests, at once.
+        host, port: where to listen; port 0 takes any free one.
+        tls: encrypts; None serves in the clear.
+        time_limit_s: from the connection to the last byte of the answer, whoever is slow.
+        max_connections: with more, the oldest goes: it has had its time, and a probe is done in milliseconds.
+
+    Raises:
+        AddressError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        *,
+        host: str,
+        port: int,
+        tls: ServerTls | None = None,
+        time_limit_s: float = 10.0,
+        max_connections: int = 256,
+    ) -> None:
+        try:
+            self._listener = _listen(host, port)
+        except OSError as error:
+            raise AddressError("HTTP", join_host_port(host, port)) from error
+        self._answerer = _Answerer(app, host, self._listener.getsockname()[1])
+        self._tls = tls
+        self._time_limit_s = time_limit_s
+        self._max_connections = max_connections
+        self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
+        self.address = join_host_port(host, self._answerer.server_port)
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._run, name="http", daemon=True)
+
+    def start(self) -> None:
+        """Answer requests."""
+        self._accepting = self._loop.create_task(self._accept())
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the port and what is connected to it; quick, but it blocks until the thread has ended."""
+        self._loop.call_soon_threadsafe(self._accepting.cancel)
+        self._thread.join()
+
+    # On the thread
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner, suppress(asyncio.CancelledError):
+            runner.run(self._wait())
+
+    async def _wait(self) -> None:
+        await self._accepting
+
+    async def _accept(self) -> None:
+        with self._listener:
+            while True:
+                try:
+                    connection, _ = await self._loop.sock_accept(self._listener)
+                except OSError:  # no file is left, or the caller has gone
+                    await asyncio.sleep(_WAIT_FOR_FILES_S)
+                    continue
+                self._make_room()
+                task = self._loop.create_task(self._serve(connection))
+                self._connections[task] = None
+                task.add_done_callback(lambda done: self._connections.pop(done, None))
+                await asyncio.sleep(0)  # those that are connected have their turn between two that come
+
+    def _make_room(self) -> None:
+        if len(self._connections) >= self._max_connections:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.cancel()
+
+    async def _serve(self, connection: socket.socket) -> None:
+        # A caller that speaks no TLS, stops in the middle, or goes away: its own affair.
+        with connection, suppress(OSError, asyncio.IncompleteReadError, ValueError):
+            async with asyncio.timeout(self._time_limit_s):
+                await self._answer(connection)
+
+    async def _answer(self, connection: socket.socket) -> None:
+        reader = asyncio.StreamReader(limit=_MAX_HEAD_BYTES)
+        transport, protocol = await self._loop.connect_accepted_socket(
+            lambda: asyncio.StreamReaderProtocol(reader),
+            connection,
+            ssl=None if self._tls is None else self._tls.http_context(),
+        )
+        try:
+            head = await _read_head(reader)
+            if head:
+                writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
+                writer.write(self._answerer.answer(head, transport.get_extra_info("peername")))
+                writer.close()
+                await writer.wait_closed()
+        finally:
+            transport.abort()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    is_v6 = ":" in host
+    listener = socket.create_server(
+        (host, port),
+        family=socket.AF_INET6 if is_v6 else socket.AF_INET,
+        backlog=_BACKLOG,
+        dualstack_ipv6=is_v6 and socket.has_dualstack_ipv6(),
+    )
+    listener.setblocking(False)
+    return listener
+
+
+async def _read_head(reader: asyncio.StreamReader) -> bytes:
+    """A request up to the empty line; b"" where the caller stops before it.
+
+    Raises:
+        ValueError: a line, or all of them, are too long.
+    """
+    head = b""
+    while not head.endswith((b"\n\r\n", b"\n\n")):
+        line = await reader.readline()
+        head += line
+        if not line.endswith(b"\n"):
+            return b""
+        if len(head) > _MAX_HEAD_BYTES:
+            raise ValueError("the request has no end")
+    return head
+
+
+class _Answerer(WSGIServer):
+    """The standard library's reader of requests and maker of answers, without its sockets."""
+
+    def __init__(self, app: WSGIApplication, host: str, port: int) -> None:
+        self.server_name, self.server_port = host, port
+        self.setup_environ()
+        self.set_app(app)
+
+    def answer(self, head: bytes, address: Any) -> bytes:
+        """The bytes that answer a request's."""
+        request: Any = head  # in place of a socket
+        return _Handler(request, address, self).answer
+
+
+_SOFTWARE = "manyhats"  # in the header Server: no versions
+
+
+class _Response(ServerHandler):
+    server_software = _SOFTWARE
+
+
+class _Handler(WSGIRequestHandler):
+    default_request_version = "HTTP/1.0"  # so that what cannot be read gets an answer with a status
+
+    def setup(self) -> None:
+        """Read from, and write to, memory."""
+        request: Any = self.request
+        self.rfile = BytesIO(request)
+        self.wfile = self._written = BytesIO()
+
+    def handle(self) -> None:
+        """Answer one request."""
+        self.raw_requestline = self.rfile.readline()  # the whole head has a limit
+        if self.parse_request():
+            environ = self.get_environ()
+            output: Any = self.wfile
+            response = _Response(self.rfile, output, self.get_stderr(), environ, multithread=False)
+            response.request_handler = self  # type: ignore[attr-defined]  # what it logs to
+            response.run(self.server.get_app())  # type: ignore[attr-defined]
+
+    def version_string(self) -> str:
+        """The header Server of an answer to what cannot be read."""
+        return _SOFTWARE
+
+    def finish(self) -> None:
+        """Keep what was written."""
+        self.answer: bytes = self._written.getvalue()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Log nothing: probes and scrapes come every few seconds."""

@@ -1,0 +1,1 @@
+"""The process from start to end: settings, wiring, ports, draining."""

@@ -1,0 +1,284 @@
+"""The life of a server process: ports, loading, ready, draining, end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from prometheus_client import disable_created_metrics
+
+from manyhats.adapters.errors import AdapterError
+from manyhats.engine.errors import EngineError
+from manyhats.engine.progress import Progress, no_progress
+from manyhats.engine.threads.own_thread import in_own_thread
+from manyhats.server.access.tls import ServerTls
+from manyhats.server.access.tokens import TokenFile
+from manyhats.server.errors import ServerError
+from manyhats.server.grpc.authorization import Authorizer
+from manyhats.server.grpc.port import GrpcPort
+from manyhats.server.http.port import HttpPort, make_app
+from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.file_limit import connection_limits, raise_file_limit
+from manyhats.server.lifetime.progress_log import LoadingStopped, ProgressLog, both
+from manyhats.server.lifetime.signals import StopSignals, wait_for_either
+from manyhats.server.observability.logs import configure_logs
+from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.following import StoreFollower
+from manyhats.server.service.gate import Gate
+from manyhats.server.service.ports import Backend, Store
+from manyhats.server.service.registrations import Registrar, RegistrationSpec
+
+Assemble = Callable[[ServeConfig, Metrics, Progress], Backend]
+ShowProgress = Callable[[], AbstractContextManager[Progress]]
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BY_SIGNAL = 128
+"""Plus the signal's number: it came before the server was ready."""
+# What is loaded or compiled when a signal comes may end by itself for so long, and is then left where it is.
+_STOP_LIMIT_S = 0.8
+_MAX_OTHER_CALLS = 512  # that are about no sequence, or wait for their adapter or tokens
+_log = structlog.get_logger("manyhats.process")
+# Of what progress bars show as well, which it would be written across.
+_loading_log = structlog.get_logger("manyhats.loading")
+
+
+async def serve(
+    config: ServeConfig, *, assemble: Assemble | None = None, show_progress: ShowProgress | None = None
+) -> int:
+    """Serve until SIGINT or SIGTERM, and return the exit code.
+
+    Both ports are open at once; until the model is loaded, gRPC answers UNAVAILABLE and ``/readyz`` 503. A
+    first signal lets running requests finish, a second ends them. Before the server is ready a signal ends it within
+    a second or so, whatever it is at: threads that load or compile may then still run, and a process that does not
+    want to wait for them leaves by ``os._exit``. Nothing is lost by that: what is kept is written beside its place
+    and then moved there.
+
+    Args:
+        config: the settings.
+        assemble: loads the model and opens the store, in a worker thread; the real ones by default.
+        show_progress: shows how far the start is, besides the log; nothing by default.
+
+    Returns:
+        0 after a signal; 1 if the server could not start, or the engine died; 128 and the signal's number if it came
+        before the server was ready.
+    """
+    configure_logs(config.log_format, config.log_level)
+    # One text is tokenized on the thread that asks (``TextThreads``), not on as many as there are processors.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # For the whole process: a creation time per series would double their number.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    try:
+        return await _Process(config, assemble or _open_backend, show_progress).run()
+    except (ServerError, EngineError, AdapterError) as error:
+        _log.error("cannot serve", reason=str(error))
+        return EXIT_FAILED
+
+
+def _open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> Backend:
+    # Imported here, in the worker thread: the engine takes seconds to import, and the ports are open by then.
+    from manyhats.server.lifetime.wiring import open_backend
+
+    return open_backend(config, metrics, progress)
+
+
+class _Process:
+    def __init__(self, config: ServeConfig, assemble: Assemble, show_progress: ShowProgress | None) -> None:
+        self._config = config
+        self._assemble = assemble
+        self._show_progress = show_progress or (lambda: nullcontext(no_progress))
+        self._begin_s = time.monotonic()
+        self._progress = ProgressLog()
+        self._connections = connection_limits(raise_file_limit())
+        self._metrics = Metrics(max_task_labels=config.max_task_labels)
+        # More than the engine takes, so that it is the engine that says how long its queue is.
+        max_calls = config.max_waiting + config.max_sequences + _MAX_OTHER_CALLS
+        self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s, max_calls=max_calls)
+        self._stop = StopSignals()
+        self._store: Store | None = None
+
+    async def run(self) -> int:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._stop.installed())
+            stack.callback(self._close_store)
+            tls = None if self._config.tls_files is None else ServerTls(self._config.tls_files)
+            if tls is not None:
+                self._metrics.attach_tls(tls)
+                stack.enter_context(running(tls.follow_expiry()))
+            http = self._http_port(tls)
+            http.start()
+            stack.callback(http.stop)
+            grpc_port = self._grpc_port(tls)
+            await grpc_port.start()
+            stack.push_async_callback(grpc_port.stop, 1.0)
+            _log.info(
+                "listening",
+                grpc=grpc_port.address,
+                http=http.address,
+                tls=tls is not None,
+                tokens=self._config.token_file is not None,
+            )
+            started = await self._unless_stopped(self._start(stack))
+            if started is None:
+                self._say_interrupted()
+                return EXIT_BY_SIGNAL + self._stop.number
+            backend, registrar = started.backend, started.registrar
+            _leave_to_no_collection()
+            self._gate.open(backend)
+            await grpc_port.health.publish()
+            self._announce(backend, Addresses(grpc_port.address, http.address))
+            follower = StoreFollower(backend, registrar, period_s=self._config.store_poll_s)
+            stack.enter_context(running(follower.follow()))
+            return await self._serve(grpc_port)
+
+    def _close_store(self) -> None:
+        """Last of all: calls that end with the ports may still use it."""
+        if self._store is not None:
+            self._store.close()
+
+    def _http_port(self, tls: ServerTls | None) -> HttpPort:
+        config = self._config
+        app = make_app(self._gate, self._metrics.registry)
+        return HttpPort(
+            app,
+            host=config.host,
+            port=config.http_port,
+            tls=None if config.http_insecure else tls,
+            max_connections=self._connections.http,
+        )
+
+    def _grpc_port(self, tls: ServerTls | None) -> GrpcPort:
+        config = self._config
+        authorizer = None if config.token_file is None else Authorizer(TokenFile(config.token_file))
+        return GrpcPort(
+            self._gate,
+            self._metrics,
+            host=config.host,
+            port=config.grpc_port,
+            tls=tls,
+            authorizer=authorizer,
+            max_connections=self._connections.grpc,
+            unread_limit_s=config.unread_limit_s,
+        )
+
+    async def _unless_stopped(self, start: Coroutine[Any, Any, Started]) -> Started | None:
+        """What the start comes to; None if a signal came first."""
+        starting = asyncio.create_task(start)
+        await wait_for_either(starting, self._stop.first)
+        if not self._stop.first.is_set():
+            return await starting
+        self._progress.stop()  # a thread that loads or compiles ends at its next report
+        await asyncio.wait({starting}, timeout=_STOP_LIMIT_S)
+        starting.cancel()
+        await asyncio.wait({starting})
+        if not starting.cancelled() and not isinstance(starting.exception(), LoadingStopped | None):
+            _log.info("the start had failed", reason=str(starting.exception()))
+        return None
+
+    async def _start(self, stack: AsyncExitStack) -> Started:
+        """Load the model, start the engine, register."""
+        with self._show_progress() as shown:
+            progress = both(self._progress, shown)
+            backend = await in_own_thread(self._assemble, self._config, self._metrics, progress)
+            self._store = backend.store
+            _loading_log.info("starting the engine", note="the first start on a machine compiles its kernels")
+            await backend.engine.start()
+        stack.push_async_callback(backend.engine.stop, 0.0)
+        registrar = Registrar(backend, self._metrics)
+        await self._register_all(backend, registrar)
+        return Started(backend, registrar)
+
+    async def _register_all(self, backend: Backend, registrar: Registrar) -> None:
+        self._metrics.attach(backend)
+        registrar.count_all()
+        for task_id, uri in self._config.register.items():
+            registration = await registrar.register(RegistrationSpec(task_id=task_id, uri=uri))
+            _log.info("registered", adapter=registration.record.name, digest=registration.record.digest)
+
+    async def _serve(self, grpc_port: GrpcPort) -> int:
+        health = asyncio.create_task(grpc_port.health.follow_until_dead())
+        await wait_for_either(health, self._stop.first)
+        if health.done():
+            await health
+            _log.error("the engine died")
+            return EXIT_FAILED
+        health.cancel()
+        await self._drain(grpc_port)
+        return EXIT_OK
+
+    async def _drain(self, grpc_port: GrpcPort) -> None:
+        """Refuse new requests; wait for the running ones until the drain limit or a second signal."""
+        self._gate.drain()
+        await grpc_port.health.publish()
+        _log.info("draining", running=self._gate.num_running, limit_s=self._config.drain_limit_s)
+        idle = asyncio.create_task(self._gate.wait_idle())
+        await wait_for_either(idle, self._stop.second, self._config.drain_limit_s)
+        idle.cancel()
+        _log.info("drained", cancelled=self._gate.num_running)
+
+    def _say_interrupted(self) -> None:
+        word = "interrupted"
+        print(json.dumps({"event": word}) if self._config.log_format == "json" else word, file=sys.stderr)
+
+    def _announce(self, backend: Backend, addresses: Addresses) -> None:
+        seconds = round(time.monotonic() - self._begin_s, 3)
+        print(ready_line(self._config, backend, addresses, seconds), flush=True)
+
+
+def _leave_to_no_collection() -> None:
+    """Take what is there out of garbage collection, for good: it is half a million objects, which live to the end.
+
+    A collection of all of them stops every thread, and so every stream, for a quarter of a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@contextmanager
+def running(work: Coroutine[Any, Any, None]) -> Iterator[None]:
+    """Run something beside what this is entered for."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a start comes to."""
+
+    backend: Backend
+    registrar: Registrar
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the server listens, each as ``host:port``."""
+
+    grpc: str
+    http: str
+
+
+def ready_line(config: ServeConfig, backend: Backend, addresses: Addresses, startup_seconds: float) -> str:
+    """The line on stdout that says requests are served from now on."""
+    facts: Mapping[str, object] = {
+        "event": "ready",
+        "grpc": addresses.grpc,
+        "http": addresses.http,
+        "model": backend.info.name,
+        "startup_seconds": startup_seconds,
+    }
+    if config.log_format == "json":
+        return json.dumps(facts)
+    where = f"gRPC on {addresses.grpc}, HTTP on {addresses.http}"
+    return f"ready: {backend.info.name}, {where} ({startup_seconds:.1f} s)"

@@ -1,0 +1,256 @@
+"""Every metric of the server: names, labels, buckets, and what feeds them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from manyhats.adapters.artifact import AdapterRecord, AdapterState
+from manyhats.engine.output import StepOutput, StepStats, Usage
+from manyhats.server.access.tls import ServerTls
+from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
+from manyhats.server.service.ports import Backend
+
+DEVICE_TIER = "device"
+_DAY_S = 86_400
+
+# Seconds. The first bounds are what a tiny model needs, the last what a long queue makes.
+_REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
+_FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60)
+_INTER_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+_LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """Counts what happens. ``step`` and ``adapter_loaded`` may be called from any thread.
+
+    Args:
+        max_task_labels: tasks with series of their own; the others count as ``_other``.
+        clock: wall time, for the series whose value is one.
+    """
+
+    def __init__(self, *, max_task_labels: int, clock: Callable[[], float] = time.time) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = TaskLabels(max_task_labels)
+        self._versions = TaskVersions()
+        self._requests = self._counter(
+            "requests", "Calls, by task, RPC and status code.", "task", "method", "code"
+        )
+        self._request_seconds = self._histogram(
+            "request_seconds",
+            "Generate, GenerateStream and Score, first to last byte.",
+            _REQUEST_BUCKETS,
+            "task",
+        )
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "From acceptance to the first token.", _FIRST_TOKEN_BUCKETS, "task"
+        )
+        self._inter_token = self._histogram(
+            "inter_token_seconds", "Between two tokens of one request.", _INTER_TOKEN_BUCKETS, "task"
+        )
+        self._queue = self._histogram(
+            "queue_seconds", "From acceptance to the first step.", _QUEUE_BUCKETS, "task"
+        )
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began.", "task")
+        self._generated_tokens = self._counter("generated_tokens", "Tokens generated.", "task")
+        self._add_engine_metrics()
+        self._add_adapter_metrics()
+        self._live = LiveMetrics(self._versions, self._labels, clock)
+        self.registry.register(self._live)
+        ProcessCollector(registry=self.registry)
+
+    def _add_engine_metrics(self) -> None:
+        self._cache_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self._cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._preemptions = self._counter("preemptions", "Sequences whose KV blocks were taken back.")
+        self._step_seconds = self._histogram("step_seconds", "One step of the engine.", _STEP_BUCKETS)
+        self._step_tokens = self._histogram(
+            "step_tokens", "Tokens of one step, prompt and output together.", _STEP_TOKEN_BUCKETS
+        )
+        self._batch_adapters = self._histogram(
+            "batch_adapters", "Distinct adapters in one step, the base model not counted.", _ADAPTER_BUCKETS
+        )
+
+    def _add_adapter_metrics(self) -> None:
+        self._load_seconds = self._histogram(
+            "adapter_load_seconds",
+            "Reading, checking and lowering one adapter for a tier.",
+            _LOAD_BUCKETS,
+            "tier",
+        )
+        self._registrations = self._counter(
+            "adapter_registrations",
+            "Registrations and uploads: created, existing, validated, refused or abandoned.",
+            "result",
+            "reason",
+        )
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"manyhats_{name}", help_text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"manyhats_{name}", help_text, labels, buckets=buckets, registry=self.registry)
+
+    def attach(self, backend: Backend) -> None:
+        """From now on, gauges show this backend's engine."""
+        self._live.backend = backend
+
+    def attach_tls(self, tls: ServerTls) -> None:
+        """From now on, a gauge shows how long these certificates are valid."""
+        self._live.tls = tls
+
+    def call_finished(self, method: str, task_id: str | None, code: str, seconds: float | None) -> None:
+        """A call ended; ``task_id`` is None for calls about no task, ``seconds`` None where not measured."""
+        label = "" if task_id is None else self._labels.label(task_id)
+        self._requests.labels(label, method, code).inc()
+        if seconds is not None:
+            self._request_seconds.labels(label).observe(seconds)
+
+    def output(self, task_id: str, output: StepOutput, *, since_s: float, is_first: bool) -> None:
+        """A generation gave an output; ``since_s`` is when the one before came, or when it was accepted."""
+        label, num_tokens, waited_s = self._labels.label(task_id), len(output.tokens), output.time_s - since_s
+        self._generated_tokens.labels(label).inc(num_tokens)
+        if is_first:
+            self._began(label, output.usage)
+            self._first_token.labels(label).observe(waited_s)
+            return
+        for _ in range(num_tokens):
+            self._inter_token.labels(label).observe(waited_s / num_tokens)
+
+    def scored(self, task_id: str, usage: Usage) -> None:
+        """A scoring ended."""
+        self._began(self._labels.label(task_id), usage)
+
+    def _began(self, label: str, usage: Usage) -> None:
+        self._queue.labels(label).observe(usage.queue_s)
+        self._prompt_tokens.labels(label).inc(usage.prompt_tokens)
+
+    def step(self, stats: StepStats) -> None:
+        """The engine made a step."""
+        self._step_seconds.observe(stats.duration_s)
+        self._step_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
+        self._batch_adapters.observe(stats.num_adapters)
+        self._preemptions.inc(stats.num_preempted)
+        self._cache_queries.inc(stats.prefix_cache_queries)
+        self._cache_hits.inc(stats.prefix_cache_hits)
+
+    def adapter_loaded(self, seconds: float) -> None:
+        """An adapter was read from the store and lowered."""
+        self._load_seconds.labels(DEVICE_TIER).observe(seconds)
+
+    def registration(self, result: str, reason: str = "") -> None:
+        """A registration ended as ``result``, one of those in the metric's help; ``reason`` is why it was refused."""
+        self._registrations.labels(result, reason).inc()
+
+    def task_changed(self, task_id: str, records: Sequence[AdapterRecord]) -> None:
+        """A task has these versions now; with none left, its series go."""
+        self._versions.set(task_id, records)
+        if records:
+            self._labels.add(task_id)
+            return
+        self._labels.remove(task_id)
+        by_task = (self._requests, self._request_seconds, self._first_token, self._inter_token, self._queue)
+        for metric in (*by_task, self._prompt_tokens, self._generated_tokens):
+            metric.remove_by_labels({"task": task_id})
+
+
+class LiveMetrics:
+    """Gauges read at each scrape from snapshots of the engine, which never wait for a step."""
+
+    def __init__(self, versions: TaskVersions, labels: TaskLabels, clock: Callable[[], float]) -> None:
+        self.backend: Backend | None = None
+        self.tls: ServerTls | None = None
+        self._versions = versions
+        self._labels = labels
+        self._clock = clock
+
+    def collect(self) -> Iterator[Metric]:
+        """All gauges; those of the engine once there is one."""
+        backend, records = self.backend, self._versions.records()
+        states = Tally(record.state for record in records)
+        counts = [((state.name.lower(),), states[state]) for state in AdapterState]
+        yield _gauge("manyhats_adapters", "Adapter versions in the store, by state.", ["state"], counts)
+        if self.tls is not None:
+            yield self._expiry_gauge(self.tls)
+        if backend is None:
+            yield self._gateway_info(0, (), ())
+            return
+        resident = backend.engine.resident_digests()
+        residents = [record for record in records if record.digest in resident]
+        yield from self._engine_gauges(backend)
+        yield self._resident_gauge(residents)
+        evictions = CounterMetricFamily(
+            "manyhats_adapter_evictions", "Adapters that made room in a tier.", labels=["tier"]
+        )
+        evictions.add_metric([DEVICE_TIER], backend.engine.residency_stats.num_evictions)
+        yield evictions
+        waiting = backend.engine.stats.waiting_tasks
+        yield self._gateway_info(backend.limits.max_adapters, (each.task_id for each in residents), waiting)
+
+    def _engine_gauges(self, backend: Backend) -> Iterator[Metric]:
+        stats = backend.engine.stats
+        total, used, cached = stats.kv_blocks_total, stats.kv_blocks_used, stats.kv_blocks_cached
+        blocks = [(("used",), used), (("cached",), cached), (("free",), total - used - cached)]
+        parts = [((part,), num_bytes) for part, num_bytes in backend.engine.model_bytes.items()]
+        yield _single("manyhats_requests_running", "Sequences that hold KV blocks.", stats.num_running)
+        yield _single(
+            "manyhats_requests_waiting",
+            "Sequences that wait for a first step, and requests for their adapter.",
+            stats.num_waiting,
+        )
+        yield _single(
+            "manyhats_kv_cache_usage_ratio", "KV blocks in use, of all; 0 to 1.", used / max(total, 1)
+        )
+        yield _gauge(
+            "manyhats_kv_blocks", "KV blocks: used, cached (free, with a prefix) or free.", ["state"], blocks
+        )
+        yield _gauge("manyhats_model_bytes", "Bytes in memory, by part of the model.", ["part"], parts)
+        yield _single(
+            "manyhats_engine_heartbeat_timestamp_seconds", "When the engine last turned.", stats.heartbeat_s
+        )
+
+    def _expiry_gauge(self, tls: ServerTls) -> Metric:
+        """In days, not in seconds, as certificates are counted."""
+        now_s = self._clock()
+        values = [((each.setting,), (each.ends.timestamp() - now_s) / _DAY_S) for each in tls.validities]
+        return _gauge(
+            "manyhats_tls_certificate_expiry_days",
+            "Days until the first certificate of a file expires; negative once it has.",
+            ["file"],
+            values,
+        )
+
+    def _resident_gauge(self, residents: Iterable[AdapterRecord]) -> Metric:
+        counts = Tally(self._labels.label(record.task_id) for record in residents)
+        values = [((label, DEVICE_TIER), count) for label, count in counts.items()]
+        return _gauge("manyhats_adapter_resident", "Loaded versions, by task.", ["task", "tier"], values)
+
+    def _gateway_info(self, max_adapters: int, running: Iterable[str], waiting: Iterable[str]) -> Metric:
+        """The one series that Kubernetes' inference gateway reads to route by adapter affinity."""
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        names = (",".join(sorted(set(running))), ",".join(sorted(set(waiting))))
+        value = ((str(max_adapters), *names), self._clock())
+        return _gauge("vllm:lora_requests_info", "Adapters loaded and waited for.", labels, [value])
+
+
+def _gauge(
+    name: str, help_text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]
+) -> Metric:
+    family = GaugeMetricFamily(name, help_text, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, value)
+    return family
+
+
+def _single(name: str, help_text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, help_text, value=value)

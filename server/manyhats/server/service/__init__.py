@@ -1,0 +1,1 @@
+"""What the server does for its callers, whatever they call it through."""

@@ -1,0 +1,77 @@
+"""Follows what other servers change in a shared store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+import structlog
+
+from manyhats.adapters.artifact import AdapterRecord, AdapterState
+from manyhats.adapters.errors import AdapterError
+from manyhats.server.service.ports import Backend
+from manyhats.server.service.registrations import Registrar
+
+_log = structlog.get_logger("manyhats.store")
+
+
+class StoreFollower:
+    """Looks at the store again and again, and keeps engine and metrics in step with it.
+
+    A store that cannot be reached is logged once and tried again; requests on known tasks go on meanwhile.
+
+    Args:
+        backend: its store and engine.
+        registrar: on that backend.
+        period_s: between two looks.
+    """
+
+    def __init__(self, backend: Backend, registrar: Registrar, *, period_s: float) -> None:
+        self._backend = backend
+        self._registrar = registrar
+        self._period_s = period_s
+        self._is_reachable = True
+        self._loading: set[asyncio.Task[None]] = set()
+
+    async def follow(self) -> None:
+        """Follow the store; cancel to stop."""
+        while True:
+            await asyncio.sleep(self._period_s)
+            for record in self._take(await self._changed()):
+                loading = asyncio.create_task(self._registrar.warm(record))
+                self._loading.add(loading)
+                loading.add_done_callback(self._loading.discard)
+
+    async def _changed(self) -> Collection[str]:
+        """Tasks that changed; none where that cannot be told."""
+        try:
+            changed = await asyncio.to_thread(self._backend.store.refresh)
+        except Exception as error:  # noqa: BLE001 - whatever fails there, the next look may succeed
+            if self._is_reachable:
+                bug = None if isinstance(error, AdapterError) else error
+                _log.error("store not reached; known tasks are served on", error=str(error), exc_info=bug)
+            self._is_reachable = False
+            return ()
+        if not self._is_reachable:
+            _log.info("store reached again")
+        self._is_reachable = True
+        return changed
+
+    def _take(self, changed: Collection[str]) -> list[AdapterRecord]:
+        """Account for the tasks that changed.
+
+        Returns:
+            What should be loaded: the new versions of tasks that were loaded here, which requests may come for.
+        """
+        resident = self._backend.engine.resident_digests()
+        to_load = []
+        for task_id in changed:
+            self._registrar.count(task_id)
+            versions = self._registrar.versions(task_id)
+            active = next((record for record in versions if record.state is AdapterState.ACTIVE), None)
+            is_in_use = any(record.digest in resident for record in versions)
+            if is_in_use and active is not None and active.digest not in resident:
+                to_load.append(active)
+        if changed:
+            self._registrar.forget_unneeded()
+        return to_load

@@ -1,0 +1,247 @@
+"""Changes the store, and keeps engine and metrics in step with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import structlog
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.errors import AdapterError, TaskNotFoundError
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.probe import Prepare
+from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.store.upload import UploadFile
+from manyhats.adapters.taskid import parse_name
+from manyhats.engine.errors import EngineError
+from manyhats.server.grpc.status import case_of
+from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.ports import Backend, Registration, UploadSession
+
+# How long the switch to a new version waits for its loading.
+_WARM_LIMIT_S = 30.0
+_log = structlog.get_logger("manyhats.adapters")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrationOptions:
+    """How to register; the fields are those of ``RegisterAdapterRequest`` and ``UploadHeader``."""
+
+    activate: bool = True
+    validate_only: bool = False
+    expected_digest: str = ""
+    request_id: str = ""
+    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    assume_base: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As the store's keyword arguments."""
+        return {
+            "activate": self.activate,
+            "validate_only": self.validate_only,
+            "expected_digest": self.expected_digest,
+            "request_id": self.request_id,
+            "labels": self.labels,
+            "assume_base": self.assume_base,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrationSpec:
+    """What to register: the adapter at ``uri``, or ``parts`` that act together."""
+
+    task_id: str
+    uri: str = ""
+    parts: tuple[PartSource, ...] = ()
+    options: RegistrationOptions = RegistrationOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadSpec:
+    """What a caller is about to send."""
+
+    task_id: str
+    files: tuple[UploadFile, ...]
+    options: RegistrationOptions = RegistrationOptions()
+
+
+class Registrar:
+    """Registers, activates and deletes; the store's blocking work runs in worker threads.
+
+    Args:
+        backend: its store and engine.
+        metrics: counts.
+    """
+
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self._backend = backend
+        self._metrics = metrics
+
+    async def register(self, spec: RegistrationSpec) -> Registration:
+        """Make an artifact a version of a task. It is loaded before it goes live: its first request need not wait.
+
+        Raises:
+            AdapterError: it was refused.
+        """
+        store, engine, prepare = self._backend.store, self._backend.engine, self._prepare()
+        return await self._published(
+            spec.task_id,
+            spec.options,
+            lambda: store.register(
+                spec.task_id,
+                spec.uri,
+                parts=spec.parts,
+                probe=engine.probe,
+                prepare=prepare,
+                **spec.options.arguments,
+            ),
+        )
+
+    async def open_upload(self, spec: UploadSpec) -> UploadSession:
+        """Get ready for what a caller is about to send; the session must be aborted or finished.
+
+        Raises:
+            AdapterError: it would be refused in any case.
+        """
+        store = self._backend.store
+        return await self.run(lambda: store.open_upload(spec.task_id, spec.files, **spec.options.arguments))
+
+    async def finish_upload(self, session: UploadSession, spec: UploadSpec) -> Registration:
+        """``register`` what has arrived.
+
+        Raises:
+            AdapterError: it was refused.
+        """
+        engine, prepare = self._backend.engine, self._prepare()
+        return await self._published(
+            spec.task_id, spec.options, lambda: session.finish(probe=engine.probe, prepare=prepare)
+        )
+
+    async def activate(self, name: str) -> AdapterRecord:
+        """Move a task to the version ``task@3``, which is loaded before the switch.
+
+        Raises:
+            AdapterError: there is no such version, or it cannot be served.
+        """
+        store = self._backend.store
+        if parse_name(name).version is not None:
+            await self._load(store.get(name))
+        record = await self.run(lambda: store.activate(name))
+        self.count(record.task_id)
+        return record
+
+    async def delete(self, name: str, *, force: bool) -> tuple[AdapterRecord, ...]:
+        """Delete a version or a whole task; memory is freed once no request uses it.
+
+        Raises:
+            AdapterError: there is no such version, or it is in use and ``force`` is false.
+        """
+        store, engine = self._backend.store, self._backend.engine
+        gone = await self.run(lambda: store.delete(name, in_use=engine.in_use, force=force))
+        self.forget_unneeded()
+        for task_id in {record.task_id for record in gone}:
+            self.count(task_id)
+        return gone
+
+    async def warm(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
+        """Load an adapter ahead of its first request, from the store if need be; nothing depends on it."""
+        try:
+            await self._backend.engine.warm_adapter(record, lowered)
+        except (AdapterError, EngineError) as error:
+            _log.warning(
+                "adapter not loaded yet", task=record.task_id, digest=record.digest, error=str(error)
+            )
+
+    def forget_unneeded(self) -> None:
+        """Free the memory of adapters that no version in the store is made of."""
+        store, engine = self._backend.store, self._backend.engine
+        for digest in engine.resident_digests():
+            if not store.has_digest(digest):
+                engine.forget_adapter(digest)
+
+    def count(self, task_id: str) -> None:
+        """Tell the metrics of a task's versions, or that it is gone."""
+        self._metrics.task_changed(task_id, self.versions(task_id))
+
+    def count_all(self) -> None:
+        """Tell the metrics of everything in the store, page by page."""
+        by_task: defaultdict[str, list[AdapterRecord]] = defaultdict(list)
+        token = ""
+        while True:
+            page = self._backend.store.list(page_size=1000, page_token=token)
+            for record in page.records:
+                by_task[record.task_id].append(record)
+            token = page.next_page_token
+            if not token:
+                break
+        for task_id, records in by_task.items():
+            self._metrics.task_changed(task_id, records)
+
+    def versions(self, task_id: str) -> tuple[AdapterRecord, ...]:
+        """A task's versions; none if it is gone."""
+        try:
+            return tuple(self._backend.store.versions(task_id))
+        except TaskNotFoundError:
+            return ()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do what blocks on the store, in a worker thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._backend.store_threads, work)
+
+    @contextmanager
+    def counted_failures(self) -> Iterator[None]:
+        """Count a registration that ends in this block, which is before it has an answer."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._metrics.registration("abandoned")
+            raise
+        except Exception as error:
+            self._metrics.registration("refused", case_of(error).reason)
+            raise
+
+    async def _published(
+        self, task_id: str, options: RegistrationOptions, publish: Callable[[], Registration]
+    ) -> Registration:
+        with self.counted_failures():
+            try:
+                registration = await self.run(publish)
+            except Exception:
+                self.forget_unneeded()  # it may have been loaded for nothing
+                raise
+        if options.validate_only:
+            self._metrics.registration("validated")
+            return registration
+        self._metrics.registration("created" if registration.created else "existing")
+        self.count(task_id)
+        return registration
+
+    def _prepare(self) -> Prepare:
+        """Loads, for the store's thread, a version that is about to go live."""
+        loop = asyncio.get_running_loop()
+
+        def prepare(record: AdapterRecord, lowered: LoweredAdapter) -> None:
+            try:
+                asyncio.run_coroutine_threadsafe(self.warm(record, lowered), loop).result(_WARM_LIMIT_S)
+            except TimeoutError:
+                _log.warning("adapter not loaded yet", task=record.task_id, digest=record.digest)
+
+        return prepare
+
+    async def _load(self, record: AdapterRecord) -> None:
+        """Load a version; that there is no room for it now does not keep it from being the active one."""
+        try:
+            await self._backend.engine.warm_adapter(record)
+        except EngineError as error:
+            _log.warning(
+                "adapter not loaded yet", task=record.task_id, digest=record.digest, error=str(error)
+            )

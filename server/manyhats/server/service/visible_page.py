@@ -1,0 +1,41 @@
+"""Pages of a list as the holder of a scoped token sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.store.catalogue.page_token import encode_page_token
+from manyhats.adapters.store.catalogue.pages import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page
+from manyhats.server.access.tokens import Scope
+from manyhats.server.service import ports
+from manyhats.server.service.ports import Store
+
+
+def visible_page(store: Store, scope: Scope, *, task_id: str, page_size: int, page_token: str) -> ports.Page:
+    """``store.list``, without what the scope does not reach; its token names nothing of that either.
+
+    Raises:
+        ArgumentInvalidError: an argument is out of range.
+    """
+    if scope.is_everything:
+        return store.list(task_id=task_id, page_size=page_size, page_token=page_token)
+    size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+    found: list[AdapterRecord] = []
+    for record in _records(store, task_id, page_token):
+        if not scope.reaches(record.task_id):
+            continue
+        if len(found) == size:
+            return Page(tuple(found), encode_page_token(task_id, found[-1].task_id, found[-1].version))
+        found.append(record)
+    return Page(tuple(found), "")
+
+
+def _records(store: Store, task_id: str, page_token: str) -> Iterator[AdapterRecord]:
+    """Every record behind a token."""
+    while True:
+        page = store.list(task_id=task_id, page_size=MAX_PAGE_SIZE, page_token=page_token)
+        yield from page.records
+        page_token = page.next_page_token
+        if not page_token:
+            return

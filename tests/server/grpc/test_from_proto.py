@@ -1,0 +1,113 @@
+"""Any message becomes a valid request or is refused with the name of a field; nothing else comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.server.grpc import from_proto
+from manyhats.v1 import adapter_pb2
+from manyhats.v1 import generation_pb2 as pb
+
+uint32 = st.integers(0, 2**32 - 1)
+doubles = st.floats(allow_nan=True, allow_infinity=True)
+some_text = st.text(max_size=20)
+
+samplings = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": doubles,
+        "top_k": uint32,
+        "top_p": doubles,
+        "min_p": doubles,
+        "typical_p": doubles,
+        "repetition_penalty": doubles,
+        "presence_penalty": doubles,
+        "frequency_penalty": doubles,
+        "seed": st.integers(0, 2**64 - 1),
+        "logit_bias": st.dictionaries(uint32, st.floats(width=32), max_size=3),
+    },
+)
+stoppings = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_new_tokens": uint32,
+        "min_new_tokens": uint32,
+        "stop_sequences": st.lists(some_text, max_size=20),
+        "time_limit_ms": doubles,
+        "stop_token_ids": st.lists(uint32, max_size=5),
+    },
+)
+requests = st.fixed_dictionaries(
+    {},
+    optional={
+        "request_id": some_text,
+        "text": some_text,
+        "sampling": samplings,
+        "stopping": stoppings,
+        "response": st.fixed_dictionaries({}, optional={"top_logprobs": uint32}),
+        "cache_salt": some_text,
+    },
+)
+
+
+@given(requests)
+def test_any_request_converts_or_names_a_field(fields: dict[str, Any]) -> None:
+    message = pb.GenerateRequest.FromString(pb.GenerateRequest(**fields).SerializeToString())
+    for convert in (
+        from_proto.request_id,
+        from_proto.cache_salt,
+        from_proto.prompt,
+        from_proto.sampling_params,
+        from_proto.stopping_params,
+        from_proto.response_options,
+    ):
+        try:
+            convert(message)
+        except FieldInvalidError as error:
+            assert error.field.partition(".")[0] in {*fields, "prompt"}  # noqa: PT017
+
+
+@given(st.text(max_size=10))
+def test_task_of_a_name_is_what_stands_before_the_version(task_id: str) -> None:
+    assert from_proto.task_of(f"{task_id}@3") == task_id.partition("@")[0]
+
+
+parts = st.lists(st.fixed_dictionaries({"uri": some_text}, optional={"weight": doubles}), max_size=3)
+registrations = st.fixed_dictionaries(
+    {"task_id": some_text},
+    optional={
+        "uri": some_text,
+        "parts": parts,
+        "activate": st.booleans(),
+        "validate_only": st.booleans(),
+        "expected_digest": some_text,
+        "request_id": some_text,
+        "assume_base": st.booleans(),
+        "labels": st.dictionaries(some_text, some_text, max_size=3),
+    },
+)
+
+
+@given(registrations)
+def test_any_registration_has_one_source_or_names_the_field(fields: dict[str, Any]) -> None:
+    message = adapter_pb2.RegisterAdapterRequest(**fields)
+    try:
+        spec = from_proto.registration_spec(message)
+    except FieldInvalidError as error:
+        assert error.field == "uri" or error.field.startswith("parts[")  # noqa: PT017
+        return
+    assert bool(spec.uri) != bool(spec.parts)
+    assert all(part.uri for part in spec.parts)
+    assert spec.options.activate == fields.get("activate", True)
+    assert spec.options.assume_base == fields.get("assume_base", False)
+    assert dict(spec.options.labels) == fields.get("labels", {})
+
+
+def test_weight_of_a_part_is_1_where_it_is_left_out_and_0_where_it_is_given() -> None:
+    given_parts = [adapter_pb2.AdapterPart(uri="a"), adapter_pb2.AdapterPart(uri="b", weight=0.0)]
+    spec = from_proto.registration_spec(adapter_pb2.RegisterAdapterRequest(task_id="t", parts=given_parts))
+    assert [(part.uri, part.weight) for part in spec.parts] == [("a", 1.0), ("b", 0.0)]

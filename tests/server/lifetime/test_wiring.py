@@ -1,0 +1,74 @@
+"""The real backend's parts get what the settings say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.quotas import Quotas
+from manyhats.engine.config import EngineConfig
+from manyhats.server.errors import ConfigError
+from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.wiring import (
+    adapter_limits,
+    engine_config,
+    open_adapter_store,
+    quotas,
+    resolve_device,
+)
+from support.factories.adapters import make_base
+
+
+def make(**settings: Any) -> ServeConfig:
+    return ServeConfig(**{"model": "m", "store": Path("/s"), **settings})
+
+
+def test_engine_gets_its_part_with_auto_resolved() -> None:
+    assert engine_config(make()) == EngineConfig(dtype="bfloat16", kv_cache_dtype="bfloat16")
+    float32 = engine_config(make(dtype="float32", max_sequences=3, max_batched_tokens=7, max_waiting=2))
+    assert (float32.dtype, float32.kv_cache_dtype, float32.max_num_sequences) == ("float32", "float32", 3)
+    bounded = engine_config(make(max_bulk_tokens=5, max_score_tokens=99))
+    assert (bounded.scheduler.max_bulk_tokens, bounded.max_score_tokens) == (5, 99)
+
+
+def test_device_auto_is_what_there_are_kernels_for() -> None:
+    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
+    with pytest.raises(ConfigError) as caught:
+        resolve_device("cuda")
+    assert caught.value.setting == "device"
+
+
+def test_the_store_gets_its_limits_and_quotas() -> None:
+    assert adapter_limits(make()) == AdapterLimits()
+    assert quotas(make()) == Quotas()
+    limits = adapter_limits(make(max_artifact_bytes=9, max_adapter_rank=8, max_virtual_tokens=7, max_parts=6))
+    assert limits == AdapterLimits(max_size_bytes=9, max_rank=8, max_virtual_tokens=7, max_parts=6)
+    bounds = {
+        "max_tasks": 1,
+        "max_versions_per_task": 2,
+        "max_bytes_per_task": 3,
+        "max_bytes": 4,
+        "max_transfers": 5,
+    }
+    assert quotas(make(**bounds)) == Quotas(**bounds)
+
+
+def test_the_store_is_opened_where_the_settings_say(tmp_path: Path) -> None:
+    for store in (tmp_path / "store", str(tmp_path / "store"), f"file://{tmp_path}/store"):
+        open_adapter_store(make(store=store), make_base()).close()
+    assert (tmp_path / "store" / "catalogue.db").exists()
+
+
+def test_settings_of_the_store_that_do_not_go_together_are_named(tmp_path: Path) -> None:
+    cases = [
+        ("catalogue", {"store": "s3://bucket/store"}),
+        ("catalogue", {"store": tmp_path, "catalogue": "mysql://host/name"}),
+        ("adapter_url_prefixes", {"store": tmp_path, "adapter_url_prefixes": ("gopher://host/",)}),
+    ]
+    for setting, settings in cases:
+        with pytest.raises(ConfigError) as caught:
+            open_adapter_store(make(**settings), make_base())
+        assert caught.value.setting == setting
