@@ -47,6 +47,14 @@ FLOORS = {
         errors home output progress request threads model text scheduling backends checkpoints config sampling
         residency loop engine
     """,
+    "server": "errors observability access service grpc http lifetime",
+}
+# What a room of the server must not know: what a call comes through is for the two transports alone.
+FORBIDDEN_IN_SERVER = {
+    "service": {"grpc", "google", "starlette", "manyhats.v1", "manyhats.server.grpc", "manyhats.server.http"},
+    "access": {"google", "starlette", "manyhats.v1", "manyhats.server.grpc", "manyhats.server.http"},
+    "grpc": {"manyhats.server.http"},
+    "http": {"grpc", "google", "manyhats.v1", "manyhats.server.grpc"},
 }
 # What devices do knows no request, no sequence and no schedule.
 KNOWN_TO_BACKENDS = {"errors", "home", "output", "progress", "threads", "model", "backends"}
@@ -111,6 +119,14 @@ def test_backends_know_no_schedule() -> None:
     for path in (PACKAGES["engine"] / "backends").rglob("*.py"):
         others = rooms_imported(path, "engine") - KNOWN_TO_BACKENDS
         assert not others, f"{path.relative_to(ROOT)} imports {others}"
+
+
+@pytest.mark.parametrize("room", FORBIDDEN_IN_SERVER)
+def test_services_know_no_transport_and_transports_not_each_other(room: str) -> None:
+    for path in (PACKAGES["server"] / room).rglob("*.py"):
+        for name in imported_modules(path):
+            known = {each for each in FORBIDDEN_IN_SERVER[room] if f"{name}.".startswith(f"{each}.")}
+            assert not known, f"{path.relative_to(ROOT)} imports {known}"
 
 
 def test_one_folder_alone_has_the_init_file_that_finds_the_others() -> None:

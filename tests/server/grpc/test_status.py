@@ -13,7 +13,8 @@ from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untype
 from manyhats.adapters import errors as adapter_errors
 from manyhats.engine import errors as engine_errors
 from manyhats.server import errors as server_errors
-from manyhats.server.grpc.status import CASES, INTERNAL, case_of, status_of
+from manyhats.server.grpc.status import grpc_code, status_of
+from manyhats.server.service.reasons import INTERNAL, REASONS, reason_of
 from manyhats.v1 import adapter_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
 from support.fakes.server import Running, refused, running_server
@@ -31,20 +32,20 @@ def _leaves(module: object, base: type[E]) -> list[type[E]]:
 
 def test_every_error_of_an_adapter_has_a_row_with_its_own_reason() -> None:
     for kind in _leaves(adapter_errors, adapter_errors.AdapterError):
-        row = next((CASES[each] for each in kind.__mro__ if each in CASES), None)
+        row = next((REASONS[each] for each in kind.__mro__ if each in REASONS), None)
         assert row is not None, kind
-        assert row.reason == kind.reason
+        assert row.word == kind.reason
 
 
 def test_every_error_of_the_engine_that_a_request_can_meet_has_a_row() -> None:
     at_start_only = {engine_errors.ModelError}
     for kind in set(_leaves(engine_errors, engine_errors.EngineError)) - at_start_only:
-        assert any(each in CASES for each in kind.__mro__), kind
+        assert any(each in REASONS for each in kind.__mro__), kind
 
 
 def test_unexpected_error_shows_only_its_id() -> None:
     status = status_of(KeyError("/etc/secret"), error_id="id7")
-    assert case_of(KeyError("/etc/secret")) is INTERNAL
+    assert reason_of(KeyError("/etc/secret")) is INTERNAL
     assert status.message == "internal error id7"
     assert b"secret" not in status.SerializeToString()
 
@@ -82,7 +83,7 @@ MADE_OF_TEXT: dict[str, Callable[[str], Exception]] = {
 def test_a_status_of_any_text_fits_in_headers(make: Callable[[str], Exception], text: str) -> None:
     error = make(text)
     status = status_of(error, error_id="id7")
-    assert status.code == case_of(error).code.value[0]
+    assert status.code == grpc_code(reason_of(error)).value[0]
     in_headers = 3 * len(status.message.encode()) + len(status.SerializeToString()) * 4 / 3
     assert in_headers < 7500
 

@@ -20,9 +20,10 @@ from manyhats.engine.errors import FieldInvalidError
 from manyhats.server.grpc.answers import Answers
 from manyhats.server.grpc.from_proto import task_of
 from manyhats.server.grpc.messages import check_readable, readable, tolerant
-from manyhats.server.grpc.status import INTERNAL, case_of, status_of
+from manyhats.server.grpc.status import status_of
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.gate import Gate
+from manyhats.server.service.reasons import INTERNAL, reason_of
 
 SERVICE_PREFIX = "/manyhats.v1."
 # A caller whose deadline passes cancels a little before the deadline as this server counts it.
@@ -129,24 +130,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except asyncio.CancelledError:
             remaining_s = context.time_remaining()
             is_late = remaining_s is not None and remaining_s <= _DEADLINE_SLACK_S
-            late, cancelled = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED
-            self._finished(call, late if is_late else cancelled)
+            self._finished(call, "DEADLINE_EXCEEDED" if is_late else "CANCELLED")
             raise
         except Exception as error:
             # Counted first: who has the answer finds it in the metrics.
-            self._finished(call, case_of(error).code)
+            self._finished(call, reason_of(error).code)
             await context.abort_with_status(rpc_status.to_status(_logged_status(error, method)))
             raise
-        self._finished(call, grpc.StatusCode.OK)
+        self._finished(call, "OK")
 
-    def _finished(self, call: _Call, code: grpc.StatusCode) -> None:
+    def _finished(self, call: _Call, code: str) -> None:
         seconds = time.monotonic() - call.begin_s
         is_timed = call.method in _TIMED_METHODS and call.name is not None
         # No name means the base model where something runs on one, and no task elsewhere.
         task_id = task_of(call.name or "") if call.name or is_timed else None
-        self._metrics.call_finished(call.method, task_id, code.name, seconds if is_timed else None)
+        self._metrics.call_finished(call.method, task_id, code, seconds if is_timed else None)
         _log.info(
-            "call", method=call.method, task=shown(call.name or ""), code=code.name, seconds=round(seconds, 4)
+            "call", method=call.method, task=shown(call.name or ""), code=code, seconds=round(seconds, 4)
         )
 
 
@@ -219,6 +219,6 @@ class _Named:
 def _logged_status(error: Exception, method: str) -> status_pb2.Status:
     """What the caller sees; an unexpected error goes to the log whole, under the id that the caller gets."""
     error_id = uuid.uuid4().hex
-    if case_of(error) is INTERNAL:
+    if reason_of(error) is INTERNAL:
         _log.error("unexpected error", method=method, error_id=error_id, exc_info=error)
     return status_of(error, error_id=error_id)

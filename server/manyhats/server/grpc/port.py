@@ -7,6 +7,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from manyhats.engine.config import EngineConfig
+from manyhats.server.access.addresses import join_host_port
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.errors import AddressError
 from manyhats.server.grpc.adapters import AdapterService
@@ -116,11 +117,6 @@ class GrpcPort:
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, and cancel those still running after ``grace_s``."""
         await self._server.stop(grace_s)
-
-
-def join_host_port(host: str, port: int) -> str:
-    """``host:port``, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 _OPTIONS = (

@@ -1,10 +1,6 @@
-"""The one table from domain errors to gRPC statuses, and the rich status that callers see."""
+"""Errors as the rich statuses that callers of the gRPC port see."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -18,6 +14,7 @@ from manyhats.engine import errors as engine
 from manyhats.engine.errors import clipped
 from manyhats.server import errors as server
 from manyhats.server.observability.task_labels import BASE_LABEL
+from manyhats.server.service.reasons import INTERNAL, Reason, reason_of
 
 DOMAIN = "manyhats"
 # Statuses travel as HTTP/2 headers, 8 KiB in all. There a message stands twice or three times, and each byte beyond
@@ -26,73 +23,9 @@ _MAX_MESSAGE_BYTES = 1000
 _MAX_METADATA_BYTES = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """How a kind of error is answered."""
-
-    code: grpc.StatusCode
-    reason: str
-
-
-_INVALID = grpc.StatusCode.INVALID_ARGUMENT
-_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
-_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
-
-INTERNAL = Case(grpc.StatusCode.INTERNAL, "INTERNAL")
-
-# A class stands for its subclasses too, unless they have a row of their own.
-CASES: Mapping[type[Exception], Case] = MappingProxyType(
-    {
-        engine.RequestError: Case(_INVALID, "FIELD_INVALID"),
-        engine.PromptTooLongError: Case(_INVALID, "PROMPT_TOO_LONG"),
-        engine.QueueFullError: Case(_EXHAUSTED, "QUEUE_FULL"),
-        engine.AdapterCapacityError: Case(_EXHAUSTED, "ADAPTER_CAPACITY"),
-        engine.DrainingError: Case(_UNAVAILABLE, "DRAINING"),
-        engine.EngineDeadError: Case(_UNAVAILABLE, "ENGINE_DEAD"),
-        engine.DeadlineExceededError: Case(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
-        engine.RequestCancelledError: Case(grpc.StatusCode.CANCELLED, "CANCELLED"),
-        engine.NumericalError: Case(grpc.StatusCode.INTERNAL, "NUMERICAL_ERROR"),
-        engine.StreamUnreadError: Case(_EXHAUSTED, "STREAM_UNREAD"),
-        engine.NoTokenAllowedError: Case(_INVALID, "NO_TOKEN_ALLOWED"),
-        engine.RequestFailedError: Case(grpc.StatusCode.INTERNAL, "INTERNAL"),
-        server.LoadingError: Case(_UNAVAILABLE, "LOADING"),
-        server.BusyError: Case(_EXHAUSTED, "QUEUE_FULL"),
-        server.UploadStalledError: Case(grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_STALLED"),
-        server.CredentialMissingError: Case(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_MISSING"),
-        server.CredentialInvalidError: Case(grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"),
-        server.RoleMissingError: Case(grpc.StatusCode.PERMISSION_DENIED, "ROLE_MISSING"),
-        server.TaskNotAllowedError: Case(grpc.StatusCode.PERMISSION_DENIED, "TASK_NOT_ALLOWED"),
-        adapter.ArgumentInvalidError: Case(_INVALID, "FIELD_INVALID"),
-        adapter.TaskNotFoundError: Case(grpc.StatusCode.NOT_FOUND, "TASK_NOT_FOUND"),
-        adapter.SourceNotFoundError: Case(grpc.StatusCode.NOT_FOUND, "SOURCE_NOT_FOUND"),
-        adapter.NoActiveVersionError: Case(_PRECONDITION, "NO_ACTIVE_VERSION"),
-        adapter.AdapterInvalidError: Case(_INVALID, "ADAPTER_INVALID"),
-        adapter.AdapterUnsupportedError: Case(_INVALID, "ADAPTER_UNSUPPORTED"),
-        adapter.AdapterUnsafeError: Case(_INVALID, "ADAPTER_UNSAFE"),
-        adapter.AdapterTooLargeError: Case(_INVALID, "ADAPTER_TOO_LARGE"),
-        adapter.AdapterNoEffectError: Case(_INVALID, "ADAPTER_NO_EFFECT"),
-        adapter.BaseMismatchError: Case(_PRECONDITION, "BASE_MISMATCH"),
-        adapter.AdapterInUseError: Case(_PRECONDITION, "ADAPTER_IN_USE"),
-        adapter.SourceNotAllowedError: Case(grpc.StatusCode.PERMISSION_DENIED, "SOURCE_NOT_ALLOWED"),
-        adapter.SourceUnavailableError: Case(_UNAVAILABLE, "SOURCE_UNAVAILABLE"),
-        adapter.DigestMismatchError: Case(_INVALID, "DIGEST_MISMATCH"),
-        adapter.RequestIdReusedError: Case(grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED"),
-        adapter.DataLossError: Case(grpc.StatusCode.DATA_LOSS, "DATA_LOSS"),
-        adapter.StoreConfigError: Case(_PRECONDITION, "STORE_CONFIG_INVALID"),
-        adapter.StoreFullError: Case(_EXHAUSTED, "STORE_FULL"),
-        adapter.QuotaExceededError: Case(_EXHAUSTED, "QUOTA_EXCEEDED"),
-        adapter.StoreUnavailableError: Case(_UNAVAILABLE, "STORE_UNAVAILABLE"),
-    }
-)
-
-
-def case_of(error: Exception) -> Case:
-    """The row for ``error``; ``INTERNAL`` for one that nobody raised on purpose."""
-    for kind in type(error).__mro__:
-        if kind in CASES:
-            return CASES[kind]
-    return INTERNAL
+def grpc_code(reason: Reason) -> grpc.StatusCode:
+    """The status code of a reason."""
+    return grpc.StatusCode[reason.code]
 
 
 def status_of(error: Exception, *, error_id: str) -> status_pb2.Status:
@@ -101,14 +34,14 @@ def status_of(error: Exception, *, error_id: str) -> status_pb2.Status:
     An unexpected error shows nothing of itself but ``error_id``, under which the log has it. Texts are cut, and what is
     no character is replaced, so that no error's text can keep its status from the caller.
     """
-    case = case_of(error)
-    if case is INTERNAL:
+    reason = reason_of(error)
+    if reason is INTERNAL:
         message, metadata = f"internal error {error_id}", {"error_id": error_id}
     else:
         message = clipped(str(error), _MAX_MESSAGE_BYTES)
         metadata = {key: clipped(value, _MAX_METADATA_BYTES) for key, value in _metadata(error).items()}
-    info = ErrorInfo(reason=case.reason, domain=DOMAIN, metadata=metadata)
-    code: int = case.code.value[0]
+    info = ErrorInfo(reason=reason.word, domain=DOMAIN, metadata=metadata)
+    code: int = grpc_code(reason).value[0]
     details = [_packed(detail) for detail in (info, *_details(error))]
     return status_pb2.Status(code=code, message=message, details=details)
 

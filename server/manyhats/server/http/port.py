@@ -18,9 +18,9 @@ from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import choose_encoder
 
+from manyhats.server.access.addresses import join_host_port
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.errors import AddressError
-from manyhats.server.grpc.port import join_host_port
 from manyhats.server.service.gate import Gate, ServingState
 
 if TYPE_CHECKING:

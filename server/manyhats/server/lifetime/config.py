@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from manyhats.adapters.store.artifacts.opening import DEFAULT_CACHE_BYTES
 from manyhats.adapters.taskid import check_task_id
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.home import default_home
+from manyhats.server.access.addresses import is_loopback
 from manyhats.server.access.tls import TlsFiles
 from manyhats.server.errors import ConfigError
 
@@ -253,13 +253,3 @@ class ServeConfig:
                 raise ConfigError("register", f"{task_id!r}: {error.description}") from error
             if not path:
                 raise ConfigError("register", f"{task_id} needs a path, as in TASK=PATH")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # a name: who can reach it is not known

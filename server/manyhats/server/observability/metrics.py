@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.engine.output import StepOutput, StepStats, Usage
-from manyhats.server.access.tls import ServerTls
 from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
-from manyhats.server.service.ports import Backend
+
+if TYPE_CHECKING:
+    from manyhats.server.access.tls import ServerTls
+    from manyhats.server.service.ports import Backend
 
 DEVICE_TIER = "device"
 _DAY_S = 86_400

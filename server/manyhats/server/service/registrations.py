@@ -20,9 +20,9 @@ from manyhats.adapters.store.intake import PartSource
 from manyhats.adapters.store.upload import UploadFile
 from manyhats.adapters.taskid import parse_name
 from manyhats.engine.errors import EngineError
-from manyhats.server.grpc.status import case_of
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.ports import Backend, Registration, UploadSession
+from manyhats.server.service.reasons import reason_of
 
 # How long the switch to a new version waits for its loading.
 _WARM_LIMIT_S = 30.0
@@ -206,7 +206,7 @@ class Registrar:
             self._metrics.registration("abandoned")
             raise
         except Exception as error:
-            self._metrics.registration("refused", case_of(error).reason)
+            self._metrics.registration("refused", reason_of(error).word)
             raise
 
     async def _published(

@@ -1,0 +1,85 @@
+"""The one table from domain errors to the API's reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from manyhats.adapters import errors as adapter
+from manyhats.engine import errors as engine
+from manyhats.server import errors as server
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a call ends without its answer.
+
+    Attributes:
+        word: the API's, for callers' programs.
+        code: the canonical code (``google.rpc.Code``) by its name, which metrics and log have of every transport.
+    """
+
+    word: str
+    code: str
+
+
+_INVALID = "INVALID_ARGUMENT"
+_UNAVAILABLE = "UNAVAILABLE"
+_EXHAUSTED = "RESOURCE_EXHAUSTED"
+_PRECONDITION = "FAILED_PRECONDITION"
+
+INTERNAL = Reason("INTERNAL", "INTERNAL")
+
+# A class stands for its subclasses too, unless they have a row of their own.
+REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
+    {
+        engine.RequestError: Reason("FIELD_INVALID", _INVALID),
+        engine.PromptTooLongError: Reason("PROMPT_TOO_LONG", _INVALID),
+        engine.QueueFullError: Reason("QUEUE_FULL", _EXHAUSTED),
+        engine.AdapterCapacityError: Reason("ADAPTER_CAPACITY", _EXHAUSTED),
+        engine.DrainingError: Reason("DRAINING", _UNAVAILABLE),
+        engine.EngineDeadError: Reason("ENGINE_DEAD", _UNAVAILABLE),
+        engine.DeadlineExceededError: Reason("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
+        engine.RequestCancelledError: Reason("CANCELLED", "CANCELLED"),
+        engine.NumericalError: Reason("NUMERICAL_ERROR", "INTERNAL"),
+        engine.StreamUnreadError: Reason("STREAM_UNREAD", _EXHAUSTED),
+        engine.NoTokenAllowedError: Reason("NO_TOKEN_ALLOWED", _INVALID),
+        engine.RequestFailedError: Reason("INTERNAL", "INTERNAL"),
+        server.LoadingError: Reason("LOADING", _UNAVAILABLE),
+        server.BusyError: Reason("QUEUE_FULL", _EXHAUSTED),
+        server.UploadStalledError: Reason("UPLOAD_STALLED", "DEADLINE_EXCEEDED"),
+        server.CredentialMissingError: Reason("CREDENTIAL_MISSING", "UNAUTHENTICATED"),
+        server.CredentialInvalidError: Reason("CREDENTIAL_INVALID", "UNAUTHENTICATED"),
+        server.RoleMissingError: Reason("ROLE_MISSING", "PERMISSION_DENIED"),
+        server.TaskNotAllowedError: Reason("TASK_NOT_ALLOWED", "PERMISSION_DENIED"),
+        adapter.ArgumentInvalidError: Reason("FIELD_INVALID", _INVALID),
+        adapter.TaskNotFoundError: Reason("TASK_NOT_FOUND", "NOT_FOUND"),
+        adapter.SourceNotFoundError: Reason("SOURCE_NOT_FOUND", "NOT_FOUND"),
+        adapter.NoActiveVersionError: Reason("NO_ACTIVE_VERSION", _PRECONDITION),
+        adapter.AdapterInvalidError: Reason("ADAPTER_INVALID", _INVALID),
+        adapter.AdapterUnsupportedError: Reason("ADAPTER_UNSUPPORTED", _INVALID),
+        adapter.AdapterUnsafeError: Reason("ADAPTER_UNSAFE", _INVALID),
+        adapter.AdapterTooLargeError: Reason("ADAPTER_TOO_LARGE", _INVALID),
+        adapter.AdapterNoEffectError: Reason("ADAPTER_NO_EFFECT", _INVALID),
+        adapter.BaseMismatchError: Reason("BASE_MISMATCH", _PRECONDITION),
+        adapter.AdapterInUseError: Reason("ADAPTER_IN_USE", _PRECONDITION),
+        adapter.SourceNotAllowedError: Reason("SOURCE_NOT_ALLOWED", "PERMISSION_DENIED"),
+        adapter.SourceUnavailableError: Reason("SOURCE_UNAVAILABLE", _UNAVAILABLE),
+        adapter.DigestMismatchError: Reason("DIGEST_MISMATCH", _INVALID),
+        adapter.RequestIdReusedError: Reason("REQUEST_ID_REUSED", "ALREADY_EXISTS"),
+        adapter.DataLossError: Reason("DATA_LOSS", "DATA_LOSS"),
+        adapter.StoreConfigError: Reason("STORE_CONFIG_INVALID", _PRECONDITION),
+        adapter.StoreFullError: Reason("STORE_FULL", _EXHAUSTED),
+        adapter.QuotaExceededError: Reason("QUOTA_EXCEEDED", _EXHAUSTED),
+        adapter.StoreUnavailableError: Reason("STORE_UNAVAILABLE", _UNAVAILABLE),
+    }
+)
+
+
+def reason_of(error: Exception) -> Reason:
+    """Why ``error`` ends its call; ``INTERNAL`` for one that nobody raised on purpose."""
+    for kind in type(error).__mro__:
+        if kind in REASONS:
+            return REASONS[kind]
+    return INTERNAL
