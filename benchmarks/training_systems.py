@@ -20,8 +20,8 @@ from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.data.dataset import DataCounts, Dataset, TokenizedRows
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
-from manyhats.trainer.run import TrainingRun
-from manyhats.trainer.settings import (
+from manyhats.trainer.run.training_run import TrainingRun
+from manyhats.trainer.settings.settings import (
     ALL_LINEARS,
     DataSettings,
     LoraSettings,

@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(directory: Path, options: argparse.Namespace) -> Mapping[str, Sequence[Trained]]:
     """Every run, in each round the one that began the last comes second."""
     from manyhats.engine.checkpoints.loader import load_model
-    from manyhats.trainer.computation import resolve_computation
-    from manyhats.trainer.settings_file import make_settings
+    from manyhats.trainer.model.computation import resolve_computation
+    from manyhats.trainer.settings.settings_file import make_settings
 
     data = {method: _write_rows(directory / f"{method}.jsonl", method, options) for method in METHODS}
     tasks = [
@@ -105,7 +105,7 @@ def _timed(
 
 
 def _together(tasks: Sequence[Any], model: Any) -> Sequence[Any]:
-    from manyhats.trainer.several import train_several
+    from manyhats.trainer.run.several import train_several
 
     outcomes = train_several(tasks, model)
     for outcome in outcomes:

@@ -29,7 +29,7 @@ from examples.settings import (
 )
 from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.home import default_home
-from manyhats.trainer.batch import TrainingBatch
+from manyhats.trainer.data.batch import TrainingBatch
 
 BASE_ALIAS = "smollm2-135m-instruct"
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

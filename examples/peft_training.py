@@ -24,9 +24,9 @@ from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.home import default_home
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.trainer.data import BatchSampler, collate
-from manyhats.trainer.schedule import learning_rate_factor
-from manyhats.trainer.settings import DataSettings, OptimizationSettings
-from manyhats.trainer.task_data import read_task_data
+from manyhats.trainer.data.task_data import read_task_data
+from manyhats.trainer.run.schedule import learning_rate_factor
+from manyhats.trainer.settings.settings import DataSettings, OptimizationSettings
 
 
 def train_with_peft(

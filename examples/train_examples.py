@@ -28,8 +28,8 @@ from examples.training import TrainingResult, train_example
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import PartSource
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
-from manyhats.trainer.computation import resolve_computation
-from manyhats.trainer.settings import ModelSettings
+from manyhats.trainer.model.computation import resolve_computation
+from manyhats.trainer.settings.settings import ModelSettings
 
 _ROOT = Path(__file__).parent
 

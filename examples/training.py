@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from examples.data import write_data
 from examples.tasks.task import ExampleTask
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.trainer.events import Event, StepReport
-from manyhats.trainer.settings import AdapterSettings, DataSettings, ModelSettings, TrainSettings
+from manyhats.trainer.report.events import Event, StepReport
+from manyhats.trainer.settings.settings import AdapterSettings, DataSettings, ModelSettings, TrainSettings
 from manyhats.trainer.train import train
 
 _NUM_RECENT = 10

@@ -36,9 +36,9 @@ from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, SamplingParams, StoppingParams
 from manyhats.engine.text.tokenizer import ChatMessage
-from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data import collate, read_rows
-from manyhats.trainer.settings import LoraSettings
+from manyhats.trainer.data.batch import TokenizedRow
+from manyhats.trainer.settings.settings import LoraSettings
 from manyhats.v1.generation_pb2 import GenerateRequest
 from support.factories.default_model import DEFAULT_MODEL
 from support.fakes.client import TEXT, make_status, running_server

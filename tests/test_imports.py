@@ -48,6 +48,7 @@ FLOORS = {
         residency loop engine
     """,
     "server": "errors observability access service grpc http lifetime",
+    "trainer": "errors files settings data methods model memory report run registration train",
 }
 # What a room of the server must not know: what a call comes through is for the two transports alone.
 FORBIDDEN_IN_SERVER = {

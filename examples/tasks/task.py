@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from examples.settings import ExampleSettings
-from manyhats.trainer.settings import OptimizationSettings
+from manyhats.trainer.settings.settings import OptimizationSettings
 
 _MAX_DRAWS_IN_VAIN = 2000
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from manyhats.cli.main import app
 from manyhats.cli.train_flags import Flags, parse_pattern
-from manyhats.trainer import settings as trainer_settings
-from manyhats.trainer.settings_file import METHODS, make_settings
+from manyhats.trainer.settings import settings as trainer_settings
+from manyhats.trainer.settings.settings_file import METHODS, make_settings
 from support.factories.tiny_models import make_checkpoint
 from support.fakes.client import FakeServer
 

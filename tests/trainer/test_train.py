@@ -15,8 +15,6 @@ import yaml
 from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.reader import read_adapter
-from manyhats.trainer.base_digest import weights_digest
-from manyhats.trainer.computation import resolve_computation
 from manyhats.trainer.errors import (
     BaseError,
     CheckpointError,
@@ -25,12 +23,16 @@ from manyhats.trainer.errors import (
     OutputError,
     SettingError,
 )
-from manyhats.trainer.events import Event, ScoringProgress, StepReport, TokenizingProgress
-from manyhats.trainer.interrupt import TrainingInterrupted
+from manyhats.trainer.model.computation import resolve_computation
 from manyhats.trainer.model.decoder import TrainingDecoder
-from manyhats.trainer.preflight import check_before_loading
-from manyhats.trainer.report import TrainingReport
-from manyhats.trainer.settings import (
+from manyhats.trainer.report.events import Event, ScoringProgress, StepReport, TokenizingProgress
+from manyhats.trainer.report.report import TrainingReport
+from manyhats.trainer.run.base import TrainingBase, load_base
+from manyhats.trainer.run.base_digest import weights_digest
+from manyhats.trainer.run.interrupt import TrainingInterrupted
+from manyhats.trainer.run.preflight import check_before_loading
+from manyhats.trainer.run.task import open_task
+from manyhats.trainer.settings.settings import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,
@@ -40,9 +42,7 @@ from manyhats.trainer.settings import (
     PromptSettings,
     PTuningSettings,
 )
-from manyhats.trainer.task_training import open_task
 from manyhats.trainer.train import train
-from manyhats.trainer.training_base import TrainingBase, load_base
 from support.factories.training_tasks import LABELS, TinyTask, make_tiny_task
 from support.harnesses.failing_calls import FailingCalls, failing
 
@@ -282,7 +282,7 @@ def test_a_report_that_cannot_be_written_leaves_the_artifact(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content, mode)
 
-    from manyhats.trainer import durable_files
+    from manyhats.trainer.files import durable as durable_files
 
     write = durable_files.write_file
     monkeypatch.setattr(durable_files, "write_file", full)

@@ -13,10 +13,10 @@ import pytest
 from manyhats.adapters.disk.files import open_local
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.reader import read_adapter
+from manyhats.trainer.data.task_data import read_task_data
+from manyhats.trainer.data.task_text import with_text_of
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.settings import LoraSettings, TrainSettings
-from manyhats.trainer.task_data import read_task_data
-from manyhats.trainer.task_text import with_text_of
+from manyhats.trainer.settings.settings import LoraSettings, TrainSettings
 from manyhats.trainer.train import train
 from support.factories.tiny_models import save_tokenizer, tiny_tokenizer
 from support.factories.training_tasks import TinyTask, in_directory, make_tiny_task

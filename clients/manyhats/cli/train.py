@@ -102,7 +102,7 @@ def trainer_errors() -> Iterator[None]:
     from manyhats.cli.train_runs import by_flags
     from manyhats.engine.errors import EngineError, ModelError
     from manyhats.trainer.errors import SettingError, TrainerError
-    from manyhats.trainer.interrupt import TrainingInterrupted
+    from manyhats.trainer.run.interrupt import TrainingInterrupted
 
     try:
         yield

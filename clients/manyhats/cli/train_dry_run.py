@@ -8,7 +8,7 @@ import typer
 
 from manyhats.cli.output import human_bytes, human_count, print_json, print_table
 from manyhats.trainer.memory import MemoryPrediction, predict_memory
-from manyhats.trainer.settings import TrainSettings
+from manyhats.trainer.settings.settings import TrainSettings
 
 _WHOSE = {"cpu": "memory of the process", "cuda": "memory of the CUDA device"}
 

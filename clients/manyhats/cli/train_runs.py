@@ -21,16 +21,16 @@ from manyhats.cli.train_flags import Server
 from manyhats.client import ManyhatsError, Registration
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import EngineError
-from manyhats.trainer.activation import ActivationRule
-from manyhats.trainer.computation import resolve_computation
 from manyhats.trainer.errors import RegistrationError, TrainerError
-from manyhats.trainer.output_directory import holds_artifact, report_file
-from manyhats.trainer.preflight import check_before_loading
-from manyhats.trainer.progress import shown_training
+from manyhats.trainer.files.output_directory import holds_artifact, report_file
+from manyhats.trainer.model.computation import resolve_computation
 from manyhats.trainer.registration import RegistrationServer
-from manyhats.trainer.report import Evaluation, TrainingReport
-from manyhats.trainer.settings import ModelSettings, TrainSettings
-from manyhats.trainer.several import TaskOutcome, common_base, train_several
+from manyhats.trainer.report.activation import ActivationRule
+from manyhats.trainer.report.progress import shown_training
+from manyhats.trainer.report.report import Evaluation, TrainingReport
+from manyhats.trainer.run.preflight import check_before_loading
+from manyhats.trainer.run.several import TaskOutcome, common_base, train_several
+from manyhats.trainer.settings.settings import ModelSettings, TrainSettings
 from manyhats.trainer.train import train
 
 

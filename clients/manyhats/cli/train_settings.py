@@ -8,9 +8,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from manyhats.trainer.memory import NO_DATA
-from manyhats.trainer.settings import TrainSettings
-from manyhats.trainer.settings_file import DEFAULT_OUT, make_settings, read_settings
-from manyhats.trainer.tasks_file import read_tasks
+from manyhats.trainer.settings.settings import TrainSettings
+from manyhats.trainer.settings.settings_file import DEFAULT_OUT, make_settings, read_settings
+from manyhats.trainer.settings.tasks_file import read_tasks
 
 _ANY_TASK = "task"
 

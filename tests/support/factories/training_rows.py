@@ -10,9 +10,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from manyhats.engine.text.tokenizer import Tokenizer
-from manyhats.trainer.batch import TokenizedRow
 from manyhats.trainer.data import Dataset, Row, Tokenization, find_ends, tokenize_rows
-from manyhats.trainer.settings import DataSettings
+from manyhats.trainer.data.batch import TokenizedRow
+from manyhats.trainer.settings.settings import DataSettings
 from support.factories.tiny_models import CHAT_TEMPLATE, EOS_TOKEN_ID, SPECIAL_TOKENS, tiny_tokenizer
 
 NAMES = {"bos_token": SPECIAL_TOKENS[1], "eos_token": SPECIAL_TOKENS[2]}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.trainer.settings import (
+from manyhats.trainer.settings.settings import (
     AdapterSettings,
     DataSettings,
     LoraSettings,

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
-from manyhats.trainer.batch import TrainingBatch
 from manyhats.trainer.data import Dataset
+from manyhats.trainer.data.batch import TrainingBatch
 from manyhats.trainer.data.dataset import DataCounts, DatasetBuilder
-from manyhats.trainer.events import Listener, ignore
-from manyhats.trainer.run import TrainingRun
-from manyhats.trainer.settings import DataSettings, LoraSettings, OptimizationSettings, TrainSettings
+from manyhats.trainer.report.events import Listener, ignore
+from manyhats.trainer.run.training_run import TrainingRun
+from manyhats.trainer.settings.settings import DataSettings, LoraSettings, OptimizationSettings, TrainSettings
 
 VOCAB_SIZE = 12
 SIZE = 6

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.progress import Progress, no_progress
-from manyhats.trainer.events import Listener, all_of, ignore
-from manyhats.trainer.interrupt import StopRequest, TrainingInterrupted, keep
-from manyhats.trainer.preflight import check_before_loading
-from manyhats.trainer.report import TrainingReport
-from manyhats.trainer.run import TrainingRun
-from manyhats.trainer.settings import TrainSettings
-from manyhats.trainer.task_training import open_task
-from manyhats.trainer.training_base import load_base
+from manyhats.trainer.report.events import Listener, all_of, ignore
+from manyhats.trainer.report.report import TrainingReport
+from manyhats.trainer.run.base import load_base
+from manyhats.trainer.run.interrupt import StopRequest, TrainingInterrupted, keep
+from manyhats.trainer.run.preflight import check_before_loading
+from manyhats.trainer.run.task import open_task
+from manyhats.trainer.run.training_run import TrainingRun
+from manyhats.trainer.settings.settings import TrainSettings
 
 
 def train(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from manyhats.trainer.batch import TokenizedRow, TrainingBatch
+from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch
 
 
 def collate(rows: Sequence[TokenizedRow], *, share_beginning: bool = True) -> TrainingBatch:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from manyhats.trainer.data.json_files import json_of_cell
 from manyhats.trainer.data.row import FIELDS, KWARGS, LISTS, Row
-from manyhats.trainer.settings import DataSettings
+from manyhats.trainer.settings.settings import DataSettings
 
 Message = Mapping[str, object]
 """A message as the chat template reads it: role, content, and whatever else it has."""

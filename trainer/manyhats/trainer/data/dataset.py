@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from manyhats.trainer.batch import TokenizedRow
+from manyhats.trainer.data.batch import TokenizedRow
 from manyhats.trainer.errors import DataError
 
 

@@ -16,9 +16,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from manyhats.trainer.batch import TokenizedRow
+from manyhats.trainer.data.batch import TokenizedRow
 from manyhats.trainer.data.dataset import TokenizedRows
-from manyhats.trainer.settings import OptimizationSettings
+from manyhats.trainer.settings.settings import OptimizationSettings
 
 _WINDOW_BATCHES = 16
 

@@ -29,7 +29,7 @@ from manyhats.trainer.data.ending import Ends
 from manyhats.trainer.data.row import Row
 from manyhats.trainer.data.row_tokens import RowTokens, fitted
 from manyhats.trainer.errors import DataError, SettingError
-from manyhats.trainer.settings import DataSettings
+from manyhats.trainer.settings.settings import DataSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

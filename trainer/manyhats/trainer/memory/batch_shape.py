@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from manyhats.trainer.batch import TokenizedRow, TrainingBatch
 from manyhats.trainer.data import BatchSampler, Dataset, collate
-from manyhats.trainer.settings import OptimizationSettings
+from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch
+from manyhats.trainer.settings.settings import OptimizationSettings
 
 _MAX_STEPS = 1000
 """Steps of which the largest batch is looked for."""

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data import Tokenization, find_ends
+from manyhats.trainer.data.task_data import check_first_rows, longest_row, tokenize_task_data
 from manyhats.trainer.memory.adapter_size import adapter_size
 from manyhats.trainer.memory.batch_shape import BatchShape, largest_batch, longest_rows
 from manyhats.trainer.memory.prediction import MemoryPrediction, TaskSize, predict
 from manyhats.trainer.memory.runtime import machine_of
 from manyhats.trainer.memory.shape import BaseShape, read_shape
-from manyhats.trainer.settings import TrainSettings
-from manyhats.trainer.task_data import check_first_rows, longest_row, tokenize_task_data
+from manyhats.trainer.settings.settings import TrainSettings
 
 NO_DATA = "-"
 """In place of the data where a prediction is wanted without."""

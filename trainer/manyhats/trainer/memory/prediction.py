@@ -16,7 +16,7 @@ from manyhats.trainer.memory.activations import (
 from manyhats.trainer.memory.adapter_size import AdapterSize
 from manyhats.trainer.memory.batch_shape import BatchShape
 from manyhats.trainer.memory.shape import BaseShape
-from manyhats.trainer.settings import ModelSettings, TrainSettings
+from manyhats.trainer.settings.settings import ModelSettings, TrainSettings
 
 _FLOAT = 4
 _OPTIMIZER_BYTES: Mapping[str, float] = {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from manyhats.trainer.computation import resolve_computation
 from manyhats.trainer.memory.prediction import Machine
-from manyhats.trainer.settings import ModelSettings
+from manyhats.trainer.model.computation import resolve_computation
+from manyhats.trainer.settings.settings import ModelSettings
 
 _STATM = Path("/proc/self/statm")
 _CUDA_CONTEXT_BYTES = 500 * 2**20

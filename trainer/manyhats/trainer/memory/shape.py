@@ -21,7 +21,7 @@ from manyhats.engine.model.config import DecoderConfig
 from manyhats.engine.model.families import Architecture, linear_shapes, read_architecture
 from manyhats.engine.model.known_families import FAMILIES
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from manyhats.trainer.settings import LARGEST
+from manyhats.trainer.settings.settings import LARGEST
 
 _CONFIG = "config.json"
 _STORED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

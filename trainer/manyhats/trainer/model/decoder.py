@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
 from manyhats.engine.backends.rotary import Angles, RotaryTables
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.trainer.batch import TrainingBatch
+from manyhats.trainer.data.batch import TrainingBatch
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.model.deltas import PlacedDeltas, place_deltas, with_embedding_deltas
 from manyhats.trainer.model.head import Head

@@ -1,0 +1,514 @@
+"""Predicted memory: counts that are exact, and activations against those of the decoder itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.nf4 import Nf4Weight
+from manyhats.trainer.data import collate
+from manyhats.trainer.errors import DataError, SettingError
+from manyhats.trainer.memory import NO_DATA, MemoryPrediction, predict_memory
+from manyhats.trainer.memory.activations import (
+    Step,
+    head_bytes,
+    layer_backward,
+    layer_kept,
+    layers_kept,
+    residual_bytes,
+)
+from manyhats.trainer.memory.adapter_size import adapter_size
+from manyhats.trainer.memory.batch_shape import BatchShape, longest_rows
+from manyhats.trainer.memory.prediction import Machine, TaskSize, predict
+from manyhats.trainer.memory.runtime import machine_of, resident_bytes
+from manyhats.trainer.memory.shape import BaseShape, read_shape
+from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.model.decoder import TrainingDecoder
+from manyhats.trainer.run.once_per_step import LoweredOnce
+from manyhats.trainer.settings.settings import (
+    AdapterSettings,
+    BottleneckSettings,
+    Ia3Settings,
+    LoraSettings,
+    ModelSettings,
+    OptimizationSettings,
+    PrefixSettings,
+    PromptSettings,
+    PTuningSettings,
+    TrainSettings,
+)
+from manyhats.trainer.settings.settings_file import make_settings
+from support.factories.tiny_models import make_checkpoint
+from support.factories.trainables import ALL_CASES
+from support.harnesses.live_bytes import LiveBytes
+from support.harnesses.training import make_rows
+
+LLAMA_33B: Mapping[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 6656,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 52,
+    "num_key_value_heads": 52,
+    "intermediate_size": 17920,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+GB = 10**9
+VOCAB_SIZE = 2048
+
+
+@cache
+def checkpoint(family: str = "llama") -> Path:
+    """A model whose activations outweigh the few that do not grow with it."""
+    return make_checkpoint(
+        Path(mkdtemp(prefix="manyhats-test-")) / family,
+        family,
+        hidden_size=256,
+        num_layers=3,
+        intermediate_size=704,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+@cache
+def loaded(family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[LoadedModel, BaseShape]:
+    directory = checkpoint(family)
+    model = load_model(str(directory), quantization="nf4", dtype=dtype, home=directory.parent / "home")
+    return model, read_shape(str(directory))
+
+
+def settings_of(method: str = "lora", **values: Any) -> TrainSettings:
+    return make_settings(
+        {
+            "method": method,
+            "task": "t",
+            "data": NO_DATA,
+            "model": str(checkpoint()),
+            "device": "cpu",
+            **values,
+        }
+    )
+
+
+def predicted(method: str = "lora", **values: Any) -> MemoryPrediction:
+    return predict_memory([settings_of(method, **values)])
+
+
+def write_config(directory: Path, content: Mapping[str, Any]) -> Path:
+    path = directory / "config.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+# What is exact
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_the_base_is_counted_exactly_without_its_weights(family: str) -> None:
+    model, shape = loaded(family)
+    linears = [linear.weight for layer in model.weights.layers for _, linear in layer.linears()]
+    assert shape.num_linear_parameters == sum(weight.shape[0] * weight.shape[1] for weight in linears)
+    num_bytes = sum(weight.num_bytes for weight in linears if isinstance(weight, Nf4Weight))
+    assert shape.nf4_bytes == pytest.approx(num_bytes, rel=1e-3)
+    weights = model.weights
+    tables = weights.embed_tokens.numel() + (0 if weights.lm_head is None else weights.lm_head.numel())
+    assert shape.num_table_parameters == tables
+    norms = sum(norm.numel() for layer in weights.layers for norm in layer.norms()) + weights.norm.numel()
+    assert shape.num_other_parameters == norms
+
+
+@pytest.mark.parametrize("name", ALL_CASES)
+def test_trained_parameters_are_counted_exactly(name: str) -> None:
+    model, shape = loaded()
+    adapter = make_adapter(ALL_CASES[name], "t", model, seed=0)
+    size = adapter_size(ALL_CASES[name], shape.architecture)
+    assert size.num_trained == sum(parameter.numel() for parameter in adapter.parameters.values())
+    prefix = adapter.lowered().prefix
+    assert size.num_virtual_tokens == (0 if prefix is None else prefix.num_virtual_tokens)
+
+
+def test_modules_of_several_linears_are_counted_once() -> None:
+    model, shape = loaded("phi3")
+    settings = LoraSettings(target_modules=("qkv_proj", "down_proj"))
+    adapter = make_adapter(settings, "t", model, seed=0)
+    size = adapter_size(settings, shape.architecture)
+    assert size.num_trained == sum(parameter.numel() for parameter in adapter.parameters.values())
+    assert size.ranks.keys() == {"q_proj", "k_proj", "v_proj", "down_proj"}
+
+
+# Activations
+
+
+METHODS: dict[str, AdapterSettings] = {
+    "lora": LoraSettings(),
+    "lora with dropout": LoraSettings(dropout=0.1),
+    "lora of some": LoraSettings(target_modules=("q_proj", "v_proj")),
+    "dora": LoraSettings(use_dora=True),
+    "ia3": Ia3Settings(),
+    "seq": BottleneckSettings(),
+    "double_seq": BottleneckSettings(variant="double_seq"),
+    "parallel": BottleneckSettings(variant="parallel"),
+    "prefix": PrefixSettings(),
+    "prompt": PromptSettings(),
+    "ptuning": PTuningSettings(),
+}
+BATCHES = {"equal": ((96,) * 6, 0), "ragged": ((96, 70, 40, 60, 96, 50), 0), "shared": ((96, 70, 40, 60), 30)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpoints", [True, False], ids=["checkpoints", "keeps all"])
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("method", METHODS)
+def test_activations_are_those_of_the_decoder(
+    method: str, rows: str, checkpoints: bool, dtype: torch.dtype
+) -> None:
+    model, shape = loaded(dtype=dtype)
+    decoder = TrainingDecoder(
+        model, dtype=dtype, gradient_checkpointing=checkpoints, device=torch.device("cpu")
+    )
+    adapter = make_adapter(METHODS[method], "t", model, seed=0)
+    lengths, num_shared = BATCHES[rows]
+    batch = collate(make_rows(lengths, num_shared=num_shared, vocab_size=VOCAB_SIZE))
+    lowered = LoweredOnce(adapter.lowered())
+    with LiveBytes() as live:
+        loss = decoder.loss(batch, lowered.adapter, dropout=adapter.dropout)
+        kept = live.now
+        live.peak = live.now
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = live.now
+    segments = batch.segments[1:] if batch.num_shared else batch.segments
+    size = BatchShape(
+        num_tokens=len(batch.token_ids),
+        num_rows=len(segments),
+        longest=max(segments),
+        num_shared=batch.num_shared,
+        num_targets=len(batch.targets),
+    )
+    step = Step(shape.config, adapter_size(METHODS[method], shape.architecture), size, dtype.itemsize, True)
+    inputs = (shape.config.num_layers + 1) * residual_bytes(step)
+    of_layers = 0 if checkpoints else layers_kept(step)
+    assert inputs + of_layers == pytest.approx(kept, rel=0.2)
+    backward = inputs + (of_layers or layer_kept(step)) + layer_backward(step)
+    assert backward == pytest.approx(live.peak - gradients, rel=0.3)
+
+
+def test_the_head_holds_some_rows_of_logits_only() -> None:
+    _, shape = loaded()
+    adapter = adapter_size(LoraSettings(), shape.architecture)
+
+    def of(num_targets: int, adapter: Any = adapter) -> int:
+        batch = BatchShape(num_tokens=num_targets, num_rows=1, longest=num_targets, num_targets=num_targets)
+        return head_bytes(Step(shape.config, adapter, batch, 4, True))
+
+    limit = 2**24 // VOCAB_SIZE
+    assert of(100) == 100 * (4 * VOCAB_SIZE + 12 * 256)
+    assert of(2 * limit) == limit * (2 * 4 * VOCAB_SIZE + 2 * 12 * 256)
+    assert of(3 * limit) - of(2 * limit) == 12 * 256 * limit
+    on_head = adapter_size(LoraSettings(target_modules=("lm_head",)), shape.architecture)
+    assert of(100, on_head) - of(100) == 2 * 4 * 100 * VOCAB_SIZE
+
+
+# Predictions
+
+
+def test_33_billion_parameters_fit_a_device_of_24_gb(tmp_path: Path) -> None:
+    settings = make_settings(
+        {
+            "method": "qlora",
+            "rank": 64,
+            "task": "t",
+            "data": NO_DATA,
+            "model": str(write_config(tmp_path, LLAMA_33B)),
+            "device": "cuda",
+            "max_length": 512,
+            "batch_size": 1,
+            "optimizer": "paged_adamw_8bit",
+        }
+    )
+    prediction = predict_memory([settings])
+    assert prediction.num_parameters == pytest.approx(32.5e9, rel=0.01)
+    assert prediction.tasks[0].adapter.num_trained == 64 * 60 * (4 * 2 * 6656 + 3 * (6656 + 17920))
+    assert prediction.device == "cuda"
+    assert prediction.parts["base: linears"] == pytest.approx(16.56 * GB, rel=0.01)
+    assert 20 * GB < prediction.total < 24 * GB
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rank": 64},
+        {"max_length": 400},
+        {"batch_size": 64},
+        {"quantization": "none", "dtype": "float32"},
+        {"gradient_checkpointing": False},
+        {"target_modules": ["q_proj", "lm_head"], "rank": 64},
+    ],
+    ids=str,
+)
+def test_more_work_takes_more_memory(more: dict[str, Any]) -> None:
+    small = {"quantization": "nf4", "max_length": 200, "batch_size": 16, "dtype": "bfloat16", "rank": 4}
+    before, after = predicted(**small), predicted(**{**small, **more})
+    runtime = (before.parts["runtime"], after.parts["runtime"])
+    assert after.total - runtime[1] > before.total - runtime[0]
+
+
+def test_an_optimizer_of_8_bits_takes_a_quarter() -> None:
+    full = predicted(max_length=100, device="cuda").parts["optimizer"]
+    assert predicted(max_length=100, device="cuda", optimizer="adamw_8bit").parts["optimizer"] == (
+        pytest.approx(full / 4, rel=0.02)
+    )
+    assert "optimizer" not in predicted(max_length=100, device="cuda", optimizer="paged_adamw_8bit").parts
+
+
+def test_several_tasks_share_the_base_and_take_turns() -> None:
+    tasks = [settings_of("qlora", max_length=300), settings_of("prompt", max_length=300)]
+    _, shape = loaded()
+    machine = Machine(device="cpu", element_bytes=4, runtime_bytes=0)
+    sizes = [
+        TaskSize(each, adapter_size(each.adapter, shape.architecture), longest_rows(each.optimization, 300))
+        for each in tasks
+    ]
+    alone = [predict([size], shape, machine) for size in sizes]
+    together = predict(sizes, shape, machine)
+    base = sum(size for name, size in together.parts.items() if name.startswith("base"))
+    own = [8 * size.adapter.num_trained + 4 * size.adapter.num_trained for size in sizes]
+    assert max(each.total for each in alone) < together.total
+    assert together.total <= max(each.total - mine for each, mine in zip(alone, own, strict=True)) + sum(own)
+    assert base == sum(size for name, size in alone[0].parts.items() if name.startswith("base"))
+
+
+def test_the_largest_batch_of_the_data_is_found(tmp_path: Path) -> None:
+    lengths = [4, 5, 40, 8, 7, 6, 38, 9]
+    rows = [{"prompt": "x" * (length - 3), "completion": "yz"} for length in lengths]  # and the end
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = predicted(data=str(data), batch_size=2, shuffle=False).tasks[0].batch
+    assert (batch.num_rows, batch.longest + batch.num_shared) == (2, 40)
+    assert batch.num_targets == 2 * 3
+    assert batch.data_bytes == 5 * sum(lengths) + 20 * len(lengths)
+    packed = predicted(data=str(data), batch_tokens=1000, shuffle=False).tasks[0].batch
+    assert packed.num_rows == 8
+    assert packed.num_tokens - packed.num_shared == sum(lengths) - 8 * packed.num_shared
+
+
+def test_without_data_rows_are_as_long_as_they_may_be() -> None:
+    prediction = predicted("prefix", num_virtual_tokens=12, batch_size=4)
+    assert (prediction.tasks[0].batch.num_rows, prediction.tasks[0].batch.longest) == (4, 500)
+    assert "no data is given" in prediction.notes[0]
+    packed = predicted(max_length=100, batch_tokens=350).tasks[0].batch
+    assert (packed.num_rows, packed.num_tokens) == (3, 300)
+
+
+def test_labels_are_said_to_come_on_top(tmp_path: Path) -> None:
+    held_out = write_rows(tmp_path / "eval.jsonl", "a")
+    assert "labels are scored" in predicted(labels=["a"], eval=held_out, max_length=50).notes[-1]
+
+
+def write_rows(path: Path, *completions: str) -> str:
+    path.write_text("".join(json.dumps({"prompt": "p", "completion": each}) + "\n" for each in completions))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"eval": "none.jsonl"}, DataError, "none.jsonl: cannot be read"),
+        ({"labels": ["a", "b"]}, DataError, "its completion 'c' is none of the 2 labels"),
+        ({"labels": ["a", "c", "x" * 600]}, DataError, "no room for the longest label"),
+        ({"labels": ["a", "a"]}, SettingError, "labels: 'a' comes twice"),
+    ],
+)
+def test_evaluation_data_that_cannot_be_used_is_refused(
+    tmp_path: Path, values: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    train = write_rows(tmp_path / "train.jsonl", "a", "b")
+    held_out = write_rows(tmp_path / "eval.jsonl", "a", "c")
+    predicted(data=train, eval=held_out)
+    with pytest.raises(error, match=message):
+        predicted(**{"data": train, "eval": held_out, **values})
+
+
+@pytest.mark.parametrize("name", ["data", "eval"])
+def test_data_that_is_not_counted_must_be_there(tmp_path: Path, name: str) -> None:
+    values: dict[str, Any] = {"model": str(write_config(tmp_path, LLAMA_33B)), "max_length": 100}
+    there = write_rows(tmp_path / "rows.jsonl", "a")
+    assert predicted(**values, **{name: there}).tasks[0].batch.longest == 100
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read: No such file"):
+        predicted(**values, **{name: "none.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"model": "nowhere"}, ModelError, "nowhere"),
+        ({"target_modules": ["nothing"]}, SettingError, "target_modules: 'nothing' is no linear"),
+        ({"max_length": 513}, SettingError, "max_length: the base has room for 512"),
+        ({"data": "none.jsonl"}, DataError, "none.jsonl"),
+    ],
+)
+def test_what_cannot_be_trained_cannot_be_predicted(
+    values: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        predicted(**values)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        (
+            "bottleneck",
+            {"reduction_factor": 257},
+            "reduction_factor: is 257, above the base's hidden size 256",
+        ),
+        ("lora", {"rank": 257}, "rank: is 257; the limit is 256"),
+        ("lora", {"rank_pattern": {"q_proj": 300}}, "rank_pattern: is 300; the limit is 256"),
+        ("lora", {"rank_pattern": {"nonsense": 3}}, "rank_pattern: 'nonsense' matches none of the modules"),
+        ("dora", {"alpha_pattern": {"lm_head": 3}}, "alpha_pattern: 'lm_head' matches none of the modules"),
+        (
+            "lora",
+            {"rank_pattern": {".*": 3}},
+            "rank_pattern: the key .* is more of a regular expression than is matched",
+        ),
+        ("prompt", {"num_virtual_tokens": 4097}, "num_virtual_tokens: is 4097; the limit is 4096"),
+        ("prefix", {"num_virtual_tokens": 511}, "num_virtual_tokens: leaves no room for a row"),
+    ],
+)
+def test_an_adapter_that_cannot_be_made_is_refused(method: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=f"^{message}"):
+        predicted(method, **values)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {"model_type": "t5", "d_model": 512})
+    with pytest.raises(ModelError, match=rf"^{path}: model_type 't5' is not supported"):
+        read_shape(str(path))
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_a_config_lacks_is_not_made_up(tmp_path: Path, name: str) -> None:
+    for without in (
+        {key: value for key, value in LLAMA_33B.items() if key != name},
+        {**LLAMA_33B, name: None},
+    ):
+        path = write_config(tmp_path, without).rename(tmp_path / "b.json")
+        with pytest.raises(ModelError, match=rf"^{path}: has no {name}$"):
+            read_shape(str(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"num_hidden_layers": 10**12},
+            "num_hidden_layers must be a whole number from 1 to 10000, not 10{12}$",
+        ),
+        *(({name: 2**31}, f"{name} must be a whole number from 1 to ") for name in SIZES),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings must be a whole number"),
+        ({"head_dim": 10**9}, "head_dim must be a whole number from 1 to 4096"),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, "a head has 6656 values; the limit is 4096"),
+        ({"vocab_size": True}, "vocab_size must be a whole number from 1 to 2147483647, not True"),
+        ({"hidden_size": "6656"}, "hidden_size must be a whole number .* not '6656'"),
+        ({"hidden_size": -1}, "hidden_size must be a whole number"),
+        ({"num_key_value_heads": 5}, "5 key-value heads do not divide 52 heads"),
+        ({"hidden_act": "step"}, "hidden_act 'step' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
+            "a field has the wrong type or value",
+        ),
+        ({"quantization_config": "nf4"}, "a field has the wrong type or value"),
+        ({"rms_norm_eps": "small"}, "a field has the wrong type or value"),
+    ],
+)
+def test_a_config_that_is_wrong_is_named_as_it_was_given(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    path = write_config(tmp_path, {**LLAMA_33B, **values}).rename(tmp_path / "b.json")
+    with pytest.raises(ModelError, match=rf"^{path}: {message}"):
+        read_shape(str(path))
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@given(
+    name=st.sampled_from(
+        [
+            *LLAMA_33B,
+            "head_dim",
+            "rope_scaling",
+            "rope_theta",
+            "quantization_config",
+            "layer_types",
+            "attention_bias",
+        ]
+    ),
+    family=st.sampled_from(["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3"]),
+    value=_JSON,
+)
+@settings(max_examples=200, deadline=None)
+def test_any_config_is_read_or_refused_by_its_path(
+    tmp_path_factory: pytest.TempPathFactory, name: str, family: str, value: Any
+) -> None:
+    path = write_config(tmp_path_factory.mktemp("config"), {**LLAMA_33B, "model_type": family, name: value})
+    try:
+        read_shape(str(path))
+    except ModelError as error:
+        assert "config.json" not in str(error).removeprefix(f"{path}: ")  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    "source", ["/nonexisting", "./none", "../none/x", "~/none", "~nobody/none", "m/b.json"]
+)
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=f"^{source}: there is no such file or directory$"):
+        read_shape(source)
+
+
+def test_a_config_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="pipe: is neither a regular file nor a directory"):
+        read_shape(str(tmp_path / "pipe"))
+
+
+def test_a_known_model_that_is_not_fetched_is_not_fetched_for_this(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="`manyhats model fetch smollm2-135m-instruct` gets it"):
+        read_shape("smollm2-135m-instruct", tmp_path)
+
+
+def test_the_process_counts_on_a_cpu_and_the_context_on_cuda() -> None:
+    here = machine_of(ModelSettings(device="cpu", dtype="float32"), num_unread_tokens=0)
+    assert here.runtime_bytes > resident_bytes() - 2**20 > 100 * 2**20
+    there = machine_of(ModelSettings(device="cuda"), num_unread_tokens=10**6)
+    assert (there.device, there.element_bytes) == ("cuda", 2)
+    assert there.runtime_bytes < 2**30
+
+
+def test_batches_of_optimization_settings() -> None:
+    batch = longest_rows(OptimizationSettings(batch_size=3), 10)
+    assert (batch.num_tokens, batch.num_padded, batch.num_targets) == (30, 30, 27)

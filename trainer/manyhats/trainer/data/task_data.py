@@ -1,0 +1,130 @@
+"""One task's data as tokens, checked as a whole before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.trainer.data import (
+    Dataset,
+    LabelledItem,
+    Prompted,
+    Tokenization,
+    check_label,
+    checked_contents,
+    find_ends,
+    find_labels,
+    labelled_items,
+    read_rows,
+    tokenize_rows,
+)
+from manyhats.trainer.errors import SettingError
+from manyhats.trainer.settings.settings import DataSettings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskData:
+    """What a task trains on and is evaluated on.
+
+    Attributes:
+        held_out: None where there is none.
+        labels: scored as completions; empty for none.
+        items: of the held-out rows, where there are labels.
+    """
+
+    train: Dataset
+    held_out: Dataset | None
+    labels: tuple[str, ...]
+    items: Sequence[LabelledItem]
+
+
+def check_first_rows(settings: DataSettings, sources: Iterable[str]) -> None:
+    """Read the first row of each source, so that what is wrong without a base is found before it is loaded.
+
+    Raises:
+        DataError: a source cannot be read, or its first row cannot be trained on, or has none of the labels.
+    """
+    for source in sources:
+        row = next(read_rows(source, max_rows=1))
+        contents = checked_contents(row, settings)
+        if source == settings.eval and isinstance(contents, Prompted):
+            check_label(row, contents.completion, settings.labels)
+
+
+def read_task_data(
+    settings: DataSettings,
+    model: LoadedModel,
+    num_virtual_tokens: int,
+    *,
+    now: datetime | None = None,
+    on_row: Callable[[], None] = lambda: None,
+) -> TaskData:
+    """Read and tokenize the data.
+
+    Args:
+        settings: where it is.
+        model: its tokenizer, and its context, which virtual tokens take their part of.
+        num_virtual_tokens: of the adapter.
+        now: the date that a chat template may write.
+        on_row: called at each row; what it raises ends the reading.
+
+    Raises:
+        DataError: a row; names file and line.
+        SettingError: ``max_length`` or ``labels``.
+    """
+    ends = find_ends(model.tokenizer, model.generation.eos_token_ids)
+    room = model.config.max_context_length - num_virtual_tokens
+    how = Tokenization(
+        tokenizer=model.tokenizer,
+        ends=ends,
+        settings=settings,
+        max_length=longest_row(settings, room),
+        vocab_size=model.config.vocab_size,
+        now=now,
+        on_row=on_row,
+    )
+    return tokenize_task_data(how, room)
+
+
+def tokenize_task_data(how: Tokenization, room: int) -> TaskData:
+    """The same without a model, for rows and labels within this many tokens."""
+    settings = how.settings
+    train = tokenize_rows(read_rows(settings.train, max_rows=settings.max_train_rows), how)
+    if not settings.eval:
+        return TaskData(train, None, (), ())
+    labels = find_labels(settings.labels, train) if settings.labels else ()
+    held_out = tokenize_rows(read_rows(settings.eval, max_rows=settings.max_eval_rows), how, labels)
+    items = labelled_items(held_out, labels) if labels else ()
+    _check_room(held_out, items, room)
+    return TaskData(train, held_out, labels, items)
+
+
+def longest_row(settings: DataSettings, room: int) -> int:
+    """Tokens of the longest row that is allowed.
+
+    Args:
+        room: of the base's context what virtual tokens leave.
+
+    Raises:
+        SettingError: ``max_length`` is more than that, or there is no room at all.
+    """
+    if room < 2:
+        raise SettingError("num_virtual_tokens", "leaves no room for a row in the base's context")
+    if settings.max_length is None:
+        return room
+    if settings.max_length > room:
+        raise SettingError("max_length", f"the base has room for {room} tokens, virtual tokens not counted")
+    return settings.max_length
+
+
+def _check_room(held_out: Dataset, items: Sequence[LabelledItem], room: int) -> None:
+    """Every label must fit behind every prompt."""
+    for index, item in enumerate(items):
+        if item.num_tokens > room:
+            raise held_out.error(
+                index,
+                f"its prompt has {len(item.prompt_token_ids)} tokens, which leaves no room for the longest label "
+                f"and its end within {room}",
+            )

@@ -1,0 +1,50 @@
+"""On what, and in which dtype, a base is computed: ``auto`` resolved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from manyhats.trainer.errors import SettingError
+from manyhats.trainer.settings.settings import ModelSettings
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Computation:
+    """Where the decoder's products are computed, and as what."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def dtype_name(self) -> str:
+        """``float32`` or ``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def resolve_computation(settings: ModelSettings) -> Computation:
+    """``auto`` is CUDA where there is one, and bfloat16 where the processor multiplies it.
+
+    Raises:
+        SettingError: ``device``: there is no CUDA device.
+    """
+    has_cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_cuda:
+        raise SettingError("device", "there is no CUDA device; use cpu")
+    is_cuda = has_cuda and settings.device != "cpu"
+    device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+    if settings.dtype != "auto":
+        return Computation(_DTYPES[settings.dtype], device)
+    return Computation(torch.bfloat16 if _multiplies_bfloat16(is_cuda) else torch.float32, device)
+
+
+def _multiplies_bfloat16(is_cuda: bool) -> bool:
+    if is_cuda:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Imported here: it takes seconds, and a named dtype needs no look at the processor.
+    from manyhats.engine.backends.cpu import avx512_bf16
+
+    return avx512_bf16.is_available()

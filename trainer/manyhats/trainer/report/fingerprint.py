@@ -1,0 +1,107 @@
+"""What decides a run's course, by name: a checkpoint may only be continued where all of it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from manyhats.trainer.data.batch import TokenizedRow
+from manyhats.trainer.errors import CheckpointError
+from manyhats.trainer.settings.settings import TrainSettings
+
+Fingerprint = Mapping[str, Any]
+"""Dotted name of a setting, or of what the data and the base are, → its value as JSON has it."""
+
+# Where and how often things are kept, and how they are computed: the losses are the same.
+_WITHOUT_INFLUENCE = frozenset(
+    {
+        "out",
+        "save_dtype",
+        "optimization.checkpoint_steps",
+        "optimization.keep_checkpoints",
+        "model.num_threads",
+        "model.gradient_checkpointing",
+        # Their rows are compared themselves, so that a file may lie elsewhere.
+        "data.train",
+        "data.eval",
+        "data.max_train_rows",
+        "data.max_eval_rows",
+        "data.labels",
+        "data.ignore_fields",
+    }
+)
+
+
+def fingerprint(
+    settings: TrainSettings,
+    train: Sequence[TokenizedRow],
+    held_out: Sequence[TokenizedRow],
+    base: Mapping[str, str],
+) -> Fingerprint:
+    """All that decides a run's losses.
+
+    Args:
+        settings: those without influence on them are left out.
+        train: the rows, in order.
+        held_out: those of the evaluation.
+        base: what else does, such as the base's digest and the resolved dtype.
+    """
+    return {
+        **{
+            name: value
+            for name, value in settings_by_name(settings).items()
+            if name not in _WITHOUT_INFLUENCE
+        },
+        "training rows": rows_digest(train),
+        "evaluation rows": rows_digest(held_out),
+        **base,
+    }
+
+
+def settings_by_name(settings: TrainSettings) -> dict[str, Any]:
+    """Every setting by its dotted name, as JSON has it, and the method as ``adapter.method``."""
+    named = _flat(asdict(settings), "")
+    return {"task": settings.task, "adapter.method": settings.adapter.method.value, **named}
+
+
+def check_same(was: Fingerprint, now: Fingerprint, checkpoint: str) -> None:
+    """Check that a checkpoint is of this very run.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    names = [name for name in (*now, *(was.keys() - now.keys())) if was.get(name) != now.get(name)]
+    if names:
+        raise CheckpointError(
+            f"{checkpoint} is of another training: "
+            + "; ".join(_difference(name, was, now) for name in names)
+        )
+
+
+def rows_digest(rows: Sequence[TokenizedRow]) -> str:
+    """SHA-256 of rows: their number, and each one's tokens and targets."""
+    digest = hashlib.sha256(len(rows).to_bytes(8, "little"))
+    for row in rows:
+        digest.update(len(row.token_ids).to_bytes(8, "little"))
+        digest.update(array("q", row.token_ids).tobytes())
+        digest.update(bytes(row.is_target))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _difference(name: str, was: Fingerprint, now: Fingerprint) -> str:
+    if "sha256:" in f"{was.get(name)}{now.get(name)}":
+        return f"{name}: not the same"
+    return f"{name}: was {was.get(name)!r}, is {now.get(name)!r}"
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    """Nested settings as one mapping; a pattern's mapping is one value."""
+    if not isinstance(value, dict) or name.endswith("_pattern"):
+        return {name: list(value) if isinstance(value, tuple) else value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{name}.{key}" if name else key)
+    return flat

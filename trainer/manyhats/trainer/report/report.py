@@ -1,0 +1,212 @@
+"""What a training came to: everything that its report, its loss curve and its model card say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from manyhats.trainer.data.dataset import DataCounts
+from manyhats.trainer.memory.peak import PeakMemory
+from manyhats.trainer.report.events import EvaluationReport, StepReport
+from manyhats.trainer.report.fingerprint import settings_by_name
+from manyhats.trainer.settings.settings import TrainSettings
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """How good a model is on the evaluation data.
+
+    Attributes:
+        loss: the mean over all target tokens, in nats.
+        num_right: items whose label was predicted; None where no labels are scored.
+    """
+
+    loss: float
+    num_right: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The base alone, and with the trained adapter, on the same ``num_items`` rows."""
+
+    num_items: int
+    labels: tuple[str, ...]
+    before: HeldOut
+    after: HeldOut
+
+    def accuracy(self, held_out: HeldOut) -> float | None:
+        """The share of right labels."""
+        return None if held_out.num_right is None else held_out.num_right / self.num_items
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseReport:
+    """The base that was trained on.
+
+    Attributes:
+        name: what the artifact records as its base.
+        digest: of checkpoint and quantization, as the server reports it.
+        digest_before, digest_after: of its weights in memory.
+        num_parameters: of its matrices.
+        linear_bytes: resident, of the quantized linears.
+        dtype, device: what its products were computed as, and where.
+    """
+
+    name: str
+    digest: str
+    digest_before: str
+    digest_after: str
+    num_parameters: int
+    linear_bytes: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactReport:
+    """The artifact as it was written.
+
+    Attributes:
+        digest: what the server calls it.
+        library: that reads it, ``peft`` or ``adapter-transformers``.
+        files: name → size and SHA-256.
+        num_trainable: parameters that were trained; those of a prefix's MLP are not in the artifact.
+        step: whose parameters they are.
+        learning_rate: at its peak.
+    """
+
+    digest: str
+    method: str
+    library: str
+    files: Mapping[str, tuple[int, str]]
+    num_parameters: int
+    num_trainable: int
+    step: int
+    learning_rate: float
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its files."""
+        return sum(size for size, _ in self.files.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """A source as it was used: its rows of tokens, and what became of the others."""
+
+    num_rows: int
+    counts: DataCounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingReport:
+    """A whole training.
+
+    Attributes:
+        date: that chat templates could write into the rows: the run's start, before any interrupt.
+        train, held_out: the data; None without evaluation data.
+        evaluation: None without evaluation data.
+        stopped_early: the held-out loss no longer fell.
+        peak_memory: of the process while it trained.
+        failures: checkpoints that could not be written.
+    """
+
+    settings: TrainSettings
+    base: BaseReport
+    artifact: ArtifactReport
+    date: datetime
+    train: DataReport
+    held_out: DataReport | None
+    steps: tuple[StepReport, ...]
+    evaluations: tuple[EvaluationReport, ...]
+    evaluation: Evaluation | None
+    stopped_early: bool
+    peak_memory: PeakMemory
+    failures: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all steps."""
+        return sum(step.num_tokens for step in self.steps)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """While it took steps; evaluations and checkpoints not counted."""
+        seconds = sum(step.seconds for step in self.steps)
+        return self.num_tokens / seconds if seconds else 0.0
+
+    @property
+    def duration_s(self) -> float:
+        """Of steps and evaluations, those before an interrupt too."""
+        steps = sum(step.seconds for step in self.steps)
+        return steps + sum(evaluation.seconds for evaluation in self.evaluations)
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained parameters to the base's."""
+        return self.artifact.num_trainable / self.base.num_parameters
+
+    def to_json(self) -> bytes:
+        """``report.json``."""
+        content = {
+            "format": _FORMAT,
+            "task": self.settings.task,
+            "method": self.artifact.method,
+            "settings": settings_by_name(self.settings),
+            "base": asdict(self.base),
+            "artifact": {
+                **asdict(self.artifact),
+                "files": {
+                    name: {"bytes": size, "sha256": sha256}
+                    for name, (size, sha256) in self.artifact.files.items()
+                },
+                "bytes": self.artifact.num_bytes,
+                "trainable_share": self.trainable_share,
+            },
+            "data": {
+                **_data(self.train),
+                "date": self.date.isoformat(),
+                "eval": None if self.held_out is None else _data(self.held_out),
+            },
+            "speed": {
+                "tokens": self.num_tokens,
+                "tokens_per_second": self.tokens_per_s,
+                "seconds": self.duration_s,
+            },
+            "peak_memory": asdict(self.peak_memory),
+            "stopped_early": self.stopped_early,
+            "failed_checkpoints": self.failures,
+            "evaluation": None if self.evaluation is None else _evaluation(self.evaluation),
+            "evaluations": [_without_task(evaluation) for evaluation in self.evaluations],
+            "steps": [_without_task(step) for step in self.steps],
+        }
+        return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _data(report: DataReport) -> dict[str, Any]:
+    return {"rows": report.num_rows, **asdict(report.counts)}
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "items": evaluation.num_items,
+        "labels": evaluation.labels,
+        **{
+            name: {
+                "loss": held_out.loss,
+                "right": held_out.num_right,
+                "accuracy": evaluation.accuracy(held_out),
+            }
+            for name, held_out in (("before", evaluation.before), ("after", evaluation.after))
+        },
+    }
+
+
+def _without_task(report: StepReport | EvaluationReport) -> dict[str, Any]:
+    """Its fields but those that are the same in all."""
+    return {name: value for name, value in asdict(report).items() if name not in ("task", "num_steps")}

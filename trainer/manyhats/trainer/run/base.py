@@ -1,0 +1,93 @@
+"""The base in memory, ready to train on: shared by all tasks of a process, and never changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
+from manyhats.engine.model.weights import Matrix, ModelWeights
+from manyhats.engine.progress import Progress, no_progress
+from manyhats.trainer.errors import BaseError
+from manyhats.trainer.memory.peak import forget_peak
+from manyhats.trainer.model.computation import Computation, resolve_computation
+from manyhats.trainer.model.decoder import TrainingDecoder
+from manyhats.trainer.run.base_digest import weights_digest
+from manyhats.trainer.settings.settings import ModelSettings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingBase:
+    """A base, and the decoder that runs it under autograd.
+
+    Attributes:
+        digest: of the weights in memory, before any training.
+    """
+
+    model: LoadedModel
+    decoder: TrainingDecoder
+    computation: Computation
+    digest: str
+
+    def check_unchanged(self) -> str:
+        """The digest of the weights as they are now.
+
+        Raises:
+            BaseError: it is another than before.
+        """
+        digest = weights_digest(self.model.weights)
+        if digest != self.digest:
+            raise BaseError(f"the base has changed while it was trained on: {self.digest} is now {digest}")
+        return digest
+
+
+def load_base(
+    settings: ModelSettings,
+    model: LoadedModel | None = None,
+    *,
+    progress: Progress = no_progress,
+    home: Path | None = None,
+) -> TrainingBase:
+    """Load the base and make its decoder; from then on the process's peak memory counts.
+
+    Args:
+        settings: which, and how it is computed.
+        model: the base, where it is in memory already.
+        progress: told of the loading.
+        home: holds fetched models and their NF4 weights; None takes the default.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        SettingError: the device is not there.
+    """
+    computation = resolve_computation(settings)
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    if model is None:
+        model = load_model(
+            settings.model,
+            quantization=settings.quantization,
+            dtype=computation.dtype,
+            progress=progress,
+            home=home,
+        )
+    digest = weights_digest(model.weights)
+    forget_peak()
+    decoder = TrainingDecoder(
+        model,
+        dtype=computation.dtype,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        device=computation.device,
+    )
+    return TrainingBase(model, decoder, computation, digest)
+
+
+def num_parameters(weights: ModelWeights) -> int:
+    """Of all matrices; a tied head counts once."""
+    matrices: list[Matrix] = [linear.weight for layer in weights.layers for _, linear in layer.linears()]
+    matrices.append(weights.embed_tokens)
+    if weights.lm_head is not None:
+        matrices.append(weights.lm_head)
+    return sum(int(matrix.shape[0]) * int(matrix.shape[1]) for matrix in matrices)

@@ -1,0 +1,119 @@
+"""Everything that a run is at one step, and its files: safetensors and JSON, nothing that runs code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from manyhats.trainer.errors import CheckpointError
+from manyhats.trainer.report.events import EvaluationReport, StepReport
+from manyhats.trainer.report.fingerprint import Fingerprint
+from manyhats.trainer.run.optimizer import OptimizerState
+
+STATE_FILE = "run.json"
+PARAMETERS_FILE = "parameters.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+BEST_FILE = "best.safetensors"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class RunState:
+    """A run after some step; what follows depends on this, its settings and its data alone.
+
+    Attributes:
+        parameters: the adapter's, by name.
+        optimizer: its state.
+        best: the parameters as they were at the best evaluation; empty where they are not kept.
+        steps: every step so far.
+        evaluations: likewise.
+        is_done: whether no step follows.
+    """
+
+    parameters: Mapping[str, Tensor]
+    optimizer: OptimizerState
+    best: Mapping[str, Tensor]
+    steps: tuple[StepReport, ...]
+    evaluations: tuple[EvaluationReport, ...]
+    is_done: bool
+
+    @property
+    def step(self) -> int:
+        """How many steps were taken."""
+        return len(self.steps)
+
+
+def encode(state: RunState, fingerprint: Fingerprint, date: datetime | None = None) -> dict[str, bytes]:
+    """The files of a checkpoint by name; ``run.json`` has the digests of the others, and the date of the rows."""
+    tensors = {
+        PARAMETERS_FILE: save(dict(state.parameters)),
+        OPTIMIZER_FILE: save(dict(state.optimizer.tensors)),
+        **({BEST_FILE: save(dict(state.best))} if state.best else {}),
+    }
+    content = {
+        "format": _FORMAT,
+        "step": state.step,
+        "is_done": state.is_done,
+        "date": None if date is None else date.isoformat(),
+        "fingerprint": fingerprint,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()},
+        "optimizer_numbers": state.optimizer.numbers,
+        "steps": _columns(StepReport, [asdict(step) for step in state.steps]),
+        "evaluations": _columns(EvaluationReport, [asdict(evaluation) for evaluation in state.evaluations]),
+    }
+    return {**tensors, STATE_FILE: json.dumps(content, allow_nan=False).encode()}
+
+
+def decode_header(name: str, content: bytes) -> dict[str, Any]:
+    """``run.json`` of the checkpoint ``name``, checked for its format.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        header = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{name}/{STATE_FILE}: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise CheckpointError(f"{name}/{STATE_FILE}: not a checkpoint of this version")
+    return header
+
+
+def decode(name: str, files: Mapping[str, bytes]) -> RunState:
+    """The state of the checkpoint ``name``.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    header = decode_header(name, files[STATE_FILE])
+    try:
+        for file, sha256 in header["files"].items():
+            if hashlib.sha256(files[file]).hexdigest() != sha256:
+                raise CheckpointError(f"{name}/{file}: damaged: its content is not what was written")
+        return RunState(
+            parameters=load(files[PARAMETERS_FILE]),
+            optimizer=OptimizerState(load(files[OPTIMIZER_FILE]), header["optimizer_numbers"]),
+            best=load(files[BEST_FILE]) if BEST_FILE in header["files"] else {},
+            steps=tuple(StepReport(**row) for row in _rows(header["steps"])),
+            evaluations=tuple(EvaluationReport(**row) for row in _rows(header["evaluations"])),
+            is_done=header["is_done"],
+        )
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{name}: damaged: {error!r}") from error
+
+
+def _columns(kind: type[StepReport | EvaluationReport], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """One list per field: a run has thousands of steps."""
+    return {field.name: [row[field.name] for row in rows] for field in fields(kind)}
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

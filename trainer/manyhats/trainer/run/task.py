@@ -1,0 +1,288 @@
+"""One task from its settings to its artifact and report."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from manyhats.adapters.formats.adapterhub.format import is_adapterhub
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.trainer.data import Dataset
+from manyhats.trainer.data.task_data import read_task_data
+from manyhats.trainer.data.task_text import with_text_of
+from manyhats.trainer.errors import SettingError
+from manyhats.trainer.files.output_directory import (
+    make_output_directory,
+    remove_if_empty,
+    tensorboard_directory,
+    write_artifact,
+    write_report,
+)
+from manyhats.trainer.memory.peak import peak_memory
+from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.parameters import num_trainable
+from manyhats.trainer.report.events import (
+    DataRead,
+    EvaluationProgress,
+    Listener,
+    ScoringProgress,
+    TokenizingProgress,
+    all_of,
+    ignore,
+)
+from manyhats.trainer.report.label_scoring import SavedAdapter, read_saved, score_labels
+from manyhats.trainer.report.loss_curve import loss_curve
+from manyhats.trainer.report.model_card import model_card
+from manyhats.trainer.report.report import (
+    ArtifactReport,
+    BaseReport,
+    DataReport,
+    Evaluation,
+    HeldOut,
+    TrainingReport,
+)
+from manyhats.trainer.report.tensorboard import tensorboard_curves
+from manyhats.trainer.run.base import TrainingBase, num_parameters
+from manyhats.trainer.run.checkpoint import recorded_date
+from manyhats.trainer.run.evaluation import held_out_loss, in_float32
+from manyhats.trainer.run.interrupt import TrainingInterrupted
+from manyhats.trainer.run.result import RunResult
+from manyhats.trainer.run.training_run import TrainingRun
+from manyhats.trainer.settings.settings import TrainSettings
+
+_TELL_EVERY_S = 0.2
+
+
+def _data_report(dataset: Dataset) -> DataReport:
+    return DataReport(num_rows=len(dataset.rows), counts=dataset.counts)
+
+
+@contextmanager
+def open_task(
+    settings: TrainSettings, base: TrainingBase, *, resume: bool = False, listener: Listener = ignore
+) -> Iterator[TaskTraining]:
+    """A task ready for its first step, or the next; while it is open its curves go to TensorBoard, if installed.
+
+    Args:
+        settings: ``out`` must be given.
+        base: shared with other tasks.
+        resume: go on from the newest checkpoint in ``out``.
+        listener: told of what happens.
+
+    Raises:
+        SettingError, DataError, BaseError: it cannot be trained as it is asked to.
+        CheckpointError: there is nothing to resume from; or, without ``resume``, a training in ``out`` that was not
+            finished.
+        OutputError: ``out`` cannot be written.
+    """
+    if not settings.out:
+        raise SettingError("out", "must name a directory")
+    out = Path(settings.out)
+    make_output_directory(out)
+    with tensorboard_curves(tensorboard_directory(out)) as curves:
+        try:
+            task = TaskTraining(settings, base, resume=resume, listener=all_of(listener, curves))
+        except BaseException:
+            remove_if_empty(out)
+            raise
+        yield task
+
+
+class TaskTraining:
+    """A task's data, adapter and run; made by ``open_task``."""
+
+    def __init__(
+        self, settings: TrainSettings, base: TrainingBase, *, resume: bool, listener: Listener
+    ) -> None:
+        self._settings = settings
+        self._out = Path(settings.out)
+        self._base = base
+        self._listener = listener
+        self._adapter = make_adapter(
+            settings.adapter,
+            settings.task,
+            base.model,
+            seed=settings.optimization.seed,
+            init_from=settings.init_from,
+            device=base.computation.device,
+        )
+        prefix = self._adapter.lowered().prefix
+        num_virtual_tokens = 0 if prefix is None else prefix.num_virtual_tokens
+        self._model, self._text_files = with_text_of(base.model, settings.init_from)
+        self._date = (recorded_date(self._out) if resume else None) or datetime.now()
+        self._data = read_task_data(
+            settings.data, self._model, num_virtual_tokens, now=self._date, on_row=self._progress_of_reading()
+        )
+        self._tell_of_data()
+        self.run = TrainingRun(
+            settings,
+            base.decoder,
+            self._adapter,
+            self._data.train,
+            self._data.held_out,
+            listener=listener,
+            base={"base": base.model.description.digest, "model.dtype": base.computation.dtype_name},
+            date=self._date,
+        )
+        if resume:
+            self.run.restore_checkpoint()
+        else:
+            self.run.clear_checkpoints()
+
+    def _progress_of_reading(self) -> Callable[[], None]:
+        """Tells the listener of it a few times a second."""
+        done, told_s = 0, 0.0
+
+        def tell() -> None:
+            nonlocal done, told_s
+            done += 1
+            now_s = time.monotonic()
+            if now_s - told_s >= _TELL_EVERY_S:
+                told_s = now_s
+                self._listener(TokenizingProgress(task=self._settings.task, done=done))
+
+        return tell
+
+    def _tell_of_data(self) -> None:
+        for is_held_out, dataset in ((False, self._data.train), (True, self._data.held_out)):
+            if dataset is not None:
+                self._listener(
+                    DataRead(
+                        task=self._settings.task,
+                        source=dataset.source,
+                        is_held_out=is_held_out,
+                        num_rows=len(dataset.rows),
+                        counts=dataset.counts,
+                    )
+                )
+
+    def finish(self) -> TrainingReport:
+        """After the last step: write the artifact, evaluate what was written, and write the report.
+
+        Raises:
+            OutputError: a file cannot be written, or a server would refuse the artifact.
+            BaseError: the base was changed.
+            EngineError: the labels cannot be scored.
+            TrainingInterrupted: the listener raised ``KeyboardInterrupt``; the artifact is there, and resuming
+                makes the report.
+        """
+        try:
+            return self._finish()
+        except KeyboardInterrupt as error:
+            newest = self.run.newest_checkpoint
+            raise TrainingInterrupted([] if newest is None else [newest]) from error
+
+    def _finish(self) -> TrainingReport:
+        peak = peak_memory()
+        result = self.run.finish()
+        files = {**self._adapter.files(self._settings.save_dtype), **self._text_files}
+        write_artifact(self._out, files)
+        saved = read_saved(self._settings.task, self._out, self._base.model.description)
+        evaluation = self._evaluation(result, saved)
+        report = TrainingReport(
+            settings=self._settings,
+            base=self._base_report(),
+            artifact=self._artifact_report(result, saved, files),
+            date=self._date,
+            train=_data_report(self._data.train),
+            held_out=None if self._data.held_out is None else _data_report(self._data.held_out),
+            steps=result.steps,
+            evaluations=result.evaluations,
+            evaluation=evaluation,
+            stopped_early=result.stopped_early,
+            peak_memory=peak,
+            failures=result.failures,
+        )
+        self._write(report)
+        return report
+
+    def _write(self, report: TrainingReport) -> None:
+        before = None if report.evaluation is None else report.evaluation.before.loss
+        title = f"{self._settings.task} ({report.artifact.method.replace('_', ' ')})"
+        curve = loss_curve(title, report.steps, report.evaluations, before)
+        write_report(self._out, report.to_json(), curve, model_card(report))
+
+    def _evaluation(self, result: RunResult, saved: SavedAdapter) -> Evaluation | None:
+        """The base before, the artifact after."""
+        held_out, options = self._data.held_out, self._settings.optimization
+        if held_out is None:
+            return None
+
+        def loss_of(adapter: LoweredAdapter | None) -> float:
+            return held_out_loss(self._base.decoder, adapter, held_out, options, self._tell_evaluation)
+
+        losses = {evaluation.step: evaluation.loss for evaluation in result.evaluations}
+        # A file of float32 has the very parameters that were evaluated last.
+        is_exact = self._settings.save_dtype == "float32"
+        loss_before = loss_of(None)
+        loss_after = (
+            losses[result.artifact_step]
+            if is_exact
+            else loss_of(in_float32(saved.lowered, self._base.computation.device))
+        )
+        num_right = self._num_right(saved)
+        return Evaluation(
+            num_items=len(held_out.rows),
+            labels=self._data.labels,
+            before=HeldOut(loss=loss_before, num_right=num_right[0]),
+            after=HeldOut(loss=loss_after, num_right=num_right[1]),
+        )
+
+    def _tell_evaluation(self, done: int, total: int) -> None:
+        self._listener(EvaluationProgress(task=self._settings.task, done=done, total=total))
+
+    def _num_right(self, saved: SavedAdapter) -> tuple[int | None, int | None]:
+        """Labels that the base and the artifact predict."""
+        data, task = self._data, self._settings.task
+        if not data.items:
+            return None, None
+
+        scores = score_labels(
+            self._model,
+            saved,
+            data.items,
+            dtype=self._base.computation.dtype_name,
+            num_threads=self._settings.model.num_threads,
+            on_progress=lambda done, total: self._listener(
+                ScoringProgress(task=task, done=done, total=total)
+            ),
+        )
+        right = [data.labels.index(item.label) for item in data.items]
+
+        def count(predicted: tuple[int, ...]) -> int:
+            return sum(a == b for a, b in zip(predicted, right, strict=True))
+
+        return count(scores.base), count(scores.adapter)
+
+    def _base_report(self) -> BaseReport:
+        model = self._base.model
+        return BaseReport(
+            name=self._adapter.artifact().base_model or model.name,
+            digest=model.description.digest,
+            digest_before=self._base.digest,
+            digest_after=self._base.check_unchanged(),
+            num_parameters=num_parameters(model.weights),
+            linear_bytes=self._base.decoder.linear_bytes,
+            dtype=self._base.computation.dtype_name,
+            device=self._base.computation.device.type,
+        )
+
+    def _artifact_report(
+        self, result: RunResult, saved: SavedAdapter, files: Mapping[str, bytes]
+    ) -> ArtifactReport:
+        return ArtifactReport(
+            digest=saved.record.digest,
+            method=saved.record.method.value,
+            library="adapter-transformers" if is_adapterhub(self._adapter.config) else "peft",
+            files={
+                name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()
+            },
+            num_parameters=saved.record.num_parameters,
+            num_trainable=num_trainable(self._adapter),
+            step=result.artifact_step,
+            learning_rate=result.learning_rate,
+        )
