@@ -15,6 +15,7 @@ from benchmarks.measure import Measurement, throughput
 from benchmarks.worker import Worker
 from benchmarks.workload import HELD_COUNTS, Adapter, Case, Workload
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.config import EngineConfig
@@ -65,7 +66,7 @@ class EngineSession:
             self._note_step,
         )
         records = {
-            adapter: store.register(adapter.name, str(path)).record
+            adapter: store.register(Registration(adapter.name, Uri(str(path)))).record
             for adapter, path in workload.adapters.items()
         }
         return engine, records

@@ -24,22 +24,14 @@ def fill_store(store: Path, num_tasks: int) -> None:
     """Give a store's one task, ``task_name(0)``, the company of others that are made of the same artifact."""
     # Imported where it is used: the client's processes have no need of it, nor of torch.
     from manyhats.adapters.quotas import Quotas
-    from manyhats.adapters.store.catalogue.answers import RegistrationBody
+    from manyhats.adapters.registration import Registration, Uri
     from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
     catalogue = Catalogue(f"sqlite:///{store / 'catalogue.db'}")
     (first,) = catalogue.versions(task_name(0))
     for index in range(1, num_tasks):
         record = replace(first, task_id=task_name(index))
-        body = RegistrationBody(
-            task_id=record.task_id,
-            sources=(),
-            activate=True,
-            validate_only=False,
-            expected_digest="",
-            labels={},
-        )
-        catalogue.add(record, body, Quotas())
+        catalogue.add(record, Registration(record.task_id, Uri(record.source)), Quotas())
     catalogue.close()
 
 

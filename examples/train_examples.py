@@ -25,8 +25,8 @@ from examples.settings import PeftSettings
 from examples.tasks import TASKS
 from examples.tasks.task import ExampleTask
 from examples.training import TrainingResult, train_example
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
-from manyhats.adapters.store.store import PartSource
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.model.computation import resolve_computation
 from manyhats.trainer.settings.settings import ModelSettings
@@ -105,14 +105,16 @@ def _evaluate(
     base: LoadedModel, task: ExampleTask, root: Path, *, dtype: str, num_threads: int
 ) -> Evaluation:
     """Register what was written, as a server would, and answer with it."""
-    parts = [PartSource(str(directory), weight) for directory, weight in parts_of(task, root)]
+    parts = [Part(str(directory), weight) for directory, weight in parts_of(task, root)]
     with (
         TemporaryDirectory(prefix="manyhats-examples-") as scratch,
         closing(open_store(scratch, base.description, [root])) as store,
     ):
         is_plain = len(parts) == 1
         registration = (
-            store.register(task.name, parts[0].uri) if is_plain else store.register(task.name, parts=parts)
+            store.register(Registration(task.name, Uri(parts[0].uri)))
+            if is_plain
+            else store.register(Registration(task.name, Parts(parts)))
         )
         return evaluate(base, task, registration.record, store.lower, dtype=dtype, num_threads=num_threads)
 

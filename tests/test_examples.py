@@ -28,8 +28,9 @@ from examples.tasks.task import ExampleTask, Item, held_out_items, train_items
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord
 from manyhats.adapters.primitives import LowRank
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.config import MIB, EngineConfig
 from manyhats.engine.engine import AsyncEngine
@@ -68,9 +69,13 @@ def records(store: AdapterStore) -> Mapping[str, AdapterRecord]:
     """Each task registered as ``make run`` does."""
     found = {}
     for name, task in TASKS.items():
-        parts = [PartSource(str(path), weight) for path, weight in parts_of(task, EXAMPLES)]
+        parts = [Part(str(path), weight) for path, weight in parts_of(task, EXAMPLES)]
         is_plain = len(parts) == 1
-        registration = store.register(name, parts[0].uri) if is_plain else store.register(name, parts=parts)
+        registration = (
+            store.register(Registration(name, Uri(parts[0].uri)))
+            if is_plain
+            else store.register(Registration(name, Parts(parts)))
+        )
         found[name] = registration.record
     return found
 

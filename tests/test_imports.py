@@ -40,8 +40,8 @@ FORBIDDEN = {
 # Files and folders of a package from the ground up: one may import those before it.
 FLOORS = {
     "adapters": """
-        errors artifact finish_rate limits quotas sites activations disk labels taskid primitives method probe
-        formats methods sources lowering store
+        errors artifact finish_rate limits quotas sites activations disk labels taskid registration primitives method
+        probe formats methods sources lowering store
     """,
     "engine": """
         errors home output progress request threads model text scheduling backends checkpoints config sampling

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.cli.main import app
 from support.factories.adapters import make_base, make_lora
 
@@ -31,9 +32,9 @@ def store(tmp_path: Path) -> Path:
     for seed, name in enumerate(("sql", "polite")):
         make_lora(tmp_path / name, BASE, seed=seed)
     adapters = open_in(tmp_path)
-    adapters.register("sql", str(tmp_path / "sql"))
-    parts = [PartSource(str(tmp_path / "sql")), PartSource(str(tmp_path / "polite"), 0.5)]
-    adapters.register("both", parts=parts)
+    adapters.register(Registration("sql", Uri(str(tmp_path / "sql"))))
+    parts = [Part(str(tmp_path / "sql")), Part(str(tmp_path / "polite"), 0.5)]
+    adapters.register(Registration("both", Parts(parts)))
     adapters.close()
     return tmp_path / "store"
 

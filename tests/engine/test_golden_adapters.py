@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import load_model
@@ -64,7 +65,7 @@ def answers_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 
         async def answer_all(store: AdapterStore) -> list[Answer]:
             records = {
-                name: store.register(name.replace("_", "-"), str(path)).record
+                name: store.register(Registration(name.replace("_", "-"), Uri(str(path)))).record
                 for name, path in sources.items()
             }
             # 48 tokens a step cut the prompts' rows into chunks, and mix them with decodes.

@@ -23,6 +23,7 @@ from peft import (
 from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.request import ResponseOptions
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
@@ -105,7 +106,9 @@ async def answer_all(directory: Path, checkpoint: Path) -> dict[AdapterMethod | 
     response = ResponseOptions(logprobs=True, top_logprobs=100, prompt_logprobs=True)
     with closing(open_store(directory / "store", model.description, [directory])) as store:
         records = {
-            method: store.register(method.value.replace("_", "-"), str(directory / method.value)).record
+            method: store.register(
+                Registration(method.value.replace("_", "-"), Uri(str(directory / method.value)))
+            ).record
             for method in METHODS
         }
         async with running_engine(model, store.lower, max_num_batched_tokens=48) as engine:

@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from manyhats.adapters import errors
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.errors import DrainingError, FieldInvalidError
@@ -91,7 +92,7 @@ def make_world(directory: Path) -> World:
     make_lora(root / "good", BASE, rank=4)
     make_lora(secret, BASE, rank=4, seed=1)
     store = open_store(store_directory, BASE, [root], limits=LIMITS)
-    store.register(GOOD_TASK, str(root / "good"))
+    store.register(Registration(GOOD_TASK, Uri(str(root / "good"))))
     return World(root, secret, root / "good", store_directory, store)
 
 

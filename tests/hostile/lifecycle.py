@@ -16,6 +16,7 @@ from manyhats.adapters.errors import (
     RequestIdReusedError,
     TaskNotFoundError,
 )
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.catalogue.page_token import encode_page_token
 from manyhats.engine.errors import DrainingError
 from manyhats.server.errors import LoadingError
@@ -34,7 +35,7 @@ def _reused(**changed: Any) -> Callable[[World], Call]:
 
     def call(world: World) -> Call:
         request_id = f"id-{world.source.name}"
-        world.store.register("good", "good", request_id=request_id)
+        world.store.register(Registration("good", Uri("good"), request_id=request_id))
         given = {"task_id": "good", "uri": "good", "request_id": request_id}
         return register(world, **(given | changed))
 
@@ -46,7 +47,7 @@ def _inactive(make: Callable[[str], Call]) -> Callable[[World], Call]:
 
     def call(world: World) -> Call:
         task_id = f"idle-{world.source.name}"
-        world.store.register(task_id, "good", activate=False)
+        world.store.register(Registration(task_id, Uri("good"), activate=False))
         return make(task_id)
 
     return call

@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from hostile.case import Call, GateState
-from manyhats.adapters.store.intake import PartSource
 from manyhats.adapters.store.store import AdapterStore
-from manyhats.server.grpc.uploads import take_upload
+from manyhats.server.grpc import from_proto
+from manyhats.server.grpc.adapters import UploadMessages
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.registrations import Registrar
+from manyhats.server.service.uploads import take_upload
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
 from support.fakes.server import EchoEngine, make_backend
@@ -25,7 +26,7 @@ def perform(store: AdapterStore, call: Call, *, gate: GateState, in_use: bool) -
     with make_gate(store, gate).admitted():
         match call:
             case pb.RegisterAdapterRequest():
-                _register(store, call)
+                store.register(from_proto.registration(call))
             case pb.GetAdapterRequest():
                 store.get(call.task_id)
             case pb.ListAdaptersRequest():
@@ -52,20 +53,6 @@ def make_gate(store: AdapterStore, state: GateState) -> Gate:
     return gate
 
 
-def _register(store: AdapterStore, call: pb.RegisterAdapterRequest) -> None:
-    parts = [PartSource(part.uri, part.weight if part.HasField("weight") else 1.0) for part in call.parts]
-    store.register(
-        call.task_id,
-        call.uri,
-        parts=parts,
-        activate=call.activate if call.HasField("activate") else True,
-        validate_only=call.validate_only,
-        expected_digest=call.expected_digest,
-        request_id=call.request_id,
-        labels=dict(call.labels),
-    )
-
-
 async def _upload(store: AdapterStore, messages: Sequence[Any]) -> None:
     async def sent() -> AsyncIterator[pb.UploadAdapterRequest]:
         for message in messages:
@@ -75,4 +62,4 @@ async def _upload(store: AdapterStore, messages: Sequence[Any]) -> None:
         """Nobody waits for it."""
 
     registrar = Registrar(make_backend(EchoEngine(), store), _METRICS)
-    await take_upload(sent(), registrar, accept)
+    await take_upload(UploadMessages(sent()), registrar, accept)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base, make_lora
 from support.factories.registrations import nobody
 from support.factories.uploads import content_of, send
@@ -80,9 +81,9 @@ def _empty(directory: Path, sources: Path) -> None:
 def _three_versions(directory: Path, sources: Path) -> None:
     """Of two tasks that share an artifact."""
     store = open_scenario_store(directory, sources)
-    store.register("fr", "a0")
-    store.register("fr", "a1")
-    store.register("de", "a1")
+    store.register(Registration("fr", Uri("a0")))
+    store.register(Registration("fr", Uri("a1")))
+    store.register(Registration("de", Uri("a1")))
     store.close()
 
 
@@ -110,21 +111,23 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "register, first version",
         _empty,
-        lambda store, sources: store.register("fr", "a0", request_id="request"),
+        lambda store, sources: store.register(Registration("fr", Uri("a0"), request_id="request")),
     ),
     Scenario(
         "register, next version",
         _three_versions,
-        lambda store, sources: store.register("fr", "a2", request_id="request"),
+        lambda store, sources: store.register(Registration("fr", Uri("a2"), request_id="request")),
     ),
     Scenario(
-        "register, bytes that are there", _three_versions, lambda store, sources: store.register("es", "a0")
+        "register, bytes that are there",
+        _three_versions,
+        lambda store, sources: store.register(Registration("es", Uri("a0"))),
     ),
     Scenario(
         "register, composed",
         _three_versions,
         lambda store, sources: store.register(
-            "fr", parts=[PartSource("a0"), PartSource("a2", 0.5), PartSource("a3")]
+            Registration("fr", Parts([Part("a0"), Part("a2", 0.5), Part("a3")]))
         ),
     ),
     Scenario(

@@ -7,8 +7,6 @@ from types import MappingProxyType
 
 from manyhats.adapters.errors import ArgumentInvalidError
 
-NO_LABELS: Mapping[str, str] = MappingProxyType({})
-
 _MAX_LABELS = 64
 _MAX_LENGTH = 256
 

@@ -7,10 +7,9 @@ from datetime import UTC
 from typing import Any, TypeAlias
 
 from manyhats.client.fields import assign, enum_name, invalid
+from manyhats.client.requests import RegisterOptions
 from manyhats.client.results import AdapterInfo, ArtifactPart, Registration
 from manyhats.v1 import adapter_pb2
-
-_OPTIONS = ("activate", "validate_only", "expected_digest", "request_id", "labels", "assume_base")
 
 _RegistrationRequest: TypeAlias = adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader
 
@@ -94,7 +93,7 @@ def _add_part(request: adapter_pb2.RegisterAdapterRequest, part: Any, path: str)
 
 def _set_options(request: _RegistrationRequest, options: Mapping[str, object], method: str) -> None:
     for name, value in options.items():
-        if name not in _OPTIONS:
+        if name not in RegisterOptions.__annotations__:
             raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
         if value is not None:
             assign(request, name, value, name)

@@ -16,7 +16,7 @@ from manyhats.adapters.disk.files import open_local, open_source
 from manyhats.adapters.errors import AdapterError, AdapterUnsafeError, SourceNotAllowedError
 from manyhats.adapters.lowering.convert import convert
 from manyhats.adapters.lowering.inspect import inspect
-from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from support.factories.adapters import lora_config, lora_tensors, make_base, make_lora
 
@@ -48,9 +48,9 @@ def test_a_snapshot_of_the_hubs_cache_is_registered_with_the_digest_of_its_files
 ) -> None:
     snapshot = make_hub_cache(tmp_path / "hub")
     store = open_store(tmp_path / "store", BASE, [tmp_path / "hub"])
-    record = store.register("sql", uri.format(hub=tmp_path / "hub")).record
+    record = store.register(Registration("sql", Uri(uri.format(hub=tmp_path / "hub")))).record
     shutil.copytree(snapshot, tmp_path / "hub" / "copy")  # follows the links
-    assert store.register("copy", "copy").record.digest == record.digest
+    assert store.register(Registration("copy", Uri("copy"))).record.digest == record.digest
     assert inspect(snapshot).digest == record.digest
     (snapshot / TEMPLATE).unlink()
     assert inspect(snapshot).digest != record.digest
@@ -61,7 +61,7 @@ def test_a_part_of_a_composed_task_may_be_a_snapshot(tmp_path: Path) -> None:
     make_lora(tmp_path / "hub" / "other", BASE, seed=1)
     store = open_store(tmp_path / "store", BASE, [tmp_path / "hub"])
     parts = [("models--me--sql/snapshots/abc", 1.0), ("other", 0.5)]
-    assert store.register("both", "", parts=[PartSource(*part) for part in parts]).record.version == 1
+    assert store.register(Registration("both", Parts([Part(*part) for part in parts]))).record.version == 1
 
 
 def _place(root: Path, name: str, generator: random.Random) -> None:
@@ -96,7 +96,7 @@ def test_chains_of_links_under_the_root_are_followed(tmp_path: Path, seed: int) 
         (tmp_path / "alias").symlink_to("root")
         root = tmp_path / "alias"
     store = open_store(tmp_path / "store", BASE, [root])
-    assert store.register("task", "a", validate_only=True).record.digest == expected
+    assert store.register(Registration("task", Uri("a"), validate_only=True)).record.digest == expected
     assert inspect(root / "a").refusals == ()
 
 
@@ -148,7 +148,7 @@ def test_links_that_lead_elsewhere_are_refused(tmp_path: Path, what: str, name: 
     (root / "a" / name).symlink_to(OUTSIDE[what].format(name=name, tmp=tmp_path))
     store = open_store(tmp_path / "store", BASE, [root])
     with pytest.raises(AdapterUnsafeError) as caught:
-        store.register("task", "a")
+        store.register(Registration("task", Uri("a")))
     assert caught.value.subject == name
     assert str(tmp_path) not in str(caught.value)
     assert "secret" not in str(caught.value)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from manyhats.adapters.errors import BaseMismatchError
 from manyhats.adapters.formats.base_name import check_base_name, is_path, names_of_directory
-from manyhats.adapters.store.intake import PartSource
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base, make_lora
@@ -86,7 +86,7 @@ def record(tmp_path: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_path_is_accepted_on_the_shapes_and_noted(store: AdapterStore, tmp_path: Path, name: str) -> None:
-    registered = store.register("task", record(tmp_path, name)).record
+    registered = store.register(Registration("task", Uri(record(tmp_path, name)))).record
     assert registered.base_model == name
     assert [note for note in registered.notes if "by a path" in note] == list(registered.notes) != []
 
@@ -96,7 +96,7 @@ def test_a_name_that_is_not_the_bases_is_refused_with_what_to_do(
     store: AdapterStore, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(BaseMismatchError, match=r"--assume-base.*--base-name") as caught:
-        store.register("task", record(tmp_path, name))
+        store.register(Registration("task", Uri(record(tmp_path, name))))
     assert caught.value.subject == "base_model_name_or_path"
 
 
@@ -105,7 +105,7 @@ def test_what_looks_like_a_name_and_is_there_is_a_path(
     store: AdapterStore, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "cwd" / name).mkdir(parents=True)
-    registered = store.register("task", record(tmp_path, name)).record
+    registered = store.register(Registration("task", Uri(record(tmp_path, name)))).record
     assert "by a path" in registered.notes[0]
     store.lower(registered)
 
@@ -114,7 +114,7 @@ def test_a_relative_path_that_was_there_is_served_when_it_is_gone(
     store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cwd" / "models" / "tiny").mkdir(parents=True)
-    store.register("task", record(tmp_path, "models/tiny"))
+    store.register(Registration("task", Uri(record(tmp_path, "models/tiny"))))
     store.close()
     monkeypatch.chdir(tmp_path)
     reopened = open_store(tmp_path / "store", BASE, [tmp_path])
@@ -146,7 +146,7 @@ def test_more_parts_are_a_path(parts: list[str], start: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_caller_may_say_that_the_base_is_meant(store: AdapterStore, tmp_path: Path, name: str) -> None:
-    registered = store.register("task", record(tmp_path, name), assume_base=True).record
+    registered = store.register(Registration("task", Uri(record(tmp_path, name)), assume_base=True)).record
     assert registered.base_model == name
     assert "assume_base" in registered.notes[0]
     store.lower(registered)
@@ -156,23 +156,23 @@ def test_shapes_must_fit_though_the_base_is_meant(store: AdapterStore, tmp_path:
     wide = make_base(names=("other/wide",), hidden_size=64)
     make_lora(tmp_path / "wide", wide)
     with pytest.raises(BaseMismatchError, match="no tensor fits"):
-        store.register("task", str(tmp_path / "wide"), assume_base=True)
+        store.register(Registration("task", Uri(str(tmp_path / "wide")), assume_base=True))
 
 
 def test_a_part_may_be_meant_for_the_base_too(store: AdapterStore, tmp_path: Path) -> None:
     make_lora(tmp_path / "one", BASE)
     make_lora(tmp_path / "two", BASE, seed=1, base_model_name_or_path="other/large")
-    parts = [PartSource(str(tmp_path / name)) for name in ("one", "two")]
+    parts = [Part(str(tmp_path / name)) for name in ("one", "two")]
     with pytest.raises(BaseMismatchError, match=r"^parts\[1\]"):
-        store.register("task", parts=parts)
-    registered = store.register("task", parts=parts, assume_base=True).record
+        store.register(Registration("task", Parts(parts)))
+    registered = store.register(Registration("task", Parts(parts), assume_base=True)).record
     store.lower(registered)
 
 
 def test_what_was_said_at_registration_holds_after_a_restart_on_the_same_base_alone(
     store: AdapterStore, tmp_path: Path
 ) -> None:
-    store.register("task", record(tmp_path, "other/large"), assume_base=True)
+    store.register(Registration("task", Uri(record(tmp_path, "other/large")), assume_base=True))
     store.close()
     renamed = replace(BASE, names=frozenset(("renamed",)))
     for base in (
@@ -187,7 +187,7 @@ def test_what_was_said_at_registration_holds_after_a_restart_on_the_same_base_al
     with pytest.raises(BaseMismatchError):
         another.lower(another.get("task"))
     # The same files again, now meant for this one.
-    assert not another.register("task", str(tmp_path / "a"), assume_base=True).created
+    assert not another.register(Registration("task", Uri(str(tmp_path / "a")), assume_base=True)).created
     another.lower(another.get("task"))
     another.close()
     for base in (BASE, renamed):
@@ -200,10 +200,13 @@ def test_the_same_request_id_with_another_meaning_is_refused(store: AdapterStore
     from manyhats.adapters.errors import RequestIdReusedError
 
     uri = record(tmp_path, "other/large")
-    first = store.register("task", uri, assume_base=True, request_id="one")
-    assert store.register("task", uri, assume_base=True, request_id="one").record.name == first.record.name
+    first = store.register(Registration("task", Uri(uri), assume_base=True, request_id="one"))
+    assert (
+        store.register(Registration("task", Uri(uri), assume_base=True, request_id="one")).record.name
+        == first.record.name
+    )
     with pytest.raises(RequestIdReusedError):
-        store.register("task", uri, request_id="one")
+        store.register(Registration("task", Uri(uri), request_id="one"))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_records_of_before_say_nothing_of_their_base_and_are_read(
 ) -> None:
     from manyhats.adapters.store.catalogue.documents import read_record, record_document
 
-    document = record_document(store.register("task", record(tmp_path, "org/tiny")).record)
+    document = record_document(store.register(Registration("task", Uri(record(tmp_path, "org/tiny")))).record)
     del document["registered_for"]
     old = read_record(json.loads(json.dumps(document)))
     assert old.registered_for == ()

@@ -24,6 +24,7 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.convert import convert
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from support.factories.adapterhub import PRESETS, adapterhub_config, adapterhub_tensors, make_adapterhub
 from support.factories.adapters import lora_config, lora_tensors, make_base, make_lora
@@ -45,7 +46,7 @@ def save_adapterhub(source: Path, preset: str = "seq_bn", content: Any = None, *
 
 def digest_of(tmp_path: Path, directory: Path) -> str:
     store = open_store(tmp_path / "store", BASE, [directory])
-    return store.register("task", str(directory)).record.digest
+    return store.register(Registration("task", Uri(str(directory)))).record.digest
 
 
 @pytest.mark.parametrize("preset", PRESETS)

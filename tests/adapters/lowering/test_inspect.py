@@ -12,6 +12,7 @@ import torch
 from manyhats.adapters.errors import SourceNotFoundError
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.inspect import Inspection, inspect
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
 from support.factories.adapterhub import (
@@ -60,7 +61,7 @@ def test_every_adapterhub_method_is_shown(tmp_path: Path, preset: str, base: Bas
     assert found.refusals == ()
     assert bool(found.sites) != bool(found.num_virtual_tokens)
     store = open_store(tmp_path / "store", BASE, [tmp_path])
-    record = store.register("task", str(tmp_path / "a")).record
+    record = store.register(Registration("task", Uri(str(tmp_path / "a")))).record
     assert (found.digest, found.size_bytes) == (record.digest, record.size_bytes)
     assert found.num_parameters == record.num_parameters
 

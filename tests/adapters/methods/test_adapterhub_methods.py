@@ -26,6 +26,7 @@ from manyhats.adapters.formats.recognition import recognise
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.primitives import Affine, KVPrefix, LoweredAdapter, LowRank
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.sites import BaseDescription, Site
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
@@ -86,7 +87,7 @@ def make_store(tmp_path: Path, base: BaseDescription = BASE, **limits: Any) -> A
 def test_store_keeps_and_loads_every_method(tmp_path: Path, preset: str, dtype: torch.dtype) -> None:
     store = make_store(tmp_path)
     make_adapterhub(tmp_path / "source", BASE, preset, dtype=dtype)
-    record = store.register("task", str(tmp_path / "source")).record
+    record = store.register(Registration("task", Uri(str(tmp_path / "source")))).record
     assert record.method is METHODS[preset]
     assert record.base_model == "org/tiny"
     (artifact,) = store.load(record).artifacts

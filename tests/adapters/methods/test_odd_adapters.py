@@ -11,6 +11,7 @@ import pytest
 from hostile.case import BASE, LIMITS, WEIGHTS
 from manyhats.adapters.errors import AdapterTooLargeError
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_lora
@@ -37,7 +38,7 @@ def test_adapters_over_the_size_limit_are_refused_together(tmp_path: Path, sourc
     store = open_store(tmp_path / "store", BASE, [source], limits=AdapterLimits(max_size_bytes=total - 1))
     assert_refused(store, source, AdapterTooLargeError, WEIGHTS)
     store = open_store(tmp_path / "store", BASE, [source], limits=AdapterLimits(max_size_bytes=total))
-    assert store.register("task", str(source)).record.size_bytes == total
+    assert store.register(Registration("task", Uri(str(source)))).record.size_bytes == total
 
 
 @pytest.mark.parametrize(
@@ -65,13 +66,13 @@ def test_fields_that_change_nothing_are_accepted(
     store: AdapterStore, source: Path, fields: dict[str, Any]
 ) -> None:
     make_lora(source, BASE, rank=4, **fields)
-    assert store.register("task", str(source)).created
+    assert store.register(Registration("task", Uri(str(source)))).created
 
 
 @pytest.mark.parametrize("name", ["org/tiny", "ORG/Tiny", "tiny"])
 def test_a_base_of_a_known_name_is_accepted(store: AdapterStore, source: Path, name: str) -> None:
     make_lora(source, BASE, base_model_name_or_path=name)
-    record = store.register("task", str(source)).record
+    record = store.register(Registration("task", Uri(str(source)))).record
     assert (record.base_model, record.notes) == (name, ())
 
 
@@ -80,6 +81,6 @@ def test_a_base_of_a_known_name_is_accepted(store: AdapterStore, source: Path, n
 )
 def test_an_unnamed_base_is_accepted_and_noted(store: AdapterStore, source: Path, name: str | None) -> None:
     make_lora(source, BASE, base_model_name_or_path=name)
-    record = store.register("task", str(source)).record
+    record = store.register(Registration("task", Uri(str(source)))).record
     assert record.base_model == (name or "")
     assert len(record.notes) == 1

@@ -18,7 +18,8 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.registration import Files, Part, Parts, Registration, Uri
+from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base, make_ia3
 from support.factories.registrations import nobody
 from support.factories.uploads import announced, content_of, send
@@ -35,13 +36,15 @@ def test_the_effect_is_measured_on_the_lowered_adapter_and_recorded(store: Adapt
         seen.append(lowered)
         return 0.25
 
-    record = store.register("fr", "a0", probe=probe).record
+    record = store.register(Registration("fr", Uri("a0")), probe=probe).record
     assert (record.effect, seen[0].digest, len(seen[0].deltas)) == (0.25, record.digest, 4)
-    composed = store.register("fr", parts=[PartSource("a0"), PartSource("a1")], probe=probe).record
+    composed = store.register(Registration("fr", Parts([Part("a0"), Part("a1")])), probe=probe).record
     assert (composed.effect, seen[1].digest) == (0.25, composed.digest)
     assert store.get("fr").effect == 0.25
-    assert store.register("de", "a0", validate_only=True, probe=probe).record.effect == 0.25
-    assert store.register("it", "a1").record.effect is None
+    assert (
+        store.register(Registration("de", Uri("a0"), validate_only=True), probe=probe).record.effect == 0.25
+    )
+    assert store.register(Registration("it", Uri("a1"))).record.effect is None
 
 
 @pytest.mark.parametrize("validate_only", [False, True])
@@ -64,11 +67,12 @@ def test_an_adapter_that_moves_nothing_or_breaks_the_logits_is_refused(
     def probe(lowered: LoweredAdapter) -> float:
         return effect
 
-    for uri in ("a0", ""):
-        parts = [] if uri else [PartSource("a0"), PartSource("a1")]
+    for source in (Uri("a0"), Parts([Part("a0"), Part("a1")])):
         with pytest.raises(error):
-            store.register("fr", uri, parts=parts, validate_only=validate_only, probe=probe)
-    session = store.open_upload("fr", announced(content_of(sources / "a0")), validate_only=validate_only)
+            store.register(Registration("fr", source, validate_only=validate_only), probe=probe)
+    session = store.open_upload(
+        Registration("fr", Files(announced(content_of(sources / "a0"))), validate_only=validate_only)
+    )
     for index, data in enumerate(content_of(sources / "a0").values()):
         session.write(index, 0, data)
     with pytest.raises(error):
@@ -82,13 +86,13 @@ def test_what_the_probe_raises_is_what_registration_raises(store: AdapterStore, 
         raise AdapterInvalidError("logits", "are not finite")
 
     with pytest.raises(AdapterInvalidError, match="logits"):
-        store.register("fr", "a0", probe=probe)
+        store.register(Registration("fr", Uri("a0")), probe=probe)
     assert published(tmp_path) == []
 
 
 def test_the_store_answers_while_an_adapter_is_probed(store: AdapterStore) -> None:
-    store.register("de", "a1")
-    store.register("de", "a2")
+    store.register(Registration("de", Uri("a1")))
+    store.register(Registration("de", Uri("a2")))
 
     def probe(lowered: LoweredAdapter) -> float:
         with ThreadPoolExecutor(1) as other:
@@ -98,7 +102,7 @@ def test_the_store_answers_while_an_adapter_is_probed(store: AdapterStore) -> No
             assert other.submit(store.delete, "de@2", in_use=nobody).result(timeout=30)
         return 1.0
 
-    assert store.register("fr", "a0", probe=probe).created
+    assert store.register(Registration("fr", Uri("a0")), probe=probe).created
 
 
 def test_nothing_is_probed_that_is_refused_anyway(store: AdapterStore) -> None:
@@ -106,7 +110,7 @@ def test_nothing_is_probed_that_is_refused_anyway(store: AdapterStore) -> None:
         raise AssertionError("it was probed")
 
     with pytest.raises(DigestMismatchError):
-        store.register("fr", "a0", expected_digest="sha256:" + "0" * 64, probe=never)
+        store.register(Registration("fr", Uri("a0"), expected_digest="sha256:" + "0" * 64), probe=never)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -117,7 +121,7 @@ def test_a_tensor_that_is_not_finite_is_named(store: AdapterStore, sources: Path
     tensors[name].view(-1)[-1] = value
     save_file(tensors, file)
     with pytest.raises(AdapterInvalidError) as caught:
-        store.register("fr", "a0")
+        store.register(Registration("fr", Uri("a0")))
     assert caught.value.subject == name
 
 
@@ -127,9 +131,9 @@ def test_constants_that_overflow_together_are_named_by_their_place(
     file = make_ia3(sources / "ia3", make_base(names=("org/tiny",)), sites=["k_proj"], layers=[1])
     tensors = {name: 1e30 * tensor for name, tensor in load_file(file / "adapter_model.safetensors").items()}
     save_file(tensors, file / "adapter_model.safetensors")
-    store.register("fr", "ia3")
+    store.register(Registration("fr", Uri("ia3")))
     with pytest.raises(AdapterInvalidError, match="not finite") as caught:
-        store.register("fr", parts=[PartSource("ia3"), PartSource("ia3")])
+        store.register(Registration("fr", Parts([Part("ia3"), Part("ia3")])))
     assert caught.value.subject == "layer 1 k_proj"
 
 
@@ -142,7 +146,7 @@ def test_a_version_is_prepared_when_its_bytes_are_there_and_its_row_is_not(store
             store.get("fr")
         seen.append(record.digest)
 
-    record = store.register("fr", "a0", prepare=prepare).record
+    record = store.register(Registration("fr", Uri("a0")), prepare=prepare).record
     assert seen == [record.digest]
 
 
@@ -150,8 +154,8 @@ def test_only_what_becomes_active_is_prepared(store: AdapterStore, sources: Path
     def never(record: AdapterRecord, lowered: LoweredAdapter) -> None:
         raise AssertionError("it was prepared")
 
-    store.register("fr", "a0", validate_only=True, prepare=never)
-    store.register("fr", "a1", activate=False, prepare=never)
+    store.register(Registration("fr", Uri("a0"), validate_only=True), prepare=never)
+    store.register(Registration("fr", Uri("a1"), activate=False), prepare=never)
     send(store, "de", content_of(sources / "a0"), activate=False, prepare=never)
 
 
@@ -160,6 +164,6 @@ def test_a_failure_to_prepare_publishes_nothing(store: AdapterStore, tmp_path: P
         raise AdapterInvalidError("q_proj", "cannot be loaded")
 
     with pytest.raises(AdapterInvalidError):
-        store.register("fr", "a0", prepare=prepare)
+        store.register(Registration("fr", Uri("a0")), prepare=prepare)
     assert published(tmp_path) == []
     assert store.list().records == ()

@@ -5,12 +5,17 @@ import pytest
 from manyhats.adapters.errors import (
     ArgumentInvalidError,
 )
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.store import AdapterStore
 from support.factories.registrations import nobody
 
 
 def test_pages_cover_the_list_once_in_order(store: AdapterStore) -> None:
-    names = [store.register(task, uri).record.name for task in ("b", "a", "c") for uri in ("a0", "a1", "a2")]
+    names = [
+        store.register(Registration(task, Uri(uri))).record.name
+        for task in ("b", "a", "c")
+        for uri in ("a0", "a1", "a2")
+    ]
     seen: list[str] = []
     token = ""
     while True:
@@ -29,7 +34,7 @@ def test_pages_cover_the_list_once_in_order(store: AdapterStore) -> None:
 def test_pages_of_one_task_end_with_it(store: AdapterStore) -> None:
     for task in ("a", "b"):
         for uri in ("a0", "a1", "a2"):
-            store.register(task, uri)
+            store.register(Registration(task, Uri(uri)))
     first = store.list(task_id="a", page_size=2)
     second = store.list(task_id="a", page_size=2, page_token=first.next_page_token)
     assert [record.name for record in (*first.records, *second.records)] == ["a@1", "a@2", "a@3"]
@@ -38,11 +43,11 @@ def test_pages_of_one_task_end_with_it(store: AdapterStore) -> None:
 
 def test_page_tokens_stay_good_while_versions_come_and_go(store: AdapterStore) -> None:
     for task in ("b", "d", "f"):
-        store.register(task, "a0")
+        store.register(Registration(task, Uri("a0")))
     token = store.list(page_size=2).next_page_token
     store.delete("d", in_use=nobody)
-    store.register("a", "a0")
-    store.register("e", "a0")
+    store.register(Registration("a", Uri("a0")))
+    store.register(Registration("e", Uri("a0")))
     assert [record.task_id for record in store.list(page_token=token).records] == ["e", "f"]
 
 
@@ -57,7 +62,7 @@ def test_foreign_page_tokens_are_refused(store: AdapterStore, token: str) -> Non
 
 def test_a_page_token_belongs_to_its_filter(store: AdapterStore) -> None:
     for uri in ("a0", "a1"):
-        store.register("a", uri)
+        store.register(Registration("a", Uri(uri)))
     token = store.list(page_size=1).next_page_token
     with pytest.raises(ArgumentInvalidError):
         store.list(task_id="a", page_token=token)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.lowering.lowering import lower
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base, make_lora
 from support.factories.registrations import nobody
@@ -30,7 +33,7 @@ def published(tmp_path: Path) -> set[str]:
 
 
 def test_a_registered_adapter_is_active_and_loads_as_it_was(store: AdapterStore, sources: Path) -> None:
-    registration = store.register("fr", str(sources / "a0"), labels={"team": "x"})
+    registration = store.register(Registration("fr", Uri(str(sources / "a0")), labels={"team": "x"}))
     record = registration.record
     assert registration.created
     assert (record.name, record.state, record.source) == ("fr@1", AdapterState.ACTIVE, str(sources / "a0"))
@@ -50,23 +53,26 @@ def test_the_digest_is_of_the_files_lines(store: AdapterStore, sources: Path) ->
         data = (sources / "a0" / name).read_bytes()
         lines += f"{hashlib.sha256(data).hexdigest()} {len(data)} {name}\n"
     expected = "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
-    assert store.register("fr", str(sources / "a0"), expected_digest=expected).record.digest == expected
+    assert (
+        store.register(Registration("fr", Uri(str(sources / "a0")), expected_digest=expected)).record.digest
+        == expected
+    )
 
 
 def test_other_files_of_the_source_are_neither_stored_nor_digested(
     store: AdapterStore, sources: Path, tmp_path: Path
 ) -> None:
-    before = store.register("fr", "a0", validate_only=True).record.digest
+    before = store.register(Registration("fr", Uri("a0"), validate_only=True)).record.digest
     (sources / "a0" / "README.md").write_text("hello")
     torch.save({}, sources / "a0" / "optimizer.pt")
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
     assert record.digest == before
     exported = store.export("fr", tmp_path / "exported")
     assert [path.name for path in exported] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_what_is_stored_outlives_the_source(store: AdapterStore, sources: Path) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
     for file in (sources / "a0").iterdir():
         file.write_bytes(b"spoilt")
     assert store.lower(record).digest == record.digest
@@ -75,31 +81,34 @@ def test_what_is_stored_outlives_the_source(store: AdapterStore, sources: Path) 
 def test_the_same_bytes_again_are_the_same_version(
     store: AdapterStore, sources: Path, tmp_path: Path
 ) -> None:
-    first = store.register("fr", "a0")
-    again = store.register("fr", str(sources / "a0"))
+    first = store.register(Registration("fr", Uri("a0")))
+    again = store.register(Registration("fr", Uri(str(sources / "a0"))))
     assert (again.record, again.created) == (first.record, False)
     assert len(published(tmp_path)) == 1
 
 
 def test_the_same_bytes_again_activate_an_older_version_if_asked(store: AdapterStore) -> None:
-    store.register("fr", "a0")
-    store.register("fr", "a1")
-    assert store.register("fr", "a0", activate=False).record.state is AdapterState.INACTIVE
+    store.register(Registration("fr", Uri("a0")))
+    store.register(Registration("fr", Uri("a1")))
+    assert store.register(Registration("fr", Uri("a0"), activate=False)).record.state is AdapterState.INACTIVE
     assert store.get("fr").version == 2
-    assert store.register("fr", "a0").record.state is AdapterState.ACTIVE
+    assert store.register(Registration("fr", Uri("a0"))).record.state is AdapterState.ACTIVE
     assert store.get("fr").version == 1
     assert [record.state for record in store.versions("fr")] == [AdapterState.ACTIVE, AdapterState.INACTIVE]
 
 
 def test_versions_count_up_per_task_and_share_files(store: AdapterStore, tmp_path: Path) -> None:
-    names = [store.register(task, uri).record.name for task, uri in [("a", "a0"), ("a", "a1"), ("b", "a0")]]
+    names = [
+        store.register(Registration(task, Uri(uri))).record.name
+        for task, uri in [("a", "a0"), ("a", "a1"), ("b", "a0")]
+    ]
     assert names == ["a@1", "a@2", "b@1"]
     assert len(published(tmp_path)) == 2
 
 
 def test_versions_move_forward_and_back(store: AdapterStore) -> None:
-    store.register("fr", "a0")
-    store.register("fr", "a1", activate=False)
+    store.register(Registration("fr", Uri("a0")))
+    store.register(Registration("fr", Uri("a1"), activate=False))
     assert store.get("fr").version == 1
     assert store.activate("fr@2").state is AdapterState.ACTIVE
     assert store.get("fr").version == 2
@@ -111,7 +120,7 @@ def test_versions_move_forward_and_back(store: AdapterStore) -> None:
 
 
 def test_names_that_mean_nothing(store: AdapterStore) -> None:
-    store.register("fr", "a0", activate=False)
+    store.register(Registration("fr", Uri("a0"), activate=False))
     with pytest.raises(NoActiveVersionError):
         store.resolve("fr")
     assert store.resolve("fr@1").version == 1
@@ -127,51 +136,57 @@ def test_names_that_mean_nothing(store: AdapterStore) -> None:
 
 
 def test_validation_alone_stores_nothing(store: AdapterStore, tmp_path: Path) -> None:
-    registration = store.register("fr", "a0", validate_only=True)
+    registration = store.register(Registration("fr", Uri("a0"), validate_only=True))
     assert (registration.created, registration.record.version) == (False, 0)
     assert registration.record.num_parameters > 0
     assert published(tmp_path) == set()
     assert store.list().records == ()
-    existing = store.register("fr", "a0").record
-    assert store.register("fr", "a0", validate_only=True).record == existing
+    existing = store.register(Registration("fr", Uri("a0"))).record
+    assert store.register(Registration("fr", Uri("a0"), validate_only=True)).record == existing
 
 
 def test_another_digest_than_expected_is_refused(store: AdapterStore, tmp_path: Path) -> None:
     with pytest.raises(DigestMismatchError, match="sha256:"):
-        store.register("fr", "a0", expected_digest="sha256:" + "0" * 64)
+        store.register(Registration("fr", Uri("a0"), expected_digest="sha256:" + "0" * 64))
     assert published(tmp_path) == set()
 
 
 def test_a_request_id_repeats_its_first_answer(store: AdapterStore, sources: Path) -> None:
-    first = store.register("fr", "a0", request_id="r1", labels={"a": "b"})
+    first = store.register(Registration("fr", Uri("a0"), request_id="r1", labels={"a": "b"}))
     make_lora(sources / "a0", BASE, rank=3, seed=9)
-    assert store.register("fr", "a0", request_id="r1", labels={"a": "b"}) == first
-    assert store.register("fr", "a0").record.version == 2
+    assert store.register(Registration("fr", Uri("a0"), request_id="r1", labels={"a": "b"})) == first
+    assert store.register(Registration("fr", Uri("a0"))).record.version == 2
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"task_id": "de"}, {"uri": "a1"}, {"activate": False}, {"validate_only": True}, {"labels": {"a": "b"}}],
+    [
+        {"task_id": "de"},
+        {"source": Uri("a1")},
+        {"activate": False},
+        {"validate_only": True},
+        {"labels": {"a": "b"}},
+    ],
 )
-def test_a_request_id_with_another_body_is_refused(store: AdapterStore, change: dict[str, object]) -> None:
-    arguments: dict[str, object] = {"task_id": "fr", "uri": "a0", "request_id": "r1"}
-    store.register(**arguments)  # type: ignore[arg-type]
+def test_a_request_id_with_another_body_is_refused(store: AdapterStore, change: dict[str, Any]) -> None:
+    registration = Registration("fr", Uri("a0"), request_id="r1")
+    store.register(registration)
     with pytest.raises(RequestIdReusedError):
-        store.register(**(arguments | change))  # type: ignore[arg-type]
+        store.register(replace(registration, **change))
     assert len(store.list().records) == 1
 
 
 def test_a_request_that_failed_may_be_repeated_with_its_id(store: AdapterStore, sources: Path) -> None:
     (sources / "a0" / "adapter_config.json").rename(sources / "kept")
     with pytest.raises(Exception, match="missing"):
-        store.register("fr", "a0", request_id="r1")
+        store.register(Registration("fr", Uri("a0"), request_id="r1"))
     (sources / "kept").rename(sources / "a0" / "adapter_config.json")
-    assert store.register("fr", "a0", request_id="r1").created
+    assert store.register(Registration("fr", Uri("a0"), request_id="r1")).created
 
 
 def test_deletion_of_one_version_keeps_the_others(store: AdapterStore, tmp_path: Path) -> None:
     for uri in ("a0", "a1"):
-        store.register("fr", uri)
+        store.register(Registration("fr", Uri(uri)))
     gone = store.delete("fr@2", in_use=nobody)
     assert [record.name for record in gone] == ["fr@2"]
     with pytest.raises(NoActiveVersionError):
@@ -184,7 +199,7 @@ def test_deletion_of_a_task_removes_its_files_and_never_reuses_its_names(
     store: AdapterStore, tmp_path: Path
 ) -> None:
     for uri in ("a0", "a1"):
-        store.register("fr", uri)
+        store.register(Registration("fr", Uri(uri)))
     assert [record.name for record in store.delete("fr", in_use=nobody)] == ["fr@1", "fr@2"]
     assert published(tmp_path) == set()
     for name in ("fr", "fr@1"):
@@ -192,19 +207,19 @@ def test_deletion_of_a_task_removes_its_files_and_never_reuses_its_names(
             store.resolve(name)
         with pytest.raises(TaskNotFoundError):
             store.delete(name, in_use=nobody)
-    assert store.register("fr", "a0").record.name == "fr@3"
+    assert store.register(Registration("fr", Uri("a0"))).record.name == "fr@3"
 
 
 def test_files_stay_while_another_task_needs_them(store: AdapterStore) -> None:
-    store.register("a", "a0")
-    other = store.register("b", "a0").record
+    store.register(Registration("a", Uri("a0")))
+    other = store.register(Registration("b", Uri("a0"))).record
     store.delete("a", in_use=nobody)
     assert store.lower(other).digest == other.digest
 
 
 def test_a_version_in_use_is_deleted_by_force_only(store: AdapterStore) -> None:
     for uri in ("a0", "a1"):
-        store.register("fr", uri)
+        store.register(Registration("fr", Uri(uri)))
 
     def in_use(record: AdapterRecord) -> bool:
         return record.version == 1
@@ -219,7 +234,7 @@ def test_a_version_in_use_is_deleted_by_force_only(store: AdapterStore) -> None:
 
 
 def test_loading_after_deletion_says_that_it_is_gone(store: AdapterStore) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
     store.delete("fr", in_use=nobody)
     with pytest.raises(TaskNotFoundError):
         store.load(record)

@@ -12,8 +12,9 @@ import pytest
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base
 from support.factories.registrations import nobody
 from support.factories.uploads import content_of, send
@@ -24,10 +25,12 @@ BASE = make_base(names=("org/tiny",))
 Operation = Callable[[AdapterStore, Mapping[str, bytes]], object]
 
 OPERATIONS: dict[str, Operation] = {
-    "register": lambda store, content: store.register("fr", "a2"),
-    "register again": lambda store, content: store.register("fr", "a1"),
-    "register with a request id": lambda store, content: store.register("fr", "a2", request_id="r"),
-    "compose": lambda store, content: store.register("fr", parts=[PartSource("a0"), PartSource("a2")]),
+    "register": lambda store, content: store.register(Registration("fr", Uri("a2"))),
+    "register again": lambda store, content: store.register(Registration("fr", Uri("a1"))),
+    "register with a request id": lambda store, content: store.register(
+        Registration("fr", Uri("a2"), request_id="r")
+    ),
+    "compose": lambda store, content: store.register(Registration("fr", Parts([Part("a0"), Part("a2")]))),
     "upload": lambda store, content: send(store, "fr", content),
     "activate": lambda store, content: store.activate("fr@2"),
     "delete a version": lambda store, content: store.delete("fr@1", in_use=nobody),
@@ -38,8 +41,8 @@ OPERATIONS: dict[str, Operation] = {
 @pytest.fixture
 def prepared(store: AdapterStore, tmp_path: Path) -> Path:
     """A closed store of one task with two versions, of which the first is active."""
-    store.register("fr", "a0")
-    store.register("fr", "a1", activate=False)
+    store.register(Registration("fr", Uri("a0")))
+    store.register(Registration("fr", Uri("a1"), activate=False))
     store.close()
     return tmp_path / "store"
 

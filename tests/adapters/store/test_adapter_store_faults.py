@@ -18,6 +18,7 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base
@@ -34,7 +35,7 @@ def published(tmp_path: Path) -> set[str]:
 def test_damaged_files_are_data_loss_until_they_are_registered_again(
     store: AdapterStore, tmp_path: Path, damage: str
 ) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
     name = "adapter_config.json" if damage == "config" else "adapter_model.safetensors"
     file = tmp_path / "store" / "artifacts" / record.digest.removeprefix("sha256:") / name
     data = file.read_bytes()
@@ -48,7 +49,7 @@ def test_damaged_files_are_data_loss_until_they_are_registered_again(
         store.load(record)
     assert caught.value.subject == "fr@1"
     assert str(tmp_path) not in str(caught.value)
-    assert not store.register("fr", "a0").created
+    assert not store.register(Registration("fr", Uri("a0"))).created
     assert store.lower(record).digest == record.digest
 
 
@@ -91,25 +92,26 @@ def test_a_failed_write_publishes_nothing(
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(error) as caught:
-        store.register("fr", "a0")
+        store.register(Registration("fr", Uri("a0")))
     assert str(tmp_path) not in str(caught.value)
     monkeypatch.undo()
     assert published(tmp_path) == set()
     assert os.listdir(tmp_path / "store" / "staging") == []
     assert store.list().records == ()
-    assert store.register("fr", "a0").created
+    assert store.register(Registration("fr", Uri("a0"))).created
 
 
 def test_several_processes_share_a_store(store: AdapterStore, tmp_path: Path, sources: Path) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
     program = (
         "import sys, pathlib\n"
         "from support.factories.adapters import make_base\n"
+        "from manyhats.adapters.registration import Registration, Uri\n"
         "from manyhats.adapters.store.opening import open_store\n"
         "root, sources = map(pathlib.Path, sys.argv[1:])\n"
         "store = open_store(root, make_base(names=('org/tiny',)), [sources])\n"
-        "store.register('fr', 'a1')\n"
-        "store.register('de', 'a0')\n"
+        "store.register(Registration('fr', Uri('a1')))\n"
+        "store.register(Registration('de', Uri('a0')))\n"
         "store.delete('fr@1', in_use=lambda record: False)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -133,9 +135,11 @@ def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
 
 
 def test_registrations_from_many_threads_are_all_kept(store: AdapterStore) -> None:
-    jobs = [(f"task-{n % 5}", f"a{n % 4}") for n in range(40)]
+    jobs = [(f"task-{n % 5}", Uri(f"a{n % 4}")) for n in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        created = [answer.created for answer in pool.map(lambda job: store.register(*job), jobs)]
+        created = [
+            answer.created for answer in pool.map(lambda job: store.register(Registration(*job)), jobs)
+        ]
     assert sum(created) == len(set(jobs)) == len(store.list().records)
     for n in range(5):
         states = [record.state for record in store.versions(f"task-{n}")]
@@ -144,16 +148,18 @@ def test_registrations_from_many_threads_are_all_kept(store: AdapterStore) -> No
 
 def test_one_request_id_from_many_threads_registers_once(store: AdapterStore) -> None:
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: store.register("fr", "a0", request_id="r"), range(16)))
+        answers = list(
+            pool.map(lambda _: store.register(Registration("fr", Uri("a0"), request_id="r")), range(16))
+        )
     assert all(answer == answers[0] for answer in answers)
 
 
 def test_registration_and_deletion_race_to_a_whole_store(store: AdapterStore, tmp_path: Path) -> None:
     def churn(n: int) -> None:
         for _ in range(6):
-            store.register(f"t{n}", "a0")
+            store.register(Registration(f"t{n}", Uri("a0")))
             store.delete(f"t{n}", in_use=nobody)
-        store.register(f"t{n}", "a0")
+        store.register(Registration(f"t{n}", Uri("a0")))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(churn, range(4)))
@@ -165,7 +171,7 @@ def test_registration_and_deletion_race_to_a_whole_store(store: AdapterStore, tm
 def test_limits_are_the_store_s(tmp_path: Path, sources: Path) -> None:
     store = open_store(tmp_path / "store", BASE, [sources], limits=AdapterLimits(max_rank=1))
     with pytest.raises(AdapterTooLargeError, match="limit is 1"):
-        store.register("fr", "a0")
+        store.register(Registration("fr", Uri("a0")))
     with pytest.raises(ValueError, match="max_rank"):
         AdapterLimits(max_rank=0)
     store.close()
@@ -175,14 +181,14 @@ def test_limits_are_the_store_s(tmp_path: Path, sources: Path) -> None:
 def test_a_failing_disk_is_not_the_adapter_s_fault(
     store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
 
     def fail(*args: object, **kwargs: object) -> object:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path))
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(StoreUnavailableError) as caught:
-        store.register("de", "a1")
+        store.register(Registration("de", Uri("a1")))
     assert str(tmp_path) not in str(caught.value)
     if call != "pread":
         with pytest.raises(StoreUnavailableError):

@@ -15,8 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import AdapterError, StoreError, TaskNotFoundError
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base
 from support.factories.registrations import nobody
 from support.factories.uploads import content_of, send
@@ -56,15 +57,15 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(task=tasks, source=sources, activate=st.booleans(), upload=st.booleans(), fault=faults)
     def register(self, task: str, source: str, activate: bool, upload: bool, fault: Fault | None) -> None:
-        parts = [PartSource(uri, 0.5) for uri in source.split("+")]
+        parts = [Part(uri, 0.5) for uri in source.split("+")]
         content = content_of(self.root / "sources" / parts[0].uri)
 
         def call() -> object:
             if len(parts) > 1:
-                return self.store.register(task, parts=parts, activate=activate)
+                return self.store.register(Registration(task, Parts(parts), activate=activate))
             if upload:
                 return send(self.store, task, content, activate=activate)
-            return self.store.register(task, source, activate=activate)
+            return self.store.register(Registration(task, Uri(source), activate=activate))
 
         versions = self.versions[task]
         known = next((version for version, other in versions.items() if other == source), None)
@@ -180,7 +181,7 @@ def test_any_history_keeps_catalogue_and_files_together(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(tmp_path / "elsewhere", BASE, [sources])
-    digests = {store.register("x", uri).record.digest: uri for uri in ("a0", "a1")}
+    digests = {store.register(Registration("x", Uri(uri))).record.digest: uri for uri in ("a0", "a1")}
     store.close()
     monkeypatch.setitem(globals(), "NAMES", digests)
     roots = (tmp_path / f"run-{number}" for number in itertools.count())

@@ -18,8 +18,9 @@ from manyhats.adapters.errors import (
     StoreUnavailableError,
     TaskNotFoundError,
 )
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base
 from support.factories.registrations import nobody
 from support.factories.uploads import content_of, send
@@ -33,10 +34,10 @@ def reopened(store: AdapterStore, tmp_path: Path) -> AdapterStore:
 
 
 def test_every_record_is_as_it_was(store: AdapterStore, tmp_path: Path) -> None:
-    store.register("fr", "a0", labels={"team": "x", "é": ""}, probe=lambda lowered: 0.125)
-    store.register("fr", "a1", activate=False)
-    store.register("de", parts=[PartSource("a0", 0.3), PartSource("a1", -2.0)])
-    store.register("it", "a2", activate=False)
+    store.register(Registration("fr", Uri("a0"), labels={"team": "x", "é": ""}), probe=lambda lowered: 0.125)
+    store.register(Registration("fr", Uri("a1"), activate=False))
+    store.register(Registration("de", Parts([Part("a0", 0.3), Part("a1", -2.0)])))
+    store.register(Registration("it", Uri("a2"), activate=False))
     before = store.list().records
     again = reopened(store, tmp_path)
     assert again.list().records == before
@@ -51,8 +52,8 @@ def test_every_record_is_as_it_was(store: AdapterStore, tmp_path: Path) -> None:
 
 
 def test_what_was_deleted_stays_deleted_and_its_number_used(store: AdapterStore, tmp_path: Path) -> None:
-    store.register("fr", "a0")
-    store.register("fr", "a1")
+    store.register(Registration("fr", Uri("a0")))
+    store.register(Registration("fr", Uri("a1")))
     store.delete("fr@2", in_use=nobody)
     again = reopened(store, tmp_path)
     assert [record.name for record in again.versions("fr")] == ["fr@1"]
@@ -60,24 +61,24 @@ def test_what_was_deleted_stays_deleted_and_its_number_used(store: AdapterStore,
     again = reopened(again, tmp_path)
     assert again.list().records == ()
     assert os.listdir(tmp_path / "store" / "artifacts") == []
-    assert again.register("fr", "a1").record.name == "fr@3"
+    assert again.register(Registration("fr", Uri("a1"))).record.name == "fr@3"
     again.close()
 
 
 def test_a_request_id_is_remembered(store: AdapterStore, tmp_path: Path) -> None:
-    first = store.register("fr", "a0", request_id="r")
-    store.register("fr", "a1")
+    first = store.register(Registration("fr", Uri("a0"), request_id="r"))
+    store.register(Registration("fr", Uri("a1")))
     again = reopened(store, tmp_path)
-    assert again.register("fr", "a0", request_id="r") == first
+    assert again.register(Registration("fr", Uri("a0"), request_id="r")) == first
     assert again.get("fr").version == 2
     with pytest.raises(RequestIdReusedError):
-        again.register("fr", "a1", request_id="r")
+        again.register(Registration("fr", Uri("a1"), request_id="r"))
     again.close()
 
 
 def test_a_rollback_lasts(store: AdapterStore, tmp_path: Path) -> None:
-    store.register("fr", "a0")
-    store.register("fr", "a1")
+    store.register(Registration("fr", Uri("a0")))
+    store.register(Registration("fr", Uri("a1")))
     store.activate("fr@1")
     again = reopened(store, tmp_path)
     assert again.get("fr").version == 1
@@ -85,7 +86,7 @@ def test_a_rollback_lasts(store: AdapterStore, tmp_path: Path) -> None:
 
 
 def test_a_store_elsewhere_is_the_same_store(store: AdapterStore, tmp_path: Path) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
     store.close()
     (tmp_path / "store").rename(tmp_path / "moved")
     for place in (tmp_path / "moved", f"file://{tmp_path}/moved"):
@@ -98,7 +99,7 @@ def test_a_store_elsewhere_is_the_same_store(store: AdapterStore, tmp_path: Path
 def test_another_catalogue_does_not_sweep_what_is_not_its_own(
     store: AdapterStore, tmp_path: Path, sources: Path
 ) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
     store.close()
     with pytest.raises(StoreUnavailableError, match="another catalogue"):
         open_store(tmp_path / "store", BASE, catalogue_url=f"sqlite:///{tmp_path}/other.db")
@@ -163,12 +164,12 @@ def test_settings_that_cannot_be_are_named(tmp_path: Path) -> None:
 
 
 def test_upkeep_needs_no_base(store: AdapterStore, tmp_path: Path) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
     store.close()
     upkeep = open_store(tmp_path / "store", None, create=False)
     assert upkeep.list().records == (record,)
     assert [found.status for found in upkeep.verify()] == ["ok"]
-    for call in (lambda: upkeep.register("fr", "a1"), lambda: upkeep.lower(record)):
+    for call in (lambda: upkeep.register(Registration("fr", Uri("a1"))), lambda: upkeep.lower(record)):
         with pytest.raises(StoreConfigError) as caught:
             call()
         assert caught.value.subject == "base"

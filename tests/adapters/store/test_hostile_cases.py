@@ -14,6 +14,7 @@ from hostile.audit import Opened, leaks, recorded_opens
 from hostile.case import BASE, LIMITS, STATUS, Case, World, make_world, register
 from hostile.perform import perform
 from hostile.table import CASES
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from support.factories.adapters import make_lora
 
@@ -64,7 +65,7 @@ def test_what_the_cases_spoil_is_good(world: World) -> None:
 
 def test_the_secret_would_be_registered_if_it_were_read(world: World, tmp_path: Path) -> None:
     store = open_store(tmp_path / "store", BASE, [world.secret], limits=LIMITS)
-    assert store.register("task", str(world.secret)).created
+    assert store.register(Registration("task", Uri(str(world.secret)))).created
     store.close()
 
 

@@ -12,9 +12,10 @@ from manyhats.adapters.errors import (
     StoreUnavailableError,
     TaskNotFoundError,
 )
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.maintenance import Verified
 from manyhats.adapters.store.opening import open_store
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore
 from support.factories.registrations import nobody
 from support.factories.uploads import content_of
 
@@ -38,9 +39,9 @@ def found(store: AdapterStore) -> dict[str, Verified]:
 
 
 def test_whole_artifacts_are_verified_once_each(store: AdapterStore) -> None:
-    plain = store.register("fr", "a0").record
-    store.register("de", "a0")
-    composed = store.register("fr", parts=[PartSource("a0", 0.5), PartSource("a1")]).record
+    plain = store.register(Registration("fr", Uri("a0"))).record
+    store.register(Registration("de", Uri("a0")))
+    composed = store.register(Registration("fr", Parts([Part("a0", 0.5), Part("a1")]))).record
     assert found(store) == {
         plain.digest: Verified(plain.digest, "ok", ("de@1", "fr@1", "fr@2")),
         composed.parts[1].digest: Verified(composed.parts[1].digest, "ok", ("fr@2",)),
@@ -51,9 +52,9 @@ def test_whole_artifacts_are_verified_once_each(store: AdapterStore) -> None:
 def test_damage_is_found_and_fails_every_version_that_needs_the_bytes(
     store: AdapterStore, tmp_path: Path
 ) -> None:
-    damaged = store.register("fr", "a0").record
-    missing = store.register("de", "a1").record
-    composed = store.register("it", parts=[PartSource("a0"), PartSource("a2")]).record
+    damaged = store.register(Registration("fr", Uri("a0"))).record
+    missing = store.register(Registration("de", Uri("a1"))).record
+    composed = store.register(Registration("it", Parts([Part("a0"), Part("a2")]))).record
     spoil(stored(tmp_path, damaged))
     stored(tmp_path, missing).unlink()
     stored(tmp_path, missing).with_name("adapter_config.json").unlink()
@@ -73,13 +74,13 @@ def test_damage_is_found_and_fails_every_version_that_needs_the_bytes(
 
 
 def test_what_is_whole_again_is_good_again(store: AdapterStore, tmp_path: Path) -> None:
-    restored = store.register("fr", "a0").record
-    registered = store.register("de", "a1").record
+    restored = store.register(Registration("fr", Uri("a0"))).record
+    registered = store.register(Registration("de", Uri("a1"))).record
     content = spoil(stored(tmp_path, restored))
     spoil(stored(tmp_path, registered))
     assert {verified.status for verified in store.verify()} == {"damaged"}
     stored(tmp_path, restored).write_bytes(content)
-    assert store.register("de", "a1").record == registered
+    assert store.register(Registration("de", Uri("a1"))).record == registered
     assert {verified.status for verified in store.verify()} == {"ok"}
     assert store.get("fr") == restored
     assert store.get("de") == registered
@@ -87,8 +88,8 @@ def test_what_is_whole_again_is_good_again(store: AdapterStore, tmp_path: Path) 
 
 
 def test_what_is_deleted_while_it_is_verified_is_not_missed(store: AdapterStore) -> None:
-    store.register("fr", "a0")
-    store.register("de", "a1")
+    store.register(Registration("fr", Uri("a0")))
+    store.register(Registration("de", Uri("a1")))
     verifying = store.verify()
     first = next(verifying)
     gone = {"fr@1", "de@1"} - set(first.names)
@@ -100,7 +101,7 @@ def test_what_is_deleted_while_it_is_verified_is_not_missed(store: AdapterStore)
 def test_a_storage_that_cannot_be_read_fails_no_version(
     store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
 
     def fail(*args: object, **kwargs: object) -> int:
         raise OSError(5, "Input/output error")
@@ -114,7 +115,7 @@ def test_a_storage_that_cannot_be_read_fails_no_version(
 
 
 def test_garbage_is_collected_and_counted(store: AdapterStore, tmp_path: Path) -> None:
-    record = store.register("fr", "a0").record
+    record = store.register(Registration("fr", Uri("a0"))).record
     orphan = tmp_path / "store" / "artifacts" / ("0" * 64)
     orphan.mkdir()
     (orphan / "file").write_bytes(bytes(100))
@@ -138,13 +139,13 @@ def test_a_store_may_be_opened_without_a_sweep(store: AdapterStore, tmp_path: Pa
 def test_a_version_is_exported_as_it_was_registered(
     store: AdapterStore, tmp_path: Path, sources: Path
 ) -> None:
-    store.register("fr", "a0")
-    store.register("fr", "a1")
+    store.register(Registration("fr", Uri("a0")))
+    store.register(Registration("fr", Uri("a1")))
     target = tmp_path / "out" / "fr"
     paths = store.export("fr@1", target)
     assert content_of(target) == content_of(sources / "a0")
     assert sorted(paths) == sorted(target.iterdir())
-    again = store.register("again", "a0").record
+    again = store.register(Registration("again", Uri("a0"))).record
     store.export("again", tmp_path / "again")
     assert content_of(tmp_path / "again") == content_of(target)
     assert again.digest == store.get("fr@1").digest
@@ -153,7 +154,7 @@ def test_a_version_is_exported_as_it_was_registered(
 def test_the_parts_of_a_composed_version_are_exported_side_by_side(
     store: AdapterStore, tmp_path: Path, sources: Path
 ) -> None:
-    store.register("fr", parts=[PartSource("a1", 0.5), PartSource("a0")])
+    store.register(Registration("fr", Parts([Part("a1", 0.5), Part("a0")])))
     (tmp_path / "out").mkdir()
     assert len(store.export("fr", tmp_path / "out")) == 4
     assert sorted(os.listdir(tmp_path / "out")) == ["part-0", "part-1"]
@@ -162,7 +163,7 @@ def test_the_parts_of_a_composed_version_are_exported_side_by_side(
 
 
 def test_an_export_overwrites_nothing_and_is_whole_or_fails(store: AdapterStore, tmp_path: Path) -> None:
-    record = store.register("fr", parts=[PartSource("a0"), PartSource("a1")]).record
+    record = store.register(Registration("fr", Parts([Part("a0"), Part("a1")]))).record
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").touch()
     with pytest.raises(ArgumentInvalidError, match="not empty"):

@@ -24,6 +24,7 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.registration import Files, Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base, make_lora
@@ -41,7 +42,7 @@ def test_an_upload_becomes_what_registration_would_make_of_it(
     store: AdapterStore, sources: Path, tmp_path: Path
 ) -> None:
     registration = send(store, "fr", content_of(sources / "a0"), labels={"team": "x"})
-    registered = store.register("de", "a0").record
+    registered = store.register(Registration("de", Uri("a0"))).record
     record = registration.record
     assert registration.created
     assert (record.name, record.state, record.source) == ("fr@1", AdapterState.ACTIVE, "upload")
@@ -58,14 +59,14 @@ def test_any_order_and_size_of_pieces_gives_the_same_digest(
     store: AdapterStore, sources: Path, seed: int, piece_bytes: int
 ) -> None:
     content = content_of(sources / "a0")
-    expected = store.register("fr", "a0").record.digest
+    expected = store.register(Registration("fr", Uri("a0"))).record.digest
     pieces = [
         (index, offset, data[offset : offset + piece_bytes])
         for index, data in enumerate(content.values())
         for offset in range(0, len(data), piece_bytes)
     ]
     random.Random(seed).shuffle(pieces)
-    with store.open_upload("fr", announced(content), validate_only=True) as session:
+    with store.open_upload(Registration("fr", Files(announced(content)), validate_only=True)) as session:
         for piece in itertools.islice(pieces, 4000):
             session.write(*piece)
         assert session.finish().record.digest == expected
@@ -73,7 +74,7 @@ def test_any_order_and_size_of_pieces_gives_the_same_digest(
 
 def test_nothing_is_visible_until_the_last_byte(store: AdapterStore, sources: Path, tmp_path: Path) -> None:
     content = content_of(sources / "a0")
-    session = store.open_upload("fr", announced(content))
+    session = store.open_upload(Registration("fr", Files(announced(content))))
     for index, data in enumerate(content.values()):
         session.write(index, 0, data[:-1])
     assert store.list().records == ()
@@ -84,7 +85,7 @@ def test_nothing_is_visible_until_the_last_byte(store: AdapterStore, sources: Pa
 
 def test_an_upload_that_broke_off_may_be_repeated_whole(store: AdapterStore, sources: Path) -> None:
     content = content_of(sources / "a0")
-    with store.open_upload("fr", announced(content), request_id="r") as session:
+    with store.open_upload(Registration("fr", Files(announced(content)), request_id="r")) as session:
         session.write(0, 0, b"{")
     first = send(store, "fr", content, request_id="r")
     again = send(store, "fr", content, request_id="r", piece_bytes=100)
@@ -93,7 +94,7 @@ def test_an_upload_that_broke_off_may_be_repeated_whole(store: AdapterStore, sou
     with pytest.raises(RequestIdReusedError):
         send(store, "fr", content_of(sources / "a1"), request_id="r")
     with pytest.raises(RequestIdReusedError):
-        store.register("fr", "a0", request_id="r")
+        store.register(Registration("fr", Uri("a0"), request_id="r"))
 
 
 def test_what_arrives_is_validated_as_any_source(store: AdapterStore, sources: Path, tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_a_spoilt_transfer_is_told_from_a_bad_adapter(
     store: AdapterStore, sources: Path, tmp_path: Path
 ) -> None:
     content = content_of(sources / "a0")
-    with store.open_upload("fr", announced(content)) as session:
+    with store.open_upload(Registration("fr", Files(announced(content)))) as session:
         session.write(0, 0, b"x" * len(content["adapter_config.json"]))
         session.write(1, 0, content["adapter_model.safetensors"])
         with pytest.raises(DigestMismatchError) as caught:
@@ -127,31 +128,43 @@ def test_the_header_is_checked_before_a_byte_is_taken(tmp_path: Path, sources: P
     store = open_store(tmp_path / "store", BASE, [sources], quotas=quotas, limits=limits)
     larger = [files[0], *(type(file)(file.name, file.size_bytes + 1, file.sha256) for file in files[1:])]
     with pytest.raises(AdapterTooLargeError):
-        store.open_upload("fr", larger)
+        store.open_upload(Registration("fr", Files(larger)))
     with pytest.raises(TaskIdInvalidError):
-        store.open_upload("../fr", files)
+        store.open_upload(Registration("../fr", Files(files)))
     with pytest.raises(DigestMismatchError):
-        store.open_upload("fr", files, expected_digest="sha256:" + "0" * 64)
+        store.open_upload(Registration("fr", Files(files), expected_digest="sha256:" + "0" * 64))
     with pytest.raises(ArgumentInvalidError):
-        store.open_upload("fr", files, labels={"": ""})
-    with store.open_upload("fr", files), pytest.raises(QuotaExceededError) as caught:
-        store.open_upload("de", files)
+        store.open_upload(Registration("fr", Files(files), labels={"": ""}))
+    with store.open_upload(Registration("fr", Files(files))), pytest.raises(QuotaExceededError) as caught:
+        store.open_upload(Registration("de", Files(files)))
     assert caught.value.subject == "max_transfers"
-    store.register("fr", "a1")
+    store.register(Registration("fr", Uri("a1")))
     with pytest.raises(QuotaExceededError) as caught:
-        store.open_upload("fr", files)
+        store.open_upload(Registration("fr", Files(files)))
     assert caught.value.subject == "max_versions_per_task"
     assert os.listdir(tmp_path / "store" / "scratch") == []
     store.close()
+
+
+def test_files_come_in_an_upload_and_nothing_else_does(store: AdapterStore, sources: Path) -> None:
+    files = Files(announced(content_of(sources / "a0")))
+    for call in (
+        lambda: store.register(Registration("fr", files)),
+        lambda: store.open_upload(Registration("fr", Uri("a0"))),
+    ):
+        with pytest.raises(ArgumentInvalidError) as caught:
+            call()
+        assert caught.value.subject == "files"
+    assert store.list().records == ()
 
 
 def test_what_the_task_has_already_is_over_no_quota(tmp_path: Path, sources: Path) -> None:
     store = open_store(
         tmp_path / "store", BASE, [sources], quotas=Quotas(max_versions_per_task=1, max_tasks=1)
     )
-    first = store.register("fr", "a0").record
+    first = store.register(Registration("fr", Uri("a0"))).record
     assert send(store, "fr", content_of(sources / "a0")).record == first
-    assert store.register("fr", "a0").record == first
+    assert store.register(Registration("fr", Uri("a0"))).record == first
     store.close()
 
 
@@ -170,12 +183,12 @@ def test_quotas_hold_for_every_way_in_and_leave_no_bytes(
     size = sum(file.stat().st_size for file in (sources / "a0").iterdir())
     scaled = {name: value * size if "bytes" in name else value for name, value in quotas.items()}
     store = open_store(tmp_path / "store", BASE, [sources], quotas=Quotas(**scaled))
-    store.register("fr", "a0")
+    store.register(Registration("fr", Uri("a0")))
     task = "fr" if "per_task" in subject else "de"
     before = traces(tmp_path)
     for way in (
-        lambda: store.register(task, "a1"),
-        lambda: store.register(task, "a1", validate_only=True),
+        lambda: store.register(Registration(task, Uri("a1"))),
+        lambda: store.register(Registration(task, Uri("a1"), validate_only=True)),
         lambda: send(store, task, content_of(sources / "a1")),
     ):
         with pytest.raises(QuotaExceededError) as caught:
@@ -183,7 +196,7 @@ def test_quotas_hold_for_every_way_in_and_leave_no_bytes(
         assert caught.value.subject == subject
     assert traces(tmp_path) == before
     store.delete("fr", in_use=lambda record: False)
-    assert store.register(task, "a1").created
+    assert store.register(Registration(task, Uri("a1"))).created
     store.close()
 
 

@@ -27,8 +27,8 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.store.catalogue.answers import Registration
-from manyhats.adapters.store.upload import UploadFile, UploadSession, check_files
+from manyhats.adapters.registration import Registered, UploadFile
+from manyhats.adapters.store.upload import UploadSession, check_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONTENT = {CONFIG: b"{}" * 20, WEIGHTS: bytes(range(256)) * 4}
@@ -42,7 +42,7 @@ class ArrivedError(Exception):
         self.files = files
 
 
-def catch(directory: SourceDirectory, *, probe: Probe | None, prepare: Prepare | None) -> Registration:
+def catch(directory: SourceDirectory, probe: Probe | None, prepare: Prepare | None) -> Registered:
     files = {}
     for name in directory.names():
         with directory.open_file(name, 10**9) as file:
@@ -247,7 +247,8 @@ def test_what_cannot_be_an_adapter_is_refused_before_a_byte_comes(
 
 def test_hashes_may_be_written_in_capitals() -> None:
     files = [UploadFile(file.name, file.size_bytes, file.sha256.upper()) for file in announced()]
-    assert check_files(files, LIMITS) == tuple(announced())
+    check_files(files, LIMITS)
+    assert files == announced()
 
 
 def test_many_threads_may_send_pieces(session: UploadSession) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterInUseError
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import LoadedModel
@@ -123,10 +124,10 @@ async def test_other_bytes_under_the_same_task_find_nothing_of_those_before(
     """Also while requests of the version before still run, and after a step back to it."""
     sources = [make_lora(tmp_path / f"v{seed}", model.description, rank=4, seed=seed) for seed in range(2)]
     async with engine_of(model, store) as engine:
-        old = store.register("task", str(sources[0])).record
+        old = store.register(Registration("task", Uri(str(sources[0])))).record
         before = await ask(engine, store.resolve("task"))
         running = asyncio.create_task(ask(engine, store.resolve("task")))
-        new = store.register("task", str(sources[1])).record
+        new = store.register(Registration("task", Uri(str(sources[1])))).record
         after = await ask(engine, store.resolve("task"))
         again = await ask(engine, store.resolve("task"))
         assert (await running).tokens == before.tokens
@@ -147,11 +148,11 @@ async def test_a_deleted_task_s_name_finds_nothing_of_what_it_meant(
 ) -> None:
     sources = [make_lora(tmp_path / f"v{seed}", model.description, rank=4, seed=seed) for seed in range(2)]
     async with engine_of(model, store) as engine:
-        store.register("task", str(sources[0]))
+        store.register(Registration("task", Uri(str(sources[0]))))
         before = await ask(engine, store.resolve("task"))
         (removed,) = store.delete("task", in_use=engine.in_use)
         engine.forget_adapter(removed.digest)
-        store.register("task", str(sources[1]))
+        store.register(Registration("task", Uri(str(sources[1]))))
         after = await ask(engine, store.resolve("task"))
         assert after.usage.cached_prompt_tokens == 0
         assert after.token_ids != before.token_ids
@@ -161,7 +162,7 @@ async def test_a_task_is_deleted_while_another_of_the_same_bytes_is_in_use(
     model: LoadedModel, store: AdapterStore, tmp_path: Path
 ) -> None:
     source = make_lora(tmp_path / "source", model.description, rank=4)
-    one, other = (store.register(task, str(source)).record for task in ("one", "other"))
+    one, other = (store.register(Registration(task, Uri(str(source)))).record for task in ("one", "other"))
     async with engine_of(model, store) as engine:
         expected = await ask(engine, one, new_tokens=60)
         running = engine.generate(make_request(PROMPT, one, new_tokens=60))
@@ -183,7 +184,7 @@ async def test_tasks_of_the_same_bytes_share_blocks_and_a_salt_keeps_them_apart(
     model: LoadedModel, store: AdapterStore, tmp_path: Path
 ) -> None:
     source = make_lora(tmp_path / "source", model.description, rank=4)
-    one, other = (store.register(task, str(source)).record for task in ("one", "other"))
+    one, other = (store.register(Registration(task, Uri(str(source)))).record for task in ("one", "other"))
     async with engine_of(model, store) as engine:
         first = await ask(engine, one)
         second = await ask(engine, other)

@@ -9,13 +9,13 @@ import grpc
 
 from manyhats.adapters.errors import AdapterInvalidError, DataLossError, StoreFullError
 from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.adapters.registration import Registered, Registration, Uri
 from manyhats.engine.errors import AdapterCapacityError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2, server_pb2
 from support.fakes.server import (
     INFO,
-    FakeRegistration,
     MemoryStore,
     Running,
     eventually,
@@ -104,8 +104,9 @@ async def test_version_is_loaded_before_it_goes_live() -> None:
 
 async def test_version_loaded_for_a_registration_that_fails_is_forgotten() -> None:
     class FailingStore(MemoryStore):
-        def register(self, task_id: str, uri: str = "", **options: Any) -> FakeRegistration:
-            options["prepare"](make_record(task_id, 0, uri), LoweredAdapter(uri, ()))
+        def register(self, registration: Registration, **options: Any) -> Registered:
+            uri = registration.source_name
+            options["prepare"](make_record(registration.task_id, 0, uri), LoweredAdapter(uri, ()))
             raise StoreFullError("store", "no space is left")
 
     async with running_server(store=FailingStore()) as server:
@@ -210,7 +211,7 @@ async def test_activate_needs_a_version_that_exists() -> None:
 async def test_list_goes_page_by_page_and_by_task() -> None:
     async with running_server() as server:
         for task_id in ("a", "b", "c"):
-            server.store.register(task_id, "x")
+            server.store.register(Registration(task_id, Uri("x")))
         first = await server.adapters.ListAdapters(pb.ListAdaptersRequest(page_size=2))
         token = first.next_page_token
         rest = await server.adapters.ListAdapters(pb.ListAdaptersRequest(page_size=2, page_token=token))

@@ -16,6 +16,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.catalogue.page_token import decode_page_token
 from manyhats.server.access.tokens import Role, new_token
 from manyhats.server.grpc.authorization import OPEN_METHODS, RULES
@@ -131,7 +132,7 @@ async def test_method_is_refused_without_a_token_and_with_a_bad_one(method: str,
         (*bearer(token), *bearer(new_token())),
     ]
     async with secured_server(token_file=token_file) as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         missing = await refused(CALLS[method](server, (), "hats"))
         assert (missing.code, missing.reason) == (UNAUTHENTICATED, "CREDENTIAL_MISSING")
         for metadata in bad:
@@ -148,7 +149,7 @@ async def test_method_is_refused_without_a_token_and_with_a_bad_one(method: str,
 async def test_method_is_for_its_roles_alone(method: str, role: Role, token_file: Path) -> None:
     metadata = bearer(add_token(token_file, "one", [role]))
     async with secured_server(token_file=token_file) as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         if method in ALLOWED[role]:
             assert await code_of(CALLS[method](server, metadata, "hats")) not in (UNAUTHENTICATED, DENIED)
             return
@@ -167,7 +168,7 @@ async def test_scoped_token_reaches_its_tasks_alone_whether_or_not_others_exist(
     metadata = bearer(add_token(token_file, "one", BOTH, ["mine", "team-a.*"]))
     async with secured_server(token_file=token_file) as server:
         for task in ("mine", "team-a.x", "hats"):
-            server.store.register(task, "a")
+            server.store.register(Registration(task, Uri("a")))
         for task in ("mine", "team-a.x"):
             assert await code_of(CALLS[method](server, metadata, task)) not in (UNAUTHENTICATED, DENIED)
         messages = set()
@@ -185,7 +186,7 @@ async def test_base_model_is_a_scope_of_its_own(method: str, token_file: Path) -
     without = bearer(add_token(token_file, "without", [Role.GENERATE], ["*"]))
     with_base = bearer(add_token(token_file, "with", [Role.GENERATE], ["_base"]))
     async with secured_server(token_file=token_file) as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         refusal = await refused(CALLS[method](server, without, ""))
         assert (refusal.reason, dict(refusal.info.metadata)) == ("TASK_NOT_ALLOWED", {"task": "_base"})
         assert await code_of(CALLS[method](server, with_base, "")) is grpc.StatusCode.OK
@@ -260,8 +261,8 @@ async def test_list_shows_the_scope_page_by_page_and_its_tokens_name_nothing_els
     async with secured_server(token_file=token_file) as server:
         tasks = [f"{a}{b}" for a in "abc" for b in "abc"]
         for task in tasks:
-            server.store.register(task, "x")
-            server.store.register(task, "y")
+            server.store.register(Registration(task, Uri("x")))
+            server.store.register(Registration(task, Uri("y")))
         seen: list[tuple[str, int]] = []
         tokens = []
         request = apb.ListAdaptersRequest(page_size=3)
@@ -282,7 +283,7 @@ async def test_list_ends_where_only_hidden_tasks_follow(token_file: Path) -> Non
     metadata = bearer(add_token(token_file, "one", [Role.GENERATE], ["a"]))
     async with secured_server(token_file=token_file) as server:
         for task in ("a", "z"):
-            server.store.register(task, "x")
+            server.store.register(Registration(task, Uri("x")))
         page = await server.adapters.ListAdapters(apb.ListAdaptersRequest(page_size=1), metadata=metadata)
     assert ([adapter.task_id for adapter in page.adapters], page.next_page_token) == (["a"], "")
 
@@ -354,6 +355,6 @@ async def test_refused_calls_are_counted_and_not_as_the_base_models(token_file: 
 
 async def test_without_a_token_file_everybody_may_do_everything() -> None:
     async with secured_server() as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         codes = await asyncio.gather(*(code_of(CALLS[name](server, (), "hats")) for name in sorted(PROMPTED)))
     assert set(codes) == {grpc.StatusCode.OK}

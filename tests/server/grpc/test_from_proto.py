@@ -7,6 +7,10 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manyhats.adapters.errors import ArgumentInvalidError
+from manyhats.adapters.registration import OPTIONS, Part, Parts, Uri
+from manyhats.adapters.taskid import TASK_ID
+from manyhats.client import RegisterOptions
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.server.grpc import from_proto
 from manyhats.v1 import adapter_pb2
@@ -78,7 +82,7 @@ def test_task_of_a_name_is_what_stands_before_the_version(task_id: str) -> None:
 
 parts = st.lists(st.fixed_dictionaries({"uri": some_text}, optional={"weight": doubles}), max_size=3)
 registrations = st.fixed_dictionaries(
-    {"task_id": some_text},
+    {"task_id": st.from_regex(TASK_ID, fullmatch=True)},
     optional={
         "uri": some_text,
         "parts": parts,
@@ -92,22 +96,48 @@ registrations = st.fixed_dictionaries(
 )
 
 
+def is_printable(given: str | dict[str, str]) -> bool:
+    """Whether a request id, or labels, may be in a line of a log; a label's key is not empty."""
+    if isinstance(given, str):
+        return given.isprintable()
+    return all(key and (key + value).isprintable() for key, value in given.items())
+
+
 @given(registrations)
 def test_any_registration_has_one_source_or_names_the_field(fields: dict[str, Any]) -> None:
     message = adapter_pb2.RegisterAdapterRequest(**fields)
     try:
-        spec = from_proto.registration_spec(message)
+        registration = from_proto.registration(message)
     except FieldInvalidError as error:
         assert error.field == "uri" or error.field.startswith("parts[")  # noqa: PT017
         return
-    assert bool(spec.uri) != bool(spec.parts)
-    assert all(part.uri for part in spec.parts)
-    assert spec.options.activate == fields.get("activate", True)
-    assert spec.options.assume_base == fields.get("assume_base", False)
-    assert dict(spec.options.labels) == fields.get("labels", {})
+    except ArgumentInvalidError as error:
+        assert error.subject in ("request_id", "labels")  # noqa: PT017
+        assert not is_printable(fields[error.subject])  # noqa: PT017
+        return
+    match registration.source:
+        case Uri(uri):
+            assert uri
+            assert not fields.get("parts")
+        case Parts(parts):
+            assert all(part.uri for part in parts)
+            assert not fields.get("uri")
+    assert registration.activate == fields.get("activate", True)
+    assert registration.validate_only == fields.get("validate_only", False)
+    assert registration.assume_base == fields.get("assume_base", False)
+    assert registration.expected_digest == fields.get("expected_digest", "").strip().lower()
+    assert registration.request_id == fields.get("request_id", "")
+    assert registration.labels == fields.get("labels", {})
 
 
 def test_weight_of_a_part_is_1_where_it_is_left_out_and_0_where_it_is_given() -> None:
     given_parts = [adapter_pb2.AdapterPart(uri="a"), adapter_pb2.AdapterPart(uri="b", weight=0.0)]
-    spec = from_proto.registration_spec(adapter_pb2.RegisterAdapterRequest(task_id="t", parts=given_parts))
-    assert [(part.uri, part.weight) for part in spec.parts] == [("a", 1.0), ("b", 0.0)]
+    message = adapter_pb2.RegisterAdapterRequest(task_id="t", parts=given_parts)
+    assert from_proto.registration(message).source == Parts([Part("a", 1.0), Part("b", 0.0)])
+
+
+def test_an_option_has_one_name_from_the_client_to_the_store() -> None:
+    sources = {adapter_pb2.RegisterAdapterRequest: {"uri", "parts"}, adapter_pb2.UploadHeader: {"files"}}
+    for message, names in sources.items():
+        assert set(message.DESCRIPTOR.fields_by_name) == OPTIONS | names | {"task_id"}
+    assert set(RegisterOptions.__annotations__) == OPTIONS

@@ -8,6 +8,7 @@ import time
 import grpc
 import pytest
 
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine.errors import NumericalError
 from manyhats.engine.request import ResponseOptions, SamplingParams, StoppingParams
 from manyhats.v1 import generation_pb2 as pb
@@ -45,7 +46,7 @@ async def test_the_same_request_id_in_flight_twice_is_two_requests() -> None:
 
 async def test_stream_concatenated_equals_the_unary_answer() -> None:
     async with running_server() as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         request = pb.GenerateRequest(
             request_id="r",
             task_id="hats",
@@ -64,7 +65,7 @@ async def test_stream_concatenated_equals_the_unary_answer() -> None:
 
 async def test_stream_tells_adapter_first_and_end_last() -> None:
     async with running_server() as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         request = pb.GenerateRequest(task_id="hats@1", text="hat")
         pieces = [piece async for piece in server.generation.GenerateStream(request)]
     first, *middle, last = pieces
@@ -80,7 +81,7 @@ async def test_stream_tells_adapter_first_and_end_last() -> None:
 
 async def test_stream_of_one_token_is_first_and_last_at_once() -> None:
     async with running_server() as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         request = pb.GenerateRequest(task_id="hats", text="hat", stopping=pb.StoppingParams(max_new_tokens=1))
         (only,) = [piece async for piece in server.generation.GenerateStream(request)]
     assert only.adapter.task_id == "hats"
@@ -251,7 +252,7 @@ async def test_fault_in_the_middle_of_a_stream_is_a_status() -> None:
 
 async def test_score_gives_one_score_per_continuation_in_order() -> None:
     async with running_server() as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         answer = await server.generation.Score(
             pb.ScoreRequest(
                 request_id="s",

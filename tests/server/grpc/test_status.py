@@ -11,6 +11,7 @@ import pytest
 from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped]
 
 from manyhats.adapters import errors as adapter_errors
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine import errors as engine_errors
 from manyhats.server import errors as server_errors
 from manyhats.server.grpc.status import grpc_code, status_of
@@ -240,7 +241,7 @@ async def test_too_long_prompt_says_the_limit() -> None:
 
 async def test_unknown_task_and_task_without_active_version() -> None:
     async with running_server() as server:
-        server.store.register("hats", "a", activate=False)
+        server.store.register(Registration("hats", Uri("a"), activate=False))
         unknown = await refused(server.generation.Generate(pb.GenerateRequest(text="a", task_id="none")))
         version = await refused(server.generation.Generate(pb.GenerateRequest(text="a", task_id="hats@9")))
         inactive = await refused(server.generation.Generate(pb.GenerateRequest(text="a", task_id="hats")))

@@ -12,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from manyhats.adapters.errors import AdapterInvalidError, StoreUnavailableError
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.server.service.following import StoreFollower
 from manyhats.server.service.registrations import Registrar
@@ -146,7 +147,7 @@ async def test_restarted_server_has_its_tasks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [StoreUnavailableError("catalogue", "cannot be read"), RuntimeError("bug")])
 async def test_unreachable_store_is_logged_once_and_known_tasks_are_served_on(error: Exception) -> None:
     async with running_server() as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         server.store.refresh_error = error
         with capture_logs() as logs:
             async with following(server, 0.01):
@@ -163,11 +164,11 @@ async def test_unreachable_store_is_logged_once_and_known_tasks_are_served_on(er
 
 async def test_new_version_that_cannot_be_loaded_does_not_stop_the_following() -> None:
     async with running_server() as server:
-        server.store.register("hats", "a")
+        server.store.register(Registration("hats", Uri("a")))
         await server.engine.warm_adapter(server.store.resolve("hats"))
         server.engine.warm_error = AdapterInvalidError("x", "is damaged")
         async with following(server, 0.01):
-            server.store.register("hats", "b")
+            server.store.register(Registration("hats", Uri("b")))
             server.store.others_changed = {"hats"}
             await eventually(lambda: len(server.engine.warmed) == 2)
             server.store.tasks["caps"] = [make_record("caps")]

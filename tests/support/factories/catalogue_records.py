@@ -9,7 +9,7 @@ from typing import Any
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
 from manyhats.adapters.quotas import Quotas
-from manyhats.adapters.store.catalogue.answers import Registration, RegistrationBody
+from manyhats.adapters.registration import Registered, Registration, Uri
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
 
@@ -35,24 +35,13 @@ def make_record(task_id: str, number: int = 0, **changes: Any) -> AdapterRecord:
     return replace(record, **changes)
 
 
-def make_body(task_id: str, **changes: Any) -> RegistrationBody:
-    """What asks for one."""
-    body = RegistrationBody(
-        task_id=task_id,
-        sources=(("uri", "a"),),
-        activate=True,
-        validate_only=False,
-        expected_digest="",
-        labels={},
-    )
-    return replace(body, **changes)
-
-
 def register(
-    catalogue: Catalogue, task_id: str, number: int = 0, *, quotas: Quotas | None = None, **body: Any
-) -> Registration:
-    """Add artifact ``number`` to a task, with whatever is said of the body."""
-    return catalogue.add(make_record(task_id, number), make_body(task_id, **body), quotas or Quotas())
+    catalogue: Catalogue, task_id: str, number: int = 0, *, quotas: Quotas | None = None, **asked: Any
+) -> Registered:
+    """Add artifact ``number`` to a task, with whatever else is asked."""
+    return catalogue.add(
+        make_record(task_id, number), Registration(task_id, Uri("a"), **asked), quotas or Quotas()
+    )
 
 
 def allow(_: object) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.sites import BaseDescription
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapterhub import make_adapterhub
 from support.factories.adapters import (
     PREFIX,
@@ -149,10 +150,12 @@ def register_every_method(
     """Write a directory for each method, which the store may read, and register all tasks."""
     records = {}
     for task, (method, make) in PLAIN.items():
-        records[task] = store.register(task, str(make(directory / task, base, sizes))).record
+        records[task] = store.register(
+            Registration(task, Uri(str(make(directory / task, base, sizes))))
+        ).record
         assert records[task].method is method
     for task, parts in COMPOSED.items():
-        sources = [PartSource(str(directory / part), weight) for part, weight in parts.items()]
-        records[task] = store.register(task, parts=sources).record
+        sources = [Part(str(directory / part), weight) for part, weight in parts.items()]
+        records[task] = store.register(Registration(task, Parts(sources))).record
         assert records[task].method is AdapterMethod.COMPOSED
     return records

@@ -8,6 +8,7 @@ import pytest
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.store import AdapterStore
 
 
@@ -26,7 +27,7 @@ def assert_refused(
     artifacts = source.parent / "store"
     before = sorted(artifacts.rglob("*"))
     with pytest.raises(error) as caught:
-        store.register("task", str(source) if uri is None else uri)
+        store.register(Registration("task", Uri(str(source) if uri is None else uri)))
     assert type(caught.value) is error
     assert subject in caught.value.subject
     assert store.list().records == ()

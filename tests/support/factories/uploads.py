@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.store.store import AdapterStore, Registration
-from manyhats.adapters.store.upload import UploadFile
+from manyhats.adapters.registration import Files, Registered, Registration, UploadFile
+from manyhats.adapters.store.store import AdapterStore
 
 
 def content_of(directory: Path) -> Mapping[str, bytes]:
@@ -31,9 +31,9 @@ def send(
     probe: Probe | None = None,
     prepare: Prepare | None = None,
     **options: Any,
-) -> Registration:
-    """Upload files; ``options`` are those of ``open_upload``."""
-    with store.open_upload(task_id, announced(content), **options) as session:
+) -> Registered:
+    """Upload files; ``options`` are those of ``Registration``."""
+    with store.open_upload(Registration(task_id, Files(announced(content)), **options)) as session:
         for index, data in enumerate(content.values()):
             for offset in range(0, len(data), piece_bytes):
                 session.write(index, offset, data[offset : offset + piece_bytes])

@@ -26,10 +26,9 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
+from manyhats.adapters.registration import Parts, Registered, Registration
 from manyhats.adapters.store.catalogue.page_token import decode_page_token, encode_page_token
-from manyhats.adapters.store.intake import PartSource
-from manyhats.adapters.store.upload import UploadFile
-from manyhats.adapters.taskid import check_task_id, parse_name
+from manyhats.adapters.taskid import parse_name
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.output import (
     EngineStats,
@@ -215,12 +214,6 @@ class EchoEngine:
 
 
 @dataclass(frozen=True)
-class FakeRegistration:
-    record: AdapterRecord
-    created: bool
-
-
-@dataclass(frozen=True)
 class FakePage:
     records: tuple[AdapterRecord, ...]
     next_page_token: str
@@ -230,7 +223,7 @@ class FakePage:
 class FakeUpload:
     """An upload of ``MemoryStore``; ``write`` waits while ``may_write`` is not set."""
 
-    publish: Callable[..., FakeRegistration]
+    publish: Callable[..., Registered]
     may_write: threading.Event
     pieces: list[tuple[int, int, bytes]] = field(default_factory=list)
     is_aborted: bool = False
@@ -239,7 +232,7 @@ class FakeUpload:
         assert self.may_write.wait(5)
         self.pieces.append((file_index, offset, data))
 
-    def finish(self, *, probe: Probe | None = None, prepare: Prepare | None = None) -> FakeRegistration:
+    def finish(self, *, probe: Probe | None = None, prepare: Prepare | None = None) -> Registered:
         return self.publish(probe=probe, prepare=prepare)
 
     def abort(self) -> None:
@@ -267,27 +260,18 @@ class MemoryStore:
         self.may_write.set()
 
     def register(
-        self,
-        task_id: str,
-        uri: str = "",
-        *,
-        parts: Sequence[PartSource] = (),
-        activate: bool = True,
-        validate_only: bool = False,
-        expected_digest: str = "",
-        request_id: str = "",
-        labels: Mapping[str, str] | None = None,
-        assume_base: bool = False,
-        probe: Probe | None = None,
-        prepare: Prepare | None = None,
-    ) -> FakeRegistration:
-        check_task_id(task_id)
-        uri = uri or "+".join(f"{part.weight:g}*{part.uri}" for part in parts)
+        self, registration: Registration, *, probe: Probe | None = None, prepare: Prepare | None = None
+    ) -> Registered:
+        task_id, source, activate = registration.task_id, registration.source, registration.activate
+        parts = source.parts if isinstance(source, Parts) else ()
+        uri = "+".join(f"{part.weight:g}*{part.uri}" for part in parts) or registration.source_name
         if uri in self.errors:
             raise self.errors[uri]
         versions = self.tasks.get(task_id, [])
         state = AdapterState.ACTIVE if activate else AdapterState.INACTIVE
-        record = make_record(task_id, 0 if validate_only else len(versions) + 1, uri, state, labels or {})
+        record = make_record(
+            task_id, 0 if registration.validate_only else len(versions) + 1, uri, state, registration.labels
+        )
         if probe is not None:
             record = replace(record, effect=probe(LoweredAdapter(record.digest, ())))
         if parts:
@@ -296,23 +280,22 @@ class MemoryStore:
                 method=AdapterMethod.COMPOSED,
                 parts=tuple(ArtifactPart(f"sha256:{part.uri}", part.weight, part.uri) for part in parts),
             )
-        if prepare is not None and activate and not validate_only:
+        if prepare is not None and activate and not registration.validate_only:
             prepare(
                 replace(record, version=0, state=AdapterState.CREATING), LoweredAdapter(record.digest, ())
             )
         for existing in versions:
             if existing.digest == record.digest:
-                return FakeRegistration(existing, created=False)
-        if not validate_only:
+                return Registered(existing, created=False)
+        if not registration.validate_only:
             if activate:
                 versions = [replace(each, state=AdapterState.INACTIVE) for each in versions]
             self.tasks[task_id] = [*versions, record]
-        return FakeRegistration(record, created=not validate_only)
+        return Registered(record, created=not registration.validate_only)
 
-    def open_upload(self, task_id: str, files: Sequence[UploadFile], **options: Any) -> FakeUpload:
-        check_task_id(task_id)
+    def open_upload(self, registration: Registration) -> FakeUpload:
         assert self.may_open.wait(5)
-        upload = FakeUpload(partial(self.register, task_id, "upload", **options), self.may_write)
+        upload = FakeUpload(partial(self.register, registration), self.may_write)
         self.uploads.append(upload)
         return upload
 

@@ -25,16 +25,8 @@ from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
 from manyhats.adapters.lowering.version import compose_parts, part_name
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Probe
+from manyhats.adapters.registration import Part, Parts, Registration
 from manyhats.adapters.sites import BaseDescription
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedPart:
-    """A source, open for reading, and the weight that its deltas get."""
-
-    uri: str
-    weight: float
-    directory: SourceDirectory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,20 +53,38 @@ class ValidVersion:
     text: str
 
 
-def validate_plain(
-    uri: str, directory: SourceDirectory, base: BaseDescription, limits: AdapterLimits, *, assume_base: bool
+def validate(
+    registration: Registration,
+    directories: Sequence[SourceDirectory],
+    base: BaseDescription,
+    limits: AdapterLimits,
 ) -> ValidVersion:
-    """Validate one artifact as a version.
+    """Validate what is registered: one artifact, or each part, and that they can be combined exactly.
+
+    Args:
+        registration: what is asked for.
+        directories: what its source names, open for reading; one for each part.
+        base: what it is checked against.
+        limits: how large it may be.
 
     Raises:
-        ArtifactError, BaseMismatchError: it cannot be served on this base.
+        ArtifactError, BaseMismatchError: it cannot be served on this base; of a part, ``subject`` begins with the
+            part, ``parts[1]``.
     """
-    read = read_adapter(directory, base, limits, assume_base=assume_base)
+    if isinstance(registration.source, Parts):
+        reads = _read_parts(directories, base, limits, assume_base=registration.assume_base)
+        return _composed(registration.source.parts, reads, base, limits)
+    (directory,) = directories
+    read = read_adapter(directory, base, limits, assume_base=registration.assume_base)
+    return _plain(registration.source_name, read, base)
+
+
+def _plain(source: str, read: ReadAdapter, base: BaseDescription) -> ValidVersion:
     artifact = read.artifact
     return ValidVersion(
         digest=artifact.digest,
         method=artifact.method,
-        parts=(ArtifactPart(artifact.digest, source=uri, text_files=text_names(read.files)),),
+        parts=(ArtifactPart(artifact.digest, source=source, text_files=text_names(read.files)),),
         size_bytes=artifact.size_bytes,
         num_parameters=artifact.num_parameters,
         base_model=artifact.base_model,
@@ -86,15 +96,9 @@ def validate_plain(
     )
 
 
-def validate_composed(
-    parts: Sequence[OpenedPart], base: BaseDescription, limits: AdapterLimits, *, assume_base: bool
+def _composed(
+    parts: Sequence[Part], reads: Sequence[ReadAdapter], base: BaseDescription, limits: AdapterLimits
 ) -> ValidVersion:
-    """Validate each part, and that they can be combined exactly.
-
-    Raises:
-        ArtifactError, BaseMismatchError: as ``validate_plain``; ``subject`` begins with the part, ``parts[1]``.
-    """
-    reads = _read_parts(parts, base, limits, assume_base=assume_base)
     lowered = compose_parts([read.lowered for read in reads], [part.weight for part in parts], limits)
     check_lowered(lowered)
     if not has_effect(lowered):
@@ -134,13 +138,17 @@ def measure(lowered: LoweredAdapter, probe: Probe) -> float:
 
 
 def _read_parts(
-    parts: Sequence[OpenedPart], base: BaseDescription, limits: AdapterLimits, *, assume_base: bool
+    directories: Sequence[SourceDirectory],
+    base: BaseDescription,
+    limits: AdapterLimits,
+    *,
+    assume_base: bool,
 ) -> list[ReadAdapter]:
     reads: list[ReadAdapter] = []
     total = 0
-    for i, part in enumerate(parts):
+    for i, directory in enumerate(directories):
         try:
-            read = read_adapter(part.directory, base, limits, assume_base=assume_base)
+            read = read_adapter(directory, base, limits, assume_base=assume_base)
         except (ArtifactError, BaseMismatchError) as error:
             raise of_part(i, error) from error
         total += read.artifact.size_bytes

@@ -11,8 +11,8 @@ from manyhats.adapters.errors import DigestMismatchError, StoreError
 from manyhats.adapters.lowering.validation import ValidVersion, measure
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
-from manyhats.adapters.store.catalogue.answers import Registration, RegistrationBody
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
 
@@ -30,13 +30,13 @@ class Publisher:
         self._catalogue = catalogue
         self._quotas = quotas
 
-    def recall(self, body: RegistrationBody) -> Registration | None:
-        """The answer that the body's request id was given before; None if it is new.
+    def recall(self, registration: Registration) -> Registered | None:
+        """The answer that the request id was given before; None if it is new.
 
         Raises:
             RequestIdReusedError: it was used for something else.
         """
-        return self._catalogue.recall(body)
+        return self._catalogue.recall(registration)
 
     def check_quotas(self, task_id: str, digest: str, size_bytes: int) -> None:
         """Refuse early what ``publish`` would refuse: a version that is new and over a quota.
@@ -50,12 +50,11 @@ class Publisher:
     def publish(
         self,
         valid: ValidVersion,
-        body: RegistrationBody,
+        registration: Registration,
         *,
-        source: str,
         probe: Probe | None,
         prepare: Prepare | None,
-    ) -> Registration:
+    ) -> Registered:
         """Probe a version, store it and catalogue it; or, if it is to be validated only, say what it would be.
 
         Raises:
@@ -65,20 +64,20 @@ class Publisher:
             RequestIdReusedError: the request id was used for something else meanwhile.
             StoreError: it could not be written; nothing is published then.
         """
-        if body.expected_digest not in ("", valid.digest):
+        if registration.expected_digest not in ("", valid.digest):
             raise DigestMismatchError("expected_digest", f"the adapter's digest is {valid.digest}")
-        self.check_quotas(body.task_id, valid.digest, valid.size_bytes)
+        self.check_quotas(registration.task_id, valid.digest, valid.size_bytes)
         effect = None if probe is None else measure(valid.lowered, probe)
-        draft = _draft(valid, body, source, effect)
-        if body.validate_only:
-            existing = self._catalogue.find_digest(body.task_id, valid.digest)
-            return self._catalogue.remember(body, Registration(existing or draft, created=False))
+        draft = _draft(valid, registration, effect)
+        if registration.validate_only:
+            existing = self._catalogue.find_digest(registration.task_id, valid.digest)
+            return self._catalogue.remember(registration, Registered(existing or draft, created=False))
         with self._discarded_on_failure(valid.files), self._storage.publishing():
             for digest, files in valid.files.items():
                 self._storage.publish(digest, files)
-            if prepare is not None and body.activate:
+            if prepare is not None and registration.activate:
                 prepare(draft, valid.lowered)
-            return self._catalogue.add(draft, body, self._quotas)
+            return self._catalogue.add(draft, registration, self._quotas)
 
     @contextlib.contextmanager
     def _discarded_on_failure(self, digests: Collection[str]) -> Iterator[None]:
@@ -91,10 +90,10 @@ class Publisher:
             raise
 
 
-def _draft(valid: ValidVersion, body: RegistrationBody, source: str, effect: float | None) -> AdapterRecord:
+def _draft(valid: ValidVersion, registration: Registration, effect: float | None) -> AdapterRecord:
     """The record as it will be, but for version and state."""
     return AdapterRecord(
-        task_id=body.task_id,
+        task_id=registration.task_id,
         version=0,
         digest=valid.digest,
         method=valid.method,
@@ -102,11 +101,11 @@ def _draft(valid: ValidVersion, body: RegistrationBody, source: str, effect: flo
         parts=valid.parts,
         size_bytes=valid.size_bytes,
         num_parameters=valid.num_parameters,
-        source=source,
+        source=registration.source_name,
         create_time=datetime.now(UTC),
         base_model=valid.base_model,
         registered_for=valid.registered_for,
-        labels=body.labels,
+        labels=registration.labels,
         effect=effect,
         notes=valid.notes,
         text=valid.text,

@@ -17,26 +17,23 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.formats.text_files import text_of
-from manyhats.adapters.labels import NO_LABELS
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.reader import parse_artifact
 from manyhats.adapters.lowering.version import LoadedVersion, lower_version
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.sources.sources import AdapterSources
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage, Swept
-from manyhats.adapters.store.catalogue.answers import Registration
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.store.catalogue.pages import Page, read_page
-from manyhats.adapters.store.intake import Intake, PartSource, checked_body, require_base
 from manyhats.adapters.store.maintenance import Verified, export_version, verify
 from manyhats.adapters.store.publication import Publisher
-from manyhats.adapters.store.upload import UploadFile, UploadSession
+from manyhats.adapters.store.registering import Registering, require_base
+from manyhats.adapters.store.upload import UploadSession
 from manyhats.adapters.taskid import check_task_id, parse_name
-
-__all__ = ["AdapterStore", "Page", "PartSource", "Registration"]
 
 
 class AdapterStore:
@@ -70,23 +67,11 @@ class AdapterStore:
         self._scratch = scratch
         self._base = base
         self._limits = limits
-        self._intake = Intake(sources, scratch, Publisher(storage, catalogue, quotas), base, limits)
+        self._registering = Registering(sources, scratch, Publisher(storage, catalogue, quotas), base, limits)
 
     def register(
-        self,
-        task_id: str,
-        uri: str = "",
-        *,
-        parts: Sequence[PartSource] = (),
-        activate: bool = True,
-        validate_only: bool = False,
-        expected_digest: str = "",
-        request_id: str = "",
-        labels: Mapping[str, str] = NO_LABELS,
-        assume_base: bool = False,
-        probe: Probe | None = None,
-        prepare: Prepare | None = None,
-    ) -> Registration:
+        self, registration: Registration, *, probe: Probe | None = None, prepare: Prepare | None = None
+    ) -> Registered:
         """Validate an adapter, or several to be combined, and publish a copy as a version of the task.
 
         The same content again is the version that exists, activated if asked. The same ``request_id`` and
@@ -94,20 +79,12 @@ class AdapterStore:
         what would be.
 
         Args:
-            task_id: the task.
-            uri: a path under an allowed root, or a URL under an allowed prefix.
-            parts: in place of ``uri``, the adapters that are combined into one.
-            activate: whether the task's name means this version from now on.
-            validate_only: say what would be, and store nothing.
-            expected_digest: refuse any other; empty for none.
-            request_id: names the call, so that it may be repeated; empty for none.
-            labels: kept with the version.
-            assume_base: it is meant for this store's base, whatever name it records; shapes must fit still.
+            registration: what to register, and how.
             probe: measures the adapter's effect, which is recorded.
             prepare: called before the version becomes active.
 
         Raises:
-            ArgumentInvalidError: an argument is out of range.
+            ArgumentInvalidError: too many parts, or files, which come in an upload.
             RequestIdReusedError: the request id was used for something else.
             SourceNotAllowedError, SourceNotFoundError, SourceUnavailableError: there is no such source here.
             ArtifactError, BaseMismatchError: the adapter cannot be served on this base.
@@ -117,51 +94,21 @@ class AdapterStore:
 
             Of a part, the error's subject begins with ``parts[1]``.
         """
-        body = checked_body(
-            task_id=task_id,
-            activate=activate,
-            validate_only=validate_only,
-            expected_digest=expected_digest,
-            request_id=request_id,
-            labels=labels,
-            assume_base=assume_base,
-        )
-        return self._intake.register(uri, parts, body, probe, prepare)
+        return self._registering.register(registration, probe, prepare)
 
-    def open_upload(
-        self,
-        task_id: str,
-        files: Sequence[UploadFile],
-        *,
-        activate: bool = True,
-        validate_only: bool = False,
-        expected_digest: str = "",
-        request_id: str = "",
-        labels: Mapping[str, str] = NO_LABELS,
-        assume_base: bool = False,
-    ) -> UploadSession:
+    def open_upload(self, registration: Registration) -> UploadSession:
         """Begin an upload; all that can be told from its header is checked before a byte is taken.
 
-        Its ``finish`` does what ``register`` does, with the same arguments. An upload that broke off may be
-        repeated whole.
+        Its ``finish`` does what ``register`` does. An upload that broke off may be repeated whole.
 
         Raises:
-            ArgumentInvalidError: an argument is out of range.
+            ArgumentInvalidError: a file cannot be taken, or none is announced.
             ArtifactError: these files are no adapter, or over a limit.
             DigestMismatchError: they are not the expected ones.
             QuotaExceededError: there may be no more of it, or too many uploads are under way.
             StoreError: the files cannot be written.
         """
-        body = checked_body(
-            task_id=task_id,
-            activate=activate,
-            validate_only=validate_only,
-            expected_digest=expected_digest,
-            request_id=request_id,
-            labels=labels,
-            assume_base=assume_base,
-        )
-        return self._intake.open_upload(files, body)
+        return self._registering.open_upload(registration)
 
     def get(self, name: str) -> AdapterRecord:
         """The version that ``task`` (its active one) or ``task@3`` names.

@@ -7,10 +7,9 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from manyhats.adapters.disk.digest import digest_of_hashes
 from manyhats.adapters.disk.files import SourceDirectory
@@ -30,7 +29,7 @@ from manyhats.adapters.formats.peft import format as peft_format
 from manyhats.adapters.formats.text_files import MAX_BYTES
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.store.catalogue.answers import Registration
+from manyhats.adapters.registration import Registered, UploadFile
 
 _WEIGHTS = (peft_format.WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -39,30 +38,12 @@ _READ_BYTES = 4 * 1024 * 1024
 _MAX_PIECES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class UploadFile:
-    """A file as its sender announces it; ``sha256`` has 64 hexadecimal digits."""
-
-    name: str
-    size_bytes: int
-    sha256: str
+Publish = Callable[[SourceDirectory, Probe | None, Prepare | None], Registered]
+"""What the store does with the files of an upload once they are verified."""
 
 
-class Publish(Protocol):
-    """What the store does with the files of an upload once they are verified."""
-
-    def __call__(
-        self, directory: SourceDirectory, *, probe: Probe | None, prepare: Prepare | None
-    ) -> Registration:
-        """Validate and publish them."""
-        ...
-
-
-def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> tuple[UploadFile, ...]:
+def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> None:
     """Check what is announced, before a byte is taken: one config, one file of tensors, text files, and all sizes.
-
-    Returns:
-        The files, their hashes in lower case.
 
     Raises:
         ArgumentInvalidError: ``subject`` is the field, such as ``files[1].name``.
@@ -71,8 +52,9 @@ def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> tuple[Upl
     """
     if len(files) > len(FILES):
         raise ArgumentInvalidError("files", f"has {len(files)} entries; an adapter has at most {len(FILES)}")
-    checked = tuple(_check_file(f"files[{index}]", file) for index, file in enumerate(files))
-    names = [file.name for file in checked]
+    for index, file in enumerate(files):
+        _check_file(f"files[{index}]", file)
+    names = [file.name for file in files]
     if len(set(names)) < len(names):
         raise ArgumentInvalidError("files", "name a file twice")
     peft_format.check_names(names)
@@ -80,13 +62,12 @@ def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> tuple[Upl
         raise AdapterUnsupportedError(
             _WEIGHTS[1], f"would not be used beside {_WEIGHTS[0]}; send one of them"
         )
-    for file in checked:
+    for file in files:
         limit = max_bytes_of(file.name, limits)
         if file.size_bytes > limit:
             raise AdapterTooLargeError(file.name, f"has {file.size_bytes} bytes; the limit is {limit}")
-    if (total := sum(file.size_bytes for file in checked)) > limits.max_size_bytes:
+    if (total := sum(file.size_bytes for file in files)) > limits.max_size_bytes:
         raise AdapterTooLargeError("files", f"have {total} bytes; the limit is {limits.max_size_bytes}")
-    return checked
 
 
 def announced_digest(files: Sequence[UploadFile]) -> str:
@@ -139,7 +120,7 @@ class UploadSession:
                 )
             self._files[file_index].write(offset, data)
 
-    def finish(self, *, probe: Probe | None = None, prepare: Prepare | None = None) -> Registration:
+    def finish(self, *, probe: Probe | None = None, prepare: Prepare | None = None) -> Registered:
         """Verify every file, then validate and publish them as ``register`` does. The session ends, either way.
 
         Raises:
@@ -152,9 +133,7 @@ class UploadSession:
             try:
                 for file in self._files:
                     file.verify()
-                return self._publish(
-                    SourceDirectory(self._directory.descriptor), probe=probe, prepare=prepare
-                )
+                return self._publish(SourceDirectory(self._directory.descriptor), probe, prepare)
             finally:
                 self._end()
 
@@ -246,7 +225,7 @@ class _IncomingFile:
         self._ends[index:stop] = [max([end, *self._ends[index:stop]])]
 
 
-def _check_file(field: str, file: UploadFile) -> UploadFile:
+def _check_file(field: str, file: UploadFile) -> None:
     if file.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
         raise AdapterUnsafeError(file.name, "may be a pickle, which can run code when it is read")
     if file.name not in FILES:
@@ -257,10 +236,8 @@ def _check_file(field: str, file: UploadFile) -> UploadFile:
         )
     if file.size_bytes < 1:
         raise AdapterInvalidError(file.name, "is empty")
-    sha256 = file.sha256.lower()
-    if _SHA256.fullmatch(sha256) is None:
+    if _SHA256.fullmatch(file.sha256) is None:
         raise ArgumentInvalidError(f"{field}.sha256", "has 64 hexadecimal digits")
-    return UploadFile(file.name, file.size_bytes, sha256)
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

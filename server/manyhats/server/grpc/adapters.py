@@ -8,16 +8,44 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.registration import Registration
+from manyhats.engine.errors import FieldInvalidError
 from manyhats.server.access.tokens import Scope
 from manyhats.server.grpc import from_proto, to_proto
-from manyhats.server.grpc.uploads import ACCEPTED, take_upload
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.registrations import Registrar
+from manyhats.server.service.uploads import Chunk, take_upload
 from manyhats.server.service.visible_page import visible_page
 from manyhats.v1 import adapter_pb2, adapter_pb2_grpc
 
+# In the initial metadata, once an upload's header is taken: from then on the caller may send chunks.
+_ACCEPTED = ("manyhats-upload", "accepted")
+
 Context = grpc.aio.ServicerContext[object, object]
+
+
+class UploadMessages:
+    """An upload as its caller's messages: the header, then chunks."""
+
+    def __init__(self, messages: AsyncIterator[adapter_pb2.UploadAdapterRequest]) -> None:
+        self._messages = messages
+
+    async def header(self) -> Registration:
+        """What is to be registered; see ``Upload``."""
+        first = await anext(self._messages, None)
+        if first is None or first.WhichOneof("content") != "header":
+            raise FieldInvalidError("header", "must come in the first message")
+        return from_proto.registration(first.header)
+
+    async def chunk(self) -> Chunk | None:
+        """The next piece; see ``Upload``."""
+        message = await anext(self._messages, None)
+        if message is None:
+            return None
+        if message.WhichOneof("content") != "chunk":
+            raise FieldInvalidError("chunk", "must be in every message but the first")
+        return Chunk(message.chunk.file_index, message.chunk.offset, message.chunk.data)
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
@@ -32,12 +60,14 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.RegisterAdapterRequest, context: Context
     ) -> adapter_pb2.RegisterAdapterResponse:
         """Make an artifact, or several that act together, a version of a task."""
+        registrar = self._registrar
+        with registrar.counted_failures():
+            registration = from_proto.registration(request)
         # Shielded, as every change is: once begun, it is carried through to engine and metrics even if its caller
         # leaves.
-        spec = from_proto.registration_spec(request)
-        registration = await asyncio.shield(self._registrar.register(spec))
+        answer = await asyncio.shield(registrar.register(registration))
         return adapter_pb2.RegisterAdapterResponse(
-            adapter=self._message(registration.record), created=registration.created
+            adapter=self._message(answer.record), created=answer.created
         )
 
     async def UploadAdapter(  # noqa: N802
@@ -46,12 +76,10 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         """Make the files that a caller sends a version of a task."""
 
         async def accept() -> None:
-            await context.send_initial_metadata((ACCEPTED,))
+            await context.send_initial_metadata((_ACCEPTED,))
 
-        registration = await take_upload(request_iterator, self._registrar, accept)
-        return adapter_pb2.UploadAdapterResponse(
-            adapter=self._message(registration.record), created=registration.created
-        )
+        answer = await take_upload(UploadMessages(request_iterator), self._registrar, accept)
+        return adapter_pb2.UploadAdapterResponse(adapter=self._message(answer.record), created=answer.created)
 
     async def GetAdapter(  # noqa: N802
         self, request: adapter_pb2.GetAdapterRequest, context: Context

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sized
 from types import MappingProxyType
 
-from manyhats.adapters.store.intake import PartSource
-from manyhats.adapters.store.upload import UploadFile
+from manyhats.adapters.registration import OPTIONS, Files, Part, Parts, Registration, Source, UploadFile, Uri
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.request import (
     MAX_CONTINUATIONS,
@@ -26,7 +25,6 @@ from manyhats.server.service.prompts import (
     TextPrompt,
     TokenPrompt,
 )
-from manyhats.server.service.registrations import RegistrationOptions, RegistrationSpec, UploadSpec
 from manyhats.v1 import adapter_pb2, generation_pb2
 
 MAX_REQUEST_ID_LENGTH = 128
@@ -159,42 +157,30 @@ def _continuation(field: str, message: generation_pb2.Continuation) -> TextPromp
     raise FieldInvalidError(field, "exactly one of text and token_ids must be set")
 
 
-def registration_spec(message: adapter_pb2.RegisterAdapterRequest) -> RegistrationSpec:
-    """What to register, and how; the store checks the values.
+def registration(
+    message: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader,
+) -> Registration:
+    """What to register, and how; options of the same names in the message are the registration's.
 
     Raises:
         FieldInvalidError: not exactly one of ``uri`` and ``parts`` is set, or a part has no uri.
+        ArgumentInvalidError: another value is out of range.
     """
+    options = {field.name: value for field, value in message.ListFields() if field.name in OPTIONS}
+    return Registration(message.task_id, _source(message), **options)
+
+
+def _source(message: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader) -> Source:
+    if isinstance(message, adapter_pb2.UploadHeader):
+        return Files([UploadFile(file.name, file.size_bytes, file.sha256) for file in message.files])
     if bool(message.uri) == bool(message.parts):
         raise FieldInvalidError("uri", "exactly one of uri and parts must be set")
-    return RegistrationSpec(
-        task_id=message.task_id,
-        uri=message.uri,
-        parts=tuple(_part(f"parts[{index}]", part) for index, part in enumerate(message.parts)),
-        options=_registration_options(message),
-    )
+    if message.uri:
+        return Uri(message.uri)
+    return Parts([_part(f"parts[{index}]", part) for index, part in enumerate(message.parts)])
 
 
-def upload_spec(header: adapter_pb2.UploadHeader) -> UploadSpec:
-    """What a caller is about to send; the store checks the values."""
-    files = (UploadFile(file.name, file.size_bytes, file.sha256) for file in header.files)
-    return UploadSpec(task_id=header.task_id, files=tuple(files), options=_registration_options(header))
-
-
-def _part(field: str, message: adapter_pb2.AdapterPart) -> PartSource:
+def _part(field: str, message: adapter_pb2.AdapterPart) -> Part:
     if not message.uri:
         raise FieldInvalidError(f"{field}.uri", "must not be empty")
-    return PartSource(message.uri, message.weight if message.HasField("weight") else 1.0)
-
-
-def _registration_options(
-    message: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader,
-) -> RegistrationOptions:
-    return RegistrationOptions(
-        activate=message.activate if message.HasField("activate") else True,
-        validate_only=message.validate_only,
-        expected_digest=message.expected_digest,
-        request_id=message.request_id,
-        labels=MappingProxyType(dict(message.labels)),
-        assume_base=message.assume_base,
-    )
+    return Part(message.uri, message.weight if message.HasField("weight") else 1.0)

@@ -17,6 +17,7 @@ import structlog
 from prometheus_client import disable_created_metrics
 
 from manyhats.adapters.errors import AdapterError
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine.errors import EngineError
 from manyhats.engine.progress import Progress, no_progress
 from manyhats.engine.threads.own_thread import in_own_thread
@@ -35,7 +36,7 @@ from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.following import StoreFollower
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.ports import Backend, Store
-from manyhats.server.service.registrations import Registrar, RegistrationSpec
+from manyhats.server.service.registrations import Registrar
 
 Assemble = Callable[[ServeConfig, Metrics, Progress], Backend]
 ShowProgress = Callable[[], AbstractContextManager[Progress]]
@@ -201,8 +202,8 @@ class _Process:
         self._metrics.attach(backend)
         registrar.count_all()
         for task_id, uri in self._config.register.items():
-            registration = await registrar.register(RegistrationSpec(task_id=task_id, uri=uri))
-            _log.info("registered", adapter=registration.record.name, digest=registration.record.digest)
+            record = (await registrar.register(Registration(task_id, Uri(uri)))).record
+            _log.info("registered", adapter=record.name, digest=record.digest)
 
     async def _serve(self, grpc_port: GrpcPort) -> int:
         health = asyncio.create_task(grpc_port.health.follow_until_dead())

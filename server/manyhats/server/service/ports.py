@@ -10,8 +10,7 @@ from typing import Protocol
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.store.intake import PartSource
-from manyhats.adapters.store.upload import UploadFile
+from manyhats.adapters.registration import Registered, Registration
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.residency import ResidencyStats
@@ -110,18 +109,6 @@ class Engine(Protocol):
         """Whether a request that is not finished is for this version."""
 
 
-class Registration(Protocol):
-    """What a registration came to."""
-
-    @property
-    def record(self) -> AdapterRecord:
-        """The version, new or existing."""
-
-    @property
-    def created(self) -> bool:
-        """Whether this registration made it."""
-
-
 class Page(Protocol):
     """Some of the versions, in order."""
 
@@ -140,7 +127,7 @@ class UploadSession(Protocol):
     def write(self, file_index: int, offset: int, data: bytes) -> None:
         """Take a piece of a file."""
 
-    def finish(self, *, probe: Probe | None = None, prepare: Prepare | None = None) -> Registration:
+    def finish(self, *, probe: Probe | None = None, prepare: Prepare | None = None) -> Registered:
         """Verify every byte, then do as ``Store.register``."""
 
     def abort(self) -> None:
@@ -155,34 +142,11 @@ class Store(Protocol):
     """
 
     def register(
-        self,
-        task_id: str,
-        uri: str = "",
-        *,
-        parts: Sequence[PartSource] = (),
-        activate: bool = True,
-        validate_only: bool = False,
-        expected_digest: str = "",
-        request_id: str = "",
-        labels: Mapping[str, str] = ...,
-        assume_base: bool = False,
-        probe: Probe | None = None,
-        prepare: Prepare | None = None,
-    ) -> Registration:
-        """Check an artifact, or several that act together, and make it a version of a task."""
+        self, registration: Registration, *, probe: Probe | None = None, prepare: Prepare | None = None
+    ) -> Registered:
+        """Check an adapter, or several that act together, and make it a version of a task."""
 
-    def open_upload(
-        self,
-        task_id: str,
-        files: Sequence[UploadFile],
-        *,
-        activate: bool = True,
-        validate_only: bool = False,
-        expected_digest: str = "",
-        request_id: str = "",
-        labels: Mapping[str, str] = ...,
-        assume_base: bool = False,
-    ) -> UploadSession:
+    def open_upload(self, registration: Registration) -> UploadSession:
         """Check what a caller is about to send, and get ready for it."""
 
     def get(self, name: str) -> AdapterRecord:

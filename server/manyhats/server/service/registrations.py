@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 
@@ -16,12 +14,11 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError, TaskNotFoundError
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare
-from manyhats.adapters.store.intake import PartSource
-from manyhats.adapters.store.upload import UploadFile
+from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.taskid import parse_name
 from manyhats.engine.errors import EngineError
 from manyhats.server.observability.metrics import Metrics
-from manyhats.server.service.ports import Backend, Registration, UploadSession
+from manyhats.server.service.ports import Backend, UploadSession
 from manyhats.server.service.reasons import reason_of
 
 # How long the switch to a new version waits for its loading.
@@ -29,49 +26,6 @@ _WARM_LIMIT_S = 30.0
 _log = structlog.get_logger("manyhats.adapters")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegistrationOptions:
-    """How to register; the fields are those of ``RegisterAdapterRequest`` and ``UploadHeader``."""
-
-    activate: bool = True
-    validate_only: bool = False
-    expected_digest: str = ""
-    request_id: str = ""
-    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    assume_base: bool = False
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """As the store's keyword arguments."""
-        return {
-            "activate": self.activate,
-            "validate_only": self.validate_only,
-            "expected_digest": self.expected_digest,
-            "request_id": self.request_id,
-            "labels": self.labels,
-            "assume_base": self.assume_base,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegistrationSpec:
-    """What to register: the adapter at ``uri``, or ``parts`` that act together."""
-
-    task_id: str
-    uri: str = ""
-    parts: tuple[PartSource, ...] = ()
-    options: RegistrationOptions = RegistrationOptions()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UploadSpec:
-    """What a caller is about to send."""
-
-    task_id: str
-    files: tuple[UploadFile, ...]
-    options: RegistrationOptions = RegistrationOptions()
 
 
 class Registrar:
@@ -86,7 +40,7 @@ class Registrar:
         self._backend = backend
         self._metrics = metrics
 
-    async def register(self, spec: RegistrationSpec) -> Registration:
+    async def register(self, registration: Registration) -> Registered:
         """Make an artifact a version of a task. It is loaded before it goes live: its first request need not wait.
 
         Raises:
@@ -94,28 +48,19 @@ class Registrar:
         """
         store, engine, prepare = self._backend.store, self._backend.engine, self._prepare()
         return await self._published(
-            spec.task_id,
-            spec.options,
-            lambda: store.register(
-                spec.task_id,
-                spec.uri,
-                parts=spec.parts,
-                probe=engine.probe,
-                prepare=prepare,
-                **spec.options.arguments,
-            ),
+            registration, lambda: store.register(registration, probe=engine.probe, prepare=prepare)
         )
 
-    async def open_upload(self, spec: UploadSpec) -> UploadSession:
+    async def open_upload(self, registration: Registration) -> UploadSession:
         """Get ready for what a caller is about to send; the session must be aborted or finished.
 
         Raises:
             AdapterError: it would be refused in any case.
         """
         store = self._backend.store
-        return await self.run(lambda: store.open_upload(spec.task_id, spec.files, **spec.options.arguments))
+        return await self.run(lambda: store.open_upload(registration))
 
-    async def finish_upload(self, session: UploadSession, spec: UploadSpec) -> Registration:
+    async def finish_upload(self, session: UploadSession, registration: Registration) -> Registered:
         """``register`` what has arrived.
 
         Raises:
@@ -123,7 +68,7 @@ class Registrar:
         """
         engine, prepare = self._backend.engine, self._prepare()
         return await self._published(
-            spec.task_id, spec.options, lambda: session.finish(probe=engine.probe, prepare=prepare)
+            registration, lambda: session.finish(probe=engine.probe, prepare=prepare)
         )
 
     async def activate(self, name: str) -> AdapterRecord:
@@ -209,21 +154,19 @@ class Registrar:
             self._metrics.registration("refused", reason_of(error).word)
             raise
 
-    async def _published(
-        self, task_id: str, options: RegistrationOptions, publish: Callable[[], Registration]
-    ) -> Registration:
+    async def _published(self, registration: Registration, publish: Callable[[], Registered]) -> Registered:
         with self.counted_failures():
             try:
-                registration = await self.run(publish)
+                registered = await self.run(publish)
             except Exception:
                 self.forget_unneeded()  # it may have been loaded for nothing
                 raise
-        if options.validate_only:
+        if registration.validate_only:
             self._metrics.registration("validated")
-            return registration
-        self._metrics.registration("created" if registration.created else "existing")
-        self.count(task_id)
-        return registration
+            return registered
+        self._metrics.registration("created" if registered.created else "existing")
+        self.count(registration.task_id)
+        return registered
 
     def _prepare(self) -> Prepare:
         """Loads, for the store's thread, a version that is about to go live."""

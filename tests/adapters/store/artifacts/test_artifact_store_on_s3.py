@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from manyhats.adapters.errors import DataLossError, StoreUnavailableError, TaskNotFoundError
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
-from manyhats.adapters.store.store import AdapterStore, PartSource
+from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base
 from support.factories.registrations import nobody
 from support.servers.s3 import Bucket
@@ -47,8 +48,8 @@ def open_replica(
 
 def test_what_one_replica_registers_another_serves_and_a_restart_keeps(open_replica: OpenReplica) -> None:
     a, b = open_replica("a"), open_replica("b")
-    plain = a.register("fr", "a0").record
-    composed = a.register("mix", parts=[PartSource("a1"), PartSource("a2", 0.5)]).record
+    plain = a.register(Registration("fr", Uri("a0"))).record
+    composed = a.register(Registration("mix", Parts([Part("a1"), Part("a2", 0.5)]))).record
     assert b.refresh() == {"fr", "mix"}
     for record in (plain, composed):
         assert b.lower(b.get(record.task_id)).digest == record.digest
@@ -60,8 +61,8 @@ def test_what_one_replica_registers_another_serves_and_a_restart_keeps(open_repl
 
 def test_only_old_artifacts_that_no_version_needs_are_collected(open_replica: OpenReplica) -> None:
     a, b = open_replica("a"), open_replica("b")
-    record = a.register("fr", "a0").record
-    a.register("de", "a1")
+    record = a.register(Registration("fr", Uri("a0"))).record
+    a.register(Registration("de", Uri("a1")))
     b.refresh()
     a.delete("fr", in_use=nobody)
     assert a.gc().num_artifacts == 0
@@ -77,7 +78,7 @@ def test_lost_objects_are_data_loss_until_they_are_registered_again(
     import s3fs
 
     a = open_replica("a")
-    record = a.register("fr", "a0").record
+    record = a.register(Registration("fr", Uri("a0"))).record
     files = s3fs.S3FileSystem(**bucket.options, skip_instance_cache=True)
     files.rm(bucket.url + "/artifacts", recursive=True)
     assert a.lower(record).digest == record.digest  # it has a copy
@@ -86,7 +87,7 @@ def test_lost_objects_are_data_loss_until_they_are_registered_again(
         b.lower(record)
     assert caught.value.subject == "fr@1"
     assert [found.status for found in b.verify()] == ["missing"]
-    assert not b.register("fr", "a0").created
+    assert not b.register(Registration("fr", Uri("a0"))).created
     assert b.lower(record).digest == record.digest
     assert [found.status for found in b.verify()] == ["ok"]
 
@@ -97,11 +98,11 @@ def test_a_bucket_out_of_reach_registers_nothing(
     import s3fs
 
     store = open_replica("a")
-    store.register("fr", "a0")
+    store.register(Registration("fr", Uri("a0")))
     s3fs.S3FileSystem(**bucket.options, skip_instance_cache=True).rm(
         bucket.url.rpartition("/")[0], recursive=True
     )
     with pytest.raises(StoreUnavailableError):
-        store.register("de", "a1")
+        store.register(Registration("de", Uri("a1")))
     assert [record.task_id for record in store.list().records] == ["fr"]
     assert store.lower(store.get("fr")).digest == store.get("fr").digest

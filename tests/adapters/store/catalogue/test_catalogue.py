@@ -17,12 +17,12 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.catalogue.catalogue import IN_MEMORY, Catalogue
 from manyhats.adapters.taskid import TaskName
 from support.factories.catalogue_records import (
     allow,
     digest_of,
-    make_body,
     make_record,
     names,
     refuse_with,
@@ -191,7 +191,7 @@ def test_digests_are_known_while_any_version_has_them(catalogue: Catalogue) -> N
     parts = (ArtifactPart(digest_of(1), 0.5, "a"), ArtifactPart(digest_of(2), -2.0, "b"))
     twice = (*parts, ArtifactPart(digest_of(1), 1.0, "a"))
     composed = make_record("mix", 9, method=AdapterMethod.COMPOSED, parts=twice)
-    catalogue.add(composed, make_body("mix"), Quotas())
+    catalogue.add(composed, Registration("mix", Uri("a")), Quotas())
     register(catalogue, "fr", 1)
     asked = [digest_of(number) for number in (1, 2, 3, 9)]
     assert [catalogue.has_digest(digest) for digest in asked] == [True, False, False, True]

@@ -14,12 +14,13 @@ from sqlalchemy import create_engine, update
 from manyhats.adapters.artifact import AdapterState, ArtifactPart
 from manyhats.adapters.errors import NoActiveVersionError, StoreConfigError, TaskNotFoundError
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.store.catalogue.database import CatalogueDatabase
 from manyhats.adapters.store.catalogue.rows import read_task
 from manyhats.adapters.store.catalogue.tables import CATALOGUE
 from manyhats.adapters.taskid import TaskName
-from support.factories.catalogue_records import allow, digest_of, make_body, make_record, names, register
+from support.factories.catalogue_records import allow, digest_of, make_record, names, register
 
 Open = Callable[[], Catalogue]
 
@@ -53,7 +54,7 @@ def test_all_of_a_record_comes_back(open_catalogue: Open) -> None:
         notes=(odd, "two"),
     )
     expected = replace(record, version=1, state=AdapterState.ACTIVE)
-    assert open_catalogue().add(record, make_body("fr"), Quotas()).record == expected
+    assert open_catalogue().add(record, Registration("fr", Uri("a")), Quotas()).record == expected
     assert open_catalogue().resolve(TaskName("fr")) == expected
 
 

@@ -16,15 +16,15 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.registration import Registered, Registration, Uri
 from manyhats.adapters.store.catalogue import database as catalogue_database
-from manyhats.adapters.store.catalogue.answers import Registration
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.store.catalogue.database import CatalogueDatabase
 from manyhats.adapters.taskid import TaskName
-from support.factories.catalogue_records import allow, make_body, make_record, names, register
+from support.factories.catalogue_records import allow, make_record, names, register
 from support.servers.postgres import PostgresServer
 
-ANSWER = Registration(make_record("fr"), created=False)
+ANSWER = Registered(make_record("fr"), created=False)
 WRITES: list[Callable[[Catalogue], object]] = [
     lambda catalogue: register(catalogue, "fr", 7),
     lambda catalogue: register(catalogue, "new", 0),
@@ -32,13 +32,13 @@ WRITES: list[Callable[[Catalogue], object]] = [
     lambda catalogue: catalogue.set_failure("fr", 1, "damaged"),
     lambda catalogue: catalogue.remove(TaskName("fr"), allow),
     lambda catalogue: register(catalogue, "fr", 0),
-    lambda catalogue: catalogue.remember(make_body("fr", request_id="r"), ANSWER),
+    lambda catalogue: catalogue.remember(Registration("fr", Uri("a"), request_id="r"), ANSWER),
 ]
 READS: list[Callable[[Catalogue], object]] = [
     lambda catalogue: catalogue.refresh(),
     lambda catalogue: catalogue.generation(),
     lambda catalogue: catalogue.named(["x"]),
-    lambda catalogue: catalogue.recall(make_body("fr", request_id="r")),
+    lambda catalogue: catalogue.recall(Registration("fr", Uri("a"), request_id="r")),
     lambda catalogue: catalogue.check_quotas("fr", 1, Quotas(max_bytes=1)),
 ]
 
@@ -92,7 +92,7 @@ def test_a_full_disk_is_said_to_be_full(
         before = full.versions("fr")
         large = make_record("fr", 2, source="more than a page " * 1000)
         with pytest.raises(StoreFullError):
-            full.add(large, make_body("fr"), Quotas())
+            full.add(large, Registration("fr", Uri("a")), Quotas())
         assert full.versions("fr") == before
     catalogue.refresh()
     assert catalogue.versions("fr") == before

@@ -28,9 +28,10 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.taskid import TaskName
-from support.factories.catalogue_records import allow, digest_of, make_body, refuse_with, register
+from support.factories.catalogue_records import allow, digest_of, refuse_with, register
 
 TASKS = ("a", "a.b", "b")
 MAX_VERSIONS = 3
@@ -96,7 +97,7 @@ class CatalogueMachine(RuleBasedStateMachine):
             return answer.record.name, answer.created
 
         model = self.model[task]
-        body = make_body(task, activate=activate).fingerprint()
+        body = Registration(task, Uri("a"), activate=activate).fingerprint()
         known = model.find(number)
         if request_id in self.answers:
             answer, answered_body = self.answers[request_id]

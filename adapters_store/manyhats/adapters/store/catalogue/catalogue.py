@@ -12,12 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.quotas import Quotas
-from manyhats.adapters.store.catalogue.answers import (
-    Registration,
-    RegistrationBody,
-    read_answer,
-    write_answer,
-)
+from manyhats.adapters.registration import Registered, Registration
+from manyhats.adapters.store.catalogue.answers import read_answer, write_answer
 from manyhats.adapters.store.catalogue.database import IN_MEMORY, CatalogueDatabase, WriteTransaction
 from manyhats.adapters.store.catalogue.index import CatalogueIndex
 from manyhats.adapters.store.catalogue.quotas import check_quotas
@@ -96,45 +92,45 @@ class Catalogue:
         """Up to ``max_records`` versions behind ``after`` (task id, version); of one task, or of all ("")."""
         return self._index.page(task_id=task_id, after=after, max_records=max_records)
 
-    def recall(self, body: RegistrationBody) -> Registration | None:
-        """The answer that the body's request id was given, by whatever process; None if it is new.
+    def recall(self, registration: Registration) -> Registered | None:
+        """The answer that its request id was given, by whatever process; None if it is new.
 
         Raises:
             RequestIdReusedError: it was used for something else.
         """
-        if not body.request_id:
+        if not registration.request_id:
             return None
         with self._database.read() as connection:
-            return read_answer(connection, body)
+            return read_answer(connection, registration)
 
-    def remember(self, body: RegistrationBody, answer: Registration) -> Registration:
-        """Keep an answer that changed nothing; gives the first answer to the body's request id.
+    def remember(self, registration: Registration, answer: Registered) -> Registered:
+        """Keep an answer that changed nothing; gives the first answer to its request id.
 
         Raises:
             RequestIdReusedError: it was used for something else.
         """
-        if not body.request_id:
+        if not registration.request_id:
             return answer
         with self._database.write() as transaction:
-            if (answered := read_answer(transaction.connection, body)) is not None:
+            if (answered := read_answer(transaction.connection, registration)) is not None:
                 return answered
-            write_answer(transaction, body, answer)
+            write_answer(transaction, registration, answer)
             return answer
 
-    def add(self, record: AdapterRecord, body: RegistrationBody, quotas: Quotas) -> Registration:
+    def add(self, record: AdapterRecord, registration: Registration, quotas: Quotas) -> Registered:
         """Register a version, whose artifacts are stored.
 
-        If the body's request id was answered, nothing happens. If the task has a version of this digest, that
-        is the one: it has not failed any more, and is activated if the body says so. Otherwise a version is
+        If its request id was answered, nothing happens. If the task has a version of this digest, that
+        is the one: it has not failed any more, and is activated if that is asked. Otherwise a version is
         added.
 
         Args:
             record: what to add; its version and state do not count.
-            body: what the caller asked for.
+            registration: what the caller asked for.
             quotas: must hold with one more version.
 
         Returns:
-            The first answer to the body's request id, which every later call with it gets.
+            The first answer to its request id, which every later call with it gets.
 
         Raises:
             RequestIdReusedError: the request id was used for something else.
@@ -142,7 +138,7 @@ class Catalogue:
         """
         with self._changing(record.task_id) as change:
             connection = change.transaction.connection
-            if (answered := read_answer(connection, body)) is not None:
+            if (answered := read_answer(connection, registration)) is not None:
                 return answered
             existing = change.task.find_digest(record.digest)
             if existing is None:
@@ -151,10 +147,10 @@ class Catalogue:
             else:
                 task = change.task.reregistered(existing.version, record)
             version = task.last_version if existing is None else existing.version
-            task = task.activated(version) if body.activate else task
+            task = task.activated(version) if registration.activate else task
             change.to(task)
-            answer = Registration(task.versions[version], created=existing is None)
-            write_answer(change.transaction, body, answer)
+            answer = Registered(task.versions[version], created=existing is None)
+            write_answer(change.transaction, registration, answer)
             return answer
 
     def check_quotas(self, task_id: str, size_bytes: int, quotas: Quotas) -> None:

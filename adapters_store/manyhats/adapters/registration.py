@@ -1,0 +1,153 @@
+"""A registration: what is to become a version of a task, and how; and the answer to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import TypeAlias
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.errors import ArgumentInvalidError
+from manyhats.adapters.labels import check_labels
+from manyhats.adapters.taskid import check_task_id
+
+_MAX_ID_LENGTH = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Uri:
+    """One adapter that the store can read: a path under an allowed root, or a URL under an allowed prefix."""
+
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a composed version: where it lies, and the weight that its deltas get."""
+
+    uri: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", float(self.weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Several adapters that the store can read, combined into one."""
+
+    parts: Sequence[Part]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+
+
+@dataclass(frozen=True, slots=True)
+class UploadFile:
+    """A file as its sender announces it; ``sha256`` has 64 hexadecimal digits, of either case."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sha256", self.sha256.lower())
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of one adapter, which the caller is about to send."""
+
+    files: Sequence[UploadFile]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", tuple(self.files))
+
+
+Source: TypeAlias = Uri | Parts | Files
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What is to become a version of a task, and how.
+
+    Attributes:
+        task_id: the task.
+        source: what the version is made of.
+        activate: whether the task's name means this version from now on.
+        validate_only: say what would be, and store nothing; the answer's record has version 0 where it is new.
+        expected_digest: refuse any other; empty for none.
+        request_id: names the call, so that it may be repeated; empty for none, which nobody remembers.
+        labels: kept with the version.
+        assume_base: it is meant for the store's base, whatever name it records; shapes must fit still.
+
+    Raises:
+        ArgumentInvalidError: a value is out of range.
+    """
+
+    task_id: str
+    source: Source
+    _: KW_ONLY
+    activate: bool = True
+    validate_only: bool = False
+    expected_digest: str = ""
+    request_id: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    assume_base: bool = False
+
+    def __post_init__(self) -> None:
+        check_task_id(self.task_id)
+        if len(self.request_id) > _MAX_ID_LENGTH or not self.request_id.isprintable():
+            raise ArgumentInvalidError("request_id", f"has at most {_MAX_ID_LENGTH} printable characters")
+        object.__setattr__(self, "labels", check_labels(self.labels))
+        object.__setattr__(self, "expected_digest", self.expected_digest.strip().lower())
+        if self.source in (Uri(""), Parts(())):
+            raise ArgumentInvalidError("uri", "give exactly one of uri and parts")
+
+    @property
+    def source_name(self) -> str:
+        """What the record gives as its source."""
+        match self.source:
+            case Uri(uri):
+                return uri
+            case Parts():
+                return "composed"
+            case Files():
+                return "upload"
+
+    def fingerprint(self) -> str:
+        """One digest of all that is asked, but for the request id; catalogues hold it, so it stays as it is."""
+        asked: list[object] = [
+            self.task_id,
+            _described(self.source),
+            self.activate,
+            self.validate_only,
+            self.expected_digest,
+        ]
+        if self.assume_base:
+            asked.append("assume_base")
+        return hashlib.sha256(json.dumps([*asked, sorted(self.labels.items())]).encode()).hexdigest()
+
+
+OPTIONS = frozenset(each.name for each in fields(Registration) if each.kw_only)
+"""Names of what a registration has beside task and source; transports and clients use the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The answer to a registration; ``created`` is false where the version existed, or was validated only."""
+
+    record: AdapterRecord
+    created: bool
+
+
+def _described(source: Source) -> list[tuple[str | int | float, ...]]:
+    match source:
+        case Uri(uri):
+            return [("uri", uri)]
+        case Parts(parts):
+            return [("part", part.uri, part.weight) for part in parts]
+        case Files(files):
+            return [("file", file.name, file.size_bytes, file.sha256) for file in files]

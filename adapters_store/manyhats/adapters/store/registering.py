@@ -1,0 +1,132 @@
+"""Registering: from a source or an upload to a published version."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+
+from manyhats.adapters.disk.files import SourceDirectory
+from manyhats.adapters.disk.scratch import Scratch
+from manyhats.adapters.errors import (
+    AdapterError,
+    ArgumentInvalidError,
+    DigestMismatchError,
+    SourceNotAllowedError,
+    SourceNotFoundError,
+    SourceUnavailableError,
+    StoreConfigError,
+)
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.validation import of_part, validate
+from manyhats.adapters.lowering.version import part_name
+from manyhats.adapters.probe import Prepare, Probe
+from manyhats.adapters.registration import Files, Parts, Registered, Registration, Uri
+from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sources.sources import AdapterSources
+from manyhats.adapters.store.publication import Publisher
+from manyhats.adapters.store.upload import UploadSession, announced_digest, check_files
+
+
+class Registering:
+    """Registers what lies somewhere, or is uploaded. Safe in any thread.
+
+    Args:
+        sources: opens what is registered.
+        scratch: takes uploads.
+        publisher: makes valid versions known.
+        base: what adapters are checked against.
+        limits: how large an adapter may be.
+    """
+
+    def __init__(
+        self,
+        sources: AdapterSources,
+        scratch: Scratch,
+        publisher: Publisher,
+        base: BaseDescription | None,
+        limits: AdapterLimits,
+    ) -> None:
+        self._sources = sources
+        self._scratch = scratch
+        self._publisher = publisher
+        self._base = base
+        self._limits = limits
+        # One validation at a time bounds memory, and orders requests of one id. Nothing is downloaded under it.
+        self._lock = threading.Lock()
+
+    def register(
+        self, registration: Registration, probe: Probe | None, prepare: Prepare | None
+    ) -> Registered:
+        """Register what lies somewhere; see ``AdapterStore.register``."""
+        base = require_base(self._base)
+        if isinstance(registration.source, Files):
+            raise ArgumentInvalidError("files", "are sent in an upload")
+        self._check_count(registration.source)
+        if (answered := self._publisher.recall(registration)) is not None:
+            return answered
+        with contextlib.ExitStack() as opened:
+            directories = self._open(registration.source, opened)
+            return self._publish(registration, directories, base, probe, prepare)
+
+    def open_upload(self, registration: Registration) -> UploadSession:
+        """Begin to take files; see ``AdapterStore.open_upload``."""
+        base = require_base(self._base)
+        if not isinstance(registration.source, Files):
+            raise ArgumentInvalidError("files", "must be announced for an upload")
+        files = registration.source.files
+        check_files(files, self._limits)
+        digest = announced_digest(files)
+        if registration.expected_digest not in ("", digest):
+            raise DigestMismatchError("expected_digest", f"the files announced have the digest {digest}")
+        self._publisher.check_quotas(registration.task_id, digest, sum(file.size_bytes for file in files))
+
+        def publish(directory: SourceDirectory, probe: Probe | None, prepare: Prepare | None) -> Registered:
+            return self._publish(registration, [directory], base, probe, prepare)
+
+        return UploadSession(files, self._scratch.open(), publish)
+
+    def _publish(
+        self,
+        registration: Registration,
+        directories: Sequence[SourceDirectory],
+        base: BaseDescription,
+        probe: Probe | None,
+        prepare: Prepare | None,
+    ) -> Registered:
+        with self._lock:
+            if (answered := self._publisher.recall(registration)) is not None:
+                return answered
+            valid = validate(registration, directories, base, self._limits)
+            return self._publisher.publish(valid, registration, probe=probe, prepare=prepare)
+
+    def _check_count(self, source: Uri | Parts) -> None:
+        if isinstance(source, Parts) and len(source.parts) > self._limits.max_parts:
+            raise ArgumentInvalidError(
+                "parts", f"has {len(source.parts)} entries; the limit is {self._limits.max_parts}"
+            )
+
+    def _open(self, source: Uri | Parts, opened: contextlib.ExitStack) -> list[SourceDirectory]:
+        """Open what a source names, one directory for each part."""
+        if isinstance(source, Uri):
+            return [opened.enter_context(self._sources.open(source.uri))]
+        directories = []
+        for i, part in enumerate(source.parts):
+            try:
+                directories.append(opened.enter_context(self._sources.open(part.uri)))
+            except (SourceNotAllowedError, SourceNotFoundError, SourceUnavailableError) as error:
+                raise type(error)(f"{part_name(i)}.uri", error.description) from error
+            except AdapterError as error:
+                raise of_part(i, error) from error
+        return directories
+
+
+def require_base(base: BaseDescription | None) -> BaseDescription:
+    """The base that adapters are for.
+
+    Raises:
+        StoreConfigError: the store was opened without one.
+    """
+    if base is None:
+        raise StoreConfigError("base", "the store was opened without a base model")
+    return base

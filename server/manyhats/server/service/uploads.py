@@ -1,0 +1,108 @@
+"""Takes an upload: the header, then chunks, no faster than they can be written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar
+
+from manyhats.adapters.registration import Registered, Registration
+from manyhats.server.errors import UploadStalledError
+from manyhats.server.service.ports import UploadSession
+from manyhats.server.service.registrations import Registrar
+
+_STALL_LIMIT_S = 60.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of one of the files that were announced."""
+
+    file_index: int
+    offset: int
+    data: bytes
+
+
+class Upload(Protocol):
+    """What a caller sends, as it arrives."""
+
+    async def header(self) -> Registration:
+        """What is to be registered; asked for once, and first.
+
+        Raises:
+            FieldInvalidError: something else came.
+            AdapterError: a value is out of range.
+        """
+        ...
+
+    async def chunk(self) -> Chunk | None:
+        """The next piece; None at the end.
+
+        Raises:
+            FieldInvalidError: something else came.
+        """
+        ...
+
+
+async def take_upload(
+    upload: Upload,
+    registrar: Registrar,
+    accept: Callable[[], Awaitable[None]],
+    *,
+    stall_limit_s: float = _STALL_LIMIT_S,
+) -> Registered:
+    """Make a version of the files that arrive. However it ends, nothing else is left of them.
+
+    One piece is in memory at a time: the next is read when the one before is written, and so the caller is slowed down
+    to the disk's pace.
+
+    Args:
+        upload: what the caller sends.
+        registrar: opens the upload and finishes it.
+        accept: tells the caller that the header is taken.
+        stall_limit_s: how long to wait for a piece.
+
+    Raises:
+        FieldInvalidError: what came is not what must come there.
+        UploadStalledError: nothing came for too long.
+        AdapterError: the files are refused.
+    """
+    with registrar.counted_failures():
+        registration = await _within(stall_limit_s, upload.header())
+        opening = asyncio.ensure_future(registrar.open_upload(registration))
+    try:
+        with registrar.counted_failures():
+            session = await asyncio.shield(opening)
+            await accept()
+            await _take_chunks(upload, registrar, session, stall_limit_s)
+        # Shielded: what has begun to be published is carried through to engine and metrics.
+        return await asyncio.shield(registrar.finish_upload(session, registration))
+    finally:
+        await asyncio.shield(_end(opening, registrar))
+
+
+async def _take_chunks(
+    upload: Upload, registrar: Registrar, session: UploadSession, stall_limit_s: float
+) -> None:
+    while (chunk := await _within(stall_limit_s, upload.chunk())) is not None:
+        await registrar.run(partial(session.write, chunk.file_index, chunk.offset, chunk.data))
+
+
+async def _within(stall_limit_s: float, arrival: Awaitable[T]) -> T:
+    try:
+        async with asyncio.timeout(stall_limit_s):
+            return await arrival
+    except TimeoutError:
+        raise UploadStalledError(stall_limit_s) from None
+
+
+async def _end(opening: asyncio.Future[UploadSession], registrar: Registrar) -> None:
+    """Remove what is left of an upload, even of one that was given up while it was opened."""
+    with suppress(Exception):  # it was told to the caller
+        session = await opening
+        await registrar.run(session.abort)
