@@ -60,6 +60,14 @@ FORBIDDEN_IN_SERVER = {
 # What devices do knows no request, no sequence and no schedule.
 KNOWN_TO_BACKENDS = {"errors", "home", "output", "progress", "threads", "model", "backends"}
 
+# What does without torch, whose import takes seconds; a folder stands for all its files.
+WITHOUT_TORCH = """
+    adapters.errors adapters.artifact adapters.finish_rate adapters.limits adapters.quotas adapters.sites
+    adapters.labels adapters.taskid adapters.primitives adapters.method adapters.probe adapters.registration
+    engine.errors engine.home engine.output engine.progress engine.request engine.config engine.scheduling
+    server.access server.service server.grpc server.http
+"""
+
 
 def imported_modules(path: Path, *, at_run_time: bool = False) -> set[str]:
     """Modules and names that a file imports; with ``at_run_time``, not what is for the checker of types alone."""
@@ -120,6 +128,23 @@ def test_backends_know_no_schedule() -> None:
     for path in (PACKAGES["engine"] / "backends").rglob("*.py"):
         others = rooms_imported(path, "engine") - KNOWN_TO_BACKENDS
         assert not others, f"{path.relative_to(ROOT)} imports {others}"
+
+
+def test_words_and_ports_import_no_torch() -> None:
+    names = []
+    for short in WITHOUT_TORCH.split():
+        package, _, room = short.partition(".")
+        folder = PACKAGES[package] / room
+        files = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+        paths = (path.relative_to(PACKAGES[package].parent.parent).with_suffix("") for path in files)
+        names += [".".join(path.parts) for path in paths]
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+    subprocess.run([sys.executable, "-c", code, *names], check=True)
 
 
 @pytest.mark.parametrize("room", FORBIDDEN_IN_SERVER)

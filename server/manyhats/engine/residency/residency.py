@@ -8,13 +8,15 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
-from manyhats.engine.backends.backend import AdapterSlots
 from manyhats.engine.errors import AdapterCapacityError
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
+
+if TYPE_CHECKING:
+    from manyhats.engine.backends.backend import AdapterSlots
 
 LoadAdapter = Callable[[AdapterRecord], LoweredAdapter]
 """Reads an artifact and lowers it; may take long, and raises what makes it unfit."""

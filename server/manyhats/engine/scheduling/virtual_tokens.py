@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from manyhats.adapters.primitives import KVPrefix, PromptEmbeddings
 from manyhats.engine.scheduling.blocks import SharedPrefix
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLACEHOLDER_ID = 0
 """Stands in a sequence's token ids for a virtual token; it is never looked up."""
@@ -33,7 +34,7 @@ class VirtualTokens:
 
     def __post_init__(self) -> None:
         if isinstance(self.source, PromptEmbeddings):
-            self.embeddings = self.source.embeddings.to(torch.float32)
+            self.embeddings = self.source.embeddings.float()
 
     @property
     def num_tokens(self) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import ArgumentInvalidError
-from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.store.catalogue.page_token import decode_page_token, encode_page_token
 from manyhats.adapters.taskid import check_task_id
+
+if TYPE_CHECKING:
+    from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
