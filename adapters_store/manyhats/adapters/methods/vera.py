@@ -15,7 +15,8 @@ from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError
-from manyhats.adapters.formats.peft.fields import check_bias_field, check_fields, parse_flag, parse_rank
+from manyhats.adapters.formats.config_fields import parse_flag
+from manyhats.adapters.formats.peft.fields import check_bias_field, check_fields, parse_rank
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
 from manyhats.adapters.formats.peft.tensors import (
     Misfit,

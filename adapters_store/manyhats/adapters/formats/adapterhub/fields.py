@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, shown
+from manyhats.adapters.errors import AdapterInvalidError, shown
+from manyhats.adapters.formats.config_fields import parse_flag, refuse_fields
 
 _MAX_LAYERS = 4096
 _MAX_NUMBER = 1e6
@@ -23,12 +24,8 @@ def refuse_unserved(config: Mapping[str, Any], *, known: Collection[str], refuse
     Raises:
         AdapterUnsupportedError: names the field.
     """
-    for key, value in config.items():
-        if key in known or value is None or value is False or value in ("", [], {}):
-            continue
-        if key in refused:
-            raise AdapterUnsupportedError(key, f"asks for {refused[key]}, which is not served")
-        raise AdapterUnsupportedError(key, "is not a field this server knows; it may change the maths")
+    refusals = {field: f"asks for {what}, which is not served" for field, what in refused.items()}
+    refuse_fields(config, known, refusals)
 
 
 def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -37,10 +34,7 @@ def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
     Raises:
         AdapterInvalidError: it is another type.
     """
-    value = config.get(key, default)
-    if value is not None and not isinstance(value, bool):
-        raise AdapterInvalidError(key, "must be true or false")
-    return bool(value)
+    return parse_flag(key, config.get(key, default))
 
 
 def read_number(config: Mapping[str, Any], key: str, default: float) -> float:

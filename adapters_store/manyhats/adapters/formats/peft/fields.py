@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, shown
+from manyhats.adapters.errors import AdapterInvalidError, shown
+from manyhats.adapters.formats.config_fields import refuse_fields
 
 _MAX_ALPHA = 1e6
 
@@ -45,18 +46,8 @@ def check_fields(
     Raises:
         AdapterUnsupportedError: names the field.
     """
-    for field, value in config.items():
-        if field in own_fields or field in _HARMLESS or _is_blank(value):
-            continue
-        what = refused.get(field) or _REFUSED.get(field)
-        if what is not None:
-            raise AdapterUnsupportedError(field, f"asks for {what}")
-        raise AdapterUnsupportedError(field, "is not a field this server knows; it may change the maths")
-
-
-def _is_blank(value: Any) -> bool:
-    """Null, false or empty: the field is not in use."""
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+    refusals = {field: f"asks for {what}" for field, what in {**_REFUSED, **refused}.items()}
+    refuse_fields(config, _HARMLESS.union(own_fields), refusals)
 
 
 def check_bias_field(config: Mapping[str, Any], own_value: str) -> None:
@@ -81,10 +72,3 @@ def parse_alpha(field: str, value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _MAX_ALPHA:
         raise AdapterInvalidError(field, f"alpha is a number up to {_MAX_ALPHA:g}, not {shown(str(value))}")
     return float(value)
-
-
-def parse_flag(field: str, value: Any) -> bool:
-    """True or false; null is false."""
-    if not isinstance(value, bool | None):
-        raise AdapterInvalidError(field, "must be true or false")
-    return bool(value)

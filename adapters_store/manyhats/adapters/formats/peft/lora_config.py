@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, shown
+from manyhats.adapters.formats.config_fields import parse_flag
 from manyhats.adapters.formats.peft.fields import (
     check_bias_field,
     check_fields,
     parse_alpha,
-    parse_flag,
     parse_rank,
 )
 from manyhats.adapters.formats.peft.module_patterns import (

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, BaseMismatchError, shown
-from manyhats.adapters.formats.peft.fields import parse_flag
+from manyhats.adapters.formats.config_fields import parse_flag
 from manyhats.adapters.formats.peft.tensors import (
     EMBEDDING_MODULE,
     HEAD,
