@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
 from measure_structure import run_time_nodes
 
 ROOT = Path(__file__).parent.parent
