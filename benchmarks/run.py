@@ -43,7 +43,8 @@ from benchmarks.workload import (
 from manyhats.engine.checkpoints.checkpoint import read_json
 from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.home import default_home
-from manyhats.engine.model.families import describe, read_architecture
+from manyhats.engine.model.describe import describe
+from manyhats.engine.model.families.reading import read_family
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -118,14 +119,14 @@ def _subjects(text: str) -> tuple[str, ...]:
 def make_workload(model: str, settings: Settings, directory: Path, subjects: Sequence[str]) -> Workload:
     """Finds the model, and writes the adapters for it where a subject needs them."""
     located = locate_model(model, default_home())
-    config = read_architecture(read_json(located.directory / "config.json")).decoder
-    base = describe(config, names=located.names, digest="")
+    family = read_family(read_json(located.directory / "config.json"))
+    base = describe(family, names=located.names, digest="")
     return Workload(
         settings=settings,
         model=model,
         directory=located.directory,
-        vocab_size=config.vocab_size,
-        linear_parameters=config.num_layers * sum(d_in * d_out for d_in, d_out in base.linears.values()),
+        vocab_size=family.architecture.vocab_size,
+        linear_parameters=family.architecture.num_linear_parameters(),
         scratch=directory,
         adapters=make_adapters(directory / "adapters", base, _adapters(subjects), settings),
     )

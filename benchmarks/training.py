@@ -21,7 +21,7 @@ from benchmarks.worker import Worker
 from manyhats.engine.checkpoints.checkpoint import read_json
 from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.home import default_home
-from manyhats.engine.model.families import read_architecture
+from manyhats.engine.model.families.reading import read_family
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -118,11 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_workload(options: argparse.Namespace) -> TrainingWorkload:
     """Finds the model."""
     located = locate_model(options.model, default_home())
-    config = read_architecture(read_json(located.directory / "config.json")).decoder
+    architecture = read_family(read_json(located.directory / "config.json")).architecture
     workload = TrainingWorkload(
         model=options.model,
         directory=located.directory,
-        vocab_size=config.vocab_size,
+        vocab_size=architecture.vocab_size,
         threads=options.threads,
     )
     if options.quick:

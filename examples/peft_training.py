@@ -69,9 +69,9 @@ def _dense_model(base: LoadedModel) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     modules = dict(model.named_modules())
     for path, site in base.description.modules.items():
-        linear = dict(base.weights.layers[site.layer].linears()).get(site.name) if site.layer >= 0 else None
-        if linear is not None and isinstance(linear.weight, Nf4Weight):
-            modules[path].weight.data.copy_(linear.weight.dequantize())
+        linear = base.weights.blocks[site.layer].linears.get(site.name) if site.layer >= 0 else None
+        if linear is not None and isinstance(linear.matrix, Nf4Weight):
+            modules[path].weight.data.copy_(linear.matrix.dequantize())
     return model
 
 

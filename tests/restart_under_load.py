@@ -32,7 +32,8 @@ from manyhats.client import Client, ManyhatsError
 from manyhats.engine.checkpoints.checkpoint import read_json
 from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.home import default_home
-from manyhats.engine.model.families import describe, read_architecture
+from manyhats.engine.model.describe import describe
+from manyhats.engine.model.families.reading import read_family
 from support.factories.adapters import make_lora
 
 NUM_UPLOADERS = 4
@@ -284,8 +285,8 @@ def serve_command(file: Path, **settings: object) -> Sequence[str]:
 def describe_model(model: str) -> BaseDescription:
     """What adapters of a model must fit."""
     located = locate_model(model, default_home())
-    config = read_architecture(read_json(located.directory / "config.json")).decoder
-    return describe(config, names=located.names, digest="")
+    family = read_family(read_json(located.directory / "config.json"))
+    return describe(family, names=located.names, digest="")
 
 
 def main() -> None:

@@ -306,7 +306,7 @@ def test_lora_lowers_to_every_site(
     assert isinstance(settings, LoraSettings)
     deltas = [delta for delta in store.lower(records[name]).deltas if isinstance(delta, LowRank)]
     assert {(delta.site.layer, delta.site.name) for delta in deltas} == {
-        (layer, module) for layer in range(base.config.num_layers) for module in settings.target_modules
+        (layer, module) for layer in range(base.architecture.num_layers) for module in settings.target_modules
     }
     assert {delta.rank for delta in deltas} == {settings.rank}
 

@@ -296,7 +296,7 @@ def test_a_report_that_cannot_be_written_leaves_the_artifact(
 def test_a_base_that_changes_is_noticed(task: TinyTask) -> None:
     settings = task.without_evaluation(max_steps=1)
     base = load_base(settings.model, task.model)
-    norm = task.model.weights.norm
+    norm = task.model.weights.final_norm.weight
     with open_task(settings, base) as opened:
         opened.run.step()
         norm[0] += 1.0
@@ -358,10 +358,10 @@ def test_a_digest_knows_every_bit_of_the_base(task: TinyTask) -> None:
     weights = task.model.weights
     before = weights_digest(weights)
     assert before == weights_digest(weights)
-    linear = weights.layers[1].down_proj.weight
+    linear = weights.blocks[1].linears["down_proj"].matrix
     assert not isinstance(linear, torch.Tensor)
-    for tensor in (weights.embed_tokens, weights.layers[0].input_norm, linear.packed, linear.absmax):
-        assert tensor is not None
+    norm = weights.blocks[0].norms["attention_before"].weight
+    for tensor in (weights.embedding, norm, linear.packed, linear.absmax):
         flat = tensor.view(-1)
         kept = flat[0].clone()
         flat[0] = flat[0] + 1

@@ -157,16 +157,16 @@ def _describe(model: str) -> BaseDescription:
         from manyhats.engine.checkpoints.fetch import locate_model
         from manyhats.engine.errors import ModelError
         from manyhats.engine.home import default_home
-        from manyhats.engine.model.families import describe, read_architecture
+        from manyhats.engine.model.describe import describe
+        from manyhats.engine.model.families.reading import read_family
     try:
         located = locate_model(model, default_home())
-        architecture = read_architecture(read_json(located.directory / "config.json"))
+        family = read_family(read_json(located.directory / "config.json"))
         return describe(
-            architecture.decoder,
+            family,
             names=located.names,
             digest="",
-            modules=architecture.modules,
-            check_text=partial(_check_text, located.directory, architecture.decoder.vocab_size),
+            check_text=partial(_check_text, located.directory, family.architecture.vocab_size),
         )
     except (ModelError, OSError) as error:
         raise CommandError(str(error)) from error

@@ -118,22 +118,22 @@ def info(model: Source = DEFAULT_MODEL, home: Home = None, as_json: opt.Json = F
 def _describe(model: str, home: Path | None) -> ModelInfo:
     with needs_extra("server"):
         from manyhats.engine.checkpoints import checkpoint
-        from manyhats.engine.model.families import linear_shapes, read_architecture
+        from manyhats.engine.model.families.reading import read_family
     directory = _directory(model, home)
     raw_config = checkpoint.read_json(directory / "config.json")
-    architecture = read_architecture(raw_config)
-    config = architecture.decoder
-    num_parameters = sum(math.prod(shape) for shape in checkpoint.expected_shapes(architecture).values())
-    num_quantized = config.num_layers * sum(math.prod(shape) for shape in linear_shapes(config).values())
+    family = read_family(raw_config)
+    architecture = family.architecture
+    num_parameters = sum(math.prod(shape) for shape in checkpoint.expected_shapes(family).values())
+    num_quantized = architecture.num_linear_parameters()
     return ModelInfo(
         name=model,
         path=str(directory),
-        model_type=config.model_type,
+        model_type=architecture.model_type,
         num_parameters=num_parameters,
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        max_context_length=config.max_context_length,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        vocab_size=architecture.vocab_size,
+        max_context_length=architecture.max_context_length,
         quantization="nf4" if checkpoint.check_quantization_config(raw_config) else "none",
         size_bytes=sum(path.stat().st_size for path in checkpoint.weight_files(directory)),
         nf4_bytes=round(num_quantized * _NF4_BYTES_PER_PARAMETER + 2 * (num_parameters - num_quantized)),

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.scheduling.schedule import SchedulerConfig
 
 MIB = 2**20
@@ -95,16 +95,16 @@ def resolve(config: EngineConfig) -> EngineConfig:
     return replace(config, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
 
 
-def kv_bytes_per_token(decoder: DecoderConfig, itemsize: int) -> int:
+def kv_bytes_per_token(architecture: Architecture, itemsize: int) -> int:
     """Keys and values of one position in all layers, given the bytes per value."""
-    return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * itemsize
+    return 2 * architecture.num_layers * architecture.attention.key_size * itemsize
 
 
-def num_blocks_of(config: EngineConfig, decoder: DecoderConfig) -> int:
+def num_blocks_of(config: EngineConfig, architecture: Architecture) -> int:
     """Blocks that fit into ``kv_cache_bytes``, but no more than every sequence can use at full length."""
     itemsize = 4 if config.kv_cache_dtype == "float32" else 2
-    block_bytes = kv_bytes_per_token(decoder, itemsize) * config.block_size
-    most = config.max_num_sequences * -(-decoder.max_context_length // config.block_size)
+    block_bytes = kv_bytes_per_token(architecture, itemsize) * config.block_size
+    most = config.max_num_sequences * -(-architecture.max_context_length // config.block_size)
     num_blocks = min(config.kv_cache_bytes // block_bytes, most)
     if num_blocks < 1:
         raise FieldInvalidError("engine.kv_cache_bytes", f"must be at least one block of {block_bytes} bytes")

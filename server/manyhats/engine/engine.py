@@ -75,13 +75,13 @@ class AsyncEngine:
         self.model = model
         self.config = config
         self._kernels = CpuKernels(config.num_threads or None, is_exact=config.dtype == "float32")
-        self._decoder = Decoder(model.config, model.weights, self._kernels)
-        num_blocks = num_blocks_of(config, model.config)
+        self._decoder = Decoder(model.architecture, model.weights, self._kernels)
+        num_blocks = num_blocks_of(config, model.architecture)
         self._cache = self._kernels.new_cache(
-            model.config, num_blocks, config.block_size, config.kv_cache_dtype
+            model.architecture, num_blocks, config.block_size, config.kv_cache_dtype
         )
         self._probe_slot = config.max_loaded_adapters + 1  # after the base model's and the loaded adapters'
-        self._slots = self._kernels.new_slots(model.config, self._probe_slot + 1, config.dtype)
+        self._slots = self._kernels.new_slots(model.architecture, self._probe_slot + 1, config.dtype)
         self._engine = Engine(
             self._decoder,
             self._cache,
@@ -92,13 +92,13 @@ class AsyncEngine:
             scheduler=config.scheduler,
         )
         capacity = num_blocks * config.block_size
-        self.max_context_length = min(model.config.max_context_length, capacity)
+        self.max_context_length = min(model.architecture.max_context_length, capacity)
         self._serving = ServingModel(
             base_digest=model.description.digest,
             tokenizer=model.tokenizer,
             eos_token_ids=model.generation.eos_token_ids,
             max_context_length=self.max_context_length,
-            vocab_size=model.config.vocab_size,
+            vocab_size=model.architecture.vocab_size,
         )
         self._on_step = on_step
         self._thread = EngineThread(
@@ -126,8 +126,8 @@ class AsyncEngine:
             self._jobs,
             self._slots,
             self._probe_slot,
-            prompt=probe_prompt(self.model.tokenizer, self.model.config.vocab_size),
-            embeddings=self.model.weights.embed_tokens,
+            prompt=probe_prompt(self.model.tokenizer, self.model.architecture.vocab_size),
+            embeddings=self.model.weights.embedding,
             max_context_length=self.max_context_length,
         )
 

@@ -17,7 +17,8 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.sites import BaseDescription
-from manyhats.engine.model.families import describe, read_architecture
+from manyhats.engine.model.describe import describe
+from manyhats.engine.model.families.reading import read_family
 from support.factories.default_model import default_model_directory
 from support.oracles.golden import ADAPTERHUB_FIXTURES, GOLDEN, adapterhub_directory, needs_golden
 from support.oracles.primitives import logits_with
@@ -41,7 +42,7 @@ def model() -> Any:
 def base() -> BaseDescription:
     config = json.loads((default_model_directory() / "config.json").read_text())
     return describe(
-        read_architecture(config).decoder,
+        read_family(config),
         names=["HuggingFaceTB/SmolLM2-135M-Instruct"],
         digest="sha256:" + "0" * 64,
     )

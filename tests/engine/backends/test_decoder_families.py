@@ -138,7 +138,9 @@ def test_longrope_past_the_trained_length_takes_the_long_factors(tmp_path: Path)
         tmp_path / "model", seed=4, rope=LONGROPE, original_max_position_embeddings=32, **PHI3
     )
     model = load_tiny(checkpoint)
-    assert model.config.rope.attention_scaling > 1
+    rope = model.architecture.attention.rope
+    assert rope is not None
+    assert rope.attention_scaling > 1
     # transformers takes the long factors for a text that is longer than the trained length.
     prompts = [Prompt(random_ids(length, length, TINY_VOCAB_SIZE), new_tokens=4) for length in (40, 70)]
     assert_equals(Runner(model).run(prompts, all_logits=True), load_transformers(checkpoint))
@@ -236,6 +238,6 @@ def test_bfloat16_storage_stays_near_and_keeps_the_invariant(family: str, tmp_pa
 def test_gemma_s_embedding_scale_is_rounded_to_the_dtype_of_the_embedding(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "model", "gemma2", hidden_size=96, heads=6, kv_heads=2)
     exact, rounded = load_tiny(checkpoint), load_tiny(checkpoint, dtype=torch.bfloat16)
-    assert exact.config.embedding_scale == float(torch.tensor(96**0.5))
-    assert rounded.config.embedding_scale == float(torch.tensor(96**0.5).bfloat16())
-    assert rounded.description.embedding_scale == rounded.config.embedding_scale
+    assert exact.architecture.embedding.scale == float(torch.tensor(96**0.5))
+    assert rounded.architecture.embedding.scale == float(torch.tensor(96**0.5).bfloat16())
+    assert rounded.description.embedding_scale == rounded.architecture.embedding.scale

@@ -155,8 +155,7 @@ def test_a_model_is_what_its_bytes_say(llama: Path) -> None:
         return decoder.linear_bytes, decoder.embedding_bytes
 
     model = load_tiny(llama)
-    linears = [linear for layer in model.weights.layers for _, linear in layer.linears()]
-    num_linear = sum(linear.in_features * linear.out_features for linear in linears)
+    num_linear = sum(linear.in_features * linear.out_features for linear in model.weights.linears())
     dense, embeddings = bytes_of(model)
     assert 4 * num_linear <= dense <= 4 * num_linear * 1.05
     assert embeddings >= 2 * 4 * TINY_VOCAB_SIZE * 64

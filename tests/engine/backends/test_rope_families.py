@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 from manyhats.engine.backends.rotary import RotaryTables
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.config import NO_ROPE, DecoderConfig, RopeConfig
-from manyhats.engine.model.families import read_architecture
+from manyhats.engine.model.architecture import Architecture, Rope
+from manyhats.engine.model.families.reading import read_family
 
 TINY: dict[str, Any] = {
     "vocab_size": 320,
@@ -23,6 +23,7 @@ TINY: dict[str, Any] = {
     "intermediate_size": 128,
     "max_position_embeddings": 512,
 }
+NO_ROPE = Rope(())
 LONG = {
     "type": "longrope",
     "short_factor": [1.0 + 0.1 * i for i in range(12)],
@@ -30,8 +31,13 @@ LONG = {
 }
 
 
-def decoder_of(family: str, length: int | None = None, **fields: Any) -> DecoderConfig:
-    return read_architecture({**TINY, "model_type": family, **fields}, length).decoder
+def decoder_of(family: str, length: int | None = None, **fields: Any) -> Architecture:
+    return read_family({**TINY, "model_type": family, **fields}, length).architecture
+
+
+def ropes_of(architecture: Architecture) -> list[Rope]:
+    """Of each layer; one without frequencies where there is none."""
+    return [block.attention.rope or NO_ROPE for block in architecture.blocks]
 
 
 def rotary_of(family: str, module: str, **fields: Any) -> Any:
@@ -68,7 +74,7 @@ def test_gemma3_has_one_rope_for_each_kind_of_layer(fields: dict[str, Any]) -> N
     common = {"head_dim": 32, "sliding_window_pattern": 2}
     ours = decoder_of("gemma3_text", **common, **fields)
     theirs = rotary_of("gemma3_text", "gemma3", **common, **{k: _copy(v) for k, v in fields.items()})
-    local, wide, *again = (torch.tensor(rope.inv_freq) for rope in ours.ropes)
+    local, wide, *again = (torch.tensor(rope.inv_freq) for rope in ropes_of(ours))
     assert torch.equal(local, theirs.sliding_attention_inv_freq)
     assert torch.equal(wide, theirs.full_attention_inv_freq)
     assert not torch.equal(local, wide)
@@ -91,14 +97,16 @@ def test_gemma3_is_limited_by_the_rope_that_reaches_least() -> None:
 @pytest.mark.parametrize(("length", "factors"), [(64, "short_factor"), (65, "long_factor")])
 def test_phi3_rotates_part_of_the_head_by_the_factors_of_its_length(length: int, factors: str) -> None:
     fields: dict[str, Any] = {"original_max_position_embeddings": 64, "partial_rotary_factor": 0.75}
-    ours = decoder_of("phi3", length, rope_scaling=LONG, **fields).rope
+    ours = decoder_of("phi3", length, rope_scaling=LONG, **fields)
+    rope = ours.blocks[0].attention.rope
+    assert rope is not None
     theirs = rotary_of("phi3", "phi3", rope_scaling=_copy(LONG), **fields)
     theirs(torch.zeros(1), torch.arange(length)[None])
-    assert ours.rotary_dim == 24
-    assert torch.equal(torch.tensor(ours.inv_freq), theirs.inv_freq)
-    assert ours.attention_scaling == pytest.approx(theirs.attention_scaling)
+    assert rope.rotary_dim == 24
+    assert torch.equal(torch.tensor(rope.inv_freq), theirs.inv_freq)
+    assert rope.attention_scaling == pytest.approx(theirs.attention_scaling)
     plain = 1e4 ** -(torch.arange(12) / 12)
-    torch.testing.assert_close(torch.tensor(ours.inv_freq) * torch.tensor(LONG[factors]), plain)
+    torch.testing.assert_close(torch.tensor(rope.inv_freq) * torch.tensor(LONG[factors]), plain)
 
 
 @pytest.mark.parametrize("kind", ["su", "yarn"])
@@ -110,11 +118,11 @@ def test_phi3_s_older_names_for_longrope_mean_longrope(kind: str) -> None:
 
 def test_smollm3_has_layers_without_rope() -> None:
     ours = decoder_of("smollm3")
-    rope = RopeConfig(tuple(rotary_of("smollm3", "smollm3").inv_freq.tolist()))
-    assert ours.ropes == (rope, rope, rope, NO_ROPE)
-    assert decoder_of("smollm3", no_rope_layers=[0, 1, 1, 0]).ropes == (NO_ROPE, rope, rope, NO_ROPE)
-    assert decoder_of("smollm3", no_rope_layers=[0] * 4).ropes == (NO_ROPE,) * 4
-    assert decoder_of("smollm3", no_rope_layers=[1] * 4).layer_ropes == ()
+    rope = Rope(tuple(rotary_of("smollm3", "smollm3").inv_freq.tolist()))
+    assert ropes_of(ours) == [rope, rope, rope, NO_ROPE]
+    assert ropes_of(decoder_of("smollm3", no_rope_layers=[0, 1, 1, 0])) == [NO_ROPE, rope, rope, NO_ROPE]
+    assert ropes_of(decoder_of("smollm3", no_rope_layers=[0] * 4)) == [NO_ROPE] * 4
+    assert ropes_of(decoder_of("smollm3", no_rope_layers=[1] * 4)) == [rope] * 4
 
 
 def test_layers_of_one_kind_share_a_table_and_those_without_rope_have_an_empty_one() -> None:

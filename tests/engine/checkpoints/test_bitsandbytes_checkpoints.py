@@ -123,11 +123,11 @@ def test_fp4_is_refused_with_the_flag_that_serves_it(tmp_path: Path) -> None:
 
 def test_linears_that_the_checkpoint_keeps_dense_stay_dense(tmp_path: Path) -> None:
     save_quantized(tmp_path, Packing(skip=MIXED))
-    first, second = load_tiny(tmp_path / "saved", "nf4").weights.layers
-    assert isinstance(first.q_proj.weight, Nf4Weight)
-    assert isinstance(first.k_proj.weight, Tensor)
-    assert isinstance(second.gate_proj.weight, Tensor)
-    assert isinstance(second.up_proj.weight, Nf4Weight)
+    first, second = load_tiny(tmp_path / "saved", "nf4").weights.blocks
+    assert isinstance(first.linears["q_proj"].matrix, Nf4Weight)
+    assert isinstance(first.linears["k_proj"].matrix, Tensor)
+    assert isinstance(second.linears["gate_proj"].matrix, Tensor)
+    assert isinstance(second.linears["up_proj"].matrix, Nf4Weight)
 
 
 def test_a_config_that_says_nf4_of_dense_weights_is_refused(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_the_kernels_multiply_plain_nested_and_dense_parts_side_by_side(rows: in
     parts = [Linear(plain), Linear(nested), *([Linear(dense)] if with_dense else [])]
     x = torch.randn(rows, 128, generator=generator)
     kernels = CpuKernels(num_threads=1)
-    matrices = [p.weight.dequantize() if isinstance(p.weight, Nf4Weight) else p.weight.float() for p in parts]
+    matrices = [p.matrix.dequantize() if isinstance(p.matrix, Nf4Weight) else p.matrix.float() for p in parts]
     expected = x.double() @ torch.cat(matrices).double().T
     together = kernels.linear(x, kernels.pack(parts))
     torch.testing.assert_close(together.double(), expected, atol=1e-4, rtol=1e-5)

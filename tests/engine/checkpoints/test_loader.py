@@ -47,7 +47,7 @@ def forbid_quantizing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def first_matrix(model: LoadedModel) -> torch.Tensor:
-    weight = model.weights.layers[0].q_proj.weight
+    weight = model.weights.blocks[0].linears["q_proj"].matrix
     assert isinstance(weight, Nf4Weight)
     return weight.dequantize()
 
@@ -140,7 +140,7 @@ def test_nf4_checkpoint_loads_directly(tiny: Path, tmp_path: Path, monkeypatch: 
     assert torch.equal(first_matrix(nf4), first_matrix(first))
     assert not (tmp_path / "other" / "nf4").exists()
     dense = load(entry, tmp_path / "other", quantization="none")
-    assert torch.equal(dense.weights.layers[0].q_proj.weight, first_matrix(first))  # type: ignore[arg-type]
+    assert torch.equal(dense.weights.blocks[0].linears["q_proj"].matrix, first_matrix(first))  # type: ignore[arg-type]
 
 
 def test_quantization_is_part_of_the_digest(tiny: Path, tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ def test_embedding_has_the_dtype_asked_for_and_linears_stay_nf4(
     tiny: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     weights = load(tiny, tmp_path / "home", dtype=dtype).weights
-    assert weights.embed_tokens.dtype is dtype
-    assert isinstance(weights.layers[1].down_proj.weight, Nf4Weight)
+    assert weights.embedding.dtype is dtype
+    assert isinstance(weights.blocks[1].linears["down_proj"].matrix, Nf4Weight)
 
 
 def test_other_dtypes_are_refused(tiny: Path, tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_names_are_those_given_the_path_and_the_recorded_hub_id(tiny: Path, tmp_
 
 
 def test_max_context_length_is_the_callers_or_the_models(tiny: Path, tmp_path: Path) -> None:
-    assert load(tiny, tmp_path / "home").config.max_context_length == 512
-    assert load(tiny, tmp_path / "home", max_context_length=100).config.max_context_length == 100
+    assert load(tiny, tmp_path / "home").architecture.max_context_length == 512
+    assert load(tiny, tmp_path / "home", max_context_length=100).architecture.max_context_length == 100
     with pytest.raises(ModelError, match="max_context_length"):
         load(tiny, tmp_path / "home", max_context_length=513)
 
@@ -279,9 +279,9 @@ def test_default_model_in_nf4_has_the_golden_codes() -> None:
     assert model.generation.eos_token_ids == {2}
     assert model.description.names >= {DEFAULT_MODEL, "HuggingFaceTB/SmolLM2-135M-Instruct"}
     num_bytes = num_values = 0
-    for index, layer in enumerate(model.weights.layers):
-        for (name, linear), path in zip(layer.linears(), _paths(index), strict=True):
-            weight = linear.weight
+    for index, layer in enumerate(model.weights.blocks):
+        for (name, linear), path in zip(layer.linears.items(), _paths(index), strict=True):
+            weight = linear.matrix
             assert isinstance(weight, Nf4Weight), name
             expected = golden[path]["nf4_packed"]
             assert hashlib.sha256(weight.packed.numpy().tobytes()).hexdigest() == expected, path

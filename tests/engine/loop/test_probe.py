@@ -192,7 +192,7 @@ async def test_an_adapter_that_changes_nothing_has_exactly_no_effect_beside_othe
 
 async def test_rows_equal_to_the_base_s_have_no_effect(model: LoadedModel) -> None:
     ids = torch.tensor([300, 9])
-    rows = model.weights.embed_tokens[ids].clone()
+    rows = model.weights.embedding[ids].clone()
     async with running_engine(model) as engine:
         assert await probe(engine, lowered("rows", EmbeddingRows(ids, rows), HeadRows(ids, rows))) == 0.0
 
@@ -230,7 +230,7 @@ async def test_every_method_s_effect_is_what_the_oracle_s_logits_give(
             adapter = read_lora(make(tmp_path / name, model.description), model.description)
             ids = (
                 *probe_prompt(model.tokenizer, TINY_VOCAB_SIZE),
-                *changed_tokens(adapter.deltas, model.weights.embed_tokens, 4),
+                *changed_tokens(adapter.deltas, model.weights.embedding, 4),
             )
             logits = [logits_with(oracle, a, ids) for a in (lowered("base"), adapter)]
             change = (logits[1].double().log_softmax(-1) - logits[0].double().log_softmax(-1)).abs()
@@ -245,7 +245,7 @@ async def test_one_trained_token_shows_wherever_it_is(model: LoadedModel, token:
     a = torch.zeros(TINY_VOCAB_SIZE, 4)
     a[token] = 0.5
     low_rank = lowered("one of all", EmbeddingLowRank(a, normal(7, HIDDEN, 4), 1.0))
-    rows = model.weights.embed_tokens.clone()
+    rows = model.weights.embedding.clone()
     rows[token] += 0.1
     replaced = lowered("rows", EmbeddingRows(torch.arange(TINY_VOCAB_SIZE), rows))
     head = lowered("head", HeadRows(torch.tensor([token]), normal(8, 1, HIDDEN)))

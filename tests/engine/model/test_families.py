@@ -7,11 +7,9 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from manyhats.adapters.sites import Site
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.families import describe, read_architecture
-from manyhats.engine.model.known_families import FAMILIES
-from manyhats.engine.model.weights import LINEAR_NAMES
+from manyhats.engine.model.architecture import Architecture, Rope
+from manyhats.engine.model.families.reading import FAMILIES, read_family
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -23,6 +21,8 @@ TINY: dict[str, Any] = {
     "intermediate_size": 128,
     "max_position_embeddings": 512,
 }
+
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 5e5},
@@ -53,42 +53,67 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
+def read(config: dict[str, Any], length: int | None = None) -> Architecture:
+    return read_family(config, length).architecture
+
+
+def rope_of(config: dict[str, Any], length: int | None = None) -> Rope:
+    rope = read(config, length).attention.rope
+    assert rope is not None
+    return rope
+
+
+def windows_of(config: dict[str, Any], length: int | None = None) -> tuple[int | None, ...]:
+    return tuple(block.attention.window for block in read(config, length).blocks)
+
+
+def biased(config: dict[str, Any]) -> set[str]:
+    return {linear.name for linear in read(config).blocks[0].linears() if linear.has_bias}
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_fields_left_out_have_the_defaults_of_transformers(family: str) -> None:
     theirs: Any = AutoConfig.for_model(family)
-    architecture = read_architecture({"model_type": family})
-    ours = architecture.decoder
+    ours = read({"model_type": family})
     assert ours.vocab_size == theirs.vocab_size
     assert ours.hidden_size == theirs.hidden_size
     assert ours.num_layers == theirs.num_hidden_layers
-    assert ours.num_heads == theirs.num_attention_heads
-    assert ours.num_kv_heads == theirs.num_key_value_heads
-    assert ours.intermediate_size == theirs.intermediate_size
-    assert ours.norm_eps == theirs.rms_norm_eps
-    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.final_norm.eps == theirs.rms_norm_eps
+    assert ours.head.is_tied == theirs.tie_word_embeddings
     assert ours.max_context_length == theirs.max_position_embeddings
-    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-    assert ours.head_dim == head_dim
-    activation = getattr(theirs, "hidden_activation", None) or theirs.hidden_act
-    assert ours.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[activation]
-    scalar = getattr(theirs, "query_pre_attn_scalar", head_dim)
-    assert ours.attention_scale == pytest.approx(getattr(theirs, "attention_multiplier", scalar**-0.5))
     scale = ours.hidden_size**0.5 if family.startswith("gemma") else 1.0
-    assert ours.embedding_scale == getattr(theirs, "embedding_multiplier", scale)
-    assert ours.residual_scale == getattr(theirs, "residual_multiplier", 1.0)
-    assert ours.logit_divisor == getattr(theirs, "logits_scaling", 1.0)
-    assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
-    assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
+    assert ours.embedding.scale == getattr(theirs, "embedding_multiplier", scale)
+    assert ours.head.divisor == getattr(theirs, "logits_scaling", 1.0)
+    assert ours.head.softcap == getattr(theirs, "final_logit_softcapping", None)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_fields_of_a_block_that_are_left_out_have_the_defaults_of_transformers(family: str) -> None:
+    theirs: Any = AutoConfig.for_model(family)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    scalar = getattr(theirs, "query_pre_attn_scalar", head_dim)
+    for ours in read({"model_type": family}).blocks:
+        assert ours.attention.num_heads == theirs.num_attention_heads
+        assert ours.attention.num_kv_heads == theirs.num_key_value_heads
+        assert ours.attention.head_dim == head_dim
+        scale = getattr(theirs, "attention_multiplier", scalar**-0.5)
+        assert ours.attention.scale == pytest.approx(scale)
+        assert ours.attention.softcap == getattr(theirs, "attn_logit_softcapping", None)
+        assert ours.feed_forward.width == theirs.intermediate_size
+        activation = getattr(theirs, "hidden_activation", None) or theirs.hidden_act
+        assert ours.feed_forward.activation == activation
+        assert ours.residual_scale == getattr(theirs, "residual_multiplier", 1.0)
+        assert {shape.norm.eps for shape in ours.norms()} == {theirs.rms_norm_eps}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_windows_left_out_are_those_of_transformers(family: str) -> None:
     theirs: Any = AutoConfig.for_model(family)
-    ours = read_architecture({"model_type": family}).decoder
+    ours = windows_of({"model_type": family})
     window = getattr(theirs, "sliding_window", None)
     kinds = getattr(theirs, "layer_types", None)
-    slides = [kinds is None or kind == "sliding_attention" for kind in kinds or [None] * ours.num_layers]
-    assert ours.sliding_window == tuple(window if slide else None for slide in slides)
+    slides = [kinds is None or kind == "sliding_attention" for kind in kinds or [None] * len(ours)]
+    assert ours == tuple(window if slide else None for slide in slides)
 
 
 @pytest.mark.parametrize("kind", sorted(ROPES))
@@ -98,7 +123,7 @@ def test_frequencies_equal_those_of_transformers(kind: str) -> None:
     theirs = LlamaRotaryEmbedding(config)
     # longrope: transformers starts with the short factors, which hold up to the trained length.
     length = 128 if kind == "longrope" else None
-    ours = read_architecture(raw, length).decoder.rope
+    ours = rope_of(raw, length)
     assert torch.equal(torch.tensor(ours.inv_freq), theirs.inv_freq)
     assert ours.attention_scaling == theirs.attention_scaling
     assert ours.rotary_dim == 16
@@ -109,110 +134,110 @@ def test_longrope_beyond_the_trained_length_takes_the_long_factors() -> None:
     config: Any = AutoConfig.for_model(**{**raw, "rope_parameters": dict(ROPES["longrope"])})
     theirs = LlamaRotaryEmbedding(config)
     theirs(torch.zeros(1), torch.arange(129)[None])
-    assert torch.equal(torch.tensor(read_architecture(raw, 129).decoder.rope.inv_freq), theirs.inv_freq)
+    assert torch.equal(torch.tensor(rope_of(raw, 129).inv_freq), theirs.inv_freq)
 
 
 def test_older_spelling_of_rope_is_read_like_the_newer() -> None:
     llama3 = ROPES["llama3"]
     older = {k: v for k, v in llama3.items() if k not in ("rope_theta", "rope_type")}
     raw = {**TINY, "rope_theta": llama3["rope_theta"], "rope_scaling": {**older, "type": "llama3"}}
-    assert read_architecture(raw).decoder == read_architecture({**TINY, "rope_parameters": llama3}).decoder
+    assert read(raw) == read({**TINY, "rope_parameters": llama3})
 
 
 def test_dynamic_rope_is_refused_past_the_length_it_is_exact_for() -> None:
     raw = {**TINY, "rope_parameters": ROPES["dynamic"]}
-    assert read_architecture(raw).decoder.max_context_length == 512
+    assert read(raw).max_context_length == 512
     with pytest.raises(ModelError, match=r"max_context_length 513 is outside \[1, 512\]"):
-        read_architecture(raw, 513)
+        read_family(raw, 513)
 
 
 def test_yarn_serves_the_stretched_length_when_asked() -> None:
     yarn = {**ROPES["yarn"], "original_max_position_embeddings": 512}
     raw = {**TINY, "rope_parameters": yarn}
-    assert read_architecture(raw).decoder.max_context_length == 512
-    assert read_architecture(raw, 2048).decoder.max_context_length == 2048
+    assert read(raw).max_context_length == 512
+    assert read(raw, 2048).max_context_length == 2048
     with pytest.raises(ModelError, match="max_context_length 2049"):
-        read_architecture(raw, 2049)
+        read_family(raw, 2049)
 
 
 def test_head_dim_may_be_explicit() -> None:
-    decoder = read_architecture({**TINY, "head_dim": 32}).decoder
-    assert decoder.head_dim == 32
-    assert decoder.attention_scale == pytest.approx(32**-0.5)
-    assert read_architecture(TINY).decoder.head_dim == 16
+    attention = read({**TINY, "head_dim": 32}).attention
+    assert attention.head_dim == 32
+    assert attention.scale == pytest.approx(32**-0.5)
+    assert read(TINY).attention.head_dim == 16
 
 
 def test_mistral_window_covers_all_layers_unless_no_context_reaches_it() -> None:
     raw = {**TINY, "model_type": "mistral", "sliding_window": 100}
-    assert read_architecture(raw).decoder.sliding_window == (100, 100, 100)
-    assert read_architecture(raw, 100).decoder.sliding_window == (None, None, None)
-    assert read_architecture({**raw, "sliding_window": None}).decoder.sliding_window == (None, None, None)
+    assert windows_of(raw) == (100, 100, 100)
+    assert windows_of(raw, 100) == (None, None, None)
+    assert windows_of({**raw, "sliding_window": None}) == (None, None, None)
 
 
 def test_qwen2_windows_follow_layer_types_and_max_window_layers() -> None:
     raw = {**TINY, "model_type": "qwen2", "sliding_window": 100, "max_window_layers": 2}
-    assert read_architecture(raw).decoder.sliding_window == (None, None, None)
+    assert windows_of(raw) == (None, None, None)
     raw["use_sliding_window"] = True
-    assert read_architecture(raw).decoder.sliding_window == (None, None, 100)
+    assert windows_of(raw) == (None, None, 100)
     raw["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
-    assert read_architecture(raw).decoder.sliding_window == (100, None, None)
+    assert windows_of(raw) == (100, None, None)
 
 
 def test_biases_are_the_familys() -> None:
-    assert read_architecture(TINY).biased == frozenset()
-    assert read_architecture({**TINY, "attention_bias": True}).biased == {
+    assert biased(TINY) == set()
+    assert biased({**TINY, "attention_bias": True}) == {
         "q_proj",
         "k_proj",
         "v_proj",
         "o_proj",
     }
-    assert read_architecture({**TINY, "mlp_bias": True}).biased == {"gate_proj", "up_proj", "down_proj"}
-    assert read_architecture({**TINY, "model_type": "qwen2"}).biased == {"q_proj", "k_proj", "v_proj"}
+    assert biased({**TINY, "mlp_bias": True}) == {"gate_proj", "up_proj", "down_proj"}
+    assert biased({**TINY, "model_type": "qwen2"}) == {"q_proj", "k_proj", "v_proj"}
 
 
 @pytest.mark.parametrize(
-    ("family", "biased"),
+    ("family", "names"),
     [
         ("qwen3", {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ("gemma2", {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ("olmo2", {"q_proj", "k_proj", "v_proj", "o_proj"}),
-        ("granite", set(LINEAR_NAMES)),
-        ("smollm3", set(LINEAR_NAMES)),
+        ("granite", LINEARS),
+        ("smollm3", LINEARS),
         ("phi3", set()),
     ],
 )
-def test_bias_fields_count_where_the_family_has_them(family: str, biased: set[str]) -> None:
+def test_bias_fields_count_where_the_family_has_them(family: str, names: set[str]) -> None:
     raw = {**TINY, "model_type": family, "attention_bias": True, "mlp_bias": True}
-    assert read_architecture(raw).biased == biased
+    assert biased(raw) == names
 
 
 def test_gemma2_slides_in_every_other_layer_from_the_first() -> None:
     raw = {**TINY, "model_type": "gemma2", "sliding_window": 100}
-    assert read_architecture(raw).decoder.sliding_window == (100, None, 100)
+    assert windows_of(raw) == (100, None, 100)
     raw["layer_types"] = ["full_attention", "full_attention", "sliding_attention"]
-    assert read_architecture(raw).decoder.sliding_window == (None, None, 100)
+    assert windows_of(raw) == (None, None, 100)
 
 
 def test_norms_are_named_by_what_they_do() -> None:
     llama, gemma, olmo = (
-        read_architecture({**TINY, "model_type": family}) for family in ("llama", "gemma3_text", "olmo2")
+        read_family({**TINY, "model_type": family}).layout for family in ("llama", "gemma3_text", "olmo2")
     )
-    assert llama.norms["post_attention_norm"] == "post_attention_layernorm"
-    assert gemma.norms["post_attention_norm"] == "pre_feedforward_layernorm"
-    assert gemma.norms["attention_output_norm"] == "post_attention_layernorm"
-    assert gemma.norms["q_norm"] == "self_attn.q_norm"
+    assert llama.norms["feed_forward_before"] == "post_attention_layernorm"
+    assert gemma.norms["feed_forward_before"] == "pre_feedforward_layernorm"
+    assert gemma.norms["attention_output"] == "post_attention_layernorm"
+    assert gemma.norms["query"] == "self_attn.q_norm"
     assert gemma.norm_offset == 1.0
-    assert "input_norm" not in olmo.norms
+    assert "attention_before" not in olmo.norms
 
 
 def test_unsupported_model_type_names_those_that_work() -> None:
     known = ", ".join(sorted(FAMILIES))
     with pytest.raises(ModelError, match=f"'falcon' is not supported; these are: {known}"):
-        read_architecture({**TINY, "model_type": "falcon"})
+        read_family({**TINY, "model_type": "falcon"})
     with pytest.raises(
         ModelError, match="'gemma3' is not supported; of gemma3 the text model alone, gemma3_text"
     ):
-        read_architecture({"model_type": "gemma3", "text_config": {}})
+        read_family({"model_type": "gemma3", "text_config": {}})
 
 
 @pytest.mark.parametrize(
@@ -244,49 +269,10 @@ def test_unsupported_model_type_names_those_that_work() -> None:
 )
 def test_config_that_cannot_be_served_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        read_architecture({**TINY, **fields})
+        read_family({**TINY, **fields})
 
 
 @pytest.mark.parametrize("length", [0, -1, 513])
 def test_context_length_outside_the_model_is_refused(length: int) -> None:
     with pytest.raises(ModelError, match="max_context_length"):
-        read_architecture(TINY, length)
-
-
-def test_description_names_every_linear_as_a_site() -> None:
-    decoder = read_architecture({**TINY, "head_dim": 32}).decoder
-    description = describe(decoder, names=["tiny"], digest="sha256:00")
-    assert description.linears["q_proj"] == (64, 128)
-    assert description.linears["k_proj"] == (64, 64)
-    assert description.linears["o_proj"] == (128, 64)
-    assert description.linears["down_proj"] == (128, 64)
-    assert len(description.modules) == 3 * 7 + 2
-    assert description.modules["model.embed_tokens"] == Site(-1, "embed_tokens")
-    assert description.modules["lm_head"] == Site(-1, "lm_head")
-    assert set(description.linears) == set(LINEAR_NAMES)
-    assert (description.num_kv_heads, description.head_dim, description.is_tied) == (2, 32, False)
-    assert not description.fused_modules
-    assert description.modules["model.layers.2.mlp.up_proj"] == Site(2, "up_proj")
-    assert description.names == {"tiny"}
-    assert (description.num_layers, description.hidden_size, description.vocab_size) == (3, 64, 320)
-
-
-def test_description_of_fused_modules_names_their_parts_in_row_order() -> None:
-    architecture = read_architecture({**TINY, "model_type": "phi3"})
-    description = describe(architecture.decoder, names=[], digest="sha256:00", modules=architecture.modules)
-    assert description.fused_modules["model.layers.1.self_attn.qkv_proj"] == (
-        Site(1, "q_proj"),
-        Site(1, "k_proj"),
-        Site(1, "v_proj"),
-    )
-    assert description.fused_modules["model.layers.0.mlp.gate_up_proj"] == (
-        Site(0, "gate_proj"),
-        Site(0, "up_proj"),
-    )
-    assert "model.layers.0.self_attn.q_proj" not in description.modules
-    assert description.modules["model.layers.0.self_attn.o_proj"] == Site(0, "o_proj")
-
-
-def test_description_has_the_embedding_s_multiplier() -> None:
-    granite = read_architecture({**TINY, "model_type": "granite", "embedding_multiplier": 12}).decoder
-    assert describe(granite, names=[], digest="sha256:00").embedding_scale == 12.0
+        read_family(TINY, length)

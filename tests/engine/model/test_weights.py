@@ -19,9 +19,10 @@ from manyhats.engine.checkpoints.checkpoint import (
 )
 from manyhats.engine.checkpoints.nf4_cache import quantize_checkpoint
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.families import Architecture, read_architecture
+from manyhats.engine.model.families.reading import read_family
+from manyhats.engine.model.layout import Family
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.engine.model.weights import LINEAR_NAMES, ModelWeights
+from manyhats.engine.model.weights import Linear, Weights
 from manyhats.engine.progress import no_progress
 from support.factories.tiny_models import make_checkpoint
 
@@ -31,14 +32,19 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("llama") / "m", "llama", dtype=torch.bfloat16)
 
 
-def architecture_of(directory: Path) -> Architecture:
-    return read_architecture(read_json(directory / "config.json"))
+def family_of(directory: Path) -> Family:
+    return read_family(read_json(directory / "config.json"))
 
 
-def read(directory: Path, dtype: torch.dtype = torch.float32) -> ModelWeights:
-    architecture, tensors = architecture_of(directory), SafetensorsDirectory(directory)
-    check_tensors(tensors, architecture)
-    return assemble_weights(tensors, architecture, dtype=dtype, keep_nf4=False, progress=no_progress)
+def read(directory: Path, dtype: torch.dtype = torch.float32) -> Weights:
+    family, tensors = family_of(directory), SafetensorsDirectory(directory)
+    check_tensors(tensors, family)
+    return assemble_weights(tensors, family, dtype=dtype, keep_nf4=False, progress=no_progress)
+
+
+def dense(linear: Linear) -> Tensor:
+    assert isinstance(linear.matrix, Tensor)
+    return linear.matrix
 
 
 def rewrite(source: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
@@ -57,17 +63,17 @@ def test_weights_are_those_transformers_reads(tmp_path: Path, family: str, tie: 
     directory = make_checkpoint(tmp_path / "m", family, tie=tie, head_dim=32)
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ours = read(directory)
-    assert torch.equal(ours.embed_tokens, theirs.model.embed_tokens.weight)
-    assert torch.equal(ours.head, theirs.lm_head.weight)
-    assert (ours.lm_head is None) == tie
-    assert torch.equal(ours.norm, theirs.model.norm.weight)
-    for our_layer, their_layer in zip(ours.layers, theirs.model.layers, strict=True):
-        assert torch.equal(our_layer.input_norm, their_layer.input_layernorm.weight)
-        assert torch.equal(our_layer.post_attention_norm, their_layer.post_attention_layernorm.weight)
+    assert torch.equal(ours.embedding, theirs.model.embed_tokens.weight)
+    assert torch.equal(dense(ours.head), theirs.lm_head.weight)
+    assert ("lm_head" not in ours.outer) == tie
+    assert torch.equal(ours.final_norm.weight, theirs.model.norm.weight)
+    for block, their_layer in zip(ours.blocks, theirs.model.layers, strict=True):
+        before_feed_forward = block.norms["feed_forward_before"].weight
+        assert torch.equal(block.norms["attention_before"].weight, their_layer.input_layernorm.weight)
+        assert torch.equal(before_feed_forward, their_layer.post_attention_layernorm.weight)
         modules = {**dict(their_layer.self_attn.named_children()), **dict(their_layer.mlp.named_children())}
-        for name, linear in our_layer.linears():
-            assert isinstance(linear.weight, Tensor)
-            assert torch.equal(linear.weight, modules[name].weight)
+        for name, linear in block.linears.items():
+            assert torch.equal(dense(linear), modules[name].weight)
             assert (linear.bias is None) == (modules[name].bias is None)
             if linear.bias is not None:
                 assert torch.equal(linear.bias, modules[name].bias)
@@ -75,23 +81,23 @@ def test_weights_are_those_transformers_reads(tmp_path: Path, family: str, tie: 
 
 def test_dtype_is_that_of_matrices_and_norms_stay_float32(llama: Path) -> None:
     weights = read(llama, torch.bfloat16)
-    assert weights.embed_tokens.dtype is torch.bfloat16
-    assert weights.head.dtype is torch.bfloat16
-    assert weights.norm.dtype is torch.float32
-    assert weights.layers[0].input_norm.dtype is torch.float32
-    assert weights.layers[0].q_proj.weight.dtype is torch.bfloat16  # type: ignore[union-attr]
+    assert weights.embedding.dtype is torch.bfloat16
+    assert dense(weights.head).dtype is torch.bfloat16
+    assert weights.final_norm.weight.dtype is torch.float32
+    assert weights.blocks[0].norms["attention_before"].weight.dtype is torch.float32
+    assert dense(weights.blocks[0].linears["q_proj"]).dtype is torch.bfloat16
 
 
 def test_embedding_and_head_are_aligned_for_vector_loads(llama: Path) -> None:
     weights = read(llama, torch.bfloat16)
-    assert weights.embed_tokens.data_ptr() % 64 == 0
-    assert weights.head.data_ptr() % 64 == 0
+    assert weights.embedding.data_ptr() % 64 == 0
+    assert dense(weights.head).data_ptr() % 64 == 0
 
 
 def test_linears_come_in_the_order_of_the_forward_with_their_shapes(llama: Path) -> None:
-    layer = read(llama).layers[1]
-    assert tuple(name for name, _ in layer.linears()) == LINEAR_NAMES
-    assert (layer.k_proj.in_features, layer.k_proj.out_features) == (64, 32)
+    linears = read(llama).blocks[1].linears
+    assert list(linears) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert (linears["k_proj"].in_features, linears["k_proj"].out_features) == (64, 32)
 
 
 def test_shards_are_read_through_their_index(llama: Path, tmp_path: Path) -> None:
@@ -103,7 +109,7 @@ def test_shards_are_read_through_their_index(llama: Path, tmp_path: Path) -> Non
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
-    assert torch.equal(read(tmp_path).embed_tokens, read(llama).embed_tokens)
+    assert torch.equal(read(tmp_path).embedding, read(llama).embedding)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(ModelError, match=r"b\.safetensors: not a readable safetensors file"):
         read(tmp_path)
@@ -169,7 +175,7 @@ def test_rotary_frequencies_of_older_checkpoints_are_harmless(llama: Path, tmp_p
 def test_tied_head_in_the_file_must_equal_the_embedding(tmp_path: Path) -> None:
     tied = make_checkpoint(tmp_path / "m", tie=True)
     same = rewrite(tied, tmp_path / "same", lambda t: t.update(_head(t["model.embed_tokens.weight"])))
-    assert read(same).lm_head is None
+    assert not read(same).outer
     other = rewrite(tied, tmp_path / "other", lambda t: t.update(_head(t["model.embed_tokens.weight"] + 1)))
     with pytest.raises(ModelError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
         read(other)
@@ -180,35 +186,33 @@ def _head(weight: Tensor) -> dict[str, Tensor]:
 
 
 def test_dequantized_checkpoint_is_its_nf4_weights_in_float32(llama: Path) -> None:
-    architecture = architecture_of(llama)
-    quantized = quantize_checkpoint(SafetensorsDirectory(llama), architecture, no_progress)
-    check_tensors(quantized, architecture)
-    nf4, dense = (
-        assemble_weights(quantized, architecture, dtype=torch.float32, keep_nf4=keep, progress=no_progress)
+    family = family_of(llama)
+    quantized = quantize_checkpoint(SafetensorsDirectory(llama), family, no_progress)
+    check_tensors(quantized, family)
+    nf4, dequantized = (
+        assemble_weights(quantized, family, dtype=torch.float32, keep_nf4=keep, progress=no_progress)
         for keep in (True, False)
     )
-    weight = nf4.layers[0].down_proj.weight
+    weight = nf4.blocks[0].linears["down_proj"].matrix
     assert isinstance(weight, Nf4Weight)
-    assert torch.equal(weight.dequantize(), dense.layers[0].down_proj.weight)  # type: ignore[arg-type]
+    assert torch.equal(weight.dequantize(), dense(dequantized.blocks[0].linears["down_proj"]))
 
 
 def test_linear_left_dense_among_nf4_ones_stays_dense(llama: Path) -> None:
-    architecture = architecture_of(llama)
+    family = family_of(llama)
     key = "model.layers.1.self_attn.o_proj.weight"
-    mixed = quantize_checkpoint(SafetensorsDirectory(llama), architecture, no_progress)
+    mixed = quantize_checkpoint(SafetensorsDirectory(llama), family, no_progress)
     mixed = {name: tensor for name, tensor in mixed.items() if not name.startswith(key)}
     mixed[key] = SafetensorsDirectory(llama)[key]
-    check_tensors(mixed, architecture)
-    weights = assemble_weights(mixed, architecture, dtype=torch.float32, keep_nf4=True, progress=no_progress)
-    kept = weights.layers[1].o_proj.weight
-    assert isinstance(kept, torch.Tensor)
-    assert torch.equal(kept, mixed[key])
+    check_tensors(mixed, family)
+    weights = assemble_weights(mixed, family, dtype=torch.float32, keep_nf4=True, progress=no_progress)
+    assert torch.equal(dense(weights.blocks[1].linears["o_proj"]), mixed[key])
 
 
 def test_width_that_nf4_cannot_hold_is_refused_with_the_way_out(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "m", intermediate_size=96)
     with pytest.raises(ModelError, match=r"down_proj\.weight: NF4 needs .* not 96; --quantization none"):
-        quantize_checkpoint(SafetensorsDirectory(directory), architecture_of(directory), no_progress)
+        quantize_checkpoint(SafetensorsDirectory(directory), family_of(directory), no_progress)
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def tiny_base(family: str = "llama", quantization: Quantization = "none", *, tie
 
 def _copy_dequantized(model: LoadedModel, dense: Any) -> None:
     for index, layer in enumerate(dense.model.layers):
-        own = dict(model.weights.layers[index].linears())
+        own = model.weights.blocks[index].linears
         for _, module, parts in linears_of(layer):
-            weights = [own[name].weight for name, _ in parts]
+            weights = [own[name].matrix for name, _ in parts]
             rows = [each.dequantize() if isinstance(each, Nf4Weight) else each for each in weights]
             module.weight.data.copy_(torch.cat(rows))
 

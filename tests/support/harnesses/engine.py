@@ -89,9 +89,9 @@ class Runner:
         block_size: int = 16,
     ) -> None:
         self.kernels: Kernels[Any, Any] = kernels or CpuKernels(1)
-        self.decoder = Decoder(model.config, model.weights, self.kernels)
-        self.cache = self.kernels.new_cache(model.config, num_blocks, block_size, cache_dtype)
-        self.slots = self.kernels.new_slots(model.config, 40, adapter_dtype)
+        self.decoder = Decoder(model.architecture, model.weights, self.kernels)
+        self.cache = self.kernels.new_cache(model.architecture, num_blocks, block_size, cache_dtype)
+        self.slots = self.kernels.new_slots(model.architecture, 40, adapter_dtype)
         for slot, adapter in (adapters or {}).items():
             self.slots.write(slot, adapter)
         self.num_blocks = num_blocks

@@ -42,7 +42,7 @@ async def served_engine(model: LoadedModel, **config: Any) -> AsyncIterator[Serv
     async with running_engine(model, **config) as engine:
         backend = replace(
             make_backend(cast(Any, engine), MemoryStore(), model.tokenizer),
-            info=replace(INFO, vocab_size=model.config.vocab_size),
+            info=replace(INFO, vocab_size=model.architecture.vocab_size),
         )
         async with (
             _port(

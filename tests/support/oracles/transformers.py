@@ -27,10 +27,10 @@ def load_transformers(directory: Path) -> nn.Module:
 @torch.no_grad()
 def dequantize_into(model: nn.Module, loaded: LoadedModel) -> None:
     """Give a transformers model the weights that an NF4 model stands for."""
-    for index, layer in enumerate(loaded.weights.layers):
-        for name, linear in layer.linears():
+    for index, weights in enumerate(loaded.weights.blocks):
+        for name, linear in weights.linears.items():
             block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            weight = linear.weight
+            weight = linear.matrix
             target = model.get_parameter(f"model.layers.{index}.{block}.{name}.weight")
             target.copy_(weight.dequantize() if isinstance(weight, Nf4Weight) else weight)
 

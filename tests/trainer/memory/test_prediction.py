@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import ModelError
@@ -121,14 +122,15 @@ def write_config(directory: Path, content: Mapping[str, Any]) -> Path:
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
 def test_the_base_is_counted_exactly_without_its_weights(family: str) -> None:
     model, shape = loaded(family)
-    linears = [linear.weight for layer in model.weights.layers for _, linear in layer.linears()]
+    linears = [linear.matrix for linear in model.weights.linears()]
     assert shape.num_linear_parameters == sum(weight.shape[0] * weight.shape[1] for weight in linears)
     num_bytes = sum(weight.num_bytes for weight in linears if isinstance(weight, Nf4Weight))
     assert shape.nf4_bytes == pytest.approx(num_bytes, rel=1e-3)
     weights = model.weights
-    tables = weights.embed_tokens.numel() + (0 if weights.lm_head is None else weights.lm_head.numel())
+    heads = [head.matrix for head in weights.outer.values() if isinstance(head.matrix, Tensor)]
+    tables = weights.embedding.numel() + sum(head.numel() for head in heads)
     assert shape.num_table_parameters == tables
-    norms = sum(norm.numel() for layer in weights.layers for norm in layer.norms()) + weights.norm.numel()
+    norms = sum(norm.weight.numel() for norm in weights.norms())
     assert shape.num_other_parameters == norms
 
 
@@ -136,7 +138,7 @@ def test_the_base_is_counted_exactly_without_its_weights(family: str) -> None:
 def test_trained_parameters_are_counted_exactly(name: str) -> None:
     model, shape = loaded()
     adapter = make_adapter(ALL_CASES[name], "t", model, seed=0)
-    size = adapter_size(ALL_CASES[name], shape.architecture)
+    size = adapter_size(ALL_CASES[name], shape.family)
     assert size.num_trained == sum(parameter.numel() for parameter in adapter.parameters.values())
     prefix = adapter.lowered().prefix
     assert size.num_virtual_tokens == (0 if prefix is None else prefix.num_virtual_tokens)
@@ -146,7 +148,7 @@ def test_modules_of_several_linears_are_counted_once() -> None:
     model, shape = loaded("phi3")
     settings = LoraSettings(target_modules=("qkv_proj", "down_proj"))
     adapter = make_adapter(settings, "t", model, seed=0)
-    size = adapter_size(settings, shape.architecture)
+    size = adapter_size(settings, shape.family)
     assert size.num_trained == sum(parameter.numel() for parameter in adapter.parameters.values())
     assert size.ranks.keys() == {"q_proj", "k_proj", "v_proj", "down_proj"}
 
@@ -199,8 +201,8 @@ def test_activations_are_those_of_the_decoder(
         num_shared=batch.num_shared,
         num_targets=len(batch.targets),
     )
-    step = Step(shape.config, adapter_size(METHODS[method], shape.architecture), size, dtype.itemsize, True)
-    inputs = (shape.config.num_layers + 1) * residual_bytes(step)
+    step = Step(shape.architecture, adapter_size(METHODS[method], shape.family), size, dtype.itemsize, True)
+    inputs = (shape.architecture.num_layers + 1) * residual_bytes(step)
     of_layers = 0 if checkpoints else layers_kept(step)
     assert inputs + of_layers == pytest.approx(kept, rel=0.2)
     backward = inputs + (of_layers or layer_kept(step)) + layer_backward(step)
@@ -209,11 +211,11 @@ def test_activations_are_those_of_the_decoder(
 
 def test_the_head_holds_some_rows_of_logits_only() -> None:
     _, shape = loaded()
-    adapter = adapter_size(LoraSettings(), shape.architecture)
+    adapter = adapter_size(LoraSettings(), shape.family)
 
     def of(num_targets: int, adapter: Any = adapter) -> int:
         batch = BatchShape(num_tokens=num_targets, num_rows=1, longest=num_targets, num_targets=num_targets)
-        return head_bytes(Step(shape.config, adapter, batch, 4, True))
+        return head_bytes(Step(shape.architecture, adapter, batch, 4, True))
 
     limit = 2**24 // VOCAB_SIZE
     assert of(100) == 100 * (4 * VOCAB_SIZE + 12 * 256)
@@ -280,7 +282,7 @@ def test_several_tasks_share_the_base_and_take_turns() -> None:
     _, shape = loaded()
     machine = Machine(device="cpu", element_bytes=4, runtime_bytes=0)
     sizes = [
-        TaskSize(each, adapter_size(each.adapter, shape.architecture), longest_rows(each.optimization, 300))
+        TaskSize(each, adapter_size(each.adapter, shape.family), longest_rows(each.optimization, 300))
         for each in tasks
     ]
     alone = [predict([size], shape, machine) for size in sizes]

@@ -117,7 +117,7 @@ def test_a_prompt_begun_as_vocabulary_is_rows_of_the_embedding() -> None:
     model = tiny_base().model
     case = PromptSettings(num_virtual_tokens=6, init="vocabulary")
     rows = make_adapter(case, "task", model, seed=0).parameters["prompt_embeddings"]
-    distances = torch.cdist(rows.detach(), model.weights.embed_tokens)
+    distances = torch.cdist(rows.detach(), model.weights.embedding)
     assert distances.min(dim=1).values.max() < 1e-3
 
 

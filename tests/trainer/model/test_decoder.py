@@ -167,7 +167,7 @@ def test_the_loss_is_the_same_in_chunks_of_any_size_and_never_holds_all_logits(
     adapter = make_adapter(LoraSettings(target_modules=("lm_head", "q_proj")), "task", model, seed=0)
     move(adapter)
     batch = make_batch()
-    vocab_size, num_targets = model.config.vocab_size, batch.targets.numel()
+    vocab_size, num_targets = model.architecture.vocab_size, batch.targets.numel()
     expected = parameter_gradients(make_decoder(model), adapter.lowered(), adapter.parameters, batch)
     monkeypatch.setattr(head, "CHUNK_VALUES", 3 * vocab_size)
     monkeypatch.setattr(head, "CACHED_VALUES", 2 * vocab_size)
@@ -242,24 +242,22 @@ def test_training_keeps_the_base_in_nf4_and_bit_for_bit(checkpointing: bool, dty
 
 
 def quantized(model: LoadedModel) -> list[Nf4Weight]:
-    linears = [linear.weight for layer in model.weights.layers for _, linear in layer.linears()]
+    linears = [linear.matrix for linear in model.weights.linears()]
     return [weight for weight in linears if isinstance(weight, Nf4Weight)]
 
 
 def base_tensors(model: LoadedModel) -> dict[str, Tensor]:
-    tensors = {"embed": model.weights.embed_tokens, "norm": model.weights.norm}
+    tensors = {"embed": model.weights.embedding}
     for index, weight in enumerate(quantized(model)):
         for name in ("packed", "absmax", "nested_absmax", "code", "nested_code"):
             tensors[f"{index} {name}"] = getattr(weight, name)
-    for index, layer in enumerate(model.weights.layers):
-        tensors |= {f"{index} norm {number}": norm for number, norm in enumerate(layer.norms())}
-    return tensors
+    return tensors | {f"norm {number}": norm.weight for number, norm in enumerate(model.weights.norms())}
 
 
 def test_a_row_longer_than_the_context_is_refused() -> None:
     model = tiny_base().model
     decoder = make_decoder(model)
-    longest = model.config.max_context_length
+    longest = model.architecture.max_context_length
     assert decoder.hidden(make_batch((longest,)), None).shape[0] == longest
     with pytest.raises(BaseError, match=f"{longest + 1} positions.*context of {longest}"):
         decoder.hidden(make_batch((longest + 1,)), None)

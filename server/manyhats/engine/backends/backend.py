@@ -7,7 +7,7 @@ preemption, chunking and prefix hits would change tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -16,19 +16,8 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.backends.batch import AdapterRows, Batch
 from manyhats.engine.backends.choices import Choices
 from manyhats.engine.backends.logprobs import Logprobs
-from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.weights import Linear
-
-FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-"""The linears that run as one, by the name of the fused one: all parts read the same input."""
-
-SUBLAYERS = ("attention", "feed_forward")
-"""The sub-layers of a layer; their outputs are sites of bottleneck adapters."""
 
 
 class PackedLinear(Protocol):
@@ -96,7 +85,7 @@ class AdapterSlots(Protocol):
         """Applies to each row its own adapter's deltas at each part of a fused linear.
 
         Args:
-            fused: a key of ``FUSED``.
+            fused: name of a group of the block.
             layer: from 0.
             x: [N, d_in] float32, the input of the linear.
             y: [N, d_out of all parts] float32, its output, updated.
@@ -111,7 +100,7 @@ class AdapterSlots(Protocol):
         """Applies to each row its own bottleneck adapter on a sub-layer's output.
 
         Args:
-            sublayer: one of ``SUBLAYERS``.
+            sublayer: one of ``architecture.SUBLAYERS``.
             layer: from 0.
             residual: [N, D] float32, the stream that entered the sub-layer.
             output: [N, D] float32, the sub-layer's output, updated.
@@ -168,11 +157,11 @@ class Kernels(Protocol[PackedT, CacheT]):
         """
         ...
 
-    def new_cache(self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: str) -> CacheT:
+    def new_cache(self, architecture: Architecture, num_blocks: int, block_size: int, dtype: str) -> CacheT:
         """An empty cache; dtype is ``float32`` or ``bfloat16``."""
         ...
 
-    def new_slots(self, config: DecoderConfig, num_slots: int, dtype: str) -> AdapterSlots:
+    def new_slots(self, architecture: Architecture, num_slots: int, dtype: str) -> AdapterSlots:
         """Empty slots, for adapters kept in ``float32`` or ``bfloat16``."""
         ...
 

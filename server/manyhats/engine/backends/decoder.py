@@ -7,27 +7,35 @@ from typing import Any
 
 from torch import Tensor
 
-from manyhats.engine.backends.backend import FUSED, AdapterSlots, Kernels, KVCache, PackedLinear
+from manyhats.engine.backends.backend import AdapterSlots, Kernels, KVCache, PackedLinear
 from manyhats.engine.backends.batch import Batch
 from manyhats.engine.backends.rotary import RotaryTables
-from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.weights import LayerWeights, Linear, ModelWeights
+from manyhats.engine.model.architecture import Architecture, Block
+from manyhats.engine.model.weights import BlockWeights, Weights
+
+_Norm = tuple[Tensor, float]
+"""Weight and eps."""
 
 
 class _Layer:
-    """One layer's weights, packed, and its norms as they are."""
+    """One block with its weights, packed, and its norms as they are."""
 
-    def __init__(self, weights: LayerWeights, kernels: Kernels[Any, Any]) -> None:
-        linears = dict(weights.linears())
+    def __init__(self, block: Block, weights: BlockWeights, kernels: Kernels[Any, Any]) -> None:
+        self.attention = block.attention
+        self.residual_scale = block.residual_scale
         self.fused: dict[str, PackedLinear] = {
-            name: kernels.pack([linears[part] for part in parts]) for name, parts in FUSED.items()
+            group.name: kernels.pack([weights.linears[name] for name in group.names])
+            for group in block.groups()
         }
-        self.input_norm = weights.input_norm
-        self.q_norm = weights.q_norm
-        self.k_norm = weights.k_norm
-        self.attention_output_norm = weights.attention_output_norm
-        self.post_attention_norm = weights.post_attention_norm
-        self.feed_forward_output_norm = weights.feed_forward_output_norm
+        norms = {shape.name: (weights.norms[shape.name].weight, shape.norm.eps) for shape in block.norms()}
+        self.attention_before = norms.get("attention_before")
+        self.query_norm = norms.get("query")
+        self.key_norm = norms.get("key")
+        self.attention_output = norms.get("attention_output")
+        self.feed_forward_before = norms.get("feed_forward_before")
+        self.feed_forward_output = norms.get("feed_forward_output")
+        is_silu = block.feed_forward.activation == "silu"
+        self.gate = kernels.silu_mul if is_silu else kernels.gelu_tanh_mul
 
 
 class Decoder:
@@ -36,18 +44,18 @@ class Decoder:
     It holds weights only: cache, adapters and batch are arguments.
     """
 
-    def __init__(self, config: DecoderConfig, weights: ModelWeights, kernels: Kernels[Any, Any]) -> None:
-        self.config = config
+    def __init__(self, architecture: Architecture, weights: Weights, kernels: Kernels[Any, Any]) -> None:
+        self.architecture = architecture
         self._kernels = kernels
-        self._embed = weights.embed_tokens
-        self._layers = [_Layer(layer, kernels) for layer in weights.layers]
-        self._norm = weights.norm
-        self._num_norm_values = (
-            sum(n.numel() for layer in weights.layers for n in layer.norms()) + self._norm.numel()
-        )
-        self._head = kernels.pack([Linear(weights.head, None)])
-        self._gate = kernels.silu_mul if config.activation == "silu" else kernels.gelu_tanh_mul
-        self._rotary = RotaryTables(config)
+        self._embed = weights.embedding
+        self._layers = [
+            _Layer(block, of_block, kernels)
+            for block, of_block in zip(architecture.blocks, weights.blocks, strict=True)
+        ]
+        self._norm = weights.final_norm.weight, architecture.final_norm.eps
+        self._num_norm_values = sum(norm.weight.numel() for norm in weights.norms())
+        self._head = kernels.pack([weights.head])
+        self._rotary = RotaryTables(architecture)
 
     @property
     def linear_bytes(self) -> int:
@@ -57,7 +65,7 @@ class Decoder:
     @property
     def embedding_bytes(self) -> int:
         """Resident bytes of embedding, head and norms."""
-        tied = self.config.tie_word_embeddings
+        tied = self.architecture.head.is_tied
         embed = 0 if tied else self._embed.numel() * self._embed.element_size()
         return int(embed + self._head.num_bytes + 4 * self._num_norm_values)
 
@@ -75,17 +83,18 @@ class Decoder:
         cache.copy_blocks(batch.block_copies)
         angles = self._rotary.at(batch.positions)
         residual = self._embedded(batch, adapters)
-        hidden = self._normed(residual, self._layers[0].input_norm)
+        hidden = self._normed(residual, self._layers[0].attention_before)
         for index, layer in enumerate(self._layers):
             out = self._attention(index, hidden, angles[index], batch, cache, adapters)
-            out = self._sublayer_output(out, layer.attention_output_norm)
+            out = self._sublayer_output(out, layer.attention_output, layer.residual_scale)
             self._add_bottlenecks("attention", index, residual, out, batch, adapters)
-            hidden = self._added(residual, out, layer.post_attention_norm)
+            hidden = self._added(residual, out, layer.feed_forward_before)
             out = self._feed_forward(index, hidden, batch, adapters)
-            out = self._sublayer_output(out, layer.feed_forward_output_norm)
+            out = self._sublayer_output(out, layer.feed_forward_output, layer.residual_scale)
             self._add_bottlenecks("feed_forward", index, residual, out, batch, adapters)
             is_last = index + 1 == len(self._layers)
-            hidden = self._added(residual, out, self._norm if is_last else self._layers[index + 1].input_norm)
+            following = self._norm if is_last else self._layers[index + 1].attention_before
+            hidden = self._added(residual, out, following)
         return self._logits(hidden.index_select(0, batch.logit_rows), batch, adapters)
 
     def _embedded(self, batch: Batch, adapters: AdapterSlots) -> Tensor:
@@ -93,8 +102,9 @@ class Decoder:
         x = self._embed.index_select(0, batch.token_ids).float()
         if batch.adapter_rows.num_adapters:
             adapters.change_embeddings(batch.token_ids, x, batch.adapter_rows)
-        if self.config.embedding_scale != 1.0:
-            x.mul_(self.config.embedding_scale)
+        scale = self.architecture.embedding.scale
+        if scale != 1.0:
+            x.mul_(scale)
         if batch.embeddings is not None:
             rows, values = batch.embeddings
             x[rows] = values
@@ -117,30 +127,31 @@ class Decoder:
         adapters: AdapterSlots,
     ) -> Tensor:
         """One layer's attention, its output projection included: [N, D] → [N, D]."""
-        kernels, config, layer = self._kernels, self.config, self._layers[index]
+        kernels, layer = self._kernels, self._layers[index]
+        attention = layer.attention
         qkv = self._linear("qkv", index, hidden, batch, adapters)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        if layer.query_norm is not None and layer.key_norm is not None:
+            (query_weight, eps), (key_weight, _) = layer.query_norm, layer.key_norm
             kernels.norm_queries_and_keys(
-                qkv, layer.q_norm, layer.k_norm, config.norm_eps, num_queries, num_keys
+                qkv, query_weight, key_weight, eps, attention.query_size, attention.key_size
             )
         cos, sin = angles
-        kernels.rotate_and_store(qkv, cos, sin, batch, cache, index, config.num_heads)
+        kernels.rotate_and_store(qkv, cos, sin, batch, cache, index, attention.num_heads)
         mixed = kernels.attention(
             qkv,
             batch,
             cache,
             index,
-            config.num_heads,
-            config.attention_scale,
-            config.sliding_window[index],
-            config.attention_softcap,
+            attention.num_heads,
+            attention.scale,
+            attention.window,
+            attention.softcap,
         )
         return self._linear("o", index, mixed, batch, adapters)
 
     def _feed_forward(self, index: int, hidden: Tensor, batch: Batch, adapters: AdapterSlots) -> Tensor:
         """One layer's gated feed-forward: [N, D] → [N, D]."""
-        gated = self._gate(self._linear("gate_up", index, hidden, batch, adapters))
+        gated = self._layers[index].gate(self._linear("gate_up", index, hidden, batch, adapters))
         return self._linear("down", index, gated, batch, adapters)
 
     def _linear(self, name: str, layer: int, x: Tensor, batch: Batch, adapters: AdapterSlots) -> Tensor:
@@ -151,30 +162,28 @@ class Decoder:
             adapters.add_deltas(name, layer, x, y, batch.adapter_rows, linear)
         return y
 
-    def _sublayer_output(self, out: Tensor, norm: Tensor | None) -> Tensor:
+    def _sublayer_output(self, out: Tensor, norm: _Norm | None, scale: float) -> Tensor:
         """A sub-layer's output as it is added to the stream: normed and scaled where the family does that."""
         if norm is not None:
-            out = self._kernels.rms_norm(out, norm, self.config.norm_eps)
-        scale = self.config.residual_scale
+            out = self._kernels.rms_norm(out, *norm)
         return out if scale == 1.0 else out.mul_(scale)
 
-    def _normed(self, residual: Tensor, norm: Tensor | None) -> Tensor:
+    def _normed(self, residual: Tensor, norm: _Norm | None) -> Tensor:
         """The norm of the stream; the stream itself where there is none."""
-        return residual if norm is None else self._kernels.rms_norm(residual, norm, self.config.norm_eps)
+        return residual if norm is None else self._kernels.rms_norm(residual, *norm)
 
-    def _added(self, residual: Tensor, out: Tensor, norm: Tensor | None) -> Tensor:
+    def _added(self, residual: Tensor, out: Tensor, norm: _Norm | None) -> Tensor:
         """Residual += out; returns the norm of residual, or residual itself where there is none."""
-        if norm is None:
-            return residual.add_(out)
-        return self._kernels.add_rms_norm(residual, out, norm, self.config.norm_eps)
+        return residual.add_(out) if norm is None else self._kernels.add_rms_norm(residual, out, *norm)
 
     def _logits(self, hidden: Tensor, batch: Batch, adapters: AdapterSlots) -> Tensor:
         """Logits of normed rows: [M, D] → [M, V] float32."""
         logits = self._kernels.linear(hidden, self._head)
         if batch.logit_adapter_rows.num_adapters:
             adapters.change_logits(hidden, logits, batch.logit_adapter_rows)
-        if self.config.logit_divisor != 1.0:
-            logits.div_(self.config.logit_divisor)
-        if self.config.logit_softcap is not None:
-            self._kernels.softcap(logits, self.config.logit_softcap)
+        head = self.architecture.head
+        if head.divisor != 1.0:
+            logits.div_(head.divisor)
+        if head.softcap is not None:
+            self._kernels.softcap(logits, head.softcap)
         return logits

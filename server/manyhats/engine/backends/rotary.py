@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manyhats.engine.model.config import DecoderConfig, RopeConfig
+from manyhats.engine.model.architecture import Architecture, Rope
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines, [N, rotary_dim / 2] each, scaled."""
@@ -18,10 +18,11 @@ class RotaryTables:
     result must not depend on its place in the batch.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
-        kinds = list(dict.fromkeys(config.ropes))
-        self._kind_of_layer = [kinds.index(rope) for rope in config.ropes]
-        self._tables = [_table(rope, config.max_context_length) for rope in kinds]
+    def __init__(self, architecture: Architecture) -> None:
+        ropes = [block.attention.rope for block in architecture.blocks]
+        kinds = list(dict.fromkeys(ropes))
+        self._kind_of_layer = [kinds.index(rope) for rope in ropes]
+        self._tables = [_table(rope, architecture.max_context_length) for rope in kinds]
 
     def at(self, positions: Tensor) -> list[Angles]:
         """The angles of some rows, layer by layer.
@@ -35,8 +36,9 @@ class RotaryTables:
         return [kinds[kind] for kind in self._kind_of_layer]
 
 
-def _table(rope: RopeConfig, length: int) -> Angles:
-    """[length, rotary_dim / 2] each."""
+def _table(rope: Rope | None, length: int) -> Angles:
+    """[length, rotary_dim / 2] each; without columns where there is no RoPE."""
+    rope = rope or Rope(())
     positions = torch.arange(length, dtype=torch.float32)
     angles = positions.unsqueeze(1) * torch.tensor(rope.inv_freq, dtype=torch.float32)
     return angles.cos() * rope.attention_scaling, angles.sin() * rope.attention_scaling

@@ -13,24 +13,14 @@ from torch import Tensor
 
 from manyhats.engine.checkpoints.nf4_format import is_quantized, quantized_keys, read_quantized
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.families import (
-    EMBEDDING_MODULE,
-    HEAD_MODULE,
-    Architecture,
-    layer_path,
-    linear_shapes,
-)
-from manyhats.engine.model.weights import LayerWeights, Linear, Matrix, ModelWeights
+from manyhats.engine.model.architecture import Block
+from manyhats.engine.model.layout import Family, Layout, Stored
+from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, NormWeight, Weights
 from manyhats.engine.progress import Progress
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-EMBEDDING = f"{EMBEDDING_MODULE}.weight"
-HEAD = f"{HEAD_MODULE}.weight"
-FINAL_NORM = "model.norm.weight"
 
-# Older checkpoints carry the rotary frequencies; they follow from the config.
-_HARMLESS_SUFFIX = "rotary_emb.inv_freq"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -125,53 +115,54 @@ def check_quantization_config(config: Mapping[str, Any]) -> bool:
     return True
 
 
-def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor a dense checkpoint must have; [out, in] for linears."""
-    config = architecture.decoder
-    hidden = (config.hidden_size,)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, *hidden), FINAL_NORM: hidden}
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, *hidden)
-    modules = stored_shapes(architecture)
-    norms = _norm_sizes(architecture)
-    for layer in range(config.num_layers):
-        for path, size in norms.items():
-            shapes[f"{layer_path(layer, path)}.weight"] = (size,)
-        for path, (out_features, in_features) in modules.items():
-            shapes[f"{layer_path(layer, path)}.weight"] = (out_features, in_features)
-            if _is_biased(architecture, path):
-                shapes[f"{layer_path(layer, path)}.bias"] = (out_features,)
+    architecture, layout = family.architecture, family.layout
+    hidden = (architecture.hidden_size,)
+    table = (architecture.vocab_size, *hidden)
+    shapes: dict[str, tuple[int, ...]] = {
+        _weight(layout.embedding): table,
+        _weight(layout.final_norm): hidden,
+    }
+    if not architecture.head.is_tied:
+        shapes[_weight(layout.head)] = table
+    for layer, block in enumerate(architecture.blocks):
+        sizes = {shape.name: shape.size for shape in block.norms()}
+        for name, path in layout.norms.items():
+            shapes[_weight(layout.path(layer, path))] = (sizes[name],)
+        for path, stored in layout.modules.items():
+            shape = stored_shape(block, stored)
+            shapes[_weight(layout.path(layer, path))] = shape
+            if _is_biased(block, stored):
+                shapes[_bias(layout.path(layer, path))] = shape[:1]
     return shapes
 
 
-def stored_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """Path of each stored matrix below its layer → its shape [out, in], the parts of a fused one together."""
-    linears = linear_shapes(architecture.decoder)
-    return {
-        path: (sum(linears[name][1] for name in parts), linears[parts[0]][0])
-        for path, parts in architecture.modules.items()
-    }
+def stored_shape(block: Block, stored: Stored) -> tuple[int, int]:
+    """Of a stored matrix, [out of all its linears, in]."""
+    members = [linear for linear in block.linears() if linear.name in stored.members]
+    return sum(member.d_out for member in members), members[0].d_in
 
 
-def _is_biased(architecture: Architecture, path: str) -> bool:
-    return not architecture.biased.isdisjoint(architecture.modules[path])
+def _is_biased(block: Block, stored: Stored) -> bool:
+    return not block.biased.isdisjoint(stored.members)
 
 
-def _norm_sizes(architecture: Architecture) -> dict[str, int]:
-    """Path of each norm below its layer → its size."""
-    config = architecture.decoder
-    heads = (config.num_heads, config.num_kv_heads) if architecture.norms_whole_projection else (1, 1)
-    own = {"q_norm": heads[0] * config.head_dim, "k_norm": heads[1] * config.head_dim}
-    return {path: own.get(name, config.hidden_size) for name, path in architecture.norms.items()}
+def _weight(path: str) -> str:
+    return f"{path}.weight"
 
 
-def check_tensors(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
+def _bias(path: str) -> str:
+    return f"{path}.bias"
+
+
+def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
     """Refuse a checkpoint that lacks a tensor, has one of another shape, or has one that would go unused.
 
     Raises:
         ModelError: naming the tensor.
     """
-    expected = expected_shapes(architecture)
+    expected = expected_shapes(family)
     known = set(expected)
     for name, shape in expected.items():
         if name not in tensors:
@@ -186,28 +177,35 @@ def check_tensors(tensors: Mapping[str, Tensor], architecture: Architecture) -> 
             raise ModelError(f"{name}: has shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{name}: has dtype {tensor.dtype}; float32, bfloat16 and float16 are supported")
-    if HEAD in tensors and HEAD not in expected:
-        if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
-            raise ModelError(f"{HEAD}: differs from {EMBEDDING}, but the config ties them")
-        known.add(HEAD)
-    unused = sorted(n for n in tensors if n not in known and not n.endswith(_HARMLESS_SUFFIX))
+    known |= _check_tied_head(tensors, family)
+    unused = sorted(n for n in tensors if n not in known and not n.endswith(family.layout.ignored))
     if unused:
         raise ModelError(f"the checkpoint has {len(unused)} tensors that the model does not use: {unused[0]}")
 
 
+def _check_tied_head(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
+    """Names of a head that is the embedding once more."""
+    embedding, head = _weight(family.layout.embedding), _weight(family.layout.head)
+    if not family.architecture.head.is_tied or head not in tensors:
+        return set()
+    if not torch.equal(tensors[head], tensors[embedding]):
+        raise ModelError(f"{head}: differs from {embedding}, but the config ties them")
+    return {head}
+
+
 def assemble_weights(
     tensors: Mapping[str, Tensor],
-    architecture: Architecture,
+    family: Family,
     *,
     dtype: torch.dtype,
     keep_nf4: bool,
     progress: Progress,
-) -> ModelWeights:
-    """The decoder's weights from a checked checkpoint.
+) -> Weights:
+    """The model's weights from a checked checkpoint.
 
     Args:
         tensors: dense, or with matrices in four bits.
-        architecture: what ``check_tensors`` checked them against.
+        family: what ``check_tensors`` checked them against.
         dtype: float32 or bfloat16, of dense matrices, biases and the embedding; norms are float32 always, with
             the family's offset added.
         keep_nf4: NF4 linears of the layers stay so; otherwise they are dequantized to ``dtype``, as a quantized
@@ -217,19 +215,20 @@ def assemble_weights(
     Raises:
         ModelError: a linear's NF4 tensors are not what they should be, or none has them where they are to be kept.
     """
-    config = architecture.decoder
-    reader = _Reader(tensors, architecture, dtype, keep_nf4)
+    reader = _Reader(tensors, family, dtype, keep_nf4)
     if keep_nf4 and not any(key.endswith(".absmax") for key in tensors):
         raise ModelError("no linear of the checkpoint is NF4, though its config says so")
-    layers = []
-    for index in range(config.num_layers):
-        layers.append(reader.layer(index))
-        progress("load", index + 1, config.num_layers)
-    return ModelWeights(
-        embed_tokens=_aligned(reader.dense(EMBEDDING)),
-        layers=tuple(layers),
-        norm=tensors[FINAL_NORM].float() + architecture.norm_offset,
-        lm_head=None if config.tie_word_embeddings else _aligned(reader.dense(HEAD)),
+    architecture, layout = family.architecture, family.layout
+    blocks = []
+    for index, block in enumerate(architecture.blocks):
+        blocks.append(reader.block(index, block))
+        progress("load", index + 1, architecture.num_layers)
+    is_tied = architecture.head.is_tied
+    return Weights(
+        embedding=_aligned(reader.table(layout.embedding)),
+        blocks=tuple(blocks),
+        final_norm=reader.norm(layout.final_norm),
+        outer={} if is_tied else {"lm_head": Linear(_aligned(reader.table(layout.head)))},
     )
 
 
@@ -242,45 +241,48 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 class _Reader:
-    """Layers out of a checkpoint; keeps what is the same for all of them."""
+    """Blocks out of a checkpoint."""
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], architecture: Architecture, dtype: torch.dtype, keep_nf4: bool
+        self, tensors: Mapping[str, Tensor], family: Family, dtype: torch.dtype, keep_nf4: bool
     ) -> None:
         self._tensors = tensors
-        self._architecture = architecture
-        self._linears = linear_shapes(architecture.decoder)
-        self._stored = stored_shapes(architecture)
+        self._architecture = family.architecture
+        self._layout: Layout = family.layout
         self._dtype = dtype
         self._keep_nf4 = keep_nf4
 
-    def layer(self, index: int) -> LayerWeights:
-        """Layer ``index``."""
-        parts_by_name: dict[str, Any] = {}
-        for path, parts in self._architecture.modules.items():
-            parts_by_name |= self._parts(layer_path(index, path), path, parts)
-        offset = self._architecture.norm_offset
-        for name, path in self._architecture.norms.items():
-            parts_by_name[name] = self._tensors[f"{layer_path(index, path)}.weight"].float() + offset
-        return LayerWeights(**parts_by_name)
+    def block(self, index: int, block: Block) -> BlockWeights:
+        """Block ``index``."""
+        linears: dict[str, Linear] = {}
+        for path, stored in self._layout.modules.items():
+            linears |= self._members(self._layout.path(index, path), block, stored)
+        norms = {
+            shape.name: self.norm(self._layout.path(index, self._layout.norms[shape.name]))
+            for shape in block.norms()
+        }
+        return BlockWeights({shape.name: linears[shape.name] for shape in block.linears()}, norms)
 
-    def dense(self, key: str) -> Tensor:
+    def norm(self, path: str) -> NormWeight:
+        """A norm, with what its stored weight lacks."""
+        return NormWeight(self._tensors[_weight(path)].float() + self._layout.norm_offset)
+
+    def table(self, path: str) -> Tensor:
         """The embedding or the output head, [V, D]."""
-        config = self._architecture.decoder
-        return self._dense(key, (config.vocab_size, config.hidden_size))
+        return self._dense(_weight(path), (self._architecture.vocab_size, self._architecture.hidden_size))
 
-    def _parts(self, full_path: str, path: str, parts: tuple[str, ...]) -> dict[str, Linear]:
+    def _members(self, path: str, block: Block, stored: Stored) -> dict[str, Linear]:
         """The linears that one stored matrix holds, one below the other."""
-        weight = self._matrix(f"{full_path}.weight", self._stored[path])
-        is_biased = _is_biased(self._architecture, path)
-        bias = self._tensors[f"{full_path}.bias"].to(self._dtype) if is_biased else None
-        if len(parts) == 1:
-            return {parts[0]: Linear(weight, bias)}
+        matrix = self._matrix(_weight(path), stored_shape(block, stored))
+        bias = self._tensors[_bias(path)].to(self._dtype) if _is_biased(block, stored) else None
+        if len(stored.members) == 1:
+            return {stored.members[0]: Linear(matrix, bias)}
+        sizes = {linear.name: linear.d_out for linear in block.linears()}
         linears: dict[str, Linear] = {}
         start = 0
-        for name in parts:
-            stop = start + self._linears[name][1]
-            part = _rows(f"{full_path}.weight", weight, start, stop)
+        for name in stored.members:
+            stop = start + sizes[name]
+            part = _rows(_weight(path), matrix, start, stop)
             linears[name] = Linear(part, None if bias is None else bias[start:stop])
             start = stop
         return linears

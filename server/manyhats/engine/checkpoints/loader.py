@@ -28,9 +28,11 @@ from manyhats.engine.checkpoints.nf4_cache import Nf4Cache, quantize_checkpoint
 from manyhats.engine.checkpoints.weight_source import ModelWeightSource
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
-from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.families import Architecture, describe, read_architecture
-from manyhats.engine.model.weights import ModelWeights
+from manyhats.engine.model.architecture import Architecture
+from manyhats.engine.model.describe import describe
+from manyhats.engine.model.families.reading import read_family
+from manyhats.engine.model.layout import Family
+from manyhats.engine.model.weights import Weights
 from manyhats.engine.progress import Progress, no_progress
 from manyhats.engine.text.task_text import TaskTexts
 from manyhats.engine.text.text_process import TextProcesses
@@ -61,8 +63,8 @@ class LoadedModel:
         texts: reads what adapters bring of chat templates and tokens.
     """
 
-    config: DecoderConfig
-    weights: ModelWeights
+    architecture: Architecture
+    weights: Weights
     tokenizer: Tokenizer
     description: BaseDescription
     generation: GenerationDefaults
@@ -105,22 +107,20 @@ def load_model(
     found = _find(located.directory, max_context_length, digests)
     tensors = _read_tensors(found, quantization, Nf4Cache(home / "nf4", digests), progress)
     tokenizer = Tokenizer.from_directory(located.directory)
-    architecture = found.architecture
-    decoder = architecture.decoder_at(dtype)
+    family = found.family.in_dtype(dtype)
     weights = assemble_weights(
-        tensors, architecture, dtype=dtype, keep_nf4=quantization == "nf4", progress=progress
+        tensors, family, dtype=dtype, keep_nf4=quantization == "nf4", progress=progress
     )
     digest = _base_digest(found.digest, quantization)
-    texts = TaskTexts(tokenizer, decoder.vocab_size, TextProcesses())
+    texts = TaskTexts(tokenizer, family.architecture.vocab_size, TextProcesses())
     return LoadedModel(
-        config=decoder,
+        architecture=family.architecture,
         weights=weights,
         tokenizer=tokenizer,
         description=describe(
-            decoder,
+            family,
             names={*located.names, *names, *_recorded_name(found.config)},
             digest=digest,
-            modules=architecture.modules,
             weights=ModelWeightSource(digest, weights),
             check_text=texts.check,
         ),
@@ -137,16 +137,16 @@ class _Found:
 
     directory: Path
     config: Mapping[str, Any]
-    architecture: Architecture
+    family: Family
     digest: str
 
 
 def _find(directory: Path, max_context_length: int | None, digests: FileDigests) -> _Found:
     config_file = directory / "config.json"
     config = read_json(config_file)
-    architecture = read_architecture(config, max_context_length)
+    family = read_family(config, max_context_length)
     digest = content_digest([config_file, *weight_files(directory)], digests)
-    return _Found(directory, config, architecture, digest)
+    return _Found(directory, config, family, digest)
 
 
 def _read_tensors(
@@ -160,9 +160,9 @@ def _read_tensors(
     else:
         tensors = cache.load(found.digest)
         if tensors is None:
-            tensors = quantize_checkpoint(SafetensorsDirectory(found.directory), found.architecture, progress)
+            tensors = quantize_checkpoint(SafetensorsDirectory(found.directory), found.family, progress)
             cache.store(found.digest, tensors, found.config)
-    check_tensors(tensors, found.architecture)
+    check_tensors(tensors, found.family)
     return tensors
 
 
@@ -180,7 +180,7 @@ def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefau
     """EOS ids of ``generation_config.json``, else of ``config.json``; and the tokenizer's, which any file may name."""
     path = found.directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    vocab_size = found.architecture.decoder.vocab_size
+    vocab_size = found.family.architecture.vocab_size
     ids: frozenset[int] = frozenset()
     for source, value in (
         ("generation_config.json: eos_token_id", generation.get("eos_token_id")),

@@ -27,7 +27,7 @@ from manyhats.engine.checkpoints.directories import publish_directory, staged_di
 from manyhats.engine.checkpoints.identity import FileDigests, file_sha256
 from manyhats.engine.checkpoints.nf4_format import nf4_to_tensors
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.families import Architecture, layer_path
+from manyhats.engine.model.layout import Family
 from manyhats.engine.model.nf4 import quantize_nf4
 from manyhats.engine.progress import Progress
 
@@ -115,17 +115,17 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def quantize_checkpoint(
-    tensors: Mapping[str, Tensor], architecture: Architecture, progress: Progress
+    tensors: Mapping[str, Tensor], family: Family, progress: Progress
 ) -> dict[str, Tensor]:
     """A checkpoint with the linears of its layers in NF4 and everything else as it is.
 
     Raises:
         ModelError: a tensor is missing or has the wrong shape, or a linear's width is not a multiple of 64.
     """
-    check_tensors(tensors, architecture)
-    num_layers = architecture.decoder.num_layers
-    linears = [f"{layer_path(i, path)}.weight" for i in range(num_layers) for path in architecture.modules]
-    dense = set(expected_shapes(architecture)) - set(linears)
+    check_tensors(tensors, family)
+    layout, layers = family.layout, range(family.architecture.num_layers)
+    linears = [f"{layout.path(layer, path)}.weight" for layer in layers for path in layout.modules]
+    dense = set(expected_shapes(family)) - set(linears)
     quantized = {name: tensors[name] for name in sorted(dense)}
     for done, name in enumerate(linears):
         progress("quantize", done, len(linears))

@@ -9,7 +9,7 @@ from torch import Tensor
 from manyhats.adapters.sites import Site
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.engine.model.weights import LINEAR_NAMES, ModelWeights
+from manyhats.engine.model.weights import Linear, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class ModelWeightSource:
     """
 
     digest: str
-    weights: ModelWeights = field(compare=False, repr=False)
+    weights: Weights = field(compare=False, repr=False)
 
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
         """Weight [d_out, d_in] and bias [d_out] or None, float32, of a layer's linear or of ``lm_head``.
@@ -30,10 +30,16 @@ class ModelWeightSource:
         Raises:
             ModelError: the site is no linear of this model.
         """
-        if site == Site(-1, "lm_head"):
-            return self.weights.head.float(), None
-        if not 0 <= site.layer < len(self.weights.layers) or site.name not in LINEAR_NAMES:
+        linear = self._linear(site)
+        if linear is None:
             raise ModelError(f"{site} is not a linear of this model")
-        linear = getattr(self.weights.layers[site.layer], site.name)
-        weight = linear.weight.dequantize() if isinstance(linear.weight, Nf4Weight) else linear.weight.float()
-        return weight, None if linear.bias is None else linear.bias.float()
+        matrix, bias = linear.matrix, linear.bias
+        weight = matrix.dequantize() if isinstance(matrix, Nf4Weight) else matrix.float()
+        return weight, None if bias is None else bias.float()
+
+    def _linear(self, site: Site) -> Linear | None:
+        if site == Site(-1, "lm_head"):
+            return self.weights.head
+        if not 0 <= site.layer < len(self.weights.blocks):
+            return None
+        return self.weights.blocks[site.layer].linears.get(site.name)

@@ -14,7 +14,7 @@ from manyhats.engine.backends.backend import AdapterSlots, Kernels, KVCache
 from manyhats.engine.backends.batch import AdapterRows, Batch
 from manyhats.engine.backends.decoder import Decoder
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.config import DecoderConfig, out_features
+from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampling.sampler import SamplingRow, sample
 
@@ -35,7 +35,7 @@ def warm_up(
         ModelError: the logits are not finite.
     """
     kernels.start_thread()
-    slots.write(slot, _every_kernel(decoder.config))
+    slots.write(slot, _every_kernel(decoder.architecture))
     try:
         with torch.inference_mode():
             logits = decoder.forward(_one_token(slot), cache, slots)
@@ -53,9 +53,10 @@ def choose_once(logits: Tensor, kernels: Kernels[Any, Any]) -> None:
     sample(logits, [SamplingRow(params=params, num_logprobs=1)], kernels)
 
 
-def _every_kernel(config: DecoderConfig) -> LoweredAdapter:
+def _every_kernel(architecture: Architecture) -> LoweredAdapter:
     """An adapter that changes nothing, at the sites of one layer."""
-    d_in, d_out = config.hidden_size, out_features(config)["q_proj"]
+    first = architecture.blocks[0].linears()[0]
+    d_in, d_out = first.d_in, first.d_out
     bottleneck = Bottleneck(
         site=Site(0, "attention"),
         input=BottleneckInput.OUTPUT,
@@ -66,7 +67,7 @@ def _every_kernel(config: DecoderConfig) -> LoweredAdapter:
         activation="relu",
         scale=torch.ones(1),
     )
-    linear = Site(0, "q_proj")
+    linear = Site(0, first.name)
     affine = Affine(linear, torch.ones(d_out), None)
     low_rank = LowRank(linear, torch.zeros(1, d_in), torch.zeros(d_out, 1), 1.0)
     return LoweredAdapter("", (affine, low_rank, bottleneck))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.config import RopeConfig
+from manyhats.engine.model.architecture import Rope
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """``rope_type`` values that are served."""
@@ -121,7 +121,7 @@ def rope_source(
     )
 
 
-def resolve_rope(source: RopeSource, max_context_length: int) -> RopeConfig:
+def resolve_rope(source: RopeSource, max_context_length: int) -> Rope:
     """Frequencies for every position below ``max_context_length``.
 
     ``longrope`` has two sets: the long one is taken if ``max_context_length`` exceeds the length the model
@@ -134,7 +134,7 @@ def resolve_rope(source: RopeSource, max_context_length: int) -> RopeConfig:
     if source.kind == "default":
         exponents = torch.arange(0, source.rotary_dim, 2, dtype=torch.float32) / source.rotary_dim
         inv_freq = 1.0 / (source.rope_parameters["rope_theta"] ** exponents)
-        return RopeConfig(inv_freq=tuple(inv_freq.tolist()))
+        return Rope(inv_freq=tuple(inv_freq.tolist()))
     # Imported here: it takes most of a second, and the common kind needs none of it.
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -143,4 +143,4 @@ def resolve_rope(source: RopeSource, max_context_length: int) -> RopeConfig:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[source.kind](source, torch.device("cpu"), seq_len=seq_len)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"config.json: rope_parameters of kind {source.kind!r}: {error!r}") from error
-    return RopeConfig(inv_freq=tuple(inv_freq.tolist()), attention_scaling=float(scaling))
+    return Rope(inv_freq=tuple(inv_freq.tolist()), attention_scaling=float(scaling))

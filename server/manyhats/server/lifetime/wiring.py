@@ -67,7 +67,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         quantization=config.quantization,
         dtype=settings.dtype,
         device=device,
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.architecture.vocab_size,
     )
     return Backend(
         engine=engine,

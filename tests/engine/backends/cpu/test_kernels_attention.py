@@ -17,9 +17,10 @@ from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import ModelError
 from manyhats.engine.loop.build_batch import build_batch
-from manyhats.engine.model.config import DecoderConfig, RopeConfig
+from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
+from support.factories.architectures import make_architecture, make_attention
 from support.oracles.transformers import causal_attention
 
 ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
@@ -44,23 +45,15 @@ class Case:
         return self.num_kv_heads * self.group
 
     @property
-    def config(self) -> DecoderConfig:
-        return DecoderConfig(
-            model_type="llama",
-            vocab_size=8,
-            hidden_size=64,
-            num_layers=2,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            intermediate_size=64,
-            norm_eps=1e-5,
-            tie_word_embeddings=False,
-            rope=RopeConfig(tuple(0.5**i for i in range(self.head_dim // 2))),
-            sliding_window=(None, self.window),
-            max_context_length=512,
-            attention_scale=self.head_dim**-0.5,
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def architecture(self) -> Architecture:
+        attention = make_attention(
+            self.num_heads, self.num_kv_heads, self.head_dim, rotary_dim=self.head_dim, scale=self.scale
         )
+        return make_architecture(attention, num_layers=2, max_context_length=512)
 
 
 @st.composite
@@ -104,15 +97,13 @@ def attend(
     qkv = torch.cat([case.rows[sequence][start:end] for sequence, start, end in parts])
     still = torch.zeros(qkv.shape[0], case.head_dim // 2)
     kernels.rotate_and_store(qkv, still + 1, still, batch, cache, layer, case.num_heads)
-    out = kernels.attention(
-        qkv, batch, cache, layer, case.num_heads, case.config.attention_scale, case.window
-    )
+    out = kernels.attention(qkv, batch, cache, layer, case.num_heads, case.scale, case.window)
     return list(out.split([end - start for _, start, end in parts]))
 
 
 def whole(case: Case, kernels: Kernels[Any, Any]) -> list[Tensor]:
     """All sequences at once, each in one chunk."""
-    cache = kernels.new_cache(case.config, NUM_BLOCKS, case.block_size, case.dtype)
+    cache = kernels.new_cache(case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
     return attend(case, kernels, cache, [(s, 0, len(rows)) for s, rows in enumerate(case.rows)])
 
 
@@ -123,9 +114,7 @@ def exact(case: Case) -> list[Tensor]:
     out = []
     for rows in case.rows:
         q, k, v = rows.view(len(rows), -1, case.head_dim).split([heads, kv_heads, kv_heads], dim=1)
-        mixed = causal_attention(
-            q, k.to(dtype).float(), v.to(dtype).float(), case.config.attention_scale, case.window
-        )
+        mixed = causal_attention(q, k.to(dtype).float(), v.to(dtype).float(), case.scale, case.window)
         out.append(mixed.reshape(len(rows), -1))
     return out
 
@@ -152,7 +141,7 @@ def test_a_row_is_the_same_bits_however_its_sequence_is_cut_and_whatever_runs_be
 ) -> None:
     expected = whole(case, TWO_THREADS)
     kernels = data.draw(st.sampled_from([ONE_THREAD, TWO_THREADS]))
-    cache = kernels.new_cache(case.config, NUM_BLOCKS, case.block_size, case.dtype)
+    cache = kernels.new_cache(case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
     pending = []
     for sequence, rows in enumerate(case.rows):
         cuts = data.draw(st.lists(st.integers(1, 25), min_size=1, max_size=5).map(accumulate).map(list))
@@ -174,7 +163,7 @@ def test_a_row_is_the_same_bits_however_its_sequence_is_cut_and_whatever_runs_be
 def test_decoding_token_by_token_alone_is_the_same_bits(case: Case) -> None:
     expected = whole(case, TWO_THREADS)
     rows = case.rows[-1][:40]
-    cache = TWO_THREADS.new_cache(case.config, NUM_BLOCKS, case.block_size, case.dtype)
+    cache = TWO_THREADS.new_cache(case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
     last = len(case.rows) - 1
     out = [attend(case, TWO_THREADS, cache, [(last, i, i + 1)])[0] for i in range(len(rows))]
     assert torch.equal(torch.cat(out), expected[last][: len(rows)])
@@ -183,7 +172,7 @@ def test_decoding_token_by_token_alone_is_the_same_bits(case: Case) -> None:
 @settings(max_examples=10, deadline=None)
 @given(case=cases())
 def test_what_an_earlier_sequence_left_in_a_block_is_never_seen(case: Case) -> None:
-    cache = TWO_THREADS.new_cache(case.config, NUM_BLOCKS, case.block_size, case.dtype)
+    cache = TWO_THREADS.new_cache(case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
     spoiled = Case(**{**vars(case), "rows": tuple(torch.full_like(rows, torch.nan) for rows in case.rows)})
     everywhere = [(s, 0, len(rows)) for s, rows in enumerate(case.rows)]
     attend(spoiled, TWO_THREADS, cache, everywhere)
@@ -199,7 +188,7 @@ def test_a_copied_block_reads_like_its_source_in_every_layer(kernels: Kernels[An
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(20, 4 * 16, generator=generator),)
     case = Case(1, 2, 16, 16, None, dtype, rows, ((3, 5),))
-    cache = kernels.new_cache(case.config, NUM_BLOCKS, 16, dtype)
+    cache = kernels.new_cache(case.architecture, NUM_BLOCKS, 16, dtype)
     expected = [attend(case, kernels, cache, [(0, 0, 20)], layer) for layer in (0, 1)]
     cache.copy_blocks([(3, 7), (5, 2)])
     moved = Case(1, 2, 16, 16, None, dtype, rows, ((7, 2),))
@@ -225,4 +214,4 @@ def test_a_row_that_is_not_finite_spoils_no_other_sequence() -> None:
 def test_sizes_that_the_kernels_cannot_run_are_refused(block_size: int, head_dim: int) -> None:
     case = Case(1, 1, head_dim, block_size, None, "float32", (), ())
     with pytest.raises(ModelError, match="multiples of 16"):
-        TWO_THREADS.new_cache(case.config, 4, block_size, "float32")
+        TWO_THREADS.new_cache(case.architecture, 4, block_size, "float32")

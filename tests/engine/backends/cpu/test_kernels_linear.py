@@ -94,7 +94,7 @@ def test_nf4_weights_are_decoded_to_the_very_bits_of_bitsandbytes(shape: tuple[i
     packed = TWO_THREADS.pack(parts)
     one_at_a_time = torch.eye(shape[1])
     decoded = TWO_THREADS.linear(one_at_a_time, packed).T
-    weights = [part.weight.dequantize() for part in parts if isinstance(part.weight, Nf4Weight)]
+    weights = [part.matrix.dequantize() for part in parts if isinstance(part.matrix, Nf4Weight)]
     assert torch.equal(decoded, torch.cat(weights))
 
 
@@ -109,7 +109,7 @@ def test_nf4_keeps_each_part_s_own_second_level_statistics() -> None:
 
 def test_a_wide_linear_takes_several_panels() -> None:
     parts = make_parts("bfloat16", [50], 8192, seed=6)
-    weight = parts[0].weight
+    weight = parts[0].matrix
     assert isinstance(weight, Tensor)
     packed = TWO_THREADS.pack(parts)
     assert isinstance(packed, CpuLinear)

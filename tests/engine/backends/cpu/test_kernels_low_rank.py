@@ -11,30 +11,23 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
-from manyhats.engine.backends.backend import FUSED, AdapterSlots
+from manyhats.engine.backends.backend import AdapterSlots
 from manyhats.engine.backends.batch import AdapterRows
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
 from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.config import DecoderConfig, RopeConfig
+from support.factories.architectures import make_architecture, make_attention
 
-CONFIG = DecoderConfig(
-    model_type="llama",
-    vocab_size=10,
-    hidden_size=64,
-    num_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=72,
-    norm_eps=1e-5,
-    tie_word_embeddings=False,
-    rope=RopeConfig(tuple(1.0 for _ in range(8))),
-    sliding_window=(None, None),
-    max_context_length=64,
-    attention_scale=0.25,
+ARCHITECTURE = make_architecture(
+    make_attention(6, 2, 16, scale=0.25, rotary_dim=16), num_layers=2, width=72, vocab_size=10
 )
+FUSED = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
 SHAPES = {
     "q_proj": (64, 96),
     "k_proj": (64, 32),
@@ -58,7 +51,7 @@ def make_adapter(seed: int, rank: int | None = None) -> LoweredAdapter:
     random = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     deltas = []
-    for layer in range(CONFIG.num_layers):
+    for layer in range(ARCHITECTURE.num_layers):
         for name, (d_in, d_out) in SHAPES.items():
             if rank is None and random.random() < 0.35:
                 continue
@@ -102,9 +95,9 @@ def loaded(request: pytest.FixtureRequest) -> Mapping[str, AdapterSlots]:
     """The same adapters on both backends, and on one thread."""
     dtype = str(request.param)
     slots: dict[str, AdapterSlots] = {
-        "cpu": CpuKernels(2).new_slots(CONFIG, NUM_SLOTS, dtype),
-        "one thread": CpuKernels(1).new_slots(CONFIG, NUM_SLOTS, dtype),
-        "reference": ReferenceKernels().new_slots(CONFIG, NUM_SLOTS, dtype),
+        "cpu": CpuKernels(2).new_slots(ARCHITECTURE, NUM_SLOTS, dtype),
+        "one thread": CpuKernels(1).new_slots(ARCHITECTURE, NUM_SLOTS, dtype),
+        "reference": ReferenceKernels().new_slots(ARCHITECTURE, NUM_SLOTS, dtype),
     }
     for slot in range(1, NUM_SLOTS):
         for backend in slots.values():
@@ -119,7 +112,7 @@ def test_equals_the_reference_for_every_population(
 ) -> None:
     rows = [POPULATIONS[population](row) for row in range(33)]
     x, y = inputs(33, fused)
-    for layer in range(CONFIG.num_layers):
+    for layer in range(ARCHITECTURE.num_layers):
         actual = add(loaded["cpu"], fused, layer, x, y, rows)
         expected = add(loaded["reference"], fused, layer, x, y, rows)
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
@@ -152,7 +145,7 @@ def test_a_row_is_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 7, 64, 65, 200])
 def test_every_rank(rank: int) -> None:
     slots, oracle = (
-        kernels.new_slots(CONFIG, 3, "float32") for kernels in (CpuKernels(2), ReferenceKernels())
+        kernels.new_slots(ARCHITECTURE, 3, "float32") for kernels in (CpuKernels(2), ReferenceKernels())
     )
     x, y = inputs(5, "gate_up")
     for backend in (slots, oracle):
@@ -164,7 +157,7 @@ def test_every_rank(rank: int) -> None:
 
 
 def test_a_slot_s_memory_is_counted_and_freed() -> None:
-    slots = CpuKernels(1).new_slots(CONFIG, 4, "bfloat16")
+    slots = CpuKernels(1).new_slots(ARCHITECTURE, 4, "bfloat16")
     adapter = make_adapter(1)
     assert slots.num_bytes(1) == 0
     slots.write(1, adapter)
@@ -175,7 +168,7 @@ def test_a_slot_s_memory_is_counted_and_freed() -> None:
 
 
 def test_a_cleared_slot_adds_nothing_and_takes_another_adapter() -> None:
-    slots = CpuKernels(1).new_slots(CONFIG, 4, "float32")
+    slots = CpuKernels(1).new_slots(ARCHITECTURE, 4, "float32")
     x, y = inputs(2, "qkv")
     slots.write(1, make_adapter(1, rank=4))
     first = add(slots, "qkv", 0, x, y, [1, 1])
@@ -188,7 +181,7 @@ def test_a_cleared_slot_adds_nothing_and_takes_another_adapter() -> None:
 
 
 def test_an_adapter_that_overflows_spoils_its_own_rows_alone() -> None:
-    slots = CpuKernels(2).new_slots(CONFIG, 4, "float32")
+    slots = CpuKernels(2).new_slots(ARCHITECTURE, 4, "float32")
     site = Site(0, "o_proj")
     slots.write(
         1, LoweredAdapter("a", (LowRank(site, torch.full((1, 96), 1e30), torch.full((64, 1), 1e30), 1.0),))
@@ -202,7 +195,7 @@ def test_an_adapter_that_overflows_spoils_its_own_rows_alone() -> None:
 
 
 def test_what_cannot_be_run_is_refused() -> None:
-    slots = CpuKernels(1).new_slots(CONFIG, 3, "float32")
+    slots = CpuKernels(1).new_slots(ARCHITECTURE, 3, "float32")
     assert isinstance(slots, CpuAdapterSlots)
     delta = make_adapter(1, rank=2).deltas[0]
     with pytest.raises(ModelError, match="one low-rank delta a site"):

@@ -13,9 +13,9 @@ from manyhats.engine.backends.batch import Batch
 from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.loop.build_batch import build_batch
-from manyhats.engine.model.config import DecoderConfig, RopeConfig
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
+from support.factories.architectures import make_architecture, make_attention
 
 ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
 sizes = st.integers(1, 40).map(lambda n: 8 * n)
@@ -94,25 +94,6 @@ def test_nothing_that_is_not_finite_reaches_another_row() -> None:
     assert gated.isnan().sum() == 1
 
 
-def make_config(head_dim: int, rotary_dim: int, num_heads: int, num_kv_heads: int) -> DecoderConfig:
-    return DecoderConfig(
-        model_type="llama",
-        vocab_size=8,
-        hidden_size=64,
-        num_layers=1,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=64,
-        norm_eps=1e-5,
-        tie_word_embeddings=False,
-        rope=RopeConfig(tuple(0.7**i for i in range(rotary_dim // 2))),
-        sliding_window=(None,),
-        max_context_length=64,
-        attention_scale=1.0,
-    )
-
-
 def batch_of(lengths: list[int]) -> Batch:
     chunks, block = [], 0
     for index, length in enumerate(lengths):
@@ -126,15 +107,16 @@ def batch_of(lengths: list[int]) -> Batch:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 16), (64, 64), (48, 32)])
 def test_rotation_equals_the_reference_and_each_row_alone(dtype: str, head_dim: int, rotary_dim: int) -> None:
-    config = make_config(head_dim, rotary_dim, 3, 1)
+    attention = make_attention(3, 1, head_dim, rotary_dim=rotary_dim)
+    assert attention.rope is not None
     batch = batch_of([5, 20])
     qkv = random(0, 25, 5 * head_dim)
-    angles = batch.positions.unsqueeze(1) * torch.tensor(config.rope.inv_freq)
+    angles = batch.positions.unsqueeze(1) * torch.tensor(attention.rope.inv_freq)
     cos, sin = angles.cos().float(), angles.sin().float()
     rotated, attended = [], []
     backends: list[Kernels[Any, Any]] = [TWO_THREADS, ONE_THREAD, REFERENCE]
     for kernels in backends:
-        cache = kernels.new_cache(config, 4, 16, dtype)
+        cache = kernels.new_cache(make_architecture(attention), 4, 16, dtype)
         mine = qkv.clone()
         kernels.rotate_and_store(mine, cos, sin, batch, cache, 0, 3)
         rotated.append(mine[:, : 3 * head_dim])

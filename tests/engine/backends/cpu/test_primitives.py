@@ -105,7 +105,7 @@ def bottleneck(model: LoadedModel) -> list[Delta]:
 
 
 def ends(model: LoadedModel) -> list[Delta]:
-    vocab = model.config.vocab_size
+    vocab = model.architecture.vocab_size
     return [
         EmbeddingLowRank(normal(1, 3, vocab).t(), normal(2, HIDDEN, 3), 0.7),
         EmbeddingRows(torch.tensor([9, 4, 30]), normal(3, 3, HIDDEN)),
@@ -114,7 +114,7 @@ def ends(model: LoadedModel) -> list[Delta]:
 
 
 def other_head(model: LoadedModel) -> list[Delta]:
-    vocab = model.config.vocab_size
+    vocab = model.architecture.vocab_size
     head = Site(-1, "lm_head")
     return [
         LowRank(head, normal(5, 3, HIDDEN), normal(6, vocab, 3), 0.5),
@@ -145,7 +145,7 @@ def test_a_primitive_through_both_backends_gives_the_oracles_logits(
     checkpoint: Any, model: LoadedModel, kind: str
 ) -> None:
     lowered = adapter(model, kind)
-    ids = random_ids(1, 21, model.config.vocab_size)
+    ids = random_ids(1, 21, model.architecture.vocab_size)
     expected = logits_with(load_transformers(checkpoint), lowered, ids)
     for kernels in (CpuKernels(1), ReferenceKernels()):
         runner = Runner(model, kernels, adapters={1: lowered})
@@ -157,7 +157,9 @@ def test_all_primitives_in_one_batch_are_each_as_alone_bit_for_bit(model: Loaded
     adapters = {slot: adapter(model, kind) for slot, kind in enumerate(KINDS, start=1)}
     runner = Runner(model, CpuKernels(2), adapters=adapters)
     prompts = [
-        Prompt(random_ids(i, 3 + 5 * i, model.config.vocab_size), slot=i % (len(KINDS) + 1), joins=i % 3)
+        Prompt(
+            random_ids(i, 3 + 5 * i, model.architecture.vocab_size), slot=i % (len(KINDS) + 1), joins=i % 3
+        )
         for i in range(2 * len(KINDS) + 2)
     ]
     mixed = runner.run(prompts, max_tokens=24, max_sequences=16)
@@ -169,7 +171,7 @@ def test_all_primitives_in_one_batch_are_each_as_alone_bit_for_bit(model: Loaded
 
 def test_a_cleared_slot_is_the_base_again_and_holds_no_memory(model: LoadedModel) -> None:
     runner = Runner(model)
-    prompt = Prompt(random_ids(2, 9, model.config.vocab_size), slot=1)
+    prompt = Prompt(random_ids(2, 9, model.architecture.vocab_size), slot=1)
     (base,) = runner.run([Prompt(prompt.token_ids, slot=0)])
     for kind in KINDS:
         runner.slots.write(1, adapter(model, kind))
@@ -191,8 +193,8 @@ def test_the_kernel_knows_every_activation_as_torch_computes_it() -> None:
 
 
 def kv_prefix(model: LoadedModel, num_tokens: int, offset: int) -> KVPrefix:
-    config = model.config
-    shape = (config.num_layers, num_tokens, config.num_kv_heads, config.head_dim)
+    attention = model.architecture.attention
+    shape = (model.architecture.num_layers, num_tokens, attention.num_kv_heads, attention.head_dim)
     return KVPrefix(normal(num_tokens, *shape, scale=1.0), normal(num_tokens + 1, *shape, scale=1.0), offset)
 
 
@@ -213,7 +215,7 @@ async def test_virtual_tokens_through_the_engine_give_the_oracles_log_probabilit
     checkpoint: Any, model: LoadedModel, kind: str, num_tokens: int
 ) -> None:
     lowered = virtual(model, kind, num_tokens)
-    ids = random_ids(4, 19, model.config.vocab_size)
+    ids = random_ids(4, 19, model.architecture.vocab_size)
     logits = logits_with(load_transformers(checkpoint), lowered, ids)
     expected = torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(ids[1:]).unsqueeze(1))[:, 0]
     async with running_engine(model, {"task": lowered}, max_num_batched_tokens=8) as engine:
@@ -242,7 +244,7 @@ async def test_requests_of_a_prompt_task_share_its_blocks_and_agree_with_each_al
 ) -> None:
     lowered = virtual(model, "prompt", 33)
     record = make_record("task", lowered.digest)
-    prompts = [random_ids(i, 3 + i, model.config.vocab_size) for i in range(8)]
+    prompts = [random_ids(i, 3 + i, model.architecture.vocab_size) for i in range(8)]
     async with running_engine(model, {"task": lowered}) as engine:
         await engine.warm_adapter(record)
         assert engine.stats.kv_blocks_used == 0  # the first request puts them in place
@@ -261,10 +263,19 @@ async def test_requests_of_a_prompt_task_share_its_blocks_and_agree_with_each_al
 async def test_idle_virtual_tokens_give_way_to_a_request_that_needs_their_blocks(model: LoadedModel) -> None:
     lowered = virtual(model, "prefix", 33)
     record = make_record("task", lowered.digest)
-    block_bytes = 2 * model.config.num_layers * model.config.num_kv_heads * model.config.head_dim * 16 * 4
+    block_bytes = (
+        2
+        * model.architecture.num_layers
+        * model.architecture.attention.num_kv_heads
+        * model.architecture.attention.head_dim
+        * 16
+        * 4
+    )
     async with running_engine(model, {"task": lowered}, kv_cache_bytes=6 * block_bytes) as engine:
         first = await collect(engine, make_request([5, 6, 7], adapter=record, new_tokens=4))
-        base = await collect(engine, make_request(random_ids(1, 70, model.config.vocab_size), new_tokens=4))
+        base = await collect(
+            engine, make_request(random_ids(1, 70, model.architecture.vocab_size), new_tokens=4)
+        )
         assert len(base.token_ids) == 4
         assert engine.stats.kv_blocks_used == 0
         again = await collect(engine, make_request([5, 6, 7], adapter=record, new_tokens=4))

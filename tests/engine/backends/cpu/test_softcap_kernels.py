@@ -20,9 +20,9 @@ from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import ModelError
 from manyhats.engine.loop.build_batch import build_batch
-from manyhats.engine.model.config import DecoderConfig, RopeConfig
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
+from support.factories.architectures import make_architecture, make_attention
 
 ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
 load, store, tanh = simd.load, simd.store, simd.tanh
@@ -138,22 +138,7 @@ def test_norms_of_queries_and_keys_leave_values_alone(whole: bool) -> None:
         assert torch.equal(alone[0], results[0][row])
 
 
-CONFIG = DecoderConfig(
-    model_type="gemma2",
-    vocab_size=8,
-    hidden_size=64,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=64,
-    norm_eps=1e-5,
-    tie_word_embeddings=False,
-    rope=RopeConfig(()),
-    sliding_window=(None,),
-    max_context_length=64,
-    attention_scale=0.3,
-)
+ARCHITECTURE = make_architecture(make_attention(4, 2, 16, scale=0.3))
 
 
 def batch_of(sequence: Sequence, start: int, count: int) -> Batch:
@@ -164,7 +149,7 @@ def attend(
     kernels: Kernels[Any, Any], qkv: Tensor, cuts: list[int], window: int | None, cap: float | None
 ) -> Tensor:
     """Attention of one sequence's rows, run in the chunks that ``cuts`` begin and end."""
-    cache = kernels.new_cache(CONFIG, 4, 16, "float32")
+    cache = kernels.new_cache(ARCHITECTURE, 4, 16, "float32")
     sequence = Sequence(id="0", token_ids=[0] * len(qkv), max_num_tokens=len(qkv))
     sequence.block_table = [2, 0, 3]
     parts = []

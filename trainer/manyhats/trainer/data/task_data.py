@@ -75,13 +75,13 @@ def read_task_data(
         SettingError: ``max_length`` or ``labels``.
     """
     ends = find_ends(model.tokenizer, model.generation.eos_token_ids)
-    room = model.config.max_context_length - num_virtual_tokens
+    room = model.architecture.max_context_length - num_virtual_tokens
     how = Tokenization(
         tokenizer=model.tokenizer,
         ends=ends,
         settings=settings,
         max_length=longest_row(settings, room),
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.architecture.vocab_size,
         now=now,
         on_row=on_row,
     )

@@ -32,7 +32,7 @@ def with_text_of(model: LoadedModel, init_from: str) -> tuple[LoadedModel, Mappi
         tokenizer = model.texts.read(files).tokenizer
     except AdapterError as error:
         raise SettingError("init_from", f"{init_from}: {error}") from error
-    ends = {token_id for token_id in tokenizer.eos_token_ids if token_id < model.config.vocab_size}
+    ends = {token_id for token_id in tokenizer.eos_token_ids if token_id < model.architecture.vocab_size}
     generation = GenerationDefaults(eos_token_ids=model.generation.eos_token_ids | ends)
     return (
         replace(model, tokenizer=tokenizer, generation=generation),

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from manyhats.engine.backends.backend import FUSED
-from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.families import linear_shapes
+from manyhats.engine.model.architecture import Architecture, Block, Group
 from manyhats.trainer.memory.adapter_size import AdapterSize
 from manyhats.trainer.memory.batch_shape import BatchShape
 from manyhats.trainer.model.blocked_attention import BLOCK
@@ -30,7 +28,7 @@ class Step:
         is_quantized: whether the linears are dequantized for each product.
     """
 
-    config: DecoderConfig
+    architecture: Architecture
     adapter: AdapterSize
     batch: BatchShape
     element_bytes: int
@@ -57,17 +55,24 @@ class Step:
         batch = self.batch
         return batch.num_tokens - batch.num_shared != batch.num_padded
 
+    @property
+    def block(self) -> Block:
+        """The first layer, whose widths are those of all."""
+        return self.architecture.blocks[0]
+
+    def group(self, name: str) -> Group:
+        """Linears over one input."""
+        return next(group for group in self.block.groups() if group.name == name)
+
     def width(self, fused: str) -> tuple[int, int, int]:
         """(d_in, all d_out, ΣR) of linears over one input."""
-        shapes = linear_shapes(self.config)
-        parts = FUSED[fused]
-        ranks = sum(self.adapter.ranks.get(part, 0) for part in parts)
-        return shapes[parts[0]][0], sum(shapes[part][1] for part in parts), ranks
+        group = self.group(fused)
+        return group.d_in, group.d_out, sum(self.adapter.ranks.get(name, 0) for name in group.names)
 
     def is_rescaled(self, fused: str) -> bool:
         """Whether any of these linears is; each is then computed by itself, and puts out float32."""
         adapter = self.adapter
-        return not (adapter.rescaled_outputs | adapter.rescaled_inputs).isdisjoint(FUSED[fused])
+        return not (adapter.rescaled_outputs | adapter.rescaled_inputs).isdisjoint(self.group(fused).names)
 
     def output_bytes(self, fused: str) -> int:
         """Of a value that these linears put out."""
@@ -76,7 +81,7 @@ class Step:
 
 def residual_bytes(step: Step) -> int:
     """The residual stream at one place: 4 · N · D."""
-    return _FLOAT * step.num_tokens * step.config.hidden_size
+    return _FLOAT * step.num_tokens * step.block.hidden_size
 
 
 def kept_by_linears(step: Step, fused: str) -> int:
@@ -86,9 +91,9 @@ def kept_by_linears(step: Step, fused: str) -> int:
     Of rescaled outputs what is multiplied, e · N · d_out; of rescaled inputs, e · N · d_in.
     """
     d_in, _, ranks = step.width(fused)
-    adapter, shapes = step.adapter, linear_shapes(step.config)
-    outputs = sum(shapes[part][1] for part in FUSED[fused] if part in adapter.rescaled_outputs)
-    has_input = ranks > 0 or not adapter.rescaled_inputs.isdisjoint(FUSED[fused])
+    adapter, group = step.adapter, step.group(fused)
+    outputs = sum(member.d_out for member in group.members if member.name in adapter.rescaled_outputs)
+    has_input = ranks > 0 or not adapter.rescaled_inputs.isdisjoint(group.names)
     masks = d_in if ranks and adapter.has_dropout else 0
     return step.element_bytes * step.num_tokens * ((d_in if has_input else 0) + masks + ranks + outputs)
 
@@ -100,8 +105,8 @@ def attention_kept(step: Step) -> int:
     all rows continue are views too, and besides the rows' copies keep queries, keys and projections of all N; behind a
     prefix the latter two are copied.
     """
-    config, batch, e, tokens = step.config, step.batch, step.element_bytes, step.num_tokens
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention, batch, e, tokens = step.block.attention, step.batch, step.element_bytes, step.num_tokens
+    query, key = attention.query_size, attention.key_size
     projections = tokens * (query + 2 * key)
     is_view = not step.is_padded and not step.num_before and step.output_bytes("qkv") == e
     values = projections if is_view else step.num_keys * key
@@ -116,10 +121,10 @@ def feed_forward_kept(step: Step) -> int:
 
     A bottleneck of width b: 4 · N · (2b + D), D only where it reads what nothing else keeps.
     """
-    config, tokens = step.config, step.num_tokens
-    read = config.hidden_size if step.adapter.keeps_bottleneck_input else 0
+    block, tokens = step.block, step.num_tokens
+    read = block.hidden_size if step.adapter.keeps_bottleneck_input else 0
     of_bottlenecks = sum(_FLOAT * tokens * (2 * width + read) for width in step.adapter.bottlenecks)
-    gate_up = 2 * step.output_bytes("gate_up") * tokens * config.intermediate_size
+    gate_up = 2 * step.output_bytes("gate_up") * tokens * block.feed_forward.width
     linears = kept_by_linears(step, "gate_up") + kept_by_linears(step, "down")
     return residual_bytes(step) + gate_up + linears + of_bottlenecks
 
@@ -135,9 +140,10 @@ def weights_for_product(step: Step, fused: str) -> int:
     Several matrices, or one with low-rank columns behind it, are put together from dequantized parts: one part besides.
     """
     d_in, d_out, ranks = step.width(fused)
-    parts = 1 if step.is_rescaled(fused) else len(FUSED[fused])
+    num_members = len(step.group(fused).members)
+    parts = 1 if step.is_rescaled(fused) else num_members
     is_joined = parts > 1 or (ranks > 0 and not step.is_rescaled(fused))
-    part = d_out * d_in // len(FUSED[fused]) if step.is_quantized else 0
+    part = d_out * d_in // num_members if step.is_quantized else 0
     joined = d_out * (d_in + ranks) if is_joined else 0
     return step.element_bytes * (part + joined)
 
@@ -145,7 +151,7 @@ def weights_for_product(step: Step, fused: str) -> int:
 def layers_kept(step: Step) -> int:
     """What all layers keep, without gradient checkpointing; their inputs not counted."""
     not_kept = {"nothing": 0, "attention": attention_kept(step), "layer": layer_kept(step)}
-    return step.config.num_layers * layer_kept(step) - not_kept[step.adapter.begins_behind]
+    return step.architecture.num_layers * layer_kept(step) - not_kept[step.adapter.begins_behind]
 
 
 def layer_backward(step: Step) -> int:
@@ -160,16 +166,16 @@ def layer_backward(step: Step) -> int:
       4 · 4 · B·(C+T)·KV, the gradient of the result 4 · B·T·Q and of the queries e · B·T·Q, and of a block of queries
       the scores, their softmax and their gradient, 3 · 4 · B · H · block · (C + T).
     """
-    config, batch, e, tokens = step.config, step.batch, step.element_bytes, step.num_tokens
-    inner, hidden = config.intermediate_size, config.hidden_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    block, batch, e, tokens = step.block, step.batch, step.element_bytes, step.num_tokens
+    inner, hidden = block.feed_forward.width, block.hidden_size
+    query, key, num_heads = block.attention.query_size, block.attention.key_size, block.attention.num_heads
     down = weights_for_product(step, "down") + e * tokens * (inner + step.width("down")[2])
     gate_up = weights_for_product(step, "gate_up") + tokens * (
         2 * step.output_bytes("gate_up") * inner + e * (hidden + step.width("gate_up")[2])
     )
-    block = min(BLOCK, batch.longest) * (step.num_before + batch.longest)
+    scores = min(BLOCK, batch.longest) * (step.num_before + batch.longest)
     attention = 4 * _FLOAT * step.num_keys * key + (_FLOAT + e) * batch.num_padded * query
-    attention += 3 * _FLOAT * batch.num_rows * config.num_heads * block
+    attention += 3 * _FLOAT * batch.num_rows * num_heads * scores
     largest = max(
         down,
         gate_up - kept_by_linears(step, "down"),
@@ -185,10 +191,10 @@ def head_bytes(step: Step) -> int:
     e · c · V (three times where the adapter acts on the head), and, if they are not, a few at a time in float32. With
     more rows than that, those before are let go only when the next are there.
     """
-    config, e = step.config, step.element_bytes
+    vocab_size, e = step.architecture.vocab_size, step.element_bytes
     targets = step.batch.num_targets
-    rows = min(targets, max(1, CHUNK_VALUES // config.vocab_size))
-    logits = e * rows * config.vocab_size * (3 if step.adapter.is_on_head else 1)
-    logits += e * rows * config.vocab_size if targets > rows else 0
-    in_cache = _FLOAT * min(CACHED_VALUES, rows * config.vocab_size) if e < _FLOAT else 0
-    return 3 * _FLOAT * targets * config.hidden_size + logits + in_cache
+    rows = min(targets, max(1, CHUNK_VALUES // vocab_size))
+    logits = e * rows * vocab_size * (3 if step.adapter.is_on_head else 1)
+    logits += e * rows * vocab_size if targets > rows else 0
+    in_cache = _FLOAT * min(CACHED_VALUES, rows * vocab_size) if e < _FLOAT else 0
+    return 3 * _FLOAT * targets * step.block.hidden_size + logits + in_cache

@@ -8,8 +8,9 @@ from typing import Literal
 
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.sites import BaseDescription
-from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.families import Architecture, describe
+from manyhats.engine.model.architecture import Architecture
+from manyhats.engine.model.describe import describe
+from manyhats.engine.model.layout import Family
 from manyhats.trainer.methods.bottleneck import bottleneck_size
 from manyhats.trainer.methods.lora import plan_lora
 from manyhats.trainer.methods.targets import choose_modules
@@ -65,37 +66,37 @@ class AdapterSize:
         return self.num_in_layers + self.num_prefix
 
 
-def adapter_size(settings: AdapterSettings, architecture: Architecture) -> AdapterSize:
+def adapter_size(settings: AdapterSettings, family: Family) -> AdapterSize:
     """The size of an adapter on a base.
 
     Raises:
         SettingError: a module that the base does not have, a pattern of none, or a size above the server's limit.
     """
-    size = _size(settings, architecture)
+    size = _size(settings, family)
     check_virtual_token_limit(size.num_virtual_tokens, _LIMITS)
     return size
 
 
-def _size(settings: AdapterSettings, architecture: Architecture) -> AdapterSize:
-    config = architecture.decoder
+def _size(settings: AdapterSettings, family: Family) -> AdapterSize:
+    architecture = family.architecture
     match settings:
         case LoraSettings():
-            return _lora(settings, _description(architecture))
+            return _lora(settings, _description(family))
         case Ia3Settings():
-            return _ia3(settings, _description(architecture))
+            return _ia3(settings, _description(family))
         case BottleneckSettings():
-            return _bottleneck(settings, config)
+            return _bottleneck(settings, architecture)
         case PrefixSettings():
-            return _prefix(settings, config)
+            return _prefix(settings, architecture)
         case PromptSettings():
             num_tokens = settings.num_virtual_tokens
-            return AdapterSize(num_trained=num_tokens * config.hidden_size, num_in_layers=num_tokens)
+            return AdapterSize(num_trained=num_tokens * architecture.hidden_size, num_in_layers=num_tokens)
         case PTuningSettings():
-            return _p_tuning(settings, config)
+            return _p_tuning(settings, architecture)
 
 
-def _description(architecture: Architecture) -> BaseDescription:
-    return describe(architecture.decoder, names=(), digest="", modules=architecture.modules)
+def _description(family: Family) -> BaseDescription:
+    return describe(family, names=(), digest="")
 
 
 def _lora(settings: LoraSettings, base: BaseDescription) -> AdapterSize:
@@ -133,25 +134,25 @@ def _ia3(settings: Ia3Settings, base: BaseDescription) -> AdapterSize:
     )
 
 
-def _bottleneck(settings: BottleneckSettings, config: DecoderConfig) -> AdapterSize:
+def _bottleneck(settings: BottleneckSettings, architecture: Architecture) -> AdapterSize:
     """D [b, D], its bias [b], U [D, b], its bias [D], b = D // reduction factor; twice a layer for ``double_seq``."""
-    hidden = config.hidden_size
+    hidden = architecture.hidden_size
     width = bottleneck_size(settings, hidden)
     num_sites = 2 if settings.variant == "double_seq" else 1
     per_site = 2 * width * hidden + width + hidden
     return AdapterSize(
-        num_trained=config.num_layers * num_sites * per_site,
+        num_trained=architecture.num_layers * num_sites * per_site,
         bottlenecks=(width,) * num_sites,
         keeps_bottleneck_input=settings.variant != "parallel",
         begins_behind="attention" if settings.variant == "double_seq" else "layer",
     )
 
 
-def _prefix(settings: PrefixSettings, config: DecoderConfig) -> AdapterSize:
+def _prefix(settings: PrefixSettings, architecture: Architecture) -> AdapterSize:
     """Keys and values [P, 2 · L · Hkv · K]; or an embedding [P, Hkv · K] and two linears that make them."""
     num_tokens, inner = settings.num_virtual_tokens, settings.projection_size
-    token_dim = config.num_kv_heads * config.head_dim
-    width = 2 * config.num_layers * token_dim
+    token_dim = architecture.attention.key_size
+    width = 2 * architecture.num_layers * token_dim
     num_made = num_tokens * width
     num_trained = num_made
     if inner:
@@ -160,9 +161,9 @@ def _prefix(settings: PrefixSettings, config: DecoderConfig) -> AdapterSize:
     return AdapterSize(num_trained=num_trained, num_lowered=num_made, num_prefix=num_tokens)
 
 
-def _p_tuning(settings: PTuningSettings, config: DecoderConfig) -> AdapterSize:
+def _p_tuning(settings: PTuningSettings, architecture: Architecture) -> AdapterSize:
     """An embedding [P, D], and linears D → h → h → D with their biases."""
-    num_tokens, inner, hidden = settings.num_virtual_tokens, settings.encoder_size, config.hidden_size
+    num_tokens, inner, hidden = settings.num_virtual_tokens, settings.encoder_size, architecture.hidden_size
     mlp = (hidden + 1) * inner + (inner + 1) * inner + (inner + 1) * hidden
     return AdapterSize(
         num_trained=num_tokens * hidden + mlp,

@@ -40,7 +40,7 @@ def predict_memory(tasks: Sequence[TrainSettings], *, home: Path | None = None) 
     shape = read_shape(model.model, home)
     tokenizer = _tokenizer(shape)
     sizes = [_task_size(settings, shape, tokenizer) for settings in tasks]
-    machine = machine_of(model, num_unread_tokens=0 if tokenizer else shape.config.vocab_size)
+    machine = machine_of(model, num_unread_tokens=0 if tokenizer else shape.architecture.vocab_size)
     return predict(sizes, shape, machine, _notes(sizes, tokenizer))
 
 
@@ -51,9 +51,9 @@ def _tokenizer(shape: BaseShape) -> Tokenizer | None:
 
 
 def _task_size(settings: TrainSettings, shape: BaseShape, tokenizer: Tokenizer | None) -> TaskSize:
-    adapter = adapter_size(settings.adapter, shape.architecture)
-    room = shape.config.max_context_length - adapter.num_virtual_tokens
-    return TaskSize(settings, adapter, _batch(settings, room, tokenizer, shape.config.vocab_size))
+    adapter = adapter_size(settings.adapter, shape.family)
+    room = shape.architecture.max_context_length - adapter.num_virtual_tokens
+    return TaskSize(settings, adapter, _batch(settings, room, tokenizer, shape.architecture.vocab_size))
 
 
 def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None, vocab_size: int) -> BatchShape:

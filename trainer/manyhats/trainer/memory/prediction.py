@@ -141,12 +141,12 @@ def passing_bytes(task: TaskSize, shape: BaseShape, machine: Machine) -> dict[st
     there with its gradient. Gradients are collected at that, 4 · P, and then at the parameters, 4 · P more.
     """
     model, adapter = task.settings.model, task.adapter
-    step = Step(shape.config, adapter, task.batch, machine.element_bytes, model.quantization == "nf4")
+    step = Step(shape.architecture, adapter, task.batch, machine.element_bytes, model.quantization == "nf4")
     making = {
         "values made of parameters": 2 * _FLOAT * adapter.num_lowered,
         "gradients": _FLOAT * adapter.num_trained,
     }
-    inputs = (shape.config.num_layers + 1) * residual_bytes(step)
+    inputs = (shape.architecture.num_layers + 1) * residual_bytes(step)
     if model.gradient_checkpointing:
         kept, of_layer = inputs, layer_kept(step)
     else:

@@ -17,9 +17,9 @@ from manyhats.engine.checkpoints.checkpoint import check_quantization_config, ex
 from manyhats.engine.checkpoints.fetch import KNOWN_MODELS
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
-from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.families import Architecture, linear_shapes, read_architecture
-from manyhats.engine.model.known_families import FAMILIES
+from manyhats.engine.model.architecture import Architecture
+from manyhats.engine.model.families.reading import FAMILIES, read_family
+from manyhats.engine.model.layout import Family
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from manyhats.trainer.settings.settings import LARGEST
 
@@ -41,38 +41,37 @@ class BaseShape:
     Attributes:
         name: as it was asked for.
         directory: holds the config; a tokenizer may lie there too.
-        architecture: which linears, norms and biases there are.
+        family: which linears, norms and biases there are.
         stored_bytes: of a value in the checkpoint.
         is_stored_nf4: whether the checkpoint's linears are NF4 already.
     """
 
     name: str
     directory: Path
-    architecture: Architecture
+    family: Family
     stored_bytes: int
     is_stored_nf4: bool
 
     @property
-    def config(self) -> DecoderConfig:
-        """The decoder's."""
-        return self.architecture.decoder
+    def architecture(self) -> Architecture:
+        """The family's."""
+        return self.family.architecture
 
     @property
     def num_linear_parameters(self) -> int:
         """Of the layers' linears, Σ d_out · d_in."""
-        per_layer = sum(d_in * d_out for d_in, d_out in linear_shapes(self.config).values())
-        return self.config.num_layers * per_layer
+        return self.architecture.num_linear_parameters()
 
     @property
     def num_table_parameters(self) -> int:
         """Of the embedding, V · D, and of the head where it has a matrix of its own."""
-        config = self.config
-        return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        architecture = self.architecture
+        return architecture.vocab_size * architecture.hidden_size * (1 if architecture.head.is_tied else 2)
 
     @property
     def num_parameters(self) -> int:
         """Of everything."""
-        return sum(math.prod(shape) for shape in expected_shapes(self.architecture).values())
+        return sum(math.prod(shape) for shape in expected_shapes(self.family).values())
 
     @property
     def num_other_parameters(self) -> int:
@@ -103,7 +102,7 @@ def read_shape(source: str, home: Path | None = None) -> BaseShape:
         return BaseShape(
             name=source,
             directory=path.parent,
-            architecture=read_architecture(raw),
+            family=read_family(raw),
             stored_bytes=_stored_bytes(raw),
             is_stored_nf4=check_quantization_config(raw),
         )

@@ -55,12 +55,12 @@ def make_bottleneck(
     Raises:
         SettingError: a setting is none of the library's, or does not fit the base.
     """
-    hidden_size = model.config.hidden_size
+    hidden_size = model.architecture.hidden_size
     size = bottleneck_size(settings, hidden_size)
     name = _adapter_name(task)
     inner = _method_config(settings)
     parameters: dict[str, nn.Parameter] = {}
-    for layer in range(model.config.num_layers):
+    for layer in range(model.architecture.num_layers):
         for sub_layer in ("attention", "feed_forward") if inner["mh_adapter"] else ("feed_forward",):
             module = full_path(f"layers.{layer}.{MODULES[sub_layer]}.adapters.{name}.")
             parameters[f"{module}adapter_down.0.weight"] = kaiming_uniform(size, hidden_size, generator)
@@ -131,10 +131,10 @@ def _method_config(settings: BottleneckSettings) -> dict[str, Any]:
 
 
 def _config(inner: Mapping[str, Any], name: str, model: LoadedModel) -> dict[str, Any]:
-    model_type = model.config.model_type
+    model_type = model.architecture.model_type
     return {
         "config": dict(inner),
-        "hidden_size": model.config.hidden_size,
+        "hidden_size": model.architecture.hidden_size,
         # A base that is none of these is refused, by the check that every fresh adapter takes.
         "model_class": _MODEL_CLASSES.get(model_type),
         "model_name": model.reference,

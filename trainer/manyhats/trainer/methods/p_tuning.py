@@ -30,7 +30,7 @@ def make_p_tuning(
         SettingError: too many virtual tokens.
     """
     check_num_virtual_tokens(settings.num_virtual_tokens, model, limits)
-    hidden_size, inner = model.config.hidden_size, settings.encoder_size
+    hidden_size, inner = model.architecture.hidden_size, settings.encoder_size
     own = {
         **prompt_fields(settings.num_virtual_tokens, model),
         "encoder_dropout": 0.0,

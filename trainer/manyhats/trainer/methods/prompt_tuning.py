@@ -56,14 +56,14 @@ def _begin(settings: PromptSettings, model: LoadedModel, generator: Generator) -
     count = settings.num_virtual_tokens
     match settings.init:
         case "random":
-            return normal(count, model.config.hidden_size, generator)
+            return normal(count, model.architecture.hidden_size, generator)
         case "vocabulary":
-            ids = torch.randint(model.config.vocab_size, (count,), generator=generator)
+            ids = torch.randint(model.architecture.vocab_size, (count,), generator=generator)
         case "text":
             ids = torch.tensor(_text_ids(settings, model))
         case _:
             raise SettingError("init", f"must be one of {', '.join(_PEFT_NAMES)}, not {settings.init!r}")
-    rows = model.weights.embed_tokens.detach()[ids.to(model.weights.embed_tokens.device)].float().cpu()
+    rows = model.weights.embedding.detach()[ids.to(model.weights.embedding.device)].float().cpu()
     return nn.Parameter(rows * _stored_factor(model.description))
 
 
@@ -72,7 +72,7 @@ def _text_ids(settings: PromptSettings, model: LoadedModel) -> list[int]:
     if not model.tokenizer.encode(settings.init_text, add_special_tokens=False):
         raise SettingError("init_text", "has no tokens")
     ids = model.tokenizer.encode(settings.init_text, add_special_tokens=True)
-    num_embeddings = len(model.weights.embed_tokens)
+    num_embeddings = len(model.weights.embedding)
     if max(ids) >= num_embeddings:
         piece = model.tokenizer.piece(max(ids))
         raise SettingError(

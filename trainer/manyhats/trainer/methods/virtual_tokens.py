@@ -15,7 +15,7 @@ def check_num_virtual_tokens(num_virtual_tokens: int, model: LoadedModel, limits
     Raises:
         SettingError: it is over.
     """
-    length = model.config.max_context_length
+    length = model.architecture.max_context_length
     if num_virtual_tokens >= length:
         raise SettingError(
             "num_virtual_tokens", f"is {num_virtual_tokens}: no token is left of the base's {length}"
@@ -38,9 +38,9 @@ def check_virtual_token_limit(num_virtual_tokens: int, limits: AdapterLimits) ->
 def prompt_fields(num_virtual_tokens: int, model: LoadedModel) -> dict[str, Any]:
     """PEFT's ``PromptLearningConfig`` of virtual tokens that are embeddings."""
     return {
-        "num_attention_heads": model.config.num_heads,
-        "num_layers": model.config.num_layers,
+        "num_attention_heads": model.architecture.attention.num_heads,
+        "num_layers": model.architecture.num_layers,
         "num_transformer_submodules": 1,
         "num_virtual_tokens": num_virtual_tokens,
-        "token_dim": model.config.hidden_size,
+        "token_dim": model.architecture.hidden_size,
     }

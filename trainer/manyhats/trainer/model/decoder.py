@@ -54,19 +54,21 @@ class TrainingDecoder:
     def __init__(
         self, model: LoadedModel, *, dtype: torch.dtype, gradient_checkpointing: bool, device: torch.device
     ) -> None:
-        weights = model.weights
-        self.config = model.config
+        architecture, weights = model.architecture, model.weights
+        self.architecture = architecture
         self._device = device
         self._checkpoints = gradient_checkpointing
-        self._embed = weights.embed_tokens.to(device)
+        self._embed = weights.embedding.to(device)
         self._layers = [
-            FrozenLayer(index, layer, model.config, dtype, device)
-            for index, layer in enumerate(weights.layers)
+            FrozenLayer(index, block, weights.blocks[index], dtype, device)
+            for index, block in enumerate(architecture.blocks)
         ]
-        self._norm = weights.norm.to(device)
-        head = self._embed if weights.lm_head is None else weights.lm_head
-        self._head = Head(head, model.config, dtype, device)
-        self._rotary = RotaryTables(model.config)
+        self._norm = weights.final_norm.weight.to(device)
+        head = self._embed if architecture.head.is_tied else weights.head.matrix
+        assert isinstance(head, Tensor)  # NF4 is for the blocks' linears
+        self._head = Head(head, architecture.head, dtype, device)
+        self._rotary = RotaryTables(architecture)
+        self._sites = frozenset(architecture.sites())
 
     @property
     def linear_bytes(self) -> int:
@@ -87,24 +89,24 @@ class TrainingDecoder:
         Raises:
             BaseError: a delta that this base has no place for, or a row that is longer than its context.
         """
-        deltas = place_deltas(adapter, self.config)
+        deltas = place_deltas(adapter, self._sites)
         return self._normed(self._residual(batch, adapter, deltas, dropout))
 
     def loss(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
         """The sum of the cross-entropies of ``batch.targets``, a float32 scalar; arguments as of ``hidden``."""
-        deltas = place_deltas(adapter, self.config)
+        deltas = place_deltas(adapter, self._sites)
         residual = self._residual(batch, adapter, deltas, dropout)
         hidden = self._normed(residual.index_select(0, batch.predictors.to(self._device)))
         return self._head.loss(hidden, batch.targets.to(self._device), deltas.head, dropout)
 
     def logits(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
         """[N, V] float32, of every token; arguments as of ``hidden``."""
-        deltas = place_deltas(adapter, self.config)
+        deltas = place_deltas(adapter, self._sites)
         hidden = self._normed(self._residual(batch, adapter, deltas, dropout))
         return self._head.logits(hidden, deltas.head)
 
     def _normed(self, residual: Tensor) -> Tensor:
-        return rms_norm(residual, self._norm, self.config.norm_eps)
+        return rms_norm(residual, self._norm, self.architecture.final_norm.eps)
 
     def _residual(
         self, batch: TrainingBatch, adapter: LoweredAdapter | None, deltas: PlacedDeltas, dropout: float
@@ -157,10 +159,10 @@ class TrainingDecoder:
 
     def _check_length(self, positions: Tensor) -> None:
         length = int(positions.max()) + 1 if positions.numel() else 0
-        if length > self.config.max_context_length:
+        longest = self.architecture.max_context_length
+        if length > longest:
             raise BaseError(
-                f"a row of {length} positions, virtual tokens counted, is longer than the base's context of "
-                f"{self.config.max_context_length}"
+                f"a row of {length} positions, virtual tokens counted, is longer than the base's context of {longest}"
             )
 
     def _embedded(self, batch: TrainingBatch, deltas: PlacedDeltas) -> Tensor:
@@ -168,7 +170,7 @@ class TrainingDecoder:
         token_ids = batch.token_ids.to(self._device)
         embedded = self._embed.index_select(0, token_ids).float()
         embedded = with_embedding_deltas(deltas.embedding, token_ids, embedded)
-        scale = self.config.embedding_scale
+        scale = self.architecture.embedding.scale
         return embedded if scale == 1.0 else embedded * scale
 
 

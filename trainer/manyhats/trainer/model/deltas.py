@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -26,9 +26,7 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.adapters.sites import Site
-from manyhats.engine.backends.backend import SUBLAYERS
-from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.weights import LINEAR_NAMES
+from manyhats.engine.model.architecture import SUBLAYERS
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.model.linear import FrozenLinears, LowRankTerm, adapted_product, frozen_product
 
@@ -70,8 +68,12 @@ class PlacedDeltas:
 _NONE = LinearDeltas()
 
 
-def place_deltas(adapter: LoweredAdapter | None, config: DecoderConfig) -> PlacedDeltas:
+def place_deltas(adapter: LoweredAdapter | None, sites: Set[Site]) -> PlacedDeltas:
     """Sort an adapter's deltas by place.
+
+    Args:
+        adapter: None for none.
+        sites: of the decoder.
 
     Raises:
         BaseError: one acts where this decoder has no such place.
@@ -85,8 +87,9 @@ def place_deltas(adapter: LoweredAdapter | None, config: DecoderConfig) -> Place
     for site, deltas in by_site.items():
         if site in (HEAD, _EMBEDDING):
             continue
-        _check_layer(site, config)
-        if site.name in LINEAR_NAMES:
+        if site not in sites:
+            raise BaseError(f"{site}: the base has no such place")
+        if site.name not in SUBLAYERS:
             linears[site] = LinearDeltas(
                 _only(InputScale, deltas), _only(Affine, deltas), _only(LowRank, deltas)
             )
@@ -115,11 +118,6 @@ def _site(delta: Delta) -> Site:
 
 def _only(kind: type[T], deltas: Sequence[object]) -> list[T]:
     return [delta for delta in deltas if isinstance(delta, kind)]
-
-
-def _check_layer(site: Site, config: DecoderConfig) -> None:
-    if not 0 <= site.layer < config.num_layers or site.name not in (*LINEAR_NAMES, *SUBLAYERS):
-        raise BaseError(f"{site}: the base has no such place")
 
 
 def _check_kinds(site: Site, deltas: Sequence[Delta]) -> None:

@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from manyhats.engine.model.config import Activation
-
 # Rows at a time on a CPU: what they take in float32 stays in its caches.
 _CACHED_VALUES = 1 << 18
 
 
-def gated(gate_up: Tensor, activation: Activation, dtype: torch.dtype = torch.float32) -> Tensor:
+def gated(gate_up: Tensor, activation: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Activation(gate) · up, computed in float32.
 
     Args:
@@ -32,7 +30,7 @@ class _GatedProduct(torch.autograd.Function):
     """``act(gate) · up``; the gradients are ``act'(gate) · up · grad`` and ``act(gate) · grad``."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=dtype)
@@ -60,11 +58,11 @@ def _row_blocks(x: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _act(gate: Tensor, activation: Activation) -> Tensor:
+def _act(gate: Tensor, activation: str) -> Tensor:
     return functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
 
 
-def _act_backward(grad: Tensor, gate: Tensor, activation: Activation) -> Tensor:
+def _act_backward(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
     result: Tensor = (
         torch.ops.aten.silu_backward(grad, gate)
         if activation == "silu"

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from manyhats.adapters.primitives import HeadRows, HeadWeight, LowRank
-from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model import architecture
 from manyhats.engine.model.weights import Linear
 from manyhats.trainer.model.deltas import low_rank_update
 from manyhats.trainer.model.linear import FrozenLinears, adapted_product, frozen_product
@@ -36,14 +36,14 @@ class Head:
     """
 
     def __init__(
-        self, weight: Tensor, config: DecoderConfig, dtype: torch.dtype, device: torch.device
+        self, weight: Tensor, kind: architecture.Head, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._linear = FrozenLinears([Linear(weight)], dtype, device)
         # In parts, so that no float32 copy of all of it is ever made.
         blocks = weight.split(weight.shape[0] if weight.dtype == torch.float32 else EXACT_ROWS)
         self._exact = FrozenLinears([Linear(block) for block in blocks], torch.float32, device)
-        self._config = config
-        self._chunk_rows = max(1, CHUNK_VALUES // config.vocab_size)
+        self._kind = kind
+        self._chunk_rows = max(1, CHUNK_VALUES // weight.shape[0])
 
     def logits(self, hidden: Tensor, deltas: Sequence[HeadDelta]) -> Tensor:
         """All logits, float32.
@@ -103,7 +103,7 @@ class Head:
         for delta in deltas:
             if isinstance(delta, LowRank):
                 logits = logits + low_rank_update(x, delta, dropout)
-        divisor, cap = self._config.logit_divisor, self._config.logit_softcap
+        divisor, cap = self._kind.divisor, self._kind.softcap
         if divisor != 1.0:
             logits = logits / divisor
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.sites import Site
-from manyhats.engine.backends.backend import FUSED
 from manyhats.engine.backends.rotary import Angles
-from manyhats.engine.model.config import DecoderConfig
-from manyhats.engine.model.weights import NORM_NAMES, LayerWeights
+from manyhats.engine.model.architecture import Block, Group
+from manyhats.engine.model.weights import BlockWeights
 from manyhats.trainer.model.attention import KeysAndValues, attend
 from manyhats.trainer.model.blocked_attention import AttentionKind
 from manyhats.trainer.model.deltas import PlacedDeltas, adapted_linears, with_bottlenecks
@@ -44,24 +43,25 @@ class FrozenLayer:
     def __init__(
         self,
         index: int,
-        weights: LayerWeights,
-        config: DecoderConfig,
+        block: Block,
+        weights: BlockWeights,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._index = index
-        self._config = config
+        self._block = block
         self._dtype = dtype
-        linears = dict(weights.linears())
+        self._groups: dict[str, Group] = {group.name: group for group in block.groups()}
         self._linears = {
-            name: FrozenLinears([linears[part] for part in parts], dtype, device)
-            for name, parts in FUSED.items()
+            name: FrozenLinears([weights.linears[member] for member in group.names], dtype, device)
+            for name, group in self._groups.items()
         }
-        norms = {name: getattr(weights, name) for name in NORM_NAMES}
-        self._norms = {name: norm.to(device) for name, norm in norms.items() if norm is not None}
-        self._attention = AttentionKind(
-            config.attention_scale, config.sliding_window[index], config.attention_softcap
-        )
+        self._norms = {
+            shape.name: (weights.norms[shape.name].weight.to(device), shape.norm.eps)
+            for shape in block.norms()
+        }
+        attention = block.attention
+        self._attention = AttentionKind(attention.scale, attention.window, attention.softcap)
 
     @property
     def linear_bytes(self) -> int:
@@ -77,10 +77,10 @@ class FrozenLayer:
 
     def _attend(self, residual: Tensor, step: LayerPass) -> Tensor:
         """Attention, its norm and output projection included: [N, D] → [N, D]."""
-        head_dim, linears = self._config.head_dim, self._linears["qkv"]
-        qkv = self._linear("qkv", self._normed("input_norm", residual), step)
+        head_dim, linears = self._block.attention.head_dim, self._linears["qkv"]
+        qkv = self._linear("qkv", self._normed("attention_before", residual), step)
         queries, keys, values = qkv.split(linears.sizes, dim=1)
-        queries, keys = self._normed("q_norm", queries), self._normed("k_norm", keys)
+        queries, keys = self._normed("query", queries), self._normed("key", keys)
         queries, keys = (
             rotate(part.unflatten(1, (-1, head_dim)), step.angles, self._dtype) for part in (queries, keys)
         )
@@ -90,21 +90,21 @@ class FrozenLayer:
 
     def _feed_forward(self, residual: Tensor, step: LayerPass) -> Tensor:
         """The gated feed-forward and its norm: [N, D] → [N, D]."""
-        gate_up = self._linear("gate_up", self._normed("post_attention_norm", residual), step)
-        return self._linear("down", gated(gate_up, self._config.activation, self._dtype), step)
+        gate_up = self._linear("gate_up", self._normed("feed_forward_before", residual), step)
+        return self._linear("down", gated(gate_up, self._block.feed_forward.activation, self._dtype), step)
 
     def _linear(self, fused: str, x: Tensor, step: LayerPass) -> Tensor:
         """The outputs of linears over one input, with the adapter's deltas, side by side."""
-        deltas = step.deltas.at(self._index, FUSED[fused])
+        deltas = step.deltas.at(self._index, self._groups[fused].names)
         return adapted_linears(self._linears[fused], x, deltas, step.dropout)
 
     def _joined(self, sublayer: str, residual: Tensor, out: Tensor, step: LayerPass) -> Tensor:
         """The stream with a sub-layer's output, which is first normed, scaled and adapted."""
-        norm = self._norms.get(f"{sublayer}_output_norm")
+        norm = self._norms.get(f"{sublayer}_output")
         if norm is not None:
-            out = rms_norm(out, norm, self._config.norm_eps)
-        if self._config.residual_scale != 1.0:
-            out = out.float() * self._config.residual_scale
+            out = rms_norm(out, *norm)
+        if self._block.residual_scale != 1.0:
+            out = out.float() * self._block.residual_scale
         bottlenecks = step.deltas.bottlenecks.get(Site(self._index, sublayer), ())
         if bottlenecks:
             out = with_bottlenecks(bottlenecks, residual, out.float())
@@ -112,8 +112,9 @@ class FrozenLayer:
 
     def _normed(self, name: str, x: Tensor) -> Tensor:
         """RMS norm over as many values at a time as the weight has, as the compute dtype; x where there is none."""
-        weight = self._norms.get(name)
-        if weight is None:
+        norm = self._norms.get(name)
+        if norm is None:
             return x.to(self._dtype)
+        weight, eps = norm
         groups = x.unflatten(1, (-1, weight.numel()))
-        return rms_norm(groups, weight, self._config.norm_eps, self._dtype).flatten(1)
+        return rms_norm(groups, weight, eps, self._dtype).flatten(1)

@@ -27,7 +27,7 @@ class FrozenLinears:
         self.dtype = dtype
         self.sizes = [part.out_features for part in parts]
         self.in_features = parts[0].in_features
-        self._matrices = [FrozenMatrix(part.weight, device) for part in parts]
+        self._matrices = [FrozenMatrix(part.matrix, device) for part in parts]
         self._biases = [None if part.bias is None else part.bias.to(device, dtype) for part in parts]
         self._device = device
 

@@ -18,7 +18,7 @@ from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import MIB, EngineConfig, kv_bytes_per_token
 from manyhats.engine.engine import AsyncEngine
-from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.request import ScoreRequest
 from manyhats.trainer.data import LabelledItem
 from manyhats.trainer.errors import OutputError
@@ -100,7 +100,7 @@ def score_labels(
     """
     longest = max((item.num_tokens for item in items), default=0)
     config = EngineConfig(
-        dtype=dtype, num_threads=num_threads, kv_cache_bytes=_kv_cache_bytes(model.config, longest)
+        dtype=dtype, num_threads=num_threads, kv_cache_bytes=_kv_cache_bytes(model.architecture, longest)
     )
     engine = AsyncEngine(model, config, lambda record: saved.lowered)
     progress = _Progress(2 * len(items), on_progress)
@@ -172,7 +172,7 @@ async def _predict(engine: AsyncEngine, item: LabelledItem, adapter: AdapterReco
     return logprobs.index(max(logprobs))
 
 
-def _kv_cache_bytes(config: DecoderConfig, longest: int) -> int:
+def _kv_cache_bytes(architecture: Architecture, longest: int) -> int:
     """Room for the longest prompt several times over, or for many short ones."""
     positions = max(_POSITIONS, 4 * longest)
-    return max(_MIN_KV_CACHE_BYTES, positions * kv_bytes_per_token(config, itemsize=4))
+    return max(_MIN_KV_CACHE_BYTES, positions * kv_bytes_per_token(architecture, itemsize=4))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
-from manyhats.engine.model.weights import Matrix, ModelWeights
+from manyhats.engine.model.weights import Weights
 from manyhats.engine.progress import Progress, no_progress
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.memory.peak import forget_peak
@@ -84,10 +84,7 @@ def load_base(
     return TrainingBase(model, decoder, computation, digest)
 
 
-def num_parameters(weights: ModelWeights) -> int:
+def num_parameters(weights: Weights) -> int:
     """Of all matrices; a tied head counts once."""
-    matrices: list[Matrix] = [linear.weight for layer in weights.layers for _, linear in layer.linears()]
-    matrices.append(weights.embed_tokens)
-    if weights.lm_head is not None:
-        matrices.append(weights.lm_head)
-    return sum(int(matrix.shape[0]) * int(matrix.shape[1]) for matrix in matrices)
+    linears = (*weights.linears(), *weights.outer.values())
+    return weights.embedding.numel() + sum(linear.out_features * linear.in_features for linear in linears)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.engine.model.weights import Matrix, ModelWeights
+from manyhats.engine.model.weights import Matrix, Weights
 
 
-def weights_digest(weights: ModelWeights) -> str:
+def weights_digest(weights: Weights) -> str:
     """SHA-256 over the bytes of every tensor, in the order of the forward; about a second per gigabyte."""
     digest = hashlib.sha256()
     for tensor in _tensors(weights):
@@ -21,17 +21,17 @@ def weights_digest(weights: ModelWeights) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _tensors(weights: ModelWeights) -> Iterator[Tensor]:
-    yield weights.embed_tokens
-    for layer in weights.layers:
-        for _, linear in layer.linears():
-            yield from _matrix_tensors(linear.weight)
+def _tensors(weights: Weights) -> Iterator[Tensor]:
+    yield weights.embedding
+    for block in weights.blocks:
+        for linear in block.linears.values():
+            yield from _matrix_tensors(linear.matrix)
             if linear.bias is not None:
                 yield linear.bias
-        yield from layer.norms()
-    yield weights.norm
-    if weights.lm_head is not None:
-        yield weights.lm_head
+        yield from (norm.weight for norm in block.norms.values())
+    yield weights.final_norm.weight
+    for linear in weights.outer.values():
+        yield from _matrix_tensors(linear.matrix)
 
 
 def _matrix_tensors(matrix: Matrix) -> Iterator[Tensor]:

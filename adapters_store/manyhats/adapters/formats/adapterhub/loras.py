@@ -45,7 +45,8 @@ _REFUSED = {
     "vera_b": "VeRA",
 }
 _ATTENTION: Mapping[str, str] = MappingProxyType({"q_proj": "q", "k_proj": "k", "v_proj": "v"})
-_FEED_FORWARD = frozenset(("gate_proj", "up_proj", "down_proj"))
+# Of the attention, and yet with no letter.
+_OUTPUT = "o_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +145,10 @@ def find_linears(
 def _check_place(config: LorasConfig, site: Site, tensor: str) -> None:
     if site.layer in config.leave_out:
         raise AdapterInvalidError(tensor, f"is in layer {site.layer}, which leave_out names")
-    if site.name in _ATTENTION and _ATTENTION[site.name] not in config.attention:
-        raise AdapterInvalidError(tensor, "is in an attention matrix that attn_matrices does not name")
-    if site.name in _FEED_FORWARD and not config.is_in_feed_forward:
+    if site.name in _ATTENTION:
+        if _ATTENTION[site.name] not in config.attention:
+            raise AdapterInvalidError(tensor, "is in an attention matrix that attn_matrices does not name")
+    elif site.name != _OUTPUT and not config.is_in_feed_forward:
         raise AdapterInvalidError(
             tensor, "is in the feed-forward block, and neither intermediate_lora nor output_lora is set"
         )

@@ -75,8 +75,8 @@ def is_available() -> bool:
 def fits(parts: Sequence[Linear]) -> bool:
     """Whether the packed layout can hold these linears."""
     return all(
-        isinstance(part.weight, Nf4Weight)
-        and part.weight.is_nested
+        isinstance(part.matrix, Nf4Weight)
+        and part.matrix.is_nested
         and part.out_features % _ROW_MULTIPLE == 0
         and part.in_features % BLOCK_SIZE == 0
         for part in parts
@@ -85,13 +85,13 @@ def fits(parts: Sequence[Linear]) -> bool:
 
 def pack(parts: Sequence[Linear]) -> Avx512Bf16Linear:
     """Packs linears that fit, side by side."""
-    packed = [_pack_weight(part.weight) for part in parts if isinstance(part.weight, Nf4Weight)]
+    packed = [_pack_weight(part.matrix) for part in parts if isinstance(part.matrix, Nf4Weight)]
     has_bias = any(part.bias is not None for part in parts)
     biases = [
         np.zeros(part.out_features, np.float32) if part.bias is None else part.bias.float().numpy()
         for part in parts
     ]
-    first = parts[0].weight
+    first = parts[0].matrix
     return Avx512Bf16Linear(
         in_features=parts[0].in_features,
         out_features=sum(part.out_features for part in parts),

@@ -24,7 +24,7 @@ from manyhats.engine.backends.cpu.packing import LANES, CpuLinear, as_array, pac
 from manyhats.engine.backends.dtypes import torch_dtype
 from manyhats.engine.backends.logprobs import Logprobs
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.weights import Linear
 from manyhats.engine.threads.processors import num_processors
 
@@ -38,10 +38,12 @@ class CpuKVCache:
     Zeroed, so that a position not yet written is finite.
     """
 
-    def __init__(self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
-        heads, dim = config.num_kv_heads, config.head_dim
-        shape_k = (config.num_layers, num_blocks, heads, dim, block_size)
-        shape_v = (config.num_layers, num_blocks, heads, block_size, dim)
+    def __init__(
+        self, architecture: Architecture, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> None:
+        heads, dim = architecture.attention.num_kv_heads, architecture.attention.head_dim
+        shape_k = (architecture.num_layers, num_blocks, heads, dim, block_size)
+        shape_v = (architecture.num_layers, num_blocks, heads, block_size, dim)
         # NumPy's zeros take no memory until they are written, torch's do.
         storage = np.uint16 if dtype == torch.bfloat16 else np.float32
         self._keys = np.zeros(shape_k, dtype=storage)
@@ -137,27 +139,27 @@ class CpuKernels:
             )
         return packed
 
-    def new_cache(self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: str) -> CpuKVCache:
+    def new_cache(
+        self, architecture: Architecture, num_blocks: int, block_size: int, dtype: str
+    ) -> CpuKVCache:
         """An empty cache.
 
         Raises:
             ModelError: the block size or the head is not a multiple of 16.
         """
-        if (
-            block_size % _VECTOR_PAIR
-            or config.head_dim % _VECTOR_PAIR
-            or any(rope.rotary_dim % _VECTOR_PAIR for rope in config.ropes)
-        ):
-            rotated = max(rope.rotary_dim for rope in config.ropes)
+        head_dim = architecture.attention.head_dim
+        rotary_dims = [block.attention.rotary_dim for block in architecture.blocks]
+        if any(size % _VECTOR_PAIR for size in (block_size, head_dim, *rotary_dims)):
+            rotated = max(rotary_dims)
             raise ModelError(
-                f"the CPU kernels need a block size (here {block_size}), a head size (here {config.head_dim}) "
+                f"the CPU kernels need a block size (here {block_size}), a head size (here {head_dim}) "
                 f"and a rotated part of it (here {rotated}) that are multiples of {_VECTOR_PAIR}"
             )
-        return CpuKVCache(config, num_blocks, block_size, torch_dtype(dtype))
+        return CpuKVCache(architecture, num_blocks, block_size, torch_dtype(dtype))
 
-    def new_slots(self, config: DecoderConfig, num_slots: int, dtype: str) -> CpuAdapterSlots:
+    def new_slots(self, architecture: Architecture, num_slots: int, dtype: str) -> CpuAdapterSlots:
         """Empty adapter slots."""
-        return CpuAdapterSlots(config, num_slots, torch_dtype(dtype), self.num_threads, self.linear)
+        return CpuAdapterSlots(architecture, num_slots, torch_dtype(dtype), self.num_threads, self.linear)
 
     def linear(self, x: Tensor, packed: CpuLinear | Avx512Bf16Linear) -> Tensor:
         """X Wᵀ + b."""

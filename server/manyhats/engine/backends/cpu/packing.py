@@ -98,7 +98,7 @@ def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
     in_features = parts[0].in_features
     if in_features % DEPTH:
         raise ModelError(f"a linear with {in_features} inputs: the CPU kernels need a multiple of {DEPTH}")
-    weights = _alike([part.weight for part in parts])
+    weights = _alike([part.matrix for part in parts])
     out_features = sum(part.out_features for part in parts)
     bias = np.concatenate([_bias(part) for part in parts])
     quantized = [weight for weight in weights if isinstance(weight, Nf4Weight)]

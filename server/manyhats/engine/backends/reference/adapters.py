@@ -22,17 +22,16 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.adapters.sites import Site
-from manyhats.engine.backends.backend import FUSED
 from manyhats.engine.backends.batch import AdapterRows
-from manyhats.engine.model.config import DecoderConfig, out_features
+from manyhats.engine.model.architecture import Architecture
 
 
 class ReferenceSlots:
     """The loaded adapters, by slot, as they were lowered; see ``AdapterSlots``."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype) -> None:
+    def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
         self._adapters: dict[int, LoweredAdapter] = {}
-        self._sizes = out_features(config)
+        self._groups = [{group.name: group for group in block.groups()} for block in architecture.blocks]
         self._dtype = dtype
 
     def write(self, slot: int, adapter: LoweredAdapter) -> None:
@@ -62,8 +61,8 @@ class ReferenceSlots:
     ) -> None:
         """Each row's own deltas at every part of the fused linear."""
         start = 0
-        for name in FUSED[fused]:
-            columns = slice(start, start + self._sizes[name])
+        for member in self._groups[layer][fused].members:
+            name, columns = member.name, slice(start, start + member.d_out)
             start = columns.stop
             for row, delta in self._deltas(rows, Site(layer, name)):
                 if isinstance(delta, InputScale):

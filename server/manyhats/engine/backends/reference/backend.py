@@ -15,7 +15,7 @@ from manyhats.engine.backends.logprobs import Logprobs
 from manyhats.engine.backends.reference.adapters import ReferenceSlots
 from manyhats.engine.backends.reference.choosing import choose_row
 from manyhats.engine.backends.reference.logprobs import logprobs_of
-from manyhats.engine.model.config import DecoderConfig
+from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear
 
@@ -41,8 +41,12 @@ class ReferenceLinear:
 class ReferenceKVCache:
     """Keys and values as [L, num_blocks · block_size, Hkv, K]."""
 
-    def __init__(self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
-        shape = (config.num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
+    def __init__(
+        self, architecture: Architecture, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> None:
+        attention = architecture.attention
+        num_cells = num_blocks * block_size
+        shape = (architecture.num_layers, num_cells, attention.num_kv_heads, attention.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype)
         self.values = torch.zeros(shape, dtype=dtype)
         self.block_size = block_size
@@ -82,20 +86,20 @@ class ReferenceKernels:
     def pack(self, parts: Sequence[Linear]) -> ReferenceLinear:
         """Dequantizes and concatenates."""
         weights = [
-            p.weight.dequantize() if isinstance(p.weight, Nf4Weight) else p.weight.float() for p in parts
+            p.matrix.dequantize() if isinstance(p.matrix, Nf4Weight) else p.matrix.float() for p in parts
         ]
         biases = [torch.zeros(p.out_features) if p.bias is None else p.bias.float() for p in parts]
         return ReferenceLinear(torch.cat(weights), torch.cat(biases))
 
     def new_cache(
-        self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: str
+        self, architecture: Architecture, num_blocks: int, block_size: int, dtype: str
     ) -> ReferenceKVCache:
         """An empty cache."""
-        return ReferenceKVCache(config, num_blocks, block_size, torch_dtype(dtype))
+        return ReferenceKVCache(architecture, num_blocks, block_size, torch_dtype(dtype))
 
-    def new_slots(self, config: DecoderConfig, num_slots: int, dtype: str) -> ReferenceSlots:
+    def new_slots(self, architecture: Architecture, num_slots: int, dtype: str) -> ReferenceSlots:
         """Empty adapter slots."""
-        return ReferenceSlots(config, torch_dtype(dtype))
+        return ReferenceSlots(architecture, torch_dtype(dtype))
 
     def linear(self, x: Tensor, packed: ReferenceLinear) -> Tensor:
         """X Wᵀ + b, one row at a time: a matrix product's rounding may depend on its number of rows."""

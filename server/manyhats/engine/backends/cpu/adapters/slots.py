@@ -20,7 +20,6 @@ from manyhats.adapters.primitives import (
     LoweredAdapter,
     LowRank,
 )
-from manyhats.engine.backends.backend import FUSED, SUBLAYERS
 from manyhats.engine.backends.batch import AdapterRows
 from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
@@ -40,37 +39,35 @@ from manyhats.engine.backends.cpu.adapters.vocabulary import (
     rows_by_slot,
 )
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.config import DecoderConfig, out_features
+from manyhats.engine.model.architecture import SUBLAYERS, Architecture
 
 
 class CpuAdapterSlots:
     """The loaded adapters, by slot; see ``AdapterSlots``."""
 
     def __init__(
-        self, config: DecoderConfig, num_slots: int, dtype: torch.dtype, num_threads: int, linear: RunLinear
+        self,
+        architecture: Architecture,
+        num_slots: int,
+        dtype: torch.dtype,
+        num_threads: int,
+        linear: RunLinear,
     ) -> None:
         arguments = new_arguments(dtype, num_threads)
-        sizes = out_features(config)
-        layers = range(config.num_layers)
-        self._linears = {
-            (fused, layer): LinearTable(num_slots, [sizes[name] for name in names], arguments)
-            for fused, names in FUSED.items()
-            for layer in layers
-        }
-        self._sublayers = {
-            (name, layer): SublayerTable(num_slots, config.hidden_size, arguments)
-            for name in SUBLAYERS
-            for layer in layers
-        }
-        self._places = {
-            name: (fused, part) for fused, names in FUSED.items() for part, name in enumerate(names)
-        }
-        self._columns = {
-            (fused, part): slice(start, start + sizes[name])
-            for fused, names in FUSED.items()
-            for part, name in enumerate(names)
-            for start in [sum(sizes[before] for before in names[:part])]
-        }
+        self._linears: dict[tuple[str, int], LinearTable] = {}
+        self._sublayers: dict[tuple[str, int], SublayerTable] = {}
+        self._places: dict[str, tuple[str, int]] = {}
+        self._columns: dict[tuple[str, int], slice] = {}
+        for layer, block in enumerate(architecture.blocks):
+            for name in SUBLAYERS:
+                self._sublayers[name, layer] = SublayerTable(num_slots, block.hidden_size, arguments)
+            for group in block.groups():
+                sizes = [member.d_out for member in group.members]
+                self._linears[group.name, layer] = LinearTable(num_slots, sizes, arguments)
+                for part, name in enumerate(group.names):
+                    start = sum(sizes[:part])
+                    self._places[name] = group.name, part
+                    self._columns[group.name, part] = slice(start, start + sizes[part])
         self._linear = linear
         self._writing = threading.Lock()  # two loaders could else replace a table's scratch by a smaller one
         self._dtype = dtype

@@ -1,0 +1,292 @@
+"""A model's architecture as data: what is computed, free of tensors, devices, and the names that files use.
+
+The functions of ``families`` build it. What follows from it is derived here and nowhere else: which linears and norms
+a block has, which linears share their input, and where adapters may act.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from manyhats.adapters.sites import Site
+
+SUBLAYERS = ("attention", "feed_forward")
+"""The sub-layers of a block; their outputs are sites of bottleneck adapters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm: ``x / √(mean(x²) + eps) · weight``.
+
+    Attributes:
+        eps: added to the mean square.
+        span: what the mean is over: a ``row``, or each ``head`` of it by itself, with one weight for all heads.
+    """
+
+    eps: float
+    span: Literal["row", "head"] = "row"
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding, resolved for one maximum context length.
+
+    ``angle[p, i] = p · inv_freq[i]``; cosines and sines are multiplied by ``attention_scaling``. The
+    rotated part of a head is its first ``rotary_dim`` values, by halves (the Hugging Face layout).
+
+    Attributes:
+        inv_freq: radians per position, one per pair of rotated values.
+        attention_scaling: dimensionless; 1 unless the kind of RoPE scales attention (yarn, longrope).
+
+    Source: Su et al. 2021 (arXiv:2104.09864); kinds as in transformers' ``ROPE_INIT_FUNCTIONS``.
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_scaling: float = 1.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Values of a head that are rotated."""
+        return 2 * len(self.inv_freq)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Causal attention.
+
+    Attributes:
+        num_heads: H, query heads.
+        num_kv_heads: Hkv; H is a multiple of it.
+        head_dim: K.
+        scale: multiplies the scores before the softmax; mostly 1 / √K.
+        window: how many of the latest positions a token attends to, itself counted; None is all of them.
+        softcap: c in c · tanh(score / c), after ``scale``; None for no cap.
+        rope: None where positions do not enter.
+        query_norm: of the queries before their rotation; None for none.
+        key_norm: of the keys, likewise.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    rope: Rope | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+    @property
+    def query_size(self) -> int:
+        """H · K."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Hkv · K, of keys as of values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Values of a head that are rotated."""
+        return 0 if self.rope is None else self.rope.rotary_dim
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """A gated feed-forward: ``down(activation(gate(x)) · up(x))``.
+
+    Attributes:
+        width: of gate and up.
+        activation: a name in ``manyhats.adapters.activations.ACTIVATIONS``.
+    """
+
+    width: int
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """The norms around a sub-layer f, which adds to the residual stream: ``r += output(f(before(r)))``."""
+
+    before: Norm | None = None
+    output: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """One linear: ``y = x Wᵀ + bias``, W [d_out, d_in]."""
+
+    name: str
+    d_in: int
+    d_out: int
+    has_bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linears over one input; a backend may run them as one, their outputs side by side."""
+
+    name: str
+    members: tuple[LinearShape, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the members."""
+        return tuple(member.name for member in self.members)
+
+    @property
+    def d_in(self) -> int:
+        """Inputs, which the members share."""
+        return self.members[0].d_in
+
+    @property
+    def d_out(self) -> int:
+        """Outputs of all members."""
+        return sum(member.d_out for member in self.members)
+
+
+@dataclass(frozen=True, slots=True)
+class NormShape:
+    """One norm of a block, and the size of its weight."""
+
+    name: str
+    norm: Norm
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One layer.
+
+    Attributes:
+        hidden_size: D, width of the residual stream.
+        residual_scale: multiplies a sub-layer's output before it is added to the stream.
+        biased: names of the linears that have a bias.
+    """
+
+    hidden_size: int
+    attention: Attention
+    around_attention: Around
+    feed_forward: FeedForward
+    around_feed_forward: Around
+    residual_scale: float = 1.0
+    biased: frozenset[str] = frozenset()
+
+    def groups(self) -> tuple[Group, ...]:
+        """The linears by what they read, in the order of the forward; their names are the same in every family."""
+        hidden, query, key = self.hidden_size, self.attention.query_size, self.attention.key_size
+        inner = self.feed_forward.width
+        return (
+            self._group("qkv", hidden, q_proj=query, k_proj=key, v_proj=key),
+            self._group("o", query, o_proj=hidden),
+            self._group("gate_up", hidden, gate_proj=inner, up_proj=inner),
+            self._group("down", inner, down_proj=hidden),
+        )
+
+    def linears(self) -> tuple[LinearShape, ...]:
+        """In the order of the forward."""
+        return tuple(member for group in self.groups() for member in group.members)
+
+    def norms(self) -> tuple[NormShape, ...]:
+        """Those that there are, in the order of the forward."""
+        attention, feed_forward = self.around_attention, self.around_feed_forward
+        query, key = self.attention.query_norm, self.attention.key_norm
+        return (
+            *self._norm("attention_before", attention.before, self.hidden_size),
+            *self._norm("query", query, self.attention.query_size),
+            *self._norm("key", key, self.attention.key_size),
+            *self._norm("attention_output", attention.output, self.hidden_size),
+            *self._norm("feed_forward_before", feed_forward.before, self.hidden_size),
+            *self._norm("feed_forward_output", feed_forward.output, self.hidden_size),
+        )
+
+    def _group(self, name: str, d_in: int, **sizes: int) -> Group:
+        members = (LinearShape(each, d_in, d_out, each in self.biased) for each, d_out in sizes.items())
+        return Group(name, tuple(members))
+
+    def _norm(self, name: str, norm: Norm | None, width: int) -> tuple[NormShape, ...]:
+        if norm is None:
+            return ()
+        return (NormShape(name, norm, self.attention.head_dim if norm.span == "head" else width),)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """From token ids to the residual stream.
+
+    Attributes:
+        num_tokens: V.
+        scale: multiplies the embeddings.
+    """
+
+    num_tokens: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """From the normed stream to logits.
+
+    Attributes:
+        is_tied: its matrix is the embedding.
+        divisor: divides the logits.
+        softcap: c in c · tanh(logit / c), after ``divisor``; None for no cap.
+    """
+
+    is_tied: bool
+    divisor: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """One decoder.
+
+    Attributes:
+        model_type: Hugging Face ``model_type``, such as ``llama``.
+        max_context_length: prompt and output tokens together, at most.
+        blocks: L of them; windows, RoPE and norms may differ, the widths and heads do not.
+        final_norm: of the stream, behind the last block.
+    """
+
+    model_type: str
+    max_context_length: int
+    embedding: Embedding
+    blocks: tuple[Block, ...]
+    final_norm: Norm
+    head: Head
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.embedding.num_tokens
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.blocks[0].hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.blocks)
+
+    @property
+    def attention(self) -> Attention:
+        """The first block's, for heads and their size, which are those of every block."""
+        return self.blocks[0].attention
+
+    def num_linear_parameters(self) -> int:
+        """Of the blocks' matrices, without biases."""
+        return sum(linear.d_in * linear.d_out for block in self.blocks for linear in block.linears())
+
+    def sites(self) -> tuple[Site, ...]:
+        """Where adapters may act: embedding, head, each linear, and the output of each sub-layer."""
+        places = (
+            Site(layer, name)
+            for layer, block in enumerate(self.blocks)
+            for name in (*(linear.name for linear in block.linears()), *SUBLAYERS)
+        )
+        return (Site(-1, "embed_tokens"), Site(-1, "lm_head"), *places)

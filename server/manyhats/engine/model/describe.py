@@ -1,0 +1,55 @@
+"""A base as adapters see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from manyhats.adapters.sites import BaseDescription, Site, TextCheck, WeightSource
+from manyhats.engine.model.layout import Family
+
+
+def describe(
+    family: Family,
+    *,
+    names: Iterable[str],
+    digest: str,
+    weights: WeightSource | None = None,
+    check_text: TextCheck | None = None,
+) -> BaseDescription:
+    """What adapters are checked against: every linear of every layer is a site, and embedding and head are.
+
+    Args:
+        family: the model.
+        names: every name this base is known by.
+        digest: of weights and quantization.
+        weights: the base's own; None where only its description is at hand.
+        check_text: tells what an adapter's text files mean on this base.
+    """
+    architecture, layout = family.architecture, family.layout
+    modules = {layout.embedding: Site(-1, "embed_tokens"), layout.head: Site(-1, "lm_head")}
+    fused: dict[str, tuple[Site, ...]] = {}
+    for layer in range(architecture.num_layers):
+        for path, stored in layout.modules.items():
+            sites = tuple(Site(layer, name) for name in stored.members)
+            if len(sites) == 1:
+                modules[layout.path(layer, path)] = sites[0]
+            else:
+                fused[layout.path(layer, path)] = sites
+    return BaseDescription(
+        model_type=architecture.model_type,
+        names=frozenset(names),
+        digest=digest,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        vocab_size=architecture.vocab_size,
+        linears={each.name: (each.d_in, each.d_out) for each in architecture.blocks[0].linears()},
+        modules=modules,
+        fused_modules=fused,
+        num_kv_heads=architecture.attention.num_kv_heads,
+        head_dim=architecture.attention.head_dim,
+        embedding_scale=architecture.embedding.scale,
+        is_tied=architecture.head.is_tied,
+        has_sliding_window=any(block.attention.window is not None for block in architecture.blocks),
+        weights=weights,
+        check_text=check_text,
+    )

@@ -1,0 +1,59 @@
+"""Reading the fields of a ``config.json``, as all families do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from manyhats.engine.errors import ModelError
+
+RawConfig = Mapping[str, Any]
+"""A parsed ``config.json``."""
+
+_COMMON_DEFAULTS: RawConfig = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "hidden_size": 4096,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def with_defaults(config: RawConfig, **defaults: Any) -> dict[str, Any]:
+    """A config with a family's defaults, and the common ones, for the fields it leaves out."""
+    return {**_COMMON_DEFAULTS, **defaults, **config}
+
+
+def biased_groups(full: RawConfig, *, feed_forward: bool = True) -> tuple[str, ...]:
+    """Groups of linears that have a bias by the config; ``feed_forward`` is whether it decides for those too."""
+    attention = ("qkv", "o") if full["attention_bias"] else ()
+    return attention + (("gate_up", "down") if feed_forward and full["mlp_bias"] else ())
+
+
+def windows_of(
+    full: RawConfig, window: int | None, default_slides: Callable[[int], bool]
+) -> tuple[int | None, ...]:
+    """Each layer's window: ``layer_types`` says which layers slide, or else ``default_slides`` of the index."""
+    num_layers = full["num_hidden_layers"]
+    kinds = full.get("layer_types")
+    if kinds is None:
+        slides = [default_slides(index) for index in range(num_layers)]
+    else:
+        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise ModelError(f"config.json: layer_types names {unknown[0]!r}, which is not supported")
+        slides = [kind == "sliding_attention" for kind in kinds]
+    if len(slides) != num_layers:
+        raise ModelError(f"config.json: layer_types has {len(slides)} entries for {num_layers} layers")
+    return tuple(window if slide else None for slide in slides)
+
+
+def refuse(full: RawConfig, *names: str) -> None:
+    """Refuse options that would change what the model computes."""
+    for name in names:
+        if full.get(name):
+            raise ModelError(f"config.json: {name} {full[name]!r} is not supported for {full['model_type']}")

@@ -1,0 +1,191 @@
+"""What Llama and its relatives share: RMS norms, rotary embeddings, a gated feed-forward, and files named alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from manyhats.adapters.activations import ALIASES
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.architecture import (
+    Architecture,
+    Around,
+    Attention,
+    Block,
+    Embedding,
+    FeedForward,
+    Head,
+    Norm,
+)
+from manyhats.engine.model.families.fields import RawConfig
+from manyhats.engine.model.layout import Family, Layout, Stored
+from manyhats.engine.model.rope import RopeSource, resolve_rope, rope_parameters, rope_source
+
+NORMS_BEFORE: Mapping[str, str] = {
+    "attention_before": "input_layernorm",
+    "feed_forward_before": "post_attention_layernorm",
+}
+NORMS_AFTER: Mapping[str, str] = {
+    "attention_output": "post_attention_layernorm",
+    "feed_forward_output": "post_feedforward_layernorm",
+}
+QK_NORMS: Mapping[str, str] = {"query": "self_attn.q_norm", "key": "self_attn.k_norm"}
+"""Name of a block's norm → its path below the layer; the two before likewise."""
+
+LLAMA = Layout(
+    modules={
+        "self_attn.q_proj": Stored(("q_proj",)),
+        "self_attn.k_proj": Stored(("k_proj",)),
+        "self_attn.v_proj": Stored(("v_proj",)),
+        "self_attn.o_proj": Stored(("o_proj",)),
+        "mlp.gate_proj": Stored(("gate_proj",)),
+        "mlp.up_proj": Stored(("up_proj",)),
+        "mlp.down_proj": Stored(("down_proj",)),
+    },
+    norms=NORMS_BEFORE,
+)
+
+_ACTIVATIONS = {name: ALIASES.get(name, name) for name in ("silu", "swish", "gelu_pytorch_tanh")}
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+
+
+def llama_like(
+    full: RawConfig,
+    max_context_length: int | None,
+    *,
+    layout: Layout = LLAMA,
+    biased: Collection[str] = (),
+    windows: Sequence[int | None] | None = None,
+    ropes: Sequence[RawConfig | None] | None = None,
+    rotates_part: bool = False,
+    qk_span: Literal["row", "head"] = "head",
+    attention_scale: float | None = None,
+    attention_softcap: float | None = None,
+    activation_field: str = "hidden_act",
+    embedding_scale: float = 1.0,
+    residual_scale: float = 1.0,
+    logit_divisor: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Family:
+    """A model that is like Llama but for what is named.
+
+    Args:
+        full: the config with a family's defaults.
+        max_context_length: prompt and output tokens together; None takes the model's own maximum.
+        layout: has paths for the norms that there are.
+        biased: groups of linears that have a bias.
+        windows: per layer, the sliding window; None for none.
+        ropes: per layer, the RoPE's parameters, None for a layer without; by default the same in all of them.
+        rotates_part: whether ``partial_rotary_factor`` is understood.
+        qk_span: of the norms of queries and keys.
+        attention_scale: None for 1 / √head_dim.
+        attention_softcap: of scores; None for none.
+        activation_field: names the activation of the feed-forward's gate.
+        embedding_scale: multiplies the embeddings.
+        residual_scale: multiplies sub-layer outputs.
+        logit_divisor: divides the logits.
+        logit_softcap: of logits; None for none.
+
+    Raises:
+        ModelError: an activation, kind of RoPE, count or context length that is not supported.
+    """
+    num_layers, activation = full["num_hidden_layers"], full[activation_field]
+    windows = (None,) * num_layers if windows is None else windows
+    _check(full, activation)
+    num_heads, num_kv_heads, head_dim = _heads(full)
+    parameters = (rope_parameters(full),) * num_layers if ropes is None else ropes
+    sources = _rope_sources(full, parameters, head_dim, rotates_part)
+    length = _context_length(full, sources, max_context_length)
+    norm = Norm(float(full["rms_norm_eps"]))
+    norms = {name: replace(norm, span=qk_span) if name in QK_NORMS else norm for name in layout.norms}
+    attention = Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=float(1.0 / math.sqrt(head_dim) if attention_scale is None else attention_scale),
+        softcap=attention_softcap,
+        query_norm=norms.get("query"),
+        key_norm=norms.get("key"),
+    )
+    block = Block(
+        hidden_size=full["hidden_size"],
+        attention=attention,
+        around_attention=Around(norms.get("attention_before"), norms.get("attention_output")),
+        feed_forward=FeedForward(full["intermediate_size"], _ACTIVATIONS[activation]),
+        around_feed_forward=Around(norms.get("feed_forward_before"), norms.get("feed_forward_output")),
+        residual_scale=float(residual_scale),
+    )
+    names = (name for group in block.groups() if group.name in biased for name in group.names)
+    block = replace(block, biased=frozenset(names))
+    architecture = Architecture(
+        model_type=full["model_type"],
+        max_context_length=length,
+        embedding=Embedding(full["vocab_size"], float(embedding_scale)),
+        blocks=_stack(block, sources, windows, length),
+        final_norm=norm,
+        head=Head(
+            is_tied=bool(full["tie_word_embeddings"]), divisor=float(logit_divisor), softcap=logit_softcap
+        ),
+    )
+    return Family(architecture, layout)
+
+
+def _check(full: RawConfig, activation: str) -> None:
+    """Refuse activations that are not run, and counts that cannot be."""
+    if activation not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise ModelError(f"config.json: hidden_act {activation!r} is not supported; these are: {known}")
+    for name in _COUNTS:
+        if not isinstance(full[name], int) or full[name] < 1:
+            raise ModelError(f"config.json: {name} must be a positive integer, not {full[name]!r}")
+
+
+def _heads(full: RawConfig) -> tuple[int, int, int]:
+    """Heads of queries, heads of keys and values, and their size."""
+    num_heads = full["num_attention_heads"]
+    num_kv_heads = full["num_key_value_heads"] or num_heads
+    if num_heads % num_kv_heads:
+        raise ModelError(f"config.json: {num_kv_heads} key-value heads do not divide {num_heads} heads")
+    return num_heads, num_kv_heads, full.get("head_dim") or full["hidden_size"] // num_heads
+
+
+def _rope_sources(
+    full: RawConfig, parameters: Sequence[RawConfig | None], head_dim: int, rotates_part: bool
+) -> list[RopeSource | None]:
+    """The RoPE of each layer; None for a layer without."""
+    return [
+        None if each is None else rope_source(full, each, head_dim=head_dim, allows_partial=rotates_part)
+        for each in parameters
+    ]
+
+
+def _context_length(full: RawConfig, sources: Sequence[RopeSource | None], asked: int | None) -> int:
+    """Prompt and output tokens together: what was asked for, if all layers' RoPE hold for it."""
+    own: int = full["max_position_embeddings"]
+    limit = min((source.context_limit() for source in sources if source is not None), default=own)
+    length = own if asked is None else asked
+    if not 1 <= length <= limit:
+        raise ModelError(f"max_context_length {length} is outside [1, {limit}], the model's own range")
+    return length
+
+
+def _stack(
+    block: Block, sources: Sequence[RopeSource | None], windows: Sequence[int | None], length: int
+) -> tuple[Block, ...]:
+    """The block in each layer, with the layer's RoPE and window."""
+    ropes = [None if source is None else resolve_rope(source, length) for source in sources]
+    # A window that no context reaches is no window; saying so lets the kernels skip it.
+    reached = [window if window is not None and window < length else None for window in windows]
+    return tuple(
+        replace(block, attention=replace(block.attention, rope=rope, window=window))
+        for rope, window in zip(ropes, reached, strict=True)
+    )

@@ -1,0 +1,52 @@
+"""From a parsed ``config.json`` to the model that it describes, by its family's function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.families.fields import RawConfig
+from manyhats.engine.model.families.gemma import gemma2, gemma3_text
+from manyhats.engine.model.families.granite import granite
+from manyhats.engine.model.families.llama import llama, mistral
+from manyhats.engine.model.families.olmo import olmo2
+from manyhats.engine.model.families.phi import phi3
+from manyhats.engine.model.families.qwen import qwen2, qwen3
+from manyhats.engine.model.families.smollm import smollm3
+from manyhats.engine.model.layout import Family
+
+FAMILIES: Mapping[str, Callable[[RawConfig, int | None], Family]] = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "granite": granite,
+    "llama": llama,
+    "mistral": mistral,
+    "olmo2": olmo2,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "smollm3": smollm3,
+}
+"""``model_type`` → its function."""
+
+
+def read_family(config: RawConfig, max_context_length: int | None = None) -> Family:
+    """The model that a ``config.json`` describes.
+
+    Args:
+        config: the parsed file.
+        max_context_length: prompt and output tokens together; None takes the model's own maximum.
+
+    Raises:
+        ModelError: a model type, activation, kind of RoPE or context length that is not supported; the
+            message names what is.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        hint = "; of gemma3 the text model alone, gemma3_text, is" if model_type == "gemma3" else ""
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError(f"config.json: model_type {model_type!r} is not supported{hint}; these are: {known}")
+    try:
+        return FAMILIES[model_type](config, max_context_length)
+    except (TypeError, ZeroDivisionError) as error:
+        raise ModelError(f"config.json: a field has the wrong type or is 0: {error}") from error
