@@ -15,7 +15,7 @@ import pytest
 
 from manyhats.adapters.sites import BaseDescription
 from manyhats.server.lifetime.config import ServeConfig
-from manyhats.server.service.ports import Backend
+from manyhats.server.service.backend import Backend
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub

@@ -1,9 +1,12 @@
-"""What a caller asks of the engine: frozen, and checked when made."""
+"""What a caller asks of the engine: frozen, and checked when made.
+
+Collections are counted before they are copied: millions of values would hold up everybody meanwhile.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -20,6 +23,17 @@ MAX_STOP_SEQUENCE_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_CONTINUATIONS = 1024
+MAX_CACHE_SALT_LENGTH = 256
+
+
+def _check_count(name: str, values: Sized, limit: int) -> None:
+    if len(values) > limit:
+        raise FieldInvalidError(name, f"has {len(values)}; the limit is {limit}")
+
+
+def _check_salt(cache_salt: str) -> None:
+    if len(cache_salt) > MAX_CACHE_SALT_LENGTH:
+        raise FieldInvalidError("cache_salt", f"the limit is {MAX_CACHE_SALT_LENGTH} characters")
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
@@ -72,10 +86,8 @@ class SamplingParams:
             raise FieldInvalidError("sampling.top_k", f"must be 0 (all) or more, not {self.top_k}")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise FieldInvalidError("sampling.seed", f"must be in [0, 2^64), not {self.seed}")
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise FieldInvalidError(
-                "sampling.logit_bias", f"has {len(self.logit_bias)} entries; the limit is {MAX_LOGIT_BIAS}"
-            )
+        _check_count("sampling.logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
         for value in self.logit_bias.values():
             _check_range("sampling.logit_bias", value, -1e4, 1e4)
 
@@ -102,8 +114,8 @@ class StoppingParams:
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    stop_sequences: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     include_stop_sequence: bool = False
     ignore_eos: bool = False
     time_limit_s: float | None = None
@@ -118,22 +130,16 @@ class StoppingParams:
                 "stopping.min_new_tokens",
                 f"must be in [0, max_new_tokens = {self.max_new_tokens}], not {self.min_new_tokens}",
             )
-        if len(self.stop_sequences) > MAX_STOP_SEQUENCES:
-            raise FieldInvalidError(
-                "stopping.stop_sequences",
-                f"has {len(self.stop_sequences)}; the limit is {MAX_STOP_SEQUENCES}",
-            )
+        _check_count("stopping.stop_sequences", self.stop_sequences, MAX_STOP_SEQUENCES)
+        _check_count("stopping.stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        object.__setattr__(self, "stop_sequences", tuple(self.stop_sequences))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for text in self.stop_sequences:
             if not 1 <= len(text) <= MAX_STOP_SEQUENCE_LENGTH:
                 raise FieldInvalidError(
                     "stopping.stop_sequences",
                     f"each must have 1 to {MAX_STOP_SEQUENCE_LENGTH} characters, one has {len(text)}",
                 )
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise FieldInvalidError(
-                "stopping.stop_token_ids",
-                f"has {len(self.stop_token_ids)}; the limit is {MAX_STOP_TOKEN_IDS}",
-            )
         if self.time_limit_s is not None:
             _check_range("stopping.time_limit_ms", self.time_limit_s * 1000, 0.0, 86_400_000.0, open_low=True)
 
@@ -188,6 +194,9 @@ class Request:
     cache_salt: str = ""
     accepted_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_salt(self.cache_salt)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
@@ -212,6 +221,9 @@ class ScoreRequest:
     deadline_s: float | None = None
     cache_salt: str = ""
     accepted_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_salt(self.cache_salt)
 
     @property
     def num_tokens(self) -> int:

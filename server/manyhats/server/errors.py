@@ -7,6 +7,7 @@ ServerError
 ├── BusyError           try again later
 │   ├── TooManyCallsError       as many calls run as may
 │   └── UnreadAnswersError      large answers wait for their callers
+├── UnexpectedError     a bug; the log has it
 ├── UploadStalledError  a caller began an upload and sends no more
 ├── UnauthenticatedError
 │   ├── CredentialMissingError  the call shows no token
@@ -73,6 +74,14 @@ class UnreadAnswersError(BusyError):
         super().__init__(
             f"answers wait to be read by their callers, and {limit} bytes of them is the limit", limit, 1.0
         )
+
+
+class UnexpectedError(ServerError):
+    """Something that nobody raised on purpose ended a call; the log has it under ``error_id``."""
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(f"internal error {error_id}")
+        self.error_id = error_id
 
 
 class UploadStalledError(ServerError):

@@ -190,7 +190,7 @@ async def test_client_authorities_are_warned_of_and_measured_too(tmp_path: Path,
     files = write_own_pair(tmp_path, certificate(now - 9 * DAY, now - DAY))
     tls = ServerTls(files)
     assert said == ["certificate has expired: tls_cert", "certificate has expired: tls_client_ca"]
-    assert {each.setting: each.ends for each in tls.validities} == {
+    assert {each.setting: each.ends for each in tls.current.validities} == {
         "tls_cert": now - DAY,
         "tls_client_ca": now - DAY,
     }

@@ -62,8 +62,6 @@ requests = st.fixed_dictionaries(
 def test_any_request_converts_or_names_a_field(fields: dict[str, Any]) -> None:
     message = pb.GenerateRequest.FromString(pb.GenerateRequest(**fields).SerializeToString())
     for convert in (
-        from_proto.request_id,
-        from_proto.cache_salt,
         from_proto.prompt,
         from_proto.sampling_params,
         from_proto.stopping_params,
@@ -73,11 +71,6 @@ def test_any_request_converts_or_names_a_field(fields: dict[str, Any]) -> None:
             convert(message)
         except FieldInvalidError as error:
             assert error.field.partition(".")[0] in {*fields, "prompt"}  # noqa: PT017
-
-
-@given(st.text(max_size=10))
-def test_task_of_a_name_is_what_stands_before_the_version(task_id: str) -> None:
-    assert from_proto.task_of(f"{task_id}@3") == task_id.partition("@")[0]
 
 
 parts = st.lists(st.fixed_dictionaries({"uri": some_text}, optional={"weight": doubles}), max_size=3)

@@ -30,7 +30,7 @@ from manyhats.engine.progress import Progress
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.process import Assemble, ShowProgress, serve
 from manyhats.server.observability.metrics import Metrics
-from manyhats.server.service.ports import Backend
+from manyhats.server.service.backend import Backend
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from support.fakes.server import (

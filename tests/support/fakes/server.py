@@ -47,8 +47,8 @@ from manyhats.server.grpc.port import GrpcPort
 from manyhats.server.http.port import HttpPort, make_app
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.backend import Backend, ModelInfo, ServerLimits
 from manyhats.server.service.gate import Gate
-from manyhats.server.service.ports import Backend, ModelInfo, ServerLimits, Store, Tokenizer
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
@@ -406,7 +406,7 @@ _SETTINGS = {each.name: getattr(ServeConfig(), each.name) for each in fields(Ser
 LIMITS = ServerLimits(**{**_SETTINGS, "max_adapters": 4, "max_tasks": 10**12, "max_bytes": 10**30})
 
 
-def make_backend(engine: EchoEngine, store: Store, tokenizer: Tokenizer | None = None) -> Backend:
+def make_backend(engine: EchoEngine, store: Any, tokenizer: Any = None) -> Backend:
     """The fakes as what answers requests."""
     return Backend(
         engine=engine, store=store, tokenizer=tokenizer or ByteTokenizer(), info=INFO, limits=LIMITS
@@ -443,8 +443,8 @@ async def running_server(
     *,
     is_open: bool = True,
     max_task_labels: int = 10,
-    store: Store | None = None,
-    tokenizer: Tokenizer | None = None,
+    store: Any = None,
+    tokenizer: Any = None,
     max_calls: int = 1000,
     **limits: Any,
 ) -> AsyncIterator[Running]:

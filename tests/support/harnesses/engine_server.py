@@ -17,8 +17,8 @@ from manyhats.server.grpc.port import GrpcPort
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.wiring import open_backend
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.backend import Backend
 from manyhats.server.service.gate import Gate
-from manyhats.server.service.ports import Backend
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from support.fakes.server import INFO, SMALL_WINDOW, MemoryStore, make_backend
 from support.harnesses.engine import running_engine

@@ -17,7 +17,6 @@ import trustme
 
 from manyhats.server.access.tls import ServerTls, TlsFiles
 from manyhats.server.access.tokens import Role, TokenFile, new_token, token_entry
-from manyhats.server.grpc.authorization import Authorizer
 from manyhats.server.grpc.port import GrpcPort
 from manyhats.server.http.port import HttpPort, make_app
 from manyhats.server.observability.metrics import Metrics
@@ -122,10 +121,10 @@ async def secured_server(
     server_tls = None if tls is None else ServerTls(tls)
     if server_tls is not None:
         metrics.attach_tls(server_tls)
-    authorizer = None if token_file is None else Authorizer(TokenFile(token_file))
+    tokens = None if token_file is None else TokenFile(token_file)
     http = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0, tls=server_tls)
     http.start()
-    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, tls=server_tls, authorizer=authorizer)
+    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, tls=server_tls, tokens=tokens)
     await port.start()
     try:
         async with open_channel(port.address, credentials) as channel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from manyhats.engine.text.prompt_text import ScoreTokens
 from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from manyhats.server.grpc import from_proto
-from manyhats.server.service.prompts import encode_prompts
+from manyhats.server.service.prompts import Encoder
 from manyhats.server.service.text_threads import TextThreads
 from manyhats.trainer.data import Dataset, find_ends, find_labels, labelled_items
 from manyhats.trainer.errors import BaseError, DataError, SettingError
@@ -38,10 +37,10 @@ def refusal(*rows: Mapping[str, object], **arguments: Any) -> str:
 
 async def score_tokens(request: ScoreRequest, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """Prompt and continuations as the server tokenizes them."""
-    info = SimpleNamespace(vocab_size=tokenizer.vocab_size)
-    backend: Any = SimpleNamespace(tokenizer=tokenizer, info=info, text_threads=TextThreads())
+    encoder = Encoder(tokenizer, TextThreads(), tokenizer.vocab_size)
     received = ScoreRequest.FromString(request.SerializeToString())
-    return await encode_prompts(backend, [from_proto.prompt(received), *from_proto.continuations(received)])
+    prompts = [from_proto.prompt(received), *from_proto.continuations(received)]
+    return [await encoder.encode(prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, tokenizer_of("<|im_start|> $A")], ids=["plain", "bos"])

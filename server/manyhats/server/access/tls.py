@@ -6,10 +6,8 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import grpc
 
 from manyhats.server.access.certificates import ExpiryWarnings, Validity, validity_of
 from manyhats.server.access.followed_files import FollowedFiles
@@ -32,8 +30,18 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    grpc: grpc.ServerCertificateConfiguration
+class Identity:
+    """What the files hold; one object for as long as they do not change.
+
+    Attributes:
+        key, certificate, client_ca: PEM; ``client_ca`` is None where callers need no certificate.
+        http: for HTTP, which asks callers for none.
+        validities: how long the certificate is valid, and the client authorities' where there are any.
+    """
+
+    key: bytes = field(repr=False)
+    certificate: bytes
+    client_ca: bytes | None
     http: ssl.SSLContext
     validities: tuple[Validity, ...]
 
@@ -57,52 +65,30 @@ class ServerTls:
         self._warnings = ExpiryWarnings(clock)
         paths = [files.certificate, files.key, *([files.client_ca] if files.client_ca else [])]
         self._loaded = FollowedFiles(paths, self._load)
-        self._given = self._loaded.current.grpc
-
-    def grpc_credentials(self) -> grpc.ServerCredentials:
-        """What the gRPC port is opened with."""
-        return grpc.dynamic_ssl_server_credentials(
-            self._given,
-            self._changed,  # type: ignore[arg-type]  # None is allowed: no change
-            require_client_authentication=self._files.client_ca is not None,
-        )
-
-    def http_context(self) -> ssl.SSLContext:
-        """What an HTTP connection that begins now is wrapped with."""
-        return self._loaded.current.http
 
     @property
-    def validities(self) -> tuple[Validity, ...]:
-        """How long the server's certificate is valid, and the client authorities' where there are any."""
-        return self._loaded.current.validities
+    def current(self) -> Identity:
+        """What a connection that begins now is to see. Safe in any thread."""
+        return self._loaded.current
 
     async def follow_expiry(self, period_s: float = 60.0) -> None:
         """Warn of certificates that expire, or are about to; cancel to stop."""
         while True:
-            self._warnings.look(self.validities)
+            self._warnings.look(self.current.validities)
             await asyncio.sleep(period_s)
 
-    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC before every handshake, in its own thread; None is no change."""
-        now = self._loaded.current.grpc
-        if now is self._given:
-            return None
-        self._given = now
-        return now
-
-    def _load(self) -> _Loaded:
+    def _load(self) -> Identity:
         files = self._files
         http = _http_context(files)  # also checks that key and certificate belong together
-        pair = (_read(files.key, "tls_key"), _read(files.certificate, "tls_cert"))
-        validities = [_validity_of("tls_cert", pair[1])]
+        key, certificate = _read(files.key, "tls_key"), _read(files.certificate, "tls_cert")
+        validities = [_validity_of("tls_cert", certificate)]
         authorities = None
         if files.client_ca is not None:
             authorities = _read(files.client_ca, "tls_client_ca")
             _check_authorities(authorities)
             validities.append(_validity_of("tls_client_ca", authorities))
         self._warnings.look(validities)
-        configuration = grpc.ssl_server_certificate_configuration([pair], authorities)
-        return _Loaded(configuration, http, tuple(validities))
+        return Identity(key, certificate, authorities, http, tuple(validities))
 
 
 def _http_context(files: TlsFiles) -> ssl.SSLContext:

@@ -28,7 +28,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from manyhats.server.access.followed_files import FollowedFiles
-from manyhats.server.errors import ConfigError
+from manyhats.server.errors import ConfigError, CredentialInvalidError, CredentialMissingError
 from manyhats.server.observability.task_labels import BASE_LABEL
 
 _PREFIX = "mh_"  # so that scanners for leaked secrets can find one
@@ -77,6 +77,10 @@ class Caller:
     scope: Scope = Scope()
 
 
+EVERYBODY = Caller(name="", roles=frozenset(Role))
+"""Who calls where there are no tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     digest: bytes
@@ -113,6 +117,23 @@ class TokenFile:
     def caller(self, token: str) -> Caller | None:
         """The holder of ``token``; None if it is unknown."""
         return self._tokens.current.caller(token)
+
+    def bearer(self, headers: Sequence[str]) -> Caller:
+        """Who shows a token in the header ``authorization``.
+
+        Args:
+            headers: all its values.
+
+        Raises:
+            CredentialMissingError, CredentialInvalidError: the caller is unknown.
+        """
+        if not headers:
+            raise CredentialMissingError
+        scheme, _, token = headers[0].partition(" ")
+        caller = self.caller(token.strip())
+        if caller is None or len(headers) > 1 or scheme.lower() != "bearer":
+            raise CredentialInvalidError
+        return caller
 
 
 class _EntryModel(BaseModel):

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-
-import grpc
+from collections.abc import AsyncIterator
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.registration import Registration
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.server.access.tokens import Scope
 from manyhats.server.grpc import from_proto, to_proto
+from manyhats.server.grpc.interceptor import GrpcCall
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.call import Call
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.registrations import Registrar
 from manyhats.server.service.uploads import Chunk, take_upload
 from manyhats.server.service.visible_page import visible_page
-from manyhats.v1 import adapter_pb2, adapter_pb2_grpc
+from manyhats.v1 import adapter_pb2
 
 # In the initial metadata, once an upload's header is taken: from then on the caller may send chunks.
 _ACCEPTED = ("manyhats-upload", "accepted")
-
-Context = grpc.aio.ServicerContext[object, object]
 
 
 class UploadMessages:
@@ -48,16 +45,15 @@ class UploadMessages:
         return Chunk(message.chunk.file_index, message.chunk.offset, message.chunk.data)
 
 
-class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
+class AdapterService:
     """Manages the adapters of the backend behind the gate; lists show what the caller's scope reaches."""
 
-    def __init__(self, gate: Gate, metrics: Metrics, scope_of: Callable[[Context], Scope]) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics) -> None:
         self._gate = gate
         self._metrics = metrics
-        self._scope_of = scope_of
 
     async def RegisterAdapter(  # noqa: N802
-        self, request: adapter_pb2.RegisterAdapterRequest, context: Context
+        self, request: adapter_pb2.RegisterAdapterRequest, call: Call
     ) -> adapter_pb2.RegisterAdapterResponse:
         """Make an artifact, or several that act together, a version of a task."""
         registrar = self._registrar
@@ -71,30 +67,30 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         )
 
     async def UploadAdapter(  # noqa: N802
-        self, request_iterator: AsyncIterator[adapter_pb2.UploadAdapterRequest], context: Context
+        self, request_iterator: AsyncIterator[adapter_pb2.UploadAdapterRequest], call: GrpcCall
     ) -> adapter_pb2.UploadAdapterResponse:
         """Make the files that a caller sends a version of a task."""
 
         async def accept() -> None:
-            await context.send_initial_metadata((_ACCEPTED,))
+            await call.context.send_initial_metadata((_ACCEPTED,))
 
         answer = await take_upload(UploadMessages(request_iterator), self._registrar, accept)
         return adapter_pb2.UploadAdapterResponse(adapter=self._message(answer.record), created=answer.created)
 
     async def GetAdapter(  # noqa: N802
-        self, request: adapter_pb2.GetAdapterRequest, context: Context
+        self, request: adapter_pb2.GetAdapterRequest, call: Call
     ) -> adapter_pb2.GetAdapterResponse:
         """Describe one version."""
         record = self._gate.backend.store.get(request.task_id)
         return adapter_pb2.GetAdapterResponse(adapter=self._message(record))
 
     async def ListAdapters(  # noqa: N802
-        self, request: adapter_pb2.ListAdaptersRequest, context: Context
+        self, request: adapter_pb2.ListAdaptersRequest, call: Call
     ) -> adapter_pb2.ListAdaptersResponse:
         """List versions, page by page."""
         page = visible_page(
             self._gate.backend.store,
-            self._scope_of(context),
+            call.caller.scope,
             task_id=request.task_id,
             page_size=request.page_size,
             page_token=request.page_token,
@@ -103,14 +99,14 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return adapter_pb2.ListAdaptersResponse(adapters=adapters, next_page_token=page.next_page_token)
 
     async def ActivateAdapter(  # noqa: N802
-        self, request: adapter_pb2.ActivateAdapterRequest, context: Context
+        self, request: adapter_pb2.ActivateAdapterRequest, call: Call
     ) -> adapter_pb2.ActivateAdapterResponse:
         """Move a task to one of its versions."""
         record = await asyncio.shield(self._registrar.activate(request.task_id))
         return adapter_pb2.ActivateAdapterResponse(adapter=self._message(record))
 
     async def DeleteAdapter(  # noqa: N802
-        self, request: adapter_pb2.DeleteAdapterRequest, context: Context
+        self, request: adapter_pb2.DeleteAdapterRequest, call: Call
     ) -> adapter_pb2.DeleteAdapterResponse:
         """Delete one version or a whole task."""
         gone = await asyncio.shield(self._registrar.delete(request.task_id, force=request.force))

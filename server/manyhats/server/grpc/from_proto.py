@@ -1,62 +1,14 @@
-"""From the API's messages to the domain's dataclasses; the API's defaults and size limits live here."""
+"""From the API's messages to the domain's dataclasses, which check themselves; the API's defaults live here."""
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from types import MappingProxyType
-
 from manyhats.adapters.registration import OPTIONS, Files, Part, Parts, Registration, Source, UploadFile, Uri
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.request import (
-    MAX_CONTINUATIONS,
-    MAX_LOGIT_BIAS,
-    MAX_STOP_SEQUENCES,
-    MAX_STOP_TOKEN_IDS,
-    ResponseOptions,
-    SamplingParams,
-    StoppingParams,
-)
-from manyhats.engine.text.tokenizer import ChatMessage
-from manyhats.server.service.prompts import (
-    MAX_CHAT_MESSAGES,
-    MAX_TEXT_BYTES,
-    ChatPrompt,
-    Prompt,
-    TextPrompt,
-    TokenPrompt,
-)
+from manyhats.engine.request import ResponseOptions, SamplingParams, StoppingParams
+from manyhats.server.service.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt, check_continuations
 from manyhats.v1 import adapter_pb2, generation_pb2
 
-MAX_REQUEST_ID_LENGTH = 128
-MAX_CACHE_SALT_LENGTH = 256
-
 PromptMessage = generation_pb2.GenerateRequest | generation_pb2.ScoreRequest | generation_pb2.TokenizeRequest
-GenerationMessage = generation_pb2.GenerateRequest | generation_pb2.ScoreRequest
-
-
-def task_of(name: str) -> str:
-    """The task id in ``task`` or ``task@3``, or "" for the base model, of a name that need not be valid."""
-    return name.partition("@")[0]
-
-
-def request_id(message: GenerationMessage) -> str:
-    """The caller's id of a request; may be empty.
-
-    Raises:
-        FieldInvalidError: it is too long, or would not fit in a line of a log.
-    """
-    if len(message.request_id) > MAX_REQUEST_ID_LENGTH or not message.request_id.isprintable():
-        raise FieldInvalidError(
-            "request_id", f"must have at most {MAX_REQUEST_ID_LENGTH} printable characters"
-        )
-    return message.request_id
-
-
-def cache_salt(message: GenerationMessage) -> str:
-    """The caller's cache salt; may be empty."""
-    if len(message.cache_salt) > MAX_CACHE_SALT_LENGTH:
-        raise FieldInvalidError("cache_salt", f"the limit is {MAX_CACHE_SALT_LENGTH} characters")
-    return message.cache_salt
 
 
 def prompt(message: PromptMessage) -> Prompt:
@@ -72,9 +24,7 @@ def prompt(message: PromptMessage) -> Prompt:
         case "token_ids":
             return TokenPrompt(message.token_ids.ids)
         case "chat":
-            turns = message.chat.messages
-            _check_count("chat.messages", turns, MAX_CHAT_MESSAGES)
-            return ChatPrompt(tuple(ChatMessage(role=turn.role, content=turn.content) for turn in turns))
+            return ChatPrompt.of(message.chat.messages)
     raise FieldInvalidError("prompt", "exactly one of text, token_ids and chat must be set")
 
 
@@ -83,7 +33,6 @@ def sampling_params(message: generation_pb2.GenerateRequest) -> SamplingParams:
     if not message.HasField("sampling"):
         return SamplingParams()
     sampling = message.sampling
-    _check_count("sampling.logit_bias", sampling.logit_bias, MAX_LOGIT_BIAS)
     return SamplingParams(
         temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
         top_k=sampling.top_k,
@@ -94,20 +43,18 @@ def sampling_params(message: generation_pb2.GenerateRequest) -> SamplingParams:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         seed=sampling.seed if sampling.HasField("seed") else None,
-        logit_bias=MappingProxyType(dict(sampling.logit_bias)),
+        logit_bias=sampling.logit_bias,
     )
 
 
 def stopping_params(message: generation_pb2.GenerateRequest) -> StoppingParams:
     """When to stop."""
     stopping = message.stopping
-    _check_count("stopping.stop_sequences", stopping.stop_sequences, MAX_STOP_SEQUENCES)
-    _check_count("stopping.stop_token_ids", stopping.stop_token_ids, MAX_STOP_TOKEN_IDS)
     return StoppingParams(
         max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else 256,
         min_new_tokens=stopping.min_new_tokens,
-        stop_sequences=tuple(stopping.stop_sequences),
-        stop_token_ids=tuple(stopping.stop_token_ids),
+        stop_sequences=stopping.stop_sequences,
+        stop_token_ids=stopping.stop_token_ids,
         include_stop_sequence=stopping.include_stop_sequence,
         ignore_eos=stopping.ignore_eos,
         time_limit_s=stopping.time_limit_ms / 1000 if stopping.HasField("time_limit_ms") else None,
@@ -132,20 +79,8 @@ def continuations(message: generation_pb2.ScoreRequest) -> tuple[TextPrompt | To
         FieldInvalidError: there are none or too many, or one is missing or empty.
     """
     given = message.continuations
-    if not 1 <= len(given) <= MAX_CONTINUATIONS:
-        raise FieldInvalidError("continuations", f"must have 1 to {MAX_CONTINUATIONS}, not {len(given)}")
-    num_bytes = sum(len(each.text.encode()) for each in given)
-    if num_bytes > MAX_TEXT_BYTES:
-        raise FieldInvalidError(
-            "continuations", f"have {num_bytes} bytes together; the limit is {MAX_TEXT_BYTES}"
-        )
+    check_continuations([each.text for each in given])
     return tuple(_continuation(f"continuations[{index}]", each) for index, each in enumerate(given))
-
-
-def _check_count(field: str, values: Sized, limit: int) -> None:
-    """Before anything is made of millions of values, that hold up everybody while it is made."""
-    if len(values) > limit:
-        raise FieldInvalidError(field, f"has {len(values)}; the limit is {limit}")
 
 
 def _continuation(field: str, message: generation_pb2.Continuation) -> TextPrompt | TokenPrompt:

@@ -1,82 +1,117 @@
-"""Around every call of the API: admission, errors to statuses, metrics and one log line."""
+"""Around every gRPC call: who makes it and whether it may, its messages, its answer, and errors as statuses."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
-from google.rpc import status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from manyhats.adapters.errors import shown
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.server.access.rules import check_access
+from manyhats.server.access.tokens import EVERYBODY, Caller, Scope, TokenFile
+from manyhats.server.errors import ServerError
 from manyhats.server.grpc.answers import Answers
-from manyhats.server.grpc.from_proto import task_of
 from manyhats.server.grpc.messages import check_readable, readable, tolerant
 from manyhats.server.grpc.status import status_of
-from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.call import Call, Calls
 from manyhats.server.service.gate import Gate
-from manyhats.server.service.reasons import INTERNAL, reason_of
 
-SERVICE_PREFIX = "/manyhats.v1."
-# A caller whose deadline passes cancels a little before the deadline as this server counts it.
-_DEADLINE_SLACK_S = 0.1
-_TIMED_METHODS = frozenset({"Generate", "GenerateStream", "Score"})
-_log = structlog.get_logger("manyhats.calls")
+_SERVICE_PREFIX = "/manyhats.v1."
+# Methods for everybody: a probe has no token.
+OPEN_METHODS = frozenset(f"/grpc.health.v1.Health/{method}" for method in ("Check", "Watch", "List"))
+_NOBODY = Caller(name="", roles=frozenset(), scope=Scope(()))
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # no generic type at run time
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
+
+
+@dataclass(slots=True, kw_only=True)
+class GrpcCall(Call):
+    """A call that came through gRPC, with its context; servicers get it where gRPC would give them that alone."""
+
+    context: Context
+
+
+Respond = Callable[[GrpcCall], Awaitable[None]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Lets the servicers raise domain errors and know nothing of statuses, metrics or shutdown.
+    """Lets the servicers raise domain errors and know nothing of callers, statuses, metrics or shutdown.
+
+    Credential and role are checked before a byte of the message is read, its task before it is handled.
 
     Args:
-        gate: admits calls.
-        metrics: counts them.
+        gate: knows whether there is room for a call.
+        calls: admits and accounts for them.
         answers: sends what they are answered with.
+        tokens: knows callers; None lets everybody do everything.
     """
 
-    def __init__(self, gate: Gate, metrics: Metrics, answers: Answers) -> None:
+    def __init__(self, gate: Gate, calls: Calls, answers: Answers, tokens: TokenFile | None) -> None:
         self._gate = gate
-        self._metrics = metrics
+        self._calls = calls
         self._answers = answers
+        self._tokens = tokens
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> Handler | None:
         """Wrap the handler of one of our methods; others (health, reflection) do as they do, on messages alone."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        if not handler_call_details.method.startswith(SERVICE_PREFIX):
-            return _of_messages(handler)
+        is_ours = handler_call_details.method.startswith(_SERVICE_PREFIX)
         method = handler_call_details.method.rpartition("/")[2]
-        if self._gate.is_full:
-            return self._refusing(method)
-        return self._wrapped(handler, method)
+        if is_ours and self._gate.is_full:
+            return self._refusing_for_now(method)
+        try:
+            caller = self._caller(handler_call_details)
+        except ServerError as error:
+            return self._refusing(method, error) if is_ours else _aborting(error)
+        return self._wrapped(handler, method, caller) if is_ours else _of_messages(handler)
 
-    def _refusing(self, method: str) -> grpc.RpcMethodHandler[Any, Any]:
-        """Admits no more calls, without reading the message."""
+    def _caller(self, details: grpc.HandlerCallDetails) -> Caller:
+        """Who makes a call.
 
-        async def respond() -> None:
+        Raises:
+            ServerError: the caller is unknown, or has no role for the method.
+        """
+        if self._tokens is None or details.method in OPEN_METHODS:
+            return EVERYBODY
+        metadata = details.invocation_metadata or ()
+        caller = self._tokens.bearer([str(value) for key, value in metadata if key == "authorization"])
+        check_access(details.method.rpartition("/")[2], None, caller)
+        return caller
+
+    def _refusing_for_now(self, method: str) -> Handler:
+        async def respond(call: GrpcCall) -> None:
             """Not called: the gate is asked first, and if it has room again, the caller comes back."""
             raise self._gate.full_error()
 
+        return self._unread(method, respond)
+
+    def _refusing(self, method: str, error: ServerError) -> Handler:
+        async def respond(call: GrpcCall) -> None:
+            structlog.contextvars.bind_contextvars(peer=call.context.peer())
+            raise error
+
+        return self._unread(method, respond)
+
+    def _unread(self, method: str, respond: Respond) -> Handler:
         async def refuse(requests: Any, context: Context) -> None:
-            await self._observed(method, None, context, respond)
+            await self._answer(method, _NOBODY, context, respond)
 
         # Whatever the method takes, this takes a stream, and so reads nothing of it.
         return grpc.stream_unary_rpc_method_handler(refuse)
 
-    def _wrapped(self, handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+    def _wrapped(self, handler: Any, method: str, caller: Caller) -> Handler:
         # Every answer is written from here, a single one too, as a stream of one looks the same to its caller: it is
         # sent, or given up, while the call is inside the gate and before it counts as answered. A stream that is
         # written rather than yielded has its servicer's generator, and with it the engine's, closed at once when the
@@ -84,90 +119,101 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         serialize, send = handler.response_serializer, self._answers.send
 
         async def unary(request: Any, context: Context) -> None:
-            async def respond() -> None:
-                check_readable(request)
-                await send(serialize(await handler.unary_unary(request, context)), context)
+            async def respond(call: GrpcCall) -> None:
+                _read(request, call)
+                await send(serialize(await handler.unary_unary(request, call)), context)
 
-            await self._observed(method, request, context, respond)
+            await self._answer(method, caller, context, respond)
 
         async def upload(requests: Any, context: Context) -> None:
-            first = _Named()
-
-            async def respond() -> None:
-                messages = first.noted(readable(requests))
-                answer = serialize(await handler.stream_unary(messages, context))
+            async def respond(call: GrpcCall) -> None:
+                answer = serialize(await handler.stream_unary(_named(readable(requests), call), call))
                 await send(answer, context, is_first=False)  # the method has begun its answer
 
-            await self._observed(method, first, context, respond)
+            await self._answer(method, caller, context, respond)
 
         async def stream(request: Any, context: Context) -> None:
-            async def respond() -> None:
-                check_readable(request)
-                responses: AsyncGenerator[Any, None] = handler.unary_stream(request, context)
+            async def respond(call: GrpcCall) -> None:
+                _read(request, call)
+                responses: AsyncGenerator[Any, None] = handler.unary_stream(request, call)
                 async with aclosing(responses):
                     is_first = True
                     async for response in responses:
                         await send(serialize(response), context, is_first=is_first)
                         is_first = False
 
-            await self._observed(method, request, context, respond)
+            await self._answer(method, caller, context, respond)
 
         deserialize = tolerant(handler.request_deserializer)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(upload, deserialize)
-        return grpc.unary_stream_rpc_method_handler(
-            stream if handler.response_streaming else unary, deserialize
-        )
+        respond_with = stream if handler.response_streaming else unary
+        return grpc.unary_stream_rpc_method_handler(respond_with, deserialize)
 
-    async def _observed(
-        self, method: str, request: Any, context: Context, respond: Callable[[], Awaitable[None]]
-    ) -> None:
-        structlog.contextvars.clear_contextvars()
-        call = _Call(method, request, time.monotonic())
+    async def _answer(self, method: str, caller: Caller, context: Context, respond: Respond) -> None:
+        now_s = time.monotonic()
+        remaining_s: float | None = context.time_remaining()  # None without a deadline
+        deadline_s = None if remaining_s is None else now_s + remaining_s
+        call = GrpcCall(
+            method=method, caller=caller, received_s=now_s, deadline_s=deadline_s, context=context
+        )
         try:
-            with self._gate.admitted():
-                await respond()
-        except asyncio.CancelledError:
-            remaining_s = context.time_remaining()
-            is_late = remaining_s is not None and remaining_s <= _DEADLINE_SLACK_S
-            self._finished(call, "DEADLINE_EXCEEDED" if is_late else "CANCELLED")
-            raise
+            with self._calls.observed(call):
+                await respond(call)
         except Exception as error:
-            # Counted first: who has the answer finds it in the metrics.
-            self._finished(call, reason_of(error).code)
-            await context.abort_with_status(rpc_status.to_status(_logged_status(error, method)))
+            await _abort(error, context)
             raise
-        self._finished(call, "OK")
-
-    def _finished(self, call: _Call, code: str) -> None:
-        seconds = time.monotonic() - call.begin_s
-        is_timed = call.method in _TIMED_METHODS and call.name is not None
-        # No name means the base model where something runs on one, and no task elsewhere.
-        task_id = task_of(call.name or "") if call.name or is_timed else None
-        self._metrics.call_finished(call.method, task_id, code, seconds if is_timed else None)
-        _log.info(
-            "call", method=call.method, task=shown(call.name or ""), code=code, seconds=round(seconds, 4)
-        )
 
 
-def _of_messages(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+def _read(request: Any, call: Call) -> None:
+    check_readable(request)
+    call.names(getattr(request, "task_id", None))
+
+
+async def _named(messages: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
+    """The messages of an upload; each is looked at for a header, which names a task."""
+    async for message in messages:
+        call.names(message.header.task_id)
+        yield message
+
+
+async def _abort(error: Exception, context: Context) -> None:
+    await context.abort_with_status(rpc_status.to_status(status_of(error)))
+
+
+def _aborting(error: ServerError) -> Handler:
+    """Refuses a call for a service that is not ours, without reading the message."""
+
+    async def refuse(requests: object, context: Context) -> None:
+        await _abort(error, context)
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
+
+
+def _of_messages(handler: Any) -> Handler:
     """A handler of a service that is not ours, behind a check that there is a message."""
 
+    async def check(request: object, context: Context) -> None:
+        try:
+            check_readable(request)
+        except FieldInvalidError as error:
+            await _abort(error, context)
+
     async def unary(request: Any, context: Context) -> Any:
-        await _refuse_unreadable(request, context)
+        await check(request, context)
         return await handler.unary_unary(request, context)
 
     async def stream(request: Any, context: Context) -> None:
-        await _refuse_unreadable(request, context)
+        await check(request, context)
         await handler.unary_stream(request, context)  # writes by itself
 
     async def both(requests: Any, context: Context) -> AsyncIterator[Any]:
-        async def readable_or_refused() -> AsyncIterator[Any]:
+        async def checked() -> AsyncIterator[Any]:
             async for request in requests:
-                await _refuse_unreadable(request, context)
+                await check(request, context)
                 yield request
 
-        async for response in handler.stream_stream(readable_or_refused(), context):
+        async for response in handler.stream_stream(checked(), context):
             yield response
 
     serializers = (tolerant(handler.request_deserializer), handler.response_serializer)
@@ -175,50 +221,4 @@ def _of_messages(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         return grpc.stream_stream_rpc_method_handler(both, *serializers)
     if handler.unary_stream is not None:
         return grpc.unary_stream_rpc_method_handler(stream, *serializers)
-    if handler.unary_unary is not None:
-        return grpc.unary_unary_rpc_method_handler(unary, *serializers)
-    refusing: grpc.RpcMethodHandler[Any, Any] = handler  # of a caller without a token: reads nothing
-    return refusing
-
-
-async def _refuse_unreadable(request: object, context: Context) -> None:
-    try:
-        check_readable(request)
-    except FieldInvalidError as error:
-        await context.abort_with_status(rpc_status.to_status(status_of(error, error_id="")))
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One call: its RPC, its message, and when it came."""
-
-    method: str
-    request: Any
-    begin_s: float
-
-    @property
-    def name(self) -> str | None:
-        """The task or version it names, "" for none; None where no message came, or such messages name none."""
-        name: str | None = getattr(self.request, "task_id", None)
-        return name
-
-
-class _Named:
-    """What an upload's messages name, once the first has come."""
-
-    task_id: str | None = None
-
-    async def noted(self, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """The messages, the task of the header noted."""
-        async for message in messages:
-            if self.task_id is None:
-                self.task_id = message.header.task_id
-            yield message
-
-
-def _logged_status(error: Exception, method: str) -> status_pb2.Status:
-    """What the caller sees; an unexpected error goes to the log whole, under the id that the caller gets."""
-    error_id = uuid.uuid4().hex
-    if reason_of(error) is INTERNAL:
-        _log.error("unexpected error", method=method, error_id=error_id, exc_info=error)
-    return status_of(error, error_id=error_id)
+    return grpc.unary_unary_rpc_method_handler(unary, *serializers)

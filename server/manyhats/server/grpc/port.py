@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -9,15 +11,15 @@ from grpc_reflection.v1alpha import reflection
 from manyhats.engine.config import EngineConfig
 from manyhats.server.access.addresses import join_host_port
 from manyhats.server.access.tls import ServerTls
+from manyhats.server.access.tokens import TokenFile
 from manyhats.server.errors import AddressError
 from manyhats.server.grpc.adapters import AdapterService
 from manyhats.server.grpc.answers import MAX_ANSWER_BYTES, Answers
-from manyhats.server.grpc.authorization import AuthorizationInterceptor, Authorizer, everything
 from manyhats.server.grpc.generation import GenerationService
 from manyhats.server.grpc.health import HealthFollower
 from manyhats.server.grpc.interceptor import CallInterceptor
 from manyhats.server.grpc.server_info import ServerService
-from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
 from manyhats.v1 import (
     adapter_pb2,
@@ -27,6 +29,9 @@ from manyhats.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
+
+if TYPE_CHECKING:
+    from manyhats.server.observability.metrics import Metrics
 
 SERVICES = tuple(
     service.full_name
@@ -46,7 +51,7 @@ class GrpcPort:
         metrics: counts.
         host, port: where to listen; port 0 takes any free one.
         tls: encrypts; None serves in the clear.
-        authorizer: knows callers; None lets everybody do everything.
+        tokens: knows callers; None lets everybody do everything.
         max_connections: more are closed as they come.
         unread_limit_s: an answer of which nothing is read for so long is given up.
         max_answer_bytes: of one answer, and of all the large ones together that wait for their callers to read.
@@ -63,20 +68,15 @@ class GrpcPort:
         host: str,
         port: int,
         tls: ServerTls | None = None,
-        authorizer: Authorizer | None = None,
+        tokens: TokenFile | None = None,
         max_connections: int = 4096,
         unread_limit_s: float = EngineConfig().unread_limit_s,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         self.health = HealthFollower(gate, SERVICES)
         answers = Answers(unread_limit_s=unread_limit_s, max_bytes=max_answer_bytes)
-        interceptors: list[grpc.aio.ServerInterceptor] = [CallInterceptor(gate, metrics, answers)]
-        scope_of = everything
-        if authorizer is not None:
-            interceptors.append(AuthorizationInterceptor(authorizer))
-            scope_of = authorizer.scope
         self._server = grpc.aio.server(
-            interceptors=interceptors,
+            interceptors=[CallInterceptor(gate, Calls(gate, metrics), answers, tokens)],
             options=(
                 *_OPTIONS,
                 ("grpc.max_send_message_length", max_answer_bytes),
@@ -84,15 +84,13 @@ class GrpcPort:
             ),
             maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
         )
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(gate, metrics), self._server
-        )
-        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(gate, metrics, scope_of), self._server
-        )
-        server_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(gate, MAX_REQUEST_BYTES), self._server
-        )
+        # The interceptor gives them a call in place of gRPC's context.
+        generation: Any = GenerationService(gate, metrics)
+        adapters: Any = AdapterService(gate, metrics)
+        info: Any = ServerService(gate, MAX_REQUEST_BYTES)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(info, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), self._server)
@@ -104,7 +102,7 @@ class GrpcPort:
             if tls is None:
                 bound = self._server.add_insecure_port(address)
             else:
-                bound = self._server.add_secure_port(address, tls.grpc_credentials())
+                bound = self._server.add_secure_port(address, _credentials(tls))
         except RuntimeError as error:
             raise AddressError("gRPC", address) from error
         return join_host_port(host, bound)
@@ -117,6 +115,29 @@ class GrpcPort:
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, and cancel those still running after ``grace_s``."""
         await self._server.stop(grace_s)
+
+
+def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
+    """What a port is opened with; connections that begin after the files changed see what is in them then."""
+    given = tls.current
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(given.key, given.certificate)], given.client_ca)
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC before every handshake, in its own thread; None is no change."""
+        nonlocal given
+        now = tls.current
+        if now is given:
+            return None
+        given = now
+        return configuration()
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(),
+        changed,  # type: ignore[arg-type]  # None is allowed: no change
+        require_client_authentication=given.client_ca is not None,
+    )
 
 
 _OPTIONS = (

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-import grpc
-
 from manyhats.server.grpc import to_proto
+from manyhats.server.service.call import Call
 from manyhats.server.service.gate import Gate
-from manyhats.v1 import server_pb2, server_pb2_grpc
+from manyhats.v1 import server_pb2
 
 
-class ServerService(server_pb2_grpc.ServerServiceServicer):
+class ServerService:
     """Describes the backend behind the gate; ``max_request_bytes`` is what the port takes in one message."""
 
     def __init__(self, gate: Gate, max_request_bytes: int) -> None:
@@ -19,7 +18,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self._max_request_bytes = max_request_bytes
 
     async def GetServerInfo(  # noqa: N802
-        self, request: server_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext[object, object]
+        self, request: server_pb2.GetServerInfoRequest, call: Call
     ) -> server_pb2.GetServerInfoResponse:
         """Describe server and base model."""
         return to_proto.server_info(self._gate.backend, version("manyhats"), self._max_request_bytes)

@@ -14,7 +14,7 @@ from manyhats.engine import errors as engine
 from manyhats.engine.errors import clipped
 from manyhats.server import errors as server
 from manyhats.server.observability.task_labels import BASE_LABEL
-from manyhats.server.service.reasons import INTERNAL, Reason, reason_of
+from manyhats.server.service.reasons import Reason, is_expected, reason_of
 
 DOMAIN = "manyhats"
 # Statuses travel as HTTP/2 headers, 8 KiB in all. There a message stands twice or three times, and each byte beyond
@@ -28,22 +28,17 @@ def grpc_code(reason: Reason) -> grpc.StatusCode:
     return grpc.StatusCode[reason.code]
 
 
-def status_of(error: Exception, *, error_id: str) -> status_pb2.Status:
-    """What the caller sees of ``error``.
+def status_of(error: Exception) -> status_pb2.Status:
+    """What the caller sees of ``error``; nothing but that there was one where nobody raised it on purpose.
 
-    An unexpected error shows nothing of itself but ``error_id``, under which the log has it. Texts are cut, and what is
-    no character is replaced, so that no error's text can keep its status from the caller.
+    Texts are cut, and what is no character is replaced, so that no error's text can keep its status from the caller.
     """
-    reason = reason_of(error)
-    if reason is INTERNAL:
-        message, metadata = f"internal error {error_id}", {"error_id": error_id}
-    else:
-        message = clipped(str(error), _MAX_MESSAGE_BYTES)
-        metadata = {key: clipped(value, _MAX_METADATA_BYTES) for key, value in _metadata(error).items()}
+    reason, text = reason_of(error), str(error) if is_expected(error) else "internal error"
+    metadata = {key: clipped(value, _MAX_METADATA_BYTES) for key, value in _metadata(error).items()}
     info = ErrorInfo(reason=reason.word, domain=DOMAIN, metadata=metadata)
     code: int = grpc_code(reason).value[0]
     details = [_packed(detail) for detail in (info, *_details(error))]
-    return status_pb2.Status(code=code, message=message, details=details)
+    return status_pb2.Status(code=code, message=clipped(text, _MAX_MESSAGE_BYTES), details=details)
 
 
 def _metadata(error: Exception) -> dict[str, str]:
@@ -56,7 +51,7 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"limit": str(error.limit)}
         case engine.StreamUnreadError():
             return {"limit_s": f"{error.limit_s:g}"}
-        case engine.RequestFailedError():
+        case engine.RequestFailedError() | server.UnexpectedError():
             return {"error_id": error.error_id}
         case adapter.ArgumentInvalidError():
             return {"field": error.subject}

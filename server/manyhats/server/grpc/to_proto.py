@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState
-from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.output import (
     FinishReason,
     ScoreOutput,
@@ -18,12 +17,13 @@ from manyhats.engine.output import (
     Usage,
 )
 from manyhats.engine.request import MAX_CONTINUATIONS
-from manyhats.server.service.ports import Backend
 from manyhats.server.service.text_threads import paced, slices
 from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
 
 if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
+    from manyhats.server.service.backend import Backend
 
 # Adding a token to a message takes as long as reading a few of them.
 _ENTRY_WEIGHT = 4
@@ -82,25 +82,12 @@ def num_entries(tokens: Iterable[TokenOutput]) -> int:
     return sum(1 + len(token.top) for token in tokens)
 
 
-def tokenize_response(
-    ids: Sequence[int], piece: Callable[[int], str], *, field: str, max_bytes: int
-) -> generation_pb2.TokenizeResponse:
-    """Token ids and the text of each, in slices: other threads run in between.
-
-    Raises:
-        FieldInvalidError: the texts have more than ``max_bytes`` together; it names ``field``.
-    """
+def tokenize_response(ids: Sequence[int], pieces: Sequence[str]) -> generation_pb2.TokenizeResponse:
+    """Token ids and the text of each, in slices: other threads run in between."""
     response = generation_pb2.TokenizeResponse()
-    num_bytes = 0
-    for part in slices(ids):
-        pieces = [piece(token_id) for token_id in part]
-        num_bytes += sum(len(text.encode()) for text in pieces)
-        if num_bytes > max_bytes:
-            raise FieldInvalidError(
-                field, f"its tokens have more than {max_bytes} bytes of text together, which is the limit"
-            )
-        response.ids.extend(part)
-        response.pieces.extend(pieces)
+    for part in slices(range(len(ids))):
+        response.ids.extend(ids[part[0] : part[-1] + 1])
+        response.pieces.extend(pieces[part[0] : part[-1] + 1])
     return response
 
 

@@ -163,7 +163,7 @@ class HttpPort:
         transport, protocol = await self._loop.connect_accepted_socket(
             lambda: asyncio.StreamReaderProtocol(reader),
             connection,
-            ssl=None if self._tls is None else self._tls.http_context(),
+            ssl=None if self._tls is None else self._tls.current.http,
         )
         try:
             head = await _read_head(reader)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from prometheus_client import disable_created_metrics
@@ -24,7 +24,6 @@ from manyhats.engine.threads.own_thread import in_own_thread
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.errors import ServerError
-from manyhats.server.grpc.authorization import Authorizer
 from manyhats.server.grpc.port import GrpcPort
 from manyhats.server.http.port import HttpPort, make_app
 from manyhats.server.lifetime.config import ServeConfig
@@ -33,10 +32,13 @@ from manyhats.server.lifetime.progress_log import LoadingStopped, ProgressLog, b
 from manyhats.server.lifetime.signals import StopSignals, wait_for_either
 from manyhats.server.observability.logs import configure_logs
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.backend import Backend
 from manyhats.server.service.following import StoreFollower
 from manyhats.server.service.gate import Gate
-from manyhats.server.service.ports import Backend, Store
 from manyhats.server.service.registrations import Registrar
+
+if TYPE_CHECKING:
+    from manyhats.adapters.store.store import AdapterStore
 
 Assemble = Callable[[ServeConfig, Metrics, Progress], Backend]
 ShowProgress = Callable[[], AbstractContextManager[Progress]]
@@ -105,7 +107,7 @@ class _Process:
         max_calls = config.max_waiting + config.max_sequences + _MAX_OTHER_CALLS
         self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s, max_calls=max_calls)
         self._stop = StopSignals()
-        self._store: Store | None = None
+        self._store: AdapterStore | None = None
 
     async def run(self) -> int:
         async with AsyncExitStack() as stack:
@@ -159,14 +161,13 @@ class _Process:
 
     def _grpc_port(self, tls: ServerTls | None) -> GrpcPort:
         config = self._config
-        authorizer = None if config.token_file is None else Authorizer(TokenFile(config.token_file))
         return GrpcPort(
             self._gate,
             self._metrics,
             host=config.host,
             port=config.grpc_port,
             tls=tls,
-            authorizer=authorizer,
+            tokens=None if config.token_file is None else TokenFile(config.token_file),
             max_connections=self._connections.grpc,
             unread_limit_s=config.unread_limit_s,
         )

@@ -25,7 +25,7 @@ from manyhats.engine.threads.background import Background
 from manyhats.server.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.observability.metrics import Metrics
-from manyhats.server.service.ports import Backend, ModelInfo, ServerLimits
+from manyhats.server.service.backend import Backend, ModelInfo, ServerLimits
 from manyhats.server.service.task_tokenizers import TaskTokenizers
 from manyhats.server.service.text_threads import TextThreads
 

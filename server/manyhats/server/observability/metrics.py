@@ -16,7 +16,7 @@ from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
 
 if TYPE_CHECKING:
     from manyhats.server.access.tls import ServerTls
-    from manyhats.server.service.ports import Backend
+    from manyhats.server.service.backend import Backend
 
 DEVICE_TIER = "device"
 _DAY_S = 86_400
@@ -225,7 +225,9 @@ class LiveMetrics:
     def _expiry_gauge(self, tls: ServerTls) -> Metric:
         """In days, not in seconds, as certificates are counted."""
         now_s = self._clock()
-        values = [((each.setting,), (each.ends.timestamp() - now_s) / _DAY_S) for each in tls.validities]
+        values = [
+            ((each.setting,), (each.ends.timestamp() - now_s) / _DAY_S) for each in tls.current.validities
+        ]
         return _gauge(
             "manyhats_tls_certificate_expiry_days",
             "Days until the first certificate of a file expires; negative once it has.",

@@ -9,7 +9,7 @@ import structlog
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import AdapterError
-from manyhats.server.service.ports import Backend
+from manyhats.server.service.backend import Backend
 from manyhats.server.service.registrations import Registrar
 
 _log = structlog.get_logger("manyhats.store")

@@ -11,7 +11,7 @@ from enum import Enum
 from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import DrainingError, EngineDeadError
 from manyhats.server.errors import LoadingError, TooManyCallsError
-from manyhats.server.service.ports import Backend
+from manyhats.server.service.backend import Backend
 
 
 class ServingState(Enum):

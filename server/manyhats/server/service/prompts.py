@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
+from manyhats.engine.request import MAX_CONTINUATIONS
+from manyhats.engine.text.chat_template import ChatMessage
 from manyhats.engine.text.prompt_text import Continuation, ScoreTokens, score_tokens
-from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
-from manyhats.server.service.ports import Backend, PromptText
-from manyhats.server.service.text_threads import BRIEF_LENGTH, slices
+from manyhats.server.service.text_threads import BRIEF_LENGTH, TextThreads, slices
+
+if TYPE_CHECKING:
+    from manyhats.engine.text.prompt_text import PromptText
+    from manyhats.engine.text.tokenizer import Tokenizer
 
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_CHAT_MESSAGES = 1024
@@ -53,6 +58,17 @@ class ChatPrompt:
     messages: tuple[ChatMessage, ...]
     field: ClassVar[str] = "chat.messages"
 
+    @classmethod
+    def of(cls, turns: Collection[Any]) -> ChatPrompt:
+        """Of anything with ``role`` and ``content``, once it is known that there are not too many.
+
+        Raises:
+            FieldInvalidError: it is over a limit.
+        """
+        if len(turns) > MAX_CHAT_MESSAGES:
+            raise FieldInvalidError(cls.field, f"has {len(turns)}; the limit is {MAX_CHAT_MESSAGES}")
+        return cls(tuple(ChatMessage(role=turn.role, content=turn.content) for turn in turns))
+
     def __post_init__(self) -> None:
         if not 1 <= len(self.messages) <= MAX_CHAT_MESSAGES:
             raise FieldInvalidError(
@@ -76,86 +92,173 @@ class _RenderedChat:
     """A conversation as its template wrote it, special tokens included."""
 
     text: str
+    add_special_tokens: ClassVar[bool] = False
     field: ClassVar[str] = ChatPrompt.field
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
-_Encodable = Prompt | _RenderedChat
+_Text = TextPrompt | ChatPrompt | _RenderedChat
 
 
-async def encode_prompts(
-    backend: Backend,
-    prompts: Sequence[Prompt],
-    *,
-    tokenizer: Tokenizer | None = None,
-    max_tokens: int | None = None,
-) -> list[tuple[int, ...]]:
-    """Token ids of prompts, in order.
+def check_continuations(texts: Collection[str]) -> None:
+    """Check how many continuations there are of one prompt, and how long they are together.
 
     Args:
-        backend: has the base's tokenizer, and threads.
-        prompts: of one request.
-        tokenizer: the task's own; None is the base's.
-        max_tokens: of each; a prompt of more can never be served.
+        texts: of each; "" for one that is given as tokens.
 
     Raises:
-        FieldInvalidError: an id is outside the vocabulary, a prompt has no tokens, or the chat template refused.
-        PromptTooLongError: a prompt has more tokens; where its length already tells, it was not tokenized.
+        FieldInvalidError: there are none, or too much of them.
     """
-    rendered = [await _rendered(backend, prompt, tokenizer) for prompt in prompts]
-    backend = _with_tokenizer(backend, tokenizer)
-    await _check_lengths(backend, rendered, max_tokens)
-    work = partial(_encode_all, backend, rendered, max_tokens)
-    return await backend.text_threads.run(work, sum(map(_length, rendered)))
+    if not 1 <= len(texts) <= MAX_CONTINUATIONS:
+        raise FieldInvalidError("continuations", f"must have 1 to {MAX_CONTINUATIONS}, not {len(texts)}")
+    num_bytes = sum(len(text.encode()) for text in texts)
+    if num_bytes > MAX_TEXT_BYTES:
+        raise FieldInvalidError(
+            "continuations", f"have {num_bytes} bytes together; the limit is {MAX_TEXT_BYTES}"
+        )
 
 
-async def encode_scoring(
-    backend: Backend,
-    prompt: Prompt,
-    continuations: Sequence[TextPrompt | TokenPrompt],
-    *,
-    tokenizer: Tokenizer | None = None,
-    max_tokens: int | None = None,
-) -> ScoreTokens:
-    """The tokens of a prompt and of what is scored behind it; limited as ``encode_prompts`` limits each.
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Turns the prompts of one request into tokens.
 
-    Raises:
-        FieldInvalidError: as ``encode_prompts``; or a continuation leaves nothing of the prompt ahead of it.
-        PromptTooLongError: likewise.
+    Attributes:
+        tokenizer: the task's, or the base's.
+        threads: where texts are tokenized.
+        vocab_size: token ids are below.
+        max_tokens: of each prompt and continuation; more can never be served. None is no limit.
+        render: a conversation by a task's own template; None leaves it to the tokenizer.
     """
-    rendered = await _rendered(backend, prompt, tokenizer)
-    backend = _with_tokenizer(backend, tokenizer)
-    await _check_lengths(backend, [rendered, *continuations], max_tokens)
-    run = backend.text_threads.run
-    ids, text, again = await run(partial(_encode_ahead, backend, rendered, max_tokens), _length(rendered))
-    found: list[Continuation] = []
-    # In pieces, between which others have their turn, and after which nothing is done for a caller that has left.
-    for some, length in _pieces(continuations, again):
-        found += await run(partial(_continuations, backend, ids, text, some, max_tokens), length)
-    return score_tokens(ids, found)
+
+    tokenizer: Tokenizer
+    threads: TextThreads
+    vocab_size: int
+    max_tokens: int | None = None
+    render: Callable[[Sequence[ChatMessage]], Awaitable[str]] | None = None
+
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens of a prompt.
+
+        Raises:
+            FieldInvalidError: an id is outside the vocabulary, it has no tokens, or the chat template refused.
+            PromptTooLongError: it has too many; where its length already tells, it was not tokenized.
+        """
+        if isinstance(prompt, TokenPrompt):
+            return await self.threads.run(partial(self._ids, prompt), _length(prompt))
+        text = await self._text(prompt)
+        return (await self.threads.run(partial(self._encode, text), _length(text))).token_ids
+
+    async def encode_scoring(
+        self, prompt: Prompt, continuations: Sequence[TextPrompt | TokenPrompt]
+    ) -> ScoreTokens:
+        """The tokens of a prompt and of what is scored behind it; limited as ``encode`` limits each.
+
+        Raises:
+            FieldInvalidError: as ``encode``; or a continuation leaves nothing of the prompt ahead of it.
+            PromptTooLongError: likewise.
+        """
+        rendered = prompt if isinstance(prompt, TokenPrompt) else await self._text(prompt)
+        for each in continuations:
+            await self._check_length(each)
+        run = self.threads.run
+        ids, text, again = await run(partial(self._ahead, rendered), _length(rendered))
+        found: list[Continuation] = []
+        # In pieces, between which others have their turn, and after which nothing is done for a caller that has left.
+        for some, length in _pieces(continuations, again):
+            found += await run(partial(self._behind, ids, text, some), length)
+        return score_tokens(ids, found)
+
+    async def _text(self, prompt: TextPrompt | ChatPrompt) -> _Text:
+        """What is to be tokenized, seen to be short enough as far as its length tells."""
+        text: _Text = prompt
+        if isinstance(prompt, ChatPrompt) and self.render is not None:
+            text = _RenderedChat(await self.render(prompt.messages))
+        await self._check_length(text)
+        return text
+
+    async def _check_length(self, prompt: Prompt | _RenderedChat) -> None:
+        """Refuse a long text that cannot fit, ahead of all those that are waiting to be tokenized."""
+        if self.max_tokens is None or not isinstance(prompt, TextPrompt | _RenderedChat):
+            return
+        if len(prompt.text) > BRIEF_LENGTH:
+            work = partial(self.tokenizer.check_length, prompt.text, self.max_tokens)
+            with _named(prompt):
+                await self.threads.run(work, BRIEF_LENGTH)
+
+    # On a thread
+
+    def _encode(self, prompt: _Text) -> PromptText:
+        with _named(prompt):
+            if isinstance(prompt, ChatPrompt):
+                text = self.tokenizer.chat_prompt(prompt.messages, max_tokens=self.max_tokens)
+            else:
+                special = prompt.add_special_tokens
+                text = self.tokenizer.prompt(
+                    prompt.text, add_special_tokens=special, max_tokens=self.max_tokens
+                )
+        if not text.token_ids:
+            raise FieldInvalidError(prompt.field, "has no tokens")
+        return text
+
+    def _ahead(self, prompt: _Text | TokenPrompt) -> tuple[tuple[int, ...], PromptText | None, int]:
+        """Tokens of a prompt that is scored behind; where its text is known, that, and how much of it comes again."""
+        if isinstance(prompt, TokenPrompt):
+            return self._ids(prompt), None, 0
+        text = self._encode(prompt)
+        return text.token_ids, text, text.length_again
+
+    def _behind(
+        self,
+        ids: tuple[int, ...],
+        prompt: PromptText | None,
+        continuations: Sequence[TextPrompt | TokenPrompt],
+    ) -> list[Continuation]:
+        return [self._continuation(ids, prompt, each) for each in continuations]
+
+    def _continuation(
+        self, ids: tuple[int, ...], prompt: PromptText | None, continuation: TextPrompt | TokenPrompt
+    ) -> Continuation:
+        """What is scored behind a prompt; ``prompt`` is None where its text is not known."""
+        if isinstance(continuation, TokenPrompt):
+            return Continuation(len(ids), self._ids(continuation))
+        field, text = continuation.field, continuation.text
+        try:
+            with _named(continuation):
+                if self.max_tokens is not None:
+                    self.tokenizer.check_length(text, self.max_tokens)
+                if prompt is None:
+                    found = Continuation(len(ids), self.tokenizer.followed_by(text))
+                else:
+                    found = prompt.followed_by(text)
+        except FieldInvalidError as error:
+            raise FieldInvalidError(field, error.description) from error
+        if self.max_tokens is not None and len(found.token_ids) > self.max_tokens:
+            raise PromptTooLongError(field, len(found.token_ids), self.max_tokens)
+        return found
+
+    def _ids(self, prompt: TokenPrompt) -> tuple[int, ...]:
+        with _named(prompt):
+            if self.max_tokens is not None and len(prompt.ids) > self.max_tokens:
+                raise PromptTooLongError(prompt.field, len(prompt.ids), self.max_tokens)
+        ids: list[int] = []
+        for part in slices(prompt.ids):
+            largest = max(part)
+            if largest >= self.vocab_size:
+                raise FieldInvalidError(
+                    f"{prompt.field}.ids", f"has {largest}; token ids are below {self.vocab_size}"
+                )
+            ids.extend(part)
+        return tuple(ids)
 
 
-async def _check_lengths(backend: Backend, prompts: Sequence[_Encodable], max_tokens: int | None) -> None:
-    """Refuse long texts that cannot fit, ahead of all those that are waiting to be tokenized."""
-    if max_tokens is None:
-        return
-    for prompt in prompts:
-        if isinstance(prompt, (TextPrompt, _RenderedChat)) and len(prompt.text) > BRIEF_LENGTH:
-            work = partial(_check_length, backend, prompt, max_tokens)
-            await backend.text_threads.run(work, BRIEF_LENGTH)
-
-
-def _check_length(backend: Backend, prompt: TextPrompt | _RenderedChat, max_tokens: int) -> None:
+@contextmanager
+def _named(prompt: Prompt | _RenderedChat) -> Iterator[None]:
+    """Give what is too long the name of its field; a prompt has one, whichever kind it is."""
     try:
-        backend.tokenizer.check_length(prompt.text, max_tokens)
+        yield
     except PromptTooLongError as error:
-        raise _named(error, prompt) from None
-
-
-def _named(error: PromptTooLongError, prompt: _Encodable) -> PromptTooLongError:
-    """The error with the name of the field; the engine has one word for whichever kind of prompt it is."""
-    field = prompt.field if prompt.field.startswith("continuations") else "prompt"
-    return PromptTooLongError(field, error.num_tokens, error.limit, at_least=error.at_least)
+        field = prompt.field if prompt.field.startswith("continuations") else "prompt"
+        raise PromptTooLongError(field, error.num_tokens, error.limit, at_least=error.at_least) from None
 
 
 def _pieces(
@@ -174,113 +277,7 @@ def _pieces(
     yield piece, total
 
 
-async def _rendered(backend: Backend, prompt: Prompt, tokenizer: Tokenizer | None) -> _Encodable:
-    """A conversation as text, where the template is a task's own; other prompts as they are."""
-    if not isinstance(prompt, ChatPrompt) or tokenizer is None or not tokenizer.has_own_template:
-        return prompt
-    if backend.task_tokenizers is None:
-        raise TypeError("a task's tokenizer, without what renders its template")
-    return _RenderedChat(await backend.task_tokenizers.render(tokenizer, prompt.messages))
-
-
-def _with_tokenizer(backend: Backend, tokenizer: Tokenizer | None) -> Backend:
-    return backend if tokenizer is None else replace(backend, tokenizer=tokenizer)
-
-
-def _encode_all(
-    backend: Backend, prompts: Sequence[_Encodable], max_tokens: int | None
-) -> list[tuple[int, ...]]:
-    return [_encode(backend, prompt, max_tokens) for prompt in prompts]
-
-
-def _encode(backend: Backend, prompt: _Encodable, max_tokens: int | None) -> tuple[int, ...]:
-    if isinstance(prompt, TokenPrompt):
-        return _checked_ids(backend, prompt, max_tokens)
-    return _encode_text(backend, prompt, max_tokens).token_ids
-
-
-def _encode_text(
-    backend: Backend, prompt: TextPrompt | ChatPrompt | _RenderedChat, max_tokens: int | None
-) -> PromptText:
-    try:
-        match prompt:
-            case TextPrompt():
-                text = backend.tokenizer.prompt(
-                    prompt.text, add_special_tokens=prompt.add_special_tokens, max_tokens=max_tokens
-                )
-            case _RenderedChat():
-                text = backend.tokenizer.prompt(prompt.text, add_special_tokens=False, max_tokens=max_tokens)
-            case ChatPrompt():
-                text = backend.tokenizer.chat_prompt(prompt.messages, max_tokens=max_tokens)
-    except PromptTooLongError as error:
-        raise _named(error, prompt) from None
-    if not text.token_ids:
-        raise FieldInvalidError(prompt.field, "has no tokens")
-    return text
-
-
-def _encode_ahead(
-    backend: Backend, prompt: _Encodable, max_tokens: int | None
-) -> tuple[tuple[int, ...], PromptText | None, int]:
-    """Tokens of a prompt that is scored behind; where its text is known, that, and how much of it comes again."""
-    if isinstance(prompt, TokenPrompt):
-        return _checked_ids(backend, prompt, max_tokens), None, 0
-    text = _encode_text(backend, prompt, max_tokens)
-    return text.token_ids, text, text.length_again
-
-
-def _continuations(
-    backend: Backend,
-    ids: tuple[int, ...],
-    prompt: PromptText | None,
-    continuations: Sequence[TextPrompt | TokenPrompt],
-    max_tokens: int | None,
-) -> list[Continuation]:
-    return [_continuation(backend, ids, prompt, each, max_tokens) for each in continuations]
-
-
-def _continuation(
-    backend: Backend,
-    ids: tuple[int, ...],
-    prompt: PromptText | None,
-    continuation: TextPrompt | TokenPrompt,
-    max_tokens: int | None,
-) -> Continuation:
-    """What is scored behind a prompt; ``prompt`` is None where its text is not known."""
-    if isinstance(continuation, TokenPrompt):
-        return Continuation(len(ids), _checked_ids(backend, continuation, max_tokens))
-    field, text = continuation.field, continuation.text
-    try:
-        if max_tokens is not None:
-            backend.tokenizer.check_length(text, max_tokens)
-        if prompt is None:
-            found = Continuation(len(ids), backend.tokenizer.followed_by(text))
-        else:
-            found = prompt.followed_by(text)
-    except PromptTooLongError as error:
-        raise _named(error, continuation) from None
-    except FieldInvalidError as error:
-        raise FieldInvalidError(field, error.description) from error
-    if max_tokens is not None and len(found.token_ids) > max_tokens:
-        raise PromptTooLongError(field, len(found.token_ids), max_tokens)
-    return found
-
-
-def _checked_ids(backend: Backend, prompt: TokenPrompt, max_tokens: int | None) -> tuple[int, ...]:
-    if max_tokens is not None and len(prompt.ids) > max_tokens:
-        raise _named(PromptTooLongError("ids", len(prompt.ids), max_tokens), prompt)
-    ids: list[int] = []
-    for part in slices(prompt.ids):
-        largest = max(part)
-        if largest >= backend.info.vocab_size:
-            raise FieldInvalidError(
-                f"{prompt.field}.ids", f"has {largest}; token ids are below {backend.info.vocab_size}"
-            )
-        ids.extend(part)
-    return tuple(ids)
-
-
-def _length(prompt: _Encodable) -> int:
+def _length(prompt: Prompt | _RenderedChat) -> int:
     match prompt:
         case TokenPrompt():
             return len(prompt.ids) // 64  # nothing to tokenize, but each is looked at

@@ -29,7 +29,7 @@ _UNAVAILABLE = "UNAVAILABLE"
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 _PRECONDITION = "FAILED_PRECONDITION"
 
-INTERNAL = Reason("INTERNAL", "INTERNAL")
+_INTERNAL = Reason("INTERNAL", "INTERNAL")
 
 # A class stands for its subclasses too, unless they have a row of their own.
 REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
@@ -45,7 +45,8 @@ REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
         engine.NumericalError: Reason("NUMERICAL_ERROR", "INTERNAL"),
         engine.StreamUnreadError: Reason("STREAM_UNREAD", _EXHAUSTED),
         engine.NoTokenAllowedError: Reason("NO_TOKEN_ALLOWED", _INVALID),
-        engine.RequestFailedError: Reason("INTERNAL", "INTERNAL"),
+        engine.RequestFailedError: _INTERNAL,
+        server.UnexpectedError: _INTERNAL,
         server.LoadingError: Reason("LOADING", _UNAVAILABLE),
         server.BusyError: Reason("QUEUE_FULL", _EXHAUSTED),
         server.UploadStalledError: Reason("UPLOAD_STALLED", "DEADLINE_EXCEEDED"),
@@ -79,7 +80,9 @@ REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
 
 def reason_of(error: Exception) -> Reason:
     """Why ``error`` ends its call; ``INTERNAL`` for one that nobody raised on purpose."""
-    for kind in type(error).__mro__:
-        if kind in REASONS:
-            return REASONS[kind]
-    return INTERNAL
+    return next((REASONS[kind] for kind in type(error).__mro__ if kind in REASONS), _INTERNAL)
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether somebody raised it on purpose, so that its caller may see what it says."""
+    return any(kind in REASONS for kind in type(error).__mro__)

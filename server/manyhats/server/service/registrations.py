@@ -6,7 +6,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
@@ -18,8 +18,11 @@ from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.taskid import parse_name
 from manyhats.engine.errors import EngineError
 from manyhats.server.observability.metrics import Metrics
-from manyhats.server.service.ports import Backend, UploadSession
+from manyhats.server.service.backend import Backend
 from manyhats.server.service.reasons import reason_of
+
+if TYPE_CHECKING:
+    from manyhats.adapters.store.upload import UploadSession
 
 # How long the switch to a new version waits for its loading.
 _WARM_LIMIT_S = 30.0

@@ -7,13 +7,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakValueDictionary
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError
-from manyhats.engine.text.task_text import TaskTexts
-from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
+
+if TYPE_CHECKING:
+    from manyhats.engine.text.task_text import TaskTexts
+    from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 
 T = TypeVar("T")
 

@@ -7,12 +7,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from manyhats.adapters.registration import Registered, Registration
 from manyhats.server.errors import UploadStalledError
-from manyhats.server.service.ports import UploadSession
 from manyhats.server.service.registrations import Registrar
+
+if TYPE_CHECKING:
+    from manyhats.adapters.store.upload import UploadSession
 
 _STALL_LIMIT_S = 60.0
 

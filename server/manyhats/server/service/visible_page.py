@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.store.catalogue.page_token import encode_page_token
 from manyhats.adapters.store.catalogue.pages import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page
 from manyhats.server.access.tokens import Scope
-from manyhats.server.service import ports
-from manyhats.server.service.ports import Store
+
+if TYPE_CHECKING:
+    from manyhats.adapters.store.store import AdapterStore
 
 
-def visible_page(store: Store, scope: Scope, *, task_id: str, page_size: int, page_token: str) -> ports.Page:
+def visible_page(store: AdapterStore, scope: Scope, *, task_id: str, page_size: int, page_token: str) -> Page:
     """``store.list``, without what the scope does not reach; its token names nothing of that either.
 
     Raises:
@@ -31,7 +33,7 @@ def visible_page(store: Store, scope: Scope, *, task_id: str, page_size: int, pa
     return Page(tuple(found), "")
 
 
-def _records(store: Store, task_id: str, page_token: str) -> Iterator[AdapterRecord]:
+def _records(store: AdapterStore, task_id: str, page_token: str) -> Iterator[AdapterRecord]:
     """Every record behind a token."""
     while True:
         page = store.list(task_id=task_id, page_size=MAX_PAGE_SIZE, page_token=page_token)

@@ -1,0 +1,68 @@
+"""Who may call what: one table from the API's methods to roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from manyhats.adapters.errors import shown
+from manyhats.server.access.tokens import Caller, Role
+from manyhats.server.errors import RoleMissingError, TaskNotAllowedError
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a method asks of its caller.
+
+    Attributes:
+        roles: one of these.
+        runs_model: a call that names no task is about the base model.
+    """
+
+    roles: frozenset[Role]
+    runs_model: bool = False
+
+
+_GENERATES = Rule(frozenset({Role.GENERATE}), runs_model=True)
+_MANAGES = Rule(frozenset({Role.MANAGE}))
+_READS = Rule(frozenset(Role))
+_IS_CLOSED = Rule(frozenset())
+
+# Every method that a caller without any token may not call. Lists of every task show those of the caller's scope.
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "Generate": _GENERATES,
+        "GenerateStream": _GENERATES,
+        "Score": _GENERATES,
+        "Tokenize": _GENERATES,
+        "RegisterAdapter": _MANAGES,
+        "UploadAdapter": _MANAGES,
+        "ActivateAdapter": _MANAGES,
+        "DeleteAdapter": _MANAGES,
+        "GetAdapter": _READS,
+        "ListAdapters": _READS,
+        "GetServerInfo": _READS,
+        "ServerReflectionInfo": _READS,
+    }
+)
+
+
+def check_access(method: str, task: str | None, caller: Caller) -> None:
+    """Check that a caller may make a call. A method without a rule is closed to everybody.
+
+    Args:
+        method: the API's name for it.
+        task: what the call is about, "" where it names none; None before that is known: then its role alone counts.
+        caller: who makes it.
+
+    Raises:
+        RoleMissingError: the method is not for any of the caller's roles.
+        TaskNotAllowedError: the caller's scope does not reach the task, whether or not there is one.
+    """
+    rule = RULES.get(method, _IS_CLOSED)
+    if not caller.roles & rule.roles:
+        raise RoleMissingError(method, [role.value for role in Role if role in rule.roles])
+    is_about_none = task is None or not (task or rule.runs_model)
+    if not is_about_none and not caller.scope.reaches(task or ""):
+        raise TaskNotAllowedError(shown(task or ""))

@@ -1,0 +1,65 @@
+"""All that answers requests, as the server holds it once the model is loaded."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from manyhats.server.service.text_threads import TextThreads
+
+if TYPE_CHECKING:
+    from manyhats.adapters.store.store import AdapterStore
+    from manyhats.engine.engine import AsyncEngine
+    from manyhats.engine.text.tokenizer import Tokenizer
+    from manyhats.server.service.task_tokenizers import TaskTokenizers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """The resident base model, as callers see it."""
+
+    name: str
+    digest: str
+    quantization: str
+    dtype: str
+    device: str
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """What a caller may ask for at most; see ``ServeConfig``. None is no bound."""
+
+    max_sequences: int
+    max_waiting: int
+    max_adapters: int
+    max_artifact_bytes: int
+    max_adapter_rank: int
+    max_virtual_tokens: int
+    max_parts: int
+    max_transfers: int
+    max_tasks: int | None
+    max_versions_per_task: int | None
+    max_bytes_per_task: int | None
+    max_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """All that answers requests once the model is loaded.
+
+    Attributes:
+        store_threads: for what blocks on the store; None are the event loop's own.
+        text_threads: for what takes time in proportion to a text.
+        task_tokenizers: of tasks that read and write text otherwise; None where no task does.
+    """
+
+    engine: AsyncEngine
+    store: AdapterStore
+    tokenizer: Tokenizer
+    info: ModelInfo
+    limits: ServerLimits
+    store_threads: Executor | None = None
+    text_threads: TextThreads = field(default_factory=TextThreads)
+    task_tokenizers: TaskTokenizers | None = None

@@ -1,0 +1,134 @@
+"""One call of the API, whatever it came through, and what goes on around every call."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import structlog
+
+from manyhats.adapters.errors import shown
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.server.access.rules import check_access
+from manyhats.server.access.tokens import Caller
+from manyhats.server.errors import UnexpectedError
+from manyhats.server.service.gate import Gate
+from manyhats.server.service.reasons import is_expected, reason_of
+
+if TYPE_CHECKING:
+    from manyhats.server.observability.metrics import Metrics
+
+MAX_REQUEST_ID_LENGTH = 128
+# A caller whose deadline passes cancels a little before the deadline as this server counts it.
+_DEADLINE_SLACK_S = 0.1
+_TIMED_METHODS = frozenset({"Generate", "GenerateStream", "Score"})
+_log = structlog.get_logger("manyhats.calls")
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One call: what is known of it as it comes, and then what its message says.
+
+    Attributes:
+        method: the API's name for what is called.
+        caller: who makes it.
+        received_s, deadline_s: on ``time.monotonic()``'s clock; no deadline is None.
+        id: unique in this process, so that callers may repeat their ids.
+        request_id: the caller's, or else ``id``; what replies and logs say.
+        name: the task or version that it names first, "" for none; None before it has a message that could name one.
+    """
+
+    method: str
+    caller: Caller
+    received_s: float = field(default_factory=time.monotonic)
+    deadline_s: float | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    request_id: str = ""
+    name: str | None = None
+
+    def names(self, name: str | None) -> None:
+        """A message of this call names a task or version, or "" for none; None is a message that has no such field.
+
+        Raises:
+            TaskNotAllowedError: the caller's scope does not reach it.
+        """
+        if self.name is None:
+            self.name = name
+        if self.caller.name:
+            structlog.contextvars.bind_contextvars(caller=self.caller.name)
+        check_access(self.method, None if name is None else task_of(name), self.caller)
+
+    def identify(self, request_id: str) -> None:
+        """Take the caller's id for it; "" is none.
+
+        Raises:
+            FieldInvalidError: it is too long, or would not fit in a line of a log.
+        """
+        if len(request_id) > MAX_REQUEST_ID_LENGTH or not request_id.isprintable():
+            raise FieldInvalidError(
+                "request_id", f"must have at most {MAX_REQUEST_ID_LENGTH} printable characters"
+            )
+        self.request_id = request_id or self.id
+        structlog.contextvars.bind_contextvars(request_id=self.request_id)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its deadline has passed, or is about to."""
+        return self.deadline_s is not None and self.deadline_s - time.monotonic() <= _DEADLINE_SLACK_S
+
+
+class Calls:
+    """What goes on around every call: admission, metrics, one log line, and unexpected errors into the log.
+
+    Args:
+        gate: admits calls.
+        metrics: counts them.
+    """
+
+    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+        self._gate = gate
+        self._metrics = metrics
+
+    @contextmanager
+    def observed(self, call: Call) -> Iterator[None]:
+        """Hold a call inside the gate, and account for it as it ends, before its caller hears of an error.
+
+        Raises:
+            ServerError, EngineError: it is not admitted.
+            UnexpectedError: in place of what nobody raised on purpose, which the log has whole.
+        """
+        structlog.contextvars.clear_contextvars()
+        try:
+            with self._gate.admitted():
+                yield
+        except asyncio.CancelledError:
+            self._finished(call, "DEADLINE_EXCEEDED" if call.is_late else "CANCELLED")
+            raise
+        except Exception as error:
+            self._finished(call, reason_of(error).code)
+            if is_expected(error):
+                raise
+            error_id = uuid.uuid4().hex
+            _log.error("unexpected error", method=call.method, error_id=error_id, exc_info=error)
+            raise UnexpectedError(error_id) from error
+        self._finished(call, "OK")
+
+    def _finished(self, call: Call, code: str) -> None:
+        seconds = time.monotonic() - call.received_s
+        is_timed = call.method in _TIMED_METHODS and call.name is not None
+        # No name means the base model where something runs on one, and no task elsewhere.
+        task_id = task_of(call.name or "") if call.name or is_timed else None
+        self._metrics.call_finished(call.method, task_id, code, seconds if is_timed else None)
+        _log.info(
+            "call", method=call.method, task=shown(call.name or ""), code=code, seconds=round(seconds, 4)
+        )
+
+
+def task_of(name: str) -> str:
+    """The task id in ``task`` or ``task@3``, or "" for the base model, of a name that need not be valid."""
+    return name.partition("@")[0]
