@@ -31,6 +31,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+HOW_TO_CONVERT = "convert it offline with `manyhats adapters convert SRC DST`, and register the result"
+"""What the callers of an ``AdapterUnsafeError`` can do."""
 _MAX_SHOWN = 200
 
 

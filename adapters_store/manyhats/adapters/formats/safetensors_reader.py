@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.errors import (
+    HOW_TO_CONVERT,
     AdapterInvalidError,
     AdapterTooLargeError,
     AdapterUnsafeError,
@@ -26,7 +27,6 @@ from manyhats.adapters.formats.json_reader import parse_json_object
 from manyhats.adapters.limits import AdapterLimits
 
 LENGTH_BYTES = 8
-HOW_TO_CONVERT = "convert it offline with `manyhats adapters convert SRC DST`, and register the result"
 
 _SERVED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHER_DTYPES = frozenset(

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Protocol
 
-import fsspec
-
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterTooLargeError,
@@ -43,6 +41,8 @@ class ObjectDirectory:
     """
 
     def __init__(self, uri: str) -> None:
+        import fsspec  # here: few servers register from object stores
+
         self._uri = uri
         scheme, _, self._path = uri.partition("://")
         with _source_errors(uri):

@@ -9,13 +9,13 @@ from typing import Any
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.disk.files import SourceDirectory
 from manyhats.adapters.errors import (
+    HOW_TO_CONVERT,
     AdapterInvalidError,
     AdapterUnsafeError,
     AdapterUnsupportedError,
     shown,
 )
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
-from manyhats.adapters.formats.safetensors_reader import HOW_TO_CONVERT
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
