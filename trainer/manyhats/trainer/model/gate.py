@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
+
+from manyhats.adapters.activations import ACTIVATIONS
 
 # Rows at a time on a CPU: what they take in float32 stays in its caches.
 _CACHED_VALUES = 1 << 18
@@ -19,7 +20,7 @@ def gated(gate_up: Tensor, activation: str, dtype: torch.dtype = torch.float32) 
 
     Args:
         gate_up: [N, 2·I], gate then up.
-        activation: of the gate.
+        activation: of the gate, a name in ``ACTIVATIONS``.
         dtype: of the result, [N, I].
     """
     product: Tensor = _GatedProduct.apply(gate_up, activation, dtype)  # type: ignore[no-untyped-call]
@@ -36,7 +37,7 @@ class _GatedProduct(torch.autograd.Function):
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=dtype)
         for rows in _row_blocks(gate_up):
             gate, up = gate_up[rows].float().chunk(2, dim=1)
-            out[rows] = _act(gate, activation).mul_(up)
+            out[rows] = ACTIVATIONS[activation](gate) * up
         return out
 
     @staticmethod
@@ -47,8 +48,11 @@ class _GatedProduct(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=1)
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = d_gate_up.chunk(2, dim=1)
-        torch.mul(_act(gate, ctx.activation), grad, out=d_up)
-        d_gate.copy_(_act_backward(grad * up, gate, ctx.activation))
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ACTIVATIONS[ctx.activation](leaf)
+        torch.mul(activated.detach(), grad, out=d_up)
+        d_gate.copy_(torch.autograd.grad(activated, leaf, grad * up)[0])
         return d_gate_up, None, None
 
 
@@ -56,16 +60,3 @@ def _row_blocks(x: Tensor) -> Iterator[slice]:
     size = max(1, _CACHED_VALUES // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
     for start in range(0, x.shape[0], size):
         yield slice(start, start + size)
-
-
-def _act(gate: Tensor, activation: str) -> Tensor:
-    return functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
-
-
-def _act_backward(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
-    result: Tensor = (
-        torch.ops.aten.silu_backward(grad, gate)
-        if activation == "silu"
-        else torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")
-    )
-    return result
