@@ -12,7 +12,7 @@ from manyhats.server.grpc import from_proto
 from manyhats.server.grpc.adapters import UploadMessages
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.gate import Gate
-from manyhats.server.service.registrations import Registrar
+from manyhats.server.service.registrations import Registrations
 from manyhats.server.service.uploads import take_upload
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
@@ -61,5 +61,5 @@ async def _upload(store: AdapterStore, messages: Sequence[Any]) -> None:
     async def accept() -> None:
         """Nobody waits for it."""
 
-    registrar = Registrar(make_backend(EchoEngine(), store), _METRICS)
-    await take_upload(UploadMessages(sent()), registrar, accept)
+    registrations = Registrations(make_backend(EchoEngine(), store), _METRICS)
+    await take_upload(UploadMessages(sent()), registrations, accept)

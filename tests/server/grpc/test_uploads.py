@@ -19,7 +19,7 @@ from manyhats.adapters.store.store import AdapterStore
 from manyhats.server.errors import UploadStalledError
 from manyhats.server.grpc.adapters import UploadMessages
 from manyhats.server.observability.metrics import Metrics
-from manyhats.server.service.registrations import Registrar
+from manyhats.server.service.registrations import Registrations
 from manyhats.server.service.uploads import take_upload
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
@@ -351,9 +351,9 @@ async def test_upload_that_stalls_is_given_up() -> None:
         pass
 
     store, metrics = MemoryStore(), Metrics(max_task_labels=1)
-    registrar = Registrar(make_backend(EchoEngine(), store), metrics)
+    registrations = Registrations(make_backend(EchoEngine(), store), metrics)
     with pytest.raises(UploadStalledError):
-        await take_upload(UploadMessages(stalling()), registrar, accept, stall_limit_s=0.05)
+        await take_upload(UploadMessages(stalling()), registrations, accept, stall_limit_s=0.05)
     assert [each.is_aborted for each in store.uploads] == [True]
     labels = {"result": "refused", "reason": "UPLOAD_STALLED"}
     assert metrics.registry.get_sample_value("manyhats_adapter_registrations_total", labels) == 1

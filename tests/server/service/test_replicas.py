@@ -15,7 +15,7 @@ from manyhats.adapters.errors import AdapterInvalidError, StoreUnavailableError
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.server.service.following import StoreFollower
-from manyhats.server.service.registrations import Registrar
+from manyhats.server.service.registrations import Registrations
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
 from support.factories.adapters import make_base, make_lora
@@ -28,9 +28,9 @@ BASE = make_base()
 async def following(server: Running, period_s: float = 0.05) -> AsyncIterator[None]:
     """Follows the server's store, as its process does."""
     backend = make_backend(server.engine, server.store)
-    registrar = Registrar(backend, server.metrics)
-    registrar.count_all()
-    task = asyncio.create_task(StoreFollower(backend, registrar, period_s=period_s).follow())
+    registrations = Registrations(backend, server.metrics)
+    registrations.count_all()
+    task = asyncio.create_task(StoreFollower(backend, registrations, period_s=period_s).follow())
     try:
         yield
         assert not task.done()

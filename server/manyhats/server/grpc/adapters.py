@@ -13,7 +13,7 @@ from manyhats.server.grpc.interceptor import GrpcCall
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.call import Call
 from manyhats.server.service.gate import Gate
-from manyhats.server.service.registrations import Registrar
+from manyhats.server.service.registrations import Registrations
 from manyhats.server.service.uploads import Chunk, take_upload
 from manyhats.server.service.visible_page import visible_page
 from manyhats.v1 import adapter_pb2
@@ -56,12 +56,12 @@ class AdapterService:
         self, request: adapter_pb2.RegisterAdapterRequest, call: Call
     ) -> adapter_pb2.RegisterAdapterResponse:
         """Make an artifact, or several that act together, a version of a task."""
-        registrar = self._registrar
-        with registrar.counted_failures():
+        registrations = self._registrations
+        with registrations.counted_failures():
             registration = from_proto.registration(request)
         # Shielded, as every change is: once begun, it is carried through to engine and metrics even if its caller
         # leaves.
-        answer = await asyncio.shield(registrar.register(registration))
+        answer = await asyncio.shield(registrations.register(registration))
         return adapter_pb2.RegisterAdapterResponse(
             adapter=self._message(answer.record), created=answer.created
         )
@@ -74,7 +74,7 @@ class AdapterService:
         async def accept() -> None:
             await call.context.send_initial_metadata((_ACCEPTED,))
 
-        answer = await take_upload(UploadMessages(request_iterator), self._registrar, accept)
+        answer = await take_upload(UploadMessages(request_iterator), self._registrations, accept)
         return adapter_pb2.UploadAdapterResponse(adapter=self._message(answer.record), created=answer.created)
 
     async def GetAdapter(  # noqa: N802
@@ -102,19 +102,19 @@ class AdapterService:
         self, request: adapter_pb2.ActivateAdapterRequest, call: Call
     ) -> adapter_pb2.ActivateAdapterResponse:
         """Move a task to one of its versions."""
-        record = await asyncio.shield(self._registrar.activate(request.task_id))
+        record = await asyncio.shield(self._registrations.activate(request.task_id))
         return adapter_pb2.ActivateAdapterResponse(adapter=self._message(record))
 
     async def DeleteAdapter(  # noqa: N802
         self, request: adapter_pb2.DeleteAdapterRequest, call: Call
     ) -> adapter_pb2.DeleteAdapterResponse:
         """Delete one version or a whole task."""
-        gone = await asyncio.shield(self._registrar.delete(request.task_id, force=request.force))
+        gone = await asyncio.shield(self._registrations.delete(request.task_id, force=request.force))
         return adapter_pb2.DeleteAdapterResponse(adapters=[self._message(record) for record in gone])
 
     @property
-    def _registrar(self) -> Registrar:
-        return Registrar(self._gate.backend, self._metrics)
+    def _registrations(self) -> Registrations:
+        return Registrations(self._gate.backend, self._metrics)
 
     def _message(self, record: AdapterRecord) -> adapter_pb2.Adapter:
         is_resident = record.digest in self._gate.backend.engine.resident_digests()

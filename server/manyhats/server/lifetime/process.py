@@ -35,7 +35,7 @@ from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.following import StoreFollower
 from manyhats.server.service.gate import Gate
-from manyhats.server.service.registrations import Registrar
+from manyhats.server.service.registrations import Registrations
 
 if TYPE_CHECKING:
     from manyhats.adapters.store.store import AdapterStore
@@ -134,12 +134,12 @@ class _Process:
             if started is None:
                 self._say_interrupted()
                 return EXIT_BY_SIGNAL + self._stop.number
-            backend, registrar = started.backend, started.registrar
+            backend, registrations = started.backend, started.registrations
             _leave_to_no_collection()
             self._gate.open(backend)
             await grpc_port.health.publish()
             self._announce(backend, Addresses(grpc_port.address, http.address))
-            follower = StoreFollower(backend, registrar, period_s=self._config.store_poll_s)
+            follower = StoreFollower(backend, registrations, period_s=self._config.store_poll_s)
             stack.enter_context(running(follower.follow()))
             return await self._serve(grpc_port)
 
@@ -195,15 +195,15 @@ class _Process:
             _loading_log.info("starting the engine", note="the first start on a machine compiles its kernels")
             await backend.engine.start()
         stack.push_async_callback(backend.engine.stop, 0.0)
-        registrar = Registrar(backend, self._metrics)
-        await self._register_all(backend, registrar)
-        return Started(backend, registrar)
+        registrations = Registrations(backend, self._metrics)
+        await self._register_all(backend, registrations)
+        return Started(backend, registrations)
 
-    async def _register_all(self, backend: Backend, registrar: Registrar) -> None:
+    async def _register_all(self, backend: Backend, registrations: Registrations) -> None:
         self._metrics.attach(backend)
-        registrar.count_all()
+        registrations.count_all()
         for task_id, uri in self._config.register.items():
-            record = (await registrar.register(Registration(task_id, Uri(uri)))).record
+            record = (await registrations.register(Registration(task_id, Uri(uri)))).record
             _log.info("registered", adapter=record.name, digest=record.digest)
 
     async def _serve(self, grpc_port: GrpcPort) -> int:
@@ -260,7 +260,7 @@ class Started:
     """What a start comes to."""
 
     backend: Backend
-    registrar: Registrar
+    registrations: Registrations
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import structlog
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import AdapterError
 from manyhats.server.service.backend import Backend
-from manyhats.server.service.registrations import Registrar
+from manyhats.server.service.registrations import Registrations
 
 _log = structlog.get_logger("manyhats.store")
 
@@ -22,13 +22,13 @@ class StoreFollower:
 
     Args:
         backend: its store and engine.
-        registrar: on that backend.
+        registrations: on that backend.
         period_s: between two looks.
     """
 
-    def __init__(self, backend: Backend, registrar: Registrar, *, period_s: float) -> None:
+    def __init__(self, backend: Backend, registrations: Registrations, *, period_s: float) -> None:
         self._backend = backend
-        self._registrar = registrar
+        self._registrations = registrations
         self._period_s = period_s
         self._is_reachable = True
         self._loading: set[asyncio.Task[None]] = set()
@@ -38,7 +38,7 @@ class StoreFollower:
         while True:
             await asyncio.sleep(self._period_s)
             for record in self._take(await self._changed()):
-                loading = asyncio.create_task(self._registrar.warm(record))
+                loading = asyncio.create_task(self._registrations.warm(record))
                 self._loading.add(loading)
                 loading.add_done_callback(self._loading.discard)
 
@@ -66,12 +66,12 @@ class StoreFollower:
         resident = self._backend.engine.resident_digests()
         to_load = []
         for task_id in changed:
-            self._registrar.count(task_id)
-            versions = self._registrar.versions(task_id)
+            self._registrations.count(task_id)
+            versions = self._registrations.versions(task_id)
             active = next((record for record in versions if record.state is AdapterState.ACTIVE), None)
             is_in_use = any(record.digest in resident for record in versions)
             if is_in_use and active is not None and active.digest not in resident:
                 to_load.append(active)
         if changed:
-            self._registrar.forget_unneeded()
+            self._registrations.forget_unneeded()
         return to_load

@@ -31,7 +31,7 @@ _log = structlog.get_logger("manyhats.adapters")
 T = TypeVar("T")
 
 
-class Registrar:
+class Registrations:
     """Registers, activates and deletes; the store's blocking work runs in worker threads.
 
     Args:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from manyhats.adapters.registration import Registered, Registration
 from manyhats.server.errors import UploadStalledError
-from manyhats.server.service.registrations import Registrar
+from manyhats.server.service.registrations import Registrations
 
 if TYPE_CHECKING:
     from manyhats.adapters.store.upload import UploadSession
@@ -53,7 +53,7 @@ class Upload(Protocol):
 
 async def take_upload(
     upload: Upload,
-    registrar: Registrar,
+    registrations: Registrations,
     accept: Callable[[], Awaitable[None]],
     *,
     stall_limit_s: float = _STALL_LIMIT_S,
@@ -65,7 +65,7 @@ async def take_upload(
 
     Args:
         upload: what the caller sends.
-        registrar: opens the upload and finishes it.
+        registrations: opens the upload and finishes it.
         accept: tells the caller that the header is taken.
         stall_limit_s: how long to wait for a piece.
 
@@ -74,25 +74,25 @@ async def take_upload(
         UploadStalledError: nothing came for too long.
         AdapterError: the files are refused.
     """
-    with registrar.counted_failures():
+    with registrations.counted_failures():
         registration = await _within(stall_limit_s, upload.header())
-        opening = asyncio.ensure_future(registrar.open_upload(registration))
+        opening = asyncio.ensure_future(registrations.open_upload(registration))
     try:
-        with registrar.counted_failures():
+        with registrations.counted_failures():
             session = await asyncio.shield(opening)
             await accept()
-            await _take_chunks(upload, registrar, session, stall_limit_s)
+            await _take_chunks(upload, registrations, session, stall_limit_s)
         # Shielded: what has begun to be published is carried through to engine and metrics.
-        return await asyncio.shield(registrar.finish_upload(session, registration))
+        return await asyncio.shield(registrations.finish_upload(session, registration))
     finally:
-        await asyncio.shield(_end(opening, registrar))
+        await asyncio.shield(_end(opening, registrations))
 
 
 async def _take_chunks(
-    upload: Upload, registrar: Registrar, session: UploadSession, stall_limit_s: float
+    upload: Upload, registrations: Registrations, session: UploadSession, stall_limit_s: float
 ) -> None:
     while (chunk := await _within(stall_limit_s, upload.chunk())) is not None:
-        await registrar.run(partial(session.write, chunk.file_index, chunk.offset, chunk.data))
+        await registrations.run(partial(session.write, chunk.file_index, chunk.offset, chunk.data))
 
 
 async def _within(stall_limit_s: float, arrival: Awaitable[T]) -> T:
@@ -103,8 +103,8 @@ async def _within(stall_limit_s: float, arrival: Awaitable[T]) -> T:
         raise UploadStalledError(stall_limit_s) from None
 
 
-async def _end(opening: asyncio.Future[UploadSession], registrar: Registrar) -> None:
+async def _end(opening: asyncio.Future[UploadSession], registrations: Registrations) -> None:
     """Remove what is left of an upload, even of one that was given up while it was opened."""
     with suppress(Exception):  # it was told to the caller
         session = await opening
-        await registrar.run(session.abort)
+        await registrations.run(session.abort)
