@@ -267,7 +267,7 @@ def test_info(fake: FakeServer) -> None:
     lines = succeed(fake, "info").splitlines()
     assert "context: 8192 tokens" in lines
     assert (
-        "requests: 32 run at once, 256 wait, with at most 1024 continuations; no message is over 7.629 MiB"
+        "requests: 32 run at once, 256 wait, with at most 1024 continuations; no message may exceed 7.629 MiB"
         in lines
     )
     assert (
@@ -275,7 +275,7 @@ def test_info(fake: FakeServer) -> None:
         in lines
     )
     assert "transfers: 4 at a time" in lines
-    assert "store: tasks: 7, a task: 8.583 MiB" in lines
+    assert "store: tasks: 7, per task: 8.583 MiB" in lines
     limits = succeed_json(fake, "info")["limits"]
     assert (limits["max_tasks"], limits["max_versions_per_task"], limits["max_bytes"]) == (7, None, None)
     fake.is_old = True

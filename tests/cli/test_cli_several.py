@@ -94,7 +94,7 @@ def test_a_subdirectory_that_is_no_adapter_is_skipped_with_a_word_and_weights_al
     (made,) = serve_and_run(tasks.parent, [command, str(tasks)])
     assert made.exit_code == 1
     assert f"skipped: {tasks}/notes: has no adapter_config.json\n" in made.stderr
-    assert f"failed: other: {tasks}/other has weights and no adapter_config.json\n" in made.stderr
+    assert f"failed: other: {tasks}/other has weights but no adapter_config.json\n" in made.stderr
     assert made.stderr.endswith("error: 1 of 3 adapters failed: other\n")
     assert "README" not in made.stderr
 
@@ -156,17 +156,17 @@ def test_arguments_are_a_task_and_a_path_or_pairs_or_directories(
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["nothing"], "'nothing' is no directory"),
-        (["a", "b", "c"], "'a' is no directory"),
+        (["nothing"], "'nothing' is not a directory"),
+        (["a", "b", "c"], "'a' is not a directory"),
         (["tasks/fr"], "is an adapter itself; give its task"),
         (["tasks/notes"], "has no subdirectory with an adapter_config.json"),
-        (["tasks/README.md"], "is no directory"),
-        (["a=x", "a=y"], "a is named twice"),
-        (["./tasks", "fr=x"], "fr is named twice"),
-        (["./tasks", "./tasks"], "fr is named twice"),
-        (["=x"], "is no directory"),
-        (["a="], "is no directory"),
-        (["a=x", "b"], "'b' is no directory"),
+        (["tasks/README.md"], "is not a directory"),
+        (["a=x", "a=y"], "a is given twice"),
+        (["./tasks", "fr=x"], "fr is given twice"),
+        (["./tasks", "./tasks"], "fr is given twice"),
+        (["=x"], "is not a directory"),
+        (["a="], "is not a directory"),
+        (["a=x", "b"], "'b' is not a directory"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(

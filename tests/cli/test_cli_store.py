@@ -87,7 +87,7 @@ def test_gc_removes_what_no_version_needs_and_nothing_else(store: Path) -> None:
     (orphan / "adapter_model.safetensors").write_bytes(b"x" * 1500)
     result = run("gc", "--store", str(store))
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == f"removed what no version needs from {store}: 1 (1.5 kB); unfinished: 0\n"
+    assert result.stdout == f"removed from {store} what no version needs: 1 (1.5 kB); unfinished: 0\n"
     assert sorted(store.rglob("*.safetensors")) == needed
     swept = json.loads(run("gc", "--store", str(store), "--older-than", "0", "--json").stdout)
     assert swept == {"num_artifacts": 0, "num_unfinished": 0, "size_bytes": 0}
@@ -140,9 +140,7 @@ def test_without_a_store_the_default_one_is_named(
     monkeypatch.setenv("MANYHATS_HOME", str(tmp_path / "home"))
     result = run(*command)
     assert result.exit_code == 1
-    assert (
-        f"looked in {tmp_path / 'home' / 'store'}; --store names the one that a server has" in result.stderr
-    )
+    assert f"looked in {tmp_path / 'home' / 'store'}; --store names the one a server uses" in result.stderr
 
 
 def test_a_task_that_is_not_in_the_store_names_the_store(store: Path, tmp_path: Path) -> None:

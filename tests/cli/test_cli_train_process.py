@@ -82,7 +82,7 @@ def test_interrupt_writes_a_checkpoint_exits_130_and_is_resumed(place: Path) -> 
     assert (process.returncode, printed) == (130, "")
     last = said.splitlines()[-1]
     assert last.startswith("interrupted; to be resumed from tasks/stopped/training/checkpoints/step-")
-    assert last.endswith("; the same command with --resume goes on")
+    assert last.endswith("; the same command with --resume continues")
     assert "Traceback" not in said
     resumed = run(place, *command("stopped", *steps, "--resume", "--json"))
     assert resumed.returncode == 0, resumed.stderr

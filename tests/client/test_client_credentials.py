@@ -193,7 +193,7 @@ def test_files_that_cannot_be_used_are_one_clear_error(pki: Pki, tmp_path: Path)
             Credentials(ca_file=missing),
             Credentials(cert_file=missing, key_file=key),
         ],
-        "no PEM": [
+        "(no|not a) PEM": [
             Credentials(ca_file=junk),
             Credentials(cert_file=junk, key_file=key),
             Credentials(cert_file=cert, key_file=tmp_path / "other.key"),

@@ -66,7 +66,7 @@ def eos_with(directory: Path, tmp_path: Path, file: str, value: Any) -> tuple[fr
     edit_json(copy / file, eos_token_id=value)
     with capture_logs() as logs:
         loaded = load_tiny(copy)
-    return loaded.generation.eos_token_ids, [log for log in logs if "no token of the model" in log["event"]]
+    return loaded.generation.eos_token_ids, [log for log in logs if "not tokens of the model" in log["event"]]
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])

@@ -316,7 +316,11 @@ def test_output_is_where_it_is_asked_for(task: TinyTask) -> None:
     ("data", "error", "message"),
     [
         ({"eval": ""}, SettingError, "labels: need evaluation data to be scored on"),
-        ({"labels": ("red", "green")}, DataError, r"eval\.jsonl:\d+: its completion 'blue' is none of the 2"),
+        (
+            {"labels": ("red", "green")},
+            DataError,
+            r"eval\.jsonl:\d+: its completion 'blue' is not one of the 2",
+        ),
         ({"max_length": 513}, SettingError, "max_length: the base has room for 512 tokens"),
         ({"train": "nowhere.jsonl"}, DataError, r"nowhere\.jsonl"),
         (

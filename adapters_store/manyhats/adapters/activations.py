@@ -119,6 +119,6 @@ def activation_name(key: str, value: object) -> str:
     if name not in ACTIVATIONS:
         known = ", ".join(sorted({*ACTIVATIONS, *ALIASES}))
         raise AdapterUnsupportedError(
-            key, f"'{shown(value)}' is no activation that is served; these are: {known}"
+            key, f"'{shown(value)}' is not an activation that is served; these are: {known}"
         )
     return name

@@ -46,5 +46,5 @@ def parse_name(name: str) -> TaskName:
     if not separator:
         return TaskName(task_id)
     if _VERSION.fullmatch(version) is None:
-        raise TaskIdInvalidError("a version is a whole number from 1, as in 'task@3'")
+        raise TaskIdInvalidError("a version is a whole number of at least 1, as in 'task@3'")
     return TaskName(task_id, int(version))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin")
 _PAIR = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)
-_FORMS = "give TASK PATH, or TASK=PATH as often as you like, or a directory of adapters"
+_FORMS = "give TASK PATH, any number of TASK=PATH, or a directory of adapters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def parse_items(texts: Sequence[str]) -> list[Item]:
     tasks = [item.task for item in items]
     if len(set(tasks)) < len(tasks):
         twice = next(task for task in tasks if tasks.count(task) > 1)
-        raise UsageError(f"{twice} is named twice")
+        raise UsageError(f"{twice} is given twice")
     return items
 
 
@@ -81,7 +81,7 @@ def perform(items: Sequence[Item], make: Callable[[Item], Registration], report:
     for number, item in enumerate(items):
         report("adapters", number, len(items))
         if lacks_config(item.path):
-            outcomes.append(Outcome(item, error=f"{item.path} has weights and no {_CONFIG_FILE}"))
+            outcomes.append(Outcome(item, error=f"{item.path} has weights but no {_CONFIG_FILE}"))
             continue
         try:
             outcomes.append(Outcome(item, make(item)))
@@ -113,7 +113,7 @@ def _is_folder(text: str) -> bool:
 
 def _in_folder(folder: Path) -> list[Item]:
     if not folder.is_dir():
-        raise UsageError(f"{str(folder)!r} is no directory of this machine; {_FORMS}")
+        raise UsageError(f"{str(folder)!r} is not a directory on this machine; {_FORMS}")
     if (folder / _CONFIG_FILE).exists():
         raise UsageError(f"{folder} is an adapter itself; give its task, as in TASK PATH")
     try:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from manyhats.adapters.lowering.inspect import Inspection, SiteFacts
     from manyhats.adapters.sites import BaseDescription, TextFacts
 
-INSPECT_HELP = """Show what an adapter's directory holds, and what of it would be refused.
+INSPECT_HELP = """Show what an adapter's directory holds, and what would be refused.
 
-It needs no server. With --model the adapter is compared with that base
-model as well; without, only what it tells of itself is checked. The exit
-code is 1 if anything would be refused.
+It needs no server. With --model, the adapter is also compared with that
+base model; without, only the adapter itself is checked. The exit code is 1
+if anything would be refused.
 
 [bold]Examples[/bold]
 
@@ -33,12 +33,12 @@ code is 1 if anything would be refused.
 
   $ manyhats adapters inspect ./tasks/sql --json
 """
-CONVERT_HELP = """Make safetensors of an adapter that is saved as a pickle.
+CONVERT_HELP = """Convert an adapter that was saved as a pickle to safetensors.
 
 SRC is a directory with adapter_model.bin (PEFT) or pytorch_adapter.bin
-(AdapterHub); DST is made. A pickle can run any code when it is read: it
-is read here with torch's restricted loader, which refuses all but
-tensors. A server never reads pickles.
+(AdapterHub); DST is created. A pickle can run any code when it is read, so
+torch's restricted loader, which refuses everything but tensors, reads it
+here. A server never reads pickles.
 
 [bold]Examples[/bold]
 
@@ -58,7 +58,7 @@ Target = Annotated[Path, typer.Argument(metavar="DST", help="A new directory.")]
 
 
 def inspect(path: Directory, model: Model = "", as_json: opt.Json = False) -> None:
-    """Show what an adapter's directory holds, and what of it would be refused."""
+    """Show what an adapter's directory holds, and what would be refused."""
     with needs_extra("server"):
         from manyhats.adapters.lowering.inspect import inspect as inspect_directory
     with _adapter_errors():
@@ -85,7 +85,7 @@ def _print(found: Inspection) -> None:
 
 
 def convert(source: Source, target: Target, as_json: opt.Json = False) -> None:
-    """Make safetensors of an adapter that is saved as a pickle."""
+    """Convert an adapter that was saved as a pickle to safetensors."""
     with needs_extra("server"):
         from manyhats.adapters.lowering.convert import WARNING
         from manyhats.adapters.lowering.convert import convert as convert_directory

@@ -30,21 +30,22 @@ FORMATS_HELP = """[bold]What can be registered[/bold]
   and adapter.safetensors: bottleneck adapters (seq_bn, double_seq_bn,
   par_bn and variants), LoRA, IA3, prefix tuning.
 
-  `manyhats adapters inspect` says what of a directory would be refused,
-  `manyhats adapters convert` makes safetensors of a pickle.
+  `manyhats adapters inspect` tells what in a directory would be refused,
+  `manyhats adapters convert` turns a pickle into safetensors.
 """
-REGISTER_HELP = f"""Make an adapter that the server can read the next version of a task.
+REGISTER_HELP = f"""Register an adapter that the server can read as a task's next version.
 
 PATH is an adapter's directory under one of the --adapter-root directories
 of the server, or a URL under one of its --adapter-url-prefix. The server
-copies it, so it may change or go afterwards. The same files again make no
-new version. `manyhats adapters upload` sends a directory of this machine.
+copies it, so it may change or be removed afterwards. Registering the same
+files again makes no new version. `manyhats adapters upload` sends a
+directory from this machine.
 
-TASK=PATH, as often as you like, registers several; so does a directory of
-this machine whose subdirectories are adapters, each named as its task.
-What fails is told at the end and does not keep the others from it.
+Any number of TASK=PATH registers several; so does a directory on this
+machine whose subdirectories are adapters, each named after its task. One
+that fails does not stop the others, and is reported at the end.
 
-With --part in place of PATH, several adapters act together as one task,
+With --part instead of PATH, several adapters act together as one task,
 each scaled by its weight: LoRAs of any ranks, and at most one with
 virtual tokens (prefix or prompt tuning).
 
@@ -64,15 +65,15 @@ virtual tokens (prefix or prompt tuning).
 """
 UPLOAD_HELP = f"""Send an adapter's directory to the server, as the next version of a task.
 
-Of PATH adapter_config.json, the safetensors and the tokenizer's text files
-(such as tokenizer.json and chat_template.jinja) are sent. Nothing
-shows on the server before every byte is verified; an upload that breaks
-off leaves nothing, and may be repeated.
+From PATH, adapter_config.json, the safetensors and the tokenizer's text
+files (such as tokenizer.json and chat_template.jinja) are sent. Nothing
+shows on the server until every byte is verified; an interrupted upload
+leaves nothing behind, and may be repeated.
 
-TASK=PATH, as often as you like, sends several; so does a directory whose
-subdirectories are adapters, each named as its task. What fails is told at
-the end and does not keep the others from it; a subdirectory without an
-adapter_config.json is skipped, or has failed if it has weights.
+Any number of TASK=PATH sends several; so does a directory whose
+subdirectories are adapters, each named after its task. One that fails does
+not stop the others, and is reported at the end; a subdirectory without an
+adapter_config.json is skipped, or fails if it has weights.
 
 {FORMATS_HELP}
 [bold]Examples[/bold]
@@ -91,7 +92,7 @@ Adapters = Annotated[
     list[str],
     typer.Argument(
         metavar=_FORMS,
-        help="A task, and the adapter's directory as the server sees it or a URL; or several.",
+        help="A task, and the adapter's directory as the server sees it, or a URL; or several.",
         show_default=False,
     ),
 ]
@@ -108,27 +109,28 @@ Part = Annotated[
     typer.Option(
         "--part",
         metavar="PATH[=WEIGHT]",
-        help="One of several adapters that act together, in place of PATH. Repeatable.",
+        help="One of several adapters that act together, instead of PATH. Repeatable.",
     ),
 ]
 Activate = Annotated[
-    bool, typer.Option("--activate/--no-activate", help="Whether requests for the task get it from now on.")
+    bool, typer.Option("--activate/--no-activate", help="Whether requests for the task use it from now on.")
 ]
 ValidateOnly = Annotated[bool, typer.Option("--validate-only", help="Check everything and store nothing.")]
 ExpectedDigest = Annotated[
-    str, typer.Option("--expected-digest", metavar="sha256:...", help="Refuse other files than these.")
+    str, typer.Option("--expected-digest", metavar="sha256:...", help="Refuse any files but these.")
 ]
 RequestId = Annotated[
-    str, typer.Option("--request-id", metavar="ID", help="Makes it safe to run this command again.")
+    str, typer.Option("--request-id", metavar="ID", help="Makes it safe to repeat this command.")
 ]
 Label = Annotated[
-    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Kept with it. Repeatable.")
+    list[str] | None,
+    typer.Option("--label", metavar="KEY=VALUE", help="Stored with the version. Repeatable."),
 ]
 
 AssumeBase = Annotated[
     bool,
     typer.Option(
-        "--assume-base", help="It is meant for the server's base, whatever name it records; shapes must fit."
+        "--assume-base", help="Accept it for the server's base, whatever base it names; shapes must fit."
     ),
 ]
 

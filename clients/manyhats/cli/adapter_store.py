@@ -17,15 +17,14 @@ from manyhats.cli.output import human_bytes, print_json, print_table
 if TYPE_CHECKING:
     from manyhats.adapters.store.store import AdapterStore
 
-_STORE_HELP = """It needs no server, and may run beside one: --store and --catalogue are
-those that the server has. What it prints names the store it looked in.
+_STORE_HELP = """It needs no server, and may run beside one: give the --store and --catalogue
+that the server was given. Its output names the store it looked in.
 """
 VERIFY_HELP = f"""Read every stored adapter again, and compare it with its digest.
 
 {_STORE_HELP}
-A version whose files are damaged or missing becomes failed and cannot be
-activated, until it is registered again. The exit code is 1 if there is
-one.
+A version whose files are damaged or missing is marked failed, and cannot be
+activated until it is registered again. The exit code is 1 if there is one.
 
 [bold]Examples[/bold]
 
@@ -37,8 +36,8 @@ one.
 GC_HELP = f"""Remove stored files that no version of any task needs.
 
 {_STORE_HELP}
-A server with a directory does so by itself when it starts; a store at a
-URL is tidied by this command alone.
+A server does this at start for a store in a directory; a store at a URL is
+cleaned up only by this command.
 
 [bold]Examples[/bold]
 
@@ -52,8 +51,8 @@ EXPORT_HELP = f"""Write the files of a version to a directory, as they were regi
 {_STORE_HELP}
 adapter_config.json, the weights and the tokenizer's text files are
 written; other files of the directory, such as a README.md, were not kept.
-The parts of a composed task come into directories part-0, part-1, ...
-Without @VERSION it is the active one.
+The parts of a composed task go to directories part-0, part-1, ...
+Without @VERSION, the active version is written.
 
 [bold]Examples[/bold]
 
@@ -90,7 +89,7 @@ OlderThan = Annotated[
         "--older-than",
         metavar="SECONDS",
         min=0,
-        help="At a URL: spare what is younger, which a registration under way may have written.",
+        help="At a URL: keep newer files, which a registration in progress may have written.",
     ),
 ]
 
@@ -126,7 +125,7 @@ def gc(
         print_json(swept)
         return
     typer.echo(
-        f"removed what no version needs from {place(store)}: {swept.num_artifacts} ({human_bytes(swept.size_bytes)});"
+        f"removed from {place(store)} what no version needs: {swept.num_artifacts} ({human_bytes(swept.size_bytes)});"
         f" unfinished: {swept.num_unfinished}"
     )
 
@@ -165,7 +164,7 @@ def opened(store: str, catalogue: str) -> Iterator[AdapterStore]:
     except ArgumentInvalidError as error:
         raise CommandError(str(error).replace("directory: ", "DIR: ", 1)) from error
     except AdapterError as error:
-        hint = "" if store else "; --store names the one that a server has"
+        hint = "" if store else "; --store names the one a server uses"
         raise CommandError(f"{error} (looked in {where}{hint})") from error
 
 

@@ -30,7 +30,7 @@ LIST_HELP = """List the versions of one task, or of every task.
 
   $ manyhats adapters list sql --json
 """
-SHOW_HELP = """Show all there is to know of a version; without @VERSION, of the active one.
+SHOW_HELP = """Show everything about a version; without @VERSION, about the active one.
 
 [bold]Examples[/bold]
 
@@ -38,10 +38,10 @@ SHOW_HELP = """Show all there is to know of a version; without @VERSION, of the 
 
   $ manyhats adapters show sql@2 --json
 """
-ACTIVATE_HELP = """Make a version the one that requests for its task get: forward, or back.
+ACTIVATE_HELP = """Make a version the active one of its task: forward, or back.
 
-Requests that are running finish on the version they began on. The version
-is loaded first, so that nobody waits for it.
+Running requests finish on the version they began on. The version is loaded
+first, so that no request waits for it.
 
 [bold]Examples[/bold]
 
@@ -58,7 +58,7 @@ DELETE_HELP = """Delete one version, or a task with all its versions.
 
 app = command_group(HELP)
 _SERVER = "On a server"
-_FILES = "Directories of this machine"
+_FILES = "Directories on this machine"
 _STORE = "A store, with or without a server"
 
 app.command(help=adapter_register.REGISTER_HELP, rich_help_panel=_SERVER)(adapter_register.register)
@@ -102,7 +102,7 @@ def show(
     connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
-    """Show all there is to know of a version."""
+    """Show everything about a version."""
     with connect(connection) as client:
         info = client.get_adapter(task)
     if as_json:
@@ -119,7 +119,7 @@ def activate(
     connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
-    """Make a version the one that requests for its task get."""
+    """Make a version the active one of its task."""
     with connect(connection) as client:
         info = client.activate_adapter(version)
     if as_json:
@@ -132,7 +132,7 @@ def activate(
 @takes_connection
 def delete(
     task: Name,
-    force: Annotated[bool, typer.Option("--force", help="Delete versions in use, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Delete versions even if they are in use.")] = False,
     *,
     connection: Connection,
     as_json: opt.Json = False,

@@ -42,7 +42,7 @@ def _hint(text: str) -> str:
         return f" without a path{_for_example(host)}"
     if text.count(":") > 1 and "[" not in text:
         address, _, port = text.rpartition(":")
-        return f"; an IPv6 address stands in brackets, as in [{address}]:{port}"
+        return f"; an IPv6 address goes in brackets, as in [{address}]:{port}"
     if re.fullmatch(r"[^\s:/?#@]+", text):
         return f", as in {text}:50051"
     return ""

@@ -18,7 +18,7 @@ from manyhats.cli.output import print_json
 if TYPE_CHECKING:
     from manyhats.client import ChatMessage, Client, GenerateOptions
 
-HELP = """Talk with a task, or with the base model.
+HELP = """Chat with a task, or with the base model.
 
 [bold]Examples[/bold]
 
@@ -27,7 +27,7 @@ HELP = """Talk with a task, or with the base model.
   $ manyhats chat --task sql --system "The tables are users and orders."
 
 /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops
-an answer. Where stdin is no terminal, each of its lines is a message.
+an answer. If stdin is not a terminal, each of its lines is a message.
 """
 
 
@@ -84,7 +84,7 @@ def chat(
     connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
-    """Talk with a task, or with the base model."""
+    """Chat with a task, or with the base model."""
     options: GenerateOptions = {
         "max_new_tokens": max_new_tokens,
         "stop_sequences": stop or None,

@@ -111,6 +111,6 @@ def describe(error: ManyhatsError) -> str:
         case AuthenticationError():
             return f"{error} (MANYHATS_TOKEN, or --token)"
         case CredentialsError() if "without TLS" in error.message:
-            return f"{error}; encrypt with --tls or --tls-ca FILE, or say --token-in-clear"
+            return f"{error}; encrypt with --tls or --tls-ca FILE, or give --token-in-clear"
         case _:
             return str(error)

@@ -29,13 +29,13 @@ HELP = """Send one prompt and print the answer.
 
   $ cat article.txt | manyhats generate --task tldr -
 
-The prompt goes to the model as it is. With --chat it becomes a user
+The prompt goes to the model unchanged. With --chat it becomes a user
 message in the chat template of the model or the task, which is what
 instruction-tuned models expect.
 """
 
 PromptText = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from stdin.")]
-Stream = Annotated[bool, typer.Option("--stream", "-s", help="Print the answer as it grows.")]
+Stream = Annotated[bool, typer.Option("--stream", "-s", help="Print the answer as it is generated.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message.")]
 Logprobs = Annotated[
     int | None,

@@ -48,14 +48,14 @@ def _limits(limits: ServerLimits) -> dict[str, str]:
     """A line for each subject; what is not bounded is left out."""
     store = {
         "tasks": _count(limits.max_tasks),
-        "versions a task": _count(limits.max_versions_per_task),
-        "a task": _bytes(limits.max_bytes_per_task),
-        "in all": _bytes(limits.max_bytes),
+        "versions per task": _count(limits.max_versions_per_task),
+        "per task": _bytes(limits.max_bytes_per_task),
+        "in total": _bytes(limits.max_bytes),
     }
     return {
         "requests": f"{limits.max_sequences} run at once, {limits.max_waiting} wait,"
         f" with at most {limits.max_continuations} continuations;"
-        f" no message is over {_bytes(limits.max_request_bytes)}",
+        f" no message may exceed {_bytes(limits.max_request_bytes)}",
         "adapters": f"{limits.max_adapters} in memory at once, each of up to {_bytes(limits.max_artifact_bytes)},"
         f" rank {limits.max_adapter_rank}, {limits.max_virtual_tokens} virtual tokens, {limits.max_parts} parts",
         "transfers": f"{limits.max_transfers} at a time",

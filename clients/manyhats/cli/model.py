@@ -22,13 +22,13 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 # Two codes a byte, a byte of scale per 64, four of the scales' own scale per 64 * 256.
 _NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
-HELP = """Fetch base models and look at them.
+HELP = """Fetch and inspect base models.
 
 They are kept in [bold]$MANYHATS_HOME[/bold], or ~/.cache/manyhats.
 """
-FETCH_HELP = """Get a base model and print its directory.
+FETCH_HELP = """Fetch a base model and print its directory.
 
-A model that is there already is only checked.
+A model that is already there is only checked.
 
 [bold]Examples[/bold]
 
@@ -74,7 +74,7 @@ class ModelInfo:
 
 @app.command(help=FETCH_HELP)
 def fetch(model: Source = DEFAULT_MODEL, home: Home = None, as_json: opt.Json = False) -> None:
-    """Get a base model and print its directory."""
+    """Fetch a base model and print its directory."""
     with needs_extra("server"):
         from manyhats.engine.checkpoints.fetch import KNOWN_MODELS, fetch_model, locate_model
         from manyhats.engine.home import default_home

@@ -20,7 +20,7 @@ def _stopping(*names: str, **settings: Any) -> Any:
 
 
 def _sampling(*names: str, **settings: Any) -> Any:
-    panel = "Sampling (without any of these, the most likely token is taken each time)"
+    panel = "Sampling (with none of these, the most likely token is always taken)"
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
@@ -38,16 +38,18 @@ Token: TypeAlias = Annotated[
         "--token",
         metavar="TOKEN",
         envvar="MANYHATS_TOKEN",
-        help="Shows who calls. Other users of this machine see flags: better in the environment.",
+        help="Identifies the caller. Other users of this machine can see flags; prefer the environment.",
     ),
 ]
 TokenInClear: TypeAlias = Annotated[
-    bool, _connection("--token-in-clear", help="Show the token to another machine without TLS all the same.")
+    bool, _connection("--token-in-clear", help="Send the token to another machine even without TLS.")
 ]
 Tls: TypeAlias = Annotated[
     bool,
     _connection(
-        "--tls", envvar="MANYHATS_TLS", help="Encrypt; the server's certificate is by a public authority."
+        "--tls",
+        envvar="MANYHATS_TLS",
+        help="Encrypt; the server's certificate comes from a public authority.",
     ),
 ]
 TlsCa: TypeAlias = Annotated[
@@ -56,13 +58,13 @@ TlsCa: TypeAlias = Annotated[
         "--tls-ca",
         metavar="FILE",
         envvar="MANYHATS_TLS_CA",
-        help="Encrypt; the server's certificate is by an authority of this PEM file.",
+        help="Encrypt; the server's certificate comes from an authority in this PEM file.",
     ),
 ]
 TlsCert: TypeAlias = Annotated[
     Path | None,
     _connection(
-        "--tls-cert", metavar="FILE", envvar="MANYHATS_TLS_CERT", help="PEM certificate of the caller."
+        "--tls-cert", metavar="FILE", envvar="MANYHATS_TLS_CERT", help="The caller's PEM certificate."
     ),
 ]
 TlsKey: TypeAlias = Annotated[
@@ -81,7 +83,7 @@ Task: TypeAlias = Annotated[
     ),
 ]
 System: TypeAlias = Annotated[
-    str | None, typer.Option("--system", metavar="TEXT", help="A system message ahead of the conversation.")
+    str | None, typer.Option("--system", metavar="TEXT", help="A system message before the conversation.")
 ]
 
 MaxNewTokens: TypeAlias = Annotated[
@@ -118,17 +120,17 @@ TopK: TypeAlias = Annotated[
 ]
 TopP: TypeAlias = Annotated[
     float | None,
-    _sampling(
-        "--top-p", metavar="P", help="Only the most likely tokens that have this probability together."
-    ),
+    _sampling("--top-p", metavar="P", help="Only the most likely tokens, up to this total probability."),
 ]
 MinP: TypeAlias = Annotated[
     float | None,
-    _sampling("--min-p", metavar="P", help="Only tokens with this fraction of the best one's probability."),
+    _sampling(
+        "--min-p", metavar="P", help="Only tokens with at least this fraction of the best one's probability."
+    ),
 ]
 RepetitionPenalty: TypeAlias = Annotated[
     float | None,
-    _sampling("--repetition-penalty", metavar="X", help="Above 1: say less again of what was said."),
+    _sampling("--repetition-penalty", metavar="X", help="Above 1: repeat less of what was already said."),
 ]
 Seed: TypeAlias = Annotated[
     int | None, _sampling("--seed", metavar="N", min=0, help="The same seed gives the same answer.")

@@ -20,7 +20,7 @@ HELP = """Print how likely each continuation is after the prompt, best first.
   $ manyhats score --task mood --json "A fine film." " happy" " sad"
 
 The numbers are natural log-probabilities. A continuation follows the
-prompt as it is, with nothing between them, so most begin with a space.
+prompt directly, so most begin with a space.
 """
 
 

@@ -14,13 +14,13 @@ from manyhats.cli.extras import needs_extra
 from manyhats.cli.failures import CommandError, UsageError, command_group
 from manyhats.cli.output import print_json
 
-HELP = """Make tokens that callers of a server show.
+HELP = """Make tokens for the callers of a server.
 
-A server started with --token-file lets in who shows a token of that
-file. The file holds digests, so it gives no token away; to take a token
-back, delete its entry. Running servers notice either at once.
+A server started with --token-file admits callers with a token from that
+file. The file holds only digests, so it gives no token away; to revoke a
+token, delete its entry. Running servers notice either at once.
 """
-NEW_HELP = """Add a token to a token file, and print it, this once.
+NEW_HELP = """Add a token to a token file, and print it, just this once.
 
 [bold]Examples[/bold]
 
@@ -30,8 +30,8 @@ NEW_HELP = """Add a token to a token file, and print it, this once.
 
 The roles are generate (the default: answers, scores, tokens) and manage
 (register, upload, activate, delete); both may look at adapters. Without
---task a token reaches every task and the base model; with it, the tasks
-that match, and the base model if one is _base.
+--task a token gives access to every task and the base model; with it, to
+the tasks that match, and to the base model if one is _base.
 """
 
 app = command_group(HELP)
@@ -42,18 +42,16 @@ _EMPTY = "# Who may call: digests of tokens, their roles and tasks. See docs/sec
 @app.command("new", help=NEW_HELP)
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What the server's logs call it.")],
-    file: Annotated[
-        Path, typer.Option("--file", metavar="FILE", help="The token file; made if it is missing.")
-    ],
+    file: Annotated[Path, typer.Option("--file", metavar="FILE", help="The token file; created if missing.")],
     role: Annotated[
         list[str] | None,
         typer.Option(
-            "--role", metavar="generate|manage", help="What it is for. Repeatable.", show_default="generate"
+            "--role", metavar="generate|manage", help="What it may do. Repeatable.", show_default="generate"
         ),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", metavar="GLOB", help="Tasks that it reaches. Repeatable."),
+        typer.Option("--task", metavar="GLOB", help="Tasks it gives access to. Repeatable."),
     ] = None,
     as_json: opt.Json = False,
 ) -> None:

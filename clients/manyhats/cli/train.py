@@ -13,7 +13,7 @@ from manyhats.cli.extras import needs_extra, quiet_libraries
 from manyhats.cli.failures import EXIT_INTERRUPTED, CommandError, UsageError
 from manyhats.cli.train_flags import Flags, Server, takes_settings
 
-HELP = """Train an adapter for a task, on a base model that stays as it is.
+HELP = """Train an adapter for a task, on a base model that does not change.
 
 METHOD is one of
 
@@ -22,14 +22,14 @@ METHOD is one of
   dora        LoRA with trained lengths of the updated rows
   ia3         factors of keys, values and the feed-forward
   bottleneck  small MLPs behind the layers' sub-layers
-  prefix      trained keys and values ahead of the prompt
-  prompt      trained embeddings ahead of the prompt
-  ptuning     the same, made by an MLP while they train
+  prefix      trained keys and values before the prompt
+  prompt      trained embeddings before the prompt
+  ptuning     the same, made by an MLP during training
 
-All but lora take the base in NF4; --quantization nf4 or none says otherwise.
+All but lora use the base in NF4, unless --quantization says otherwise.
 
 Each line of the data is a JSON object with prompt and completion (only the
-completion is learned), with text, or with messages of a chat.
+completion is learned), with text, or with the messages of a chat.
 
 [bold]Examples[/bold]
 
@@ -49,10 +49,10 @@ completion is learned), with text, or with messages of a chat.
   $ manyhats train --tasks tasks.yaml --out ./tasks
 
 The artifact, a model card and a report are left in ./tasks/T, or in --out.
-Ctrl-C writes a checkpoint, and the same command with --resume goes on from
-it. A settings file has the flags' names, one 'name: value' each. A file for
---tasks has such settings for all tasks, and a list 'tasks' of each one's own,
-'method' among them; the tasks take turns on one base.
+Ctrl-C writes a checkpoint, and the same command with --resume continues
+from it. A settings file uses the flags' names, one 'name: value' each. A
+file for --tasks has such settings for all tasks, and a list 'tasks' with
+each one's own, including its 'method'; the tasks take turns on one base.
 """
 
 
@@ -68,7 +68,7 @@ def train(
     server: Server,
     as_json: options.Json = False,
 ) -> None:
-    """Train an adapter for a task, on a base model that stays as it is."""
+    """Train an adapter for a task, on a base model that does not change."""
     if tasks is not None and (method is not None or config is not None):
         raise UsageError("--tasks has the methods and settings of all tasks: leave out METHOD and --config")
     quiet_libraries()
@@ -111,7 +111,7 @@ def trainer_errors() -> Iterator[None]:
     except (TrainerError, ModelError, EngineError, AdapterError, OSError) as error:
         raise CommandError(by_flags(str(error))) from error
     except TrainingInterrupted as error:
-        hint = "; the same command with --resume goes on" if error.checkpoints else ""
+        hint = "; the same command with --resume continues" if error.checkpoints else ""
         typer.echo(f"{error}{hint}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from error
 

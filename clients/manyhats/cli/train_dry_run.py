@@ -28,7 +28,7 @@ def show(tasks: Sequence[TrainSettings], as_json: bool) -> None:
     print_table(
         (_WHOSE[prediction.device], "bytes", "share"), [*rows, ("total", human_bytes(total), "100.0%")]
     )
-    for line in (f"the most is needed by: {prediction.phase}", *_tasks(prediction)):
+    for line in (f"peak reached in: {prediction.phase}", *_tasks(prediction)):
         typer.echo(line)
     for note in prediction.notes:
         typer.echo(f"note: {note}", err=True)

@@ -77,7 +77,8 @@ class Registrar:
             self.server.info()
         except ManyhatsError as error:
             typer.echo(
-                f"warning: unless that changes, the artifact will only be kept: {describe(error)}", err=True
+                f"warning: unless this changes, the artifact will be kept but not registered: {describe(error)}",
+                err=True,
             )
 
     def register(self, settings: TrainSettings, report: TrainingReport) -> Ended:

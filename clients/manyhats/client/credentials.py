@@ -69,7 +69,7 @@ class Credentials:
             return ()
         if not (self.allow_clear_token or is_this_machine(target)):
             raise CredentialsError(
-                f"without TLS, the token would be readable by everybody between here and {target}"
+                f"without TLS, the token would be readable by anyone between here and {target}"
             )
         return (("authorization", f"Bearer {token}"),)
 
@@ -85,13 +85,13 @@ class Credentials:
         if self.cert_file is None and self.key_file is None:
             return None, None
         if self.cert_file is None or self.key_file is None:
-            raise CredentialsError("a caller's certificate and its key are given together")
+            raise CredentialsError("a caller's certificate and its key must be given together")
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(
                 self.cert_file, self.key_file, password=_no_passphrase
             )
         except ssl.SSLError:
-            text = "are no PEM certificate with its PEM key, without a passphrase"
+            text = "are not a PEM certificate and its PEM key without a passphrase"
             raise CredentialsError(f"{self.cert_file} and {self.key_file} {text}") from None
         except OSError as error:
             raise CredentialsError(

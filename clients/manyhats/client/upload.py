@@ -56,7 +56,7 @@ def read_files(directory: str | os.PathLike[str]) -> tuple[UploadFile, ...]:
             raise invalid(
                 "directory",
                 f"{os.fspath(directory)} has no {WEIGHTS_SUFFIX} file;"
-                " `manyhats adapters convert` makes one of a pickle",
+                " `manyhats adapters convert` makes one from a pickle",
             )
         text = [name for name in TEXT_FILES if name in names]
         return tuple(_read_file(Path(directory, name)) for name in (CONFIG_FILE, *weights, *text))

@@ -81,5 +81,7 @@ def test_anchored_keys(key: str, matches: bool) -> None:
     ],
 )
 def test_more_of_a_regular_expression_is_refused_by_name(key: str) -> None:
-    with pytest.raises(AdapterUnsupportedError, match="is more of a regular expression than is matched"):
+    with pytest.raises(
+        AdapterUnsupportedError, match="uses more regular expression syntax than is supported"
+    ):
         compile_patterns("rank_pattern", {key: 3})

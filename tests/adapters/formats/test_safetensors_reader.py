@@ -136,7 +136,7 @@ def test_malformed_files_are_refused(data: bytes, error: type[AdapterError]) -> 
 
 @pytest.mark.parametrize("shape", [[0, 2**47, 2**47], [2**47, 0, 2**47], [2**24, 2**24, 0]])
 def test_empty_tensors_with_vast_sides_are_refused(shape: list[int]) -> None:
-    with pytest.raises(AdapterInvalidError, match="beyond"):
+    with pytest.raises(AdapterInvalidError, match="larger than any file"):
         read(pack({"x": entry(0, 0, shape=shape)}))
     assert read(pack({"x": entry(0, 0, shape=[0, 2**40])}))["x"].shape == (0, 2**40)
 

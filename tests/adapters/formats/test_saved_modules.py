@@ -130,6 +130,6 @@ def test_a_head_that_is_saved_and_adapted_is_refused(tmp_path: Path) -> None:
         "base_model.model.lm_head.lora_B.weight": torch.ones(64, 4),
     }
     write_adapter(tmp_path, lora_config(BASE, rank=4, modules_to_save=["lm_head"]), tensors)
-    with pytest.raises(AdapterInvalidError, match="replace it too") as caught:
+    with pytest.raises(AdapterInvalidError, match="also replaced by trained rows or weights") as caught:
         read(tmp_path, BASE)
     assert caught.value.subject == "lm_head"

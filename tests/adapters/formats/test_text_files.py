@@ -261,7 +261,7 @@ def test_parts_of_a_composed_task_must_agree_in_their_text(checking: AdapterStor
     with pytest.raises(AdapterUnsupportedError) as refused:
         checking.register(Registration("all", Parts(agreeing)))
     assert refused.value.subject == "parts[3]"
-    assert "otherwise than parts[0] (chat_template.jinja)" in refused.value.description
+    assert "differently from parts[0] (chat_template.jinja)" in refused.value.description
 
 
 def test_inspect_names_text_files_and_gives_the_digest_of_registration(

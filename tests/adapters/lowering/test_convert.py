@@ -132,7 +132,7 @@ def test_float64_becomes_float32_and_that_is_said(tmp_path: Path) -> None:
     doubles = {name: tensor.double() for name, tensor in adapterhub_tensors(BASE, config).items()}
     save_pickle(tmp_path / "old", config, doubles, "pytorch_adapter.bin")
     made = convert(tmp_path / "old", tmp_path / "new")
-    assert made.notes == ("8 float64 tensors become float32",)
+    assert made.notes == ("8 float64 tensors were converted to float32",)
     assert {tensor.dtype for tensor in load_file(made.target).values()} == {torch.float32}
 
 
@@ -196,7 +196,7 @@ def test_content_that_is_no_table_of_dense_floats_is_refused(
 def test_bytes_that_torch_did_not_write_are_refused(tmp_path: Path, content: bytes) -> None:
     source = save_adapterhub(tmp_path / "old")
     (source / "pytorch_adapter.bin").write_bytes(content)
-    with pytest.raises(AdapterInvalidError, match=r"pytorch_adapter\.bin: is no pickle"):
+    with pytest.raises(AdapterInvalidError, match=r"pytorch_adapter\.bin: is not a pickle"):
         convert(source, tmp_path / "new")
 
 
@@ -237,9 +237,9 @@ def test_a_target_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     source = save_adapterhub(tmp_path / "old")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "kept").write_text("kept")
-    with pytest.raises(ArgumentInvalidError, match="exists already"):
+    with pytest.raises(ArgumentInvalidError, match="already exists"):
         convert(source, tmp_path / "new")
-    with pytest.raises(ArgumentInvalidError, match="exists already"):
+    with pytest.raises(ArgumentInvalidError, match="already exists"):
         convert(source, tmp_path / "new" / "kept")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["kept"]
     (tmp_path / "new" / "kept").unlink()

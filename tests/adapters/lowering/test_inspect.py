@@ -178,7 +178,7 @@ def test_a_directory_of_adapters_names_them_and_is_told_once(tmp_path: Path) -> 
     make_lora(tmp_path / "a" / "sql", BASE)
     (refusal,) = inspect(tmp_path / "a").refusals
     assert refusal.subject == "adapter_config.json"
-    assert refusal.description.endswith("look like adapters, register one of them: sql")
+    assert refusal.description.endswith("look like adapters; register one of them: sql")
 
 
 def test_nothing_there(tmp_path: Path) -> None:

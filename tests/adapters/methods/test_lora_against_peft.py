@@ -162,7 +162,7 @@ def test_a_head_saved_along_must_be_the_base_s(tmp_path: Path) -> None:
     model = tiny_model()
     make(model, tmp_path, r=2, target_modules=["lm_head"])
     model.lm_head.weight.data[3] += 0.1
-    with pytest.raises(BaseMismatchError, match="other values") as caught:
+    with pytest.raises(BaseMismatchError, match="its values differ from the base's") as caught:
         read(tmp_path, describe_model(model))
     assert caught.value.subject == "base_model.model.lm_head.base_layer.weight"
 

@@ -158,7 +158,7 @@ def test_a_base_whose_heads_are_unknown_takes_no_prefix() -> None:
 @pytest.mark.parametrize(
     ("peft_type", "reason"),
     [
-        ("ADAPTION_PROMPT", "attend to their tokens apart"),
+        ("ADAPTION_PROMPT", "attend to their tokens separately"),
         ("CPT", "context-aware"),
         ("POLY", "'POLY' adapters are not served"),
     ],

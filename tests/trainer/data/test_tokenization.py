@@ -186,9 +186,9 @@ def test_each_turn_is_learned_once_after_exactly_the_servers_prompt(contents: li
         ({}, "has no value; it must have prompt and completion, or text, or messages"),
         ({"question": "a", "answer": "b"}, "has question, answer; it must have prompt and completion"),
         ({"text": "a", "id": 7}, "id: nothing reads it; remove it, or set `ignore_fields`"),
-        ({"prompt": "a"}, "has a prompt and no completion"),
-        ({"prompt": "a", "completion": None}, "has a prompt and no completion"),
-        ({"completion": "a", "system": "b"}, "has a completion and no prompt"),
+        ({"prompt": "a"}, "has a prompt but no completion"),
+        ({"prompt": "a", "completion": None}, "has a prompt but no completion"),
+        ({"completion": "a", "system": "b"}, "has a completion but no prompt"),
         ({"prompt": "a", "completion": ""}, "completion: is empty"),
         ({"prompt": "", "completion": "a"}, "prompt: is empty"),
         ({"prompt": "a", "completion": 1}, "completion: must be a string, not int"),
@@ -201,9 +201,9 @@ def test_each_turn_is_learned_once_after_exactly_the_servers_prompt(contents: li
         ({"text": "a", "messages": CONVERSATION}, "has text and messages: which one is meant?"),
         (
             {"prompt": "a", "completion": "b", "system": "c"},
-            "system: a plain-text prompt has none; set `chat`",
+            "system: does not apply to a plain-text prompt; set `chat`",
         ),
-        ({"text": "a", "system": "b"}, "system: a text has none"),
+        ({"text": "a", "system": "b"}, "system: does not apply to a text"),
         ({"text": ""}, "text: is empty"),
         ({"text": True}, "text: must be a string, not bool"),
         ({"text": "<|im_end|>"}, "text: has no tokens to learn"),
@@ -215,7 +215,7 @@ def test_each_turn_is_learned_once_after_exactly_the_servers_prompt(contents: li
         ({"messages": "1"}, "messages: must be a list, not int"),
         (
             {"messages": f"[{'1' * 5000}]"},
-            "messages: must be a list, or JSON of one: it has a number of too many digits",
+            "messages: must be a list, or JSON of one: it has a number with too many digits",
         ),
         ({"messages": "[" * 100_000}, "messages: must be a list, or JSON of one: it is nested too deeply"),
         ({"messages": ["hello"]}, "messages[0]: must be an object with role and content, not str"),
@@ -261,8 +261,10 @@ def test_what_the_chat_template_refuses_is_named_with_its_line() -> None:
 
 
 def test_a_system_message_that_would_go_unread_is_refused() -> None:
-    assert "system: a plain-text prompt has none" in refusal({"prompt": "a", "completion": "b"}, system="c")
-    assert "system: a text has none" in refusal({"text": "a"}, system="c")
+    assert "system: does not apply to a plain-text prompt" in refusal(
+        {"prompt": "a", "completion": "b"}, system="c"
+    )
+    assert "system: does not apply to a text" in refusal({"text": "a"}, system="c")
 
 
 LONG = {"prompt": "0123456789", "completion": "abc"}  # 14 tokens with the end
@@ -357,7 +359,7 @@ def test_labels_are_bounded() -> None:
 
 
 def test_labels_that_cannot_be_told_apart_are_refused() -> None:
-    with pytest.raises(SettingError, match="labels: ' a' comes twice"):
+    with pytest.raises(SettingError, match="labels: ' a' appears twice"):
         find_labels((" a", " a"), labelled("a"))
     with pytest.raises(SettingError, match="labels: '' has no tokens"):
         labelled("a", labels=[""])
@@ -366,7 +368,7 @@ def test_labels_that_cannot_be_told_apart_are_refused() -> None:
 
 
 def test_a_row_whose_completion_is_no_label_is_named() -> None:
-    with pytest.raises(DataError, match=r"data\.jsonl:2: its completion ' maybe' is none of the 2 labels"):
+    with pytest.raises(DataError, match=r"data\.jsonl:2: its completion ' maybe' is not one of the 2 labels"):
         labelled_items(labelled(" yes", " maybe"), (" yes", " no"))
     with pytest.raises(DataError, match=r"data\.jsonl:1: has no completion to be a label"):
         find_labels(("auto",), dataset_of({"text": "a"}))

@@ -330,9 +330,9 @@ def write_rows(path: Path, *completions: str) -> str:
     ("values", "error", "message"),
     [
         ({"eval": "none.jsonl"}, DataError, "none.jsonl: cannot be read"),
-        ({"labels": ["a", "b"]}, DataError, "its completion 'c' is none of the 2 labels"),
+        ({"labels": ["a", "b"]}, DataError, "its completion 'c' is not one of the 2 labels"),
         ({"labels": ["a", "c", "x" * 600]}, DataError, "no room for the longest label"),
-        ({"labels": ["a", "a"]}, SettingError, "labels: 'a' comes twice"),
+        ({"labels": ["a", "a"]}, SettingError, "labels: 'a' appears twice"),
     ],
 )
 def test_evaluation_data_that_cannot_be_used_is_refused(
@@ -385,7 +385,7 @@ def test_what_cannot_be_trained_cannot_be_predicted(
         (
             "lora",
             {"rank_pattern": {".*": 3}},
-            "rank_pattern: the key .* is more of a regular expression than is matched",
+            "rank_pattern: the key .* uses more regular expression syntax than is supported",
         ),
         ("prompt", {"num_virtual_tokens": 4097}, "num_virtual_tokens: is 4097; the limit is 4096"),
         ("prefix", {"num_virtual_tokens": 511}, "num_virtual_tokens: leaves no room for a row"),

@@ -113,7 +113,7 @@ def test_anything_else_is_refused(text: str) -> None:
 )
 def test_unknown_metric_is_named_with_the_nearest(metric: str, near: str | None) -> None:
     with pytest.raises(
-        SettingError, match=f"'{metric}' is no metric; there are loss, perplexity, accuracy"
+        SettingError, match=f"'{metric}' is not a metric; these are: loss, perplexity, accuracy"
     ) as caught:
         ActivationRule.parse(f"{metric} > 1")
     assert (f"did you mean {near}?" in str(caught.value)) == (near is not None)

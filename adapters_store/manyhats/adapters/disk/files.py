@@ -255,7 +255,7 @@ def _locate(uri: str, path: Path, roots: Sequence[Path]) -> Place:
     if is_outside or not roots:
         raise SourceNotAllowedError(uri, _outside(path, roots))
     raise SourceNotFoundError(
-        uri, "no allowed root has this directory; `manyhats adapters upload` sends one of another machine"
+        uri, "no allowed root has this directory; `manyhats adapters upload` sends one from another machine"
     )
 
 

@@ -98,7 +98,7 @@ def _file_system(scheme: str, options: Mapping[str, Any]) -> Any:
             "store", f"needs a package for {scheme}://; pip install 'manyhats[{_EXTRAS[scheme]}]'"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreConfigError("storage_options", f"are not taken by {scheme}://: {error}") from error
+        raise StoreConfigError("storage_options", f"are not accepted by {scheme}://: {error}") from error
     if scheme == "s3":
         files.retries = _S3_TRIES
     return files

@@ -82,7 +82,7 @@ def _check_text(value: dict[str, Any], subject: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise AdapterInvalidError(subject, "holds an unpaired surrogate escape") from None
+        raise AdapterInvalidError(subject, "has an unpaired surrogate escape") from None
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,15 +98,15 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_int(text: str) -> int:
     if len(text) > _MAX_NUMBER_LENGTH:
-        raise _RefusedValueError(f"holds a number of {len(text)} digits")
+        raise _RefusedValueError(f"has a number of {len(text)} digits")
     return int(text)
 
 
 def _parse_float(text: str) -> float:
     if len(text) > _MAX_NUMBER_LENGTH or not math.isfinite(number := float(text)):
-        raise _RefusedValueError(f"holds a number out of range: {shown(text[:_MAX_NUMBER_LENGTH])}")
+        raise _RefusedValueError(f"has a number out of range: {shown(text[:_MAX_NUMBER_LENGTH])}")
     return number
 
 
 def _refuse_constant(text: str) -> float:
-    raise _RefusedValueError(f"holds {text}, which JSON does not have")
+    raise _RefusedValueError(f"has {text}, which JSON does not allow")

@@ -97,7 +97,7 @@ def header_size(start: bytes, file_size: int, file: str, limits: AdapterLimits) 
     if start.startswith(_PICKLE_STARTS) and length > min(file_size - LENGTH_BYTES, limits.max_header_bytes):
         raise AdapterUnsafeError(file, f"is a pickle, which can run code when it is read; {HOW_TO_CONVERT}")
     if len(start) < LENGTH_BYTES:
-        raise AdapterInvalidError(file, f"is truncated: {file_size} bytes are no safetensors file")
+        raise AdapterInvalidError(file, f"is truncated: {file_size} bytes are too few for a safetensors file")
     if length > file_size - LENGTH_BYTES:
         raise AdapterInvalidError(
             file, f"is truncated: the header should have {length} bytes, the file has {file_size}"
@@ -127,11 +127,11 @@ def parse_header(start: bytes, file_size: int, file: str, limits: AdapterLimits)
     data_start = header_size(start, file_size, file, limits)
     text = start[LENGTH_BYTES:data_start]
     if not text.startswith(b"{"):
-        raise AdapterInvalidError(file, "is no safetensors file: its header is not a JSON object")
+        raise AdapterInvalidError(file, "is not a safetensors file: its header is not a JSON object")
     entries = parse_json_object(text, file, max_bytes=limits.max_header_bytes, max_depth=4)
     _check_metadata(entries.pop("__metadata__", {}), file)
     if not entries:
-        raise AdapterInvalidError(file, "holds no tensors")
+        raise AdapterInvalidError(file, "has no tensors")
     if len(entries) > limits.max_num_tensors:
         raise AdapterTooLargeError(
             file, f"holds {len(entries)} tensors; the limit is {limits.max_num_tensors}"
@@ -179,7 +179,7 @@ def _parse_entry(name: str, entry: Any) -> TensorSpec:
         raise AdapterInvalidError(name, f"its shape must be at most {_MAX_DIMENSIONS} whole numbers")
     # Strides of an empty tensor are computed from its other sides.
     if math.prod(side or 1 for side in shape) >= _MAX_SIZE:
-        raise AdapterInvalidError(name, f"its shape {shape} is beyond what any file holds")
+        raise AdapterInvalidError(name, f"its shape {shape} is larger than any file can hold")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise AdapterInvalidError(name, "its data_offsets must be begin and end")
     torch_dtype = _parse_dtype(name, dtype)
@@ -215,7 +215,7 @@ def _check_layout(tensors: Mapping[str, TensorSpec], data_bytes: int, file: str)
                 spec.name, f"ends at byte {spec.end}; {file} has {data_bytes} bytes of data"
             )
         if spec.begin != position:
-            fault = "overlaps another tensor" if spec.begin < position else "leaves a hole before it"
+            fault = "overlaps another tensor" if spec.begin < position else "leaves a gap before it"
             raise AdapterInvalidError(spec.name, f"{fault}: it begins at byte {spec.begin}, not {position}")
         position = spec.end
     if position != data_bytes:

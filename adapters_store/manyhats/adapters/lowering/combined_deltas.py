@@ -127,7 +127,7 @@ def _join_rows(deltas: Sequence[Delta]) -> tuple[Delta, ...]:
 def _join_ids(deltas: Sequence[EmbeddingRows] | Sequence[HeadRows]) -> Tensor:
     ids = torch.cat([delta.ids for delta in deltas])
     if len(ids.unique()) < len(ids):
-        raise NotCombinableError("both give one token a row of its own")
+        raise NotCombinableError("both replace the row of the same token")
     return ids
 
 

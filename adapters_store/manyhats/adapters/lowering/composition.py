@@ -109,7 +109,8 @@ def compose(parts: Sequence[AdapterPart], limits: AdapterLimits) -> LoweredAdapt
 def _check_weight(part: AdapterPart) -> None:
     if not math.isfinite(part.weight) or abs(part.weight) > _MAX_WEIGHT:
         raise AdapterInvalidError(
-            part.name, f"has the weight {part.weight}; it must be finite and at most {_MAX_WEIGHT:g} in size"
+            part.name,
+            f"has the weight {part.weight}; it must be finite and at most {_MAX_WEIGHT:g} in magnitude",
         )
     if part.weight == 0:
         raise AdapterInvalidError(part.name, "has the weight 0, so it changes nothing; leave it out")
@@ -190,7 +191,7 @@ def _combine_place(place: Site, placed: Sequence[_Placed], limits: AdapterLimits
     if rank > limits.max_rank:
         raise AdapterTooLargeError(
             placed[-1].part.name,
-            f"brings the parts' rank at {place} to {rank} in all; the limit is {limits.max_rank}",
+            f"brings the parts' rank at {place} to {rank} in total; the limit is {limits.max_rank}",
         )
     return combined
 

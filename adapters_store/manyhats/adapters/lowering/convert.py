@@ -164,11 +164,11 @@ def _find_pickle(source: Path, *, is_adapterhub: bool) -> Path:
     candidates = _ADAPTERHUB_PICKLES if is_adapterhub else _PEFT_PICKLES
     found = [name for name in candidates if name in names]
     if len(found) > 1:
-        raise AdapterUnsupportedError(found[1], f"lies beside {found[0]}: which of them is the adapter?")
+        raise AdapterUnsupportedError(found[1], f"lies next to {found[0]}: which of them is the adapter?")
     if found:
         return source / found[0]
     if any(name.endswith(".safetensors") for name in names):
-        raise AdapterInvalidError(source.name, "holds safetensors already; there is nothing to convert")
+        raise AdapterInvalidError(source.name, "already holds safetensors; there is nothing to convert")
     raise AdapterInvalidError(candidates[0], "is missing")
 
 
@@ -182,7 +182,7 @@ def _load(path: Path, limits: AdapterLimits) -> tuple[dict[str, Tensor], tuple[s
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not _begins_as_pickle(path):
-            raise AdapterInvalidError(path.name, "is no pickle that torch can read") from error
+            raise AdapterInvalidError(path.name, "is not a pickle that torch can read") from error
         # The rest of the message advises to read it without the restriction.
         lines = str(error).splitlines()
         reason = next((line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")), "")
@@ -190,10 +190,10 @@ def _load(path: Path, limits: AdapterLimits) -> tuple[dict[str, Tensor], tuple[s
         raise AdapterUnsafeError(path.name, f"the restricted loader refuses it{what}") from error
     except _MALFORMED as error:
         raise AdapterInvalidError(
-            path.name, f"is no pickle that torch can read: {shown(str(error))}"
+            path.name, f"is not a pickle that torch can read: {shown(str(error))}"
         ) from error
     if not isinstance(loaded, dict) or not loaded:
-        raise AdapterInvalidError(path.name, "holds no table of tensors by name")
+        raise AdapterInvalidError(path.name, "is not a table of named tensors")
     if len(loaded) > limits.max_num_tensors:
         raise AdapterTooLargeError(
             path.name, f"holds {len(loaded)} tensors; the limit is {limits.max_num_tensors}"
@@ -204,10 +204,10 @@ def _load(path: Path, limits: AdapterLimits) -> tuple[dict[str, Tensor], tuple[s
         > limits.max_size_bytes
     ):
         raise AdapterTooLargeError(
-            path.name, f"holds tensors of more than {limits.max_size_bytes} bytes together, the limit"
+            path.name, f"holds tensors of more than {limits.max_size_bytes} bytes in total, the limit"
         )
     doubles = [name for name, tensor in tensors.items() if tensor.dtype is torch.float64]
-    notes = (f"{len(doubles)} float64 tensors become float32",) if doubles else ()
+    notes = (f"{len(doubles)} float64 tensors were converted to float32",) if doubles else ()
     return tensors, notes
 
 
@@ -219,17 +219,17 @@ def _begins_as_pickle(path: Path) -> bool:
 
 def _check_name(name: Any, file: str) -> str:
     if not isinstance(name, str):
-        raise AdapterInvalidError(file, f"holds {shown(repr(name))}, which names no tensor")
+        raise AdapterInvalidError(file, f"holds {shown(repr(name))}, which is not a tensor's name")
     return name
 
 
 def _check_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise AdapterInvalidError(name, f"is no tensor but {shown(type(value).__name__)}")
+        raise AdapterInvalidError(name, f"is not a tensor but {shown(type(value).__name__)}")
     if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
-        raise AdapterUnsupportedError(name, "is no dense tensor")
+        raise AdapterUnsupportedError(name, "is not a dense tensor")
     if value.dtype not in _DTYPES:
-        raise AdapterUnsupportedError(name, f"has dtype {value.dtype}; adapters are served in floats")
+        raise AdapterUnsupportedError(name, f"has dtype {value.dtype}; adapters are served in floating point")
     return value.detach()
 
 
@@ -248,7 +248,7 @@ def _write(target: Path, name: str, tensors: Mapping[str, Tensor], files: Mappin
     """Write the directory beside its place and move it there, so that it appears whole or not at all."""
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ArgumentInvalidError(str(target), "exists already; give a new directory")
+            raise ArgumentInvalidError(str(target), "already exists; give a new directory")
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:

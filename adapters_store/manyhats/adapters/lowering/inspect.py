@@ -202,7 +202,7 @@ class _Inspector:
         if base.weights is None:
             base = replace(base, weights=stand_in_weights(base))
         if self._base is None:
-            note = "nothing was compared with a base model; only what the adapter itself tells was checked"
+            note = "nothing was compared with a base model; only the adapter itself was checked"
             self.facts = replace(self.facts, notes=(*self.facts.notes, note))
         else:
             self.facts = replace(
@@ -215,7 +215,7 @@ class _Inspector:
             self.facts, sites=_site_facts(lowered.deltas), num_virtual_tokens=_num_virtual_tokens(lowered)
         )
         if not has_effect(lowered):
-            raise AdapterNoEffectError(artifact.method.value, "changes nothing: each of its deltas is zero")
+            raise AdapterNoEffectError(artifact.method.value, "changes nothing: all its deltas are zero")
 
     @contextmanager
     def _stage(self) -> Iterator[None]:

@@ -99,9 +99,9 @@ def check_lowered(lowered: LoweredAdapter) -> None:
     for delta in lowered.deltas:
         if not _is_finite(delta):
             place = getattr(delta, "site", "embedding or head")
-            raise AdapterInvalidError(str(place), "what it computes there with this base is not finite")
+            raise AdapterInvalidError(str(place), "what it computes here with this base is not finite")
     if lowered.prefix is not None and not _is_finite(lowered.prefix):
-        raise AdapterInvalidError("virtual tokens", "what they are computed to is not finite")
+        raise AdapterInvalidError("virtual tokens", "the values computed for them are not finite")
 
 
 def is_finite(tensor: Tensor) -> bool:

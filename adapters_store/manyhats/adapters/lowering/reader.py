@@ -84,7 +84,7 @@ def read_adapter(
     lowered = lower(artifact, base)
     check_lowered(lowered)
     if not has_effect(lowered):
-        raise AdapterNoEffectError(weights_name, "changes nothing: each of its deltas is zero")
+        raise AdapterNoEffectError(weights_name, "changes nothing: all its deltas are zero")
     text = check_text(files, base.check_text)
     return ReadAdapter(artifact, lowered, files, (*notes, *text.notes), text)
 

@@ -102,7 +102,7 @@ def _composed(
     lowered = compose_parts([read.lowered for read in reads], [part.weight for part in parts], limits)
     check_lowered(lowered)
     if not has_effect(lowered):
-        raise AdapterNoEffectError("parts", "change nothing together")
+        raise AdapterNoEffectError("parts", "together change nothing")
     artifacts = [read.artifact for read in reads]
     return ValidVersion(
         digest=lowered.digest,
@@ -155,7 +155,7 @@ def _read_parts(
         if total > limits.max_size_bytes:
             raise AdapterTooLargeError(
                 part_name(i),
-                f"brings the parts to {total} bytes; the limit is {limits.max_size_bytes} together",
+                f"brings the parts to {total} bytes in total; the limit is {limits.max_size_bytes}",
             )
         reads.append(read)
     return reads
@@ -173,8 +173,8 @@ def _common_text(reads: Sequence[ReadAdapter]) -> str:
         if read.text.fingerprint != other.text.fingerprint:
             raise AdapterUnsupportedError(
                 part_name(i),
-                f"reads and writes text otherwise than {part_name(first)} ({', '.join(text_names(read.files))}); "
-                "parts must agree in chat template and tokens, or have no text files of their own",
+                f"reads and writes text differently from {part_name(first)} ({', '.join(text_names(read.files))}); "
+                "parts must agree on chat template and tokens, or have no text files of their own",
             )
     return own[0][1].text.fingerprint if own else ""
 

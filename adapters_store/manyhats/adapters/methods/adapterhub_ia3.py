@@ -73,7 +73,7 @@ def _vectors(
     for linear in find_linears(config, name, names, base):
         if "lora_A" in linear.parts:
             tensor = names.names(linear.parts["lora_A"])[0]
-            raise AdapterInvalidError(tensor, "is no part of IA3, which has a vector lora_B alone")
+            raise AdapterInvalidError(tensor, "is not part of IA3, which has only the vector lora_B")
         vectors.append((linear.site, linear.parts["lora_B"]))
     return vectors
 

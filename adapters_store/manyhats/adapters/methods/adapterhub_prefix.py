@@ -127,7 +127,7 @@ def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
     if base.has_sliding_window:
         # There every token sees the whole prefix; in our blocks the window would count it as the first positions.
         raise AdapterUnsupportedError(
-            "architecture", "prefix tuning by AdapterHub is not served on a base with sliding windows"
+            "architecture", "AdapterHub's prefix tuning is not served on a base with sliding windows"
         )
     if left_out := sorted(layer for layer in read_leave_out(config) if 0 <= layer < base.num_layers):
         raise AdapterUnsupportedError(

@@ -177,7 +177,7 @@ def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[Bott
     if base.model_type not in _BUILT_IN | _HOOKED:
         raise AdapterUnsupportedError(
             "model_type",
-            f"AdapterHub says not where its bottlenecks lie on {shown(base.model_type)}; they are served on "
+            f"AdapterHub does not define where its bottlenecks lie on {shown(base.model_type)}; they are served on "
             + ", ".join(sorted(_BUILT_IN | _HOOKED)),
         )
     if base.model_type in _HOOKED and not parsed.original_ln_after:

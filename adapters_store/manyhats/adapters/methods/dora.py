@@ -94,7 +94,7 @@ class DoraMethod:
         """
         placements, saved = place_artifact(artifact, base)
         if base.weights is None:
-            raise AdapterUnsupportedError("use_dora", "needs the base's weights, which are not at hand")
+            raise AdapterUnsupportedError("use_dora", "needs the base's weights, which are not available")
         deltas = [
             delta
             for placement in placements.linears

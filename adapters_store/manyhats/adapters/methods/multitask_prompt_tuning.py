@@ -117,7 +117,7 @@ class MultitaskPromptTuningMethod:
             tensors[_ROWS][config.task].double(),
         ).float()
         if not bool(torch.isfinite(prompt).all()):
-            raise AdapterInvalidError(PROMPT_EMBEDDINGS, f"is not finite once multiplied with {_COLUMNS}")
+            raise AdapterInvalidError(PROMPT_EMBEDDINGS, f"is not finite once multiplied by {_COLUMNS}")
         embeddings = as_first_layer_reads(prompt, base)
         return LoweredAdapter(digest=artifact.digest, deltas=(), prefix=PromptEmbeddings(embeddings))
 
@@ -140,8 +140,8 @@ def _parse_task(value: Any, num_tasks: int) -> int:
     if value is None:
         raise AdapterUnsupportedError(
             "num_tasks",
-            f"holds {num_tasks} tasks, of which PEFT is told one at each call; write which one this is into "
-            f"the config as {_TASK_FIELD} (0 to {num_tasks - 1}), and register each task by itself",
+            f"holds {num_tasks} tasks, and PEFT is told at each call which one to use; write which one this is into "
+            f"the config as {_TASK_FIELD} (0 to {num_tasks - 1}), and register each task separately",
         )
     if type(value) is not int or not 0 <= value < num_tasks:
         raise AdapterInvalidError(

@@ -189,7 +189,7 @@ def _check_projections(
 ) -> None:
     if not config.has_projections:
         for name in shared:
-            raise AdapterInvalidError(name, "is there, and save_projection says that it is not")
+            raise AdapterInvalidError(name, "is present, although save_projection says it is not")
         return
     d_in, d_out = _largest(placed)
     for name, expected in ((_SHARED_A, (config.rank, d_in)), (_SHARED_B, (d_out, config.rank))):

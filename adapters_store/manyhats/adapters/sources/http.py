@@ -106,7 +106,7 @@ class HttpDirectory:
                 self._uri, f"answers '{name}' with a redirect, which is never followed"
             )
         if answer.status in _FORBIDDEN:
-            raise SourceNotAllowedError(self._uri, f"does not give '{name}' to the server")
+            raise SourceNotAllowedError(self._uri, f"denies the server access to '{name}'")
         if answer.status != http.client.OK:
             raise SourceUnavailableError(self._uri, f"answers '{name}' with status {answer.status}")
         if answer.getheader("Content-Encoding", "identity") != "identity":
@@ -128,11 +128,13 @@ class HttpDirectory:
         try:
             addresses = resolve(self._host, self._port)
         except (OSError, UnicodeError) as error:
-            raise SourceUnavailableError(self._uri, "its host is not known") from error
+            raise SourceUnavailableError(self._uri, "its host is unknown") from error
         if not addresses:
-            raise SourceUnavailableError(self._uri, "its host is not known")
+            raise SourceUnavailableError(self._uri, "its host is unknown")
         if not all(map(may_connect, addresses)):
-            raise SourceNotAllowedError(self._uri, "its host has an address that is not on the open internet")
+            raise SourceNotAllowedError(
+                self._uri, "its host has an address that is not on the public internet"
+            )
         return addresses[0]
 
 

@@ -201,7 +201,7 @@ class _Download:
             for piece in pieces:
                 taken += len(piece)
                 if time.monotonic() > self._deadline:
-                    raise SourceUnavailableError(self._uri, f"'{name}' comes too slowly")
+                    raise SourceUnavailableError(self._uri, f"'{name}' arrives too slowly")
                 if taken > size:
                     break
                 with store_errors():

@@ -111,7 +111,7 @@ def check_quantization_config(config: Mapping[str, Any]) -> bool:
     if method != "bitsandbytes":
         raise ModelError(f"config.json: quantization by {method!r} is not supported; bitsandbytes NF4 is")
     if not (quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")):
-        raise ModelError("config.json: of bitsandbytes' quantizations only those of 4 bits are supported")
+        raise ModelError("config.json: of bitsandbytes' quantizations, only the 4-bit ones are supported")
     return True
 
 
@@ -169,7 +169,7 @@ def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
             raise ModelError(f"the checkpoint has no tensor {name}")
         if is_quantized(tensors, name):
             if len(shape) != 2:
-                raise ModelError(f"{name}: is quantized, and no matrix")
+                raise ModelError(f"{name}: is quantized but not a matrix")
             known.update(quantized_keys(tensors, name))
             continue
         tensor = tensors[name]

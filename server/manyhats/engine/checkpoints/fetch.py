@@ -101,7 +101,7 @@ def locate_model(source: str, home: Path, progress: Progress = no_progress) -> L
     if _HUB_ID.fullmatch(source):
         return LocatedModel(_fetch_from_hub(source), source, frozenset((source,)), source)
     aliases = ", ".join(sorted(KNOWN_MODELS))
-    raise ModelError(f"{source!r} is no directory, no hub id (org/name) and no alias ({aliases})")
+    raise ModelError(f"{source!r} is not a directory, a hub id (org/name) or an alias ({aliases})")
 
 
 def fetch_model(alias: str, home: Path, progress: Progress = no_progress) -> Path:
@@ -116,7 +116,7 @@ def fetch_model(alias: str, home: Path, progress: Progress = no_progress) -> Pat
     """
     model = KNOWN_MODELS.get(alias)
     if model is None:
-        raise ModelError(f"{alias!r} is no known model; these are: {', '.join(sorted(KNOWN_MODELS))}")
+        raise ModelError(f"{alias!r} is not a known model; these are: {', '.join(sorted(KNOWN_MODELS))}")
     target = home / "models" / alias
     if is_whole(target):
         return target
@@ -136,7 +136,7 @@ def _check_tensors(model: KnownModel, directory: Path) -> None:
     digest = tensors_digest(SafetensorsDirectory(directory))
     if digest != model.tensors_sha256:
         raise ModelError(
-            f"{model.alias}: the weights made of {model.file.requirement} have digest {digest}, not "
+            f"{model.alias}: the weights made from {model.file.requirement} have digest {digest}, not "
             f"{model.tensors_sha256}; another version of transformers may read the file differently"
         )
 
@@ -206,6 +206,6 @@ def _fetch_from_hub(repository: str) -> Path:
     except Exception as error:  # the hub's own errors, and its HTTP library's, which changes by version
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"{repository}: is no local directory, and the Hugging Face hub gave no model: {reason}"
+            f"{repository}: is not a local directory, and the Hugging Face hub gave no model: {reason}"
         ) from error
     return Path(path)

@@ -204,7 +204,7 @@ def _known_token_ids(ids: Iterable[object], vocab_size: int, source: str) -> fro
     if len(known) < len(given):
         unknown = [each for each in given if each not in known]
         _log.warning(
-            "ids that are no token of the model are dropped",
+            "ids that are not tokens of the model are dropped",
             source=source,
             ids=unknown[:20],
             limit=vocab_size,

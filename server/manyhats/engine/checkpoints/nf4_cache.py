@@ -98,7 +98,7 @@ class Nf4Cache:
                 _write_json(staging / "config.json", {**config, "quantization_config": _QUANTIZATION_CONFIG})
                 publish_directory(staging, entry, self._is_good)
         except (OSError, SafetensorError) as error:
-            _LOG.warning("the NF4 weights cannot be cached and the next start quantizes again: %s", error)
+            _LOG.warning("the NF4 weights cannot be cached, so the next start quantizes again: %s", error)
             return False
         return True
 

@@ -148,7 +148,9 @@ def read_quantized(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, i
     parts = (*_PLAIN, *(_NESTED if has_nested else ()))
     for key in (name, *(f"{name}.{part}" for part in parts), state_key):
         if key not in tensors:
-            raise ModelError(f"{key} is missing; of 4-bit checkpoints, those of bitsandbytes are supported")
+            raise ModelError(
+                f"{key} is missing; of 4-bit checkpoints, only those of bitsandbytes are supported"
+            )
     state = _read_state(name, tensors[state_key])
     if state.get("shape") not in (None, list(shape)):
         raise ModelError(f"{name}: its quantization has shape {state['shape']}; {list(shape)} is expected")

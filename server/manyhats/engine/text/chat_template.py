@@ -180,7 +180,7 @@ def _check_characters(text: str) -> None:
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
         raise FieldInvalidError(
-            "chat", f"the chat template writes {half}, half of a surrogate pair, which is no character"
+            "chat", f"the chat template writes {half}, half of a surrogate pair, which is not a character"
         ) from None
 
 

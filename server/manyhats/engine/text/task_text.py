@@ -135,7 +135,7 @@ class TaskTexts:
             if tokenizer.token_id(token.content) != token_id:
                 raise AdapterUnsupportedError(
                     TOKENIZER_FILE,
-                    f"gives '{token.content}' the id {token_id}, behind ids that are no tokens; {_HOW_TO_GO_ON}",
+                    f"gives '{token.content}' the id {token_id}, after ids that are not tokens; {_HOW_TO_GO_ON}",
                 )
         return tokenizer
 
@@ -169,7 +169,7 @@ class TaskTexts:
         file = TEMPLATE_FILE if TEMPLATE_FILE in files else TOKENIZER_CONFIG_FILE
         if len(template.encode()) > MAX_BYTES[TEMPLATE_FILE]:
             raise AdapterTooLargeError(
-                file, f"has a chat template of over {MAX_BYTES[TEMPLATE_FILE]} bytes, which is the limit"
+                file, f"has a chat template of more than {MAX_BYTES[TEMPLATE_FILE]} bytes, the limit"
             )
         if problem := self.processes.compile_error(template):
             raise AdapterInvalidError(file, f"has a chat template that does not compile: {problem}")
@@ -182,7 +182,9 @@ class TaskTexts:
             notes.append(f"adds {num_added} tokens to the base's")
         eos = tokenizer.special_tokens.get("eos_token")
         if eos is not None and tokenizer.token_id(eos) is None:
-            notes.append(f"its end-of-sequence token '{eos[:100]}' is no token of the model and ends nothing")
+            notes.append(
+                f"its end-of-sequence token '{eos[:100]}' is not a token of the model and ends nothing"
+            )
         elif eos is not None and eos != self.base.special_tokens.get("eos_token"):
             notes.append(f"its answers also end with '{eos[:100]}'")
         return tuple(notes)

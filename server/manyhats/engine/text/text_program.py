@@ -73,7 +73,7 @@ def _render(
             _end_without_memory(error)
             return {"error": error.description}
     if len(text) > MAX_RENDERED_LENGTH:
-        return {"error": f"the chat template writes over {MAX_RENDERED_LENGTH} characters"}
+        return {"error": f"the chat template writes more than {MAX_RENDERED_LENGTH} characters"}
     return {"text": text}
 
 

@@ -167,6 +167,6 @@ def _read_object(files: Mapping[str, bytes], name: str, origin: str) -> Mapping[
         except UnicodeEncodeError as error:
             half = f"U+{ord(error.object[error.start]):04X}"
             raise ModelError(
-                f"{origin}/{name}: has {half}, half of a surrogate pair, which is no character"
+                f"{origin}/{name}: has {half}, half of a surrogate pair, which is not a character"
             ) from None
     return content

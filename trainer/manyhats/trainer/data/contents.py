@@ -71,7 +71,7 @@ def contents_of(row: Row, system: str) -> Contents:
     match kinds[0]:
         case ("text",):
             if variables:
-                raise row.error(f"{next(iter(variables))}: a text has none")
+                raise row.error(f"{next(iter(variables))}: does not apply to a text")
             return PlainText(_string(row, "text", fields["text"]))
         case ("messages",):
             return _conversation(row, fields, variables, system)
@@ -94,11 +94,13 @@ def checked_contents(row: Row, settings: DataSettings) -> Contents:
     refuse_unread(row, unknown_fields(row), "nothing reads it", settings)
     match contents:
         case Prompted() if not settings.chat and contents.system:
-            raise row.error("system: a plain-text prompt has none; set `chat`")
+            raise row.error("system: does not apply to a plain-text prompt; set `chat`")
         case Prompted() if not settings.chat and contents.variables:
-            raise row.error(f"{next(iter(contents.variables))}: a plain-text prompt has none; set `chat`")
+            raise row.error(
+                f"{next(iter(contents.variables))}: does not apply to a plain-text prompt; set `chat`"
+            )
         case PlainText() if row.fields.get("system") or settings.system:
-            raise row.error("system: a text has none")
+            raise row.error("system: does not apply to a text")
         case _:
             return contents
 
@@ -122,7 +124,7 @@ _MARKS = ("weight", "train", "training", "trainable", "loss")
 def _what_lacks(fields: Mapping[str, object]) -> str:
     if "prompt" in fields or "completion" in fields:
         there, lacking = ("prompt", "completion") if "prompt" in fields else ("completion", "prompt")
-        return f"has a {there} and no {lacking}"
+        return f"has a {there} but no {lacking}"
     found = f"has {', '.join(fields)}" if fields else "has no value"
     return f"{found}; it must have prompt and completion, or text, or messages"
 

@@ -98,8 +98,8 @@ def sentences(counts: DataCounts) -> list[str]:
     told = [
         (counts.skipped, "left out as too long"),
         (counts.truncated, "truncated as too long"),
-        (counts.beginnings, "already had the beginning token, which was not put ahead again"),
-        (counts.ends, "already had an end, which was not put behind again"),
+        (counts.beginnings, "already had the beginning token, so it was not added again"),
+        (counts.ends, "already had an end, so it was not added again"),
         *(
             (number, f"had the field {name}, which nothing reads: ignored")
             for name, number in counts.ignored.items()

@@ -133,7 +133,7 @@ def _next_object(source: str, line: int, text: str, place: int) -> tuple[dict[st
     except _JsonError as error:
         raise DataError(source, line, f"is not JSON: {error}") from error
     except ValueError as error:
-        raise DataError(source, line, "has a number of too many digits") from error
+        raise DataError(source, line, "has a number with too many digits") from error
     except RecursionError as error:
         raise DataError(source, line, "is nested too deeply") from error
     if not isinstance(value, dict):
@@ -154,7 +154,7 @@ def json_of_cell(text: str) -> object:
     except _JsonError as error:
         raise ValueError(str(error)) from error
     except ValueError as error:
-        raise ValueError("it has a number of too many digits") from error
+        raise ValueError("it has a number with too many digits") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if end != len(text.strip(" \t\r\n")):
@@ -171,7 +171,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(fields) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _JsonError(f"the key {twice!r} comes twice")
+        raise _JsonError(f"the key {twice!r} appears twice")
     return fields
 
 

@@ -59,7 +59,7 @@ def find_labels(labels: Sequence[str], train: Dataset) -> tuple[str, ...]:
         return _distinct_completions(train)
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise SettingError("labels", f"{twice[0]!r} comes twice")
+        raise SettingError("labels", f"{twice[0]!r} appears twice")
     if len(labels) > MAX_LABELS:
         raise SettingError("labels", f"must be at most {MAX_LABELS}, not {len(labels)}")
     return tuple(labels)
@@ -93,7 +93,7 @@ def none_of_labels(completion: str, num_labels: int) -> str:
     """What is wrong with a completion that is no label."""
     shown = completion if len(completion) <= 80 else f"{completion[:80]}…"
     return (
-        f"its completion {shown!r} is none of the {num_labels} labels"
+        f"its completion {shown!r} is not one of the {num_labels} labels"
         if num_labels > 1
         else (f"its completion {shown!r} is not the one label")
     )

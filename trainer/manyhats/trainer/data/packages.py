@@ -19,5 +19,5 @@ def import_for(source: str, module: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise DataError(
-            source, None, f"reading it takes the package {package}: pip install {package}"
+            source, None, f"reading it needs the package {package}: pip install {package}"
         ) from error

@@ -35,7 +35,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the system's; Arrow's own, of pages that are damaged, have no number
             after = f" after row {num_read}" if num_read else ""
-            raise DataError(str(path), None, f"is not Parquet that can be read{after}: {error}") from error
+            raise DataError(str(path), None, f"is not readable Parquet{after}: {error}") from error
 
 
 def _records(path: Path, batch: Any, num_before: int) -> list[dict[str, object]]:

@@ -46,7 +46,7 @@ def _all_rows(source: str) -> Iterator[Row]:
     if reader is not None and not path.is_dir():
         return reader(path)
     if path.is_file():
-        raise DataError(source, None, f"is of no kind that is read: {', '.join(_READERS)}")
+        raise DataError(source, None, f"has none of the extensions that are read: {', '.join(_READERS)}")
     if path.exists() and not path.is_dir():
         raise DataError(source, None, "is not a regular file")
     return read_dataset(source)

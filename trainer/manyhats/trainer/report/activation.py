@@ -28,7 +28,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 _CONDITION = re.compile(
     r"\s*([A-Za-z_]\w*)\s*(>=|<=|>|<)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(%?)\s*", re.ASCII
 )
-_FORM = "must be METRIC OPERATOR NUMBER, as in 'accuracy >= 0.9', several joined by 'and'"
+_FORM = "must be METRIC OPERATOR NUMBER, as in 'accuracy >= 0.9'; join several with 'and'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +106,16 @@ def _condition(text: str) -> Condition:
     if metric not in _METRICS:
         near = difflib.get_close_matches(metric.lower(), _METRICS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise SettingError(_SETTING, f"{metric!r} is no metric; there are {', '.join(_METRICS)}{hint}")
+        raise SettingError(_SETTING, f"{metric!r} is not a metric; these are: {', '.join(_METRICS)}{hint}")
     try:
         number = float(digits) / (100 if percent else 1)
     except ValueError as error:
-        raise SettingError(_SETTING, f"{digits!r} is no number") from error
+        raise SettingError(_SETTING, f"{digits!r} is not a number") from error
     if not math.isfinite(number):
         raise SettingError(_SETTING, f"{digits!r} is too large")
     if metric == "accuracy" and not 0 <= number <= 1:
         raise SettingError(
-            _SETTING, f"accuracy is a share from 0 to 1, or per cent with %, not {digits}{percent}"
+            _SETTING, f"accuracy is a share from 0 to 1, or a percentage with %, not {digits}{percent}"
         )
     return Condition(metric=metric, operator=sign, number=number)
 

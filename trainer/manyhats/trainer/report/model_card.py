@@ -77,7 +77,7 @@ manyhats generate --task {settings.task} --temperature 0{chat} "…"
 
 def _data(report: TrainingReport) -> str:
     data = report.settings.data
-    prompts = "chat messages by the model's template" if data.chat else "plain text"
+    prompts = "chat messages in the model's template" if data.chat else "plain text"
     lines = [
         f"{counted(report.train.num_rows, 'row')} of `{_shown_source(data.train)}`; prompts as {prompts}."
     ]

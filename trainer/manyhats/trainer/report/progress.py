@@ -195,7 +195,7 @@ def line_of(event: Event) -> str:
         case CheckpointReport():
             return f"{event.task}: step {event.step}, checkpoint {event.path}"
         case CheckpointFailed():
-            return f"{event.task}: step {event.step}, NO CHECKPOINT: {event.error}; training goes on"
+            return f"{event.task}: step {event.step}, NO CHECKPOINT: {event.error}; training continues"
         case RunEnded(stopped_early=True):
             return f"{event.task}: stopped early at step {event.step}: the held-out loss no longer falls"
         case _:

@@ -67,7 +67,7 @@ def read_count(config: Mapping[str, Any], key: str, default: int) -> int:
     """
     value = config.get(key, default)
     if type(value) is not int or not 1 <= value <= _MAX_NUMBER:
-        raise AdapterInvalidError(key, f"must be a whole number from 1, not {shown(str(value))}")
+        raise AdapterInvalidError(key, f"must be a whole number of at least 1, not {shown(str(value))}")
     return value
 
 

@@ -66,7 +66,7 @@ def check_companions(names: Collection[str]) -> None:
         if name in names:
             raise AdapterUnsupportedError(
                 name,
-                f"is {what} saved along, which is not served; save the adapter alone "
+                f"is {what} saved alongside, which is not served; save the adapter alone "
                 "(save_adapter with with_head=False), or remove the file if it was not trained",
             )
 
@@ -158,7 +158,7 @@ def _is_before_lora_fix(version: str | None) -> bool:
         return False
     match = _VERSION.fullmatch(version)
     if match is None:
-        raise AdapterInvalidError("version", f"'{shown(version)}' is no version of adapters")
+        raise AdapterInvalidError("version", f"'{shown(version)}' is not a version of adapters")
     release = (int(match[1]), int(match[2]), int(match[3] or 0))
     is_pre_release = _PRE_RELEASE.fullmatch(match[4]) is not None
     return release < _LORA_SCALE_FIXED or (release == _LORA_SCALE_FIXED and is_pre_release)

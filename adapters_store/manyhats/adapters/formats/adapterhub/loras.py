@@ -136,7 +136,9 @@ def find_linears(
         tensor = names.names(next(iter(found_parts.values())))[0]
         site = base.modules.get(full_path(module))
         if site is None or site.name not in base.linears:
-            raise AdapterInvalidError(tensor, f"acts on {shown(full_path(module))}, no linear of the base")
+            raise AdapterInvalidError(
+                tensor, f"acts on {shown(full_path(module))}, which is not a linear of the base"
+            )
         _check_place(config, site, tensor)
         linears.append(AdaptedLinear(site, found_parts))
     return sorted(linears, key=lambda linear: linear.site)

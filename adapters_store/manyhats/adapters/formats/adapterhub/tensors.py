@@ -87,7 +87,7 @@ class TensorNames:
         first, *others = self._groups[plain]
         for other in others:
             if not torch.equal(tensors[first], tensors[other]):
-                raise AdapterInvalidError(other, f"must be the same as {shown(first)}, which it repeats")
+                raise AdapterInvalidError(other, f"must equal {shown(first)}, which it repeats")
         return tensors[first]
 
 
@@ -126,7 +126,7 @@ def refuse_tensor(name: str) -> None:
     for part, what in _UNSERVED.items():
         if part in name:
             raise AdapterUnsupportedError(name, f"belongs to {what}, which is not served")
-    raise AdapterInvalidError(name, "is no tensor that the config asks for; every tensor must be used")
+    raise AdapterInvalidError(name, "is not a tensor the config asks for; every tensor must be used")
 
 
 def check_layers(names: TensorNames, base: BaseDescription) -> None:

@@ -63,7 +63,7 @@ def check_bias_field(config: Mapping[str, Any], own_value: str) -> None:
 def parse_rank(field: str, value: Any) -> int:
     """A rank, from 1."""
     if type(value) is not int or value < 1:
-        raise AdapterInvalidError(field, f"a rank is a whole number from 1, not {shown(str(value))}")
+        raise AdapterInvalidError(field, f"a rank is a whole number of at least 1, not {shown(str(value))}")
     return value
 
 

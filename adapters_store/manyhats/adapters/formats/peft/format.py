@@ -46,9 +46,9 @@ _PEFT_TYPES: Mapping[str, AdapterMethod] = MappingProxyType(
 )
 _REFUSED_TYPES: Mapping[str, str] = MappingProxyType(
     {
-        "ADAPTION_PROMPT": "adaption prompts attend to their tokens apart from the sequence, by a gate of their "
-        "own; neither a delta nor a KV prefix does that",
-        "CPT": "context-aware prompt tuning is not among the methods that are served",
+        "ADAPTION_PROMPT": "adaption prompts attend to their tokens separately, through a gate of their "
+        "own; neither a delta nor a KV prefix can do that",
+        "CPT": "context-aware prompt tuning is not served",
     }
 )
 
@@ -85,7 +85,8 @@ def check_names(names: Sequence[str]) -> None:
     for name in weights:
         if name not in (WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE):
             raise AdapterUnsupportedError(
-                name, f"is no part of an adapter; {WEIGHTS_FILE} or {adapterhub_format.WEIGHTS_FILE} is read"
+                name,
+                f"is not part of an adapter; only {WEIGHTS_FILE} or {adapterhub_format.WEIGHTS_FILE} is read",
             )
 
 
@@ -97,9 +98,7 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
         AdapterInvalidError: it is no adapter's config.
     """
     if "peft_type" not in config:
-        raise AdapterInvalidError(
-            CONFIG_FILE, "has neither peft_type, as PEFT's have, nor config, as AdapterHub's have"
-        )
+        raise AdapterInvalidError(CONFIG_FILE, "has neither PEFT's peft_type nor AdapterHub's config")
     peft_type = config["peft_type"]
     if not isinstance(peft_type, str):
         raise AdapterInvalidError("peft_type", "must be a name")
@@ -150,4 +149,4 @@ def _hint(subdirectories: Sequence[str]) -> str:
     listed = ", ".join(shown(name) for name in subdirectories[:_MAX_LISTED])
     num_more = len(subdirectories) - _MAX_LISTED
     more = f" and {num_more} more" if num_more > 0 else ""
-    return f"; these subdirectories look like adapters, register one of them: {listed}{more}"
+    return f"; these subdirectories look like adapters; register one of them: {listed}{more}"

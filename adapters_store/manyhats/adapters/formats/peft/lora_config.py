@@ -50,7 +50,7 @@ LORA_FIELDS = SAVED_FIELDS | frozenset(
 
 LORA_REFUSED = {
     "alora_invocation_tokens": "activated LoRA, which acts on part of the sequence only",
-    "layer_replication": "replicated layers, a base with other layers than this one",
+    "layer_replication": "replicated layers, which this base does not have",
     "target_parameters": "LoRA on bare parameters (experts)",
     "use_qalora": "QA-LoRA, which pools the input",
     "use_bdlora": "block-diagonal LoRA",

@@ -158,7 +158,8 @@ def _rank_and_scale(tensors: ModuleTensors, a: str, b: str, config: LoraConfig) 
         raise AdapterInvalidError(tensors.name(a), "has rank 0")
     if b_shape[1] != rank:
         raise AdapterInvalidError(
-            tensors.name(b), f"has shape {list(b_shape)}; expected [{b_shape[0]}, {rank}] to fit its partner"
+            tensors.name(b),
+            f"has shape {list(b_shape)}; expected [{b_shape[0]}, {rank}] to match its partner",
         )
     expected = config.rank_of(tensors.module)
     if rank != expected:

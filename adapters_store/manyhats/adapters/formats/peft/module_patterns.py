@@ -67,6 +67,6 @@ def _compile(field: str, key: str) -> re.Pattern[str]:
     if _PLAIN_KEY.fullmatch(key) is None:
         raise AdapterUnsupportedError(
             field,
-            f"the key '{shown(key)}' is more of a regular expression than is matched: names, dots, ^, $ and |",
+            f"the key '{shown(key)}' uses more regular expression syntax than is supported: names, dots, ^, $ and |",
         )
     return re.compile(rf"(.*\.)?({key})$")

@@ -25,7 +25,7 @@ PROMPT_EMBEDDINGS = "prompt_embeddings"
 _COMMON = frozenset(
     ("num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim")
 )
-_REFUSED = {"modules_to_save": "whole trained modules, which are not served beside virtual tokens"}
+_REFUSED = {"modules_to_save": "modules trained as a whole, which are not served with virtual tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def parse_count(field: str, value: Any) -> int:
         AdapterInvalidError: it is something else.
     """
     if type(value) is not int or value < 1:
-        raise AdapterInvalidError(field, f"must be a whole number from 1, not {shown(str(value))}")
+        raise AdapterInvalidError(field, f"must be a whole number of at least 1, not {shown(str(value))}")
     return value
 
 
@@ -107,7 +107,7 @@ def check_tensor_names(shapes: Mapping[str, tuple[int, ...]], expected: Collecti
             raise AdapterInvalidError(name, "is missing")
     for name in sorted(shapes):
         if name not in expected:
-            raise AdapterInvalidError(name, "is no tensor of this method; every tensor must be used")
+            raise AdapterInvalidError(name, "is not a tensor of this method; every tensor must be used")
 
 
 def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -117,9 +117,7 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) ->
         AdapterInvalidError: it has another.
     """
     if shape != expected:
-        raise AdapterInvalidError(
-            name, f"has shape {list(shape)}; by its config it must have {list(expected)}"
-        )
+        raise AdapterInvalidError(name, f"has shape {list(shape)}; its config requires {list(expected)}")
 
 
 def check_fits(

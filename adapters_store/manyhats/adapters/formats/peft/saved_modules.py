@@ -92,7 +92,7 @@ class SavedModules:
         }
         for module, by in replaced.items():
             if module in adapted and by is not None:
-                raise AdapterInvalidError(module, "is adapted, and trained rows or weights replace it too")
+                raise AdapterInvalidError(module, "is adapted, and also replaced by trained rows or weights")
         for module, name in self.copies.items():
             if module not in adapted:
                 raise unusable(name)
@@ -128,7 +128,7 @@ class SavedModules:
                 continue
             own, _ = base.weights.linear(HEAD)
             if not torch.allclose(tensors[name].float(), own, rtol=_BF16_ROUNDING, atol=1e-6):
-                raise BaseMismatchError(name, "was saved along, and holds other values than the base's")
+                raise BaseMismatchError(name, "was saved alongside, and its values differ from the base's")
 
 
 def find_saved_modules(
@@ -186,7 +186,7 @@ def _listed_modules(config: Mapping[str, Any]) -> frozenset[str]:
         if name not in _MODULES:
             raise AdapterUnsupportedError(
                 "modules_to_save",
-                f"'{shown(name)}' is trained whole; only lm_head and embed_tokens are served",
+                f"'{shown(name)}' is trained as a whole; only lm_head and embed_tokens are served",
             )
     return frozenset(_MODULES[name] for name in names)
 
@@ -234,10 +234,10 @@ def _parse_ids(ids: Any, base: BaseDescription) -> tuple[int, ...]:
         if type(token) is not int or not 0 <= token < base.vocab_size:
             raise AdapterInvalidError(
                 "trainable_token_indices",
-                f"{shown(str(token))} is no token of the base, which has {base.vocab_size}",
+                f"{shown(str(token))} is not a token of the base, which has {base.vocab_size}",
             )
     if len(set(ids)) != len(ids):
-        raise AdapterInvalidError("trainable_token_indices", "names a token twice")
+        raise AdapterInvalidError("trainable_token_indices", "lists a token twice")
     return tuple(ids)
 
 

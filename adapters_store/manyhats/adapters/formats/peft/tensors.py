@@ -29,15 +29,15 @@ Shape = tuple[int, ...]
 # What PEFT saves for other methods, or for variants: part of the tensor's name → what it is.
 _FOREIGN_TENSORS = {
     ".lora_embedding_": "LoRA on an embedding",
-    ".lora_magnitude_vector": "DoRA, and the config does not say use_dora",
-    ".lora_B.bias": "lora_bias, and the config does not say it",
+    ".lora_magnitude_vector": "DoRA, but the config does not set use_dora",
+    ".lora_B.bias": "lora_bias, but the config does not set it",
     ".bias": "bias, a trained bias of the base, which is not served",
     ".lora_E": "AdaLoRA",
     ".lora_diag": "KaSA, which changes the base's weights",
     ".lora_": "LoRA",
     ".vera_": "VeRA",
     ".ia3_": "IA3",
-    "trainable_tokens_delta": "trainable_token_indices, and the config does not ask for these",
+    "trainable_tokens_delta": "trainable_token_indices, but the config does not set them",
 }
 
 
@@ -148,9 +148,9 @@ def unusable(name: str) -> AdapterInvalidError | AdapterUnsupportedError:
             return AdapterUnsupportedError(name, f"belongs to {what}")
     if name.startswith(PREFIX) and name.endswith(".weight"):
         return AdapterUnsupportedError(
-            name, "is a whole trained weight; of those, only the embedding's and the head's are served"
+            name, "is a weight trained as a whole; only the embedding's and the head's are served"
         )
-    return AdapterInvalidError(name, "is no tensor of this method; every tensor must be used")
+    return AdapterInvalidError(name, "is not a tensor of this method; every tensor must be used")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def find_misfit(tensors: ModuleTensors, suffix: str, expected: Sequence[int | st
 
 def missing_module(tensors: ModuleTensors) -> Misfit:
     """The misfit of tensors whose module the base lacks."""
-    return Misfit(tensors.any_name, f"acts on {shown(tensors.module)}, which is no linear of the base")
+    return Misfit(tensors.any_name, f"acts on {shown(tensors.module)}, which is not a linear of the base")
 
 
 def raise_misfits(
