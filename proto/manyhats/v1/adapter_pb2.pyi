@@ -41,18 +41,18 @@ class _AdapterMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     ADAPTER_METHOD_BOTTLENECK: _AdapterMethod.ValueType  # 6
     """Bottleneck layers after sub-layers (arXiv:1902.00751)."""
     ADAPTER_METHOD_PREFIX_TUNING: _AdapterMethod.ValueType  # 7
-    """Trained keys and values ahead of the sequence (arXiv:2101.00190)."""
+    """Trained keys and values before the sequence (arXiv:2101.00190)."""
     ADAPTER_METHOD_PROMPT_TUNING: _AdapterMethod.ValueType  # 8
-    """Trained input embeddings ahead of the sequence (arXiv:2104.08691)."""
+    """Trained input embeddings before the sequence (arXiv:2104.08691)."""
     ADAPTER_METHOD_P_TUNING: _AdapterMethod.ValueType  # 9
-    """Input embeddings ahead of the sequence from a trained encoder (arXiv:2103.10385)."""
+    """Input embeddings before the sequence, from a trained encoder (arXiv:2103.10385)."""
     ADAPTER_METHOD_MULTITASK_PROMPT_TUNING: _AdapterMethod.ValueType  # 10
     """Prompt tuning shared by several tasks (arXiv:2303.02861)."""
     ADAPTER_METHOD_COMPOSED: _AdapterMethod.ValueType  # 11
     """Several artifacts that act together as one task."""
 
 class AdapterMethod(_AdapterMethod, metaclass=_AdapterMethodEnumTypeWrapper):
-    """How an adapter was made, and so how it acts on the base model."""
+    """How an adapter was made, and hence how it acts on the base model."""
 
 ADAPTER_METHOD_UNSPECIFIED: AdapterMethod.ValueType  # 0
 """Not set."""
@@ -69,11 +69,11 @@ ADAPTER_METHOD_IA3: AdapterMethod.ValueType  # 5
 ADAPTER_METHOD_BOTTLENECK: AdapterMethod.ValueType  # 6
 """Bottleneck layers after sub-layers (arXiv:1902.00751)."""
 ADAPTER_METHOD_PREFIX_TUNING: AdapterMethod.ValueType  # 7
-"""Trained keys and values ahead of the sequence (arXiv:2101.00190)."""
+"""Trained keys and values before the sequence (arXiv:2101.00190)."""
 ADAPTER_METHOD_PROMPT_TUNING: AdapterMethod.ValueType  # 8
-"""Trained input embeddings ahead of the sequence (arXiv:2104.08691)."""
+"""Trained input embeddings before the sequence (arXiv:2104.08691)."""
 ADAPTER_METHOD_P_TUNING: AdapterMethod.ValueType  # 9
-"""Input embeddings ahead of the sequence from a trained encoder (arXiv:2103.10385)."""
+"""Input embeddings before the sequence, from a trained encoder (arXiv:2103.10385)."""
 ADAPTER_METHOD_MULTITASK_PROMPT_TUNING: AdapterMethod.ValueType  # 10
 """Prompt tuning shared by several tasks (arXiv:2303.02861)."""
 ADAPTER_METHOD_COMPOSED: AdapterMethod.ValueType  # 11
@@ -91,7 +91,7 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     ADAPTER_STATE_CREATING: _AdapterState.ValueType  # 1
     """Being checked and stored; cannot be used yet."""
     ADAPTER_STATE_ACTIVE: _AdapterState.ValueType  # 2
-    """The version that the bare task id means."""
+    """The version that the bare task id refers to."""
     ADAPTER_STATE_INACTIVE: _AdapterState.ValueType  # 3
     """Usable as "task@version" only."""
     ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 4
@@ -107,7 +107,7 @@ ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
 ADAPTER_STATE_CREATING: AdapterState.ValueType  # 1
 """Being checked and stored; cannot be used yet."""
 ADAPTER_STATE_ACTIVE: AdapterState.ValueType  # 2
-"""The version that the bare task id means."""
+"""The version that the bare task id refers to."""
 ADAPTER_STATE_INACTIVE: AdapterState.ValueType  # 3
 """Usable as "task@version" only."""
 ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
@@ -129,7 +129,7 @@ class _AdapterResidencyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adap
     ADAPTER_RESIDENCY_HOST: _AdapterResidency.ValueType  # 2
     """In the host's memory, beside the device's."""
     ADAPTER_RESIDENCY_DISK: _AdapterResidency.ValueType  # 3
-    """In the store alone; the next request loads it."""
+    """Only in the store; the next request loads it."""
 
 class AdapterResidency(_AdapterResidency, metaclass=_AdapterResidencyEnumTypeWrapper):
     """The fastest memory that holds an adapter's weights right now."""
@@ -141,7 +141,7 @@ ADAPTER_RESIDENCY_DEVICE: AdapterResidency.ValueType  # 1
 ADAPTER_RESIDENCY_HOST: AdapterResidency.ValueType  # 2
 """In the host's memory, beside the device's."""
 ADAPTER_RESIDENCY_DISK: AdapterResidency.ValueType  # 3
-"""In the store alone; the next request loads it."""
+"""Only in the store; the next request loads it."""
 Global___AdapterResidency: _TypeAlias = AdapterResidency  # noqa: Y015
 
 @_typing.final
@@ -192,8 +192,8 @@ class ArtifactPart(_message.Message):
     """Where it was registered from."""
     @_builtins.property
     def text_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Its files beside config and tensors, which say how its task reads and writes text: "chat_template.jinja",
-        "tokenizer.json" and the like.
+        """Its files besides config and tensors, which determine how its task reads and writes text: "chat_template.jinja",
+        "tokenizer.json" and so on.
         """
 
     def __init__(
@@ -257,7 +257,7 @@ class Adapter(_message.Message):
     task_id: _builtins.str
     """The task id, without a version."""
     version: _builtins.int
-    """Counts up per task, from 1; never used again after a deletion."""
+    """Counts up per task, from 1; never reused after a deletion."""
     digest: _builtins.str
     """"sha256:…": over the artifact's files, or over the digests and weights of a composed task's parts. The same bytes
     have the same digest.
@@ -267,18 +267,18 @@ class Adapter(_message.Message):
     state: Global___AdapterState.ValueType
     """Where it is in its life."""
     state_reason: _builtins.str
-    """Why it is in that state, where there is something to say."""
+    """Why it is in that state, if there is something to say."""
     size_bytes: _builtins.int
     """Size of the stored files, in bytes."""
     num_parameters: _builtins.int
     """Number of trained parameters."""
     source: _builtins.str
-    """The uri it was registered from; "upload" for an upload, and "composed" where parts say it."""
+    """The uri it was registered from; "upload" for an upload, and "composed" if the parts have their own."""
     base_model: _builtins.str
     """What the artifact itself names as its base model; may be empty."""
     effect: _builtins.float
     """How far it moves the base model's log-probabilities, in nats, as measured at registration: the mean over a short
-    prompt of the largest change; unset where not measured.
+    prompt of the largest change; unset if not measured.
     """
     residency: Global___AdapterResidency.ValueType
     """The fastest memory that holds it now."""
@@ -292,7 +292,7 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What an operator should know of it, such as an artifact that names no base model."""
+        """What an operator should know about it, such as that the artifact names no base model."""
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArtifactPart]:
@@ -330,7 +330,7 @@ Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class AdapterPart(_message.Message):
-    """One part of a composed task: at most one may have virtual tokens."""
+    """One part of a composed task; at most one part may have virtual tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -402,16 +402,16 @@ class RegisterAdapterRequest(_message.Message):
     expected_digest: _builtins.str
     """"sha256:…" that the artifact must have; empty = any."""
     request_id: _builtins.str
-    """Makes a repeat of this request safe: the same id with another body is refused; empty = none."""
+    """Makes repeating this request safe: the same id with another body is refused; empty = none."""
     assume_base: _builtins.bool
-    """Takes the server's base for the one that is meant, whatever name the adapter records; its shapes must fit still."""
+    """Assumes that the adapter is meant for the server's base, whatever base it names; its shapes must still fit."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels to keep with the version."""
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterPart]:
-        """A composed task, in place of uri."""
+        """A composed task, instead of uri."""
 
     def __init__(
         self,
@@ -445,7 +445,7 @@ class RegisterAdapterResponse(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
     created: _builtins.bool
-    """Whether this call made the version; false if the task had the same digest already."""
+    """Whether this call made the version; false if the task already had the same digest."""
     @_builtins.property
     def adapter(self) -> Global___Adapter:
         """The version, new or existing; with validate_only, what it would be."""
@@ -537,9 +537,9 @@ class UploadHeader(_message.Message):
     expected_digest: _builtins.str
     """"sha256:…" that the artifact must have; empty = any."""
     request_id: _builtins.str
-    """Makes a repeat of this request safe; empty = none."""
+    """Makes repeating this request safe; empty = none."""
     assume_base: _builtins.bool
-    """Takes the server's base for the one that is meant, whatever name the adapter records; its shapes must fit still."""
+    """Assumes that the adapter is meant for the server's base, whatever base it names; its shapes must still fit."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileInfo]:
         """The files that follow, in the order that file_index counts."""
@@ -582,7 +582,7 @@ class FileChunk(_message.Message):
     file_index: _builtins.int
     """Which file, counted from 0 in the header's order."""
     offset: _builtins.int
-    """Where in the file the data begin, in bytes."""
+    """Where in the file the data begins, in bytes."""
     data: _builtins.bytes
     """The bytes."""
     def __init__(
@@ -641,7 +641,7 @@ class UploadAdapterResponse(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
     created: _builtins.bool
-    """Whether this call made the version; false if the task had the same digest already."""
+    """Whether this call made the version; false if the task already had the same digest."""
     @_builtins.property
     def adapter(self) -> Global___Adapter:
         """The version, new or existing; with validate_only, what it would be."""
@@ -718,7 +718,7 @@ class ListAdaptersRequest(_message.Message):
     task_id: _builtins.str
     """Only this task's versions; empty = every task."""
     page_size: _builtins.int
-    """At most so many in one page; 0 = 100, and more than 1000 is 1000."""
+    """At most this many in one page; 0 = 100, and more than 1000 is 1000."""
     page_token: _builtins.str
     """next_page_token of the page before; empty = the first page."""
     def __init__(

@@ -78,10 +78,10 @@ class AdapterServiceServicer:
     """
 
     def RegisterAdapter(self, request, context):
-        """Copies an adapter, or the parts of a composed one, from where the server can read it, checks it, measures that
-        it changes the model's output, and makes it a version of a task.
+        """Copies an adapter, or the parts of a composed one, from where the server can read it, checks it, verifies that it
+        changes the model's output, and makes it a version of a task.
 
-        The same task and the same digest again answer with the version that exists already. Errors: INVALID_ARGUMENT
+        Repeating the same task and digest returns the version that already exists. Errors: INVALID_ARGUMENT
         (FIELD_INVALID, ADAPTER_INVALID, ADAPTER_UNSUPPORTED, ADAPTER_UNSAFE, ADAPTER_TOO_LARGE, ADAPTER_NO_EFFECT,
         DIGEST_MISMATCH), PERMISSION_DENIED (SOURCE_NOT_ALLOWED), NOT_FOUND (SOURCE_NOT_FOUND), FAILED_PRECONDITION
         (BASE_MISMATCH), ALREADY_EXISTS (REQUEST_ID_REUSED: the same request_id with another body), RESOURCE_EXHAUSTED
@@ -97,12 +97,12 @@ class AdapterServiceServicer:
         Beside its config and tensors an adapter may have text files: chat_template.jinja, tokenizer.json,
         tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
-        The first message is the header; chunks follow, in any order. Once the server takes the header, its initial
-        metadata say "manyhats-upload: accepted": a caller may wait for that, and send nothing in vain. Nothing is visible
-        until the last byte is verified, and an upload that ends early leaves nothing: repeat it whole.
+        The first message is the header; chunks follow, in any order. Once the server accepts the header, its initial
+        metadata say "manyhats-upload: accepted": a caller may wait for that before sending anything more. Nothing is
+        visible until the last byte is verified, and an upload that ends early leaves nothing behind: repeat it whole.
 
-        Errors: those of RegisterAdapter, and DEADLINE_EXCEEDED (UPLOAD_STALLED: nothing came for too long). Where too many
-        uploads are under way, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) has a RetryInfo that says when to come again.
+        Errors: those of RegisterAdapter, and DEADLINE_EXCEEDED (UPLOAD_STALLED: nothing came for too long). If too many
+        uploads are in progress, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) has a RetryInfo that says when to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,8 +125,8 @@ class AdapterServiceServicer:
     def ActivateAdapter(self, request, context):
         """Moves a task to one of its versions, forward or back.
 
-        The version is loaded first, so that no request waits for it; each request runs wholly on one version, which its
-        answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS where its stored bytes are damaged.
+        The version is loaded first, so that no request waits for it; each request runs entirely on one version, which its
+        answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS if its stored bytes are damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,8 +135,8 @@ class AdapterServiceServicer:
     def DeleteAdapter(self, request, context):
         """Deletes one version, or a task with all its versions.
 
-        New requests for it are refused at once. A version in use is deleted only with force, and requests that run on
-        it finish: FAILED_PRECONDITION (ADAPTER_IN_USE) else.
+        New requests for it are refused at once. A version in use is deleted only with force, and requests running on it
+        finish; otherwise FAILED_PRECONDITION (ADAPTER_IN_USE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,10 +38,10 @@ class AdapterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.RegisterAdapterRequest, _adapter_pb2.RegisterAdapterResponse]
-    """Copies an adapter, or the parts of a composed one, from where the server can read it, checks it, measures that
-    it changes the model's output, and makes it a version of a task.
+    """Copies an adapter, or the parts of a composed one, from where the server can read it, checks it, verifies that it
+    changes the model's output, and makes it a version of a task.
 
-    The same task and the same digest again answer with the version that exists already. Errors: INVALID_ARGUMENT
+    Repeating the same task and digest returns the version that already exists. Errors: INVALID_ARGUMENT
     (FIELD_INVALID, ADAPTER_INVALID, ADAPTER_UNSUPPORTED, ADAPTER_UNSAFE, ADAPTER_TOO_LARGE, ADAPTER_NO_EFFECT,
     DIGEST_MISMATCH), PERMISSION_DENIED (SOURCE_NOT_ALLOWED), NOT_FOUND (SOURCE_NOT_FOUND), FAILED_PRECONDITION
     (BASE_MISMATCH), ALREADY_EXISTS (REQUEST_ID_REUSED: the same request_id with another body), RESOURCE_EXHAUSTED
@@ -53,12 +53,12 @@ class AdapterServiceStub:
     Beside its config and tensors an adapter may have text files: chat_template.jinja, tokenizer.json,
     tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
-    The first message is the header; chunks follow, in any order. Once the server takes the header, its initial
-    metadata say "manyhats-upload: accepted": a caller may wait for that, and send nothing in vain. Nothing is visible
-    until the last byte is verified, and an upload that ends early leaves nothing: repeat it whole.
+    The first message is the header; chunks follow, in any order. Once the server accepts the header, its initial
+    metadata say "manyhats-upload: accepted": a caller may wait for that before sending anything more. Nothing is
+    visible until the last byte is verified, and an upload that ends early leaves nothing behind: repeat it whole.
 
-    Errors: those of RegisterAdapter, and DEADLINE_EXCEEDED (UPLOAD_STALLED: nothing came for too long). Where too many
-    uploads are under way, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) has a RetryInfo that says when to come again.
+    Errors: those of RegisterAdapter, and DEADLINE_EXCEEDED (UPLOAD_STALLED: nothing came for too long). If too many
+    uploads are in progress, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) has a RetryInfo that says when to retry.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]
     """Describes one version. Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION)."""
@@ -67,14 +67,14 @@ class AdapterServiceStub:
     ActivateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ActivateAdapterRequest, _adapter_pb2.ActivateAdapterResponse]
     """Moves a task to one of its versions, forward or back.
 
-    The version is loaded first, so that no request waits for it; each request runs wholly on one version, which its
-    answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS where its stored bytes are damaged.
+    The version is loaded first, so that no request waits for it; each request runs entirely on one version, which its
+    answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS if its stored bytes are damaged.
     """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]
     """Deletes one version, or a task with all its versions.
 
-    New requests for it are refused at once. A version in use is deleted only with force, and requests that run on
-    it finish: FAILED_PRECONDITION (ADAPTER_IN_USE) else.
+    New requests for it are refused at once. A version in use is deleted only with force, and requests running on it
+    finish; otherwise FAILED_PRECONDITION (ADAPTER_IN_USE).
     """
 
 @_typing.type_check_only
@@ -87,10 +87,10 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RegisterAdapterRequest, _adapter_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
-    """Copies an adapter, or the parts of a composed one, from where the server can read it, checks it, measures that
-    it changes the model's output, and makes it a version of a task.
+    """Copies an adapter, or the parts of a composed one, from where the server can read it, checks it, verifies that it
+    changes the model's output, and makes it a version of a task.
 
-    The same task and the same digest again answer with the version that exists already. Errors: INVALID_ARGUMENT
+    Repeating the same task and digest returns the version that already exists. Errors: INVALID_ARGUMENT
     (FIELD_INVALID, ADAPTER_INVALID, ADAPTER_UNSUPPORTED, ADAPTER_UNSAFE, ADAPTER_TOO_LARGE, ADAPTER_NO_EFFECT,
     DIGEST_MISMATCH), PERMISSION_DENIED (SOURCE_NOT_ALLOWED), NOT_FOUND (SOURCE_NOT_FOUND), FAILED_PRECONDITION
     (BASE_MISMATCH), ALREADY_EXISTS (REQUEST_ID_REUSED: the same request_id with another body), RESOURCE_EXHAUSTED
@@ -102,12 +102,12 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     Beside its config and tensors an adapter may have text files: chat_template.jinja, tokenizer.json,
     tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
-    The first message is the header; chunks follow, in any order. Once the server takes the header, its initial
-    metadata say "manyhats-upload: accepted": a caller may wait for that, and send nothing in vain. Nothing is visible
-    until the last byte is verified, and an upload that ends early leaves nothing: repeat it whole.
+    The first message is the header; chunks follow, in any order. Once the server accepts the header, its initial
+    metadata say "manyhats-upload: accepted": a caller may wait for that before sending anything more. Nothing is
+    visible until the last byte is verified, and an upload that ends early leaves nothing behind: repeat it whole.
 
-    Errors: those of RegisterAdapter, and DEADLINE_EXCEEDED (UPLOAD_STALLED: nothing came for too long). Where too many
-    uploads are under way, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) has a RetryInfo that says when to come again.
+    Errors: those of RegisterAdapter, and DEADLINE_EXCEEDED (UPLOAD_STALLED: nothing came for too long). If too many
+    uploads are in progress, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) has a RetryInfo that says when to retry.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Describes one version. Errors: NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION)."""
@@ -116,14 +116,14 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ActivateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ActivateAdapterRequest, _adapter_pb2.ActivateAdapterResponse]  # type: ignore[assignment]
     """Moves a task to one of its versions, forward or back.
 
-    The version is loaded first, so that no request waits for it; each request runs wholly on one version, which its
-    answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS where its stored bytes are damaged.
+    The version is loaded first, so that no request waits for it; each request runs entirely on one version, which its
+    answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS if its stored bytes are damaged.
     """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Deletes one version, or a task with all its versions.
 
-    New requests for it are refused at once. A version in use is deleted only with force, and requests that run on
-    it finish: FAILED_PRECONDITION (ADAPTER_IN_USE) else.
+    New requests for it are refused at once. A version in use is deleted only with force, and requests running on it
+    finish; otherwise FAILED_PRECONDITION (ADAPTER_IN_USE).
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -139,10 +139,10 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.RegisterAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.RegisterAdapterResponse, _abc.Awaitable[_adapter_pb2.RegisterAdapterResponse]]:
-        """Copies an adapter, or the parts of a composed one, from where the server can read it, checks it, measures that
-        it changes the model's output, and makes it a version of a task.
+        """Copies an adapter, or the parts of a composed one, from where the server can read it, checks it, verifies that it
+        changes the model's output, and makes it a version of a task.
 
-        The same task and the same digest again answer with the version that exists already. Errors: INVALID_ARGUMENT
+        Repeating the same task and digest returns the version that already exists. Errors: INVALID_ARGUMENT
         (FIELD_INVALID, ADAPTER_INVALID, ADAPTER_UNSUPPORTED, ADAPTER_UNSAFE, ADAPTER_TOO_LARGE, ADAPTER_NO_EFFECT,
         DIGEST_MISMATCH), PERMISSION_DENIED (SOURCE_NOT_ALLOWED), NOT_FOUND (SOURCE_NOT_FOUND), FAILED_PRECONDITION
         (BASE_MISMATCH), ALREADY_EXISTS (REQUEST_ID_REUSED: the same request_id with another body), RESOURCE_EXHAUSTED
@@ -160,12 +160,12 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         Beside its config and tensors an adapter may have text files: chat_template.jinja, tokenizer.json,
         tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
-        The first message is the header; chunks follow, in any order. Once the server takes the header, its initial
-        metadata say "manyhats-upload: accepted": a caller may wait for that, and send nothing in vain. Nothing is visible
-        until the last byte is verified, and an upload that ends early leaves nothing: repeat it whole.
+        The first message is the header; chunks follow, in any order. Once the server accepts the header, its initial
+        metadata say "manyhats-upload: accepted": a caller may wait for that before sending anything more. Nothing is
+        visible until the last byte is verified, and an upload that ends early leaves nothing behind: repeat it whole.
 
-        Errors: those of RegisterAdapter, and DEADLINE_EXCEEDED (UPLOAD_STALLED: nothing came for too long). Where too many
-        uploads are under way, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) has a RetryInfo that says when to come again.
+        Errors: those of RegisterAdapter, and DEADLINE_EXCEEDED (UPLOAD_STALLED: nothing came for too long). If too many
+        uploads are in progress, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED) has a RetryInfo that says when to retry.
         """
 
     @_abc_1.abstractmethod
@@ -192,8 +192,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapter_pb2.ActivateAdapterResponse, _abc.Awaitable[_adapter_pb2.ActivateAdapterResponse]]:
         """Moves a task to one of its versions, forward or back.
 
-        The version is loaded first, so that no request waits for it; each request runs wholly on one version, which its
-        answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS where its stored bytes are damaged.
+        The version is loaded first, so that no request waits for it; each request runs entirely on one version, which its
+        answer names. Errors: NOT_FOUND (TASK_NOT_FOUND), DATA_LOSS if its stored bytes are damaged.
         """
 
     @_abc_1.abstractmethod
@@ -204,8 +204,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapter_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapter_pb2.DeleteAdapterResponse]]:
         """Deletes one version, or a task with all its versions.
 
-        New requests for it are refused at once. A version in use is deleted only with force, and requests that run on
-        it finish: FAILED_PRECONDITION (ADAPTER_IN_USE) else.
+        New requests for it are refused at once. A version in use is deleted only with force, and requests running on it
+        finish; otherwise FAILED_PRECONDITION (ADAPTER_IN_USE).
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

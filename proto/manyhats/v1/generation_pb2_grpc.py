@@ -70,11 +70,11 @@ class GenerationServiceServicer:
     def Generate(self, request, context):
         """Generates one answer and sends it whole.
 
-        Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED where what the request forbids leaves no
+        Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED if what the request forbids leaves no
         token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
-        (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD where the caller does not read its answer), UNAVAILABLE (LOADING,
+        (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE (LOADING,
         DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
-        DEADLINE_EXCEEDED, CANCELLED. All methods of this service have them; an answer has at most 256 MiB.
+        DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them; an answer has at most 256 MiB.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -82,7 +82,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Generates one answer and sends it as it grows; the pieces concatenated equal the answer of Generate.
+        """Generates one answer and streams it; the pieces concatenated equal the answer of Generate.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         """
@@ -91,14 +91,14 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Gives the log-probability of each continuation after one prompt, which is computed once.
+        """Returns the log-probability of each continuation after one prompt, which is computed once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Gives the tokens a prompt becomes: at most 262144, whose texts have at most 8 MiB together. Computes nothing on the
+        """Returns the tokens a prompt becomes: at most 262144, of at most 8 MiB of text in total. Computes nothing on the
         model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

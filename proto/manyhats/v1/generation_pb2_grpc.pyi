@@ -40,22 +40,22 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Generates one answer and sends it whole.
 
-    Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED where what the request forbids leaves no
+    Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED if what the request forbids leaves no
     token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
-    (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD where the caller does not read its answer), UNAVAILABLE (LOADING,
+    (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE (LOADING,
     DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
-    DEADLINE_EXCEEDED, CANCELLED. All methods of this service have them; an answer has at most 256 MiB.
+    DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them; an answer has at most 256 MiB.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateStreamResponse]
-    """Generates one answer and sends it as it grows; the pieces concatenated equal the answer of Generate.
+    """Generates one answer and streams it; the pieces concatenated equal the answer of Generate.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     """
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
-    """Gives the log-probability of each continuation after one prompt, which is computed once."""
+    """Returns the log-probability of each continuation after one prompt, which is computed once."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
-    """Gives the tokens a prompt becomes: at most 262144, whose texts have at most 8 MiB together. Computes nothing on the
+    """Returns the tokens a prompt becomes: at most 262144, of at most 8 MiB of text in total. Computes nothing on the
     model.
     """
 
@@ -71,22 +71,22 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates one answer and sends it whole.
 
-    Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED where what the request forbids leaves no
+    Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED if what the request forbids leaves no
     token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
-    (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD where the caller does not read its answer), UNAVAILABLE (LOADING,
+    (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE (LOADING,
     DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
-    DEADLINE_EXCEEDED, CANCELLED. All methods of this service have them; an answer has at most 256 MiB.
+    DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them; an answer has at most 256 MiB.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
-    """Generates one answer and sends it as it grows; the pieces concatenated equal the answer of Generate.
+    """Generates one answer and streams it; the pieces concatenated equal the answer of Generate.
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     """
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Gives the log-probability of each continuation after one prompt, which is computed once."""
+    """Returns the log-probability of each continuation after one prompt, which is computed once."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Gives the tokens a prompt becomes: at most 262144, whose texts have at most 8 MiB together. Computes nothing on the
+    """Returns the tokens a prompt becomes: at most 262144, of at most 8 MiB of text in total. Computes nothing on the
     model.
     """
 
@@ -105,11 +105,11 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_generation_pb2.GenerateResponse, _abc.Awaitable[_generation_pb2.GenerateResponse]]:
         """Generates one answer and sends it whole.
 
-        Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED where what the request forbids leaves no
+        Errors: INVALID_ARGUMENT (FIELD_INVALID, PROMPT_TOO_LONG; NO_TOKEN_ALLOWED if what the request forbids leaves no
         token to choose from), NOT_FOUND (TASK_NOT_FOUND), FAILED_PRECONDITION (NO_ACTIVE_VERSION), RESOURCE_EXHAUSTED
-        (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD where the caller does not read its answer), UNAVAILABLE (LOADING,
+        (QUEUE_FULL, ADAPTER_CAPACITY; STREAM_UNREAD if the caller does not read its answer), UNAVAILABLE (LOADING,
         DRAINING, ENGINE_DEAD), INTERNAL (NUMERICAL_ERROR; INTERNAL with an error_id that the server's log has),
-        DEADLINE_EXCEEDED, CANCELLED. All methods of this service have them; an answer has at most 256 MiB.
+        DEADLINE_EXCEEDED, CANCELLED. All methods of this service share them; an answer has at most 256 MiB.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
 
@@ -119,7 +119,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateStreamResponse], _abc.AsyncIterator[_generation_pb2.GenerateStreamResponse]]:
-        """Generates one answer and sends it as it grows; the pieces concatenated equal the answer of Generate.
+        """Generates one answer and streams it; the pieces concatenated equal the answer of Generate.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         """
@@ -130,7 +130,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
-        """Gives the log-probability of each continuation after one prompt, which is computed once."""
+        """Returns the log-probability of each continuation after one prompt, which is computed once."""
 
     @_abc_1.abstractmethod
     def Tokenize(
@@ -138,7 +138,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.TokenizeResponse, _abc.Awaitable[_generation_pb2.TokenizeResponse]]:
-        """Gives the tokens a prompt becomes: at most 262144, whose texts have at most 8 MiB together. Computes nothing on the
+        """Returns the tokens a prompt becomes: at most 262144, of at most 8 MiB of text in total. Computes nothing on the
         model.
         """
 

@@ -66,7 +66,7 @@ class GetServerInfoResponse(_message.Message):
     """Number of token ids."""
     @_builtins.property
     def limits(self) -> Global___ServerLimits:
-        """What a caller may ask for at most."""
+        """The most that a caller may ask for."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class ServerLimits(_message.Message):
-    """What a caller may ask for at most."""
+    """The most that a caller may ask for."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -130,7 +130,7 @@ class ServerLimits(_message.Message):
     max_transfers: _builtins.int
     """Uploads, and downloads of adapters, at a time."""
     max_tasks: _builtins.int
-    """Tasks in the store; unset where there is no bound, as in those below."""
+    """Tasks in the store; unset if there is no bound, as for those below."""
     max_versions_per_task: _builtins.int
     """Versions of a task."""
     max_bytes_per_task: _builtins.int
