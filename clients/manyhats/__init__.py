@@ -3,7 +3,7 @@
 Attributes:
     __version__: of the installed distribution.
 
-The package's other parts lie in other folders of a checkout (``manyhats.engine`` in ``server``, and so on); a wheel has
+The package's other parts are in other folders of a checkout (``manyhats.engine`` in ``server``, and so on); a wheel has
 them side by side. This is the only ``__init__.py`` at this level: it finds them wherever they are.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        # Looked up when it is asked for: it takes longer than everything else that importing a client does here.
+        # Looked up on access: it takes longer than everything else that importing a client does here.
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import version

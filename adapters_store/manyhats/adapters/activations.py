@@ -1,7 +1,7 @@
-"""Activation functions by the names that adapter configs give them: names of transformers, and one of AdapterHub.
+"""Activation functions by the names that adapter configs use: transformers' names, and one of AdapterHub's.
 
-Several names mean one function; ``ACTIVATIONS`` holds each function once, and lowering stores its name there. An
-engine needs the functions of ``ACTIVATIONS`` and no others.
+Several names may mean one function; ``ACTIVATIONS`` holds each function once, and lowering stores its name there. An
+engine needs only the functions in ``ACTIVATIONS``.
 
 Source: transformers' ``activations.py``, whose ``ACT2FN`` AdapterHub looks names up in.
 """
@@ -27,12 +27,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """``gelu`` by a tanh: ``x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))``. Source: arXiv:1606.08415, section 2."""
+    """``gelu`` by tanh: ``x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))``. Source: arXiv:1606.08415, section 2."""
     return functional.gelu(x, approximate="tanh")
 
 
 def gelu_10(x: Tensor) -> Tensor:
-    """``gelu`` held to [−10, 10]. Source: Wu et al. 2020 (arXiv:2004.09602)."""
+    """``gelu`` clipped to [−10, 10]. Source: Wu et al. 2020 (arXiv:2004.09602)."""
     return functional.gelu(x).clamp(-10.0, 10.0)
 
 
@@ -105,10 +105,10 @@ _LEARNED = frozenset(("prelu", "xielu"))
 
 
 def activation_name(key: str, value: object) -> str:
-    """The name in ``ACTIVATIONS`` of the function that a config's ``key`` names; case does not count.
+    """The name in ``ACTIVATIONS`` of the function that a config's ``key`` names; case does not matter.
 
     Raises:
-        AdapterInvalidError: it is no name.
+        AdapterInvalidError: it is not a name.
         AdapterUnsupportedError: an unknown function, or one that has parameters of its own.
     """
     if not isinstance(value, str):

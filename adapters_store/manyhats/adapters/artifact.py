@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class AdapterMethod(Enum):
-    """How an adapter was made, and so how it acts."""
+    """How an adapter was made, and hence how it acts."""
 
     LORA = "lora"
     DORA = "dora"
@@ -47,7 +47,7 @@ class ArtifactPart:
         digest: ``sha256:…`` over the artifact's files.
         weight: scales its deltas.
         source: the uri it was registered from.
-        text_files: names of the files it has beside config and tensors, which say how its task reads and writes text.
+        text_files: names of its files besides config and tensors, which determine how its task reads and writes text.
     """
 
     digest: str
@@ -63,16 +63,16 @@ class AdapterRecord:
     Attributes:
         task_id: the name callers use.
         version: counts up per task, from 1.
-        digest: names what the version does; the same bytes have the same digest. Of a plain version it is the
-            artifact's, of a composed one its parts' and their weights' (``composed_digest``).
+        digest: names what the version does; the same bytes have the same digest. For a plain version it is the
+            artifact's, for a composed one that of its parts and their weights (``composed_digest``).
         parts: the artifacts it is made of; a plain version has one, of weight 1.
         size_bytes: of the stored files.
         source: the uri it was registered from.
         base_model: what the artifact names as its base; may be empty.
-        registered_for: digest and names of the base that it was registered for; empty where nobody noted them.
-        effect: how far it moves the base's logits, as measured at registration; None where nothing measured.
-        notes: what the operator should know of it, such as an unnamed base.
-        text: names what its text files mean, as ``TextFacts.fingerprint`` does; empty if it is what the base's mean.
+        registered_for: digest and names of the base that it was registered for; empty if they were not recorded.
+        effect: how far it moves the base's logits, as measured at registration; None if not measured.
+        notes: what the operator should know about it, such as an unnamed base.
+        text: names what its text files mean, as ``TextFacts.fingerprint`` does; empty if they mean what the base's do.
     """
 
     task_id: str
@@ -100,7 +100,7 @@ class AdapterRecord:
 
     @property
     def is_composed(self) -> bool:
-        """Whether its artifacts are combined by ``compose``, rather than one served as it is."""
+        """Whether its artifacts are combined by ``compose``, rather than a single one served as it is."""
         return self.method is AdapterMethod.COMPOSED
 
 

@@ -37,7 +37,7 @@ _MAX_SHOWN = 200
 
 
 def shown(text: str) -> str:
-    """Text from outside, made fit for a message: printable, and at most 200 characters."""
+    """Text from outside, made safe for a message: printable, and at most 200 characters."""
     clean = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text[: _MAX_SHOWN + 1])
     return clean if len(clean) <= _MAX_SHOWN else clean[:_MAX_SHOWN] + "…"
 
@@ -46,7 +46,7 @@ class AdapterError(Exception):
     """Any error of an adapter or of the store.
 
     Attributes:
-        reason: the API's word for the case; a class attribute.
+        reason: the API's name for the case; a class attribute.
         subject: the file, tensor, config key, field, limit or name that is at fault.
         description: what is wrong with it, in one sentence.
     """
@@ -117,7 +117,7 @@ class AdapterUnsafeError(ArtifactError):
 
 
 class AdapterTooLargeError(ArtifactError):
-    """The artifact is over a limit; ``subject`` is the file, tensor or key that passes it."""
+    """The artifact is over a limit; ``subject`` is the file, tensor or key that exceeds it."""
 
     reason = "ADAPTER_TOO_LARGE"
 
@@ -167,7 +167,7 @@ class RequestIdReusedError(AdapterError):
 class QuotaExceededError(AdapterError):
     """The store may hold no more of it; ``subject`` is the quota, such as ``max_versions_per_task``.
 
-    ``retry_after_s`` is when there may be room again, where that comes by itself.
+    ``retry_after_s`` is when there may be room again, if waiting helps.
     """
 
     reason = "QUOTA_EXCEEDED"

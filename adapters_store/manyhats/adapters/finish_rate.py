@@ -1,4 +1,4 @@
-"""How long a queue takes, from how fast things in it have been getting done: what refused callers are told to wait."""
+"""How long a queue takes, from how fast its entries have been finishing: what refused callers are told to wait."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Callable
 
 _BUCKET_S = 0.5
 _WINDOWS_S = (2.0, 10.0, 30.0)
-"""The fastest of these counts: after a lull only the short one is full, and slow work shows in the long one alone."""
+"""The fastest of these counts: after a lull only the short one is full, and slow work shows only in the long one."""
 _UNKNOWN_S = 1.0
 _MIN_S = 0.1
 _MAX_S = 60.0
 
 
 class FinishRate:
-    """Counts what finishes, of late. Safe from any thread.
+    """Counts what finished recently. Thread-safe.
 
     Args:
-        clock: seconds that never go back.
+        clock: monotonic seconds.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,7 +28,7 @@ class FinishRate:
         self._buckets: deque[tuple[int, int]] = deque()  # (when, in buckets since the clock's zero; how many)
 
     def finished(self) -> None:
-        """Something got done."""
+        """Count one finish."""
         with self._lock:
             now = self._now()
             count = self._buckets.pop()[1] if self._buckets and self._buckets[-1][0] == now else 0
@@ -36,7 +36,7 @@ class FinishRate:
             self._forget(now)
 
     def per_second(self) -> float:
-        """How many finish; 0 if none has in half a minute."""
+        """Finishes per second; 0 if none in half a minute."""
         with self._lock:
             now = self._now()
             self._forget(now)
@@ -47,7 +47,7 @@ class FinishRate:
         )
 
     def wait_s(self, num_ahead: int) -> float:
-        """Seconds until this many have finished, in [0.1, 60]; 1 where nothing is known."""
+        """Seconds until this many have finished, in [0.1, 60]; 1 if unknown."""
         rate = self.per_second()
         return min(max(num_ahead / rate, _MIN_S), _MAX_S) if rate > 0 else _UNKNOWN_S
 

@@ -1,4 +1,4 @@
-"""Labels: what callers write on a version for themselves."""
+"""Labels: what callers attach to a version for their own use."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ _MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLimits:
-    """Bounds that hold before anything is allocated.
+    """Bounds that are checked before anything is allocated.
 
     Attributes:
         max_size_bytes: all files of one artifact together.

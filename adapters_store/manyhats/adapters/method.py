@@ -1,4 +1,4 @@
-"""What every method provides; one file of ``methods/`` each."""
+"""What every method provides; each has its file in ``methods/``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from manyhats.adapters.sites import BaseDescription
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An artifact before its tensors are read: what its config and its header say.
+    """An artifact before its tensors are read: its config and its header.
 
     Attributes:
         config: the parsed ``adapter_config.json``.

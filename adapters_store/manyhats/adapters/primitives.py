@@ -1,8 +1,8 @@
 """The few operations that every method is lowered to; the engine's kernels run these and know no method.
 
-Deltas act where they are, row by row; a KV prefix lies ahead of the sequence. For one linear of one layer the
-order is: ``InputScale`` on its input, the base linear, ``Affine`` on its output, then ``LowRank``, of the input as it
-was. No method has both ``InputScale`` and ``LowRank`` at one linear, and no composition may.
+Deltas act at their site, row by row; a KV prefix lies before the sequence. For one linear of one layer the order is:
+``InputScale`` on its input, the base linear, ``Affine`` on its output, then ``LowRank``, of the input as it was. No
+method has both ``InputScale`` and ``LowRank`` at one linear, and no composition may.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Bottleneck:
 class EmbeddingLowRank:
     """A low-rank delta of the embedding: ``E[id] += scale · A[id] Bᵀ``; A [V, R], B [D, R].
 
-    The delta counts before any embedding multiplier of the architecture.
+    The delta is added before any embedding multiplier of the architecture.
     """
 
     a: Tensor
@@ -139,7 +139,7 @@ class EmbeddingLowRank:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingRows:
-    """Rows that stand in for the embedding's: ``E[ids[i]] = rows[i]``; ids [n] int64, rows [n, D]."""
+    """Rows that replace the embedding's: ``E[ids[i]] = rows[i]``; ids [n] int64, rows [n, D]."""
 
     ids: Tensor
     rows: Tensor
@@ -147,7 +147,7 @@ class EmbeddingRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadRows:
-    """Rows that stand in for the output head's: logit ``ids[i]`` is ``rows[i] · h``; ids [n], rows [n, D]."""
+    """Rows that replace the output head's: logit ``ids[i]`` is ``rows[i] · h``; ids [n], rows [n, D]."""
 
     ids: Tensor
     rows: Tensor
@@ -155,7 +155,7 @@ class HeadRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadWeight:
-    """An output head in place of the base's: [V, D]."""
+    """An output head that replaces the base's: [V, D]."""
 
     weight: Tensor
 
@@ -165,7 +165,7 @@ Delta = LowRank | Affine | InputScale | Bottleneck | EmbeddingLowRank | Embeddin
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVPrefix:
-    """Keys and values ahead of the sequence, used as they are: keys are never rotated.
+    """Keys and values before the sequence, used as they are: keys are never rotated.
 
     Attributes:
         keys: [L, P, Hkv, K].
@@ -187,7 +187,7 @@ class KVPrefix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptEmbeddings:
-    """Virtual tokens ahead of the sequence, at positions 0 … P − 1: [P, D], as the decoder's first layer reads them.
+    """Virtual tokens before the sequence, at positions 0 … P − 1: [P, D], as the decoder's first layer reads them.
 
     The engine runs them with the adapter's own deltas, and keeps their keys and values while there is room.
 

@@ -1,4 +1,4 @@
-"""What a registration asks of the engine, as callables: the store itself knows no engine."""
+"""What a registration needs from the engine, as callables: the store itself knows no engine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ Probe = Callable[[LoweredAdapter], float]
 AdapterInvalidError where the logits are not finite."""
 
 Prepare = Callable[[AdapterRecord, LoweredAdapter], None]
-"""Called with a version that is about to become active, its bytes stored and its row not there yet, so that it can
-be loaded ahead of its first request, from what registration has lowered already. The record's version number may not
-be given yet."""
+"""Called with a version that is about to become active, with its bytes stored but its row not yet, so that it can
+be loaded before its first request, from what registration has already lowered. The record's version number may not be
+assigned yet."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quotas:
-    """Bounds on what is registered, and on what is on its way; None is no bound.
+    """Bounds on what is registered and on transfers in progress; None means no bound.
 
     Bytes are counted per version, though versions that share an artifact share its bytes.
 
@@ -16,8 +16,8 @@ class Quotas:
         max_versions_per_task: versions of one task at a time.
         max_bytes_per_task: of all versions of one task.
         max_bytes: of all versions of all tasks.
-        max_transfers: uploads, and downloads of sources, that one process has under way; always bounded, since each
-            takes disk space.
+        max_transfers: uploads, and downloads of sources, in progress in one process; always bounded, since each takes
+            disk space.
 
     Raises:
         ValueError: a quota is below 1.

@@ -1,4 +1,4 @@
-"""Where an adapter may act on the base model: named sites, and what validation must know of a base."""
+"""Where an adapter may act on the base model: named sites, and what validation must know about a base."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
-    """What text files mean beside a base's own.
+    """What text files mean relative to the base's own.
 
     Attributes:
         fingerprint: the same for files that mean the same; empty if they mean what the base's do.
@@ -48,7 +48,7 @@ class TextFacts:
 
 
 TextCheck = Callable[[Mapping[str, bytes | bytearray]], TextFacts]
-"""Tells what text files, name → content, mean on a base; raises ``ArtifactError``, ``subject`` the file."""
+"""Says what text files, name → content, mean on a base; raises ``ArtifactError``, ``subject`` the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,11 @@ class BaseDescription:
         fused_modules: path of a module that the decoder runs as several linears → their sites, in row order.
         num_kv_heads: Hkv.
         head_dim: K.
-        embedding_scale: what the architecture multiplies embeddings with.
+        embedding_scale: what the architecture multiplies embeddings by.
         is_tied: whether the output head is the embedding.
-        has_sliding_window: whether some layer attends to the latest positions only.
-        weights: the base's own weights; None where only descriptions are at hand.
-        check_text: tells what an artifact's text files mean on this base; None where its tokenizer is not at hand.
+        has_sliding_window: whether some layer attends only to the latest positions.
+        weights: the base's own weights; None if only the description is available.
+        check_text: says what an artifact's text files mean on this base; None if its tokenizer is not available.
     """
 
     model_type: str

@@ -23,7 +23,7 @@ class TaskName:
 
 
 def check_task_id(task_id: str) -> str:
-    """Give back ``task_id`` if it is one.
+    """Return ``task_id`` if it is one.
 
     Raises:
         TaskIdInvalidError: it is not 1 to 63 of ``a-z 0-9 . _ -`` that begin and end with a letter or digit.

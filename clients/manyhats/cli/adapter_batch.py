@@ -1,4 +1,4 @@
-"""Several adapters in one ``register`` or ``upload``: which tasks and paths are meant, and what becomes of each."""
+"""Several adapters in one ``register`` or ``upload``: which tasks and paths are meant, and how each fares."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FORMS = "give TASK PATH, any number of TASK=PATH, or a directory of adapters"
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One adapter: the task that it becomes a version of, and where it lies."""
+    """One adapter: the task that it becomes a version of, and where it is."""
 
     task: str
     path: str
@@ -43,11 +43,11 @@ class Outcome:
 def parse_items(texts: Sequence[str]) -> list[Item]:
     """The adapters that a command's arguments mean.
 
-    They are a task and a path, or any number of ``TASK=PATH`` and of directories of this machine, each of whose
-    subdirectories with an adapter is one, its name the task; one with weights alone is an item too, which fails.
+    They are a task and a path, or any number of ``TASK=PATH`` and of directories on this machine, each of whose
+    subdirectories with an adapter is an item, named after its task; one with only weights is an item too, which fails.
 
     Raises:
-        UsageError: they are none of these, a directory holds no adapters, or a task is named twice.
+        UsageError: they are none of these, a directory holds no adapters, or a task is given twice.
     """
     if len(texts) == 2 and not _PAIR.fullmatch(texts[0]) and not _is_folder(texts[0]):
         return [Item(*texts)]
@@ -68,11 +68,11 @@ def parse_items(texts: Sequence[str]) -> list[Item]:
 
 
 def perform(items: Sequence[Item], make: Callable[[Item], Registration], report: Report) -> list[Outcome]:
-    """Register each; what fails keeps none of the others from it, unless the server cannot be reached.
+    """Register each; a failure does not stop the others, unless the server cannot be reached.
 
     Args:
         items: in their order.
-        make: registers one, and raises ``ManyhatsError`` where it cannot.
+        make: registers one, or raises ``ManyhatsError``.
         report: told of how many are done.
     """
     from manyhats.client import ManyhatsError, UnavailableError
@@ -97,7 +97,7 @@ def perform(items: Sequence[Item], make: Callable[[Item], Registration], report:
 
 
 def lacks_config(path: str) -> bool:
-    """Whether a directory of this machine has an adapter's weights, and not what tells how they are meant."""
+    """Whether a directory on this machine has an adapter's weights but not its config."""
     folder = Path(path)
     return folder.is_dir() and not (folder / _CONFIG_FILE).exists() and _has_weights(folder)
 

@@ -114,7 +114,7 @@ def convert(source: Source, target: Target, as_json: opt.Json = False) -> None:
 
 
 def layer_ranges(layers: Sequence[int]) -> str:
-    """Ascending layers in short: ``0-2, 5``."""
+    """Ascending layers, abbreviated: ``0-2, 5``."""
     ranges: list[list[int]] = []
     for layer in layers:
         if ranges and layer == ranges[-1][1] + 1:
@@ -151,7 +151,7 @@ def _site_row(site: SiteFacts) -> tuple[str, ...]:
 
 
 def _describe(model: str) -> BaseDescription:
-    """A base by its config, and its tokenizer where an adapter brings one; its weights are not read."""
+    """A base described by its config, and by its tokenizer if an adapter brings one; its weights are not read."""
     with needs_extra("server"):
         from manyhats.engine.checkpoints.checkpoint import read_json
         from manyhats.engine.checkpoints.fetch import locate_model
@@ -173,7 +173,7 @@ def _describe(model: str) -> BaseDescription:
 
 
 def _check_text(directory: Path, vocab_size: int, files: Mapping[str, bytes | bytearray]) -> TextFacts:
-    """What text files mean beside the tokenizer of a base's directory."""
+    """What text files mean relative to the tokenizer in a base's directory."""
     from manyhats.engine.text.task_text import TaskTexts
     from manyhats.engine.text.text_process import TextProcesses
     from manyhats.engine.text.tokenizer import Tokenizer

@@ -149,7 +149,7 @@ def register(
     connection: Connection,
     as_json: opt.Json = False,
 ) -> None:
-    """Make adapters that the server can read the next versions of their tasks."""
+    """Register adapters that the server can read as the next versions of their tasks."""
     options = _options(activate, validate_only, expected_digest, request_id, label, assume_base)
     done = "valid" if validate_only else "registered"
     has_path = len(adapters) > 1 or "=" in adapters[0] or Path(adapters[0]).is_dir()
@@ -201,9 +201,9 @@ def _make_each(
     done: str,
     as_json: bool,
 ) -> None:
-    """Register what the arguments mean, print what became of it, and fail if one did.
+    """Register what the arguments name, print the outcomes, and fail if one did.
 
-    Where they are a task and a path, its answer alone is printed, and its failure is the command's.
+    If they are a task and a path, only its answer is printed, and its failure is the command's.
     """
     items = _items(texts, options)
     is_one = len(texts) == 2 and items == [Item(*texts)]
@@ -225,7 +225,7 @@ def _items(texts: list[str], options: RegisterOptions) -> list[Item]:
 
 
 def _print_outcomes(outcomes: list[Outcome], is_one: bool, done: str, as_json: bool) -> None:
-    """Print what became of each, and fail if one did."""
+    """Print the outcome of each, and fail if one did."""
     registered = [each.registration for each in outcomes if each.registration is not None]
     failed = [each for each in outcomes if each.registration is None]
     if as_json and not is_one:
@@ -249,14 +249,14 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def as_uri(path: str) -> str:
-    """A directory of this machine by its absolute path, as the server has another working directory."""
+    """A directory on this machine by its absolute path, since the server has another working directory."""
     return str(Path(path).resolve()) if path and "://" not in path and Path(path).exists() else path
 
 
 def parse_part(text: str) -> tuple[str, float]:
     """``PATH=WEIGHT``, or ``PATH`` of weight 1, as uri and weight.
 
-    What stands behind the last ``=`` is a weight if it is a number, and part of the path if not.
+    What follows the last ``=`` is a weight if it is a number, and part of the path otherwise.
 
     Raises:
         UsageError: it has no path, or a weight that is not finite.

@@ -1,4 +1,4 @@
-"""``manyhats adapters verify``, ``gc`` and ``export``: care of a store, without a server."""
+"""``manyhats adapters verify``, ``gc`` and ``export``: maintenance of a store, without a server."""
 
 from __future__ import annotations
 
@@ -148,14 +148,14 @@ def opened(store: str, catalogue: str) -> Iterator[AdapterStore]:
     """A store without a base model.
 
     Raises:
-        CommandError: it is not there, and for every error of the store in the block; names the store.
+        CommandError: it does not exist, or any error of the store in the block; names the store.
     """
     with needs_extra("server"):
         from manyhats.adapters.errors import AdapterError, ArgumentInvalidError
         from manyhats.adapters.store.opening import open_store
     where = place(store)
     try:
-        # Nothing is swept: what is left over is for gc to find and to count.
+        # Nothing is swept: leftovers are for gc to find and count.
         adapters = open_store(where, None, catalogue_url=catalogue, create=False, sweep=False)
         try:
             yield adapters
@@ -169,7 +169,7 @@ def opened(store: str, catalogue: str) -> Iterator[AdapterStore]:
 
 
 def place(store: str) -> str:
-    """The directory or URL of a store; the default one where none is named."""
+    """The directory or URL of a store; the default one if none is named."""
     with needs_extra("server"):
         from manyhats.engine.home import default_home
     return store or str(default_home() / "store")

@@ -1,4 +1,4 @@
-"""``manyhats adapters``: which tasks there are, and what is behind them."""
+"""``manyhats adapters``: the tasks that exist, and the adapters behind them."""
 
 from __future__ import annotations
 

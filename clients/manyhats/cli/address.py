@@ -1,4 +1,4 @@
-"""Addresses of servers as users give them: what is wrong with one, and what listens where no server answered."""
+"""Server addresses as users give them: what is wrong with one, and what listens where no server answered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import Enum
 
 from manyhats.cli.failures import UsageError
 
-# Schemes of gRPC's own name resolution; the rest of such a target is gRPC's to judge.
+# Schemes of gRPC's own name resolution; the rest of such a target is for gRPC to judge.
 _TARGET = re.compile(r"(unix|unix-abstract|dns|ipv4|ipv6|vsock|xds|passthrough):\S+")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(?:[^/@\s]*@)?([^/?#\s]*)")
 _HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^\s:/?#@\[\]]+):([0-9]{1,5})", re.ASCII)
@@ -19,10 +19,10 @@ _GREETING = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
 
 
 def check_address(flag: str, text: str) -> str:
-    """Give back an address that gRPC can take.
+    """Return an address if gRPC can take it.
 
     Raises:
-        UsageError: it is none; says what to write.
+        UsageError: it cannot; says what to write.
     """
     if _TARGET.fullmatch(text):
         return text
@@ -62,7 +62,7 @@ class Listener(Enum):
 
 
 def what_listens(target: str) -> Listener | None:
-    """Ask an address that no gRPC call got through to; None where nothing answers, or what answers is not known."""
+    """Probe an address that no gRPC call got through to; None if nothing known answers."""
     match = _HOST_PORT.fullmatch(target)
     if match is None:
         return None
@@ -71,14 +71,14 @@ def what_listens(target: str) -> Listener | None:
         first = _first_bytes(host, port)
         if first.startswith(b"HTTP/"):
             return Listener.HTTP
-        if first[3:4] == b"\x04":  # a frame of HTTP/2's settings
+        if first[3:4] == b"\x04":  # an HTTP/2 SETTINGS frame
             return Listener.GRPC
         return _by_handshake(host, port)
     return None
 
 
 def _first_bytes(host: str, port: int) -> bytes:
-    """The beginning of what it says to an HTTP request; nothing where it hangs up or is silent."""
+    """The beginning of its answer to an HTTP request; empty if it hangs up or stays silent."""
     with socket.create_connection((host, port), _LIMIT_S) as connection:
         try:
             connection.sendall(_GREETING)
@@ -102,7 +102,7 @@ def _by_handshake(host: str, port: int) -> Listener | None:
 
 
 def explain(target: str, uses_tls: bool) -> str | None:
-    """Why a call did not get through to what listens there; None where that is not known."""
+    """Why a call did not get through to what listens there; None if unknown."""
     match what_listens(target):
         case Listener.HTTP | Listener.HTTPS:
             return f"{target} is an HTTP port, as a server's --http-port: --server takes its gRPC port (--grpc-port)"

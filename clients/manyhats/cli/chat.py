@@ -132,7 +132,7 @@ def _messages(is_interactive: bool) -> Iterator[str]:
 
 
 def _say_and_survive(conversation: Conversation, text: str, as_json: bool) -> None:
-    """At a terminal an error or Ctrl-C costs the answer, not the conversation."""
+    """At a terminal, an error or Ctrl-C ends the answer, not the conversation."""
     from manyhats.client import ManyhatsError
 
     try:

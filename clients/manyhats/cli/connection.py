@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """Where a server is and how it is reached; every field is an option of the commands that have it."""
+    """Where a server is and how to reach it; every field is an option of the commands that use it."""
 
     server: opt.Server = opt.DEFAULT_SERVER
     timeout: opt.Timeout = None
@@ -31,7 +31,7 @@ class Connection:
     token_in_clear: opt.TokenInClear = False
 
     def credentials(self) -> Credentials:
-        """What the options say of encryption and token."""
+        """The encryption and token that the options ask for."""
         from manyhats.client import Credentials
 
         return Credentials(
@@ -45,7 +45,7 @@ class Connection:
 
 
 def takes_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the fields of ``Connection`` as options, in place of its parameter ``connection``."""
+    """Give a command the fields of ``Connection`` as options, instead of its parameter ``connection``."""
     options = inspect.signature(Connection, eval_str=True).parameters
     names = [field.name for field in fields(Connection)]
 
@@ -68,8 +68,8 @@ def connect(connection: Connection) -> Iterator[Client]:
     """A client of a server.
 
     Raises:
-        UsageError: the address is none.
-        CommandError: for every ``ManyhatsError``, of the connection or in the block.
+        UsageError: the address is malformed.
+        CommandError: for every ``ManyhatsError``, from connecting or in the block.
     """
     from manyhats.client import Client, ManyhatsError
 
@@ -84,12 +84,12 @@ def connect(connection: Connection) -> Iterator[Client]:
 
 
 def _got_no_answer(error: ManyhatsError) -> bool:
-    """Whether gRPC itself says so, and not a server."""
+    """Whether gRPC itself raised it, not a server."""
     return not error.reason and error.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "UNIMPLEMENTED")
 
 
 def describe(error: ManyhatsError) -> str:
-    """The error's message, with what a person at a terminal can do about it."""
+    """The error's message, with what someone at a terminal can do about it."""
     from manyhats.client import (
         AuthenticationError,
         CredentialsError,

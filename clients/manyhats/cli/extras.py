@@ -15,7 +15,7 @@ def needs_extra(extra: str) -> Iterator[None]:
     """Guards the imports of a command that needs ``manyhats[extra]``.
 
     Raises:
-        CommandError: a package of another project is missing.
+        CommandError: a third-party package is missing.
     """
     try:
         yield
@@ -29,7 +29,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def _how_to_install(extra: str) -> str:
-    """What brings an extra: no index has manyhats, so it comes from where it was installed from."""
+    """How to install an extra: manyhats is on no index, so it comes from where it was installed from."""
     checkout = Path(__file__).parents[3]
     if (checkout / "pyproject.toml").is_file():
         return f"pip install -c constraints.txt --editable '.[{extra}]' in {checkout}"
@@ -37,7 +37,7 @@ def _how_to_install(extra: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """Leave out advice of other packages that would mislead here.
+    """Suppress advice from other packages that would mislead here.
 
     bitsandbytes recommends a package whose kernels are not used, the Hugging Face hub a token that nothing here needs.
     """

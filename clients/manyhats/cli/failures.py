@@ -20,13 +20,13 @@ EXIT_INTERRUPTED = 130
 
 
 class CommandError(typer.TyperException):
-    """A command that cannot do what it was asked; the message is shown to the user as it is."""
+    """A command that cannot do what it was asked; the message is shown to the user unchanged."""
 
     exit_code = EXIT_FAILED
 
 
 class UsageError(CommandError):
-    """A command that was called wrongly, where Typer itself could not tell."""
+    """A command that was called wrongly in a way that Typer itself could not detect."""
 
     exit_code = EXIT_USAGE
 
@@ -39,7 +39,7 @@ class Commands(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; an interrupt ends it with a word."""
+        """Run the command; an interrupt ends it with the word ``interrupted``."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -93,7 +93,7 @@ def print_error(message: str) -> None:
 
 
 def _with_hint(error: typer.TyperException) -> str:
-    """The error's message; for a command that Typer found called wrongly, with where to read on."""
+    """The error's message, with a pointer to the help if Typer found the command called wrongly."""
     context = getattr(error, "ctx", None)
     if context is None:
         return error.format_message()

@@ -111,7 +111,7 @@ def _whole(client: Client, prompt: Prompt, task: str, options: GenerateOptions, 
 
 
 def _watched(client: Client, prompt: Prompt, task: str, options: GenerateOptions) -> Generation:
-    """The same answer, streamed underneath, so that a terminal can show how far it is."""
+    """The same answer, streamed underneath, so that a terminal can show its progress."""
     with shown_wait() as show, client.generate_stream(prompt, task_id=task, **options) as stream:
         num_tokens = 0
         for chunk in stream:
@@ -135,13 +135,13 @@ def _stream(client: Client, prompt: Prompt, task: str, options: GenerateOptions,
 
 
 def note_beyond_context(client: Client, options: GenerateOptions) -> None:
-    """Say on stderr, ahead of the answer, that more tokens are asked for than the context has."""
+    """Say on stderr, before the answer, that more tokens are requested than the context has."""
     from manyhats.client import ManyhatsError
 
     wanted = options.get("max_new_tokens") or opt.DEFAULT_MAX_NEW_TOKENS
     if wanted <= opt.DEFAULT_MAX_NEW_TOKENS:
-        return  # what note_cut says is early enough, and the server need not be asked
-    with contextlib.suppress(ManyhatsError):  # the answer itself meets what is wrong
+        return  # note_cut is early enough, and the server need not be asked
+    with contextlib.suppress(ManyhatsError):  # the call itself will report what is wrong
         context = client.server_info().max_context_length
         if wanted >= context:
             typer.echo(
@@ -152,7 +152,7 @@ def note_beyond_context(client: Client, options: GenerateOptions) -> None:
 
 
 def note_cut(client: Client, answer: Generation, options: GenerateOptions) -> None:
-    """Say on stderr where an answer ended with the context, short of the tokens that it was given."""
+    """Say on stderr if an answer ended with the context, short of its token limit."""
     from manyhats.client import FinishReason
 
     wanted = options.get("max_new_tokens") or opt.DEFAULT_MAX_NEW_TOKENS

@@ -1,4 +1,4 @@
-"""``manyhats info``: what runs at the other end."""
+"""``manyhats info``: what the server is."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def info(*, connection: Connection, as_json: opt.Json = False) -> None:
 
 
 def _limits(limits: ServerLimits) -> dict[str, str]:
-    """A line for each subject; what is not bounded is left out."""
+    """A line for each subject; anything without a bound is left out."""
     store = {
         "tasks": _count(limits.max_tasks),
         "versions per task": _count(limits.max_versions_per_task),

@@ -1,4 +1,4 @@
-"""Ctrl-C while a model is fetched or loaded: the command ends at once, whatever its libraries are at."""
+"""Ctrl-C while a model is fetched or loaded: the command ends at once, whatever its libraries are doing."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _SHOW_CURSOR = "\x1b[?25h"
 def prompt_interrupts() -> Iterator[None]:
     """An interrupt raises ``KeyboardInterrupt``, and ends the process if that does not do so soon.
 
-    Downloads run on threads that are waited for, and some of a library's calls do not return until they are done.
-    Nothing is lost by ending in their midst: what is kept is written beside its place and then moved there.
+    Downloads run on threads that are waited for, and some library calls do not return until they are done. Nothing is
+    lost by ending in the middle: files are written beside their place and then moved there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

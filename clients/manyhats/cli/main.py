@@ -73,7 +73,7 @@ app.command(help=info.HELP, rich_help_panel=_CLIENT)(info.info)
 
 def main() -> None:
     """Entry point of the ``manyhats`` script."""
-    # gRPC's own log lines would come among what a command prints; its errors are told in ours.
+    # gRPC's own log lines would mix with a command's output; its errors are reported in ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     restart_with_steady_heap(sys.argv[1:])
     app(prog_name="manyhats")

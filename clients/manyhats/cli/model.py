@@ -19,7 +19,7 @@ from manyhats.cli.output import human_bytes, human_count, print_fields, print_js
 from manyhats.cli.progress import shown_progress
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-# Two codes a byte, a byte of scale per 64, four of the scales' own scale per 64 * 256.
+# Two codes per byte, a byte of scale per 64, four of the scales' own scale per 64 * 256.
 _NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 HELP = """Fetch and inspect base models.
@@ -141,7 +141,7 @@ def _describe(model: str, home: Path | None) -> ModelInfo:
 
 
 def _directory(model: str, home: Path | None) -> Path:
-    """Where a model is; a known one is not fetched just to be looked at."""
+    """Where a model is; a known one is not fetched just to be shown."""
     with needs_extra("server"):
         from manyhats.engine.checkpoints.fetch import KNOWN_MODELS, locate_model
         from manyhats.engine.home import default_home

@@ -14,7 +14,7 @@ import typer
 
 
 def to_plain(value: Any) -> Any:
-    """The value as JSON knows it; a dataclass becomes an object of its fields."""
+    """The value in JSON's types; a dataclass becomes an object of its fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -34,7 +34,7 @@ def print_json(value: Any, *, indent: int | None = 2) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: drawn where stdout is a terminal, else tab-separated lines under a header."""
+    """Print a table: drawn if stdout is a terminal, otherwise tab-separated lines under a header."""
     if not sys.stdout.isatty():
         for row in (columns, *rows):
             typer.echo("\t".join(_one_line(cell) for cell in row))
@@ -50,7 +50,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_fields(fields: Mapping[str, str]) -> None:
-    """Print one thing's fields, a line each, aligned where stdout is a terminal; empty ones are left out."""
+    """Print one thing's fields, a line each, aligned if stdout is a terminal; empty ones are left out."""
     shown = {name: value for name, value in fields.items() if value}
     width = max((len(name) for name in shown), default=0) if sys.stdout.isatty() else 0
     for name, value in shown.items():

@@ -16,7 +16,7 @@ class Report(Protocol):
     """The engine's ``Progress``, which is not imported for a name."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Take note of how much of a stage is done."""
+        """Record how much of a stage is done."""
 
 
 _BYTE_STAGES = frozenset({"download", "upload"})
@@ -24,7 +24,7 @@ _BYTE_STAGES = frozenset({"download", "upload"})
 
 @contextmanager
 def shown_progress() -> Iterator[Report]:
-    """Shows what is reported to it for as long as it is entered; may be called from any one thread."""
+    """Shows what is reported to it while entered; may be called from any one thread."""
     if sys.stderr.isatty():
         with _bars() as report:
             yield report
@@ -34,7 +34,7 @@ def shown_progress() -> Iterator[Report]:
 
 @contextmanager
 def shown_wait() -> Iterator[Callable[[str], None]]:
-    """At a terminal, shows that an answer is waited for, how long, and what it is told; it is gone at the end."""
+    """At a terminal, shows how long the command has waited for an answer, and any text it is given; gone at the end."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
@@ -83,6 +83,6 @@ def _stage_lines() -> Report:
 
 
 def amount(stage: str, done: int, total: int) -> str:
-    """``12 / 210``, or ``1.2 MB / 90.0 MB`` where the stage counts bytes; a total of 0 is unknown."""
+    """``12 / 210``, or ``1.2 MB / 90.0 MB`` if the stage counts bytes; a total of 0 is unknown."""
     show: Callable[[int], str] = human_bytes if stage in _BYTE_STAGES else str
     return f"{show(done)} / {show(total)}" if total else show(done)

@@ -1,4 +1,4 @@
-"""``manyhats train``: from a data file to an artifact that the server takes."""
+"""``manyhats train``: from a data file to an artifact that the server accepts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def train(
 
 @contextmanager
 def trainer_errors() -> Iterator[None]:
-    """The trainer's errors as the command's, settings by the names of their flags.
+    """The trainer's errors as the command's, naming settings by their flags.
 
     Raises:
         UsageError: a setting is wrong.
@@ -117,7 +117,7 @@ def trainer_errors() -> Iterator[None]:
 
 
 def describe_setting(setting: str, text: str) -> str:
-    """A setting's error under the name of its flag; those of a tasks' file keep theirs."""
+    """A setting's error under the name of its flag; those of a tasks file keep their names."""
     if setting.startswith("tasks["):
         return text
     name, dot, rest = setting.partition(".")

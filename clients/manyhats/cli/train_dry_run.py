@@ -35,7 +35,7 @@ def show(tasks: Sequence[TrainSettings], as_json: bool) -> None:
 
 
 def _tasks(prediction: MemoryPrediction) -> list[str]:
-    """What each task was reckoned with."""
+    """What each task's prediction assumed."""
     return [
         f"{task.settings.task}: {human_count(task.adapter.num_trained)} trained parameters "
         f"({task.adapter.num_trained / prediction.num_parameters:.2%}), largest batch of "

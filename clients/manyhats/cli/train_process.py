@@ -1,4 +1,4 @@
-"""The process of ``manyhats train``: how its memory is handed out."""
+"""The process of ``manyhats train``: how its memory is allocated."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 
 _VARIABLE = "GLIBC_TUNABLES"
-# glibc keeps what is freed and small in lists of their own, unmerged. Torch's tensors are aligned, and each leaves such
-# a scrap beside it: the holes between scraps are too small for the next tensor of that size, and the heap grows by a
-# layer's tensors at every layer. Without these lists it stays at what is in use; the speed is the same.
+# glibc keeps small freed chunks in separate lists, unmerged. Torch's tensors are aligned, and each leaves such a scrap
+# beside it: the holes between scraps are too small for the next tensor of that size, and the heap grows by a layer's
+# tensors at every layer. Without these lists it stays at what is in use; the speed is the same.
 _TUNABLES = {"glibc.malloc.mxfast": "0", "glibc.malloc.tcache_count": "0"}
 
 
 def restart_with_steady_heap(arguments: Sequence[str]) -> None:
-    """Run the command again, in this very process, with glibc's lists of small chunks off; once, for ``train`` alone.
+    """Run the command again, in this process, with glibc's lists of small chunks off; once, and only for ``train``.
 
-    They are read when a process begins. Elsewhere than on glibc, or where a user has set them, nothing happens.
+    They are read when a process starts. Without glibc, or if a user has set them, nothing happens.
 
     Args:
         arguments: of the command line, without the program.

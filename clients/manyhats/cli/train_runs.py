@@ -36,12 +36,12 @@ from manyhats.trainer.train import train
 
 @dataclass(frozen=True, slots=True)
 class Registrar:
-    """Registers what was trained, where a server is named.
+    """Registers what was trained, if a server is given.
 
     Attributes:
         server: None registers nothing.
-        activates: whether what is registered becomes the task's active version.
-        rule: what its results must be for that; None for anything.
+        activates: whether a registered version becomes the task's active one.
+        rule: what its results must be for that; None for no condition.
     """
 
     server: RegistrationServer | None
@@ -50,11 +50,11 @@ class Registrar:
 
     @classmethod
     def of(cls, flags: Server, tasks: Sequence[TrainSettings]) -> Registrar:
-        """By the command's options, for the tasks that will be trained.
+        """From the command's options, for the tasks to be trained.
 
         Raises:
             UsageError: the options do not go together.
-            SettingError: the condition is malformed, or a training will not have the results that it is on.
+            SettingError: the condition is malformed, or a training will not have the results that it needs.
         """
         connection = flags.connection
         if connection is None:
@@ -82,9 +82,9 @@ class Registrar:
             )
 
     def register(self, settings: TrainSettings, report: TrainingReport) -> Ended:
-        """Make the artifact a version of the task, the active one if that is wanted and its results are good enough.
+        """Make the artifact a version of the task, the active one if requested and its results are good enough.
 
-        The server's refusal is the outcome's error.
+        If the server refuses, that is the outcome's error.
         """
         unmet = self.rule.unmet(report.evaluation) if self.rule else ""
         if self.server is None:
@@ -104,7 +104,7 @@ class Ended:
 
     Attributes:
         error: of the training, or of the registration.
-        unmet: why it was registered and not activated, where a condition was not met.
+        unmet: why it was registered but not activated, if a condition was not met.
     """
 
     settings: TrainSettings
@@ -118,7 +118,7 @@ def train_one(settings: TrainSettings, registrar: Registrar, resume: bool, as_js
     """Train one task, register it, and print its report.
 
     Raises:
-        TrainerError, ModelError, EngineError: as ``train``; or the server does not take the artifact, which is kept.
+        TrainerError, ModelError, EngineError: as ``train``; or the server refuses the artifact, which is kept.
         TrainingInterrupted: by a signal.
     """
     registrar.look()
@@ -173,7 +173,7 @@ def _tell_what_is_replaced(tasks: Sequence[TrainSettings], resume: bool) -> None
 
 
 def _load(settings: ModelSettings) -> LoadedModel:
-    """The base, as the training wants it; with bars, which must be gone before the training's."""
+    """The base, as the training needs it; with progress bars, which must be gone before the training's."""
     computation = resolve_computation(settings)
     typer.echo(f"base: {_base(settings)}, computed in {computation.dtype_name}", err=True)
     with prompt_interrupts(), shown_progress() as report:
@@ -190,7 +190,7 @@ def _registered(outcome: TaskOutcome, registrar: Registrar) -> Ended:
 
 
 def _text(error: Exception) -> str:
-    """An error on purpose by its own words, any other with its kind."""
+    """An intended error in its own words, any other with its type."""
     on_purpose = (TrainerError, EngineError, AdapterError, OSError)
     return (
         by_flags(str(error))
@@ -205,7 +205,7 @@ def by_flags(text: str) -> str:
 
 
 def _as_plain(ended: Ended) -> dict[str, Any]:
-    """The report as its file has it, and what came of the registration."""
+    """The report as in its file, and the registration's outcome."""
     report = None if ended.report is None else json.loads(ended.report.to_json())
     error = None if ended.error is None else _text(ended.error)
     return {
@@ -224,7 +224,7 @@ def _print_reports(all_ended: Sequence[Ended]) -> None:
 
 
 def print_report(ended: Ended) -> None:
-    """What people want to know of a training; the rest is in the report's file."""
+    """What people want to know about a training; the rest is in the report's file."""
     report, settings = ended.report, ended.settings
     if report is None:
         return

@@ -21,7 +21,7 @@ def register_request(
 
     Raises:
         InvalidRequestError: a value does not fit its field.
-        TypeError: an option of no such name.
+        TypeError: there is no option of that name.
     """
     request = adapter_pb2.RegisterAdapterRequest(task_id=task_id, uri=uri)
     for index, part in enumerate(parts):
@@ -49,7 +49,7 @@ def list_request(task_id: str, page_size: int) -> adapter_pb2.ListAdaptersReques
 def registration(
     response: adapter_pb2.RegisterAdapterResponse | adapter_pb2.UploadAdapterResponse,
 ) -> Registration:
-    """What registering or uploading gave."""
+    """The result of registering or uploading."""
     return Registration(adapter=adapter_info(response.adapter), created=response.created)
 
 

@@ -61,16 +61,16 @@ class AsyncGenerationStream:
         return self._chunks[-1]
 
     async def result(self) -> Generation:
-        """The answer: reads what is left of the stream, and joins all pieces.
+        """The answer: reads the rest of the stream, and joins all pieces.
 
-        After an early ``close`` it is what came until then, with ``FinishReason.UNSPECIFIED``.
+        After an early ``close`` it is what had come by then, with ``FinishReason.UNSPECIFIED``.
         """
         async for _ in self:
             pass
         return convert.join_chunks(self._chunks)
 
     async def close(self) -> None:
-        """Cancels the request if it still runs; harmless otherwise."""
+        """Cancels the request if it is still running; harmless otherwise."""
         self._is_closed = True
         self._call.cancel()
 
@@ -87,6 +87,6 @@ class AsyncGenerationStream:
 
 
 def _is_task_cancelled() -> bool:
-    """Whether it is the running task that was cancelled, and not the call it waits for."""
+    """Whether the running task was cancelled, rather than the call it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -1,4 +1,4 @@
-"""How the clients connect: in the clear or by TLS, with a token or without."""
+"""How the clients connect: with or without TLS and a token."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DEFAULT_TARGET: Final = "127.0.0.1:50051"
 _MAX_RESPONSE_BYTES = 256 * 2**20
 
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
-    # A long prompt's log-probabilities pass gRPC's default of 4 MiB.
+    # A long prompt's log-probabilities exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
-    # A server that vanished is noticed during a long call. Servers close connections that ping more often
-    # than every 5 minutes unless told otherwise, so this is as often as is safe with any of them.
+    # A server that vanished is noticed during a long call. Servers close connections that ping more often than every 5
+    # minutes unless told otherwise, so this is the most frequent interval that is safe with any of them.
     ("grpc.keepalive_time_ms", 300_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # A server that is starting is found within a second, not after gRPC's growing waits of up to two minutes.
+    # A server that is starting is found within a second, not after gRPC's backoff of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
@@ -34,7 +34,7 @@ def open_channel(target: str, credentials: Credentials | None) -> grpc.Channel:
     """A channel of the blocking client.
 
     Raises:
-        CredentialsError: the credentials cannot be used, or would leave this machine in the clear.
+        CredentialsError: the credentials cannot be used, or would leave this machine unencrypted.
     """
     given = credentials or _NO_CREDENTIALS
     secure = given.channel_credentials()
@@ -68,8 +68,7 @@ def _clear_options(metadata: _Metadata) -> tuple[tuple[str, int], ...]:
 class _MetadataChannel:
     """A channel, of either client, whose every call carries metadata.
 
-    gRPC sends call credentials over secure channels only; interceptors would put calls of their own in place of
-    gRPC's.
+    gRPC sends call credentials only over secure channels; interceptors would replace gRPC's calls with their own.
     """
 
     def __init__(self, channel: Any, metadata: _Metadata) -> None:

@@ -33,7 +33,7 @@ PromptRequest: TypeAlias = (
 
 _PROMPT_OPTIONS = ("request_id", "add_special_tokens", "cache_salt", "priority")
 
-# Where each option of `generate` lies in GenerateRequest; "" is the request itself.
+# Where each option of `generate` goes in GenerateRequest; "" is the request itself.
 _SECTIONS: Mapping[str, str] = MappingProxyType(
     {field.name: "sampling" for field in generation_pb2.SamplingParams.DESCRIPTOR.fields}
     | {field.name: "stopping" for field in generation_pb2.StoppingParams.DESCRIPTOR.fields}
@@ -52,7 +52,7 @@ def generate_request(
 
     Raises:
         InvalidRequestError: a value does not fit its field.
-        TypeError: an option of no such name.
+        TypeError: there is no option of that name.
     """
     request = generation_pb2.GenerateRequest(task_id=task_id)
     _set_prompt(request, prompt)
@@ -159,7 +159,7 @@ def generation_chunk(response: generation_pb2.GenerateStreamResponse) -> Generat
 
 
 def score_result(response: generation_pb2.ScoreResponse) -> ScoreResult:
-    """Scores, in the order asked."""
+    """Scores, in the order requested."""
     return ScoreResult(
         scores=tuple(
             Score(logprob=score.logprob, num_tokens=score.num_tokens, tokens=_tokens(score.tokens))
@@ -177,7 +177,7 @@ def tokenization(response: generation_pb2.TokenizeResponse) -> Tokenization:
 
 
 def server_info(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
-    """What runs at the other end."""
+    """What the server is."""
     return ServerInfo(
         version=response.version,
         base_model=response.base_model,
@@ -200,7 +200,7 @@ def _limits(limits: server_pb2.ServerLimits) -> ServerLimits:
 
 
 def join_chunks(chunks: Sequence[GenerationChunk]) -> Generation:
-    """The whole answer that a stream's chunks make; of a stream cut short, what there is of it."""
+    """The whole answer from a stream's chunks; for a stream cut short, as much as there is."""
     last = chunks[-1] if chunks else GenerationChunk(text="")
     return Generation(
         text="".join(chunk.text for chunk in chunks),
@@ -243,7 +243,7 @@ def _adapter_ref(
     | generation_pb2.GenerateStreamResponse
     | generation_pb2.ScoreResponse,
 ) -> AdapterRef | None:
-    """None for the base model, whether the server leaves the field out or sends it empty."""
+    """None for the base model, whether the server omits the field or sends it empty."""
     ref = response.adapter
     return AdapterRef(task_id=ref.task_id, version=ref.version, digest=ref.digest) if ref.task_id else None
 

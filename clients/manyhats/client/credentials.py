@@ -1,4 +1,4 @@
-"""How a client knows its server, and shows who it is itself."""
+"""How a client verifies its server, and identifies itself."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NETWORK_SCHEME = re.compile(r"(?:dns|ipv4|ipv6):(?://[^/]*/)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """What a client brings to a server that asks for more than an address.
+    """What a client presents to a server that requires more than an address.
 
     Attributes:
-        token: shown with every call; only over TLS, or to this machine.
-        tls: encrypt, and let the server prove who it is; any of the files below asks for it too.
-        ca_file: PEM certificates of the authorities that servers are believed from; None for the public ones.
-        cert_file, key_file: PEM certificate and key of the caller, where the server asks for one (mutual TLS).
-        allow_clear_token: show the token to another machine without TLS all the same: who listens has it then.
+        token: sent with every call; only over TLS, or to this machine.
+        tls: encrypt, and have the server prove its identity; any of the files below implies it.
+        ca_file: PEM certificates of the authorities to trust; None for the public ones.
+        cert_file, key_file: PEM certificate and key of the caller, if the server requires one (mutual TLS).
+        allow_clear_token: send the token to another machine even without TLS: anyone listening then has it.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -39,14 +39,14 @@ class Credentials:
 
     @property
     def uses_tls(self) -> bool:
-        """Whether TLS is asked for; a file for it does so too."""
+        """Whether to use TLS; a file for it implies so."""
         return self.tls or any((self.ca_file, self.cert_file, self.key_file))
 
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
-        """What a secure channel is opened with, the token included; None where TLS is not asked for.
+        """The credentials to open a secure channel with, including the token; None without TLS.
 
         Raises:
-            CredentialsError: a file cannot be used, or the token is none.
+            CredentialsError: a file cannot be used, or the token is malformed.
         """
         if not self.uses_tls:
             return None
@@ -59,10 +59,10 @@ class Credentials:
         return grpc.composite_channel_credentials(secure, grpc.access_token_call_credentials(token))
 
     def clear_metadata(self, target: str) -> tuple[tuple[str, str], ...]:
-        """What every call over an insecure channel to ``target`` shows.
+        """What every call over an insecure channel to ``target`` sends.
 
         Raises:
-            CredentialsError: the token would leave this machine in the clear, or is none.
+            CredentialsError: the token would leave this machine unencrypted, or is malformed.
         """
         token = self._checked_token()
         if token is None:
@@ -101,7 +101,7 @@ class Credentials:
 
 
 def is_this_machine(target: str) -> bool:
-    """Whether calls to a gRPC target stay on this machine; False where that is not certain."""
+    """Whether calls to a gRPC target stay on this machine; False if that is not certain."""
     if target.startswith(("unix:", "unix-abstract:")):
         return True
     addresses = _NETWORK_SCHEME.sub("", target, count=1).split(",")
@@ -141,5 +141,5 @@ def _read(path: Path) -> bytes:
 
 
 def _no_passphrase() -> str:
-    """Without this, OpenSSL would ask at the terminal; an empty one opens no key."""
+    """Without this, OpenSSL would prompt at the terminal; an empty passphrase opens no key."""
     return ""

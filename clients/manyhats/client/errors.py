@@ -43,7 +43,7 @@ class ManyhatsError(Exception):
     """Any error the client raises on purpose.
 
     Attributes:
-        message: one sentence, fit to show.
+        message: one sentence, fit to be shown.
         code: the gRPC status code's name such as ``NOT_FOUND``; empty if the server was never asked.
         reason: the server's reason such as ``TASK_NOT_FOUND``; may be empty.
         metadata: what the server adds to the reason, such as the limit or the tensor at fault.
@@ -86,7 +86,7 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class RequestIdReusedError(InvalidRequestError):
-    """The same ``request_id`` came before, with another body."""
+    """The same ``request_id`` was used before, with another body."""
 
 
 class TaskNotFoundError(ManyhatsError):
@@ -111,7 +111,7 @@ class AdapterUnsupportedError(AdapterError):
 
 
 class AdapterUnsafeError(AdapterError):
-    """The adapter holds what could run code when loaded, such as a pickle."""
+    """The adapter contains something that could run code when loaded, such as a pickle."""
 
 
 class AdapterTooLargeError(AdapterError):
@@ -119,11 +119,11 @@ class AdapterTooLargeError(AdapterError):
 
 
 class AdapterNoEffectError(AdapterError):
-    """The adapter changes nothing of what the base model computes."""
+    """The adapter changes nothing in what the base model computes."""
 
 
 class AdapterInUseError(AdapterError):
-    """Requests run on this version; delete it with ``force``, or later."""
+    """Requests are running on this version; delete it with ``force``, or later."""
 
 
 class BaseMismatchError(AdapterError):
@@ -150,7 +150,7 @@ class ResourceExhaustedError(ManyhatsError):
     """A quota or a disk is full.
 
     Attributes:
-        retry_after_s: when the server suggests to try again, in seconds; None if it does not.
+        retry_after_s: when the server suggests trying again, in seconds; None if it does not.
     """
 
     def __init__(
@@ -183,11 +183,11 @@ class CancelledError(ManyhatsError):
 
 
 class CredentialsError(ManyhatsError):
-    """The client's own credentials cannot be used: a file at fault, or a token that would go in the clear."""
+    """The client's own credentials cannot be used: a bad file, or a token that would be sent unencrypted."""
 
 
 class AuthenticationError(ManyhatsError):
-    """The server wants a credential and got none, or a bad one."""
+    """The server requires a credential and got none, or a bad one."""
 
 
 class PermissionDeniedError(ManyhatsError):

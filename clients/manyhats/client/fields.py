@@ -1,4 +1,4 @@
-"""Fields of messages: setting them so that a refusal names the field, and reading enums by name. Both ways use it."""
+"""Fields of messages: setting them so that a refusal names the field, and reading enums by name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from manyhats.client.errors import InvalidRequestError
 
 
 def assign(message: Message, name: str, value: Any, path: str) -> None:
-    """Set a scalar, repeated or map field; what protobuf refuses becomes an error that names the field.
+    """Set a scalar, repeated or map field; a value that protobuf refuses becomes an error that names the field.
 
     Raises:
-        InvalidRequestError: the value does not fit; the field is called ``path``.
+        InvalidRequestError: the value does not fit; names the field ``path``.
     """
     try:
         if isinstance(value, Mapping):

@@ -13,12 +13,12 @@ from manyhats.client.errors import UnavailableError
 HEALTH_CHECK_METHOD: Final = "/grpc.health.v1.Health/Check"
 POLL_INTERVAL_S: Final = 0.1
 
-# How a health check fails while a server starts; anything else is an error worth showing at once.
+# How a health check fails while a server is starting; any other failure is worth showing at once.
 _NOT_YET = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 
 class ReadinessWait:
-    """One wait: the time that is left, and what the server said last."""
+    """One wait: the time left, and the server's last answer."""
 
     def __init__(self, target: str, timeout_s: float) -> None:
         self._target = target
@@ -39,7 +39,7 @@ class ReadinessWait:
         return False
 
     def is_temporary(self, code: grpc.StatusCode) -> bool:
-        """Whether a failed check is one that waiting may cure."""
+        """Whether waiting may cure a failed check."""
         return code in _NOT_YET
 
     def raise_if_over(self) -> None:

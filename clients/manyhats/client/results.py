@@ -1,4 +1,4 @@
-"""What the client gives back: frozen dataclasses, free of protobuf."""
+"""What the client returns: frozen dataclasses, free of protobuf."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Token:
 
     Attributes:
         id: in the model's vocabulary.
-        text: of this token by itself; part of a character shows as U+FFFD.
-        logprob: natural log-probability from the raw logits; None unless asked for.
-        rank: 1 for the most likely token; None unless asked for.
+        text: of this token on its own; part of a character shows as U+FFFD.
+        logprob: natural log-probability from the raw logits; None unless requested.
+        rank: 1 for the most likely token; None unless requested.
         top: the most likely tokens at this step, best first.
     """
 
@@ -73,11 +73,11 @@ class Generation:
     """A whole answer.
 
     Attributes:
-        text: without EOS, and without the stop sequence unless it was asked for.
+        text: without EOS, and without the stop sequence unless requested.
         tokens: every generated token, EOS and stop included.
         finish_reason: why it ended.
         usage: what it cost.
-        adapter: who answered; None is the base model.
+        adapter: which one answered; None for the base model.
         prompt_tokens: the prompt's tokens, with ``prompt_logprobs``.
         request_id: the caller's, or the one the server gave.
     """
@@ -125,7 +125,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreResult:
-    """One score for each continuation, in the order asked."""
+    """One score for each continuation, in the order requested."""
 
     scores: tuple[Score, ...]
     usage: Usage
@@ -135,7 +135,7 @@ class ScoreResult:
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:
-    """A prompt's token ids, and the text of each by itself."""
+    """A prompt's token ids, and the text of each on its own."""
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
@@ -145,7 +145,7 @@ class Tokenization:
 class ArtifactPart:
     """One stored artifact of a version: its digest, what its deltas are scaled by, and where it came from.
 
-    ``text_files`` are those it has beside config and tensors, such as a chat template or tokenizer of its own.
+    ``text_files`` are its files besides config and tensors, such as its own chat template or tokenizer.
     """
 
     digest: str
@@ -164,10 +164,10 @@ class AdapterInfo:
         digest: ``sha256:…`` of its files, or of the parts of a composed task.
         method: such as ``lora``; the server's name in lower case.
         state: ``creating``, ``active``, ``inactive``, ``failed`` or ``deleting``.
-        residency: the fastest place it lies in now: ``device``, ``host`` or ``disk``.
-        effect: how far it moves the base's log-probabilities, in nats, measured at registration; None if not.
+        residency: the fastest memory that holds it now: ``device``, ``host`` or ``disk``.
+        effect: how far it moves the base's log-probabilities, in nats, measured at registration; None if it was not.
         create_time: when it was registered, UTC; None if the server does not say.
-        notes: what an operator should know of it, such as files that name no base model.
+        notes: what an operator should know about it, such as files that name no base model.
         parts: the artifacts it is made of; more than one, or one with a weight, if the task is composed.
     """
 
@@ -196,7 +196,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What registering gave: the version, and whether this call made it (the same files again make none)."""
+    """The result of registering: the version, and whether this call made it (repeating the same files makes none)."""
 
     adapter: AdapterInfo
     created: bool
@@ -204,7 +204,7 @@ class Registration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """What a server lets callers ask for at most; None is no bound.
+    """The most that a server lets callers ask for; None means no bound.
 
     Attributes:
         max_request_bytes: of one message; the files of an upload come in several.

@@ -12,10 +12,10 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from manyhats.client import errors
 
 _DETAILS_KEY = "grpc-status-details-bin"
-# What gRPC says before the operating system's own words, such as "Connection refused".
+# What gRPC puts before the operating system's message, such as "Connection refused".
 _CONNECT_PREFIX = "Failed to connect to remote host: "
 
-# What asyncio's gRPC says where a call ended while it was written to.
+# What asyncio's gRPC says if a call ended while it was being written to.
 _LOST = "Internal error from Core"
 
 
@@ -29,7 +29,7 @@ class FailedCall(Protocol):
         """The status message."""
 
     def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
-        """Metadata the server sent last; ``google.rpc.Status`` lies in it."""
+        """The server's trailing metadata; it contains ``google.rpc.Status``."""
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ def _exhausted(kind: type[errors.ResourceExhaustedError]) -> _Make:
     return make
 
 
-# The reason decides; the code only where the reason is missing or not known to this client.
+# The reason decides; the code only if the reason is missing or unknown to this client.
 _BY_REASON: dict[str, _Make] = {
     "FIELD_INVALID": _invalid(errors.InvalidRequestError),
     "PROMPT_TOO_LONG": _invalid(errors.PromptTooLongError),
@@ -130,7 +130,7 @@ def error_from_call(call: FailedCall, target: str) -> errors.ManyhatsError:
 
 
 def _explain(code: grpc.StatusCode, message: str, target: str) -> str:
-    """What gRPC itself says, without a server's reason, in words for a caller."""
+    """What gRPC itself says, without a server's reason, reworded for a caller."""
     match code:
         case grpc.StatusCode.UNAVAILABLE:
             return f"cannot reach the server at {target}: {message.rpartition(_CONNECT_PREFIX)[2]}"

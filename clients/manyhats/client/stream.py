@@ -55,16 +55,16 @@ class GenerationStream:
         return self._chunks[-1]
 
     def result(self) -> Generation:
-        """The answer: reads what is left of the stream, and joins all pieces.
+        """The answer: reads the rest of the stream, and joins all pieces.
 
-        After an early ``close`` it is what came until then, with ``FinishReason.UNSPECIFIED``.
+        After an early ``close`` it is what had come by then, with ``FinishReason.UNSPECIFIED``.
         """
         for _ in self:
             pass
         return convert.join_chunks(self._chunks)
 
     def close(self) -> None:
-        """Cancels the request if it still runs; harmless otherwise."""
+        """Cancels the request if it is still running; harmless otherwise."""
         self._is_closed = True
         self._call.cancel()
 

@@ -1,4 +1,4 @@
-"""The blocking client. Its twin is ``aio.py``; they share all that does not talk to the network."""
+"""The blocking client. Its twin is ``aio.py``; they share everything that does not talk to the network."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ Response = TypeVar("Response")
 class Client:
     """Talks to a manyhats server. Thread-safe; close it, or use it as a context manager.
 
-    Every call takes ``timeout_s``, the seconds after which it fails with ``DeadlineError``; None waits as
-    long as it takes. Every call raises subclasses of ``ManyhatsError``.
+    Every call takes ``timeout_s``, the seconds after which it fails with ``DeadlineError``; None means no limit. Every
+    call raises subclasses of ``ManyhatsError``.
 
         with Client("127.0.0.1:50051") as client:
             print(client.generate("List all users.", task_id="sql", max_new_tokens=64).text)
 
     Args:
         target: ``host:port`` of the server, or any target gRPC understands.
-        timeout_s: for calls that name none.
-        credentials: for a server that asks for TLS or a token; none by default.
-        channel: an open channel to use in place of ``target``; it stays the caller's to close.
+        timeout_s: the default for calls.
+        credentials: for a server that requires TLS or a token; none by default.
+        channel: an open channel to use instead of ``target``; the caller still closes it.
 
     Raises:
-        CredentialsError: the credentials cannot be used, or would leave this machine in the clear.
+        CredentialsError: the credentials cannot be used, or would leave this machine unencrypted.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationStream:
-        """Generates one answer and gives it as it grows; arguments as of ``generate``."""
+        """Generates one answer and streams it; arguments as for ``generate``."""
         request = convert.generate_request(prompt, task_id, options)
         call = self._generation.GenerateStream(request, timeout=self._timeout(timeout_s))
         return GenerationStream(cast(StreamCall, call), self._target)
@@ -143,7 +143,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[PromptOptions],
     ) -> ScoreResult:
-        """Gives the log-probability of each continuation after the prompt, which is computed once."""
+        """Returns the log-probability of each continuation after the prompt, which is computed once."""
         request = convert.score_request(prompt, continuations, task_id, options)
         return convert.score_result(self._call(self._generation.Score, request, timeout_s))
 
@@ -155,7 +155,7 @@ class Client:
         add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> Tokenization:
-        """Gives the tokens the prompt becomes; computes nothing on the model."""
+        """Returns the tokens the prompt becomes; computes nothing on the model."""
         request = convert.tokenize_request(prompt, task_id, add_special_tokens)
         return convert.tokenization(self._call(self._generation.Tokenize, request, timeout_s))
 
@@ -170,12 +170,12 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[RegisterOptions],
     ) -> Registration:
-        """Makes an adapter that the server can read a version of a task.
+        """Registers an adapter that the server can read as a version of a task.
 
         Args:
             task_id: the task, without a version.
             uri: a path under one of the server's allowed roots, or a URL that it allows.
-            parts: of a composed task, in place of ``uri``: the uri of each part, and what its deltas are scaled by.
+            parts: of a composed task, instead of ``uri``: each part's uri, and what its deltas are scaled by.
             timeout_s: as above.
             options: see ``RegisterOptions``.
         """
@@ -193,12 +193,12 @@ class Client:
     ) -> Registration:
         """Sends an adapter's directory, and makes it a version of a task; otherwise as ``register_adapter``.
 
-        It is safe to repeat. An upload that fails, whenever that is, leaves nothing on the server.
+        It is safe to repeat. An upload that fails, at whatever point, leaves nothing on the server.
 
         Args:
             task_id: the task, without a version.
-            directory: of this machine; its ``adapter_config.json`` and safetensors are sent, nothing else.
-            progress: called with the bytes sent and all there are, on another thread.
+            directory: on this machine; its ``adapter_config.json``, safetensors and text files are sent, nothing else.
+            progress: called with the bytes sent and their total, on another thread.
             timeout_s: as above.
             options: see ``RegisterOptions``.
         """
@@ -221,7 +221,7 @@ class Client:
     def list_adapters(
         self, *, task_id: str = "", page_size: int = 0, timeout_s: float | None = None
     ) -> Iterator[AdapterInfo]:
-        """Iterates over all versions, of one task or of every one, ordered by task id and version.
+        """Iterates over all versions, of one task or of every task, ordered by task id and version.
 
         Pages are fetched as the iteration needs them; ``timeout_s`` is for each.
         A ``page_size`` of 0 leaves it to the server.
@@ -237,7 +237,7 @@ class Client:
     def activate_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
         """Moves a task to the version that ``task@3`` names, forward or back, and describes it.
 
-        Requests that run finish on the version they began on.
+        Running requests finish on the version they began on.
         """
         request = adapter_pb2.ActivateAdapterRequest(task_id=task_id)
         response = self._call(self._adapters.ActivateAdapter, request, timeout_s)
@@ -246,9 +246,9 @@ class Client:
     def delete_adapter(
         self, task_id: str, *, force: bool = False, timeout_s: float | None = None
     ) -> tuple[AdapterInfo, ...]:
-        """Deletes one version (``task@3``) or a task with all of its versions, and gives what was deleted.
+        """Deletes one version (``task@3``) or a task with all of its versions, and returns what was deleted.
 
-        ``force`` deletes versions in use, too; requests that run on them finish on what they have.
+        ``force`` deletes versions in use, too; requests running on them finish on what they have.
         """
         request = adapter_pb2.DeleteAdapterRequest(task_id=task_id, force=force)
         response = self._call(self._adapters.DeleteAdapter, request, timeout_s)

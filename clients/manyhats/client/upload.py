@@ -23,13 +23,13 @@ TEXT_FILES: Final = (
     "tokenizer_config.json",
 )
 CHUNK_BYTES: Final = 1024 * 1024
-# In the server's initial metadata, once it takes the header.
+# In the server's initial metadata, once it accepts the header.
 ACCEPTED: Final = ("manyhats-upload", "accepted")
 
 
 @dataclass(frozen=True, slots=True)
 class UploadFile:
-    """A file to send: where it lies, and what the server is told of it."""
+    """A file to send: where it is, and what the server is told about it."""
 
     path: Path
     size_bytes: int
@@ -42,10 +42,10 @@ class UploadFile:
 
 
 def read_files(directory: str | os.PathLike[str]) -> tuple[UploadFile, ...]:
-    """The adapter's files of a directory, hashed: its config, safetensors and text files; nothing else is sent.
+    """The adapter's files in a directory, hashed: its config, safetensors and text files; nothing else is sent.
 
     Raises:
-        InvalidRequestError: it holds no adapter, or cannot be read.
+        InvalidRequestError: it contains no adapter, or cannot be read.
     """
     try:
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_file())
@@ -73,7 +73,7 @@ def _read_file(path: Path) -> UploadFile:
 class UploadMessages:
     """The messages of one upload: the header, then every file in chunks.
 
-    What fails while they are made (a file that changed, the caller's ``progress``) ends them early and is kept in
+    A failure while they are made (a file that changed, the caller's ``progress``) ends them early and is kept in
     ``failure``: gRPC would hide it.
     """
 
@@ -107,7 +107,7 @@ def _chunks(file: UploadFile) -> Iterator[tuple[int, bytes]]:
     """Offset and bytes of each chunk.
 
     Raises:
-        InvalidRequestError: the file is not as long as it was, or cannot be read.
+        InvalidRequestError: the file's length has changed, or it cannot be read.
     """
     offset = 0
     try:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 
 def clipped(text: str, max_bytes: int) -> str:
-    """Text from outside, made fit for a message: without halves of surrogate pairs, and at most so long in UTF-8."""
+    """Text from outside, made safe for a message: no halves of surrogate pairs, at most ``max_bytes`` in UTF-8."""
     return text.encode("utf-8", "replace")[:max_bytes].decode("utf-8", "ignore")
 
 
@@ -45,7 +45,7 @@ class FieldInvalidError(RequestError):
 class PromptTooLongError(RequestError):
     """Prompt and adapter prefix leave no room for one output token; ``limit`` is in tokens.
 
-    With ``at_least``, ``num_tokens`` is what a text that was not tokenized has at least.
+    With ``at_least``, ``num_tokens`` is a lower bound for a text that was not tokenized.
     """
 
     def __init__(self, field: str, num_tokens: int, limit: int, *, at_least: bool = False) -> None:
@@ -57,7 +57,7 @@ class PromptTooLongError(RequestError):
 
 
 class ModelError(EngineError):
-    """The model at hand cannot be loaded or served."""
+    """The model cannot be loaded or served."""
 
 
 class QueueFullError(EngineError):
@@ -70,7 +70,7 @@ class QueueFullError(EngineError):
 
 
 class AdapterCapacityError(EngineError):
-    """Every adapter slot has held an adapter in use for as long as a load could wait."""
+    """Every adapter slot held an adapter in use for as long as a load could wait."""
 
     def __init__(self, num_slots: int, retry_after_s: float = 1.0) -> None:
         super().__init__(f"all {num_slots} loaded adapters are in use")
@@ -110,7 +110,7 @@ class StreamUnreadError(EngineError):
 
 
 class RequestFailedError(EngineError):
-    """Something unexpected ended the request; the log has it under ``error_id``, and it is the cause of this error."""
+    """Something unexpected ended the request; the log has it under ``error_id``, and it is this error's cause."""
 
     def __init__(self, error_id: str) -> None:
         super().__init__(f"the request failed in the engine; the server's log says why, under {error_id}")

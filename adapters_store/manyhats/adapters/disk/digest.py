@@ -1,4 +1,4 @@
-"""The digest that names an artifact: the same files have the same digest, wherever they lie."""
+"""The digest that names an artifact: the same files have the same digest, wherever they are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def digest_of_hashes(files: Mapping[str, tuple[str, int]]) -> str:
 
 
 def digest_lines(files: Mapping[str, tuple[str, int]]) -> bytes:
-    """The lines that the digest is taken of."""
+    """The lines that are digested."""
     return "".join(f"{sha256} {size} {path}\n" for path, (sha256, size) in sorted(files.items())).encode()
 
 
@@ -40,7 +40,7 @@ def hex_digits(digest: str) -> str:
     """The 64 hexadecimal digits of a digest.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not one.
     """
     match = _DIGEST.fullmatch(digest)
     if match is None:

@@ -13,7 +13,7 @@ def write_file(path: Path, content: bytes | bytearray, mode: int) -> None:
     """Write a new file.
 
     Raises:
-        OSError: it is there already, or cannot be written whole.
+        OSError: it already exists, or cannot be written in full.
     """
     descriptor = os.open(path, _CREATE, mode)
     try:
@@ -29,7 +29,7 @@ def sync_directory(directory: Path) -> None:
     """Sync a directory, so that its entries are on the disk.
 
     Raises:
-        OSError: it is no directory, or a link to one, or cannot be synced.
+        OSError: it is not a directory, is a link to one, or cannot be synced.
     """
     descriptor = os.open(directory, _OPEN_DIRECTORY)
     try:

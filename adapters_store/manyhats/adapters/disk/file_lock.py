@@ -1,4 +1,4 @@
-"""A lock that processes and threads share, or that one has alone; it goes with a process that dies."""
+"""A lock that processes and threads hold shared, or one holds exclusively; it is released when its process dies."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _POLL_S = 0.005
 
 
 class FileLock:
-    """A lock on a file, made if it is missing. Safe in any thread.
+    """A lock on a file, which is created if missing. Thread-safe.
 
-    Each holder has a descriptor of its own, so one thread may share the lock twice; but it waits for itself
-    where it wants it alone and has it already.
+    Each holder has its own descriptor, so one thread may hold the lock shared twice; but it deadlocks, until
+    ``wait_s``, if it asks for it exclusively while holding it.
 
     Args:
         path: the file; its directory exists.
@@ -31,18 +31,18 @@ class FileLock:
         self._wait_s = wait_s
 
     def shared(self) -> contextlib.AbstractContextManager[None]:
-        """Hold it together with others who share it.
+        """Hold it shared.
 
         Raises:
-            StoreUnavailableError: somebody has it alone for too long, or it cannot be opened.
+            StoreUnavailableError: someone held it exclusively for too long, or it cannot be opened.
         """
         return self._held(fcntl.LOCK_SH)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Hold it alone.
+        """Hold it exclusively.
 
         Raises:
-            StoreUnavailableError: others have it for too long, or it cannot be opened.
+            StoreUnavailableError: others held it for too long, or it cannot be opened.
         """
         return self._held(fcntl.LOCK_EX)
 
@@ -59,7 +59,7 @@ class FileLock:
             os.close(descriptor)
 
     def _wait(self, descriptor: int, operation: int) -> None:
-        """Poll, because a blocking call could not be given up."""
+        """Polls, because a blocking call could not be given up."""
         deadline = time.monotonic() + self._wait_s
         while True:
             with store_errors(), contextlib.suppress(BlockingIOError):

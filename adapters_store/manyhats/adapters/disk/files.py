@@ -1,7 +1,7 @@
 """Reading files that someone else wrote: by directory descriptor, never out of their root, regular files only.
 
-What was checked is what is read: a directory is walked down from its root by descriptors, so is what a link leads
-to, a file is checked on the descriptor that it is then read from, and a file that changes meanwhile is refused.
+What was checked is what is read: a directory, and what a link leads to, is walked down from its root by descriptors, a
+file is checked on the descriptor that it is then read from, and a file that changes meanwhile is refused.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class SourceFile:
     _identity: tuple[int, ...]
 
     def read_start(self, num_bytes: int) -> bytes:
-        """The first ``num_bytes``, or fewer where the file ends before.
+        """The first ``num_bytes``, or fewer if the file is shorter.
 
         Raises:
-            StoreUnavailableError: the disk fails.
+            StoreUnavailableError: a disk error.
         """
         try:
             return os.pread(self._descriptor, num_bytes, 0)
@@ -66,7 +66,7 @@ class SourceFile:
 
         Raises:
             AdapterInvalidError: it changed since it was opened.
-            StoreUnavailableError: the disk fails.
+            StoreUnavailableError: a disk error.
         """
         data = bytearray(self.size_bytes)
         try:
@@ -83,12 +83,12 @@ class SourceFile:
 
         Raises:
             AdapterInvalidError: it changed since it was opened.
-            StoreUnavailableError: the disk fails.
+            StoreUnavailableError: a disk error.
         """
         digest = hashlib.sha256()
         position = 0
         try:
-            # A byte more than there was tells one that grows, however long it does.
+            # One byte more than there was reveals a file that grows, however long it grows.
             while piece := os.pread(
                 self._descriptor, min(_READ_BYTES, self.size_bytes + 1 - position), position
             ):
@@ -116,18 +116,18 @@ class SourceFile:
 class SourceDirectory:
     """An open directory; everything in it is reached through its descriptor.
 
-    With a place, links in it are followed to what lies under the place's root; without one, none is.
+    With a place, links in it are followed to whatever lies under the place's root; without one, none is followed.
     """
 
     _descriptor: int
     _place: Place | None = None
 
     def names(self) -> tuple[str, ...]:
-        """What lies in it, sorted.
+        """Its entries, sorted.
 
         Raises:
             AdapterTooLargeError: over 4096 entries.
-            StoreUnavailableError: the disk fails.
+            StoreUnavailableError: a disk error.
         """
         try:
             with os.scandir(self._descriptor) as entries:
@@ -160,7 +160,7 @@ class SourceDirectory:
             AdapterInvalidError: it does not exist or may not be read.
             AdapterUnsafeError: it is a directory, pipe, socket or device, or a link that leads out of the root.
             AdapterTooLargeError: it is larger than ``max_bytes``.
-            StoreUnavailableError: the disk fails, or no descriptor is free.
+            StoreUnavailableError: a disk error, or no free descriptor.
         """
         try:
             descriptor = self._open(name)
@@ -188,9 +188,9 @@ class SourceDirectory:
 def open_source(uri: str, roots: Sequence[Path]) -> Iterator[SourceDirectory]:
     """Open the directory that ``uri`` names, if it lies under one of ``roots``.
 
-    Links on the way to the directory are resolved first, and the result must lie under a root; then the way
-    is walked again by descriptors that follow no link, so that a link put there in between leads nowhere. Links
-    in the directory are followed likewise, to what lies under the same root.
+    Links on the way to the directory are resolved first, and the result must lie under a root; then the path is walked
+    again by descriptors that follow no link, so that a link put there in between leads nowhere. Links in the directory
+    are followed likewise, to whatever lies under the same root.
 
     Args:
         uri: an absolute path, a path relative to a root, or ``file:///…``.
@@ -213,7 +213,7 @@ def open_source(uri: str, roots: Sequence[Path]) -> Iterator[SourceDirectory]:
 
 
 def open_local(path: Path) -> contextlib.AbstractContextManager[SourceDirectory]:
-    """Open a directory for the one who runs this program: links in it may lead wherever that user may read.
+    """Open a directory for the user who runs this program: links in it may lead wherever that user may read.
 
     Raises:
         SourceNotAllowedError: it may not be read.
@@ -251,7 +251,7 @@ def _locate(uri: str, path: Path, roots: Sequence[Path]) -> Place:
             is_outside = True
         elif path.is_absolute() or os.path.exists(target):
             return Place(root, target)
-    # Whether something exists is told of what lies under a root alone.
+    # Only for paths under a root does an error reveal whether something exists.
     if is_outside or not roots:
         raise SourceNotAllowedError(uri, _outside(path, roots))
     raise SourceNotFoundError(
@@ -260,7 +260,7 @@ def _locate(uri: str, path: Path, roots: Sequence[Path]) -> Place:
 
 
 def _outside(path: Path, roots: Sequence[Path]) -> str:
-    """That a path lies outside, and what to do; a root is named to callers whose path leads to its own place."""
+    """That a path lies outside, and what to do; a root is named only to callers whose path leads right beside it."""
     if not roots:
         return "lies outside the allowed roots: there are none; `manyhats adapters upload` sends the files"
     near = sorted(str(root) for root in roots if root.parent != root and path.is_relative_to(root.parent))
@@ -282,12 +282,12 @@ def _source_error(uri: str, error: OSError) -> AdapterError:
 
 
 def _read_error(name: str, error: OSError) -> AdapterError:
-    """The artifact's fault where it is; else that of the server's disk."""
+    """The artifact's fault if it is; otherwise that of the server's disk."""
     if error.errno == errno.ENOENT:
         return AdapterInvalidError(name, "is missing")
     if error.errno == errno.ELOOP:
         return AdapterUnsafeError(name, "is a symbolic link; only regular files are read")
-    if error.errno == errno.ENXIO:  # it was none when it was looked at
+    if error.errno == errno.ENXIO:  # it was not one when it was looked at
         return AdapterUnsafeError(name, "is a device or socket; only regular files are read")
     if error.errno in (errno.EACCES, errno.EPERM):
         return AdapterInvalidError(name, f"may not be read: {error.strerror}")

@@ -17,11 +17,11 @@ from manyhats.adapters.errors import AdapterUnsafeError
 
 _FLAGS = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_DIRECTORY = os.O_RDONLY | _FLAGS
-# On the way a directory need only be searchable; where there is no O_PATH, readable too.
+# On the way a directory need only be searchable; without O_PATH, readable too.
 _PASS_DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | _FLAGS
 # O_NONBLOCK: opening must not wait, should a pipe take the file's place after the check.
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-# What a path that was there a moment ago, or never, fails with.
+# What opening a path fails with if it is gone, or never existed.
 _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -45,7 +45,7 @@ class Place:
             link: what it holds.
 
         Raises:
-            AdapterUnsafeError: it leads out of the root, to nothing, or to something else than a regular file.
+            AdapterUnsafeError: it leads out of the root, to nothing, or to something other than a regular file.
             OSError: what it leads to cannot be opened.
         """
         target = resolved(self.path / link)
@@ -67,7 +67,7 @@ class Place:
 
 
 def resolved(path: Path) -> Path | None:
-    """``path`` with every link in it resolved; None where there are too many. A loop stays as it is."""
+    """``path`` with every link in it resolved; None if there are too many. A loop stays as it is."""
     try:
         return Path(os.path.realpath(path))
     except RecursionError:  # the standard library calls itself for each link of a chain
@@ -83,7 +83,7 @@ def walk(root: Path, parts: Sequence[str], flags: int = OPEN_DIRECTORY) -> int:
         flags: to open the last directory with.
 
     Raises:
-        OSError: a component is no directory, or may not be passed.
+        OSError: a component is not a directory, or may not be traversed.
     """
     names = [str(root), *parts]
     descriptor = os.open(names[0], flags if len(names) == 1 else _PASS_DIRECTORY)
@@ -97,7 +97,7 @@ def walk(root: Path, parts: Sequence[str], flags: int = OPEN_DIRECTORY) -> int:
 
 
 def check_regular(name: str, status: os.stat_result) -> None:
-    """Refuse what is no regular file.
+    """Refuse anything but a regular file.
 
     Raises:
         AdapterUnsafeError: it is a link, directory, pipe, socket or device.

@@ -35,14 +35,14 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 class ObjectStore:
     """Objects under one URL; names are relative to it. Safe in any thread.
 
-    Every fault is a ``StoreError``; an object that is not there is none.
+    Every fault is a ``StoreError``; a missing object is not a fault.
 
     Args:
         url: such as ``s3://bucket/prefix``.
         options: of the fsspec file system; they replace the defaults.
 
     Raises:
-        StoreConfigError: no such scheme is served, its package is missing, or it does not take these options.
+        StoreConfigError: the scheme is not served, its package is missing, or it does not accept these options.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ class ObjectStore:
         return {path.lstrip("/")[start:]: int(entry["size"]) for path, entry in found.items()}
 
     def read(self, name: str, size_bytes: int) -> bytearray:
-        """The first ``size_bytes`` of an object; fewer, if it is shorter or not there."""
+        """The first ``size_bytes`` of an object; fewer if it is shorter or missing."""
         data = bytearray()
         while len(data) < size_bytes:
             end = min(len(data) + _READ_BYTES, size_bytes)
@@ -81,7 +81,7 @@ class ObjectStore:
             self._files.pipe_file(f"{self._root}/{name}", bytes(content))
 
     def delete(self, names: Sequence[str]) -> None:
-        """Delete objects; one that is gone already is no error."""
+        """Delete objects; one that is already gone is not an error."""
         for begin in range(0, len(names), _DELETED_TOGETHER):
             paths = [f"{self._root}/{name}" for name in names[begin : begin + _DELETED_TOGETHER]]
             with _errors(), contextlib.suppress(FileNotFoundError):
@@ -114,7 +114,7 @@ def _errors() -> Iterator[None]:
     except PermissionError as error:
         raise StoreUnavailableError("store", "the object store refuses the server's credentials") from error
     except Exception as error:
-        # Each file system has a tree of its own, and its texts name hosts and paths.
+        # Each file system has its own error classes, and their texts name hosts and paths.
         raise StoreUnavailableError(
             "store", f"the object store cannot be reached ({type(error).__name__})"
         ) from error

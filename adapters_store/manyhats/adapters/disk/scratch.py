@@ -1,7 +1,7 @@
-"""Private directories for what is on its way in: uploads, and downloads of a source.
+"""Private directories for incoming files: uploads, and downloads of a source.
 
-Every directory is locked by the process that uses it, so that a sweep tells what a crash left from what another
-process is filling.
+Every directory is locked by the process that uses it, so that a sweep can tell what a crash left behind from what
+another process is filling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class ScratchDirectory:
-    """An empty directory of one owner, who ends it with ``close``.
+    """An empty directory with one owner, who removes it with ``close``.
 
     Attributes:
         descriptor: of the directory, open until ``close``.
@@ -48,7 +48,7 @@ class ScratchDirectory:
             return os.open(name, flags, 0o600, dir_fd=self.descriptor)
 
     def close(self) -> None:
-        """Remove it and all that is in it; again does nothing."""
+        """Remove it and everything in it. Safe to repeat."""
         if not self._is_open:
             return
         self._is_open = False
@@ -61,7 +61,7 @@ class Scratch:
     """Makes scratch directories under one root, which several processes may share. Safe in any thread.
 
     Args:
-        root: made if it is missing; what lies there belongs to the store.
+        root: created if missing; whatever is there belongs to the store.
         max_directories: at a time, in this process.
 
     Raises:
@@ -79,14 +79,14 @@ class Scratch:
 
     @classmethod
     def temporary(cls, max_directories: int) -> Self:
-        """A scratch under a root of its own, among the system's temporary files, that goes with ``close``."""
+        """A scratch with its own root among the system's temporary files, removed by ``close``."""
         with store_errors():
             scratch = cls(Path(tempfile.mkdtemp(prefix="manyhats-")), max_directories)
         scratch._is_temporary = True
         return scratch
 
     def close(self) -> None:
-        """Remove a temporary root; another stays."""
+        """Remove a temporary root; any other stays."""
         if self._is_temporary:
             shutil.rmtree(self._root, ignore_errors=True)
 
@@ -94,7 +94,7 @@ class Scratch:
         """A new, empty directory.
 
         Raises:
-            QuotaExceededError: as many are open as may be.
+            QuotaExceededError: the limit of open directories is reached.
             StoreError: it cannot be made.
         """
         if not self._free.acquire(blocking=False):
@@ -124,7 +124,7 @@ class Scratch:
             directory.close()
 
     def sweep(self) -> int:
-        """Remove directories that nobody uses; how many."""
+        """Remove directories that nobody uses; returns how many."""
         with store_errors():
             return sum(_remove_unused(self._root / name) for name in os.listdir(self._root))
 

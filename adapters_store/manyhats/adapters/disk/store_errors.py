@@ -1,4 +1,4 @@
-"""Errors of the file system as the store's own; their text names no path."""
+"""File system errors as the store's own; their text names no path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn an OSError of what is done inside into a StoreError."""
+    """Turn an OSError raised inside into a StoreError."""
     try:
         yield
     except OSError as error:
@@ -21,7 +21,7 @@ def store_errors() -> Iterator[None]:
 
 
 def store_error(error: OSError) -> StoreError:
-    """What an OSError is to a caller of the store."""
+    """What an OSError means to a caller of the store."""
     if error.errno in _FULL:
         return StoreFullError("store", "no space is left for the artifact")
     return StoreUnavailableError("store", f"cannot be read or written: {error.strerror}")

@@ -1,1 +1,1 @@
-"""How adapters lie in files: names of formats, of bases and of files, JSON and safetensors."""
+"""How adapters are stored in files: names of formats, of bases and of files, JSON and safetensors."""

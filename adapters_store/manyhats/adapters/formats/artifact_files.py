@@ -12,7 +12,7 @@ FILES = (peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE, adapterhub_format.WE
 
 
 def max_bytes_of(name: str, limits: AdapterLimits) -> int:
-    """How large one of ``FILES`` may be; all of an artifact's together have ``max_size_bytes``."""
+    """How large one of ``FILES`` may be; all of an artifact's together may have ``max_size_bytes``."""
     is_config = name == peft_format.CONFIG_FILE
     own = limits.max_config_bytes if is_config else MAX_BYTES.get(name, limits.max_size_bytes)
     return min(own, limits.max_size_bytes)

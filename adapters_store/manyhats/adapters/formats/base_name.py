@@ -9,14 +9,14 @@ from collections.abc import Collection
 from manyhats.adapters.errors import BaseMismatchError, shown
 from manyhats.adapters.sites import BaseDescription
 
-# A path of Windows is one everywhere: adapters travel.
+# A Windows path counts as one everywhere: adapters travel.
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def is_path(name: str) -> bool:
-    """Whether a recorded base is a path: by its form, or because it is there.
+    """Whether a recorded base is a path: by its form, or because it exists.
 
-    Anything else is a name like ``org/name``, whatever letters and blanks it has.
+    Anything else is a name like ``org/name``, whatever letters and spaces it has.
     """
     return has_form_of_path(name) or os.path.exists(name)
 
@@ -39,22 +39,22 @@ def names_of_directory(path: str) -> frozenset[str]:
 
 
 def is_known_name(name: str, base: BaseDescription) -> bool:
-    """Whether ``name`` is one of the base's, in any case of letters."""
+    """Whether ``name`` is one of the base's, ignoring case."""
     return _folded(name) in {_folded(known) for known in base.names}
 
 
 def is_registered_for(names: Collection[str], base: BaseDescription) -> bool:
-    """Whether ``names``, as ``identity`` gave them when a version was registered, are of this base."""
+    """Whether ``names``, as given by ``identity`` when a version was registered, are those of this base."""
     return not frozenset(names).isdisjoint(identity(base))
 
 
 def identity(base: BaseDescription) -> tuple[str, ...]:
-    """What a base is known by, its digest first: each tells that it is the same one."""
+    """What a base is known by, its digest first: any of them identifies it."""
     return (base.digest, *sorted(base.names))
 
 
 def public_name(base: BaseDescription) -> str:
-    """What to call the base where callers read it: never a path; empty where it has no other name."""
+    """What to call the base in texts that callers read: never a path; empty if it has no other name."""
     return min((name for name in base.names if not is_path(name)), default="")
 
 
@@ -63,14 +63,14 @@ def check_base_name(
 ) -> tuple[str, ...]:
     """Compare the recorded name with the base's.
 
-    A name like ``org/name`` must be one of the base's. No name, or a local path, tells nothing: that is
-    accepted on the shapes alone, and noted.
+    A name like ``org/name`` must be one of the base's. No name, or a local path, says nothing: that is accepted on the
+    shapes alone, with a note.
 
     Args:
         name: as the artifact records it.
         base: the resident one.
         key: of the config that records it.
-        assume_base: the operator says that this base is meant: any name is accepted, and noted.
+        assume_base: the operator says that it is meant for this base: any name is accepted, with a note.
 
     Returns:
         Notes for the operator.

@@ -12,8 +12,8 @@ from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, 
 # A whole string (even one that is never closed, so that no scan begins inside it), or one bracket.
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _MAX_NUMBER_LENGTH = 40
-# Commas, quotes and opening brackets, which every value brings at least one of: what is read takes at most some 40 MB,
-# and a header of as many tensors as are served by default stays below.
+# Commas, quotes and opening brackets, of which every value needs at least one: what is read takes at most about 40 MB,
+# and a header with as many tensors as are served by default stays below.
 _SIGNS = ',"[{'
 _MAX_SIGNS = 2**19
 
@@ -33,8 +33,7 @@ def parse_json_object(data: bytes, subject: str, *, max_bytes: int, max_depth: i
 
     Raises:
         AdapterTooLargeError: it is larger or deeper than allowed, or holds too many values.
-        AdapterInvalidError: it is not strict JSON, repeats a key, has a number that is not finite, or is no
-            object.
+        AdapterInvalidError: it is not strict JSON, repeats a key, has a number that is not finite, or is not an object.
     """
     if len(data) > max_bytes:
         raise AdapterTooLargeError(subject, f"has {len(data)} bytes; the limit is {max_bytes}")
@@ -78,7 +77,7 @@ def _check_depth(text: str, subject: str, max_depth: int) -> None:
 
 
 def _check_text(value: dict[str, Any], subject: str) -> None:
-    """Refuse escapes of half a surrogate pair, which are no text and break every later encoding."""
+    """Refuse escapes of half a surrogate pair, which are not text and break every later encoding."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Which format and method an artifact has, by what its config holds."""
+"""Which format and method an artifact has, by its config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
 
     Raises:
         AdapterUnsupportedError: a method or format that is not served; names it.
-        AdapterInvalidError: it is no adapter's config.
+        AdapterInvalidError: it is not an adapter's config.
     """
     if adapterhub_format.is_adapterhub(config):
         return adapterhub_format.recognise(config)
@@ -24,10 +24,10 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
 
 
 def recorded_base(config: Mapping[str, Any]) -> str:
-    """What an artifact names as its base model; empty where it names none.
+    """What an artifact names as its base model; empty if it names none.
 
     Raises:
-        AdapterInvalidError: it is no name.
+        AdapterInvalidError: it is not a name.
     """
     if adapterhub_format.is_adapterhub(config):
         return adapterhub_format.recorded_base(config)
@@ -45,7 +45,7 @@ def weights_file(config: Mapping[str, Any], names: Sequence[str]) -> str:
 
     Args:
         config: decides the format.
-        names: what lies in the directory.
+        names: the directory's entries.
 
     Raises:
         AdapterUnsupportedError: a file would be left unused.

@@ -60,7 +60,7 @@ _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What the header says of one tensor; offsets count from the start of the data."""
+    """What the header says about one tensor; offsets count from the start of the data."""
 
     name: str
     dtype: torch.dtype
@@ -79,7 +79,7 @@ class SafetensorsHeader:
 
 
 def header_size(start: bytes, file_size: int, file: str, limits: AdapterLimits) -> int:
-    """How many bytes length field and header take together.
+    """Size of length field and header together, in bytes.
 
     Args:
         start: the file's first 8 bytes.
@@ -89,11 +89,11 @@ def header_size(start: bytes, file_size: int, file: str, limits: AdapterLimits) 
 
     Raises:
         AdapterUnsafeError: it is a pickle or a zip archive (as ``torch.save`` writes).
-        AdapterInvalidError: the file is too short for what it says of itself.
+        AdapterInvalidError: the file is shorter than it claims to be.
         AdapterTooLargeError: the header is over the limit.
     """
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
-    # 80 02 also begins a header of 640 bytes, so these bytes tell a pickle only where no header can follow.
+    # 80 02 also begins a header of 640 bytes, so these bytes mean a pickle only where no header can follow.
     if start.startswith(_PICKLE_STARTS) and length > min(file_size - LENGTH_BYTES, limits.max_header_bytes):
         raise AdapterUnsafeError(file, f"is a pickle, which can run code when it is read; {HOW_TO_CONVERT}")
     if len(start) < LENGTH_BYTES:
@@ -110,7 +110,7 @@ def header_size(start: bytes, file_size: int, file: str, limits: AdapterLimits) 
 
 
 def parse_header(start: bytes, file_size: int, file: str, limits: AdapterLimits) -> SafetensorsHeader:
-    """Check the header as a whole: types, shapes and dtypes; offsets in bounds, without overlap or hole.
+    """Check the header as a whole: types, shapes and dtypes; offsets in bounds, without overlap or gap.
 
     Args:
         start: the file's first ``header_size`` bytes (more is allowed).
@@ -120,7 +120,7 @@ def parse_header(start: bytes, file_size: int, file: str, limits: AdapterLimits)
 
     Raises:
         AdapterInvalidError: anything contradicts the format; names the file or tensor.
-        AdapterUnsupportedError: a dtype that the format knows and no adapter is served in.
+        AdapterUnsupportedError: a dtype that the format knows but no adapter is served in.
         AdapterTooLargeError: over a limit.
         AdapterUnsafeError: it is a pickle or a zip archive.
     """
@@ -207,7 +207,7 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _check_layout(tensors: Mapping[str, TensorSpec], data_bytes: int, file: str) -> None:
-    """Offsets, in order, must meet end to begin and cover the data exactly."""
+    """Check that offsets, in order, meet end to end and cover the data exactly."""
     position = 0
     for spec in sorted(tensors.values(), key=lambda spec: (spec.begin, spec.end)):
         if spec.end > data_bytes:

@@ -1,7 +1,7 @@
 """The files of an artifact that say how its task reads and writes text: chat template, tokenizer, added tokens.
 
-They are optional, and kept with the artifact where they are there. What they mean only the base's tokenizer can tell:
-whoever describes a base may bring a ``TextCheck``.
+They are optional, and kept with the artifact if present. What they mean, only the base's tokenizer can tell: whoever
+describes a base may supply a ``TextCheck``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_BYTES: Mapping[str, int] = MappingProxyType(
 
 
 def text_names(names: Collection[str]) -> tuple[str, ...]:
-    """Those of ``names`` that are text files', sorted."""
+    """Those of ``names`` that are text files, sorted."""
     return tuple(name for name in MAX_BYTES if name in names)
 
 
@@ -48,10 +48,10 @@ def read_text(directory: SourceDirectory, max_bytes: int) -> dict[str, bytearray
 
     Args:
         directory: of an artifact.
-        max_bytes: all of them together.
+        max_bytes: of all of them together.
 
     Raises:
-        AdapterError: one is no regular file, over a limit, or cannot be read.
+        AdapterError: one is not a regular file, is over a limit, or cannot be read.
     """
     files = {}
     for name in text_names(directory.names()):
@@ -62,7 +62,7 @@ def read_text(directory: SourceDirectory, max_bytes: int) -> dict[str, bytearray
 
 
 def check_text(files: Mapping[str, bytes | bytearray], check: TextCheck | None) -> TextFacts:
-    """What the text files among an artifact's mean; without ``check`` only their form is looked at.
+    """What the text files among an artifact's mean; without ``check`` only their form is checked.
 
     Raises:
         ArtifactError: they cannot be used; ``subject`` is the file.

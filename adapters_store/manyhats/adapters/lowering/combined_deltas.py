@@ -1,4 +1,4 @@
-"""Deltas of several adapters at one place as one adapter's, where the result does not depend on their order.
+"""Deltas of several adapters at one place, combined into one adapter's if the result does not depend on their order.
 
 =============================  ======================================================================
 ``LowRank``                    summed: matrices side by side along the rank
@@ -40,7 +40,7 @@ class NotCombinableError(Exception):
 
 
 def combine_deltas(deltas: Sequence[Delta]) -> tuple[Delta, ...]:
-    """Combine the deltas of one place. Sums are taken in the order given; in exact arithmetic it does not count.
+    """Combine the deltas of one place. Sums are taken in the order given; in exact arithmetic it would not matter.
 
     Args:
         deltas: of one site, or all of the embedding's or the head's; at least one.
@@ -132,7 +132,7 @@ def _join_ids(deltas: Sequence[EmbeddingRows] | Sequence[HeadRows]) -> Tensor:
 
 
 def _common_scale(scales: Sequence[float]) -> tuple[float, list[float]]:
-    """The scale of largest size, and each one as a multiple of it; no multiple is over 1 in size."""
+    """The scale of largest magnitude, and each one as a multiple of it; no multiple exceeds 1 in magnitude."""
     largest = max(scales, key=abs)
     return largest, [scale / largest if largest else 1.0 for scale in scales]
 
@@ -143,7 +143,7 @@ def _times(matrices: Sequence[Tensor], ratios: Sequence[float]) -> list[Tensor]:
 
 
 def _side_by_side(matrices: Sequence[Tensor], dim: int) -> Tensor:
-    """Concatenated; matrices of several dtypes in float32, which holds each of them exactly."""
+    """Concatenated; matrices of different dtypes in float32, which holds each of them exactly."""
     is_one_dtype = len({matrix.dtype for matrix in matrices}) == 1
     return torch.cat(list(matrices) if is_one_dtype else _floats(matrices), dim=dim)
 

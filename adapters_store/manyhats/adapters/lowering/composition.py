@@ -1,6 +1,6 @@
 """Several lowered adapters as one: at most one prefix, and deltas that add up exactly.
 
-Each *place* (a linear, a sub-layer's output, the embedding, the head) that one part alone acts on keeps that part's
+Each *place* (a linear, a sub-layer's output, the embedding, the head) that only one part acts on keeps that part's
 deltas. Where several parts meet, ``combined_deltas`` says what can be combined; anything else is refused.
 """
 
@@ -61,9 +61,9 @@ class _Placed:
 
 
 def composed_digest(parts: Iterable[tuple[str, float]]) -> str:
-    """Names a composition by its parts' digests and weights; their order does not count.
+    """Names a composition by its parts' digests and weights; their order does not matter.
 
-    SHA-256 over one line per part, sorted, after a first line that sets it apart from an artifact's digest.
+    SHA-256 over one line per part, sorted, after a first line that distinguishes it from an artifact's digest.
 
     Args:
         parts: digest and weight of each.
@@ -85,7 +85,7 @@ def compose(parts: Sequence[AdapterPart], limits: AdapterLimits) -> LoweredAdapt
         limits: ``max_rank`` bounds the ranks of one place together.
 
     Raises:
-        AdapterInvalidError: no part, or a weight that is 0, not finite or over 1e6 in size.
+        AdapterInvalidError: no part, or a weight that is 0, not finite or over 1e6 in magnitude.
         AdapterUnsupportedError: the parts cannot be combined exactly; ``subject`` is a part's name.
         AdapterTooLargeError: too many parts, or too large a rank together.
     """
@@ -145,7 +145,7 @@ def _place_of(delta: Delta) -> Site:
 
 
 def _weighted(part: AdapterPart, delta: Delta) -> Delta:
-    """A delta times its part's weight, if all that it does is to add something."""
+    """A delta times its part's weight, if it only adds something."""
     if part.weight == 1:
         return delta
     match delta:
@@ -159,7 +159,7 @@ def _weighted(part: AdapterPart, delta: Delta) -> Delta:
 
 
 def _kind(delta: Delta) -> str:
-    """What a delta is called in a message."""
+    """What messages call a delta."""
     match delta:
         case LowRank() | EmbeddingLowRank():
             return "a low-rank delta"
@@ -178,7 +178,7 @@ def _kind(delta: Delta) -> str:
 
 
 def _combine_place(place: Site, placed: Sequence[_Placed], limits: AdapterLimits) -> Sequence[Delta]:
-    """The deltas of one place as one adapter's, the same whatever order the parts come in."""
+    """The deltas of one place as one adapter's, whatever the order of the parts."""
     first = placed[0].part
     if all(each.part is first for each in placed):
         return [each.delta for each in placed]

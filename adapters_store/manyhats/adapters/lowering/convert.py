@@ -1,4 +1,4 @@
-"""From a pickle to safetensors, offline; never by a server.
+"""From a pickle to safetensors, offline; a server never does this.
 
 A pickle can run code when it is read. It is read here with ``torch.load(…, weights_only=True)``, which builds
 tensors and plain containers only and refuses everything else.
@@ -42,7 +42,7 @@ WARNING = (
     "tensors, but still convert pickles of people you trust only"
 )
 
-# Config format → the pickles that it may come with, and what becomes of them.
+# Config format → the pickles that it may come with, and the files they become.
 _ADAPTERHUB_PICKLES = (adapterhub_format.PICKLE_FILE,)
 _PEFT_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 # What torch's readers raise on bytes that are not theirs.
@@ -57,7 +57,7 @@ _MALFORMED = (
     OSError,
     struct.error,
 )
-# Read by people, or by whoever serves the task; as they are.
+# Files read by people, or by whoever serves the task; copied unchanged.
 _COPIED = ("README.md", "chat_template.jinja")
 _DTYPES: Mapping[torch.dtype, torch.dtype] = MappingProxyType(
     {
@@ -98,11 +98,11 @@ def convert(source: Path, target: Path, limits: AdapterLimits | None = None) -> 
 
     Args:
         source: a directory as PEFT or AdapterHub saves it.
-        target: made; it must not exist, or be empty.
+        target: created; it must not exist, or must be empty.
         limits: bounds config and pickle.
 
     Raises:
-        SourceNotFoundError: ``source`` is no directory.
+        SourceNotFoundError: ``source`` is not a directory.
         ArgumentInvalidError: ``target`` holds something already, or cannot be written.
         AdapterUnsafeError: the restricted loader refuses the pickle.
         ArtifactError: there is nothing to convert, or it is malformed; names the file or tensor.
@@ -145,7 +145,7 @@ def _read(path: Path, max_bytes: int) -> bytes:
 
 
 def _check_file(path: Path, max_bytes: int) -> None:
-    """Refuse what is no regular file, links followed, or too large; reading a pipe would wait for ever."""
+    """Refuse a file that is too large, or, after following links, not regular; reading a pipe would wait forever."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -173,17 +173,17 @@ def _find_pickle(source: Path, *, is_adapterhub: bool) -> Path:
 
 
 def _load(path: Path, limits: AdapterLimits) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The pickle's tensors by name, dense and of a dtype that is served; and what was changed about them."""
+    """The pickle's tensors by name, dense and in a dtype that is served; and notes on what was changed."""
     _check_file(path, limits.max_size_bytes)
     try:
         with warnings.catch_warnings():
-            # Torch warns of pickle protocols that it reads in part: what it cannot read, it refuses.
+            # Torch warns about pickle protocols that it reads only in part; what it cannot read, it refuses.
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not _begins_as_pickle(path):
             raise AdapterInvalidError(path.name, "is not a pickle that torch can read") from error
-        # The rest of the message advises to read it without the restriction.
+        # The rest of the message advises reading it without the restriction.
         lines = str(error).splitlines()
         reason = next((line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")), "")
         what = f": {shown(reason.rstrip('.'))}" if reason else ""

@@ -1,4 +1,4 @@
-"""What an adapter's directory holds, and what of it would be refused; needs no server, and no base model."""
+"""What an adapter's directory holds, and what would be refused; needs neither a server nor a base model."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class SiteFacts:
     Attributes:
         site: such as ``q_proj``, ``feed_forward`` or ``embed_tokens``.
         operation: the primitive, such as ``LowRank``.
-        layers: that it does this in; empty outside the layers.
-        ranks: low ranks or bottleneck sizes that occur, ascending.
+        layers: where it does this; empty outside the layers.
+        ranks: the low ranks or bottleneck sizes that occur, ascending.
         shapes: the primitive's tensor → its shapes that occur.
     """
 
@@ -73,12 +73,12 @@ class SiteFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """All that a directory tells of itself; empty or None where it does not.
+    """All that a directory reveals about itself; empty or None where it does not.
 
     Attributes:
         path: the directory.
         format: ``peft``, ``adapterhub`` or empty.
-        method: as the API names it, in small letters; empty where it is none that is served.
+        method: as the API names it, in lower case; empty if it is not served.
         base_model: what it names as its base.
         compared_with: the base it was checked against; empty for none.
         digest: that registration would give it.
@@ -109,11 +109,11 @@ class Inspection:
 def inspect(
     path: Path, base: BaseDescription | None = None, limits: AdapterLimits | None = None
 ) -> Inspection:
-    """Look at a directory as registration would, and go on past what it would refuse.
+    """Inspect a directory as registration would, continuing past anything it would refuse.
 
     Args:
         path: the directory.
-        base: compared with where it is given; without one, what only a base can tell is left out.
+        base: compared with if given; without one, whatever only a base can tell is left out.
         limits: how large an adapter may be.
 
     Raises:
@@ -145,7 +145,7 @@ class _Inspector:
             config_bytes = _read(directory, CONFIG_FILE, self._limits.max_config_bytes)
             config = self._look_at_config(config_bytes)
         with self._stage():
-            # Where there is a pickle alone, the first stage said so.
+            # If there is only a pickle, the first stage said so.
             if config is not None and any(name.endswith(".safetensors") for name in directory.names()):
                 name = weights_file(config, directory.names())
                 files = {CONFIG_FILE: config_bytes, name: _read(directory, name, self._limits.max_size_bytes)}
@@ -219,7 +219,7 @@ class _Inspector:
 
     @contextmanager
     def _stage(self) -> Iterator[None]:
-        """Take an error down as a refusal; one that was told already, once."""
+        """Record an error as a refusal, unless it was already recorded."""
         try:
             yield
         except StoreError:

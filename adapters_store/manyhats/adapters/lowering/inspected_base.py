@@ -1,7 +1,7 @@
-"""A base made up from an artifact itself, so that the artifact can be looked at where no base is at hand.
+"""A base made up from an artifact itself, so that the artifact can be inspected when no base is available.
 
-Checked against it, an artifact is refused for what is wrong with it in itself: unserved fields, missing and unused
-tensors, shapes that contradict each other. What only a real base can tell (how many layers, which widths) fits.
+Checked against it, an artifact is refused only for its own faults: unserved fields, missing and unused tensors, shapes
+that contradict each other. Whatever only a real base can tell (how many layers, which widths) fits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(0|[1-9]\d{0,3})\.")
 _LINEAR = re.compile(
     r"^(?:base_model\.model\.)?(?:model\.)?(?P<module>layers\.\d{1,4}\.(?:self_attn|mlp)\.(?P<name>\w+))\.(?P<part>.+)$"
 )
-# End of a tensor's name → where its shape tells features in, and out.
+# End of a tensor's name → which axes of its shape are input and output features.
 _WIDTHS: Mapping[str, tuple[int | None, int | None]] = {
     "lora_A": (1, None),
     "lora_A.weight": (1, None),
@@ -42,7 +42,7 @@ _UNKNOWN_VOCAB_SIZE = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class _OnesSource:
-    """Weights that nobody has: ones. Constants computed of them mean nothing, but have their shape."""
+    """Placeholder weights: ones. Constants computed from them are meaningless, but have the right shape."""
 
     linears: Mapping[str, tuple[int, int]]
 
@@ -52,7 +52,7 @@ class _OnesSource:
 
 
 def stand_in_weights(base: BaseDescription) -> _OnesSource:
-    """A ``WeightSource`` of ones, for a base that is known by its description alone."""
+    """A ``WeightSource`` of ones, for a base of which only the description is known."""
     return _OnesSource(base.linears)
 
 
@@ -96,13 +96,13 @@ def _parts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, str, str, Sh
         match = _LINEAR.match(tensor)
         if match is not None:
             layer = int(match["module"].split(".")[1])
-            # AdapterHub's modules go on with the adapter's own name.
+            # AdapterHub's modules continue with the adapter's own name.
             part = re.sub(r"^loras\.[^.]+\.", "", match["part"])
             yield f"model.{match['module']}", layer, match["name"], part, shape
 
 
 def _infer_widths(shapes: Mapping[str, Shape]) -> dict[str, tuple[int | None, int | None]]:
-    """Site name → features in and out, None where nothing tells."""
+    """Site name → input and output features, None where nothing tells."""
     widths: dict[str, tuple[int | None, int | None]] = {}
     for _, _, name, part, shape in _parts(shapes):
         known_in, known_out = widths.get(name, (None, None))

@@ -46,7 +46,7 @@ def _by_name(*methods: Method) -> Mapping[AdapterMethod, Method]:
     return MappingProxyType({method.method: method for method in methods})
 
 
-# What reads PEFT's directories.
+# The methods of PEFT's directories.
 METHODS: Mapping[AdapterMethod, Method] = _by_name(
     LoraMethod(),
     DoraMethod(),
@@ -59,7 +59,7 @@ METHODS: Mapping[AdapterMethod, Method] = _by_name(
     MultitaskPromptTuningMethod(),
 )
 
-# What reads AdapterHub's.
+# The methods of AdapterHub's.
 ADAPTERHUB_METHODS: Mapping[AdapterMethod, Method] = _by_name(
     BottleneckMethod(),
     AdapterHubLoraMethod(),
@@ -69,10 +69,10 @@ ADAPTERHUB_METHODS: Mapping[AdapterMethod, Method] = _by_name(
 
 
 def method_of(method: AdapterMethod, config: Mapping[str, Any]) -> Method:
-    """The file that knows a method, in the format that ``config`` is of.
+    """The implementation of a method, in the format of ``config``.
 
     Raises:
-        AdapterUnsupportedError: none does.
+        AdapterUnsupportedError: there is none.
     """
     methods, library = (ADAPTERHUB_METHODS, "AdapterHub") if is_adapterhub(config) else (METHODS, "PEFT")
     if method not in methods:
@@ -91,7 +91,7 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
 
 
 def check_lowered(lowered: LoweredAdapter) -> None:
-    """Refuse constants that are not finite though the tensors are, such as a product that overflows.
+    """Refuse constants that are not finite although the tensors are, such as a product that overflows.
 
     Raises:
         AdapterInvalidError: names the place.
@@ -105,7 +105,7 @@ def check_lowered(lowered: LoweredAdapter) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is; the extremes tell, which are NaN if any value is, and take a tenth of the time."""
+    """Whether every value is; the extremes tell, which are NaN if any value is, in a tenth of the time."""
     return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
@@ -119,7 +119,7 @@ def _is_finite(primitive: Delta | KVPrefix | PromptEmbeddings) -> bool:
 
 
 def has_effect(lowered: LoweredAdapter) -> bool:
-    """Whether anything in it can change an output, as far as its own numbers tell."""
+    """Whether anything in it can change an output, judging by its own numbers."""
     return lowered.prefix is not None or any(_can_change(delta) for delta in lowered.deltas)
 
 

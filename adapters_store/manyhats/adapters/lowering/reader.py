@@ -60,7 +60,7 @@ def read_adapter(
         directory: with the artifact's files.
         base: what it is checked against.
         limits: how large it may be.
-        assume_base: it is meant for this base, whatever name it records.
+        assume_base: it is meant for this base, whatever base it names.
 
     Raises:
         ArtifactError: it can never be served as it is; names the file, tensor or key.
@@ -93,7 +93,7 @@ def read_files(directory: SourceDirectory, limits: AdapterLimits) -> dict[str, b
     """The files of a stored artifact, unchecked.
 
     Raises:
-        AdapterError: one is missing, no regular file, or too large.
+        AdapterError: one is missing, not a regular file, or too large.
     """
     files = {}
     for name in (CONFIG_FILE, stored_weights_file(directory.names())):
@@ -131,7 +131,7 @@ def _parse_config(data: bytearray, limits: AdapterLimits) -> dict[str, Any]:
 
 
 def _read_shapes(file: SourceFile, limits: AdapterLimits) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes by the header alone."""
+    """Tensor shapes, from the header alone."""
     size = header_size(file.read_start(LENGTH_BYTES), file.size_bytes, file.name, limits)
     header = parse_header(file.read_start(size), file.size_bytes, file.name, limits)
     return {name: spec.shape for name, spec in header.tensors.items()}

@@ -127,7 +127,7 @@ def measure(lowered: LoweredAdapter, probe: Probe) -> float:
 
     Raises:
         AdapterInvalidError: the measure is not finite, or the probe refuses the adapter.
-        AdapterNoEffectError: it moves nothing.
+        AdapterNoEffectError: it does not move them.
     """
     effect = probe(lowered)
     if not math.isfinite(effect):
@@ -162,7 +162,7 @@ def _read_parts(
 
 
 def _common_text(reads: Sequence[ReadAdapter]) -> str:
-    """What the parts' text files mean together: those of all parts that differ from the base must mean the same.
+    """What the parts' text files mean together: all parts that differ from the base must agree.
 
     Raises:
         AdapterUnsupportedError: they do not; ``subject`` is a part.
@@ -180,5 +180,5 @@ def _common_text(reads: Sequence[ReadAdapter]) -> str:
 
 
 def of_part(index: int, error: AdapterError) -> AdapterError:
-    """The same error, its subject as a piece of a part."""
+    """The same error, with the part's name before its subject."""
     return type(error)(f"{part_name(index)} {error.subject}", error.description)

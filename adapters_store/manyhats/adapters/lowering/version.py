@@ -1,4 +1,4 @@
-"""A version in memory: the artifacts it is made of, and the one adapter that they are."""
+"""A version in memory: the artifacts it is made of, and the one adapter that they form."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lower_version(version: LoadedVersion, base: BaseDescription, limits: Adapter
         ArtifactError: it cannot be served exactly.
         BaseMismatchError: it was made for another base.
     """
-    # Registering compared the names; whether a path is there, or what an operator said, is not asked again.
+    # Registration compared the names; whether a path exists, or what the operator said, is not asked again.
     strangers = () if is_registered_for(version.record.registered_for, base) else version.artifacts
     for artifact in strangers:
         check_base_name(artifact.base_model, base, base_name_key(artifact.config))
@@ -44,7 +44,7 @@ def lower_version(version: LoadedVersion, base: BaseDescription, limits: Adapter
 def compose_parts(
     adapters: Sequence[LoweredAdapter], weights: Sequence[float], limits: AdapterLimits
 ) -> LoweredAdapter:
-    """``compose`` of parts that errors name by their place: ``parts[0]`` and so on."""
+    """``compose``, with errors naming parts by position: ``parts[0]`` and so on."""
     pairs = zip(adapters, weights, strict=True)
     parts = [AdapterPart(part_name(i), adapter, weight) for i, (adapter, weight) in enumerate(pairs)]
     return compose(parts, limits)

@@ -1,4 +1,4 @@
-"""AdaLoRA: a low-rank update by singular values, of which training removed some, as PEFT saves it.
+"""AdaLoRA: a low-rank update by singular values, some of which training removed, as PEFT saves it.
 
 Source: Zhang et al. 2023 (arXiv:2303.10512).
 """
@@ -43,7 +43,7 @@ _DEFAULT_INITIAL_RANK = 12
 # PEFT's guard against a division by zero; it is in every scale.
 _EPSILON = 1e-5
 
-# LoRA's fields that AdaLoRA's layers do not read are among these; the others are its schedule.
+# These include LoRA's fields that AdaLoRA's layers do not read; the others are its schedule.
 _FIELDS = (LORA_FIELDS - {"use_dora", "lora_bias"}) | {
     "beta1",
     "beta2",
@@ -83,7 +83,7 @@ def adalora_scale(alpha: float, initial_rank: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """What of the config decides the maths; ``ranks`` are those left after training, by module path."""
+    """The part of the config that determines the maths; ``ranks`` are those left after training, by module path."""
 
     alpha: float
     initial_rank: int

@@ -1,8 +1,8 @@
-"""Prefix tuning as AdapterHub saves it: keys and values ahead of the sequence, in every layer.
+"""Prefix tuning as AdapterHub saves it: keys and values before the sequence, in every layer.
 
 The table is viewed as [P, 2L, Hkv, K]: layer l has its keys at 2l and its values at 2l + 1. It is stored as it is
-(``flat``) or comes out of a small network, ``W₂ · act(W₁ · E + b₁) + b₂`` with E one row per virtual token,
-which is run once, when the adapter is loaded.
+(``flat``) or computed by a small network, ``W₂ · act(W₁ · E + b₁) + b₂`` with E one row per virtual token, which is run
+once, when the adapter is loaded.
 
 Keys are never rotated. Real token t has position t: the library does not shift positions, PEFT does.
 
@@ -38,7 +38,7 @@ _KNOWN = frozenset(
         "bottleneck_size",
         "non_linearity",
         "leave_out",
-        # These count in training alone, or in models that have an encoder, or with a gate.
+        # These matter only in training, or in models with an encoder, or with a gate.
         "encoder_prefix",
         "cross_prefix",
         "dropout",
@@ -53,7 +53,7 @@ _REPEATED = ".prefix_tuning.pool.prefix_tunings."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Config:
-    """What of the config decides the maths; ``module`` is the plain name of the table's module, with a dot."""
+    """The config's fields that determine the maths; ``module`` is the table module's plain name, with a dot."""
 
     num_virtual_tokens: int
     is_flat: bool
@@ -99,7 +99,7 @@ class AdapterHubPrefixMethod:
         _check_tensors(config, TensorNames(candidate.shapes, _plain), candidate.shapes, base)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
-        """A ``KVPrefix``; the table keeps its stored dtype where it is flat, and is float32 where computed."""
+        """A ``KVPrefix``; a flat table keeps its stored dtype, a computed one is float32."""
         config = _read_config(artifact.config, base)
         names = TensorNames(artifact.tensors, _plain)
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
@@ -125,7 +125,7 @@ def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
             + ", ".join(_MODEL_TYPES),
         )
     if base.has_sliding_window:
-        # There every token sees the whole prefix; in our blocks the window would count it as the first positions.
+        # There every token sees the whole prefix; in our blocks it would count as the first positions of the window.
         raise AdapterUnsupportedError(
             "architecture", "AdapterHub's prefix tuning is not served on a base with sliding windows"
         )
@@ -173,6 +173,6 @@ def _table(config: _Config, names: TensorNames, tensors: Mapping[str, Tensor]) -
     if config.is_flat:
         return names.pick(tensors, f"{config.module}control_trans")
     parts = ("wte.weight", *(f"control_trans.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")))
-    # In float64, as the order of float32 sums differs from one load to the next, by alignment and threads.
+    # In float64, as the order of float32 sums may differ between loads, by alignment and threads.
     embeddings, w1, b1, w2, b2 = (names.pick(tensors, config.module + part).double() for part in parts)
     return prefix_table(embeddings, w1, b1, w2, b2, config.activation).float()

@@ -14,15 +14,15 @@ bottleneck is ``ρ = x`` without ``residual_before_ln``, and ``ρ = m`` with it.
 Parallel (``is_parallel``). ``x = r``, whatever the other flags say, and ``o = m + f(x)``, or
 ``o = m + norm_after(f(x))`` with ``ln_after``.
 
-The layer's output is ``o + r`` with ``original_ln_after`` and ``o`` without. The stream of the primitive goes on
-as ``r + m'``, so ``m' = o`` or ``m' = o − r``. With ``m' = keep · m + carry · r + (f, or norm_after(f + ρ))``:
+The layer's output is ``o + r`` with ``original_ln_after`` and ``o`` without. The primitive's stream continues as ``r +
+m'``, so ``m' = o`` or ``m' = o − r``. With ``m' = keep · m + carry · r + (f, or norm_after(f + ρ))``:
 
     keep   0 where ρ is inside ``norm_after``, else 1 (ρ holds m once)
     carry  1 where ρ = r + m is outside ``norm_after``, else 0; less 1 without ``original_ln_after``
 
-Two things depend on the base. Where the library hooks into the layers (qwen2, qwen3), it refuses
-``original_ln_after = false``, and so does this. On Gemma 2 and 3 its adapters lie before the norm that follows a
-sub-layer, and some use the norm of the *last* layer for each: these are refused.
+Two things depend on the base. Where the library hooks into the layers (qwen2, qwen3), it refuses ``original_ln_after =
+false``, and so does this. On Gemma 2 and 3 its adapters lie before the norm that follows a sub-layer, and some use the
+norm of the *last* layer in every layer: these are refused.
 
 Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005.00247); He et al. 2022
 (arXiv:2110.04366); Steitz and Roth 2024 (arXiv:2406.06820).
@@ -73,7 +73,7 @@ def bottleneck_output(delta: Bottleneck, r: Tensor, m: Tensor) -> Tensor:
         m: [..., D]; the sub-layer's output, which joins the stream without the adapter.
 
     Returns:
-        [..., D]: what joins the stream in place of m.
+        [..., D]: what joins the stream instead of m.
     """
     sources = {BottleneckInput.OUTPUT: m, BottleneckInput.SUM: r + m, BottleneckInput.RESIDUAL: r}
     x = sources[delta.input]
@@ -88,7 +88,7 @@ def bottleneck_output(delta: Bottleneck, r: Tensor, m: Tensor) -> Tensor:
 
 
 def can_change_output(delta: Bottleneck) -> bool:
-    """Whether m' can differ from m; a parallel adapter, for one, is initialised so that it does not."""
+    """Whether m' can differ from m; a parallel adapter, for example, is initialised so that it does not."""
     is_added = delta.keep == 1 and delta.carry == 0 and delta.norm_after is None
     parts = (delta.up, delta.up_bias)
     return not is_added or (bool(delta.scale.any()) and any(bool(part.any()) for part in parts))
@@ -100,7 +100,7 @@ def _layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """How a variant's terms are put together: the primitive's fields of the same names."""
+    """How a variant's terms are combined: the primitive's fields of the same names."""
 
     input: BottleneckInput
     norm_residual: BottleneckInput | None
@@ -149,7 +149,7 @@ class BottleneckMethod:
 def _find_blocks(
     config: BottleneckConfig, name: str, shapes: Mapping[str, tuple[int, ...]], base: BaseDescription
 ) -> tuple[list[Block], TensorNames]:
-    """Every adapter that the config asks for, if the tensors are theirs, one to one."""
+    """Every adapter that the config asks for, if the tensors match, one to one."""
     names = TensorNames(shapes, partial(_plain, config))
     check_layers(names, base)
     found = blocks(config, name, base.num_layers, base.hidden_size)
@@ -188,7 +188,7 @@ def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[Bott
 
 
 def _down_module(config: BottleneckConfig, block: Block) -> str:
-    # The norm, where there is one, is the first of the same sequence.
+    # The norm, if any, is the first in the same sequence.
     return f"{block.module}adapter_down.{int(config.ln_before)}."
 
 

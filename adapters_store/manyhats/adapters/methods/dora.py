@@ -41,7 +41,7 @@ def updated_lengths(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tenso
 
 
 def dora_gain(magnitude: Tensor, lengths: Tensor) -> Tensor:
-    """How much longer each row is made: ``c = m / ‖W + scale · BA‖₂``, [d_out], float32.
+    """How much longer each row becomes: ``c = m / ‖W + scale · BA‖₂``, [d_out], float32.
 
     Args:
         magnitude: m [d_out]; the trained lengths.
@@ -90,7 +90,7 @@ class DoraMethod:
         """An ``Affine`` and a ``LowRank`` per linear, float32.
 
         Raises:
-            AdapterUnsupportedError: the base's weights are not at hand.
+            AdapterUnsupportedError: the base's weights are not available.
         """
         placements, saved = place_artifact(artifact, base)
         if base.weights is None:

@@ -61,7 +61,7 @@ def embedding_delta(ids: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         scale: as of ``lora_delta``.
 
     Returns:
-        [..., D]; the caller adds it to the embedding, ahead of any multiplier of the architecture.
+        [..., D]; the caller adds it to the embedding, before any multiplier of the architecture.
     """
     return (a.T[ids] @ b.T) * scale
 
@@ -90,7 +90,7 @@ class LoraMethod:
 
 
 def check_lora(candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
-    """``check`` of LoRA and of what extends it."""
+    """``check`` for LoRA and the methods that extend it."""
     rank = parse_lora_config(candidate.config).rank
     if rank > limits.max_rank:
         raise AdapterTooLargeError("r", f"is {rank}; the limit is {limits.max_rank}")

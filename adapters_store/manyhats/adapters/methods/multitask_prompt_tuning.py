@@ -39,7 +39,7 @@ _COLUMNS = "prefix_task_cols"
 _ROWS = "prefix_task_rows"
 _TASK_FIELD = "prompt_task_id"
 
-# PEFT's own defaults, for configs that leave the field out.
+# PEFT's defaults, for configs that leave the field out.
 _DEFAULT_NUM_TASKS = 1
 _DEFAULT_NUM_RANKS = 1
 
@@ -93,7 +93,7 @@ class MultitaskPromptTuningMethod:
         return AdapterMethod.MULTITASK_PROMPT_TUNING
 
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
-        """Refuse another base's prompt, and one that does not say which of its tasks it is."""
+        """Refuse another base's prompt, and one that does not say which task to serve."""
         config = _parse(candidate.config)
         check_num_virtual_tokens(config.prompt, limits)
         if config.num_ranks > limits.max_rank:
@@ -110,7 +110,7 @@ class MultitaskPromptTuningMethod:
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         _check(config, shapes, base, artifact.base_model)
         tensors = artifact.tensors
-        # In float64, as the order of float32 sums differs from one load to the next, by alignment and threads.
+        # In float64, as the order of float32 sums may differ between loads, by alignment and threads.
         prompt = multitask_prompt(
             tensors[PROMPT_EMBEDDINGS].double(),
             tensors[_COLUMNS][config.task].double(),

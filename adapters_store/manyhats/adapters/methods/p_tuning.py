@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens that an encoder made; PEFT saves only what the encoder put out."""
+"""P-tuning: virtual tokens that an encoder made; PEFT saves only the encoder's output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from manyhats.adapters.methods.prompt_tuning import check_plain_prompt, lower_pl
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 
-# The encoder's, which is gone from the saved artifact.
+# The encoder's fields; the saved artifact does not have it.
 _ENCODER_FIELDS = frozenset(
     ("encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type")
 )
@@ -30,9 +30,9 @@ class PTuningMethod:
         return AdapterMethod.P_TUNING
 
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
-        """Refuse embeddings of another size than the base's."""
+        """Refuse embeddings whose size is not the base's."""
         check_plain_prompt(candidate, base, limits, _ENCODER_FIELDS)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
-        """The encoder's output alone."""
+        """The encoder's output."""
         return lower_plain_prompt(artifact, base, _ENCODER_FIELDS)

@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values ahead of the sequence in every layer, from a PEFT directory."""
+"""Prefix tuning: keys and values before the sequence in every layer, from a PEFT directory."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def split_prefix(flat: Tensor, num_layers: int, num_kv_heads: int) -> tuple[Tens
 class PrefixTuningMethod:
     """Prefix tuning from a PEFT directory, with or without projection, and PEFT's CARTRIDGE.
 
-    Where a layer has a sliding window of W, virtual tokens are the sequence's first P tokens: a real token sees
-    those among the W up to and with itself. PEFT on transformers 5 does the same in every family.
+    Where a layer has a sliding window of W, virtual tokens are the sequence's first P tokens: a real token sees those
+    among the last W positions up to and including its own. PEFT on transformers 5 does the same in every family.
     """
 
     @property
@@ -64,13 +64,13 @@ class PrefixTuningMethod:
         return AdapterMethod.PREFIX_TUNING
 
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
-        """Refuse a prefix of other layers, heads or head size than the base's."""
+        """Refuse a prefix whose layers, heads or head size are not the base's."""
         config = _parse(candidate.config)
         check_num_virtual_tokens(config, limits)
         _check_prefix(config, candidate.shapes, base, candidate.base_model)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
-        """The prefix alone, in its stored dtype; its real tokens come after it in position too."""
+        """The prefix, in its stored dtype; real tokens come after it in position too."""
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         _check_prefix(_parse(artifact.config), shapes, base, artifact.base_model)
         keys, values = split_prefix(artifact.tensors[PROMPT_EMBEDDINGS], base.num_layers, base.num_kv_heads)
@@ -86,7 +86,7 @@ def _parse(config: Mapping[str, Any]) -> PromptConfig:
 def _check_prefix(
     config: PromptConfig, shapes: Mapping[str, tuple[int, ...]], base: BaseDescription, base_model: str
 ) -> None:
-    """The config's numbers must be the base's, and the tensor's shape what they give.
+    """Check that the config's numbers are the base's, and that the tensor's shape follows from them.
 
     For grouped-query attention PEFT writes Hkv into ``num_attention_heads`` and Hkv · K into ``token_dim``.
     """

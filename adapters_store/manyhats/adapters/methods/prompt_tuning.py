@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings of virtual tokens ahead of the sequence, from a PEFT directory."""
+"""Prompt tuning: trained embeddings of virtual tokens before the sequence, from a PEFT directory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
 from manyhats.adapters.sites import BaseDescription
 
-# How the embeddings began; they are saved as they ended.
+# How the embeddings were initialised; they are saved as trained.
 INITIALISATION_FIELDS = frozenset(
     ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path")
 )
 
-# Where transformers applies an architecture's embedding multiplier. PEFT puts the prompt in between: behind the
-# embedding module, ahead of the decoder's forward.
+# Where transformers applies an architecture's embedding multiplier. PEFT puts the prompt in between: after the
+# embedding module, before the decoder's forward.
 _MULTIPLIES_IN_EMBEDDING = frozenset(("gemma", "gemma2", "gemma3", "gemma3_text"))
 _MULTIPLIES_IN_FORWARD = frozenset(("granite",))
 
@@ -65,7 +65,7 @@ def as_first_layer_reads(prompt: Tensor, base: BaseDescription) -> Tensor:
         [P, D]; float32 if it was multiplied, else as given.
 
     Raises:
-        AdapterUnsupportedError: the architecture multiplies, and it is not known where.
+        AdapterUnsupportedError: the architecture multiplies, but it is not known where.
     """
     if base.embedding_scale == 1.0 or base.model_type in _MULTIPLIES_IN_EMBEDDING:
         return prompt
@@ -86,11 +86,11 @@ class PromptTuningMethod:
         return AdapterMethod.PROMPT_TUNING
 
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
-        """Refuse embeddings of another size than the base's."""
+        """Refuse embeddings whose size is not the base's."""
         check_plain_prompt(candidate, base, limits, INITIALISATION_FIELDS)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
-        """The embeddings alone."""
+        """The embeddings."""
         return lower_plain_prompt(artifact, base, INITIALISATION_FIELDS)
 
 
@@ -127,7 +127,7 @@ def lower_plain_prompt(
 def check_prompt(
     config: PromptConfig, shape: tuple[int, ...], base: BaseDescription, base_model: str
 ) -> None:
-    """The embeddings must be [P, D], D the base's hidden size.
+    """Check that the embeddings are [P, D], D the base's hidden size.
 
     Raises:
         BaseMismatchError: they are another base's.

@@ -76,7 +76,7 @@ def vera_delta(x: Tensor, a: Tensor, b: Tensor, d_vector: Tensor, b_vector: Tens
 def vera_projections(rank: int, d_in: int, d_out: int, key: int) -> tuple[Tensor, Tensor]:
     """The projections that a file does not hold: A [R, d_in], then B [d_out, R], as PEFT draws them.
 
-    Kaiming-uniform, float32, from torch's generator for the CPU, whose uniform numbers depend on the key alone.
+    Kaiming-uniform, float32, from torch's CPU generator, whose uniform numbers depend only on the key.
     """
     generator = torch.Generator().manual_seed(key)
 
@@ -91,7 +91,7 @@ def vera_projections(rank: int, d_in: int, d_out: int, key: int) -> tuple[Tensor
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """What of the config decides the maths."""
+    """The part of the config that determines the maths."""
 
     rank: int
     key: int
@@ -100,7 +100,7 @@ class _Config:
 
 @dataclass(frozen=True, slots=True)
 class VeraMethod:
-    """VeRA from a PEFT directory, with saved projections or with those that its key gives."""
+    """VeRA from a PEFT directory, with saved projections or those that its key generates."""
 
     @property
     def method(self) -> AdapterMethod:
@@ -113,7 +113,7 @@ class VeraMethod:
         if config.rank > limits.max_rank:
             raise AdapterTooLargeError("r", f"is {config.rank}; the limit is {limits.max_rank}")
         placed, _ = _place(config, candidate, base)
-        # A small file may stand for much: each linear gets a B of its own.
+        # A small file may expand to much more: each linear gets its own B.
         size = _FLOAT32_BYTES * config.rank * sum(target.d_out for target, _ in placed)
         if size > limits.max_size_bytes:
             raise AdapterTooLargeError(
@@ -180,7 +180,7 @@ def _find_misfit(tensors: ModuleTensors, config: _Config, base: BaseDescription)
 
 
 def _largest(placed: Sequence[tuple[Target, ModuleTensors]]) -> tuple[int, int]:
-    """The most input and output features of any adapted module; PEFT sizes the projections by them."""
+    """The largest input and output features of any adapted module; PEFT sizes the projections by them."""
     return max((t.d_in for t, _ in placed), default=0), max((t.d_out for t, _ in placed), default=0)
 
 

@@ -1,7 +1,7 @@
 """A source on a web server: never a redirect, never an address inside the operator's network.
 
-The host's name is resolved once, every address that it has is checked, and the connection goes to the address
-that was checked: another answer of the name server later leads nowhere.
+The host's name is resolved once, all its addresses are checked, and the connection goes to the address that was
+checked: a later, different answer from the name server has no effect.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _CHUNK_BYTES = 1024 * 1024
 _HEADERS: Mapping[str, str] = MappingProxyType({"Accept-Encoding": "identity", "User-Agent": "manyhats"})
 _ABSENT = (404, 410)
 _FORBIDDEN = (401, 403)
-# Addresses that carry an IPv4 address inside: what they lead to is not theirs to say.
+# Addresses that embed an IPv4 address: they do not say where they lead.
 _TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
-# A web server does not list: these are asked for one by one.
+# A web server cannot list files: these are requested one by one.
 _NAMES = (*FILES, *peft_format.PICKLES, *adapterhub_format.COMPANIONS)
 
 
@@ -42,7 +42,7 @@ def resolve_host(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open internet: not private, loopback, link-local, multicast or reserved."""
+    """Whether an address is on the public internet: not private, loopback, link-local, multicast or reserved."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
@@ -62,7 +62,7 @@ class HttpDirectory:
 
     Raises:
         SourceNotAllowedError: the host has an address that may not be connected to.
-        SourceUnavailableError: the host is not known, or not reached.
+        SourceUnavailableError: the host is unknown or cannot be reached.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class HttpDirectory:
         self._address = self._pin(resolve, may_connect)
 
     def sizes(self) -> Mapping[str, int]:
-        """Those of the files that an adapter may have that are there."""
+        """Those files of an adapter that exist."""
         found = ((name, self._size(name)) for name in _NAMES)
         return {name: size for name, size in found if size is not None}
 
@@ -139,7 +139,7 @@ class HttpDirectory:
 
 
 class _PinnedConnection(http.client.HTTPConnection):
-    """A connection to one address; the host's name serves for the request and the certificate only."""
+    """A connection to one address; the host's name is used only for the request and the certificate."""
 
     def __init__(self, host: str, port: int, address: str, *, is_secure: bool) -> None:
         super().__init__(host, port, timeout=_TIMEOUT_S)

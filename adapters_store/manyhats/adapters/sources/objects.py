@@ -1,4 +1,4 @@
-"""What a source on another machine must offer to be fetched, and the object stores, by fsspec."""
+"""What a source on another machine must offer to be fetched, and object stores, by fsspec."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RemoteDirectory(Protocol):
         ...
 
     def read(self, name: str, size_bytes: int) -> Generator[bytes, None, None]:
-        """A file's content from its start, in pieces. No more than ``size_bytes`` and one piece are taken."""
+        """A file's content from its start, in pieces. At most ``size_bytes`` and one piece are taken."""
         ...
 
 
@@ -70,7 +70,7 @@ class ObjectDirectory:
 
 @contextlib.contextmanager
 def _source_errors(uri: str) -> Iterator[None]:
-    """Turn what a file system raises into errors of the source."""
+    """Turn file system errors into errors of the source."""
     try:
         yield
     except AdapterError:

@@ -1,7 +1,7 @@
 """Where adapters are registered from: directories under allowed roots, and URLs under allowed prefixes.
 
-What lies elsewhere is copied into a scratch directory first, its sizes checked before a byte is taken; from there
-on it is a directory like any other.
+Remote files are first copied into a scratch directory, their sizes checked before a byte is taken; from then on it is a
+directory like any other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # No query, fragment, user, escape, glob, or "::" that would chain file systems.
 _PLAIN_URL = re.compile(r"[a-z][a-z0-9]*://[A-Za-z0-9._-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~+=,@-]+)*/?")
 _MAX_URL_LENGTH = 2048
-# A download ends within this time, and longer only for what a slow line needs.
+# A download ends within this time, plus what a slow line needs.
 _DEADLINE_S = 60.0
 _SLOWEST_BYTES_PER_S = 1024 * 1024
 
@@ -55,7 +55,7 @@ class AdapterSources:
     Args:
         allowed_roots: directories; each is resolved.
         url_prefixes: such as ``s3://bucket/adapters/``; each names a host or bucket and ends in ``/``. A URL may be
-            registered from if one of them begins it. None by default, web servers like any other.
+            registered from if it begins with one of them. None by default, for web servers too.
         scratch: takes what is downloaded.
         limits: bound a download.
         open_remote: reads a URL.
@@ -86,9 +86,9 @@ class AdapterSources:
             SourceNotAllowedError: it lies outside of what is allowed, or may not be read.
             SourceNotFoundError: nothing is there.
             SourceUnavailableError: it cannot be reached now.
-            AdapterInvalidError, AdapterTooLargeError, AdapterUnsafeError, AdapterUnsupportedError: it is no
+            AdapterInvalidError, AdapterTooLargeError, AdapterUnsafeError, AdapterUnsupportedError: it is not a
                 directory of an adapter, or over a limit.
-            QuotaExceededError: as many transfers are under way as may be.
+            QuotaExceededError: the limit of simultaneous transfers is reached.
             StoreError: it cannot be written.
         """
         if not _is_remote(uri):
@@ -105,12 +105,12 @@ class AdapterSources:
 def check_source(
     uri: str, allowed_roots: Sequence[Path], url_prefixes: Sequence[str], limits: AdapterLimits
 ) -> None:
-    """Look whether an adapter lies at a source and its files can be opened, without reading one.
+    """Check that there is an adapter at a source and that its files can be opened, without reading any.
 
-    Of a URL only whether it is allowed is looked at.
+    For a URL, only whether it is allowed is checked.
 
     Raises:
-        AdapterError: as ``AdapterSources.open`` and the registration of what it gives.
+        AdapterError: as ``AdapterSources.open`` and the registration of its result.
     """
     if _is_remote(uri):
         _check_url(uri, url_prefixes)
@@ -137,10 +137,10 @@ def _check_url(uri: str, prefixes: Sequence[str]) -> None:
 
 
 def check_url_prefix(prefix: str) -> str:
-    """Give back a prefix that URLs may be allowed by.
+    """Return a URL prefix if it is well formed.
 
     Raises:
-        StoreConfigError: it is none.
+        StoreConfigError: it is not one.
     """
     scheme = prefix.partition("://")[0]
     if scheme not in _OBJECT_SCHEMES + _HTTP_SCHEMES:

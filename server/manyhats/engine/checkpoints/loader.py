@@ -47,7 +47,7 @@ Quantization = Literal["nf4", "none"]
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """How a generation ends by what the model's files say; EOS ids may be empty."""
+    """How a generation ends, according to the model's files; EOS ids may be empty."""
 
     eos_token_ids: frozenset[int]
 
@@ -59,8 +59,8 @@ class LoadedModel:
     Attributes:
         description: what adapters are checked against; its digest names weights and quantization.
         name: what to call it: the alias, hub id, or the directory's name.
-        reference: what transformers and PEFT load it by: the hub id, or the directory's absolute path.
-        texts: reads what adapters bring of chat templates and tokens.
+        reference: how transformers and PEFT load it: the hub id, or the directory's absolute path.
+        texts: reads the chat templates and tokens that adapters bring.
     """
 
     architecture: Architecture
@@ -97,7 +97,7 @@ def load_model(
         home: holds fetched models and the cache; None takes ``default_home()``.
 
     Raises:
-        ModelError: the model cannot be found, fetched, read or served, and why.
+        ModelError: the model cannot be found, fetched, read or served; says why.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ModelError(f"dtype must be float32 or bfloat16, not {dtype}")
@@ -133,7 +133,7 @@ def load_model(
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A checkpoint's directory, parsed config, what that describes, and the digest of config and weights."""
+    """A checkpoint's directory, parsed config, the architecture it describes, and the digest of config and weights."""
 
     directory: Path
     config: Mapping[str, Any]
@@ -177,7 +177,7 @@ def _recorded_name(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefaults:
-    """EOS ids of ``generation_config.json``, else of ``config.json``; and the tokenizer's, which any file may name."""
+    """EOS ids from ``generation_config.json``, else ``config.json``; plus the tokenizer's, which any file may name."""
     path = found.directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     vocab_size = found.family.architecture.vocab_size
@@ -192,12 +192,12 @@ def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefau
 
 
 def _known_token_ids(ids: Iterable[object], vocab_size: int, source: str) -> frozenset[int]:
-    """Those ids that are tokens of the model; what a model's files name beside them is dropped with a note.
+    """Those ids that are tokens of the model; any others are dropped with a log line.
 
     Args:
-        ids: as a file has them; None stands for none.
+        ids: as a file has them; None means none.
         vocab_size: token ids are below.
-        source: which file and field they are from, for the note.
+        source: the file and field they come from, for the log line.
     """
     given = [each for each in ids if each is not None]
     known = [each for each in given if type(each) is int and 0 <= each < vocab_size]

@@ -1,4 +1,4 @@
-"""NF4 weights kept on disk, so that only the first start with a checkpoint quantizes it.
+"""NF4 weights cached on disk, so that only the first start with a checkpoint quantizes it.
 
 A cache entry is itself a Hugging Face directory of bitsandbytes NF4 weights: ``config.json`` and
 ``model.safetensors``, with a manifest that holds the weights' digest.
@@ -48,7 +48,7 @@ _QUANTIZATION_CONFIG = {
 
 
 class Nf4Cache:
-    """Entries by the content of the checkpoint they were made from.
+    """Entries, keyed by the content of the checkpoint they were made from.
 
     Args:
         directory: holds one directory per entry.
@@ -60,7 +60,7 @@ class Nf4Cache:
         self._digests = digests
 
     def path(self, checkpoint_digest: str) -> Path:
-        """Where the entry of a checkpoint is, or would be."""
+        """Where a checkpoint's entry is, or would be."""
         return self._directory / checkpoint_digest[:32]
 
     def load(self, checkpoint_digest: str) -> Mapping[str, Tensor] | None:
@@ -84,7 +84,7 @@ class Nf4Cache:
             raise ModelError(f"{weights}: its digest is not the manifest's")
 
     def store(self, checkpoint_digest: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-        """Keep an entry; whether that was possible. A directory that cannot be written is logged, no more."""
+        """Store an entry; returns whether that was possible. A directory that cannot be written is only logged."""
         entry = self.path(checkpoint_digest)
         try:
             with staged_directory(entry) as staging:
@@ -117,7 +117,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def quantize_checkpoint(
     tensors: Mapping[str, Tensor], family: Family, progress: Progress
 ) -> dict[str, Tensor]:
-    """A checkpoint with the linears of its layers in NF4 and everything else as it is.
+    """A checkpoint with the linears of its layers in NF4 and everything else unchanged.
 
     Raises:
         ModelError: a tensor is missing or has the wrong shape, or a linear's width is not a multiple of 64.

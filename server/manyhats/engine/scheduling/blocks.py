@@ -1,4 +1,4 @@
-"""KV cache blocks: who holds which, which are free, and which still hold a prefix worth finding again."""
+"""KV cache blocks: who holds which, which are free, and which still hold a prefix that can be found again."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPrefix:
-    """Blocks whose KV is computed already and stands for the first tokens of other sequences.
+    """Blocks whose KV is already computed and serves as the first tokens of other sequences.
 
-    Whoever holds them owns one reference on each block until it gives them back. Compared by identity.
+    Their holder owns one reference on each block until it releases them. Compared by identity.
 
     Attributes:
-        block_ids: in order; the last may be filled in part.
+        block_ids: in order; the last may be partly filled.
         num_tokens: how many tokens they hold.
-        job_id: of the job that gives them back; empty for virtual tokens.
+        job_id: of the job that releases them; empty for virtual tokens.
     """
 
     block_ids: tuple[int, ...]
@@ -27,9 +27,9 @@ class SharedPrefix:
 class BlockAllocator:
     """Hands out, reference-counts, shares and frees the blocks of one KV cache.
 
-    A block is in exactly one state: *used* (somebody holds a reference), *cached* (nobody does, but its
-    contents can be found under a key) or *free*. Cached blocks are handed out only when no free one is left,
-    the longest unused first. Not thread-safe; it belongs to the engine thread.
+    A block is in exactly one state: *used* (someone holds a reference), *cached* (nobody does, but its contents can be
+    found under a key) or *free*. Cached blocks are handed out only when no free one is left, the longest unused first.
+    Not thread-safe; it belongs to the engine thread.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -70,11 +70,11 @@ class BlockAllocator:
 
     @property
     def num_used(self) -> int:
-        """Blocks that somebody holds."""
+        """Blocks that someone holds."""
         return self.num_blocks - self.num_available
 
     def num_refs(self, block_id: int) -> int:
-        """How many hold this block."""
+        """How many references this block has."""
         return self._num_refs[block_id]
 
     def num_blocks_for(self, num_tokens: int) -> int:
@@ -82,10 +82,10 @@ class BlockAllocator:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Hand out ``count`` blocks with one reference each; their old contents can't be found any more.
+        """Hand out ``count`` blocks with one reference each; their old contents can no longer be found.
 
         Raises:
-            ValueError: fewer are available; ``num_available`` tells beforehand.
+            ValueError: fewer are available; check ``num_available`` first.
         """
         if count > self.num_available:
             raise ValueError(f"{count} blocks were asked for, {self.num_available} are available")
@@ -104,9 +104,9 @@ class BlockAllocator:
         self._num_refs[block_id] += 1
 
     def free(self, block_ids: Iterable[int]) -> None:
-        """Drop one reference from each block, the last of them first.
+        """Drop one reference from each block, last to first.
 
-        Backwards, because the end of a prefix is of less use than its beginning: it is then reused earlier.
+        Backwards, because the end of a prefix is less useful than its beginning, and is thus reused earlier.
 
         Raises:
             ValueError: nobody holds one of them.
@@ -123,7 +123,7 @@ class BlockAllocator:
                 self._cached[block_id] = None
 
     def register(self, block_id: int, key: bytes) -> None:
-        """Let a used, full block be found under ``key``; a block registered earlier under it stays the one.
+        """Make a used, full block findable under ``key``; a block registered under it earlier stays.
 
         Raises:
             ValueError: nobody holds the block, or it has another key.

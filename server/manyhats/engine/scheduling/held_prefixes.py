@@ -1,4 +1,4 @@
-"""KV that is kept beyond the sequences that computed it, for others to start from; all of it may be taken back."""
+"""KV that outlives the sequences that computed it, for others to start from; all of it can be reclaimed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class HeldPrefixes:
 
     Args:
         allocator: of the blocks.
-        free: drops references, at once or when the step at hand has run.
+        free: drops references, at once or when the current step has run.
     """
 
     def __init__(self, allocator: BlockAllocator, free: Callable[[Sequence[int]], None]) -> None:
@@ -34,7 +34,7 @@ class HeldPrefixes:
         virtual: VirtualTokens | None = None,
         job_id: str = "",
     ) -> SharedPrefix:
-        """Keeps the first blocks of a sequence, which have this many tokens: virtual ones, or a job's own."""
+        """Keep the first blocks of a sequence, which have this many tokens: virtual ones, or a job's own."""
         blocks = tuple(block_ids[: self._allocator.num_blocks_for(num_tokens)])
         for block_id in blocks:
             self._allocator.ref(block_id)
@@ -45,11 +45,11 @@ class HeldPrefixes:
         return prefix
 
     def touch(self, prefix: SharedPrefix) -> None:
-        """Somebody starts from it: it is the most recently used."""
+        """A sequence starts from it: it becomes the most recently used."""
         self._held[prefix] = self._held.pop(prefix)
 
     def release(self, prefix: SharedPrefix) -> None:
-        """Gives one back; does nothing if it is not held any more."""
+        """Release one; does nothing if it is no longer held."""
         if prefix in self._held:
             virtual = self._held.pop(prefix)
             if virtual is not None:
@@ -57,16 +57,16 @@ class HeldPrefixes:
             self._free(prefix.block_ids)
 
     def clear(self) -> None:
-        """Forgets all of them; their blocks are forgotten elsewhere."""
+        """Forget all of them; their blocks are forgotten elsewhere."""
         for virtual in self._held.values():
             if virtual is not None:
                 virtual.held = None
         self._held.clear()
 
     def make_room(self, num_blocks: int, spared: Collection[SharedPrefix]) -> bool:
-        """Gives back virtual tokens that no running sequence has, until this many blocks have come free.
+        """Release virtual tokens that no running sequence uses, until this many blocks are free.
 
-        The least recently used go first, ``spared`` never. Where all of them are not enough, they stay.
+        The least recently used go first, ``spared`` never. If all of them would not be enough, they stay.
         """
         num_refs = self._allocator.num_refs
         chosen, num_freed = [], 0
@@ -83,7 +83,7 @@ class HeldPrefixes:
         return True
 
     def take_one(self, last: SharedPrefix | None) -> bool:
-        """Gives back one, whatever it is, ``last`` only if there is no other; whether there was one."""
+        """Release any one, ``last`` only if there is no other; returns whether there was one."""
         victim = next((prefix for prefix in self._held if prefix is not last), last)
         if victim is None or victim not in self._held:
             return False

@@ -1,8 +1,8 @@
 """Names of full blocks by content, so that a sequence finds the blocks another has computed.
 
-key_0 = H(H(cache_key) ‖ tokens of block 0), key_i = H(key_(i-1) ‖ tokens of block i), H = BLAKE2b-256.
-A key therefore stands for every token up to the block's end and for all that ``cache_key`` names (base,
-adapter, position offset, salt). Equality is by digest alone.
+key_0 = H(H(cache_key) ‖ tokens of block 0), key_i = H(key_(i-1) ‖ tokens of block i), H = BLAKE2b-256. A key therefore
+identifies every token up to the block's end and everything that ``cache_key`` names (base, adapter, position offset,
+salt). Only digests are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _DIGEST_SIZE = 32
 
 
 def extend_block_keys(sequence: Sequence, num_blocks: int, block_size: int) -> None:
-    """Make the sequence's first ``num_blocks`` keys known; all their tokens must be there."""
+    """Compute the sequence's first ``num_blocks`` keys; all their tokens must be there."""
     keys, tokens = sequence.block_keys, sequence.token_ids
     for index in range(len(keys), num_blocks):
         parent = keys[index - 1] if index else blake2b(sequence.cache_key, digest_size=_DIGEST_SIZE).digest()
@@ -49,7 +49,7 @@ def find_hits(sequence: Sequence, first_block: int, allocator: BlockAllocator) -
 
 
 def register_full_blocks(sequence: Sequence, allocator: BlockAllocator) -> None:
-    """Let the sequence's computed full blocks be found; those it took from elsewhere are known already."""
+    """Make the sequence's computed full blocks findable; those it took from elsewhere already are."""
     num_full = sequence.num_computed_tokens // allocator.block_size
     if not sequence.uses_prefix_cache or num_full <= sequence.num_registered_blocks:
         return

@@ -1,4 +1,4 @@
-"""What the scheduler hands to the engine for one step, and the limits it keeps to."""
+"""What the scheduler hands to the engine for one step, and the limits it observes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Chunk:
 
     @property
     def is_decode(self) -> bool:
-        """Whether it is one output token going on, not a prompt nor a recomputation."""
+        """Whether it is a single output token, rather than part of a prompt or a recomputation."""
         return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
 
 
@@ -40,9 +40,9 @@ class Schedule:
     Attributes:
         chunks: at most one per sequence, decodes first.
         prefix_fills: stored virtual tokens, written before anything else.
-        block_copies: (source, destination) blocks, copied whole before anything of the step is computed.
-        started: sequences that begin with it, whether or not they have a chunk already.
-        preempted: sequences whose blocks were taken back; they wait again.
+        block_copies: (source, destination) blocks, copied whole before anything in the step is computed.
+        started: sequences that begin in it, whether or not they have a chunk yet.
+        preempted: sequences whose blocks were reclaimed; they wait again.
         prefix_cache_queries: prompt tokens looked up for sequences that started.
         prefix_cache_hits: those found.
     """

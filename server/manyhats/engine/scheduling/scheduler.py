@@ -1,20 +1,20 @@
-"""Picks sequences and token counts for the next step, and takes blocks back when they run out.
+"""Picks sequences and token counts for the next step, and reclaims blocks when they run out.
 
-Order: running decodes, running prefills, then waiting sequences by (priority, arrival), preempted ones first
-within their priority; ``Step`` says who gets how many tokens. A running sequence's blocks cover all its tokens, so
-only decodes ever ask for more; when none is left, the running sequence that ranks last gives all of its blocks back
-and is computed again later, its output kept. The one that ranks first is thus never preempted while others run, and
-so finishes.
+Order: running decodes, running prefills, then waiting sequences by (priority, arrival), preempted ones first within
+their priority; ``Step`` says who gets how many tokens. A running sequence's blocks cover all its tokens, so only
+decodes ever need more; when none is left, the running sequence that ranks last gives up all its blocks and is
+recomputed later, keeping its output. The one that ranks first is thus never preempted while others run, and so
+finishes.
 
-Only running sequences hold blocks by right. Prefixes that are kept for others to start from, such as virtual tokens,
-are taken back where there is no room otherwise: what waits keeps nothing, and the first in the queue can always start
-once nothing runs. One that does not fit yet is passed by later ones that do, but not for ever.
+Only running sequences are entitled to blocks. Prefixes kept for others to start from, such as virtual tokens, are
+reclaimed if there is no room otherwise: waiting sequences keep nothing, and the first in the queue can always start
+once nothing runs. One that does not fit yet is overtaken by later ones that do, but not forever.
 
 The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go ahead of every
-request, and neither ``max_waiting`` nor ``max_num_sequences`` holds for them. In turn a step in which others decode
+request, and neither ``max_waiting`` nor ``max_num_sequences`` applies to them. In turn, a step in which others decode
 takes few of their tokens, so that it grows by half at most.
 
-``max_waiting`` refuses requests that come, once. It refuses none that has waited for its adapter before, and none of
+``max_waiting`` refuses requests on arrival only. It refuses none that has already waited for its adapter, and none of
 the continuations of a scoring that has begun, which steady newcomers could otherwise keep out for good.
 """
 
@@ -39,17 +39,17 @@ __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig"]
 _INTERNAL_PRIORITY = 2**31
 """Above every request's."""
 _MAX_PASSED = 32
-"""Later sequences that may start ahead of one that waits for blocks; then nothing behind it starts before it does."""
+"""How many later sequences may overtake one that waits for blocks; then nothing behind it starts before it."""
 _MAX_BLOCKED = 16
-"""Sequences that may be found not to fit in one step; looking at each takes time."""
+"""How many sequences may be tried without fitting in one step; trying each takes time."""
 
 
 class Scheduler:
     """Owns every sequence between ``add`` and ``finish``, and the blocks they hold.
 
-    One turn is ``schedule``, run, then ``append_token`` and ``commit`` in either order. Blocks that are let
-    go between ``schedule`` and ``commit`` come free at ``commit``, since the step may still write to them.
-    Not thread-safe; it belongs to the engine thread.
+    One turn is ``schedule``, run, then ``append_token`` and ``commit`` in either order. Blocks released between
+    ``schedule`` and ``commit`` become free at ``commit``, since the step may still write to them. Not thread-safe; it
+    belongs to the engine thread.
     """
 
     def __init__(self, config: SchedulerConfig, allocator: BlockAllocator) -> None:
@@ -87,13 +87,13 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     def check_queue(self, num_elsewhere: int = 0) -> None:
-        """Check that one more may wait; from any thread.
+        """Check that one more may wait; callable from any thread.
 
         Args:
-            num_elsewhere: those that wait before they are added.
+            num_elsewhere: requests that wait elsewhere before they are added.
 
         Raises:
-            QueueFullError: ``max_waiting`` wait.
+            QueueFullError: ``max_waiting`` are waiting.
         """
         num_ahead = self._num_counted + num_elsewhere
         if num_ahead >= self.config.max_waiting:
@@ -103,7 +103,8 @@ class Scheduler:
         """Queue a new sequence.
 
         Raises:
-            QueueFullError: ``max_waiting`` sequences wait; never where it is internal, a continuation, or has waited.
+            QueueFullError: ``max_waiting`` sequences are waiting; never if it is internal, a continuation, or has
+                waited.
             FieldInvalidError: it could never run to ``max_num_tokens`` in this pool.
             ValueError: it contradicts itself, or was added before.
         """
@@ -118,7 +119,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Decide the next step.
 
-        It has no chunks when no sequence can run: there is none, or every running one awaits a token or ``finish``.
+        It has no chunks if no sequence can run: there is none, or every running one awaits a token or ``finish``.
 
         Raises:
             RuntimeError: the last schedule with chunks was not committed.
@@ -138,7 +139,7 @@ class Scheduler:
         """Add an output token.
 
         Raises:
-            ValueError: it has ``max_num_tokens`` already, or isn't running.
+            ValueError: it already has ``max_num_tokens``, or isn't running.
         """
         if sequence.status is not SequenceStatus.RUNNING:
             raise ValueError(f"sequence {sequence.id} is {sequence.status.value}")
@@ -177,7 +178,7 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def drop(self, job_id: str) -> int:
-        """Finish and release what a job has failed to; how many sequences that were."""
+        """Finish and release whatever a job failed to; returns how many sequences that were."""
         left = [sequence for sequence in self._unfinished() if sequence.id == job_id]
         for sequence in left:
             self.finish(sequence)
@@ -186,7 +187,7 @@ class Scheduler:
         return len(left)
 
     def clear(self) -> None:
-        """Start anew, whatever has gone wrong: no sequence, no prefix and no block is held or cached any more."""
+        """Start over, whatever has gone wrong: no sequence, prefix or block remains held or cached."""
         for sequence in self._unfinished():
             sequence.status = SequenceStatus.FINISHED
             sequence.block_table = []
@@ -219,11 +220,11 @@ class Scheduler:
     def hold(self, sequence: Sequence, num_tokens: int) -> SharedPrefix:
         """Keep the KV of a running sequence's first tokens for others to start from, beyond its finish.
 
-        The scheduler may take the blocks back when nothing else can run; sequences that name the prefix then compute
-        its tokens themselves.
+        The scheduler may reclaim the blocks when nothing else can run; sequences that name the prefix then compute its
+        tokens themselves.
 
         Args:
-            sequence: it runs, and has computed (and committed) them.
+            sequence: is running, and has computed (and committed) them.
             num_tokens: at least 1.
 
         Raises:
@@ -234,11 +235,11 @@ class Scheduler:
         return self._prefixes.hold(sequence.block_table, num_tokens, job_id=sequence.id)
 
     def release(self, prefix: SharedPrefix) -> None:
-        """Give a held prefix back. Safe to repeat, and after the scheduler has taken it back."""
+        """Release a held prefix. Safe to repeat, and after the scheduler has reclaimed it."""
         self._prefixes.release(prefix)
 
     def forget(self, virtual: VirtualTokens) -> None:
-        """Let go of the blocks of virtual tokens, if there are any."""
+        """Release the blocks of virtual tokens, if there are any."""
         if virtual.held is not None:
             self._prefixes.release(virtual.held)
 
@@ -286,7 +287,7 @@ class Scheduler:
     def _admit_waiting(self, step: Step) -> None:
         blocked: list[Sequence] = []
         num_bulk_left = 0
-        num_short_left = self._num_short  # that are not looked at yet
+        num_short_left = self._num_short  # not considered yet
         are_others_waiting = num_short_left > 0
         for sequence in tuple(self._waiting):
             no_more_bulk = num_bulk_left >= _MAX_BLOCKED
@@ -322,7 +323,7 @@ class Scheduler:
         return sequence.is_bulk or ((is_long or is_scored) and not sequence.is_internal)
 
     def _has_room(self, sequence: Sequence, step: Step, *, are_others_waiting: bool) -> bool:
-        """Whether the step has tokens for a waiting sequence; a bulk one may be short by what is computed already."""
+        """Whether the step has tokens for a waiting sequence; a bulk one may be short by what is already computed."""
         if not self._is_bulk(sequence, sequence.num_tokens):
             return step.room > 0
         plan = plan_admission(sequence, self._prefix_of(sequence), self.allocator)
@@ -332,7 +333,7 @@ class Scheduler:
         return step.has_bulk_room(sequence, num_left, are_others_waiting=are_others_waiting)
 
     def _awaits_virtual(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is just computing the virtual tokens that this one begins with, too."""
+        """Whether a running sequence is computing the virtual tokens that this one also begins with."""
         virtual = sequence.virtual
         if virtual is None or virtual.held is not None or virtual.embeddings is None:
             return False
@@ -344,8 +345,8 @@ class Scheduler:
     def _affordable_admission(self, sequence: Sequence, step: Step) -> Admission | None:
         """How to start it, or None if there are too few blocks for all its tokens.
 
-        While others run, one block stays free for each that still grows, or it would soon be preempted. Alone, it
-        gets the blocks of every prefix too: nothing else holds any, and it fits at full length (``check_addable``).
+        While others run, one block stays free for each that still grows, or it would soon be preempted. Alone, it may
+        take the blocks of every prefix too: nothing else holds any, and it fits at full length (``check_addable``).
         """
         allocator = self.allocator
         while True:
@@ -357,7 +358,7 @@ class Scheduler:
                 return plan
             spared = step.prefixes if prefix is None else {*step.prefixes, prefix}
             if self._prefixes.make_room(lacking, spared):
-                continue  # the prefix cache may have lost what the plan is made of
+                continue  # the prefix cache may have lost what the plan relies on
             if self._running or not self._prefixes.take_one(prefix):
                 return None
 
@@ -394,7 +395,7 @@ class Scheduler:
             step.prefixes.add(virtual.held)
 
     def _hold_virtual(self, sequence: Sequence) -> None:
-        """Keep virtual tokens that a sequence has put in place, for others of its task."""
+        """Keep virtual tokens that a sequence has installed, for others of its task."""
         virtual = sequence.virtual
         if virtual is None or virtual.held is not None or not sequence.uses_prefix_cache:
             return
@@ -407,7 +408,7 @@ class Scheduler:
         self._enqueue(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
-        """A running sequence's blocks go to others; it will be computed again."""
+        """A running sequence's blocks go to others; it will be recomputed."""
         self._running.remove(sequence)
         self._free(sequence.block_table)
         sequence.block_table = []
@@ -416,13 +417,13 @@ class Scheduler:
         sequence.num_preemptions += 1
 
     def _prefix_of(self, sequence: Sequence) -> SharedPrefix | None:
-        """What is held that a sequence can start from."""
+        """The held prefix that a sequence can start from."""
         if sequence.shared is not None and sequence.shared in self._prefixes:
             return sequence.shared
         return None if sequence.virtual is None else sequence.virtual.held
 
     def _num_growing(self) -> int:
-        """Running sequences that may still ask for a block."""
+        """Running sequences that may still need a block."""
         allocator = self.allocator
         return sum(
             len(sequence.block_table) < allocator.num_blocks_for(sequence.max_num_tokens)

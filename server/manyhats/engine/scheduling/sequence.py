@@ -23,7 +23,7 @@ class SequenceStatus(Enum):
 class Sequence:
     """The only mutable state of a request; only the scheduler changes it. Compared by identity.
 
-    KV index i of the sequence belongs to ``token_ids[i]``. In place of virtual tokens the caller puts placeholder ids.
+    KV index i of the sequence belongs to ``token_ids[i]``. For virtual tokens the caller puts placeholder ids.
 
     Attributes:
         id: of the job that it belongs to.
@@ -34,27 +34,27 @@ class Sequence:
         slot: adapter slot, 0 is the base model.
         position_offset: position of token i is i + position_offset.
         priority: higher goes first.
-        arrival: then the earlier goes first.
-        logits_from: smallest position whose logits are still needed besides the last token's; None needs no
-            others. The scheduler moves it on as positions are computed, so none comes twice after preemption.
-        shared: KV that stands for the first ``shared.num_tokens`` of ``token_ids``; where the scheduler took it back,
-            the sequence computes them itself.
+        arrival: among equals, the earlier goes first.
+        logits_from: smallest position whose logits are still needed besides the last token's; None if no others are.
+            The scheduler advances it as positions are computed, so none comes twice after preemption.
+        shared: KV of the first ``shared.num_tokens`` of ``token_ids``; if the scheduler reclaimed it, the sequence
+            computes them itself.
         virtual: virtual tokens that it begins with.
         uses_prefix_cache: whether it takes blocks from the prefix cache and leaves its own there.
-        is_internal: the engine's own, no request's; see ``Scheduler``.
+        is_internal: the engine's own, not a request's; see ``Scheduler``.
         is_bulk: of a scoring that takes several steps; see ``Step``.
-        has_waited: its request has waited for an adapter, and had its turn: no full queue refuses it.
-        is_continuation: of a scoring that has begun, and that bounds how many there are: no full queue refuses it, nor
-            does it fill one.
+        has_waited: its request has already waited for an adapter, so a full queue does not refuse it.
+        is_continuation: of a scoring that has begun, which bounds how many there are: a full queue does not refuse it,
+            nor does it count towards one.
         num_prompt_tokens: ``len(token_ids)`` when it was made.
         num_computed_tokens: tokens whose KV is in its blocks.
         block_table: its blocks in order; while it runs, they cover all its tokens.
         num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s, nor virtual).
-        num_preemptions: how often its blocks were taken back.
+        num_preemptions: how often its blocks were reclaimed.
         is_long: its prompt takes several steps from where it started, or has many scored rows; see ``Step``.
-        num_passed: how many later sequences have started while it waited for blocks.
+        num_passed: how many later sequences started while it waited for blocks.
         block_keys: prefix cache keys of its first blocks, as far as they were needed.
-        num_registered_blocks: first blocks that the prefix cache knows, or that are not its own.
+        num_registered_blocks: number of first blocks that the prefix cache knows, or that are not its own.
         rank: (-priority, arrival, order of adding); smaller goes first.
     """
 
@@ -91,7 +91,7 @@ class Sequence:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """P, 0 where it has none."""
+        """P, 0 if it has none."""
         return 0 if self.virtual is None else self.virtual.num_tokens
 
     @property
@@ -106,12 +106,12 @@ class Sequence:
 
     @property
     def num_scored(self) -> int:
-        """Positions whose logits are still needed, beside the last token's."""
+        """Positions whose logits are still needed, besides the last token's."""
         return 0 if self.logits_from is None else len(self.token_ids) - self.logits_from
 
     @property
     def is_counted(self) -> bool:
-        """Whether it is one of ``max_waiting`` while it waits."""
+        """Whether it counts towards ``max_waiting`` while it waits."""
         return not (self.is_internal or self.is_continuation)
 
     @property

@@ -1,4 +1,4 @@
-"""A schedule in the making."""
+"""A schedule being built."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from manyhats.engine.scheduling.sequence import Sequence
 from manyhats.engine.scheduling.virtual_tokens import PrefixFill
 
 _INTERNAL_TOKENS = 3
-"""As many make a step of one decode a quarter longer; each two further decodes allow for one more."""
+"""This many make a step of one decode a quarter longer; each two further decodes allow for one more."""
 
 
 @dataclass(slots=True)
 class Step:
-    """A schedule in the making: who gets how many of the step's tokens.
+    """A schedule being built: who gets how many of the step's tokens.
 
     Decodes come first. Internal sequences and short prompts share what is left by rank, and *bulk* ones get the rest:
     scorings and prompts that take several steps, or have many rows whose logits are scored. Beside others these get few
     tokens, so that a step does not grow by much, but never none. One that will be done sooner gets its tokens first;
-    half of them are for the first in rank, which is thus done some day, too.
+    half of them are for the first in rank, so that it also finishes eventually.
 
     Attributes:
         budget: tokens that are left.
-        max_bulk: of bulk sequences, beside one decode; each two further decodes allow for one more.
+        max_bulk: tokens of bulk sequences beside one decode; each two further decodes allow for one more.
     """
 
     budget: int
@@ -49,7 +49,7 @@ class Step:
         return self.budget - self._reserved
 
     def go_on(self, running: Iterable[Sequence]) -> None:
-        """Give tokens to what runs already, in the order of rank."""
+        """Give tokens to running sequences, in the order of rank."""
         prefills: list[Sequence] = []
         for sequence in running:
             num_left = sequence.num_left
@@ -63,7 +63,7 @@ class Step:
             self.start(sequence)
 
     def start(self, sequence: Sequence) -> None:
-        """Give tokens to one that has blocks for them; bulk ones get theirs in ``freeze``."""
+        """Give tokens to a sequence that has blocks for them; bulk ones get theirs in ``freeze``."""
         if sequence.is_bulk or sequence.is_long:
             if not self._bulk:
                 self._reserved = min(self.max_bulk, max(1, self.budget // 2))
@@ -77,7 +77,7 @@ class Step:
             self._add(sequence, num_tokens)
 
     def has_bulk_room(self, sequence: Sequence, num_left: int, *, are_others_waiting: bool) -> bool:
-        """Whether a bulk sequence of this many tokens would get some in this step."""
+        """Whether a bulk sequence with this many tokens would get any in this step."""
         room = self._bulk_budget(are_others_waiting) - sum(other.num_left for other in self._bulk)
         return (
             room > 0

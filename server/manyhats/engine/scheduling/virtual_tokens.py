@@ -1,4 +1,4 @@
-"""Virtual tokens: one set of KV blocks stands for them in every sequence of a task, for as long as there is room."""
+"""Virtual tokens: one set of KV blocks serves every sequence of a task, for as long as there is room."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PLACEHOLDER_ID = 0
-"""Stands in a sequence's token ids for a virtual token; it is never looked up."""
+"""Placeholder for a virtual token in a sequence's token ids; it is never looked up."""
 
 
 @dataclass(slots=True, eq=False)
 class VirtualTokens:
     """The virtual tokens of a loaded adapter.
 
-    A sequence finds their keys and values in the blocks that are held, or else puts them into its own: stored ones are
-    copied there, embeddings are run. Nothing in the pool is theirs by right, so a request that waits keeps no blocks.
+    A sequence finds their keys and values in held blocks, or else puts them into its own: stored ones are copied there,
+    embeddings are run. They are entitled to nothing in the pool, so a waiting request keeps no blocks.
 
     Attributes:
         source: stored keys and values, or embeddings.
         held: blocks that have them now; only the scheduler changes it.
-        embeddings: [P, D] float32, what the first P tokens are in place of their ids' embeddings; None for stored ones.
+        embeddings: [P, D] float32, used for the first P tokens instead of their ids' embeddings; None for stored ones.
     """
 
     source: KVPrefix | PromptEmbeddings
@@ -48,7 +48,7 @@ class VirtualTokens:
 
     @property
     def num_bytes(self) -> int:
-        """In memory, the pool's blocks not counted."""
+        """In memory, not counting the pool's blocks."""
         if isinstance(self.source, KVPrefix):
             return self.source.keys.nbytes + self.source.values.nbytes
         return 0 if self.embeddings is None else self.embeddings.nbytes

@@ -1,6 +1,6 @@
 """Chat messages to prompt text, by a model's or a task's Jinja template, as transformers renders them.
 
-Templates are other people's programs: they run in Jinja's immutable sandbox and see strings only.
+Templates are other people's programs: they run in Jinja's immutable sandbox and see only strings.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from manyhats.engine.errors import FieldInvalidError, clipped
 
-_MAX_PROBLEM_BYTES = 512  # a refusal travels in headers
+_MAX_PROBLEM_BYTES = 512  # a refusal is sent in headers
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation; ``role`` is what the template knows, such as system, user, assistant."""
+    """One turn of a conversation; ``role`` is one that the template knows, such as system, user, assistant."""
 
     role: str
     content: str
@@ -45,7 +45,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """``namespace()`` that takes no underscored names, which could reach Python's internals."""
+    """``namespace()`` that accepts no names with a leading underscore, which could reach Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -65,7 +65,7 @@ def _check_name(name: object) -> None:
 
 
 class _Dictionaries:
-    """``dict`` as templates may use it, without the class itself and what hangs on it."""
+    """``dict`` as templates may use it, without the class itself and its attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -90,7 +90,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML, which a prompt must not have.
+    # Jinja's own filter escapes HTML, which is wrong in a prompt.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -118,7 +118,7 @@ def variables_of(template: str) -> frozenset[str]:
     """The names that a template looks up and does not set itself, such as ``messages`` and ``tools``.
 
     Raises:
-        FieldInvalidError: ``chat``: it is no template.
+        FieldInvalidError: ``chat``: it is not a template.
     """
     environment = _environment()
     try:
@@ -140,14 +140,14 @@ def render_chat(
 
     Args:
         template: Jinja source.
-        messages: at least one; a mapping has all that the template may read of it.
-        special_tokens: ``bos_token`` and the like, by the names templates use.
+        messages: at least one; a mapping has everything that the template may read.
+        special_tokens: ``bos_token`` and so on, by the names templates use.
         variables: what the template may read besides, such as ``tools``.
-        now: the date and time that it may write; None is now.
-        add_generation_prompt: whether the beginning of the assistant's turn is part of it.
+        now: the date and time that it may write; None for the present.
+        add_generation_prompt: whether to include the beginning of the assistant's turn.
 
     Raises:
-        FieldInvalidError: there are no messages, or the template fails on these, or writes what is no text.
+        FieldInvalidError: there are no messages, or the template fails on these, or writes something that is not text.
     """
     if not messages:
         raise FieldInvalidError("chat", "has no messages")
@@ -192,7 +192,7 @@ def check_template(template: str) -> None:
     """Check that a template compiles.
 
     Raises:
-        ValueError: it does not, and why.
+        ValueError: it does not; says why.
     """
     try:
         _compile(template)

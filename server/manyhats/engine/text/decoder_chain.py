@@ -26,18 +26,18 @@ from manyhats.engine.text.decoder_steps import (
     stripped,
 )
 
-# What transformers' clean_up_tokenization takes the spaces from, in its order.
+# Where transformers' clean_up_tokenization removes spaces, in its order.
 _SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 def steps_for(descriptions: Sequence[Mapping[str, Any]]) -> Callable[[], list[Step]] | None:
-    """What makes the steps of a chain for one text.
+    """Makes the steps of a decoder chain for one text.
 
     Args:
         descriptions: of its decoders, as ``tokenizer.json`` has them; none if there is no decoder.
 
     Returns:
-        None if there is one among them whose output is certain at the end alone.
+        None if the output of one of them is certain only at the end.
     """
     if not descriptions:
         return lambda: [Spaced()]
@@ -53,12 +53,12 @@ def steps_for(descriptions: Sequence[Mapping[str, Any]]) -> Callable[[], list[St
 
 
 def clean_up_steps() -> list[Step]:
-    """The steps of ``clean_up_spaces`` on the parts of a text."""
+    """The steps of ``clean_up_spaces`` for a text that comes in parts."""
     return [ReplaceInParts(spaced, spaced.strip()) for spaced in _SPACED]
 
 
 def clean_up_spaces(text: str) -> str:
-    """A text without the spaces that tokenizers of words leave before punctuation and English contractions.
+    """A text without the spaces that word tokenizers leave before punctuation and English contractions.
 
     Source: ``clean_up_tokenization`` of transformers.
     """
@@ -68,7 +68,7 @@ def clean_up_spaces(text: str) -> str:
 
 
 def push_through(steps: Sequence[Step], token: str) -> str:
-    """What is certain behind all ``steps`` with one more token."""
+    """What becomes certain after all ``steps`` with one more token."""
     tokens: Sequence[str] = (token,)
     for step in steps:
         tokens = [out for each in tokens for out in step.push(each)]
@@ -76,7 +76,7 @@ def push_through(steps: Sequence[Step], token: str) -> str:
 
 
 def end_through(steps: Sequence[Step]) -> str:
-    """What is left in all ``steps`` when no more tokens come."""
+    """What remains in all ``steps`` when no more tokens come."""
     tokens: list[str] = []
     for step in steps:
         tokens = [out for each in tokens for out in step.push(each)] + [*step.end()]
@@ -84,7 +84,7 @@ def end_through(steps: Sequence[Step]) -> str:
 
 
 def _token_step(description: Mapping[str, Any]) -> Callable[[], Step] | None:
-    """The step of a decoder that takes the tokens one by one."""
+    """The step of a decoder that takes tokens one by one."""
     match description:
         case {"type": "Replace", "pattern": pattern, "content": content}:
             decoder = _replace(pattern, content)
@@ -121,7 +121,7 @@ def _part_step(description: Mapping[str, Any]) -> Callable[[], Step] | None:
         case {"type": "Strip", "content": content, "start": start, "stop": stop}:
             return lambda: StripParts(content, start, stop)
         case {"type": "Metaspace"}:
-            metaspace = _metaspace(description)  # treats each character of the first token by itself
+            metaspace = _metaspace(description)  # treats each character of the first token separately
             return lambda: Each(lambda part: metaspace.decode([part]))
         case {"type": "Fuse"}:
             return Unchanged

@@ -1,7 +1,7 @@
-"""The steps of a decoder at work on one text: each does what one decoder of the ``tokenizers`` library does.
+"""The steps of decoding one text: each does what one decoder of the ``tokenizers`` library does.
 
-A step gives out, at each token, what no later token can change. Behind a decoder that makes one token of all (``Fuse``,
-``ByteLevel``), steps take parts of that one instead of tokens.
+A step emits, at each token, what no later token can change. After a decoder that merges everything into one token
+(``Fuse``, ``ByteLevel``), steps take parts of that one instead of tokens.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Protocol
 from tokenizers.decoders import Decoder
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Rust's reading of two hexadecimal digits, which may begin with a sign.
+# Two hexadecimal digits as Rust reads them: they may begin with a sign.
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
 
 
 class Step(Protocol):
-    """One decoder of a chain at work on one text; a copy goes its own way."""
+    """One decoder of a chain, decoding one text; copies are independent."""
 
     def push(self, token: str) -> Sequence[str]:
-        """What is certain with one more token, or part of the one token, that was not before."""
+        """What becomes certain with one more token, or one more part of the single token."""
 
     def end(self) -> Sequence[str]:
-        """What is left when no more come."""
+        """What remains when no more come."""
 
 
 def byte_of(token: str) -> int | None:
-    """The byte that a token such as ``<0x0A>`` stands for; None if it is no such token."""
+    """The byte that a token such as ``<0x0A>`` stands for; None if it is not such a token."""
     match = _BYTE_TOKEN.fullmatch(token)
     return None if match is None else int(match[1], 16)
 
@@ -65,9 +65,9 @@ def bytes_of(token: str) -> bytes:
 
 
 def stripped(token: str, content: str, start: int, stop: int) -> str:
-    """A token without up to ``start`` and ``stop`` of a character at its ends.
+    """A token with up to ``start`` and ``stop`` of a character removed from its ends.
 
-    The library's own fails where more is to be stripped than there is.
+    The library's own fails if more is to be stripped than there is.
     """
     first = _num_leading(token, content, start)
     return token[first : len(token) - _num_leading(token[::-1], content, stop)]
@@ -78,7 +78,7 @@ def _num_leading(text: str, content: str, limit: int) -> int:
 
 
 class Unchanged:
-    """Gives out each token, or part, as it is."""
+    """Emits each token, or part, unchanged."""
 
     def push(self, token: str) -> Sequence[str]:
         """See ``Step``."""
@@ -90,7 +90,7 @@ class Unchanged:
 
 
 class Each(Unchanged):
-    """Changes each token, or part, by itself."""
+    """Changes each token, or part, separately."""
 
     def __init__(self, change: Callable[[str], str]) -> None:
         self._change = change
@@ -101,7 +101,7 @@ class Each(Unchanged):
 
 
 class FirstDiffers(Unchanged):
-    """A decoder that treats the first token otherwise than all others."""
+    """A decoder that treats the first token differently from all others."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -110,12 +110,12 @@ class FirstDiffers(Unchanged):
     def push(self, token: str) -> Sequence[str]:
         """See ``Step``."""
         text = self._decoder.decode([*self._before, token])
-        self._before = [""]  # as the first, it has no text
+        self._before = [""]  # as the first token, it has no text
         return (text,)
 
 
 class LastDiffers:
-    """A decoder that treats the last token otherwise than all others."""
+    """A decoder that treats the last token differently from all others."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -132,7 +132,7 @@ class LastDiffers:
 
 
 class Spaced(Unchanged):
-    """What joins tokens where there is no decoder."""
+    """Joins tokens if there is no decoder."""
 
     def __init__(self) -> None:
         self._between = ""
@@ -144,7 +144,7 @@ class Spaced(Unchanged):
 
 
 class Ctc(Unchanged):
-    """Takes repeated tokens once, and leaves out those without text."""
+    """Takes repeated tokens once, and drops those without text."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -160,7 +160,7 @@ class Ctc(Unchanged):
 
 
 class ByteRuns:
-    """Makes one token of a run of byte tokens, or one for each byte where they are not UTF-8."""
+    """Makes one token from a run of byte tokens, or one for each byte if they are not UTF-8."""
 
     def __init__(self) -> None:
         self._run = b""
@@ -186,7 +186,7 @@ class Bytes:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def __copy__(self) -> Bytes:
-        """Like this one, with a state of its own."""
+        """A copy with its own state."""
         other = Bytes()
         other._decoder.setstate(self._decoder.getstate())
         return other

@@ -1,14 +1,14 @@
-"""Token ids to text, one at a time, without ever giving out half a character.
+"""Token ids to text, one at a time, without ever emitting half a character.
 
-The text of a sequence is what the tokenizer's own decoder makes of all its ids. A detokenizer gives out, at
-each token, the characters that no later token can change, so that its pieces joined are that text exactly:
+The text of a sequence is what the tokenizer's own decoder makes of all its ids. A detokenizer emits, at each token, the
+characters that no later token can change, so that its pieces, joined, are exactly that text:
 
 - byte-level decoders (GPT-2, Llama 3, Qwen, SmolLM2) read the tokens as bytes of UTF-8, so a character is
   certain once its last byte is there;
 - SentencePiece decoders (Llama 2, Mistral) keep characters whole, but a run of byte tokens is one character
   string or, if any of it is not UTF-8, one replacement character for each byte: it is certain at its end;
 - other chains of decoders are worked through step by step, see ``decoder_chain``;
-- a decoder of which any token may change all text before it is asked at the end, and nothing is certain earlier.
+- a decoder in which any token may change all text before it is run at the end, and nothing is certain earlier.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Detokenizer(Protocol):
         """The characters that are certain now and were not before; "" while a character is incomplete."""
 
     def pending(self) -> str:
-        """What ``flush`` would give now, incomplete characters apart; later tokens may change it."""
+        """What ``flush`` would return now, except incomplete characters; later tokens may change it."""
 
     def flush(self) -> str:
-        """What is left at the end of the sequence; incomplete bytes become U+FFFD."""
+        """What remains at the end of the sequence; incomplete bytes become U+FFFD."""
 
 
 class Pieces(Protocol):
-    """What the tokens of one vocabulary are as text; safe to use from several threads."""
+    """The text of one vocabulary's tokens; thread-safe."""
 
     def piece(self, token_id: int) -> str:
-        """The text of one token by itself; incomplete bytes become U+FFFD, special tokens their literal."""
+        """The text of one token on its own; incomplete bytes become U+FFFD, special tokens their literal."""
 
     def stream(self) -> Detokenizer:
         """A detokenizer at the beginning of a sequence."""
@@ -54,11 +54,11 @@ class Pieces(Protocol):
 def pieces_for(
     backend: Backend, *, skip_special_tokens: bool = True, cleans_up_spaces: bool = False
 ) -> Pieces:
-    """The pieces of a tokenizer, by the kind of decoder it has.
+    """The ``Pieces`` for a tokenizer, by the kind of its decoder.
 
     Args:
         backend: the tokenizer.
-        skip_special_tokens: whether streams leave special tokens out, or have their literals.
+        skip_special_tokens: whether streams leave special tokens out, or contain their literals.
         cleans_up_spaces: whether texts are as ``clean_up_spaces`` leaves them.
     """
     pieces = _pieces(backend, skip_special_tokens)
@@ -100,7 +100,7 @@ class BytePieces:
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The UTF-8 bytes, maybe of part of a character, of a token; none for a skipped one."""
+        """A token's UTF-8 bytes, possibly of part of a character; none for a skipped one."""
         known = self._known.get(token_id)
         if known is None:
             known = self._known[token_id] = bytes_of(self._vocabulary.token(token_id) or "")
@@ -125,7 +125,7 @@ class _ByteStream:
         return self._decoder.decode(self._bytes_of(token_id))
 
     def pending(self) -> str:
-        return ""  # incomplete characters alone
+        return ""  # only incomplete characters
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -136,7 +136,7 @@ class SentencePieces:
 
     Args:
         backend: the tokenizer.
-        strip: how many spaces are taken from the beginning of a text, if they are there.
+        strip: up to how many spaces are removed from the beginning of a text.
         skip_special_tokens: whether streams leave special tokens out.
     """
 
@@ -151,7 +151,7 @@ class SentencePieces:
             return self._known[token_id]
         except KeyError:
             token = self._vocabulary.token(token_id)
-        # A token becomes text before it is looked at as a byte.
+        # A token becomes text before it is tried as a byte.
         text = None if token is None else token.replace(_SPACE_MARK, " ")
         byte = None if text is None else byte_of(text)
         known = self._known[token_id] = text if byte is None else byte
@@ -245,7 +245,7 @@ class _ChainStream:
 
 
 class WholePieces:
-    """Tokens of a vocabulary whose decoder is known only as a whole: a text is certain at its end."""
+    """Tokens of a vocabulary whose decoder is known only as a whole: a text is certain only at its end."""
 
     def __init__(self, backend: Backend, *, skip_special_tokens: bool = True) -> None:
         self._backend = backend

@@ -1,8 +1,8 @@
-"""Prompts that something is put behind: what a text becomes as their continuation.
+"""Prompts with continuations: the tokens of a text after a prompt.
 
-A byte-level tokenizer makes the same tokens of a text wherever it stands, so a continuation is tokenized by itself.
-Others do not: a SentencePiece tokenizer puts a space ahead of a text, and pieces may run over the boundary. There
-prompt and continuation are tokenized as one text, and what both have in common is the prompt.
+A byte-level tokenizer makes the same tokens from a text wherever it stands, so a continuation is tokenized separately.
+Others do not: a SentencePiece tokenizer puts a space before a text, and pieces may cross the boundary. There, prompt
+and continuation are tokenized as one text, and the tokens that it shares with the prompt alone are the prompt.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.text.tokenizer_files import single_steps
 
 TAIL_LENGTH = 512
-"""Characters of a prompt's end that are tokenized with each continuation, where that tells as much as all of it."""
+"""Characters of a prompt's end that are tokenized with each continuation, if that is as good as all of it."""
 
 _MIN_AGREEMENT = 32
-"""Tokens at the end of a prompt that it must share with its tail alone, before the tail stands for it."""
+"""Tokens at a prompt's end that its tail alone must also give, before the tail may stand for the prompt."""
 
 _MIN_MARGIN = 8
-"""Of those, the first so many must be the same with the continuation behind them."""
+"""Of those, this many first ones must stay the same with the continuation after them."""
 
 _NEUTRAL_TEXTS = ("\n", "a", ".")
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """A text behind a prompt.
+    """A text after a prompt.
 
     Attributes:
-        num_prompt_tokens: how many of the prompt's tokens stand ahead of it, at least one. Fewer than all where the
-            prompt's last ones became others together with the text.
-        token_ids: what follows them, at least one: the text, and what it took from the prompt.
+        num_prompt_tokens: how many of the prompt's tokens come before it, at least one. Fewer than all if the prompt's
+            last ones changed together with the text.
+        token_ids: what follows them, at least one: the text, and whatever it took from the prompt.
     """
 
     num_prompt_tokens: int
@@ -55,9 +55,9 @@ class ScoreTokens:
 
 
 def score_tokens(prompt_token_ids: Sequence[int], continuations: Sequence[Continuation]) -> ScoreTokens:
-    """Continuations of one prompt to be scored together: computed once is what all of them leave of the prompt.
+    """Continuations of one prompt, to be scored together: what all of them keep of the prompt is computed once.
 
-    Each one's score is what it is alone: what else stands ahead of it comes with it, and is given.
+    Each one's score is the same as alone: the rest of the prompt before it comes with it, and is given.
     """
     shared = min((each.num_prompt_tokens for each in continuations), default=len(prompt_token_ids))
     return ScoreTokens(
@@ -75,10 +75,10 @@ class PromptText:
     Args:
         backend: of the tokenizer.
         text: at least one character.
-        head: tokens that stand ahead of the text's own.
+        head: tokens that come before the text's own.
         own: the text's own, without special tokens around them.
         is_byte_level: see ``is_byte_level``.
-        begins_itself: whether the text has what would stand ahead of it, or its end.
+        begins_itself: whether the text already has the tokens that would come before it, or their end.
 
     Attributes:
         text, begins_itself: as given.
@@ -103,16 +103,16 @@ class PromptText:
         self.token_ids: tuple[int, ...] = (*head, *own)
 
     def followed_by(self, text: str) -> Continuation:
-        """What a text becomes behind this prompt.
+        """The tokens of a text after this prompt.
 
         Raises:
-            FieldInvalidError: ``text``: it has no tokens, or none of the prompt is left ahead of it.
+            FieldInvalidError: ``text``: it has no tokens, or nothing of the prompt is left before it.
         """
         if self._is_byte_level:
             return _some(len(self.token_ids), _ids(self._backend, text))
         tail, tokens, num_shared = self._tail
         encoding = _encoded(self._backend, tail + text)
-        ids: list[int] = encoding.ids  # made anew each time it is asked for
+        ids: list[int] = encoding.ids  # computed anew at each access
         num_common = _num_common(tokens, ids)
         if len(tail) < len(self.text) and num_common < len(tokens) - num_shared + _MIN_MARGIN:
             tail, tokens = self.text, self._own
@@ -120,30 +120,30 @@ class PromptText:
             ids = encoding.ids
             num_common = _num_common(tokens, ids)
         if num_common == len(ids) and num_common and encoding.offsets[-1][1] > len(tail):
-            num_common -= 1  # the text was taken into the prompt's last token, an unknown one
+            num_common -= 1  # the text merged into the prompt's last token, an unknown one
         return _some(len(self.token_ids) - len(tokens) + num_common, ids[num_common:])
 
     @property
     def length_again(self) -> int:
-        """Characters of this prompt that are tokenized with each text behind it, as a rule."""
+        """How many characters of this prompt are usually tokenized with each text after it."""
         return 0 if self._is_byte_level else len(self._tail[0])
 
     def beginning(self, text: str) -> PromptText | None:
-        """The prompt that a beginning of this text is; None where it has other tokens by itself.
+        """A beginning of this text as a prompt; None if, on its own, it has other tokens.
 
-        It takes as long as the end of the beginning does, not all of it.
+        The cost is that of the beginning's end, not of all of it.
         """
         head = self.token_ids[: len(self.token_ids) - len(self._own)]
         ends = self._token_ends
         place = bisect_right(ends, len(text))
-        for count in (place, place - 1, place + 1):  # some offsets leave out spaces
+        for count in (place, place - 1, place + 1):  # some offsets exclude spaces
             if 0 < count <= len(ends) and self._is_own(text, count):
                 own = self._own[:count]
                 return PromptText(self._backend, text, head, own, is_byte_level=self._is_byte_level)
         return None
 
     def _is_own(self, text: str, count: int) -> bool:
-        """Whether the first so many of the text's own tokens are those of a beginning of it."""
+        """Whether this many of the text's own first tokens are those of a beginning of it."""
         own = self._own[max(0, count - 4 * TAIL_LENGTH) : count]
         length = TAIL_LENGTH
         while length < len(text):
@@ -158,15 +158,15 @@ class PromptText:
 
     @cached_property
     def _token_ends(self) -> list[int]:
-        """Of each own token, where it ends in the text; ascending."""
+        """Where each own token ends in the text; ascending."""
         ends = [end for _, end in _encoded(self._backend, self.text).offsets]
         return list(accumulate(ends, max))
 
     @cached_property
     def _tail(self) -> tuple[str, Sequence[int], int]:
-        """The end of the text, its tokens by itself, and how many of the last ones are the prompt's last.
+        """The end of the text, its tokens on its own, and how many of the last ones are the prompt's last.
 
-        Where the two agree on as many tokens as that, what lies before has no influence on what comes behind.
+        If the two agree on that many tokens, what lies before has no influence on what comes after.
         """
         length = TAIL_LENGTH
         while length < len(self.text):
@@ -180,7 +180,7 @@ class PromptText:
 
 
 def followed_by(backend: Backend, text: str, *, is_byte_level: bool) -> tuple[int, ...]:
-    """What a text becomes behind tokens whose text is not known.
+    """The tokens of a text after tokens whose text is not known.
 
     Raises:
         FieldInvalidError: ``text``: it has no tokens.
@@ -194,10 +194,10 @@ def followed_by(backend: Backend, text: str, *, is_byte_level: bool) -> tuple[in
 
 
 def is_byte_level(backend: Backend) -> bool:
-    """Whether a text's tokens are the same at the beginning of a text and behind another.
+    """Whether a text's tokens are the same at the beginning and after another text.
 
-    True of tokenizers that split words off and know every byte (GPT-2, Llama 3, Qwen), unless they put a space
-    ahead of a text.
+    True of tokenizers that split off words and know every byte (GPT-2, Llama 3, Qwen), unless they put a space before a
+    text.
     """
     steps = [*single_steps(backend.normalizer), *single_steps(backend.pre_tokenizer)]
     adds_space = any(
@@ -207,8 +207,8 @@ def is_byte_level(backend: Backend) -> bool:
 
 
 def special_tokens_ahead(backend: Backend) -> tuple[int, ...]:
-    """The tokens that the post-processor puts ahead of a text."""
-    # The text of another model: this one may have no token for it.
+    """The tokens that the post-processor puts before a text."""
+    # Another model's text, since this one may have no token for it.
     text = Backend(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
     encoding = backend.post_process(text)
     own = [place for place, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
@@ -216,7 +216,7 @@ def special_tokens_ahead(backend: Backend) -> tuple[int, ...]:
 
 
 def head_of(own: Sequence[int], ahead: Sequence[int]) -> tuple[int, ...]:
-    """Which of the tokens that stand ahead of a text it lacks; one that was rendered beforehand has them."""
+    """Which of the tokens that belong before a text it lacks; one that was rendered beforehand has them."""
     for length in range(min(len(own), len(ahead)), 0, -1):
         if list(own[:length]) == list(ahead[-length:]):
             return tuple(ahead[: len(ahead) - length])
@@ -234,7 +234,7 @@ def _some(num_prompt_tokens: int, token_ids: Sequence[int]) -> Continuation:
 
 
 def _encoded(backend: Backend, text: str) -> Encoding:
-    # A batch of one, because that leaves the interpreter to other threads meanwhile.
+    # A batch of one, because that releases the interpreter lock meanwhile.
     return backend.encode_batch([text], add_special_tokens=False)[0]
 
 

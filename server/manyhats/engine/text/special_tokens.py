@@ -1,10 +1,10 @@
-"""Which tokens a tokenizer's files declare beside its vocabulary, where several files say it.
+"""Which tokens a tokenizer's files declare besides its vocabulary, if several files say so.
 
-The rules are those of transformers' ``AutoTokenizer``. ``tokenizer_config.json`` names tokens by their part
-(``eos_token``) and lists others. Where it has ``added_tokens_decoder``, that table alone decides the flags of
-added tokens; else the older files count: ``special_tokens_map.json`` stands before the config, and the added
-tokens are those of ``added_tokens.json``, with what ``tokenizer.json`` says of them. All that is declared is
-then added to the tokenizer, special if a part or list names it.
+The rules are those of transformers' ``AutoTokenizer``. ``tokenizer_config.json`` names tokens by their role
+(``eos_token``) and lists others. If it has ``added_tokens_decoder``, that table alone decides the flags of added
+tokens; otherwise the older files count: ``special_tokens_map.json`` overrides the config, and the added tokens are
+those of ``added_tokens.json``, with what ``tokenizer.json`` says about them. Everything declared is then added to the
+tokenizer, special if a role or list names it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STANDARD_PARTS = (
     "cls_token",
     "mask_token",
 )
-"""The parts that any tokenizer may have a token for; a model may have others, such as ``image_token``."""
+"""The roles that any tokenizer may have a token for; a model may have others, such as ``image_token``."""
 
 _EXTRA = "extra_special_tokens"
 _OLDER_EXTRA = "additional_special_tokens"
@@ -47,9 +47,9 @@ class Declarations:
     """What the files declare.
 
     Attributes:
-        fields: the config's, with what the older files say instead.
-        own_parts: a model's own part, such as ``image_token`` → its token.
-        added: tokens beside the vocabulary, in the order of their ids.
+        fields: the config's, overridden by the older files.
+        own_parts: a model's own role, such as ``image_token`` → its token.
+        added: tokens besides the vocabulary, in the order of their ids.
     """
 
     fields: Mapping[str, Any]
@@ -62,8 +62,8 @@ class SpecialTokens:
     """The special tokens of a tokenizer.
 
     Attributes:
-        parts: part → token; the standard parts first.
-        others: those that are no part's.
+        parts: role → token; the standard roles first.
+        others: those without a role.
     """
 
     parts: Mapping[str, Token]
@@ -116,8 +116,8 @@ def special_tokens(
 
     Args:
         declarations: what its files declare.
-        defaults: part → token, of the tokenizer's class; the files stand before them, ``null`` too.
-        padding_token: what ``tokenizer.json`` pads with, if it does: the pad token if nothing else says one.
+        defaults: role → token, of the tokenizer's class; the files override them, even with ``null``.
+        padding_token: what ``tokenizer.json`` pads with, if anything: the pad token if nothing else names one.
     """
     fields = {**defaults, **declarations.fields}
     if padding_token is not None:
@@ -133,7 +133,7 @@ def special_tokens(
 
 
 def add_tokens(backend: Backend, added: tuple[AddedToken, ...], special: SpecialTokens) -> None:
-    """Add to a tokenizer what it lacks of the tokens, and give those it has their flags."""
+    """Add the missing tokens to a tokenizer, and give those it has their flags."""
     tokens: list[Token] = list(added)
     known = {token.content for token in (*backend.get_added_tokens_decoder().values(), *added)}
     for token in (*special.parts.values(), *special.others):
@@ -147,7 +147,7 @@ def add_tokens(backend: Backend, added: tuple[AddedToken, ...], special: Special
 
 
 def add_tokens_as_special(backend: Backend, special: SpecialTokens) -> None:
-    """Make the special tokens special to a tokenizer with the flags that a special token has by default."""
+    """Make the special tokens special to a tokenizer, with a special token's default flags."""
     literals = dict.fromkeys(str(token) for token in (*special.parts.values(), *special.others))
     backend.add_tokens([AddedToken(literal, special=True) for literal in literals])
 
@@ -174,7 +174,7 @@ def _move_named_extras(fields: dict[str, Any], own_parts: dict[str, Any]) -> Non
 
 
 def _apply_special_tokens_map(files: TokenizerFiles, fields: dict[str, Any]) -> None:
-    """Let ``special_tokens_map.json`` stand before the config; extra tokens are joined."""
+    """Let ``special_tokens_map.json`` override the config; extra tokens are joined."""
     for name, value in files.special_tokens.items():
         if isinstance(value, dict) and name not in (_EXTRA, _OLDER_EXTRA):
             value = _token(files, SPECIAL_TOKENS_FILE, name, {**value, "special": True})
@@ -229,7 +229,7 @@ def _tokens(files: TokenizerFiles, name: str, value: Any) -> tuple[Token, ...]:
         )
     tokens = []
     for each in value:
-        # Objects without a type are special_tokens_map.json's, whose tokens all are special.
+        # Objects without a type come from special_tokens_map.json, whose tokens are all special.
         is_typed = not isinstance(each, dict) or "__type" in each
         token = each if is_typed else {**each, "special": True}
         tokens.append(_token(files, TOKENIZER_CONFIG_FILE, name, token))

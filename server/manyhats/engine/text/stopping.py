@@ -1,4 +1,4 @@
-"""When a generation ends by what it says: EOS, stop tokens, stop sequences, length. Time is not known here."""
+"""When a generation ends because of its content: EOS, stop tokens, stop sequences, length. Time is not known here."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from manyhats.engine.request import StoppingParams
 
 
 class StopChecker:
-    """Watches one generation's tokens and text, and lets text out once no stop sequence can begin in it.
+    """Watches one generation's tokens and text, and releases text once no stop sequence can begin in it.
 
-    Text counts character by character: of all stop sequences the one that is complete first ends it, of those
-    complete at the same character the longest. So the answer doesn't depend on how tokens split the text. A
-    sequence complete before ``min_new_tokens`` ends nothing, and its text is let out.
+    Text counts character by character: of all stop sequences the first to be complete ends it, and of those complete at
+    the same character the longest. So the answer doesn't depend on how tokens split the text. A sequence complete
+    before ``min_new_tokens`` ends nothing, and its text is released.
 
-    The text that is watched has the literals of special tokens, as transformers' ``stop_strings`` sees it; the
-    text that is let out may lack them.
+    The watched text has the literals of special tokens, as transformers' ``stop_strings`` sees it; the released text
+    may lack them.
     """
 
     def __init__(self, params: StoppingParams, eos_token_ids: AbstractSet[int]) -> None:
@@ -26,7 +26,7 @@ class StopChecker:
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._held = ""
         self._pending = ""
-        # What is held, as (watched, shown): both the same, or a part that they do not have in common.
+        # What is held back, as (watched, shown): both the same, or a part in which they differ.
         self._spans: list[tuple[str, str]] = []
 
     def forbidden_ids(self, num_generated: int) -> tuple[int, ...]:
@@ -36,7 +36,7 @@ class StopChecker:
         return tuple(sorted(self._eos_token_ids | self._stop_token_ids))
 
     def leaves_out(self, token_id: int, num_generated: int) -> bool:
-        """Whether a token, the ``num_generated``-th, ends the generation and is no part of its text."""
+        """Whether a token, the ``num_generated``-th, ends the generation and is not part of its text."""
         if num_generated < self._params.min_new_tokens:
             return False
         is_stop_token = token_id in self._stop_token_ids and not self._params.include_stop_sequence
@@ -58,13 +58,13 @@ class StopChecker:
             token_id: the token.
             text_delta: the characters that became certain with it, special tokens as their literals.
             num_generated: tokens so far, this one included.
-            shown_delta: those of them that the answer shows; None is all.
+            shown_delta: those of them that the answer shows; None means all.
             pending: the characters that would follow if this were the last token.
-            shown_pending: those of them that the answer would show; None is all.
+            shown_pending: those of them that the answer would show; None means all.
 
         Returns:
-            text to let out, without what ended it unless ``include_stop_sequence``; and why it ended, or None.
-            When it ended, nothing is held back any more.
+            text to release, without what ended it unless ``include_stop_sequence``; and why it ended, or None. When it
+            has ended, nothing is held back any more.
         """
         if self.leaves_out(token_id, num_generated):
             is_eos = token_id in self._eos_token_ids
@@ -91,16 +91,16 @@ class StopChecker:
         return self._let_out(self._first_possible_start(text)), None
 
     def flush(self) -> str:
-        """Let out what is held back, once; for a generation that something else ends."""
+        """Release what is held back, once; for a generation that something else ends."""
         return self._let_out(len(self._held))
 
     def _let_out(self, end: int) -> str:
-        """What is shown of the first ``end`` characters held, which are held no more."""
+        """The shown part of the first ``end`` characters held, which are then no longer held."""
         self._held = self._held[end:]
         shown = ""
         for index, (watched, visible) in enumerate(self._spans):
             if len(watched) > end:
-                # Of a special token that is cut, nothing is shown; it has no text of its own in the answer.
+                # A special token that is cut is not shown at all; it has no text of its own in the answer.
                 if watched == visible:
                     shown, visible = shown + visible[:end], visible[end:]
                 self._spans[: index + 1] = [(watched[end:], visible)]
@@ -121,7 +121,7 @@ class StopChecker:
         return found
 
     def _first_possible_start(self, text: str) -> int:
-        """Where the longest end of ``text`` lies that begins a stop sequence; ``len(text)`` if none does."""
+        """Where the longest end of ``text`` that begins a stop sequence starts; ``len(text)`` if there is none."""
         first = len(text)
         for stop in self._params.stop_sequences:
             start = text.find(stop[0], max(0, len(text) + 1 - len(stop)))
@@ -134,7 +134,7 @@ class StopChecker:
 
 
 def _spans(watched: str, shown: str) -> list[tuple[str, str]]:
-    """A text and what is shown of it, the end that they have in common apart."""
+    """A text and its shown part, split off from the end that they have in common."""
     if watched == shown:
         return [(watched, shown)] if watched else []
     num_common = 0

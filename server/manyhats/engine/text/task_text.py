@@ -1,8 +1,8 @@
-"""How the tasks of adapters that bring text files of their own read and write text.
+"""How tasks whose adapters bring their own text files read and write text.
 
 An adapter's tokenizer must be the base's plus added tokens, so all that a task has of its own are those tokens, names
-of special ones, and a chat template; vocabulary and merges are shared. Strangers' files are looked at in processes of
-their own (``text_process``).
+of special ones, and a chat template; vocabulary and merges are shared. Untrusted files are examined in separate
+processes (``text_process``).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _HOW_TO_GO_ON = "leave out the tokenizer's files, and the task uses the base's"
 
 @dataclass(frozen=True, slots=True)
 class TaskText:
-    """What a task's text files mean beside the base's tokenizer.
+    """What a task's text files mean relative to the base's tokenizer.
 
     Attributes:
-        tokenizer: of the task; the base's own if they mean what the base's do.
-        facts: what the store keeps of it.
+        tokenizer: the task's; the base's own if they mean what the base's do.
+        facts: what the store keeps about it.
     """
 
     tokenizer: Tokenizer
@@ -50,12 +50,12 @@ class TaskText:
 
 
 class TaskTexts:
-    """Reads tasks' text files on one base; safe in any thread. What was read lately is kept.
+    """Reads tasks' text files on one base; thread-safe. Recent results are cached.
 
     Args:
         base: the base's tokenizer.
         vocab_size: rows of the base's embedding; token ids are below.
-        processes: where strangers' files are looked at.
+        processes: where untrusted files are examined.
     """
 
     def __init__(self, base: Tokenizer, vocab_size: int, processes: TextProcesses) -> None:
@@ -73,7 +73,7 @@ class TaskTexts:
         """What an artifact's text files mean.
 
         Args:
-            files: name → content; others than text files are ignored.
+            files: name → content; files other than text files are ignored.
 
         Raises:
             AdapterInvalidError: a file cannot be read, or the template does not compile; ``subject`` is the file.

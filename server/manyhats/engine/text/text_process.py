@@ -1,4 +1,4 @@
-"""Processes for work on strangers' texts: templates and tokenizers that came with an adapter.
+"""Processes for untrusted texts: templates and tokenizers that came with an adapter.
 
 See ``text_program``, which runs in them.
 """
@@ -19,7 +19,7 @@ from manyhats.engine.errors import FieldInvalidError, ModelError
 from manyhats.engine.text.chat_template import ChatMessage
 from manyhats.engine.text.text_program import IS_LAST, LENGTH_BYTES, MOMENT_S, RENDER_CPU_S, TIME_IS_UP
 
-# No credential of this process: what runs there is strangers'.
+# None of this process's credentials: what runs there is untrusted.
 _HANDED_ON = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "TZ")
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -27,19 +27,19 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-# The processor's time has bounds of its own; these are for a process that waits, or a machine that is busy.
+# Processor time has its own bounds; these are for a process that waits, or a machine that is busy.
 _BRIEF_S = 20.0
 _LONG_S = 180.0
 
 
 class TextProcesses:
-    """Processes that take requests by turns; they are started as they are needed. Safe in any thread.
+    """Processes that take requests in turn, started as needed. Thread-safe.
 
-    Nobody's request suffers from what others left in a process: one that ends on a request, and not by the time that
-    it takes, is replaced by a fresh one, and the request done over.
+    No request suffers from what others left in a process: if one dies on a request, other than by its time limit, a
+    fresh one replaces it and does the request again.
 
     Args:
-        count: how many are kept for the next request, and how many look at files at a time.
+        count: how many are kept for the next request, and how many examine files at a time.
     """
 
     def __init__(self, count: int = 2) -> None:
@@ -55,7 +55,7 @@ class TextProcesses:
         """``render_chat``, within bounds.
 
         Raises:
-            FieldInvalidError: ``chat``: the template refuses the messages, or goes beyond a bound.
+            FieldInvalidError: ``chat``: the template refuses the messages, or exceeds a bound.
         """
         try:
             return self._render(template, messages, special_tokens, RENDER_CPU_S)
@@ -65,7 +65,7 @@ class TextProcesses:
     def render_in_a_moment(
         self, template: str, messages: Sequence[ChatMessage], special_tokens: Mapping[str, str]
     ) -> str | None:
-        """``render``, but None from a template that takes longer than ``MOMENT_S``, or too much memory.
+        """``render``, but None for a template that takes longer than ``MOMENT_S``, or too much memory.
 
         Raises:
             FieldInvalidError: as ``render``.
@@ -76,7 +76,7 @@ class TextProcesses:
             return None
 
     def compile_error(self, template: str) -> str:
-        """What is wrong with a template by its form; empty if nothing is."""
+        """What is wrong with a template's syntax; empty if nothing."""
         try:
             with self._reading:
                 return str(self._ask("compile", {"template": template}, _BRIEF_S).get("error", ""))
@@ -99,7 +99,7 @@ class TextProcesses:
         return answer
 
     def close(self) -> None:
-        """End the processes that are idle; those at work end with their work."""
+        """End the idle processes; busy ones end with their work."""
         with self._lock:
             _end_all(self._idle)
 
@@ -132,7 +132,7 @@ class TextProcesses:
             except _TooSlowError:
                 raise
             except _EndedError:
-                pass  # it may have died while idle, or of what others left in it
+                pass  # it may have died while idle, or from what others left in it
         return self._ask_one(_TextProcess(), content, patience_s)
 
     def _ask_one(self, process: _TextProcess, content: bytes, patience_s: float) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class _EndedError(Exception):
 
 
 class _TooSlowError(_EndedError):
-    """The request took too much of the processor's time, or too long."""
+    """The request took too much processor time, or too long."""
 
 
 class _TextProcess:
@@ -214,7 +214,7 @@ class _TextProcess:
                 try:
                     pipe.close()
                 except OSError:
-                    continue  # what it was not sent is of no use any more
+                    continue  # whatever it was not sent is no longer of use
         self._process.wait()
 
 

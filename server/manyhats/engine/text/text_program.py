@@ -1,7 +1,7 @@
-"""The program in which strangers' templates and tokenizers are run: a process of its own, with bounds.
+"""The program in which untrusted templates and tokenizers run: a separate process, with bounds.
 
 It reads requests from its input and answers each on its output, until the input ends. A template is a program, and a
-``tokenizer.json`` may be large or hostile; here neither holds the server's interpreter lock, memory or threads.
+``tokenizer.json`` may be large or hostile; here neither can hold up the server's interpreter lock, memory or threads.
 ``text_process`` is the other end.
 """
 
@@ -24,27 +24,27 @@ LENGTH_BYTES = 8
 MAX_RENDERED_LENGTH = 4 * 1024 * 1024
 """Characters that a template may write."""
 RENDER_CPU_S = 2.0
-"""How much of the processor's time a template may take for a conversation."""
+"""How much processor time a template may take for a conversation."""
 MOMENT_S = 0.25
-"""How much of it all but the slow ones need."""
+"""How much of it all but slow templates need."""
 TIME_IS_UP = signal.SIGPROF
-"""What ends this process when a request has taken its time."""
+"""The signal that ends this process when a request has used up its time."""
 IS_LAST = "is_last"
-"""Key of an answer after which this process takes no more requests: it has become too large."""
+"""Key of an answer after which this process takes no more requests: it has grown too large."""
 
 _READ_CPU_S = 60.0
 _RENDER_MEMORY_BYTES = 1024 * 1024 * 1024
 _READ_MEMORY_BYTES = 16 * 1024 * 1024 * 1024
-# Compiled templates stay, with constants that they were folded into, and would leave others less than their bound.
+# Compiled templates stay in memory, with the constants folded into them, and would leave others less than their bound.
 _KEPT_MEMORY_BYTES = 256 * 1024 * 1024
 
 
 def main() -> None:
-    """Answer requests; an answer is a JSON object, which has ``error`` where something was refused.
+    """Answer requests; an answer is a JSON object, with ``error`` if something was refused.
 
     A request that takes too much time or memory ends the process.
     """
-    # What ends the server at a terminal is for the server to hand on.
+    # Ctrl-C at the server's terminal is for the server to pass on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(TIME_IS_UP, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -106,13 +106,13 @@ _ACTIONS: Mapping[str, Callable[..., dict[str, object]]] = {
 
 
 def _end_without_memory(error: Exception) -> None:
-    """End the process if it has no memory left: others may have taken it, so a fresh one is to try again."""
+    """End the process if it has no memory left: earlier requests may have taken it, so a fresh one should try again."""
     if isinstance(error.__cause__, MemoryError):
         raise error.__cause__
 
 
 def _address_space_bytes() -> int:
-    """What counts against the bound of memory; 0 where the system does not tell."""
+    """What counts against the memory bound; 0 if the system does not say."""
     try:
         pages = Path("/proc/self/statm").read_text().split()[0]
     except OSError:
@@ -122,9 +122,9 @@ def _address_space_bytes() -> int:
 
 @contextmanager
 def _bounded(cpu_s: float, memory_bytes: int) -> Iterator[None]:
-    """Let what is done in this block take so much processor time, and the process so much memory in all.
+    """Limit this block to that much processor time, and the process to that much memory in total.
 
-    Beyond the first the process is killed. What is done between requests is no stranger's, and has no bounds.
+    Beyond the first, the process is killed. What is done between requests is trusted, and has no bounds.
     """
     own, most = resource.getrlimit(resource.RLIMIT_AS)
     limit = memory_bytes if most == resource.RLIM_INFINITY else min(memory_bytes, most)

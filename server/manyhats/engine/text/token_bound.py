@@ -1,7 +1,7 @@
-"""How few tokens a text can have, from its bytes alone: what cannot fit is refused before it is tokenized.
+"""A lower bound on a text's tokens, from its bytes alone: what cannot fit is refused before it is tokenized.
 
-Where a tokenizer drops nothing of a text, folds nothing, and has a token for each byte, no token stands for more bytes
-than the longest has, and that many bytes need that many tokens.
+If a tokenizer drops and folds nothing of a text, and has a token for each byte, no token stands for more bytes than the
+longest one has, so that many bytes need that many tokens.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _RARE_BYTES = frozenset([*range(0x20), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)])
 
 @dataclass(frozen=True, slots=True)
 class TokenBound:
-    """A text has at least as many tokens as bytes divided by ``bytes_per_token``, the ``uncounted`` left out."""
+    """A text has at least as many tokens as bytes, without the ``uncounted``, divided by ``bytes_per_token``."""
 
     bytes_per_token: int
     uncounted: bytes = b""
 
     def min_tokens(self, text: str) -> int:
-        """Tokens that ``text`` has at least."""
+        """The least number of tokens in ``text``."""
         num_bytes = len(text.encode().translate(None, self.uncounted))
         return -(-num_bytes // self.bytes_per_token)
 
@@ -43,7 +43,7 @@ def token_bound(backend: Backend) -> TokenBound | None:
     """The bound of a tokenizer.
 
     Returns:
-        None where nothing is certain: a normalizer or pre-tokenizer may drop text (as may an added token that takes
+        None if nothing is certain: a normalizer or pre-tokenizer may drop text (as may an added token that takes
         the white space around it), or the model has one unknown token for any number of characters.
     """
     normalizers, pre_tokenizers = single_steps(backend.normalizer), single_steps(backend.pre_tokenizer)
@@ -60,10 +60,10 @@ def token_bound(backend: Backend) -> TokenBound | None:
 
 
 def extended_bound(bound: TokenBound, backend: Backend) -> TokenBound | None:
-    """The bound of a tokenizer with the vocabulary and pipeline of another, whose is given, and other added tokens.
+    """The bound of a tokenizer that differs from another, whose bound is given, only in its added tokens.
 
     Returns:
-        None where nothing is certain.
+        None if nothing is certain.
     """
     added = list(backend.get_added_tokens_decoder().values())
     shrinkage = _shrinkage(single_steps(backend.normalizer))
@@ -77,7 +77,7 @@ def extended_bound(bound: TokenBound, backend: Backend) -> TokenBound | None:
 
 
 def _shrinkage(normalizers: Sequence[Mapping[str, Any]]) -> int | None:
-    """How many bytes may become one, by all the steps together; None if any number may."""
+    """How many bytes may become one in all the steps together; None if any number may."""
     product = 1
     for step in normalizers:
         if step["type"] in _UNICODE_FORMS:
@@ -99,7 +99,7 @@ def _keeps_text(pre_tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _bytes_bound(backend: Backend) -> TokenBound | None:
-    """Of a vocabulary whose characters stand for bytes."""
+    """For a vocabulary whose characters stand for bytes."""
     missing = {byte for character, byte in byte_alphabet().items() if backend.token_to_id(character) is None}
     if missing - _RARE_BYTES:
         return None
@@ -107,7 +107,7 @@ def _bytes_bound(backend: Backend) -> TokenBound | None:
 
 
 def _fallback_bound(backend: Backend) -> TokenBound | None:
-    """Of a vocabulary whose missing characters fall back to tokens of single bytes."""
+    """For a vocabulary whose missing characters fall back to single-byte tokens."""
     if not backend.model.byte_fallback:
         return None
     if any(backend.token_to_id(f"<0x{byte:02X}>") is None for byte in range(0x100)):

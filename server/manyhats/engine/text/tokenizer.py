@@ -1,8 +1,8 @@
-"""Text to token ids and back, by the checkpoint's own fast tokenizer.
+"""Text to token ids and back, with the checkpoint's own fast tokenizer.
 
-The ``tokenizers`` library is used directly: importing transformers' tokenizers takes seconds. What those make of a
-checkpoint's files is read by ``tokenizer_parts``; tests compare. Which special tokens a text gets is the file's own
-business: its post-processor says so, and like transformers we ignore ``add_bos_token`` beside it.
+The ``tokenizers`` library is used directly: importing transformers' tokenizers takes seconds. ``tokenizer_parts`` reads
+a checkpoint's files as they do; tests compare. Which special tokens a text gets is up to the file's post-processor;
+like transformers, we then ignore ``add_bos_token``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["ChatMessage", "Tokenizer"]
 
 
 class Tokenizer:
-    """The tokenizer of one checkpoint; safe to use from several threads.
+    """The tokenizer of one checkpoint; thread-safe.
 
     Args:
         backend: must not truncate or pad.
@@ -88,7 +88,7 @@ class Tokenizer:
 
         Args:
             files: name, one of ``tokenizer_files.TEXT_FILES``, → content.
-            origin: what errors call the place they are from.
+            origin: what errors call the place they come from.
 
         Raises:
             ModelError: there is no ``tokenizer.json``, or one of the files cannot be read.
@@ -105,19 +105,19 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text; literals of special tokens in it become those tokens.
 
-        Other threads run meanwhile.
+        The interpreter lock is released meanwhile.
 
         Args:
             text: any.
             add_special_tokens: whether the post-processor adds its own.
-            max_tokens: how many the caller takes.
+            max_tokens: how many the caller accepts.
 
         Raises:
-            PromptTooLongError: ``text``: there are more; not tokenized where its length already tells.
+            PromptTooLongError: ``text``: there are more; not tokenized if its length already shows that.
         """
         if max_tokens is not None:
             self.check_length(text, max_tokens)
-        # Unlike ``encode``, this lets go of the interpreter lock, and leaves out the places of the tokens in the text.
+        # Unlike ``encode``, this releases the interpreter lock, and leaves out the tokens' offsets in the text.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         if max_tokens is not None and len(encoding) > max_tokens:
             raise PromptTooLongError("text", len(encoding), max_tokens)
@@ -125,12 +125,12 @@ class Tokenizer:
         return ids
 
     def check_length(self, text: str, max_tokens: int) -> None:
-        """Refuse a text whose length already tells that it has too many tokens.
+        """Refuse a text whose length already shows that it has too many tokens.
 
         Raises:
             PromptTooLongError: ``text``: it has more than ``max_tokens``.
         """
-        # In so few bytes no bound finds too many.
+        # In this few bytes no bound finds too many.
         if 4 * len(text) <= max_tokens or self._bound is None:
             return
         least = self._bound.min_tokens(text)
@@ -148,8 +148,8 @@ class Tokenizer:
     ) -> PromptText:
         """A text that is to be continued.
 
-        The special tokens that belong ahead of it come once: a text that was rendered beforehand has them. Those that
-        belong behind it, such as an EOS, do not come: they end what follows.
+        The special tokens that belong before it come only once: a text that was rendered beforehand has them. Those
+        that belong after it, such as an EOS, are left out: they end what follows.
 
         Raises:
             PromptTooLongError: ``text``: it has more than ``max_tokens``, as ``encode`` tells.
@@ -169,7 +169,7 @@ class Tokenizer:
         )
 
     def followed_by(self, text: str) -> tuple[int, ...]:
-        """What a text becomes behind tokens whose text is not known; see ``PromptText.followed_by``.
+        """The tokens of a text after tokens whose text is not known; see ``PromptText.followed_by``.
 
         Raises:
             FieldInvalidError: ``text``: it has no tokens.
@@ -177,12 +177,12 @@ class Tokenizer:
         return followed_by(self._backend, text, is_byte_level=self._is_byte_level)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a sequence of tokens, the special ones left out."""
+        """Text of a sequence of tokens, without the special ones."""
         text = self._backend.decode(list(ids), skip_special_tokens=True)
         return clean_up_spaces(text) if self._cleans_up_spaces else text
 
     def piece(self, token_id: int) -> str:
-        """Text of one token by itself; parts of characters become U+FFFD, special tokens their literal."""
+        """Text of one token on its own; parts of characters become U+FFFD, special tokens their literal."""
         return self._pieces.piece(token_id)
 
     def special_token_id(self, name: str) -> int | None:
@@ -196,7 +196,7 @@ class Tokenizer:
         return self._special_tokens
 
     def token_id(self, token: str) -> int | None:
-        """Id of a token as the vocabulary has it; None if it is none."""
+        """Id of a token as the vocabulary has it; None if it is not one."""
         return self._backend.token_to_id(token)
 
     @property
@@ -221,7 +221,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The same for tokenizers of one vocabulary that read and write texts and conversations the same way."""
+        """Equal for tokenizers of one vocabulary that read and write texts and conversations the same way."""
         template = self.chat_template
         used = {
             name: literal
@@ -241,7 +241,7 @@ class Tokenizer:
         cleans_up_spaces: bool | None = None,
         splits_special_tokens: bool = False,
     ) -> Tokenizer:
-        """A tokenizer with this one's vocabulary, which is shared, and other text around it; None keeps what there is.
+        """A tokenizer that shares this one's vocabulary, with other text settings; None keeps the present ones.
 
         Args:
             chat_template: Jinja source.
@@ -278,7 +278,7 @@ class Tokenizer:
 
         Args:
             messages: at least one.
-            template: Jinja source, in place of the model's own.
+            template: Jinja source, instead of the model's own.
             max_tokens: as in ``encode``.
 
         Raises:

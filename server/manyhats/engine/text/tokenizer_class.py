@@ -1,7 +1,7 @@
-"""Which class of transformers a tokenizer's files are for, and what that class makes of ``tokenizer.json``.
+"""Which transformers class a tokenizer's files are for, and what that class makes of ``tokenizer.json``.
 
-Most take the file as it is. Others take its vocabulary and merges alone and set up the rest themselves, whatever
-the file says: ``Rebuild`` does what these do.
+Most take the file as it is. Others take only its vocabulary and merges and set up the rest themselves, whatever the
+file says: ``Rebuild`` does what these do.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CLASS_OF_MODEL: Mapping[str, str | None] = {
 }
 """``model_type`` → the class that transformers has for it; None if it has none."""
 _MODELS_THAT_NAME_A_WRONG_CLASS = frozenset({"phi3", "qwen2"})
-# The words of Qwen2's tokenizer: contractions, letters, single digits, other signs, white space.
+# The words of Qwen2's tokenizer: contractions, letters, single digits, other characters, white space.
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,10 +56,10 @@ class Rebuild:
     """A class that sets up its tokenizer itself.
 
     Attributes:
-        defaults: part → token, where the files name none.
+        defaults: role → token, if the files name none.
         set_up: ``tokenizer.json``, the config's fields and the unknown token → the tokenizer, without added tokens
             and post-processor.
-        adds_named: whether special tokens that a part or list names end as special, whatever the files say.
+        adds_named: whether special tokens that a role or list names end up special, whatever the files say.
     """
 
     defaults: Mapping[str, str | None]
@@ -74,7 +74,7 @@ def class_name(files: TokenizerFiles) -> str | None:
         one of ``REBUILDS``, "" for any that takes the file as it is, None if only transformers knows.
 
     Raises:
-        ModelError: a class's or model's name is no string.
+        ModelError: a class's or model's name is not a string.
     """
     declared = _text(files, TOKENIZER_CONFIG_FILE, files.config, "tokenizer_class")
     of_model = _text(files, MODEL_CONFIG_FILE, files.model_config, "tokenizer_class")

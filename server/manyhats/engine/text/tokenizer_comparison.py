@@ -1,7 +1,7 @@
 """Whether a tokenizer is another one plus added tokens, and which tokens those are.
 
-Two tokenizers are compared by what they do: how their files are laid out, where they say the same thing in other words,
-and what touches offsets, padding and truncation alone does not count.
+Two tokenizers are compared by what they do: how their files are laid out, other ways of saying the same thing, and
+whatever affects only offsets, padding and truncation do not count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from manyhats.engine.text.tokenizer_parts import read_tokenizer
 
 _PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MAX_SHOWN = 80
-# Of offsets alone, which nobody asks for here.
+# Only about offsets, which nobody uses here.
 _IDLE_KEYS = frozenset({"trim_offsets"})
 
 
@@ -26,7 +26,7 @@ def compare_with_base(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> 
     """Read a tokenizer's files, and compare it with the base's.
 
     Args:
-        files: name, one of ``tokenizer_files.TEXT_FILES``, → content. Without ``tokenizer.json`` the others are about
+        files: name, one of ``tokenizer_files.TEXT_FILES``, → content. Without ``tokenizer.json`` the others refer to
             the base's tokenizer.
         base: the same of the base's tokenizer.
 
@@ -53,7 +53,7 @@ def compare_with_base(files: Mapping[str, bytes], base: Mapping[str, bytes]) -> 
 
 
 def first_difference(theirs: Backend, ours: Backend) -> str:
-    """In what a tokenizer is another than ``ours`` plus added tokens; empty if in nothing."""
+    """How a tokenizer differs from ``ours`` plus added tokens; empty if it does not."""
     mine, other = json.loads(ours.to_str()), json.loads(theirs.to_str())
     return next(_differences(mine, other), "") or _missing(theirs, ours)
 
@@ -72,7 +72,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
 
 
 def _vocabulary(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Token → id, or token → id and score of a Unigram model, whose ids are places."""
+    """Token → id, or token → id and score for a Unigram model, whose ids are positions."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         return vocabulary
@@ -107,7 +107,7 @@ def _value_differences(name: str, ours: Any, theirs: Any) -> Iterator[str]:
 
 
 def _essence(component: Any, name: str) -> Any:
-    """A step of the pipeline without what changes no token and no text."""
+    """A step of the pipeline without the settings that change neither tokens nor text."""
     if isinstance(component, list):
         return [_essence(each, name) for each in component]
     if not isinstance(component, dict):
@@ -134,7 +134,7 @@ def _added_around(component: dict[str, Any]) -> list[Any] | None:
 
 
 def _missing(theirs: Backend, ours: Backend) -> str:
-    """Whether a token of ours is another one, or none, in theirs."""
+    """Whether a token of ours is different or missing in theirs."""
     their_tokens = theirs.get_added_tokens_decoder()
     for token_id, token in sorted(ours.get_added_tokens_decoder().items()):
         found = their_tokens.get(token_id)

@@ -1,4 +1,4 @@
-"""The files beside a model that say how it reads and writes text."""
+"""The files beside a model that determine how it reads and writes text."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ TEXT_FILES = (
     TEMPLATE_FILE,
     MODEL_CONFIG_FILE,
 )
-"""Names of the files that decide how a model reads and writes text, in its directory."""
+"""Names, in a model's directory, of the files that determine how it reads and writes text."""
 
 
 _STEPS = ("normalizers", "pretokenizers", "processors", "decoders")
 
-# JSON may write a half of a pair, as an escape or in bytes.
+# JSON may contain half of a surrogate pair, as an escape or in bytes.
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """Text files, parsed; each is empty where there is none, but for ``tokenizer.json``.
+    """Text files, parsed; each is empty if missing, except ``tokenizer.json``.
 
     Attributes:
-        origin: what errors call the place they are from.
+        origin: what errors call the place they come from.
         tokenizer_json: ``tokenizer.json`` as it is.
         tokenizer: the same, parsed.
         config: ``tokenizer_config.json``.
@@ -60,7 +60,7 @@ class TokenizerFiles:
     chat_template: str | None
 
     def error(self, name: str, message: str) -> ModelError:
-        """The error that names a file."""
+        """An error that names a file."""
         return ModelError(f"{self.origin}/{name}: {message}")
 
 
@@ -87,7 +87,7 @@ def parse_files(files: Mapping[str, bytes], origin: str) -> TokenizerFiles:
 
     Args:
         files: name, one of ``TEXT_FILES``, → content.
-        origin: what errors call the place they are from.
+        origin: what errors call the place they come from.
 
     Raises:
         ModelError: there is no ``tokenizer.json``, or one of the files is not a JSON object, or the chat template's
@@ -127,7 +127,7 @@ def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any], origin
 
 
 def steps_of(description: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
-    """Those in a sequence of normalizers, pre-tokenizers, post-processors or decoders; None if it is one itself.
+    """The members of a sequence of normalizers, pre-tokenizers, post-processors or decoders; None for a single one.
 
     Args:
         description: as ``tokenizer.json`` has it.
@@ -138,7 +138,7 @@ def steps_of(description: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
 
 
 def single_steps(component: Any) -> list[Mapping[str, Any]]:
-    """The descriptions of a backend's normalizer, pre-tokenizer or decoder, those in sequences one by one."""
+    """The descriptions of a backend's normalizer, pre-tokenizer or decoder, with sequences flattened."""
     pending = [] if component is None else [json.loads(component.__getstate__())]
     single = []
     while pending:
@@ -152,7 +152,7 @@ def single_steps(component: Any) -> list[Mapping[str, Any]]:
 
 
 def _read_object(files: Mapping[str, bytes], name: str, origin: str) -> Mapping[str, Any]:
-    """The JSON object in the file of that name; empty where there is none."""
+    """The JSON object in the file of that name; empty if there is none."""
     if name not in files:
         return {}
     try:

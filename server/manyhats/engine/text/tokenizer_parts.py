@@ -1,4 +1,4 @@
-"""From a model's text files to its tokenizer, as ``AutoTokenizer`` of transformers reads them."""
+"""From a model's text files to its tokenizer, as transformers' ``AutoTokenizer`` reads them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class TokenizerParts:
 
     Attributes:
         backend: neither truncates nor pads.
-        special_tokens: part, such as ``eos_token`` → literal.
+        special_tokens: role, such as ``eos_token`` → literal.
         chat_template: Jinja source; None if the files have none.
-        cleans_up_spaces: whether decoding takes out the spaces before punctuation, as WordPiece models want it.
+        cleans_up_spaces: whether decoding removes the spaces before punctuation, as WordPiece models need.
     """
 
     backend: Backend
@@ -48,12 +48,12 @@ class TokenizerParts:
 
 
 def read_tokenizer(files: Mapping[str, bytes], origin: str) -> TokenizerParts:
-    """What ``files`` make together.
+    """The tokenizer parts that ``files`` describe.
 
     Args:
-        files: name, one of ``TEXT_FILES``, → content. A tokenizer that comes without its model's ``config.json``
-            is read by what ``tokenizer_config.json`` says alone.
-        origin: what errors call the place they are from.
+        files: name, one of ``TEXT_FILES``, → content. A tokenizer that comes without its model's ``config.json`` is
+            read by ``tokenizer_config.json`` alone.
+        origin: what errors call the place they come from.
 
     Raises:
         ModelError: there is no ``tokenizer.json``, or one of the files cannot be read.
@@ -110,7 +110,7 @@ def _parts(
 ) -> TokenizerParts:
     backend.no_truncation()
     backend.no_padding()
-    # transformers thinks that it harms text of BPE, unless the config insists.
+    # transformers considers it harmful for BPE text, unless the config insists.
     insists = fields.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     cleans_up = fields.get("clean_up_tokenization_spaces") and (
         insists or not isinstance(backend.model, models.BPE)
@@ -119,7 +119,7 @@ def _parts(
 
 
 def _by_transformers(files: Mapping[str, bytes], parsed: TokenizerFiles) -> TokenizerParts:
-    """The tokenizer of a class that is known to transformers alone: exact, but its import takes seconds."""
+    """The tokenizer of a class that only transformers knows: exact, but importing it takes seconds."""
     from transformers import AutoTokenizer
 
     # Code that the files name is never run.

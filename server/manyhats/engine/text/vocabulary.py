@@ -6,7 +6,7 @@ from tokenizers import Tokenizer as Backend
 
 
 class Vocabulary:
-    """Token strings by id; the special ones apart, where they are skipped."""
+    """Token strings by id; special ones separately if they are skipped."""
 
     def __init__(self, backend: Backend, skip_special_tokens: bool) -> None:
         self._backend = backend
@@ -26,8 +26,8 @@ class Vocabulary:
 def _skipped_tokens(backend: Backend) -> dict[int, str]:
     """Id → literal of the tokens that decoding skips.
 
-    Their flags do not say it: of a token that is added anew, special or not, the library may keep what it was. So it is
-    tried between two ordinary tokens; the backend may be in use meanwhile and stays as it is.
+    Their flags do not say so: when a token is added again, special or not, the library may keep its old flag. So each
+    is tried between two ordinary tokens; the backend may be in use meanwhile and stays unchanged.
     """
     added = backend.get_added_tokens_decoder()
     ordinary = (i for i in range(backend.get_vocab_size()) if i not in added and text_of(backend, i))
@@ -45,7 +45,7 @@ def _is_skipped(backend: Backend, token_id: int, around: int, has_flag: bool) ->
         with_literal = decoded(backend, ids, skip_special_tokens=False)
         if decoded(backend, ids, skip_special_tokens=True) != with_literal:
             return True
-        # A literal that is not seen even here makes no difference that could be tried.
+        # A literal that does not show even here makes no difference that could be tried.
         is_seen = decoded(backend, [around, around], skip_special_tokens=False) != with_literal
     except ValueError:
         return has_flag
@@ -53,7 +53,7 @@ def _is_skipped(backend: Backend, token_id: int, around: int, has_flag: bool) ->
 
 
 def text_of(backend: Backend, token_id: int) -> str:
-    """What the decoder makes of one token, or its literal where the decoder fails."""
+    """What the decoder makes of one token, or its literal if the decoder fails."""
     if token_id < 0:
         return ""
     try:
@@ -71,7 +71,7 @@ def decoded(backend: Backend, ids: list[int], skip_special_tokens: bool) -> str:
     try:
         return backend.decode(ids, skip_special_tokens=skip_special_tokens)
     except BaseException as error:
-        # The library's panics are no Exception, and would end the engine.
+        # The library's panics are not an Exception, and would end the engine.
         if type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"the tokenizer's decoder failed: {error}") from error

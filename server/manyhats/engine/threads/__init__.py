@@ -1,1 +1,1 @@
-"""Threads of the process: who runs beside the engine, and on how many processors."""
+"""Threads of the process: what runs beside the engine, and on how many processors."""

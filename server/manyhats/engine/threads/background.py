@@ -1,4 +1,4 @@
-"""Work beside the engine's: it has threads of its own, gives way to the engine's, and is left a processor meanwhile."""
+"""Work beside the engine's: it has its own threads, gives way to the engine's, and is left a processor meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-# With 4, a busy thread gets three tenths of a processor that one of the engine's wants, too.
+# With 4, a busy thread gets three tenths of a processor that an engine thread also wants.
 _NICENESS = 4
 _MAX_NICENESS = 19
 # Work that comes in pieces, such as an upload's chunks, is one.
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Background:
-    """Knows whether any of its threads has work; safe to use from any thread."""
+    """Knows whether any of its threads has work; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,7 +33,7 @@ class Background:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a thread works, or did just now; one that waits for the engine does not."""
+        """Whether a thread is working, or was just now; one that waits for the engine is not."""
         return self._num_working > 0 or time.monotonic() - self._last_s < _LINGER_S
 
     def threads(self, num_threads: int, name: str) -> ThreadPoolExecutor:
@@ -42,7 +42,7 @@ class Background:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """What is done in this block is work."""
+        """Count this block as work."""
         self._count(+1)
         try:
             yield
@@ -50,9 +50,9 @@ class Background:
             self._count(-1)
 
     def wait_for(self, future: Future[T]) -> T:
-        """In the midst of work: the result of what the engine does for it. Until it is there, the work is none.
+        """Within work: wait for a result from the engine; the wait does not count as work.
 
-        It is work again from when the engine's thread sets the result, so that the next step knows of it.
+        It counts as work again as soon as the engine's thread sets the result, so that the next step knows.
         """
         self._count(-1)
         future.add_done_callback(lambda _: self._count(+1))
@@ -78,7 +78,7 @@ class _Threads(ThreadPoolExecutor):
 
 
 def _begin() -> None:
-    # A team of OpenMP threads of its own would make the engine's sleep between loops (``own_thread``).
+    # An OpenMP team of its own would make the engine's threads sleep between loops (``own_thread``).
     torch.set_num_threads(1)
     torch.get_num_threads()
     _give_way()
@@ -87,8 +87,8 @@ def _begin() -> None:
 def _give_way() -> None:
     """Lower the calling thread's priority, for good.
 
-    A step is about 250 parallel loops, and each ends with its slowest thread. Other systems than Linux have no
-    priority of a thread by itself: there nothing changes.
+    A step is about 250 parallel loops, and each ends with its slowest thread. Systems other than Linux have no priority
+    per thread: there, nothing changes.
     """
     if sys.platform == "linux":
         thread_id = threading.get_native_id()

@@ -15,9 +15,9 @@ from pathlib import Path
 
 _STAT = Path("/proc/stat")
 _WINDOW_S = 0.25
-"""The system counts in hundredths of a second: over this long the count is good to a twentieth of a processor."""
+"""The system counts in hundredths of a second: over this period the count is accurate to a twentieth of a processor."""
 _TAKEN = 0.5
-"""A processor counts as taken once others use this much of one more than was counted before …"""
+"""A processor counts as taken once others use this much more than was counted before …"""
 _FREE = 0.3
 """… and as free again once they use less than this much of it."""
 
@@ -25,10 +25,10 @@ _FREE = 0.3
 class TakenProcessors:
     """Counts the processors that other processes keep busy, of those that this process may run on.
 
-    Linux tells in ``/proc/stat``; elsewhere none is ever taken. Not thread-safe.
+    Linux reports this in ``/proc/stat``; elsewhere none is ever taken. Not thread-safe.
 
     Args:
-        read_busy_s: seconds that these processors have been busy since some beginning, all together; None cannot say.
+        read_busy_s: total seconds that these processors have been busy since some start; None if unknown.
         read_own_s: seconds of processor time that this process has used.
         clock: seconds of wall time.
     """
@@ -47,7 +47,7 @@ class TakenProcessors:
         self._others_s = self._read_others_s()
 
     def count(self) -> int:
-        """The number taken, from what was measured over the last quarter of a second or more; cheap to call."""
+        """The number taken, measured over the last quarter of a second or more; cheap to call."""
         now_s = self._clock()
         elapsed_s = now_s - self._at_s
         if elapsed_s < _WINDOW_S or self._others_s is None:
@@ -69,16 +69,16 @@ def num_processors() -> int:
 
 
 def _rounded(used: float, before: int) -> int:
-    """Whole processors of ``used`` ones; ``before`` stays where it is nearly right, so that the count does not flap."""
+    """Whole processors of ``used`` ones; ``before`` stays if it is nearly right, so that the count does not flap."""
     more = int(used + 1 - _TAKEN)
     fewer = max(int(used + 1 - _FREE), 0)
     return max(more, min(before, fewer))
 
 
 def busy_seconds() -> float | None:
-    """Seconds in which the processors that this process may run on were not idle, all together; None if unknown.
+    """Total seconds in which the processors that this process may run on were not idle; None if unknown.
 
-    Time that a hypervisor gave to other machines counts as busy: it was not this process's either.
+    Time that a hypervisor gave to other machines counts as busy: this process did not have it either.
     """
     if sys.platform != "linux":
         return None

@@ -1,4 +1,4 @@
-"""Conversations to text by a chat template, and what of them is the assistant's to learn."""
+"""Conversations to text by a chat template, and which parts the assistant is to learn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Turn:
     """A turn of the assistant.
 
     Attributes:
-        head: the text ahead of it, as the server renders it.
+        head: the text before it, as the server renders it.
         text: what it says, as the template renders that, without its end.
     """
 
@@ -31,7 +31,7 @@ class Turn:
 
 
 class ChatRenderer:
-    """Renders the conversations of rows, and notes what of them the template does not read.
+    """Renders the conversations of rows, and notes which parts the template does not read.
 
     Args:
         tokenizer: has the template.
@@ -53,7 +53,7 @@ class ChatRenderer:
         return self._rendered(row, messages, variables, add_generation_prompt=True)
 
     def turns(self, row: Row, conversation: Conversation) -> Iterator[Turn]:
-        """Each turn that is learned, in order: what the template writes between what the server renders and the end.
+        """Each learned turn, in order: what the template writes between the server's prompt and the end.
 
         Raises:
             DataError: as ``prompt``; or a turn says nothing.
@@ -75,7 +75,7 @@ class ChatRenderer:
         return Turn(head, text)
 
     def _in_whole(self, message: Message, head: str, whole: str) -> str | None:
-        """A plain message's text, where the whole has it between its head and its end; None where it does not."""
+        """A plain message's text, if the whole has it between its head and its end; None otherwise."""
         content, end = message["content"], self._ends.of_turn
         if not (
             message.keys() <= _ALWAYS_READ and isinstance(content, str) and end and whole.startswith(head)
@@ -87,7 +87,7 @@ class ChatRenderer:
         return None
 
     def _behind(self, head: str, rendered: str, message: Message) -> str:
-        """What the rendering has behind the head; the message's content where it begins otherwise."""
+        """What the rendering has after the head; the message's content if it begins differently."""
         if not rendered.startswith(head):
             content = message.get("content")
             return content if isinstance(content, str) else ""
@@ -116,7 +116,7 @@ class ChatRenderer:
         """What the template would not read, such as ``tools`` or ``messages[2].reasoning_content``."""
         template = self._tokenizer.chat_template
         if template is None:
-            return []  # rendering says so
+            return []  # rendering reports it
         unread = [
             name if name in LISTS else f"{KWARGS}.{name}"
             for name in sorted(variables.keys() - _variables_of(row, template))
@@ -141,7 +141,7 @@ def _variables_of(row: Row, template: str) -> frozenset[str]:
 
 
 class _Watched(dict[str, Any]):
-    """A message that notes which of its keys are read."""
+    """A message that records which of its keys are read."""
 
     def __init__(self, message: Message) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Rows to one batch: end to end, what they begin with in common only once."""
+"""Rows to one batch: end to end, with a common beginning only once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def collate(rows: Sequence[TokenizedRow], *, share_beginning: bool = True) -> Tr
 
     Args:
         rows: of any lengths.
-        share_beginning: keep the tokens that all of several rows begin with once, so far as none of them is learned
-            and each row keeps at least one token of its own. Several rows may then be predicted from the last of
+        share_beginning: keep only once the tokens that all rows begin with, as far as none of them is learned and each
+            row keeps at least one token of its own. Several rows may then be predicted from the last of
             them: ``predictors`` has it once for each.
     """
     shared = shared_length(rows) if share_beginning and len(rows) > 1 else 0

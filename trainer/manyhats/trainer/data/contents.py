@@ -15,7 +15,7 @@ Message = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
-    """A prompt, and what the model is to say to it; ``system`` may be empty."""
+    """A prompt, and what the model should answer; ``system`` may be empty."""
 
     prompt: str
     completion: str
@@ -36,8 +36,8 @@ class Conversation:
 
     Attributes:
         messages: at least two.
-        learned: places of the assistant's turns that are learned, ascending; at least one, none the first.
-        variables: what the template reads besides, such as ``tools``.
+        learned: indices of the assistant's turns that are learned, ascending; at least one, never the first message.
+        variables: what else the template reads, such as ``tools``.
     """
 
     messages: tuple[Message, ...]
@@ -49,17 +49,17 @@ Contents = Prompted | PlainText | Conversation
 
 
 def contents_of(row: Row, system: str) -> Contents:
-    """What the row says; fields that are none of ``FIELDS`` are the caller's business.
+    """What the row says; fields not among ``FIELDS`` are left to the caller.
 
-    Of the kinds it must have exactly one whole: ``prompt`` with ``completion``, ``text``, or ``messages``.
-    ``system`` and what a chat template reads besides may stand beside a prompt or messages.
+    It must have exactly one complete kind: ``prompt`` with ``completion``, ``text``, or ``messages``. ``system``, and
+    whatever else a chat template reads, may accompany a prompt or messages.
 
     Args:
         row: as it was read.
-        system: the system message where a prompt or a conversation has none; empty for none.
+        system: the system message if a prompt or a conversation has none; empty for none.
 
     Raises:
-        DataError: it has none, or several, or a value is of a wrong type.
+        DataError: it has none or several, or a value has the wrong type.
     """
     fields = {name: value for name, value in row.fields.items() if value is not None}
     kinds = [kind for kind in _KINDS if all(name in fields for name in kind)]
@@ -85,10 +85,10 @@ def contents_of(row: Row, system: str) -> Contents:
 
 
 def checked_contents(row: Row, settings: DataSettings) -> Contents:
-    """What the row says, if as far as can be seen without a tokenizer it can be trained on.
+    """What the row says, if it can be trained on, as far as can be told without a tokenizer.
 
     Raises:
-        DataError: as ``contents_of``; or a field is there that nothing reads, or that its kind does not have.
+        DataError: as ``contents_of``; or it has a field that nothing reads, or that its kind does not have.
     """
     contents = contents_of(row, settings.system)
     refuse_unread(row, unknown_fields(row), "nothing reads it", settings)
@@ -118,7 +118,7 @@ def refuse_unread(row: Row, names: Sequence[str], why: str, settings: DataSettin
 _KINDS = (("prompt", "completion"), ("text",), ("messages",))
 _SET_BY_US = frozenset({"messages", "add_generation_prompt", "strftime_now", *LISTS})
 _MARKS = ("weight", "train", "training", "trainable", "loss")
-"""Of a message: whether it is learned, as formats of training data say it."""
+"""Keys of a message that say, in various formats, whether it is learned."""
 
 
 def _what_lacks(fields: Mapping[str, object]) -> str:
@@ -189,7 +189,7 @@ def _conversation(
     """The messages up to the last one that is learned; what follows it teaches nothing.
 
     Args:
-        otherwise: the system message where there is none.
+        otherwise: the system message if there is none.
     """
     read = [
         _message(row, index, each) for index, each in enumerate(_list(row, "messages", fields["messages"]))
@@ -222,7 +222,7 @@ def _message(row: Row, index: int, value: object) -> tuple[Message, bool]:
         raise row.error(f"{name}: has no role")
     role = _string(row, f"{name}.role", value["role"])
     is_learned = _is_learned(row, name, role, value)
-    # A Parquet file has every key in every message; what is null there is not said.
+    # A Parquet file has every key in every message; a null means that it is absent.
     message = {
         key: each
         for key, each in value.items()
@@ -240,7 +240,7 @@ def _message(row: Row, index: int, value: object) -> tuple[Message, bool]:
 
 
 def _is_learned(row: Row, name: str, role: str, message: Mapping[str, object]) -> bool:
-    """Whether the message is to be learned: the assistant's are, unless it says otherwise."""
+    """Whether the message is to be learned: the assistant's are, unless marked otherwise."""
     said: dict[str, bool] = {}
     for mark in _MARKS:
         value = message.get(mark)
@@ -257,5 +257,5 @@ def _is_learned(row: Row, name: str, role: str, message: Mapping[str, object]) -
 
 
 def unknown_fields(row: Row) -> list[str]:
-    """The row's fields that nothing reads, and that say something."""
+    """The row's fields that nothing reads and that are not empty."""
     return [name for name, value in row.fields.items() if name not in FIELDS and value is not None]

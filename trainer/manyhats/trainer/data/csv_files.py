@@ -13,7 +13,7 @@ from manyhats.trainer.errors import DataError
 
 
 def read_csv(path: Path) -> Iterator[Row]:
-    """One row per record; an empty cell is no value, and blank lines are ignored.
+    """One row per record; an empty cell means no value, and blank lines are ignored.
 
     A row's line is where its record begins: quoted cells may hold line ends.
 
@@ -50,7 +50,7 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """The module's limit of 128 KiB is for the whole process: raised only while a record is read."""
+    """The csv module's limit of 128 KiB is per process: raised only while a record is read."""
     before = csv.field_size_limit(MAX_LINE_BYTES)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Tokenized rows in memory: five bytes a token, and what evaluation must know of each row."""
+"""Tokenized rows in memory: five bytes per token, and what evaluation must know about each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manyhats.trainer.errors import DataError
 
 
 class TokenizedRows(Sequence[TokenizedRow]):
-    """Rows end to end in arrays; a row is made when it is asked for.
+    """Rows end to end in arrays; a row is created on access.
 
     Args:
         token_ids: [T] int32, of all rows.
@@ -50,7 +50,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
         )
 
     def beginning(self, index: int, length: int) -> tuple[int, ...]:
-        """A row's first tokens, as many as asked for."""
+        """A row's first tokens, as many as requested."""
         begin, _ = self._span(index)
         return tuple(self._token_ids[begin : begin + length].tolist())
 
@@ -61,12 +61,12 @@ class TokenizedRows(Sequence[TokenizedRow]):
 
 @dataclass(frozen=True, slots=True)
 class LabelTokens:
-    """A label behind a row's prompt.
+    """A label after a row's prompt.
 
     Attributes:
-        num_taken: how many of the prompt's last tokens are others with the label behind them; mostly none.
+        num_taken: how many of the prompt's last tokens change when the label follows; mostly none.
         num_given: how many of ``token_ids`` still belong to the prompt: the row's completion took them; mostly none.
-        token_ids: what comes behind the prompt that is left, the label's end too.
+        token_ids: what follows the rest of the prompt, including the label's end.
     """
 
     num_taken: int
@@ -76,13 +76,13 @@ class LabelTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataCounts:
-    """What became of a source's rows, beside what they say.
+    """What happened to a source's rows, apart from their content.
 
     Attributes:
         skipped: rows left out as too long.
-        truncated: rows cut to the length that is allowed.
-        beginnings: texts and prompts that had the tokenizer's beginning (BOS) already, so that none was put ahead.
-        ends: completions, turns and texts that had an end already, so that none was put behind.
+        truncated: rows cut to the allowed length.
+        beginnings: texts and prompts that already had the tokenizer's beginning (BOS), so that none was added.
+        ends: completions, turns and texts that already had an end, so that none was added.
         ignored: field that nothing reads → how many rows have it.
     """
 
@@ -94,7 +94,7 @@ class DataCounts:
 
 
 def sentences(counts: DataCounts) -> list[str]:
-    """What became of rows, for people; nothing where nothing did."""
+    """What happened to rows, for people; empty if nothing did."""
     told = [
         (counts.skipped, "left out as too long"),
         (counts.truncated, "truncated as too long"),
@@ -121,10 +121,10 @@ class Dataset:
         rows: R of them, at least one.
         source: what they were read from, for errors.
         lines: [R] each row's line there.
-        prompt_lengths: [R] tokens ahead of the row's last completion; 0 for a plain text.
+        prompt_lengths: [R] tokens before the row's last completion; 0 for a plain text.
         completions: each row's last completion as text, without the end; empty for a plain text.
-        labels: [R] what each label is behind the row's prompt; empty where there are none.
-        counts: what became of the source's rows.
+        labels: [R] what each label is after the row's prompt; empty if there are none.
+        counts: what happened to the source's rows.
     """
 
     rows: TokenizedRows
@@ -136,7 +136,7 @@ class Dataset:
     counts: DataCounts
 
     def prompt_token_ids(self, index: int) -> tuple[int, ...]:
-        """What the model is given ahead of the row's last completion."""
+        """What the model is given before the row's last completion."""
         return self.rows.beginning(index, self.prompt_lengths[index])
 
     def error(self, index: int, message: str) -> DataError:
@@ -182,7 +182,7 @@ class DatasetBuilder:
             self._labels.append(self._known_labels.setdefault(labels, labels))
 
     def build(self, source: str, counts: DataCounts) -> Dataset:
-        """The rows as they stand; the builder is not used any more."""
+        """The rows so far; the builder is not used afterwards."""
         rows = TokenizedRows(
             token_ids=np.frombuffer(self._token_ids, dtype=np.int32),
             is_target=np.frombuffer(self._is_target, dtype=np.bool_),

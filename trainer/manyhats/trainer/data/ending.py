@@ -1,4 +1,4 @@
-"""The token that ends a completion, where a model has several, and ends that data have already."""
+"""The token that ends a completion, if a model has several, and ends that the data already has."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Ends:
     Attributes:
         token_id: what a completion is taught to end with.
         literals: text of every token that ends a generation → its id.
-        of_turn: what the chat template writes behind an assistant's turn, which may be another text than those; empty
-            where that cannot be told.
+        of_turn: what the chat template writes after an assistant's turn, which may be none of those; empty if that
+            cannot be told.
     """
 
     token_id: int
@@ -31,14 +31,14 @@ class Ends:
     of_turn: str = ""
 
     def split(self, text: str) -> tuple[str, int | None]:
-        """A text without the end that it has already, or the ends, and the first one's id; None where it has none.
+        """A text without any ends that it already has, and the first one's id; None if it has none.
 
-        White space behind an end goes with it.
+        White space after an end goes with it.
         """
         return _split(self._of_text, self.literals, text)
 
     def split_turn(self, text: str) -> tuple[str, int | None]:
-        """The same of an assistant's message, which may end as the template ends a turn."""
+        """The same for an assistant's message, which may end as the template ends a turn."""
         return _split(self._of_message, {self.of_turn.strip(): self.token_id, **self.literals}, text)
 
     @cached_property
@@ -51,7 +51,7 @@ class Ends:
 
 
 def _ends_pattern(literals: Collection[str]) -> re.Pattern[str] | None:
-    """One or more ends at a text's end, with white space between and behind them."""
+    """One or more ends at a text's end, with white space between and after them."""
     any_of = "|".join(re.escape(each) for each in sorted(literals, key=len, reverse=True) if each)
     return re.compile(rf"({any_of})(?:\s*(?:{any_of}))*\s*\Z") if any_of else None
 
@@ -68,7 +68,7 @@ def find_ends(tokenizer: Tokenizer, eos_token_ids: Collection[int]) -> Ends:
         eos_token_ids: as ``GenerationDefaults`` has them.
 
     Raises:
-        BaseError: there is none: a generation would never end.
+        BaseError: there are none: a generation would never end.
     """
     literals = {tokenizer.piece(token_id): token_id for token_id in sorted(eos_token_ids)}
     last, earlier = _behind_a_turn(tokenizer)
@@ -99,7 +99,7 @@ def _taught_end(tokenizer: Tokenizer, eos_token_ids: Collection[int], behind_a_t
 
 
 def _behind_a_turn(tokenizer: Tokenizer) -> tuple[str, str]:
-    """What follows an assistant's turn, as the last message and as an earlier one; empty where it cannot be told."""
+    """What follows an assistant's turn, as the last message and as an earlier one; empty if it cannot be told."""
     if tokenizer.chat_template is None:
         return "", ""
     try:

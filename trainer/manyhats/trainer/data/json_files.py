@@ -46,7 +46,7 @@ def read_json(path: Path) -> Iterator[Row]:
 
 
 def _lines_of_objects(path: Path) -> Iterator[Row]:
-    """As JSON lines, but told apart from one object: spread over lines, or with the rows in a list."""
+    """As JSON lines, but distinguished from one object: spread over lines, or with the rows in a list."""
     rows = read_json_lines(path)
     try:
         first = next(rows, None)
@@ -67,7 +67,7 @@ def _has_list(row: Row) -> bool:
 
 
 def _num_lines_of_object(path: Path) -> int:
-    """Of a file that is one object and nothing else; 0 of any other, and of one that would be too long for a line."""
+    """For a file that is one object and nothing else; 0 for any other, and for one too long for a line."""
     with opened(path) as file:
         data = file.read(MAX_LINE_BYTES + 1)
     if len(data) > MAX_LINE_BYTES:
@@ -142,10 +142,10 @@ def _next_object(source: str, line: int, text: str, place: int) -> tuple[dict[st
 
 
 def json_of_cell(text: str) -> object:
-    """The value of a cell that holds JSON, read as strictly as a file of it.
+    """The value of a cell that contains JSON, read as strictly as a JSON file.
 
     Raises:
-        ValueError: it is not JSON, or says nothing certain; says why.
+        ValueError: it is not JSON, or is ambiguous; says why.
     """
     try:
         value, end = _DECODER.raw_decode(text.strip(" \t\r\n"))
@@ -163,7 +163,7 @@ def json_of_cell(text: str) -> object:
 
 
 class _JsonError(Exception):
-    """JSON that Python would take, and that says nothing certain."""
+    """JSON that Python would accept but that is ambiguous."""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

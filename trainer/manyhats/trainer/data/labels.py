@@ -16,11 +16,11 @@ MAX_LABELS = 256
 
 @dataclass(frozen=True, slots=True)
 class LabelledItem:
-    """A prompt as the server tokenizes it, the labels behind it, and the one that is right.
+    """A prompt as the server tokenizes it, the labels after it, and the one that is right.
 
     Attributes:
-        labels: each label's tokens and its end, in the labels' order; the end belongs to a label, so that one that
-            begins another can be told from it.
+        labels: each label's tokens and its end, in the labels' order; the end is part of a label, so that a label can
+            be told from one that it is a prefix of.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -49,11 +49,11 @@ class LabelledItem:
 
 
 def find_labels(labels: Sequence[str], train: Dataset) -> tuple[str, ...]:
-    """The labels that settings name; of ``("auto",)`` the distinct completions of the training rows, sorted.
+    """The labels that settings name; for ``("auto",)`` the distinct completions of the training rows, sorted.
 
     Raises:
-        SettingError: a label comes twice or is empty, or there are too many.
-        DataError: a training row is a plain text, or has a completion too many.
+        SettingError: a label appears twice or is empty, or there are too many.
+        DataError: a training row is a plain text, or has one distinct completion too many.
     """
     if tuple(labels) == AUTO:
         return _distinct_completions(train)
@@ -80,17 +80,17 @@ def _distinct_completions(train: Dataset) -> tuple[str, ...]:
 
 
 def check_label(row: Row, completion: str, labels: Sequence[str]) -> None:
-    """See without a tokenizer that a completion, which an end may follow in its text, can be one of the labels.
+    """Check without a tokenizer that a completion, whose text may include an end, can be one of the labels.
 
     Raises:
-        DataError: it is none.
+        DataError: it is not one.
     """
     if labels and tuple(labels) != AUTO and not completion.startswith(tuple(labels)):
         raise row.error(none_of_labels(completion, len(set(labels))))
 
 
 def none_of_labels(completion: str, num_labels: int) -> str:
-    """What is wrong with a completion that is no label."""
+    """What is wrong with a completion that is not a label."""
     shown = completion if len(completion) <= 80 else f"{completion[:80]}…"
     return (
         f"its completion {shown!r} is not one of the {num_labels} labels"
@@ -103,7 +103,7 @@ def labelled_items(dataset: Dataset, labels: Sequence[str]) -> list[LabelledItem
     """The rows as items, in order. A truncated row's prompt is what was left of it.
 
     Raises:
-        DataError: a row's completion is none of the labels; names file and line.
+        DataError: a row's completion is not one of the labels; names file and line.
     """
     known = set(labels)
     for index, completion in enumerate(dataset.completions):

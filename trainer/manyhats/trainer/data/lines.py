@@ -13,12 +13,12 @@ from typing import BinaryIO
 from manyhats.trainer.errors import DataError
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
-"""Of one line. A longer one is hardly a row, but a file of another kind, and would fill the memory."""
+"""Per line. A longer one is hardly a row, but a file of another kind, and would fill the memory."""
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, open for reading; what is no regular file, or what the system refuses, is a ``DataError``."""
+    """The file, open for reading; anything but a regular file, or a refusal by the system, is a ``DataError``."""
     try:
         _check_regular(path)
         with path.open("rb") as file:

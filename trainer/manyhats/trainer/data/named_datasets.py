@@ -1,4 +1,4 @@
-"""Rows of what the ``datasets`` package knows: a name on the Hugging Face hub, or a directory."""
+"""Rows of what the ``datasets`` package can load: a name on the Hugging Face hub, or a directory."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class DatasetName:
 
 
 def parse_dataset_name(source: str) -> DatasetName:
-    """Take a name apart. A directory is a name, and so is one that declares configurations, ahead of one of them.
+    """Parse a name. A directory is a name, and so is one that declares configurations, followed by one of them.
 
     Raises:
-        DataError: it names no directory and is no name that the hub could know.
+        DataError: it is neither a directory nor a name that the hub could know.
     """
     path, _, split = source.partition(":")
     head, _, tail = path.rpartition("/")
@@ -52,7 +52,7 @@ def parse_dataset_name(source: str) -> DatasetName:
 
 
 def _declares_configs(directory: Path) -> bool:
-    """Whether it is a data set whose card names configurations; else what follows it is a mistyped path."""
+    """Whether it is a data set whose card names configurations; otherwise what follows it is a mistyped path."""
     card = directory / "README.md"
     return card.is_file() and b"config_name:" in card.read_bytes()
 

@@ -1,4 +1,4 @@
-"""Packages that only some data need."""
+"""Packages that only some data needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from manyhats.trainer.errors import DataError
 
 
 def import_for(source: str, module: str) -> Any:
-    """Import a module that reading a source takes.
+    """Import a module that reading a source needs.
 
     Raises:
         DataError: it is not installed; says how to get it.

@@ -18,7 +18,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
     """One row per record; its line is the record's number from 1.
 
     Raises:
-        DataError: the file cannot be read, is not Parquet, or has no column that is known.
+        DataError: the file cannot be read, is not Parquet, or has no known column.
     """
     parquet = import_for(str(path), "pyarrow.parquet")
     arrow_error = import_for(str(path), "pyarrow").ArrowException
@@ -33,13 +33,13 @@ def read_parquet(path: Path) -> Iterator[Row]:
                         yield Row(fields, str(path), num_read)
         except (arrow_error, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the system's; Arrow's own, of pages that are damaged, have no number
+                raise  # the system's; Arrow's own, for damaged pages, have no errno
             after = f" after row {num_read}" if num_read else ""
             raise DataError(str(path), None, f"is not readable Parquet{after}: {error}") from error
 
 
 def _records(path: Path, batch: Any, num_before: int) -> list[dict[str, object]]:
-    """The batch's records; Arrow does not see to it that its strings are UTF-8."""
+    """The batch's records; Arrow does not ensure that its strings are UTF-8."""
     try:
         records: list[dict[str, object]] = batch.to_pylist()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""From what names the data to its rows, whatever holds them."""
+"""From a name of the data to its rows, whatever the format."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def read_rows(source: str, *, max_rows: int | None = None) -> Iterator[Row]:
     """The rows of a source one by one, in its order.
 
     Args:
-        source: a file, by its extension JSON lines, JSON, CSV, TSV or Parquet; else what ``datasets`` loads.
-        max_rows: the first so many; None for all.
+        source: a file, by its extension JSON lines, JSON, CSV, TSV or Parquet; otherwise anything ``datasets`` loads.
+        max_rows: only this many first ones; None for all.
 
     Raises:
-        DataError: as soon as the row that is wrong is asked for; names the file and the line. Also if there is none.
+        DataError: as soon as the wrong row is reached; names the file and the line. Also if there are no rows.
     """
     is_empty = True
     for row in islice(_all_rows(source), max_rows):

@@ -1,4 +1,4 @@
-"""A row as it was read, before anything is known of what it says."""
+"""A row as it was read, before it is interpreted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Row:
     """One row of a source.
 
     Attributes:
-        fields: by name; what is null or an empty CSV cell may be there as None or not at all.
+        fields: by name; a null or an empty CSV cell may be None or missing.
         source: the file, or the name of the data set.
-        line: where the row begins, from 1; the number of the row where a source has no lines.
+        line: where the row begins, from 1; the row's number if a source has no lines.
     """
 
     fields: Mapping[str, object]
@@ -36,7 +36,7 @@ def check_columns(source: str, columns: Sequence[str]) -> None:
     """Check that a table's columns can make rows.
 
     Raises:
-        DataError: a name comes twice, none is known, or there are prompts and no completions, or the reverse.
+        DataError: a name appears twice, none is known, or there are prompts but no completions, or the reverse.
     """
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:

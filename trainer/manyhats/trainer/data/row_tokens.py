@@ -1,4 +1,4 @@
-"""A row's tokens, what of them is learned, and what is left of them within a length."""
+"""A row's tokens, which of them are learned, and what remains of them within a length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RowTokens:
         targets: spans of what is learned, in order, none empty.
         prompt_length: where the last completion begins; 0 in a text, which is all completion.
         completion: the last one's text; empty for a text.
-        labels: what may stand in its place.
+        labels: what may take its place.
     """
 
     token_ids: Sequence[int]
@@ -35,16 +35,16 @@ class RowTokens:
 
 
 def fitted(row: Row, tokens: RowTokens, overlong: str, max_length: int) -> RowTokens | None:
-    """The row within the length; None where it is left out.
+    """The row within the length; None if it is left out.
 
     Args:
-        row: that the tokens are of.
+        row: the one the tokens come from.
         tokens: as many as they are.
         overlong: see ``DataSettings``.
         max_length: in tokens, at least 2.
 
     Raises:
-        DataError: it is longer, and that is an error.
+        DataError: it is longer, and ``overlong`` makes that an error.
     """
     length = len(tokens.token_ids)
     if length <= max_length:
@@ -61,11 +61,11 @@ def fitted(row: Row, tokens: RowTokens, overlong: str, max_length: int) -> RowTo
 
 
 def _without_beginning(tokens: RowTokens, num_cut: int) -> RowTokens | None:
-    """The row without its first tokens; None where nothing is left ahead of the last completion."""
+    """The row without its first tokens; None if nothing is left before the last completion."""
     left = tokens.prompt_length - num_cut
     if left < 1 or any(left - label.num_taken < 1 for label in tokens.labels):
         return None
-    # The first token that is left has nothing before it to be predicted from.
+    # The first remaining token has nothing before it to be predicted from.
     spans = [(max(begin - num_cut, 1), end - num_cut) for begin, end in tokens.targets]
     return RowTokens(
         token_ids=tokens.token_ids[num_cut:],

@@ -1,8 +1,8 @@
 """Which rows each optimizer step takes: a pure function of the seed and the step's index.
 
 An epoch is shuffled, cut into windows of a few batches, and each window sorted by length, so that a batch's rows are of
-like length; then the batches are shuffled. Windows are sorted upwards and downwards by turns, so that a batch on the
-border of two is of like length too.
+similar length; then the batches are shuffled. Windows are sorted alternately upwards and downwards, so that a batch on
+the border of two has similar lengths too.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ class BatchSampler:
     """The steps of a run over some rows.
 
     Every row comes once per epoch. A step never takes rows of two epochs, so an epoch's last step may have fewer
-    micro-batches, and one micro-batch of an epoch may be short. A last epoch that is a fraction has so many of its
-    steps, rounded up.
+    micro-batches, and one micro-batch of an epoch may be short. A fractional last epoch has that fraction of its steps,
+    rounded up.
 
     Args:
         rows: at least one.
         settings: ``batch_size`` rows to a micro-batch, or up to ``batch_tokens`` tokens (a longer row is alone), and
             ``gradient_accumulation`` micro-batches to a step.
-        shuffle: else every epoch takes the rows in their order.
+        shuffle: if false, every epoch takes the rows in their order.
 
     Attributes:
-        num_steps: of the whole run, ``max_steps`` considered.
+        num_steps: of the whole run, including ``max_steps``.
         steps_per_epoch: of the first epoch; with ``batch_tokens`` others may have a few more or less.
     """
 
@@ -108,7 +108,7 @@ class BatchSampler:
         return self._ends[epoch - 1] if epoch else 0
 
     def _epoch_ends(self) -> list[int]:
-        """For each epoch that is begun, the number of steps up to its end."""
+        """For each epoch, even a partial one, the number of steps up to its end."""
         ends: list[int] = []
         limit = self._settings.max_steps
         while limit is None or not ends or ends[-1] < limit:
@@ -130,7 +130,7 @@ class BatchSampler:
         return -(-num_micro_batches // self._settings.gradient_accumulation)
 
     def _plan(self, epoch: int) -> _EpochPlan:
-        """The epoch's plan; that of one epoch is remembered."""
+        """The epoch's plan; the latest is cached."""
         if self._planned[0] != epoch:
             self._planned = (epoch, self._make_plan(epoch))
         return self._planned[1]
@@ -152,7 +152,7 @@ def evaluation_batches(
 ) -> Iterator[list[TokenizedRow]]:
     """Every row once, in batches of ``batch_size`` rows or ``batch_tokens`` tokens, the longest rows first.
 
-    So memory is short at the beginning if at all.
+    So memory runs out at the beginning, if at all.
     """
     lengths = _lengths(rows)
     order = np.argsort(-lengths, kind="stable")
@@ -170,15 +170,15 @@ def _lengths(rows: Sequence[TokenizedRow]) -> _Integers:
 def _permutation(length: int, *seeds: int) -> _Integers:
     """A permutation of 0 … length - 1 from seeds.
 
-    By sorting raw bits: NumPy promises to keep a bit generator's bits, not how its ``permutation`` uses them, and a
-    run may be resumed after an update.
+    By sorting raw bits: NumPy guarantees a bit generator's bits, not how its ``permutation`` uses them, and a run may
+    be resumed after an update.
     """
     bits = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(length)
     return np.argsort(bits, kind="stable")
 
 
 def _window(lengths: _Integers, settings: OptimizationSettings) -> int:
-    """Rows that are sorted together: of a few batches, and at most a quarter of all, so that epochs differ."""
+    """How many rows are sorted together: a few batches, and at most a quarter of all, so that epochs differ."""
     if settings.batch_tokens is None:
         rows_per_batch = settings.batch_size
     else:
@@ -187,7 +187,7 @@ def _window(lengths: _Integers, settings: OptimizationSettings) -> int:
 
 
 def _sorted_in_windows(order: _Integers, lengths: _Integers, window: int) -> _Integers:
-    """Rows of each window by length, upwards and downwards by turns; equal ones stay as shuffled."""
+    """Rows of each window by length, alternately upwards and downwards; equal ones stay as shuffled."""
     place = np.arange(len(order)) // window
     signed = np.where(place % 2 == 0, lengths[order], -lengths[order])
     return order[np.lexsort((signed, place))]

@@ -1,4 +1,4 @@
-"""Rows to tokens, as the server makes them of the same prompt and completion.
+"""Rows to tokens, as the server makes them from the same prompt and completion.
 
 A prompt is tokenized as a request's text or chat is, and the completion as its continuation: what the server's
 ``Score`` computes, and what its ``Generate`` continues. Then comes the token that ends a generation; it is learned too.
@@ -39,11 +39,11 @@ class Tokenization:
     Attributes:
         tokenizer: the base's, or the task's.
         ends: see ``find_ends``.
-        settings: chat, system, and what of rows that are too long.
+        settings: chat, system, and what to do with rows that are too long.
         max_length: of a row in tokens, at least 2.
         vocab_size: rows of the base's embedding.
-        now: the date that chat templates may write; None is now.
-        on_row: called at each row and each turn; what it raises ends the tokenizing.
+        now: the date that chat templates may write; None for the present.
+        on_row: called at each row and each turn; an exception in it ends tokenizing.
     """
 
     tokenizer: Tokenizer
@@ -58,14 +58,14 @@ class Tokenization:
 def tokenize_rows(rows: Iterable[Row], how: Tokenization, labels: Sequence[str] = ()) -> Dataset:
     """Tokenize rows, one at a time, and keep their tokens.
 
-    A row longer than ``max_length`` is an error, or left out, or truncated, as ``settings.overlong`` says.
-    Truncation keeps what is learned: of a prompt or conversation the beginning is cut off, of a text the end; a
-    row whose last completion does not fit with one token ahead of it is left out.
+    A row longer than ``max_length`` is an error, or left out, or truncated, as ``settings.overlong`` says. Truncation
+    keeps what is learned: it cuts off the beginning of a prompt or conversation, and the end of a text; a row whose
+    last completion does not fit with one token before it is left out.
 
     Args:
         rows: of one source.
         how: see there.
-        labels: what to tokenize behind each row's prompt, besides its completion.
+        labels: what to tokenize after each row's prompt, besides its completion.
 
     Raises:
         DataError: a row cannot be trained on, or none is left; names file and line.
@@ -167,10 +167,10 @@ class _RowTokenizer:
         return RowTokens(tokens, [(1, len(tokens))], 0, "")
 
     def _conversation(self, row: Row, conversation: Conversation) -> list[RowTokens]:
-        """Each turn that is learned after what the server renders ahead of it.
+        """Each learned turn, after what the server renders before it.
 
-        All turns share the last one's row where its prompt has them as they were generated. A turn that the template
-        rewrites later, or whose white space melts into the marks around it, gets a row of its own.
+        All turns share the last one's row if its prompt has them as they were generated. A turn that the template
+        rewrites later, or whose white space merges with the marks around it, gets its own row.
         """
         conversation = self._without_ends(conversation)
         self._note_unread_by_template(row, conversation.messages, conversation.variables)
@@ -193,7 +193,7 @@ class _RowTokenizer:
         return [*found, self._with_completion(row, prompt, last.text, spans, None)]
 
     def _without_ends(self, conversation: Conversation) -> Conversation:
-        """The conversation with no end in a turn, which gets one from the template."""
+        """The conversation without ends in its turns, which get them from the template."""
         messages = [*conversation.messages]
         for index, message in enumerate(messages):
             content = message.get("content")
@@ -205,7 +205,7 @@ class _RowTokenizer:
         return replace(conversation, messages=tuple(messages))
 
     def _turn_within(self, prompt: PromptText, turn: Turn) -> tuple[int, int] | None:
-        """Where a prompt has a turn's tokens, and its end if the template writes it; None if it has others."""
+        """Where a prompt has a turn's tokens, and its end if the template writes it; None if the tokens differ."""
         if not prompt.text.startswith(turn.head) or not prompt.text.startswith(turn.text, len(turn.head)):
             return None
         head = prompt.beginning(turn.head)
@@ -228,7 +228,7 @@ class _RowTokenizer:
         earlier: Sequence[tuple[int, int]],
         end: int | None,
     ) -> RowTokens:
-        """A prompt, and a completion with its end; ``end`` is the one that it had, if it had one."""
+        """A prompt, and a completion with its end; ``end`` is the one that it had, if any."""
         last = self._ends.token_id if end is None else end
         if completion or end is None:
             try:
@@ -248,7 +248,7 @@ class _RowTokenizer:
         )
 
     def _label_tokens(self, row: Row, prompt: PromptText, begin: int) -> tuple[LabelTokens, ...]:
-        """What each label is behind the prompt, of which the row's own completion left this many tokens."""
+        """What each label is after the prompt, of which the row's own completion left this many tokens."""
         found: dict[LabelTokens, str] = {}
         for label in self._labels:
             text, end = self._ends.split(label)

@@ -46,7 +46,7 @@ _KNOWN = frozenset(
         "shared_W_phm",
         "shared_phm_rule",
         "factorized_phm_rule",
-        # These count in training alone, or belong to what is refused where it is in use.
+        # These matter only in training, or belong to features that are refused when used.
         "dropout",
         "stochastic_depth",
         "init_weights",
@@ -91,12 +91,12 @@ class PhmConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BottleneckConfig:
-    """What of the config decides the maths; ``methods/bottleneck.py`` says how.
+    """The part of the config that determines the maths; ``methods/bottleneck.py`` says how.
 
     Attributes:
         sub_layers: ``attention``, ``feed_forward`` or both.
-        reduction_factor: hidden size over bottleneck size, by layer where a mapping gives it.
-        default_reduction_factor: of the other layers; None where the mapping has no default.
+        reduction_factor: hidden size over bottleneck size, by layer if a mapping gives it.
+        default_reduction_factor: of the other layers; None if the mapping has no default.
         activation: a name in ``ACTIVATIONS``.
         scaling: a constant, ``learned`` (one number) or ``channel`` (one per channel).
         leave_out: layers without adapters.
@@ -119,7 +119,7 @@ class BottleneckConfig:
     phm: PhmConfig | None
 
     def size(self, layer: int, hidden_size: int) -> int:
-        """b, the bottleneck size of a layer: the hidden size over the reduction factor, rounded down, from 1.
+        """b, the bottleneck size of a layer: the hidden size over the reduction factor, rounded down, at least 1.
 
         Raises:
             AdapterInvalidError: the config has no factor for the layer.
@@ -131,10 +131,10 @@ class BottleneckConfig:
 
 
 def parse_bottleneck_config(config: Mapping[str, Any]) -> BottleneckConfig:
-    """Read an AdapterHub bottleneck config; fields left out have the library's defaults.
+    """Read an AdapterHub bottleneck config; missing fields have the library's defaults.
 
     Raises:
-        AdapterUnsupportedError: a field asks for what is not computed here, or is unknown; ``subject`` is it.
+        AdapterUnsupportedError: a field needs something that is not computed here, or is unknown; ``subject`` is it.
         AdapterInvalidError: a field has the wrong type or is out of range.
     """
     refuse_unserved(config, known=_KNOWN, refused=_REFUSED)
@@ -168,7 +168,7 @@ def _read_residual(config: Mapping[str, Any], is_parallel: bool) -> bool:
     value = config.get("residual_before_ln", True)
     if value == "post_add":
         if is_parallel:
-            return True  # not looked at there
+            return True  # not checked there
         raise AdapterUnsupportedError(
             "residual_before_ln",
             "'post_add' needs a norm after the sub-layer; on a base without one the library itself fails",

@@ -1,4 +1,4 @@
-"""Fields of an AdapterHub config, read one by one with their type; whatever is not read is refused."""
+"""Fields of an AdapterHub config, each read with its type; any field that is not read is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_NUMBER = 1e6
 
 
 def refuse_unserved(config: Mapping[str, Any], *, known: Collection[str], refused: Mapping[str, str]) -> None:
-    """Refuse fields that are in use and would change the output in a way that is not computed.
+    """Refuse fields that are in use and would change the output in ways that are not computed.
 
     Args:
         config: the method's config.
@@ -29,7 +29,7 @@ def refuse_unserved(config: Mapping[str, Any], *, known: Collection[str], refuse
 
 
 def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
-    """A truth value; null is false, as to the library.
+    """A boolean; null is false, as in the library.
 
     Raises:
         AdapterInvalidError: it is another type.
@@ -38,19 +38,19 @@ def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """A finite number of at most a million either way.
+    """A finite number from minus a million to a million.
 
     Raises:
-        AdapterInvalidError: it is none.
+        AdapterInvalidError: it is not one.
     """
     return check_number(key, config.get(key, default))
 
 
 def check_number(key: str, value: Any) -> float:
-    """``value`` as a float, if it is a finite number of at most a million either way.
+    """``value`` as a float, if it is a finite number from minus a million to a million.
 
     Raises:
-        AdapterInvalidError: it is none.
+        AdapterInvalidError: it is not one.
     """
     if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _MAX_NUMBER:
         raise AdapterInvalidError(
@@ -60,10 +60,10 @@ def check_number(key: str, value: Any) -> float:
 
 
 def read_count(config: Mapping[str, Any], key: str, default: int) -> int:
-    """A whole number from 1.
+    """A whole number of at least 1.
 
     Raises:
-        AdapterInvalidError: it is none.
+        AdapterInvalidError: it is not one.
     """
     value = config.get(key, default)
     if type(value) is not int or not 1 <= value <= _MAX_NUMBER:
@@ -72,10 +72,10 @@ def read_count(config: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def read_leave_out(config: Mapping[str, Any]) -> frozenset[int]:
-    """The layers, from 0, that have no part of the adapter.
+    """The layers, from 0, that the adapter leaves out.
 
     Raises:
-        AdapterInvalidError: it is no list of layers.
+        AdapterInvalidError: it is not a list of layers.
     """
     layers = config.get("leave_out") or []
     if not isinstance(layers, list) or len(layers) > _MAX_LAYERS or not all(type(n) is int for n in layers):

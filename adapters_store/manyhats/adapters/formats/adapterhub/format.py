@@ -1,7 +1,7 @@
 """An AdapterHub directory: ``adapter_config.json`` with ``config`` inside, and ``adapter.safetensors``.
 
-Read as ``adapters`` 1.3.0 reads it, its corrections of older versions included. The library's own default is a
-pickle, ``pytorch_adapter.bin``; that is never read here.
+Read as ``adapters`` 1.3.0 reads it, including its corrections of older versions. The library's own default is a pickle,
+``pytorch_adapter.bin``; that is never read here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def is_adapterhub(config: Mapping[str, Any]) -> bool:
 
 
 def check_companions(names: Collection[str]) -> None:
-    """Refuse a directory that holds more than the adapter; its output would be another without that.
+    """Refuse a directory that holds more than the adapter; without the rest, its output would differ.
 
     Raises:
         AdapterUnsupportedError: names the file.
@@ -93,10 +93,10 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
 
 
 def recorded_base(config: Mapping[str, Any]) -> str:
-    """What the config names as its base model; empty where it names none.
+    """What the config names as its base model; empty if it names none.
 
     Raises:
-        AdapterInvalidError: it is no name.
+        AdapterInvalidError: it is not a name.
     """
     name = config.get(BASE_NAME_KEY)
     if name is None:
@@ -107,7 +107,7 @@ def recorded_base(config: Mapping[str, Any]) -> str:
 
 
 def check_base(config: Mapping[str, Any], base: BaseDescription) -> None:
-    """Compare what the config says of its base with the resident one.
+    """Compare what the config says about its base with the resident one.
 
     Raises:
         BaseMismatchError: another model type or hidden size.
@@ -124,7 +124,7 @@ def adapter_name(config: Mapping[str, Any]) -> str:
     """The name that the adapter has in its tensors' names.
 
     Raises:
-        AdapterInvalidError: there is none, or it is no single part of a dotted name.
+        AdapterInvalidError: there is none, or it is not a single component of a dotted name.
     """
     name = config.get("name")
     if not isinstance(name, str) or not name or "." in name or len(name) > 256:

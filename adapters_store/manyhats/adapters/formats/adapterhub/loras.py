@@ -31,7 +31,7 @@ _KNOWN = frozenset(
         "output_lora",
         "leave_out",
         "composition_mode",
-        # These count in training alone, or are seen in the tensors.
+        # These matter only in training, or show in the tensors.
         "dropout",
         "dtype",
         "init_weights",
@@ -51,7 +51,7 @@ _OUTPUT = "o_proj"
 
 @dataclass(frozen=True, slots=True)
 class LorasConfig:
-    """What of the config decides the maths.
+    """The part of the config that determines the maths.
 
     Attributes:
         rank: R.
@@ -81,7 +81,7 @@ def parse_loras_config(config: Mapping[str, Any]) -> LorasConfig:
     """Read an AdapterHub LoRA config; fields left out have the library's defaults.
 
     Raises:
-        AdapterUnsupportedError: a field asks for what is not computed here, or is unknown; ``subject`` is it.
+        AdapterUnsupportedError: a field needs something that is not computed here, or is unknown; ``subject`` is it.
         AdapterInvalidError: a field has the wrong type or is out of range.
     """
     refuse_unserved(config, known=_KNOWN, refused=_REFUSED)
@@ -116,8 +116,8 @@ def find_linears(
 ) -> list[AdaptedLinear]:
     """The adapted linears, ordered by site; every tensor belongs to one.
 
-    The library ignores tensors that its config does not ask for, so these are refused: they would be served
-    though they were never trained with.
+    The library ignores tensors that its config does not ask for, so these are refused: they would be served although
+    they were never used in training.
 
     Raises:
         AdapterUnsupportedError, AdapterInvalidError: a tensor belongs to no linear, or contradicts the config.

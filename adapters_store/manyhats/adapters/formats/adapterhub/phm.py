@@ -1,7 +1,7 @@
-"""Compacter's projections: sums of Kronecker products, put together to plain matrices when an adapter is loaded.
+"""Compacter's projections: sums of Kronecker products, multiplied out to plain matrices when an adapter is loaded.
 
 A projection is ``y = x H + b`` with ``H = Σᵢ rule[i] ⊗ W[i]``, [in, out]. The library makes H at every call and
-multiplies with it, so a plain matrix Hᵀ gives what it gives.
+multiplies with it, so a plain matrix Hᵀ gives the same result.
 
 Source: Zhang et al. 2021 (arXiv:2102.08597); Mahabadi et al. 2021 (arXiv:2106.04647).
 """
@@ -43,7 +43,7 @@ def phm_shapes(phm: PhmConfig, block: Block, module: str, direction: str, d_in: 
         d_in, d_out: features in and out.
 
     Raises:
-        AdapterInvalidError: n divides one of them not.
+        AdapterInvalidError: n does not divide both of them.
     """
     n, rank = phm.dim, phm.rank
     if d_in % n or d_out % n:

@@ -121,7 +121,7 @@ def refuse_tensor(name: str) -> None:
 
     Raises:
         AdapterUnsupportedError: it belongs to something that is not served.
-        AdapterInvalidError: it is nothing that the config asks for.
+        AdapterInvalidError: the config does not ask for it.
     """
     for part, what in _UNSERVED.items():
         if part in name:

@@ -1,4 +1,4 @@
-"""Reading of PEFT's config fields: what every method shares."""
+"""Reading PEFT's config fields: what all methods share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manyhats.adapters.formats.config_fields import refuse_fields
 
 _MAX_ALPHA = 1e6
 
-# Fields that say how it was trained, or what the tensors say better, or that hold for any PEFT method.
+# Fields about training, fields that the tensors answer better, and fields of any PEFT method.
 _HARMLESS = frozenset(
     (
         "auto_mapping",
@@ -36,7 +36,7 @@ def check_fields(
     own_fields: Collection[str],
     refused: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Refuse fields that are set, and that neither the method nor this server knows.
+    """Refuse fields that are set and that neither the method nor this server knows.
 
     Args:
         config: the parsed ``adapter_config.json``.
@@ -51,17 +51,17 @@ def check_fields(
 
 
 def check_bias_field(config: Mapping[str, Any], own_value: str) -> None:
-    """Check ``bias``, which allows for trained biases; they are refused where the tensors hold any.
+    """Check ``bias``, which allows for trained biases; those are refused if the tensors hold any.
 
     Raises:
-        AdapterInvalidError: it is none of PEFT's values.
+        AdapterInvalidError: it is not one of PEFT's values.
     """
     if config.get("bias", "none") not in ("none", "all", own_value, None):
         raise AdapterInvalidError("bias", f"must be none, all or {own_value}")
 
 
 def parse_rank(field: str, value: Any) -> int:
-    """A rank, from 1."""
+    """A rank: a whole number of at least 1."""
     if type(value) is not int or value < 1:
         raise AdapterInvalidError(field, f"a rank is a whole number of at least 1, not {shown(str(value))}")
     return value

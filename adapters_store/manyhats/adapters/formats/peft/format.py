@@ -30,7 +30,7 @@ PICKLES = (
 )
 _MAX_LISTED = 10
 
-# A LORA config with use_dora is DORA.
+# A LORA config with use_dora means DORA.
 _PEFT_TYPES: Mapping[str, AdapterMethod] = MappingProxyType(
     {
         "LORA": AdapterMethod.LORA,
@@ -58,7 +58,7 @@ def check_directory(directory: SourceDirectory) -> None:
 
     Raises:
         AdapterInvalidError: a file is missing; names subdirectories that look like adapters.
-        AdapterUnsafeError: the weights are there as a pickle only.
+        AdapterUnsafeError: the weights exist only as a pickle.
         AdapterUnsupportedError: there are safetensors files that would not be used.
     """
     names = directory.names()
@@ -70,7 +70,7 @@ def check_directory(directory: SourceDirectory) -> None:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse a directory by what lies in it, before anything is read.
+    """Refuse a directory by its entries, before anything is read.
 
     Raises:
         AdapterInvalidError, AdapterUnsafeError, AdapterUnsupportedError: as ``check_directory``.
@@ -95,7 +95,7 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
 
     Raises:
         AdapterUnsupportedError: a method or format that is not served; names it.
-        AdapterInvalidError: it is no adapter's config.
+        AdapterInvalidError: it is not an adapter's config.
     """
     if "peft_type" not in config:
         raise AdapterInvalidError(CONFIG_FILE, "has neither PEFT's peft_type nor AdapterHub's config")
@@ -112,10 +112,10 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
 
 
 def recorded_base(config: Mapping[str, Any]) -> str:
-    """What a PEFT config names as its base model; empty where it names none.
+    """What a PEFT config names as its base model; empty if it names none.
 
     Raises:
-        AdapterInvalidError: it is no name.
+        AdapterInvalidError: it is not a name.
     """
     name = config.get(BASE_NAME_KEY)
     if name is None:

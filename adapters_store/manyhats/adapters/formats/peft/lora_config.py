@@ -21,7 +21,7 @@ from manyhats.adapters.formats.peft.module_patterns import (
 )
 from manyhats.adapters.formats.peft.saved_modules import SAVED_FIELDS
 
-# PEFT's own defaults, for configs that leave the field out.
+# PEFT's defaults, for configs that leave the field out.
 _DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
 
@@ -68,15 +68,15 @@ _SERVED_INITIALISATIONS = frozenset(("gaussian", "eva", "orthogonal"))
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """What of the config decides the maths.
+    """The part of the config that determines the maths.
 
     Attributes:
         rank: R, unless a pattern gives another.
         alpha: unless a pattern gives another.
-        use_rslora: scale alpha / √R in place of alpha / R.
+        use_rslora: scale alpha / √R instead of alpha / R.
         use_dora: every module has a magnitude vector.
         lora_bias: every linear's B has a bias.
-        ensure_weight_tying: what adapts one of two tied modules adapts the other.
+        ensure_weight_tying: whatever adapts one of two tied modules also adapts the other.
     """
 
     rank: int
@@ -101,7 +101,7 @@ def parse_lora_config(config: Mapping[str, Any]) -> LoraConfig:
     """Read a PEFT LoRA config.
 
     Raises:
-        AdapterUnsupportedError: a field asks for what is not computed here, or is unknown; ``subject`` is the
+        AdapterUnsupportedError: a field needs something that is not computed here, or is unknown; ``subject`` is the
             field.
         AdapterInvalidError: a field has the wrong type or is out of range.
     """

@@ -60,7 +60,7 @@ class LoraPlacements:
     embedding: EmbeddingPlacement | None
 
     def check_ranks(self, limits: AdapterLimits) -> None:
-        """Hold every rank to the limit.
+        """Check every rank against the limit.
 
         Raises:
             AdapterTooLargeError: names a tensor.
@@ -77,7 +77,7 @@ def _check_rank(name: str, rank: int, limits: AdapterLimits) -> None:
 
 
 def lora_scale(alpha: float, rank: int, *, is_rank_stabilised: bool = False) -> float:
-    """The scale of a low-rank update: alpha / R, or alpha / √R where it is rank-stabilised.
+    """The scale of a low-rank update: alpha / R, or alpha / √R if it is rank-stabilised.
 
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; Kalajdzievski 2023 (arXiv:2312.03732), section 3.
     """
@@ -152,7 +152,7 @@ def _find_misfit(tensors: ModuleTensors, base: BaseDescription) -> Misfit | None
 
 
 def _rank_and_scale(tensors: ModuleTensors, a: str, b: str, config: LoraConfig) -> tuple[int, float]:
-    """Check the ranks of a pair that fits its module, and give it its scale."""
+    """Check the ranks of a pair that fits its module, and compute its scale."""
     rank, b_shape = tensors.shapes[a][0], tensors.shapes[b]
     if rank == 0:
         raise AdapterInvalidError(tensors.name(a), "has rank 0")
@@ -169,7 +169,7 @@ def _rank_and_scale(tensors: ModuleTensors, a: str, b: str, config: LoraConfig) 
 
 
 def _check_tying(modules: Sequence[ModuleTensors], config: LoraConfig, base: BaseDescription) -> None:
-    """Where embedding and head are adapted as one, both must have their tensors."""
+    """If embedding and head are adapted as one, both must have their tensors."""
     adapted = {tensors.module for tensors in modules} & {EMBEDDING_MODULE, HEAD_MODULE}
     if base.is_tied and config.ensure_weight_tying and len(adapted) == 1:
         raise AdapterInvalidError(

@@ -1,9 +1,8 @@
 r"""Keys of PEFT's ``rank_pattern`` and ``alpha_pattern``, matched as PEFT does, but in bounded time.
 
-PEFT takes the first key for which ``re.match(rf"(.*\.)?({key})$", module)`` holds. A key may be any regex
-there. Here it may hold letters, digits, ``_ - .``, an escaped dot, ``^``, ``$`` and ``|``: no repetition and
-no groups, so matching takes time in proportion to key and module. That is what PEFT, its EVA initialisation
-and hand-written configs use.
+PEFT takes the first key for which ``re.match(rf"(.*\.)?({key})$", module)`` holds. A key may be any regex there. Here
+it may hold letters, digits, ``_ - .``, an escaped dot, ``^``, ``$`` and ``|``: no repetition and no groups, so matching
+takes time in proportion to key and module. PEFT, its EVA initialisation and hand-written configs use no more than that.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def compile_patterns(field: str, values: Mapping[str, V]) -> ModulePatterns[V]:
     """Compile the keys of a pattern field.
 
     Raises:
-        AdapterUnsupportedError: a key is a regex beyond what is matched here.
+        AdapterUnsupportedError: a key uses regex syntax that is not supported here.
         AdapterTooLargeError: over 4096 keys, or a key over 512 characters.
     """
     if len(values) > _MAX_KEYS:

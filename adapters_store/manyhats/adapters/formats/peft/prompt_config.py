@@ -1,4 +1,4 @@
-"""What PEFT's configs of virtual tokens share: ``PromptLearningConfig``, the tensor it goes with, and their checks."""
+"""What PEFT's configs of virtual tokens share: ``PromptLearningConfig``, the tensor it describes, and their checks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _REFUSED = {"modules_to_save": "modules trained as a whole, which are not served
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
-    """What every config of virtual tokens says; PEFT takes from the base model what is None.
+    """The fields that every config of virtual tokens has; PEFT takes those that are None from the base model.
 
     Attributes:
         num_virtual_tokens: P.
@@ -49,7 +49,7 @@ def parse_prompt_config(config: Mapping[str, Any], own_fields: Collection[str]) 
     """Read the shared fields; ``own_fields`` are those that the method itself knows.
 
     Raises:
-        AdapterUnsupportedError: a field asks for what is not computed here, or is unknown.
+        AdapterUnsupportedError: a field needs something that is not computed here, or is unknown.
         AdapterInvalidError: a field has the wrong type or is out of range.
     """
     check_fields(config, _COMMON.union(own_fields), _REFUSED)
@@ -68,7 +68,7 @@ def parse_prompt_config(config: Mapping[str, Any], own_fields: Collection[str]) 
 
 
 def parse_count(field: str, value: Any) -> int:
-    """A whole number from 1.
+    """A whole number of at least 1.
 
     Raises:
         AdapterInvalidError: it is something else.
@@ -84,7 +84,7 @@ def _parse_optional_count(config: Mapping[str, Any], field: str) -> int | None:
 
 
 def check_num_virtual_tokens(config: PromptConfig, limits: AdapterLimits) -> None:
-    """Hold P to its limit.
+    """Check P against its limit.
 
     Raises:
         AdapterTooLargeError: it is over.
@@ -97,7 +97,7 @@ def check_num_virtual_tokens(config: PromptConfig, limits: AdapterLimits) -> Non
 
 
 def check_tensor_names(shapes: Mapping[str, tuple[int, ...]], expected: Collection[str]) -> None:
-    """Every expected tensor must be there, and no other.
+    """Check that every expected tensor is there, and no other.
 
     Raises:
         AdapterInvalidError: names the first that is missing, or not of this method.
@@ -111,7 +111,7 @@ def check_tensor_names(shapes: Mapping[str, tuple[int, ...]], expected: Collecti
 
 
 def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """A tensor must have the shape that its own config gives it.
+    """Check that a tensor has the shape that its own config requires.
 
     Raises:
         AdapterInvalidError: it has another.
@@ -123,7 +123,7 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) ->
 def check_fits(
     subject: str, actual: int | None, expected: int, base: BaseDescription, base_model: str
 ) -> None:
-    """A number of the artifact must be the base's; None always is.
+    """Check that a number of the artifact equals the base's; None always does.
 
     Raises:
         BaseMismatchError: it is not, and the artifact does not name this base.

@@ -1,15 +1,15 @@
-"""What PEFT trains beside a method: whole embeddings and heads, and single token rows.
+"""What PEFT trains besides a method: whole embeddings and heads, and single token rows.
 
-``modules_to_save`` names modules that are trained whole. ``trainable_token_indices`` trains single rows of the
+``modules_to_save`` names modules that are trained as a whole. ``trainable_token_indices`` trains single rows of the
 embedding, or of the head; the file holds the rows themselves, not differences.
 
-Where the base's head is its embedding, PEFT keeps one of the two as it was, unless it is told otherwise:
+If the base's head is its embedding, PEFT keeps one of the two unchanged, unless told otherwise:
 
 - a module of ``modules_to_save`` is a copy of its own; with ``ensure_weight_tying`` both get it;
 - a weight that is saved without being named there replaces the base's, and so acts on both;
 - token rows of the embedding act on both, unless the config gives the head other rows.
 
-An embedding or head that a method adapts is saved along unchanged, and PEFT loads it over the base's own: so it
+An embedding or head that a method adapts is saved alongside, unchanged, and PEFT loads it over the base's own: so it
 must hold the base's values.
 """
 
@@ -42,7 +42,7 @@ EMBEDDING_WEIGHT = f"{PREFIX}{EMBEDDING_MODULE}.weight"
 HEAD_WEIGHT = f"{PREFIX}{HEAD_MODULE}.weight"
 
 _MODULES = {"embed_tokens": EMBEDDING_MODULE, EMBEDDING_MODULE: EMBEDDING_MODULE, HEAD_MODULE: HEAD_MODULE}
-# Relative, of values that were rounded to bfloat16 on one side and not on the other.
+# Relative, for values that were rounded to bfloat16 on one side only.
 _BF16_ROUNDING = 2.0**-7
 _ROW_SUFFIXES = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 
@@ -57,12 +57,12 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True)
 class SavedModules:
-    """What a file holds beside its method's own tensors.
+    """What a file holds besides its method's own tensors.
 
     Attributes:
-        embedding, head: names of tensors that replace the whole weight; None where it is the base's.
-        embedding_rows, head_rows: or single rows.
-        copies: module path → name of an adapted module's own weight, saved along.
+        embedding, head: names of tensors that replace the whole weight; None if it is the base's.
+        embedding_rows, head_rows: the same for single rows.
+        copies: module path → name of an adapted module's own weight, saved alongside.
         names: all these tensors.
         must_be_equal: whether ``embedding`` and ``head`` are one weight saved twice.
     """
@@ -76,11 +76,11 @@ class SavedModules:
     must_be_equal: bool = False
 
     def others(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The tensors that are not these."""
+        """All other tensors."""
         return {name: shape for name, shape in shapes.items() if name not in self.names}
 
     def check_modules(self, adapted: Collection[str]) -> None:
-        """Hold these tensors against the modules that the method adapts.
+        """Check these tensors against the modules that the method adapts.
 
         Raises:
             AdapterInvalidError: a module is adapted and replaced as well, which PEFT itself does not allow.
@@ -102,7 +102,7 @@ class SavedModules:
 
         Raises:
             AdapterInvalidError: a weight that is one for embedding and head was saved with two values.
-            BaseMismatchError: a weight that was saved along is not the base's.
+            BaseMismatchError: a weight that was saved alongside is not the base's.
         """
         self._check_copies(tensors, base)
         if self.must_be_equal and not torch.equal(tensors[EMBEDDING_WEIGHT], tensors[HEAD_WEIGHT]):
@@ -122,7 +122,7 @@ class SavedModules:
         return tuple(deltas)
 
     def _check_copies(self, tensors: Mapping[str, Tensor], base: BaseDescription) -> None:
-        """Compare values where the base's are at hand: those of the head, and so of a tied embedding."""
+        """Compare values where the base's are available: those of the head, and so of a tied embedding."""
         for module, name in self.copies.items():
             if base.weights is None or not (base.is_tied or module == HEAD_MODULE):
                 continue
@@ -134,7 +134,7 @@ class SavedModules:
 def find_saved_modules(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], base: BaseDescription
 ) -> SavedModules:
-    """Find and check what the file holds beside its method's own tensors.
+    """Find and check what the file holds besides its method's own tensors.
 
     Raises:
         AdapterUnsupportedError: a module that is neither embedding nor head.

@@ -138,7 +138,7 @@ def _split_name(name: str, suffixes: Collection[str]) -> tuple[str, str]:
 
 
 def unusable(name: str) -> AdapterInvalidError | AdapterUnsupportedError:
-    """Why a tensor cannot be used: what it is part of, as far as its name tells."""
+    """Why a tensor cannot be used: what it is part of, as far as its name shows."""
     if (".lora_A." in name or ".lora_B." in name) and not name.endswith(".bias"):
         return AdapterInvalidError(
             name, "is not named as PEFT saves it: base_model.model.<module>.lora_A.weight"
@@ -162,7 +162,7 @@ class Misfit:
 
 
 def find_misfit(tensors: ModuleTensors, suffix: str, expected: Sequence[int | str]) -> Misfit | None:
-    """Compare a shape with what is expected; words stand for any size."""
+    """Compare a shape with the expected one, in which words stand for any size."""
     shape = tensors.shapes[suffix]
     is_same = len(shape) == len(expected) and all(
         isinstance(wanted, str) or size == wanted for size, wanted in zip(shape, expected, strict=True)
@@ -191,7 +191,7 @@ def raise_misfits(
 
     Raises:
         BaseMismatchError: none of several modules fits, and the artifact does not name this base.
-        AdapterInvalidError: some do not.
+        AdapterInvalidError: only some do not.
     """
     if not misfits:
         return
