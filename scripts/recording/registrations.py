@@ -69,9 +69,9 @@ def change_tasks(client: Client, subject: Subject, adapters: Path) -> dict[str, 
 def record_store(store: Path) -> dict[str, Recorded]:
     """Sections ``catalogue`` (the tables' rows) and ``store`` (all other files) of a server that has stopped."""
     (database,) = (path for path in store.iterdir() if _is_database(path))
-    others = {
-        name: value for name, value in file_digests(store).items() if not name.startswith(database.name)
-    }
+    drawn = ("catalogue-id", database.name)  # an id drawn at random, also in the database
+    files = file_digests(store).items()
+    others: Recorded = {name: value for name, value in files if not name.startswith(drawn)}
     return {"catalogue": _tables(database), "store": others}
 
 
