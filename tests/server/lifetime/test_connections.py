@@ -16,10 +16,11 @@ from contextlib import ExitStack, contextmanager
 import grpc
 import pytest
 
-from manyhats.server.grpc.port import GrpcPort
+from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.http.port import HttpPort, make_app
 from manyhats.server.lifetime.file_limit import connection_limits
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1 import server_pb2
@@ -186,7 +187,7 @@ def test_the_port_stops_while_callers_are_connected() -> None:
 
 async def test_grpc_connections_over_the_limit_are_closed_and_the_others_served() -> None:
     gate, metrics = Gate(heartbeat_limit_s=1), Metrics(max_task_labels=1)
-    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, max_connections=4)
+    port = GrpcPort(Calls(gate, metrics), host="127.0.0.1", port=0, limits=GrpcLimits(max_connections=4))
     await port.start()
     try:
         async with grpc.aio.insecure_channel(port.address) as channel:

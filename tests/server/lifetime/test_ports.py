@@ -19,6 +19,7 @@ from manyhats.server.errors import AddressError
 from manyhats.server.grpc.port import SERVICES, GrpcPort
 from manyhats.server.http.port import HttpPort, make_app
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate, ServingState
 from manyhats.v1 import generation_pb2 as pb
 from support.fakes.server import Running, make_backend, running_server
@@ -150,11 +151,11 @@ async def test_taken_ports_are_one_clear_error() -> None:
         with pytest.raises(AddressError, match=f"127.0.0.1:{port}"):
             HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=port)
         with pytest.raises(AddressError, match=f"127.0.0.1:{port}"):
-            GrpcPort(gate, metrics, host="127.0.0.1", port=port)
+            GrpcPort(Calls(gate, metrics), host="127.0.0.1", port=port)
 
 
 async def test_second_server_does_not_share_the_port() -> None:
     async with running_server() as server:
         port = int(server.port.address.rpartition(":")[2])
         with pytest.raises(AddressError):
-            GrpcPort(server.gate, server.metrics, host="127.0.0.1", port=port)
+            GrpcPort(Calls(server.gate, server.metrics), host="127.0.0.1", port=port)

@@ -43,11 +43,12 @@ from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.residency import ResidencyStats
 from manyhats.engine.text.prompt_text import Continuation
 from manyhats.engine.text.tokenizer import ChatMessage
-from manyhats.server.grpc.port import GrpcPort
+from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.http.port import HttpPort, make_app
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend, ModelInfo, ServerLimits
+from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
@@ -457,7 +458,7 @@ async def running_server(
         gate.open(backend)
     http = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0)
     http.start()
-    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, **limits)
+    port = GrpcPort(Calls(gate, metrics), host="127.0.0.1", port=0, limits=GrpcLimits(**limits))
     await port.start()
     try:
         async with grpc.aio.insecure_channel(port.address) as channel:

@@ -13,11 +13,12 @@ import grpc
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.progress import no_progress
-from manyhats.server.grpc.port import GrpcPort
+from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.wiring import open_backend
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
+from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from support.fakes.server import INFO, SMALL_WINDOW, MemoryStore, make_backend
@@ -73,7 +74,7 @@ async def _port(backend: Backend, metrics: Metrics, **limits: Any) -> AsyncItera
     gate = Gate(heartbeat_limit_s=60.0)
     metrics.attach(backend)
     gate.open(backend)
-    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, **limits)
+    port = GrpcPort(Calls(gate, metrics), host="127.0.0.1", port=0, limits=GrpcLimits(**limits))
     await port.start()
     try:
         yield port.address

@@ -20,6 +20,7 @@ from manyhats.server.access.tokens import Role, TokenFile, new_token, token_entr
 from manyhats.server.grpc.port import GrpcPort
 from manyhats.server.http.port import HttpPort, make_app
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
 from support.fakes.server import EchoEngine, MemoryStore, Running, make_backend
 
@@ -124,7 +125,7 @@ async def secured_server(
     tokens = None if token_file is None else TokenFile(token_file)
     http = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0, tls=server_tls)
     http.start()
-    port = GrpcPort(gate, metrics, host="127.0.0.1", port=0, tls=server_tls, tokens=tokens)
+    port = GrpcPort(Calls(gate, metrics), host="127.0.0.1", port=0, tls=server_tls, tokens=tokens)
     await port.start()
     try:
         async with open_channel(port.address, credentials) as channel:

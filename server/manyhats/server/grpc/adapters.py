@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 from manyhats.adapters.artifact import AdapterRecord
@@ -59,9 +58,7 @@ class AdapterService:
         registrations = self._registrations
         with registrations.counted_failures():
             registration = from_proto.registration(request)
-        # Shielded, as every change is: once begun, it is carried through to engine and metrics even if its caller
-        # leaves.
-        answer = await asyncio.shield(registrations.register(registration))
+        answer = await registrations.register(registration)
         return adapter_pb2.RegisterAdapterResponse(
             adapter=self._message(answer.record), created=answer.created
         )
@@ -102,14 +99,14 @@ class AdapterService:
         self, request: adapter_pb2.ActivateAdapterRequest, call: Call
     ) -> adapter_pb2.ActivateAdapterResponse:
         """Move a task to one of its versions."""
-        record = await asyncio.shield(self._registrations.activate(request.task_id))
+        record = await self._registrations.activate(request.task_id)
         return adapter_pb2.ActivateAdapterResponse(adapter=self._message(record))
 
     async def DeleteAdapter(  # noqa: N802
         self, request: adapter_pb2.DeleteAdapterRequest, call: Call
     ) -> adapter_pb2.DeleteAdapterResponse:
         """Delete one version or a whole task."""
-        gone = await asyncio.shield(self._registrations.delete(request.task_id, force=request.force))
+        gone = await self._registrations.delete(request.task_id, force=request.force)
         return adapter_pb2.DeleteAdapterResponse(adapters=[self._message(record) for record in gone])
 
     @property

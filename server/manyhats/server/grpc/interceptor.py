@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,7 +20,6 @@ from manyhats.server.grpc.answers import Answers
 from manyhats.server.grpc.messages import check_readable, readable, tolerant
 from manyhats.server.grpc.status import status_of
 from manyhats.server.service.call import Call, Calls
-from manyhats.server.service.gate import Gate
 
 _SERVICE_PREFIX = "/manyhats.v1."
 # Methods for everybody: a probe has no token.
@@ -39,23 +38,18 @@ class GrpcCall(Call):
     context: Context
 
 
-Respond = Callable[[GrpcCall], Awaitable[None]]
-
-
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Lets the servicers raise domain errors and know nothing of callers, statuses, metrics or shutdown.
 
     Credential and role are checked before a byte of the message is read, its task before it is handled.
 
     Args:
-        gate: knows whether there is room for a call.
-        calls: admits and accounts for them.
+        calls: admits them and accounts for them.
         answers: sends what they are answered with.
         tokens: knows callers; None lets everybody do everything.
     """
 
-    def __init__(self, gate: Gate, calls: Calls, answers: Answers, tokens: TokenFile | None) -> None:
-        self._gate = gate
+    def __init__(self, calls: Calls, answers: Answers, tokens: TokenFile | None) -> None:
         self._calls = calls
         self._answers = answers
         self._tokens = tokens
@@ -69,7 +63,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         is_ours = handler_call_details.method.startswith(_SERVICE_PREFIX)
         method = handler_call_details.method.rpartition("/")[2]
-        if is_ours and self._gate.is_full:
+        if is_ours and self._calls.gate.is_full:
             return self._refusing_for_now(method)
         try:
             caller = self._caller(handler_call_details)
@@ -91,25 +85,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return caller
 
     def _refusing_for_now(self, method: str) -> Handler:
-        async def respond(call: GrpcCall) -> None:
-            """Not called: the gate is asked first, and if it has room again, the caller comes back."""
-            raise self._gate.full_error()
+        async def refuse(requests: Any, context: Context) -> None:
+            async with self._call(method, _NOBODY, context):
+                # Not reached: the gate is asked first, and if it has room again, the caller comes back.
+                raise self._calls.gate.full_error()
 
-        return self._unread(method, respond)
+        return _unread(refuse)
 
     def _refusing(self, method: str, error: ServerError) -> Handler:
-        async def respond(call: GrpcCall) -> None:
-            structlog.contextvars.bind_contextvars(peer=call.context.peer())
-            raise error
-
-        return self._unread(method, respond)
-
-    def _unread(self, method: str, respond: Respond) -> Handler:
         async def refuse(requests: Any, context: Context) -> None:
-            await self._answer(method, _NOBODY, context, respond)
+            async with self._call(method, _NOBODY, context):
+                structlog.contextvars.bind_contextvars(peer=context.peer())
+                raise error
 
-        # Whatever the method takes, this takes a stream, and so reads nothing of it.
-        return grpc.stream_unary_rpc_method_handler(refuse)
+        return _unread(refuse)
 
     def _wrapped(self, handler: Any, method: str, caller: Caller) -> Handler:
         # Every answer is written from here, a single one too, as a stream of one looks the same to its caller: it is
@@ -119,21 +108,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         serialize, send = handler.response_serializer, self._answers.send
 
         async def unary(request: Any, context: Context) -> None:
-            async def respond(call: GrpcCall) -> None:
+            async with self._call(method, caller, context) as call:
                 _read(request, call)
                 await send(serialize(await handler.unary_unary(request, call)), context)
 
-            await self._answer(method, caller, context, respond)
-
         async def upload(requests: Any, context: Context) -> None:
-            async def respond(call: GrpcCall) -> None:
+            async with self._call(method, caller, context) as call:
                 answer = serialize(await handler.stream_unary(_named(readable(requests), call), call))
                 await send(answer, context, is_first=False)  # the method has begun its answer
 
-            await self._answer(method, caller, context, respond)
-
         async def stream(request: Any, context: Context) -> None:
-            async def respond(call: GrpcCall) -> None:
+            async with self._call(method, caller, context) as call:
                 _read(request, call)
                 responses: AsyncGenerator[Any, None] = handler.unary_stream(request, call)
                 async with aclosing(responses):
@@ -142,15 +127,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         await send(serialize(response), context, is_first=is_first)
                         is_first = False
 
-            await self._answer(method, caller, context, respond)
-
         deserialize = tolerant(handler.request_deserializer)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(upload, deserialize)
-        respond_with = stream if handler.response_streaming else unary
-        return grpc.unary_stream_rpc_method_handler(respond_with, deserialize)
+        answer = stream if handler.response_streaming else unary
+        return grpc.unary_stream_rpc_method_handler(answer, deserialize)
 
-    async def _answer(self, method: str, caller: Caller, context: Context, respond: Respond) -> None:
+    @asynccontextmanager
+    async def _call(self, method: str, caller: Caller, context: Context) -> AsyncIterator[GrpcCall]:
+        """The call that has just come; an error becomes its status."""
         now_s = time.monotonic()
         remaining_s: float | None = context.time_remaining()  # None without a deadline
         deadline_s = None if remaining_s is None else now_s + remaining_s
@@ -159,7 +144,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         try:
             with self._calls.observed(call):
-                await respond(call)
+                yield call
         except Exception as error:
             await _abort(error, context)
             raise
@@ -177,17 +162,22 @@ async def _named(messages: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]
         yield message
 
 
+def _unread(refuse: Any) -> Handler:
+    """A handler that reads no message: whatever the method takes, this takes a stream."""
+    return grpc.stream_unary_rpc_method_handler(refuse)
+
+
 async def _abort(error: Exception, context: Context) -> None:
     await context.abort_with_status(rpc_status.to_status(status_of(error)))
 
 
 def _aborting(error: ServerError) -> Handler:
-    """Refuses a call for a service that is not ours, without reading the message."""
+    """Refuses a call for a service that is not ours."""
 
     async def refuse(requests: object, context: Context) -> None:
         await _abort(error, context)
 
-    return grpc.stream_unary_rpc_method_handler(refuse)
+    return _unread(refuse)
 
 
 def _of_messages(handler: Any) -> Handler:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,7 +21,6 @@ from manyhats.server.grpc.health import HealthFollower
 from manyhats.server.grpc.interceptor import CallInterceptor
 from manyhats.server.grpc.server_info import ServerService
 from manyhats.server.service.call import Calls
-from manyhats.server.service.gate import Gate
 from manyhats.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
@@ -29,9 +29,6 @@ from manyhats.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-
-if TYPE_CHECKING:
-    from manyhats.server.observability.metrics import Metrics
 
 SERVICES = tuple(
     service.full_name
@@ -43,18 +40,30 @@ MAX_REQUEST_BYTES = 8 * 1024 * 1024
 _MAX_OPEN_CALLS = 16_384
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcLimits:
+    """What one port holds at once.
+
+    Attributes:
+        max_connections: more are closed as they come.
+        unread_limit_s: an answer of which nothing is read for so long is given up.
+        max_answer_bytes: of one answer, and of all the large ones together that wait for their callers to read.
+    """
+
+    max_connections: int = 4096
+    unread_limit_s: float = EngineConfig().unread_limit_s
+    max_answer_bytes: int = MAX_ANSWER_BYTES
+
+
 class GrpcPort:
     """A gRPC server on one address; requests are admitted by the gate.
 
     Args:
-        gate: admits, and knows what answers.
-        metrics: counts.
+        calls: admits them, accounts for them, and knows what answers.
         host, port: where to listen; port 0 takes any free one.
         tls: encrypts; None serves in the clear.
         tokens: knows callers; None lets everybody do everything.
-        max_connections: more are closed as they come.
-        unread_limit_s: an answer of which nothing is read for so long is given up.
-        max_answer_bytes: of one answer, and of all the large ones together that wait for their callers to read.
+        limits: of connections and answers.
 
     Raises:
         AddressError: the address cannot be bound.
@@ -62,25 +71,23 @@ class GrpcPort:
 
     def __init__(
         self,
-        gate: Gate,
-        metrics: Metrics,
+        calls: Calls,
         *,
         host: str,
         port: int,
         tls: ServerTls | None = None,
         tokens: TokenFile | None = None,
-        max_connections: int = 4096,
-        unread_limit_s: float = EngineConfig().unread_limit_s,
-        max_answer_bytes: int = MAX_ANSWER_BYTES,
+        limits: GrpcLimits = GrpcLimits(),
     ) -> None:
+        gate, metrics = calls.gate, calls.metrics
         self.health = HealthFollower(gate, SERVICES)
-        answers = Answers(unread_limit_s=unread_limit_s, max_bytes=max_answer_bytes)
+        answers = Answers(unread_limit_s=limits.unread_limit_s, max_bytes=limits.max_answer_bytes)
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(gate, Calls(gate, metrics), answers, tokens)],
+            interceptors=[CallInterceptor(calls, answers, tokens)],
             options=(
                 *_OPTIONS,
-                ("grpc.max_send_message_length", max_answer_bytes),
-                ("grpc.max_allowed_incoming_connections", max_connections),
+                ("grpc.max_send_message_length", limits.max_answer_bytes),
+                ("grpc.max_allowed_incoming_connections", limits.max_connections),
             ),
             maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
         )

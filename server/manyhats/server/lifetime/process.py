@@ -24,7 +24,7 @@ from manyhats.engine.threads.own_thread import in_own_thread
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.errors import ServerError
-from manyhats.server.grpc.port import GrpcPort
+from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.http.port import HttpPort, make_app
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.file_limit import connection_limits, raise_file_limit
@@ -33,6 +33,7 @@ from manyhats.server.lifetime.signals import StopSignals, wait_for_either
 from manyhats.server.observability.logs import configure_logs
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
+from manyhats.server.service.call import Calls
 from manyhats.server.service.following import StoreFollower
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.registrations import Registrations
@@ -162,14 +163,12 @@ class _Process:
     def _grpc_port(self, tls: ServerTls | None) -> GrpcPort:
         config = self._config
         return GrpcPort(
-            self._gate,
-            self._metrics,
+            Calls(self._gate, self._metrics),
             host=config.host,
             port=config.grpc_port,
             tls=tls,
             tokens=None if config.token_file is None else TokenFile(config.token_file),
-            max_connections=self._connections.grpc,
-            unread_limit_s=config.unread_limit_s,
+            limits=GrpcLimits(max_connections=self._connections.grpc, unread_limit_s=config.unread_limit_s),
         )
 
     async def _unless_stopped(self, start: Coroutine[Any, Any, Started]) -> Started | None:

@@ -86,13 +86,13 @@ class Calls:
     """What goes on around every call: admission, metrics, one log line, and unexpected errors into the log.
 
     Args:
-        gate: admits calls.
+        gate: admits calls, and knows what answers them.
         metrics: counts them.
     """
 
     def __init__(self, gate: Gate, metrics: Metrics) -> None:
-        self._gate = gate
-        self._metrics = metrics
+        self.gate = gate
+        self.metrics = metrics
 
     @contextmanager
     def observed(self, call: Call) -> Iterator[None]:
@@ -104,7 +104,7 @@ class Calls:
         """
         structlog.contextvars.clear_contextvars()
         try:
-            with self._gate.admitted():
+            with self.gate.admitted():
                 yield
         except asyncio.CancelledError:
             self._finished(call, "DEADLINE_EXCEEDED" if call.is_late else "CANCELLED")
@@ -123,7 +123,7 @@ class Calls:
         is_timed = call.method in _TIMED_METHODS and call.name is not None
         # No name means the base model where something runs on one, and no task elsewhere.
         task_id = task_of(call.name or "") if call.name or is_timed else None
-        self._metrics.call_finished(call.method, task_id, code, seconds if is_timed else None)
+        self.metrics.call_finished(call.method, task_id, code, seconds if is_timed else None)
         _log.info(
             "call", method=call.method, task=shown(call.name or ""), code=code, seconds=round(seconds, 4)
         )

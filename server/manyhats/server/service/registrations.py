@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import structlog
 
@@ -28,7 +29,18 @@ if TYPE_CHECKING:
 _WARM_LIMIT_S = 30.0
 _log = structlog.get_logger("manyhats.adapters")
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _carried_through(change: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A change that, once begun, comes to its end, in engine and metrics too, even if its caller leaves."""
+
+    @wraps(change)
+    async def begun(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.shield(change(*args, **kwargs))
+
+    return begun
 
 
 class Registrations:
@@ -43,6 +55,7 @@ class Registrations:
         self._backend = backend
         self._metrics = metrics
 
+    @_carried_through
     async def register(self, registration: Registration) -> Registered:
         """Make an artifact a version of a task. It is loaded before it goes live: its first request need not wait.
 
@@ -63,6 +76,7 @@ class Registrations:
         store = self._backend.store
         return await self.run(lambda: store.open_upload(registration))
 
+    @_carried_through
     async def finish_upload(self, session: UploadSession, registration: Registration) -> Registered:
         """``register`` what has arrived.
 
@@ -74,6 +88,7 @@ class Registrations:
             registration, lambda: session.finish(probe=engine.probe, prepare=prepare)
         )
 
+    @_carried_through
     async def activate(self, name: str) -> AdapterRecord:
         """Move a task to the version ``task@3``, which is loaded before the switch.
 
@@ -87,6 +102,7 @@ class Registrations:
         self.count(record.task_id)
         return record
 
+    @_carried_through
     async def delete(self, name: str, *, force: bool) -> tuple[AdapterRecord, ...]:
         """Delete a version or a whole task; memory is freed once no request uses it.
 

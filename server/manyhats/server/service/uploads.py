@@ -82,8 +82,7 @@ async def take_upload(
             session = await asyncio.shield(opening)
             await accept()
             await _take_chunks(upload, registrations, session, stall_limit_s)
-        # Shielded: what has begun to be published is carried through to engine and metrics.
-        return await asyncio.shield(registrations.finish_upload(session, registration))
+        return await registrations.finish_upload(session, registration)
     finally:
         await asyncio.shield(_end(opening, registrations))
 
