@@ -221,7 +221,7 @@ def test_the_head_holds_some_rows_of_logits_only() -> None:
     assert of(100) == 100 * (4 * VOCAB_SIZE + 12 * 256)
     assert of(2 * limit) == limit * (2 * 4 * VOCAB_SIZE + 2 * 12 * 256)
     assert of(3 * limit) - of(2 * limit) == 12 * 256 * limit
-    on_head = adapter_size(LoraSettings(target_modules=("lm_head",)), shape.architecture)
+    on_head = adapter_size(LoraSettings(target_modules=("lm_head",)), shape.family)
     assert of(100, on_head) - of(100) == 2 * 4 * 100 * VOCAB_SIZE
 
 
