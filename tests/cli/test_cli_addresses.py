@@ -20,7 +20,8 @@ from typer.testing import CliRunner, Result
 from manyhats.cli.address import Listener, check_address, what_listens
 from manyhats.cli.failures import UsageError
 from manyhats.cli.main import app
-from manyhats.server.http.port import HttpPort, make_app
+from manyhats.server.http.port import HttpPort
+from manyhats.server.http.probes import make_app
 from manyhats.server.service.gate import Gate
 from support.fakes.client import FakeServer, running_server
 from support.servers.secure import make_pki

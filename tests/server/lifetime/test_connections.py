@@ -17,7 +17,8 @@ import grpc
 import pytest
 
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
-from manyhats.server.http.port import HttpPort, make_app
+from manyhats.server.http.port import HttpPort
+from manyhats.server.http.probes import make_app
 from manyhats.server.lifetime.file_limit import connection_limits
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.call import Calls

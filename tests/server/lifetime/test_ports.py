@@ -17,7 +17,8 @@ from structlog.testing import capture_logs
 
 from manyhats.server.errors import AddressError
 from manyhats.server.grpc.port import SERVICES, GrpcPort
-from manyhats.server.http.port import HttpPort, make_app
+from manyhats.server.http.port import HttpPort
+from manyhats.server.http.probes import make_app
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate, ServingState

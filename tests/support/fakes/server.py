@@ -44,7 +44,8 @@ from manyhats.engine.residency.residency import ResidencyStats
 from manyhats.engine.text.prompt_text import Continuation
 from manyhats.engine.text.tokenizer import ChatMessage
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
-from manyhats.server.http.port import HttpPort, make_app
+from manyhats.server.http.port import HttpPort
+from manyhats.server.http.probes import make_app
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend, ModelInfo, ServerLimits

@@ -18,7 +18,8 @@ import trustme
 from manyhats.server.access.tls import ServerTls, TlsFiles
 from manyhats.server.access.tokens import Role, TokenFile, new_token, token_entry
 from manyhats.server.grpc.port import GrpcPort
-from manyhats.server.http.port import HttpPort, make_app
+from manyhats.server.http.port import HttpPort
+from manyhats.server.http.probes import make_app
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate

@@ -25,7 +25,8 @@ from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.errors import ServerError
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
-from manyhats.server.http.port import HttpPort, make_app
+from manyhats.server.http.port import HttpPort
+from manyhats.server.http.probes import make_app
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.file_limit import connection_limits, raise_file_limit
 from manyhats.server.lifetime.progress_log import LoadingStopped, ProgressLog, both
