@@ -21,13 +21,8 @@ from manyhats.trainer.data.dataset import DataCounts, Dataset, TokenizedRows
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.run.training_run import TrainingRun
-from manyhats.trainer.settings.settings import (
-    ALL_LINEARS,
-    DataSettings,
-    LoraSettings,
-    OptimizationSettings,
-    TrainSettings,
-)
+from manyhats.trainer.settings.methods import ALL_LINEARS, LoraSettings
+from manyhats.trainer.settings.settings import DataSettings, OptimizationSettings, TrainSettings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

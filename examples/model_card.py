@@ -11,7 +11,7 @@ from examples.peft_adapters import BASE_NAME
 from examples.settings import describe
 from examples.tasks.task import ExampleTask
 from examples.training import TrainingResult
-from manyhats.trainer.settings.settings import BottleneckSettings
+from manyhats.trainer.settings.methods import BottleneckSettings
 
 _CARD = """\
 ---

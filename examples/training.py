@@ -12,7 +12,8 @@ from examples.data import write_data
 from examples.tasks.task import ExampleTask
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.report.events import Event, StepReport
-from manyhats.trainer.settings.settings import AdapterSettings, DataSettings, ModelSettings, TrainSettings
+from manyhats.trainer.settings.methods import AdapterSettings
+from manyhats.trainer.settings.settings import DataSettings, ModelSettings, TrainSettings
 from manyhats.trainer.train import train
 
 _NUM_RECENT = 10

@@ -16,6 +16,7 @@ from manyhats.cli.main import app
 from manyhats.server.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.config_file import make_config
+from write_settings import with_tables
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -124,3 +125,9 @@ def test_the_image_does_not_serve_other_machines_unless_it_is_told_how_or_not_to
     secured = {"tls_cert": "/s/c.pem", "tls_key": "/s/c.key", "token_file": "/s/t.yaml"}
     for more in ({"insecure": True}, secured):
         assert isinstance(make_config({**settings, **more}), ServeConfig)
+
+
+def test_settings_are_listed_as_they_are_declared() -> None:
+    text = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    assert with_tables(text) == text, "python scripts/write_settings.py writes the tables anew"
+    assert "| `max_sequences` | `--max-sequences N` | 64 | Sequences that run at once. |" in text

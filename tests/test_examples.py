@@ -39,7 +39,7 @@ from manyhats.engine.request import Request, SamplingParams, StoppingParams
 from manyhats.engine.text.tokenizer import ChatMessage
 from manyhats.trainer.data import collate, read_rows
 from manyhats.trainer.data.batch import TokenizedRow
-from manyhats.trainer.settings.settings import LoraSettings
+from manyhats.trainer.settings.methods import LoraSettings
 from manyhats.v1.generation_pb2 import GenerateRequest
 from support.factories.default_model import DEFAULT_MODEL
 from support.fakes.client import TEXT, make_status, running_server

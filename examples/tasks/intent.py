@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from examples.tasks.task import ExampleTask, Item, Split, label_judge, optimization, words
-from manyhats.trainer.settings.settings import PrefixSettings
+from manyhats.trainer.settings.methods import PrefixSettings
 
 _ROOMS = {
     Split.TRAIN: words("kitchen, bedroom, hall, living room, office, garage, bathroom"),

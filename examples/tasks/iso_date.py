@@ -6,7 +6,7 @@ import random
 from datetime import date
 
 from examples.tasks.task import ExampleTask, Item, Split, words
-from manyhats.trainer.settings.settings import BottleneckSettings
+from manyhats.trainer.settings.methods import BottleneckSettings
 
 _MONTHS = words(
     "January, February, March, April, May, June, July, August, September, October, November, December"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from examples.tasks.task import ExampleTask, Item, Split, label_judge, optimization, words
-from manyhats.trainer.settings.settings import PromptSettings
+from manyhats.trainer.settings.methods import PromptSettings
 
 # Each: beginnings, and what may follow any of them; of training and of held-out items.
 _PARTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from examples.tasks.task import ExampleTask, Item, Split, same_text, words
-from manyhats.trainer.settings.settings import LoraSettings
+from manyhats.trainer.settings.methods import LoraSettings
 
 _REGULAR = {
     Split.TRAIN: words(

@@ -10,7 +10,7 @@ import random
 import re
 
 from examples.tasks.task import ExampleTask, Item, Split, words
-from manyhats.trainer.settings.settings import LoraSettings
+from manyhats.trainer.settings.methods import LoraSettings
 
 _NOUNS = {
     Split.TRAIN: words(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from examples.tasks.task import ExampleTask, Item, Split, optimization, same_text, words
-from manyhats.trainer.settings.settings import Ia3Settings
+from manyhats.trainer.settings.methods import Ia3Settings
 
 _VERBS = {
     Split.TRAIN: words(

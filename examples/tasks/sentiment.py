@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from examples.tasks.task import ExampleTask, Item, Split, label_judge, words
-from manyhats.trainer.settings.settings import LoraSettings
+from manyhats.trainer.settings.methods import LoraSettings
 
 _LABELS = ("positive", "negative", "neutral")
 

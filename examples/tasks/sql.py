@@ -15,7 +15,7 @@ import random
 import re
 
 from examples.tasks.task import ExampleTask, Item, Split, optimization, words
-from manyhats.trainer.settings.settings import LoraSettings
+from manyhats.trainer.settings.methods import LoraSettings
 
 _JOIN = "FROM orders JOIN customers ON customers.id = orders.customer_id"
 _JOIN_PRODUCTS = "FROM orders JOIN products ON products.id = orders.product_id"

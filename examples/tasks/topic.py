@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from examples.tasks.task import ExampleTask, Item, Split, label_judge, optimization, words
-from manyhats.trainer.settings.settings import PTuningSettings
+from manyhats.trainer.settings.methods import PTuningSettings
 
 # Each: who, and what happens.
 _PARTS = {

@@ -40,7 +40,7 @@ from manyhats.cli.main import app
 try:
     app(["--help"])
 except SystemExit as end:
-    heavy = {"torch", "transformers", "numpy", "pydantic", "structlog", "grpc", "google.protobuf"}
+    heavy = {"torch", "transformers", "numpy", "pydantic", "structlog", "yaml", "grpc", "google.protobuf"}
     print(end.code, sorted(heavy & sys.modules.keys()), file=sys.stderr)
 """
 

@@ -18,8 +18,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from manyhats.cli.main import app
-from manyhats.cli.train_flags import Flags, parse_pattern
+from manyhats.cli.setting_options import read_entries
+from manyhats.trainer.settings import methods
 from manyhats.trainer.settings import settings as trainer_settings
+from manyhats.trainer.settings.settings import SETTINGS
 from manyhats.trainer.settings.settings_file import METHODS, make_settings
 from support.factories.tiny_models import make_checkpoint
 from support.fakes.client import FakeServer
@@ -81,10 +83,11 @@ def test_help_shows_every_method_and_an_example() -> None:
 
 
 def test_every_setting_has_a_flag() -> None:
-    kinds = [kind for kind in vars(trainer_settings).values() if isinstance(kind, type)]
+    kinds = [kind for module in (methods, trainer_settings) for kind in vars(module).values()]
+    kinds = [kind for kind in kinds if isinstance(kind, type)]
     names = {field.name for kind in kinds if hasattr(kind, "__dataclass_fields__") for field in fields(kind)}
     sections = {"adapter", "optimization"}
-    assert names - sections - {"use_dora", "train"} | {"data"} == {field.name for field in fields(Flags)}
+    assert names - sections - {"use_dora", "train"} | {"data"} == {each.name for each in SETTINGS}
 
 
 def test_flags_left_out_take_the_defaults_shown_in_the_help() -> None:
@@ -137,7 +140,7 @@ def test_every_flag_reaches_its_setting(trained: list[Any]) -> None:
     ((settings, registrar, resume, as_json),) = trained
     assert settings == trainer_settings.TrainSettings(
         task="sql",
-        adapter=trainer_settings.LoraSettings(
+        adapter=methods.LoraSettings(
             rank=4,
             alpha=9.0,
             target_modules=("q_proj", "v_proj"),
@@ -202,23 +205,23 @@ def test_every_flag_reaches_its_setting(trained: list[Any]) -> None:
     [
         (
             "ia3 --output-module o_proj --input-module up_proj",
-            trainer_settings.Ia3Settings(output_modules=("o_proj",), input_modules=("up_proj",)),
+            methods.Ia3Settings(output_modules=("o_proj",), input_modules=("up_proj",)),
         ),
         (
             "bottleneck --variant parallel --reduction-factor 8 --non-linearity gelu --scaling 2",
-            trainer_settings.BottleneckSettings(
+            methods.BottleneckSettings(
                 variant="parallel", reduction_factor=8, non_linearity="gelu", scaling=2.0
             ),
         ),
         (
             "prefix --num-virtual-tokens 4 --projection-size 0",
-            trainer_settings.PrefixSettings(num_virtual_tokens=4, projection_size=0),
+            methods.PrefixSettings(num_virtual_tokens=4, projection_size=0),
         ),
         (
             "prompt --init text --init-text Say:",
-            trainer_settings.PromptSettings(init="text", init_text="Say:"),
+            methods.PromptSettings(init="text", init_text="Say:"),
         ),
-        ("ptuning --encoder-size 8", trainer_settings.PTuningSettings(encoder_size=8)),
+        ("ptuning --encoder-size 8", methods.PTuningSettings(encoder_size=8)),
     ],
 )
 def test_flags_of_each_method(trained: list[Any], flags: str, adapter: Any) -> None:
@@ -286,7 +289,52 @@ def test_a_wrong_value_of_a_settings_file_names_the_file_and_one_of_a_flag_does_
 
 
 def test_patterns_may_hold_equals_signs() -> None:
-    assert parse_pattern("--x", ["a=b=3", "c=4"]) == {"a=b": "3", "c": "4"}
+    (pattern,) = (each for each in SETTINGS if each.name == "rank_pattern")
+    assert read_entries(pattern, "--x", ["a=b=3", "c=4"]) == {"a=b": "3", "c": "4"}
+
+
+def test_variables_are_settings_and_named_where_they_are_wrong(
+    trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANYHATS_RANK", "3")
+    monkeypatch.setenv("MANYHATS_ALPHA_PATTERN", "a=b=2,c=1e-3")
+    monkeypatch.setenv("MANYHATS_MAX_TASKS", "5")  # a server's
+    assert run(*["lora", "--task", "t", "--data", "d", "--seed", "4"]).exit_code == 0
+    ((settings, *_),) = trained
+    assert (settings.adapter.rank, settings.optimization.seed) == (3, 4)
+    assert settings.adapter.alpha_pattern == {"a=b": 2.0, "c": 1e-3}
+    monkeypatch.setenv("MANYHATS_RANK", "0")
+    result = run(*["lora", "--task", "t", "--data", "d"])
+    assert (result.exit_code, result.stderr) == (2, "error: MANYHATS_RANK: must be at least 1\n")
+    monkeypatch.setenv("MANYHATS_RANKS", "1")
+    result = run(*["lora", "--task", "t", "--data", "d"])
+    assert result.stderr == "error: MANYHATS_RANKS: is not a setting; did you mean MANYHATS_RANK?\n"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_print_config_trains_nothing_and_can_be_trained_from(
+    trained: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("data: d\nbatch-size: 3\nlearning-rate: 1e-5\n")
+    monkeypatch.setenv("MANYHATS_SEED", "7")
+    words = ["--config", str(file), "--task", "t"]
+    result = run(method, *words, "--print-config")
+    assert (result.exit_code, trained) == (0, [])
+    lines = result.stdout.splitlines()
+    assert lines[:2] == [f"method: {method}  # METHOD", "task: t  # --task"]
+    assert {"seed: 7  # MANYHATS_SEED", f"batch_size: 3  # {file}", "epochs: 1.0  # default"} <= set(lines)
+    run(method, *words)
+    monkeypatch.delenv("MANYHATS_SEED")
+    file.write_text(result.stdout)
+    run("--config", str(file))
+    assert trained[0][0] == trained[1][0]
+
+
+def test_print_config_is_of_one_training() -> None:
+    result = run("--tasks", "tasks.yaml", "--print-config")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--print-config prints the settings of one task: leave out --tasks" in result.stderr
 
 
 # Trainings

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +17,18 @@ from typer.testing import CliRunner, Result
 
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.lowering.lowering import ADAPTERHUB_METHODS, METHODS
-from manyhats.cli import adapter_register, model, serve
+from manyhats.cli import adapter_register, model
 from manyhats.cli.extras import needs_extra
 from manyhats.cli.failures import CommandError
 from manyhats.cli.main import app
 from manyhats.cli.options import DEFAULT_SERVER
 from manyhats.cli.output import human_bytes, human_count
 from manyhats.cli.progress import amount
+from manyhats.cli.setting_options import read_entries
 from manyhats.client import DEFAULT_TARGET
-from manyhats.server.lifetime.sizes import parse_size
+from manyhats.server.lifetime.config import SETTINGS
+from manyhats.settings.declaration import values_of
+from manyhats.settings.sizes import parse_size
 
 COMMANDS = [
     ["serve"],
@@ -150,7 +154,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     configs: list[Any] = []
 
     async def fake_serve(config: Any, **_: Any) -> int:
-        configs.append(config)
+        configs.append(SimpleNamespace(**values_of(config)))
         return 3
 
     monkeypatch.setattr("manyhats.server.lifetime.process.serve", fake_serve)
@@ -226,7 +230,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help(served: list[Any]) -
     shown = {
         param.name: param.show_default for param in command.params if isinstance(param.show_default, str)
     }
-    computed = {"max_context_length", "store", "catalogue", "store_cache"}
+    computed = {"max_context_length", "store", "catalogue", "store_cache", "insecure", "http_insecure"}
     unbounded = {name: "no bound" for name in shown if shown[name] == "no bound"}
     assert all(getattr(config, name) is None for name in unbounded)
     computed |= unbounded.keys()
@@ -257,6 +261,77 @@ def test_bad_settings_file(served: list[Any], tmp_path: Path, content: str, mess
     result = run("serve", "--config", str(file))
     assert (result.exit_code, served) == (2, [])
     assert message in result.stderr
+
+
+def test_print_config_serves_nothing_and_can_be_served_from(
+    served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANYHATS_MAX_TASKS", "5")
+    file = tmp_path / "server.yaml"
+    file.write_text("store: s\ngrpc-port: 7\nhttp-port: 8\nadapter-root: [/a]\nkv_cache_bytes: 3MiB\n")
+    result = run("serve", "--config", str(file), "--http-port", "9", "--print-config")
+    assert (result.exit_code, served) == (0, [])
+    lines = result.stdout.splitlines()
+    assert f"grpc_port: 7  # {file}" in lines
+    assert f"adapter_roots: [/a]  # {file}" in lines
+    assert f"kv_cache_bytes: 3MiB  # {file}" in lines
+    assert "http_port: 9  # --http-port" in lines
+    assert "max_tasks: 5  # MANYHATS_MAX_TASKS" in lines
+    assert "max_waiting: 1024  # default" in lines
+    monkeypatch.delenv("MANYHATS_MAX_TASKS")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(result.stdout)
+    run("serve", "--config", str(printed))
+    monkeypatch.setenv("MANYHATS_MAX_TASKS", "5")
+    run("serve", "--config", str(file), "--http-port", "9")
+    assert served[0] == served[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "message"),
+    [
+        ("", {"MANYHATS_GRPC_PORT": "x"}, "MANYHATS_GRPC_PORT: must be a whole number"),
+        ("", {"MANYHATS_GRPC_PORT": "-1"}, "MANYHATS_GRPC_PORT: must be in [0, 65535], not -1\n"),
+        ("--grpc-port -2", {"MANYHATS_GRPC_PORT": "-1"}, "--grpc-port: must be in [0, 65535], not -2\n"),
+        ("--max-sequences 0", {}, "--max-sequences: must be at least 1, not 0\n"),
+        ("--max-bytes 1G", {}, "--max-bytes: must be a size such as 1GiB"),
+        (
+            "--max-batched-tokens 7",
+            {},
+            "--max-batched-tokens: must be at least max_num_sequences = 64, not 7",
+        ),
+        ("", {"MANYHATS_REGISTER": "sql"}, "MANYHATS_REGISTER must be TASK=PATH, not 'sql'\n"),
+        ("", {"MANYHATS_INSECURE": "perhaps"}, "MANYHATS_INSECURE: must be a boolean"),
+        ("", {"MANYHATS_HOST": "::"}, "MANYHATS_HOST: :: can be reached by other machines"),
+        (
+            "",
+            {"MANYHATS_MAX_TASK": "1"},
+            "MANYHATS_MAX_TASK: is not a setting; did you mean MANYHATS_MAX_TASKS?",
+        ),
+        ("", {"MANYHATS_CONFIG": "none.yaml"}, "--config: cannot read none.yaml"),
+        ("--tls-cert c", {}, "--tls-key: certificate and key are given together"),
+    ],
+)
+def test_a_wrong_setting_is_named_by_what_gives_it(
+    served: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = run("serve", *flags.split())
+    assert (result.exit_code, served) == (2, [])
+    assert result.stderr.startswith(f"error: {message}")
+
+
+def test_a_file_that_has_a_setting_twice_is_refused_with_the_line(served: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("grpc_port: 1\n\ngrpc_port: 2\n")
+    result = run("serve", "--config", str(file))
+    assert (result.exit_code, served) == (2, [])
+    assert result.stderr == f"error: --config: {file}:3: grpc_port: is given twice\n"
 
 
 MISSPELT = {
@@ -463,4 +538,5 @@ def test_default_server_is_the_clients() -> None:
 
 def test_labels_and_registrations_may_hold_equals_signs() -> None:
     assert adapter_register.parse_labels(["a=b=c", "d="]) == {"a": "b=c", "d": ""}
-    assert serve.parse_register(["sql=/x=y"]) == {"sql": "/x=y"}
+    (register,) = (each for each in SETTINGS if each.name == "register")
+    assert read_entries(register, "--register", ["sql=/x=y"]) == {"sql": "/x=y"}

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import AddedToken, pre_tokenizers
 
 from manyhats.client import AdapterUnsupportedError, AsyncClient, InvalidRequestError
-from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.config_file import make_config
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer, tiny_tokenizer
 from support.harnesses.engine_server import served_config
 from support.oracles.peft import make_peft, peft_logits, save_peft
@@ -79,15 +79,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def serving(home: Path, store: Path) -> AsyncIterator[AsyncClient]:
-    config = ServeConfig(
-        model=str(home / "base"),
-        store=store,
-        adapter_roots=(home / "root",),
-        dtype="float32",
-        quantization="none",
-        num_threads=1,
-        max_adapters=4,
-        kv_cache_bytes=4 << 20,
+    config = make_config(
+        {
+            "model": str(home / "base"),
+            "store": store,
+            "adapter_roots": (home / "root",),
+            "dtype": "float32",
+            "quantization": "none",
+            "num_threads": 1,
+            "max_adapters": 4,
+            "kv_cache_bytes": 4 << 20,
+        }
     )
     async with served_config(config) as (address, _), AsyncClient(address) as client:
         yield client

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from manyhats.adapters.sites import BaseDescription
-from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.config_file import make_config
 from manyhats.server.service.backend import Backend
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
@@ -76,14 +76,16 @@ def ids(answer: generation_pb2.GenerateResponse) -> tuple[int, ...]:
 @asynccontextmanager
 async def serving(tmp_path: Path) -> AsyncIterator[tuple[Server, Backend]]:
     make_checkpoint(tmp_path / "model")
-    config = ServeConfig(
-        model=str(tmp_path / "model"),
-        quantization="none",
-        dtype="float32",
-        store=tmp_path / "store",
-        adapter_roots=(tmp_path,),
-        kv_cache_bytes=4 << 20,
-        num_threads=1,
+    config = make_config(
+        {
+            "model": str(tmp_path / "model"),
+            "quantization": "none",
+            "dtype": "float32",
+            "store": tmp_path / "store",
+            "adapter_roots": (tmp_path,),
+            "kv_cache_bytes": 4 << 20,
+            "num_threads": 1,
+        }
     )
     async with (
         served_config(config) as (address, backend),

@@ -15,7 +15,7 @@ from manyhats.trainer.data.batch import TokenizedRow
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.methods.adapter import TrainableAdapter
-from manyhats.trainer.settings.settings import AdapterSettings, LoraSettings, PrefixSettings, PromptSettings
+from manyhats.trainer.settings.methods import AdapterSettings, LoraSettings, PrefixSettings, PromptSettings
 from support.factories.tiny_models import make_checkpoint
 from support.harnesses.engine import load_tiny
 from support.harnesses.training import make_decoder, make_rows, summed_loss

@@ -32,16 +32,16 @@ from manyhats.trainer.run.base_digest import weights_digest
 from manyhats.trainer.run.interrupt import TrainingInterrupted
 from manyhats.trainer.run.preflight import check_before_loading
 from manyhats.trainer.run.task import open_task
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,
     LoraSettings,
-    ModelSettings,
     PrefixSettings,
     PromptSettings,
     PTuningSettings,
 )
+from manyhats.trainer.settings.settings import ModelSettings
 from manyhats.trainer.train import train
 from support.factories.training_tasks import LABELS, TinyTask, make_tiny_task
 from support.harnesses.failing_calls import FailingCalls, failing

@@ -16,7 +16,8 @@ from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.trainer.data.task_data import read_task_data
 from manyhats.trainer.data.task_text import with_text_of
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.settings.settings import LoraSettings, TrainSettings
+from manyhats.trainer.settings.methods import LoraSettings
+from manyhats.trainer.settings.settings import TrainSettings
 from manyhats.trainer.train import train
 from support.factories.tiny_models import save_tokenizer, tiny_tokenizer
 from support.factories.training_tasks import TinyTask, in_directory, make_tiny_task

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from manyhats.settings.declaration import setting
+
+STORE_BOUNDS = "What the store takes"
+"""The title that the settings of what may be registered are shown under."""
+
 _MIB = 1024 * 1024
+
+DEFAULT_CACHE_BYTES = 8 * 1024 * _MIB
+"""Of copies of what lies at a store's URL."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,10 +20,6 @@ class AdapterLimits:
     """Bounds that are checked before anything is allocated.
 
     Attributes:
-        max_size_bytes: all files of one artifact together.
-        max_rank: R of any low-rank delta.
-        max_virtual_tokens: P of any prefix.
-        max_parts: adapters in one composed task.
         max_num_tensors: tensors in one artifact.
         max_config_bytes: the JSON config file.
         max_config_depth: nesting of the JSON config.
@@ -25,10 +29,26 @@ class AdapterLimits:
         ValueError: a limit is below 1.
     """
 
-    max_size_bytes: int = 1024 * _MIB
-    max_rank: int = 256
-    max_virtual_tokens: int = 4096
-    max_parts: int = 16
+    max_size_bytes: int = setting(
+        1024 * _MIB,
+        name="max_artifact_bytes",
+        unit="bytes",
+        at_least=1,
+        group=STORE_BOUNDS,
+        help="All files of one adapter.",
+    )
+    max_rank: int = setting(
+        256,
+        name="max_adapter_rank",
+        metavar="R",
+        at_least=1,
+        group=STORE_BOUNDS,
+        help="Rank of a low-rank delta.",
+    )
+    max_virtual_tokens: int = setting(
+        4096, metavar="P", at_least=1, group=STORE_BOUNDS, help="Virtual tokens of a prefix or a soft prompt."
+    )
+    max_parts: int = setting(16, at_least=1, group=STORE_BOUNDS, help="Adapters in a composed task.")
     max_num_tensors: int = 16_384
     max_config_bytes: int = 1 * _MIB
     max_config_depth: int = 16

@@ -4,30 +4,48 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from manyhats.adapters.limits import STORE_BOUNDS
+from manyhats.settings.declaration import setting
+
+_NONE = "no bound"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quotas:
     """Bounds on what is registered and on transfers in progress; None means no bound.
 
-    Bytes are counted per version, though versions that share an artifact share its bytes.
-
-    Attributes:
-        max_tasks: tasks that have a version.
-        max_versions_per_task: versions of one task at a time.
-        max_bytes_per_task: of all versions of one task.
-        max_bytes: of all versions of all tasks.
-        max_transfers: uploads, and downloads of sources, in progress in one process; always bounded, since each takes
-            disk space.
+    Bytes are counted per version, though versions that share an artifact share its bytes. Transfers are always bounded,
+    since each takes disk space.
 
     Raises:
         ValueError: a quota is below 1.
     """
 
-    max_tasks: int | None = None
-    max_versions_per_task: int | None = None
-    max_bytes_per_task: int | None = None
-    max_bytes: int | None = None
-    max_transfers: int = 16
+    max_tasks: int | None = setting(
+        None, at_least=1, group=STORE_BOUNDS, shown=_NONE, help="Tasks that the store may hold."
+    )
+    max_versions_per_task: int | None = setting(
+        None, at_least=1, group=STORE_BOUNDS, shown=_NONE, help="Versions of a task at a time."
+    )
+    max_bytes_per_task: int | None = setting(
+        None,
+        unit="bytes",
+        at_least=1,
+        group=STORE_BOUNDS,
+        shown=_NONE,
+        help="All versions of a task together.",
+    )
+    max_bytes: int | None = setting(
+        None,
+        unit="bytes",
+        at_least=1,
+        group=STORE_BOUNDS,
+        shown=_NONE,
+        help="All versions of all tasks together.",
+    )
+    max_transfers: int = setting(
+        16, at_least=1, group=STORE_BOUNDS, help="Uploads, and downloads of adapters, at a time."
+    )
 
     def __post_init__(self) -> None:
         for quota in fields(self):

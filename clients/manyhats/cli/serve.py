@@ -9,19 +9,23 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from manyhats.cli import serve_options as opt
 from manyhats.cli.extras import needs_extra, quiet_libraries
 from manyhats.cli.failures import UsageError
-from manyhats.cli.pairs import as_mapping
 from manyhats.cli.progress import shown_progress
+from manyhats.cli.setting_options import Given, read_entries, refuse_unknown_variables, takes
+from manyhats.server.errors import ConfigError
+from manyhats.server.lifetime.config import SETTINGS, ServeConfig
+from manyhats.settings.declaration import values_of
+from manyhats.settings.printing import config_text
+from manyhats.settings.reading import by_name, name_of
+from manyhats.trainer.settings.settings import SETTINGS as TRAIN_SETTINGS
 
 if TYPE_CHECKING:
     from manyhats.engine.progress import Progress
-    from manyhats.server.errors import ConfigError
 
 HELP = """Serve one base model and any number of tasks on it, over gRPC.
 
@@ -39,138 +43,85 @@ The first start gets the model and quantizes it; later ones take it from
 the cache. When the line "ready" comes on stdout, requests are served.
 Ctrl-C lets running requests finish, a second Ctrl-C ends them; before
 that line comes it ends the start at once.
+
+Each setting may also be a variable or in a file: --max-tasks 5 is
+MANYHATS_MAX_TASKS=5, or "max_tasks: 5" in the file of --config.
 """
 
-# Settings with several values, whose flags, repeatable, are in the singular.
-_SINGULAR = {
-    "adapter_roots": "adapter_root",
-    "adapter_url_prefixes": "adapter_url_prefix",
-    "base_names": "base_name",
-}
+_FLAGS = {each.name: each.flag for each in SETTINGS}
+(_REGISTER,) = (each for each in SETTINGS if each.name == "register")
+
+_LOGS = "Settings file and logs"
+
+ConfigFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        envvar="MANYHATS_CONFIG",
+        help="YAML with settings of the same names; flags and variables win.",
+        rich_help_panel=_LOGS,
+    ),
+]
+PrintConfig: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--print-config",
+        help="Serve nothing: print all settings, as such a file, and where each comes from.",
+        rich_help_panel=_LOGS,
+    ),
+]
 
 
-def serve(
-    model: opt.Model = None,
-    quantization: opt.Quantization = None,
-    dtype: opt.Dtype = None,
-    device: opt.Device = None,
-    base_names: opt.BaseNames = None,
-    store: opt.Store = None,
-    catalogue: opt.Catalogue = None,
-    store_cache: opt.StoreCache = None,
-    store_cache_bytes: opt.StoreCacheBytes = None,
-    store_poll_s: opt.StorePollS = None,
-    adapter_roots: opt.AdapterRoots = None,
-    adapter_url_prefixes: opt.AdapterUrlPrefixes = None,
-    register: opt.Register = None,
-    max_artifact_bytes: opt.MaxArtifactBytes = None,
-    max_adapter_rank: opt.MaxAdapterRank = None,
-    max_virtual_tokens: opt.MaxVirtualTokens = None,
-    max_parts: opt.MaxParts = None,
-    max_tasks: opt.MaxTasks = None,
-    max_versions_per_task: opt.MaxVersionsPerTask = None,
-    max_bytes_per_task: opt.MaxBytesPerTask = None,
-    max_bytes: opt.MaxBytes = None,
-    max_transfers: opt.MaxTransfers = None,
-    host: opt.Host = None,
-    grpc_port: opt.GrpcPort = None,
-    http_port: opt.HttpPort = None,
-    tls_cert: opt.TlsCert = None,
-    tls_key: opt.TlsKey = None,
-    tls_client_ca: opt.TlsClientCa = None,
-    token_file: opt.TokenFile = None,
-    http_insecure: opt.HttpInsecure = False,
-    insecure: opt.Insecure = False,
-    max_context_length: opt.MaxContextLength = None,
-    max_sequences: opt.MaxSequences = None,
-    max_batched_tokens: opt.MaxBatchedTokens = None,
-    kv_cache_bytes: opt.KvCacheBytes = None,
-    kv_cache_dtype: opt.KvCacheDtype = None,
-    max_adapters: opt.MaxAdapters = None,
-    max_waiting: opt.MaxWaiting = None,
-    max_bulk_tokens: opt.MaxBulkTokens = None,
-    max_score_tokens: opt.MaxScoreTokens = None,
-    num_threads: opt.NumThreads = None,
-    config: opt.ConfigFile = None,
-    log_level: opt.LogLevel = None,
-    log_format: opt.LogFormat = None,
-) -> None:
+@takes(flags=SETTINGS)
+def serve(*, flags: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
     """Serve one base model and any number of tasks on it, over gRPC."""
-    flags = {
-        "model": model,
-        "quantization": quantization,
-        "dtype": dtype,
-        "device": device,
-        "base_names": base_names,
-        "store": store,
-        "catalogue": catalogue,
-        "store_cache": store_cache,
-        "store_cache_bytes": store_cache_bytes,
-        "store_poll_s": store_poll_s,
-        "adapter_roots": adapter_roots,
-        "adapter_url_prefixes": adapter_url_prefixes,
-        "max_artifact_bytes": max_artifact_bytes,
-        "max_adapter_rank": max_adapter_rank,
-        "max_virtual_tokens": max_virtual_tokens,
-        "max_parts": max_parts,
-        "max_tasks": max_tasks,
-        "max_versions_per_task": max_versions_per_task,
-        "max_bytes_per_task": max_bytes_per_task,
-        "max_bytes": max_bytes,
-        "max_transfers": max_transfers,
-        "register": parse_register(register or []),
-        "host": host,
-        "grpc_port": grpc_port,
-        "http_port": http_port,
-        "tls_cert": tls_cert,
-        "tls_key": tls_key,
-        "tls_client_ca": tls_client_ca,
-        "token_file": token_file,
-        "http_insecure": http_insecure or None,
-        "insecure": insecure or None,
-        "max_context_length": max_context_length,
-        "max_sequences": max_sequences,
-        "max_batched_tokens": max_batched_tokens,
-        "kv_cache_bytes": kv_cache_bytes,
-        "kv_cache_dtype": kv_cache_dtype,
-        "max_adapters": max_adapters,
-        "max_waiting": max_waiting,
-        "max_bulk_tokens": max_bulk_tokens,
-        "max_score_tokens": max_score_tokens,
-        "num_threads": num_threads,
-        "log_level": log_level,
-        "log_format": log_format,
-    }
-    raise typer.Exit(run(flags, config))
-
-
-def run(flags: Mapping[str, Any], file: Path | None) -> int:
-    """Serve until a signal, and return the exit code; a flag that is None or empty is not given.
-
-    Raises:
-        UsageError: the server's packages are missing, or a setting is wrong.
-    """
+    refuse_unknown_variables(os.environ, SETTINGS, TRAIN_SETTINGS)
+    given = Given.of(SETTINGS, flags, os.environ)
     with needs_extra("server"):
         from manyhats.engine.threads.openmp import sleep_soon
 
         sleep_soon()
-        from manyhats.server.errors import ConfigError
-        from manyhats.server.lifetime.config_file import check_names, make_config, read_file
-        from manyhats.server.lifetime.process import EXIT_BY_SIGNAL
-        from manyhats.server.lifetime.process import serve as serve_process
-        from manyhats.server.lifetime.registered_sources import check_registered_sources
-    in_file: dict[str, Any] = {}
+        served, places = read_config(given, config)
+    if print_config:
+        typer.echo(config_text(SETTINGS, values_of(served), places), nl=False)
+    else:
+        raise typer.Exit(run(served))
+
+
+def read_config(given: Given, file: Path | None) -> tuple[ServeConfig, dict[str, str]]:
+    """The settings, and where those that are no defaults come from.
+
+    Raises:
+        UsageError: one is wrong.
+    """
+    from manyhats.server.lifetime.config_file import make_config
+    from manyhats.server.lifetime.registered_sources import check_registered_sources
+    from manyhats.settings.yaml_file import read_yaml
+
+    keys: dict[str, str] = {}
     try:
-        if file is not None:
-            in_file = read_file(file)
-            check_names(file, in_file, _SINGULAR.values())
-            if "register" in in_file:
-                in_file["register"] = register_of_file(file, in_file["register"])
-        given = {name: value for name, value in flags.items() if value not in (None, [], {})}
-        config = make_config({**with_plurals(in_file), **given})
+        content = read_yaml(file, "config", ConfigError) if file is not None else {}
+        keys = {name_of(key, SETTINGS): key.replace("-", "_") for key in content}
+        in_file = by_name(content, SETTINGS, ConfigError)
+        if "register" in in_file:
+            in_file["register"] = register_of_file(f"{file}: register", in_file["register"])
+        config = make_config({**in_file, **given.values})
         check_registered_sources(config)
     except ConfigError as error:
-        raise UsageError(_where_given(error, flags, file, in_file)) from error
+        raise UsageError(_where_given(error, given, file, keys)) from error
+    return config, {**dict.fromkeys(keys, str(file)), **given.places}
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until a signal, and return the exit code.
+
+    Raises:
+        CommandError: the server's packages are missing.
+    """
+    with needs_extra("server"):
+        from manyhats.server.lifetime.process import EXIT_BY_SIGNAL
+        from manyhats.server.lifetime.process import serve as serve_process
     quiet_libraries()
     has_bars = sys.stderr.isatty() and config.log_format == "text"
     code = asyncio.run(serve_process(config, show_progress=_bars if has_bars else None))
@@ -188,43 +139,26 @@ def _bars() -> AbstractContextManager[Progress]:
     return shown_progress()
 
 
-def _where_given(
-    error: ConfigError, flags: Mapping[str, Any], file: Path | None, in_file: Mapping[str, Any]
-) -> str:
-    """What is wrong with a setting, by the file or flag that gives it."""
+def _where_given(error: ConfigError, given: Given, file: Path | None, keys: Mapping[str, str]) -> str:
+    """What is wrong with a setting, by the flag, variable or file that gives it."""
     name = error.setting.partition(".")[0]
-    if name in with_plurals(in_file) and not flags.get(name):
-        key = _SINGULAR[name] if _SINGULAR.get(name) in in_file else name
-        return f"{file}: {key}{str(error).removeprefix(name)}"
-    flag = _SINGULAR.get(error.setting, error.setting).replace("_", "-")
-    return f"--{flag}: {str(error).removeprefix(f'{error.setting}: ')}"
+    problem = str(error).removeprefix(name)
+    if name in given.places:
+        return f"{given.places[name]}{problem}"
+    if name in keys:
+        is_known = name in _FLAGS
+        return f"{'' if is_known else '--config: '}{file}: {keys[name]}{problem}"
+    return f"--{_FLAGS.get(name, name)}{problem}"
 
 
-def with_plurals(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a file, which may have the names of the flags, under the names of ``ServeConfig``."""
-    plural = {singular: name for name, singular in _SINGULAR.items()}
-    return {plural.get(name, name): value for name, value in settings.items()}
-
-
-def register_of_file(file: Path, value: object) -> dict[str, str]:
+def register_of_file(place: str, value: object) -> dict[str, str]:
     """A settings file's ``register``: a mapping of tasks to paths, or a list of ``TASK=PATH`` as the flag takes.
 
     Raises:
-        UsageError: it is neither, or a task comes twice; names the file.
+        UsageError: it is neither, or a task comes twice; names the place.
     """
     if isinstance(value, dict) and all(isinstance(each, str) for pair in value.items() for each in pair):
         return value
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return parse_register(value, f"{file}: register")
-    raise UsageError(
-        f"{file}: register: must be a list of TASK=PATH, or a mapping such as {{sql: ./tasks/sql}}"
-    )
-
-
-def parse_register(texts: list[str], name: str = "--register") -> dict[str, str]:
-    """``TASK=PATH`` texts as a mapping.
-
-    Raises:
-        UsageError: one is not of that form, or a task comes twice; says ``name``.
-    """
-    return as_mapping(name, "TASK=PATH", (text.partition("=") for text in texts))
+        return read_entries(_REGISTER, place, value)
+    raise UsageError(f"{place}: must be a list of TASK=PATH, or a mapping such as {{sql: ./tasks/sql}}")

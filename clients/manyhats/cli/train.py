@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
 from manyhats.cli import options
-from manyhats.cli import train_options as opt
 from manyhats.cli.extras import needs_extra, quiet_libraries
 from manyhats.cli.failures import EXIT_INTERRUPTED, CommandError, UsageError
-from manyhats.cli.train_flags import Flags, Server, takes_settings
+from manyhats.cli.setting_options import Given, refuse_unknown_variables, takes
+from manyhats.cli.train_server import Server
+from manyhats.server.lifetime.config import SETTINGS as SERVE_SETTINGS
+from manyhats.trainer.settings.declaring import GROUPS
+from manyhats.trainer.settings.settings import SETTINGS
 
 HELP = """Train an adapter for a task, on a base model that does not change.
 
@@ -50,38 +56,85 @@ completion is learned), with text, or with the messages of a chat.
 
 The artifact, a model card and a report are left in ./tasks/T, or in --out.
 Ctrl-C writes a checkpoint, and the same command with --resume continues
-from it. A settings file uses the flags' names, one 'name: value' each. A
+from it. A settings file uses the flags' names, one 'name: value' each; a
+variable is a flag, too: --batch-size 8 is MANYHATS_BATCH_SIZE=8. A
 file for --tasks has such settings for all tasks, and a list 'tasks' with
 each one's own, including its 'method'; the tasks take turns on one base.
 """
 
 
-@takes_settings
+def _run(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=GROUPS[0], **settings)
+
+
+Method: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="METHOD",
+        help="lora, qlora, dora, ia3, bottleneck, prefix, prompt or ptuning. qlora is LoRA on the base in NF4,"
+        " lora on the dense base unless --quantization nf4 is given; the others take NF4 unless told otherwise.",
+        show_default=False,
+    ),
+]
+Config: TypeAlias = Annotated[
+    Path | None,
+    _run("--config", metavar="FILE", help="YAML with settings of these flags' names; flags win."),
+]
+Tasks: TypeAlias = Annotated[
+    Path | None,
+    _run(
+        "--tasks",
+        metavar="FILE",
+        help="YAML: shared settings, and a list `tasks` of several to train at once on one base.",
+    ),
+]
+Resume: TypeAlias = Annotated[
+    bool, _run("--resume", help="Go on from the newest checkpoint in the output's directory.")
+]
+DryRun: TypeAlias = Annotated[
+    bool, _run("--dry-run", help="Train nothing: print how much memory it would take, part by part.")
+]
+PrintConfig: TypeAlias = Annotated[
+    bool,
+    _run(
+        "--print-config", help="Train nothing: print all settings, as a file for --config, and their sources."
+    ),
+]
+
+
+@takes(flags=SETTINGS, server=Server)
 def train(
-    method: opt.Method = None,
+    method: Method = None,
     *,
-    flags: Flags,
-    config: opt.Config = None,
-    tasks: opt.Tasks = None,
-    resume: opt.Resume = False,
-    dry_run: opt.DryRun = False,
+    flags: Mapping[str, Any],
+    config: Config = None,
+    tasks: Tasks = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    print_config: PrintConfig = False,
     server: Server,
     as_json: options.Json = False,
 ) -> None:
     """Train an adapter for a task, on a base model that does not change."""
     if tasks is not None and (method is not None or config is not None):
         raise UsageError("--tasks has the methods and settings of all tasks: leave out METHOD and --config")
+    if tasks is not None and print_config:
+        raise UsageError("--print-config prints the settings of one task: leave out --tasks")
+    refuse_unknown_variables(os.environ, SETTINGS, SERVE_SETTINGS)
+    given = Given.of(SETTINGS, flags, os.environ)
+    values = {**given.values, **({} if method is None else {"method": method})}
     quiet_libraries()
     with needs_extra("train"):
         from manyhats.engine.threads.openmp import sleep_soon
 
         sleep_soon()
         from manyhats.cli import train_dry_run, train_runs, train_settings
-    given = {**flags.given(), **({} if method is None else {"method": method})}
-    with trainer_errors():
-        every = train_settings.read(given, config, tasks, is_dry_run=dry_run)
+    with trainer_errors(given.places):
+        every = train_settings.read(values, config, tasks, is_dry_run=dry_run)
         registrar = train_runs.Registrar.of(server, every)
-        if dry_run:
+        if print_config:
+            typer.echo(train_settings.text_of(every[0], config, given.places, method), nl=False)
+        elif dry_run:
             train_dry_run.show(every, as_json)
         elif tasks is not None:
             train_runs.train_all(every, registrar, resume, as_json)
@@ -90,8 +143,8 @@ def train(
 
 
 @contextmanager
-def trainer_errors() -> Iterator[None]:
-    """The trainer's errors as the command's, naming settings by their flags.
+def trainer_errors(places: Mapping[str, str]) -> Iterator[None]:
+    """The trainer's errors as the command's, naming settings by the flags or variables that give them.
 
     Raises:
         UsageError: a setting is wrong.
@@ -107,7 +160,7 @@ def trainer_errors() -> Iterator[None]:
     try:
         yield
     except SettingError as error:
-        raise UsageError(by_flags(describe_setting(error.setting, str(error)))) from error
+        raise UsageError(by_flags(describe_setting(error.setting, str(error), places))) from error
     except (TrainerError, ModelError, EngineError, AdapterError, OSError) as error:
         raise CommandError(by_flags(str(error))) from error
     except TrainingInterrupted as error:
@@ -116,19 +169,13 @@ def trainer_errors() -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
-def describe_setting(setting: str, text: str) -> str:
-    """A setting's error under the name of its flag; those of a tasks file keep their names."""
+def describe_setting(setting: str, text: str, places: Mapping[str, str]) -> str:
+    """A setting's error under the name of what gives it, else of its flag; those of a tasks file keep their names."""
     if setting.startswith("tasks["):
         return text
     name, dot, rest = setting.partition(".")
-    flag = "METHOD" if name == "method" else f"--{_SINGULAR.get(name, name).replace('_', '-')}"
-    return f"{flag}{dot}{rest}: {text.removeprefix(f'{setting}: ')}"
+    place = "METHOD" if name == "method" else places.get(name) or f"--{_FLAGS.get(name, name)}"
+    return f"{place}{dot}{rest}: {text.removeprefix(f'{setting}: ')}"
 
 
-_SINGULAR: Mapping[str, str] = {
-    "labels": "label",
-    "target_modules": "target-module",
-    "output_modules": "output-module",
-    "input_modules": "input-module",
-    "train": "data",
-}
+_FLAGS = {name: each.flag for each in SETTINGS for name in (each.field, each.name)}

@@ -17,7 +17,7 @@ from manyhats.cli.failures import CommandError, print_error
 from manyhats.cli.interrupts import prompt_interrupts
 from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, to_plain
 from manyhats.cli.progress import shown_progress
-from manyhats.cli.train_flags import Server
+from manyhats.cli.train_server import Server
 from manyhats.client import ManyhatsError, Registration
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import EngineError

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.scheduling.schedule import SchedulerConfig
+from manyhats.settings.declaration import setting
+from manyhats.settings.reading import Wording, check
+
+if TYPE_CHECKING:
+    from manyhats.engine.model.architecture import Architecture
+
+Dtype = Literal["auto", "bfloat16", "float32"]
 
 MIB = 2**20
+
+_LIMITS = "Limits"
+_WORDING = Wording(error=lambda name, problem: FieldInvalidError(f"engine.{name}", problem), shows_value=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,62 +28,74 @@ class EngineConfig:
     Attributes:
         dtype: of embeddings, adapters and, unless named, the KV cache; ``auto`` is ``bfloat16``. Arithmetic is
             float32 either way, but for NF4 linears on processors with AVX512-BF16, which ``bfloat16`` makes use of.
-        kv_cache_dtype: ``auto`` is ``dtype``.
-        kv_cache_bytes: memory for keys and values.
+        max_num_batched_tokens: a longer prompt is cut into chunks.
+        max_bulk_tokens: more of them keep others' tokens waiting for longer, fewer make them take longer themselves.
+        max_adapter_bytes: those in use are never evicted for it.
         block_size: positions per KV block.
-        max_num_sequences: that run at a time.
-        max_num_batched_tokens: rows of one step; a longer prompt is cut into chunks.
-        max_waiting: requests in the queue.
-        max_bulk_tokens: rows of scorings and of prompts that take several steps, in a step beside other requests. More
-            of them keep others' tokens waiting for longer, fewer make them take longer themselves.
-        max_score_tokens: prompt and all continuations of one scoring together.
-        max_loaded_adapters: adapters in memory at a time.
-        max_adapter_bytes: their memory; those in use are never evicted for it.
         max_unread_outputs: of one generation, before it pauses until its reader takes some.
         max_unread_bytes: or their size, which log-probabilities make large.
-        unread_limit_s: a generation that pauses for so long with nothing read is ended.
-        num_threads: of the kernels; 0 is one per core.
+
+    Raises:
+        FieldInvalidError: one is out of its range.
     """
 
-    dtype: str = "auto"
-    kv_cache_dtype: str = "auto"
-    kv_cache_bytes: int = 1024 * MIB
+    dtype: Dtype = setting("auto", group="Model", help="The number format to compute in.")
+    max_num_sequences: int = setting(
+        64, name="max_sequences", at_least=1, group=_LIMITS, help="Sequences that run at once."
+    )
+    max_num_batched_tokens: int = setting(
+        256, name="max_batched_tokens", at_least=1, group=_LIMITS, help="Tokens of one step."
+    )
+    kv_cache_bytes: int = setting(
+        1024 * MIB, unit="bytes", at_least=1, group=_LIMITS, help="Memory for the KV cache."
+    )
+    kv_cache_dtype: Dtype = setting(
+        "auto", group=_LIMITS, help="The number format of the KV cache; auto is --dtype."
+    )
+    max_loaded_adapters: int = setting(
+        256, name="max_adapters", at_least=1, group=_LIMITS, help="Adapters in memory at once."
+    )
+    max_adapter_bytes: int = setting(
+        2048 * MIB,
+        name="adapter_memory_bytes",
+        unit="bytes",
+        at_least=1,
+        group=_LIMITS,
+        help="Memory of the loaded adapters.",
+    )
+    max_waiting: int = setting(1024, at_least=1, group=_LIMITS, help="Requests that may wait.")
+    max_bulk_tokens: int = setting(
+        8,
+        at_least=1,
+        group=_LIMITS,
+        help="Tokens of scorings and long prompts in a step beside other requests.",
+    )
+    max_score_tokens: int = setting(
+        65_536, at_least=1, group=_LIMITS, help="Prompt and all continuations of one scoring."
+    )
+    unread_limit_s: float = setting(
+        60.0,
+        unit="seconds",
+        above=0,
+        group=_LIMITS,
+        help="An answer that nobody reads for this long is given up.",
+    )
+    num_threads: int = setting(
+        0,
+        at_least=0,
+        must="must be 0 or more",
+        group=_LIMITS,
+        help="Threads of the kernels; 0 is one per core.",
+    )
     block_size: int = 16
-    max_num_sequences: int = 64
-    max_num_batched_tokens: int = 256
-    max_waiting: int = 1024
-    max_bulk_tokens: int = 8
-    max_score_tokens: int = 65_536
-    max_loaded_adapters: int = 256
-    max_adapter_bytes: int = 2048 * MIB
     max_unread_outputs: int = 256
     max_unread_bytes: int = MIB
-    unread_limit_s: float = 60.0
-    num_threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "kv_cache_dtype"):
-            if getattr(self, name) not in ("auto", "float32", "bfloat16"):
-                raise FieldInvalidError(
-                    f"engine.{name}", f"must be auto, float32 or bfloat16, not {getattr(self, name)!r}"
-                )
-        for name in (
-            "kv_cache_bytes",
-            "block_size",
-            "max_loaded_adapters",
-            "max_adapter_bytes",
-            "max_unread_outputs",
-            "max_unread_bytes",
-            "max_score_tokens",
-        ):
+        check(self, _WORDING)
+        for name in ("block_size", "max_unread_outputs", "max_unread_bytes"):
             if getattr(self, name) < 1:
                 raise FieldInvalidError(f"engine.{name}", f"must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.unread_limit_s < math.inf:
-            raise FieldInvalidError(
-                "engine.unread_limit_s", f"must be over 0 seconds, not {self.unread_limit_s}"
-            )
-        if self.num_threads < 0:
-            raise FieldInvalidError("engine.num_threads", f"must be 0 (all) or more, not {self.num_threads}")
         _ = self.scheduler  # its own checks
 
     @property

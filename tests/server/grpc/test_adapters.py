@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.registration import Registered, Registration, Uri
 from manyhats.engine.errors import AdapterCapacityError
 from manyhats.server.lifetime.config import ServeConfig
+from manyhats.settings.declaration import values_of
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2, server_pb2
 from support.fakes.server import (
@@ -288,7 +290,7 @@ async def test_server_info_describes_the_base_model() -> None:
 async def test_server_info_tells_the_limits() -> None:
     async with running_server() as server:
         limits = (await server.server.GetServerInfo(server_pb2.GetServerInfoRequest())).limits
-    config = ServeConfig()
+    config = SimpleNamespace(**values_of(ServeConfig()))
     assert limits.max_request_bytes == 8 * 1024 * 1024
     assert (limits.max_sequences, limits.max_waiting) == (config.max_sequences, config.max_waiting)
     assert (limits.max_adapters, limits.max_continuations) == (4, 1024)

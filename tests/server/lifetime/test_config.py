@@ -16,7 +16,7 @@ from manyhats.server.lifetime.config_file import make_config
 
 
 def make(**settings: Any) -> ServeConfig:
-    return ServeConfig(**{"model": "m", "store": Path("/s"), **settings})
+    return make_config({"model": "m", "store": Path("/s"), **settings})
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,12 @@ def test_store_may_be_a_directory_or_a_url() -> None:
     for store in ("/data", Path("/data"), "s3://bucket/manyhats", "memory://x"):
         assert make(store=store).store == store
     config = make_config({"store": "s3://b/x", "catalogue": "postgresql+psycopg://db/x", "max_tasks": 5})
-    assert (config.store, config.catalogue, config.max_tasks) == ("s3://b/x", "postgresql+psycopg://db/x", 5)
-    assert (config.max_bytes, config.adapter_url_prefixes) == (None, ())
+    assert (config.store, config.catalogue, config.quotas.max_tasks) == (
+        "s3://b/x",
+        "postgresql+psycopg://db/x",
+        5,
+    )
+    assert (config.quotas.max_bytes, config.adapter_url_prefixes) == (None, ())
 
 
 def test_nothing_given_serves_the_default_model_from_the_homes_store(

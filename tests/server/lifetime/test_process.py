@@ -28,6 +28,7 @@ from manyhats.adapters.errors import SourceNotFoundError
 from manyhats.engine.errors import ModelError
 from manyhats.engine.progress import Progress
 from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.config_file import make_config
 from manyhats.server.lifetime.process import Assemble, ShowProgress, serve
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
@@ -137,7 +138,7 @@ async def living(
     **settings: Any,
 ) -> AsyncIterator[Life]:
     given = {"model": "echo", "store": Path("/nowhere"), "grpc_port": 0, "http_port": 0, "log_format": "json"}
-    config = ServeConfig(**{**given, **settings})
+    config = make_config({**given, **settings})
     task = asyncio.create_task(serve(config, assemble=assemble, show_progress=show_progress))
     try:
         yield Life(task, capsys)

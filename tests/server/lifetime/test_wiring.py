@@ -9,28 +9,26 @@ import pytest
 
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.quotas import Quotas
-from manyhats.engine.config import EngineConfig
+from manyhats.engine.config import EngineConfig, resolve
 from manyhats.server.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.config_file import make_config
 from manyhats.server.lifetime.wiring import (
-    adapter_limits,
-    engine_config,
     open_adapter_store,
-    quotas,
     resolve_device,
 )
 from support.factories.adapters import make_base
 
 
 def make(**settings: Any) -> ServeConfig:
-    return ServeConfig(**{"model": "m", "store": Path("/s"), **settings})
+    return make_config({"model": "m", "store": Path("/s"), **settings})
 
 
 def test_engine_gets_its_part_with_auto_resolved() -> None:
-    assert engine_config(make()) == EngineConfig(dtype="bfloat16", kv_cache_dtype="bfloat16")
-    float32 = engine_config(make(dtype="float32", max_sequences=3, max_batched_tokens=7, max_waiting=2))
+    assert resolve(make().engine) == EngineConfig(dtype="bfloat16", kv_cache_dtype="bfloat16")
+    float32 = resolve(make(dtype="float32", max_sequences=3, max_batched_tokens=7, max_waiting=2).engine)
     assert (float32.dtype, float32.kv_cache_dtype, float32.max_num_sequences) == ("float32", "float32", 3)
-    bounded = engine_config(make(max_bulk_tokens=5, max_score_tokens=99))
+    bounded = resolve(make(max_bulk_tokens=5, max_score_tokens=99).engine)
     assert (bounded.scheduler.max_bulk_tokens, bounded.max_score_tokens) == (5, 99)
 
 
@@ -42,9 +40,9 @@ def test_device_auto_is_what_there_are_kernels_for() -> None:
 
 
 def test_the_store_gets_its_limits_and_quotas() -> None:
-    assert adapter_limits(make()) == AdapterLimits()
-    assert quotas(make()) == Quotas()
-    limits = adapter_limits(make(max_artifact_bytes=9, max_adapter_rank=8, max_virtual_tokens=7, max_parts=6))
+    assert make().adapter_limits == AdapterLimits()
+    assert make().quotas == Quotas()
+    limits = make(max_artifact_bytes=9, max_adapter_rank=8, max_virtual_tokens=7, max_parts=6).adapter_limits
     assert limits == AdapterLimits(max_size_bytes=9, max_rank=8, max_virtual_tokens=7, max_parts=6)
     bounds = {
         "max_tasks": 1,
@@ -53,7 +51,7 @@ def test_the_store_gets_its_limits_and_quotas() -> None:
         "max_bytes": 4,
         "max_transfers": 5,
     }
-    assert quotas(make(**bounds)) == Quotas(**bounds)
+    assert make(**bounds).quotas == Quotas(**bounds)
 
 
 def test_the_store_is_opened_where_the_settings_say(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from manyhats.engine.checkpoints.loader import LoadedModel, Quantization, load_model
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.trainer.methods.adapter import TrainableAdapter
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,

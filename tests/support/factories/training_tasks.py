@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.trainer.settings.methods import AdapterSettings, LoraSettings
 from manyhats.trainer.settings.settings import (
-    AdapterSettings,
     DataSettings,
-    LoraSettings,
     ModelSettings,
     OptimizationSettings,
     TrainSettings,

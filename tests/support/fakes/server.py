@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,9 @@ from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_app
 from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.wiring import limits
 from manyhats.server.observability.metrics import Metrics
-from manyhats.server.service.backend import Backend, ModelInfo, ServerLimits
+from manyhats.server.service.backend import Backend, ModelInfo
 from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
@@ -404,8 +405,7 @@ INFO = ModelInfo(
 )
 
 
-_SETTINGS = {each.name: getattr(ServeConfig(), each.name) for each in fields(ServerLimits)}
-LIMITS = ServerLimits(**{**_SETTINGS, "max_adapters": 4, "max_tasks": 10**12, "max_bytes": 10**30})
+LIMITS = replace(limits(ServeConfig()), max_adapters=4, max_tasks=10**12, max_bytes=10**30)
 
 
 def make_backend(engine: EchoEngine, store: Any, tokenizer: Any = None) -> Backend:

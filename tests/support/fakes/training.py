@@ -20,7 +20,8 @@ from manyhats.trainer.data.batch import TrainingBatch
 from manyhats.trainer.data.dataset import DataCounts, DatasetBuilder
 from manyhats.trainer.report.events import Listener, ignore
 from manyhats.trainer.run.training_run import TrainingRun
-from manyhats.trainer.settings.settings import DataSettings, LoraSettings, OptimizationSettings, TrainSettings
+from manyhats.trainer.settings.methods import LoraSettings
+from manyhats.trainer.settings.settings import DataSettings, OptimizationSettings, TrainSettings
 
 VOCAB_SIZE = 12
 SIZE = 6

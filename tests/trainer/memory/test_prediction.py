@@ -38,18 +38,16 @@ from manyhats.trainer.memory.shape import BaseShape, read_shape
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.run.once_per_step import LoweredOnce
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,
     LoraSettings,
-    ModelSettings,
-    OptimizationSettings,
     PrefixSettings,
     PromptSettings,
     PTuningSettings,
-    TrainSettings,
 )
+from manyhats.trainer.settings.settings import ModelSettings, OptimizationSettings, TrainSettings
 from manyhats.trainer.settings.settings_file import make_settings
 from support.factories.tiny_models import make_checkpoint
 from support.factories.trainables import ALL_CASES

@@ -28,7 +28,7 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.errors import OutputError, SettingError
 from manyhats.trainer.methods import make_adapter
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from manyhats.engine.checkpoints.loader import Quantization
 from manyhats.trainer.methods import default_learning_rate, make_adapter
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     LoraSettings,

@@ -16,7 +16,7 @@ from manyhats.trainer.data.batch import TokenizedRow
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
-from manyhats.trainer.settings.settings import AdapterSettings, LoraSettings
+from manyhats.trainer.settings.methods import AdapterSettings, LoraSettings
 from support.factories.trainables import ALL_CASES, BOTTLENECK_CASES, PEFT_CASES, move, tiny_base
 from support.oracles.peft import make_peft
 

@@ -11,7 +11,7 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods import make_adapter
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,

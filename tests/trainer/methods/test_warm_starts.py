@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods import load_tensors, make_adapter
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,

@@ -18,7 +18,7 @@ from manyhats.trainer.data.collation import collate
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model import head
-from manyhats.trainer.settings.settings import LoraSettings
+from manyhats.trainer.settings.methods import LoraSettings
 from support.factories.tiny_models import make_checkpoint
 from support.factories.trainables import ALL_CASES, move, tiny_base
 from support.harnesses.engine import load_tiny, random_lora

@@ -38,7 +38,7 @@ from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.data.batch import TokenizedRow
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.methods import make_adapter
-from manyhats.trainer.settings.settings import LoraSettings
+from manyhats.trainer.settings.methods import LoraSettings
 from support.factories.adapterhub import make_adapterhub
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.factories.trainables import move, tiny_base

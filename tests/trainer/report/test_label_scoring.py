@@ -12,7 +12,7 @@ from manyhats.trainer.errors import OutputError
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.report.label_scoring import read_saved, score_labels
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,

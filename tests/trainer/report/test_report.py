@@ -22,7 +22,8 @@ from manyhats.trainer.report.report import (
     HeldOut,
     TrainingReport,
 )
-from manyhats.trainer.settings.settings import DataSettings, LoraSettings, ModelSettings, TrainSettings
+from manyhats.trainer.settings.methods import LoraSettings
+from manyhats.trainer.settings.settings import DataSettings, ModelSettings, TrainSettings
 
 
 def make_steps(count: int = 4) -> tuple[StepReport, ...]:

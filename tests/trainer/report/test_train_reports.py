@@ -26,14 +26,14 @@ from manyhats.trainer.run import task as task_training
 from manyhats.trainer.run.checkpoint import recorded_date
 from manyhats.trainer.run.evaluation import in_float32
 from manyhats.trainer.run.interrupt import TrainingInterrupted
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     LoraSettings,
     PrefixSettings,
     PromptSettings,
-    TrainSettings,
 )
+from manyhats.trainer.settings.settings import TrainSettings
 from manyhats.trainer.train import train
 from support.factories.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 from support.factories.training_tasks import TinyTask, make_tiny_task

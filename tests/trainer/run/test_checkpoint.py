@@ -17,7 +17,8 @@ from manyhats.trainer.report.events import CheckpointFailed, EvaluationReport, E
 from manyhats.trainer.report.fingerprint import rows_digest
 from manyhats.trainer.run.result import RunResult
 from manyhats.trainer.run.training_run import TrainingRun
-from manyhats.trainer.settings.settings import LoraSettings, TrainSettings
+from manyhats.trainer.settings.methods import LoraSettings
+from manyhats.trainer.settings.settings import TrainSettings
 from support.fakes.training import (
     FakeAdapter,
     ScriptedDecoder,

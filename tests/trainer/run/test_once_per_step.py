@@ -8,7 +8,7 @@ from manyhats.adapters.primitives import Affine, KVPrefix, LoweredAdapter, LowRa
 from manyhats.adapters.sites import Site
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.run.once_per_step import LoweredOnce
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,

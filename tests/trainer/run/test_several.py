@@ -15,14 +15,14 @@ from manyhats.trainer.report.events import CheckpointReport, EvaluationProgress,
 from manyhats.trainer.report.report import TrainingReport
 from manyhats.trainer.run.interrupt import TrainingInterrupted
 from manyhats.trainer.run.several import TaskOutcome, common_base, has_checkpoint, train_several
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     LoraSettings,
     PrefixSettings,
     PromptSettings,
-    TrainSettings,
 )
+from manyhats.trainer.settings.settings import TrainSettings
 from manyhats.trainer.train import train
 from support.factories.training_tasks import TinyTask, make_tiny_task
 

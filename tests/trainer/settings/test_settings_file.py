@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     BottleneckSettings,
     LoraSettings,
     PrefixSettings,
@@ -111,7 +111,7 @@ def test_settings_of_a_method(method: str, values: dict[str, Any], kind: type) -
         ("", {}, "method: must be given: one of lora, "),
         ("prompt", {"init": "text"}, "init_text: must be given for init text"),
         ("prompt", {"init_text": "Say:"}, "init_text: is for init text alone"),
-        ("bottleneck", {"non_linearity": "step"}, "non_linearity: 'step' is no .* these are: gelu, "),
+        ("bottleneck", {"non_linearity": "step"}, "non_linearity: 'step' is not an .* these are: gelu, "),
         ("bottleneck", {"non_linearity": "prelu"}, "non_linearity: 'prelu' has parameters of its own"),
         ("bottleneck", {"scaling": 0}, "scaling: must be a number other than 0, up to 1e[+]06"),
         ("bottleneck", {"scaling": -2e6}, "scaling: must be a number other than 0"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.scheduling.sequence import Sequence
-from manyhats.engine.scheduling.virtual_tokens import PrefixFill
+
+if TYPE_CHECKING:
+    from manyhats.engine.scheduling.sequence import Sequence
+    from manyhats.engine.scheduling.virtual_tokens import PrefixFill
 
 
 @dataclass(frozen=True, slots=True, eq=False)

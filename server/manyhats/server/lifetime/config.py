@@ -2,170 +2,214 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from manyhats.adapters.errors import TaskIdInvalidError
-from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.limits import DEFAULT_CACHE_BYTES, AdapterLimits
 from manyhats.adapters.quotas import Quotas
-from manyhats.adapters.store.artifacts.opening import DEFAULT_CACHE_BYTES
 from manyhats.adapters.taskid import check_task_id
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.home import default_home
 from manyhats.server.access.addresses import is_loopback
-from manyhats.server.access.tls import TlsFiles
 from manyhats.server.errors import ConfigError
+from manyhats.settings.declaration import grouped, setting
+from manyhats.settings.reading import Wording, check
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "bfloat16", "float32"]
-Quantization = Literal["nf4", "none"]
-LogFormat = Literal["json", "text"]
-LogLevel = Literal["debug", "info", "warning", "error"]
+if TYPE_CHECKING:
+    from manyhats.server.access.tls import TlsFiles
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-_ENGINE = EngineConfig()
-_LIMITS = AdapterLimits()
-_QUOTAS = Quotas()
-_POSITIVE = (
-    "max_context_length",
-    "max_sequences",
-    "max_batched_tokens",
-    "max_waiting",
-    "max_bulk_tokens",
-    "max_score_tokens",
-    "kv_cache_bytes",
-    "max_adapters",
-    "adapter_memory_bytes",
-    "max_artifact_bytes",
-    "max_adapter_rank",
-    "max_virtual_tokens",
-    "max_parts",
-    "max_tasks",
-    "max_versions_per_task",
-    "max_bytes_per_task",
-    "max_bytes",
-    "max_transfers",
-    "store_cache_bytes",
+WORDING = Wording(
+    error=ConfigError,
+    shows_value=True,
+    words={
+        "Input should be": "must be",
+        "a valid tuple": "a list",
+        "a valid dictionary": "a mapping",
+        "a valid": "a",
+        "a integer": "a whole number",
+    },
 )
-_SECONDS = ("drain_limit_s", "unread_limit_s", "heartbeat_limit_s", "store_poll_s")
+
+_GROUPS = (
+    _MODEL := "Model",
+    _ADAPTERS := "Adapters",
+    "What the store takes",
+    _ADDRESS := "Where it listens",
+    _SECURITY := "Who is let in",
+    _LIMITS := "Limits",
+    _LOGS := "Settings file and logs",
+)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+")
 _HALF_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/(?!/)")
 _URL_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+/")
+_PORT: Mapping[str, Any] = {
+    "at_least": 0,
+    "at_most": 65535,
+    "must": "must be in [0, 65535]",
+    "metavar": "PORT",
+    "group": _ADDRESS,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """Settings of one server process.
-
-    Attributes:
-        model: a known model's alias, a Hugging Face directory, or a hub id.
-        store: a directory, made if missing, or a URL such as ``s3://bucket/adapters``; several servers may share it.
-        catalogue: URL of the database of tasks and versions; empty is a file in the store's directory.
-        store_cache: directory for copies of what lies at a store's URL; None is one in the home.
-        store_cache_bytes: of those copies.
-        store_poll_s: how often is looked at what other servers changed in the store.
-        adapter_roots: directories that adapters may be registered from.
-        adapter_url_prefixes: what URLs of adapters may begin with; each ends with a slash.
-        register: task id → path or URL of an adapter to register at start, under one of those.
-        base_names: more names that adapters may give for this base model.
-        host: address of both ports; one that other machines can reach needs ``tls_cert`` and ``token_file``.
-        insecure: allow that host without them; what is given of them still holds.
-        tls_cert, tls_key: PEM files of both ports; read again when they change.
-        tls_client_ca: PEM file; gRPC callers must show a certificate of one of these authorities.
-        token_file: who may call what, see ``tokens``; read again when it changes. None lets everybody.
-        http_insecure: serve HTTP in the clear although gRPC has TLS.
-        grpc_port, http_port: 0 takes any free one.
-        device: ``auto`` takes the best there is.
-        dtype: of the computation; ``auto`` is bfloat16.
-        quantization: of the base model's linears.
-        max_context_length: prompt and output together, in tokens; None is the model's own.
-        max_sequences: sequences that run at once.
-        max_batched_tokens: tokens of one step; a longer prompt takes several.
-        max_waiting: requests that may wait; more are refused.
-        max_bulk_tokens: tokens of scorings and of prompts that take several steps, in a step beside other requests.
-        max_score_tokens: prompt and all continuations of one scoring.
-        kv_cache_bytes: memory for keys and values.
-        kv_cache_dtype: ``auto`` is ``dtype``.
-        num_threads: of the kernels; 0 is one per core.
-        max_adapters: adapters that are loaded at once.
-        adapter_memory_bytes: memory of the loaded adapters.
-        max_artifact_bytes: all files of one adapter together.
-        max_adapter_rank: R of any low-rank delta.
-        max_virtual_tokens: P of any prefix.
-        max_parts: adapters in one composed task.
-        max_tasks, max_versions_per_task, max_bytes_per_task, max_bytes: what the store may hold; None is no bound.
-        max_transfers: uploads, and downloads of adapters, at a time.
-        max_task_labels: tasks with metrics of their own.
-        drain_limit_s: how long running requests may go on at shutdown.
-        unread_limit_s: an answer of which nothing is read for so long is given up.
-        heartbeat_limit_s: an engine silent for longer is not healthy.
-        log_level, log_format: of stderr; ``json`` also makes the ready line on stdout JSON.
+    """Settings of one server process, and as its sections those of the engine and of the store.
 
     Raises:
         ConfigError: a setting is out of its range; it names the setting.
     """
 
-    model: str = DEFAULT_MODEL
-    store: str | Path = field(default_factory=lambda: default_home() / "store")
-    catalogue: str = ""
-    store_cache: Path | None = None
-    store_cache_bytes: int = DEFAULT_CACHE_BYTES
-    store_poll_s: float = 0.5
-    adapter_roots: tuple[Path, ...] = ()
-    adapter_url_prefixes: tuple[str, ...] = ()
-    register: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    base_names: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    insecure: bool = False
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    token_file: Path | None = None
-    http_insecure: bool = False
-    grpc_port: int = 50051
-    http_port: int = 8000
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    quantization: Quantization = "nf4"
-    max_context_length: int | None = None
-    max_sequences: int = _ENGINE.max_num_sequences
-    max_batched_tokens: int = _ENGINE.max_num_batched_tokens
-    max_waiting: int = _ENGINE.max_waiting
-    max_bulk_tokens: int = _ENGINE.max_bulk_tokens
-    max_score_tokens: int = _ENGINE.max_score_tokens
-    kv_cache_bytes: int = _ENGINE.kv_cache_bytes
-    kv_cache_dtype: Dtype = "auto"
-    num_threads: int = 0
-    max_adapters: int = _ENGINE.max_loaded_adapters
-    adapter_memory_bytes: int = _ENGINE.max_adapter_bytes
-    max_artifact_bytes: int = _LIMITS.max_size_bytes
-    max_adapter_rank: int = _LIMITS.max_rank
-    max_virtual_tokens: int = _LIMITS.max_virtual_tokens
-    max_parts: int = _LIMITS.max_parts
-    max_tasks: int | None = _QUOTAS.max_tasks
-    max_versions_per_task: int | None = _QUOTAS.max_versions_per_task
-    max_bytes_per_task: int | None = _QUOTAS.max_bytes_per_task
-    max_bytes: int | None = _QUOTAS.max_bytes
-    max_transfers: int = _QUOTAS.max_transfers
-    max_task_labels: int = 256
-    drain_limit_s: float = 30.0
-    unread_limit_s: float = _ENGINE.unread_limit_s
-    heartbeat_limit_s: float = 60.0
-    log_level: LogLevel = "info"
-    log_format: LogFormat = "text"
+    model: str = setting(
+        DEFAULT_MODEL,
+        group=_MODEL,
+        metavar="DIR|ID|ALIAS",
+        help="The base model: a Hugging Face directory, a hub id, or a known model's name.",
+    )
+    quantization: Literal["nf4", "none"] = setting(
+        "nf4", group=_MODEL, help="How the base's linears are stored."
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", group=_MODEL, help="The device to run on.")
+    base_names: tuple[str, ...] = setting(
+        (),
+        group=_MODEL,
+        flag="base_name",
+        metavar="NAME",
+        help="Another name adapters may give for this base. Repeatable.",
+    )
+    store: str | Path = setting(
+        factory=lambda: default_home() / "store",
+        group=_ADAPTERS,
+        metavar="DIR|URL",
+        shown="store in the cache's home",
+        help="Keeps registered adapters: a directory, made if missing, or a URL such as s3://bucket/manyhats."
+        " Several servers may share it.",
+    )
+    catalogue: str = setting(
+        "",
+        group=_ADAPTERS,
+        metavar="URL",
+        shown="a file in the store's directory",
+        help="The database of tasks and versions, such as postgresql+psycopg://host/name.",
+    )
+    store_cache: Path | None = setting(
+        None,
+        group=_ADAPTERS,
+        metavar="DIR",
+        shown="in the cache's home",
+        help="Keeps copies of what lies at the store's URL.",
+    )
+    store_cache_bytes: int = setting(
+        DEFAULT_CACHE_BYTES,
+        unit="bytes",
+        at_least=1,
+        group=_ADAPTERS,
+        help="The most that those copies may take.",
+    )
+    store_poll_s: float = setting(
+        0.5,
+        unit="seconds",
+        above=0,
+        group=_ADAPTERS,
+        help="How often to look at what other servers changed in the store.",
+    )
+    adapter_roots: tuple[Path, ...] = setting(
+        (),
+        group=_ADAPTERS,
+        flag="adapter_root",
+        metavar="DIR",
+        help="Adapters may be registered from here. Repeatable.",
+    )
+    adapter_url_prefixes: tuple[str, ...] = setting(
+        (),
+        group=_ADAPTERS,
+        flag="adapter_url_prefix",
+        metavar="URL",
+        help="Adapters may be registered from URLs with this prefix, such as s3://bucket/tasks/. Repeatable.",
+    )
+    register: Mapping[str, str] = setting(
+        factory=lambda: MappingProxyType({}),
+        group=_ADAPTERS,
+        metavar="TASK=PATH",
+        help="Register this adapter at start. Repeatable.",
+    )
+    host: str = setting(
+        "127.0.0.1", group=_ADDRESS, metavar="ADDRESS", help="The address that both ports listen on."
+    )
+    grpc_port: int = setting(50051, **_PORT, help="For the API; 0 takes a free one.")
+    http_port: int = setting(8000, **_PORT, help="For /metrics, /healthz and /readyz; 0 takes a free one.")
+    tls_cert: Path | None = setting(
+        None,
+        group=_SECURITY,
+        metavar="FILE",
+        help="PEM certificate of both ports; reloaded when it changes.",
+    )
+    tls_key: Path | None = setting(None, group=_SECURITY, metavar="FILE", help="PEM key of the certificate.")
+    tls_client_ca: Path | None = setting(
+        None,
+        group=_SECURITY,
+        metavar="FILE",
+        help="Mutual TLS: callers need a certificate of these authorities.",
+    )
+    token_file: Path | None = setting(
+        None,
+        group=_SECURITY,
+        metavar="FILE",
+        help="Callers need a token of this file (manyhats token new).",
+    )
+    http_insecure: bool = setting(
+        False, group=_SECURITY, help="With --tls-cert: the HTTP port in the clear all the same."
+    )
+    insecure: bool = setting(
+        False, group=_SECURITY, help="Let other machines in without --tls-cert or --token-file."
+    )
+    max_context_length: int | None = setting(
+        None,
+        at_least=1,
+        group=_LIMITS,
+        shown="the model's own",
+        help="Prompt and answer together, in tokens.",
+    )
+    max_task_labels: int = setting(
+        256, at_least=0, must="must be 0 or more", group=_LIMITS, help="Tasks with metrics of their own."
+    )
+    drain_limit_s: float = setting(
+        30.0,
+        unit="seconds",
+        above=0,
+        group=_LIMITS,
+        help="How long running requests may go on at shutdown.",
+    )
+    heartbeat_limit_s: float = setting(
+        60.0,
+        unit="seconds",
+        above=0,
+        group=_LIMITS,
+        help="An engine that is silent for longer is not healthy.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", group=_LOGS, help="The least that is logged."
+    )
+    log_format: Literal["json", "text"] = setting(
+        "text", group=_LOGS, help="The form of the logs on stderr, and of the ready line on stdout."
+    )
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    adapter_limits: AdapterLimits = field(default_factory=AdapterLimits)
+    quotas: Quotas = field(default_factory=Quotas)
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model", "must name a model: an alias, a directory or a hub id")
+        check(self, WORDING)
+        if self.grpc_port == self.http_port != 0:
+            raise ConfigError("http_port", f"must not be the gRPC port, {self.grpc_port}")
         self._check_store()
-        self._check_choices()
-        self._check_numbers()
         self._check_tls()
         self._check_host()
         self._check_register()
@@ -186,40 +230,11 @@ class ServeConfig:
                     f"{prefix!r} must be a URL that ends with a slash, as in s3://bucket/tasks/",
                 )
 
-    def _check_choices(self) -> None:
-        choices = {
-            "device": Device,
-            "dtype": Dtype,
-            "kv_cache_dtype": Dtype,
-            "quantization": Quantization,
-            "log_level": LogLevel,
-            "log_format": LogFormat,
-        }
-        for name, kind in choices.items():
-            allowed = get_args(kind)
-            if getattr(self, name) not in allowed:
-                raise ConfigError(name, f"must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-
-    def _check_numbers(self) -> None:
-        for name in ("grpc_port", "http_port"):
-            if not 0 <= getattr(self, name) <= 65535:
-                raise ConfigError(name, f"must be in [0, 65535], not {getattr(self, name)}")
-        if self.grpc_port == self.http_port != 0:
-            raise ConfigError("http_port", f"must not be the gRPC port, {self.grpc_port}")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(name, f"must be at least 1, not {value}")
-        for name in ("max_task_labels", "num_threads"):
-            if getattr(self, name) < 0:
-                raise ConfigError(name, f"must be 0 or more, not {getattr(self, name)}")
-        for name in _SECONDS:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ConfigError(name, f"must be over 0 seconds, not {getattr(self, name)}")
-
     @property
     def tls_files(self) -> TlsFiles | None:
         """The files of TLS, if it is on."""
+        from manyhats.server.access.tls import TlsFiles
+
         if self.tls_cert is None or self.tls_key is None:
             return None
         return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca)
@@ -253,3 +268,7 @@ class ServeConfig:
                 raise ConfigError("register", f"{task_id!r}: {error.description}") from error
             if not path:
                 raise ConfigError("register", f"{task_id} needs a path, as in TASK=PATH")
+
+
+SETTINGS = grouped(ServeConfig, _GROUPS)
+"""The settings of a server, those that are shown together behind each other."""

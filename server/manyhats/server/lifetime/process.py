@@ -106,7 +106,7 @@ class _Process:
         self._connections = connection_limits(raise_file_limit())
         self._metrics = Metrics(max_task_labels=config.max_task_labels)
         # More than the engine takes, so that it is the engine that says how long its queue is.
-        max_calls = config.max_waiting + config.max_sequences + _MAX_OTHER_CALLS
+        max_calls = config.engine.max_waiting + config.engine.max_num_sequences + _MAX_OTHER_CALLS
         self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s, max_calls=max_calls)
         self._stop = StopSignals()
         self._store: AdapterStore | None = None
@@ -169,7 +169,9 @@ class _Process:
             port=config.grpc_port,
             tls=tls,
             tokens=None if config.token_file is None else TokenFile(config.token_file),
-            limits=GrpcLimits(max_connections=self._connections.grpc, unread_limit_s=config.unread_limit_s),
+            limits=GrpcLimits(
+                max_connections=self._connections.grpc, unread_limit_s=config.engine.unread_limit_s
+            ),
         )
 
     async def _unless_stopped(self, start: Coroutine[Any, Any, Started]) -> Started | None:

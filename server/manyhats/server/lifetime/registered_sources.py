@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from manyhats.adapters.errors import AdapterError, SourceNotAllowedError
-from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.sources.sources import check_source
 from manyhats.server.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
@@ -16,10 +15,9 @@ def check_registered_sources(config: ServeConfig) -> None:
         ConfigError: one is missing, cannot be read, is no adapter's directory or lies outside what is allowed; it names
             task, path and what is wrong.
     """
-    limits = AdapterLimits(max_size_bytes=config.max_artifact_bytes)
     for task_id, uri in config.register.items():
         try:
-            check_source(uri, config.adapter_roots, config.adapter_url_prefixes, limits)
+            check_source(uri, config.adapter_roots, config.adapter_url_prefixes, config.adapter_limits)
         except AdapterError as error:
             place = "" if error.subject == uri else f"{uri}: "
             raise ConfigError("register", f"{task_id}: {place}{error}{_hint(error, config)}") from error

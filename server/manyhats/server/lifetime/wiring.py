@@ -10,14 +10,12 @@ import torch
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import StoreConfigError
-from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import load_model
-from manyhats.engine.config import EngineConfig, resolve
+from manyhats.engine.config import resolve
 from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.home import default_home
 from manyhats.engine.progress import Progress
@@ -28,6 +26,7 @@ from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend, ModelInfo, ServerLimits
 from manyhats.server.service.task_tokenizers import TaskTokenizers
 from manyhats.server.service.text_threads import TextThreads
+from manyhats.settings.declaration import values_of
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Registrations wait for each other, and for slow sources.
@@ -48,7 +47,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         AdapterError: the store cannot be opened.
     """
     device = resolve_device(config.device)
-    settings = engine_config(config)
+    settings = resolve(config.engine)
     model = load_model(
         config.model,
         quantization=config.quantization,
@@ -103,8 +102,8 @@ def open_adapter_store(config: ServeConfig, base: BaseDescription) -> AdapterSto
             config.adapter_roots,
             catalogue_url=config.catalogue,
             url_prefixes=config.adapter_url_prefixes,
-            limits=adapter_limits(config),
-            quotas=quotas(config),
+            limits=config.adapter_limits,
+            quotas=config.quotas,
             cache_directory=config.store_cache or default_home() / "store-cache",
             cache_max_bytes=config.store_cache_bytes,
         )
@@ -113,30 +112,10 @@ def open_adapter_store(config: ServeConfig, base: BaseDescription) -> AdapterSto
         raise ConfigError(setting, error.description) from error
 
 
-def adapter_limits(config: ServeConfig) -> AdapterLimits:
-    """How large an adapter may be."""
-    return AdapterLimits(
-        max_size_bytes=config.max_artifact_bytes,
-        max_rank=config.max_adapter_rank,
-        max_virtual_tokens=config.max_virtual_tokens,
-        max_parts=config.max_parts,
-    )
-
-
 def limits(config: ServeConfig) -> ServerLimits:
     """What callers are told of the settings."""
-    return ServerLimits(**{each.name: getattr(config, each.name) for each in fields(ServerLimits)})
-
-
-def quotas(config: ServeConfig) -> Quotas:
-    """How much the store may hold."""
-    return Quotas(
-        max_tasks=config.max_tasks,
-        max_versions_per_task=config.max_versions_per_task,
-        max_bytes_per_task=config.max_bytes_per_task,
-        max_bytes=config.max_bytes,
-        max_transfers=config.max_transfers,
-    )
+    values = values_of(config)
+    return ServerLimits(**{each.name: values[each.name] for each in fields(ServerLimits)})
 
 
 def resolve_device(device: str) -> str:
@@ -148,26 +127,6 @@ def resolve_device(device: str) -> str:
     if device == "cuda":
         raise ConfigError("device", "this version has kernels for the CPU only")
     return "cpu"
-
-
-def engine_config(config: ServeConfig) -> EngineConfig:
-    """The engine's part of the settings, with nothing left as ``auto``."""
-    return resolve(
-        EngineConfig(
-            dtype=config.dtype,
-            kv_cache_dtype=config.kv_cache_dtype,
-            kv_cache_bytes=config.kv_cache_bytes,
-            max_num_sequences=config.max_sequences,
-            max_num_batched_tokens=config.max_batched_tokens,
-            max_waiting=config.max_waiting,
-            max_bulk_tokens=config.max_bulk_tokens,
-            max_score_tokens=config.max_score_tokens,
-            max_loaded_adapters=config.max_adapters,
-            max_adapter_bytes=config.adapter_memory_bytes,
-            unread_limit_s=config.unread_limit_s,
-            num_threads=config.num_threads,
-        )
-    )
 
 
 @dataclass(frozen=True, slots=True)

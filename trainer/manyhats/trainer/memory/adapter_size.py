@@ -15,7 +15,7 @@ from manyhats.trainer.methods.bottleneck import bottleneck_size
 from manyhats.trainer.methods.lora import plan_lora
 from manyhats.trainer.methods.targets import choose_modules
 from manyhats.trainer.methods.virtual_tokens import check_virtual_token_limit
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,

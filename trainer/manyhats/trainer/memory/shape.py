@@ -21,7 +21,7 @@ from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.families.reading import FAMILIES, read_family
 from manyhats.engine.model.layout import Family
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
-from manyhats.trainer.settings.settings import LARGEST
+from manyhats.trainer.settings.declaring import LARGEST
 
 _CONFIG = "config.json"
 _STORED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

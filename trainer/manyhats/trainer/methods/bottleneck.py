@@ -20,7 +20,7 @@ from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.initialization import kaiming_uniform, zeros
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
-from manyhats.trainer.settings.settings import BottleneckSettings
+from manyhats.trainer.settings.methods import BottleneckSettings
 
 _VERSION = "adapters.1.3.0"
 

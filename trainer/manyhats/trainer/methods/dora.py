@@ -25,7 +25,7 @@ from manyhats.trainer.methods.lora import (
     tensor_name,
 )
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
-from manyhats.trainer.settings.settings import LoraSettings
+from manyhats.trainer.settings.methods import LoraSettings
 
 
 def make_dora(

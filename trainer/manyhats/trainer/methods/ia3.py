@@ -15,7 +15,7 @@ from manyhats.trainer.errors import SettingError
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.peft_config import peft_config
 from manyhats.trainer.methods.targets import ChosenModules, choose_modules
-from manyhats.trainer.settings.settings import Ia3Settings
+from manyhats.trainer.settings.methods import Ia3Settings
 
 _VECTOR = "ia3_l"
 

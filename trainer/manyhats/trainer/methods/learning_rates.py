@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,

@@ -24,7 +24,7 @@ from manyhats.trainer.methods.initialization import kaiming_uniform, zeros
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.peft_config import peft_config, plain_number
 from manyhats.trainer.methods.targets import ChosenModules, choose_modules
-from manyhats.trainer.settings.settings import LoraSettings
+from manyhats.trainer.settings.methods import LoraSettings
 
 # As PEFT counts it; beyond, the server refuses it.
 _MAX_ALPHA = 1e6

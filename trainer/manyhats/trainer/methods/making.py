@@ -25,7 +25,7 @@ from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.prefix_tuning import make_prefix
 from manyhats.trainer.methods.prompt_tuning import make_prompt
 from manyhats.trainer.methods.warm_start import load_artifact
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
     Ia3Settings,

@@ -18,7 +18,7 @@ from manyhats.trainer.methods.initialization import linear, normal
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.peft_config import peft_config
 from manyhats.trainer.methods.virtual_tokens import check_num_virtual_tokens, prompt_fields
-from manyhats.trainer.settings.settings import PTuningSettings
+from manyhats.trainer.settings.methods import PTuningSettings
 
 
 def make_p_tuning(

@@ -20,7 +20,7 @@ from manyhats.trainer.methods.initialization import normal
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.peft_config import peft_config
 from manyhats.trainer.methods.virtual_tokens import check_num_virtual_tokens, prompt_fields
-from manyhats.trainer.settings.settings import PromptSettings
+from manyhats.trainer.settings.methods import PromptSettings
 
 _PEFT_NAMES = {"text": "TEXT", "vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
 

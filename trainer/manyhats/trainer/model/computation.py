@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -20,9 +21,9 @@ class Computation:
     device: torch.device
 
     @property
-    def dtype_name(self) -> str:
-        """``float32`` or ``bfloat16``."""
-        return str(self.dtype).removeprefix("torch.")
+    def dtype_name(self) -> Literal["bfloat16", "float32"]:
+        """The dtype as settings name it."""
+        return "bfloat16" if self.dtype == torch.bfloat16 else "float32"
 
 
 def resolve_computation(settings: ModelSettings) -> Computation:

@@ -16,7 +16,7 @@ from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.config import MIB, EngineConfig, kv_bytes_per_token
+from manyhats.engine.config import MIB, Dtype, EngineConfig, kv_bytes_per_token
 from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.request import ScoreRequest
@@ -78,7 +78,7 @@ def score_labels(
     saved: SavedAdapter,
     items: Sequence[LabelledItem],
     *,
-    dtype: str,
+    dtype: Dtype,
     num_threads: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelScores:

@@ -5,45 +5,28 @@ A setting's name is that of its flag with underscores: ``--batch-size`` is ``bat
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from manyhats.adapters.errors import TaskIdInvalidError
 from manyhats.adapters.taskid import check_task_id
+from manyhats.settings.declaration import settings_of
+from manyhats.settings.reading import by_name, make, not_a_setting
+from manyhats.settings.yaml_file import read_yaml
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.files.yaml_file import of_file, read_yaml
-from manyhats.trainer.settings.settings import (
+from manyhats.trainer.settings.declaring import WORDING
+from manyhats.trainer.settings.methods import (
     BottleneckSettings,
-    DataSettings,
     Ia3Settings,
     LoraSettings,
-    ModelSettings,
-    OptimizationSettings,
     PrefixSettings,
     PromptSettings,
     PTuningSettings,
-    TrainSettings,
 )
-
-__all__ = [
-    "DEFAULT_OUT",
-    "METHODS",
-    "SHARED_BY_TASKS",
-    "Method",
-    "check_names",
-    "make_settings",
-    "named",
-    "of_other_methods",
-    "read_file",
-    "read_settings",
-    "to_name",
-]
+from manyhats.trainer.settings.settings import SETTINGS, ModelSettings, TrainSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +48,7 @@ class Method:
     @property
     def names(self) -> frozenset[str]:
         """The names of its own settings."""
-        return frozenset(each.name for each in fields(self.settings)) - {"use_dora"}
+        return frozenset(each.name for each in settings_of(self.settings))
 
 
 METHODS: Mapping[str, Method] = {
@@ -80,21 +63,7 @@ METHODS: Mapping[str, Method] = {
 }
 """The methods that can be trained, by their names on the command line."""
 
-_NAMES_IN_DATA = {"train": "data"}
-"""Fields of ``DataSettings`` whose flag has another name."""
-
-_SINGULAR = {
-    "label": "labels",
-    "target_module": "target_modules",
-    "output_module": "output_modules",
-    "input_module": "input_modules",
-}
-"""Repeatable flags → the settings that they add to; a file may have either name."""
-
-_OF_RUN = ("method", "task", "out", "save_dtype", "init_from")
-_OF_DATA = {_NAMES_IN_DATA.get(each.name, each.name): each.name for each in fields(DataSettings)}
-_OF_OPTIMIZATION = frozenset(each.name for each in fields(OptimizationSettings))
-SHARED_BY_TASKS = frozenset(each.name for each in fields(ModelSettings))
+SHARED_BY_TASKS = frozenset(each.name for each in settings_of(ModelSettings))
 """Settings of the base, which tasks trained together have in common."""
 
 _CONFIG = "config"
@@ -103,7 +72,7 @@ _CONFIG = "config"
 DEFAULT_OUT = "tasks"
 """Has the directory of each task that names none."""
 
-_COMMON = frozenset({*_OF_RUN, *_OF_DATA, *_OF_OPTIMIZATION, *SHARED_BY_TASKS})
+_NAMES = frozenset({"method", *(each.name for each in SETTINGS)})
 _OF_METHODS = frozenset(name for method in METHODS.values() for name in method.names)
 
 
@@ -131,11 +100,26 @@ def read_file(file: Path) -> dict[str, Any]:
     Raises:
         SettingError: it cannot be read, is not a mapping, or has a name that is no setting.
     """
-    content = read_yaml(file, _CONFIG)
+    content = read_yaml(file, _CONFIG, SettingError)
     with of_file(file, _CONFIG):
         settings = named(content)
         check_names(settings)
     return settings
+
+
+@contextmanager
+def of_file(file: Path, flag: str, names: Collection[str] | None = None) -> Iterator[None]:
+    """Errors of a file's settings name the file, and are those of the flag that named it.
+
+    Args:
+        names: of the settings that the file has; None where all are the file's.
+    """
+    try:
+        yield
+    except SettingError as error:
+        if names is not None and error.setting.partition(".")[0] not in names:
+            raise
+        raise SettingError(flag, f"{file}: {error}") from error
 
 
 def named(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,19 +128,7 @@ def named(content: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SettingError: one is there twice, by two names.
     """
-    settings: dict[str, Any] = {}
-    for key, value in content.items():
-        name = to_name(key)
-        if name in settings:
-            raise SettingError(name, "is given twice")
-        settings[name] = value
-    return settings
-
-
-def to_name(name: str) -> str:
-    """A setting's name here, of one with dashes or in the singular."""
-    name = name.replace("-", "_")
-    return _SINGULAR.get(name, name)
+    return by_name(content, SETTINGS, SettingError)
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -166,11 +138,8 @@ def check_names(names: Iterable[str]) -> None:
         SettingError: there is one; names it.
     """
     for name in names:
-        if name not in _COMMON | _OF_METHODS:
-            near = difflib.get_close_matches(name.lower(), _COMMON | _OF_METHODS, n=1)
-            raise SettingError(
-                name, f"is not a setting; did you mean {near[0]}?" if near else "is not a setting"
-            )
+        if name not in _NAMES:
+            raise SettingError(name, not_a_setting(name, _NAMES))
 
 
 def of_other_methods(method: object) -> frozenset[str]:
@@ -196,18 +165,24 @@ def make_settings(values: Mapping[str, Any]) -> TrainSettings:
         raise SettingError(
             name, f"is not a setting of {method_name}, but of {', '.join(_methods_with(name))}"
         )
-    of_model = {"quantization": method.quantization, **_select(given, SHARED_BY_TASKS)}
-    if method.is_quantized and of_model["quantization"] != method.quantization:
+    quantization = given.get("quantization", method.quantization)
+    if method.is_quantized and quantization != method.quantization:
         raise SettingError(
             "quantization", f"{method_name} trains on {method.quantization}; lora trains on others"
         )
-    sections = {
-        "adapter": _validated(method.settings, {**_select(given, method.names), **method.fixed}),
-        "data": _validated(DataSettings, _data(given)),
-        "optimization": _validated(OptimizationSettings, _select(given, _OF_OPTIMIZATION)),
-        "model": _validated(ModelSettings, of_model),
-    }
-    return _validated(TrainSettings, {"task": _task(given), **_select(given, _OF_RUN[2:]), **sections})
+    adapter = make(method.settings, given, WORDING, **method.fixed)
+    if "data" not in given:
+        raise SettingError("data", "must be given")
+    values = {**given, "quantization": quantization, "task": _task(given)}
+    return make(TrainSettings, values, WORDING, adapter=adapter)
+
+
+def method_of(settings: TrainSettings) -> str:
+    """The method's name, of those whose settings these are."""
+    adapter = settings.adapter
+    if isinstance(adapter, LoraSettings):
+        return "dora" if adapter.use_dora else "lora" if settings.model.quantization == "none" else "qlora"
+    return next(name for name, method in METHODS.items() if method.settings is type(adapter))
 
 
 def _method_name(given: Mapping[str, Any]) -> str:
@@ -232,58 +207,3 @@ def _task(given: Mapping[str, Any]) -> str:
         return check_task_id(task)
     except TaskIdInvalidError as error:
         raise SettingError("task", f"{task!r} is none: {error.description}") from error
-
-
-def _data(given: Mapping[str, Any]) -> dict[str, Any]:
-    if "data" not in given:
-        raise SettingError("data", "must be given")
-    return {at: given[name] for name, at in _OF_DATA.items() if name in given}
-
-
-def _select(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: given[name] for name in names if name in given}
-
-
-Settings = TypeVar("Settings")
-
-
-def _validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """One section, its values converted where nothing is lost, such as the text ``1e-4`` to a number.
-
-    Raises:
-        SettingError: a value has the wrong type, or is out of its range.
-    """
-    hints = get_type_hints(kind)
-    prepared = {name: _prepared(name, value, hints[name]) for name, value in values.items()}
-    try:
-        return TypeAdapter(kind).validate_python(prepared)
-    except SettingError as error:
-        raise SettingError(_flag_name(error.setting), error.message) from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = [_flag_name(str(first["loc"][0])), *map(str, first["loc"][1:])]
-        raise SettingError(".".join(where), _plain(first["msg"])) from error
-
-
-def _prepared(name: str, value: Any, hint: Any) -> Any:
-    """The value, as pydantic understands it.
-
-    YAML reads ``yes`` as true and one word of a list as a text; pydantic would take true for 1.
-    """
-    if isinstance(value, bool) and hint is not bool:
-        raise SettingError(
-            _flag_name(name), f"must not be {str(value).lower()}; quote a word that YAML takes so"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise SettingError(_flag_name(name), "must be a finite number")
-    if isinstance(value, str) and get_origin(hint) is tuple:
-        return (value,)
-    return value
-
-
-def _flag_name(field_name: str) -> str:
-    return _NAMES_IN_DATA.get(field_name, field_name)
-
-
-def _plain(message: str) -> str:
-    return message[:1].lower() + message[1:]

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+from manyhats.settings.yaml_file import read_yaml
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.files.yaml_file import of_file, read_yaml
 from manyhats.trainer.settings.settings import TrainSettings
 from manyhats.trainer.settings.settings_file import (
     DEFAULT_OUT,
@@ -16,6 +16,7 @@ from manyhats.trainer.settings.settings_file import (
     check_names,
     make_settings,
     named,
+    of_file,
     of_other_methods,
 )
 
@@ -36,7 +37,7 @@ def read_tasks(file: Path, flags: Mapping[str, Any]) -> tuple[TrainSettings, ...
     Raises:
         SettingError: the file, or a setting of it; names the file or the task, and the setting.
     """
-    content = read_yaml(file, _TASKS)
+    content = read_yaml(file, _TASKS, SettingError)
     own = _own_settings(file, content.pop(_TASKS, None))
     with of_file(file, _TASKS):
         of_all = named(content)

@@ -9,11 +9,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from manyhats.adapters.errors import StoreConfigError
-from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.limits import DEFAULT_CACHE_BYTES, AdapterLimits
 from manyhats.adapters.store.artifacts.local import LocalArtifacts
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
-
-DEFAULT_CACHE_BYTES = 8 * 1024**3
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhats.server.errors import ConfigError
-from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.config import SETTINGS as DECLARED
 from manyhats.server.lifetime.config_file import make_config
-from manyhats.server.lifetime.sizes import parse_size
+from manyhats.settings.declaration import values_of
+from manyhats.settings.sizes import parse_size, size_text
 
 SETTINGS = (
     "kv_cache_bytes",
@@ -67,11 +68,11 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_of_bytes_takes_sizes_as_text_and_as_numbers(setting: str, tmp_path: Path) -> None:
-    assert getattr(make_config({setting: "2GiB"}), setting) == 2**31
-    assert getattr(make_config({setting: 12345}), setting) == 12345
+    assert values_of(make_config({setting: "2GiB"}))[setting] == 2**31
+    assert values_of(make_config({setting: 12345}))[setting] == 12345
     file = tmp_path / "config.yaml"
     file.write_text(f"{setting.replace('_', '-')}: 3MiB\n")
-    assert getattr(make_config({}, file), setting) == 3 * 2**20
+    assert values_of(make_config({}, file))[setting] == 3 * 2**20
     for wrong in ("0GiB", "much", "1G"):
         with pytest.raises(ConfigError) as caught:
             make_config({setting: wrong})
@@ -79,5 +80,11 @@ def test_every_setting_of_bytes_takes_sizes_as_text_and_as_numbers(setting: str,
 
 
 def test_no_setting_of_bytes_is_left_out() -> None:
-    names = {name for name in ServeConfig.__dataclass_fields__ if "bytes" in name}
-    assert names == set(SETTINGS)
+    names = {each.name for each in DECLARED if "bytes" in each.name}
+    assert names == set(SETTINGS) == {each.name for each in DECLARED if each.declared.unit == "bytes"}
+
+
+@given(st.integers(0, 10**17))
+def test_a_size_is_read_back_from_its_text(size: int) -> None:
+    assert parse_size(size_text(size)) == size
+    assert parse_size(size_text(size * 2**20)) == size * 2**20

@@ -29,3 +29,11 @@ def parse_size(text: str) -> int:
     if size is None or size.denominator != 1:
         raise ValueError(f"must be a size such as 1GiB, 512MiB, 2GB or a number of bytes, not {text!r}")
     return int(size)
+
+
+def size_text(size: int) -> str:
+    """The shortest text of whole units that ``parse_size`` reads as ``size`` bytes, such as ``8GiB``."""
+    for power, letter in reversed(list(enumerate("KMGT", start=1))):
+        if size and size % 1024**power == 0:
+            return f"{size // 1024**power}{letter}iB"
+    return str(size)
