@@ -174,7 +174,9 @@ def describe_setting(setting: str, text: str, places: Mapping[str, str]) -> str:
     if setting.startswith("tasks["):
         return text
     name, dot, rest = setting.partition(".")
-    place = "METHOD" if name == "method" else places.get(name) or f"--{_FLAGS.get(name, name)}"
+    place = (
+        "METHOD" if name == "method" else places.get(name) or f"--{_FLAGS.get(name, name).replace('_', '-')}"
+    )
     return f"{place}{dot}{rest}: {text.removeprefix(f'{setting}: ')}"
 
 
