@@ -153,7 +153,7 @@ class PeftTrainer:
         config = peft.LoraConfig(
             r=self._workload.rank,
             lora_alpha=self._workload.alpha,
-            target_modules=list(ALL_LINEARS),
+            target_modules=ALL_LINEARS,
             task_type="CAUSAL_LM",
         )
         # In bfloat16 without autocast, adapters of the same dtype spare it conversions.

@@ -11,6 +11,7 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.targets import with_named_modules
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
@@ -198,6 +199,19 @@ def test_all_linear_is_every_linear_but_the_head() -> None:
         adapter = make_adapter(case, "task", tiny_base(family).model, seed=0)
         assert len(adapter.parameters) == 2 * 2 * count
         assert "lm_head" not in adapter.config["target_modules"]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_what_is_recorded_names_the_linears_that_the_settings_leave_to_the_base(family: str) -> None:
+    base = tiny_base(family).model.description
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert with_named_modules(LoraSettings(rank=2), base) == LoraSettings(rank=2, target_modules=linears)
+    both = LoraSettings(target_modules=("lm_head", "up_proj", "all-linear"))
+    ahead = ("lm_head", "up_proj")
+    rest = tuple(name for name in linears if name != "up_proj")
+    assert with_named_modules(both, base) == LoraSettings(target_modules=(*ahead, *rest))
+    for settings in (LoraSettings(target_modules=("o_proj",)), Ia3Settings()):
+        assert with_named_modules(settings, base) == settings
 
 
 def test_a_pattern_decides_over_the_modules_that_it_matches() -> None:

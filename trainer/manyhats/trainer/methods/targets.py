@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from manyhats.adapters.formats.peft.tensors import HEAD_MODULE, Target, find_target
 from manyhats.adapters.sites import BaseDescription
 from manyhats.trainer.errors import SettingError
-
-ALL_LINEARS = "all-linear"
-"""PEFT's word for every linear but the head."""
+from manyhats.trainer.settings.methods import ALL_LINEARS, AdapterSettings, LoraSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +22,15 @@ class ChosenModules:
 
     names: tuple[str, ...]
     targets: tuple[Target, ...]
+
+
+def with_named_modules(settings: AdapterSettings, base: BaseDescription) -> AdapterSettings:
+    """The same with ``all-linear`` as names, so that records of a training say what it acted on."""
+    if not isinstance(settings, LoraSettings):
+        return settings
+    asked = settings.target_modules
+    names = (each for name in asked for each in (base.linears if name == ALL_LINEARS else (name,)))
+    return replace(settings, target_modules=tuple(dict.fromkeys(names)))
 
 
 def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) -> ChosenModules:

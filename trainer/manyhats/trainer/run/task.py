@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from manyhats.trainer.files.output_directory import (
 from manyhats.trainer.memory.peak import peak_memory
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.methods.parameters import num_trainable
+from manyhats.trainer.methods.targets import with_named_modules
 from manyhats.trainer.report.events import (
     DataRead,
     EvaluationProgress,
@@ -98,6 +100,7 @@ class TaskTraining:
     def __init__(
         self, settings: TrainSettings, base: TrainingBase, *, resume: bool, listener: Listener
     ) -> None:
+        settings = replace(settings, adapter=with_named_modules(settings.adapter, base.model.description))
         self._settings = settings
         self._out = Path(settings.out)
         self._base = base

@@ -22,7 +22,8 @@ from manyhats.trainer.settings.declaring import (
 )
 
 _MAX_SCALING = 1e6
-ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEARS = "all-linear"
+"""PEFT's word for every linear but the head."""
 
 
 def _num_virtual_tokens() -> Any:
@@ -49,7 +50,7 @@ class LoraSettings:
     rank: int = whole(16, 1, group=LORA, metavar="R", help="Rank of the deltas.")
     alpha: float = setting(32.0, above=0, group=LORA, metavar="A", help="Deltas are scaled by A / R.")
     target_modules: tuple[str, ...] = setting(
-        ALL_LINEARS,
+        (ALL_LINEARS,),
         group=LORA,
         flag="target_module",
         metavar="NAME",
