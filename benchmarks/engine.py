@@ -19,7 +19,8 @@ from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.config import EngineConfig
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
+from manyhats.engine.opening import open_engine
 from manyhats.engine.output import StepStats
 from manyhats.engine.request import Request, StoppingParams
 from manyhats.engine.threads.own_thread import in_own_thread
@@ -42,7 +43,7 @@ class _Step:
 class EngineSession:
     """Lives in a worker process.
 
-    It is ``AsyncEngine``, no engine put together here: with other threads the OpenMP runtime waits in another
+    It is ``Engine``, no engine put together here: with other threads the OpenMP runtime waits in another
     way at the end of each parallel loop, and on a busy machine that alone made steps several times as long.
     """
 
@@ -54,17 +55,17 @@ class EngineSession:
         self._engine, self._records = self._runner.run(in_own_thread(self._load))
         self._runner.run(self._start())
 
-    def _load(self) -> tuple[AsyncEngine, dict[Adapter, AdapterRecord]]:
+    def _load(self) -> tuple[Engine, dict[Adapter, AdapterRecord]]:
         workload = self._workload
         model = load_model(workload.model, quantization="nf4", dtype=torch.bfloat16)
         roots = sorted({path.parent for path in workload.adapters.values()})
         store = open_store(workload.scratch / "engine-store", model.description, roots)
-        engine = AsyncEngine(
+        engine = open_engine(
             model,
             EngineConfig(num_threads=workload.settings.threads, max_num_sequences=_MAX_SEQUENCES),
             store.lower,
-            self._note_step,
         )
+        engine.loop.on_step = self._note_step
         records = {
             adapter: store.register(Registration(adapter.name, Uri(str(path)))).record
             for adapter, path in workload.adapters.items()

@@ -11,7 +11,8 @@ from examples.tasks.task import ExampleTask, Item, held_out_items
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import MIB, EngineConfig
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
+from manyhats.engine.opening import open_engine
 from manyhats.engine.request import Request, StoppingParams
 from manyhats.engine.residency.residency import LoadAdapter
 from manyhats.engine.text.tokenizer import ChatMessage
@@ -65,7 +66,7 @@ def evaluate(
     asks += [_Ask(message, None, _BASE_MAX_NEW_TOKENS) for message in (*messages, task.demo)]
     asks += [_Ask(task.instruction.format(message), None, _BASE_MAX_NEW_TOKENS) for message in messages]
     config = EngineConfig(dtype=dtype, num_threads=num_threads, kv_cache_bytes=_KV_CACHE_BYTES)
-    answers = asyncio.run(_answer_all(AsyncEngine(base, config, load_adapter), base, asks))
+    answers = asyncio.run(_answer_all(open_engine(base, config, load_adapter), base, asks))
     adapted, plain, instructed = (
         answers[: count + 1],
         answers[count + 1 : 2 * count + 2],
@@ -81,7 +82,7 @@ def evaluate(
     )
 
 
-async def _answer_all(engine: AsyncEngine, base: LoadedModel, asks: Sequence[_Ask]) -> list[str]:
+async def _answer_all(engine: Engine, base: LoadedModel, asks: Sequence[_Ask]) -> list[str]:
     await engine.start()
     try:
         return await asyncio.gather(*(_answer(engine, base, ask) for ask in asks))
@@ -89,7 +90,7 @@ async def _answer_all(engine: AsyncEngine, base: LoadedModel, asks: Sequence[_As
         await engine.stop()
 
 
-async def _answer(engine: AsyncEngine, base: LoadedModel, ask: _Ask) -> str:
+async def _answer(engine: Engine, base: LoadedModel, ask: _Ask) -> str:
     request = Request(
         id="",
         prompt_token_ids=tuple(base.tokenizer.encode_chat([ChatMessage("user", ask.message)])),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,14 @@ from support.servers.postgres import PostgresServer
 from support.servers.s3 import Bucket, S3Server
 
 sleep_soon()  # before any test imports torch: on a busy machine the tests would take ten times as long
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=("cpu", "torch"), default="cpu", help="what the engine runs on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["MANYHATS_TEST_BACKEND"] = config.getoption("--backend")  # read where torch may be imported
 
 
 @pytest.fixture(scope="session")

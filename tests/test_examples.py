@@ -33,7 +33,8 @@ from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.config import MIB, EngineConfig
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
+from manyhats.engine.opening import open_engine
 from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, SamplingParams, StoppingParams
 from manyhats.engine.text.tokenizer import ChatMessage
@@ -93,7 +94,7 @@ def served(
     base: LoadedModel, store: AdapterStore, records: Mapping[str, AdapterRecord]
 ) -> Mapping[tuple[str, str], Served]:
     """(task id, or "" for the base; message) → answer; all in flight together."""
-    engine = AsyncEngine(
+    engine = open_engine(
         base,
         EngineConfig(kv_cache_bytes=64 * MIB, num_threads=1),
         store.lower,
@@ -120,7 +121,7 @@ def served_items(task: ExampleTask) -> list[Item]:
 
 
 async def answer(
-    engine: AsyncEngine, base: LoadedModel, records: Mapping[str, AdapterRecord], task: str, message: str
+    engine: Engine, base: LoadedModel, records: Mapping[str, AdapterRecord], task: str, message: str
 ) -> Served:
     request = Request(
         id=f"{task} {message}",

@@ -44,12 +44,12 @@ FORBIDDEN = {
 # Files and folders of a package from the ground up: one may import those before it.
 FLOORS = {
     "adapters": """
-        errors artifact finish_rate limits quotas sites activations disk labels taskid registration primitives method
-        probe formats methods sources lowering store
+        errors artifact finish_rate limits quotas sites activations disk labels taskid registration primitives
+        equations method probe formats methods sources lowering store
     """,
     "engine": """
         errors home output progress request threads model text scheduling backends checkpoints config sampling
-        residency loop engine
+        residency loop engine opening
     """,
     "server": "errors observability access service grpc http lifetime",
     "trainer": "errors files settings data methods model memory report run registration train",
@@ -63,6 +63,8 @@ FORBIDDEN_IN_SERVER = {
 }
 # What devices do knows no request, no sequence and no schedule.
 KNOWN_TO_BACKENDS = {"errors", "home", "output", "progress", "threads", "model", "backends"}
+
+BACKENDS = ("cpu", "torch")
 
 # What takes seconds to import, and what does without; a folder stands for all its files.
 SLOW = {"torch", "transformers", "numba", "bitsandbytes"}
@@ -134,6 +136,29 @@ def test_backends_know_no_schedule() -> None:
     for path in (PACKAGES["engine"] / "backends").rglob("*.py"):
         others = rooms_imported(path, "engine") - KNOWN_TO_BACKENDS
         assert not others, f"{path.relative_to(ROOT)} imports {others}"
+
+
+def test_backends_do_not_know_each_other_and_others_know_their_seam_alone() -> None:
+    for path in (each for package in ("engine", "trainer", "server") for each in sources(package)):
+        home = (
+            path.parent.relative_to(PACKAGES["engine"]) if path.is_relative_to(PACKAGES["engine"]) else Path()
+        )
+        own = home.parts[1] if home.parts[:1] == ("backends",) and len(home.parts) > 1 else ""
+        for name in imported_modules(path):
+            backend = next(
+                (each for each in BACKENDS if name.startswith(f"manyhats.engine.backends.{each}.")), own
+            )
+            assert backend == own or path.match("backends/open.py"), (
+                f"{path.relative_to(ROOT)} imports {name}"
+            )
+
+
+def test_what_compiles_kernels_is_known_to_the_cpu_alone() -> None:
+    for package in PACKAGES:
+        for path in sources(package):
+            if not path.is_relative_to(PACKAGES["engine"] / "backends" / "cpu"):
+                top = {name.split(".")[0] for name in imported_modules(path)}
+                assert "numba" not in top, f"{path.relative_to(ROOT)} imports numba"
 
 
 def test_words_and_ports_import_nothing_slow() -> None:

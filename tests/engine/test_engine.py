@@ -12,11 +12,10 @@ import torch
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
-from manyhats.engine import engine as async_engine
-from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine import engine as engine_module
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import EngineConfig
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.errors import (
     DeadlineExceededError,
     DrainingError,
@@ -28,9 +27,11 @@ from manyhats.engine.errors import (
     QueueFullError,
 )
 from manyhats.engine.loop.generation import Generation
+from manyhats.engine.opening import open_engine
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest, StoppingParams
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.backends import default_model
 from support.harnesses.engine import (
     collect,
     digest_of,
@@ -62,7 +63,7 @@ def prompt(seed: int, length: int = 12) -> list[int]:
     return random_ids(seed, length, TINY_VOCAB_SIZE)
 
 
-def is_idle(engine: AsyncEngine) -> bool:
+def is_idle(engine: Engine) -> bool:
     stats = engine.stats
     return (stats.num_running, stats.num_waiting, stats.kv_blocks_used) == (0, 0, 0)
 
@@ -70,13 +71,13 @@ def is_idle(engine: AsyncEngine) -> bool:
 @pytest.fixture
 def steps_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step takes 10 ms at least, so that there is time to do something between two."""
-    forward = Decoder.forward
+    forward = default_model().forward
 
     def slow(*args: Any) -> Any:
         time.sleep(0.01)
         return forward(*args)
 
-    monkeypatch.setattr(Decoder, "forward", slow)
+    monkeypatch.setattr(default_model(), "forward", slow)
 
 
 async def test_greedy_answers_equal_transformers(model: LoadedModel, directory: Any) -> None:
@@ -130,7 +131,7 @@ async def test_a_client_that_leaves_frees_its_blocks_and_its_adapter_and_disturb
             await anext(leaving)
         assert engine.in_use(make_record("a"))
         pinned_after_step: list[bool] = []
-        engine._on_step = lambda stats: pinned_after_step.append(engine.in_use(make_record("a")))
+        engine.loop.on_step = lambda stats: pinned_after_step.append(engine.in_use(make_record("a")))
         await leaving.aclose()
         await until(lambda: pinned_after_step[-1:] == [False] or is_idle(engine))
         # A step may end before it leaves, one may be under way, and the next one's turn frees everything.
@@ -212,7 +213,7 @@ async def test_a_dead_engine_tells_every_stream_and_takes_no_more(
         def broken(*_: Any) -> Any:
             raise SystemExit("the decoder broke")  # an Exception would end the step's requests alone
 
-        monkeypatch.setattr(Decoder, "forward", broken)
+        monkeypatch.setattr(default_model(), "forward", broken)
         for stream in streams:
             with pytest.raises(EngineDeadError):
                 async for _ in stream:
@@ -238,11 +239,11 @@ async def test_a_request_that_joins_at_the_moment_the_engine_dies_is_told(
             def __init__(self, *arguments: Any) -> None:
                 super().__init__(*arguments)
                 if arguments[1].prompt_token_ids == (6,):
-                    engine._thread.join(10)  # the event loop stands still meanwhile
+                    engine.loop.join(10)  # the event loop stands still meanwhile
                     assert not engine.is_alive
 
-        monkeypatch.setattr(Decoder, "forward", broken)
-        monkeypatch.setattr(async_engine, "Generation", DyingGeneration)
+        monkeypatch.setattr(default_model(), "forward", broken)
+        monkeypatch.setattr(engine_module, "Generation", DyingGeneration)
         tasks = [asyncio.create_task(collect(engine, make_request([token]))) for token in (5, 6)]
         for task in tasks:
             with pytest.raises(EngineDeadError):
@@ -490,7 +491,7 @@ async def test_a_model_whose_logits_are_not_finite_does_not_start(model: LoadedM
         reference="broken",
         texts=model.texts,
     )
-    engine = AsyncEngine(broken, EngineConfig(dtype="float32", num_threads=1), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
+    engine = open_engine(broken, EngineConfig(dtype="float32", num_threads=1), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
     with pytest.raises(ModelError, match="not finite"):
         await engine.start()
     assert not engine.is_alive
@@ -500,7 +501,7 @@ async def test_a_model_whose_logits_are_not_finite_does_not_start(model: LoadedM
 async def test_nothing_runs_before_start_nor_after_stop(model: LoadedModel) -> None:
     async with running_engine(model) as engine:
         assert engine.is_alive
-    for ended in (engine, AsyncEngine(model, EngineConfig(num_threads=1), lambda record: 1 / 0)):  # type: ignore[arg-type,return-value]
+    for ended in (engine, open_engine(model, EngineConfig(num_threads=1), lambda record: 1 / 0)):  # type: ignore[arg-type,return-value]
         assert not ended.is_alive
         with pytest.raises((EngineDeadError, DrainingError)):
             await collect(ended, make_request(prompt(1)))
@@ -539,4 +540,4 @@ async def test_the_kv_pool_is_sized_by_bytes_and_bounds_the_context(model: Loade
             await collect(engine, make_request([5] * 160))
         assert caught.value.limit == 159
     with pytest.raises(FieldInvalidError, match="kv_cache_bytes"):
-        AsyncEngine(model, EngineConfig(kv_cache_bytes=100), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
+        open_engine(model, EngineConfig(kv_cache_bytes=100), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]

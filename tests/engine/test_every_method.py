@@ -19,7 +19,7 @@ from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.output import StepStats
 from manyhats.engine.request import ResponseOptions
 from support.factories.every_method import COMPOSED, PLAIN, Sizes, register_every_method
@@ -62,13 +62,13 @@ def rows_of(order: Sequence[int], seed: int = 0, new_tokens: tuple[int, int] = (
 
 
 @asynccontextmanager
-async def engine_of(model: LoadedModel, store: AdapterStore, **config: int) -> AsyncIterator[AsyncEngine]:
+async def engine_of(model: LoadedModel, store: AdapterStore, **config: int) -> AsyncIterator[Engine]:
     settings = {"max_num_sequences": NUM_ROWS, "kv_cache_bytes": 16 << 20, **config}
     async with running_engine(model, store.lower, **settings) as engine:
         yield engine
 
 
-async def answer(engine: AsyncEngine, store: AdapterStore, row: Row, salt: str = "") -> Answer:
+async def answer(engine: Engine, store: AdapterStore, row: Row, salt: str = "") -> Answer:
     task, prompt, new_tokens = row
     request = make_request(
         prompt,
@@ -80,7 +80,7 @@ async def answer(engine: AsyncEngine, store: AdapterStore, row: Row, salt: str =
     return await collect(engine, request)
 
 
-async def all_at_once(engine: AsyncEngine, store: AdapterStore, rows: Sequence[Row]) -> list[Answer]:
+async def all_at_once(engine: Engine, store: AdapterStore, rows: Sequence[Row]) -> list[Answer]:
     return await asyncio.gather(*(answer(engine, store, row) for row in rows))
 
 
@@ -97,7 +97,7 @@ async def test_rows_over_all_methods_in_one_batch_are_each_as_alone(
     async with engine_of(model, store) as engine:
         for task in TASKS:
             await engine.warm_adapter(store.resolve(task))
-        engine._on_step = steps.append
+        engine.loop.on_step = steps.append
         together = await all_at_once(engine, store, rows)
     assert max(step.num_decode_tokens for step in steps) == NUM_ROWS
     async with engine_of(model, store, block_size=32, max_num_batched_tokens=32) as fresh:

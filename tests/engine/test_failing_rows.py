@@ -8,21 +8,19 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
-import torch
 from structlog.testing import capture_logs
 
-from manyhats.engine import engine as async_engine
-from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine import engine as engine_module
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.errors import EngineDeadError, EngineError, NoTokenAllowedError, RequestFailedError
 from manyhats.engine.loop.generation import Generation
-from manyhats.engine.loop.internal_jobs import InternalJob
 from manyhats.engine.loop.scoring import Scoring
 from manyhats.engine.loop.serving import Start
 from manyhats.engine.output import ScoreOutput
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.backends import default_model
 from support.harnesses.engine import (
     collect,
     load_tiny,
@@ -33,6 +31,7 @@ from support.harnesses.engine import (
     running_engine,
 )
 from support.harnesses.engine_loop import POISON, Loop, prompt, score_request
+from support.harnesses.sampling import mask_of
 
 
 class BrokenError(Exception):
@@ -53,13 +52,12 @@ def failing(kind: type[Any], method: str, at_call: int) -> type[Any]:
 
 GENERATION_STAGES = [
     (stage, at_call)
-    for stage in ("begin", "sampling_row", "score", "commit", "tick", "_output")
+    for stage in ("next", "wants", "_sampling_row", "take", "_take_token", "_output")
     for at_call in (1, 2, 5)
-    if (stage, at_call) != ("score", 5)
 ]
 
 
-@pytest.mark.parametrize(("stage", "at_call"), [("start", 1), *GENERATION_STAGES])
+@pytest.mark.parametrize(("stage", "at_call"), GENERATION_STAGES)
 def test_a_generation_that_fails_anywhere_ends_alone(loop: Loop, stage: str, at_call: int) -> None:
     sampled = SamplingParams(temperature=1.0, top_p=0.9, seed=5)
     options = ResponseOptions(logprobs=True, prompt_logprobs=True)
@@ -82,7 +80,7 @@ def test_a_generation_that_fails_anywhere_ends_alone(loop: Loop, stage: str, at_
 
 
 @pytest.mark.parametrize("at_call", [1, 2, 3])
-@pytest.mark.parametrize("stage", ["begin", "score", "commit", "tick"])
+@pytest.mark.parametrize("stage", ["next", "wants", "take"])
 def test_a_scoring_that_fails_anywhere_ends_alone(loop: Loop, stage: str, at_call: int) -> None:
     loop.generate("0", make_request(prompt(0), new_tokens=9))
     kind = failing(Scoring, stage, at_call)
@@ -101,9 +99,9 @@ def test_a_request_with_no_token_left_to_choose_ends_alone_with_a_status_of_its_
     loop: Loop, at_token: int, temperature: float
 ) -> None:
     class Masked(Generation):
-        def sampling_row(self, sequence: Any) -> Any:
-            row = super().sampling_row(sequence)
-            nothing = torch.zeros(TINY_VOCAB_SIZE, dtype=torch.bool)
+        def _sampling_row(self, num_generated: int) -> Any:
+            row = super()._sampling_row(num_generated)
+            nothing = mask_of([False] * TINY_VOCAB_SIZE)
             return replace(row, allowed=nothing) if row.step == at_token else row
 
     loop.generate("0", make_request(prompt(0), new_tokens=9))
@@ -134,7 +132,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(loop: Loop) 
         error = loop.error(name)
         assert isinstance(error, RequestFailedError)
         assert error.error_id == log["error_id"]
-    assert loop.engine.allocator.num_used == 0
+    assert loop.steps.scheduler.allocator.num_used == 0
     loop.generate("1", make_request(prompt(1), new_tokens=9))
     loop.step()
     loop.generate("2", make_request(prompt(2), new_tokens=9))
@@ -149,14 +147,14 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(loop: Loop) 
 class Stubborn(Generation):
     """Cannot be ended."""
 
-    def abort(self, scheduler: Any) -> None:
+    def drop(self, scheduler: Any) -> None:
         raise BrokenError("the end")
 
 
 class StubbornScoring(Scoring):
     """Cannot be ended."""
 
-    def abort(self, scheduler: Any) -> None:
+    def drop(self, scheduler: Any) -> None:
         raise BrokenError("the end")
 
 
@@ -200,7 +198,7 @@ def test_what_cannot_be_ended_is_dropped_with_all_it_holds(loop: Loop, num_steps
 
 def test_a_step_with_what_a_job_left_behind_fails_once(loop: Loop) -> None:
     class Leaving(Generation):
-        def abort(self, scheduler: Any) -> None:
+        def drop(self, scheduler: Any) -> None:
             pass
 
     loop.add(Leaving("bad", make_request(prompt(0), new_tokens=90), Start(), loop.serving))
@@ -218,13 +216,13 @@ class Spoiling(Generation):
     """Leaves its sequence in a state that no schedule can be made with."""
 
     spoils_at = 1
-    num_ticks = 0
+    num_ticks = -1
 
-    def tick(self, scheduler: Any, now_s: float) -> Any:
+    def next(self, scheduler: Any, now_s: float) -> Any:
         self.num_ticks += 1
         if self.num_ticks == self.spoils_at:
             self._sequence.token_ids = cast(Any, None)
-        return super().tick(scheduler, now_s)
+        return super().next(scheduler, now_s)
 
 
 @pytest.mark.parametrize("at_tick", [1, 2, 3, 6])
@@ -248,9 +246,9 @@ def test_a_schedule_that_fails_ends_all_requests_and_the_engine_goes_on(
         error = loop.error(name)
         assert isinstance(error, RequestFailedError)
         assert error.error_id == log["error_id"]
-    assert not loop.engine.has_work
-    assert loop.engine.is_idle
-    assert loop.engine.allocator.num_free == loop.num_blocks
+    assert not loop.steps.has_work
+    assert loop.steps.is_idle
+    assert loop.steps.scheduler.allocator.num_free == loop.num_blocks
     for seed in good:
         loop.generate(f"later {seed}", make_request(prompt(seed), new_tokens=9))
     loop.score("later", score_request(prompt(3), [[7, 8], [9, 8]]))
@@ -291,28 +289,12 @@ def test_an_engine_whose_steps_all_fail_gives_up(loop: Loop) -> None:
     assert all(isinstance(loop.error(name), RequestFailedError) for name in loop.events)
 
 
-def test_an_internal_job_that_fails_after_its_result_is_nobody_elses(loop: Loop) -> None:
-    class Late(InternalJob[int]):
-        def start(self, scheduler: Any) -> None:
-            self._finish(1)
-            raise BrokenError("after the result")
-
-        def abort(self, scheduler: Any) -> None:
-            pass
-
-    results: list[int] = []
-    loop.add(Late("internal-1", results.append))
-    assert results == [1]
-    assert isinstance(loop.error("internal-1"), RequestFailedError)
-    assert not loop.engine.has_work
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_tiny(make_checkpoint(tmp_path_factory.mktemp("rows") / "model", seed=13))
 
 
-def answers_of(engine: AsyncEngine, count: int) -> list[asyncio.Task[Any]]:
+def answers_of(engine: Engine, count: int) -> list[asyncio.Task[Any]]:
     return [
         asyncio.create_task(collect(engine, make_request(random_ids(seed, 9, 300), new_tokens=12)))
         for seed in range(count)
@@ -322,7 +304,7 @@ def answers_of(engine: AsyncEngine, count: int) -> list[asyncio.Task[Any]]:
 async def test_a_failing_request_leaves_a_running_engine_and_its_adapter_free(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(async_engine, "Generation", failing(Generation, "commit", 3))
+    monkeypatch.setattr(engine_module, "Generation", failing(Generation, "take", 3))
     async with running_engine(model, {"a": random_lora(model.description, 1)}) as engine:
         with pytest.raises(RequestFailedError):
             await collect(engine, make_request(random_ids(1, 9, 300), make_record("a")))
@@ -336,7 +318,7 @@ async def test_a_failing_request_leaves_a_running_engine_and_its_adapter_free(
 async def test_a_failing_forward_tells_its_callers_and_the_engine_goes_on(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, calls = Decoder.forward, iter(range(1000))
+    forward, calls = default_model().forward, iter(range(1000))
 
     def sometimes_broken(*arguments: Any) -> Any:
         if next(calls) in (3, 4, 20):
@@ -345,7 +327,7 @@ async def test_a_failing_forward_tells_its_callers_and_the_engine_goes_on(
 
     async with running_engine(model) as engine:
         expected = [answer.token_ids for answer in await asyncio.gather(*answers_of(engine, 6))]
-        monkeypatch.setattr(Decoder, "forward", sometimes_broken)
+        monkeypatch.setattr(default_model(), "forward", sometimes_broken)
         results = await asyncio.gather(*answers_of(engine, 6), return_exceptions=True)
         assert any(isinstance(result, RequestFailedError) for result in results)
         calls = iter([3])
@@ -367,7 +349,7 @@ async def test_an_engine_that_gives_up_tells_every_caller(
         raise BrokenError("the forward")
 
     async with running_engine(model) as engine:
-        monkeypatch.setattr(Decoder, "forward", broken)
+        monkeypatch.setattr(default_model(), "forward", broken)
         kinds = set()
         for _ in range(20):
             with pytest.raises((RequestFailedError, EngineDeadError)) as caught:

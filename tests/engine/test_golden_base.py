@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.checkpoints.loader import load_model
 from support.factories.default_model import DEFAULT_MODEL, default_model_directory
 from support.harnesses.engine import Prompt, Ran, Runner
@@ -46,7 +46,7 @@ def runner_of() -> Callable[[str, str], Runner]:
         model = load_model(
             DEFAULT_MODEL, quantization=quantization, dtype=getattr(torch, dtype), max_context_length=512
         )
-        return Runner(model, CpuKernels(1, is_exact=dtype == "float32"), cache_dtype=dtype, num_blocks=32)
+        return Runner(model, CpuBackend(1, is_exact=dtype == "float32"), cache_dtype=dtype, num_blocks=32)
 
     default_model_directory()
     return load

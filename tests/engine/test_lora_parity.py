@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.backends.backend import Backend
+from manyhats.engine.backends.cpu.backend import CpuBackend
+from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from support.factories.adapters import make_lora
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
@@ -62,9 +63,9 @@ def make_peft(directory: Path, model: nn.Module, config: dict[str, Any], seed: i
     return peft
 
 
-def run(model: LoadedModel, adapter: Path, kernels: Any = None, **options: Any) -> list[Ran]:
+def run(model: LoadedModel, adapter: Path, backend: Backend | None = None, **options: Any) -> list[Ran]:
     """Prompts on the adapter, base prompts between them."""
-    runner = Runner(model, kernels, adapters={3: read_lora(adapter, model.description)})
+    runner = Runner(model, backend, adapters={3: read_lora(adapter, model.description)})
     return runner.run(prompts_of(slot=3), all_logits=True, **options)
 
 
@@ -142,7 +143,7 @@ def test_both_backends_agree_and_need_no_peft_to_read_an_adapter(llama: Path, tm
         tmp_path, model.description, rank={"q_proj": 3, "up_proj": 5}, sites=("q_proj", "up_proj")
     )
     for ran, other in zip(
-        run(model, directory, CpuKernels()), run(model, directory, ReferenceKernels()), strict=True
+        run(model, directory, CpuBackend()), run(model, directory, TorchBackend()), strict=True
     ):
         assert ran.token_ids == other.token_ids
         torch.testing.assert_close(ran.stacked, other.stacked, atol=1e-4, rtol=1e-4)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.output import StepStats
 from manyhats.engine.request import Request, ResponseOptions, SamplingParams
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
@@ -80,7 +80,7 @@ def test_two_threads_give_the_same_bits(model: LoadedModel, runner: Runner) -> N
     adapters = {slot: random_lora(model.description, slot) for slot in (1, 2)}
     prompts = [Prompt(random_ids(i, 20, TINY_VOCAB_SIZE), slot=i % 3, new_tokens=3) for i in range(5)]
     one, two = (
-        Runner(model, CpuKernels(count), adapters=adapters).run(prompts, all_logits=True) for count in (1, 2)
+        Runner(model, CpuBackend(count), adapters=adapters).run(prompts, all_logits=True) for count in (1, 2)
     )
     for ran, other in zip(one, two, strict=True):
         assert torch.equal(ran.stacked, other.stacked)
@@ -113,7 +113,7 @@ def said(answer: Answer) -> tuple[object, ...]:
     return answer.tokens, answer.prompt_tokens, answer.text, answer.finish_reason
 
 
-async def joined_one_by_one(engine: AsyncEngine, requests: list[Request]) -> list[Answer]:
+async def joined_one_by_one(engine: Engine, requests: list[Request]) -> list[Answer]:
     tasks = []
     for request in requests:
         tasks.append(asyncio.create_task(collect(engine, request)))
@@ -129,7 +129,7 @@ async def test_through_the_engine_each_request_gets_what_it_gets_alone(
     requests = requests_of(population)
     steps: list[StepStats] = []
     async with running_engine(model, adapters, max_num_batched_tokens=32) as engine:
-        engine._on_step = steps.append
+        engine.loop.on_step = steps.append
         together = await joined_one_by_one(engine, requests)
         alone = [await collect(engine, request) for request in requests]
         await until(lambda: engine.stats.kv_blocks_used == 0)

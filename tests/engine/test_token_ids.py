@@ -13,7 +13,7 @@ import torch
 from structlog.testing import capture_logs
 
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.loop.checks import check_generation, check_scoring
 from manyhats.engine.request import Request, SamplingParams, ScoreRequest, StoppingParams
@@ -204,7 +204,7 @@ def test_a_request_that_leaves_one_token_is_taken(
     check(case, min_new_tokens=3)
 
 
-async def refused_by(engine: AsyncEngine, request: Request | ScoreRequest) -> bool:
+async def refused_by(engine: Engine, request: Request | ScoreRequest) -> bool:
     try:
         if isinstance(request, Request):
             await collect(engine, request)

@@ -40,7 +40,7 @@ def num_outputs_alive() -> int:
 
 
 async def all_pause(server: Served) -> None:
-    await until(lambda: server.engine._engine.has_work and server.engine._engine.is_idle)
+    await until(lambda: server.engine.loop.step.has_work and server.engine.loop.step.is_idle)
 
 
 async def test_streams_nobody_reads_hold_little_while_others_go_on_and_lose_nothing(
@@ -74,7 +74,7 @@ async def test_a_stream_unread_for_too_long_ends_with_a_status_behind_what_was_s
         stream = aiter(server.generation.GenerateStream(long_request(1)))
         pieces = [await anext(stream)]
         await all_pause(server)
-        await until(lambda: not server.engine._engine.has_work)
+        await until(lambda: not server.engine.loop.step.has_work)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_all(stream, pieces)
         refusal = refusal_of(caught.value)
@@ -99,7 +99,7 @@ async def test_a_deadline_or_a_caller_that_leaves_ends_a_paused_stream(model: Lo
             await anext(stream)
         await all_pause(server)
         leaving.cancel()
-        await until(lambda: not server.engine._engine.has_work)
+        await until(lambda: not server.engine.loop.step.has_work)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_all(streams[1], [])
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

@@ -377,10 +377,10 @@ def test_a_digest_knows_every_bit_of_the_base(task: TinyTask) -> None:
 def test_auto_is_resolved_and_a_missing_device_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     named = resolve_computation(ModelSettings(dtype="bfloat16", device="cpu"))
     assert (named.dtype, named.device.type, named.dtype_name) == (torch.bfloat16, "cpu", "bfloat16")
-    from manyhats.engine.backends.cpu import avx512_bf16
+    from manyhats.engine.model import nf4
 
     for has_instructions, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(avx512_bf16, "is_available", lambda has=has_instructions: has)
+        monkeypatch.setattr(nf4, "has_bf16_product", lambda has=has_instructions: has)
         assert resolve_computation(ModelSettings(device="cpu")).dtype is expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_computation(ModelSettings(dtype="float32")).device.type == "cpu"

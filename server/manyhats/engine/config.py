@@ -116,17 +116,15 @@ def resolve(config: EngineConfig) -> EngineConfig:
     return replace(config, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
 
 
-def kv_bytes_per_token(architecture: Architecture, itemsize: int) -> int:
-    """Keys and values of one position in all layers, given the bytes per value."""
-    return 2 * architecture.num_layers * architecture.attention.key_size * itemsize
+def kv_cache_bytes(config: EngineConfig, architecture: Architecture) -> int:
+    """Memory for keys and values: ``kv_cache_bytes``, but no more than every sequence can use at full length.
 
-
-def num_blocks_of(config: EngineConfig, architecture: Architecture) -> int:
-    """Blocks that fit into ``kv_cache_bytes``, but no more than every sequence can use at full length."""
+    Raises:
+        FieldInvalidError: it has no room for a block.
+    """
     itemsize = 4 if config.kv_cache_dtype == "float32" else 2
-    block_bytes = kv_bytes_per_token(architecture, itemsize) * config.block_size
-    most = config.max_num_sequences * -(-architecture.max_context_length // config.block_size)
-    num_blocks = min(config.kv_cache_bytes // block_bytes, most)
-    if num_blocks < 1:
+    block_bytes = architecture.kv_values_per_token * itemsize * config.block_size
+    if config.kv_cache_bytes < block_bytes:
         raise FieldInvalidError("engine.kv_cache_bytes", f"must be at least one block of {block_bytes} bytes")
-    return int(num_blocks)
+    most = config.max_num_sequences * -(-architecture.max_context_length // config.block_size)
+    return min(config.kv_cache_bytes, most * block_bytes)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription, Site
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.backends.cpu.backend import CpuBackend
+from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.errors import ModelError
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
@@ -118,16 +118,16 @@ def assert_same_bits(runs: list[Ran], others: list[Ran]) -> None:
 
 def test_logits_equal_transformers_in_ragged_batches_however_they_are_cut(checkpoint: Path) -> None:
     model = load_tiny(checkpoint)
-    runs = Runner(model, CpuKernels(2)).run(prompts_of(), all_logits=True)
+    runs = Runner(model, CpuBackend(2)).run(prompts_of(), all_logits=True)
     assert_equals(runs, load_transformers(checkpoint))
-    alone = Runner(model, CpuKernels(1))
+    alone = Runner(model, CpuBackend(1))
     assert_same_bits(runs, alone.run(prompts_of(), all_logits=True, max_tokens=13))
     for prompt, ran in zip(prompts_of(), runs, strict=True):
         assert_same_bits([ran], alone.run([prompt], all_logits=True))
 
 
 def test_both_backends_agree(checkpoint: Path) -> None:
-    runner = Runner(load_tiny(checkpoint), ReferenceKernels())
+    runner = Runner(load_tiny(checkpoint), TorchBackend())
     prompts = [Prompt(random_ids(length, length, TINY_VOCAB_SIZE), new_tokens=4) for length in (5, 26)]
     runs = runner.run(prompts, all_logits=True, max_tokens=11)
     assert_equals(runs, load_transformers(checkpoint))
@@ -185,7 +185,7 @@ def test_lora_equals_peft_s(family: str, tmp_path: Path) -> None:
     assert_equals(runs[1::2], peft)
     for ran, other in zip(runs[0::2], runs[1::2], strict=True):
         assert (ran.logits[0] - other.logits[0]).abs().max() > 0.01
-    slow = Runner(model, ReferenceKernels(), adapters={2: adapter}).run(prompts_of((2,))[:2], all_logits=True)
+    slow = Runner(model, TorchBackend(), adapters={2: adapter}).run(prompts_of((2,))[:2], all_logits=True)
     assert_equals(slow, peft)
 
 

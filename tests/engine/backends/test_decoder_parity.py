@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.backends.cpu.backend import CpuBackend
+from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.engine import Prompt, Ran, Runner, load_tiny, random_ids
@@ -84,8 +84,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_sequence_alone_and_on_one_thread_is_the_same_bits(llama: Path, prompts: list[Prompt]) -> None:
     model = load_tiny(llama)
-    together = Runner(model, CpuKernels(2)).run(prompts, all_logits=True)
-    alone = Runner(model, CpuKernels(1))
+    together = Runner(model, CpuBackend(2)).run(prompts, all_logits=True)
+    alone = Runner(model, CpuBackend(1))
     for prompt, ran in zip(prompts, together, strict=True):
         assert_same_bits(alone.run([prompt], all_logits=True, max_tokens=7), [ran])
 
@@ -108,8 +108,8 @@ def test_a_prefix_cache_hit_is_the_same_bits(llama: Path) -> None:
 def test_both_backends_agree(llama: Path, prompts: list[Prompt]) -> None:
     model = load_tiny(llama)
     short = [Prompt(prompt.token_ids[:20], new_tokens=2) for prompt in prompts[:4]]
-    numba = Runner(model, CpuKernels()).run(short, all_logits=True)
-    torch_only = Runner(model, ReferenceKernels()).run(short, all_logits=True, max_tokens=9)
+    numba = Runner(model, CpuBackend()).run(short, all_logits=True)
+    torch_only = Runner(model, TorchBackend()).run(short, all_logits=True, max_tokens=9)
     for ran, other in zip(numba, torch_only, strict=True):
         assert ran.token_ids == other.token_ids
         torch.testing.assert_close(ran.stacked, other.stacked, atol=TOLERANCE, rtol=TOLERANCE)
@@ -151,8 +151,8 @@ def test_a_model_is_what_its_bytes_say(llama: Path) -> None:
     """Resident bytes: NF4 linears, and a tied head counted once."""
 
     def bytes_of(model: LoadedModel) -> tuple[int, int]:
-        decoder = Runner(model).decoder
-        return decoder.linear_bytes, decoder.embedding_bytes
+        num_bytes = Runner(model).model.num_bytes
+        return num_bytes["base"], num_bytes["embeddings"]
 
     model = load_tiny(llama)
     num_linear = sum(linear.in_features * linear.out_features for linear in model.weights.linears())

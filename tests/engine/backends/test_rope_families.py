@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from manyhats.engine.backends.rotary import RotaryTables
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture, Rope
 from manyhats.engine.model.families.reading import read_family
+from manyhats.engine.model.rotary import RotaryTables
 
 TINY: dict[str, Any] = {
     "vocab_size": 320,
@@ -126,10 +126,12 @@ def test_smollm3_has_layers_without_rope() -> None:
 
 
 def test_layers_of_one_kind_share_a_table_and_those_without_rope_have_an_empty_one() -> None:
-    tables = RotaryTables(decoder_of("smollm3"))
-    angles = tables.at(torch.tensor([5, 0, 511]))
-    assert angles[0] is angles[2]
-    cos, sin = angles[0]
+    architecture = decoder_of("smollm3")
+    angles = RotaryTables(architecture).at(torch.tensor([5, 0, 511]))
+    ropes = [block.attention.rope for block in architecture.blocks]
+    assert ropes[0] == ropes[2]
+    cos, sin = angles[ropes[0]]
     assert cos.shape == sin.shape == (3, 16)
     assert cos[1].tolist() == [1.0] * 16
-    assert angles[3][0].shape == (3, 0)
+    assert ropes[3] is None
+    assert angles[None][0].shape == (3, 0)

@@ -13,7 +13,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
-from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.checkpoints.nf4_format import nf4_to_tensors, read_quantized
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4

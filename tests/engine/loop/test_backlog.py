@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import EngineConfig
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -24,7 +24,7 @@ from manyhats.engine.errors import (
 from manyhats.engine.loop.backlog import Backlog
 from manyhats.engine.loop.generation import Generation
 from manyhats.engine.loop.serving import Start
-from manyhats.engine.loop.step import Engine
+from manyhats.engine.loop.step import Step
 from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, ResponseOptions, SamplingParams, StoppingParams
 from manyhats.engine.text.tokenizer import Tokenizer
@@ -55,10 +55,10 @@ def test_a_generation_nobody_reads_pauses_and_the_others_go_on(loop: Loop) -> No
     assert loop.token_ids("unread") == loop.decoder.greedy(prompt(1), 5)
     for seed in (2, 3):
         assert loop.token_ids(str(seed)) == loop.decoder.greedy(prompt(seed), 30)
-    assert loop.engine.has_work
-    assert loop.engine.is_idle
-    assert not loop.engine.step().is_stuck
-    assert loop.engine.allocator.num_used == 0
+    assert loop.steps.has_work
+    assert loop.steps.is_idle
+    assert not loop.steps.run().is_stuck
+    assert loop.steps.scheduler.allocator.num_used == 0
 
 
 def test_it_takes_no_place_among_those_that_run(tokenizer: Tokenizer) -> None:
@@ -107,7 +107,7 @@ def test_however_it_is_read_the_answer_is_the_same(
             loop.step()
         assert len(loop.events.get("read", ())) - taken <= max_outputs
         taken = read(loop, "read", backlog, taken, count)
-    while loop.engine.has_work:
+    while loop.steps.has_work:
         loop.step()
         taken = read(loop, "read", backlog, taken, 99)
     assert [
@@ -116,7 +116,7 @@ def test_however_it_is_read_the_answer_is_the_same(
     assert loop.text("read") == alone.text("read")
     assert [event.is_last for event in loop.events["read"]] == [False] * 24 + [True]
     assert loop.token_ids("other") == loop.decoder.greedy(prompt(2), 25)
-    assert loop.engine.allocator.num_used == 0
+    assert loop.steps.scheduler.allocator.num_used == 0
 
 
 @pytest.mark.parametrize("num_top", [0, 1, 5, 20, 50, 100])
@@ -136,7 +136,7 @@ def paused(loop: Loop, backlog: Backlog, **request: Any) -> None:
     start(loop, "unread", make_request(prompt(1), **request), backlog)
     for _ in range(12):
         loop.step()
-    assert loop.engine.is_idle
+    assert loop.steps.is_idle
 
 
 def test_after_the_limit_it_ends_with_a_status(loop: Loop) -> None:
@@ -146,7 +146,7 @@ def test_after_the_limit_it_ends_with_a_status(loop: Loop) -> None:
     error = loop.error("unread")
     assert isinstance(error, StreamUnreadError)
     assert "0.05 s" in str(error)
-    assert not loop.engine.has_work
+    assert not loop.steps.has_work
 
 
 def test_a_reader_that_takes_little_is_not_given_up(loop: Loop) -> None:
@@ -183,8 +183,8 @@ def test_what_ends_a_request_ends_a_paused_one(loop: Loop, how: str) -> None:
     if how == "time limit":
         assert loop.finish_reason("unread") is FinishReason.TIME_LIMIT
         assert loop.token_ids("unread") == loop.decoder.greedy(prompt(1), 4)
-    assert not loop.engine.has_work
-    assert loop.engine.is_idle
+    assert not loop.steps.has_work
+    assert loop.steps.is_idle
 
 
 @pytest.mark.parametrize("limit_s", [0.0, -1.0, float("nan"), float("inf")])
@@ -210,8 +210,8 @@ def num_outputs_alive() -> int:
     return sum(type(each) is StepOutput for each in gc.get_objects())
 
 
-async def is_all_paused(engine: AsyncEngine) -> None:
-    await until(lambda: engine._engine.has_work and engine._engine.is_idle)
+async def is_all_paused(engine: Engine) -> None:
+    await until(lambda: engine.loop.step.has_work and engine.loop.step.is_idle)
 
 
 async def test_unread_streams_hold_little_and_say_the_same_when_they_are_read(model: LoadedModel) -> None:
@@ -236,18 +236,18 @@ async def test_a_paused_stream_keeps_the_engine_neither_busy_nor_from_ending(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns = 0
-    step = Engine.step
+    run = Step.run
 
-    def counted(engine: Engine) -> Any:
+    def counted(step: Step) -> Any:
         nonlocal turns
         turns += 1
-        return step(engine)
+        return run(step)
 
     async with running_engine(model, max_unread_outputs=4) as engine:
         stream = engine.generate(long_request(1))
         await anext(stream)
         await is_all_paused(engine)
-        monkeypatch.setattr(Engine, "step", counted)
+        monkeypatch.setattr(Step, "run", counted)
         heartbeat_s = engine.stats.heartbeat_s
         await asyncio.sleep(0.5)
         assert turns <= 15
@@ -264,7 +264,7 @@ async def test_a_stream_that_is_never_read_on_ends_after_the_limit_with_what_was
     async with running_engine(model, max_unread_outputs=4, unread_limit_s=0.2) as engine:
         stream = engine.generate(long_request(1))
         await anext(stream)
-        await until(lambda: not engine._engine.has_work)
+        await until(lambda: not engine.loop.step.has_work)
         for _ in range(3):
             assert (await anext(stream)).finish_reason is None
         with pytest.raises(StreamUnreadError):
@@ -278,4 +278,4 @@ async def test_a_reader_that_goes_away_ends_a_paused_stream(model: LoadedModel) 
         await anext(stream)
         await is_all_paused(engine)
         await stream.aclose()
-        await until(lambda: not engine._engine.has_work)
+        await until(lambda: not engine.loop.step.has_work)

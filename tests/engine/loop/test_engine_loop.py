@@ -59,9 +59,9 @@ def test_cancelling_frees_the_blocks_at_once_and_nobody_else_notices(loop: Loop)
         loop.generate(str(seed), make_request(prompt(seed, 30), new_tokens=10))
     for _ in range(6):
         loop.step()
-    used = loop.engine.allocator.num_used
+    used = loop.steps.scheduler.allocator.num_used
     loop.cancel("1")
-    assert loop.engine.allocator.num_used < used
+    assert loop.steps.scheduler.allocator.num_used < used
     assert isinstance(loop.error("1"), RequestCancelledError)
     loop.cancel("1")
     loop.cancel("never heard of")
@@ -77,8 +77,8 @@ def test_cancelling_what_still_waits_or_is_being_prefilled(loop: Loop) -> None:
     loop.step()
     loop.cancel("waiting")
     loop.cancel("prefill")
-    assert not loop.engine.has_work
-    assert loop.engine.allocator.num_used == 0
+    assert not loop.steps.has_work
+    assert loop.steps.scheduler.allocator.num_used == 0
 
 
 def test_a_deadline_ends_a_request_wherever_it_is(loop: Loop) -> None:
@@ -131,7 +131,7 @@ def test_a_request_that_fails_leaves_nothing_in_the_prefix_cache(loop: Loop) -> 
     """Its blocks might hold NaN."""
     loop.generate("bad", make_request([*prompt(1, 12), POISON], new_tokens=4))
     loop.drain()
-    assert loop.engine.allocator.num_cached == 0
+    assert loop.steps.scheduler.allocator.num_cached == 0
 
 
 def test_a_full_queue_refuses_and_goes_on(tokenizer: Tokenizer) -> None:
@@ -190,7 +190,7 @@ def test_a_scoring_s_continuations_keep_nobody_out_of_the_queue(tokenizer: Token
     config = SchedulerConfig(max_num_sequences=2, max_num_batched_tokens=16, max_waiting=3)
     loop = Loop(tokenizer, config=config)
     loop.score("score", score_request(prompt(1, 20), [[token, token + 1] for token in range(3, 93)]))
-    while loop.engine.scheduler.num_waiting < 10:
+    while loop.steps.scheduler.num_waiting < 10:
         loop.step()
     for seed in range(4):
         loop.generate(str(seed), make_request(prompt(seed), new_tokens=3))
@@ -234,12 +234,12 @@ def test_scorings_alone_get_on_in_every_step(
         num_tokens += length + sum(length + count for count in lengths)
         loop.score(str(number), score_request(prompt(number, length), continuations))
     num_steps = 0
-    while loop.engine.has_work:
-        result = loop.engine.step()
+    while loop.steps.has_work:
+        result = loop.steps.run()
         assert result.stats is not None
         num_steps += 1
         assert num_steps <= num_tokens, "at least one token a step, and none twice but in a prompt taken back"
-    assert loop.engine.allocator.num_used == 0
+    assert loop.steps.scheduler.allocator.num_used == 0
 
 
 def test_a_scoring_is_cancelled_with_all_its_sequences(loop: Loop) -> None:
@@ -361,14 +361,14 @@ def test_everything_can_be_dropped_with_one_error(loop: Loop) -> None:
     loop.generate("a", make_request(prompt(1)))
     loop.score("b", score_request(prompt(2), [[1, 2], [3]]))
     loop.step()
-    events = loop.engine.drop_all(EngineDeadError("gone"))
+    events = loop.steps.drop_all(EngineDeadError("gone"))
     assert sorted(event.job_id for event in events) == ["a", "b"]
     assert all(isinstance(event.payload, EngineDeadError) and event.is_last for event in events)
-    assert not loop.engine.has_work
-    assert loop.engine.allocator.num_used == 0
+    assert not loop.steps.has_work
+    assert loop.steps.scheduler.allocator.num_used == 0
 
 
 def test_a_step_with_nothing_to_do_runs_nothing(loop: Loop) -> None:
-    result = loop.engine.step()
+    result = loop.steps.run()
     assert (result.events, result.stats) == ((), None)
     assert loop.decoder.num_forwards == 0

@@ -17,7 +17,7 @@ from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.scheduling.schedule import Schedule
 from support.factories.adapters import make_lora
 from support.factories.every_method import COMPOSED, PLAIN, Sizes, register_every_method
@@ -54,21 +54,19 @@ def records(model: LoadedModel, store: AdapterStore, tmp_path: Path) -> dict[str
 
 
 @asynccontextmanager
-async def engine_of(model: LoadedModel, store: AdapterStore) -> AsyncIterator[AsyncEngine]:
+async def engine_of(model: LoadedModel, store: AdapterStore) -> AsyncIterator[Engine]:
     async with running_engine(model, store.lower, max_num_sequences=64, kv_cache_bytes=32 << 20) as engine:
         yield engine
 
 
-async def ask(
-    engine: AsyncEngine, record: AdapterRecord | None, salt: str = "", new_tokens: int = 4
-) -> Answer:
+async def ask(engine: Engine, record: AdapterRecord | None, salt: str = "", new_tokens: int = 4) -> Answer:
     return await collect(engine, make_request(PROMPT, record, new_tokens=new_tokens, cache_salt=salt))
 
 
-def watch_blocks(engine: AsyncEngine) -> list[dict[bytes, list[set[int]]]]:
+def watch_blocks(engine: Engine) -> list[dict[bytes, list[set[int]]]]:
     """Step by step, the blocks of each sequence that runs, by the key of its adapter."""
     steps: list[dict[bytes, list[set[int]]]] = []
-    scheduler = engine._engine.scheduler
+    scheduler = engine.loop.step.scheduler
     schedule = scheduler.schedule
 
     def watched() -> Schedule:

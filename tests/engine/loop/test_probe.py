@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,12 +32,12 @@ from manyhats.adapters.primitives import (
     PromptEmbeddings,
 )
 from manyhats.adapters.sites import BaseDescription, Site
-from manyhats.engine.backends.decoder import Decoder
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import EngineConfig
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.errors import DrainingError, EngineDeadError, ModelError
 from manyhats.engine.loop.probe import changed_tokens, effect, probe_prompt
+from manyhats.engine.opening import open_engine
 from manyhats.engine.output import StepStats
 from support.factories.adapterhub import make_adapterhub
 from support.factories.adapters import (
@@ -50,6 +50,7 @@ from support.factories.adapters import (
 )
 from support.factories.prefixes import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.backends import default_model
 from support.harnesses.engine import (
     collect,
     digest_of,
@@ -88,11 +89,17 @@ def lowered(name: str, *deltas: Delta, prefix: KVPrefix | PromptEmbeddings | Non
     return LoweredAdapter(digest_of(name), deltas, prefix)
 
 
-async def probe(engine: AsyncEngine, adapter: LoweredAdapter) -> float:
+async def probe(engine: Engine, adapter: LoweredAdapter) -> float:
     return await asyncio.to_thread(engine.probe, adapter)
 
 
-def held(engine: AsyncEngine) -> tuple[object, ...]:
+def placed(engine: Engine) -> Mapping[int, object]:
+    """The adapters in slots."""
+    slots: Any = engine._probe._slots
+    return slots.placed  # type: ignore[no-any-return]
+
+
+def held(engine: Engine) -> tuple[object, ...]:
     """All that a probe could leave behind."""
     stats = engine.stats
     return (
@@ -102,11 +109,11 @@ def held(engine: AsyncEngine) -> tuple[object, ...]:
         stats.kv_blocks_cached,
         engine.model_bytes,
         engine.resident_digests(),
-        engine._slots.num_bytes(engine._probe_slot),
+        engine._probe._slot in placed(engine),
     )
 
 
-async def until_held(engine: AsyncEngine, before: tuple[object, ...]) -> None:
+async def until_held(engine: Engine, before: tuple[object, ...]) -> None:
     """Blocks come back at the engine's next turn."""
     with contextlib.suppress(TimeoutError):
         await until(lambda: held(engine) == before, timeout_s=5)
@@ -378,7 +385,7 @@ async def test_a_step_in_which_a_stream_decodes_takes_few_rows_of_a_probe(model:
     async with running_engine(model) as engine:
         stream = engine.generate(make_request(random_ids(1, 5, TINY_VOCAB_SIZE), new_tokens=LONG))
         await anext(stream)
-        engine._on_step = steps.append
+        engine.loop.on_step = steps.append
         for adapter in some_adapters(model.description):
             await probe(engine, adapter)
         await stream.aclose()
@@ -403,11 +410,11 @@ async def test_a_probe_of_an_engine_that_dies_is_told(
             entered.set()
             raise SystemExit("the decoder broke")
 
-        monkeypatch.setattr(Decoder, "forward", broken)
+        monkeypatch.setattr(default_model(), "forward", broken)
         with pytest.raises(EngineDeadError):
             await asyncio.wait_for(probe(engine, random_lora(model.description, 1)), 10)
         assert entered.is_set()
-        assert engine._slots.num_bytes(engine._probe_slot) == 0
+        assert engine._probe._slot not in placed(engine)
         for adapter in some_adapters(model.description):
             with pytest.raises(EngineDeadError):
                 await probe(engine, adapter)
@@ -417,7 +424,7 @@ async def test_an_engine_that_stops_ends_the_probe_that_runs(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, gate = threading.Event(), threading.Event()
-    forward = Decoder.forward
+    forward = default_model().forward
 
     def held_up(*arguments: Any) -> Any:
         entered.set()
@@ -425,7 +432,7 @@ async def test_an_engine_that_stops_ends_the_probe_that_runs(
         return forward(*arguments)
 
     async with running_engine(model) as engine:
-        monkeypatch.setattr(Decoder, "forward", held_up)
+        monkeypatch.setattr(default_model(), "forward", held_up)
         probing = asyncio.create_task(probe(engine, random_lora(model.description, 1)))
         await until(entered.is_set)
         stopping = asyncio.create_task(engine.stop())
@@ -436,11 +443,11 @@ async def test_an_engine_that_stops_ends_the_probe_that_runs(
         await stopping
         with pytest.raises(EngineDeadError):
             await asyncio.wait_for(probing, 10)
-        assert engine._slots.num_bytes(engine._probe_slot) == 0
+        assert engine._probe._slot not in placed(engine)
 
 
 async def test_an_engine_that_never_started_measures_nothing(model: LoadedModel) -> None:
-    engine = AsyncEngine(model, EngineConfig(num_threads=1), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
+    engine = open_engine(model, EngineConfig(num_threads=1), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
     with pytest.raises(EngineDeadError):
         await probe(engine, random_lora(model.description, 1))
     await engine.stop()

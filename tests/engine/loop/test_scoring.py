@@ -86,7 +86,7 @@ async def test_seventy_continuations_share_one_prompt(model: LoadedModel, oracle
         computed += stats.num_prefill_tokens  # type: ignore[attr-defined]
 
     async with running_engine(model) as engine:
-        engine._on_step = count
+        engine.loop.on_step = count
         output = await engine.score(request)
         await until(lambda: engine.stats.kv_blocks_used == 0)
     assert_scores(output, request, oracle)
@@ -189,7 +189,7 @@ async def test_requests_have_their_turn_while_a_large_scoring_goes_on_and_it_end
     config = {"max_num_batched_tokens": 64, "max_num_sequences": 4, "max_bulk_tokens": 8}
     async with running_engine(model, **config) as engine:
         steps: list[StepStats] = []
-        engine._on_step = steps.append
+        engine.loop.on_step = steps.append
         scoring = asyncio.create_task(engine.score(large))
         await until(lambda: len(steps) > 10)
         for seed in range(10):

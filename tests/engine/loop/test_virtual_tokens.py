@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
-from manyhats.engine.backends.decoder import Decoder
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.errors import EngineError
 from manyhats.engine.loop import step as engine_module
 from manyhats.engine.loop import thread as engine_thread
-from manyhats.engine.loop.internal_jobs import InternalJob
+from manyhats.engine.loop.private_run import PrivateRun
+from manyhats.engine.loop.serving import Start
 from manyhats.engine.request import ResponseOptions, ScoreRequest
 from manyhats.engine.scheduling.scheduler import Scheduler
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.harnesses.backends import default_model
 from support.harnesses.engine import (
     collect,
     digest_of,
@@ -85,7 +86,7 @@ class Row:
     asks_prompt: bool = False
 
 
-async def answer(engine: AsyncEngine, row: Row, salt: str = "") -> Any:
+async def answer(engine: Engine, row: Row, salt: str = "") -> Any:
     """What the request comes to, to be compared bit by bit."""
     adapter = make_record(row.task, digest_of(row.task)) if row.task else None
     prompt = random_ids(row.seed, row.num_prompt, TINY_VOCAB_SIZE)
@@ -108,7 +109,7 @@ async def answer(engine: AsyncEngine, row: Row, salt: str = "") -> Any:
     return found.tokens, found.prompt_tokens
 
 
-async def all_at_once(engine: AsyncEngine, rows: Sequence[Row]) -> list[Any]:
+async def all_at_once(engine: Engine, rows: Sequence[Row]) -> list[Any]:
     return await asyncio.wait_for(asyncio.gather(*(answer(engine, row) for row in rows)), 120)
 
 
@@ -149,7 +150,7 @@ async def test_requests_of_a_task_share_its_virtual_tokens_once_they_are_in_plac
     tasks = {"stored": stored("stored", 100), "soft": soft("soft", 100)}
     async with running_engine(model, tasks) as engine:
         prefilled: list[int] = []
-        engine._on_step = lambda stats: prefilled.append(stats.num_prefill_tokens)
+        engine.loop.on_step = lambda stats: prefilled.append(stats.num_prefill_tokens)
         for task, first in (("stored", 10), ("soft", 110)):
             prefilled.clear()
             await all_at_once(engine, [Row(task, 10, 3, seed) for seed in range(4)])
@@ -159,7 +160,7 @@ async def test_requests_of_a_task_share_its_virtual_tokens_once_they_are_in_plac
             assert sum(prefilled) == 10
 
 
-@pytest.mark.parametrize("fails", ["build_batch", "forward"])
+@pytest.mark.parametrize("fails", ["step_plan", "forward"])
 async def test_a_step_that_fails_leaves_no_virtual_tokens_that_are_not_there(
     fails: str, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +170,7 @@ async def test_a_step_that_fails_leaves_no_virtual_tokens_that_are_not_there(
 
     row = Row("stored", 10, 3, 1)
     async with running_engine(model, {"stored": stored("stored", 100)}) as engine:
-        where: Any = engine_module if fails == "build_batch" else Decoder
+        where: Any = engine_module if fails == "step_plan" else default_model()
         monkeypatch.setattr(where, fails, broken)
         with pytest.raises(EngineError):
             await answer(engine, row)
@@ -234,17 +235,11 @@ def test_every_mix_of_requests_ends_with_the_tokens_that_each_has_alone(model: L
     check()
 
 
-class _NeverDone(InternalJob[None]):
+class _NeverDone(PrivateRun):
     """A job that nothing moves."""
 
-    def __init__(self) -> None:
-        super().__init__("never", lambda result: None)
-
-    def start(self, scheduler: Scheduler) -> None:
+    def next(self, scheduler: Scheduler, now_s: float) -> None:
         """Queues nothing."""
-
-    def abort(self, scheduler: Scheduler) -> None:
-        """It holds nothing."""
 
 
 async def test_a_standstill_is_told_and_ends_when_something_gets_on(
@@ -252,7 +247,7 @@ async def test_a_standstill_is_told_and_ends_when_something_gets_on(
 ) -> None:
     monkeypatch.setattr(engine_thread, "_STANDSTILL_S", 0.05)
     async with running_engine(model) as engine:
-        engine._thread.submit(lambda: engine._engine.add(_NeverDone()))
+        engine.loop.submit(lambda: engine.loop.step.add(_NeverDone("never", (1,), Start())))
         await until(lambda: engine.stats.is_at_standstill)
         await answer(engine, Row("", 5, 4, 1))
         assert not engine.stats.is_at_standstill

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.engine import engine as async_engine
+from manyhats.engine import engine as engine_module
 from manyhats.engine.backends.backend import AdapterSlots
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.errors import (
     AdapterCapacityError,
     DeadlineExceededError,
@@ -67,7 +68,7 @@ def ask(task: str, new_tokens: int = 3, **fields: Any) -> Request:
     return make_request(PROMPT, make_record(task), new_tokens=new_tokens, **fields)
 
 
-async def hold(engine: AsyncEngine, task: str) -> Any:
+async def hold(engine: Engine, task: str) -> Any:
     """A generation that keeps a task's slot until it is closed."""
     stream = engine.generate(ask(task, 490))
     await anext(stream)
@@ -159,7 +160,7 @@ async def test_who_leaves_while_waiting_gives_the_turn_to_the_next(model: Loaded
 async def test_nothing_is_kept_of_those_who_leave_while_others_wait_on(
     leave: str, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(async_engine, "_WARM_WAIT_S", 0.05)
+    monkeypatch.setattr(engine_module, "_WARM_WAIT_S", 0.05)
     loader = Loader(model)
     async with running_engine(model, loader, max_loaded_adapters=1) as engine:
         stream = await hold(engine, "held")
@@ -285,7 +286,7 @@ async def test_a_version_is_warmed_in_turn_and_not_waited_for_without_end(
         await stream.aclose()
         await asyncio.wait_for(asyncio.gather(before, warming, after), 20)
         assert loader.loaded == ["held", "a", "warm", "b"]
-        monkeypatch.setattr(async_engine, "_WARM_WAIT_S", 0.05)
+        monkeypatch.setattr(engine_module, "_WARM_WAIT_S", 0.05)
         stream = await hold(engine, "held")
         with pytest.raises(AdapterCapacityError):
             await asyncio.wait_for(engine.warm_adapter(make_record("warm")), 20)
@@ -296,12 +297,12 @@ async def test_a_version_is_warmed_in_turn_and_not_waited_for_without_end(
 class NoSlots:
     """Slots of adapters that have no numbers."""
 
-    def write(self, slot: int, adapter: LoweredAdapter) -> None: ...
+    def pack(self, adapter: LoweredAdapter) -> Any:
+        return SimpleNamespace(num_bytes=1)
+
+    def place(self, slot: int, packed: Any) -> None: ...
 
     def clear(self, slot: int) -> None: ...
-
-    def num_bytes(self, slot: int) -> int:
-        return 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -319,7 +320,9 @@ def test_whoever_comes_and_goes_every_turn_comes_and_no_pin_is_left(
             raise ValueError("torn")
         return LoweredAdapter(record.digest, ())
 
-    residency = AdapterResidency(cast(AdapterSlots, NoSlots()), num_slots, 100, load, cast(PrefixPool, None))
+    residency = AdapterResidency(
+        cast(AdapterSlots[Any], NoSlots()), num_slots, 100, load, cast(PrefixPool, None)
+    )
     most = 0
 
     async def use(loading: AdapterLoading, record: AdapterRecord) -> None:

@@ -4,7 +4,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,22 +19,30 @@ from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 from support.harnesses.engine import digest_of, make_record
 
 
+@dataclass(frozen=True)
+class TenBytes:
+    """A packed adapter."""
+
+    digest: str
+    num_bytes: int = 10
+
+
 class Slots:
-    """The part of ``AdapterSlots`` that residency uses: which adapter each slot holds; each takes 10 bytes."""
+    """``AdapterSlots`` that note which adapter each slot holds."""
 
     def __init__(self) -> None:
         self.held: dict[int, str] = {}
 
-    def write(self, slot: int, adapter: LoweredAdapter) -> None:
+    def pack(self, adapter: LoweredAdapter) -> TenBytes:
+        return TenBytes(adapter.digest)
+
+    def place(self, slot: int, packed: TenBytes) -> None:
         assert slot > 0, "slot 0 is the base model"
         assert slot not in self.held, "written over"
-        self.held[slot] = adapter.digest
+        self.held[slot] = packed.digest
 
     def clear(self, slot: int) -> None:
         self.held.pop(slot, None)
-
-    def num_bytes(self, slot: int) -> int:
-        return 10 if slot in self.held else 0
 
 
 class Prefixes:
@@ -62,7 +71,7 @@ def make(
 ) -> tuple[AdapterResidency, Slots]:
     slots = Slots()
     return AdapterResidency(
-        cast(AdapterSlots, slots), num_slots, max_bytes, load, prefixes or Prefixes()
+        cast(AdapterSlots[Any], slots), num_slots, max_bytes, load, prefixes or Prefixes()
     ), slots
 
 

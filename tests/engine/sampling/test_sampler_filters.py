@@ -16,7 +16,7 @@ from transformers import (
 
 from manyhats.engine.backends.cpu.choosing.sampling import filter_row
 from manyhats.engine.backends.cpu.choosing.selection import GROUP, NUM_BUCKETS, keep_shortest
-from manyhats.engine.backends.reference.choosing import passing
+from manyhats.engine.backends.torch.choosing import passing
 from manyhats.engine.request import SamplingParams
 
 Floats = npt.NDArray[np.float64]

@@ -7,10 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.backends.cpu.choosing.choosing import edited
+from manyhats.engine.backends.torch.choosing import edited as slowly_edited
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampling.penalties import LogitChanges
-from manyhats.engine.sampling.sampler import SamplingRow, sample
+from manyhats.engine.sampling.sampler import SamplingRow, choices_of
+from support.harnesses.sampling import sample
+from support.oracles.operations import ReferenceKernels
 
 V = 12
 IDS = st.lists(st.integers(0, V - 1), max_size=10)
@@ -24,10 +27,15 @@ def penalized(
     changes = LogitChanges(params, prompt)
     for token in output:
         changes.append(token)
-    ids, values = changes.applied(row)
-    again = LogitChanges(params, prompt, output).applied(row)
-    np.testing.assert_array_equal(ids, again[0])
-    np.testing.assert_array_equal(values, again[1])
+    choices, again = (
+        choices_of([SamplingRow(params=params, changes=each)], [0], row.size)
+        for each in (changes, LogitChanges(params, prompt, output))
+    )
+    ids, values = choices.edit_ids, edited(row[None], choices)
+    np.testing.assert_array_equal(ids, again.edit_ids)
+    np.testing.assert_array_equal(values, edited(row[None], again))
+    slowly = [slowly_edited(torch.from_numpy(row), choices, 0, edit) for edit in range(ids.size)]
+    np.testing.assert_array_equal(values, np.array(slowly, np.float32))
     assert len(set(ids.tolist())) == ids.size
     result = row.copy()
     result[ids] = values

@@ -14,9 +14,10 @@ import numba
 import pytest
 import torch
 
+from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.backends.cpu.compile import max_threads
 from manyhats.engine.config import MIB, EngineConfig
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.opening import open_engine
 from manyhats.engine.request import ResponseOptions
 from manyhats.engine.threads import background as module
 from manyhats.engine.threads.background import Background
@@ -29,9 +30,9 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a thread's own 
 
 @pytest.fixture
 def background(monkeypatch: pytest.MonkeyPatch) -> Background:
-    """One that forgets at once."""
+    """One that forgets at once, on a machine of its own."""
     monkeypatch.setattr(module, "_LINGER_S", 0.0)
-    return Background()
+    return Background(TakenProcessors(read_busy_s=lambda: None))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -160,14 +161,14 @@ async def test_engine_leaves_a_processor_to_work_and_takes_it_back(
 ) -> None:
     model = load_tiny(make_checkpoint(tmp_path / "model", seed=13))
     seen: list[tuple[int, int]] = []
-    engine = AsyncEngine(
+    engine = open_engine(
         model,
         EngineConfig(dtype="float32", num_threads=2, kv_cache_bytes=4 * MIB),
         lambda record: pytest.fail("no adapter is asked for"),
-        lambda stats: seen.append((numba.get_num_threads(), torch.get_num_threads())),
-        background,
-        taken_processors=TakenProcessors(read_busy_s=lambda: None),
+        backend=CpuBackend(2),
+        background=background,
     )
+    engine.loop.on_step = lambda stats: seen.append((numba.get_num_threads(), torch.get_num_threads()))
     request = make_request(
         random_ids(9, 12, TINY_VOCAB_SIZE), response=ResponseOptions(logprobs=True, top_logprobs=5)
     )

@@ -10,7 +10,7 @@ import numba
 import pytest
 import torch
 
-from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.threads.own_thread import in_own_thread
 
 T = TypeVar("T")

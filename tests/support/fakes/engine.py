@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.backend import AdapterSlots
-from manyhats.engine.backends.batch import Batch
+from manyhats.engine.backends.logits import HostLogits
+from manyhats.engine.backends.plan import AdapterRows, StepPlan
+from support.oracles.operations import ReferenceKernels
 
 
 class FakeCache:
@@ -39,25 +40,27 @@ class FakeDecoder:
     def __init__(self, vocab_size: int, poison: Iterable[int] = ()) -> None:
         self.vocab_size = vocab_size
         self.poison = tuple(poison)
-        self.before_forward: Callable[[Batch], None] = lambda batch: None
+        self.before_forward: Callable[[StepPlan], None] = lambda plan: None
         self.num_forwards = 0
 
-    def forward(self, batch: Batch, cache: FakeCache, adapters: AdapterSlots) -> Tensor:
-        self.before_forward(batch)
+    def forward(self, plan: StepPlan, cache: FakeCache, adapters: object) -> HostLogits:
+        self.before_forward(plan)
         self.num_forwards += 1
-        cache.copy_blocks(batch.block_copies)
-        tokens = batch.token_ids.numpy().copy()
-        tokens[batch.adapter_rows.rows.numpy()] += self.vocab_size * batch.adapter_rows.slots.numpy()
-        cache.entries[batch.slot_mapping.numpy()] = tokens
-        starts = batch.query_start.tolist()
+        cache.copy_blocks(plan.block_copies)
+        tokens = plan.token_ids.astype(np.int64)
+        adapter_rows = AdapterRows.of(plan.row_slots)
+        tokens[adapter_rows.rows] += self.vocab_size * adapter_rows.slots
+        cache.entries[plan.cells] = tokens
+        starts = plan.query_start.tolist()
         rows: list[Tensor] = []
-        for row in batch.logit_rows.tolist():
+        for row in plan.logit_rows.tolist():
             sequence = int(np.searchsorted(starts, row, side="right")) - 1
-            end = int(batch.context_len[sequence]) - (starts[sequence + 1] - row) + 1
+            end = int(plan.context_len[sequence]) - (starts[sequence + 1] - row) + 1
             positions = np.arange(end)
-            blocks = batch.block_tables[sequence].numpy()[positions // cache.block_size]
+            blocks = plan.block_tables[sequence][positions // cache.block_size]
             rows.append(self.logits(cache.entries[blocks * cache.block_size + positions % cache.block_size]))
-        return torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
+        logits = torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
+        return HostLogits(logits, ReferenceKernels())
 
     def logits(self, history: np.ndarray) -> Tensor:
         """[V] after a history of tokens, each plus V times its adapter slot."""

@@ -22,19 +22,24 @@ from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription, Site
-from manyhats.engine.backends.backend import Kernels
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine.backends.backend import Backend
+from manyhats.engine.backends.dtypes import block_bytes
+from manyhats.engine.backends.plan import int32
+from manyhats.engine.backends.wants import Wants
+from manyhats.engine.backends.warmup import NO_TARGETS
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
-from manyhats.engine.config import EngineConfig
-from manyhats.engine.engine import AsyncEngine
-from manyhats.engine.loop.build_batch import build_batch, num_logit_rows
+from manyhats.engine.config import EngineConfig, resolve
+from manyhats.engine.engine import Engine
+from manyhats.engine.loop.plan import step_plan
+from manyhats.engine.opening import open_engine
 from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage
 from manyhats.engine.request import Request, ResponseOptions, SamplingParams, StoppingParams
+from manyhats.engine.sampling.sampler import choices_of
 from manyhats.engine.scheduling.blocks import BlockAllocator
 from manyhats.engine.scheduling.schedule import Chunk, SchedulerConfig
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence
+from support.harnesses.backends import default_backend
 
 
 def load_tiny(
@@ -74,13 +79,13 @@ class Ran:
 class Runner:
     """A model on a backend, with adapters loaded and a KV pool; each run has an empty prefix cache at first.
 
-    One thread unless ``kernels`` are given: tiny kernels on several are slow where other processes run too.
+    The default backend on one thread, unless another is given.
     """
 
     def __init__(
         self,
         model: LoadedModel,
-        kernels: Kernels[Any, Any] | None = None,
+        backend: Backend | None = None,
         *,
         adapters: Mapping[int, LoweredAdapter] | None = None,
         cache_dtype: str = "float32",
@@ -88,12 +93,13 @@ class Runner:
         num_blocks: int = 96,
         block_size: int = 16,
     ) -> None:
-        self.kernels: Kernels[Any, Any] = kernels or CpuKernels(1)
-        self.decoder = Decoder(model.architecture, model.weights, self.kernels)
-        self.cache = self.kernels.new_cache(model.architecture, num_blocks, block_size, cache_dtype)
-        self.slots = self.kernels.new_slots(model.architecture, 40, adapter_dtype)
+        self.backend: Backend = backend or default_backend()
+        self.model = self.backend.prepare(model.architecture, model.weights)
+        num_bytes = num_blocks * block_bytes(model.architecture, block_size, cache_dtype)
+        self.cache = self.backend.new_cache(model.architecture, block_size, cache_dtype, num_bytes)
+        self.slots = self.backend.new_adapters(model.architecture, 40, adapter_dtype)
         for slot, adapter in (adapters or {}).items():
-            self.slots.write(slot, adapter)
+            self.slots.place(slot, self.slots.pack(adapter))
         self.num_blocks = num_blocks
         self.block_size = block_size
 
@@ -116,7 +122,7 @@ class Runner:
             all_logits: keep those of the prompts' positions too.
             prefix_cache: whether sequences share blocks.
         """
-        self.kernels.start_thread()  # another test may have set another number of threads
+        self.backend.start_thread()  # another test may have set another number of threads
         config = SchedulerConfig(
             max_num_sequences=min(max_sequences, max_tokens), max_num_batched_tokens=max_tokens
         )
@@ -145,12 +151,15 @@ class Runner:
         schedule = scheduler.schedule()
         if not schedule.chunks:
             return
-        with torch.inference_mode():
-            logits = self.decoder.forward(build_batch(schedule, self.block_size), self.cache, self.slots)
+        plan = step_plan(schedule, self.block_size)
+        whole = int32(range(plan.logit_rows.size))
+        wants = Wants(choices_of([], [], 1), NO_TARGETS, whole)
+        outcome = self.model.forward(plan, self.cache, self.slots).finish(wants).result()
+        logits = torch.from_numpy(outcome.whole)
         sampled: list[tuple[Sequence, int]] = []
         first = 0
         for chunk in schedule.chunks:
-            rows = logits[first : first + num_logit_rows(chunk)]
+            rows = logits[first : first + chunk.num_logit_rows]
             first += rows.shape[0]
             _keep(ran[chunk.sequence], chunk, rows)
             if chunk.ends_tokens:
@@ -262,7 +271,7 @@ class Answer:
         return [token.id for token in self.tokens]
 
 
-async def collect(engine: AsyncEngine, request: Request) -> Answer:
+async def collect(engine: Engine, request: Request) -> Answer:
     """Run a generation to its end."""
     outputs = tuple([output async for output in engine.generate(request)])
     last = outputs[-1]
@@ -303,7 +312,7 @@ async def running_engine(
     model: LoadedModel,
     load: Mapping[str, LoweredAdapter] | Callable[[AdapterRecord], LoweredAdapter] | None = None,
     **config: Any,
-) -> AsyncIterator[AsyncEngine]:
+) -> AsyncIterator[Engine]:
     """An engine on a tiny model, float32 throughout; ``load`` gives adapters by task id."""
     by_task = load if callable(load) else lambda record: (load or {})[record.task_id]
     settings = {
@@ -313,7 +322,9 @@ async def running_engine(
         "max_num_sequences": 8,
         **config,
     }
-    engine = AsyncEngine(model, EngineConfig(**settings), by_task)
+    settled = resolve(EngineConfig(**settings))
+    backend = default_backend(settled.dtype, settled.num_threads)
+    engine = open_engine(model, settled, by_task, backend=backend)
     await engine.start()
     try:
         yield engine

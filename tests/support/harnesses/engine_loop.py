@@ -1,4 +1,4 @@
-"""An engine without a model: its loop runs on a decoder that hashes what it reads."""
+"""An engine without a model: its steps run on a decoder that hashes what it reads."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
-from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import EngineError
 from manyhats.engine.loop.generation import Generation
-from manyhats.engine.loop.jobs import Event, Job
+from manyhats.engine.loop.job import Event, Job
 from manyhats.engine.loop.scoring import Scoring
 from manyhats.engine.loop.serving import ServingModel, Start
-from manyhats.engine.loop.step import Engine
+from manyhats.engine.loop.step import Step
 from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepStats
 from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.scheduling.blocks import BlockAllocator
 from manyhats.engine.scheduling.schedule import SchedulerConfig
+from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.text.tokenizer import Tokenizer
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
 from support.fakes.engine import FakeCache, FakeDecoder
@@ -41,14 +42,12 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.decoder = FakeDecoder(TINY_VOCAB_SIZE, poison=(POISON,))
-        self.engine = Engine(
+        self.steps = Step(
+            Scheduler(self.config, BlockAllocator(self.num_blocks, self.block_size)),
             cast(Any, self.decoder),
             cast(Any, FakeCache(self.num_blocks, self.block_size)),
             cast(Any, SimpleNamespace()),
-            ReferenceKernels(),
-            num_blocks=self.num_blocks,
-            block_size=self.block_size,
-            scheduler=self.config,
+            TINY_VOCAB_SIZE,
         )
         self.serving = ServingModel(
             base_digest="sha256:0",
@@ -60,8 +59,8 @@ class Loop:
         self.events: dict[str, list[Event]] = {}
         self.stats: list[StepStats] = []
 
-    def add(self, job: Job) -> str:
-        return self._hear(self.engine.add(job), job.id)
+    def add(self, job: Job[Any]) -> str:
+        return self._hear(self.steps.add(job), job.id)
 
     def generate(self, name: str, request: Request, slot: int = 0) -> str:
         return self.add(Generation(name, request, Start(slot), self.serving))
@@ -70,18 +69,18 @@ class Loop:
         return self.add(Scoring(name, request, Start(slot), self.serving))
 
     def cancel(self, name: str) -> None:
-        self._hear(self.engine.cancel(name), name)
+        self._hear(self.steps.cancel(name), name)
 
     def step(self) -> None:
-        result = self.engine.step()
+        result = self.steps.run()
         if result.stats is not None:
             self.stats.append(result.stats)
         self._hear(result.events, "")
 
     def drain(self) -> None:
         for _ in range(3000):
-            if not self.engine.has_work:
-                assert self.engine.allocator.num_used == 0
+            if not self.steps.has_work:
+                assert self.steps.scheduler.allocator.num_used == 0
                 return
             self.step()
         raise AssertionError("the jobs do not end")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.engine import Engine
 from manyhats.engine.progress import no_progress
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.lifetime.config import ServeConfig
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Served:
     """An engine, and a client of its own port that takes little ahead of its reader."""
 
-    engine: AsyncEngine
+    engine: Engine
     generation: GenerationServiceAsyncStub
     address: str
 

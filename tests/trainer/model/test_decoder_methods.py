@@ -12,7 +12,7 @@ import torch
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.composition import AdapterPart, compose
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter
-from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.data.collation import collate
 from manyhats.trainer.model.decoder import TrainingDecoder
@@ -71,9 +71,9 @@ def test_a_method_gives_the_logits_of_the_oracle(base: Base, wide_base: Base, na
 
 
 @pytest.mark.parametrize("name", [name for name in SERVED if name not in VIRTUAL])
-def test_a_method_gives_the_logits_of_the_engine_s_reference_kernels(base: Base, name: str) -> None:
+def test_a_method_gives_the_logits_of_the_engine_s_torch_backend(base: Base, name: str) -> None:
     lowered, batch = base.lowered(name), make_batch((23, 9))
-    runner = Runner(base.model, ReferenceKernels(), adapters={1: lowered})
+    runner = Runner(base.model, TorchBackend(), adapters={1: lowered})
     prompts = [Prompt(ids, slot=1, new_tokens=0) for ids in row_ids(batch)]
     logits = base.decoder.logits(batch, lowered).split(list(batch.segments))
     for ran, own in zip(runner.run(prompts, all_logits=True), logits, strict=True):

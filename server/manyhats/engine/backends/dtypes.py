@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from manyhats.engine.errors import ModelError
+from manyhats.engine.model.architecture import Architecture
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -19,3 +20,8 @@ def torch_dtype(name: str) -> torch.dtype:
         return _DTYPES[name]
     except KeyError:
         raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}, not {name!r}") from None
+
+
+def block_bytes(architecture: Architecture, block_size: int, dtype: str) -> int:
+    """Keys and values of one block, in all layers."""
+    return block_size * architecture.kv_values_per_token * torch_dtype(dtype).itemsize

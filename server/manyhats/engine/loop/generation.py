@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
-from typing import Any
 
-from torch import Tensor
-
-from manyhats.engine.backends.backend import Kernels
-from manyhats.engine.backends.logprobs import token_logprobs
-from manyhats.engine.errors import StreamUnreadError
+from manyhats.engine.backends.wants import Token
+from manyhats.engine.errors import NoTokenAllowedError, StreamUnreadError
 from manyhats.engine.loop.backlog import Backlog
-from manyhats.engine.loop.jobs import Output, SampledToken, token_output
+from manyhats.engine.loop.job import Answer, Want, token_output
+from manyhats.engine.loop.meter import Meter
 from manyhats.engine.loop.serving import ServingModel, Start, new_sequence
-from manyhats.engine.output import FinishReason, StepOutput, TokenOutput, Usage
+from manyhats.engine.output import FinishReason, StepOutput, TokenOutput
 from manyhats.engine.request import Request
 from manyhats.engine.sampling.penalties import LogitChanges, changes_logits
 from manyhats.engine.sampling.sampler import SamplingRow
+from manyhats.engine.scheduling.schedule import Chunk
 from manyhats.engine.scheduling.scheduler import Scheduler
-from manyhats.engine.scheduling.sequence import Sequence
+from manyhats.engine.scheduling.sequence import SequenceStatus
 from manyhats.engine.text.stopping import StopChecker
 
 
@@ -40,7 +37,6 @@ class Generation:
         self.id = job_id
         self.deadline_s = request.deadline_s
         self.is_done = False
-        self.samples = True
         self._request = request
         self._backlog = backlog
         self._tokenizer = model.tokenizer_of(request)
@@ -62,20 +58,17 @@ class Generation:
         )
         self._stop = StopChecker(stopping, model.eos_of(request))
         self._end_s = None if stopping.time_limit_s is None else request.accepted_s + stopping.time_limit_s
-        self._usage = Usage(prompt_tokens=len(prompt), adapter_load_s=start.adapter_load_s)
-        self._started_s: float | None = None
-        self._first_token_s: float | None = None
+        self._meter = Meter(request.accepted_s, len(prompt), start.adapter_load_s)
 
-    def start(self, scheduler: Scheduler) -> None:
-        """Queues the prompt."""
-        scheduler.add(self._sequence)
-
-    def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
-        """Ends by the time limit, with what there is; else pauses or goes on, as far as its reader is.
+    def next(self, scheduler: Scheduler, now_s: float) -> StepOutput | None:
+        """Queues the prompt, once; ends by the time limit, with what there is; pauses or goes on as its reader does.
 
         Raises:
             StreamUnreadError: its reader has taken nothing for too long.
         """
+        if self._sequence.status is SequenceStatus.NEW:
+            scheduler.add(self._sequence)
+            return None
         if self._end_s is not None and now_s >= self._end_s:
             self._finish(scheduler)
             return self._output(self._rest(), (), FinishReason.TIME_LIMIT, now_s)
@@ -94,19 +87,21 @@ class Generation:
         elif backlog.is_given_up(now_s):
             raise StreamUnreadError(backlog.limit_s)
 
-    def begin(self, sequence: Sequence, now_s: float) -> None:
-        """Notes when the request left the queue."""
-        if self._started_s is None:
-            self._started_s = now_s
-            self._usage = replace(
-                self._usage,
-                queue_s=now_s - self._request.accepted_s,
-                cached_prompt_tokens=sequence.num_cached_tokens,
-            )
+    def wants(self, chunk: Chunk) -> Want:
+        """The next token after the last one, and the log-probabilities of the prompt's tokens after the first."""
+        sequence = chunk.sequence
+        self._meter.start(sequence.num_cached_tokens)
+        first = chunk.end - chunk.num_logit_rows + 1
+        scored = sequence.token_ids[first : min(chunk.end + 1, sequence.num_prompt_tokens)]
+        return Want(
+            sample=self._sampling_row(sequence.num_output_tokens) if chunk.ends_tokens else None,
+            target_rows=range(len(scored)),
+            target_ids=scored,
+            num_top=self._request.response.top_logprobs,
+        )
 
-    def sampling_row(self, sequence: Sequence) -> SamplingRow:
+    def _sampling_row(self, num_generated: int) -> SamplingRow:
         """The request's parameters, and what its tokens so far make of them."""
-        num_generated = sequence.num_output_tokens
         response = self._request.response
         return SamplingRow(
             params=self._request.sampling,
@@ -117,37 +112,32 @@ class Generation:
             num_logprobs=response.top_logprobs if response.logprobs else None,
         )
 
-    def score(
-        self, sequence: Sequence, first_position: int, logits: Tensor, kernels: Kernels[Any, Any]
-    ) -> None:
-        """Keeps the log-probabilities of the prompt's tokens after the first."""
-        targets = sequence.token_ids[first_position + 1 : sequence.num_prompt_tokens][: logits.shape[0]]
-        num_top = self._request.response.top_logprobs
-        found = token_logprobs(logits[: len(targets)], targets, num_top, kernels)
-        self._prompt_tokens += [
-            token_output(self._tokenizer, *each) for each in zip(targets, found, strict=True)
-        ]
+    def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> StepOutput | None:
+        """Keeps the prompt's log-probabilities, takes the chosen token into the sequence, and says what it adds.
 
-    def commit(
-        self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
-    ) -> Output | None:
-        """Takes the sampled token into the sequence and says what it adds to the answer."""
-        if sampled is None:
-            return None
-        scheduler.append_token(sequence, sampled.id)
+        Raises:
+            NoTokenAllowedError: there was none to choose.
+        """
+        self._prompt_tokens += [token_output(self._tokenizer, *target) for target in answer.targets]
+        return None if answer.token is None else self._take_token(answer.token, scheduler, now_s)
+
+    def _take_token(self, token: Token, scheduler: Scheduler, now_s: float) -> StepOutput:
+        if token.id < 0:
+            raise NoTokenAllowedError
+        sequence = self._sequence
+        scheduler.append_token(sequence, token.id)
         if self._changes is not None:
-            self._changes.append(sampled.id)
-        if self._first_token_s is None:
-            self._first_token_s = now_s
-        text, reason = self._push_text(sampled.id, sequence.num_output_tokens)
+            self._changes.append(token.id)
+        self._meter.end_prefill(now_s)
+        text, reason = self._push_text(token.id, sequence.num_output_tokens)
         if reason is None and sequence.num_tokens >= sequence.max_num_tokens:
             reason = FinishReason.LENGTH
         is_cut = (
-            reason is FinishReason.STOP_SEQUENCE and sampled.id not in self._request.stopping.stop_token_ids
+            reason is FinishReason.STOP_SEQUENCE and token.id not in self._request.stopping.stop_token_ids
         )
         if reason is not None and not is_cut:
             text += self._rest()
-        tokens = (token_output(self._tokenizer, sampled.id, sampled.logprob),)
+        tokens = (token_output(self._tokenizer, token.id, token.logprob),)
         if reason is not None:
             self._finish(scheduler)
         return self._output(text, tokens, reason, now_s)
@@ -167,7 +157,7 @@ class Generation:
             token_id, watched, num_generated, shown, pending=pending, shown_pending=shown_pending
         )
 
-    def abort(self, scheduler: Scheduler) -> None:
+    def drop(self, scheduler: Scheduler) -> None:
         """Frees the sequence's blocks."""
         scheduler.finish(self._sequence)
 
@@ -182,16 +172,9 @@ class Generation:
     def _output(
         self, text: str, tokens: tuple[TokenOutput, ...], reason: FinishReason | None, now_s: float
     ) -> StepOutput:
-        started = now_s if self._started_s is None else self._started_s
-        first = now_s if self._first_token_s is None else self._first_token_s
-        self._usage = replace(
-            self._usage,
-            generated_tokens=self._sequence.num_output_tokens,
-            prefill_s=first - started,
-            decode_s=now_s - first,
-        )
+        usage = self._meter.usage(now_s, self._sequence.num_output_tokens)
         prompt_tokens, self._prompt_tokens = tuple(self._prompt_tokens), []
-        output = StepOutput(text, tokens, prompt_tokens, reason, self._usage, now_s)
+        output = StepOutput(text, tokens, prompt_tokens, reason, usage, now_s)
         if self._backlog is not None:
             self._backlog.put(output)
         return output

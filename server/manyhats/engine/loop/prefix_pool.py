@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from manyhats.adapters.primitives import KVPrefix, PromptEmbeddings
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.loop.internal_jobs import InternalJobs
+from manyhats.engine.loop.thread import Loop
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 
 
@@ -12,12 +12,12 @@ class EnginePrefixPool:
     """A ``PrefixPool`` over one engine; safe from any thread.
 
     Args:
-        jobs: of that engine.
+        loop: of that engine.
         capacity: of its KV cache, in tokens.
     """
 
-    def __init__(self, jobs: InternalJobs, capacity: int) -> None:
-        self._jobs = jobs
+    def __init__(self, loop: Loop, capacity: int) -> None:
+        self._loop = loop
         self._capacity = capacity
 
     def add(self, prefix: KVPrefix | PromptEmbeddings) -> VirtualTokens:
@@ -35,4 +35,4 @@ class EnginePrefixPool:
 
     def remove(self, prefix: VirtualTokens) -> None:
         """Has their blocks freed before the next step; no unfinished sequence may have them."""
-        self._jobs.then(lambda scheduler: scheduler.forget(prefix))
+        self._loop.forget(prefix)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,72 +17,25 @@ from manyhats.adapters.primitives import (
     EmbeddingRows,
     LoweredAdapter,
 )
-from manyhats.engine.backends.backend import AdapterSlots, Kernels
+from manyhats.engine.backends.backend import AdapterSlots
+from manyhats.engine.backends.wants import Logits
 from manyhats.engine.errors import NumericalError
-from manyhats.engine.loop.internal_jobs import InternalJob, InternalJobs
-from manyhats.engine.loop.jobs import Job, Output, SampledToken
+from manyhats.engine.loop.private_run import PrivateRun
 from manyhats.engine.loop.serving import Start
-from manyhats.engine.scheduling.scheduler import Scheduler
-from manyhats.engine.scheduling.sequence import Sequence
-from manyhats.engine.scheduling.virtual_tokens import PLACEHOLDER_ID, VirtualTokens
+from manyhats.engine.loop.thread import Loop
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 from manyhats.engine.text.tokenizer import Tokenizer
 
 _TEXT = "The best way to learn a new language is to listen"
 _NUM_FIXED_TOKENS = 8
 _MAX_OWN_TOKENS = 4
 
-Logits = npt.NDArray[np.float32]
-
-
-class ProbeJob(InternalJob[Logits]):
-    """Runs a prompt behind an adapter's virtual tokens and gives the logits [T, V] of all its positions."""
-
-    def __init__(
-        self, job_id: str, token_ids: tuple[int, ...], start: Start, on_done: Callable[[Logits], None]
-    ) -> None:
-        super().__init__(job_id, on_done)
-        num_virtual = start.num_virtual_tokens
-        self._rows: list[Logits] = []
-        self._sequence = Sequence(
-            id=job_id,
-            token_ids=[PLACEHOLDER_ID] * num_virtual + list(token_ids),
-            max_num_tokens=num_virtual + len(token_ids),
-            slot=start.slot,
-            position_offset=start.position_offset,
-            logits_from=num_virtual,
-            virtual=start.virtual,
-            uses_prefix_cache=False,
-            is_internal=True,
-        )
-
-    def start(self, scheduler: Scheduler) -> None:
-        """Queues the prompt."""
-        scheduler.add(self._sequence)
-
-    def score(
-        self, sequence: Sequence, first_position: int, logits: Tensor, kernels: Kernels[Any, Any]
-    ) -> None:
-        """Keeps a copy: the step's logits are not the job's."""
-        self._rows.append(logits.numpy().copy())
-
-    def commit(
-        self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
-    ) -> Output | None:
-        """All of it has run."""
-        scheduler.finish(sequence)
-        self._finish(np.concatenate(self._rows))
-        return None
-
-    def abort(self, scheduler: Scheduler) -> None:
-        """Frees the sequence's blocks."""
-        scheduler.finish(self._sequence)
-
 
 class AdapterProbe:
     """Measures adapters on one engine, one at a time, from any thread but the engine's own.
 
     Args:
-        jobs: of the engine.
+        loop: runs the prompts.
         slots: of the engine.
         slot: kept for this alone, so that a probe neither evicts an adapter nor waits for one.
         prompt: the fixed token ids.
@@ -93,15 +45,15 @@ class AdapterProbe:
 
     def __init__(
         self,
-        jobs: InternalJobs,
-        slots: AdapterSlots,
+        loop: Loop,
+        slots: AdapterSlots[Any],
         slot: int,
         *,
         prompt: tuple[int, ...],
         embeddings: Tensor,
         max_context_length: int,
     ) -> None:
-        self._jobs = jobs
+        self._loop = loop
         self._slots = slots
         self._slot = slot
         self._prompt = prompt
@@ -144,7 +96,7 @@ class AdapterProbe:
 
     def _adapter_logits(self, adapter: LoweredAdapter, token_ids: tuple[int, ...]) -> Logits:
         try:
-            self._slots.write(self._slot, adapter)
+            self._slots.place(self._slot, self._slots.pack(adapter))
             virtual = None if adapter.prefix is None else VirtualTokens(adapter.prefix)
             return self._run(token_ids, Start(self._slot, virtual))
         except NumericalError as error:
@@ -155,10 +107,7 @@ class AdapterProbe:
             self._slots.clear(self._slot)  # no step names it any more, however the job ended
 
     def _run(self, token_ids: tuple[int, ...], start: Start) -> Logits:
-        def make_job(job_id: str, on_done: Callable[[Logits], None]) -> Job:
-            return ProbeJob(job_id, token_ids, start, on_done)
-
-        return self._jobs.run(make_job)
+        return self._loop.run(PrivateRun(self._loop.new_id(), token_ids, start))
 
 
 def probe_prompt(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import repeat
 
-from torch import Tensor
-
-from manyhats.engine.backends.backend import Kernels
-from manyhats.engine.backends.logprobs import token_logprobs
-from manyhats.engine.loop.jobs import Output, SampledToken, token_output
+from manyhats.engine.loop.job import Answer, Want, token_output
+from manyhats.engine.loop.meter import Meter
 from manyhats.engine.loop.serving import ServingModel, Start, new_sequence
-from manyhats.engine.output import ScoredContinuation, ScoreOutput, TokenOutput, Usage
+from manyhats.engine.output import ScoredContinuation, ScoreOutput, TokenOutput
 from manyhats.engine.request import ScoreRequest
-from manyhats.engine.sampling.sampler import SamplingRow
 from manyhats.engine.scheduling.blocks import SharedPrefix
+from manyhats.engine.scheduling.schedule import Chunk
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence
 
@@ -44,7 +42,6 @@ class Scoring:
         self.id = job_id
         self.deadline_s = request.deadline_s
         self.is_done = False
-        self.samples = False
         self._request = request
         self._start = start
         self._model = model
@@ -57,11 +54,16 @@ class Scoring:
         self._prefix: SharedPrefix | None = None
         self._is_bulk = self._has_many_rows = False
         self._num_done = 0
-        self._usage = Usage(prompt_tokens=len(request.prompt_token_ids), adapter_load_s=start.adapter_load_s)
-        self._started_s: float | None = None
+        self._meter = Meter(request.accepted_s, len(request.prompt_token_ids), start.adapter_load_s)
+        self._is_queued = False
 
-    def start(self, scheduler: Scheduler) -> None:
-        """Queues the prompt, or all at once where there is one continuation."""
+    def next(self, scheduler: Scheduler, now_s: float) -> None:
+        """Queues the prompt, or all at once where there is one continuation; later ones are queued as others end."""
+        if not self._is_queued:
+            self._is_queued = True
+            self._queue_first(scheduler)
+
+    def _queue_first(self, scheduler: Scheduler) -> None:
         limits = scheduler.config
         num_scored = sum(len(token_ids) for token_ids in self._request.continuations)
         self._has_many_rows = num_scored > limits.max_bulk_tokens
@@ -73,53 +75,38 @@ class Scoring:
         else:
             scheduler.add(self._new_branch_sequence(self._branches[0]))
 
-    def tick(self, scheduler: Scheduler, now_s: float) -> Output | None:
-        """Nothing to do between steps."""
-        return None
+    def wants(self, chunk: Chunk) -> Want:
+        """The log-probabilities of the continuations' tokens: behind the prompt, of each one's first."""
+        self._meter.start(chunk.sequence.num_cached_tokens)
+        if len(self._branches) == 1:
+            self._meter.end_prefill()
+        rows, token_ids = self._targets(chunk)
+        return Want(target_rows=rows, target_ids=token_ids, num_top=self._request.response.top_logprobs)
 
-    def begin(self, sequence: Sequence, now_s: float) -> None:
-        """Notes when the request left the queue."""
-        if self._started_s is None:
-            self._started_s = now_s
-            self._usage = replace(
-                self._usage,
-                queue_s=now_s - self._request.accepted_s,
-                cached_prompt_tokens=min(sequence.num_cached_tokens, len(self._request.prompt_token_ids)),
-            )
+    def _targets(self, chunk: Chunk) -> tuple[Seq[int], Seq[int]]:
+        """Rows of a chunk, and the tokens to score there."""
+        num_rows = chunk.num_logit_rows
+        if chunk.sequence is self._prompt:
+            firsts = [branch.token_ids[0] for branch in self._branches] if num_rows else []
+            return [0] * len(firsts), firsts
+        start = chunk.end - num_rows + 1 - self._num_context_tokens
+        token_ids = self._running[chunk.sequence].token_ids[start : start + num_rows] if num_rows else ()
+        return range(len(token_ids)), token_ids
 
-    def sampling_row(self, sequence: Sequence) -> SamplingRow:
-        """Never asked for."""
-        raise TypeError("a scoring samples nothing")
+    def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> ScoreOutput | None:
+        """Keeps the log-probabilities.
 
-    def score(
-        self, sequence: Sequence, first_position: int, logits: Tensor, kernels: Kernels[Any, Any]
-    ) -> None:
-        """Keeps the log-probabilities of the continuations' tokens."""
-        num_top = self._request.response.top_logprobs
-        if sequence is self._prompt:
-            firsts = [branch.token_ids[0] for branch in self._branches]
-            found = token_logprobs(logits, firsts, num_top, kernels, rows=[0] * len(firsts))
-            for branch, token_id, logprob in zip(self._branches, firsts, found, strict=True):
-                branch.tokens.append(token_output(self._tokenizer, token_id, logprob))
-            return
-        branch = self._running[sequence]
-        start = first_position + 1 - self._num_context_tokens
-        targets = branch.token_ids[start : start + logits.shape[0]]
-        found = token_logprobs(logits, targets, num_top, kernels)
-        branch.tokens += [token_output(self._tokenizer, *each) for each in zip(targets, found, strict=True)]
-
-    def commit(
-        self, sequence: Sequence, sampled: SampledToken | None, scheduler: Scheduler, now_s: float
-    ) -> Output | None:
-        """Starts the continuations once the prompt is there, more as others finish; answers when the last one is."""
-        if sequence is self._prompt:
-            self._prefix = scheduler.hold(sequence, sequence.num_tokens)
-            scheduler.finish(sequence)
-            self._prompt = None
-            self._usage = replace(self._usage, prefill_s=now_s - (self._started_s or now_s))
-            longer = [branch for branch in self._branches if len(branch.token_ids) > 1]
-            self._num_done = len(self._branches) - len(longer)
-            self._unqueued = iter(longer)
+        Starts the continuations once the prompt is there, more as others finish; answers when the last one has.
+        """
+        sequence = chunk.sequence
+        is_prompt = sequence is self._prompt
+        branches = self._branches if is_prompt else repeat(self._running[sequence])
+        for branch, target in zip(branches, answer.targets, strict=False):
+            branch.tokens.append(token_output(self._tokenizer, *target))
+        if not chunk.ends_tokens:
+            return None
+        if is_prompt:
+            self._share_prompt(sequence, scheduler, now_s)
         else:
             del self._running[sequence]
             scheduler.finish(sequence)
@@ -128,10 +115,20 @@ class Scoring:
         if self._num_done < len(self._branches):
             return None
         self.is_done = True
-        self.abort(scheduler)
-        return self._output(now_s)
+        self.drop(scheduler)
+        return ScoreOutput([self._scored(branch) for branch in self._branches], self._meter.usage(now_s))
 
-    def abort(self, scheduler: Scheduler) -> None:
+    def _share_prompt(self, sequence: Sequence, scheduler: Scheduler, now_s: float) -> None:
+        """The prompt has run: what it left is where the continuations start."""
+        self._prefix = scheduler.hold(sequence, sequence.num_tokens)
+        scheduler.finish(sequence)
+        self._prompt = None
+        self._meter.end_prefill(now_s)
+        longer = [branch for branch in self._branches if len(branch.token_ids) > 1]
+        self._num_done = len(self._branches) - len(longer)
+        self._unqueued = iter(longer)
+
+    def drop(self, scheduler: Scheduler) -> None:
         """Frees every sequence's blocks and the shared prompt's."""
         if self._prompt is not None:
             scheduler.finish(self._prompt)
@@ -177,11 +174,6 @@ class Scoring:
         sequence = new_sequence(self.id, self._request, token_ids, 0, self._start, self._model, self._prefix)
         sequence.is_bulk = self._is_bulk
         return sequence
-
-    def _output(self, now_s: float) -> ScoreOutput:
-        started = self._started_s or now_s
-        self._usage = replace(self._usage, decode_s=now_s - started - self._usage.prefill_s)
-        return ScoreOutput([self._scored(branch) for branch in self._branches], self._usage)
 
     def _scored(self, branch: _Branch) -> ScoredContinuation:
         tokens = tuple(branch.tokens[branch.num_given :])

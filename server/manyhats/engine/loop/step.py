@@ -1,4 +1,4 @@
-"""The engine's loop body: schedule → run → sample → commit. One thread owns it."""
+"""The engine's loop body: schedule → plan → forward → finish → take. One thread owns it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import structlog
-import torch
-from torch import Tensor
 
 from manyhats.adapters.primitives import KVPrefix
-from manyhats.engine.backends.backend import AdapterSlots, Kernels, KVCache
-from manyhats.engine.backends.batch import Batch
-from manyhats.engine.backends.decoder import Decoder
+from manyhats.engine.backends.backend import AdapterSlots, KVCache, Model
+from manyhats.engine.backends.plan import int32
+from manyhats.engine.backends.wants import Outcome, Targets, Wants
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineError,
@@ -25,12 +25,11 @@ from manyhats.engine.errors import (
     RequestCancelledError,
     RequestFailedError,
 )
-from manyhats.engine.loop.build_batch import build_batch, num_logit_rows
-from manyhats.engine.loop.jobs import Event, Job, Output, SampledToken
+from manyhats.engine.loop.job import Answer, Event, Job, Want
+from manyhats.engine.loop.plan import step_plan
 from manyhats.engine.output import StepStats
-from manyhats.engine.sampling.sampler import SamplingRow, non_finite_rows, sample
-from manyhats.engine.scheduling.blocks import BlockAllocator
-from manyhats.engine.scheduling.schedule import Chunk, Schedule, SchedulerConfig
+from manyhats.engine.sampling.sampler import check_row, choices_of
+from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.scheduler import Scheduler
 
 _MAX_FAILED_STEPS = 8
@@ -54,23 +53,18 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """A chunk's share of the logits: rows [first, scored_end) are scored, then one is sampled if there is one."""
+class _Part:
+    """A chunk of the step, its logit rows [first, end), and what its job wants of them."""
 
     chunk: Chunk
-    job: Job
+    job: Job[Any]
     first: int
-    scored_end: int
     end: int
-
-    @property
-    def first_position(self) -> int:
-        """The position in the sequence that row ``first`` belongs to."""
-        return self.chunk.end - (self.end - self.first)
+    want: Want
 
 
-class Engine:
-    """Runs jobs to their end. Not thread-safe; ``AsyncEngine`` gives it a thread.
+class Step:
+    """Runs jobs to their end. Not thread-safe; ``Loop`` gives it a thread.
 
     What a job raises ends that job alone; what a step raises as a whole, such as the forward, ends the step's jobs.
     What the scheduler raises ends all jobs, since it may have been left in any state: it then starts anew.
@@ -78,23 +72,18 @@ class Engine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        scheduler: Scheduler,
+        model: Model[Any, Any],
         cache: KVCache,
-        slots: AdapterSlots,
-        kernels: Kernels[Any, Any],
-        *,
-        num_blocks: int,
-        block_size: int,
-        scheduler: SchedulerConfig,
+        adapters: AdapterSlots[Any],
+        vocab_size: int,
     ) -> None:
-        self._decoder = decoder
+        self.scheduler = scheduler
+        self._model = model
         self._cache = cache
-        self._slots = slots
-        self._kernels = kernels
-        self._block_size = block_size
-        self.allocator = BlockAllocator(num_blocks, block_size)
-        self.scheduler = Scheduler(scheduler, self.allocator)
-        self._jobs: dict[str, Job] = {}
+        self._adapters = adapters
+        self._vocab_size = vocab_size
+        self._jobs: dict[str, Job[Any]] = {}
         self._num_failed_steps = 0  # since the last one that got through
 
     @property
@@ -107,13 +96,13 @@ class Engine:
         """Whether nothing can run by itself: there is no job, or each waits for its reader."""
         return self.scheduler.num_paused == len(self._jobs)
 
-    def add(self, job: Job) -> tuple[Event, ...]:
+    def add(self, job: Job[Any]) -> tuple[Event, ...]:
         """Takes a job in; the event says why not, where it can't."""
         events: list[Event] = []
         with self._together(events):
             self._jobs[job.id] = job
             with self._alone(job, events):
-                job.start(self.scheduler)
+                self._emit(job, job.next(self.scheduler, time.monotonic()), events)
         return tuple(events)
 
     def cancel(self, job_id: str) -> tuple[Event, ...]:
@@ -125,7 +114,7 @@ class Engine:
                 events.append(self._fail(job, RequestCancelledError("cancelled")))
         return tuple(events)
 
-    def step(self) -> StepResult:
+    def run(self) -> StepResult:
         """One turn: ends what the clock ends, then runs the next batch, if there is one.
 
         Raises:
@@ -133,14 +122,14 @@ class Engine:
         """
         events: list[Event] = []
         try:
-            return self._step(events)
+            return self._run(events)
         except Exception as error:
             self._start_over(error, events)
             if self._num_failed_steps >= _MAX_FAILED_STEPS:
                 raise
             return StepResult(tuple(events), None)
 
-    def _step(self, events: list[Event]) -> StepResult:
+    def _run(self, events: list[Event]) -> StepResult:
         started = time.monotonic()
         num_jobs = len(self._jobs)
         self._tick(started, events)
@@ -149,16 +138,17 @@ class Engine:
             is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
             return StepResult(tuple(events), None, is_stuck)
         try:
-            batch = build_batch(schedule, self._block_size)
+            plan = step_plan(schedule, self._cache.block_size)  # while every sequence has its blocks
+            parts = self._parts(schedule, events)
             self._fill_prefixes(schedule)
-            with torch.inference_mode():
-                logits = self._decoder.forward(batch, self._cache, self._slots)
-                self._commit(schedule, logits, started, events)
+            logits = self._model.forward(plan, self._cache, self._adapters)
+            outcome = logits.finish(self._wants(parts)).result()
+            self._commit(schedule, parts, outcome, events)
         except Exception as error:  # noqa: BLE001 whatever it is, requests beyond this step have no part in it
             self._fail_step(schedule, error, events)
             return StepResult(tuple(events), None)
         self._num_failed_steps = 0
-        return StepResult(tuple(events), self._stats(schedule, batch, time.monotonic() - started))
+        return StepResult(tuple(events), _stats(schedule, time.monotonic() - started))
 
     def _fill_prefixes(self, schedule: Schedule) -> None:
         for fill in schedule.prefix_fills:
@@ -179,77 +169,69 @@ class Engine:
                 events.append(self._fail(job, DeadlineExceededError("the deadline passed")))
                 continue
             with self._alone(job, events):
-                self._emit(job, job.tick(self.scheduler, now_s), events)
+                self._emit(job, job.next(self.scheduler, now_s), events)
 
-    def _commit(self, schedule: Schedule, logits: Tensor, started: float, events: list[Event]) -> None:
-        """Samples, scores, and moves every sequence of the step on; a row with bad logits ends its job alone."""
-        rows = self._rows(schedule)
-        bad = set(non_finite_rows(logits))
-        for part in self._live(rows):
-            if bad.intersection(range(part.first, part.end)):
+    def _parts(self, schedule: Schedule, events: list[Event]) -> list[_Part]:
+        """The step's chunks, and what their jobs want of each."""
+        parts: list[_Part] = []
+        first = 0
+        jobs = [self._jobs[chunk.sequence.id] for chunk in schedule.chunks]
+        for chunk, job in zip(schedule.chunks, jobs, strict=True):
+            end = first + chunk.num_logit_rows
+            parts.append(_Part(chunk, job, first, end, self._want(job, chunk, events)))
+            first = end
+        return parts
+
+    def _want(self, job: Job[Any], chunk: Chunk, events: list[Event]) -> Want:
+        if job.id in self._jobs:  # one job may have several chunks, and fail with the first
+            with self._alone(job, events):
+                want = job.wants(chunk)
+                if want.sample is not None:
+                    check_row(want.sample, self._vocab_size)
+                return want
+        return Want()
+
+    def _wants(self, parts: Seq[_Part]) -> Wants:
+        """The same of all jobs that are left, in the order of their rows."""
+        live = list(self._live(parts))
+        rows = [(part.end - 1, part.want.sample) for part in live if part.want.sample is not None]
+        num_targets = [len(part.want.target_ids) for part in live]
+        return Wants(
+            choices=choices_of([row for _, row in rows], [at for at, _ in rows], self._vocab_size),
+            targets=Targets(
+                rows=_int64(part.first + row for part in live for row in part.want.target_rows),
+                ids=_int64(token_id for part in live for token_id in part.want.target_ids),
+                num_top=np.repeat(_int64(part.want.num_top for part in live), num_targets),
+            ),
+            whole=int32([row for part in live if part.want.whole for row in range(part.first, part.end)]),
+        )
+
+    def _commit(self, schedule: Schedule, parts: Seq[_Part], outcome: Outcome, events: list[Event]) -> None:
+        """Moves every sequence of the step on; a row with bad logits ends its job alone."""
+        answers = _answers(self._live(parts), outcome)
+        for part, _ in answers:
+            if part.job.id in self._jobs and not outcome.bad_rows.isdisjoint(range(part.first, part.end)):
                 events.append(self._fail(part.job, NumericalError("the logits are not finite")))
-        for part in self._live(rows):
-            with self._alone(part.job, events):
-                part.job.begin(part.chunk.sequence, started)
-                if part.scored_end > part.first:
-                    scored = logits[part.first : part.scored_end]
-                    part.job.score(part.chunk.sequence, part.first_position, scored, self._kernels)
-        rows = list(self._live(rows))
-        tokens = self._sample(rows, logits, events)
-        ended = [part.chunk.ends_tokens for part in rows]
         self.scheduler.commit(schedule)
         now_s = time.monotonic()
-        for part, token, is_end in zip(rows, tokens, ended, strict=True):
-            if is_end and part.job.id in self._jobs:
+        for part, answer in answers:
+            if part.end > part.first and part.job.id in self._jobs:
                 with self._alone(part.job, events):
-                    output = part.job.commit(part.chunk.sequence, token, self.scheduler, now_s)
+                    output = part.job.take(part.chunk, answer, self.scheduler, now_s)
                     self._emit(part.job, output, events)
 
-    def _live(self, rows: Iterable[_Rows]) -> Iterator[_Rows]:
+    def _live(self, parts: Iterable[_Part]) -> Iterator[_Part]:
         """Those whose job has not ended meanwhile; one job may have several."""
-        return (part for part in rows if part.job.id in self._jobs)
+        return (part for part in parts if part.job.id in self._jobs)
 
-    def _rows(self, schedule: Schedule) -> list[_Rows]:
-        rows: list[_Rows] = []
-        first = 0
-        for chunk in schedule.chunks:
-            end = first + num_logit_rows(chunk)
-            job = self._jobs[chunk.sequence.id]
-            sampled = chunk.ends_tokens and job.samples
-            rows.append(_Rows(chunk, job, first, end - 1 if sampled else end, end))
-            first = end
-        return rows
-
-    def _sample(self, rows: Seq[_Rows], logits: Tensor, events: list[Event]) -> list[SampledToken | None]:
-        """One token for each of the rows that samples, in their order; None for the others and those that fail."""
-        sampling: list[_Rows] = []
-        sampling_rows: list[SamplingRow] = []
-        for part in rows:
-            if part.scored_end < part.end:
-                with self._alone(part.job, events):
-                    sampling_rows.append(part.job.sampling_row(part.chunk.sequence))
-                    sampling.append(part)
-        if not sampling:
-            return [None] * len(rows)
-        index = [part.end - 1 for part in sampling]
-        chosen = logits if len(index) == logits.shape[0] else logits[index]
-        result = sample(chosen, sampling_rows, self._kernels)
-        tokens: dict[int, SampledToken] = {}
-        for number, part in enumerate(sampling):
-            with self._alone(part.job, events):
-                if number in result.failures:
-                    raise result.failures[number]
-                tokens[part.first] = SampledToken(result.token_ids[number], result.logprobs[number])
-        return [tokens.get(part.first) for part in rows]
-
-    def _emit(self, job: Job, output: Output | None, events: list[Event]) -> None:
+    def _emit(self, job: Job[Any], output: object, events: list[Event]) -> None:
         if job.is_done:
             del self._jobs[job.id]
         if output is not None:
             events.append(Event(job.id, output, job.is_done))
 
     @contextmanager
-    def _alone(self, job: Job, events: list[Event]) -> Iterator[None]:
+    def _alone(self, job: Job[Any], events: list[Event]) -> Iterator[None]:
         """What is raised in this block ends the job, and nothing else."""
         try:
             yield
@@ -271,9 +253,9 @@ class Engine:
         self._num_failed_steps += 1
         events += self.drop_all(_unexpected(error, *self._jobs))
 
-    def _fail(self, job: Job, error: EngineError) -> Event:
+    def _fail(self, job: Job[Any], error: EngineError) -> Event:
         try:
-            job.abort(self.scheduler)
+            job.drop(self.scheduler)
         except Exception as failure:  # noqa: BLE001 whatever it is, other jobs have no part in it
             num_left = self.scheduler.drop(job.id)
             _log.error(
@@ -304,17 +286,39 @@ class Engine:
             self.scheduler.forget(fill.virtual)  # it may not have come to that
         self.scheduler.commit(schedule)  # all of its sequences are finished: their blocks come free
 
-    def _stats(self, schedule: Schedule, batch: Batch, duration_s: float) -> StepStats:
-        num_decode = sum(chunk.is_decode for chunk in schedule.chunks)
-        return StepStats(
-            duration_s=duration_s,
-            num_prefill_tokens=batch.num_tokens - num_decode,
-            num_decode_tokens=num_decode,
-            num_adapters=batch.adapter_rows.num_adapters,
-            num_preempted=len(schedule.preempted),
-            prefix_cache_queries=schedule.prefix_cache_queries,
-            prefix_cache_hits=schedule.prefix_cache_hits,
+
+def _answers(parts: Iterable[_Part], outcome: Outcome) -> list[tuple[_Part, Answer]]:
+    """Each part's share of the outcome of what they wanted together."""
+    tokens, targets = iter(outcome.tokens), iter(outcome.targets)
+    answers: list[tuple[_Part, Answer]] = []
+    num_whole = 0
+    for part in parts:
+        num_rows = part.end - part.first if part.want.whole else 0
+        answer = Answer(
+            token=None if part.want.sample is None else next(tokens),
+            targets=[(token_id, next(targets)) for token_id in part.want.target_ids],
+            whole=outcome.whole[num_whole : num_whole + num_rows],
         )
+        answers.append((part, answer))
+        num_whole += num_rows
+    return answers
+
+
+def _stats(schedule: Schedule, duration_s: float) -> StepStats:
+    num_decode = sum(chunk.is_decode for chunk in schedule.chunks)
+    return StepStats(
+        duration_s=duration_s,
+        num_prefill_tokens=schedule.num_tokens - num_decode,
+        num_decode_tokens=num_decode,
+        num_adapters=len({chunk.sequence.slot for chunk in schedule.chunks} - {0}),
+        num_preempted=len(schedule.preempted),
+        prefix_cache_queries=schedule.prefix_cache_queries,
+        prefix_cache_hits=schedule.prefix_cache_hits,
+    )
+
+
+def _int64(values: Iterable[int]) -> npt.NDArray[np.int64]:
+    return np.fromiter(values, dtype=np.int64)
 
 
 def _unexpected(error: Exception, *job_ids: str) -> RequestFailedError:

@@ -1,36 +1,39 @@
-"""Where the events of jobs go: in on the engine's thread, out on the event loop."""
+"""Where the events of jobs go: in on the engine's thread, out on the event loop, or to a thread that waits."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
 
-from manyhats.adapters.artifact import AdapterRecord
-from manyhats.engine.errors import EngineDeadError
-from manyhats.engine.loop.jobs import Event
+from manyhats.engine.errors import EngineDeadError, EngineError
+from manyhats.engine.loop.job import Event
 
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """The events of one job; ``pinned`` is the version to release when the engine is through with it."""
+    """The events of one job; ``release`` is called, on either side, once the engine is done with it."""
 
-    events: asyncio.Queue[Event]
-    pinned: AdapterRecord | None
+    release: Callable[[], None]
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     is_ended: bool = False
+
+    def end(self) -> None:
+        """The engine is done with its job."""
+        self.is_ended = True
+        self.release()
 
 
 class Streams:
-    """The streams of all jobs in the engine.
+    """The streams of all jobs in the engine, and the threads that wait for one output each."""
 
-    Args:
-        release: unpins an adapter; called on either side.
-    """
-
-    def __init__(self, release: Callable[[AdapterRecord], None]) -> None:
-        self._release = release
+    def __init__(self) -> None:
         self._streams: dict[str, Stream] = {}
+        self._expected: dict[str, Future[Any]] = {}
+        self._has_ended = False
         self._num_expected = 0
         self._idle = asyncio.Event()  # set when the last stream has gone
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -54,10 +57,22 @@ class Streams:
             self._num_expected -= 1
             self._note_idle()
 
-    def open(self, job_id: str, pinned: AdapterRecord | None) -> Stream:
+    def open(self, job_id: str, release: Callable[[], None]) -> Stream:
         """A stream for a job that is about to go to the engine."""
-        stream = self._streams[job_id] = Stream(asyncio.Queue(), pinned)
+        stream = self._streams[job_id] = Stream(release)
         return stream
+
+    def expect(self, job_id: str) -> Future[Any]:
+        """The only output of a job that is about to go to the engine; from any thread.
+
+        Raises:
+            EngineDeadError: nothing more will come.
+        """
+        output = self._expected[job_id] = Future()
+        if self._has_ended:  # looked at after the entry is there, so that ``end`` misses none
+            del self._expected[job_id]
+            raise EngineDeadError("the engine has ended")
+        return output
 
     async def wait_empty(self, timeout_s: float) -> None:
         """Waits until every stream has ended, those that are expected too, but not longer than this."""
@@ -70,14 +85,29 @@ class Streams:
 
     def publish(self, events: list[Event]) -> bool:
         """Hands a step's events over in one call; says whether the loop is still there to take them."""
-        for event in events:
+        streamed = [event for event in events if not self._answer(event)]
+        for event in streamed:
             if event.is_last:
-                self._unpin(self._streams[event.job_id])
-        return not events or self._call(self._deliver, events)
+                self._streams[event.job_id].end()
+        return not streamed or self._call(self._deliver, streamed)
 
     def end(self, reason: str) -> None:
-        """Tells the streams that are left that nothing more will come."""
+        """Tells everyone who still waits that nothing more will come."""
+        self._has_ended = True
+        for job_id in tuple(self._expected):
+            self._answer(Event(job_id, EngineDeadError(reason), True))
         self._call(self._end_rest, reason)
+
+    def _answer(self, event: Event) -> bool:
+        """Whether a thread waited for what an event says."""
+        output = self._expected.pop(event.job_id, None)
+        if output is None:
+            return False
+        if isinstance(event.payload, EngineError):
+            output.set_exception(event.payload)
+        else:
+            output.set_result(event.payload)
+        return True
 
     def _call(self, callback: Callable[..., None], *arguments: object) -> bool:
         if self._loop is None:
@@ -94,7 +124,7 @@ class Streams:
         """Here, since a stream that joins as the thread ends is known on this side alone; later ones are refused."""
         left = [job_id for job_id, stream in self._streams.items() if not stream.is_ended]
         for job_id in left:
-            self._unpin(self._streams[job_id])
+            self._streams[job_id].end()
         self._deliver([Event(job_id, EngineDeadError(reason), True) for job_id in left])
 
     def _deliver(self, events: list[Event]) -> None:
@@ -108,9 +138,3 @@ class Streams:
     def _note_idle(self) -> None:
         if not self._streams and not self._num_expected:
             self._idle.set()
-
-    def _unpin(self, stream: Stream) -> None:
-        """The engine is through with a stream's adapter."""
-        stream.is_ended = True
-        if stream.pinned is not None:
-            self._release(stream.pinned)

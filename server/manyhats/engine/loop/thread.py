@@ -1,7 +1,8 @@
-"""The engine's own thread: commands go in through an inbox, events come out through a callback."""
+"""The engine's own thread: commands go in through an inbox, events come out through streams."""
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -10,10 +11,15 @@ from concurrent.futures import Future
 
 import structlog
 
-from manyhats.engine.loop.internal_jobs import Command
-from manyhats.engine.loop.jobs import Event
-from manyhats.engine.loop.step import Engine
+from manyhats.engine.backends.backend import Backend
+from manyhats.engine.backends.wants import Logits
+from manyhats.engine.loop.job import Event
+from manyhats.engine.loop.private_run import PrivateRun
+from manyhats.engine.loop.step import Step
+from manyhats.engine.loop.streams import Streams
 from manyhats.engine.output import StepStats
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
+from manyhats.engine.threads.background import Background
 
 _HEARTBEAT_S = 0.5
 _PAUSED_S = 0.05
@@ -21,35 +27,42 @@ _RETRY_S = 0.002
 _STANDSTILL_S = 5.0
 _log = structlog.get_logger(__name__)
 
+Command = Callable[[], tuple[Event, ...]]
+"""Something for the engine's thread to do between steps; its events are published with the next step's."""
 
-class EngineThread:
-    """Turns an engine's steps for as long as it is asked to. All callbacks are called on the thread.
+
+class Loop:
+    """Turns steps on a thread of its own for as long as it is asked to.
 
     Args:
-        engine: nobody else touches it while the thread runs.
-        prepare: called first.
-        before_step: called before each step.
-        publish: takes the events of a turn; returns whether anyone is still listening.
-        on_step: takes the statistics of a step.
-        on_end: called last, however the thread ends.
+        step: nobody else touches it while the thread runs.
+        streams: take the events of each turn.
+        backend: told before each step how many processors to leave to others.
+        background: work beside the engine's.
+        prepare: called first, on the thread.
+
+    Attributes:
+        on_step: takes the statistics of each step; called on the thread.
+        failure: what the thread ended with, where that was an error.
+        heartbeat_s: ``time.time()`` of the last turn.
+        is_at_standstill: jobs are there, and for some seconds none has got on.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        *,
+        step: Step,
+        streams: Streams,
+        backend: Backend,
+        background: Background,
         prepare: Callable[[], None],
-        before_step: Callable[[], None],
-        publish: Callable[[list[Event]], bool],
-        on_step: Callable[[StepStats], None],
-        on_end: Callable[[], None],
     ) -> None:
-        self._engine = engine
+        self.step = step
+        self.streams = streams
+        self.on_step: Callable[[StepStats], None] = lambda stats: None
+        self._backend = backend
+        self._background = background
         self._prepare = prepare
-        self._before_step = before_step
-        self._publish = publish
-        self._on_step = on_step
-        self._on_end = on_end
+        self._ids = itertools.count(1)
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._prepared: Future[None] = Future()
@@ -73,6 +86,29 @@ class EngineThread:
         """Has something done between two steps; from any thread."""
         self._inbox.put(command)
 
+    def new_id(self) -> str:
+        """One that no other job has; from any thread."""
+        return str(next(self._ids))
+
+    def forget(self, virtual: VirtualTokens) -> None:
+        """Has the blocks of virtual tokens freed before the next step; no unfinished sequence may have them."""
+
+        def command() -> tuple[Event, ...]:
+            self.step.scheduler.forget(virtual)
+            return ()
+
+        self.submit(command)
+
+    def run(self, prompt: PrivateRun) -> Logits:
+        """Runs a prompt of the engine's own beside the requests and waits for its logits; from any other thread.
+
+        Raises:
+            EngineError: what ended it.
+        """
+        logits = self.streams.expect(prompt.id)
+        self.submit(lambda: self.step.add(prompt))
+        return self._background.wait_for(logits)
+
     def wake(self) -> None:
         """Has it look now whether what it waits for is there; from any thread."""
         self._inbox.put(None)
@@ -89,6 +125,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self._backend.start_thread()
             self._prepare()
         except BaseException as error:  # noqa: BLE001 whatever it was, its starter must see the error
             self.failure = error
@@ -101,23 +138,23 @@ class EngineThread:
                 self._turn()
         except BaseException as error:  # noqa: BLE001 whatever it was, every caller must be told that the engine is gone
             self.failure = error
-        self._on_end()
+        self.streams.end("the engine has ended" if self.failure is None else "the engine failed")
         if self.failure is not None:
             _log.error("engine died", exc_info=self.failure)
 
     def _turn(self) -> None:
         events = self._take_commands()
-        if self._engine.has_work:
-            self._before_step()
-            result = self._engine.step()
+        if self.step.has_work:
+            self._backend.leave_processors(self._background.num_to_leave())
+            result = self.step.run()
             events += result.events
             if result.stats is not None:
-                self._on_step(result.stats)
+                self.on_step(result.stats)
             elif result.is_stuck:
                 time.sleep(_RETRY_S)
             self._note_standstill(result.is_stuck)
         self.heartbeat_s = time.time()
-        if not self._publish(events):
+        if not self.streams.publish(events):
             self._is_stopping = True
 
     def _note_standstill(self, is_stuck: bool) -> None:
@@ -132,14 +169,14 @@ class EngineThread:
             self._stuck_since_s = now_s
         elif now_s - self._stuck_since_s >= _STANDSTILL_S and not self.is_at_standstill:
             self.is_at_standstill = True
-            scheduler = self._engine.scheduler
+            scheduler = self.step.scheduler
             _log.error("no request gets on", running=scheduler.num_running, waiting=scheduler.num_waiting)
 
     def _take_commands(self) -> list[Event]:
         """Does what was asked for; waits for something to do where there is nothing."""
         events: list[Event] = []
-        wait = self._engine.is_idle
-        limit_s = _PAUSED_S if self._engine.has_work else _HEARTBEAT_S  # what is paused still has its clock
+        wait = self.step.is_idle
+        limit_s = _PAUSED_S if self.step.has_work else _HEARTBEAT_S  # what is paused still has its clock
         while True:
             try:
                 command = self._inbox.get(block=wait, timeout=limit_s if wait else None)

@@ -278,6 +278,11 @@ class Architecture:
         """The first block's, for heads and their size, which are those of every block."""
         return self.blocks[0].attention
 
+    @property
+    def kv_values_per_token(self) -> int:
+        """Keys and values of one position in all layers."""
+        return 2 * self.num_layers * self.attention.key_size
+
     def num_linear_parameters(self) -> int:
         """Of the blocks' matrices, without biases."""
         return sum(linear.d_in * linear.d_out for block in self.blocks for linear in block.linears())

@@ -156,3 +156,12 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
         nested_code=state.state2.code,
         shape=(rows, columns),
     )
+
+
+def has_bf16_product() -> bool:
+    """Whether this processor, torch and bitsandbytes have a fused product of NF4 weights in bfloat16."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False  # without importing bitsandbytes, which takes seconds
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())

@@ -35,7 +35,7 @@ class AdapterLoading:
     """
 
     def __init__(self, residency: AdapterResidency, background: Background) -> None:
-        self._residency = residency
+        self.residency = residency
         self._threads = background.threads(_NUM_THREADS, "adapter-loader")
         self._queue: OrderedDict[str, dict[_Waiter, None]] = (
             OrderedDict()
@@ -86,7 +86,7 @@ class AdapterLoading:
             DrainingError: there will be no more loads.
         """
         await self._acquire(record, lowered, max_wait_s)
-        self._residency.release(record)
+        self.residency.release(record)
 
     def close(self) -> None:
         """Starts no more loads, and ends every wait; what has begun goes on by itself."""
@@ -131,7 +131,7 @@ class AdapterLoading:
                 return await waiter.claimed
         except TimeoutError:
             self._leave(waiter)
-            raise AdapterCapacityError(self._residency.num_slots, max_wait_s or 0.0) from None
+            raise AdapterCapacityError(self.residency.num_slots, max_wait_s or 0.0) from None
         except asyncio.CancelledError:
             self._leave(waiter)
             raise
@@ -153,9 +153,9 @@ class AdapterLoading:
         """A pin, and its load begun; None where there is no slot, or others wait for one."""
         if self._is_closed:
             raise _closed()
-        claim = self._residency.claim(record, may_take_slot=is_first or not self._queue)
+        claim = self.residency.claim(record, may_take_slot=is_first or not self._queue)
         if claim is not None and claim.must_fill:
-            filling = self._threads.submit(self._residency.fill, record, lowered)
+            filling = self._threads.submit(self.residency.fill, record, lowered)
             filling.add_done_callback(lambda done: self._give_up_cancelled(record, done))
         return claim
 
@@ -181,14 +181,14 @@ class AdapterLoading:
 
     def _give_up_cancelled(self, record: AdapterRecord, filling: Future[None]) -> None:
         if filling.cancelled():
-            self._residency.give_up(record, _closed())
+            self.residency.give_up(record, _closed())
 
     def _release_unused(self, record: AdapterRecord, claim: Claim) -> None:
         """Unpins it once it is loaded; one that cannot be loaded has no pins."""
 
         def release(loaded: Future[ResidentAdapter]) -> None:
             if loaded.exception() is None:
-                self._residency.release(record)
+                self.residency.release(record)
 
         claim.loaded.add_done_callback(release)
 

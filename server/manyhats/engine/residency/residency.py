@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
@@ -97,7 +97,12 @@ class AdapterResidency:
     """
 
     def __init__(
-        self, slots: AdapterSlots, num_slots: int, max_bytes: int, load: LoadAdapter, prefixes: PrefixPool
+        self,
+        slots: AdapterSlots[Any],
+        num_slots: int,
+        max_bytes: int,
+        load: LoadAdapter,
+        prefixes: PrefixPool,
     ) -> None:
         self._slots = slots
         self._prefixes = prefixes
@@ -188,7 +193,6 @@ class AdapterResidency:
             self.give_up(record, error)
             return
         with self._lock:
-            entry.num_bytes = self._slots.num_bytes(entry.slot)
             if entry.virtual is not None:
                 entry.num_bytes += entry.virtual.num_bytes
             stats = self._stats
@@ -245,7 +249,9 @@ class AdapterResidency:
         self, record: AdapterRecord, entry: _Entry, lowered: LoweredAdapter | None
     ) -> ResidentAdapter:
         lowered = lowered or self._load(record)
-        self._slots.write(entry.slot, lowered)
+        packed = self._slots.pack(lowered)
+        self._slots.place(entry.slot, packed)
+        entry.num_bytes = packed.num_bytes
         if lowered.prefix is not None:
             entry.virtual = self._prefixes.add(lowered.prefix)
         is_prefix_alone = lowered.prefix is not None and not lowered.deltas

@@ -1,19 +1,47 @@
-"""Changes to one row of logits before temperature: bias and penalties of the few tokens that have any."""
+"""The tokens of one row whose logits bias and penalties change, before temperature."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from manyhats.engine.request import SamplingParams
 
-Ids = npt.NDArray[np.int64]
-Values = npt.NDArray[np.float32]
 
-_LARGEST = 1e30
-"""Penalties stay within this magnitude, so that differences of logits remain finite in float32."""
+class Edits(NamedTuple):
+    """Tokens whose logits change, and what ``Choices`` says of how.
+
+    Attributes:
+        ids: [E] int64.
+        bias: [E] float32; -∞ for one that may not come.
+        seen: [E] bool, whether it is in prompt or output; in the prompt, only with a repetition penalty.
+        counts: [E] float64, how often it is in the output.
+    """
+
+    ids: npt.NDArray[np.int64]
+    bias: npt.NDArray[np.float32]
+    seen: npt.NDArray[np.bool_]
+    counts: npt.NDArray[np.float64]
+
+
+def forbidding(token_ids: Iterable[int]) -> Edits:
+    """Edits after which these tokens cannot come."""
+    ids = np.array(tuple(token_ids), np.int64)
+    return Edits(
+        ids, np.full(ids.size, -np.inf, np.float32), np.zeros(ids.size, np.bool_), np.zeros(ids.size)
+    )
+
+
+def joined(edits: Iterable[Edits]) -> Edits:
+    """One behind the other."""
+    return Edits(*map(np.concatenate, zip(*(NO_EDITS, *edits), strict=True)))
+
+
+NO_EDITS = forbidding(())
+"""None."""
 
 
 def changes_logits(params: SamplingParams) -> bool:
@@ -29,7 +57,8 @@ def changes_logits(params: SamplingParams) -> bool:
 class LogitChanges:
     """The tokens that one request's bias and penalties touch, updated token by token.
 
-    So a step's cost follows the number of these tokens, not the length of the context.
+    So a step's cost follows the number of these tokens, not the length of the context. ``Choices`` says how they
+    change a logit.
 
     Args:
         params: whose bias and penalties are applied.
@@ -43,7 +72,6 @@ class LogitChanges:
         prompt_token_ids: Iterable[int] = (),
         output_token_ids: Iterable[int] = (),
     ) -> None:
-        self._params = params
         self._places: dict[int, int] = {}
         self._num = 0
         self._ids = np.empty(64, np.int64)
@@ -66,32 +94,11 @@ class LogitChanges:
         self._is_seen[place] = True
         self._counts[place] += 1
 
-    def applied(self, logits: Values) -> tuple[Ids, Values]:
-        """The tokens that change, and their logits after bias, repetition, presence and frequency penalties.
-
-        repetition: l / r where l > 0, else l · r, once for each token of prompt or output (arXiv:1909.05858 as
-        transformers and vLLM do it); presence: l - p for each token of the output; frequency: l - f · count.
-
-        Args:
-            logits: [V] float32, raw.
-
-        Raises:
-            IndexError: a token is outside the vocabulary.
-        """
-        params, n = self._params, self._num
-        ids, counts = self._ids[:n], self._counts[:n]
-        values: Values = logits[ids] + self._biases[:n]
-        if params.repetition_penalty != 1.0:
-            factor = params.repetition_penalty
-            with np.errstate(over="ignore"):
-                wide = values.astype(np.float64)
-                wide = np.clip(np.where(wide > 0, wide / factor, wide * factor), -_LARGEST, _LARGEST)
-            values = np.where(self._is_seen[:n], wide.astype(np.float32), values)
-        if params.presence_penalty or params.frequency_penalty:
-            values -= (params.presence_penalty * (counts > 0) + params.frequency_penalty * counts).astype(
-                np.float32
-            )
-        return ids, values
+    @property
+    def edits(self) -> Edits:
+        """Views; the next ``append`` may change them."""
+        n = self._num
+        return Edits(self._ids[:n], self._biases[:n], self._is_seen[:n], self._counts[:n])
 
     def _place(self, token_id: int) -> int:
         place = self._places.get(token_id)

@@ -31,6 +31,14 @@ class Chunk:
         return self.start + self.num_tokens == len(self.sequence.token_ids)
 
     @property
+    def num_logit_rows(self) -> int:
+        """How many of its last rows need logits: the one that ends the tokens, and those being scored."""
+        last = self.num_tokens - 1 if self.ends_tokens else self.num_tokens
+        scored = self.sequence.logits_from
+        first = last if scored is None else min(last, max(0, scored - self.start))
+        return self.num_tokens - first
+
+    @property
     def is_decode(self) -> bool:
         """Whether it is a single output token, rather than part of a prompt or a recomputation."""
         return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens

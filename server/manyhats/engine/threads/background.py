@@ -13,6 +13,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from manyhats.engine.threads.processors import TakenProcessors
+
 # With 4, a busy thread gets three tenths of a processor that an engine thread also wants.
 _NICENESS = 4
 _MAX_NICENESS = 19
@@ -24,9 +26,14 @@ T = TypeVar("T")
 
 
 class Background:
-    """Knows whether any of its threads has work; thread-safe."""
+    """Knows whether any of its threads has work; thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        taken: what other processes take; by default what the system says.
+    """
+
+    def __init__(self, taken: TakenProcessors | None = None) -> None:
+        self._taken = taken or TakenProcessors()
         self._lock = threading.Lock()
         self._num_working = 0
         self._last_s = float("-inf")
@@ -35,6 +42,13 @@ class Background:
     def is_busy(self) -> bool:
         """Whether a thread is working, or was just now; one that waits for the engine is not."""
         return self._num_working > 0 or time.monotonic() - self._last_s < _LINGER_S
+
+    def num_to_leave(self) -> int:
+        """Processors that the engine should leave to this work and to other processes; on the engine's thread.
+
+        A step's loops end with their slowest thread: better one fewer than one that has half a processor.
+        """
+        return self._taken.count() + int(self.is_busy)
 
     def threads(self, num_threads: int, name: str) -> ThreadPoolExecutor:
         """An executor whose threads give way to others of the process, and whose calls count as work."""

@@ -16,8 +16,8 @@ from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.config import resolve
-from manyhats.engine.engine import AsyncEngine
 from manyhats.engine.home import default_home
+from manyhats.engine.opening import open_engine
 from manyhats.engine.progress import Progress
 from manyhats.engine.threads.background import Background
 from manyhats.server.errors import ConfigError
@@ -59,7 +59,8 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     store = open_adapter_store(config, model.description)
     loader = AdapterLoader(store, metrics)
     background = Background()
-    engine = AsyncEngine(model, settings, loader, metrics.step, background, progress)
+    engine = open_engine(model, settings, loader, background=background, progress=progress)
+    engine.loop.on_step = metrics.step
     info = ModelInfo(
         name=model.name,
         digest=model.description.digest,

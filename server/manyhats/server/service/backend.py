@@ -10,7 +10,7 @@ from manyhats.server.service.text_threads import TextThreads
 
 if TYPE_CHECKING:
     from manyhats.adapters.store.store import AdapterStore
-    from manyhats.engine.engine import AsyncEngine
+    from manyhats.engine.engine import Engine
     from manyhats.engine.text.tokenizer import Tokenizer
     from manyhats.server.service.task_tokenizers import TaskTokenizers
 
@@ -55,7 +55,7 @@ class Backend:
         task_tokenizers: of tasks that read and write text otherwise; None where no task does.
     """
 
-    engine: AsyncEngine
+    engine: Engine
     store: AdapterStore
     tokenizer: Tokenizer
     info: ModelInfo

@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.backends.backend import Kernels, KVCache
-from manyhats.engine.backends.batch import Batch
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.backends.cpu.backend import CpuBackend
+from manyhats.engine.backends.cpu.batch import Batch
+from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.errors import ModelError
-from manyhats.engine.loop.build_batch import build_batch
+from manyhats.engine.loop.plan import step_plan
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
 from support.factories.architectures import make_architecture, make_attention
+from support.harnesses.kernels import new_cache
+from support.oracles.operations import ReferenceKernels
 from support.oracles.transformers import causal_attention
 
 ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
@@ -86,11 +87,11 @@ def batch_of(case: Case, parts: Seq[tuple[int, int, int]]) -> Batch:
         owner = Sequence(id=str(sequence), token_ids=[0] * count, max_num_tokens=count)
         owner.block_table = list(case.tables[sequence])
         chunks.append(Chunk(owner, start, end - start))
-    return build_batch(Schedule(tuple(chunks)), case.block_size)
+    return Batch.of(step_plan(Schedule(tuple(chunks)), case.block_size))
 
 
 def attend(
-    case: Case, kernels: Kernels[Any, Any], cache: KVCache, parts: Seq[tuple[int, int, int]], layer: int = 1
+    case: Case, kernels: Any, cache: Any, parts: Seq[tuple[int, int, int]], layer: int = 1
 ) -> list[Tensor]:
     """Writes the parts' keys and values, then their attention, one [rows, H·K] a part."""
     batch = batch_of(case, parts)
@@ -101,9 +102,9 @@ def attend(
     return list(out.split([end - start for _, start, end in parts]))
 
 
-def whole(case: Case, kernels: Kernels[Any, Any]) -> list[Tensor]:
+def whole(case: Case, kernels: Any) -> list[Tensor]:
     """All sequences at once, each in one chunk."""
-    cache = kernels.new_cache(case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
+    cache = new_cache(kernels, case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
     return attend(case, kernels, cache, [(s, 0, len(rows)) for s, rows in enumerate(case.rows)])
 
 
@@ -141,7 +142,7 @@ def test_a_row_is_the_same_bits_however_its_sequence_is_cut_and_whatever_runs_be
 ) -> None:
     expected = whole(case, TWO_THREADS)
     kernels = data.draw(st.sampled_from([ONE_THREAD, TWO_THREADS]))
-    cache = kernels.new_cache(case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
+    cache = new_cache(kernels, case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
     pending = []
     for sequence, rows in enumerate(case.rows):
         cuts = data.draw(st.lists(st.integers(1, 25), min_size=1, max_size=5).map(accumulate).map(list))
@@ -163,7 +164,7 @@ def test_a_row_is_the_same_bits_however_its_sequence_is_cut_and_whatever_runs_be
 def test_decoding_token_by_token_alone_is_the_same_bits(case: Case) -> None:
     expected = whole(case, TWO_THREADS)
     rows = case.rows[-1][:40]
-    cache = TWO_THREADS.new_cache(case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
+    cache = new_cache(TWO_THREADS, case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
     last = len(case.rows) - 1
     out = [attend(case, TWO_THREADS, cache, [(last, i, i + 1)])[0] for i in range(len(rows))]
     assert torch.equal(torch.cat(out), expected[last][: len(rows)])
@@ -172,7 +173,7 @@ def test_decoding_token_by_token_alone_is_the_same_bits(case: Case) -> None:
 @settings(max_examples=10, deadline=None)
 @given(case=cases())
 def test_what_an_earlier_sequence_left_in_a_block_is_never_seen(case: Case) -> None:
-    cache = TWO_THREADS.new_cache(case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
+    cache = new_cache(TWO_THREADS, case.architecture, NUM_BLOCKS, case.block_size, case.dtype)
     spoiled = Case(**{**vars(case), "rows": tuple(torch.full_like(rows, torch.nan) for rows in case.rows)})
     everywhere = [(s, 0, len(rows)) for s, rows in enumerate(case.rows)]
     attend(spoiled, TWO_THREADS, cache, everywhere)
@@ -184,11 +185,11 @@ def test_what_an_earlier_sequence_left_in_a_block_is_never_seen(case: Case) -> N
 
 @pytest.mark.parametrize("kernels", [TWO_THREADS, REFERENCE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_copied_block_reads_like_its_source_in_every_layer(kernels: Kernels[Any, Any], dtype: str) -> None:
+def test_a_copied_block_reads_like_its_source_in_every_layer(kernels: Any, dtype: str) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(20, 4 * 16, generator=generator),)
     case = Case(1, 2, 16, 16, None, dtype, rows, ((3, 5),))
-    cache = kernels.new_cache(case.architecture, NUM_BLOCKS, 16, dtype)
+    cache = new_cache(kernels, case.architecture, NUM_BLOCKS, 16, dtype)
     expected = [attend(case, kernels, cache, [(0, 0, 20)], layer) for layer in (0, 1)]
     cache.copy_blocks([(3, 7), (5, 2)])
     moved = Case(1, 2, 16, 16, None, dtype, rows, ((7, 2),))
@@ -214,4 +215,4 @@ def test_a_row_that_is_not_finite_spoils_no_other_sequence() -> None:
 def test_sizes_that_the_kernels_cannot_run_are_refused(block_size: int, head_dim: int) -> None:
     case = Case(1, 1, head_dim, block_size, None, "float32", (), ())
     with pytest.raises(ModelError, match="multiples of 16"):
-        TWO_THREADS.new_cache(case.architecture, 4, block_size, "float32")
+        CpuBackend(2).new_cache(case.architecture, block_size, "float32", 1 << 20)

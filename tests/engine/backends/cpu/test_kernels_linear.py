@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.backends.cpu.backend import CpuKernels
+from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
-from manyhats.engine.backends.reference.backend import ReferenceKernels
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4
 from manyhats.engine.model.weights import Linear, Matrix
+from support.oracles.operations import ReferenceKernels
 
 KINDS = ("nf4", "bfloat16", "float32")
 ONE_THREAD, TWO_THREADS = CpuKernels(1), CpuKernels(2)
@@ -173,7 +173,10 @@ for kind in tests.KINDS:
 
 def test_a_processor_without_avx512_gets_the_same_products(tmp_path: Path) -> None:
     # Another process, with kernels of its own: Numba would find those of this processor otherwise.
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[3]))),
+    }
     done = subprocess.run(
         [sys.executable, "-c", EIGHT_LANES], env=environment, capture_output=True, text=True, check=False
     )

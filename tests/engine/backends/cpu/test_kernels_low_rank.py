@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +14,13 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
-from manyhats.engine.backends.backend import AdapterSlots
-from manyhats.engine.backends.batch import AdapterRows
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.backends.cpu.kernels import CpuKernels
+from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
 from support.factories.architectures import make_architecture, make_attention
+from support.harnesses.kernels import new_slots, put
+from support.oracles.operations import ReferenceKernels
 
 ARCHITECTURE = make_architecture(
     make_attention(6, 2, 16, scale=0.25, rotary_dim=16), num_layers=2, width=72, vocab_size=10
@@ -68,10 +71,7 @@ def no_linear(x: Tensor) -> Tensor:
 
 def rows_of(slots: list[int]) -> AdapterRows:
     """What a batch would say of rows with these slots."""
-    per_row = np.array(slots, dtype=np.int32)
-    rows = np.nonzero(per_row)[0].astype(np.int32)
-    rows = rows[np.argsort(per_row[rows], kind="stable")]
-    return AdapterRows(torch.from_numpy(rows), torch.from_numpy(per_row[rows]), len(set(slots) - {0}))
+    return AdapterRows.of(np.array(slots, dtype=np.int32))
 
 
 def width(fused: str) -> tuple[int, int]:
@@ -84,31 +84,31 @@ def inputs(count: int, fused: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(count, d_in, generator=generator), torch.randn(count, d_out, generator=generator)
 
 
-def add(slots: AdapterSlots, fused: str, layer: int, x: Tensor, y: Tensor, rows: list[int]) -> Tensor:
+def add(slots: Any, fused: str, layer: int, x: Tensor, y: Tensor, rows: list[int]) -> Tensor:
     y = y.clone()
     slots.add_deltas(fused, layer, x, y, rows_of(rows), no_linear)
     return y
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def loaded(request: pytest.FixtureRequest) -> Mapping[str, AdapterSlots]:
+def loaded(request: pytest.FixtureRequest) -> Mapping[str, Any]:
     """The same adapters on both backends, and on one thread."""
     dtype = str(request.param)
-    slots: dict[str, AdapterSlots] = {
-        "cpu": CpuKernels(2).new_slots(ARCHITECTURE, NUM_SLOTS, dtype),
-        "one thread": CpuKernels(1).new_slots(ARCHITECTURE, NUM_SLOTS, dtype),
-        "reference": ReferenceKernels().new_slots(ARCHITECTURE, NUM_SLOTS, dtype),
+    slots: dict[str, Any] = {
+        "cpu": new_slots(CpuKernels(2), ARCHITECTURE, NUM_SLOTS, dtype),
+        "one thread": new_slots(CpuKernels(1), ARCHITECTURE, NUM_SLOTS, dtype),
+        "reference": new_slots(ReferenceKernels(), ARCHITECTURE, NUM_SLOTS, dtype),
     }
     for slot in range(1, NUM_SLOTS):
         for backend in slots.values():
-            backend.write(slot, make_adapter(slot))
+            put(backend, slot, make_adapter(slot))
     return slots
 
 
 @pytest.mark.parametrize("population", POPULATIONS)
 @pytest.mark.parametrize("fused", FUSED)
 def test_equals_the_reference_for_every_population(
-    loaded: Mapping[str, AdapterSlots], fused: str, population: str
+    loaded: Mapping[str, Any], fused: str, population: str
 ) -> None:
     rows = [POPULATIONS[population](row) for row in range(33)]
     x, y = inputs(33, fused)
@@ -128,7 +128,7 @@ def test_equals_the_reference_for_every_population(
     data=st.data(),
 )
 def test_a_row_is_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(
-    loaded: Mapping[str, AdapterSlots], slots: list[int], seed: int, data: st.DataObject
+    loaded: Mapping[str, Any], slots: list[int], seed: int, data: st.DataObject
 ) -> None:
     fused = data.draw(st.sampled_from(sorted(FUSED)))
     x, y = inputs(len(slots), fused, seed)
@@ -145,11 +145,11 @@ def test_a_row_is_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 7, 64, 65, 200])
 def test_every_rank(rank: int) -> None:
     slots, oracle = (
-        kernels.new_slots(ARCHITECTURE, 3, "float32") for kernels in (CpuKernels(2), ReferenceKernels())
+        new_slots(kernels, ARCHITECTURE, 3, "float32") for kernels in (CpuKernels(2), ReferenceKernels())
     )
     x, y = inputs(5, "gate_up")
     for backend in (slots, oracle):
-        backend.write(2, make_adapter(rank, rank=rank))
+        put(backend, 2, make_adapter(rank, rank=rank))
     rows = [2, 0, 2, 2, 2]
     torch.testing.assert_close(
         add(slots, "gate_up", 0, x, y, rows), add(oracle, "gate_up", 0, x, y, rows), atol=1e-4, rtol=1e-5
@@ -157,36 +157,43 @@ def test_every_rank(rank: int) -> None:
 
 
 def test_a_slot_s_memory_is_counted_and_freed() -> None:
-    slots = CpuKernels(1).new_slots(ARCHITECTURE, 4, "bfloat16")
+    slots = new_slots(CpuKernels(1), ARCHITECTURE, 4, "bfloat16")
     adapter = make_adapter(1)
-    assert slots.num_bytes(1) == 0
-    slots.write(1, adapter)
+    packed = slots.pack(adapter)
     deltas = [delta for delta in adapter.deltas if isinstance(delta, LowRank)]
-    assert slots.num_bytes(1) == 2 * sum(delta.a.numel() + delta.b.numel() for delta in deltas)
+    assert packed.num_bytes == 2 * sum(delta.a.numel() + delta.b.numel() for delta in deltas)
+    slots.place(1, packed)
+    left = weakref.ref(packed.memory)
+    del packed
+    gc.collect()
+    assert left() is not None
     slots.clear(1)
-    assert slots.num_bytes(1) == 0
+    gc.collect()
+    assert left() is None
 
 
 def test_a_cleared_slot_adds_nothing_and_takes_another_adapter() -> None:
-    slots = CpuKernels(1).new_slots(ARCHITECTURE, 4, "float32")
+    slots = new_slots(CpuKernels(1), ARCHITECTURE, 4, "float32")
     x, y = inputs(2, "qkv")
-    slots.write(1, make_adapter(1, rank=4))
+    put(slots, 1, make_adapter(1, rank=4))
     first = add(slots, "qkv", 0, x, y, [1, 1])
     slots.clear(1)
     assert torch.equal(add(slots, "qkv", 0, x, y, [1, 1]), y)
-    slots.write(1, make_adapter(2))
+    put(slots, 1, make_adapter(2))
     slots.clear(1)
-    slots.write(1, make_adapter(1, rank=4))
+    put(slots, 1, make_adapter(1, rank=4))
     assert torch.equal(add(slots, "qkv", 0, x, y, [1, 1]), first)
 
 
 def test_an_adapter_that_overflows_spoils_its_own_rows_alone() -> None:
-    slots = CpuKernels(2).new_slots(ARCHITECTURE, 4, "float32")
+    slots = new_slots(CpuKernels(2), ARCHITECTURE, 4, "float32")
     site = Site(0, "o_proj")
-    slots.write(
-        1, LoweredAdapter("a", (LowRank(site, torch.full((1, 96), 1e30), torch.full((64, 1), 1e30), 1.0),))
+    put(
+        slots,
+        1,
+        LoweredAdapter("a", (LowRank(site, torch.full((1, 96), 1e30), torch.full((64, 1), 1e30), 1.0),)),
     )
-    slots.write(2, make_adapter(2, rank=4))
+    put(slots, 2, make_adapter(2, rank=4))
     x, y = inputs(6, "o")
     actual = add(slots, "o", 0, x, y, [2, 1, 2, 0, 1, 2])
     expected = add(slots, "o", 0, x, y, [2, 0, 2, 0, 0, 2])
@@ -195,11 +202,11 @@ def test_an_adapter_that_overflows_spoils_its_own_rows_alone() -> None:
 
 
 def test_what_cannot_be_run_is_refused() -> None:
-    slots = CpuKernels(1).new_slots(ARCHITECTURE, 3, "float32")
+    slots = new_slots(CpuKernels(1), ARCHITECTURE, 3, "float32")
     assert isinstance(slots, CpuAdapterSlots)
     delta = make_adapter(1, rank=2).deltas[0]
     with pytest.raises(ModelError, match="one low-rank delta a site"):
-        slots.write(1, LoweredAdapter("twice", (delta, delta)))
+        put(slots, 1, LoweredAdapter("twice", (delta, delta)))
     odd = LowRank(Site(0, "q_proj"), torch.zeros(2, 60), torch.zeros(96, 2), 1.0)
     with pytest.raises(ModelError, match="multiples of 8"):
-        slots.write(2, LoweredAdapter("odd", (odd,)))
+        put(slots, 2, LoweredAdapter("odd", (odd,)))

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from manyhats.engine.backends.backend import Kernels
-from manyhats.engine.backends.batch import Batch
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.backends.reference.backend import ReferenceKernels
-from manyhats.engine.loop.build_batch import build_batch
+from manyhats.engine.backends.cpu.batch import Batch
+from manyhats.engine.backends.cpu.kernels import CpuKernels
+from manyhats.engine.loop.plan import step_plan
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
 from support.factories.architectures import make_architecture, make_attention
+from support.harnesses.kernels import new_cache
+from support.oracles.operations import ReferenceKernels
 
 ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
 sizes = st.integers(1, 40).map(lambda n: 8 * n)
@@ -57,7 +57,7 @@ def test_a_row_is_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(
     x, delta, weight = random(seed, rows, size), random(seed + 1, rows, size), random(seed + 2, size)
     gate_up = torch.cat((x, delta), dim=1)
 
-    def results(kernels: Kernels[Any, Any], part: slice) -> tuple[Tensor, ...]:
+    def results(kernels: Any, part: slice) -> tuple[Tensor, ...]:
         residual = x[part].clone()
         mixed = kernels.add_rms_norm(residual, delta[part].contiguous(), weight, 1e-6)
         return (
@@ -101,7 +101,7 @@ def batch_of(lengths: list[int]) -> Batch:
         sequence.block_table = list(range(block, block - (-length // 16)))
         block += -(-length // 16)
         chunks.append(Chunk(sequence, 0, length))
-    return build_batch(Schedule(tuple(chunks)), 16)
+    return Batch.of(step_plan(Schedule(tuple(chunks)), 16))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -114,9 +114,9 @@ def test_rotation_equals_the_reference_and_each_row_alone(dtype: str, head_dim: 
     angles = batch.positions.unsqueeze(1) * torch.tensor(attention.rope.inv_freq)
     cos, sin = angles.cos().float(), angles.sin().float()
     rotated, attended = [], []
-    backends: list[Kernels[Any, Any]] = [TWO_THREADS, ONE_THREAD, REFERENCE]
+    backends: list[Any] = [TWO_THREADS, ONE_THREAD, REFERENCE]
     for kernels in backends:
-        cache = kernels.new_cache(make_architecture(attention), 4, 16, dtype)
+        cache = new_cache(kernels, make_architecture(attention), 4, 16, dtype)
         mine = qkv.clone()
         kernels.rotate_and_store(mine, cos, sin, batch, cache, 0, 3)
         rotated.append(mine[:, : 3 * head_dim])

@@ -29,8 +29,8 @@ from manyhats.adapters.primitives import (
 )
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cpu.adapters import bottleneck as bottleneck_kernels
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.backends.cpu.backend import CpuBackend
+from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.request import ResponseOptions, ScoreRequest
 from support.factories.tiny_models import make_checkpoint
@@ -46,6 +46,7 @@ from support.harnesses.engine import (
     random_lora,
     running_engine,
 )
+from support.harnesses.kernels import put
 from support.oracles.primitives import logits_with
 from support.oracles.transformers import load_transformers
 
@@ -147,15 +148,15 @@ def test_a_primitive_through_both_backends_gives_the_oracles_logits(
     lowered = adapter(model, kind)
     ids = random_ids(1, 21, model.architecture.vocab_size)
     expected = logits_with(load_transformers(checkpoint), lowered, ids)
-    for kernels in (CpuKernels(1), ReferenceKernels()):
-        runner = Runner(model, kernels, adapters={1: lowered})
+    for backend in (CpuBackend(1), TorchBackend()):
+        runner = Runner(model, backend, adapters={1: lowered})
         (ran,) = runner.run([Prompt(ids, slot=1, new_tokens=0)], all_logits=True, max_tokens=8)
         torch.testing.assert_close(ran.stacked, expected, atol=VOCAB_TOLERANCE, rtol=1e-4)
 
 
 def test_all_primitives_in_one_batch_are_each_as_alone_bit_for_bit(model: LoadedModel) -> None:
     adapters = {slot: adapter(model, kind) for slot, kind in enumerate(KINDS, start=1)}
-    runner = Runner(model, CpuKernels(2), adapters=adapters)
+    runner = Runner(model, CpuBackend(2), adapters=adapters)
     prompts = [
         Prompt(
             random_ids(i, 3 + 5 * i, model.architecture.vocab_size), slot=i % (len(KINDS) + 1), joins=i % 3
@@ -174,12 +175,11 @@ def test_a_cleared_slot_is_the_base_again_and_holds_no_memory(model: LoadedModel
     prompt = Prompt(random_ids(2, 9, model.architecture.vocab_size), slot=1)
     (base,) = runner.run([Prompt(prompt.token_ids, slot=0)])
     for kind in KINDS:
-        runner.slots.write(1, adapter(model, kind))
-        assert runner.slots.num_bytes(1) > 0 or kind == "input-scale"
+        put(runner.slots, 1, adapter(model, kind))
         (changed,) = runner.run([prompt])
         assert not torch.equal(changed.stacked, base.stacked), kind
         runner.slots.clear(1)
-        assert runner.slots.num_bytes(1) == 0
+        assert runner.slots.placed == {}
         (again,) = runner.run([prompt])
         assert torch.equal(again.stacked, base.stacked), kind
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from numba import njit
 from torch import Tensor
 
-from manyhats.engine.backends.backend import Kernels
-from manyhats.engine.backends.batch import Batch
 from manyhats.engine.backends.cpu import simd
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.backends.reference.backend import ReferenceKernels
+from manyhats.engine.backends.cpu.batch import Batch
+from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.errors import ModelError
-from manyhats.engine.loop.build_batch import build_batch
+from manyhats.engine.loop.plan import step_plan
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
 from support.factories.architectures import make_architecture, make_attention
+from support.harnesses.kernels import new_cache
+from support.oracles.operations import ReferenceKernels
 
 ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
 load, store, tanh = simd.load, simd.store, simd.tanh
@@ -142,14 +142,12 @@ ARCHITECTURE = make_architecture(make_attention(4, 2, 16, scale=0.3))
 
 
 def batch_of(sequence: Sequence, start: int, count: int) -> Batch:
-    return build_batch(Schedule((Chunk(sequence, start, count),)), 16)
+    return Batch.of(step_plan(Schedule((Chunk(sequence, start, count),)), 16))
 
 
-def attend(
-    kernels: Kernels[Any, Any], qkv: Tensor, cuts: list[int], window: int | None, cap: float | None
-) -> Tensor:
+def attend(kernels: Any, qkv: Tensor, cuts: list[int], window: int | None, cap: float | None) -> Tensor:
     """Attention of one sequence's rows, run in the chunks that ``cuts`` begin and end."""
-    cache = kernels.new_cache(ARCHITECTURE, 4, 16, "float32")
+    cache = new_cache(kernels, ARCHITECTURE, 4, 16, "float32")
     sequence = Sequence(id="0", token_ids=[0] * len(qkv), max_num_tokens=len(qkv))
     sequence.block_table = [2, 0, 3]
     parts = []
@@ -190,3 +188,8 @@ def test_a_cap_that_bites_changes_the_result() -> None:
     qkv = random(5, 20, 8 * 16, scale=1.5)
     free, capped = (attend(ONE_THREAD, qkv, [0, 20], None, cap) for cap in (None, 1.0))
     assert (free - capped).abs().max() > 0.1
+
+
+def test_an_activation_without_a_kernel_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="activation 'relu6'; they know gelu_pytorch_tanh, silu"):
+        TWO_THREADS.gate("relu6")

@@ -46,6 +46,6 @@ def _multiplies_bfloat16(is_cuda: bool) -> bool:
     if is_cuda:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Imported here: it takes seconds, and a named dtype needs no look at the processor.
-    from manyhats.engine.backends.cpu import avx512_bf16
+    from manyhats.engine.model.nf4 import has_bf16_product
 
-    return avx512_bf16.is_available()
+    return has_bf16_product()

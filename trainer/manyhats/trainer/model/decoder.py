@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
-from manyhats.engine.backends.rotary import Angles, RotaryTables
 from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.model.rotary import Angles, RotaryTables
 from manyhats.trainer.data.batch import TrainingBatch
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.model.deltas import PlacedDeltas, place_deltas, with_embedding_deltas
@@ -150,7 +149,7 @@ class TrainingDecoder:
         segments = batch.segments[1:] if batch.num_shared else batch.segments
         return _Pass(
             num_virtual=num_virtual,
-            angles=_moved(self._rotary.at(positions), self._device),
+            angles=self._angles_at(positions),
             layout=row_layout(segments, num_virtual + batch.num_shared, self._device),
             deltas=deltas,
             prefix=kv_prefix,
@@ -173,9 +172,10 @@ class TrainingDecoder:
         scale = self.architecture.embedding.scale
         return embedded if scale == 1.0 else embedded * scale
 
-
-def _moved(angles: Sequence[Angles], device: torch.device) -> list[Angles]:
-    """On the device; layers that share theirs still do."""
-    kinds = {id(cos): (cos, sin) for cos, sin in angles}
-    moved = {key: (cos.to(device), sin.to(device)) for key, (cos, sin) in kinds.items()}
-    return [moved[id(cos)] for cos, _ in angles]
+    def _angles_at(self, positions: Tensor) -> list[Angles]:
+        """Layer by layer, on the device."""
+        angles = {
+            rope: (cos.to(self._device), sin.to(self._device))
+            for rope, (cos, sin) in self._rotary.at(positions).items()
+        }
+        return [angles[block.attention.rope] for block in self.architecture.blocks]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.sites import Site
-from manyhats.engine.backends.rotary import Angles
 from manyhats.engine.model.architecture import Block, Group
+from manyhats.engine.model.rotary import Angles
 from manyhats.engine.model.weights import BlockWeights
 from manyhats.trainer.model.attention import KeysAndValues, attend
 from manyhats.trainer.model.blocked_attention import AttentionKind

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from manyhats.engine.backends.rotary import Angles
+from manyhats.engine.model.rotary import Angles
 
 
 def rotate(heads: Tensor, angles: Angles, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,9 +16,10 @@ from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.config import MIB, Dtype, EngineConfig, kv_bytes_per_token
-from manyhats.engine.engine import AsyncEngine
+from manyhats.engine.config import MIB, Dtype, EngineConfig
+from manyhats.engine.engine import Engine
 from manyhats.engine.model.architecture import Architecture
+from manyhats.engine.opening import open_engine
 from manyhats.engine.request import ScoreRequest
 from manyhats.trainer.data import LabelledItem
 from manyhats.trainer.errors import OutputError
@@ -102,7 +103,7 @@ def score_labels(
     config = EngineConfig(
         dtype=dtype, num_threads=num_threads, kv_cache_bytes=_kv_cache_bytes(model.architecture, longest)
     )
-    engine = AsyncEngine(model, config, lambda record: saved.lowered)
+    engine = open_engine(model, config, lambda record: saved.lowered)
     progress = _Progress(2 * len(items), on_progress)
     predicted = asyncio.run(_score_all(engine, saved.record, items, progress))
     if progress.interrupt is not None:
@@ -129,7 +130,7 @@ class _Progress:
 
 
 async def _score_all(
-    engine: AsyncEngine,
+    engine: Engine,
     record: AdapterRecord,
     items: Sequence[LabelledItem],
     progress: _Progress,
@@ -157,7 +158,7 @@ async def _score_all(
     return predicted
 
 
-async def _predict(engine: AsyncEngine, item: LabelledItem, adapter: AdapterRecord | None) -> int:
+async def _predict(engine: Engine, item: LabelledItem, adapter: AdapterRecord | None) -> int:
     tokens = item.score_tokens
     output = await engine.score(
         ScoreRequest(
@@ -175,4 +176,4 @@ async def _predict(engine: AsyncEngine, item: LabelledItem, adapter: AdapterReco
 def _kv_cache_bytes(architecture: Architecture, longest: int) -> int:
     """Room for the longest prompt several times over, or for many short ones."""
     positions = max(_POSITIONS, 4 * longest)
-    return max(_MIN_KV_CACHE_BYTES, positions * kv_bytes_per_token(architecture, itemsize=4))
+    return max(_MIN_KV_CACHE_BYTES, 4 * positions * architecture.kv_values_per_token)

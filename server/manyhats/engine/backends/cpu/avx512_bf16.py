@@ -63,15 +63,6 @@ class Avx512Bf16Linear:
         return y if self.bias is None else y.add_(torch.from_numpy(self.bias))
 
 
-def is_available() -> bool:
-    """Whether this processor, torch and bitsandbytes have the fused kernel."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False  # without importing bitsandbytes, which takes seconds
-    from bitsandbytes.functional import has_avx512bf16
-
-    return bool(has_avx512bf16())
-
-
 def fits(parts: Sequence[Linear]) -> bool:
     """Whether the packed layout can hold these linears."""
     return all(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from manyhats.adapters.primitives import (
     LoweredAdapter,
     LowRank,
 )
-from manyhats.engine.backends.batch import AdapterRows
 from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
+    LinearEntries,
     LinearTable,
+    SublayerEntries,
     SublayerTable,
     new_arguments,
 )
@@ -38,12 +40,106 @@ from manyhats.engine.backends.cpu.adapters.vocabulary import (
     RunLinear,
     rows_by_slot,
 )
+from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import SUBLAYERS, Architecture
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Shapes of the base that adapters' tables follow.
+
+    Attributes:
+        num_layers: L.
+        hidden_size: D.
+        sizes: of each group of linears, the outputs of its members.
+        places: linear → its group and its place in it.
+    """
+
+    num_layers: int
+    hidden_size: int
+    sizes: Mapping[str, tuple[int, ...]]
+    places: Mapping[str, tuple[str, int]]
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Layout:
+        """Those of a base, whose blocks are alike."""
+        groups = architecture.blocks[0].groups()
+        return cls(
+            architecture.num_layers,
+            architecture.hidden_size,
+            {group.name: tuple(member.d_out for member in group.members) for group in groups},
+            {name: (group.name, member) for group in groups for member, name in enumerate(group.names)},
+        )
+
+    def columns(self, group: str, member: int) -> slice:
+        """A member's share of its group's outputs."""
+        start = sum(self.sizes[group][:member])
+        return slice(start, start + self.sizes[group][member])
+
+
+class PackedAdapter:
+    """One adapter's numbers, and where they lie.
+
+    Args:
+        layout: of the base.
+        num_matrix_values: of all matrices together.
+        dtype: of the matrices.
+    """
+
+    def __init__(self, layout: Layout, num_matrix_values: int, dtype: torch.dtype) -> None:
+        num_layers = layout.num_layers
+        self.memory = AdapterMemory(num_matrix_values, dtype)
+        self.linears = {group: LinearEntries(num_layers, len(sizes)) for group, sizes in layout.sizes.items()}
+        self.sublayers = {name: SublayerEntries(num_layers, layout.hidden_size) for name in SUBLAYERS}
+        self.input_scales: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+        self.embeddings: list[EmbeddingChange] = []
+        self.heads: list[HeadChange] = []
+        self._places = layout.places
+        self._dtype = dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes."""
+        return self.memory.num_bytes + sum(change.num_bytes for change in (*self.embeddings, *self.heads))
+
+    def add(self, delta: Delta) -> None:
+        """Copies a delta's numbers.
+
+        Raises:
+            ModelError: the kernels cannot run it.
+        """
+        match delta:
+            case LowRank() if delta.site.layer >= 0:
+                group, member = self._places[delta.site.name]
+                self.linears[group].add_low_rank(member, delta, self.memory)
+            case LowRank():
+                self.heads.append(HeadDelta.of(delta, self._dtype))
+            case Affine():
+                group, member = self._places[delta.site.name]
+                self.linears[group].add_affine(member, delta, self.memory)
+            case InputScale():
+                group, member = self._places[delta.site.name]
+                scales = self.input_scales.setdefault((group, delta.site.layer), [])
+                scales.append((member, delta.scale.float()))
+            case Bottleneck():
+                self.sublayers[delta.site.name].add(delta, self.memory)
+            case EmbeddingLowRank():
+                self.embeddings.append(LowRankLookup.of(delta, self._dtype))
+            case EmbeddingRows():
+                self.embeddings.append(ReplacedRows.of(delta, self._dtype))
+            case HeadRows():
+                self.heads.append(HeadColumns.of(delta, self._dtype))
+            case HeadWeight():
+                self.heads.insert(
+                    0, OtherHead.of(delta, self._dtype)
+                )  # the other changes of a head build upon it
+            case _:
+                raise ModelError(f"the CPU kernels do not know {type(delta).__name__}")
+
+
 class CpuAdapterSlots:
-    """The loaded adapters, by slot; see ``AdapterSlots``."""
+    """``AdapterSlots`` on the CPU, where both tiers are one memory: placing an adapter enters its addresses."""
 
     def __init__(
         self,
@@ -53,83 +149,56 @@ class CpuAdapterSlots:
         num_threads: int,
         linear: RunLinear,
     ) -> None:
+        self._layout = layout = Layout.of(architecture)
         arguments = new_arguments(dtype, num_threads)
-        self._linears: dict[tuple[str, int], LinearTable] = {}
-        self._sublayers: dict[tuple[str, int], SublayerTable] = {}
-        self._places: dict[str, tuple[str, int]] = {}
-        self._columns: dict[tuple[str, int], slice] = {}
-        for layer, block in enumerate(architecture.blocks):
-            for name in SUBLAYERS:
-                self._sublayers[name, layer] = SublayerTable(num_slots, block.hidden_size, arguments)
-            for group in block.groups():
-                sizes = [member.d_out for member in group.members]
-                self._linears[group.name, layer] = LinearTable(num_slots, sizes, arguments)
-                for part, name in enumerate(group.names):
-                    start = sum(sizes[:part])
-                    self._places[name] = group.name, part
-                    self._columns[group.name, part] = slice(start, start + sizes[part])
+        self._linears = {
+            group: LinearTable(layout.num_layers, num_slots, list(sizes), arguments)
+            for group, sizes in layout.sizes.items()
+        }
+        self._sublayers = {
+            name: SublayerTable(layout.num_layers, num_slots, layout.hidden_size, arguments)
+            for name in SUBLAYERS
+        }
         self._linear = linear
-        self._writing = threading.Lock()  # two loaders could else replace a table's scratch by a smaller one
         self._dtype = dtype
-        self._memories: dict[int, AdapterMemory] = {}
-        self._input_scales: dict[tuple[str, int], dict[int, list[tuple[int, Tensor]]]] = {}
-        self._embeddings: dict[int, list[EmbeddingChange]] = {}
-        self._heads: dict[int, list[HeadChange]] = {}
+        self._placing = threading.Lock()
+        self.placed: dict[int, PackedAdapter] = {}
+        # What few adapters have is looked for slot by slot, and not at all where none has it.
+        self._has_input_scales = self._has_embeddings = self._has_heads = False
 
-    def write(self, slot: int, adapter: LoweredAdapter) -> None:
-        """Copies the adapter's numbers into a memory of its own and enters them into the tables."""
-        memory = AdapterMemory(sum(_num_matrix_values(delta) for delta in adapter.deltas), self._dtype)
-        with self._writing:
-            for delta in adapter.deltas:
-                self._enter(slot, delta, memory)
-            self._memories[slot] = memory
+    def pack(self, adapter: LoweredAdapter) -> PackedAdapter:
+        """Copies the adapter's numbers into a memory of its own."""
+        num_values = sum(_num_matrix_values(delta) for delta in adapter.deltas)
+        packed = PackedAdapter(self._layout, num_values, self._dtype)
+        for delta in adapter.deltas:
+            packed.add(delta)
+        return packed
 
-    def _enter(self, slot: int, delta: Delta, memory: AdapterMemory) -> None:
-        match delta:
-            case LowRank() if delta.site.layer >= 0:
-                fused, part = self._places[delta.site.name]
-                self._linears[fused, delta.site.layer].add_low_rank(slot, part, delta, memory)
-            case LowRank():
-                self._heads.setdefault(slot, []).append(HeadDelta.of(delta, self._dtype))
-            case Affine():
-                fused, part = self._places[delta.site.name]
-                self._linears[fused, delta.site.layer].add_affine(slot, part, delta, memory)
-            case InputScale():
-                fused, part = self._places[delta.site.name]
-                by_slot = self._input_scales.setdefault((fused, delta.site.layer), {})
-                by_slot.setdefault(slot, []).append((part, delta.scale.float()))
-            case Bottleneck():
-                self._sublayers[delta.site.name, delta.site.layer].add(slot, delta, memory)
-            case EmbeddingLowRank():
-                self._embeddings.setdefault(slot, []).append(LowRankLookup.of(delta, self._dtype))
-            case EmbeddingRows():
-                self._embeddings.setdefault(slot, []).append(ReplacedRows.of(delta, self._dtype))
-            case HeadRows():
-                self._heads.setdefault(slot, []).append(HeadColumns.of(delta, self._dtype))
-            case HeadWeight():
-                # The other changes of a head build upon it.
-                self._heads.setdefault(slot, []).insert(0, OtherHead.of(delta, self._dtype))
-            case _:
-                raise ModelError(f"the CPU kernels do not know {type(delta).__name__}")
+    def place(self, slot: int, packed: PackedAdapter) -> None:
+        """Enters its addresses into the tables."""
+        with self._placing:
+            for group, linears in packed.linears.items():
+                self._linears[group].place(slot, linears)
+            for name, sublayers in packed.sublayers.items():
+                self._sublayers[name].place(slot, sublayers)
+            self.placed = {**self.placed, slot: packed}
+            self._note_rare()
 
     def clear(self, slot: int) -> None:
-        """Frees a slot and its memory."""
-        for linear in self._linears.values():
-            linear.clear(slot)
-        for sublayer in self._sublayers.values():
-            sublayer.clear(slot)
-        for scales in tuple(self._input_scales.values()):  # a copy: another slot's write may add one
-            scales.pop(slot, None)
-        self._embeddings.pop(slot, None)
-        self._heads.pop(slot, None)
-        self._memories.pop(slot, None)
+        """Takes its addresses out."""
+        with self._placing:
+            for linear in self._linears.values():
+                linear.clear(slot)
+            for sublayer in self._sublayers.values():
+                sublayer.clear(slot)
+            self.placed = {other: packed for other, packed in self.placed.items() if other != slot}
+            self._note_rare()
 
-    def num_bytes(self, slot: int) -> int:
-        """Resident bytes of one slot."""
-        memory = self._memories.get(slot)
-        embeddings = sum(change.num_bytes for change in self._embeddings.get(slot, ()))
-        heads = sum(change.num_bytes for change in self._heads.get(slot, ()))
-        return (0 if memory is None else memory.num_bytes) + embeddings + heads
+    def _note_rare(self) -> None:
+        placed = self.placed.values()
+        self._has_input_scales = any(packed.input_scales for packed in placed)
+        self._has_embeddings = any(packed.embeddings for packed in placed)
+        self._has_heads = any(packed.heads for packed in placed)
 
     def add_deltas(
         self,
@@ -140,45 +209,73 @@ class CpuAdapterSlots:
         rows: AdapterRows,
         linear: Callable[[Tensor], Tensor],
     ) -> None:
-        """Each row's own deltas at every part of the fused linear."""
-        scales = self._input_scales.get((fused, layer))
-        if scales:
-            self._rescale_inputs(fused, scales, x, y, rows, linear)
-        self._linears[fused, layer].run(x, y, rows)
+        """Applies to each row its own adapter's deltas at each member of a group of linears.
+
+        Args:
+            fused: name of the group.
+            layer: from 0.
+            x: [N, d_in] float32, the input of the linears.
+            y: [N, d_out of all members] float32, their output, updated.
+            rows: which rows have which adapter.
+            linear: runs the group on other inputs, for adapters that rescale them.
+        """
+        if self._has_input_scales:
+            self._rescale_inputs(fused, layer, x, y, rows, linear)
+        self._linears[fused].run(layer, x, y, rows)
 
     def _rescale_inputs(
         self,
-        fused: str,
-        scales: dict[int, list[tuple[int, Tensor]]],
+        group: str,
+        layer: int,
         x: Tensor,
         y: Tensor,
         rows: AdapterRows,
         linear: Callable[[Tensor], Tensor],
     ) -> None:
-        """Runs the linear again for the rows whose input is rescaled, and takes over the part concerned."""
+        """Runs the group again for the rows whose input is rescaled, and takes over the member concerned."""
         for slot, indices in rows_by_slot(rows):
-            for part, scale in scales.get(slot, ()):
-                columns = self._columns[fused, part]
+            for member, scale in self.placed[slot].input_scales.get((group, layer), ()):
+                columns = self._layout.columns(group, member)
                 y[indices, columns] = linear(x[indices] * scale)[:, columns]
 
     def add_bottlenecks(
         self, sublayer: str, layer: int, residual: Tensor, output: Tensor, rows: AdapterRows
     ) -> None:
-        """Each row's own bottleneck on a sub-layer's output."""
-        self._sublayers[sublayer, layer].run(residual, output, rows)
+        """Applies to each row its own bottleneck adapter on a sub-layer's output.
+
+        Args:
+            sublayer: one of ``SUBLAYERS``.
+            layer: from 0.
+            residual: [N, D] float32, the stream that entered the sub-layer.
+            output: [N, D] float32, the sub-layer's output, updated.
+            rows: which rows have which adapter.
+        """
+        self._sublayers[sublayer].run(layer, residual, output, rows)
 
     def change_embeddings(self, token_ids: Tensor, hidden: Tensor, rows: AdapterRows) -> None:
-        """Each row's own embedding."""
-        if self._embeddings:
+        """Gives each row its own adapter's embedding.
+
+        Args:
+            token_ids: [N] int64.
+            hidden: [N, D] float32, the base's embeddings before any multiplier, updated.
+            rows: which rows have which adapter.
+        """
+        if self._has_embeddings:
             for slot, indices in rows_by_slot(rows):
-                for change in self._embeddings.get(slot, ()):
+                for change in self.placed[slot].embeddings:
                     change.apply(hidden, indices, token_ids[indices], self._linear)
 
     def change_logits(self, hidden: Tensor, logits: Tensor, rows: AdapterRows) -> None:
-        """Each row's own output head."""
-        if self._heads:
+        """Gives each row its own adapter's output head.
+
+        Args:
+            hidden: [M, D] float32, what the head reads.
+            logits: [M, V] float32, the base's, before any divisor or cap; updated.
+            rows: which of the M rows have which adapter.
+        """
+        if self._has_heads:
             for slot, indices in rows_by_slot(rows):
-                for change in self._heads.get(slot, ()):
+                for change in self.placed[slot].heads:
                     change.apply(hidden, logits, indices, self._linear)
 
 

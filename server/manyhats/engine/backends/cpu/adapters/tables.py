@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, LayerNorm, LowRank
-from manyhats.engine.backends.batch import AdapterRows
+from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, LowRank
 from manyhats.engine.backends.cpu.adapters import bottleneck as bottleneck_kernels
 from manyhats.engine.backends.cpu.adapters.affine import affine
 from manyhats.engine.backends.cpu.adapters.low_rank import low_rank
 from manyhats.engine.backends.cpu.packing import LANES, Array, as_array, pack_low_rank
+from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
 
 
@@ -66,93 +66,122 @@ class KernelArguments:
     num_threads: int
 
 
-class LinearTable:
-    """Of one fused linear of one layer: low-rank deltas, scales and offsets, by slot and part."""
+class LinearEntries:
+    """What one adapter does at one group of linears, layer by layer and member by member.
 
-    def __init__(self, num_slots: int, sizes: list[int], arguments: KernelArguments) -> None:
-        shape = (num_slots, len(sizes))
-        self._a_address = np.zeros(shape, dtype=np.int64)
-        self._b_address = np.zeros(shape, dtype=np.int64)
-        self._ranks = np.zeros(shape, dtype=np.int32)
-        self._scales = np.zeros(shape, dtype=np.float32)
-        self._scale_address = np.zeros(shape, dtype=np.int64)
-        self._offset_address = np.zeros(shape, dtype=np.int64)
-        self._columns = np.array([sum(sizes[:part]) for part in range(len(sizes))], dtype=np.int32)
-        self._sizes = np.array(sizes, dtype=np.int32)
-        self._arguments = arguments
-        self._scratch = np.empty((arguments.num_threads, 64), dtype=np.float32)
-        # Sets, not counts: threads that write and clear other slots change them at the same time.
-        self._with_low_rank: set[tuple[int, int]] = set()
-        self._with_affine: set[tuple[int, int]] = set()
+    Args:
+        num_layers: L.
+        num_members: linears of the group.
+    """
 
-    def add_low_rank(self, slot: int, part: int, delta: LowRank, memory: AdapterMemory) -> None:
+    def __init__(self, num_layers: int, num_members: int) -> None:
+        shape = (num_layers, num_members)
+        self.a_address = np.zeros(shape, dtype=np.int64)
+        self.b_address = np.zeros(shape, dtype=np.int64)
+        self.ranks = np.zeros(shape, dtype=np.int32)
+        self.scales = np.zeros(shape, dtype=np.float32)
+        self.scale_address = np.zeros(shape, dtype=np.int64)
+        self.offset_address = np.zeros(shape, dtype=np.int64)
+
+    def add_low_rank(self, member: int, delta: LowRank, memory: AdapterMemory) -> None:
         """Enters a low-rank delta.
 
         Raises:
-            ModelError: the part has one already, or its dimensions do not fit the kernels' lanes.
+            ModelError: the member has one already, or its dimensions do not fit the kernels' lanes.
         """
-        if self._ranks[slot, part]:
+        at = delta.site.layer, member
+        if self.ranks[at]:
             raise ModelError(f"{delta.site}: one low-rank delta a site, not two")
         if delta.a.shape[1] % LANES or delta.b.shape[0] % LANES:
             raise ModelError(f"{delta.site}: the CPU kernels need dimensions that are multiples of {LANES}")
         a, b = pack_low_rank(delta.a, delta.b)
-        self._a_address[slot, part] = memory.add_matrix(a)
-        self._b_address[slot, part] = memory.add_matrix(b)
-        self._scales[slot, part] = delta.scale
-        self._ranks[slot, part] = delta.rank
-        if delta.rank > self._scratch.shape[1]:
-            self._scratch = np.empty((self._arguments.num_threads, delta.rank), dtype=np.float32)
-        self._with_low_rank.add((slot, part))
+        self.a_address[at] = memory.add_matrix(a)
+        self.b_address[at] = memory.add_matrix(b)
+        self.scales[at] = delta.scale
+        self.ranks[at] = delta.rank
 
-    def add_affine(self, slot: int, part: int, delta: Affine, memory: AdapterMemory) -> None:
+    def add_affine(self, member: int, delta: Affine, memory: AdapterMemory) -> None:
         """Enters a scale and an offset.
 
         Raises:
-            ModelError: the part has them already.
+            ModelError: the member has them already.
         """
-        if self._scale_address[slot, part] or self._offset_address[slot, part]:
+        at = delta.site.layer, member
+        if self.scale_address[at] or self.offset_address[at]:
             raise ModelError(f"{delta.site}: one scale and offset a site, not two")
         if delta.scale is not None:
-            self._scale_address[slot, part] = memory.add_vector(delta.scale)
+            self.scale_address[at] = memory.add_vector(delta.scale)
         if delta.offset is not None:
-            self._offset_address[slot, part] = memory.add_vector(delta.offset)
-        self._with_affine.add((slot, part))
+            self.offset_address[at] = memory.add_vector(delta.offset)
+
+
+_LINEAR_FIELDS = ("a_address", "b_address", "ranks", "scales", "scale_address", "offset_address")
+
+
+class LinearTable:
+    """Of one group of linears in all layers: low-rank deltas, scales and offsets, by slot and member.
+
+    ``place`` and ``clear`` are called one at a time, beside ``run``.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int, sizes: list[int], arguments: KernelArguments) -> None:
+        empty = LinearEntries(num_layers, len(sizes))
+        shape = (num_layers, num_slots, len(sizes))
+        self._fields = {name: np.zeros(shape, getattr(empty, name).dtype) for name in _LINEAR_FIELDS}
+        self._columns = np.array([sum(sizes[:member]) for member in range(len(sizes))], dtype=np.int32)
+        self._sizes = np.array(sizes, dtype=np.int32)
+        self._arguments = arguments
+        self._scratch = np.empty((arguments.num_threads, 64), dtype=np.float32)
+        self._has_low_rank = [False] * num_layers
+        self._has_affine = [False] * num_layers
+
+    def place(self, slot: int, entries: LinearEntries) -> None:
+        """Enters what an adapter does here."""
+        largest = int(entries.ranks.max())
+        if largest > self._scratch.shape[1]:
+            self._scratch = np.empty((self._arguments.num_threads, largest), dtype=np.float32)
+        for name, field in self._fields.items():
+            field[:, slot] = getattr(entries, name)
+        self._note_used()
 
     def clear(self, slot: int) -> None:
         """Takes a slot's entries out."""
-        for part in range(len(self._sizes)):
-            self._with_low_rank.discard((slot, part))
-            self._with_affine.discard((slot, part))
-        self._ranks[slot] = 0
-        self._scale_address[slot] = 0
-        self._offset_address[slot] = 0
+        for name in ("ranks", "scale_address", "offset_address"):
+            self._fields[name][:, slot] = 0
+        self._note_used()
 
-    def run(self, x: Tensor, y: Tensor, rows: AdapterRows) -> None:
-        """Rescales and shifts y, then adds the low-rank deltas; see ``AdapterSlots.add_deltas``."""
-        arguments = self._arguments
-        row_indices, row_slots = rows.rows.numpy(), rows.slots.numpy()
-        if self._with_affine:
+    def _note_used(self) -> None:
+        """Which layers need a kernel at all."""
+        fields = self._fields
+        self._has_low_rank = [bool(layer.any()) for layer in fields["ranks"]]
+        addresses = fields["scale_address"] | fields["offset_address"]
+        self._has_affine = [bool(layer.any()) for layer in addresses]
+
+    def run(self, layer: int, x: Tensor, y: Tensor, rows: AdapterRows) -> None:
+        """Rescales and shifts y, then adds the low-rank deltas; see ``Deltas.add_deltas``."""
+        arguments, fields = self._arguments, self._fields
+        if self._has_affine[layer]:
             affine(
                 y.numpy(),
-                row_indices,
-                row_slots,
-                self._scale_address,
-                self._offset_address,
+                rows.rows,
+                rows.slots,
+                fields["scale_address"][layer],
+                fields["offset_address"][layer],
                 self._columns,
                 self._sizes,
                 arguments.f32,
                 arguments.num_threads,
             )
-        if self._with_low_rank:
+        if self._has_low_rank[layer]:
             low_rank(
                 x.numpy(),
                 y.numpy(),
-                row_indices,
-                row_slots,
-                self._a_address,
-                self._b_address,
-                self._ranks,
-                self._scales,
+                rows.rows,
+                rows.slots,
+                fields["a_address"][layer],
+                fields["b_address"][layer],
+                fields["ranks"][layer],
+                fields["scales"][layer],
                 self._columns,
                 self._sizes,
                 arguments.like,
@@ -168,79 +197,100 @@ _INPUTS = {
 }
 
 
-class SublayerTable:
-    """Of one sub-layer's output: bottleneck adapters, by slot."""
+class SublayerEntries:
+    """One adapter's bottlenecks at one kind of sub-layer, layer by layer.
 
-    def __init__(self, num_slots: int, hidden_size: int, arguments: KernelArguments) -> None:
-        self._addresses = np.zeros((num_slots, bottleneck_kernels.NUM_ADDRESSES), dtype=np.int64)
-        self._integers = np.zeros((num_slots, bottleneck_kernels.NUM_INTEGERS), dtype=np.int32)
-        self._numbers = np.zeros((num_slots, bottleneck_kernels.NUM_NUMBERS), dtype=np.float32)
+    Args:
+        num_layers: L.
+        hidden_size: D.
+    """
+
+    def __init__(self, num_layers: int, hidden_size: int) -> None:
+        self.addresses = np.zeros((num_layers, bottleneck_kernels.NUM_ADDRESSES), dtype=np.int64)
+        self.integers = np.zeros((num_layers, bottleneck_kernels.NUM_INTEGERS), dtype=np.int32)
+        self.numbers = np.zeros((num_layers, bottleneck_kernels.NUM_NUMBERS), dtype=np.float32)
         self._hidden_size = hidden_size
-        self._arguments = arguments
-        self._scratch = self._new_scratch(64)
-        self._used: set[int] = set()  # a set for the same reason as in ``LinearTable``
 
-    def _new_scratch(self, size: int) -> Array:
-        width = 2 * self._hidden_size + -(-size // LANES) * LANES
-        return np.empty((self._arguments.num_threads, width), dtype=np.float32)
-
-    def add(self, slot: int, delta: Bottleneck, memory: AdapterMemory) -> None:
+    def add(self, delta: Bottleneck, memory: AdapterMemory) -> None:
         """Enters a bottleneck.
 
         Raises:
-            ModelError: the slot has one already, or the kernel does not know its activation.
+            ModelError: the layer has one already, or the kernel does not know its activation.
         """
-        kernels = bottleneck_kernels
-        if self._integers[slot, kernels.SIZE]:
+        kernels, layer = bottleneck_kernels, delta.site.layer
+        addresses, integers, numbers = self.addresses[layer], self.integers[layer], self.numbers[layer]
+        if integers[kernels.SIZE]:
             raise ModelError(f"{delta.site}: one bottleneck a site, not two")
         if delta.activation not in kernels.ACTIVATIONS:
             raise ModelError(f"{delta.site}: the CPU kernels do not know the activation {delta.activation!r}")
-        size = int(delta.down.shape[0])
-        addresses = self._addresses[slot]
         down, up = pack_low_rank(delta.down, delta.up)
         addresses[kernels.DOWN] = memory.add_matrix(down)
         addresses[kernels.UP] = memory.add_matrix(up)
         addresses[kernels.DOWN_BIAS] = memory.add_vector(delta.down_bias)
         addresses[kernels.UP_BIAS] = memory.add_vector(delta.up_bias)
         addresses[kernels.SCALE] = memory.add_vector(delta.scale.expand(self._hidden_size))
-        self._add_norm(slot, delta.norm_before, kernels.BEFORE_WEIGHT, kernels.BEFORE_EPS, memory)
-        self._add_norm(slot, delta.norm_after, kernels.AFTER_WEIGHT, kernels.AFTER_EPS, memory)
-        self._numbers[slot, kernels.KEEP] = delta.keep
-        self._numbers[slot, kernels.CARRY] = delta.carry
-        integers = self._integers[slot]
+        for norm, weight, eps in (
+            (delta.norm_before, kernels.BEFORE_WEIGHT, kernels.BEFORE_EPS),
+            (delta.norm_after, kernels.AFTER_WEIGHT, kernels.AFTER_EPS),
+        ):
+            if norm is not None:
+                addresses[weight] = memory.add_vector(norm.weight)
+                addresses[weight + 1] = memory.add_vector(norm.bias)
+                numbers[eps] = norm.eps
+        numbers[kernels.KEEP] = delta.keep
+        numbers[kernels.CARRY] = delta.carry
         integers[kernels.ACTIVATION] = kernels.ACTIVATIONS.index(delta.activation)
         integers[kernels.INPUT] = _INPUTS[delta.input]
         integers[kernels.NORM_RESIDUAL] = _INPUTS[delta.norm_residual]
-        if 2 * self._hidden_size + size > self._scratch.shape[1]:
-            self._scratch = self._new_scratch(size)
-        integers[kernels.SIZE] = size
-        self._used.add(slot)
+        integers[kernels.SIZE] = int(delta.down.shape[0])
 
-    def _add_norm(
-        self, slot: int, norm: LayerNorm | None, weight: int, eps: int, memory: AdapterMemory
-    ) -> None:
-        self._addresses[slot, weight : weight + 2] = 0
-        if norm is not None:
-            self._addresses[slot, weight] = memory.add_vector(norm.weight)
-            self._addresses[slot, weight + 1] = memory.add_vector(norm.bias)
-            self._numbers[slot, eps] = norm.eps
+
+class SublayerTable:
+    """Of one kind of sub-layer in all layers: bottleneck adapters, by slot; used as ``LinearTable`` is."""
+
+    def __init__(self, num_layers: int, num_slots: int, hidden_size: int, arguments: KernelArguments) -> None:
+        shape = (num_layers, num_slots)
+        self._addresses = np.zeros((*shape, bottleneck_kernels.NUM_ADDRESSES), dtype=np.int64)
+        self._integers = np.zeros((*shape, bottleneck_kernels.NUM_INTEGERS), dtype=np.int32)
+        self._numbers = np.zeros((*shape, bottleneck_kernels.NUM_NUMBERS), dtype=np.float32)
+        self._hidden_size = hidden_size
+        self._arguments = arguments
+        self._scratch = self._new_scratch(64)
+        self._is_used = [False] * num_layers
+
+    def _new_scratch(self, size: int) -> Array:
+        width = 2 * self._hidden_size + -(-size // LANES) * LANES
+        return np.empty((self._arguments.num_threads, width), dtype=np.float32)
+
+    def place(self, slot: int, entries: SublayerEntries) -> None:
+        """Enters an adapter's bottlenecks."""
+        largest = int(entries.integers[:, bottleneck_kernels.SIZE].max())
+        if 2 * self._hidden_size + largest > self._scratch.shape[1]:
+            self._scratch = self._new_scratch(largest)
+        self._addresses[:, slot] = entries.addresses
+        self._numbers[:, slot] = entries.numbers
+        self._integers[:, slot] = entries.integers
+        self._note_used()
 
     def clear(self, slot: int) -> None:
-        """Takes a slot's bottleneck out."""
-        self._used.discard(slot)
-        self._integers[slot, bottleneck_kernels.SIZE] = 0
+        """Takes a slot's bottlenecks out."""
+        self._integers[:, slot, bottleneck_kernels.SIZE] = 0
+        self._note_used()
 
-    def run(self, residual: Tensor, output: Tensor, rows: AdapterRows) -> None:
-        """Gives each row its own bottleneck; see ``AdapterSlots.add_bottlenecks``."""
-        if self._used:
+    def _note_used(self) -> None:
+        self._is_used = [bool(layer.any()) for layer in self._integers[:, :, bottleneck_kernels.SIZE]]
+
+    def run(self, layer: int, residual: Tensor, output: Tensor, rows: AdapterRows) -> None:
+        """Gives each row its own bottleneck; see ``Deltas.add_bottlenecks``."""
+        if self._is_used[layer]:
             bottleneck_kernels.bottleneck(
                 residual.numpy(),
                 output.numpy(),
-                rows.rows.numpy(),
-                rows.slots.numpy(),
-                self._addresses,
-                self._integers,
-                self._numbers,
+                rows.rows,
+                rows.slots,
+                self._addresses[layer],
+                self._integers[layer],
+                self._numbers[layer],
                 self._arguments.like,
                 self._arguments.f32,
                 self._scratch,

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from manyhats.adapters.primitives import EmbeddingLowRank, EmbeddingRows, HeadRows, HeadWeight, LowRank
-from manyhats.engine.backends.batch import AdapterRows
 from manyhats.engine.backends.cpu.packing import DEPTH, CpuLinear, pack_linear
+from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.model.weights import Linear
 
 RunLinear = Callable[[Tensor, CpuLinear], Tensor]
@@ -153,5 +154,5 @@ HeadChange = HeadDelta | HeadColumns | OtherHead
 
 def rows_by_slot(rows: AdapterRows) -> Iterator[tuple[int, Tensor]]:
     """Each slot of a batch and its rows, int64; they lie side by side."""
-    slots, counts = torch.unique_consecutive(rows.slots, return_counts=True)
-    yield from zip(slots.tolist(), rows.rows.long().split(counts.tolist()), strict=True)
+    slots, counts = np.unique(rows.slots, return_counts=True)
+    yield from zip(slots.tolist(), torch.from_numpy(rows.rows).long().split(counts.tolist()), strict=True)

@@ -1,7 +1,7 @@
 """The kernel that chooses tokens takes as long to compile as all others together: a second process does it meanwhile.
 
 Numba compiles one function at a time in a process, and keeps what it compiled on disk, where the process that serves
-then finds it. ``python -m manyhats.engine.loop.choosing_ahead`` is that second process.
+then finds it. ``python -m manyhats.engine.backends.cpu.choosing.ahead`` is that second process.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 import structlog
 import torch
 
-from manyhats.engine.backends.cpu.backend import CpuKernels
 from manyhats.engine.backends.cpu.compile import numba_config
-from manyhats.engine.loop.warmup import choose_once
+from manyhats.engine.backends.cpu.kernels import CpuKernels
+from manyhats.engine.backends.logits import HostLogits
+from manyhats.engine.backends.warmup import every_filter
 
 _PATIENCE_S = 0.2
 _log = structlog.get_logger(__name__)
@@ -77,7 +78,7 @@ def _end_with_parent() -> None:
 def main() -> None:
     """Compile the kernel for this machine, as the warm-up before the first request would."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    choose_once(torch.zeros(1, 64), CpuKernels(1))
+    HostLogits(torch.zeros(1, 64), CpuKernels(1)).finish(every_filter())
     sys.stdout.flush()
     os._exit(0)  # the thread still reads, and would hold up the end
 

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from manyhats.engine.backends.cpu.backend import CpuKernels
-from manyhats.engine.loop import choosing_ahead
-from manyhats.engine.loop.choosing_ahead import choosing_compiled_ahead
-from manyhats.engine.loop.warmup import choose_once
+from manyhats.engine.backends.cpu.choosing import ahead
+from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
+from manyhats.engine.backends.cpu.kernels import CpuKernels
+from manyhats.engine.backends.logits import HostLogits
+from manyhats.engine.backends.warmup import every_filter
 from manyhats.engine.progress import LatestProgress
 
-COMMAND = [sys.executable, "-m", "manyhats.engine.loop.choosing_ahead"]
+COMMAND = [sys.executable, "-m", "manyhats.engine.backends.cpu.choosing.ahead"]
 
 
 @pytest.fixture
 def _compiled() -> None:
-    choose_once(torch.zeros(1, 64), CpuKernels(1))
+    HostLogits(torch.zeros(1, 64), CpuKernels(1)).finish(every_filter())
 
 
 @pytest.mark.usefixtures("_compiled")
@@ -46,9 +47,7 @@ class Interrupted(Exception):  # noqa: N818
 def test_waiting_is_ended_by_what_its_progress_raises_and_the_process_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        choosing_ahead.numba_config, "CACHE_DIR", str(tmp_path)
-    )  # where nothing is compiled yet
+    monkeypatch.setattr(ahead.numba_config, "CACHE_DIR", str(tmp_path))  # where nothing is compiled yet
     monkeypatch.setenv("MANYHATS_HOME", str(tmp_path))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
 

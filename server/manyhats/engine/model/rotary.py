@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -19,25 +21,23 @@ class RotaryTables:
     """
 
     def __init__(self, architecture: Architecture) -> None:
-        ropes = [block.attention.rope for block in architecture.blocks]
-        kinds = list(dict.fromkeys(ropes))
-        self._kind_of_layer = [kinds.index(rope) for rope in ropes]
-        self._tables = [_table(rope, architecture.max_context_length) for rope in kinds]
+        kinds = dict.fromkeys(block.attention.rope for block in architecture.blocks)
+        self._tables = {rope: _table(rope, architecture.max_context_length) for rope in kinds}
 
-    def at(self, positions: Tensor) -> list[Angles]:
-        """The angles of some rows, layer by layer.
+    def at(self, positions: Tensor) -> Mapping[Rope | None, Angles]:
+        """The angles of some rows, by the kind of rotation; without columns where there is none.
 
         Args:
             positions: [N] int64.
         """
-        kinds = [
-            (cos.index_select(0, positions), sin.index_select(0, positions)) for cos, sin in self._tables
-        ]
-        return [kinds[kind] for kind in self._kind_of_layer]
+        return {
+            rope: (cos.index_select(0, positions), sin.index_select(0, positions))
+            for rope, (cos, sin) in self._tables.items()
+        }
 
 
 def _table(rope: Rope | None, length: int) -> Angles:
-    """[length, rotary_dim / 2] each; without columns where there is no RoPE."""
+    """[length, rotary_dim / 2] each."""
     rope = rope or Rope(())
     positions = torch.arange(length, dtype=torch.float32)
     angles = positions.unsqueeze(1) * torch.tensor(rope.inv_freq, dtype=torch.float32)

@@ -1,20 +1,30 @@
-"""The reference backend: plain torch in float32, slow and obvious. The oracle of every other backend's tests."""
+"""What each of the CPU's operations and deltas computes, slow and obvious: one row, one head at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.batch import Batch
-from manyhats.engine.backends.choices import Choices
-from manyhats.engine.backends.dtypes import torch_dtype
-from manyhats.engine.backends.logprobs import Logprobs
-from manyhats.engine.backends.reference.adapters import ReferenceSlots
-from manyhats.engine.backends.reference.choosing import choose_row
-from manyhats.engine.backends.reference.logprobs import logprobs_of
+from manyhats.adapters import equations
+from manyhats.adapters.primitives import (
+    Affine,
+    Bottleneck,
+    Delta,
+    EmbeddingLowRank,
+    EmbeddingRows,
+    HeadRows,
+    HeadWeight,
+    InputScale,
+    LoweredAdapter,
+    LowRank,
+)
+from manyhats.adapters.sites import Site
+from manyhats.engine.backends.cpu.batch import Batch
+from manyhats.engine.backends.plan import AdapterRows
+from manyhats.engine.backends.torch.choosing import TorchChooser
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear
@@ -72,16 +82,8 @@ class ReferenceKVCache:
         self.values[:, slots] = values.to(self.values.dtype)
 
 
-class ReferenceKernels:
-    """``Kernels`` in plain torch; see there for each operation."""
-
-    name = "reference"
-
-    def start_thread(self) -> None:
-        """Nothing to prepare."""
-
-    def leave_processors(self, count: int) -> None:
-        """Does nothing."""
+class ReferenceKernels(TorchChooser):
+    """``CpuKernels`` in plain torch; see there for each operation."""
 
     def pack(self, parts: Sequence[Linear]) -> ReferenceLinear:
         """Dequantizes and concatenates."""
@@ -90,16 +92,6 @@ class ReferenceKernels:
         ]
         biases = [torch.zeros(p.out_features) if p.bias is None else p.bias.float() for p in parts]
         return ReferenceLinear(torch.cat(weights), torch.cat(biases))
-
-    def new_cache(
-        self, architecture: Architecture, num_blocks: int, block_size: int, dtype: str
-    ) -> ReferenceKVCache:
-        """An empty cache."""
-        return ReferenceKVCache(architecture, num_blocks, block_size, torch_dtype(dtype))
-
-    def new_slots(self, architecture: Architecture, num_slots: int, dtype: str) -> ReferenceSlots:
-        """Empty adapter slots."""
-        return ReferenceSlots(architecture, torch_dtype(dtype))
 
     def linear(self, x: Tensor, packed: ReferenceLinear) -> Tensor:
         """X Wᵀ + b, one row at a time: a matrix product's rounding may depend on its number of rows."""
@@ -157,8 +149,8 @@ class ReferenceKernels:
         c, s = cos.unsqueeze(1), sin.unsqueeze(1)
         rotated[..., :half] = first * c - second * s
         rotated[..., half : 2 * half] = second * c + first * s
-        cache.keys[layer, batch.slot_mapping] = rotated[:, num_heads:].to(cache.keys.dtype)
-        cache.values[layer, batch.slot_mapping] = heads[:, num_heads + num_kv_heads :].to(cache.values.dtype)
+        cache.keys[layer, batch.cells] = rotated[:, num_heads:].to(cache.keys.dtype)
+        cache.values[layer, batch.cells] = heads[:, num_heads + num_kv_heads :].to(cache.values.dtype)
 
     def attention(
         self,
@@ -195,11 +187,95 @@ class ReferenceKernels:
                     out[row, head] = weights @ values[:, kv_head]
         return out.view(qkv.shape[0], -1)
 
-    def choose(self, logits: Tensor, choices: Choices) -> Tensor:
-        """One token for each row."""
-        tokens = [choose_row(row, choices, index) for index, row in enumerate(logits)]
-        return torch.tensor(tokens, dtype=torch.int64)
 
-    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> Logprobs:
-        """Log-probabilities of targets, with ranks, and each row's most likely tokens."""
-        return logprobs_of(logits, rows, targets, num_top)
+class ReferenceSlots:
+    """The loaded adapters, by slot, as they were lowered; see ``AdapterSlots``."""
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
+        self._adapters: dict[int, LoweredAdapter] = {}
+        self._groups = [{group.name: group for group in block.groups()} for block in architecture.blocks]
+        self._dtype = dtype
+
+    def pack(self, adapter: LoweredAdapter) -> LoweredAdapter:
+        """As it is."""
+        return adapter
+
+    def place(self, slot: int, packed: LoweredAdapter) -> None:
+        """Puts an adapter into a slot."""
+        self._adapters[slot] = packed
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot."""
+        self._adapters.pop(slot, None)
+
+    def add_deltas(
+        self,
+        fused: str,
+        layer: int,
+        x: Tensor,
+        y: Tensor,
+        rows: AdapterRows,
+        linear: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Each row's own deltas at every part of the fused linear."""
+        start = 0
+        for member in self._groups[layer][fused].members:
+            name, columns = member.name, slice(start, start + member.d_out)
+            start = columns.stop
+            for row, delta in self._deltas(rows, Site(layer, name)):
+                if isinstance(delta, InputScale):
+                    y[row, columns] = linear((x[row] * delta.scale.float()).unsqueeze(0))[0, columns]
+            for row, delta in self._deltas(rows, Site(layer, name)):
+                if isinstance(delta, Affine):
+                    scale = 1.0 if delta.scale is None else delta.scale.float()
+                    offset = 0.0 if delta.offset is None else delta.offset.float()
+                    y[row, columns] = y[row, columns] * scale + offset
+            for row, delta in self._deltas(rows, Site(layer, name)):
+                if isinstance(delta, LowRank):
+                    y[row, columns] += self._low_rank(x[row], delta)
+
+    def add_bottlenecks(
+        self, sublayer: str, layer: int, residual: Tensor, output: Tensor, rows: AdapterRows
+    ) -> None:
+        """Each row's own bottleneck on a sub-layer's output."""
+        for row, delta in self._deltas(rows, Site(layer, sublayer)):
+            if isinstance(delta, Bottleneck):
+                output[row] = equations.bottleneck(delta, residual[row], output[row])
+
+    def change_embeddings(self, token_ids: Tensor, hidden: Tensor, rows: AdapterRows) -> None:
+        """Each row's own embedding."""
+        for row, delta in self._deltas(rows, None):
+            token_id = int(token_ids[row])
+            if isinstance(delta, EmbeddingLowRank):
+                a, b = self._stored(delta.a), self._stored(delta.b)
+                hidden[row] += delta.scale * (b @ a[token_id])
+            elif isinstance(delta, EmbeddingRows) and token_id in delta.ids.tolist():
+                hidden[row] = self._stored(delta.rows)[delta.ids.tolist().index(token_id)]
+
+    def change_logits(self, hidden: Tensor, logits: Tensor, rows: AdapterRows) -> None:
+        """Each row's own output head; a head of the adapter's own comes before what changes it."""
+        for row, delta in self._deltas(rows, None):
+            if isinstance(delta, HeadWeight):
+                logits[row] = self._stored(delta.weight) @ hidden[row]
+        for row, delta in self._deltas(rows, None):
+            if isinstance(delta, HeadRows):
+                logits[row, delta.ids] = self._stored(delta.rows) @ hidden[row]
+        for row, delta in self._deltas(rows, Site(-1, "lm_head")):
+            if isinstance(delta, LowRank):
+                logits[row] += self._low_rank(hidden[row], delta)
+
+    def _low_rank(self, x: Tensor, delta: LowRank) -> Tensor:
+        return equations.low_rank(x.unsqueeze(0), self._stored(delta.a), self._stored(delta.b), delta.scale)[
+            0
+        ]
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        """A matrix as it is kept: rounded to the slots' dtype."""
+        return matrix.to(self._dtype).float()
+
+    def _deltas(self, rows: AdapterRows, site: Site | None) -> Iterator[tuple[int, Delta]]:
+        """Each row with each of its adapter's deltas at a site, or with all that have none."""
+        for row, slot in zip(rows.rows.tolist(), rows.slots.tolist(), strict=True):
+            for delta in self._adapters[slot].deltas:
+                if getattr(delta, "site", None) == site:
+                    yield row, delta

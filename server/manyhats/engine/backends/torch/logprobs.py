@@ -1,4 +1,4 @@
-"""How the reference backend finds log-probabilities: row by row in NumPy, with whole sorts."""
+"""How the torch backend finds log-probabilities: row by row in NumPy, with whole sorts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import numpy as np
 from torch import Tensor
 
-from manyhats.engine.backends.logprobs import Logprobs
+from manyhats.engine.backends.choosing import Logprobs
 
 
 def logprobs_of(logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> Logprobs:
-    """See ``Kernels.logprobs``."""
+    """See ``Chooser.logprobs``."""
     values = logits.numpy()
     largest = values.max(axis=1)
     totals = [

@@ -1,0 +1,97 @@
+"""What the primitives do, in plain, differentiable torch: one equation each, as ``primitives`` states it.
+
+The torch backend and the trainer run these; kernels are held to them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from manyhats.adapters.activations import ACTIVATIONS
+from manyhats.adapters.primitives import (
+    Affine,
+    Bottleneck,
+    BottleneckInput,
+    EmbeddingLowRank,
+    EmbeddingRows,
+    LayerNorm,
+)
+
+
+def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale · (x Aᵀ) Bᵀ``, which is added to a linear's output; see ``LowRank``.
+
+    Args:
+        x: [..., d_in], the linear's input.
+        a: [R, d_in], dtype of x.
+        b: [d_out, R], dtype of x.
+        scale: dimensionless.
+
+    Returns:
+        [..., d_out], dtype of x.
+    """
+    return ((x @ a.T) @ b.T) * scale
+
+
+def affine(y: Tensor, delta: Affine) -> Tensor:
+    """``y · scale + offset``, of a linear's output [..., d_out]; see ``Affine``."""
+    if delta.scale is not None:
+        y = y * delta.scale.float()
+    if delta.offset is not None:
+        y = y + delta.offset.float()
+    return y
+
+
+def bottleneck(delta: Bottleneck, r: Tensor, m: Tensor) -> Tensor:
+    """``m' = keep · m + carry · r + (f, or norm_after(f + norm_residual))``; see ``Bottleneck``.
+
+    Args:
+        delta: of one sub-layer.
+        r: [..., D]; the residual stream that enters the sub-layer.
+        m: [..., D]; the sub-layer's output, which joins the stream without the adapter.
+
+    Returns:
+        [..., D]: what joins the stream in place of m.
+    """
+    sources = {BottleneckInput.OUTPUT: m, BottleneckInput.SUM: r + m, BottleneckInput.RESIDUAL: r}
+    x = sources[delta.input]
+    if delta.norm_before is not None:
+        x = _layer_norm(x, delta.norm_before)
+    hidden = ACTIVATIONS[delta.activation](functional.linear(x, delta.down, delta.down_bias))
+    f = delta.scale * functional.linear(hidden, delta.up, delta.up_bias)
+    if delta.norm_after is not None:
+        f = f if delta.norm_residual is None else f + sources[delta.norm_residual]
+        f = _layer_norm(f, delta.norm_after)
+    return delta.keep * m + delta.carry * r + f
+
+
+def embedding(delta: EmbeddingLowRank | EmbeddingRows, token_ids: Tensor, embedded: Tensor) -> Tensor:
+    """Embeddings as an adapter has them, ahead of any multiplier; see ``EmbeddingLowRank`` and ``EmbeddingRows``.
+
+    Args:
+        delta: one of the adapter's.
+        token_ids: [N] int64.
+        embedded: [N, D] float32, without it.
+
+    Returns:
+        [N, D].
+    """
+    if isinstance(delta, EmbeddingLowRank):
+        a = delta.a.index_select(0, token_ids).float()
+        return embedded + (a @ delta.b.float().T) * delta.scale
+    row = _row_numbers(delta.ids.to(token_ids.device), token_ids)
+    own = delta.rows.float().index_select(0, row.clamp(min=0))
+    return torch.where((row >= 0).unsqueeze(1), own, embedded)
+
+
+def _row_numbers(ids: Tensor, token_ids: Tensor) -> Tensor:
+    """Where each token stands among ``ids``, −1 where it does not: [N] int64."""
+    numbers = token_ids.new_full((int(torch.cat((ids, token_ids)).max()) + 1,), -1)
+    numbers[ids] = torch.arange(ids.numel(), device=ids.device)
+    return numbers[token_ids]
+
+
+def _layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)

@@ -1,0 +1,77 @@
+"""A plan as tensors, for backends that run it on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyhats.engine.backends.plan import AdapterRows, Ints, StepPlan
+
+QUERY_TILE = 16
+"""Query rows of one sequence that attention takes as one unit of work."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One step as a forward on the host reads it; N tokens of B sequences.
+
+    Attributes:
+        token_ids: [N] int64.
+        positions: [N] int64.
+        cells: [N] int64.
+        query_start: [B + 1] int32.
+        context_len: [B] int32.
+        block_tables: [B, longest] int32.
+        tiles: [T, 3] int32, units of attention: sequence, first query row within it, number of rows.
+        adapter_rows: rows with an adapter.
+        logit_rows: [M] int64.
+        logit_adapter_rows: those of them with an adapter, as indices into ``logit_rows``.
+        embeddings: (rows [E] int64, values [E, D]); None for none.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    cells: Tensor
+    query_start: Tensor
+    context_len: Tensor
+    block_tables: Tensor
+    tiles: Tensor
+    adapter_rows: AdapterRows
+    logit_rows: Tensor
+    logit_adapter_rows: AdapterRows
+    embeddings: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Batch:
+        """The same step; see ``StepPlan`` for what is not said here."""
+        embeddings = None
+        if plan.embeddings is not None:
+            rows, values = plan.embeddings
+            embeddings = torch.from_numpy(rows).long(), torch.from_numpy(values)
+        return cls(
+            token_ids=torch.from_numpy(plan.token_ids).long(),
+            positions=torch.from_numpy(plan.positions).long(),
+            cells=torch.from_numpy(plan.cells),
+            query_start=torch.from_numpy(plan.query_start),
+            context_len=torch.from_numpy(plan.context_len),
+            block_tables=torch.from_numpy(plan.block_tables),
+            tiles=torch.from_numpy(_tiles(plan.query_start)),
+            adapter_rows=AdapterRows.of(plan.row_slots),
+            logit_rows=torch.from_numpy(plan.logit_rows).long(),
+            logit_adapter_rows=AdapterRows.of(plan.row_slots[plan.logit_rows]),
+            embeddings=embeddings,
+        )
+
+
+def _tiles(query_start: Ints) -> Ints:
+    counts = np.diff(query_start)
+    num_tiles = -(-counts // QUERY_TILE)
+    sequence = np.repeat(np.arange(len(counts), dtype=np.int32), num_tiles)
+    index = np.arange(len(sequence), dtype=np.int32) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
+    first = index * QUERY_TILE
+    return np.stack([sequence, first, np.minimum(QUERY_TILE, counts[sequence] - first)], axis=1).astype(
+        np.int32
+    )

@@ -1,0 +1,97 @@
+"""The logits of a forward on the host, and what is made of them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyhats.engine.backends.choosing import Chooser, token_logprobs
+from manyhats.engine.backends.wants import Array, Choices, Outcome, Targets, Token, TokenLogprob, Wants
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Finished:
+    """A ``Pending`` of what is there already."""
+
+    outcome: Outcome
+
+    def result(self) -> Outcome:
+        """It."""
+        return self.outcome
+
+
+class HostLogits:
+    """``Logits`` [M, V] float32 in the host's memory.
+
+    Args:
+        values: they.
+        chooser: what chooses tokens and finds log-probabilities.
+    """
+
+    def __init__(self, values: Tensor, chooser: Chooser) -> None:
+        self.values = values
+        self._chooser = chooser
+
+    @torch.inference_mode()
+    def finish(self, wants: Wants) -> Finished:
+        """Everything, at once."""
+        whole = self.values[torch.from_numpy(wants.whole).long()].numpy()
+        bad = non_finite_rows(self.values)
+        if bad:
+            self.values[bad] = 0.0  # the kernels take finite ones
+        return Finished(
+            Outcome(
+                tokens=self._chosen(wants.choices),
+                targets=self._found(wants.targets),
+                whole=whole,
+                bad_rows=frozenset(bad),
+            )
+        )
+
+    def _chosen(self, choices: Choices) -> list[Token]:
+        if not choices.num_rows:
+            return []
+        logits = self._rows(choices.rows)
+        if _is_plain_greedy(choices):
+            token_ids = logits.numpy().argmax(axis=1)
+        else:
+            token_ids = self._chooser.choose(logits, choices).numpy()
+        asking = np.flatnonzero((choices.num_logprobs >= 0) & (token_ids >= 0))
+        found = self._found(Targets(choices.rows[asking], token_ids[asking], choices.num_logprobs[asking]))
+        logprobs = dict(zip(asking.tolist(), found, strict=True))
+        return [Token(token_id, logprobs.get(index)) for index, token_id in enumerate(token_ids.tolist())]
+
+    def _found(self, targets: Targets) -> list[TokenLogprob]:
+        """The log-probability of each target; those with as many likely tokens beside them are found together."""
+        found: dict[int, TokenLogprob] = {}
+        for num_top in np.unique(targets.num_top).tolist():
+            places = np.flatnonzero(targets.num_top == num_top)
+            rows, own = np.unique(targets.rows[places], return_inverse=True)
+            each = token_logprobs(self._rows(rows), targets.ids[places], num_top, self._chooser, own)
+            found.update(zip(places.tolist(), each, strict=True))
+        return [found[place] for place in range(len(targets.ids))]
+
+    def _rows(self, rows: Array) -> Tensor:
+        """Some rows of the logits; not copied where they lie side by side."""
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == len(rows) and bool((np.diff(rows) == 1).all()):
+            return self.values[first : last + 1]
+        return self.values[torch.from_numpy(np.asarray(rows)).long()]
+
+
+def non_finite_rows(logits: Tensor) -> list[int]:
+    """Indices of the rows of [M, V] float32 that hold a NaN or an infinity.
+
+    A row's sum is not finite if any of its values isn't, which costs one pass; the rows whose sum isn't are
+    then looked at closely, since large finite values can overflow as well.
+    """
+    suspects = torch.nonzero(~torch.isfinite(logits.sum(dim=1))).flatten().tolist()
+    return [row for row in suspects if not bool(torch.isfinite(logits[row]).all())]
+
+
+def _is_plain_greedy(choices: Choices) -> bool:
+    """Whether each row takes the largest of its raw logits."""
+    return bool((choices.temperature == 0).all() and not choices.edit_ids.size and not choices.masks.size)

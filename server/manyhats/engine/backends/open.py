@@ -1,0 +1,28 @@
+"""The backends by name: nothing else knows them."""
+
+from __future__ import annotations
+
+from manyhats.engine.backends.backend import Backend
+from manyhats.engine.errors import ModelError
+
+
+def open_backend(name: str, *, dtype: str, num_threads: int = 0) -> Backend:
+    """A backend, imported when it is asked for.
+
+    Args:
+        name: ``cpu`` or ``torch``.
+        dtype: ``float32`` wants exact arithmetic, ``bfloat16`` takes what the processor does faster.
+        num_threads: of a backend on the processor; 0 is one per core.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    if name == "cpu":
+        from manyhats.engine.backends.cpu.backend import CpuBackend
+
+        return CpuBackend(num_threads or None, is_exact=dtype == "float32")
+    if name == "torch":
+        from manyhats.engine.backends.torch.backend import TorchBackend
+
+        return TorchBackend()
+    raise ModelError(f"there is no backend {name!r}")

@@ -1,0 +1,76 @@
+"""A step as a backend is given it: every token of every scheduled sequence, in numbers of the host alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+Cells = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterRows:
+    """The rows that have an adapter, those of one adapter side by side.
+
+    Attributes:
+        rows: [A] int32, their indices.
+        slots: [A] int32, the adapter slot of each; never 0, the base model's.
+        num_adapters: distinct slots.
+    """
+
+    rows: Ints
+    slots: Ints
+    num_adapters: int
+
+    @classmethod
+    def of(cls, row_slots: Ints) -> AdapterRows:
+        """Those of rows whose slots are these, [N] int32."""
+        rows = np.flatnonzero(row_slots).astype(np.int32)
+        rows = rows[np.argsort(row_slots[rows], kind="stable")]
+        slots = row_slots[rows]
+        num_adapters = int(np.count_nonzero(np.diff(slots))) + 1 if slots.size else 0
+        return cls(rows, slots, num_adapters)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """N rows of B sequences; prefill chunks and decodes lie end to end.
+
+    Attributes:
+        token_ids: [N] int32.
+        positions: [N] int32, for the rotary embedding; a KV prefix may shift them against the cells.
+        cells: [N] int64, where each row's keys and values go: block · block_size + offset.
+        query_start: [B + 1] int32, each sequence's first row.
+        context_len: [B] int32, cells of each sequence once this step's are written.
+        block_tables: [B, longest] int32, padded with 0.
+        row_slots: [N] int32, the adapter slot of each row.
+        logit_rows: [M] int32, rows whose logits are needed, ascending.
+        embeddings: (rows [E] int32, values [E, D] float32): rows that enter the model as values; None for none.
+        block_copies: (source, target) blocks to copy before anything else.
+    """
+
+    token_ids: Ints
+    positions: Ints
+    cells: Cells
+    query_start: Ints
+    context_len: Ints
+    block_tables: Ints
+    row_slots: Ints
+    logit_rows: Ints
+    embeddings: tuple[Ints, Floats] | None = None
+    block_copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return int(self.token_ids.shape[0])
+
+
+def int32(values: Any) -> Ints:
+    """An array of int32."""
+    return np.asarray(values, dtype=np.int32)

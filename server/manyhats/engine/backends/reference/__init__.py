@@ -1,1 +1,0 @@
-"""The same in plain torch, slow and obvious: the oracle of the kernels."""

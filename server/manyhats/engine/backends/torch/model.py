@@ -1,0 +1,251 @@
+"""A model on a device, run as ``model.forward`` states it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from manyhats.adapters import equations
+from manyhats.adapters.activations import ACTIVATIONS
+from manyhats.adapters.primitives import (
+    Affine,
+    Bottleneck,
+    EmbeddingLowRank,
+    EmbeddingRows,
+    HeadRows,
+    HeadWeight,
+    InputScale,
+    LowRank,
+)
+from manyhats.adapters.sites import Site
+from manyhats.engine.backends.logits import HostLogits
+from manyhats.engine.backends.plan import Ints, StepPlan
+from manyhats.engine.backends.torch.adapters import EMBEDDING, HEAD, TorchAdapterSlots
+from manyhats.engine.backends.torch.cache import TorchKVCache
+from manyhats.engine.backends.torch.choosing import TorchChooser
+from manyhats.engine.backends.warmup import run_one
+from manyhats.engine.model.architecture import Architecture, Attention, FeedForward, Group, Norm, Rope
+from manyhats.engine.model.forward import block, embedded, logits
+from manyhats.engine.model.nf4 import Nf4Weight
+from manyhats.engine.model.rotary import Angles, RotaryTables
+from manyhats.engine.model.weights import Linear, Matrix, NormWeight, Weights
+from manyhats.engine.progress import Progress
+
+DeltaT = TypeVar("DeltaT")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Dense:
+    """Linears side by side, dequantized: weight [d_out, d_in], bias [d_out] or None, float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class TorchModel:
+    """``Model`` in plain torch.
+
+    On the CPU each row is computed by itself, since the rounding of a product may depend on its number of rows.
+
+    Args:
+        architecture: what is computed.
+        weights: dequantized here.
+        device: where.
+    """
+
+    def __init__(self, architecture: Architecture, weights: Weights, device: torch.device) -> None:
+        self.architecture = architecture
+        self.device = device
+        self.weights = weights
+        self.embedding = weights.embedding.to(device)
+        self.linears = [
+            {
+                group.name: self._dense([of_block.linears[name] for name in group.names])
+                for group in spec.groups()
+            }
+            for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True)
+        ]
+        self.head = self._dense([weights.head])
+        self.tables = RotaryTables(architecture)
+
+    def _dense(self, linears: list[Linear]) -> _Dense:
+        matrices = [_dequantized(linear.matrix).to(self.device) for linear in linears]
+        biases = [
+            torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float()
+            for linear in linears
+        ]
+        has_bias = any(linear.bias is not None for linear in linears)
+        return _Dense(torch.cat(matrices), torch.cat(biases).to(self.device) if has_bias else None)
+
+    @property
+    def num_bytes(self) -> Mapping[str, int]:
+        """Resident bytes: the layers' linears, and embedding, head and norms."""
+        norms = sum(norm.weight.nbytes for norm in self.weights.norms())
+        return {
+            "base": sum(dense.num_bytes for layer in self.linears for dense in layer.values()),
+            "embeddings": self.embedding.nbytes + self.head.num_bytes + norms,
+        }
+
+    def warm_up(
+        self, cache: TorchKVCache, adapters: TorchAdapterSlots, slot: int, progress: Progress
+    ) -> None:
+        """Nothing is compiled; proves that the model runs."""
+        run_one(self, cache, adapters, slot)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan, cache: TorchKVCache, adapters: TorchAdapterSlots) -> HostLogits:
+        """Runs a step and writes its keys and values."""
+        cache.copy_blocks(plan)
+        maths = _Step(self, plan, cache, adapters)
+        stream = embedded(maths, self.architecture.embedding, maths.tensor(plan.token_ids).long())
+        if plan.embeddings is not None:
+            rows, values = plan.embeddings
+            stream[maths.tensor(rows).long()] = maths.tensor(values)
+        for layer, spec in enumerate(self.architecture.blocks):
+            stream = block(maths, spec, self.weights.blocks[layer], layer, stream)
+        hidden = maths.norm(stream, self.architecture.final_norm, self.weights.final_norm)
+        found = logits(maths, self.architecture.head, hidden[maths.tensor(plan.logit_rows).long()])
+        return HostLogits(found.cpu(), TorchChooser())
+
+
+class _Step:
+    """``Maths`` of one step."""
+
+    def __init__(
+        self, model: TorchModel, plan: StepPlan, cache: TorchKVCache, adapters: TorchAdapterSlots
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._cache = cache
+        self._adapters = adapters
+        self._cells = self.tensor(plan.cells)
+        self._angles = model.tables.at(torch.from_numpy(plan.positions).long())
+        self._one_by_one = model.device.type == "cpu"
+        self._rows = list(self._rows_by_slot(plan.row_slots))
+        self._logit_rows = list(self._rows_by_slot(plan.row_slots[plan.logit_rows]))
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        """A copy of the plan's numbers on the device."""
+        return torch.from_numpy(values).to(self._model.device)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        x = self._model.embedding.index_select(0, token_ids).float()
+        for rows, low_rank in self._deltas(EMBEDDING, EmbeddingLowRank):
+            x[rows] = equations.embedding(low_rank, token_ids[rows], x[rows])
+        for rows, replaced in self._deltas(EMBEDDING, EmbeddingRows):
+            x[rows] = equations.embedding(replaced, token_ids[rows], x[rows])
+        return x
+
+    def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
+        dense = self._model.linears[layer][group.name]
+        y, start = self._product(x, dense), 0
+        for member in group.members:
+            site, columns = Site(layer, member.name), slice(start, start + member.d_out)
+            start = columns.stop
+            for rows, rescaling in self._deltas(site, InputScale):
+                y[rows, columns] = self._product(x[rows] * rescaling.scale, dense)[:, columns]
+            for rows, delta in self._deltas(site, Affine):
+                y[rows, columns] = equations.affine(y[rows, columns], delta)
+            for rows, low_rank in self._deltas(site, LowRank):
+                y[rows, columns] += equations.low_rank(x[rows], low_rank.a, low_rank.b, low_rank.scale)
+        return y
+
+    def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight.weight.to(x.device)
+
+    output_norm = norm
+
+    def rotate(self, heads: Tensor, rope: Rope) -> Tensor:
+        return rotated(heads, self._angles[rope])
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Each query row by itself over its sequence's cells, which this step's are among."""
+        plan, cache = self._plan, self._cache
+        spec = self._model.architecture.blocks[layer].attention
+        cache.keys[layer, self._cells] = keys.to(cache.keys)
+        cache.values[layer, self._cells] = values.to(cache.values)
+        out = torch.empty_like(queries)
+        for sequence, length in enumerate(plan.context_len.tolist()):
+            cells = cache.cells_of(torch.from_numpy(plan.block_tables[sequence]), length)
+            first, last = plan.query_start[sequence : sequence + 2].tolist()
+            for row in range(first, last):
+                end = length - (last - row) + 1
+                begin = 0 if spec.window is None else max(0, end - spec.window)
+                seen = cells[begin:end]
+                out[row] = attended(
+                    queries[row], cache.keys[layer, seen].float(), cache.values[layer, seen].float(), spec
+                )
+        return out
+
+    def activate(self, gate_up: Tensor, feed_forward: FeedForward) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return ACTIVATIONS[feed_forward.activation](gate) * up
+
+    def join(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
+        for rows, delta in self._deltas(site, Bottleneck):
+            output[rows] = equations.bottleneck(delta, stream[rows], output[rows])
+        return stream + output
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """A head of the adapter's own comes before what changes it."""
+        found = self._product(hidden, self._model.head)
+        for rows, own in self._deltas(HEAD, HeadWeight, self._logit_rows):
+            found[rows] = self._product(hidden[rows], _Dense(own.weight, None))
+        for rows, replaced in self._deltas(HEAD, HeadRows, self._logit_rows):
+            found[rows.unsqueeze(1), replaced.ids] = self._product(hidden[rows], _Dense(replaced.rows, None))
+        for rows, low_rank in self._deltas(HEAD, LowRank, self._logit_rows):
+            found[rows] += equations.low_rank(hidden[rows], low_rank.a, low_rank.b, low_rank.scale)
+        return found
+
+    def _product(self, x: Tensor, dense: _Dense) -> Tensor:
+        if not self._one_by_one:
+            return functional.linear(x, dense.weight, dense.bias)
+        rows = [dense.weight @ row if dense.bias is None else dense.weight @ row + dense.bias for row in x]
+        return torch.stack(rows) if rows else x.new_empty(0, dense.weight.shape[0])
+
+    def _rows_by_slot(self, row_slots: Ints) -> Iterator[tuple[int, Tensor]]:
+        """Rows with an adapter and its slot: all that share it, or one at a time."""
+        for slot in np.unique(row_slots[row_slots != 0]).tolist():
+            rows = self.tensor(np.flatnonzero(row_slots == slot))
+            for own in rows.split(1) if self._one_by_one else (rows,):
+                yield slot, own
+
+    def _deltas(
+        self, site: Site, kind: type[DeltaT], groups: list[tuple[int, Tensor]] | None = None
+    ) -> Iterator[tuple[Tensor, DeltaT]]:
+        """Rows, each with its adapter's deltas of one kind at a site."""
+        for slot, rows in self._rows if groups is None else groups:
+            for delta in self._adapters.placed[slot].at(site, kind):
+                yield rows, delta
+
+
+def rotated(heads: Tensor, angles: Angles) -> Tensor:
+    """Heads [N, H, K], the first ``rotary_dim`` values turned by halves; the angles are the rows'."""
+    cos, sin = (part.to(heads.device).unsqueeze(1) for part in angles)
+    half = cos.shape[-1]
+    first, second, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def attended(queries: Tensor, keys: Tensor, values: Tensor, attention: Attention) -> Tensor:
+    """``softmax(cap(scale · q Kᵀ)) V`` of one row: [H, K] over [T, Hkv, K] twice → [H, K]."""
+    grouped = queries.unflatten(0, (attention.num_kv_heads, -1))
+    scores = torch.einsum("gqk,tgk->gqt", grouped, keys) * attention.scale
+    if attention.softcap is not None:
+        scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    return torch.einsum("gqt,tgk->gqk", torch.softmax(scores, dim=-1), values).flatten(0, 1)
+
+
+def _dequantized(matrix: Matrix) -> Tensor:
+    return matrix.dequantize() if isinstance(matrix, Nf4Weight) else matrix.float()

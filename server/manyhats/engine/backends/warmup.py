@@ -1,0 +1,105 @@
+"""One token before the first request: what steps need is compiled or loaded, and the model proves that it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, LoweredAdapter, LowRank
+from manyhats.adapters.sites import Site
+from manyhats.engine.backends.backend import Model
+from manyhats.engine.backends.plan import StepPlan, int32
+from manyhats.engine.backends.wants import Choices, Targets, Wants
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.architecture import Architecture
+
+NO_TARGETS = Targets(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
+"""None."""
+
+
+def run_one(
+    model: Model[Any, Any],
+    cache: Any,
+    adapters: Any,
+    slot: int,
+    before_choosing: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs one token on an adapter that takes every kernel, and chooses the next in the way that takes all of it.
+
+    Call it before the cache holds anything: it writes to block 0. ``before_choosing`` is called between the two.
+
+    Raises:
+        ModelError: the logits are not finite.
+    """
+    adapters.place(slot, adapters.pack(every_primitive(model.architecture)))
+    try:
+        logits = model.forward(_one_token(slot), cache, adapters)
+    finally:
+        adapters.clear(slot)
+    before_choosing()
+    if logits.finish(every_filter()).result().bad_rows:
+        raise ModelError("the model's logits are not finite: are its weights whole?")
+
+
+def every_primitive(architecture: Architecture) -> LoweredAdapter:
+    """An adapter that changes nothing, at the sites of one layer."""
+    first = architecture.blocks[0].linears()[0]
+    d_in, d_out = first.d_in, first.d_out
+    bottleneck = Bottleneck(
+        site=Site(0, "attention"),
+        input=BottleneckInput.OUTPUT,
+        down=torch.zeros(1, d_in),
+        down_bias=torch.zeros(1),
+        up=torch.zeros(d_in, 1),
+        up_bias=torch.zeros(d_in),
+        activation="relu",
+        scale=torch.ones(1),
+    )
+    linear = Site(0, first.name)
+    affine = Affine(linear, torch.ones(d_out), None)
+    low_rank = LowRank(linear, torch.zeros(1, d_in), torch.zeros(d_out, 1), 1.0)
+    return LoweredAdapter("", (affine, low_rank, bottleneck))
+
+
+def every_filter() -> Wants:
+    """One row that samples from its most likely tokens, and wants the log-probability."""
+    return Wants(
+        choices=Choices(
+            rows=int32([0]),
+            temperature=np.ones(1, np.float32),
+            top_k=np.zeros(1, np.int64),
+            top_p=np.array([0.5]),
+            min_p=np.zeros(1),
+            typical_p=np.ones(1),
+            point=np.zeros(1),
+            num_logprobs=int32([1]),
+            repetition_penalty=np.ones(1),
+            presence_penalty=np.zeros(1),
+            frequency_penalty=np.zeros(1),
+            edit_start=np.zeros(2, np.int64),
+            edit_ids=np.empty(0, np.int64),
+            edit_bias=np.empty(0, np.float32),
+            edit_seen=np.empty(0, np.bool_),
+            edit_counts=np.empty(0),
+            mask_rows=np.array([-1]),
+            masks=np.empty((0, 0), np.int32),
+        ),
+        targets=NO_TARGETS,
+        whole=int32([]),
+    )
+
+
+def _one_token(slot: int) -> StepPlan:
+    return StepPlan(
+        token_ids=int32([0]),
+        positions=int32([0]),
+        cells=np.zeros(1, np.int64),
+        query_start=int32([0, 1]),
+        context_len=int32([1]),
+        block_tables=int32([[0]]),
+        row_slots=int32([slot]),
+        logit_rows=int32([0]),
+    )

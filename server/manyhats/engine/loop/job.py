@@ -1,0 +1,103 @@
+"""What the engine does for one request: the interface between its loop and generations or scorings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from manyhats.engine.backends.wants import Logits, Token, TokenLogprob
+from manyhats.engine.output import TokenOutput, TopTokens
+from manyhats.engine.sampling.sampler import SamplingRow
+from manyhats.engine.scheduling.schedule import Chunk
+from manyhats.engine.scheduling.scheduler import Scheduler
+from manyhats.engine.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something a request's caller must be told: an output or an ``EngineError``; ``is_last`` ends the request."""
+
+    job_id: str
+    payload: Any
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Want:
+    """What a job wants of a chunk's logit rows.
+
+    Attributes:
+        sample: how the last row chooses the next token; None chooses none.
+        target_rows: [T], rows of given tokens whose log-probabilities are wanted, counted from the chunk's first.
+        target_ids: [T], those tokens.
+        num_top: how many of the row's most likely tokens come with each.
+        whole: whether the logits come back.
+    """
+
+    sample: SamplingRow | None = None
+    target_rows: Seq[int] = ()
+    target_ids: Seq[int] = ()
+    num_top: int = 0
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answer:
+    """What came of a ``Want``.
+
+    Attributes:
+        token: the chosen one.
+        targets: each of ``target_ids`` with its log-probability.
+        whole: [rows, V], or no row.
+    """
+
+    token: Token | None
+    targets: Seq[tuple[int, TokenLogprob]]
+    whole: Logits
+
+
+OutputT = TypeVar("OutputT", covariant=True)
+
+
+class Job(Protocol[OutputT]):
+    """One request in the engine, a generation or a scoring. Lives on the engine's thread.
+
+    Attributes:
+        id: the engine's own, unique.
+        deadline_s: on the monotonic clock; None for none.
+        is_done: whether its last output has been given.
+    """
+
+    id: str
+    deadline_s: float | None
+    is_done: bool
+
+    def next(self, scheduler: Scheduler, now_s: float) -> OutputT | None:
+        """Before each step: queues sequences, the first at the first call, or ends by the clock.
+
+        Raises:
+            EngineError: it cannot go on.
+        """
+        ...
+
+    def wants(self, chunk: Chunk) -> Want:
+        """A chunk of one of its sequences is about to run."""
+        ...
+
+    def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> OutputT | None:
+        """A chunk with logit rows has run and is committed."""
+        ...
+
+    def drop(self, scheduler: Scheduler) -> None:
+        """Lets go of everything it holds in the scheduler. Safe to repeat."""
+        ...
+
+
+def token_output(tokenizer: Tokenizer, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
+    """A token with its text, and its log-probabilities where there are any."""
+    text = tokenizer.piece(token_id)
+    if logprob is None:
+        return TokenOutput(token_id, text)
+    top = TopTokens(logprob.top_ids, logprob.top_logprobs, tokenizer.piece) if logprob.top_ids else ()
+    return TokenOutput(token_id, text, logprob.logprob, logprob.rank, top)

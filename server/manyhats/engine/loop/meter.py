@@ -1,0 +1,50 @@
+"""What a request costs: its time in the queue, to its first token and after it, and its tokens."""
+
+from __future__ import annotations
+
+import time
+
+from manyhats.engine.output import Usage
+
+
+class Meter:
+    """Of one request.
+
+    Args:
+        accepted_s: when it came, on ``time.monotonic()``'s clock.
+        num_prompt_tokens: virtual tokens not counted.
+        adapter_load_s: how long its adapter was waited for.
+    """
+
+    def __init__(self, accepted_s: float, num_prompt_tokens: int, adapter_load_s: float) -> None:
+        self._accepted_s = accepted_s
+        self._num_prompt_tokens = num_prompt_tokens
+        self._adapter_load_s = adapter_load_s
+        self._num_cached_tokens = 0
+        self._started_s: float | None = None
+        self._prefilled_s: float | None = None
+
+    def start(self, num_cached_tokens: int) -> None:
+        """A chunk of it is about to run; the first one leaves the queue."""
+        if self._started_s is None:
+            self._started_s = time.monotonic()
+            self._num_cached_tokens = min(num_cached_tokens, self._num_prompt_tokens)
+
+    def end_prefill(self, now_s: float | None = None) -> None:
+        """Its prompt has run, now or, where there is no telling it apart, when it started; the first call counts."""
+        if self._prefilled_s is None:
+            self._prefilled_s = self._started_s if now_s is None else now_s
+
+    def usage(self, now_s: float, num_generated_tokens: int = 0) -> Usage:
+        """So far."""
+        started_s = now_s if self._started_s is None else self._started_s
+        prefilled_s = now_s if self._prefilled_s is None else self._prefilled_s
+        return Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            cached_prompt_tokens=self._num_cached_tokens,
+            generated_tokens=num_generated_tokens,
+            queue_s=0.0 if self._started_s is None else self._started_s - self._accepted_s,
+            prefill_s=prefilled_s - started_s,
+            decode_s=now_s - prefilled_s,
+            adapter_load_s=self._adapter_load_s,
+        )

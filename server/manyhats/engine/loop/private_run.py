@@ -1,0 +1,63 @@
+"""A prompt of the engine's own: it runs beside the requests and answers the thread that waits for it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from manyhats.engine.backends.wants import Logits
+from manyhats.engine.loop.job import Answer, Want
+from manyhats.engine.loop.serving import Start
+from manyhats.engine.scheduling.schedule import Chunk
+from manyhats.engine.scheduling.scheduler import Scheduler
+from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.virtual_tokens import PLACEHOLDER_ID
+
+
+class PrivateRun:
+    """A ``Job`` whose one output is the logits [T, V] of a prompt's T tokens.
+
+    Args:
+        job_id: unique.
+        token_ids: the prompt, behind the adapter's virtual tokens.
+        start: where the adapter lets it begin.
+    """
+
+    def __init__(self, job_id: str, token_ids: tuple[int, ...], start: Start) -> None:
+        self.id = job_id
+        self.deadline_s: float | None = None
+        self.is_done = False
+        num_virtual = start.num_virtual_tokens
+        self._rows: list[Logits] = []
+        self._sequence = Sequence(
+            id=job_id,
+            token_ids=[PLACEHOLDER_ID] * num_virtual + list(token_ids),
+            max_num_tokens=num_virtual + len(token_ids),
+            slot=start.slot,
+            position_offset=start.position_offset,
+            logits_from=num_virtual,
+            virtual=start.virtual,
+            uses_prefix_cache=False,
+            is_internal=True,
+        )
+
+    def next(self, scheduler: Scheduler, now_s: float) -> None:
+        """Queues the prompt, once."""
+        if self._sequence.status is SequenceStatus.NEW:
+            scheduler.add(self._sequence)
+
+    def wants(self, chunk: Chunk) -> Want:
+        """The logits of every token."""
+        return Want(whole=True)
+
+    def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> Logits | None:
+        """Keeps them until all of it has run."""
+        self._rows.append(answer.whole)
+        if not chunk.ends_tokens:
+            return None
+        self.is_done = True
+        scheduler.finish(chunk.sequence)
+        return np.concatenate(self._rows)
+
+    def drop(self, scheduler: Scheduler) -> None:
+        """Frees the sequence's blocks."""
+        scheduler.finish(self._sequence)

@@ -1,0 +1,140 @@
+"""A decoder's forward in plain, differentiable torch: which operations there are, in which order, and what is added up.
+
+It is the specification that fast kernels are held to, and what the torch backend and the trainer run. Whoever runs it
+brings the operations, each with the deltas of its rows. The residual stream is float32; what else the operations give
+each other is their own affair.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from manyhats.adapters.sites import Site
+from manyhats.engine.model.architecture import (
+    Around,
+    Block,
+    Embedding,
+    FeedForward,
+    Group,
+    Head,
+    Norm,
+    Rope,
+)
+from manyhats.engine.model.weights import BlockWeights, NormWeight
+
+
+class Maths(Protocol):
+    """The operations of one pass over N rows."""
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Rows of the embedding, those of the rows' own adapters: [N] → [N, D]."""
+        ...
+
+    def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
+        """The outputs of a group's members side by side, with their deltas: [N, d_in] → [N, d_out]."""
+        ...
+
+    def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
+        """The norm of what linears or heads read: [..., size of the weight], the same shape."""
+        ...
+
+    def output_norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
+        """The norm of a sub-layer's output, float32: [N, D] → [N, D]."""
+        ...
+
+    def rotate(self, heads: Tensor, rope: Rope) -> Tensor:
+        """Heads turned by their rows' positions: [N, H, K] → the same shape."""
+        ...
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of each row over its sequence: [N, H, K], [N, Hkv, K] twice → [N, H, K]."""
+        ...
+
+    def activate(self, gate_up: Tensor, feed_forward: FeedForward) -> Tensor:
+        """The activation of the first half times the second: [N, 2·I] → [N, I]."""
+        ...
+
+    def join(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
+        """Stream + output, or what the rows' bottlenecks make of that: [N, D] twice → [N, D]."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The output head, those of the rows' own adapters: [M, D] → [M, V]."""
+        ...
+
+
+def embedded(maths: Maths, embedding: Embedding, token_ids: Tensor) -> Tensor:
+    """The stream as it begins: [N] → [N, D]."""
+    x = maths.embed(token_ids)
+    return x if embedding.scale == 1.0 else x * embedding.scale
+
+
+def block(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
+    """The stream behind one block: [N, D] → [N, D]."""
+    output = _attention(maths, spec, weights, layer, stream)
+    stream = _joined(maths, spec, weights, Site(layer, "attention"), stream, output)
+    output = _feed_forward(maths, spec, weights, layer, stream)
+    return _joined(maths, spec, weights, Site(layer, "feed_forward"), stream, output)
+
+
+def logits(maths: Maths, head: Head, hidden: Tensor) -> Tensor:
+    """The logits of normed rows: [M, D] → [M, V]."""
+    return scaled_logits(maths.head(hidden), head)
+
+
+def scaled_logits(x: Tensor, head: Head) -> Tensor:
+    """What becomes of the output head's results: ``c · tanh(x / divisor / c)``, where there is a cap."""
+    if head.divisor != 1.0:
+        x = x / head.divisor
+    if head.softcap is not None:
+        x = head.softcap * torch.tanh(x / head.softcap)
+    return x
+
+
+def _attention(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
+    attention, groups = spec.attention, {group.name: group for group in spec.groups()}
+    x = _read(maths, spec.around_attention, "attention", weights, stream)
+    sizes = [member.d_out for member in groups["qkv"].members]
+    queries, keys, values = maths.linears(layer, groups["qkv"], x).split(sizes, dim=1)
+    if attention.query_norm is not None:
+        queries = _grouped_norm(maths, queries, attention.query_norm, weights.norms["query"])
+    if attention.key_norm is not None:
+        keys = _grouped_norm(maths, keys, attention.key_norm, weights.norms["key"])
+    queries, keys, values = (part.unflatten(1, (-1, attention.head_dim)) for part in (queries, keys, values))
+    if attention.rope is not None:
+        queries, keys = maths.rotate(queries, attention.rope), maths.rotate(keys, attention.rope)
+    mixed = maths.attend(layer, queries, keys, values)
+    return maths.linears(layer, groups["o"], mixed.flatten(1))
+
+
+def _feed_forward(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
+    groups = {group.name: group for group in spec.groups()}
+    x = _read(maths, spec.around_feed_forward, "feed_forward", weights, stream)
+    inner = maths.activate(maths.linears(layer, groups["gate_up"], x), spec.feed_forward)
+    return maths.linears(layer, groups["down"], inner)
+
+
+def _read(maths: Maths, around: Around, sublayer: str, weights: BlockWeights, stream: Tensor) -> Tensor:
+    """What a sub-layer reads of the stream."""
+    if around.before is None:
+        return stream
+    return maths.norm(stream, around.before, weights.norms[f"{sublayer}_before"])
+
+
+def _grouped_norm(maths: Maths, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
+    """Over as many values at a time as the weight has: a head, or the whole row."""
+    return maths.norm(x.unflatten(1, (-1, weight.weight.numel())), norm, weight).flatten(1)
+
+
+def _joined(
+    maths: Maths, spec: Block, weights: BlockWeights, site: Site, stream: Tensor, output: Tensor
+) -> Tensor:
+    around = spec.around_attention if site.name == "attention" else spec.around_feed_forward
+    if around.output is not None:
+        output = maths.output_norm(output, around.output, weights.norms[f"{site.name}_output"])
+    if spec.residual_scale != 1.0:
+        output = output.float() * spec.residual_scale
+    return maths.join(site, stream, output)

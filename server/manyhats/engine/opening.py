@@ -1,0 +1,85 @@
+"""Opens an engine: its parts, built in order from the model, the settings and what reads adapters."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from manyhats.engine.backends.backend import Backend
+from manyhats.engine.backends.open import open_backend
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.config import EngineConfig, kv_cache_bytes, resolve
+from manyhats.engine.engine import Engine
+from manyhats.engine.loop.prefix_pool import EnginePrefixPool
+from manyhats.engine.loop.probe import AdapterProbe, probe_prompt
+from manyhats.engine.loop.serving import ServingModel
+from manyhats.engine.loop.step import Step
+from manyhats.engine.loop.streams import Streams
+from manyhats.engine.loop.thread import Loop
+from manyhats.engine.progress import Progress, no_progress
+from manyhats.engine.residency.loading import AdapterLoading
+from manyhats.engine.residency.residency import AdapterResidency, LoadAdapter
+from manyhats.engine.scheduling.blocks import BlockAllocator
+from manyhats.engine.scheduling.scheduler import Scheduler
+from manyhats.engine.threads.background import Background
+
+
+def open_engine(
+    model: LoadedModel,
+    config: EngineConfig,
+    load: LoadAdapter,
+    *,
+    backend: Backend | None = None,
+    background: Background | None = None,
+    progress: Progress = no_progress,
+) -> Engine:
+    """An engine that is ready to be started.
+
+    Args:
+        model: the resident base; its weights are packed for the backend here.
+        config: limits and sizes.
+        load: reads and lowers an artifact; called on loader threads.
+        backend: runs it; by default the processor's.
+        background: work beside the engine's, which is left a processor while it lasts.
+        progress: told how many kernels are compiled; called on the engine's thread.
+
+    Raises:
+        ModelError: the backend cannot run the model.
+        FieldInvalidError: the KV cache has no room for a block.
+    """
+    config = resolve(config)
+    background = background or Background()
+    backend = backend or open_backend("cpu", dtype=config.dtype, num_threads=config.num_threads)
+    prepared = backend.prepare(model.architecture, model.weights)
+    cache = backend.new_cache(
+        model.architecture,
+        config.block_size,
+        config.kv_cache_dtype,
+        kv_cache_bytes(config, model.architecture),
+    )
+    capacity = cache.num_blocks * cache.block_size
+    probe_slot = config.max_loaded_adapters + 1  # after the base model's and the loaded adapters'
+    slots = backend.new_adapters(model.architecture, probe_slot + 1, config.dtype)
+    serving = ServingModel(
+        base_digest=model.description.digest,
+        tokenizer=model.tokenizer,
+        eos_token_ids=model.generation.eos_token_ids,
+        max_context_length=min(model.architecture.max_context_length, capacity),
+        vocab_size=model.architecture.vocab_size,
+    )
+    scheduler = Scheduler(config.scheduler, BlockAllocator(cache.num_blocks, cache.block_size))
+    step = Step(scheduler, prepared, cache, slots, serving.vocab_size)
+    warm_up = partial(prepared.warm_up, cache, slots, probe_slot, progress)
+    loop = Loop(step, Streams(), backend, background, warm_up)
+    residency = AdapterResidency(
+        slots, config.max_loaded_adapters, config.max_adapter_bytes, load, EnginePrefixPool(loop, capacity)
+    )
+    probe = AdapterProbe(
+        loop,
+        slots,
+        probe_slot,
+        prompt=probe_prompt(model.tokenizer, model.architecture.vocab_size),
+        embeddings=model.weights.embedding,
+        max_context_length=serving.max_context_length,
+    )
+    num_bytes = {**prepared.num_bytes, "kv": cache.num_bytes}
+    return Engine(config, serving, loop, AdapterLoading(residency, background), probe, num_bytes)
