@@ -63,6 +63,9 @@ FORBIDDEN_IN_SERVER = {
 }
 # What devices do knows no request, no sequence and no schedule.
 KNOWN_TO_BACKENDS = {"errors", "home", "output", "progress", "threads", "model", "backends"}
+# What the trainer needs of the engine, whose one use is to score labels, by one file.
+KNOWN_TO_TRAINER = {"errors", "home", "progress", "model", "checkpoints", "text"}
+KNOWN_TO_LABEL_SCORING = {"config", "engine", "opening", "request"}
 
 BACKENDS = ("cpu", "torch")
 
@@ -159,6 +162,14 @@ def test_what_compiles_kernels_is_known_to_the_cpu_alone() -> None:
             if not path.is_relative_to(PACKAGES["engine"] / "backends" / "cpu"):
                 top = {name.split(".")[0] for name in imported_modules(path)}
                 assert "numba" not in top, f"{path.relative_to(ROOT)} imports numba"
+
+
+def test_the_trainer_runs_the_engine_to_score_labels_alone() -> None:
+    for path in sources("trainer"):
+        is_scoring = path == PACKAGES["trainer"] / "report/label_scoring.py"
+        known = KNOWN_TO_TRAINER | (KNOWN_TO_LABEL_SCORING if is_scoring else set())
+        others = rooms_imported(path, "engine") - known
+        assert not others, f"{path.relative_to(ROOT)} imports {others}"
 
 
 def test_words_and_ports_import_nothing_slow() -> None:

@@ -7,11 +7,12 @@ method has both ``InputScale`` and ``LowRank`` at one linear, and no composition
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from manyhats.adapters.sites import Site
+from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,6 +162,25 @@ class HeadWeight:
 
 
 Delta = LowRank | Affine | InputScale | Bottleneck | EmbeddingLowRank | EmbeddingRows | HeadRows | HeadWeight
+
+
+def site_of(delta: Delta) -> Site:
+    """Where a delta acts; all that touch the embedding, or the head, meet there."""
+    match delta:
+        case LowRank() | Affine() | InputScale() | Bottleneck():
+            return delta.site
+        case EmbeddingLowRank() | EmbeddingRows():
+            return EMBEDDING
+        case HeadRows() | HeadWeight():
+            return HEAD
+
+
+def by_site(deltas: Iterable[Delta]) -> dict[Site, list[Delta]]:
+    """Deltas by the site where they act; those of one site in their order."""
+    found: dict[Site, list[Delta]] = {}
+    for delta in deltas:
+        found.setdefault(site_of(delta), []).append(delta)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,6 +26,10 @@ class Site:
         return self.name if self.layer < 0 else f"layer {self.layer} {self.name}"
 
 
+EMBEDDING = Site(-1, "embed_tokens")
+HEAD = Site(-1, "lm_head")
+
+
 class WeightSource(Protocol):
     """Reads the base's own weights, for methods whose constants depend on them."""
 

@@ -10,11 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from manyhats.engine.model.architecture import Attention
 from manyhats.trainer.model.attention import attend
-from manyhats.trainer.model.blocked_attention import BLOCK, AttentionKind
+from manyhats.trainer.model.blocked_attention import BLOCK
 from manyhats.trainer.model.rows import row_layout
 
 HEAD_DIM = 8
+
+
+def attention(scale: float = 1.0, window: int | None = None, softcap: float | None = None) -> Attention:
+    """The numbers of heads are those of the tensors."""
+    return Attention(
+        num_heads=1, num_kv_heads=1, head_dim=HEAD_DIM, scale=scale, window=window, softcap=softcap
+    )
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Population:
     rows: tuple[int, ...]
     num_kv_heads: int
     group: int
-    kind: AttentionKind
+    spec: Attention
     seed: int
 
     def tensors(self) -> list[Tensor]:
@@ -50,8 +58,8 @@ populations = st.builds(
     rows=st.lists(lengths, min_size=1, max_size=4).map(tuple),
     num_kv_heads=st.sampled_from((1, 2)),
     group=st.sampled_from((1, 3)),
-    kind=st.builds(
-        AttentionKind,
+    spec=st.builds(
+        attention,
         scale=st.sampled_from((0.35, 1.0)),
         window=st.sampled_from((None, 1, 6, BLOCK, BLOCK + 1)),
         softcap=st.sampled_from((None, 1.5)),
@@ -63,7 +71,7 @@ populations = st.builds(
 def by_definition(population: Population, tensors: list[Tensor]) -> Tensor:
     """Every token by itself, in float64."""
     queries, keys, values, prefix_keys, prefix_values = (tensor.double() for tensor in tensors)
-    kind, shared = population.kind, population.num_shared
+    spec, shared = population.spec, population.num_shared
     starts = torch.tensor([0, *population.rows]).cumsum(0) + shared
     rows = [range(shared)] + [
         range(int(start), int(start) + length) for start, length in zip(starts, population.rows, strict=False)
@@ -74,14 +82,14 @@ def by_definition(population: Population, tensors: list[Tensor]) -> Tensor:
             seen = [*(range(shared) if number else ()), *range(row.start, token + 1)]
             all_keys = torch.cat((prefix_keys, keys[seen]))
             all_values = torch.cat((prefix_values, values[seen]))
-            if kind.window is not None:
-                all_keys, all_values = all_keys[-kind.window :], all_values[-kind.window :]
+            if spec.window is not None:
+                all_keys, all_values = all_keys[-spec.window :], all_values[-spec.window :]
             wide_keys, wide_values = (
                 part.repeat_interleave(population.group, dim=1) for part in (all_keys, all_values)
             )
-            scores = torch.einsum("hk,shk->hs", queries[token], wide_keys) * kind.scale
-            if kind.softcap is not None:
-                scores = kind.softcap * torch.tanh(scores / kind.softcap)
+            scores = torch.einsum("hk,shk->hs", queries[token], wide_keys) * spec.scale
+            if spec.softcap is not None:
+                scores = spec.softcap * torch.tanh(scores / spec.softcap)
             out[token] = torch.einsum("hs,shk->hk", scores.softmax(-1), wide_values)
     return out
 
@@ -94,7 +102,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(population: Populatio
     leaves, exact = ([tensor.clone().requires_grad_() for tensor in tensors] for _ in range(2))
     layout = row_layout(population.rows, population.num_shared, torch.device("cpu"))
     prefix = (leaves[3], leaves[4]) if population.num_prefix else None
-    out = attend(leaves[0], (leaves[1], leaves[2]), prefix, layout, population.kind)
+    out = attend(leaves[0], (leaves[1], leaves[2]), prefix, layout, population.spec)
     expected = by_definition(population, exact)
     torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=1e-4)
     (out * weights).sum().backward()
@@ -114,9 +122,9 @@ def test_bfloat16_keeps_scores_in_float32(rows: tuple[int, ...]) -> None:
     keys = torch.full((num_tokens, 1, HEAD_DIM), 12.0)
     keys[:, 0, 0] = torch.cat([16 + 0.125 * torch.arange(length) for length in rows])
     values = torch.randn(num_tokens, 1, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    kind, layout = AttentionKind(1.0, None, None), row_layout(rows, 0, torch.device("cpu"))
-    narrow = attend(queries.bfloat16(), (keys.bfloat16(), values.bfloat16()), None, layout, kind)
-    exact = attend(queries, (keys, values.bfloat16().float()), None, layout, kind)
+    spec, layout = attention(), row_layout(rows, 0, torch.device("cpu"))
+    narrow = attend(queries.bfloat16(), (keys.bfloat16(), values.bfloat16()), None, layout, spec)
+    exact = attend(queries, (keys, values.bfloat16().float()), None, layout, spec)
     assert narrow.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), exact, atol=0.01, rtol=0.01)
 
@@ -131,7 +139,7 @@ def test_long_rows_need_no_scores_of_all_pairs() -> None:
 
     length = 6 * BLOCK
     tensors = [torch.randn(length, 1, HEAD_DIM).requires_grad_() for _ in range(3)]
-    layout, kind = row_layout((length,), 0, torch.device("cpu")), AttentionKind(1.0, None, None)
+    layout, spec = row_layout((length,), 0, torch.device("cpu")), attention()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        attend(tensors[0], (tensors[1], tensors[2]), None, layout, kind)
+        attend(tensors[0], (tensors[1], tensors[2]), None, layout, spec)
     assert sum(kept) == 4 * length * HEAD_DIM

@@ -29,12 +29,11 @@ from manyhats.adapters.primitives import (
     LoweredAdapter,
     LowRank,
     PromptEmbeddings,
+    site_of,
 )
 from manyhats.adapters.sites import Site
 
 _MAX_WEIGHT = 1e6
-_EMBEDDING = Site(-1, "embed_tokens")
-_HEAD = Site(-1, "lm_head")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +96,7 @@ def compose(parts: Sequence[AdapterPart], limits: AdapterLimits) -> LoweredAdapt
     for part in parts:
         _check_weight(part)
         for delta in part.adapter.deltas:
-            by_place.setdefault(_place_of(delta), []).append(_Placed(part, _weighted(part, delta)))
+            by_place.setdefault(site_of(delta), []).append(_Placed(part, _weighted(part, delta)))
     combined = [_combine_place(place, by_place[place], limits) for place in sorted(by_place)]
     return LoweredAdapter(
         digest=composed_digest((part.adapter.digest, part.weight) for part in parts),
@@ -133,17 +132,6 @@ def _only_prefix(parts: Sequence[AdapterPart]) -> KVPrefix | PromptEmbeddings | 
     return prefixed[0].adapter.prefix if prefixed else None
 
 
-def _place_of(delta: Delta) -> Site:
-    """Where a delta acts; all that touch the embedding, or the head, meet there."""
-    match delta:
-        case LowRank() | Affine() | InputScale() | Bottleneck():
-            return delta.site
-        case EmbeddingLowRank() | EmbeddingRows():
-            return _EMBEDDING
-        case HeadRows() | HeadWeight():
-            return _HEAD
-
-
 def _weighted(part: AdapterPart, delta: Delta) -> Delta:
     """A delta times its part's weight, if it only adds something."""
     if part.weight == 1:
@@ -155,7 +143,7 @@ def _weighted(part: AdapterPart, delta: Delta) -> Delta:
             return replace(delta, offset=offset.float() * part.weight)
         case Bottleneck(norm_after=None, keep=1.0, carry=0.0):
             return replace(delta, scale=delta.scale.float() * part.weight)
-    raise _refuse_weight(part, f"for {_kind(delta)} at {_place_of(delta)}")
+    raise _refuse_weight(part, f"for {_kind(delta)} at {site_of(delta)}")
 
 
 def _kind(delta: Delta) -> str:

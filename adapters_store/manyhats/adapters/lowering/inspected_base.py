@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
-from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site
 
 Shape = tuple[int, ...]
 
@@ -81,8 +81,8 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
         linears=linears,
         modules={
             **modules,
-            "model.embed_tokens": Site(-1, "embed_tokens"),
-            "lm_head": Site(-1, "lm_head"),
+            "model.embed_tokens": EMBEDDING,
+            "lm_head": HEAD,
         },
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from manyhats.adapters.sites import Site
+from manyhats.adapters.sites import HEAD, Site
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear, Weights
@@ -38,7 +38,7 @@ class ModelWeightSource:
         return weight, None if bias is None else bias.float()
 
     def _linear(self, site: Site) -> Linear | None:
-        if site == Site(-1, "lm_head"):
+        if site == HEAD:
             return self.weights.head
         if not 0 <= site.layer < len(self.weights.blocks):
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from manyhats.adapters.sites import Site
+from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 
 SUBLAYERS = ("attention", "feed_forward")
 """The sub-layers of a block; their outputs are sites of bottleneck adapters."""
@@ -294,4 +294,4 @@ class Architecture:
             for layer, block in enumerate(self.blocks)
             for name in (*(linear.name for linear in block.linears()), *SUBLAYERS)
         )
-        return (Site(-1, "embed_tokens"), Site(-1, "lm_head"), *places)
+        return (EMBEDDING, HEAD, *places)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from manyhats.adapters.sites import BaseDescription, Site, TextCheck, WeightSource
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site, TextCheck, WeightSource
 from manyhats.engine.model.layout import Family
 
 
@@ -26,7 +26,7 @@ def describe(
         check_text: tells what an adapter's text files mean on this base.
     """
     architecture, layout = family.architecture, family.layout
-    modules = {layout.embedding: Site(-1, "embed_tokens"), layout.head: Site(-1, "lm_head")}
+    modules = {layout.embedding: EMBEDDING, layout.head: HEAD}
     fused: dict[str, tuple[Site, ...]] = {}
     for layer in range(architecture.num_layers):
         for path, stored in layout.modules.items():

@@ -2,7 +2,7 @@
 
 It is the specification that fast kernels are held to, and what the torch backend and the trainer run. Whoever runs it
 brings the operations, each with the deltas of its rows. The residual stream is float32; what else the operations give
-each other is their own affair.
+each other is their own affair. No variable here holds more than what is still to be read: in training that is memory.
 """
 
 from __future__ import annotations
@@ -96,9 +96,11 @@ def scaled_logits(x: Tensor, head: Head) -> Tensor:
 
 def _attention(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
     attention, groups = spec.attention, {group.name: group for group in spec.groups()}
-    x = _read(maths, spec.around_attention, "attention", weights, stream)
     sizes = [member.d_out for member in groups["qkv"].members]
-    queries, keys, values = maths.linears(layer, groups["qkv"], x).split(sizes, dim=1)
+    qkv = maths.linears(
+        layer, groups["qkv"], _read(maths, spec.around_attention, "attention", weights, stream)
+    )
+    queries, keys, values = qkv.split(sizes, dim=1)
     if attention.query_norm is not None:
         queries = _grouped_norm(maths, queries, attention.query_norm, weights.norms["query"])
     if attention.key_norm is not None:
@@ -112,9 +114,10 @@ def _attention(maths: Maths, spec: Block, weights: BlockWeights, layer: int, str
 
 def _feed_forward(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
     groups = {group.name: group for group in spec.groups()}
-    x = _read(maths, spec.around_feed_forward, "feed_forward", weights, stream)
-    inner = maths.activate(maths.linears(layer, groups["gate_up"], x), spec.feed_forward)
-    return maths.linears(layer, groups["down"], inner)
+    gate_up = maths.linears(
+        layer, groups["gate_up"], _read(maths, spec.around_feed_forward, "feed_forward", weights, stream)
+    )
+    return maths.linears(layer, groups["down"], maths.activate(gate_up, spec.feed_forward))
 
 
 def _read(maths: Maths, around: Around, sublayer: str, weights: BlockWeights, stream: Tensor) -> Tensor:

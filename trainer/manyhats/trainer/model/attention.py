@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manyhats.trainer.model.blocked_attention import AttentionKind, blocked_attention
+from manyhats.engine.model.architecture import Attention
+from manyhats.trainer.model.blocked_attention import blocked_attention
 from manyhats.trainer.model.rows import RowLayout
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -13,7 +14,7 @@ KeysAndValues = tuple[Tensor, Tensor]
 
 
 def attend(
-    queries: Tensor, own: KeysAndValues, prefix: KeysAndValues | None, layout: RowLayout, kind: AttentionKind
+    queries: Tensor, own: KeysAndValues, prefix: KeysAndValues | None, layout: RowLayout, spec: Attention
 ) -> Tensor:
     """Attention of every token over what lies before it in its own row.
 
@@ -24,7 +25,7 @@ def attend(
         own: [N, Hkv, K] each, of the tokens themselves.
         prefix: [P, Hkv, K] each, ahead of all rows; None for none.
         layout: of the N tokens.
-        kind: of the layer.
+        spec: of the layer.
 
     Returns:
         [N, H, K].
@@ -34,11 +35,11 @@ def attend(
     if size:
         beginning = own[0][:size], own[1][:size]
         rows = queries[:size].unsqueeze(0), beginning[0].unsqueeze(0), beginning[1].unsqueeze(0)
-        outputs.append(_attend_rows(*rows, prefix, kind)[0])
+        outputs.append(_attend_rows(*rows, prefix, spec)[0])
         prefix = beginning if prefix is None else _joined(prefix, beginning)
     if layout.num_rows:
         padded = [layout.padded(part[size:]) for part in (queries, *own)]
-        outputs.append(layout.ragged(_attend_rows(padded[0], padded[1], padded[2], prefix, kind)))
+        outputs.append(layout.ragged(_attend_rows(padded[0], padded[1], padded[2], prefix, spec)))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -47,7 +48,7 @@ def _joined(first: KeysAndValues, second: KeysAndValues) -> KeysAndValues:
 
 
 def _attend_rows(
-    queries: Tensor, keys: Tensor, values: Tensor, before: KeysAndValues | None, kind: AttentionKind
+    queries: Tensor, keys: Tensor, values: Tensor, before: KeysAndValues | None, spec: Attention
 ) -> Tensor:
     """Attention of B rows of T tokens, [B, T, H or Hkv, K], each over ``before`` [C, Hkv, K] and itself."""
     num_kv_heads = keys.shape[2]
@@ -58,4 +59,4 @@ def _attend_rows(
             torch.cat((part.to(whole).transpose(0, 1).expand(keys.shape[0], -1, -1, -1), whole), dim=2)
             for part, whole in zip(before, (keys, values), strict=True)
         )
-    return blocked_attention(queries, keys, values, kind).transpose(1, 2).flatten(2, 3)
+    return blocked_attention(queries, keys, values, spec).transpose(1, 2).flatten(2, 3)

@@ -14,38 +14,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from manyhats.engine.model.architecture import Attention
+
 BLOCK = 64
 """Queries at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionKind:
-    """How one layer attends.
-
-    Attributes:
-        scale: multiplies the scores.
-        window: how many of the latest positions a token sees, itself included; None for all.
-        softcap: c in c · tanh(score / c); None for no cap.
-    """
-
-    scale: float
-    window: int | None
-    softcap: float | None
-
-
-def blocked_attention(queries: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+def blocked_attention(queries: Tensor, keys: Tensor, values: Tensor, spec: Attention) -> Tensor:
     """Causal attention of B rows, the last query and the last key being at the same position.
 
     Args:
         queries: [B, Hkv, T, G, K]; query head h is head h % G of group h // G.
         keys: [B, Hkv, C + T, K].
         values: the same shape.
-        kind: scale, window, cap.
+        spec: scale, window, cap.
 
     Returns:
         [B, Hkv, T, G, K], dtype of the queries.
     """
-    mixed: Tensor = _BlockedAttention.apply(queries, keys, values, kind)  # type: ignore[no-untyped-call]
+    mixed: Tensor = _BlockedAttention.apply(queries, keys, values, spec)  # type: ignore[no-untyped-call]
     return mixed
 
 
@@ -53,31 +40,31 @@ class _BlockedAttention(torch.autograd.Function):
     """O = P V, P = softmax(cap(scale · Q Kᵀ)); with D = rowsum(dO · O): dS = P · (dO Vᵀ − D)."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, spec: Attention) -> Tensor:
         q, k, v = _as_matrices(queries, keys, values)
         wide_k = k.float()
         out = torch.empty_like(q)
-        for block in _blocks(queries, keys, kind):
-            scores, _ = block.scores(q, wide_k, kind)
+        for block in _blocks(queries, keys, spec):
+            scores, _ = block.scores(q, wide_k, spec)
             out[:, block.rows] = scores.softmax(-1).to(v.dtype) @ v[:, block.seen]
         ctx.save_for_backward(queries, keys, values, out)
-        ctx.kind = kind
+        ctx.spec = spec
         return out.view(queries.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, out = ctx.saved_tensors
-        kind: AttentionKind = ctx.kind
+        spec: Attention = ctx.spec
         q, k, v = _as_matrices(queries, keys, values)
         wide_k, wide_v = k.float(), v.float()
         d_out = grad.reshape(q.shape)
         wide_d_out = d_out.float()
         means = (wide_d_out * out).sum(-1, keepdim=True)
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
-        for block in _blocks(queries, keys, kind):
+        for block in _blocks(queries, keys, spec):
             rows, seen = block.rows, block.seen
-            scores, slope = block.scores(q, wide_k, kind)
+            scores, slope = block.scores(q, wide_k, spec)
             weights = scores.softmax(-1)
             d_v[:, seen] += weights.to(v.dtype).transpose(1, 2) @ d_out[:, rows]
             d_scores = wide_d_out[:, rows] @ wide_v[:, seen].transpose(1, 2)
@@ -88,8 +75,8 @@ class _BlockedAttention(torch.autograd.Function):
             d_q[:, rows] = narrow @ k[:, seen]
             d_k[:, seen] += narrow.transpose(1, 2) @ q[:, rows]
         return (
-            d_q.mul_(kind.scale).view(queries.shape),
-            d_k.mul_(kind.scale).to(k.dtype).view(keys.shape),
+            d_q.mul_(spec.scale).view(queries.shape),
+            d_k.mul_(spec.scale).to(k.dtype).view(keys.shape),
             d_v.to(v.dtype).view(values.shape),
             None,
         )
@@ -116,30 +103,30 @@ class _Block:
     seen: slice
     hidden: Tensor
 
-    def scores(self, q: Tensor, wide_k: Tensor, kind: AttentionKind) -> tuple[Tensor, Tensor | None]:
+    def scores(self, q: Tensor, wide_k: Tensor, spec: Attention) -> tuple[Tensor, Tensor | None]:
         """Capped scores, −∞ where a key is hidden, and the cap's slope 1 − tanh² (None without a cap); float32."""
         queries, keys = q[:, self.rows].float(), wide_k[:, self.seen].transpose(1, 2)
-        scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=kind.scale)
+        scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=spec.scale)
         slope = None
-        if kind.softcap is not None:
-            capped = scores.div_(kind.softcap).tanh_()
+        if spec.softcap is not None:
+            capped = scores.div_(spec.softcap).tanh_()
             slope = 1 - capped.square()
-            scores = capped.mul_(kind.softcap)
+            scores = capped.mul_(spec.softcap)
         scores[..., scores.shape[-1] - self.hidden.shape[1] :].masked_fill_(self.hidden, float("-inf"))
         return scores, slope
 
 
-def _blocks(queries: Tensor, keys: Tensor, kind: AttentionKind) -> Iterator[_Block]:
+def _blocks(queries: Tensor, keys: Tensor, spec: Attention) -> Iterator[_Block]:
     """All queries, block by block; without a window, only the block's own keys can be hidden from them."""
     num_queries, group = queries.shape[2:4]
     before = keys.shape[2] - num_queries
     for first in range(0, num_queries, BLOCK):
         last = min(first + BLOCK, num_queries)
-        start = 0 if kind.window is None else max(0, before + first - kind.window + 1)
+        start = 0 if spec.window is None else max(0, before + first - spec.window + 1)
         own = torch.arange(before + first, before + last, device=queries.device)
-        masked = own if kind.window is None else torch.arange(start, before + last, device=queries.device)
+        masked = own if spec.window is None else torch.arange(start, before + last, device=queries.device)
         at = own.repeat_interleave(group).unsqueeze(1)
         hidden = masked > at
-        if kind.window is not None:
-            hidden |= masked <= at - kind.window
+        if spec.window is not None:
+            hidden |= masked <= at - spec.window
         yield _Block(slice(first * group, last * group), slice(start, before + last), hidden)

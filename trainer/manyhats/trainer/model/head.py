@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from manyhats.adapters.primitives import HeadRows, HeadWeight, LowRank
+from manyhats.adapters.primitives import Delta, HeadRows, HeadWeight, LowRank
+from manyhats.adapters.sites import HEAD
 from manyhats.engine.model import architecture
+from manyhats.engine.model.forward import scaled_logits
 from manyhats.engine.model.weights import Linear
-from manyhats.trainer.model.deltas import low_rank_update
-from manyhats.trainer.model.linear import FrozenLinears, adapted_product, frozen_product
-
-HeadDelta = LowRank | HeadRows | HeadWeight
+from manyhats.trainer.model.deltas import PlacedDeltas
+from manyhats.trainer.model.linear import FrozenLinears, adapted_product, frozen_product, low_rank_update
 
 CHUNK_VALUES = 1 << 24
 """Logits computed at a time: 64 MiB of float32."""
@@ -36,45 +36,45 @@ class Head:
     """
 
     def __init__(
-        self, weight: Tensor, kind: architecture.Head, dtype: torch.dtype, device: torch.device
+        self, weight: Tensor, spec: architecture.Head, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._linear = FrozenLinears([Linear(weight)], dtype, device)
         # In parts, so that no float32 copy of all of it is ever made.
         blocks = weight.split(weight.shape[0] if weight.dtype == torch.float32 else EXACT_ROWS)
         self._exact = FrozenLinears([Linear(block) for block in blocks], torch.float32, device)
-        self._kind = kind
+        self._spec = spec
         self._chunk_rows = max(1, CHUNK_VALUES // weight.shape[0])
 
-    def logits(self, hidden: Tensor, deltas: Sequence[HeadDelta]) -> Tensor:
-        """All logits, float32.
+    def outputs(self, hidden: Tensor, deltas: PlacedDeltas) -> Tensor:
+        """What logits are made of, [M, V] float32.
 
         Args:
             hidden: [M, D] float32.
-            deltas: of the head.
+            deltas: of the adapter.
         """
         blocks = range(len(self._exact.sizes))
         base = torch.cat([frozen_product(self._exact, hidden, block) for block in blocks], dim=1)
-        return self._adapted(hidden, base, deltas, 0.0)
+        return _adapted(hidden, base, deltas, 0.0)
 
     @torch.no_grad()
-    def log_probabilities(self, hidden: Tensor, targets: Tensor, deltas: Sequence[HeadDelta]) -> Tensor:
+    def log_probabilities(self, hidden: Tensor, targets: Tensor, deltas: PlacedDeltas) -> Tensor:
         """Of each target: log softmax(logits)[target], [M] float32; arguments as of ``loss``."""
         chunks = zip(hidden.split(self._chunk_rows), targets.split(self._chunk_rows), strict=True)
         parts = [
-            -functional.cross_entropy(self.logits(rows, deltas), wanted, reduction="none")
+            -functional.cross_entropy(
+                scaled_logits(self.outputs(rows, deltas), self._spec), wanted, reduction="none"
+            )
             for rows, wanted in chunks
         ]
         return torch.cat(parts) if parts else hidden.new_empty(0)
 
-    def loss(
-        self, hidden: Tensor, targets: Tensor, deltas: Sequence[HeadDelta], dropout: float = 0.0
-    ) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, deltas: PlacedDeltas, dropout: float = 0.0) -> Tensor:
         """The sum of −log softmax(logits)[target].
 
         Args:
             hidden: [M, D] float32.
             targets: [M] int64.
-            deltas: of the head.
+            deltas: of the adapter.
             dropout: of the input of low-rank deltas.
 
         Returns:
@@ -83,51 +83,40 @@ class Head:
         if not torch.is_grad_enabled():
             return -self.log_probabilities(hidden, targets, deltas).sum()
 
+        own = deltas.by_site.get(HEAD, ())
+
         def logits_of(rows: Tensor, tensors: Sequence[Tensor]) -> Tensor:
             x = rows.to(self._linear.dtype)
             base = adapted_product(self._linear, x, ())
-            return self._adapted(x, base, _with_tensors(deltas, tensors), dropout)
+            replaced = PlacedDeltas({HEAD: _with_tensors(own, tensors)})
+            return scaled_logits(_adapted(x, base, replaced, dropout), self._spec)
 
-        flat = [tensor for delta in deltas for tensor in _tensors(delta)]
+        flat = [tensor for delta in own for tensor in _tensors(delta).values()]
         total: Tensor = _ChunkedLoss.apply(logits_of, self._chunk_rows, targets, hidden, *flat)  # type: ignore[no-untyped-call]
         return total
 
-    def _adapted(self, x: Tensor, logits: Tensor, deltas: Sequence[HeadDelta], dropout: float) -> Tensor:
-        """The base's logits as the adapter has them; a head of its own comes before what changes it."""
-        for delta in deltas:
-            if isinstance(delta, HeadWeight):
-                logits = x @ delta.weight.to(x.dtype).T
-        for delta in deltas:
-            if isinstance(delta, HeadRows):
-                logits = logits.index_copy(1, delta.ids.to(x.device), x @ delta.rows.to(x.dtype).T)
-        for delta in deltas:
-            if isinstance(delta, LowRank):
-                logits = logits + low_rank_update(x, delta, dropout)
-        divisor, cap = self._kind.divisor, self._kind.softcap
-        if divisor != 1.0:
-            logits = logits / divisor
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+def _adapted(x: Tensor, outputs: Tensor, deltas: PlacedDeltas, dropout: float) -> Tensor:
+    """The base's outputs as the adapter has them; a head of its own comes before what changes it."""
+    for own in deltas.at(HEAD, HeadWeight):
+        outputs = x @ own.weight.to(x.dtype).T
+    for replaced in deltas.at(HEAD, HeadRows):
+        outputs = outputs.index_copy(1, replaced.ids.to(x.device), x @ replaced.rows.to(x.dtype).T)
+    for low_rank in deltas.at(HEAD, LowRank):
+        outputs = outputs + low_rank_update(x, low_rank, dropout)
+    return outputs
 
 
-def _tensors(delta: HeadDelta) -> list[Tensor]:
-    """What of a delta may be trained."""
-    if isinstance(delta, LowRank):
-        return [delta.a, delta.b]
-    return [delta.rows if isinstance(delta, HeadRows) else delta.weight]
+def _tensors(delta: Delta) -> dict[str, Tensor]:
+    """What of a delta may be trained, by its field."""
+    values = {field.name: getattr(delta, field.name) for field in fields(delta)}
+    return {n: v for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
-def _with_tensors(deltas: Sequence[HeadDelta], tensors: Sequence[Tensor]) -> list[HeadDelta]:
+def _with_tensors(deltas: Sequence[Delta], tensors: Sequence[Tensor]) -> list[Delta]:
     """The deltas with other tensors in the place of ``_tensors``."""
-    left = iter(tensors)
-    replaced: list[HeadDelta] = []
-    for delta in deltas:
-        if isinstance(delta, LowRank):
-            replaced.append(replace(delta, a=next(left), b=next(left)))
-        elif isinstance(delta, HeadRows):
-            replaced.append(replace(delta, rows=next(left)))
-        else:
-            replaced.append(replace(delta, weight=next(left)))
-    return replaced
+    left: Iterator[Any] = iter(tensors)
+    return [replace(delta, **dict(zip(_tensors(delta), left, strict=False))) for delta in deltas]
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from manyhats.adapters import equations
+from manyhats.adapters.primitives import LowRank
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.weights import Linear
 from manyhats.trainer.model.frozen_matrix import FrozenMatrix
@@ -76,16 +77,6 @@ class FrozenLinears:
         return torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LowRankTerm:
-    """One low-rank delta of a part: ``scale · (x Aᵀ) Bᵀ``; a [R, d_in], b [d_out, R]."""
-
-    part: int
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
 def frozen_product(linears: FrozenLinears, x: Tensor, part: int) -> Tensor:
     """The output of one part alone: [N, d_in] → [N, d_out], compute dtype."""
     output: Tensor = _FrozenProduct.apply(x, linears, (part,))  # type: ignore[no-untyped-call]
@@ -93,28 +84,35 @@ def frozen_product(linears: FrozenLinears, x: Tensor, part: int) -> Tensor:
 
 
 def adapted_product(
-    linears: FrozenLinears, x: Tensor, terms: Sequence[LowRankTerm], dropout: float = 0.0
+    linears: FrozenLinears, x: Tensor, terms: Sequence[tuple[int, LowRank]], dropout: float = 0.0
 ) -> Tensor:
     """The outputs of all parts with their low-rank deltas, side by side.
 
     Args:
         linears: L of them.
         x: [N, d_in], compute dtype.
-        terms: of the parts, in any order; several of one part add up.
+        terms: each with its part, in any order; several of one part add up.
         dropout: of the terms' input; one draw for all of them.
 
     Returns:
-        [N, all outputs], compute dtype: each part is ``x Wᵀ + bias + Σ lora_delta(dropout(x), a, b, scale)``.
+        [N, all outputs], compute dtype: each part is ``x Wᵀ + bias + Σ low_rank(dropout(x), a, b, scale)``.
     """
     parts = range(len(linears.sizes))
     if not terms:
         output: Tensor = _FrozenProduct.apply(x, linears, parts)  # type: ignore[no-untyped-call]
         return output
     kept = functional.dropout(torch.ones_like(x), dropout) if dropout else None
-    spec = [(linears.columns(term.part), term.scale) for term in terms]
-    tensors = [tensor for term in terms for tensor in (term.a, term.b)]
+    spec = [(linears.columns(part), delta.scale) for part, delta in terms]
+    tensors = [tensor for _, delta in terms for tensor in (delta.a, delta.b)]
     adapted: Tensor = _AdaptedProduct.apply(x, kept, linears, spec, *tensors)  # type: ignore[no-untyped-call]
     return adapted
+
+
+def low_rank_update(x: Tensor, delta: LowRank, dropout: float) -> Tensor:
+    """What a low-rank delta adds to its linear's output, by itself: [N, d_in] → [N, d_out], dtype of x."""
+    if dropout:
+        x = functional.dropout(x, dropout)
+    return equations.low_rank(x, delta.a.to(x.dtype), delta.b.to(x.dtype), delta.scale)
 
 
 class _FrozenProduct(torch.autograd.Function):

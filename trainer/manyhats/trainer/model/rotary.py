@@ -11,17 +11,17 @@ from torch.autograd.function import once_differentiable
 from manyhats.engine.model.rotary import Angles
 
 
-def rotate(heads: Tensor, angles: Angles, dtype: torch.dtype = torch.float32) -> Tensor:
+def rotate(heads: Tensor, angles: Angles) -> Tensor:
     """Rotates the first ``rotary_dim`` values of each head, by halves, in float32.
 
     Args:
         heads: [N, H, K].
-        angles: cosines and sines [N, rotary_dim / 2]; without columns nothing is rotated.
-        dtype: of the result.
+        angles: cosines and sines [N, rotary_dim / 2].
+
+    Returns:
+        The same shape and dtype.
     """
-    if not angles[0].shape[1]:
-        return heads.to(dtype)
-    rotated: Tensor = _Rotation.apply(heads, *angles, dtype)  # type: ignore[no-untyped-call]
+    rotated: Tensor = _Rotation.apply(heads, *angles)  # type: ignore[no-untyped-call]
     return rotated
 
 
@@ -29,23 +29,22 @@ class _Rotation(torch.autograd.Function):
     """Its gradient is the rotation the other way round."""
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.dtype = heads.dtype
-        return _rotated(heads, cos, sin, dtype)
+        return _rotated(heads, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, sin, ctx.dtype, sign=-1), None, None, None
+        return _rotated(grad, cos, sin, sign=-1), None, None
 
 
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, sign: int = 1) -> Tensor:
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:
     half = cos.shape[1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
-    out = heads.new_empty(heads.shape, dtype=dtype)
+    out = heads.new_empty(heads.shape)
     out[..., :half] = (first * cos).addcmul_(second, sin, value=-sign)
     out[..., half : 2 * half] = (second * cos).addcmul_(first, sin, value=sign)
     if 2 * half < heads.shape[-1]:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from manyhats.adapters.primitives import (
-    Delta,
-    EmbeddingLowRank,
-    EmbeddingRows,
-    HeadRows,
-    HeadWeight,
-    LayerNorm,
-    LoweredAdapter,
-)
+from manyhats.adapters.primitives import Delta, LayerNorm, LoweredAdapter, by_site
 from manyhats.adapters.sites import Site
 
-EMBEDDING = Site(-1, "embed_tokens")
-HEAD = Site(-1, "lm_head")
 _MATRICES = frozenset(("a", "b", "rows", "weight", "down", "up"))
 
 DeltaT = TypeVar("DeltaT")
@@ -32,7 +22,7 @@ PartT = TypeVar("PartT", bound=Any)
 class TorchAdapter:
     """One adapter's deltas by the site where they act, in their order."""
 
-    deltas: Mapping[Site, tuple[Delta, ...]]
+    deltas: Mapping[Site, Sequence[Delta]]
     num_bytes: int
 
     def at(self, site: Site, kind: type[DeltaT]) -> list[DeltaT]:
@@ -55,12 +45,9 @@ class TorchAdapterSlots:
 
     def pack(self, adapter: LoweredAdapter) -> TorchAdapter:
         """Its deltas, sorted by site."""
-        by_site: dict[Site, tuple[Delta, ...]] = {}
-        for delta in adapter.deltas:
-            site = site_of(delta)
-            by_site[site] = (*by_site.get(site, ()), self._kept(delta))
-        tensors = [tensor for deltas in by_site.values() for delta in deltas for tensor in _tensors_of(delta)]
-        return TorchAdapter(by_site, sum(tensor.nbytes for tensor in tensors))
+        deltas = [self._kept(delta) for delta in adapter.deltas]
+        tensors = [tensor for delta in deltas for tensor in _tensors_of(delta)]
+        return TorchAdapter(by_site(deltas), sum(tensor.nbytes for tensor in tensors))
 
     def place(self, slot: int, packed: TorchAdapter) -> None:
         """Puts an adapter into a slot."""
@@ -88,12 +75,3 @@ class TorchAdapterSlots:
 def _tensors_of(part: Any) -> list[Tensor]:
     values = [getattr(part, field.name) for field in fields(part)]
     return [value for value in values if isinstance(value, Tensor)]
-
-
-def site_of(delta: Delta) -> Site:
-    """Where a delta acts."""
-    if isinstance(delta, EmbeddingLowRank | EmbeddingRows):
-        return EMBEDDING
-    if isinstance(delta, HeadRows | HeadWeight):
-        return HEAD
-    return delta.site

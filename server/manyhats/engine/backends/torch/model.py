@@ -23,10 +23,10 @@ from manyhats.adapters.primitives import (
     InputScale,
     LowRank,
 )
-from manyhats.adapters.sites import Site
+from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 from manyhats.engine.backends.logits import HostLogits
 from manyhats.engine.backends.plan import Ints, StepPlan
-from manyhats.engine.backends.torch.adapters import EMBEDDING, HEAD, TorchAdapterSlots
+from manyhats.engine.backends.torch.adapters import TorchAdapterSlots
 from manyhats.engine.backends.torch.cache import TorchKVCache
 from manyhats.engine.backends.torch.choosing import TorchChooser
 from manyhats.engine.backends.warmup import run_one
