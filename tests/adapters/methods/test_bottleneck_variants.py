@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
+from manyhats.adapters.equations import bottleneck
 from manyhats.adapters.formats.adapterhub.bottleneck import parse_bottleneck_config
 from manyhats.adapters.lowering.lowering import lower
-from manyhats.adapters.methods.bottleneck import Flow, bottleneck_output, resolve_flow
+from manyhats.adapters.methods.bottleneck import Flow, resolve_flow
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput
 from manyhats.adapters.sites import Site
 from support.factories.adapterhub import NAME, PRESETS, adapterhub_config, adapterhub_tensors
 from support.factories.adapters import make_base
-from support.oracles.primitives import bottleneck_output as oracle_output
+from support.oracles.primitives import bottleneck_output
 
 BASE = make_base(num_layers=2, hidden_size=16, num_heads=2, num_kv_heads=1, intermediate_size=24)
 MODULES = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
@@ -165,7 +166,7 @@ def test_lowered_block_is_the_librarys_forward(variant: dict[str, Any], seed: in
     for block in blocks:
         with torch.no_grad():
             expected = LibraryBlock(config["config"], tensors, block.site).stream_after(m, r)
-        for run in (bottleneck_output, oracle_output):
+        for run in (bottleneck, bottleneck_output):
             torch.testing.assert_close(r + run(block, r, m), expected, atol=2e-4, rtol=2e-4)
 
 

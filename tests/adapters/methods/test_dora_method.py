@@ -9,11 +9,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from manyhats.adapters.artifact import AdapterMethod
+from manyhats.adapters.equations import affine, low_rank
 from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterUnsupportedError
-from manyhats.adapters.methods.dora import dora_gain, dora_output, updated_lengths
+from manyhats.adapters.methods.dora import dora_gain, updated_lengths
 from manyhats.adapters.primitives import Affine, LowRank
 from manyhats.adapters.sites import Site
 from support.factories.adapters import make_base, make_dora
+from support.oracles.methods import dora_output
 from support.oracles.peft import (
     PEFT_FAMILIES,
     check_against_peft,
@@ -91,6 +93,26 @@ def test_the_output_is_a_linear_of_the_rescaled_rows() -> None:
     torch.testing.assert_close((gain.unsqueeze(1) * updated).norm(dim=1), magnitude)
     actual = dora_output(x @ weight.T + bias, x, a, b, 0.7, gain, bias)
     torch.testing.assert_close(actual, x @ (gain.unsqueeze(1) * updated).T + bias)
+
+
+def test_affine_and_low_rank_are_the_output_of_the_file_s_tensors(tmp_path: Path) -> None:
+    base = describe_model(tiny_model("qwen2"))  # whose queries have a bias
+    make_dora(tmp_path, base, sites=["q_proj"], layers=[1], rank=4, alpha=8)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora"
+    a, b = tensors[f"{name}_A.weight"], tensors[f"{name}_B.weight"]
+    rescaling, update = read_lowered(tmp_path, base).deltas
+    assert isinstance(rescaling, Affine)
+    assert isinstance(update, LowRank)
+    assert base.weights is not None
+    weight, bias = base.weights.linear(rescaling.site)
+    assert bias is not None
+    scale = 8 / 4
+    gain = dora_gain(tensors[f"{name}_magnitude_vector"], updated_lengths(weight, a, b, scale))
+    x = torch.randn(5, weight.shape[1])
+    y = x @ weight.T + bias
+    found = affine(y, rescaling) + low_rank(x, update.a, update.b, update.scale)
+    torch.testing.assert_close(found, dora_output(y, x, a, b, scale, gain, bias))
 
 
 def test_it_cannot_be_lowered_without_the_base_s_weights(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from peft import IA3Config
 from safetensors.torch import load_file
 
+from manyhats.adapters.equations import affine
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -16,10 +17,10 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
     BaseMismatchError,
 )
-from manyhats.adapters.methods.ia3 import ia3_input, ia3_output
 from manyhats.adapters.primitives import Affine, InputScale
 from manyhats.adapters.sites import Site
 from support.factories.adapters import make_base, make_ia3, write_adapter
+from support.oracles.methods import ia3_input, ia3_output
 from support.oracles.peft import (
     PEFT_FAMILIES,
     check_against_peft,
@@ -100,6 +101,7 @@ def test_equations() -> None:
     x, vector = torch.randn(3, 4), torch.randn(4)
     torch.testing.assert_close(ia3_output(x, vector), x @ torch.diag(vector))
     torch.testing.assert_close(ia3_input(x, vector), x @ torch.diag(vector))
+    torch.testing.assert_close(affine(x, Affine(Site(0, "k_proj"), vector, None)), ia3_output(x, vector))
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.disk.files import open_source
+from manyhats.adapters.equations import low_rank
 from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.formats.peft.lora_tensors import lora_scale
 from manyhats.adapters.formats.peft.module_patterns import compile_patterns
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.lowering import has_effect, lower
 from manyhats.adapters.lowering.reader import read_adapter
-from manyhats.adapters.methods.lora import lora_delta
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import Site
 from support.factories.adapters import (
@@ -50,9 +50,9 @@ def lower_directory(directory: Path) -> LoweredAdapter:
         return lower(read_adapter(source, BASE, AdapterLimits()).artifact, BASE)
 
 
-def test_lora_delta_is_the_scaled_product() -> None:
+def test_the_delta_is_the_scaled_product() -> None:
     x, a, b = torch.randn(5, 3), torch.randn(2, 3), torch.randn(4, 2)
-    assert torch.allclose(lora_delta(x, a, b, 0.5), 0.5 * x @ (b @ a).T, atol=1e-6)
+    assert torch.allclose(low_rank(x, a, b, 0.5), 0.5 * x @ (b @ a).T, atol=1e-6)
 
 
 def test_the_scale_is_alpha_over_rank_or_over_its_root() -> None:

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import VeraConfig
 from peft.tuners.vera.model import _kaiming_init
+from safetensors.torch import load_file
 
+from manyhats.adapters.equations import low_rank
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -18,9 +20,10 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.methods.vera import vera_delta, vera_projections
+from manyhats.adapters.methods.vera import vera_projections
 from manyhats.adapters.primitives import LowRank
 from support.factories.adapters import make_base, make_vera, write_adapter
+from support.oracles.methods import vera_delta
 from support.oracles.peft import (
     PEFT_FAMILIES,
     check_against_peft,
@@ -88,6 +91,18 @@ def test_projections_of_a_key_never_change() -> None:
     a, b = vera_projections(3, 4, 2, key=42)
     assert a.flatten()[:3].tolist() == [0.9363646507263184, 1.0165479183197021, -0.2869240343570709]
     assert b.flatten()[-3:].tolist() == [-0.19967423379421234, 1.090197205543518, 0.20903335511684418]
+
+
+def test_the_low_rank_delta_is_that_of_the_file_s_tensors(tmp_path: Path) -> None:
+    make_vera(tmp_path, BASE, sites=["q_proj"], scale=1.0)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    a, b = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
+    for delta in read_lowered(tmp_path, BASE).deltas:
+        assert isinstance(delta, LowRank)
+        name = f"base_model.model.model.layers.{delta.site.layer}.self_attn.q_proj.vera_lambda"
+        x = torch.randn(5, 32)
+        expected = vera_delta(x, a, b, tensors[f"{name}_d"], tensors[f"{name}_b"])
+        torch.testing.assert_close(low_rank(x, delta.a, delta.b, delta.scale), expected)
 
 
 def test_vectors_rescale_the_shared_projections() -> None:

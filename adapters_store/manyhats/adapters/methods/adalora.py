@@ -1,6 +1,9 @@
 """AdaLoRA: a low-rank update by singular values, some of which training removed, as PEFT saves it.
 
-Source: Zhang et al. 2023 (arXiv:2303.10512).
+To a linear's output it adds ``scale · (x (e ⊙ A)ᵀ) Bᵀ``: A [R, d_in] and B [d_out, R] are the right and left singular
+vectors, e [R, 1] the singular values, and the scale is ``adalora_scale``.
+
+Source: Zhang et al. 2023 (arXiv:2303.10512), equation 3.
 """
 
 from __future__ import annotations
@@ -56,24 +59,6 @@ _FIELDS = (LORA_FIELDS - {"use_dora", "lora_bias"}) | {
     "total_step",
 }
 _REFUSED = LORA_REFUSED | {"use_dora": "DoRA with AdaLoRA", "lora_bias": "a bias of lora_B with AdaLoRA"}
-
-
-def adalora_delta(x: Tensor, a: Tensor, e: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Update of a linear's output by singular values: ``scale · (x (e ⊙ A)ᵀ) Bᵀ``.
-
-    Args:
-        x: [..., d_in]; the input of the base linear.
-        a: [R, d_in]; right singular vectors.
-        e: [R, 1]; singular values.
-        b: [d_out, R]; left singular vectors.
-        scale: dimensionless; see ``adalora_scale``.
-
-    Returns:
-        [..., d_out]; the caller adds it to the base output.
-
-    Source: Zhang et al. 2023 (arXiv:2303.10512), equation 3.
-    """
-    return (x @ (a * e).T) @ b.T * scale
 
 
 def adalora_scale(alpha: float, initial_rank: int) -> float:

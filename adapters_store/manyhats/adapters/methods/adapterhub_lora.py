@@ -3,7 +3,7 @@
 On Llama the library calls down_proj *intermediate* and up_proj *output*, elsewhere the other way round, so the
 tensors' names decide. Versions before 1.1 did not scale at all.
 
-Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; the equation is ``lora.lora_delta``.
+Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; the equation is that of ``lora``.
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from manyhats.adapters.activations import ACTIVATIONS
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterUnsupportedError, shown
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
@@ -64,38 +62,11 @@ _SANDWICHED = frozenset(("gemma2", "gemma3", "gemma3_text"))
 _NORM_PARTS = ("weight", "bias")
 
 
-def bottleneck_output(delta: Bottleneck, r: Tensor, m: Tensor) -> Tensor:
-    """``m' = keep · m + carry · r + (f, or norm_after(f + norm_residual))``; see ``Bottleneck``.
-
-    Args:
-        delta: of one sub-layer.
-        r: [..., D]; the residual stream that enters the sub-layer.
-        m: [..., D]; the sub-layer's output, which joins the stream without the adapter.
-
-    Returns:
-        [..., D]: what joins the stream instead of m.
-    """
-    sources = {BottleneckInput.OUTPUT: m, BottleneckInput.SUM: r + m, BottleneckInput.RESIDUAL: r}
-    x = sources[delta.input]
-    if delta.norm_before is not None:
-        x = _layer_norm(x, delta.norm_before)
-    hidden = ACTIVATIONS[delta.activation](functional.linear(x, delta.down, delta.down_bias))
-    f = delta.scale * functional.linear(hidden, delta.up, delta.up_bias)
-    if delta.norm_after is not None:
-        f = f if delta.norm_residual is None else f + sources[delta.norm_residual]
-        f = _layer_norm(f, delta.norm_after)
-    return delta.keep * m + delta.carry * r + f
-
-
 def can_change_output(delta: Bottleneck) -> bool:
     """Whether m' can differ from m; a parallel adapter, for example, is initialised so that it does not."""
     is_added = delta.keep == 1 and delta.carry == 0 and delta.norm_after is None
     parts = (delta.up, delta.up_bias)
     return not is_added or (bool(delta.scale.any()) and any(bool(part.any()) for part in parts))
-
-
-def _layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
-    return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 @dataclass(frozen=True, slots=True)

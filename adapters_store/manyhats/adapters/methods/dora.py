@@ -1,6 +1,9 @@
 """DoRA: LoRA that gives each row of the updated weight a trained length, as PEFT saves it.
 
-Source: Liu et al. 2024 (arXiv:2402.09353).
+The output of an adapted linear is ``y + (c − 1)(y − bias) + c · scale · (x Aᵀ) Bᵀ``, y being the base's, its bias
+included: each row of W + scale · BA is c times as long (``dora_gain``), and the base's bias keeps its length.
+
+Source: Liu et al. 2024 (arXiv:2402.09353), section 4.3.
 """
 
 from __future__ import annotations
@@ -50,27 +53,6 @@ def dora_gain(magnitude: Tensor, lengths: Tensor) -> Tensor:
     Source: Liu et al. 2024 (arXiv:2402.09353), equation 5.
     """
     return magnitude.float() / lengths
-
-
-def dora_output(
-    base: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Output of the adapted linear: ``base + (c − 1)(base − bias) + c · scale · (x Aᵀ) Bᵀ``.
-
-    Args:
-        base: [..., d_out]; the base linear's output, bias included.
-        x: [..., d_in]; its input.
-        a, b, scale: as of ``updated_lengths``.
-        gain: c [d_out]; as of ``dora_gain``.
-        bias: [d_out]; the base linear's; it keeps its length.
-
-    Returns:
-        [..., d_out].
-
-    Source: Liu et al. 2024 (arXiv:2402.09353), section 4.3.
-    """
-    unbiased = base if bias is None else base - bias
-    return base + (gain - 1) * unbiased + gain * scale * ((x @ a.T) @ b.T)
 
 
 @dataclass(frozen=True, slots=True)

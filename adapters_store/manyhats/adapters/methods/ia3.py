@@ -1,14 +1,15 @@
 """IA3: trained factors of linears' outputs, or of their inputs, as PEFT saves it.
 
-Source: Liu et al. 2022 (arXiv:2205.05638).
+With a vector l, a linear's output, bias included, becomes ``y ⊙ l``, l [d_out] (keys and values), or its input
+``x ⊙ l``, l [d_in] (inside the feed-forward).
+
+Source: Liu et al. 2022 (arXiv:2205.05638), section 3.3.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
@@ -32,22 +33,6 @@ from manyhats.adapters.sites import BaseDescription
 
 _VECTOR = "ia3_l"
 _FIELDS = frozenset(("feedforward_modules", "init_ia3_weights", "modules_to_save"))
-
-
-def ia3_output(y: Tensor, vector: Tensor) -> Tensor:
-    """A linear's output rescaled, its bias included: ``y ⊙ l``; y [..., d_out], l [d_out].
-
-    Source: Liu et al. 2022 (arXiv:2205.05638), section 3.3, on keys and values.
-    """
-    return y * vector
-
-
-def ia3_input(x: Tensor, vector: Tensor) -> Tensor:
-    """A linear's input rescaled: ``x ⊙ l``; x [..., d_in], l [d_in].
-
-    Source: Liu et al. 2022 (arXiv:2205.05638), section 3.3, inside the feed-forward.
-    """
-    return x * vector
 
 
 @dataclass(frozen=True, slots=True)

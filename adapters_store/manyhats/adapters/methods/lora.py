@@ -1,6 +1,10 @@
 """LoRA: a low-rank update of any linear, of the embedding or of the head, as PEFT saves it.
 
-Source: Hu et al. 2021 (arXiv:2106.09685); rank-stabilised scale: Kalajdzievski 2023 (arXiv:2312.03732).
+To a linear's output it adds ``scale · ((x Aᵀ) Bᵀ + bias)``, A [R, d_in] and B [d_out, R]; the bias is B's own, where
+PEFT's ``lora_bias`` is set. To the embedding of a token, before any multiplier of the architecture, it adds
+``scale · A[:, id]ᵀ Bᵀ``, A [R, V] and B [D, R]. The scale is ``lora_tensors.lora_scale``.
+
+Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; rank-stabilised scale: Kalajdzievski 2023 (arXiv:2312.03732).
 """
 
 from __future__ import annotations
@@ -30,40 +34,6 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Affine, Delta, EmbeddingLowRank, LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription
-
-
-def lora_delta(x: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Low-rank update of a linear's output: ``scale · ((x Aᵀ) Bᵀ + bias)``.
-
-    Args:
-        x: [..., d_in]; the input of the base linear.
-        a: [R, d_in]; dtype of x.
-        b: [d_out, R]; dtype of x.
-        scale: dimensionless; see ``lora_tensors.lora_scale``.
-        bias: [d_out]; B's own, PEFT's ``lora_bias``.
-
-    Returns:
-        [..., d_out], dtype of x; the caller adds it to the base output.
-
-    Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
-    """
-    update = (x @ a.T) @ b.T
-    return (update if bias is None else update + bias) * scale
-
-
-def embedding_delta(ids: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Low-rank update of an embedding: ``scale · A[:, id]ᵀ Bᵀ``.
-
-    Args:
-        ids: [...] int64.
-        a: [R, V]; as PEFT stores it.
-        b: [D, R].
-        scale: as of ``lora_delta``.
-
-    Returns:
-        [..., D]; the caller adds it to the embedding, before any multiplier of the architecture.
-    """
-    return (a.T[ids] @ b.T) * scale
 
 
 @dataclass(frozen=True, slots=True)

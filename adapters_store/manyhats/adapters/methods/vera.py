@@ -1,6 +1,9 @@
 """VeRA: two random projections that all linears share, and two trained vectors for each, as PEFT saves it.
 
-Source: Kopiczko et al. 2024 (arXiv:2310.11454).
+To a linear's output it adds ``λ_b ⊙ (λ_d ⊙ (x A[:, :d_in]ᵀ)) B[:d_out]ᵀ``: A [R, at least d_in] and
+B [at least d_out, R] are shared, λ_d [R] and λ_b [d_out] are the linear's own.
+
+Source: Kopiczko et al. 2024 (arXiv:2310.11454), equation 2.
 """
 
 from __future__ import annotations
@@ -52,25 +55,6 @@ _FIELDS = frozenset(
         "vera_dropout",
     )
 )
-
-
-def vera_delta(x: Tensor, a: Tensor, b: Tensor, d_vector: Tensor, b_vector: Tensor) -> Tensor:
-    """Update of a linear's output: ``λ_b ⊙ (λ_d ⊙ (x A[:, :d_in]ᵀ)) B[:d_out]ᵀ``.
-
-    Args:
-        x: [..., d_in]; the input of the base linear.
-        a: [R, at least d_in]; shared by all linears.
-        b: [at least d_out, R]; shared too.
-        d_vector: λ_d [R].
-        b_vector: λ_b [d_out].
-
-    Returns:
-        [..., d_out]; the caller adds it to the base output.
-
-    Source: Kopiczko et al. 2024 (arXiv:2310.11454), equation 2.
-    """
-    inner = (x @ a[:, : x.shape[-1]].T) * d_vector
-    return (inner @ b[: b_vector.shape[0]].T) * b_vector
 
 
 def vera_projections(rank: int, d_in: int, d_out: int, key: int) -> tuple[Tensor, Tensor]:
