@@ -270,10 +270,7 @@ def test_info(fake: FakeServer) -> None:
         "requests: 32 run at once, 256 wait, with at most 1024 continuations; no message may exceed 7.629 MiB"
         in lines
     )
-    assert (
-        "adapters: 8 in memory at once, each of up to 1.863 GiB, rank 64, 512 virtual tokens, 16 parts"
-        in lines
-    )
+    assert "adapters: 8 run at once, each of up to 1.863 GiB, rank 64, 512 virtual tokens, 16 parts" in lines
     assert "transfers: 4 at a time" in lines
     assert "store: tasks: 7, per task: 8.583 MiB" in lines
     limits = succeed_json(fake, "info")["limits"]

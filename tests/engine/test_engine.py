@@ -68,18 +68,6 @@ def is_idle(engine: Engine) -> bool:
     return (stats.num_running, stats.num_waiting, stats.kv_blocks_used) == (0, 0, 0)
 
 
-@pytest.fixture
-def steps_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step takes 10 ms at least, so that there is time to do something between two."""
-    forward = default_model().forward
-
-    def slow(*args: Any) -> Any:
-        time.sleep(0.01)
-        return forward(*args)
-
-    monkeypatch.setattr(default_model(), "forward", slow)
-
-
 async def test_greedy_answers_equal_transformers(model: LoadedModel, directory: Any) -> None:
     oracle = load_transformers(directory)
     async with running_engine(model) as engine:
@@ -394,7 +382,11 @@ async def test_adapters_are_loaded_once_evicted_and_loaded_again(model: LoadedMo
         loaded.append(record.task_id)
         return random_lora(model.description, ord(record.task_id))
 
-    async with running_engine(model, load, max_loaded_adapters=2) as engine:
+    async with running_engine(model, load) as engine:
+        await engine.warm_adapter(make_record("a"))
+        num_bytes = engine.residency_stats.resident_bytes
+    loaded.clear()
+    async with running_engine(model, load, max_adapter_bytes=2 * num_bytes) as engine:
         first = await collect(engine, make_request(prompt(1), make_record("a")))
         assert first.usage.adapter_load_s > 0
         again = await collect(engine, make_request(prompt(1), make_record("a")))

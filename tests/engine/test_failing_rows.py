@@ -16,9 +16,9 @@ from manyhats.engine.engine import Engine
 from manyhats.engine.errors import EngineDeadError, EngineError, NoTokenAllowedError, RequestFailedError
 from manyhats.engine.loop.generation import Generation
 from manyhats.engine.loop.scoring import Scoring
-from manyhats.engine.loop.serving import Start
 from manyhats.engine.output import ScoreOutput
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest
+from manyhats.engine.residency.lease import Lease
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.backends import default_model
 from support.harnesses.engine import (
@@ -64,7 +64,7 @@ def test_a_generation_that_fails_anywhere_ends_alone(loop: Loop, stage: str, at_
     loop.generate("0", make_request(prompt(0), new_tokens=9))
     kind = failing(Generation, stage, at_call)
     request = make_request(prompt(1, 20), new_tokens=9, response=options)
-    loop.add(kind("bad", request, Start(), loop.serving))
+    loop.add(kind("bad", request, Lease(), loop.serving))
     loop.generate("2", make_request(prompt(2), new_tokens=9, sampling=sampled))
     loop.score("score", score_request(prompt(3), [[7, 8], [9]]))
     loop.drain()
@@ -85,7 +85,7 @@ def test_a_scoring_that_fails_anywhere_ends_alone(loop: Loop, stage: str, at_cal
     loop.generate("0", make_request(prompt(0), new_tokens=9))
     kind = failing(Scoring, stage, at_call)
     continuations = [[token, 5, 6, 7] for token in range(3, 12)]
-    loop.add(kind("bad", score_request(prompt(1), continuations), Start(), loop.serving))
+    loop.add(kind("bad", score_request(prompt(1), continuations), Lease(), loop.serving))
     loop.score("score", score_request(prompt(1), continuations))
     loop.drain()
     assert isinstance(loop.error("bad").__cause__, BrokenError)
@@ -106,7 +106,7 @@ def test_a_request_with_no_token_left_to_choose_ends_alone_with_a_status_of_its_
 
     loop.generate("0", make_request(prompt(0), new_tokens=9))
     request = make_request(prompt(1), new_tokens=9, sampling=SamplingParams(temperature=temperature, seed=1))
-    loop.add(Masked("masked", request, Start(), loop.serving))
+    loop.add(Masked("masked", request, Lease(), loop.serving))
     loop.drain()
     assert isinstance(loop.error("masked"), NoTokenAllowedError)
     assert len(loop.token_ids("masked")) == at_token
@@ -167,8 +167,8 @@ def test_what_cannot_be_ended_is_dropped_with_all_it_holds(loop: Loop, num_steps
     generation = make_request(prompt(0, 20), new_tokens=90)
     scoring = score_request(prompt(3, 9), [[token] * 40 for token in range(3, 20)])
     jobs = (
-        Stubborn("0", generation, Start(), loop.serving),
-        StubbornScoring("1", scoring, Start(), loop.serving),
+        Stubborn("0", generation, Lease(), loop.serving),
+        StubbornScoring("1", scoring, Lease(), loop.serving),
     )
     for job in jobs:
         loop.add(job)
@@ -201,7 +201,7 @@ def test_a_step_with_what_a_job_left_behind_fails_once(loop: Loop) -> None:
         def drop(self, scheduler: Any) -> None:
             pass
 
-    loop.add(Leaving("bad", make_request(prompt(0), new_tokens=90), Start(), loop.serving))
+    loop.add(Leaving("bad", make_request(prompt(0), new_tokens=90), Lease(), loop.serving))
     loop.step()
     loop.cancel("bad")
     loop.generate("1", make_request(prompt(1), new_tokens=9))
@@ -234,7 +234,7 @@ def test_a_schedule_that_fails_ends_all_requests_and_the_engine_goes_on(
     for number in range(num_others):
         loop.generate(str(number), make_request(prompt(good[number]), new_tokens=20))
     loop.score("score", score_request(prompt(3), [[token] * 20 for token in range(3, 20)]))
-    bad = Spoiling("bad", make_request(prompt(4), new_tokens=20, priority=1), Start(), loop.serving)
+    bad = Spoiling("bad", make_request(prompt(4), new_tokens=20, priority=1), Lease(), loop.serving)
     bad.spoils_at = at_tick
     loop.add(bad)
     with capture_logs() as logs:
@@ -261,7 +261,7 @@ def test_a_schedule_that_fails_ends_all_requests_and_the_engine_goes_on(
 def test_an_engine_whose_schedules_all_fail_gives_up(loop: Loop) -> None:
     def fail_some() -> None:
         for count in range(100):
-            loop.add(Spoiling(str(count), make_request(prompt(0)), Start(), loop.serving))
+            loop.add(Spoiling(str(count), make_request(prompt(0)), Lease(), loop.serving))
             loop.step()
 
     with pytest.raises(TypeError):

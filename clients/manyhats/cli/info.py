@@ -56,7 +56,7 @@ def _limits(limits: ServerLimits) -> dict[str, str]:
         "requests": f"{limits.max_sequences} run at once, {limits.max_waiting} wait,"
         f" with at most {limits.max_continuations} continuations;"
         f" no message may exceed {_bytes(limits.max_request_bytes)}",
-        "adapters": f"{limits.max_adapters} in memory at once, each of up to {_bytes(limits.max_artifact_bytes)},"
+        "adapters": f"{limits.max_adapters} run at once, each of up to {_bytes(limits.max_artifact_bytes)},"
         f" rank {limits.max_adapter_rank}, {limits.max_virtual_tokens} virtual tokens, {limits.max_parts} parts",
         "transfers": f"{limits.max_transfers} at a time",
         "store": ", ".join(f"{name}: {bound}" for name, bound in store.items() if bound),

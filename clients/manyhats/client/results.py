@@ -210,7 +210,7 @@ class ServerLimits:
         max_request_bytes: of one message; the files of an upload come in several.
         max_sequences: that run at once.
         max_waiting: requests that wait; more are refused.
-        max_adapters: in memory at once.
+        max_adapters: that requests run on at once; others stay in memory.
         max_continuations: of one ``score``.
         max_artifact_bytes: all files of one adapter.
         max_adapter_rank: of a low-rank delta.

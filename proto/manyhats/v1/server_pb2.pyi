@@ -116,7 +116,7 @@ class ServerLimits(_message.Message):
     max_waiting: _builtins.int
     """Requests that wait; more are refused."""
     max_adapters: _builtins.int
-    """Adapters in memory at once."""
+    """Adapters that requests run on at once; others stay in memory."""
     max_continuations: _builtins.int
     """Continuations of one Score."""
     max_artifact_bytes: _builtins.int

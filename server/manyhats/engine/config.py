@@ -30,7 +30,7 @@ class EngineConfig:
             float32 either way, but for NF4 linears on processors with AVX512-BF16, which ``bfloat16`` makes use of.
         max_num_batched_tokens: a longer prompt is cut into chunks.
         max_bulk_tokens: more of them keep others' tokens waiting for longer, fewer make them take longer themselves.
-        max_adapter_bytes: those in use are never evicted for it.
+        max_adapter_bytes: those in use are never evicted for it; while they fill it, requests for others wait.
         block_size: positions per KV block.
         max_unread_outputs: of one generation, before it pauses until its reader takes some.
         max_unread_bytes: or their size, which log-probabilities make large.
@@ -53,7 +53,11 @@ class EngineConfig:
         "auto", group=_LIMITS, help="The number format of the KV cache; auto is --dtype."
     )
     max_loaded_adapters: int = setting(
-        256, name="max_adapters", at_least=1, group=_LIMITS, help="Adapters in memory at once."
+        256,
+        name="max_adapters",
+        at_least=1,
+        group=_LIMITS,
+        help="Adapters that requests run on at once; others stay in memory.",
     )
     max_adapter_bytes: int = setting(
         2048 * MIB,

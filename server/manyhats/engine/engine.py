@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from functools import partial
 from typing import TypeVar
 
 from manyhats.adapters.artifact import AdapterRecord
@@ -23,12 +22,14 @@ from manyhats.engine.loop.generation import Generation
 from manyhats.engine.loop.job import Job
 from manyhats.engine.loop.probe import AdapterProbe
 from manyhats.engine.loop.scoring import Scoring
-from manyhats.engine.loop.serving import ServingModel, Start
+from manyhats.engine.loop.serving import ServingModel
 from manyhats.engine.loop.thread import Loop
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput
 from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.residency.lease import Lease
 from manyhats.engine.residency.loading import AdapterLoading
 from manyhats.engine.residency.residency import ResidencyStats
+from manyhats.engine.residency.tiers import Tier
 
 _WARM_WAIT_S = 10.0
 OutputT = TypeVar("OutputT")
@@ -104,7 +105,7 @@ class Engine:
             kv_blocks_cached=allocator.num_cached,
             kv_blocks_total=allocator.num_blocks,
             heartbeat_s=self.loop.heartbeat_s,
-            waiting_tasks=self._adapters.waiting_tasks,
+            waiting_tasks=tuple(sorted(self._adapters.waiting_tasks | self._residency.tasks_without_slot())),
             is_at_standstill=self.loop.is_at_standstill,
         )
 
@@ -125,16 +126,20 @@ class Engine:
         """Loads, evictions and bytes."""
         return self._residency.stats
 
+    def adapter_tiers(self) -> Mapping[str, Tier]:
+        """Digest → tier of each loaded adapter."""
+        return self._residency.tiers()
+
     def resident_digests(self) -> frozenset[str]:
         """Digests of the loaded adapters."""
-        return self._residency.resident_digests()
+        return frozenset(self._residency.tiers())
 
     def in_use(self, record: AdapterRecord) -> bool:
         """Whether a request for this version runs or waits now, whatever other versions are made of the same bytes."""
         return self._residency.in_use(record) or self._adapters.in_use(record)
 
     async def warm_adapter(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
-        """Loads an adapter now, or as soon as there is a slot for it.
+        """Loads an adapter now, or as soon as there is room for it.
 
         Args:
             record: the version.
@@ -142,7 +147,7 @@ class Engine:
 
         Raises:
             AdapterError: it cannot be loaded.
-            AdapterCapacityError: every slot has been in use for some seconds.
+            AdapterCapacityError: there has been no room for some seconds.
         """
         self._check_accepting()
         await self._adapters.warm(record, lowered, max_wait_s=_WARM_WAIT_S)
@@ -184,7 +189,7 @@ class Engine:
         config = self.config
         backlog = Backlog(config.max_unread_outputs, config.max_unread_bytes, config.unread_limit_s)
         outputs = self._submit(
-            request, lambda job_id, start: Generation(job_id, request, start, self._model, backlog)
+            request, lambda job_id, lease: Generation(job_id, request, lease, self._model, backlog)
         )
         try:
             async for output in outputs:
@@ -203,7 +208,7 @@ class Engine:
             AdapterError: its adapter cannot be loaded.
         """
         check_scoring(request, self._model.vocab_size, self.config.max_score_tokens)
-        outputs = self._submit(request, lambda job_id, start: Scoring(job_id, request, start, self._model))
+        outputs = self._submit(request, lambda job_id, lease: Scoring(job_id, request, lease, self._model))
         try:
             async for output in outputs:
                 return output
@@ -212,24 +217,21 @@ class Engine:
         raise EngineDeadError("the scoring ended without a result")
 
     async def _submit(
-        self, request: Request | ScoreRequest, make_job: Callable[[str, Start], Job[OutputT]]
+        self, request: Request | ScoreRequest, make_job: Callable[[str, Lease], Job[OutputT]]
     ) -> AsyncGenerator[OutputT, None]:
         self._check_accepting()
         check_length(request, 0, self.max_context_length)  # without loading the adapter for it
         job_id = self.loop.new_id()
         with self._streams.expected():
-            start = await self._start_of(request)
-            release = (
-                _nothing if request.adapter is None else partial(self._residency.release, request.adapter)
-            )
+            lease = await self._lease(request)
             try:
                 self._check_running()
-                check_length(request, start.num_virtual_tokens, self.max_context_length)
-                job = make_job(job_id, start)
+                check_length(request, lease.num_virtual_tokens, self.max_context_length)
+                job = make_job(job_id, lease)
             except BaseException:
-                release()
+                lease.release()
                 raise
-            stream = self._streams.open(job_id, release)
+            stream = self._streams.open(job_id, lease.release)
         self.loop.submit(lambda: self.loop.step.add(job))
         is_last = False
         try:
@@ -243,25 +245,26 @@ class Engine:
             if not is_last:
                 self.loop.submit(lambda: self.loop.step.cancel(job_id))
 
-    async def _start_of(self, request: Request | ScoreRequest) -> Start:
-        """Where a request begins; its adapter is pinned, once it is loaded."""
+    async def _lease(self, request: Request | ScoreRequest) -> Lease:
+        """A lease on a request's adapter, once it is loaded."""
         adapter = request.adapter
         if adapter is None:
-            return Start()
+            return Lease()
+        lease = self._residency.try_lease(adapter)
+        if lease is not None:
+            return lease
         started = time.monotonic()
-        resident = self._residency.try_acquire(adapter)
-        if resident is not None:
-            return Start(resident.slot, resident.virtual, time.monotonic() - started)
         self.loop.step.scheduler.check_queue(self._adapters.num_waiting)
         limit_s = None if request.deadline_s is None else request.deadline_s - started
         try:
             async with asyncio.timeout(limit_s) as limit:
-                resident = await self._adapters.acquire(adapter)
+                lease = await self._adapters.lease(adapter)
         except TimeoutError:
             if not limit.expired():
                 raise
             raise DeadlineExceededError("the deadline passed while the adapter was waited for") from None
-        return Start(resident.slot, resident.virtual, time.monotonic() - started, has_waited=True)
+        lease.load_s, lease.has_waited = time.monotonic() - started, True
+        return lease
 
     def _check_accepting(self) -> None:
         self._check_running()
@@ -273,7 +276,3 @@ class Engine:
             raise EngineDeadError("the engine has ended")
         if self._is_stopped:
             raise DrainingError("the server is shutting down")
-
-
-def _nothing() -> None:
-    """What a request without an adapter releases."""

@@ -70,11 +70,11 @@ class QueueFullError(EngineError):
 
 
 class AdapterCapacityError(EngineError):
-    """Every adapter slot held an adapter in use for as long as a load could wait."""
+    """The memory for adapters was taken by those in use, or being loaded, for as long as a load could wait."""
 
-    def __init__(self, num_slots: int, retry_after_s: float = 1.0) -> None:
-        super().__init__(f"all {num_slots} loaded adapters are in use")
-        self.limit = num_slots
+    def __init__(self, limit: int, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"the memory for adapters, {limit} bytes, is taken by those in use or being loaded")
+        self.limit = limit
         self.retry_after_s = retry_after_s
 
 

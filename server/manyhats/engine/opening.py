@@ -9,7 +9,6 @@ from manyhats.engine.backends.open import open_backend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import EngineConfig, kv_cache_bytes, resolve
 from manyhats.engine.engine import Engine
-from manyhats.engine.loop.prefix_pool import EnginePrefixPool
 from manyhats.engine.loop.probe import AdapterProbe, probe_prompt
 from manyhats.engine.loop.serving import ServingModel
 from manyhats.engine.loop.step import Step
@@ -71,7 +70,7 @@ def open_engine(
     warm_up = partial(prepared.warm_up, cache, slots, probe_slot, progress)
     loop = Loop(step, Streams(), backend, background, warm_up)
     residency = AdapterResidency(
-        slots, config.max_loaded_adapters, config.max_adapter_bytes, load, EnginePrefixPool(loop, capacity)
+        slots, config.max_loaded_adapters, config.max_adapter_bytes, load, capacity, loop.forget
     )
     probe = AdapterProbe(
         loop,

@@ -163,7 +163,7 @@ class EngineStats:
         kv_blocks_cached: blocks free to reuse that still hold a prefix.
         kv_blocks_total: all.
         heartbeat_s: ``time.time()`` of the loop's last turn.
-        waiting_tasks: task ids of waiting requests whose adapter is not resident.
+        waiting_tasks: task ids of requests whose adapter is not loaded, or has no slot now.
         is_at_standstill: requests are there, and for some seconds none has got on.
     """
 

@@ -23,10 +23,10 @@ from manyhats.engine.errors import (
 )
 from manyhats.engine.loop.backlog import Backlog
 from manyhats.engine.loop.generation import Generation
-from manyhats.engine.loop.serving import Start
 from manyhats.engine.loop.step import Step
 from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, ResponseOptions, SamplingParams, StoppingParams
+from manyhats.engine.residency.lease import Lease
 from manyhats.engine.text.tokenizer import Tokenizer
 from support.factories.tiny_models import make_checkpoint
 from support.harnesses.engine import collect, load_tiny, make_request, random_ids, running_engine, until
@@ -34,7 +34,7 @@ from support.harnesses.engine_loop import Loop, prompt
 
 
 def start(loop: Loop, name: str, request: Request, backlog: Backlog) -> None:
-    loop.add(Generation(name, request, Start(), loop.serving, backlog))
+    loop.add(Generation(name, request, Lease(), loop.serving, backlog))
 
 
 def read(loop: Loop, name: str, backlog: Backlog, first: int, count: int) -> int:

@@ -19,7 +19,6 @@ from manyhats.engine.errors import EngineError
 from manyhats.engine.loop import step as engine_module
 from manyhats.engine.loop import thread as engine_thread
 from manyhats.engine.loop.private_run import PrivateRun
-from manyhats.engine.loop.serving import Start
 from manyhats.engine.request import ResponseOptions, ScoreRequest
 from manyhats.engine.scheduling.scheduler import Scheduler
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
@@ -247,7 +246,7 @@ async def test_a_standstill_is_told_and_ends_when_something_gets_on(
 ) -> None:
     monkeypatch.setattr(engine_thread, "_STANDSTILL_S", 0.05)
     async with running_engine(model) as engine:
-        engine.loop.submit(lambda: engine.loop.step.add(_NeverDone("never", (1,), Start())))
+        engine.loop.submit(lambda: engine.loop.step.add(_NeverDone("never", (1,))))
         await until(lambda: engine.stats.is_at_standstill)
         await answer(engine, Row("", 5, 4, 1))
         assert not engine.stats.is_at_standstill

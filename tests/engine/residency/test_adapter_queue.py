@@ -1,4 +1,4 @@
-"""More tasks at once than there are slots: requests wait for one in turn, and none is lost."""
+"""More tasks at once than there are slots, or memory: requests wait in turn, and none is lost."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine import engine as engine_module
 from manyhats.engine.backends.backend import AdapterSlots
+from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import Engine
 from manyhats.engine.errors import (
@@ -26,8 +27,10 @@ from manyhats.engine.errors import (
     QueueFullError,
 )
 from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.residency import residency as residency_module
 from manyhats.engine.residency.loading import AdapterLoading
-from manyhats.engine.residency.residency import AdapterResidency, PrefixPool
+from manyhats.engine.residency.residency import AdapterResidency
+from manyhats.engine.residency.tiers import Tier
 from manyhats.engine.threads.background import Background
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.engine import (
@@ -43,11 +46,27 @@ from support.harnesses.engine import (
 )
 
 PROMPT = random_ids(1, 9, TINY_VOCAB_SIZE)
+MEMORY_OF_ONE = {"max_adapter_bytes": 1}
+"""Whatever is in use fills it."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_tiny(make_checkpoint(tmp_path_factory.mktemp("queue") / "tiny", seed=9))
+
+
+@pytest.fixture(params=["slots", "memory"])
+def scarce(request: pytest.FixtureRequest, steps_are_slow: None) -> dict[str, int]:
+    """Settings under which one task's requests run at a time, for want of slots or of memory."""
+    if request.param == "slots":
+        return {"max_loaded_adapters": 1, "max_unread_outputs": 10_000}
+    return MEMORY_OF_ONE
+
+
+@pytest.fixture
+def loads_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adapter is loaded at a time, so that the order is certain."""
+    monkeypatch.setattr(residency_module, "MAX_LOADS", 1)
 
 
 class Loader:
@@ -68,16 +87,30 @@ def ask(task: str, new_tokens: int = 3, **fields: Any) -> Request:
     return make_request(PROMPT, make_record(task), new_tokens=new_tokens, **fields)
 
 
+def finishing(answers: list[str], engine: Engine, task: str, **fields: Any) -> asyncio.Task[Any]:
+    """A generation that notes its task when it is through."""
+
+    async def run() -> Any:
+        answer = await collect(engine, ask(task, **fields))
+        answers.append(task)
+        return answer
+
+    return asyncio.create_task(run())
+
+
 async def hold(engine: Engine, task: str) -> Any:
-    """A generation that keeps a task's slot until it is closed."""
+    """A generation that keeps a task's slot and memory until it is closed."""
     stream = engine.generate(ask(task, 490))
     await anext(stream)
     return stream
 
 
-async def test_two_hundred_cold_tasks_on_few_slots_all_get_their_answer(model: LoadedModel) -> None:
+@pytest.mark.parametrize("limits", [{"max_loaded_adapters": 8}, MEMORY_OF_ONE], ids=["slots", "memory"])
+async def test_two_hundred_cold_tasks_all_get_their_answer(
+    limits: dict[str, int], model: LoadedModel
+) -> None:
     loader = Loader(model)
-    async with running_engine(model, loader, max_loaded_adapters=8) as engine:
+    async with running_engine(model, loader, **limits) as engine:
         tasks = [f"t{index}" for index in range(200)]
         requests = [asyncio.create_task(collect(engine, ask(task))) for task in tasks]
         await until(lambda: len(loader.loaded) > 8)
@@ -92,29 +125,36 @@ async def test_two_hundred_cold_tasks_on_few_slots_all_get_their_answer(model: L
         await until(lambda: not any(engine.in_use(make_record(task)) for task in tasks))
 
 
-async def test_slots_come_in_the_order_in_which_they_were_asked_for(model: LoadedModel) -> None:
+async def test_turns_come_in_the_order_in_which_they_were_asked_for(
+    model: LoadedModel, scarce: dict[str, int], loads_in_turn: None
+) -> None:
     loader = Loader(model)
-    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+    answers: list[str] = []
+    async with running_engine(model, loader, **scarce) as engine:
         tasks = [f"t{index}" for index in range(20)]
-        await asyncio.wait_for(asyncio.gather(*(collect(engine, ask(task)) for task in tasks)), 60)
-        assert loader.loaded == tasks
+        await asyncio.wait_for(asyncio.gather(*(finishing(answers, engine, task) for task in tasks)), 60)
+        assert loader.loaded == answers == tasks
 
 
-async def test_those_who_wait_for_one_task_get_its_slot_together(model: LoadedModel) -> None:
+async def test_those_who_wait_for_one_task_have_their_turn_together(
+    model: LoadedModel, scarce: dict[str, int], loads_in_turn: None
+) -> None:
     loader = Loader(model)
-    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+    answers: list[str] = []
+    async with running_engine(model, loader, **scarce) as engine:
         stream = await hold(engine, "held")
-        waiting = [asyncio.create_task(collect(engine, ask(task))) for task in ("a", "b", "a", "a", "b")]
+        waiting = [finishing(answers, engine, task) for task in ("a", "b", "a", "a", "b")]
         await until(lambda: engine.stats.num_waiting == 5)
         assert engine.stats.waiting_tasks == ("a", "b")
         assert engine.in_use(make_record("a")), "deleting it now would fail those who wait"
         await stream.aclose()
         await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        assert answers == ["a", "a", "a", "b", "b"]
         assert loader.loaded == ["held", "a", "b"]
 
 
-async def test_loaded_tasks_and_the_base_do_not_wait_for_slots(model: LoadedModel) -> None:
-    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+async def test_loaded_tasks_and_the_base_do_not_wait(model: LoadedModel, scarce: dict[str, int]) -> None:
+    async with running_engine(model, Loader(model), **scarce) as engine:
         stream = await hold(engine, "held")
         waiting = asyncio.create_task(collect(engine, ask("a")))
         await until(lambda: engine.stats.num_waiting == 1)
@@ -125,10 +165,12 @@ async def test_loaded_tasks_and_the_base_do_not_wait_for_slots(model: LoadedMode
         await asyncio.wait_for(waiting, 20)
 
 
-async def test_a_deadline_ends_the_wait_for_a_slot_of_generations_and_scorings(model: LoadedModel) -> None:
-    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+async def test_a_deadline_ends_the_wait_of_generations_and_scorings(
+    model: LoadedModel, scarce: dict[str, int]
+) -> None:
+    async with running_engine(model, Loader(model), **scarce) as engine:
         stream = await hold(engine, "held")
-        soon = time.monotonic() + 0.05
+        soon = time.monotonic() + 0.2
         score = ScoreRequest(
             id="s", prompt_token_ids=(5, 6), continuations=((7,),), adapter=make_record("a"), deadline_s=soon
         )
@@ -141,28 +183,31 @@ async def test_a_deadline_ends_the_wait_for_a_slot_of_generations_and_scorings(m
         await asyncio.wait_for(collect(engine, ask("b")), 20)
 
 
-async def test_who_leaves_while_waiting_gives_the_turn_to_the_next(model: LoadedModel) -> None:
+async def test_who_leaves_while_waiting_gives_the_turn_to_the_next(
+    model: LoadedModel, scarce: dict[str, int]
+) -> None:
     loader = Loader(model)
-    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+    async with running_engine(model, loader, **scarce) as engine:
         stream = await hold(engine, "held")
         leaving, staying = (asyncio.create_task(collect(engine, ask(task))) for task in ("a", "b"))
         await until(lambda: engine.stats.num_waiting == 2)
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        assert engine.stats.waiting_tasks == ("b",)
+        await until(lambda: engine.stats.waiting_tasks == ("b",))
+        assert engine.stats.num_waiting == 1
         await stream.aclose()
         await asyncio.wait_for(staying, 20)
-        assert loader.loaded == ["held", "b"]
+        assert "max_adapter_bytes" not in scarce or loader.loaded == ["held", "b"]
 
 
 @pytest.mark.parametrize("leave", ["cancelled", "deadline", "warming"])
 async def test_nothing_is_kept_of_those_who_leave_while_others_wait_on(
-    leave: str, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    leave: str, model: LoadedModel, monkeypatch: pytest.MonkeyPatch, loads_in_turn: None
 ) -> None:
     monkeypatch.setattr(engine_module, "_WARM_WAIT_S", 0.05)
     loader = Loader(model)
-    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+    async with running_engine(model, loader, **MEMORY_OF_ONE) as engine:
         stream = await hold(engine, "held")
         patient = [asyncio.create_task(collect(engine, ask(task))) for task in ("first", "leaves 1", "last")]
         await until(lambda: engine.stats.num_waiting == 3)
@@ -193,8 +238,8 @@ async def test_nothing_is_kept_of_those_who_leave_while_others_wait_on(
         assert loader.loaded == ["held", "first", "leaves 1", "last"]
 
 
-async def test_a_load_that_fails_gives_its_slot_to_the_next(model: LoadedModel) -> None:
-    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+async def test_a_load_that_fails_gives_its_turn_to_the_next(model: LoadedModel) -> None:
+    async with running_engine(model, Loader(model), **MEMORY_OF_ONE) as engine:
         stream = await hold(engine, "held")
         calls = [asyncio.create_task(collect(engine, ask(task))) for task in ("torn", "b", "torn2", "c")]
         await until(lambda: engine.stats.num_waiting == 4)
@@ -205,8 +250,8 @@ async def test_a_load_that_fails_gives_its_slot_to_the_next(model: LoadedModel) 
         assert not isinstance(c, BaseException)
 
 
-async def test_beyond_max_waiting_the_queue_is_full(model: LoadedModel) -> None:
-    async with running_engine(model, Loader(model), max_loaded_adapters=1, max_waiting=3) as engine:
+async def test_beyond_max_waiting_the_queue_for_memory_is_full(model: LoadedModel) -> None:
+    async with running_engine(model, Loader(model), **MEMORY_OF_ONE, max_waiting=3) as engine:
         stream = await hold(engine, "held")
         waiting = [asyncio.create_task(collect(engine, ask(task))) for task in "abc"]
         await until(lambda: engine.stats.num_waiting == 3)
@@ -215,6 +260,22 @@ async def test_beyond_max_waiting_the_queue_is_full(model: LoadedModel) -> None:
         assert caught.value.limit == 3
         assert caught.value.retry_after_s > 0
         await asyncio.wait_for(collect(engine, ask("held")), 20)
+        await stream.aclose()
+        await asyncio.wait_for(asyncio.gather(*waiting), 20)
+
+
+async def test_who_waits_for_a_slot_is_in_the_one_queue_of_all(
+    model: LoadedModel, steps_are_slow: None
+) -> None:
+    limits = {"max_loaded_adapters": 1, "max_waiting": 3, "max_unread_outputs": 10_000}
+    async with running_engine(model, Loader(model), **limits) as engine:
+        stream = await hold(engine, "held")
+        waiting = [asyncio.create_task(collect(engine, ask(task))) for task in "abc"]
+        await until(lambda: engine.loop.step.scheduler.num_waiting == 3)
+        for task in ("held", "d"):
+            with pytest.raises(QueueFullError) as caught:
+                await collect(engine, ask(task))
+            assert caught.value.limit == 3
         await stream.aclose()
         await asyncio.wait_for(asyncio.gather(*waiting), 20)
 
@@ -248,9 +309,9 @@ async def test_who_has_waited_for_an_adapter_finds_no_full_queue_behind_it(model
 
 
 async def test_draining_lets_those_who_wait_have_their_turn_and_a_stop_ends_the_wait(
-    model: LoadedModel,
+    model: LoadedModel, scarce: dict[str, int]
 ) -> None:
-    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+    async with running_engine(model, Loader(model), **scarce) as engine:
         stream = await hold(engine, "held")
         waiting = [asyncio.create_task(collect(engine, ask(task))) for task in "ab"]
         await until(lambda: engine.stats.num_waiting == 2)
@@ -261,7 +322,7 @@ async def test_draining_lets_those_who_wait_have_their_turn_and_a_stop_ends_the_
         await stream.aclose()
         assert len(await asyncio.wait_for(asyncio.gather(*waiting), 20)) == 2
         await asyncio.wait_for(stopping, 20)
-    async with running_engine(model, Loader(model), max_loaded_adapters=1) as engine:
+    async with running_engine(model, Loader(model), **MEMORY_OF_ONE) as engine:
         stream = await hold(engine, "held")
         last = asyncio.create_task(collect(engine, ask("a")))
         await until(lambda: engine.stats.num_waiting == 1)
@@ -272,10 +333,10 @@ async def test_draining_lets_those_who_wait_have_their_turn_and_a_stop_ends_the_
 
 
 async def test_a_version_is_warmed_in_turn_and_not_waited_for_without_end(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, loads_in_turn: None
 ) -> None:
     loader = Loader(model)
-    async with running_engine(model, loader, max_loaded_adapters=1) as engine:
+    async with running_engine(model, loader, **MEMORY_OF_ONE) as engine:
         stream = await hold(engine, "held")
         before = asyncio.create_task(collect(engine, ask("a")))
         await until(lambda: engine.stats.num_waiting == 1)
@@ -294,6 +355,100 @@ async def test_a_version_is_warmed_in_turn_and_not_waited_for_without_end(
         await asyncio.wait_for(engine.warm_adapter(make_record("warm")), 20)
 
 
+async def test_a_task_beyond_the_slots_waits_in_memory_and_answers_as_ever(
+    model: LoadedModel, steps_are_slow: None
+) -> None:
+    loader = Loader(model)
+    async with running_engine(model, loader, max_loaded_adapters=2, max_unread_outputs=10_000) as engine:
+        alone = await collect(engine, ask("third"))
+        engine.forget_adapter(digest_of("third"))
+        first, second = await hold(engine, "first"), await hold(engine, "second")
+        third = asyncio.create_task(collect(engine, ask("third")))
+        await until(lambda: engine.loop.step.scheduler.num_waiting == 1)
+        tiers = engine.adapter_tiers()
+        assert [tiers[digest_of(task)].value for task in ("first", "second", "third")] == [
+            "device",
+            "device",
+            "host",
+        ]
+        assert engine.in_use(make_record("third"))
+        assert not third.done()
+        await first.aclose()
+        assert (await asyncio.wait_for(third, 20)).tokens == alone.tokens
+        await until(lambda: engine.adapter_tiers()[digest_of("first")] is Tier.HOST)
+        await second.aclose()
+        again = await collect(engine, ask("first"))
+        assert again.tokens == alone.tokens
+        assert again.usage.adapter_load_s == 0, "it is in memory"
+        assert loader.loaded == ["third", "first", "second", "third"]
+
+
+async def test_a_paused_generation_keeps_no_slot_and_goes_on_in_another_as_if_alone(
+    model: LoadedModel,
+) -> None:
+    async with running_engine(model, Loader(model), max_loaded_adapters=2, max_unread_outputs=4) as engine:
+
+        def slot_of(task: str) -> int | None:
+            placement = engine._residency._adapters[digest_of(task)].placement
+            return None if placement is None else placement.slot
+
+        alone = await collect(engine, ask("slow", 40))
+        slow = engine.generate(ask("slow", 40))
+        outputs = [await anext(slow)]
+        before = slot_of("slow")
+        await until(lambda: engine.loop.step.scheduler.num_paused == 1)
+        others = [await hold(engine, task) for task in "bc"]
+        assert slot_of("slow") is None
+        for stream in others:
+            await stream.aclose()
+        slots = {task: slot_of(task) for task in "bc"}
+        free = next(task for task, slot in slots.items() if slot != before)
+        engine.forget_adapter(digest_of(free))
+        outputs += [output async for output in slow]
+        assert slot_of("slow") == slots[free] != before
+        tokens = tuple(token for output in outputs for token in output.tokens)
+        assert tokens == alone.tokens
+
+
+async def test_no_slot_is_cleared_while_a_step_that_names_it_is_left_to_run(model: LoadedModel) -> None:
+    named: set[int] = set()
+    cleared: list[int] = []
+    async with running_engine(
+        model, Loader(model), max_loaded_adapters=2, **MEMORY_OF_ONE, max_unread_outputs=2
+    ) as engine:
+        step: Any = engine.loop.step
+        run, forward, clear = step.run, step._model.forward, step._adapters.clear
+
+        def watched_forward(plan: StepPlan, *others: Any) -> Any:
+            named.update(plan.row_slots.tolist())
+            return forward(plan, *others)
+
+        def watched_run() -> Any:
+            try:
+                return run()
+            finally:
+                named.clear()
+
+        def watched_clear(slot: int) -> None:
+            assert slot not in named
+            cleared.append(slot)
+            clear(slot)
+
+        step.run, step._model.forward, step._adapters.clear = watched_run, watched_forward, watched_clear
+        calls = []
+        for number in range(60):
+            deadline = time.monotonic() + 0.1 if number % 5 == 0 else None
+            calls.append(asyncio.create_task(collect(engine, ask(f"t{number % 7}", 6, deadline_s=deadline))))
+            await asyncio.sleep(0.003)
+            if number % 4 == 0:
+                calls[number // 2].cancel()
+        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+        fair = (asyncio.CancelledError, DeadlineExceededError)
+        assert all(isinstance(each, fair) for each in results if isinstance(each, BaseException))
+        await until(lambda: not any(engine.in_use(make_record(f"t{number}")) for number in range(7)))
+        assert len(cleared) > 7
+
+
 class NoSlots:
     """Slots of adapters that have no numbers."""
 
@@ -307,13 +462,14 @@ class NoSlots:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    num_slots=st.integers(1, 4),
+    max_bytes=st.integers(1, 4),
+    num_slots=st.integers(1, 3),
     calls=st.lists(
         st.tuples(st.integers(0, 9), st.sampled_from(["stays", "leaves", "leaves at once"])), max_size=40
     ),
 )
-def test_whoever_comes_and_goes_every_turn_comes_and_no_pin_is_left(
-    num_slots: int, calls: list[tuple[int, str]]
+def test_whoever_comes_and_goes_every_turn_comes_and_no_lease_is_left(
+    max_bytes: int, num_slots: int, calls: list[tuple[int, str]]
 ) -> None:
     def load(record: AdapterRecord) -> LoweredAdapter:
         if record.task_id == "task 0":
@@ -321,17 +477,17 @@ def test_whoever_comes_and_goes_every_turn_comes_and_no_pin_is_left(
         return LoweredAdapter(record.digest, ())
 
     residency = AdapterResidency(
-        cast(AdapterSlots[Any], NoSlots()), num_slots, 100, load, cast(PrefixPool, None)
+        cast(AdapterSlots[Any], NoSlots()), num_slots, max_bytes, load, 32, lambda virtual: None
     )
     most = 0
 
     async def use(loading: AdapterLoading, record: AdapterRecord) -> None:
         nonlocal most
-        resident = await loading.acquire(record)
-        assert 1 <= resident.slot <= num_slots
-        most = max(most, len(residency.resident_digests()))
+        lease = await loading.lease(record)
+        assert lease.placement is not None
+        most = max(most, len(residency.tiers()))
         await asyncio.sleep(0)
-        residency.release(record)
+        lease.release()
 
     async def run() -> None:
         loading = AdapterLoading(residency, Background())
@@ -354,5 +510,5 @@ def test_whoever_comes_and_goes_every_turn_comes_and_no_pin_is_left(
         loading.close()
 
     asyncio.run(run())
-    assert most <= num_slots
-    assert digest_of("task 0") not in residency.resident_digests()
+    assert most < max_bytes + residency_module.MAX_LOADS
+    assert digest_of("task 0") not in residency.tiers()

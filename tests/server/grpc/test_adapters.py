@@ -74,6 +74,16 @@ async def test_validate_only_stores_nothing() -> None:
     assert refusal.reason == "TASK_NOT_FOUND"
 
 
+async def test_adapter_without_a_slot_is_in_the_host_s_memory() -> None:
+    async with running_server() as server:
+        await server.adapters.RegisterAdapter(pb.RegisterAdapterRequest(task_id="hats", uri="a"))
+        server.engine.without_slot.add("sha256:a")
+        answer = await server.adapters.GetAdapter(pb.GetAdapterRequest(task_id="hats"))
+        listed = await server.adapters.ListAdapters(pb.ListAdaptersRequest())
+    assert answer.adapter.residency == pb.ADAPTER_RESIDENCY_HOST
+    assert [adapter.residency for adapter in listed.adapters] == [pb.ADAPTER_RESIDENCY_HOST]
+
+
 async def test_adapter_that_cannot_be_loaded_now_is_registered_all_the_same() -> None:
     async with running_server() as server:
         server.engine.warm_error = AdapterInvalidError("x", "no room")

@@ -135,6 +135,8 @@ async def test_gauges_show_the_engines_snapshot() -> None:
         await server.adapters.RegisterAdapter(adapter_pb2.RegisterAdapterRequest(task_id="hats", uri="b"))
         server.engine.running, server.engine.heartbeat_s = 5, 1234.5
         series = await scrape(server)
+        server.engine.without_slot.add("sha256:a")
+        one_is_without = await scrape(server)
     assert value(series, "manyhats_requests_running") == 5
     assert value(series, "manyhats_requests_waiting") == 2
     assert value(series, "manyhats_kv_cache_usage_ratio") == 0.3
@@ -146,7 +148,11 @@ async def test_gauges_show_the_engines_snapshot() -> None:
     assert value(series, "manyhats_adapters", state="inactive") == 1
     assert value(series, "manyhats_adapters", state="failed") == 0
     assert value(series, "manyhats_adapter_resident", task="hats", tier="device") == 2
+    tiers = ("device", "host")
+    residents = [value(one_is_without, "manyhats_adapter_resident", task="hats", tier=tier) for tier in tiers]
+    assert residents == [1, 1]
     assert value(series, "manyhats_adapter_evictions_total", tier="device") == 7
+    assert value(series, "manyhats_adapter_evictions_total", tier="host") == 5
 
 
 async def test_steps_feed_counters_and_histograms() -> None:
@@ -192,10 +198,11 @@ async def test_gateway_series_is_one_and_names_loaded_and_waiting_tasks() -> Non
         server.engine.waiting_tasks = ("z", "c", "c")
         (after,) = labels_of(await scrape(server), "vllm:lora_requests_info")
         server.engine.waiting_tasks = ()
+        server.engine.without_slot.add("sha256:a")
         (later,) = labels_of(await scrape(server), "vllm:lora_requests_info")
     assert before == {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
     assert after == {"max_lora": "4", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c,z"}
-    assert later["waiting_lora_adapters"] == ""
+    assert (later["running_lora_adapters"], later["waiting_lora_adapters"]) == ("b", "")
 
 
 async def test_series_of_a_task_leave_with_it() -> None:

@@ -14,6 +14,21 @@ from manyhats.engine.backends.plan import AdapterRows, StepPlan
 from support.oracles.operations import ReferenceKernels
 
 
+class KeptSlot:
+    """A ``Placement`` of sequences that all run on one slot, at any time."""
+
+    def __init__(self, slot: int) -> None:
+        self._slot = slot
+
+    def can_place(self) -> bool:
+        return True
+
+    def place(self) -> int:
+        return self._slot
+
+    def leave(self) -> None: ...
+
+
 class FakeCache:
     """Keeps, for every KV slot, the token that was written there and its adapter."""
 

@@ -41,6 +41,7 @@ from manyhats.engine.output import (
 )
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.residency import ResidencyStats
+from manyhats.engine.residency.tiers import Tier
 from manyhats.engine.text.prompt_text import Continuation
 from manyhats.engine.text.tokenizer import ChatMessage
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
@@ -126,6 +127,7 @@ class EchoEngine:
     is_at_standstill: bool = False
     running: int = 0
     resident: dict[str, AdapterRecord] = field(default_factory=dict)
+    without_slot: set[str] = field(default_factory=set)
     pinned: set[str] = field(default_factory=set)
     warm_error: Exception | None = None
     warm_s: float = 0.0
@@ -207,7 +209,12 @@ class EchoEngine:
 
     @property
     def residency_stats(self) -> ResidencyStats:
-        return ResidencyStats(num_loads=8, num_evictions=7, load_seconds=1.0, resident_bytes=10)
+        return ResidencyStats(
+            num_loads=8, num_evictions=5, num_slot_evictions=7, load_seconds=1.0, resident_bytes=10
+        )
+
+    def adapter_tiers(self) -> dict[str, Tier]:
+        return {each: Tier.HOST if each in self.without_slot else Tier.DEVICE for each in self.resident}
 
     def resident_digests(self) -> frozenset[str]:
         return frozenset(self.resident)

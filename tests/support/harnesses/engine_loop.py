@@ -11,16 +11,17 @@ from manyhats.engine.errors import EngineError
 from manyhats.engine.loop.generation import Generation
 from manyhats.engine.loop.job import Event, Job
 from manyhats.engine.loop.scoring import Scoring
-from manyhats.engine.loop.serving import ServingModel, Start
+from manyhats.engine.loop.serving import ServingModel
 from manyhats.engine.loop.step import Step
 from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepStats
 from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.residency.lease import Lease, ResidentAdapter
 from manyhats.engine.scheduling.blocks import BlockAllocator
 from manyhats.engine.scheduling.schedule import SchedulerConfig
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.text.tokenizer import Tokenizer
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
-from support.fakes.engine import FakeCache, FakeDecoder
+from support.fakes.engine import FakeCache, FakeDecoder, KeptSlot
 from support.harnesses.engine import random_ids
 
 POISON = TINY_VOCAB_SIZE - 1
@@ -63,10 +64,10 @@ class Loop:
         return self._hear(self.steps.add(job), job.id)
 
     def generate(self, name: str, request: Request, slot: int = 0) -> str:
-        return self.add(Generation(name, request, Start(slot), self.serving))
+        return self.add(Generation(name, request, lease_of(slot), self.serving))
 
     def score(self, name: str, request: ScoreRequest, slot: int = 0) -> str:
-        return self.add(Scoring(name, request, Start(slot), self.serving))
+        return self.add(Scoring(name, request, lease_of(slot), self.serving))
 
     def cancel(self, name: str) -> None:
         self._hear(self.steps.cancel(name), name)
@@ -115,6 +116,11 @@ class Loop:
         assert isinstance(event.payload, EngineError), event.payload
         assert sum(other.is_last for other in self.events[name]) == 1
         return event.payload
+
+
+def lease_of(slot: int) -> Lease:
+    """A lease of an adapter that has a slot, or of none for slot 0."""
+    return Lease(ResidentAdapter(placement=cast(Any, KeptSlot(slot)))) if slot else Lease()
 
 
 def prompt(seed: int, length: int = 9) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
 from manyhats.engine.scheduling.scheduler import Schedule, Scheduler, SchedulerConfig
-from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.sequence import Placement, Sequence, SequenceStatus
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 
 
@@ -44,6 +44,7 @@ def make_sequence(
     uses_prefix_cache: bool = True,
     is_internal: bool = False,
     is_bulk: bool = False,
+    placement: Placement | None = None,
 ) -> Sequence:
     return Sequence(
         id=name,
@@ -58,6 +59,7 @@ def make_sequence(
         uses_prefix_cache=uses_prefix_cache,
         is_internal=is_internal,
         is_bulk=is_bulk,
+        placement=placement,
     )
 
 

@@ -9,9 +9,10 @@ from manyhats.engine.errors import NoTokenAllowedError, StreamUnreadError
 from manyhats.engine.loop.backlog import Backlog
 from manyhats.engine.loop.job import Answer, Want, token_output
 from manyhats.engine.loop.meter import Meter
-from manyhats.engine.loop.serving import ServingModel, Start, new_sequence
+from manyhats.engine.loop.serving import ServingModel, new_sequence
 from manyhats.engine.output import FinishReason, StepOutput, TokenOutput
 from manyhats.engine.request import Request
+from manyhats.engine.residency.lease import Lease
 from manyhats.engine.sampling.penalties import LogitChanges, changes_logits
 from manyhats.engine.sampling.sampler import SamplingRow
 from manyhats.engine.scheduling.schedule import Chunk
@@ -26,13 +27,13 @@ class Generation:
     Args:
         job_id: unique.
         request: checked.
-        start: where its adapter lets it begin.
+        lease: on its adapter.
         model: facts of it.
         backlog: of its reader; None for one that always keeps up.
     """
 
     def __init__(
-        self, job_id: str, request: Request, start: Start, model: ServingModel, backlog: Backlog | None = None
+        self, job_id: str, request: Request, lease: Lease, model: ServingModel, backlog: Backlog | None = None
     ) -> None:
         self.id = job_id
         self.deadline_s = request.deadline_s
@@ -43,10 +44,10 @@ class Generation:
         self._seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
         stopping = request.stopping
         prompt = request.prompt_token_ids
-        self._sequence = new_sequence(job_id, request, prompt, stopping.max_new_tokens, start, model)
+        self._sequence = new_sequence(job_id, request, prompt, stopping.max_new_tokens, lease, model)
         self._prompt_tokens: list[TokenOutput] = []
         if request.response.prompt_logprobs:
-            self._sequence.logits_from = start.num_virtual_tokens
+            self._sequence.logits_from = lease.num_virtual_tokens
             self._prompt_tokens.append(token_output(self._tokenizer, prompt[0], None))
         sampling = request.sampling
         self._changes = LogitChanges(sampling, prompt) if changes_logits(sampling) else None
@@ -58,7 +59,7 @@ class Generation:
         )
         self._stop = StopChecker(stopping, model.eos_of(request))
         self._end_s = None if stopping.time_limit_s is None else request.accepted_s + stopping.time_limit_s
-        self._meter = Meter(request.accepted_s, len(prompt), start.adapter_load_s)
+        self._meter = Meter(request.accepted_s, len(prompt), lease.load_s)
 
     def next(self, scheduler: Scheduler, now_s: float) -> StepOutput | None:
         """Queues the prompt, once; ends by the time limit, with what there is; pauses or goes on as its reader does.

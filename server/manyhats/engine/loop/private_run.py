@@ -6,11 +6,10 @@ import numpy as np
 
 from manyhats.engine.backends.wants import Logits
 from manyhats.engine.loop.job import Answer, Want
-from manyhats.engine.loop.serving import Start
 from manyhats.engine.scheduling.schedule import Chunk
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
-from manyhats.engine.scheduling.virtual_tokens import PLACEHOLDER_ID
+from manyhats.engine.scheduling.virtual_tokens import PLACEHOLDER_ID, VirtualTokens
 
 
 class PrivateRun:
@@ -19,23 +18,25 @@ class PrivateRun:
     Args:
         job_id: unique.
         token_ids: the prompt, behind the adapter's virtual tokens.
-        start: where the adapter lets it begin.
+        slot: kept for it.
+        virtual: what it begins with.
     """
 
-    def __init__(self, job_id: str, token_ids: tuple[int, ...], start: Start) -> None:
+    def __init__(
+        self, job_id: str, token_ids: tuple[int, ...], slot: int = 0, virtual: VirtualTokens | None = None
+    ) -> None:
         self.id = job_id
         self.deadline_s: float | None = None
         self.is_done = False
-        num_virtual = start.num_virtual_tokens
+        num_virtual = 0 if virtual is None else virtual.num_tokens
         self._rows: list[Logits] = []
         self._sequence = Sequence(
             id=job_id,
             token_ids=[PLACEHOLDER_ID] * num_virtual + list(token_ids),
             max_num_tokens=num_virtual + len(token_ids),
-            slot=start.slot,
-            position_offset=start.position_offset,
+            slot=slot,
             logits_from=num_virtual,
-            virtual=start.virtual,
+            virtual=virtual,
             uses_prefix_cache=False,
             is_internal=True,
         )

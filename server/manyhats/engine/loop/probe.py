@@ -21,7 +21,6 @@ from manyhats.engine.backends.backend import AdapterSlots
 from manyhats.engine.backends.wants import Logits
 from manyhats.engine.errors import NumericalError
 from manyhats.engine.loop.private_run import PrivateRun
-from manyhats.engine.loop.serving import Start
 from manyhats.engine.loop.thread import Loop
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 from manyhats.engine.text.tokenizer import Tokenizer
@@ -89,16 +88,16 @@ class AdapterProbe:
 
     def _base_logits(self, token_ids: tuple[int, ...]) -> Logits:
         if token_ids != self._prompt:
-            return self._run(token_ids, Start())
+            return self._run(token_ids)
         if self._prompt_logits is None:
-            self._prompt_logits = self._run(token_ids, Start())
+            self._prompt_logits = self._run(token_ids)
         return self._prompt_logits
 
     def _adapter_logits(self, adapter: LoweredAdapter, token_ids: tuple[int, ...]) -> Logits:
         try:
             self._slots.place(self._slot, self._slots.pack(adapter))
             virtual = None if adapter.prefix is None else VirtualTokens(adapter.prefix)
-            return self._run(token_ids, Start(self._slot, virtual))
+            return self._run(token_ids, self._slot, virtual)
         except NumericalError as error:
             raise AdapterInvalidError(
                 "logits", "are not finite with this adapter, and are without it: its numbers overflow"
@@ -106,8 +105,8 @@ class AdapterProbe:
         finally:
             self._slots.clear(self._slot)  # no step names it any more, however the job ended
 
-    def _run(self, token_ids: tuple[int, ...], start: Start) -> Logits:
-        return self._loop.run(PrivateRun(self._loop.new_id(), token_ids, start))
+    def _run(self, token_ids: tuple[int, ...], slot: int = 0, virtual: VirtualTokens | None = None) -> Logits:
+        return self._loop.run(PrivateRun(self._loop.new_id(), token_ids, slot, virtual))
 
 
 def probe_prompt(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:

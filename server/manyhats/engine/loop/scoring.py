@@ -9,9 +9,10 @@ from itertools import repeat
 
 from manyhats.engine.loop.job import Answer, Want, token_output
 from manyhats.engine.loop.meter import Meter
-from manyhats.engine.loop.serving import ServingModel, Start, new_sequence
+from manyhats.engine.loop.serving import ServingModel, new_sequence
 from manyhats.engine.output import ScoredContinuation, ScoreOutput, TokenOutput
 from manyhats.engine.request import ScoreRequest
+from manyhats.engine.residency.lease import Lease
 from manyhats.engine.scheduling.blocks import SharedPrefix
 from manyhats.engine.scheduling.schedule import Chunk
 from manyhats.engine.scheduling.scheduler import Scheduler
@@ -38,12 +39,12 @@ class Scoring:
     runs with its prompt.
     """
 
-    def __init__(self, job_id: str, request: ScoreRequest, start: Start, model: ServingModel) -> None:
+    def __init__(self, job_id: str, request: ScoreRequest, lease: Lease, model: ServingModel) -> None:
         self.id = job_id
         self.deadline_s = request.deadline_s
         self.is_done = False
         self._request = request
-        self._start = start
+        self._lease = lease
         self._model = model
         self._tokenizer = model.tokenizer_of(request)
         num_given = request.num_given or (0,) * len(request.continuations)
@@ -54,7 +55,7 @@ class Scoring:
         self._prefix: SharedPrefix | None = None
         self._is_bulk = self._has_many_rows = False
         self._num_done = 0
-        self._meter = Meter(request.accepted_s, len(request.prompt_token_ids), start.adapter_load_s)
+        self._meter = Meter(request.accepted_s, len(request.prompt_token_ids), lease.load_s)
         self._is_queued = False
 
     def next(self, scheduler: Scheduler, now_s: float) -> None:
@@ -159,7 +160,7 @@ class Scoring:
     @property
     def _num_context_tokens(self) -> int:
         """Virtual tokens and prompt."""
-        return self._start.num_virtual_tokens + len(self._request.prompt_token_ids)
+        return self._lease.num_virtual_tokens + len(self._request.prompt_token_ids)
 
     def _new_branch_sequence(self, branch: _Branch) -> Sequence:
         sequence = self._sequence(self._request.prompt_token_ids + branch.token_ids[:-1])
@@ -171,7 +172,7 @@ class Scoring:
 
     def _sequence(self, token_ids: tuple[int, ...]) -> Sequence:
         """A sequence that starts from the shared prompt once that is there."""
-        sequence = new_sequence(self.id, self._request, token_ids, 0, self._start, self._model, self._prefix)
+        sequence = new_sequence(self.id, self._request, token_ids, 0, self._lease, self._model, self._prefix)
         sequence.is_bulk = self._is_bulk
         return sequence
 

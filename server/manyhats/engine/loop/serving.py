@@ -1,4 +1,4 @@
-"""What every request needs to begin: facts of the model, and where its adapter lets it start."""
+"""What every request needs to begin: facts of the model, and a sequence of its tokens on its adapter."""
 
 from __future__ import annotations
 
@@ -7,30 +7,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.residency.lease import Lease
 from manyhats.engine.scheduling.blocks import SharedPrefix
 from manyhats.engine.scheduling.sequence import Sequence
-from manyhats.engine.scheduling.virtual_tokens import PLACEHOLDER_ID, VirtualTokens
+from manyhats.engine.scheduling.virtual_tokens import PLACEHOLDER_ID
 from manyhats.engine.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where a request begins: the slot of its adapter, its virtual tokens, how long it waited for them, if it did."""
-
-    slot: int = 0
-    virtual: VirtualTokens | None = None
-    adapter_load_s: float = 0.0
-    has_waited: bool = False
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """P, 0 where there are none."""
-        return 0 if self.virtual is None else self.virtual.num_tokens
-
-    @property
-    def position_offset(self) -> int:
-        """Of the tokens after them."""
-        return 0 if self.virtual is None else self.virtual.position_offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +49,7 @@ def new_sequence(
     request: Request | ScoreRequest,
     token_ids: Seq[int],
     max_new_tokens: int,
-    start: Start,
+    lease: Lease,
     model: ServingModel,
     shared: SharedPrefix | None = None,
 ) -> Sequence:
@@ -76,19 +57,18 @@ def new_sequence(
 
     ``shared`` is KV to start from that includes the virtual tokens; None is none but theirs.
     """
-    num_tokens = start.num_virtual_tokens + len(token_ids)
+    num_tokens = lease.num_virtual_tokens + len(token_ids)
     return Sequence(
         id=job_id,
-        token_ids=[PLACEHOLDER_ID] * start.num_virtual_tokens + list(token_ids),
+        token_ids=[PLACEHOLDER_ID] * lease.num_virtual_tokens + list(token_ids),
         max_num_tokens=min(num_tokens + max_new_tokens, model.max_context_length),
         cache_key=_cache_key(model.base_digest, request),
-        slot=start.slot,
-        position_offset=start.position_offset,
+        placement=lease.placement,
         priority=request.priority,
         arrival=request.accepted_s,
         shared=shared,
-        virtual=start.virtual,
-        has_waited=start.has_waited,
+        virtual=lease.virtual,
+        has_waited=lease.has_waited,
     )
 
 

@@ -1,4 +1,4 @@
-"""Adapters for requests: pinned at once where they are loaded, else loaded on other threads, and queued for a slot."""
+"""Adapters for requests: leased at once where they are loaded, else loaded on other threads, in turn."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.errors import AdapterCapacityError, DrainingError
-from manyhats.engine.residency.residency import AdapterResidency, Claim, ResidentAdapter
+from manyhats.engine.residency.lease import Lease
+from manyhats.engine.residency.residency import MAX_LOADS, AdapterResidency
 from manyhats.engine.threads.background import Background
-
-_NUM_THREADS = 2
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """Somebody who waits for a slot."""
+    """Somebody who waits for room to load."""
 
     record: AdapterRecord
     lowered: LoweredAdapter | None
-    claimed: asyncio.Future[Claim] = field(default_factory=asyncio.Future)
+    leased: asyncio.Future[Lease] = field(default_factory=asyncio.Future)
 
 
 class AdapterLoading:
     """``AdapterResidency`` for an event loop, on which all of this is called unless it says otherwise.
 
-    While every slot has an adapter that is in use, those who ask for others wait, first come first served; all who
-    wait for the same adapter get it together. No thread waits with them.
+    While others are loaded, or memory is full of adapters that are in use, those who ask for one that is not in memory
+    wait, first come first served; all who wait for the same adapter get it together. No thread waits with them.
     """
 
     def __init__(self, residency: AdapterResidency, background: Background) -> None:
         self.residency = residency
-        self._threads = background.threads(_NUM_THREADS, "adapter-loader")
+        self._threads = background.threads(MAX_LOADS, "adapter-loader")
         self._queue: OrderedDict[str, dict[_Waiter, None]] = (
             OrderedDict()
         )  # by digest, the first to ask first
@@ -48,27 +48,27 @@ class AdapterLoading:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a slot or a load; from any thread."""
+        """Requests that wait for their adapter to be loaded; from any thread."""
         return self._names.total()
 
     @property
-    def waiting_tasks(self) -> tuple[str, ...]:
+    def waiting_tasks(self) -> frozenset[str]:
         """Their task ids; from any thread."""
-        return tuple(sorted(self._tasks))
+        return frozenset(self._tasks)
 
     def in_use(self, record: AdapterRecord) -> bool:
         """Whether a request for this version waits; from any thread."""
         return self._names[record.name] > 0
 
-    async def acquire(self, record: AdapterRecord) -> ResidentAdapter:
-        """Pins an adapter for a request; cancel it to leave.
+    async def lease(self, record: AdapterRecord) -> Lease:
+        """An adapter for a request; cancel it to leave.
 
         Raises:
             AdapterError: it cannot be loaded.
             DrainingError: there will be no more loads.
         """
         with self._counted(record):
-            return await self._acquire(record, None, None)
+            return await self._lease(record, None, None)
 
     async def warm(
         self, record: AdapterRecord, lowered: LoweredAdapter | None = None, *, max_wait_s: float
@@ -78,23 +78,22 @@ class AdapterLoading:
         Args:
             record: the version.
             lowered: what it comes to, where that is at hand; None reads it.
-            max_wait_s: how long to wait for a slot.
+            max_wait_s: how long to wait for room to load it.
 
         Raises:
             AdapterError: it cannot be loaded.
-            AdapterCapacityError: every slot is in use.
+            AdapterCapacityError: there was no room for as long.
             DrainingError: there will be no more loads.
         """
-        await self._acquire(record, lowered, max_wait_s)
-        self.residency.release(record)
+        (await self._lease(record, lowered, max_wait_s)).release()
 
     def close(self) -> None:
         """Starts no more loads, and ends every wait; what has begun goes on by itself."""
         self._is_closed = True
         for waiters in self._queue.values():
             for waiter in waiters:
-                if not waiter.claimed.done():
-                    waiter.claimed.set_exception(_closed())
+                if not waiter.leased.done():
+                    waiter.leased.set_exception(_closed())
         self._queue.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -111,71 +110,73 @@ class AdapterLoading:
                 if not counter[key]:
                     del counter[key]
 
-    async def _acquire(
+    async def _lease(
         self, record: AdapterRecord, lowered: LoweredAdapter | None, max_wait_s: float | None
-    ) -> ResidentAdapter:
-        claim = self._claim(record, lowered) or await self._queued(_Waiter(record, lowered), max_wait_s)
+    ) -> Lease:
+        lease = self._begun(record, lowered) or await self._queued(_Waiter(record, lowered), max_wait_s)
         try:
-            return await asyncio.shield(asyncio.wrap_future(claim.loaded))
+            await asyncio.shield(asyncio.wrap_future(lease.adapter.loaded))
         except asyncio.CancelledError:
-            self._release_unused(record, claim)
+            _release_unused(lease)
             raise
+        return lease
 
-    async def _queued(self, waiter: _Waiter, max_wait_s: float | None) -> Claim:
-        """A slot, when this one's turn has come."""
+    async def _queued(self, waiter: _Waiter, max_wait_s: float | None) -> Lease:
+        """A lease, its load begun, when this one's turn has come."""
         self._loop = asyncio.get_running_loop()
         self._queue.setdefault(waiter.record.digest, {})[waiter] = None
-        self._serve()  # a slot may have come free on another thread just before
+        self._serve()  # room may have been made on another thread just before
         try:
             async with asyncio.timeout(max_wait_s):
-                return await waiter.claimed
+                return await waiter.leased
         except TimeoutError:
             self._leave(waiter)
-            raise AdapterCapacityError(self.residency.num_slots, max_wait_s or 0.0) from None
+            raise AdapterCapacityError(self.residency.max_bytes, max_wait_s or 0.0) from None
         except asyncio.CancelledError:
             self._leave(waiter)
             raise
 
     def _leave(self, waiter: _Waiter) -> None:
-        """Takes out who still waits; gives a claim back that came too late."""
+        """Takes out who still waits; gives a lease back that came too late."""
         digest = waiter.record.digest
         waiters = self._queue.get(digest, {})
         if waiter in waiters:
             del waiters[waiter]
             if not waiters:
                 del self._queue[digest]
-        elif waiter.claimed.done() and not waiter.claimed.cancelled() and waiter.claimed.exception() is None:
-            self._release_unused(waiter.record, waiter.claimed.result())
+        elif waiter.leased.done() and not waiter.leased.cancelled() and waiter.leased.exception() is None:
+            _release_unused(waiter.leased.result())
 
-    def _claim(
+    def _begun(
         self, record: AdapterRecord, lowered: LoweredAdapter | None, *, is_first: bool = False
-    ) -> Claim | None:
-        """A pin, and its load begun; None where there is no slot, or others wait for one."""
+    ) -> Lease | None:
+        """A lease, and its load begun; None where there is no room, or others wait for it."""
         if self._is_closed:
             raise _closed()
-        claim = self.residency.claim(record, may_take_slot=is_first or not self._queue)
-        if claim is not None and claim.must_fill:
-            filling = self._threads.submit(self.residency.fill, record, lowered)
-            filling.add_done_callback(lambda done: self._give_up_cancelled(record, done))
-        return claim
+        may_load = is_first or not self._queue
+        return self.residency.lease(record, partial(self._fill, record, lowered) if may_load else None)
+
+    def _fill(self, record: AdapterRecord, lowered: LoweredAdapter | None) -> None:
+        filling = self._threads.submit(self.residency.fill, record, lowered)
+        filling.add_done_callback(lambda done: self._give_up_cancelled(record, done))
 
     def _room(self) -> None:
-        """On any thread: a slot may have come free."""
+        """On any thread: there may be room for one more."""
         if self._queue and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._serve)
 
     def _serve(self) -> None:
-        """Hands slots to those who have waited longest."""
+        """Lets those load who have waited longest."""
         while self._queue:
             digest, waiters = next(iter(self._queue.items()))
             while waiters:
                 waiter = next(iter(waiters))
-                if not waiter.claimed.done():
-                    claim = self._claim(waiter.record, waiter.lowered, is_first=True)
-                    if claim is None:
+                if not waiter.leased.done():
+                    lease = self._begun(waiter.record, waiter.lowered, is_first=True)
+                    if lease is None:
                         return
-                    waiter.claimed.set_result(claim)
+                    waiter.leased.set_result(lease)
                 del waiters[waiter]
             del self._queue[digest]
 
@@ -183,14 +184,10 @@ class AdapterLoading:
         if filling.cancelled():
             self.residency.give_up(record, _closed())
 
-    def _release_unused(self, record: AdapterRecord, claim: Claim) -> None:
-        """Unpins it once it is loaded; one that cannot be loaded has no pins."""
 
-        def release(loaded: Future[ResidentAdapter]) -> None:
-            if loaded.exception() is None:
-                self.residency.release(record)
-
-        claim.loaded.add_done_callback(release)
+def _release_unused(lease: Lease) -> None:
+    """Gives it back once it is loaded; one that cannot be loaded is void."""
+    lease.adapter.loaded.add_done_callback(lambda loaded: lease.release())
 
 
 def _closed() -> DrainingError:

@@ -1,99 +1,57 @@
-"""Which adapters are loaded, and in which slots: pins those in use, evicts the least recently used."""
+"""Which adapters are in memory: keeps those that requests hold, and evicts the least recently used of the others."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
-from manyhats.engine.errors import AdapterCapacityError
+from manyhats.adapters.primitives import LoweredAdapter
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.residency.lease import Lease, ResidentAdapter
+from manyhats.engine.residency.tiers import DeviceTier, PlacedAdapter, Tier
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 
 if TYPE_CHECKING:
-    from manyhats.engine.backends.backend import AdapterSlots
+    from manyhats.engine.backends.backend import AdapterSlots, Packed
+
+MAX_LOADS = 2
+"""Adapters that are loaded at a time. How large one is shows at the end, so ``max_bytes`` may be exceeded by these."""
 
 LoadAdapter = Callable[[AdapterRecord], LoweredAdapter]
 """Reads an artifact and lowers it; may take long, and raises what makes it unfit."""
 
 
-class PrefixPool(Protocol):
-    """Knows where virtual tokens are in the KV cache; from any thread."""
-
-    def add(self, prefix: KVPrefix | PromptEmbeddings) -> VirtualTokens:
-        """Virtual tokens for requests to start with.
-
-        Raises:
-            EngineError: they can never be in the cache.
-        """
-        ...
-
-    def remove(self, prefix: VirtualTokens) -> None:
-        """Frees their blocks, at once or soon."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ResidentAdapter:
-    """A loaded adapter: the slot that its rows run on, and its virtual tokens if it has any.
-
-    One that is virtual tokens alone has slot 0: its rows are the base's, and cost what those cost.
-    """
-
-    slot: int
-    virtual: VirtualTokens | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class ResidencyStats:
-    """Counts since the start, and bytes now."""
+    """Counts since the start, evictions from memory and from slots apart, and bytes now."""
 
     num_loads: int
     num_evictions: int
+    num_slot_evictions: int
     load_seconds: float
     resident_bytes: int
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """One adapter: ``loaded`` says when it is in ``slot``, or why not. ``pins`` counts requests by version's name."""
-
-    slot: int
-    loaded: Future[ResidentAdapter] = field(default_factory=Future)
-    virtual: VirtualTokens | None = None
-    pins: Counter[str] = field(default_factory=Counter)
-    num_bytes: int = 0
-    forgotten: bool = False
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether requests can run on it."""
-        return self.loaded.done() and self.loaded.exception() is None
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A pin on an adapter that may have to be loaded first.
-
-    Attributes:
-        loaded: what the request starts from, once it is there; the error gives the pin back.
-        must_fill: whether the caller has to see that ``fill`` is called.
-    """
-
-    loaded: Future[ResidentAdapter]
-    must_fill: bool
-
-
 class AdapterResidency:
-    """Slots by artifact digest, pins by version: versions of the same bytes share a slot. Safe from any thread.
+    """Adapters by artifact digest, leases by version: versions of the same bytes share one. Safe from any thread.
 
-    ``acquire`` and ``fill`` may load, so they never run on the engine's thread or the event loop; everything else
-    returns at once.
+    An adapter is read, lowered and packed once, and then stays in the host's memory while there is room. From there it
+    goes into a slot when a sequence of its own starts (``DeviceTier``). ``fill`` loads, so it never runs on the
+    engine's thread or the event loop; everything else returns at once.
+
+    Args:
+        slots: of the backend.
+        num_slots: how many of them adapters get, from slot 1 on.
+        max_bytes: of adapters in memory; those that are leased stay, whatever they take.
+        load: reads them.
+        kv_capacity: tokens of the KV cache.
+        forget: has the blocks of virtual tokens freed, at once or soon.
     """
 
     def __init__(
@@ -102,177 +60,203 @@ class AdapterResidency:
         num_slots: int,
         max_bytes: int,
         load: LoadAdapter,
-        prefixes: PrefixPool,
+        kv_capacity: int,
+        forget: Callable[[VirtualTokens], None],
     ) -> None:
         self._slots = slots
-        self._prefixes = prefixes
-        self._free = list(range(num_slots, 0, -1))
-        self._max_bytes = max_bytes
+        self._device = DeviceTier(slots, num_slots)
         self._load = load
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._kv_capacity = kv_capacity
+        self._forget_virtual = forget
+        self._adapters: OrderedDict[str, ResidentAdapter] = OrderedDict()  # least recently used first
+        self._held: set[ResidentAdapter] = set()
+        self._loading: set[str] = set()
         self._lock = threading.Lock()
-        self._stats = ResidencyStats(0, 0, 0.0, 0)
+        self._stats = ResidencyStats(0, 0, 0, 0.0, 0)
         self._on_room: Callable[[], None] = lambda: None
-        self.num_slots = num_slots
+        self.max_bytes = max_bytes
 
     @property
     def stats(self) -> ResidencyStats:
         """A snapshot."""
-        return self._stats
+        return replace(self._stats, num_slot_evictions=self._device.num_evictions)
 
     def call_on_room(self, callback: Callable[[], None]) -> None:
-        """Has ``callback`` called, on any thread, whenever a slot may have come free."""
+        """Has ``callback`` called, on any thread, whenever one more adapter may have room."""
         self._on_room = callback
 
-    def resident_digests(self) -> frozenset[str]:
-        """Digests of the adapters that a request could run on at once."""
+    def tiers(self) -> dict[str, Tier]:
+        """Digest → tier of each adapter that is loaded; one that needs no slot is ready as if it had one."""
         with self._lock:
-            return frozenset(d for d, e in self._entries.items() if e.is_resident and not e.forgotten)
+            return {
+                digest: Tier.DEVICE if adapter.placement is None else adapter.placement.current
+                for digest, adapter in self._adapters.items()
+                if adapter.is_loaded and not adapter.is_forgotten
+            }
+
+    def tasks_without_slot(self) -> frozenset[str]:
+        """The task ids of requests whose adapter is loaded and has no slot now."""
+        with self._lock:
+            return frozenset(
+                name.rpartition("@")[0]
+                for adapter in self._held
+                if adapter.placement is not None and adapter.placement.slot is None
+                for name in adapter.pins
+            )
 
     def in_use(self, record: AdapterRecord) -> bool:
-        """Whether a request is pinned to this version; another one of the same bytes does not count."""
+        """Whether a request holds this version; another one of the same bytes does not count."""
         with self._lock:
-            entry = self._entries.get(record.digest)
-            return entry is not None and entry.pins[record.name] > 0
+            adapter = self._adapters.get(record.digest)
+            return adapter is not None and adapter.pins[record.name] > 0
 
-    def try_acquire(self, record: AdapterRecord) -> ResidentAdapter | None:
-        """Pins a loaded adapter and returns it; None if it isn't loaded."""
+    def try_lease(self, record: AdapterRecord) -> Lease | None:
+        """A lease of an adapter that is loaded; None if it isn't."""
         with self._lock:
-            entry = self._entries.get(record.digest)
-            if entry is None or not entry.is_resident:
-                return None
-            self._pin(record, entry)
-            return entry.loaded.result()
+            adapter = self._adapters.get(record.digest)
+            return self._lease(record, adapter) if adapter is not None and adapter.is_loaded else None
 
-    def claim(self, record: AdapterRecord, *, may_take_slot: bool = True) -> Claim | None:
-        """Pins an adapter that is loaded, or being loaded, or for which there is a slot; None if there is none.
+    def lease(self, record: AdapterRecord, begin: Callable[[], None] | None) -> Lease | None:
+        """A lease of an adapter that is loaded, or being loaded, or for which there is room; None if there is none.
 
         Args:
             record: the version.
-            may_take_slot: False for one that is loaded or being loaded already, or none.
+            begin: called to have ``fill`` called if the adapter must be loaded first; None where it may not be.
         """
         with self._lock:
-            entry = self._entries.get(record.digest)
-            is_new = entry is None
-            if entry is None:
-                if not may_take_slot or not self._has_slot():
-                    return None
-                entry = self._entries[record.digest] = _Entry(self._free.pop())
-                entry.loaded.set_running_or_notify_cancel()  # nobody who waits for it can cancel it
-            self._pin(record, entry)
-            return Claim(entry.loaded, is_new)
+            adapter = self._adapters.get(record.digest)
+            if adapter is not None:
+                return self._lease(record, adapter)
+            if begin is None or not self._has_room():
+                return None
+            adapter = self._adapters[record.digest] = ResidentAdapter()
+            adapter.loaded.set_running_or_notify_cancel()  # nobody who waits for it can cancel it
+            self._loading.add(record.digest)
+            lease = self._lease(record, adapter)
+        begin()
+        return lease
 
-    def acquire(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> ResidentAdapter:
-        """Pins an adapter, loading it first where needed, and returns it.
-
-        Callers that ask for one that is being loaded wait for that load.
+    def fill(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
+        """Loads what was leased; how that ends, its future says. No other adapter waits for it.
 
         Args:
             record: the version.
             lowered: what it comes to, where that is at hand; None reads it.
-
-        Raises:
-            AdapterCapacityError: every slot holds an adapter that is in use.
-            AdapterError: the artifact cannot be loaded.
         """
-        claim = self.claim(record)
-        if claim is None:
-            raise AdapterCapacityError(self.num_slots)
-        if claim.must_fill:
-            self.fill(record, lowered)
-        return claim.loaded.result()
-
-    def fill(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
-        """Loads what was claimed; how that ends, its future says. No other adapter waits for it."""
         with self._lock:
-            entry = self._entries[record.digest]
+            adapter = self._adapters[record.digest]
         started = time.monotonic()
         try:
-            resident = self._loaded(record, entry, lowered)
+            packed = self._pack(adapter, lowered or self._load(record))
+            with self._lock:
+                self._account(adapter, packed, time.monotonic() - started)
+            if adapter.placement is not None:
+                self._device.fill_free(adapter.placement)
         except BaseException as error:  # noqa: BLE001 whatever it was, those who wait must see it
             self.give_up(record, error)
             return
         with self._lock:
-            if entry.virtual is not None:
-                entry.num_bytes += entry.virtual.num_bytes
-            stats = self._stats
-            self._stats = replace(
-                stats,
-                num_loads=stats.num_loads + 1,
-                load_seconds=stats.load_seconds + time.monotonic() - started,
-                resident_bytes=stats.resident_bytes + entry.num_bytes,
-            )
-            while self._stats.resident_bytes > self._max_bytes and self._evict():
-                pass
-        entry.loaded.set_result(resident)
+            self._loading.discard(record.digest)
+            adapter.is_loaded = True
+        adapter.loaded.set_result(None)
         self._on_room()
 
     def give_up(self, record: AdapterRecord, error: BaseException) -> None:
-        """Ends with an error what was claimed and not filled; all its pins are gone."""
+        """Ends with an error what was leased and not filled; all its leases are void."""
         with self._lock:
-            entry = self._entries[record.digest]
-            self._drop(record.digest)
-        entry.loaded.set_exception(error)
+            adapter = self._drop(record.digest)
+            self._loading.discard(record.digest)
+        adapter.loaded.set_exception(error)
         self._on_room()
 
-    def release(self, record: AdapterRecord) -> None:
-        """Undoes one ``acquire``, or one ``claim`` that was filled; the adapter stays until its slot is needed."""
-        with self._lock:
-            entry = self._entries[record.digest]
-            entry.pins[record.name] -= 1
-            if not entry.pins[record.name]:
-                del entry.pins[record.name]
-            is_idle = not entry.pins
-            if entry.forgotten and is_idle:
-                self._drop(record.digest)
-        if is_idle:
-            self._on_room()
-
     def forget(self, digest: str) -> None:
-        """Frees an adapter's memory, once the requests that run on it have finished."""
+        """Frees an adapter's memory, once the requests that hold it have finished."""
         with self._lock:
-            entry = self._entries.get(digest)
-            if entry is None:
+            adapter = self._adapters.get(digest)
+            if adapter is None:
                 return
-            entry.forgotten = True
-            if entry.pins:
+            adapter.is_forgotten = True
+            if adapter.pins:
                 return
             self._drop(digest)
         self._on_room()
 
-    def _pin(self, record: AdapterRecord, entry: _Entry) -> None:
-        entry.pins[record.name] += 1
-        entry.forgotten = False  # registered again
-        self._entries.move_to_end(record.digest)
+    def _lease(self, record: AdapterRecord, adapter: ResidentAdapter) -> Lease:
+        adapter.pins[record.name] += 1
+        self._held.add(adapter)
+        adapter.is_forgotten = False  # registered again
+        self._adapters.move_to_end(record.digest)
+        return Lease(adapter, partial(self._release, record, adapter))
 
-    def _loaded(
-        self, record: AdapterRecord, entry: _Entry, lowered: LoweredAdapter | None
-    ) -> ResidentAdapter:
-        lowered = lowered or self._load(record)
-        packed = self._slots.pack(lowered)
-        self._slots.place(entry.slot, packed)
-        entry.num_bytes = packed.num_bytes
-        if lowered.prefix is not None:
-            entry.virtual = self._prefixes.add(lowered.prefix)
-        is_prefix_alone = lowered.prefix is not None and not lowered.deltas
-        return ResidentAdapter(0 if is_prefix_alone else entry.slot, entry.virtual)
+    def _release(self, record: AdapterRecord, adapter: ResidentAdapter) -> None:
+        with self._lock:
+            if self._adapters.get(record.digest) is not adapter:
+                return  # it could not be loaded
+            adapter.pins[record.name] -= 1
+            if not adapter.pins[record.name]:
+                del adapter.pins[record.name]
+            is_idle = not adapter.pins
+            if is_idle:
+                self._held.discard(adapter)
+                if adapter.is_forgotten:
+                    self._drop(record.digest)
+        if is_idle:
+            self._on_room()
 
-    def _has_slot(self) -> bool:
-        return bool(self._free) or self._evict()
+    def _pack(self, adapter: ResidentAdapter, lowered: LoweredAdapter) -> Packed:
+        """Lays out its numbers, and says how its sequences begin.
+
+        Raises:
+            FieldInvalidError: the KV cache cannot hold its virtual tokens and a token behind them.
+        """
+        packed: Packed = self._slots.pack(lowered)
+        prefix = lowered.prefix
+        if prefix is not None and prefix.num_virtual_tokens >= self._kv_capacity:
+            raise FieldInvalidError(
+                "num_virtual_tokens",
+                f"are {prefix.num_virtual_tokens}; the KV cache holds {self._kv_capacity} tokens in all",
+            )
+        adapter.virtual = None if prefix is None else VirtualTokens(prefix)
+        if prefix is None or lowered.deltas:
+            adapter.placement = PlacedAdapter(self._device, packed)
+        return packed
+
+    def _account(self, adapter: ResidentAdapter, packed: Packed, seconds: float) -> None:
+        stats, virtual = self._stats, adapter.virtual
+        adapter.num_bytes = packed.num_bytes + (0 if virtual is None else virtual.num_bytes)
+        self._stats = replace(
+            stats,
+            num_loads=stats.num_loads + 1,
+            load_seconds=stats.load_seconds + seconds,
+            resident_bytes=stats.resident_bytes + adapter.num_bytes,
+        )
+        while self._stats.resident_bytes > self.max_bytes and self._evict():
+            pass
+
+    def _has_room(self) -> bool:
+        """Whether one more may be loaded, which takes an unknown number of bytes."""
+        if len(self._loading) >= MAX_LOADS:
+            return False
+        while self._stats.resident_bytes >= self.max_bytes:
+            if not self._evict():
+                return False
+        return True
 
     def _evict(self) -> bool:
-        """Drops the least recently used adapter that nobody uses; whether there was one."""
-        for digest, entry in self._entries.items():
-            if not entry.pins:
+        """Drops the least recently used adapter that nobody holds; whether there was one."""
+        for digest, adapter in self._adapters.items():
+            if not adapter.pins:
                 self._drop(digest)
                 self._stats = replace(self._stats, num_evictions=self._stats.num_evictions + 1)
                 return True
         return False
 
-    def _drop(self, digest: str) -> None:
-        entry = self._entries.pop(digest)
-        self._slots.clear(entry.slot)
-        if entry.virtual is not None:
-            self._prefixes.remove(entry.virtual)
-        self._free.append(entry.slot)
-        self._stats = replace(self._stats, resident_bytes=self._stats.resident_bytes - entry.num_bytes)
+    def _drop(self, digest: str) -> ResidentAdapter:
+        adapter = self._adapters.pop(digest)
+        self._held.discard(adapter)
+        if adapter.placement is not None:
+            self._device.remove(adapter.placement)
+        if adapter.virtual is not None:
+            self._forget_virtual(adapter.virtual)
+        self._stats = replace(self._stats, resident_bytes=self._stats.resident_bytes - adapter.num_bytes)
+        return adapter

@@ -10,6 +10,10 @@ Only running sequences are entitled to blocks. Prefixes kept for others to start
 reclaimed if there is no room otherwise: waiting sequences keep nothing, and the first in the queue can always start
 once nothing runs. One that does not fit yet is overtaken by later ones that do, but not forever.
 
+Nor do waiting sequences have a slot: an adapter's ``placement`` gives one to each that starts. Where sequences run on
+all slots, later ones on those adapters overtake the one that waits, but not forever either; sequences that need no slot
+are not held up by it.
+
 The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go ahead of every
 request, and neither ``max_waiting`` nor ``max_num_sequences`` applies to them. In turn, a step in which others decode
 takes few of their tokens, so that it grows by half at most.
@@ -39,7 +43,9 @@ __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig"]
 _INTERNAL_PRIORITY = 2**31
 """Above every request's."""
 _MAX_PASSED = 32
-"""How many later sequences may overtake one that waits for blocks; then nothing behind it starts before it."""
+"""How many later sequences may overtake one that waits for blocks; then nothing behind it starts before it.
+
+As many may take a slot ahead of one that waits for that; then nothing behind it gets one."""
 _MAX_BLOCKED = 16
 """How many sequences may be tried without fitting in one step; trying each takes time."""
 
@@ -167,9 +173,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, whatever its state; its full blocks stay in the prefix cache. Safe to repeat."""
         if sequence.status is SequenceStatus.RUNNING:
-            self._running.remove(sequence)
-            self._free(sequence.block_table)
-            sequence.block_table = []
+            self._stop(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self._dequeue(sequence)
         self._paused.discard(sequence)
@@ -187,8 +191,10 @@ class Scheduler:
         return len(left)
 
     def clear(self) -> None:
-        """Start over, whatever has gone wrong: no sequence, prefix or block remains held or cached."""
+        """Start over, whatever has gone wrong: no sequence, slot, prefix or block remains held or cached."""
         for sequence in self._unfinished():
+            if sequence.status is SequenceStatus.RUNNING and sequence.placement is not None:
+                sequence.placement.leave()
             sequence.status = SequenceStatus.FINISHED
             sequence.block_table = []
         self._waiting.clear()
@@ -295,7 +301,11 @@ class Scheduler:
                 return
             is_bulk = self._is_bulk(sequence, sequence.num_tokens)
             num_short_left -= not is_bulk
-            if (is_bulk and no_more_bulk) or self._awaits_virtual(sequence):
+            if (
+                (is_bulk and no_more_bulk)
+                or self._awaits_virtual(sequence)
+                or self._awaits_slot(sequence, step)
+            ):
                 continue
             if not self._has_room(sequence, step, are_others_waiting=are_others_waiting):
                 num_bulk_left += is_bulk
@@ -306,9 +316,10 @@ class Scheduler:
                 if sequence.num_passed >= _MAX_PASSED or len(blocked) >= _MAX_BLOCKED:
                     return
                 continue
-            for passed in blocked:
+            if not self._take_turn(sequence):
+                continue
+            for passed in (*blocked, *(step.without_slot if sequence.placement is not None else ())):
                 passed.num_passed += 1
-            self._dequeue(sequence)
             self._admit(sequence, admission, step)
             step.started.append(sequence)
             step.start(sequence)
@@ -342,6 +353,14 @@ class Scheduler:
             for other in self._running
         )
 
+    def _awaits_slot(self, sequence: Sequence, step: Step) -> bool:
+        """Whether there is no slot for a waiting sequence that needs one, or one before it is to have the next."""
+        if sequence.placement is None or (not step.are_slots_reserved and sequence.placement.can_place()):
+            return False
+        step.without_slot.append(sequence)
+        step.are_slots_reserved |= sequence.num_passed >= _MAX_PASSED
+        return True
+
     def _affordable_admission(self, sequence: Sequence, step: Step) -> Admission | None:
         """How to start it, or None if there are too few blocks for all its tokens.
 
@@ -361,6 +380,18 @@ class Scheduler:
                 continue  # the prefix cache may have lost what the plan relies on
             if self._running or not self._prefixes.take_one(prefix):
                 return None
+
+    def _take_turn(self, sequence: Sequence) -> bool:
+        """Move a sequence from those that wait to those that run, unless a load has just taken the last slot."""
+        if sequence.placement is not None:
+            slot = sequence.placement.place()
+            if slot is None:
+                return False
+            sequence.slot = slot
+        sequence.status = SequenceStatus.RUNNING
+        insort(self._running, sequence, key=_rank)
+        self._dequeue(sequence)
+        return True
 
     def _admit(self, sequence: Sequence, admission: Admission, step: Step) -> None:
         allocator = self.allocator
@@ -386,10 +417,8 @@ class Scheduler:
             if max_hit_tokens(sequence) > 0:
                 num_given = max(sequence.num_virtual_tokens, 0 if prefix is None else prefix.num_tokens)
                 step.num_queries += sequence.num_prompt_tokens - num_given
-        sequence.status = SequenceStatus.RUNNING
         sequence.num_passed = 0
         sequence.is_long = self._is_bulk(sequence, sequence.num_left)
-        insort(self._running, sequence, key=_rank)
         self._hold_virtual(sequence)
         if virtual is not None and virtual.held is not None:
             step.prefixes.add(virtual.held)
@@ -408,13 +437,18 @@ class Scheduler:
         self._enqueue(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
-        """A running sequence's blocks go to others; it will be recomputed."""
-        self._running.remove(sequence)
-        self._free(sequence.block_table)
-        sequence.block_table = []
+        """A running sequence's blocks and slot go to others; it will be recomputed."""
+        self._stop(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
         sequence.num_preemptions += 1
+
+    def _stop(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        if sequence.placement is not None:
+            sequence.placement.leave()
+        self._free(sequence.block_table)
+        sequence.block_table = []
 
     def _prefix_of(self, sequence: Sequence) -> SharedPrefix | None:
         """The held prefix that a sequence can start from."""

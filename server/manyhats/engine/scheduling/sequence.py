@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from manyhats.engine.scheduling.blocks import SharedPrefix
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
@@ -19,6 +20,22 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
+class Placement(Protocol):
+    """Gives the sequences of an adapter the slot that they run on; the scheduler calls it, between two steps."""
+
+    def can_place(self) -> bool:
+        """Whether there is a slot now; seldom, ``place`` still finds none."""
+        ...
+
+    def place(self) -> int | None:
+        """The slot of a sequence that starts to run, kept for it until ``leave``; None while there is none."""
+        ...
+
+    def leave(self) -> None:
+        """A sequence that was placed runs no more, beyond the step at hand."""
+        ...
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """The only mutable state of a request; only the scheduler changes it. Compared by identity.
@@ -31,8 +48,8 @@ class Sequence:
         max_num_tokens: prompt and output never exceed it.
         cache_key: root of the prefix cache's keys; equal only where equal tokens give equal KV (base digest,
             adapter digest, position offset, salt).
-        slot: adapter slot, 0 is the base model.
-        position_offset: position of token i is i + position_offset.
+        placement: where it gets its slot each time that it starts to run; None for one that keeps ``slot``.
+        slot: adapter slot while it runs, 0 is the base model.
         priority: higher goes first.
         arrival: among equals, the earlier goes first.
         logits_from: smallest position whose logits are still needed besides the last token's; None if no others are.
@@ -52,7 +69,7 @@ class Sequence:
         num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s, nor virtual).
         num_preemptions: how often its blocks were reclaimed.
         is_long: its prompt takes several steps from where it started, or has many scored rows; see ``Step``.
-        num_passed: how many later sequences started while it waited for blocks.
+        num_passed: how many later sequences started while it waited for blocks or a slot.
         block_keys: prefix cache keys of its first blocks, as far as they were needed.
         num_registered_blocks: number of first blocks that the prefix cache knows, or that are not its own.
         rank: (-priority, arrival, order of adding); smaller goes first.
@@ -62,8 +79,8 @@ class Sequence:
     token_ids: list[int]
     max_num_tokens: int
     cache_key: bytes = b""
+    placement: Placement | None = None
     slot: int = 0
-    position_offset: int = 0
     priority: int = 0
     arrival: float = 0.0
     logits_from: int | None = None
@@ -93,6 +110,11 @@ class Sequence:
     def num_virtual_tokens(self) -> int:
         """P, 0 if it has none."""
         return 0 if self.virtual is None else self.virtual.num_tokens
+
+    @property
+    def position_offset(self) -> int:
+        """The position of token i is i + position_offset."""
+        return 0 if self.virtual is None else self.virtual.position_offset
 
     @property
     def num_tokens(self) -> int:

@@ -26,6 +26,8 @@ class Step:
     Attributes:
         budget: tokens that are left.
         max_bulk: tokens of bulk sequences beside one decode; each two further decodes allow for one more.
+        without_slot: sequences that wait for a slot, by rank.
+        are_slots_reserved: for one of them, which has waited for long enough: nothing behind it gets one.
     """
 
     budget: int
@@ -36,6 +38,8 @@ class Step:
     prefixes: set[SharedPrefix] = field(default_factory=set)  # that it starts from
     started: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    without_slot: list[Sequence] = field(default_factory=list)
+    are_slots_reserved: bool = False
     num_queries: int = 0
     num_hits: int = 0
     _num_decodes: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.registration import Registration
@@ -92,7 +92,7 @@ class AdapterService:
             page_size=request.page_size,
             page_token=request.page_token,
         )
-        adapters = [self._message(record) for record in page.records]
+        adapters = self._all_messages(page.records)
         return adapter_pb2.ListAdaptersResponse(adapters=adapters, next_page_token=page.next_page_token)
 
     async def ActivateAdapter(  # noqa: N802
@@ -107,12 +107,16 @@ class AdapterService:
     ) -> adapter_pb2.DeleteAdapterResponse:
         """Delete one version or a whole task."""
         gone = await self._registrations.delete(request.task_id, force=request.force)
-        return adapter_pb2.DeleteAdapterResponse(adapters=[self._message(record) for record in gone])
+        return adapter_pb2.DeleteAdapterResponse(adapters=self._all_messages(gone))
 
     @property
     def _registrations(self) -> Registrations:
         return Registrations(self._gate.backend, self._metrics)
 
     def _message(self, record: AdapterRecord) -> adapter_pb2.Adapter:
-        is_resident = record.digest in self._gate.backend.engine.resident_digests()
-        return to_proto.adapter(record, is_resident=is_resident)
+        (message,) = self._all_messages([record])
+        return message
+
+    def _all_messages(self, records: Iterable[AdapterRecord]) -> list[adapter_pb2.Adapter]:
+        tiers = self._gate.backend.engine.adapter_tiers()
+        return [to_proto.adapter(record, tiers.get(record.digest)) for record in records]

@@ -17,6 +17,7 @@ from manyhats.engine.output import (
     Usage,
 )
 from manyhats.engine.request import MAX_CONTINUATIONS
+from manyhats.engine.residency.tiers import Tier
 from manyhats.server.service.text_threads import paced, slices
 from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
 
@@ -126,6 +127,11 @@ _FINISH_REASONS = {
 _METHODS = {
     method: adapter_pb2.AdapterMethod.Value(f"ADAPTER_METHOD_{method.name}") for method in AdapterMethod
 }
+_RESIDENCIES = {
+    Tier.DEVICE: adapter_pb2.ADAPTER_RESIDENCY_DEVICE,
+    Tier.HOST: adapter_pb2.ADAPTER_RESIDENCY_HOST,
+    None: adapter_pb2.ADAPTER_RESIDENCY_DISK,
+}
 _STATES = {state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState}
 
 
@@ -141,11 +147,10 @@ def adapter_ref(record: AdapterRecord | None) -> adapter_pb2.AdapterRef | None:
     return adapter_pb2.AdapterRef(task_id=record.task_id, version=record.version, digest=record.digest)
 
 
-def adapter(record: AdapterRecord, *, is_resident: bool) -> adapter_pb2.Adapter:
-    """One version of a task's adapter."""
+def adapter(record: AdapterRecord, tier: Tier | None) -> adapter_pb2.Adapter:
+    """One version of a task's adapter; ``tier`` is where it is in memory, None where it is not."""
     created = Timestamp()
     created.FromDatetime(record.create_time)
-    device, disk = adapter_pb2.ADAPTER_RESIDENCY_DEVICE, adapter_pb2.ADAPTER_RESIDENCY_DISK
     return adapter_pb2.Adapter(
         task_id=record.task_id,
         version=record.version,
@@ -160,7 +165,7 @@ def adapter(record: AdapterRecord, *, is_resident: bool) -> adapter_pb2.Adapter:
         base_model=record.base_model,
         labels=record.labels,
         effect=record.effect,
-        residency=device if is_resident else disk,
+        residency=_RESIDENCIES[tier],
         notes=record.notes,
         parts=[
             adapter_pb2.ArtifactPart(

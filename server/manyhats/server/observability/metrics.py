@@ -12,13 +12,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.engine.output import StepOutput, StepStats, Usage
+from manyhats.engine.residency.tiers import Tier
 from manyhats.server.observability.task_labels import TaskLabels, TaskVersions
 
 if TYPE_CHECKING:
     from manyhats.server.access.tls import ServerTls
     from manyhats.server.service.backend import Backend
 
-DEVICE_TIER = "device"
 _DAY_S = 86_400
 
 # Seconds. The first bounds are what a tiny model needs, the last what a long queue makes.
@@ -149,7 +149,7 @@ class Metrics:
 
     def adapter_loaded(self, seconds: float) -> None:
         """An adapter was read from the store and lowered."""
-        self._load_seconds.labels(DEVICE_TIER).observe(seconds)
+        self._load_seconds.labels(Tier.DEVICE.value).observe(seconds)
 
     def registration(self, result: str, reason: str = "") -> None:
         """A registration ended as ``result``, one of those in the metric's help; ``reason`` is why it was refused."""
@@ -188,17 +188,20 @@ class LiveMetrics:
         if backend is None:
             yield self._gateway_info(0, (), ())
             return
-        resident = backend.engine.resident_digests()
-        residents = [record for record in records if record.digest in resident]
+        tiers = backend.engine.adapter_tiers()
+        residents = [(record, tiers[record.digest]) for record in records if record.digest in tiers]
+        placed = (record.task_id for record, tier in residents if tier is Tier.DEVICE)
         yield from self._engine_gauges(backend)
         yield self._resident_gauge(residents)
         evictions = CounterMetricFamily(
             "manyhats_adapter_evictions", "Adapters that made room in a tier.", labels=["tier"]
         )
-        evictions.add_metric([DEVICE_TIER], backend.engine.residency_stats.num_evictions)
+        residency = backend.engine.residency_stats
+        evictions.add_metric([Tier.DEVICE.value], residency.num_slot_evictions)
+        evictions.add_metric([Tier.HOST.value], residency.num_evictions)
         yield evictions
         waiting = backend.engine.stats.waiting_tasks
-        yield self._gateway_info(backend.limits.max_adapters, (each.task_id for each in residents), waiting)
+        yield self._gateway_info(backend.limits.max_adapters, placed, waiting)
 
     def _engine_gauges(self, backend: Backend) -> Iterator[Metric]:
         stats = backend.engine.stats
@@ -235,9 +238,9 @@ class LiveMetrics:
             values,
         )
 
-    def _resident_gauge(self, residents: Iterable[AdapterRecord]) -> Metric:
-        counts = Tally(self._labels.label(record.task_id) for record in residents)
-        values = [((label, DEVICE_TIER), count) for label, count in counts.items()]
+    def _resident_gauge(self, residents: Iterable[tuple[AdapterRecord, Tier]]) -> Metric:
+        counts = Tally((self._labels.label(record.task_id), tier.value) for record, tier in residents)
+        values = list(counts.items())
         return _gauge("manyhats_adapter_resident", "Loaded versions, by task.", ["task", "tier"], values)
 
     def _gateway_info(self, max_adapters: int, running: Iterable[str], waiting: Iterable[str]) -> Metric:
