@@ -15,7 +15,6 @@ import pytest
 
 from manyhats.adapters.sites import BaseDescription
 from manyhats.server.lifetime.config_file import make_config
-from manyhats.server.service.backend import Backend
 from manyhats.v1 import adapter_pb2 as pb
 from manyhats.v1 import generation_pb2
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
@@ -23,6 +22,7 @@ from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from support.factories.adapters import make_ia3, make_lora
 from support.factories.prefixes import make_prefix
 from support.factories.tiny_models import make_checkpoint
+from support.harnesses.engine import load_tiny
 from support.harnesses.engine_server import served_config
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def ids(answer: generation_pb2.GenerateResponse) -> tuple[int, ...]:
 
 
 @asynccontextmanager
-async def serving(tmp_path: Path) -> AsyncIterator[tuple[Server, Backend]]:
+async def serving(tmp_path: Path) -> AsyncIterator[Server]:
     make_checkpoint(tmp_path / "model")
     config = make_config(
         {
@@ -88,10 +88,10 @@ async def serving(tmp_path: Path) -> AsyncIterator[tuple[Server, Backend]]:
         }
     )
     async with (
-        served_config(config) as (address, backend),
+        served_config(config) as (address, _),
         grpc.aio.insecure_channel(address) as channel,
     ):
-        yield Server(channel), backend
+        yield Server(channel)
 
 
 def make_versions(directory: Path, base: BaseDescription) -> list[Path]:
@@ -108,9 +108,8 @@ async def test_requests_in_flight_during_swaps_each_run_on_one_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MANYHATS_HOME", str(tmp_path / "home"))
-    async with serving(tmp_path) as (server, backend):
-        base = backend.engine.model.description  # type: ignore[attr-defined]
-        sources = make_versions(tmp_path / "adapters", base)
+    async with serving(tmp_path) as server:
+        sources = make_versions(tmp_path / "adapters", load_tiny(tmp_path / "model").description)
         adapters = [await server.register(each) for each in sources]
         low, prefix, *_ = sources
         adapters.append(await server.compose((low, 0.5), (prefix, 1.0)))
