@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ["MANYHATS_TEST_BACKEND"] = config.getoption("--backend")  # read where torch may be imported
+    os.environ["ENGINE_TEST_BACKEND"] = config.getoption("--backend")  # read where torch may be imported
 
 
 @pytest.fixture(scope="session")

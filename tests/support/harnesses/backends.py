@@ -11,7 +11,7 @@ from manyhats.engine.backends.open import open_backend
 from manyhats.engine.backends.torch.model import TorchModel
 
 _MODELS = {"cpu": CpuModel, "torch": TorchModel}
-_NAME = os.environ.get("MANYHATS_TEST_BACKEND", "cpu")
+_NAME = os.environ.get("ENGINE_TEST_BACKEND", "cpu")
 
 
 def default_backend(dtype: str = "float32", num_threads: int = 1) -> Backend:
