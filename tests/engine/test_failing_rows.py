@@ -113,6 +113,19 @@ def test_a_request_with_no_token_left_to_choose_ends_alone_with_a_status_of_its_
     assert loop.token_ids("0") == loop.decoder.greedy(prompt(0), 9)
 
 
+@pytest.mark.parametrize("token_id", [-1, TINY_VOCAB_SIZE, 2**31])
+def test_a_request_that_wants_the_log_probability_of_no_token_ends_alone(loop: Loop, token_id: int) -> None:
+    class Outside(Generation):
+        def wants(self, chunk: Any) -> Any:
+            return replace(super().wants(chunk), target_rows=[0], target_ids=[token_id])
+
+    loop.generate("0", make_request(prompt(0), new_tokens=9))
+    loop.add(Outside("outside", make_request(prompt(1), new_tokens=9), Lease(), loop.serving))
+    loop.drain()
+    assert isinstance(loop.error("outside").__cause__, IndexError)
+    assert loop.token_ids("0") == loop.decoder.greedy(prompt(0), 9)
+
+
 def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(loop: Loop) -> None:
     failures = iter([False, True, False, True])
 

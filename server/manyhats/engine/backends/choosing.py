@@ -56,6 +56,17 @@ class Chooser(Protocol):
         ...
 
 
+def check_ids(token_ids: npt.ArrayLike, vocab_size: int) -> None:
+    """Check that ids are tokens: kernels check no index.
+
+    Raises:
+        IndexError: one is outside the vocabulary.
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if ((ids < 0) | (ids >= vocab_size)).any():
+        raise IndexError(f"a token id is outside the vocabulary of {vocab_size}")
+
+
 def token_logprobs(
     logits: Tensor, targets: Ids, num_top: int, chooser: Chooser, rows: Ids | None = None
 ) -> list[TokenLogprob]:
@@ -69,8 +80,15 @@ def token_logprobs(
         num_top: how many of the most likely tokens to give; V at most are given.
         chooser: what computes.
         rows: [P] the row of each target; None is one target for each row.
+
+    Raises:
+        IndexError: a target is no token.
+        ValueError: not one target for each row.
     """
     own = np.arange(logits.shape[0]) if rows is None else rows
+    if len(own) != len(targets):
+        raise ValueError(f"{len(targets)} tokens for {len(own)} rows")
+    check_ids(targets, logits.shape[1])
     found = chooser.logprobs(
         logits,
         torch.from_numpy(np.asarray(own, dtype=np.int64)),

@@ -16,6 +16,7 @@ import structlog
 
 from manyhats.adapters.primitives import KVPrefix
 from manyhats.engine.backends.backend import AdapterSlots, KVCache, Model
+from manyhats.engine.backends.choosing import check_ids
 from manyhats.engine.backends.plan import int32
 from manyhats.engine.backends.wants import Outcome, Targets, Wants
 from manyhats.engine.errors import (
@@ -188,6 +189,7 @@ class Step:
                 want = job.wants(chunk)
                 if want.sample is not None:
                     check_row(want.sample, self._vocab_size)
+                check_ids(want.target_ids, self._vocab_size)
                 return want
         return Want()
 

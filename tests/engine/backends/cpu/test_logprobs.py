@@ -133,6 +133,14 @@ def test_many_tokens_of_one_row_are_found_at_once(seed: int) -> None:
         assert [token for token, _ in each.top] == logits[row].topk(3).indices.tolist()
 
 
+@pytest.mark.parametrize("target", [-1, 50, 51, 2**31, 2**63 - 1])
+def test_a_token_outside_the_vocabulary_is_an_error(target: int) -> None:
+    with pytest.raises(IndexError, match="vocabulary of 50"):
+        found_logprobs.token_logprobs(random_logits(1, 2, 50), np.array([3, target]), 0, KERNELS)
+    with pytest.raises(ValueError, match="1 tokens for 2 rows"):
+        found_logprobs.token_logprobs(random_logits(1, 2, 50), np.array([3]), 0, KERNELS)
+
+
 def test_numbers_depend_neither_on_threads_nor_on_neighbours() -> None:
     logits, targets = random_logits(1, 6, 4999), np.arange(6)
     whole = found_logprobs.token_logprobs(logits, targets, 100, CpuKernels(2))
