@@ -129,7 +129,7 @@ class EngineSession:
     async def _generate_all(self, case: Case, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Begins when all are with the engine: the first would else be through before the last one comes."""
         all_are_there = threading.Event()
-        self._engine._thread.submit(lambda: _after(all_are_there))
+        self._engine.loop.submit(lambda: _after(all_are_there))
         answers = asyncio.gather(
             *(
                 self._generate(prompt, self._record(case.adapter_of(row)), new_tokens)
