@@ -39,7 +39,7 @@ def save(directory: Path, shape: dict[str, Any]) -> None:
         eos_token_id=2,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     fetched = fetch_model(_DEFAULT_MODEL, default_home())
     for name in _TOKENIZER_FILES:
         shutil.copy(fetched / name, directory / name)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Literal
 
 from benchmarks.measure import Measurement, percentile
 from benchmarks.worker import Worker
@@ -19,8 +18,7 @@ from manyhats.client import AsyncClient, Client
 _MAX_NEW_TOKENS = 4096
 _POLL_S = 0.01
 
-Way = Literal["path", "upload"]
-_WAYS: tuple[Way, ...] = ("path", "upload")
+_WAYS = ("path", "upload")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +41,13 @@ class StreamsSession:
         self._target = target
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._is_stopped = False
+        self._stopping = threading.Event()
         self._num_started = 0
 
     def begin(self, case: Case) -> None:
         """Returns when every stream has a token, so that all of them decode."""
-        self._is_stopped, self._num_started = False, 0
+        self._stopping.clear()
+        self._num_started = 0
         self._running = asyncio.run_coroutine_threadsafe(self._run(case), self._loop)
         while self._num_started < case.num_sequences:
             if self._running.done():
@@ -57,7 +56,7 @@ class StreamsSession:
 
     def end(self) -> list[list[Gap]]:
         """Ends all streams and gives the gaps of each."""
-        self._is_stopped = True
+        self._stopping.set()
         return self._running.result()
 
     async def _run(self, case: Case) -> list[list[Gap]]:
@@ -71,14 +70,14 @@ class StreamsSession:
         """Generates until it is stopped, again where the context is full; between two generations is no gap."""
         gaps: list[Gap] = []
         is_first = True
-        while not self._is_stopped:
+        while not self._stopping.is_set():
             arrived: list[float] = []
             async with client.generate_stream(prompt, max_new_tokens=num_tokens, ignore_eos=True) as stream:
                 async for chunk in stream:
                     arrived += [time.perf_counter()] * len(chunk.tokens)
                     self._num_started += is_first
                     is_first = False
-                    if self._is_stopped:
+                    if self._stopping.is_set():
                         break
             gaps += [Gap(before, after) for before, after in pairwise(arrived)]
         return gaps
@@ -96,9 +95,9 @@ class RegisteringSession:
         self._client = Client(target)
         self._client.server_info()  # connects
 
-    def register(self) -> dict[Way, list[float]]:
+    def register(self) -> dict[str, list[float]]:
         """Registers every adapter, by turns from its path and by upload; the seconds until each is active."""
-        seconds: dict[Way, list[float]] = {way: [] for way in _WAYS}
+        seconds: dict[str, list[float]] = {way: [] for way in _WAYS}
         for index, (task_id, path) in enumerate(self._sources):
             way = _WAYS[index % len(_WAYS)]
             send = self._client.register_adapter if way == "path" else self._client.upload_adapter
@@ -122,7 +121,7 @@ def measure_registrations(
     streams.call("begin", case)
     time.sleep(settings.undisturbed_s)
     begin_s = time.perf_counter()
-    seconds: dict[Way, list[float]] = registering.call("register")
+    seconds: dict[str, list[float]] = registering.call("register")
     end_s = time.perf_counter()
     gaps: list[list[Gap]] = streams.call("end")
     registering.call("delete")
@@ -133,7 +132,7 @@ def measure_registrations(
 
 
 def summarize(
-    streams: Sequence[Sequence[Gap]], begin_s: float, end_s: float, seconds: dict[Way, list[float]]
+    streams: Sequence[Sequence[Gap]], begin_s: float, end_s: float, seconds: dict[str, list[float]]
 ) -> Measurement:
     """What ``measure_registrations`` gives, of gaps by stream and of when registrations ran.
 

@@ -10,7 +10,7 @@ from examples.data import NUM_HELD_OUT
 from examples.tasks.task import ExampleTask, Item, held_out_items
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.config import MIB, EngineConfig
+from manyhats.engine.config import MIB, Dtype, EngineConfig
 from manyhats.engine.engine import Engine
 from manyhats.engine.opening import open_engine
 from manyhats.engine.request import Request, StoppingParams
@@ -55,7 +55,7 @@ def evaluate(
     record: AdapterRecord,
     load_adapter: LoadAdapter,
     *,
-    dtype: str,
+    dtype: Dtype,
     num_threads: int,
     count: int = NUM_HELD_OUT,
 ) -> Evaluation:

@@ -86,11 +86,11 @@ def describe(settings: ExampleSettings) -> str:
         case PromptSettings():
             return f"prompt tuning, P={settings.num_virtual_tokens}, begun as “{settings.init_text}”"
         case PromptOverSettings():
-            size, text = settings.num_virtual_tokens, settings.text
-            return f"prompt tuning, P={size}, begun as “{text}”, trained over `{settings.over}`"
+            begun = f"P={settings.num_virtual_tokens}, begun as “{settings.text}”"
+            return f"prompt tuning, {begun}, trained over `{settings.over}`"
         case MultitaskSettings():
-            size = f"P={settings.num_virtual_tokens}, rank {settings.rank}"
-            return f"multitask prompt tuning of one task, {size}, begun as “{settings.text}”"
+            shape = f"P={settings.num_virtual_tokens}, rank {settings.rank}"
+            return f"multitask prompt tuning of one task, {shape}, begun as “{settings.text}”"
 
 
 def _code(names: tuple[str, ...]) -> str:

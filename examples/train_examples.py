@@ -28,6 +28,7 @@ from examples.training import TrainingResult, train_example
 from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
+from manyhats.engine.config import Dtype
 from manyhats.trainer.model.computation import resolve_computation
 from manyhats.trainer.settings.settings import ModelSettings
 
@@ -102,7 +103,7 @@ def _train(base: LoadedModel, task: ExampleTask, root: Path, options: ModelSetti
 
 
 def _evaluate(
-    base: LoadedModel, task: ExampleTask, root: Path, *, dtype: str, num_threads: int
+    base: LoadedModel, task: ExampleTask, root: Path, *, dtype: Dtype, num_threads: int
 ) -> Evaluation:
     """Register what was written, as a server would, and answer with it."""
     parts = [Part(str(directory), weight) for directory, weight in parts_of(task, root)]
