@@ -239,6 +239,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not prefills or set(prefills) & set(sequences)
 
     @invariant()
+    def ranks_are_of_unfinished_sequences_alone(self) -> None:
+        if hasattr(self, "scheduler"):
+            assert self.scheduler._queue._ranks.keys() == {s for s in self.live if not s.is_finished}
+
+    @invariant()
     def references_equal_holders(self) -> None:
         if not hasattr(self, "scheduler"):
             return

@@ -1,13 +1,18 @@
-"""Where the blocks of a waiting sequence would come from, and how much of it would be computed already."""
+"""How a waiting sequence starts: where its blocks come from, and how much of it is computed already."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
-from manyhats.engine.scheduling.prefix_cache import find_hits
+from manyhats.engine.scheduling.held_prefixes import HeldPrefixes
+from manyhats.engine.scheduling.prefix_cache import find_hits, max_hit_tokens
+from manyhats.engine.scheduling.schedule import SchedulerConfig
 from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.step import Step
+from manyhats.engine.scheduling.virtual_tokens import PrefixFill
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,88 @@ class Admission:
     fill_from: int | None
 
 
-def plan_admission(sequence: Sequence, shared: SharedPrefix | None, allocator: BlockAllocator) -> Admission:
+class Admissions:
+    """Finds blocks for sequences that are to start, and gives them those. Belongs to the scheduler."""
+
+    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator, prefixes: HeldPrefixes) -> None:
+        self._config = config
+        self._allocator = allocator
+        self._prefixes = prefixes
+
+    def awaits_virtual(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
+        """Whether a running sequence is computing the virtual tokens that this one also begins with."""
+        virtual = sequence.virtual
+        if virtual is None or virtual.held is not None or virtual.embeddings is None:
+            return False
+        return any(
+            other.virtual is virtual and other.num_computed_tokens < virtual.num_tokens for other in running
+        )
+
+    def has_tokens(self, sequence: Sequence, step: Step, *, are_others_waiting: bool) -> bool:
+        """Whether the step has tokens for a waiting sequence; a bulk one may be short by what is already computed."""
+        if not self._config.is_bulk(sequence, sequence.num_tokens):
+            return step.room > 0
+        plan = _plan(sequence, self._prefixes.of(sequence), self._allocator)
+        num_left = sequence.num_tokens - plan.num_computed
+        if not self._config.is_bulk(sequence, num_left):
+            return True
+        return step.has_bulk_room(sequence, num_left, are_others_waiting=are_others_waiting)
+
+    def find(self, sequence: Sequence, step: Step, running: Seq[Sequence]) -> Admission | None:
+        """How to start it, or None if there are too few blocks for all its tokens.
+
+        While others run, one block stays free for each that still grows, or it would soon be preempted. Alone, it may
+        take the blocks of every prefix too: nothing else holds any, and it fits at full length (``check_addable``).
+        """
+        allocator = self._allocator
+        num_growing = sum(
+            len(other.block_table) < allocator.num_blocks_for(other.max_num_tokens) for other in running
+        )
+        while True:
+            prefix = self._prefixes.of(sequence)
+            plan = _plan(sequence, prefix, allocator)
+            needed = allocator.num_blocks_for(len(sequence.token_ids)) - plan.num_borrowed_used
+            lacking = needed + num_growing - allocator.num_available
+            if lacking <= 0:
+                return plan
+            spared = step.prefixes if prefix is None else {*step.prefixes, prefix}
+            if self._prefixes.make_room(lacking, spared):
+                continue  # the prefix cache may have lost what the plan relies on
+            if running or not self._prefixes.take_one(prefix):
+                return None
+
+    def start(self, sequence: Sequence, admission: Admission, step: Step) -> None:
+        """Give a sequence its blocks, and the step what puts KV into them."""
+        allocator = self._allocator
+        for block_id in admission.borrowed:
+            allocator.ref(block_id)
+        num_own = allocator.num_blocks_for(len(sequence.token_ids)) - len(admission.borrowed)
+        own = allocator.allocate(num_own)
+        sequence.block_table = [*admission.borrowed, *own]
+        prefix, virtual = self._prefixes.of(sequence), sequence.virtual
+        if prefix is not None:
+            self._prefixes.touch(prefix)
+            step.prefixes.add(prefix)
+        if admission.copy_from is not None:
+            step.block_copies.append((admission.copy_from, own[0]))
+        if admission.fill_from is not None and virtual is not None:
+            filled = tuple(own[: allocator.num_blocks_for(virtual.num_tokens) - len(admission.borrowed)])
+            step.prefix_fills.append(PrefixFill(virtual, admission.fill_from, filled))
+        sequence.num_registered_blocks = len(admission.borrowed)
+        sequence.num_computed_tokens = admission.num_computed
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = admission.num_hit_tokens
+            step.num_hits += admission.num_hit_tokens
+            if max_hit_tokens(sequence) > 0:
+                num_given = max(sequence.num_virtual_tokens, 0 if prefix is None else prefix.num_tokens)
+                step.num_queries += sequence.num_prompt_tokens - num_given
+        sequence.is_long = self._config.is_bulk(sequence, sequence.num_left)
+        self._prefixes.hold_virtual(sequence)
+        if virtual is not None and virtual.held is not None:
+            step.prefixes.add(virtual.held)
+
+
+def _plan(sequence: Sequence, shared: SharedPrefix | None, allocator: BlockAllocator) -> Admission:
     """Look up what exists: ``shared``'s full blocks, then the prefix cache's. Takes no references.
 
     The partly filled last block of ``shared`` is copied, since the sequence will write to it, unless the cache has that

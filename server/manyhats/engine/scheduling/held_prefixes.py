@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
+from collections.abc import Sequence as Seq
 
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
+from manyhats.engine.scheduling.sequence import Sequence
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 
 
@@ -16,7 +18,7 @@ class HeldPrefixes:
         free: drops references, at once or when the current step has run.
     """
 
-    def __init__(self, allocator: BlockAllocator, free: Callable[[Sequence[int]], None]) -> None:
+    def __init__(self, allocator: BlockAllocator, free: Callable[[Seq[int]], None]) -> None:
         self._allocator = allocator
         self._free = free
         self._held: dict[SharedPrefix, VirtualTokens | None] = {}  # the least recently used first
@@ -29,7 +31,7 @@ class HeldPrefixes:
 
     def hold(
         self,
-        block_ids: Sequence[int],
+        block_ids: Seq[int],
         num_tokens: int,
         virtual: VirtualTokens | None = None,
         job_id: str = "",
@@ -43,6 +45,20 @@ class HeldPrefixes:
         if virtual is not None:
             virtual.held = prefix
         return prefix
+
+    def of(self, sequence: Sequence) -> SharedPrefix | None:
+        """The one that a sequence can start from."""
+        if sequence.shared is not None and sequence.shared in self._held:
+            return sequence.shared
+        return None if sequence.virtual is None else sequence.virtual.held
+
+    def hold_virtual(self, sequence: Sequence) -> None:
+        """Keep virtual tokens that a sequence has installed, for others of its task."""
+        virtual = sequence.virtual
+        if virtual is None or virtual.held is not None or not sequence.uses_prefix_cache:
+            return
+        if sequence.num_computed_tokens >= virtual.num_tokens:
+            self.hold(sequence.block_table, virtual.num_tokens, virtual)
 
     def touch(self, prefix: SharedPrefix) -> None:
         """A sequence starts from it: it becomes the most recently used."""

@@ -99,3 +99,9 @@ class SchedulerConfig:
                 f"must be at least max_num_sequences = {self.max_num_sequences}, "
                 f"not {self.max_num_batched_tokens}",
             )
+
+    def is_bulk(self, sequence: Sequence, num_left: int) -> bool:
+        """Whether a sequence with this many tokens to compute is a bulk one (``Step``)."""
+        is_long = num_left > self.max_num_batched_tokens
+        is_scored = sequence.num_scored > self.max_bulk_tokens
+        return sequence.is_bulk or ((is_long or is_scored) and not sequence.is_internal)

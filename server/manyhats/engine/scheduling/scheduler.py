@@ -1,7 +1,7 @@
 """Picks sequences and token counts for the next step, and reclaims blocks when they run out.
 
-Order: running decodes, running prefills, then waiting sequences by (priority, arrival), preempted ones first within
-their priority; ``Step`` says who gets how many tokens. A running sequence's blocks cover all its tokens, so only
+Order: running decodes, running prefills, then waiting sequences in the ``Queue``'s order; ``Step`` says who gets how
+many tokens. A running sequence's blocks cover all its tokens, so only
 decodes ever need more; when none is left, the running sequence that ranks last gives up all its blocks and is
 recomputed later, keeping its output. The one that ranks first is thus never preempted while others run, and so
 finishes.
@@ -13,35 +13,27 @@ once nothing runs. One that does not fit yet is overtaken by later ones that do,
 Nor do waiting sequences have a slot: an adapter's ``placement`` gives one to each that starts. Where sequences run on
 all slots, later ones on those adapters overtake the one that waits, but not forever either; sequences that need no slot
 are not held up by it.
-
-The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go ahead of every
-request, and neither ``max_waiting`` nor ``max_num_sequences`` applies to them. In turn, a step in which others decode
-takes few of their tokens, so that it grows by half at most.
-
-``max_waiting`` refuses requests on arrival only. It refuses none that has already waited for its adapter, and none of
-the continuations of a scoring that has begun, which steady newcomers could otherwise keep out for good.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Sequence as Seq
 
 from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import QueueFullError
-from manyhats.engine.scheduling.admission import Admission, check_addable, plan_admission
+from manyhats.engine.scheduling.admission import Admissions, check_addable
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
 from manyhats.engine.scheduling.held_prefixes import HeldPrefixes
-from manyhats.engine.scheduling.prefix_cache import max_hit_tokens, register_full_blocks
+from manyhats.engine.scheduling.policy import Queue
+from manyhats.engine.scheduling.prefix_cache import register_full_blocks
 from manyhats.engine.scheduling.schedule import Chunk, Schedule, SchedulerConfig
 from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
 from manyhats.engine.scheduling.step import Step
-from manyhats.engine.scheduling.virtual_tokens import PrefixFill, VirtualTokens
+from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 
 __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig"]
 
-_INTERNAL_PRIORITY = 2**31
-"""Above every request's."""
 _MAX_PASSED = 32
 """How many later sequences may overtake one that waits for blocks; then nothing behind it starts before it.
 
@@ -61,13 +53,11 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, allocator: BlockAllocator) -> None:
         self.config = config
         self.allocator = allocator
-        self._waiting: list[Sequence] = []  # sorted by _waiting_rank
+        self._queue = Queue(config)
         self._running: list[Sequence] = []  # sorted by rank
-        self._prefixes = HeldPrefixes(allocator, self._free)
         self._paused: set[Sequence] = set()
-        self._num_counted = 0  # of those that wait
-        self._num_short = 0  # of them, too: no bulk ones
-        self._num_added = 0
+        self._prefixes = HeldPrefixes(allocator, self._free)
+        self._admissions = Admissions(config, allocator, self._prefixes)
         self.rate = FinishRate()  # of requests' sequences
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
@@ -80,7 +70,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a first step, or were preempted."""
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def num_paused(self) -> int:
@@ -90,7 +80,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any sequence is unfinished and not paused."""
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._queue)
 
     def check_queue(self, num_elsewhere: int = 0) -> None:
         """Check that one more may wait; callable from any thread.
@@ -101,7 +91,7 @@ class Scheduler:
         Raises:
             QueueFullError: ``max_waiting`` are waiting.
         """
-        num_ahead = self._num_counted + num_elsewhere
+        num_ahead = self._queue.num_counted + num_elsewhere
         if num_ahead >= self.config.max_waiting:
             raise QueueFullError(self.config.max_waiting, self.rate.wait_s(num_ahead))
 
@@ -117,10 +107,7 @@ class Scheduler:
         if sequence.is_counted and not sequence.has_waited:
             self.check_queue()
         check_addable(sequence, self.allocator)
-        priority = _INTERNAL_PRIORITY if sequence.is_internal else sequence.priority
-        sequence.rank = (-priority, sequence.arrival, self._num_added)
-        self._num_added += 1
-        self._enqueue(sequence)
+        self._queue.add(sequence)
 
     def schedule(self) -> Schedule:
         """Decide the next step.
@@ -132,7 +119,7 @@ class Scheduler:
         """
         if self._in_flight is not None:
             raise RuntimeError("the last schedule was not committed")
-        step = Step(self.config.max_num_batched_tokens, self.config.max_bulk_tokens)
+        step = Step(self.config.max_num_batched_tokens, self.config.max_bulk_tokens, self._queue.rank)
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
@@ -161,7 +148,7 @@ class Scheduler:
                 continue
             end = chunk.start + chunk.num_tokens
             sequence.num_computed_tokens = end
-            self._hold_virtual(sequence)
+            self._prefixes.hold_virtual(sequence)
             if sequence.logits_from is not None:
                 sequence.logits_from = max(sequence.logits_from, end)
             register_full_blocks(sequence, self.allocator)
@@ -175,7 +162,8 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._stop(sequence)
         elif sequence.status is SequenceStatus.WAITING:
-            self._dequeue(sequence)
+            self._queue.leave(sequence)
+        self._queue.forget(sequence)
         self._paused.discard(sequence)
         if sequence.status is not SequenceStatus.FINISHED and sequence.is_counted:
             self.rate.finished()
@@ -197,10 +185,9 @@ class Scheduler:
                 sequence.placement.leave()
             sequence.status = SequenceStatus.FINISHED
             sequence.block_table = []
-        self._waiting.clear()
+        self._queue.clear()
         self._running.clear()
         self._paused.clear()
-        self._num_counted = self._num_short = 0
         self._prefixes.clear()
         self._in_flight = None
         self._freed_in_flight.clear()
@@ -211,7 +198,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._give_back(sequence)
         elif sequence.status is SequenceStatus.WAITING:
-            self._dequeue(sequence)
+            self._queue.leave(sequence)
         else:
             return
         sequence.status = SequenceStatus.PAUSED
@@ -221,7 +208,7 @@ class Scheduler:
         """Let a paused sequence take its turn again, ahead of those that have not begun."""
         if sequence.status is SequenceStatus.PAUSED:
             self._paused.remove(sequence)
-            self._enqueue(sequence)
+            self._queue.enter(sequence)
 
     def hold(self, sequence: Sequence, num_tokens: int) -> SharedPrefix:
         """Keep the KV of a running sequence's first tokens for others to start from, beyond its finish.
@@ -250,20 +237,7 @@ class Scheduler:
             self._prefixes.release(virtual.held)
 
     def _unfinished(self) -> tuple[Sequence, ...]:
-        return (*self._running, *self._waiting, *self._paused)
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.WAITING
-        self._count_waiting(sequence, +1)
-        insort(self._waiting, sequence, key=_waiting_rank)
-
-    def _dequeue(self, sequence: Sequence) -> None:
-        self._count_waiting(sequence, -1)
-        del self._waiting[bisect_left(self._waiting, _waiting_rank(sequence), key=_waiting_rank)]
-
-    def _count_waiting(self, sequence: Sequence, change: int) -> None:
-        self._num_counted += change * sequence.is_counted
-        self._num_short += change * (not self._is_bulk(sequence, sequence.num_tokens))
+        return (*self._running, *self._queue, *self._paused)
 
     def _free(self, block_ids: Seq[int]) -> None:
         if self._in_flight is None:
@@ -281,7 +255,7 @@ class Scheduler:
             while (lacking := missing - self.allocator.num_available) > 0:
                 if self._prefixes.make_room(lacking, step.prefixes):
                     break
-                if len(self._running) == 1 and self._prefixes.take_one(self._prefix_of(sequence)):
+                if len(self._running) == 1 and self._prefixes.take_one(self._prefixes.of(sequence)):
                     continue
                 last = self._running[-1]
                 self._preempt(last, step)
@@ -293,24 +267,24 @@ class Scheduler:
     def _admit_waiting(self, step: Step) -> None:
         blocked: list[Sequence] = []
         num_bulk_left = 0
-        num_short_left = self._num_short  # not considered yet
+        num_short_left = self._queue.num_short  # not considered yet
         are_others_waiting = num_short_left > 0
-        for sequence in tuple(self._waiting):
+        for sequence in self._queue:
             no_more_bulk = num_bulk_left >= _MAX_BLOCKED
             if step.budget <= 0 or self._is_full(sequence) or (no_more_bulk and num_short_left == 0):
                 return
-            is_bulk = self._is_bulk(sequence, sequence.num_tokens)
+            is_bulk = self.config.is_bulk(sequence, sequence.num_tokens)
             num_short_left -= not is_bulk
             if (
                 (is_bulk and no_more_bulk)
-                or self._awaits_virtual(sequence)
+                or self._admissions.awaits_virtual(sequence, self._running)
                 or self._awaits_slot(sequence, step)
             ):
                 continue
-            if not self._has_room(sequence, step, are_others_waiting=are_others_waiting):
+            if not self._admissions.has_tokens(sequence, step, are_others_waiting=are_others_waiting):
                 num_bulk_left += is_bulk
                 continue
-            admission = self._affordable_admission(sequence, step)
+            admission = self._admissions.find(sequence, step, self._running)
             if admission is None:
                 blocked.append(sequence)
                 if sequence.num_passed >= _MAX_PASSED or len(blocked) >= _MAX_BLOCKED:
@@ -320,38 +294,13 @@ class Scheduler:
                 continue
             for passed in (*blocked, *(step.without_slot if sequence.placement is not None else ())):
                 passed.num_passed += 1
-            self._admit(sequence, admission, step)
+            sequence.num_passed = 0
+            self._admissions.start(sequence, admission, step)
             step.started.append(sequence)
             step.start(sequence)
 
     def _is_full(self, sequence: Sequence) -> bool:
         return len(self._running) >= self.config.max_num_sequences and not sequence.is_internal
-
-    def _is_bulk(self, sequence: Sequence, num_left: int) -> bool:
-        """Whether it is a bulk sequence (``Step``) with this many tokens to compute."""
-        is_long = num_left > self.config.max_num_batched_tokens
-        is_scored = sequence.num_scored > self.config.max_bulk_tokens
-        return sequence.is_bulk or ((is_long or is_scored) and not sequence.is_internal)
-
-    def _has_room(self, sequence: Sequence, step: Step, *, are_others_waiting: bool) -> bool:
-        """Whether the step has tokens for a waiting sequence; a bulk one may be short by what is already computed."""
-        if not self._is_bulk(sequence, sequence.num_tokens):
-            return step.room > 0
-        plan = plan_admission(sequence, self._prefix_of(sequence), self.allocator)
-        num_left = sequence.num_tokens - plan.num_computed
-        if not self._is_bulk(sequence, num_left):
-            return True
-        return step.has_bulk_room(sequence, num_left, are_others_waiting=are_others_waiting)
-
-    def _awaits_virtual(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is computing the virtual tokens that this one also begins with."""
-        virtual = sequence.virtual
-        if virtual is None or virtual.held is not None or virtual.embeddings is None:
-            return False
-        return any(
-            other.virtual is virtual and other.num_computed_tokens < virtual.num_tokens
-            for other in self._running
-        )
 
     def _awaits_slot(self, sequence: Sequence, step: Step) -> bool:
         """Whether there is no slot for a waiting sequence that needs one, or one before it is to have the next."""
@@ -361,26 +310,6 @@ class Scheduler:
         step.are_slots_reserved |= sequence.num_passed >= _MAX_PASSED
         return True
 
-    def _affordable_admission(self, sequence: Sequence, step: Step) -> Admission | None:
-        """How to start it, or None if there are too few blocks for all its tokens.
-
-        While others run, one block stays free for each that still grows, or it would soon be preempted. Alone, it may
-        take the blocks of every prefix too: nothing else holds any, and it fits at full length (``check_addable``).
-        """
-        allocator = self.allocator
-        while True:
-            prefix = self._prefix_of(sequence)
-            plan = plan_admission(sequence, prefix, allocator)
-            needed = allocator.num_blocks_for(len(sequence.token_ids)) - plan.num_borrowed_used
-            lacking = needed + self._num_growing() - allocator.num_available
-            if lacking <= 0:
-                return plan
-            spared = step.prefixes if prefix is None else {*step.prefixes, prefix}
-            if self._prefixes.make_room(lacking, spared):
-                continue  # the prefix cache may have lost what the plan relies on
-            if self._running or not self._prefixes.take_one(prefix):
-                return None
-
     def _take_turn(self, sequence: Sequence) -> bool:
         """Move a sequence from those that wait to those that run, unless a load has just taken the last slot."""
         if sequence.placement is not None:
@@ -389,52 +318,14 @@ class Scheduler:
                 return False
             sequence.slot = slot
         sequence.status = SequenceStatus.RUNNING
-        insort(self._running, sequence, key=_rank)
-        self._dequeue(sequence)
+        insort(self._running, sequence, key=self._queue.rank)
+        self._queue.leave(sequence)
         return True
-
-    def _admit(self, sequence: Sequence, admission: Admission, step: Step) -> None:
-        allocator = self.allocator
-        for block_id in admission.borrowed:
-            allocator.ref(block_id)
-        num_own = allocator.num_blocks_for(len(sequence.token_ids)) - len(admission.borrowed)
-        own = allocator.allocate(num_own)
-        sequence.block_table = [*admission.borrowed, *own]
-        prefix, virtual = self._prefix_of(sequence), sequence.virtual
-        if prefix is not None:
-            self._prefixes.touch(prefix)
-            step.prefixes.add(prefix)
-        if admission.copy_from is not None:
-            step.block_copies.append((admission.copy_from, own[0]))
-        if admission.fill_from is not None and virtual is not None:
-            filled = tuple(own[: allocator.num_blocks_for(virtual.num_tokens) - len(admission.borrowed)])
-            step.prefix_fills.append(PrefixFill(virtual, admission.fill_from, filled))
-        sequence.num_registered_blocks = len(admission.borrowed)
-        sequence.num_computed_tokens = admission.num_computed
-        if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = admission.num_hit_tokens
-            step.num_hits += admission.num_hit_tokens
-            if max_hit_tokens(sequence) > 0:
-                num_given = max(sequence.num_virtual_tokens, 0 if prefix is None else prefix.num_tokens)
-                step.num_queries += sequence.num_prompt_tokens - num_given
-        sequence.num_passed = 0
-        sequence.is_long = self._is_bulk(sequence, sequence.num_left)
-        self._hold_virtual(sequence)
-        if virtual is not None and virtual.held is not None:
-            step.prefixes.add(virtual.held)
-
-    def _hold_virtual(self, sequence: Sequence) -> None:
-        """Keep virtual tokens that a sequence has installed, for others of its task."""
-        virtual = sequence.virtual
-        if virtual is None or virtual.held is not None or not sequence.uses_prefix_cache:
-            return
-        if sequence.num_computed_tokens >= virtual.num_tokens:
-            self._prefixes.hold(sequence.block_table, virtual.num_tokens, virtual)
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._give_back(sequence)
         step.preempted.append(sequence)
-        self._enqueue(sequence)
+        self._queue.enter(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         """A running sequence's blocks and slot go to others; it will be recomputed."""
@@ -449,26 +340,3 @@ class Scheduler:
             sequence.placement.leave()
         self._free(sequence.block_table)
         sequence.block_table = []
-
-    def _prefix_of(self, sequence: Sequence) -> SharedPrefix | None:
-        """The held prefix that a sequence can start from."""
-        if sequence.shared is not None and sequence.shared in self._prefixes:
-            return sequence.shared
-        return None if sequence.virtual is None else sequence.virtual.held
-
-    def _num_growing(self) -> int:
-        """Running sequences that may still need a block."""
-        allocator = self.allocator
-        return sum(
-            len(sequence.block_table) < allocator.num_blocks_for(sequence.max_num_tokens)
-            for sequence in self._running
-        )
-
-
-def _rank(sequence: Sequence) -> tuple[int, float, int]:
-    return sequence.rank
-
-
-def _waiting_rank(sequence: Sequence) -> tuple[int, bool, float, int]:
-    priority, arrival, order = sequence.rank
-    return (priority, sequence.num_preemptions == 0, arrival, order)

@@ -72,7 +72,6 @@ class Sequence:
         num_passed: how many later sequences started while it waited for blocks or a slot.
         block_keys: prefix cache keys of its first blocks, as far as they were needed.
         num_registered_blocks: number of first blocks that the prefix cache knows, or that are not its own.
-        rank: (-priority, arrival, order of adding); smaller goes first.
     """
 
     id: str
@@ -101,7 +100,6 @@ class Sequence:
     num_passed: int = field(default=0, init=False)
     block_keys: list[bytes] = field(default_factory=list, init=False, repr=False)
     num_registered_blocks: int = field(default=0, init=False)
-    rank: tuple[int, float, int] = field(default=(0, 0.0, 0), init=False)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from manyhats.engine.scheduling.blocks import SharedPrefix
+from manyhats.engine.scheduling.policy import Rank
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
 from manyhats.engine.scheduling.virtual_tokens import PrefixFill
@@ -26,12 +27,14 @@ class Step:
     Attributes:
         budget: tokens that are left.
         max_bulk: tokens of bulk sequences beside one decode; each two further decodes allow for one more.
+        rank: of a sequence.
         without_slot: sequences that wait for a slot, by rank.
         are_slots_reserved: for one of them, which has waited for long enough: nothing behind it gets one.
     """
 
     budget: int
     max_bulk: int
+    rank: Callable[[Sequence], Rank]
     chunks: list[Chunk] = field(default_factory=list)
     prefix_fills: list[PrefixFill] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
@@ -86,7 +89,7 @@ class Step:
         return (
             room > 0
             or all(num_left < other.num_left for other in self._bulk)
-            or all(sequence.rank < other.rank for other in self._bulk)
+            or all(self.rank(sequence) < self.rank(other) for other in self._bulk)
         )
 
     def freeze(self) -> Schedule:
@@ -111,10 +114,10 @@ class Step:
         budget = self._bulk_budget()
         if not self._bulk:
             return
-        first = min(self._bulk, key=lambda sequence: sequence.rank)
+        first = min(self._bulk, key=self.rank)
         shares = {first: min(first.num_left, -(-budget // 2))}
         budget -= shares[first]
-        for sequence in sorted(self._bulk, key=lambda sequence: (sequence.num_left, sequence.rank)):
+        for sequence in sorted(self._bulk, key=lambda sequence: (sequence.num_left, self.rank(sequence))):
             share = shares.get(sequence, 0)
             more = min(sequence.num_left - share, budget)
             shares[sequence] = share + more
