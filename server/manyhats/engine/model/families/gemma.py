@@ -7,7 +7,14 @@ from dataclasses import replace
 
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.families.fields import RawConfig, biased_groups, refuse, windows_of, with_defaults
-from manyhats.engine.model.families.llama_like import LLAMA, NORMS_AFTER, QK_NORMS, llama_like
+from manyhats.engine.model.families.llama_like import (
+    LLAMA,
+    NORMS_AFTER,
+    QK_NORMS,
+    Scales,
+    Softcaps,
+    llama_like,
+)
 from manyhats.engine.model.layout import Family, Layout
 from manyhats.engine.model.rope import rope_parameters
 
@@ -90,17 +97,14 @@ def _gemma(
     """What Gemma 2 and 3 share: norms around each sub-layer, of weight 1 + w; embeddings times √D."""
     refuse(full, "use_bidirectional_attention")
     return llama_like(
-        full,
+        {**full, "hidden_act": full["hidden_activation"]},
         max_context_length,
         layout=layout,
         biased=biased_groups(full, feed_forward=False),
         windows=windows,
         ropes=ropes,
-        attention_scale=full["query_pre_attn_scalar"] ** -0.5,
-        attention_softcap=attention_softcap,
-        activation_field="hidden_activation",
-        embedding_scale=full["hidden_size"] ** 0.5,
-        logit_softcap=full["final_logit_softcapping"],
+        scales=Scales(embedding=full["hidden_size"] ** 0.5, attention=full["query_pre_attn_scalar"] ** -0.5),
+        softcaps=Softcaps(attention=attention_softcap, logits=full["final_logit_softcapping"]),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from manyhats.engine.model.families.fields import RawConfig, biased_groups, with_defaults
-from manyhats.engine.model.families.llama_like import llama_like
+from manyhats.engine.model.families.llama_like import Scales, llama_like
 from manyhats.engine.model.layout import Family
 
 
@@ -23,8 +23,10 @@ def granite(config: RawConfig, max_context_length: int | None) -> Family:
         full,
         max_context_length,
         biased=biased_groups(full),
-        attention_scale=full["attention_multiplier"],
-        embedding_scale=full["embedding_multiplier"],
-        residual_scale=full["residual_multiplier"],
-        logit_divisor=full["logits_scaling"],
+        scales=Scales(
+            embedding=full["embedding_multiplier"],
+            attention=full["attention_multiplier"],
+            residual=full["residual_multiplier"],
+            logit_divisor=full["logits_scaling"],
+        ),
     )

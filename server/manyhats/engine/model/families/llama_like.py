@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from manyhats.adapters.activations import ALIASES
@@ -58,6 +58,24 @@ _COUNTS = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scales:
+    """Factors of embeddings, attention scores (None is 1 / √head_dim) and sub-layers' outputs; the logits' divisor."""
+
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logit_divisor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Softcaps:
+    """Caps of attention scores and of logits; None for none."""
+
+    attention: float | None = None
+    logits: float | None = None
+
+
 def llama_like(
     full: RawConfig,
     max_context_length: int | None,
@@ -68,13 +86,8 @@ def llama_like(
     ropes: Sequence[RawConfig | None] | None = None,
     rotates_part: bool = False,
     qk_span: Literal["row", "head"] = "head",
-    attention_scale: float | None = None,
-    attention_softcap: float | None = None,
-    activation_field: str = "hidden_act",
-    embedding_scale: float = 1.0,
-    residual_scale: float = 1.0,
-    logit_divisor: float = 1.0,
-    logit_softcap: float | None = None,
+    scales: Scales = Scales(),
+    softcaps: Softcaps = Softcaps(),
 ) -> Family:
     """A model that is like Llama but for what is named.
 
@@ -87,18 +100,12 @@ def llama_like(
         ropes: per layer, the RoPE's parameters, None for a layer without; by default the same in all of them.
         rotates_part: whether ``partial_rotary_factor`` is understood.
         qk_span: of the norms of queries and keys.
-        attention_scale: None for 1 / √head_dim.
-        attention_softcap: of scores; None for none.
-        activation_field: names the activation of the feed-forward's gate.
-        embedding_scale: multiplies the embeddings.
-        residual_scale: multiplies sub-layer outputs.
-        logit_divisor: divides the logits.
-        logit_softcap: of logits; None for none.
+        scales, softcaps: where they are not Llama's.
 
     Raises:
         ModelError: an activation, kind of RoPE, count or context length that is not supported.
     """
-    num_layers, activation = full["num_hidden_layers"], full[activation_field]
+    num_layers, activation = full["num_hidden_layers"], full["hidden_act"]
     windows = (None,) * num_layers if windows is None else windows
     _check(full, activation)
     num_heads, num_kv_heads, head_dim = _heads(full)
@@ -111,8 +118,8 @@ def llama_like(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        scale=float(1.0 / math.sqrt(head_dim) if attention_scale is None else attention_scale),
-        softcap=attention_softcap,
+        scale=float(1.0 / math.sqrt(head_dim) if scales.attention is None else scales.attention),
+        softcap=softcaps.attention,
         query_norm=norms.get("query"),
         key_norm=norms.get("key"),
     )
@@ -122,18 +129,20 @@ def llama_like(
         around_attention=Around(norms.get("attention_before"), norms.get("attention_output")),
         feed_forward=FeedForward(full["intermediate_size"], _ACTIVATIONS[activation]),
         around_feed_forward=Around(norms.get("feed_forward_before"), norms.get("feed_forward_output")),
-        residual_scale=float(residual_scale),
+        residual_scale=float(scales.residual),
     )
     names = (name for group in block.groups() if group.name in biased for name in group.names)
     block = replace(block, biased=frozenset(names))
     architecture = Architecture(
         model_type=full["model_type"],
         max_context_length=length,
-        embedding=Embedding(full["vocab_size"], float(embedding_scale)),
+        embedding=Embedding(full["vocab_size"], float(scales.embedding)),
         blocks=_stack(block, sources, windows, length),
         final_norm=norm,
         head=Head(
-            is_tied=bool(full["tie_word_embeddings"]), divisor=float(logit_divisor), softcap=logit_softcap
+            is_tied=bool(full["tie_word_embeddings"]),
+            divisor=float(scales.logit_divisor),
+            softcap=softcaps.logits,
         ),
     )
     return Family(architecture, layout)
