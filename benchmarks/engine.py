@@ -23,7 +23,7 @@ from manyhats.engine.engine import Engine
 from manyhats.engine.opening import open_engine
 from manyhats.engine.output import StepStats
 from manyhats.engine.request import Request, StoppingParams
-from manyhats.engine.threads.own_thread import in_own_thread
+from manyhats.engine.threads.openmp import in_own_thread
 
 _MAX_SEQUENCES = max(64, *HELD_COUNTS)
 

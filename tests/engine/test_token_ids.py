@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import Engine
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.loop.checks import check_generation, check_scoring
+from manyhats.engine.loop.serving import check_generation, check_scoring
 from manyhats.engine.request import Request, SamplingParams, ScoreRequest, StoppingParams
 from support.factories.tiny_models import EOS_TOKEN_ID, make_checkpoint
 from support.harnesses.engine import collect, load_tiny, make_request, random_ids, running_engine

@@ -17,12 +17,11 @@ from manyhats.engine.errors import (
     EngineError,
 )
 from manyhats.engine.loop.backlog import Backlog
-from manyhats.engine.loop.checks import check_generation, check_length, check_scoring
 from manyhats.engine.loop.generation import Generation
 from manyhats.engine.loop.job import Job
 from manyhats.engine.loop.probe import AdapterProbe
 from manyhats.engine.loop.scoring import Scoring
-from manyhats.engine.loop.serving import ServingModel
+from manyhats.engine.loop.serving import ServingModel, check_generation, check_length, check_scoring
 from manyhats.engine.loop.thread import Loop
 from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput
 from manyhats.engine.request import Request, ScoreRequest

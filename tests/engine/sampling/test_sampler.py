@@ -15,8 +15,7 @@ from manyhats.engine.backends.logits import non_finite_rows
 from manyhats.engine.errors import NoTokenAllowedError
 from manyhats.engine.request import SamplingParams
 from manyhats.engine.sampling.penalties import LogitChanges
-from manyhats.engine.sampling.sampler import SamplingRow, choices_of
-from manyhats.engine.sampling.uniform import uniform
+from manyhats.engine.sampling.sampler import SamplingRow, choices_of, uniform
 from support.harnesses import sampling
 from support.harnesses.sampling import Sampled, mask_of
 from support.oracles.operations import ReferenceKernels

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from manyhats.engine.backends.cpu.kernels import CpuKernels
-from manyhats.engine.threads.own_thread import in_own_thread
+from manyhats.engine.threads.openmp import in_own_thread
 
 T = TypeVar("T")
 

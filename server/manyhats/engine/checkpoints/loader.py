@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.formats.base_name import has_form_of_path
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sites import HEAD, BaseDescription, Site
 from manyhats.engine.checkpoints.checkpoint import (
     SafetensorsDirectory,
     assemble_weights,
@@ -25,14 +25,14 @@ from manyhats.engine.checkpoints.checkpoint import (
 from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.checkpoints.identity import FileDigests, content_digest
 from manyhats.engine.checkpoints.nf4_cache import Nf4Cache, quantize_checkpoint
-from manyhats.engine.checkpoints.weight_source import ModelWeightSource
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.describe import describe
 from manyhats.engine.model.families.reading import read_family
 from manyhats.engine.model.layout import Family
-from manyhats.engine.model.weights import Weights
+from manyhats.engine.model.nf4 import Nf4Weight
+from manyhats.engine.model.weights import Linear, Weights
 from manyhats.engine.progress import Progress, no_progress
 from manyhats.engine.text.task_text import TaskTexts
 from manyhats.engine.text.text_process import TextProcesses
@@ -210,3 +210,36 @@ def _known_token_ids(ids: Iterable[object], vocab_size: int, source: str) -> fro
             limit=vocab_size,
         )
     return frozenset(known)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeightSource:
+    """A ``WeightSource`` over a loaded model; it keeps nothing that it dequantizes.
+
+    Attributes:
+        digest: of the base; two sources of one base are equal.
+        weights: the model's.
+    """
+
+    digest: str
+    weights: Weights = field(compare=False, repr=False)
+
+    def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        """Weight [d_out, d_in] and bias [d_out] or None, float32, of a layer's linear or of ``lm_head``.
+
+        Raises:
+            ModelError: the site is not a linear of this model.
+        """
+        linear = self._linear(site)
+        if linear is None:
+            raise ModelError(f"{site} is not a linear of this model")
+        matrix, bias = linear.matrix, linear.bias
+        weight = matrix.dequantize() if isinstance(matrix, Nf4Weight) else matrix.float()
+        return weight, None if bias is None else bias.float()
+
+    def _linear(self, site: Site) -> Linear | None:
+        if site == HEAD:
+            return self.weights.head
+        if not 0 <= site.layer < len(self.weights.blocks):
+            return None
+        return self.weights.blocks[site.layer].linears.get(site.name)

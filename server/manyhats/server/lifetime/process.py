@@ -20,7 +20,7 @@ from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine.errors import EngineError
 from manyhats.engine.progress import Progress, no_progress
-from manyhats.engine.threads.own_thread import in_own_thread
+from manyhats.engine.threads.openmp import in_own_thread
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.errors import ServerError
