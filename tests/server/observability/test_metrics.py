@@ -52,7 +52,8 @@ async def test_every_name_of_the_api_is_there_after_one_request() -> None:
         await server.adapters.RegisterAdapter(adapter_pb2.RegisterAdapterRequest(task_id="hats", uri="a"))
         await server.generation.Generate(pb.GenerateRequest(task_id="hats", text="abc"))
         server.metrics.adapter_loaded(0.1)
-        names = {name for name, _ in await scrape(server)}
+        series = await scrape(server)
+        names = {name for name, _ in series}
     assert names >= {
         "manyhats_requests_total",
         "manyhats_request_seconds_count",
@@ -81,6 +82,7 @@ async def test_every_name_of_the_api_is_there_after_one_request() -> None:
         "vllm:lora_requests_info",
     }
     assert {name for name in names if ":" in name} == {"vllm:lora_requests_info"}
+    assert value(series, "manyhats_adapter_load_seconds_sum", tier="host") == 0.1
 
 
 async def test_requests_and_tokens_count_by_task_method_and_code() -> None:

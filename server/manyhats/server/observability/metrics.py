@@ -148,8 +148,8 @@ class Metrics:
         self._cache_hits.inc(stats.prefix_cache_hits)
 
     def adapter_loaded(self, seconds: float) -> None:
-        """An adapter was read from the store and lowered."""
-        self._load_seconds.labels(Tier.DEVICE.value).observe(seconds)
+        """An adapter was read from the store and lowered, to be kept in the host's memory."""
+        self._load_seconds.labels(Tier.HOST.value).observe(seconds)
 
     def registration(self, result: str, reason: str = "") -> None:
         """A registration ended as ``result``, one of those in the metric's help; ``reason`` is why it was refused."""
