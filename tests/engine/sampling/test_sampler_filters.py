@@ -14,12 +14,14 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from manyhats.engine.backends.cpu.choosing.sampling import filter_row
-from manyhats.engine.backends.cpu.choosing.selection import GROUP, NUM_BUCKETS, keep_shortest
+from manyhats.engine.backends.cpu.choosing import sampling, selection
+from manyhats.engine.backends.cpu.choosing.selection import GROUP, NUM_BUCKETS
 from manyhats.engine.backends.torch.choosing import passing
 from manyhats.engine.request import SamplingParams
+from support.harnesses.kernels import from_python
 
 Floats = npt.NDArray[np.float64]
+filter_row, keep_shortest = from_python(sampling.filter_row), from_python(selection.keep_shortest)
 
 
 def random_row(seed: int, size: int, scale: float = 2.0) -> npt.NDArray[np.float32]:
@@ -158,6 +160,7 @@ def test_forbidden_tokens_do_not_pass(params: SamplingParams) -> None:
     assert set(passed(row, params)) <= {0, 2}
 
 
+@settings(deadline=None)
 @given(
     keys=st.lists(st.sampled_from([0.0, 1.0, 3.5, 4.5, 9.0, 200.0]), min_size=1, max_size=12),
     mass=st.sampled_from([0.05, 0.45, 0.55, 0.95]),

@@ -79,7 +79,7 @@ class Ran:
 class Runner:
     """A model on a backend, with adapters loaded and a KV pool; each run has an empty prefix cache at first.
 
-    The default backend on one thread, unless another is given.
+    The default backend on one thread, unless another is given; adapters have the cache's dtype, unless told otherwise.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Runner:
         *,
         adapters: Mapping[int, LoweredAdapter] | None = None,
         cache_dtype: str = "float32",
-        adapter_dtype: str = "float32",
+        adapter_dtype: str | None = None,
         num_blocks: int = 96,
         block_size: int = 16,
     ) -> None:
@@ -97,7 +97,7 @@ class Runner:
         self.model = self.backend.prepare(model.architecture, model.weights)
         num_bytes = num_blocks * block_bytes(model.architecture, block_size, cache_dtype)
         self.cache = self.backend.new_cache(model.architecture, block_size, cache_dtype, num_bytes)
-        self.slots = self.backend.new_adapters(model.architecture, 40, adapter_dtype)
+        self.slots = self.backend.new_adapters(model.architecture, 40, adapter_dtype or cache_dtype)
         for slot, adapter in (adapters or {}).items():
             self.slots.place(slot, self.slots.pack(adapter))
         self.num_blocks = num_blocks

@@ -16,13 +16,16 @@ Angles = tuple[Tensor, Tensor]
 class RotaryTables:
     """The tables of a decoder's layers; layers of one kind share theirs.
 
+    Attributes:
+        tables: kind of rotation → its table, [positions, rotary_dim / 2] each.
+
     Computed once: torch's vectorized cosine may round the last elements of an array differently, and a row's
     result must not depend on its place in the batch.
     """
 
     def __init__(self, architecture: Architecture) -> None:
         kinds = dict.fromkeys(block.attention.rope for block in architecture.blocks)
-        self._tables = {rope: _table(rope, architecture.max_context_length) for rope in kinds}
+        self.tables = {rope: _table(rope, architecture.max_context_length) for rope in kinds}
 
     def at(self, positions: Tensor) -> Mapping[Rope | None, Angles]:
         """The angles of some rows, by the kind of rotation; without columns where there is none.
@@ -32,7 +35,7 @@ class RotaryTables:
         """
         return {
             rope: (cos.index_select(0, positions), sin.index_select(0, positions))
-            for rope, (cos, sin) in self._tables.items()
+            for rope, (cos, sin) in self.tables.items()
         }
 
 

@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from manyhats.engine.backends.cpu.batch import Batch
-from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.loop.plan import step_plan
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
 from support.factories.architectures import make_architecture, make_attention
-from support.harnesses.kernels import new_cache
+from support.harnesses.kernels import Operations, new_cache
 from support.oracles.operations import ReferenceKernels
 
-ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
+ONE_THREAD, TWO_THREADS, REFERENCE = Operations(1), Operations(2), ReferenceKernels()
 sizes = st.integers(1, 40).map(lambda n: 8 * n)
 
 

@@ -46,7 +46,7 @@ from support.harnesses.engine import (
     random_lora,
     running_engine,
 )
-from support.harnesses.kernels import put
+from support.harnesses.kernels import from_python, put
 from support.oracles.primitives import logits_with
 from support.oracles.transformers import load_transformers
 
@@ -186,9 +186,9 @@ def test_a_cleared_slot_is_the_base_again_and_holds_no_memory(model: LoadedModel
 
 def test_the_kernel_knows_every_activation_as_torch_computes_it() -> None:
     assert set(bottleneck_kernels.ACTIVATIONS) == set(ACTIVATIONS)
-    x = torch.linspace(-12, 12, 193, dtype=torch.float64)
+    x, activate = torch.linspace(-12, 12, 193, dtype=torch.float64), from_python(bottleneck_kernels.activate)
     for index, name in enumerate(bottleneck_kernels.ACTIVATIONS):
-        found = torch.tensor([bottleneck_kernels.activate(index, v) for v in x.tolist()])
+        found = torch.tensor([activate(index, v) for v in x.tolist()])
         torch.testing.assert_close(found.double(), ACTIVATIONS[name](x), atol=1e-6, rtol=1e-6)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +16,19 @@ from numba import njit
 from torch import Tensor
 
 from manyhats.engine.backends.cpu import simd
+from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.backends.cpu.batch import Batch
-from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.errors import ModelError
 from manyhats.engine.loop.plan import step_plan
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
 from support.factories.architectures import make_architecture, make_attention
-from support.harnesses.kernels import new_cache
+from support.factories.tiny_models import make_checkpoint
+from support.harnesses.engine import load_tiny
+from support.harnesses.kernels import Operations, new_cache
 from support.oracles.operations import ReferenceKernels
 
-ONE_THREAD, TWO_THREADS, REFERENCE = CpuKernels(1), CpuKernels(2), ReferenceKernels()
+ONE_THREAD, TWO_THREADS, REFERENCE = Operations(1), Operations(2), ReferenceKernels()
 load, store, tanh = simd.load, simd.store, simd.tanh
 
 
@@ -190,6 +194,11 @@ def test_a_cap_that_bites_changes_the_result() -> None:
     assert (free - capped).abs().max() > 0.1
 
 
-def test_an_activation_without_a_kernel_is_refused_by_name() -> None:
+def test_an_activation_without_a_kernel_is_refused_by_name(tmp_path: Path) -> None:
+    model = load_tiny(make_checkpoint(tmp_path / "tiny", "llama"))
+    blocks = [
+        replace(block, feed_forward=replace(block.feed_forward, activation="relu6"))
+        for block in model.architecture.blocks
+    ]
     with pytest.raises(ModelError, match="activation 'relu6'; they know gelu_pytorch_tanh, silu"):
-        TWO_THREADS.gate("relu6")
+        CpuBackend(1).prepare(replace(model.architecture, blocks=tuple(blocks)), model.weights)

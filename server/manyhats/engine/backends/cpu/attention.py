@@ -8,10 +8,29 @@ its prompt was chunked, nor on the rows beside it.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from manyhats.engine.backends.cpu.compile import inner, kernel
-from manyhats.engine.backends.cpu.rowwise import cap
+from manyhats.engine.backends.cpu.addresses import array_at, floats_at, ints_at
+from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.program import (
+    BLOCK_SIZE,
+    BLOCK_TABLES,
+    CONTEXT_LEN,
+    HEAD_DIM,
+    KEYS,
+    LAYER,
+    LAYER_BYTES,
+    MAX_BLOCKS,
+    NUM_KV_HEADS,
+    OUT_SIZE,
+    QUERY_START,
+    SIZE,
+    SOURCE,
+    TARGET,
+    TILES,
+    VALUES,
+    WINDOW,
+)
+from manyhats.engine.backends.cpu.rowwise import cap, scale_row
 from manyhats.engine.backends.cpu.simd import (
     add,
     exp,
@@ -155,97 +174,73 @@ def attend_rows(
 
 
 @inner
-def scale_row(x, at, size, factor):
-    """x[at : at + size] *= factor."""
-    factors = splat(factor)
-    for i in range(at, at + size, 8):
-        store(x, i, mul(load(x, i), factors))
-
-
-@kernel
-def paged_attention(
-    qkv, tiles, query_start, context_len, block_tables, keys, values, scale, softcap, window, out, scores
-):  # fmt: skip
-    """Out = softmax(cap(q Kᵀ · scale)) V, causal, per query row and head.
+def attend(op, numbers, unit, frame, buffers, like, scratch, at):
+    """Out = softmax(cap(q Kᵀ · scale)) V, causal, of the query rows of one tile at one KV head.
 
     Args:
-        qkv: [N, (H + 2·Hkv)·K] float32; rotated queries come first in each row.
-        tiles: [T, 3] int32: sequence, its first query row of the tile, their number.
-        query_start: [B + 1] int32, each sequence's first row.
-        context_len: [B] int32, positions of each sequence with this step's rows.
-        block_tables: [B, max_blocks] int32.
-        keys: [num_blocks, Hkv, K, block_size]; values: [num_blocks, Hkv, block_size, K].
-        scale: of the scores.
-        softcap: c in cap(x) = c · tanh(x / c); 0 for no cap.
-        window: a row sees that many positions, itself included; 0 for all.
-        out: [N, H·K] float32, written.
-        scores: [threads, 4 · longest context rounded up to blocks] float32 scratch.
+        op: source rows are rotated queries, keys, values; target rows [H·K].
+        numbers: scale of the scores; c in cap(x) = c · tanh(x / c), 0 for no cap.
+        unit: tile · Hkv + KV head; a tile is a sequence, its first query row of the tile, their number.
+        frame, buffers: of the step.
+        like: an array of the cache's dtype.
+        scratch: from ``at`` on, 4 · longest context rounded up to blocks.
     """
-    num_kv_heads, head_dim, block_size = keys.shape[1:]
-    shape = (num_kv_heads, head_dim, block_size)
-    width = qkv.shape[1]
-    out_width = out.shape[1]
+    num_kv_heads, head_dim, block_size = frame[NUM_KV_HEADS], frame[HEAD_DIM], frame[BLOCK_SIZE]
+    width, out_width = op[SIZE], op[OUT_SIZE]
     group = out_width // head_dim // num_kv_heads
-    max_blocks = block_tables.shape[1]
-    num_threads, score_size = scores.shape
-    flat_q = qkv.reshape(-1)
-    flat_out = out.reshape(-1)
-    flat_scores = scores.reshape(-1)
-    flat_keys = keys.reshape(-1)
-    flat_values = values.reshape(-1)
-    flat_tables = block_tables.reshape(-1)
-    num_units = tiles.shape[0] * num_kv_heads
-    for thread in prange(num_threads):
-        for unit in range(thread, num_units, num_threads):
-            tile = unit // num_kv_heads
-            head = unit - tile * num_kv_heads
-            sequence, first, count = tiles[tile]
-            query_len = query_start[sequence + 1] - query_start[sequence]
-            row0 = query_start[sequence] + first
-            end0 = context_len[sequence] - query_len + first + 1
-            total = count * group
-            for start in range(0, total, 4):
-                i0 = start
-                i1 = min(start + 1, total - 1)
-                i2 = min(start + 2, total - 1)
-                i3 = min(start + 3, total - 1)
-                t0, t1, t2, t3 = i0 // group, i1 // group, i2 // group, i3 // group
-                h0 = head * group + i0 - t0 * group
-                h1 = head * group + i1 - t1 * group
-                h2 = head * group + i2 - t2 * group
-                h3 = head * group + i3 - t3 * group
-                o0 = (row0 + t0) * out_width + h0 * head_dim
-                o1 = (row0 + t1) * out_width + h1 * head_dim
-                o2 = (row0 + t2) * out_width + h2 * head_dim
-                o3 = (row0 + t3) * out_width + h3 * head_dim
-                n0, n1, n2, n3 = attend_rows(
-                    flat_q,
-                    (row0 + t0) * width + h0 * head_dim,
-                    (row0 + t1) * width + h1 * head_dim,
-                    (row0 + t2) * width + h2 * head_dim,
-                    (row0 + t3) * width + h3 * head_dim,
-                    (end0 + t0, end0 + t1, end0 + t2, end0 + t3),
-                    window,
-                    flat_tables,
-                    sequence * max_blocks,
-                    head,
-                    flat_keys,
-                    flat_values,
-                    shape,
-                    scale,
-                    softcap,
-                    flat_scores,
-                    thread * score_size,
-                    flat_out,
-                    o0,
-                    o1,
-                    o2,
-                    o3,
-                )
-                scale_row(flat_out, o0, head_dim, n0)
-                if i1 > i0:
-                    scale_row(flat_out, o1, head_dim, n1)
-                if i2 > i1:
-                    scale_row(flat_out, o2, head_dim, n2)
-                if i3 > i2:
-                    scale_row(flat_out, o3, head_dim, n3)
+    x = floats_at(buffers[op[SOURCE]])
+    out = floats_at(buffers[op[TARGET]])
+    keys = array_at(frame[KEYS] + op[LAYER] * frame[LAYER_BYTES], like)
+    values = array_at(frame[VALUES] + op[LAYER] * frame[LAYER_BYTES], like)
+    tiles, query_start = ints_at(frame[TILES]), ints_at(frame[QUERY_START])
+    tile = unit // num_kv_heads
+    head = unit - tile * num_kv_heads
+    sequence, first, count = np.int64(tiles[3 * tile]), tiles[3 * tile + 1], tiles[3 * tile + 2]
+    query_len = query_start[sequence + 1] - query_start[sequence]
+    row0 = np.int64(query_start[sequence] + first)
+    end0 = np.int64(ints_at(frame[CONTEXT_LEN])[sequence] - query_len + first + 1)
+    total = count * group
+    for start in range(0, total, 4):
+        i1 = min(start + 1, total - 1)
+        i2 = min(start + 2, total - 1)
+        i3 = min(start + 3, total - 1)
+        t0, t1, t2, t3 = start // group, i1 // group, i2 // group, i3 // group
+        q0 = (head * group + start - t0 * group) * head_dim
+        q1 = (head * group + i1 - t1 * group) * head_dim
+        q2 = (head * group + i2 - t2 * group) * head_dim
+        q3 = (head * group + i3 - t3 * group) * head_dim
+        o0 = (row0 + t0) * out_width + q0
+        o1 = (row0 + t1) * out_width + q1
+        o2 = (row0 + t2) * out_width + q2
+        o3 = (row0 + t3) * out_width + q3
+        n0, n1, n2, n3 = attend_rows(
+            x,
+            (row0 + t0) * width + q0,
+            (row0 + t1) * width + q1,
+            (row0 + t2) * width + q2,
+            (row0 + t3) * width + q3,
+            (end0 + t0, end0 + t1, end0 + t2, end0 + t3),
+            op[WINDOW],
+            ints_at(frame[BLOCK_TABLES]),
+            sequence * frame[MAX_BLOCKS],
+            head,
+            keys,
+            values,
+            (num_kv_heads, head_dim, block_size),
+            numbers[0],
+            numbers[1],
+            scratch,
+            at,
+            out,
+            o0,
+            o1,
+            o2,
+            o3,
+        )
+        scale_row(out, o0, head_dim, n0)
+        if i1 > start:
+            scale_row(out, o1, head_dim, n1)
+        if i2 > i1:
+            scale_row(out, o2, head_dim, n2)
+        if i3 > i2:
+            scale_row(out, o3, head_dim, n3)

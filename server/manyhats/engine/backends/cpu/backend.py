@@ -56,10 +56,7 @@ class CpuBackend:
 
     def new_adapters(self, architecture: Architecture, num_slots: int, dtype: str) -> CpuAdapterSlots:
         """Empty slots."""
-        kernels = self._kernels
-        return CpuAdapterSlots(
-            architecture, num_slots, torch_dtype(dtype), kernels.num_threads, kernels.linear
-        )
+        return CpuAdapterSlots(architecture, num_slots, torch_dtype(dtype), self._kernels.linear)
 
     def start_thread(self) -> None:
         """Gives the calling thread the kernels' number of threads, and other threads of the process one of torch's."""

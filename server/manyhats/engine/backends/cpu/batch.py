@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manyhats.engine.backends.cpu import program
+from manyhats.engine.backends.cpu.packing import Array
 from manyhats.engine.backends.plan import AdapterRows, Ints, StepPlan
 
 QUERY_TILE = 16
@@ -54,16 +56,30 @@ class Batch:
         return cls(
             token_ids=torch.from_numpy(plan.token_ids).long(),
             positions=torch.from_numpy(plan.positions).long(),
-            cells=torch.from_numpy(plan.cells),
-            query_start=torch.from_numpy(plan.query_start),
-            context_len=torch.from_numpy(plan.context_len),
-            block_tables=torch.from_numpy(plan.block_tables),
+            cells=torch.from_numpy(plan.cells).contiguous(),
+            query_start=torch.from_numpy(plan.query_start).contiguous(),
+            context_len=torch.from_numpy(plan.context_len).contiguous(),
+            block_tables=torch.from_numpy(plan.block_tables).contiguous(),
             tiles=torch.from_numpy(_tiles(plan.query_start)),
             adapter_rows=AdapterRows.of(plan.row_slots),
             logit_rows=torch.from_numpy(plan.logit_rows).long(),
             logit_adapter_rows=AdapterRows.of(plan.row_slots[plan.logit_rows]),
             embeddings=embeddings,
         )
+
+    def describe(self, frame: Array) -> None:
+        """Enters its numbers, and the addresses of its arrays, into a step's frame."""
+        frame[program.NUM_ROWS] = self.token_ids.shape[0]
+        frame[program.NUM_LOGIT_ROWS] = self.logit_rows.shape[0]
+        frame[program.NUM_TILES] = self.tiles.shape[0]
+        frame[program.MAX_BLOCKS] = self.block_tables.shape[1]
+        frame[program.POSITIONS] = self.positions.data_ptr()
+        frame[program.CELLS] = self.cells.data_ptr()
+        frame[program.TILES] = self.tiles.data_ptr()
+        frame[program.QUERY_START] = self.query_start.data_ptr()
+        frame[program.CONTEXT_LEN] = self.context_len.data_ptr()
+        frame[program.BLOCK_TABLES] = self.block_tables.data_ptr()
+        frame[program.LOGIT_ROWS] = self.logit_rows.data_ptr()
 
 
 def _tiles(query_start: Ints) -> Ints:

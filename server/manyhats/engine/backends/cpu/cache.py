@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cpu.packing import as_array
+from manyhats.engine.backends.cpu import program
+from manyhats.engine.backends.cpu.packing import Array, as_array
 from manyhats.engine.model.architecture import Architecture
 
 
@@ -28,16 +29,24 @@ class CpuKVCache:
         storage = np.uint16 if dtype == torch.bfloat16 else np.float32
         self._keys = np.zeros(shape_k, dtype=storage)
         self._values = np.zeros(shape_v, dtype=storage)
-        self._dtype = dtype
+        self.dtype = dtype
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys = tuple(self._keys)
-        self.values = tuple(self._values)
 
     @property
     def num_bytes(self) -> int:
         """Resident bytes."""
         return self._keys.nbytes + self._values.nbytes
+
+    def describe(self, frame: Array) -> None:
+        """Enters into a step's frame where keys and values lie."""
+        num_kv_heads, head_dim, block_size = self._keys.shape[2:]
+        frame[program.NUM_KV_HEADS] = num_kv_heads
+        frame[program.HEAD_DIM] = head_dim
+        frame[program.BLOCK_SIZE] = block_size
+        frame[program.LAYER_BYTES] = self._keys[0].nbytes
+        frame[program.KEYS] = self._keys.ctypes.data
+        frame[program.VALUES] = self._values.ctypes.data
 
     def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copies block source to block target in every layer."""
@@ -48,7 +57,7 @@ class CpuKVCache:
     def write(self, blocks: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Writes positions 0 … P − 1 of the blocks; keys and values [L, P, Hkv, K]."""
         block_size = self.block_size
-        stored = [as_array(part.to(self._dtype)) for part in (keys, values)]
+        stored = [as_array(part.to(self.dtype)) for part in (keys, values)]
         for index, block in enumerate(blocks):
             part = slice(index * block_size, (index + 1) * block_size)
             count = stored[0][:, part].shape[1]

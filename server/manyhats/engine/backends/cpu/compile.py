@@ -39,18 +39,26 @@ if not os.environ.get("NUMBA_CACHE_DIR"):
 if "NUMBA_THREADING_LAYER" not in os.environ:
     numba_config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
-_kernels: list[Any] = []
+_functions: list[Any] = []
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel called from Python: runs on all threads, without the interpreter lock."""
-    compiled: Callable[..., Any] = njit(parallel=True, nogil=True, cache=True)(function)
-    _kernels.append(compiled)
+    return _noted(njit(parallel=True, nogil=True, cache=True, error_model="numpy")(function))
+
+
+def inner(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a kernel, not to be called from Python: without wrappers for that it compiles a quarter faster.
+
+    It raises nothing, since a thread that left its loop would be waited for forever.
+    """
+    without_wrappers: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return _noted(njit(cache=True, error_model="numpy", **without_wrappers)(function))
+
+
+def _noted(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    _functions.append(compiled)
     return compiled
-
-
-inner: Callable[..., Any] = njit(cache=True)
-"""A function of a kernel."""
 
 
 @contextmanager
@@ -70,17 +78,17 @@ def counted_compilation(progress: Progress) -> Iterator[None]:
 
 
 class _Counter(event.Listener):
-    """Counts the kernels whose compilation has begun; those of their functions are a part of theirs."""
+    """Counts the functions whose compilation has begun."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._begun: set[int] = set()
 
     def on_start(self, event: Any) -> None:
-        """Report that a kernel's compilation begins."""
+        """Report that a function's compilation begins."""
         dispatcher = event.data["dispatcher"]
-        if any(dispatcher is each for each in _kernels):
-            self._progress("compile", len(self._begun), len(_kernels))
+        if any(dispatcher is each for each in _functions):
+            self._progress("compile", len(self._begun), len(_functions))
             self._begun.add(id(dispatcher))
 
     def on_end(self, event: Any) -> None:
@@ -89,7 +97,7 @@ class _Counter(event.Listener):
     def finish(self) -> None:
         """Report the end, if there was a beginning."""
         if self._begun:
-            self._progress("compile", len(_kernels), len(_kernels))
+            self._progress("compile", len(_functions), len(_functions))
 
 
 def max_threads() -> int:

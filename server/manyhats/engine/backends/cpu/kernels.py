@@ -1,9 +1,9 @@
-"""The operations of a forward on the CPU, in Numba; weights are read in place."""
+"""Runs programs and chooses tokens on the CPU; weights are read in place."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numba
 import numpy as np
@@ -11,16 +11,26 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.backends.choosing import Logprobs
-from manyhats.engine.backends.cpu import attention as attention_kernels
-from manyhats.engine.backends.cpu import avx512_bf16, rowwise
-from manyhats.engine.backends.cpu import linear as linear_kernels
+from manyhats.engine.backends.cpu import avx512_bf16, step
 from manyhats.engine.backends.cpu.avx512_bf16 import Avx512Bf16Linear
-from manyhats.engine.backends.cpu.batch import Batch
-from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.choosing.choosing import TokenChooser
 from manyhats.engine.backends.cpu.choosing.logprobs import score
 from manyhats.engine.backends.cpu.compile import max_threads
-from manyhats.engine.backends.cpu.packing import LANES, CpuLinear, pack_linear
+from manyhats.engine.backends.cpu.packing import LANES, Array, CpuLinear, pack_linear
+from manyhats.engine.backends.cpu.program import (
+    BUFFERS,
+    COUNTERS,
+    FRAME_SIZE,
+    INSTRUCTIONS,
+    NUM_INSTRUCTIONS,
+    NUM_ROWS,
+    NUM_THREADS,
+    NUMBERS,
+    SCRATCH,
+    SCRATCH_SIZE,
+    Instructions,
+    Program,
+)
 from manyhats.engine.backends.wants import Choices
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import has_bf16_product
@@ -29,7 +39,7 @@ from manyhats.engine.threads.processors import num_processors
 
 
 class CpuKernels:
-    """``Kernels`` on the CPU; see there for each operation.
+    """What runs programs, and what chooses tokens, on some threads.
 
     Its only state is scratch memory, so one instance serves one forward at a time.
 
@@ -46,8 +56,8 @@ class CpuKernels:
         self.num_threads = min(num_threads or torch.get_num_threads(), max_threads())
         self.uses_bf16 = not is_exact and has_bf16_product()
         numba.set_num_threads(self.num_threads)
-        self._panels: dict[tuple[int, int], np.ndarray] = {}
-        self._scores = np.empty((self.num_threads, 0), dtype=np.float32)
+        self._scratch = np.empty((self.num_threads, 0), dtype=np.float32)
+        self._dtype = torch.float32 if is_exact else torch.bfloat16
         self._chooser = TokenChooser(self.num_threads)
         self._num_used = self.num_threads
 
@@ -97,70 +107,10 @@ class CpuKernels:
         if isinstance(packed, Avx512Bf16Linear):
             return packed(x)
         y = torch.empty((x.shape[0], packed.out_features))
-        linear_kernels.linear(
-            x.numpy(),
-            packed.weights,
-            packed.absmax,
-            packed.row_block,
-            packed.row_offset,
-            packed.nested,
-            packed.nested_code,
-            packed.bias,
-            y.numpy(),
-            self._panel(packed),
-            packed.panel_rows,
-        )
+        program = Program()
+        program.linear(0, 1, packed)
+        self.run_alone(program, [x, y])
         return y
-
-    def _panel(self, packed: CpuLinear) -> np.ndarray:
-        shape = (self.num_threads, packed.panel_rows * packed.in_features)
-        panel = self._panels.get(shape)
-        if panel is None:
-            panel = self._panels[shape] = np.empty(shape, dtype=np.float32)
-        return panel
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm of each row."""
-        out = torch.empty_like(x)
-        rowwise.rms_norm(x.numpy(), weight.numpy(), np.float32(eps), out.numpy(), self._row_threads(x))
-        return out
-
-    def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Residual += delta; returns the norm of residual."""
-        out = torch.empty_like(residual)
-        rowwise.add_rms_norm(
-            residual.numpy(),
-            delta.numpy(),
-            weight.numpy(),
-            np.float32(eps),
-            out.numpy(),
-            self._row_threads(out),
-        )
-        return out
-
-    def gate(self, activation: str) -> Callable[[Tensor], Tensor]:
-        """What gates with an activation: ``activation(gate) · up``, [N, 2·I] → [N, I].
-
-        Raises:
-            ModelError: there is no kernel for it.
-        """
-        gates = {"silu": self.silu_mul, "gelu_pytorch_tanh": self.gelu_tanh_mul}
-        if activation not in gates:
-            known = ", ".join(sorted(gates))
-            raise ModelError(f"the CPU kernels do not know the activation {activation!r}; they know {known}")
-        return gates[activation]
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """SiLU(gate) · up."""
-        out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2))
-        rowwise.silu_mul(gate_up.numpy(), out.numpy(), self._row_threads(out))
-        return out
-
-    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
-        """GELU(gate) · up, in the tanh approximation."""
-        out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2))
-        rowwise.gelu_tanh_mul(gate_up.numpy(), out.numpy(), self._row_threads(out))
-        return out
 
     def softcap(self, x: Tensor, limit: float) -> None:
         """X = limit · tanh(x / limit), in place.
@@ -170,77 +120,48 @@ class CpuKernels:
         """
         if x.shape[1] < LANES:
             raise ModelError(f"the CPU kernels cap rows of at least {LANES} values, not {x.shape[1]}")
-        rowwise.softcap(x.numpy(), np.float32(limit), self._row_threads(x))
+        program = Program()
+        program.softcap(0, x.shape[1], limit)
+        self.run_alone(program, [x])
 
-    def norm_queries_and_keys(
-        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, num_queries: int, num_keys: int
-    ) -> None:
-        """Root mean square norms of queries and keys, in place."""
-        rowwise.norm_queries_and_keys(
-            qkv.numpy(),
-            q_weight.numpy(),
-            k_weight.numpy(),
-            np.float32(eps),
-            num_queries,
-            num_keys,
-            self._row_threads(qkv),
-        )
+    def run_alone(self, program: Program, buffers: Sequence[Tensor]) -> None:
+        """Runs instructions on some rows that belong to no step; the buffers are [N, …] float32."""
+        frame = np.zeros(FRAME_SIZE, dtype=np.int64)
+        frame[NUM_ROWS] = buffers[0].shape[0]
+        self.run(program.arrays(), frame, buffers, (self._dtype, self._dtype), program.num_scratch_values)
 
-    def rotate_and_store(
+    def run(
         self,
-        qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        batch: Batch,
-        cache: CpuKVCache,
-        layer: int,
-        num_heads: int,
+        instructions: Instructions,
+        frame: Array,
+        buffers: Sequence[Tensor],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        num_scratch_values: int,
     ) -> None:
-        """Rotates queries and keys in place and writes keys and values into the cache."""
-        rowwise.rotate_and_store(
-            qkv.numpy(),
-            cos.numpy(),
-            sin.numpy(),
-            batch.cells.numpy(),
-            cache.keys[layer],
-            cache.values[layer],
-            num_heads,
-            self._row_threads(qkv),
-        )
+        """Runs instructions.
 
-    def attention(
-        self,
-        qkv: Tensor,
-        batch: Batch,
-        cache: CpuKVCache,
-        layer: int,
-        num_heads: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Causal attention of each query row over its sequence's cached positions."""
-        keys = cache.keys[layer]
-        block_size = keys.shape[3]
-        longest = batch.block_tables.shape[1] * block_size
-        if self._scores.shape[1] < 4 * longest:
-            self._scores = np.empty((self.num_threads, 4 * longest), dtype=np.float32)
-        out = torch.empty((qkv.shape[0], num_heads * keys.shape[2]))
-        attention_kernels.paged_attention(
-            qkv.numpy(),
-            batch.tiles.numpy(),
-            batch.query_start.numpy(),
-            batch.context_len.numpy(),
-            batch.block_tables.numpy(),
-            keys,
-            cache.values[layer],
-            np.float32(scale),
-            np.float32(softcap or 0.0),
-            window or 0,
-            out.numpy(),
-            self._scores,
-        )
-        return out
+        Args:
+            instructions: some of a program's, with their numbers.
+            frame: what the step brings; the call is entered here.
+            buffers: by number.
+            dtypes: of the cache and of adapters.
+            num_scratch_values: on each thread.
+        """
+        if self._scratch.shape[1] < num_scratch_values:
+            self._scratch = np.empty((self.num_threads, num_scratch_values), dtype=np.float32)
+        rows, numbers = instructions
+        addresses = np.array([buffer.data_ptr() for buffer in buffers], dtype=np.int64)
+        counters = np.zeros((2, len(rows)), dtype=np.int64)
+        frame[NUM_THREADS] = self._num_used
+        frame[NUM_INSTRUCTIONS] = len(rows)
+        frame[INSTRUCTIONS] = rows.ctypes.data
+        frame[NUMBERS] = numbers.ctypes.data
+        frame[BUFFERS] = addresses.ctypes.data
+        frame[COUNTERS] = counters.ctypes.data
+        frame[SCRATCH] = self._scratch.ctypes.data
+        frame[SCRATCH_SIZE] = self._scratch.shape[1]
+        in_bfloat16 = (dtype == torch.bfloat16 for dtype in dtypes)
+        step.run(step.part_for(*in_bfloat16).address, frame.ctypes.data, self._num_used)
 
     def choose(self, logits: Tensor, choices: Choices) -> Tensor:
         """One token for each row."""
@@ -267,7 +188,3 @@ class CpuKernels:
             min(self.num_threads, max(num_rows, num_pairs)),
         )
         return found
-
-    def _row_threads(self, x: Tensor) -> int:
-        """A few rows are quicker on one thread than the other threads are woken."""
-        return self.num_threads if x.shape[0] > 2 else 1

@@ -7,10 +7,29 @@ is the same for a row alone and in any batch.
 
 from __future__ import annotations
 
-from numba import prange, types
+from numba import types
 from numba.extending import overload
 
-from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, halves_at, ints_at
+from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.program import (
+    ABSMAX,
+    BFLOAT16,
+    BIAS,
+    KIND,
+    NESTED,
+    NESTED_CODE,
+    NESTED_NF4,
+    NUM_OUT,
+    PANEL_ROWS,
+    PLAIN_NF4,
+    ROW_BLOCK,
+    ROW_OFFSET,
+    SIZE,
+    SOURCE,
+    TARGET,
+    WEIGHTS,
+)
 from manyhats.engine.backends.cpu.simd import decode_nf4, mul, splat, store
 from manyhats.engine.backends.cpu.wide import LANES, fma, join, load, sum_lanes, zero
 from manyhats.engine.backends.cpu.wide import store as store_wide
@@ -230,48 +249,67 @@ def _multiply_row(x, weights, absmax, row_block, row_offset, nested, nested_code
     return (multiply_row_nf4 if weights.dtype == types.uint8 else multiply_row_dense).py_func
 
 
-@kernel
-def linear(x, weights, absmax, row_block, row_offset, nested, nested_code, bias, y, panels, panel_rows):
-    """Y = x Wᵀ + bias.
+@inner
+def decode(op, first, count, panel, at):
+    """Rows first … first + count of an instruction's weights as float32 into panel[at:]."""
+    k = op[SIZE]
+    kind = op[KIND]
+    row_block, offset = ints_at(op[ROW_BLOCK]), floats_at(op[ROW_OFFSET])
+    nested, code = floats_at(op[NESTED]), floats_at(op[NESTED_CODE])
+    small, large = bytes_at(op[ABSMAX]), floats_at(op[ABSMAX])
+    if kind == NESTED_NF4:
+        weights = bytes_at(op[WEIGHTS])
+        decode_panel(weights, small, row_block, offset, nested, code, first, count, k, panel, at)
+    elif kind == PLAIN_NF4:
+        weights = bytes_at(op[WEIGHTS])
+        decode_panel(weights, large, row_block, offset, nested, code, first, count, k, panel, at)
+    elif kind == BFLOAT16:
+        halves = halves_at(op[WEIGHTS])
+        decode_panel(halves, small, row_block, offset, nested, code, first, count, k, panel, at)
+    else:
+        floats = floats_at(op[WEIGHTS])
+        decode_panel(floats, small, row_block, offset, nested, code, first, count, k, panel, at)
+
+
+@inner
+def multiply_one(op, x, first, count, y):
+    """y[first : first + count] = one row x times as many rows of an instruction's weights, plus bias."""
+    k = op[SIZE]
+    kind = op[KIND]
+    row_block, offset = ints_at(op[ROW_BLOCK]), floats_at(op[ROW_OFFSET])
+    nested, code = floats_at(op[NESTED]), floats_at(op[NESTED_CODE])
+    small, large = bytes_at(op[ABSMAX]), floats_at(op[ABSMAX])
+    bias = floats_at(op[BIAS])
+    if kind == NESTED_NF4:
+        weights = bytes_at(op[WEIGHTS])
+        multiply_row(x, weights, small, row_block, offset, nested, code, first, count, k, bias, y)
+    elif kind == PLAIN_NF4:
+        weights = bytes_at(op[WEIGHTS])
+        multiply_row(x, weights, large, row_block, offset, nested, code, first, count, k, bias, y)
+    elif kind == BFLOAT16:
+        halves = halves_at(op[WEIGHTS])
+        multiply_row(x, halves, small, row_block, offset, nested, code, first, count, k, bias, y)
+    else:
+        floats = floats_at(op[WEIGHTS])
+        multiply_row(x, floats, small, row_block, offset, nested, code, first, count, k, bias, y)
+
+
+@inner
+def linear(op, num_rows, first, last, buffers, panel, at):
+    """target[:, rows first … last of W] = source Wᵀ + bias.
 
     Args:
-        x: [N, k] float32, contiguous; k a multiple of 64 for NF4, of 16 otherwise.
-        weights: 1-D; uint8 for NF4 (codes as ``decode_nf4`` wants them), uint16 for bfloat16, or float32.
-        absmax, row_block, row_offset, nested, nested_code: NF4's scales (``decode_nf4_panel``); empty otherwise.
-        bias: [out] float32.
-        y: [N, out] float32, written.
-        panels: [threads, panel_rows · k] float32 scratch.
-        panel_rows: weight rows decoded at a time.
+        op: source rows have a multiple of 64 values for NF4, of 16 otherwise.
+        num_rows: of source and target.
+        first, last: rows of the weights.
+        buffers: of the step.
+        panel: from ``at`` on, scratch for PANEL_ROWS decoded rows.
     """
-    num_rows, k = x.shape
-    out = y.shape[1]
-    num_threads, panel_size = panels.shape
-    num_panels = (out + panel_rows - 1) // panel_rows
-    flat_x = x.reshape(-1)
-    flat_y = y.reshape(-1)
-    flat_panels = panels.reshape(-1)
-    for thread in prange(num_threads):
-        at = thread * panel_size
-        for index in range(thread, num_panels, num_threads):
-            first = index * panel_rows
-            count = min(panel_rows, out - first)
-            if num_rows == 1:
-                multiply_row(
-                    flat_x,
-                    weights,
-                    absmax,
-                    row_block,
-                    row_offset,
-                    nested,
-                    nested_code,
-                    first,
-                    count,
-                    k,
-                    bias,
-                    flat_y,
-                )
-                continue
-            decode_panel(
-                weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, flat_panels, at
-            )
-            multiply_panel(flat_x, num_rows, k, flat_panels, at, first, count, bias, flat_y, out)
+    x, y = floats_at(buffers[op[SOURCE]]), floats_at(buffers[op[TARGET]])
+    if num_rows == 1:
+        multiply_one(op, x, first, last - first, y)
+        return
+    for start in range(first, last, op[PANEL_ROWS]):
+        count = min(op[PANEL_ROWS], last - start)
+        decode(op, start, count, panel, at)
+        multiply_panel(x, num_rows, op[SIZE], panel, at, start, count, floats_at(op[BIAS]), y, op[NUM_OUT])

@@ -1,13 +1,51 @@
-"""What acts on each row by itself: RMS norms, gating, rotary embedding with the write into the KV cache."""
+"""What acts on each row by itself: RMS norms, gating, rotary embedding with the write into the KV cache.
+
+Rows are float32; a share of an instruction is some of them.
+"""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from numba import prange
 
-from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.addresses import array_at, floats_at, longs_at
+from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.program import (
+    ADD,
+    ADD_RMS_NORM,
+    BLOCK_SIZE,
+    CELLS,
+    COS,
+    GATHER,
+    GELU_TANH,
+    HALF,
+    HEAD_DIM,
+    INSTRUCTION,
+    KEY_NORMED,
+    KEY_SIZE,
+    KEY_WEIGHT,
+    KEYS,
+    LAYER,
+    LAYER_BYTES,
+    LOGIT_ROWS,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    POSITIONS,
+    QUERY_NORMED,
+    QUERY_SIZE,
+    QUERY_WEIGHT,
+    RMS_NORM,
+    SCALE,
+    SILU,
+    SIN,
+    SIZE,
+    SOURCE,
+    STREAM,
+    TARGET,
+    VALUES,
+    WEIGHT,
+)
 from manyhats.engine.backends.cpu.simd import (
     add,
     div,
@@ -28,107 +66,56 @@ _SQRT_8_OVER_PI = math.sqrt(8.0 / math.pi)
 
 
 @inner
-def norm_row(x, at, weight, eps, out):
-    """out[at:] = x[at:] / √(mean(x²) + eps) · weight."""
-    size = weight.size
+def norm_row(x, at, weight, size, eps, out, out_at):
+    """out[out_at:] = x[at:] / √(mean(x²) + eps) · weight."""
     total = zero()
     for i in range(0, size, 8):
         v = load(x, at + i)
         total = fma(v, v, total)
     scale = splat(np.float32(1.0 / math.sqrt(sum_lanes(total) / np.float32(size) + eps)))
     for i in range(0, size, 8):
-        store(out, at + i, mul(mul(load(x, at + i), scale), load(weight, i)))
+        store(out, out_at + i, mul(mul(load(x, at + i), scale), load(weight, i)))
 
 
-@kernel
-def rms_norm(x, weight, eps, out, num_threads):
-    """Root mean square norm of each row; x and out [N, D] float32, weight [D] float32."""
-    num_rows, size = x.shape
-    flat_x = x.reshape(-1)
-    flat_out = out.reshape(-1)
-    for thread in prange(num_threads):
-        for row in range(thread, num_rows, num_threads):
-            norm_row(flat_x, row * size, weight, eps, flat_out)
+@inner
+def add_row(x, at, size, delta):
+    """x[at : at + size] += delta[at : at + size]."""
+    for i in range(at, at + size, 8):
+        store(x, i, add(load(x, i), load(delta, i)))
 
 
-@kernel
-def add_rms_norm(residual, delta, weight, eps, out, num_threads):
-    """Residual += delta, then out = the norm of residual; all [N, D] float32."""
-    num_rows, size = residual.shape
-    flat_residual = residual.reshape(-1)
-    flat_delta = delta.reshape(-1)
-    flat_out = out.reshape(-1)
-    for thread in prange(num_threads):
-        for row in range(thread, num_rows, num_threads):
-            at = row * size
-            for i in range(at, at + size, 8):
-                store(flat_residual, i, add(load(flat_residual, i), load(flat_delta, i)))
-            norm_row(flat_residual, at, weight, eps, flat_out)
+@inner
+def scale_row(x, at, size, factor):
+    """x[at : at + size] *= factor."""
+    factors = splat(factor)
+    for i in range(at, at + size, 8):
+        store(x, i, mul(load(x, i), factors))
 
 
-@kernel
-def norm_queries_and_keys(qkv, q_weight, k_weight, eps, num_queries, num_keys, num_threads):
-    """Root mean square norms of queries and keys, in place, over as many values at a time as a weight has.
+@inner
+def silu_row(x, at, size, out, out_at):
+    """out[out_at:] = SiLU(gate) · up; x[at:] holds gate, then up."""
+    one = splat(np.float32(1.0))
+    for i in range(0, size, 8):
+        g = load(x, at + i)
+        activated = div(g, add(one, exp(sub(zero(), g))))
+        store(out, out_at + i, mul(activated, load(x, at + size + i)))
 
-    Args:
-        qkv: [N, (H + 2·Hkv)·K] float32: queries, keys, values.
-        q_weight: [K] for each head by itself, or [H·K]; float32.
-        k_weight: [K] or [Hkv·K].
-        num_queries: H·K.
-        num_keys: Hkv·K.
+
+@inner
+def gelu_tanh_row(x, at, size, out, out_at):
+    """out[out_at:] = GELU(gate) · up, in the tanh approximation; x[at:] holds gate, then up.
+
+    ``½ · g · (1 + tanh y)`` is ``g / (1 + e⁻²ʸ)``, which loses nothing where tanh is near −1.
     """
-    num_rows, width = qkv.shape
-    flat = qkv.reshape(-1)
-    for thread in prange(num_threads):
-        for row in range(thread, num_rows, num_threads):
-            start = row * width
-            for at in range(start, start + num_queries, q_weight.size):
-                norm_row(flat, at, q_weight, eps, flat)
-            start += num_queries
-            for at in range(start, start + num_keys, k_weight.size):
-                norm_row(flat, at, k_weight, eps, flat)
-
-
-@kernel
-def silu_mul(gate_up, out, num_threads):
-    """Out = SiLU(gate) · up; gate_up [N, 2·I] holds gate, then up; out [N, I]; float32."""
-    num_rows, size = out.shape
-    flat = gate_up.reshape(-1)
-    flat_out = out.reshape(-1)
-    for thread in prange(num_threads):
-        for row in range(thread, num_rows, num_threads):
-            gate = row * 2 * size
-            up = gate + size
-            at = row * size
-            one = splat(np.float32(1.0))
-            for i in range(0, size, 8):
-                g = load(flat, gate + i)
-                activated = div(g, add(one, exp(sub(zero(), g))))
-                store(flat_out, at + i, mul(activated, load(flat, up + i)))
-
-
-@kernel
-def gelu_tanh_mul(gate_up, out, num_threads):
-    """Out = gelu(gate) · up in the tanh approximation; shapes as in ``silu_mul``.
-
-    ½ · g · (1 + tanh y) is g / (1 + e⁻²ʸ), which loses nothing where tanh is near −1.
-    """
-    num_rows, size = out.shape
-    flat = gate_up.reshape(-1)
-    flat_out = out.reshape(-1)
-    for thread in prange(num_threads):
-        for row in range(thread, num_rows, num_threads):
-            gate = row * 2 * size
-            up = gate + size
-            at = row * size
-            one = splat(np.float32(1.0))
-            cubic = splat(np.float32(0.044715))
-            factor = splat(np.float32(-_SQRT_8_OVER_PI))
-            for i in range(0, size, 8):
-                g = load(flat, gate + i)
-                power = mul(factor, fma(mul(mul(g, g), cubic), g, g))
-                activated = div(g, add(one, exp(power)))
-                store(flat_out, at + i, mul(activated, load(flat, up + i)))
+    one = splat(np.float32(1.0))
+    cubic = splat(np.float32(0.044715))
+    factor = splat(np.float32(-_SQRT_8_OVER_PI))
+    for i in range(0, size, 8):
+        g = load(x, at + i)
+        power = mul(factor, fma(mul(mul(g, g), cubic), g, g))
+        activated = div(g, add(one, exp(power)))
+        store(out, out_at + i, mul(activated, load(x, at + size + i)))
 
 
 @inner
@@ -137,20 +124,59 @@ def cap(x, limit):
     return mul(limit, tanh(div(x, limit)))
 
 
-@kernel
-def softcap(x, limit, num_threads):
-    """X = limit · tanh(x / limit), in place; [N, V] float32, V at least 8."""
-    num_rows, size = x.shape
-    flat = x.reshape(-1)
+@inner
+def cap_row(x, at, size, limit):
+    """x[at : at + size] = limit · tanh(x / limit); size at least 8."""
     limits = splat(limit)
-    for thread in prange(num_threads):
-        for row in range(thread, num_rows, num_threads):
-            at = row * size
-            # The last vector of a row may overlap the one before it: read it while that is still as it was.
-            last = cap(load(flat, at + size - 8), limits)
-            for i in range(at, at + size - 7, 8):
-                store(flat, i, cap(load(flat, i), limits))
-            store(flat, at + size - 8, last)
+    # The last vector of a row may overlap the one before it: read it while that is still as it was.
+    last = cap(load(x, at + size - 8), limits)
+    for i in range(at, at + size - 7, 8):
+        store(x, i, cap(load(x, i), limits))
+    store(x, at + size - 8, last)
+
+
+@inner
+def rowwise(op, numbers, first, last, frame, buffers):
+    """Carries out an instruction on rows first … last that needs nothing but its buffers."""
+    kind = op[INSTRUCTION]
+    size = op[SIZE]
+    source = floats_at(buffers[op[SOURCE]])
+    target = floats_at(buffers[op[TARGET]])
+    for row in range(first, last):
+        at = row * size
+        if kind == RMS_NORM:
+            norm_row(source, at, floats_at(op[WEIGHT]), size, numbers[0], target, at)
+        elif kind == ADD:
+            add_row(target, at, size, source)
+        elif kind == ADD_RMS_NORM:
+            stream = floats_at(buffers[op[STREAM]])
+            add_row(stream, at, size, source)
+            norm_row(stream, at, floats_at(op[WEIGHT]), size, numbers[0], target, at)
+        elif kind == SCALE:
+            scale_row(target, at, size, numbers[0])
+        elif kind == SILU:
+            silu_row(source, 2 * at, size, target, at)
+        elif kind == GELU_TANH:
+            gelu_tanh_row(source, 2 * at, size, target, at)
+        elif kind == GATHER:
+            chosen = longs_at(frame[LOGIT_ROWS])[row] * size
+            for i in range(0, size, 8):
+                store(target, at + i, load(source, chosen + i))
+        else:
+            cap_row(target, at, size, numbers[0])
+
+
+@inner
+def norm_heads(op, numbers, first, last, buffers):
+    """RMS norms of rows' queries and keys, in place, over as many values at a time as a weight has."""
+    x = floats_at(buffers[op[TARGET]])
+    for row in range(first, last):
+        start = row * op[SIZE]
+        middle = start + op[QUERY_SIZE]
+        for at in range(start, middle, op[QUERY_NORMED]):
+            norm_row(x, at, floats_at(op[QUERY_WEIGHT]), op[QUERY_NORMED], numbers[0], x, at)
+        for at in range(middle, middle + op[KEY_SIZE], op[KEY_NORMED]):
+            norm_row(x, at, floats_at(op[KEY_WEIGHT]), op[KEY_NORMED], numbers[0], x, at)
 
 
 @inner
@@ -165,39 +191,34 @@ def rotate(x, at, cos, sin, angle, half):
         store(x, at + half + i, add(mul(second, c), mul(first, s)))
 
 
-@kernel
-def rotate_and_store(qkv, cos, sin, slot_mapping, keys, values, num_heads, num_threads):
-    """Rotary embedding of queries (in place) and keys; keys and values go into their KV slots.
+@inner
+def rotate_and_store(op, first, last, frame, buffers, like):
+    """Rotary embedding of rows' queries (in place) and keys; keys and values go into their cells.
 
-    Args:
-        qkv: [N, (H + 2·Hkv)·K] float32: queries, keys, values.
-        cos, sin: [N, rotary / 2] float32, the row's angles.
-        slot_mapping: [N] int64; slot s is position s % block_size of block s // block_size.
-        keys: [num_blocks, Hkv, K, block_size], values: [num_blocks, Hkv, block_size, K]; float32 or
-            bfloat16 as uint16. Keys lie transposed, so that scores of a block's positions are lanes.
-        num_heads: H.
+    A row is queries, keys, values. A layer's keys are [num_blocks, Hkv, K, block_size], its values
+    [num_blocks, Hkv, block_size, K], of the dtype of ``like``. Keys lie transposed, so that scores of a block's
+    positions are lanes.
     """
-    num_rows, width = qkv.shape
-    num_kv_heads, head_dim, block_size = keys.shape[1:]
-    half = cos.shape[1]
-    flat = qkv.reshape(-1)
-    flat_cos = cos.reshape(-1)
-    flat_sin = sin.reshape(-1)
-    flat_keys = keys.reshape(-1)
-    flat_values = values.reshape(-1)
-    for thread in prange(num_threads):
-        for row in range(thread, num_rows, num_threads):
-            start = row * width
-            for head in range(num_heads + num_kv_heads):
-                rotate(flat, start + head * head_dim, flat_cos, flat_sin, row * half, half)
-            block = slot_mapping[row] // block_size
-            offset = slot_mapping[row] - block * block_size
-            for head in range(num_kv_heads):
-                source = start + (num_heads + head) * head_dim
-                target = (block * num_kv_heads + head) * head_dim * block_size
-                for i in range(head_dim):
-                    store_scalar(flat_keys, target + i * block_size + offset, flat[source + i])
-                source += num_kv_heads * head_dim
-                target += offset * head_dim
-                for i in range(0, head_dim, 8):
-                    store(flat_values, target + i, load(flat, source + i))
+    num_kv_heads, head_dim, block_size = frame[NUM_KV_HEADS], frame[HEAD_DIM], frame[BLOCK_SIZE]
+    half, num_heads = op[HALF], op[NUM_HEADS]
+    x = floats_at(buffers[op[TARGET]])
+    cos, sin = floats_at(op[COS]), floats_at(op[SIN])
+    keys = array_at(frame[KEYS] + op[LAYER] * frame[LAYER_BYTES], like)
+    values = array_at(frame[VALUES] + op[LAYER] * frame[LAYER_BYTES], like)
+    for row in range(first, last):
+        start = row * op[SIZE]
+        angle = longs_at(frame[POSITIONS])[row] * half
+        for head in range(num_heads + num_kv_heads):
+            rotate(x, start + head * head_dim, cos, sin, angle, half)
+        cell = longs_at(frame[CELLS])[row]
+        block = cell // block_size
+        offset = cell - block * block_size
+        for head in range(num_kv_heads):
+            source = start + (num_heads + head) * head_dim
+            target = (block * num_kv_heads + head) * head_dim * block_size
+            for i in range(head_dim):
+                store_scalar(keys, target + i * block_size + offset, x[source + i])
+            source += num_kv_heads * head_dim
+            target += offset * head_dim
+            for i in range(0, head_dim, 8):
+                store(values, target + i, load(x, source + i))

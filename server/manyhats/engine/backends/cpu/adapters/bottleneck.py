@@ -1,4 +1,4 @@
-"""Bottleneck adapters of many tasks in one call, on a sub-layer's output; each row by its own, of any size.
+"""Bottleneck adapters on a sub-layer's output; each row by its own, of any size.
 
 What a row computes stands in ``manyhats.adapters.primitives.Bottleneck``.
 """
@@ -8,10 +8,22 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import prange
 
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
-from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
+from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.program import (
+    ADAPTER_ROWS,
+    ADAPTER_SLOTS,
+    GROUP,
+    LAYER,
+    NUM_ADAPTER_ROWS,
+    NUM_SLOTS,
+    SOURCE,
+    SUBLAYER_TABLES,
+    TARGET,
+)
+from manyhats.engine.backends.cpu.program import SIZE as HIDDEN
 from manyhats.engine.backends.cpu.simd import (
     add,
     fma,
@@ -34,6 +46,9 @@ NUM_INTEGERS = 4
 # Columns of the number table.
 KEEP, CARRY, BEFORE_EPS, AFTER_EPS = range(4)
 NUM_NUMBERS = 4
+# Columns of the table of sub-layers: which layers have bottlenecks, and per layer and slot, the rows of those tables.
+HAS_BOTTLENECKS, ADDRESSES, INTEGERS, NUMBERS = range(4)
+NUM_TABLE_COLUMNS = 4
 # Values of INPUT and NORM_RESIDUAL.
 NOTHING, OUTPUT, SUM, RESIDUAL = range(4)
 
@@ -166,39 +181,39 @@ def row_delta(residual, output, start, size, addresses, integers, numbers, like,
         layer_norm(scratch, at, size, addresses[AFTER_WEIGHT], addresses[AFTER_BIAS], numbers[AFTER_EPS], f32)
 
 
-@kernel
-def bottleneck(residual, output, rows, row_slots, addresses, integers, numbers, like, f32, scratch):
-    """output[i] = keep · m + carry · r + the row's bottleneck, for each row i that has one.
+@inner
+def num_bottleneck_shares(op, frame):
+    """A share is a row."""
+    if frame[NUM_ADAPTER_ROWS] == 0:
+        return 0
+    table = longs_at(frame[SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[GROUP])
+    return frame[NUM_ADAPTER_ROWS] if bytes_at(table[HAS_BOTTLENECKS])[op[LAYER]] else 0
+
+
+@inner
+def bottleneck(op, share, frame, buffers, like, scratch, at):
+    """Output = keep · m + carry · r + the row's bottleneck, for one row, if it has one.
 
     Args:
-        residual: [N, D] float32, the stream r that entered the sub-layer.
-        output: [N, D] float32, the sub-layer's output m, updated.
-        rows: [M] int32, the rows that have an adapter, those of one adapter side by side.
-        row_slots: [M] int32, their slots.
-        addresses: [S, 9] int64, integers: [S, 4] int32, numbers: [S, 4] float32; columns as named above.
-        like: an array of the matrices' dtype: float32, or uint16 for bfloat16.
-        f32: a float32 array.
-        scratch: [threads, 2·D + largest size rounded up to eight] float32.
+        op: source is the stream r that entered the sub-layer, target its output m.
+        share: index among the rows with an adapter.
+        frame, buffers: of the step.
+        like: an array of the adapters' dtype.
+        scratch: from ``at`` on, 2·D + the largest size rounded up to eight.
     """
-    size = output.shape[1]
-    flat_residual = residual.reshape(-1)
-    flat_output = output.reshape(-1)
-    num_threads, scratch_size = scratch.shape
-    flat_scratch = scratch.reshape(-1)
-    num_rows = rows.size
-    for thread in prange(num_threads):
-        at = thread * scratch_size
-        for index in range(num_rows * thread // num_threads, num_rows * (thread + 1) // num_threads):
-            slot = row_slots[index]
-            if integers[slot, SIZE] == 0:
-                continue
-            start = np.int64(rows[index]) * size
-            row_delta(
-                flat_residual, flat_output, start, size,
-                addresses[slot], integers[slot], numbers[slot], like, f32, flat_scratch, at,
-            )  # fmt: skip
-            keep = splat(numbers[slot, KEEP])
-            carry = splat(numbers[slot, CARRY])
-            for i in range(0, size, 8):
-                v = fma(load(flat_output, start + i), keep, load(flat_scratch, at + i))
-                store(flat_output, start + i, fma(load(flat_residual, start + i), carry, v))
+    table = longs_at(frame[SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[GROUP])
+    entry = op[LAYER] * frame[NUM_SLOTS] + ints_at(frame[ADAPTER_SLOTS])[share]
+    integers = ints_at(table[INTEGERS] + 4 * NUM_INTEGERS * entry)
+    if integers[SIZE] == 0:
+        return
+    addresses = longs_at(table[ADDRESSES] + 8 * NUM_ADDRESSES * entry)
+    numbers = floats_at(table[NUMBERS] + 4 * NUM_NUMBERS * entry)
+    residual, output = floats_at(buffers[op[SOURCE]]), floats_at(buffers[op[TARGET]])
+    size = op[HIDDEN]
+    start = np.int64(ints_at(frame[ADAPTER_ROWS])[share]) * size
+    row_delta(residual, output, start, size, addresses, integers, numbers, like, scratch, scratch, at)
+    keep = splat(numbers[KEEP])
+    carry = splat(numbers[CARRY])
+    for i in range(0, size, 8):
+        v = fma(load(output, start + i), keep, load(scratch, at + i))
+        store(output, start + i, fma(load(residual, start + i), carry, v))

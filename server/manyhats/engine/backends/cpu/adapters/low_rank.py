@@ -1,16 +1,12 @@
-"""Low-rank deltas of many adapters in one call: each row by its own, of any rank.
+"""The low-rank delta of one row, of any rank.
 
 Distinct adapters cost what reading them costs, so an adapter's matrices lie in one buffer of its own in the order
-in which they are read (``packing.pack_low_rank``), and are prefetched. A table holds, per slot and site,
-addresses, rank and scale.
+in which they are read (``packing.pack_low_rank``), and are prefetched.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numba import prange
-
-from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.compile import inner
 from manyhats.engine.backends.cpu.simd import (
     fma,
     load,
@@ -111,44 +107,3 @@ def expand(t, at, rank, b, size, like, scale, y, y0):
         else:
             expand_8(t, at, rank, b + i * step, like, scales, y, y0 + i)
             i += 8
-
-
-@kernel
-def low_rank(x, y, rows, row_slots, a_address, b_address, ranks, scales, columns, sizes, like, scratch):
-    """y[i, columns] += scale · (x[i] Aᵀ) B for each row i with an adapter, at each part of a fused linear.
-
-    Args:
-        x: [N, d_in] float32.
-        y: [N, d_out of all parts] float32, updated.
-        rows: [M] int32, the rows that have an adapter, those of one adapter side by side.
-        row_slots: [M] int32, their slots.
-        a_address, b_address: [S, parts] int64, addresses of A and B; rank 0 where a slot has no delta.
-        ranks: [S, parts] int32.
-        scales: [S, parts] float32.
-        columns, sizes: [parts] int32, where each part's outputs start in y, and their number.
-        like: an array of the adapters' dtype: float32, or uint16 for bfloat16.
-        scratch: [threads, largest rank] float32.
-    """
-    size = x.shape[1]
-    width = y.shape[1]
-    flat_x = x.reshape(-1)
-    flat_y = y.reshape(-1)
-    num_threads, scratch_size = scratch.shape
-    flat_scratch = scratch.reshape(-1)
-    num_parts = columns.size
-    num_rows = rows.size
-    for thread in prange(num_threads):
-        first = num_rows * thread // num_threads
-        last = num_rows * (thread + 1) // num_threads
-        at = thread * scratch_size
-        for index in range(first, last):
-            row = np.int64(rows[index])
-            slot = row_slots[index]
-            for part in range(num_parts):
-                rank = ranks[slot, part]
-                if rank > 0:
-                    shrink(flat_x, row * size, size, a_address[slot, part], rank, like, flat_scratch, at)
-                    expand(
-                        flat_scratch, at, rank, b_address[slot, part], sizes[part], like,
-                        scales[slot, part], flat_y, row * width + columns[part],
-                    )  # fmt: skip

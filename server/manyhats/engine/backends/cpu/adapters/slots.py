@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +22,13 @@ from manyhats.adapters.primitives import (
     LoweredAdapter,
     LowRank,
 )
+from manyhats.engine.backends.cpu import program
 from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
     LinearEntries,
     LinearTable,
     SublayerEntries,
     SublayerTable,
-    new_arguments,
 )
 from manyhats.engine.backends.cpu.adapters.vocabulary import (
     EmbeddingChange,
@@ -40,6 +41,7 @@ from manyhats.engine.backends.cpu.adapters.vocabulary import (
     RunLinear,
     rows_by_slot,
 )
+from manyhats.engine.backends.cpu.packing import LANES, Array
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import SUBLAYERS, Architecture
@@ -72,10 +74,9 @@ class Layout:
             {name: (group.name, member) for group in groups for member, name in enumerate(group.names)},
         )
 
-    def columns(self, group: str, member: int) -> slice:
-        """A member's share of its group's outputs."""
-        start = sum(self.sizes[group][:member])
-        return slice(start, start + self.sizes[group][member])
+    def group_index(self, name: str) -> int:
+        """A group's row in the kernel's table."""
+        return list(self.sizes).index(name)
 
 
 class PackedAdapter:
@@ -92,7 +93,7 @@ class PackedAdapter:
         self.memory = AdapterMemory(num_matrix_values, dtype)
         self.linears = {group: LinearEntries(num_layers, len(sizes)) for group, sizes in layout.sizes.items()}
         self.sublayers = {name: SublayerEntries(num_layers, layout.hidden_size) for name in SUBLAYERS}
-        self.input_scales: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+        self.rescales_inputs = False
         self.embeddings: list[EmbeddingChange] = []
         self.heads: list[HeadChange] = []
         self._places = layout.places
@@ -120,8 +121,8 @@ class PackedAdapter:
                 self.linears[group].add_affine(member, delta, self.memory)
             case InputScale():
                 group, member = self._places[delta.site.name]
-                scales = self.input_scales.setdefault((group, delta.site.layer), [])
-                scales.append((member, delta.scale.float()))
+                self.linears[group].add_input_scale(member, delta, self.memory)
+                self.rescales_inputs = True
             case Bottleneck():
                 self.sublayers[delta.site.name].add(delta, self.memory)
             case EmbeddingLowRank():
@@ -142,34 +143,31 @@ class CpuAdapterSlots:
     """``AdapterSlots`` on the CPU, where both tiers are one memory: placing an adapter enters its addresses."""
 
     def __init__(
-        self,
-        architecture: Architecture,
-        num_slots: int,
-        dtype: torch.dtype,
-        num_threads: int,
-        linear: RunLinear,
+        self, architecture: Architecture, num_slots: int, dtype: torch.dtype, linear: RunLinear
     ) -> None:
         self._layout = layout = Layout.of(architecture)
-        arguments = new_arguments(dtype, num_threads)
         self._linears = {
-            group: LinearTable(layout.num_layers, num_slots, list(sizes), arguments)
+            group: LinearTable(layout.num_layers, num_slots, list(sizes))
             for group, sizes in layout.sizes.items()
         }
         self._sublayers = {
-            name: SublayerTable(layout.num_layers, num_slots, layout.hidden_size, arguments)
-            for name in SUBLAYERS
+            name: SublayerTable(layout.num_layers, num_slots, layout.hidden_size) for name in SUBLAYERS
         }
+        self._linear_rows = np.stack([table.row for table in self._linears.values()])
+        self._sublayer_rows = np.stack([table.row for table in self._sublayers.values()])
+        self._rescaling = np.zeros(num_slots, dtype=np.bool_)
+        self._num_slots = num_slots
         self._linear = linear
-        self._dtype = dtype
+        self.dtype = dtype
         self._placing = threading.Lock()
         self.placed: dict[int, PackedAdapter] = {}
         # What few adapters have is looked for slot by slot, and not at all where none has it.
-        self._has_input_scales = self._has_embeddings = self._has_heads = False
+        self._has_embeddings = self._has_heads = False
 
     def pack(self, adapter: LoweredAdapter) -> PackedAdapter:
         """Copies the adapter's numbers into a memory of its own."""
         num_values = sum(_num_matrix_values(delta) for delta in adapter.deltas)
-        packed = PackedAdapter(self._layout, num_values, self._dtype)
+        packed = PackedAdapter(self._layout, num_values, self.dtype)
         for delta in adapter.deltas:
             packed.add(delta)
         return packed
@@ -178,9 +176,10 @@ class CpuAdapterSlots:
         """Enters its addresses into the tables."""
         with self._placing:
             for group, linears in packed.linears.items():
-                self._linears[group].place(slot, linears)
+                self._linears[group].place(slot, linears.fields)
             for name, sublayers in packed.sublayers.items():
-                self._sublayers[name].place(slot, sublayers)
+                self._sublayers[name].place(slot, sublayers.fields)
+            self._rescaling[slot] = packed.rescales_inputs
             self.placed = {**self.placed, slot: packed}
             self._note_rare()
 
@@ -196,34 +195,36 @@ class CpuAdapterSlots:
 
     def _note_rare(self) -> None:
         placed = self.placed.values()
-        self._has_input_scales = any(packed.input_scales for packed in placed)
         self._has_embeddings = any(packed.embeddings for packed in placed)
         self._has_heads = any(packed.heads for packed in placed)
 
-    def add_deltas(
-        self,
-        fused: str,
-        layer: int,
-        x: Tensor,
-        y: Tensor,
-        rows: AdapterRows,
-        linear: Callable[[Tensor], Tensor],
-    ) -> None:
-        """Applies to each row its own adapter's deltas at each member of a group of linears.
+    @property
+    def num_scratch_values(self) -> int:
+        """That the kernel needs on each thread."""
+        rank = max(table.largest_rank for table in self._linears.values())
+        size = max(table.largest_size for table in self._sublayers.values())
+        return max(rank, 2 * self._layout.hidden_size + size + LANES)
 
-        Args:
-            fused: name of the group.
-            layer: from 0.
-            x: [N, d_in] float32, the input of the linears.
-            y: [N, d_out of all members] float32, their output, updated.
-            rows: which rows have which adapter.
-            linear: runs the group on other inputs, for adapters that rescale them.
+    def describe(self, rows: AdapterRows, frame: Array) -> AdapterRows:
+        """Enters into a step's frame where the tables lie, and which rows have an adapter.
+
+        Returns:
+            The rows whose inputs are rescaled; the frame has their address.
         """
-        if self._has_input_scales:
-            self._rescale_inputs(fused, layer, x, y, rows, linear)
-        self._linears[fused].run(layer, x, y, rows)
+        own = self._rescaling[rows.slots]
+        rescaled = AdapterRows(rows.rows[own], rows.slots[own], 0)
+        frame[program.NUM_SLOTS] = self._num_slots
+        frame[program.LINEAR_TABLES] = self._linear_rows.ctypes.data
+        frame[program.SUBLAYER_TABLES] = self._sublayer_rows.ctypes.data
+        frame[program.NUM_ADAPTER_ROWS] = rows.rows.size
+        frame[program.ADAPTER_ROWS] = rows.rows.ctypes.data
+        frame[program.ADAPTER_SLOTS] = rows.slots.ctypes.data
+        frame[program.NUM_RESCALED_ROWS] = rescaled.rows.size
+        frame[program.RESCALED_ROWS] = rescaled.rows.ctypes.data
+        frame[program.RESCALED_SLOTS] = rescaled.slots.ctypes.data
+        return rescaled
 
-    def _rescale_inputs(
+    def rescale_inputs(
         self,
         group: str,
         layer: int,
@@ -232,25 +233,21 @@ class CpuAdapterSlots:
         rows: AdapterRows,
         linear: Callable[[Tensor], Tensor],
     ) -> None:
-        """Runs the group again for the rows whose input is rescaled, and takes over the member concerned."""
-        for slot, indices in rows_by_slot(rows):
-            for member, scale in self.placed[slot].input_scales.get((group, layer), ()):
-                columns = self._layout.columns(group, member)
-                y[indices, columns] = linear(x[indices] * scale)[:, columns]
-
-    def add_bottlenecks(
-        self, sublayer: str, layer: int, residual: Tensor, output: Tensor, rows: AdapterRows
-    ) -> None:
-        """Applies to each row its own bottleneck adapter on a sub-layer's output.
+        """Runs a group that is not the kernel's once more, for the rows whose input is rescaled.
 
         Args:
-            sublayer: one of ``SUBLAYERS``.
+            group: its name.
             layer: from 0.
-            residual: [N, D] float32, the stream that entered the sub-layer.
-            output: [N, D] float32, the sub-layer's output, updated.
+            x: [N, d_in] float32, its input.
+            y: [N, d_out of all members] float32, its output, updated at the members concerned.
             rows: which rows have which adapter.
+            linear: runs it.
         """
-        self._sublayers[sublayer].run(layer, residual, output, rows)
+        starts = np.cumsum((0, *self._layout.sizes[group])).tolist()
+        for slot, indices in rows_by_slot(rows):
+            for member, scale in self.placed[slot].linears[group].input_scales(layer, x.shape[1]):
+                columns = slice(starts[member], starts[member + 1])
+                y[indices, columns] = linear(x[indices] * scale)[:, columns]
 
     def change_embeddings(self, token_ids: Tensor, hidden: Tensor, rows: AdapterRows) -> None:
         """Gives each row its own adapter's embedding.

@@ -1,19 +1,20 @@
-"""Where loaded adapters' numbers lie, for the kernels: per place in the decoder, one row a slot."""
+"""Where loaded adapters' numbers lie, for the kernel: per place in the decoder, one row a layer and slot."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, LowRank
-from manyhats.engine.backends.cpu.adapters import bottleneck as bottleneck_kernels
-from manyhats.engine.backends.cpu.adapters.affine import affine
-from manyhats.engine.backends.cpu.adapters.low_rank import low_rank
-from manyhats.engine.backends.cpu.packing import LANES, Array, as_array, pack_low_rank
-from manyhats.engine.backends.plan import AdapterRows
+from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, InputScale, LowRank
+from manyhats.engine.backends.cpu.adapters import bottleneck, deltas
+from manyhats.engine.backends.cpu.packing import LANES, pack_low_rank
 from manyhats.engine.errors import ModelError
 
 
@@ -52,18 +53,18 @@ class AdapterMemory:
         return padded.data_ptr()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class KernelArguments:
-    """What every table hands to its kernel beside its own rows.
+Fields = Mapping[int, npt.NDArray[Any]]
+"""What stands in some columns of the kernel's table: layer by layer, and by slot where there are any."""
 
-    Attributes:
-        like: an empty array of the matrices' dtype. f32: an empty float32 array.
-        num_threads: of the kernels.
-    """
-
-    like: Array
-    f32: Array
-    num_threads: int
+_LINEAR_FIELDS = {
+    deltas.A_ADDRESS: np.int64,
+    deltas.B_ADDRESS: np.int64,
+    deltas.RANKS: np.int32,
+    deltas.SCALES: np.float32,
+    deltas.SCALE_ADDRESS: np.int64,
+    deltas.OFFSET_ADDRESS: np.int64,
+    deltas.INPUT_SCALE_ADDRESS: np.int64,
+}
 
 
 class LinearEntries:
@@ -76,12 +77,7 @@ class LinearEntries:
 
     def __init__(self, num_layers: int, num_members: int) -> None:
         shape = (num_layers, num_members)
-        self.a_address = np.zeros(shape, dtype=np.int64)
-        self.b_address = np.zeros(shape, dtype=np.int64)
-        self.ranks = np.zeros(shape, dtype=np.int32)
-        self.scales = np.zeros(shape, dtype=np.float32)
-        self.scale_address = np.zeros(shape, dtype=np.int64)
-        self.offset_address = np.zeros(shape, dtype=np.int64)
+        self.fields: Fields = {column: np.zeros(shape, dtype) for column, dtype in _LINEAR_FIELDS.items()}
 
     def add_low_rank(self, member: int, delta: LowRank, memory: AdapterMemory) -> None:
         """Enters a low-rank delta.
@@ -90,15 +86,15 @@ class LinearEntries:
             ModelError: the member has one already, or its dimensions do not fit the kernels' lanes.
         """
         at = delta.site.layer, member
-        if self.ranks[at]:
+        if self.fields[deltas.RANKS][at]:
             raise ModelError(f"{delta.site}: one low-rank delta a site, not two")
         if delta.a.shape[1] % LANES or delta.b.shape[0] % LANES:
             raise ModelError(f"{delta.site}: the CPU kernels need dimensions that are multiples of {LANES}")
         a, b = pack_low_rank(delta.a, delta.b)
-        self.a_address[at] = memory.add_matrix(a)
-        self.b_address[at] = memory.add_matrix(b)
-        self.scales[at] = delta.scale
-        self.ranks[at] = delta.rank
+        self.fields[deltas.A_ADDRESS][at] = memory.add_matrix(a)
+        self.fields[deltas.B_ADDRESS][at] = memory.add_matrix(b)
+        self.fields[deltas.SCALES][at] = delta.scale
+        self.fields[deltas.RANKS][at] = delta.rank
 
     def add_affine(self, member: int, delta: Affine, memory: AdapterMemory) -> None:
         """Enters a scale and an offset.
@@ -107,93 +103,110 @@ class LinearEntries:
             ModelError: the member has them already.
         """
         at = delta.site.layer, member
-        if self.scale_address[at] or self.offset_address[at]:
+        if self.fields[deltas.SCALE_ADDRESS][at] or self.fields[deltas.OFFSET_ADDRESS][at]:
             raise ModelError(f"{delta.site}: one scale and offset a site, not two")
         if delta.scale is not None:
-            self.scale_address[at] = memory.add_vector(delta.scale)
+            self.fields[deltas.SCALE_ADDRESS][at] = memory.add_vector(delta.scale)
         if delta.offset is not None:
-            self.offset_address[at] = memory.add_vector(delta.offset)
+            self.fields[deltas.OFFSET_ADDRESS][at] = memory.add_vector(delta.offset)
+
+    def add_input_scale(self, member: int, delta: InputScale, memory: AdapterMemory) -> None:
+        """Enters a scale of the input.
+
+        Raises:
+            ModelError: the member has one already.
+        """
+        addresses, at = self.fields[deltas.INPUT_SCALE_ADDRESS], (delta.site.layer, member)
+        if addresses[at]:
+            raise ModelError(f"{delta.site}: one scale of the input a site, not two")
+        addresses[at] = memory.add_vector(delta.scale)
+
+    def input_scales(self, layer: int, size: int) -> Iterator[tuple[int, Tensor]]:
+        """The members of a layer whose input is rescaled, and their scales, [size] each."""
+        for member, address in enumerate(self.fields[deltas.INPUT_SCALE_ADDRESS][layer].tolist()):
+            if address:
+                vector = (ctypes.c_float * size).from_address(address)
+                yield member, torch.frombuffer(vector, dtype=torch.float32)
 
 
-_LINEAR_FIELDS = ("a_address", "b_address", "ranks", "scales", "scale_address", "offset_address")
+class SlotTable(ABC):
+    """The entries of one place, by slot. ``place`` and ``clear`` are called one at a time, beside steps."""
 
+    def __init__(self, empty: Fields, num_slots: int) -> None:
+        self._fields = {
+            column: np.zeros((field.shape[0], num_slots, *field.shape[1:]), field.dtype)
+            for column, field in empty.items()
+        }
 
-class LinearTable:
-    """Of one group of linears in all layers: low-rank deltas, scales and offsets, by slot and member.
-
-    ``place`` and ``clear`` are called one at a time, beside ``run``.
-    """
-
-    def __init__(self, num_layers: int, num_slots: int, sizes: list[int], arguments: KernelArguments) -> None:
-        empty = LinearEntries(num_layers, len(sizes))
-        shape = (num_layers, num_slots, len(sizes))
-        self._fields = {name: np.zeros(shape, getattr(empty, name).dtype) for name in _LINEAR_FIELDS}
-        self._columns = np.array([sum(sizes[:member]) for member in range(len(sizes))], dtype=np.int32)
-        self._sizes = np.array(sizes, dtype=np.int32)
-        self._arguments = arguments
-        self._scratch = np.empty((arguments.num_threads, 64), dtype=np.float32)
-        self._has_low_rank = [False] * num_layers
-        self._has_affine = [False] * num_layers
-
-    def place(self, slot: int, entries: LinearEntries) -> None:
+    def place(self, slot: int, fields: Fields) -> None:
         """Enters what an adapter does here."""
-        largest = int(entries.ranks.max())
-        if largest > self._scratch.shape[1]:
-            self._scratch = np.empty((self._arguments.num_threads, largest), dtype=np.float32)
-        for name, field in self._fields.items():
-            field[:, slot] = getattr(entries, name)
+        for column, field in fields.items():
+            self._fields[column][:, slot] = field
         self._note_used()
 
     def clear(self, slot: int) -> None:
         """Takes a slot's entries out."""
-        for name in ("ranks", "scale_address", "offset_address"):
-            self._fields[name][:, slot] = 0
+        for field in self._fields.values():
+            field[:, slot] = 0
         self._note_used()
 
+    @abstractmethod
     def _note_used(self) -> None:
-        """Which layers need a kernel at all."""
-        fields = self._fields
-        self._has_low_rank = [bool(layer.any()) for layer in fields["ranks"]]
-        addresses = fields["scale_address"] | fields["offset_address"]
-        self._has_affine = [bool(layer.any()) for layer in addresses]
+        """Which layers have anything to do."""
 
-    def run(self, layer: int, x: Tensor, y: Tensor, rows: AdapterRows) -> None:
-        """Rescales and shifts y, then adds the low-rank deltas; see ``Deltas.add_deltas``."""
-        arguments, fields = self._arguments, self._fields
-        if self._has_affine[layer]:
-            affine(
-                y.numpy(),
-                rows.rows,
-                rows.slots,
-                fields["scale_address"][layer],
-                fields["offset_address"][layer],
-                self._columns,
-                self._sizes,
-                arguments.f32,
-                arguments.num_threads,
-            )
-        if self._has_low_rank[layer]:
-            low_rank(
-                x.numpy(),
-                y.numpy(),
-                rows.rows,
-                rows.slots,
-                fields["a_address"][layer],
-                fields["b_address"][layer],
-                fields["ranks"][layer],
-                fields["scales"][layer],
-                self._columns,
-                self._sizes,
-                arguments.like,
-                self._scratch,
-            )
+    def _addresses(self, num_columns: int, more: Fields) -> npt.NDArray[np.int64]:
+        addresses = np.zeros(num_columns, dtype=np.int64)
+        for column, field in {**self._fields, **more}.items():
+            addresses[column] = field.ctypes.data
+        return addresses
+
+
+class LinearTable(SlotTable):
+    """Of one group of linears in all layers: input scales, scales, offsets and low-rank deltas.
+
+    Attributes:
+        row: [columns] int64, of the kernel's table.
+        largest_rank: ever placed.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int, sizes: list[int]) -> None:
+        super().__init__(LinearEntries(num_layers, len(sizes)).fields, num_slots)
+        self._starts = np.array([sum(sizes[:member]) for member in range(len(sizes))], dtype=np.int32)
+        self._sizes = np.array(sizes, dtype=np.int32)
+        self._has_deltas = np.zeros(num_layers, dtype=np.uint8)
+        self._has_input_scales = np.zeros((num_layers, len(sizes)), dtype=np.uint8)
+        self.largest_rank = 0
+        self.row = self._addresses(
+            deltas.NUM_COLUMNS,
+            {
+                deltas.STARTS: self._starts,
+                deltas.SIZES: self._sizes,
+                deltas.HAS_DELTAS: self._has_deltas,
+                deltas.HAS_INPUT_SCALES: self._has_input_scales,
+            },
+        )
+        self.row[deltas.NUM_MEMBERS] = len(sizes)
+
+    def _note_used(self) -> None:
+        fields = self._fields
+        self.largest_rank = max(self.largest_rank, int(fields[deltas.RANKS].max()))
+        used = fields[deltas.RANKS] | fields[deltas.SCALE_ADDRESS] | fields[deltas.OFFSET_ADDRESS]
+        self._has_deltas[:] = used.any(axis=(1, 2))
+        self._has_input_scales[:] = fields[deltas.INPUT_SCALE_ADDRESS].any(axis=1)
 
 
 _INPUTS = {
-    None: bottleneck_kernels.NOTHING,
-    BottleneckInput.OUTPUT: bottleneck_kernels.OUTPUT,
-    BottleneckInput.SUM: bottleneck_kernels.SUM,
-    BottleneckInput.RESIDUAL: bottleneck_kernels.RESIDUAL,
+    None: bottleneck.NOTHING,
+    BottleneckInput.OUTPUT: bottleneck.OUTPUT,
+    BottleneckInput.SUM: bottleneck.SUM,
+    BottleneckInput.RESIDUAL: bottleneck.RESIDUAL,
+}
+
+
+_SUBLAYER_FIELDS = {
+    bottleneck.ADDRESSES: (bottleneck.NUM_ADDRESSES, np.int64),
+    bottleneck.INTEGERS: (bottleneck.NUM_INTEGERS, np.int32),
+    bottleneck.NUMBERS: (bottleneck.NUM_NUMBERS, np.float32),
 }
 
 
@@ -206,9 +219,9 @@ class SublayerEntries:
     """
 
     def __init__(self, num_layers: int, hidden_size: int) -> None:
-        self.addresses = np.zeros((num_layers, bottleneck_kernels.NUM_ADDRESSES), dtype=np.int64)
-        self.integers = np.zeros((num_layers, bottleneck_kernels.NUM_INTEGERS), dtype=np.int32)
-        self.numbers = np.zeros((num_layers, bottleneck_kernels.NUM_NUMBERS), dtype=np.float32)
+        self.fields: Fields = {
+            column: np.zeros((num_layers, size), dtype) for column, (size, dtype) in _SUBLAYER_FIELDS.items()
+        }
         self._hidden_size = hidden_size
 
     def add(self, delta: Bottleneck, memory: AdapterMemory) -> None:
@@ -217,88 +230,50 @@ class SublayerEntries:
         Raises:
             ModelError: the layer has one already, or the kernel does not know its activation.
         """
-        kernels, layer = bottleneck_kernels, delta.site.layer
-        addresses, integers, numbers = self.addresses[layer], self.integers[layer], self.numbers[layer]
-        if integers[kernels.SIZE]:
+        addresses, integers, numbers = (self.fields[column][delta.site.layer] for column in _SUBLAYER_FIELDS)
+        if integers[bottleneck.SIZE]:
             raise ModelError(f"{delta.site}: one bottleneck a site, not two")
-        if delta.activation not in kernels.ACTIVATIONS:
+        if delta.activation not in bottleneck.ACTIVATIONS:
             raise ModelError(f"{delta.site}: the CPU kernels do not know the activation {delta.activation!r}")
         down, up = pack_low_rank(delta.down, delta.up)
-        addresses[kernels.DOWN] = memory.add_matrix(down)
-        addresses[kernels.UP] = memory.add_matrix(up)
-        addresses[kernels.DOWN_BIAS] = memory.add_vector(delta.down_bias)
-        addresses[kernels.UP_BIAS] = memory.add_vector(delta.up_bias)
-        addresses[kernels.SCALE] = memory.add_vector(delta.scale.expand(self._hidden_size))
+        addresses[bottleneck.DOWN] = memory.add_matrix(down)
+        addresses[bottleneck.UP] = memory.add_matrix(up)
+        addresses[bottleneck.DOWN_BIAS] = memory.add_vector(delta.down_bias)
+        addresses[bottleneck.UP_BIAS] = memory.add_vector(delta.up_bias)
+        addresses[bottleneck.SCALE] = memory.add_vector(delta.scale.expand(self._hidden_size))
         for norm, weight, eps in (
-            (delta.norm_before, kernels.BEFORE_WEIGHT, kernels.BEFORE_EPS),
-            (delta.norm_after, kernels.AFTER_WEIGHT, kernels.AFTER_EPS),
+            (delta.norm_before, bottleneck.BEFORE_WEIGHT, bottleneck.BEFORE_EPS),
+            (delta.norm_after, bottleneck.AFTER_WEIGHT, bottleneck.AFTER_EPS),
         ):
             if norm is not None:
                 addresses[weight] = memory.add_vector(norm.weight)
                 addresses[weight + 1] = memory.add_vector(norm.bias)
                 numbers[eps] = norm.eps
-        numbers[kernels.KEEP] = delta.keep
-        numbers[kernels.CARRY] = delta.carry
-        integers[kernels.ACTIVATION] = kernels.ACTIVATIONS.index(delta.activation)
-        integers[kernels.INPUT] = _INPUTS[delta.input]
-        integers[kernels.NORM_RESIDUAL] = _INPUTS[delta.norm_residual]
-        integers[kernels.SIZE] = int(delta.down.shape[0])
+        numbers[bottleneck.KEEP] = delta.keep
+        numbers[bottleneck.CARRY] = delta.carry
+        integers[bottleneck.ACTIVATION] = bottleneck.ACTIVATIONS.index(delta.activation)
+        integers[bottleneck.INPUT] = _INPUTS[delta.input]
+        integers[bottleneck.NORM_RESIDUAL] = _INPUTS[delta.norm_residual]
+        integers[bottleneck.SIZE] = int(delta.down.shape[0])
 
 
-class SublayerTable:
-    """Of one kind of sub-layer in all layers: bottleneck adapters, by slot; used as ``LinearTable`` is."""
+class SublayerTable(SlotTable):
+    """Of one kind of sub-layer in all layers: bottleneck adapters.
 
-    def __init__(self, num_layers: int, num_slots: int, hidden_size: int, arguments: KernelArguments) -> None:
-        shape = (num_layers, num_slots)
-        self._addresses = np.zeros((*shape, bottleneck_kernels.NUM_ADDRESSES), dtype=np.int64)
-        self._integers = np.zeros((*shape, bottleneck_kernels.NUM_INTEGERS), dtype=np.int32)
-        self._numbers = np.zeros((*shape, bottleneck_kernels.NUM_NUMBERS), dtype=np.float32)
-        self._hidden_size = hidden_size
-        self._arguments = arguments
-        self._scratch = self._new_scratch(64)
-        self._is_used = [False] * num_layers
+    Attributes:
+        row: [columns] int64, of the kernel's table.
+        largest_size: ever placed.
+    """
 
-    def _new_scratch(self, size: int) -> Array:
-        width = 2 * self._hidden_size + -(-size // LANES) * LANES
-        return np.empty((self._arguments.num_threads, width), dtype=np.float32)
-
-    def place(self, slot: int, entries: SublayerEntries) -> None:
-        """Enters an adapter's bottlenecks."""
-        largest = int(entries.integers[:, bottleneck_kernels.SIZE].max())
-        if 2 * self._hidden_size + largest > self._scratch.shape[1]:
-            self._scratch = self._new_scratch(largest)
-        self._addresses[:, slot] = entries.addresses
-        self._numbers[:, slot] = entries.numbers
-        self._integers[:, slot] = entries.integers
-        self._note_used()
-
-    def clear(self, slot: int) -> None:
-        """Takes a slot's bottlenecks out."""
-        self._integers[:, slot, bottleneck_kernels.SIZE] = 0
-        self._note_used()
+    def __init__(self, num_layers: int, num_slots: int, hidden_size: int) -> None:
+        super().__init__(SublayerEntries(num_layers, hidden_size).fields, num_slots)
+        self._has_bottlenecks = np.zeros(num_layers, dtype=np.uint8)
+        self.largest_size = 0
+        self.row = self._addresses(
+            bottleneck.NUM_TABLE_COLUMNS, {bottleneck.HAS_BOTTLENECKS: self._has_bottlenecks}
+        )
 
     def _note_used(self) -> None:
-        self._is_used = [bool(layer.any()) for layer in self._integers[:, :, bottleneck_kernels.SIZE]]
-
-    def run(self, layer: int, residual: Tensor, output: Tensor, rows: AdapterRows) -> None:
-        """Gives each row its own bottleneck; see ``Deltas.add_bottlenecks``."""
-        if self._is_used[layer]:
-            bottleneck_kernels.bottleneck(
-                residual.numpy(),
-                output.numpy(),
-                rows.rows,
-                rows.slots,
-                self._addresses[layer],
-                self._integers[layer],
-                self._numbers[layer],
-                self._arguments.like,
-                self._arguments.f32,
-                self._scratch,
-            )
-
-
-def new_arguments(dtype: torch.dtype, num_threads: int) -> KernelArguments:
-    """Arguments for matrices kept in ``dtype``."""
-    return KernelArguments(
-        like=as_array(torch.empty(1, dtype=dtype)), f32=np.empty(1, dtype=np.float32), num_threads=num_threads
-    )
+        sizes = self._fields[bottleneck.INTEGERS][:, :, bottleneck.SIZE]
+        self.largest_size = max(self.largest_size, int(sizes.max()))
+        self._has_bottlenecks[:] = sizes.any(axis=1)

@@ -1,0 +1,190 @@
+"""What adapters do at a group of linears, each row by its own: rescaled inputs, scales, offsets, low-rank deltas."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
+from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
+from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.linear import decode, tile_4x3
+from manyhats.engine.backends.cpu.program import (
+    ADAPTER_ROWS,
+    ADAPTER_SLOTS,
+    BIAS,
+    GROUP,
+    LAYER,
+    LINEAR_TABLES,
+    NUM_ADAPTER_ROWS,
+    NUM_OUT,
+    NUM_RESCALED_ROWS,
+    NUM_SLOTS,
+    PANEL_ROWS,
+    RESCALED_ROWS,
+    RESCALED_SLOTS,
+    SIZE,
+    SOURCE,
+    TARGET,
+)
+from manyhats.engine.backends.cpu.simd import add, load, load_address, mul, store
+
+# Columns of the table of groups: how many members they have, where each member's outputs start and how many they are,
+# which layers have anything to do, and per layer, slot and member, addresses, ranks and scales; 0 where there is none.
+(
+    NUM_MEMBERS,
+    STARTS,
+    SIZES,
+    HAS_DELTAS,
+    HAS_INPUT_SCALES,
+    A_ADDRESS,
+    B_ADDRESS,
+    RANKS,
+    SCALES,
+    SCALE_ADDRESS,
+    OFFSET_ADDRESS,
+    INPUT_SCALE_ADDRESS,
+) = range(12)
+NUM_COLUMNS = 12
+
+
+@inner
+def table_of(op, frame):
+    """The row of the table that stands for an instruction's group."""
+    return longs_at(frame[LINEAR_TABLES] + 8 * NUM_COLUMNS * op[GROUP])
+
+
+@inner
+def num_delta_shares(op, frame):
+    """A share is a row at a member."""
+    if frame[NUM_ADAPTER_ROWS] == 0:
+        return 0
+    table = table_of(op, frame)
+    if not bytes_at(table[HAS_DELTAS])[op[LAYER]]:
+        return 0
+    return frame[NUM_ADAPTER_ROWS] * table[NUM_MEMBERS]
+
+
+@inner
+def scale_span(y, at, size, address, like):
+    """y[at : at + size] *= the float32 vector at ``address``."""
+    for i in range(0, size, 8):
+        store(y, at + i, mul(load(y, at + i), load_address(address + 4 * i, like)))
+
+
+@inner
+def shift_span(y, at, size, address, like):
+    """y[at : at + size] += the float32 vector at ``address``."""
+    for i in range(0, size, 8):
+        store(y, at + i, add(load(y, at + i), load_address(address + 4 * i, like)))
+
+
+@inner
+def deltas(op, share, frame, buffers, like, scratch, at):
+    """y = y · scale + offset, then y += scale · (x Aᵀ) B, for one row at one member.
+
+    Args:
+        op: source holds x, target y; [N, d_in] and [N, d_out of all members].
+        share: index among the rows with an adapter · members + member.
+        frame, buffers: of the step.
+        like: an array of the adapters' dtype.
+        scratch: from ``at`` on, as many values as the largest rank.
+    """
+    table = table_of(op, frame)
+    members = table[NUM_MEMBERS]
+    index = share // members
+    member = share - index * members
+    row = np.int64(ints_at(frame[ADAPTER_ROWS])[index])
+    slot = ints_at(frame[ADAPTER_SLOTS])[index]
+    entry = (op[LAYER] * frame[NUM_SLOTS] + slot) * members + member
+    x, y = floats_at(buffers[op[SOURCE]]), floats_at(buffers[op[TARGET]])
+    start = row * op[NUM_OUT] + ints_at(table[STARTS])[member]
+    size = np.int64(ints_at(table[SIZES])[member])
+    scale = longs_at(table[SCALE_ADDRESS])[entry]
+    offset = longs_at(table[OFFSET_ADDRESS])[entry]
+    rank = np.int64(ints_at(table[RANKS])[entry])
+    if scale != 0:
+        scale_span(y, start, size, scale, scratch)
+    if offset != 0:
+        shift_span(y, start, size, offset, scratch)
+    if rank > 0:
+        a, b = longs_at(table[A_ADDRESS])[entry], longs_at(table[B_ADDRESS])[entry]
+        shrink(x, row * op[SIZE], op[SIZE], a, rank, like, scratch, at)
+        expand(scratch, at, rank, b, size, like, floats_at(table[SCALES])[entry], y, start)
+
+
+@inner
+def num_rescaled_shares(op, frame):
+    """A share is a panel of the weights, of one member; each member's panels begin anew."""
+    if frame[NUM_RESCALED_ROWS] == 0:
+        return 0
+    table = table_of(op, frame)
+    members = table[NUM_MEMBERS]
+    count = 0
+    for member in range(members):
+        if bytes_at(table[HAS_INPUT_SCALES])[op[LAYER] * members + member]:
+            count += (ints_at(table[SIZES])[member] + op[PANEL_ROWS] - 1) // op[PANEL_ROWS]
+    return count
+
+
+@inner
+def rescaled(op, share, frame, buffers, scratch, at):
+    """The linear once more, for a panel of weights, on the rows whose input an adapter rescales at its member.
+
+    Args:
+        op: source holds x, target y.
+        share: number of the panel among those of the members concerned.
+        frame, buffers: of the step.
+        scratch: from ``at`` on, room for a panel and four rows of input.
+    """
+    table = table_of(op, frame)
+    members = table[NUM_MEMBERS]
+    for member in range(members):
+        if bytes_at(table[HAS_INPUT_SCALES])[op[LAYER] * members + member]:
+            panels = (ints_at(table[SIZES])[member] + op[PANEL_ROWS] - 1) // op[PANEL_ROWS]
+            if share < panels:
+                rescale_panel(op, member, share, table, frame, buffers, scratch, at)
+                return
+            share -= panels
+
+
+@inner
+def rescale_panel(op, member, index, table, frame, buffers, scratch, at):
+    """``rescaled`` once it is known whose panel it is, and which of the member's."""
+    within = index * op[PANEL_ROWS]
+    count = min(op[PANEL_ROWS], np.int64(ints_at(table[SIZES])[member]) - within)
+    first = ints_at(table[STARTS])[member] + within
+    decode(op, first, count, scratch, at)
+    x, y, bias = floats_at(buffers[op[SOURCE]]), floats_at(buffers[op[TARGET]]), floats_at(op[BIAS])
+    k = op[SIZE]
+    scaled = at + op[PANEL_ROWS] * k
+    num_rows = frame[NUM_RESCALED_ROWS]
+    for start in range(0, num_rows, 4):
+        # Four rows at a time; past the last, that one again.
+        i1, i2, i3 = min(start + 1, num_rows - 1), min(start + 2, num_rows - 1), min(start + 3, num_rows - 1)
+        y0 = scale_input(op, member, start, table, frame, x, scratch, scaled) + first
+        y1 = scale_input(op, member, i1, table, frame, x, scratch, scaled + k) + first
+        y2 = scale_input(op, member, i2, table, frame, x, scratch, scaled + 2 * k) + first
+        y3 = scale_input(op, member, i3, table, frame, x, scratch, scaled + 3 * k) + first
+        for column in range(0, count, 3):
+            o1, o2 = min(1, count - 1 - column), min(2, count - 1 - column)
+            w = at + column * k
+            o = first + column
+            tile_4x3(
+                scratch, scaled, scaled + k, scaled + 2 * k, scaled + 3 * k,
+                scratch, w, w + o1 * k, w + o2 * k, k,
+                y, y0 + column, y1 + column, y2 + column, y3 + column, o1, o2, bias[o], bias[o + o1], bias[o + o2],
+            )  # fmt: skip
+
+
+@inner
+def scale_input(op, member, index, table, frame, x, scratch, at):
+    """A row's input times its adapter's scale, if there is one here, into scratch[at:]; returns its place in y."""
+    row = np.int64(ints_at(frame[RESCALED_ROWS])[index])
+    slot = ints_at(frame[RESCALED_SLOTS])[index]
+    entry = (op[LAYER] * frame[NUM_SLOTS] + slot) * table[NUM_MEMBERS] + member
+    address = longs_at(table[INPUT_SCALE_ADDRESS])[entry]
+    source = row * op[SIZE]
+    for i in range(0, op[SIZE], 8):
+        value = load(x, source + i)
+        store(scratch, at + i, mul(value, load_address(address + 4 * i, x)) if address != 0 else value)
+    return row * op[NUM_OUT]

@@ -1,0 +1,256 @@
+"""A forward as data: instructions that the kernel in ``step`` carries out, each on all rows of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from manyhats.engine.backends.cpu.packing import Array, CpuLinear, as_array
+
+# Instructions.
+(
+    RMS_NORM,
+    ADD,
+    ADD_RMS_NORM,
+    SCALE,
+    SILU,
+    GELU_TANH,
+    SOFTCAP,
+    GATHER,
+    NORM_HEADS,
+    ROTATE,
+    ATTENTION,
+    LINEAR,
+    RESCALED,
+    DELTAS,
+    BOTTLENECK,
+) = range(15)
+
+# Columns of every instruction: what it does, how many rows there are (a column of the frame), and the buffers that it
+# reads and writes. What follows is each instruction's own: sizes, and addresses of weights.
+INSTRUCTION, ROWS, SOURCE, TARGET, SIZE = range(5)
+# Of norms, sums and what else goes over rows; the second buffer is the residual stream.
+WEIGHT, STREAM = 5, 6
+# Of norms over heads; their SIZE is that of a whole row.
+QUERY_WEIGHT, QUERY_NORMED, QUERY_SIZE, KEY_WEIGHT, KEY_NORMED, KEY_SIZE = range(5, 11)
+# Of the rotation and of attention; their SIZE is that of a whole row.
+LAYER, COS, SIN, HALF, NUM_HEADS = range(5, 10)
+OUT_SIZE, WINDOW = 6, 7
+# Of linears, whose SIZE is the number of inputs; GROUP is of adapters' deltas, whose LAYER stands as above.
+KIND, NUM_OUT, GROUP = 6, 7, 8
+PANEL_ROWS, WEIGHTS, ABSMAX, ROW_BLOCK, ROW_OFFSET, NESTED, NESTED_CODE, BIAS = range(9, 17)
+NUM_COLUMNS = 17
+# Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, and dense ones.
+NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32 = range(4)
+
+# Columns of the frame, what a step brings: numbers, and addresses of arrays. The last ones belong to the call:
+# instructions and their numbers, the buffers' addresses, [2, instructions] zeros to count with, each thread's scratch.
+(
+    NUM_ROWS,
+    NUM_LOGIT_ROWS,
+    NUM_ADAPTER_ROWS,
+    NUM_RESCALED_ROWS,
+    NUM_TILES,
+    MAX_BLOCKS,
+    NUM_KV_HEADS,
+    HEAD_DIM,
+    BLOCK_SIZE,
+    LAYER_BYTES,
+    NUM_SLOTS,
+    POSITIONS,
+    CELLS,
+    TILES,
+    QUERY_START,
+    CONTEXT_LEN,
+    BLOCK_TABLES,
+    LOGIT_ROWS,
+    ADAPTER_ROWS,
+    ADAPTER_SLOTS,
+    RESCALED_ROWS,
+    RESCALED_SLOTS,
+    KEYS,
+    VALUES,
+    LINEAR_TABLES,
+    SUBLAYER_TABLES,
+    NUM_THREADS,
+    NUM_INSTRUCTIONS,
+    INSTRUCTIONS,
+    NUMBERS,
+    BUFFERS,
+    COUNTERS,
+    SCRATCH,
+    SCRATCH_SIZE,
+) = range(34)
+FRAME_SIZE = 34
+
+
+Instructions = tuple[Array, Array]
+"""[n, columns] int64, and [n, 2] float32."""
+
+
+class Program:
+    """Instructions in order.
+
+    Buffers are numbers; what they stand for is said when it runs. Weights are held, and read where they are.
+
+    Attributes:
+        num_scratch_values: that linears need on each thread.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[list[int]] = []
+        self._numbers: list[tuple[float, float]] = []
+        self._held: list[Any] = []
+        self.num_scratch_values = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def arrays(self) -> Instructions:
+        """Instructions [n, columns] int64, and their numbers [n, 2] float32: eps, factors, limits."""
+        return (
+            np.array(self._rows, dtype=np.int64).reshape(-1, NUM_COLUMNS),
+            np.array(self._numbers, dtype=np.float32).reshape(-1, 2),
+        )
+
+    def rms_norm(self, source: int, target: int, weight: Tensor, eps: float) -> None:
+        """``target = source / √(mean(source²) + eps) · weight``."""
+        self._add(RMS_NORM, source, target, [weight.numel(), self._address(weight)], eps)
+
+    def add(self, source: int, stream: int, size: int) -> None:
+        """``stream += source``."""
+        self._add(ADD, source, stream, [size])
+
+    def add_rms_norm(self, source: int, stream: int, target: int, weight: Tensor, eps: float) -> None:
+        """``stream += source``; target is the norm of stream."""
+        self._add(ADD_RMS_NORM, source, target, [weight.numel(), self._address(weight), stream], eps)
+
+    def scale(self, target: int, size: int, factor: float) -> None:
+        """``target *= factor``."""
+        self._add(SCALE, target, target, [size], factor)
+
+    def gate(self, instruction: int, source: int, target: int, size: int) -> None:
+        """``target = activation(gate) · up``; source holds gate, then up."""
+        self._add(instruction, source, target, [size])
+
+    def softcap(self, target: int, size: int, limit: float) -> None:
+        """``target = limit · tanh(target / limit)``."""
+        self._add(SOFTCAP, target, target, [size], limit)
+
+    def gather(self, source: int, target: int, size: int) -> None:
+        """The rows whose logits are wanted, side by side."""
+        self._add(GATHER, source, target, [size], rows=NUM_LOGIT_ROWS)
+
+    def norm_heads(
+        self, target: int, size: int, queries: tuple[Tensor, int], keys: tuple[Tensor, int], eps: float
+    ) -> None:
+        """RMS norms of queries and keys, in place, over as many values at a time as a weight has.
+
+        Args:
+            target: queries, keys, values.
+            size: of a row.
+            queries: weight, and how many values the queries of a row are.
+            keys: the same of keys.
+            eps: of both.
+        """
+        own = [
+            part
+            for weight, count in (queries, keys)
+            for part in (self._address(weight), weight.numel(), count)
+        ]
+        self._add(NORM_HEADS, target, target, [size, *own], eps)
+
+    def rotate(
+        self, target: int, size: int, layer: int, angles: tuple[Tensor, Tensor], num_heads: int
+    ) -> None:
+        """Rotary embedding of queries and keys, in place; keys and values go into the cache.
+
+        Args:
+            target: queries, keys, values.
+            size: of a row.
+            layer: of the cache.
+            angles: cosines and sines by position, [positions, half] each.
+            num_heads: of queries.
+        """
+        cos, sin = angles
+        own = [size, layer, self._address(cos), self._address(sin), cos.shape[1], num_heads]
+        self._add(ROTATE, target, target, own)
+
+    def attention(
+        self,
+        source: int,
+        target: int,
+        sizes: tuple[int, int],
+        layer: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """Causal attention of each row over its sequence's cached positions.
+
+        Args:
+            source: rotated queries come first in each row.
+            target: what they find.
+            sizes: of their rows.
+            layer: of the cache.
+            scale: of the scores.
+            window: positions that a row sees, itself included; None for all.
+            softcap: c in ``c · tanh(x / c)``; None for no cap.
+        """
+        own = [sizes[0], layer, sizes[1], window or 0]
+        self._add(ATTENTION, source, target, own, scale, softcap or 0.0)
+
+    def linear(self, source: int, target: int, packed: CpuLinear, rows: int = NUM_ROWS) -> None:
+        """``target = source Wᵀ + b``."""
+        self._need(packed.panel_rows * packed.in_features)
+        self._add(LINEAR, source, target, self._linear(packed, 0, 0), rows=rows)
+
+    def rescaled(self, source: int, target: int, packed: CpuLinear, group: int, layer: int) -> None:
+        """The linear once more, for rows whose adapters rescale its input."""
+        self._need((packed.panel_rows + 4) * packed.in_features)
+        self._add(RESCALED, source, target, self._linear(packed, group, layer))
+
+    def deltas(self, source: int, target: int, sizes: tuple[int, int], group: int, layer: int) -> None:
+        """Each row's own scales, offsets and low-rank deltas; sizes are the linears' inputs and outputs."""
+        self._add(DELTAS, source, target, [sizes[0], layer, 0, sizes[1], group])
+
+    def bottleneck(self, stream: int, target: int, size: int, sublayer: int, layer: int) -> None:
+        """Each row's own bottleneck on a sub-layer's output."""
+        self._add(BOTTLENECK, stream, target, [size, layer, 0, 0, sublayer])
+
+    def _linear(self, packed: CpuLinear, group: int, layer: int) -> list[int]:
+        arrays = (packed.weights, packed.absmax, packed.row_block, packed.row_offset, packed.nested)
+        addresses = [self._address(array) for array in (*arrays, packed.nested_code, packed.bias)]
+        kind = _kind(packed)
+        return [packed.in_features, layer, kind, packed.out_features, group, packed.panel_rows, *addresses]
+
+    def _need(self, num_values: int) -> None:
+        self.num_scratch_values = max(self.num_scratch_values, num_values)
+
+    def _address(self, values: Any) -> int:
+        array = as_array(values) if isinstance(values, Tensor) else values
+        self._held.append(array)
+        return int(array.ctypes.data)
+
+    def _add(
+        self,
+        instruction: int,
+        source: int,
+        target: int,
+        own: Sequence[int],
+        first: float = 0.0,
+        second: float = 0.0,
+        rows: int = NUM_ROWS,
+    ) -> None:
+        row = [instruction, rows, source, target, *own]
+        self._rows.append(row + [0] * (NUM_COLUMNS - len(row)))
+        self._numbers.append((first, second))
+
+
+def _kind(packed: CpuLinear) -> int:
+    if packed.weights.dtype == np.uint8:
+        return NESTED_NF4 if packed.absmax.dtype == np.uint8 else PLAIN_NF4
+    return BFLOAT16 if packed.weights.dtype == np.uint16 else FLOAT32

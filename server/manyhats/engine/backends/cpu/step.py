@@ -1,0 +1,183 @@
+"""The kernel that carries out a program: all of a step in one call, on threads that are woken once."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, prange, types
+from numba.core.extending import intrinsic
+
+from manyhats.engine.backends.cpu.adapters.bottleneck import bottleneck, num_bottleneck_shares
+from manyhats.engine.backends.cpu.adapters.deltas import (
+    deltas,
+    num_delta_shares,
+    num_rescaled_shares,
+    rescaled,
+)
+from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_at
+from manyhats.engine.backends.cpu.attention import attend
+from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.linear import linear
+from manyhats.engine.backends.cpu.program import (
+    ATTENTION,
+    BOTTLENECK,
+    BUFFERS,
+    COUNTERS,
+    DELTAS,
+    INSTRUCTION,
+    INSTRUCTIONS,
+    LINEAR,
+    NORM_HEADS,
+    NUM_COLUMNS,
+    NUM_INSTRUCTIONS,
+    NUM_KV_HEADS,
+    NUM_OUT,
+    NUM_THREADS,
+    NUM_TILES,
+    NUMBERS,
+    PANEL_ROWS,
+    RESCALED,
+    ROTATE,
+    ROWS,
+    SCRATCH,
+    SCRATCH_SIZE,
+)
+from manyhats.engine.backends.cpu.rowwise import norm_heads, rotate_and_store, rowwise
+from manyhats.engine.backends.cpu.team import next_share, wait_for_all
+
+_SHARES = 8
+"""Of each thread, at most: so many that no thread waits long for another, so few that taking them costs nothing."""
+
+
+@inner
+def panels_of_share(op, num_threads):
+    """How many panels of a linear's weights make a share."""
+    num_panels = (op[NUM_OUT] + op[PANEL_ROWS] - 1) // op[PANEL_ROWS]
+    return max(1, num_panels // (_SHARES * num_threads))
+
+
+@inner
+def num_shares(op, frame, num_threads):
+    """Into how many shares an instruction is divided; 0 where there is nothing to do."""
+    kind = op[INSTRUCTION]
+    num_rows = frame[op[ROWS]]
+    if kind == LINEAR:
+        size = panels_of_share(op, num_threads) * op[PANEL_ROWS]
+        return (op[NUM_OUT] + size - 1) // size if num_rows else 0
+    if kind == ATTENTION:
+        return frame[NUM_TILES] * frame[NUM_KV_HEADS]
+    if kind == DELTAS:
+        return num_delta_shares(op, frame)
+    if kind == RESCALED:
+        return num_rescaled_shares(op, frame)
+    if kind == BOTTLENECK:
+        return num_bottleneck_shares(op, frame)
+    # A few rows are quicker on one thread than others are told of them.
+    return min(num_rows, _SHARES * num_threads) if num_rows > 2 else min(num_rows, 1)
+
+
+@inner
+def take_part(thread, frame_address, cached, packed):
+    """What one thread does of a program; returns when all of it is done.
+
+    Args:
+        thread: its number, of the call.
+        frame_address: what the step brings, and the call.
+        cached: an array of the KV cache's dtype.
+        packed: an array of the adapters' dtype.
+    """
+    frame = longs_at(frame_address)
+    num_threads = frame[NUM_THREADS]
+    buffers, scratch = longs_at(frame[BUFFERS]), floats_at(frame[SCRATCH])
+    at = thread * frame[SCRATCH_SIZE]
+    taken = longs_at(frame[COUNTERS])
+    done = longs_at(frame[COUNTERS] + 8 * frame[NUM_INSTRUCTIONS])
+    for index in range(frame[NUM_INSTRUCTIONS]):
+        op = longs_at(frame[INSTRUCTIONS] + 8 * NUM_COLUMNS * index)
+        numbers = floats_at(frame[NUMBERS] + 8 * index)
+        kind = op[INSTRUCTION]
+        num_rows = frame[op[ROWS]]
+        count = num_shares(op, frame, num_threads)
+        num_mine = 0
+        share = next_share(taken, index) if count else 0
+        while share < count:
+            first = num_rows * share // count
+            last = num_rows * (share + 1) // count
+            if kind == LINEAR:
+                size = panels_of_share(op, num_threads) * op[PANEL_ROWS]
+                linear(op, num_rows, share * size, min((share + 1) * size, op[NUM_OUT]), buffers, scratch, at)
+            elif kind == ATTENTION:
+                attend(op, numbers, share, frame, buffers, cached, scratch, at)
+            elif kind == DELTAS:
+                deltas(op, share, frame, buffers, packed, scratch, at)
+            elif kind == RESCALED:
+                rescaled(op, share, frame, buffers, scratch, at)
+            elif kind == BOTTLENECK:
+                bottleneck(op, share, frame, buffers, packed, scratch, at)
+            elif kind == ROTATE:
+                rotate_and_store(op, first, last, frame, buffers, cached)
+            elif kind == NORM_HEADS:
+                norm_heads(op, numbers, first, last, buffers)
+            else:
+                rowwise(op, numbers, first, last, frame, buffers)
+            num_mine += 1
+            share = next_share(taken, index)
+        wait_for_all(done, index, num_mine, count)
+
+
+def _floats_and_floats(thread, frame_address):
+    take_part(thread, frame_address, floats_at(0), floats_at(0))
+
+
+def _floats_and_halves(thread, frame_address):
+    take_part(thread, frame_address, floats_at(0), halves_at(0))
+
+
+def _halves_and_floats(thread, frame_address):
+    take_part(thread, frame_address, halves_at(0), floats_at(0))
+
+
+def _halves_and_halves(thread, frame_address):
+    take_part(thread, frame_address, halves_at(0), halves_at(0))
+
+
+@functools.cache
+def part_for(cached_in_bfloat16, packed_in_bfloat16):
+    """``take_part`` as a C function, compiled or loaded from disk.
+
+    Args:
+        cached_in_bfloat16: the KV cache's dtype; float32 otherwise.
+        packed_in_bfloat16: likewise, of adapters.
+    """
+    floats, halves = (_floats_and_floats, _floats_and_halves), (_halves_and_floats, _halves_and_halves)
+    part = (halves if cached_in_bfloat16 else floats)[packed_in_bfloat16]
+    return cfunc(types.void(types.int64, types.int64), cache=True, nopython=True, error_model="numpy")(part)
+
+
+@intrinsic
+def _call(typingctx, address, thread, frame_address):
+    """Calls the part at an address."""
+
+    def codegen(context, builder, signature, args):
+        integer = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [integer, integer])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@kernel
+def run(address, frame_address, num_threads):
+    """Carries out instructions one after the other, each by all threads.
+
+    Args:
+        address: of what each thread does, from ``part_for``. It is called there, and no
+            part of this kernel, since Numba would compile it all over again with the loop around it.
+        frame_address: of [FRAME_SIZE] int64.
+        num_threads: of this call.
+    """
+    for thread in prange(num_threads):
+        _call(address, np.int64(thread), frame_address)
