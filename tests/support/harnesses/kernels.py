@@ -11,7 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.engine.backends.cpu import program as columns
+from manyhats.engine.backends.cpu import columns
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
 from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.backends.cpu.cache import CpuKVCache

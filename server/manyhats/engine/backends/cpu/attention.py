@@ -9,27 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.addresses import array_at, floats_at, ints_at
 from manyhats.engine.backends.cpu.compile import inner
-from manyhats.engine.backends.cpu.program import (
-    BLOCK_SIZE,
-    BLOCK_TABLES,
-    CONTEXT_LEN,
-    HEAD_DIM,
-    KEYS,
-    LAYER,
-    LAYER_BYTES,
-    MAX_BLOCKS,
-    NUM_KV_HEADS,
-    OUT_SIZE,
-    QUERY_START,
-    SIZE,
-    SOURCE,
-    TARGET,
-    TILES,
-    VALUES,
-    WINDOW,
-)
 from manyhats.engine.backends.cpu.rowwise import cap, scale_row
 from manyhats.engine.backends.cpu.simd import (
     add,
@@ -123,58 +105,68 @@ def cap_rows(scores, at, end, scale, limit):
 
 
 @inner
-def attend_rows(
-    q, q0, q1, q2, q3, ends, window, table, table_at, head, keys, values, shape, scale, softcap,
-    scores, s0, out, o0, o1, o2, o3,
-):  # fmt: skip
-    """Four query rows of one sequence and one KV head; ``ends`` are the positions they see up to, exclusive."""
+def first_seen(end, window):
+    """The first position that a row sees whose last one is ``end - 1``; a window of 0 is none."""
+    return max(0, end - window) if window > 0 else 0
+
+
+@inner
+def attend_rows(q, starts, ends, window, table, head, keys, values, shape, numbers, scores, at, out, targets):
+    """Four query rows of one sequence and one KV head.
+
+    Args:
+        q: queries begin at ``starts``.
+        ends: the positions that they see up to, exclusive.
+        window: how many positions a row sees; 0 for all.
+        table: (block tables, where the sequence's begins).
+        head: KV head.
+        keys, values: of the layer; ``shape`` is Hkv, K and the block size.
+        numbers: scale of the scores, and their cap, or 0.
+        scores: scratch from ``at`` on.
+        out: written from ``targets`` on, unnormalized.
+
+    Returns:
+        What to multiply each row with.
+    """
     num_kv_heads, head_dim, block_size = shape
+    blocks, first_entry = table
+    s0, scale = at, numbers[0]
     span = block_size * head_dim
     end = max(max(ends[0], ends[1]), max(ends[2], ends[3]))
-    begin = min(min(ends[0], ends[1]), min(ends[2], ends[3]))
-    first_block = max(0, begin - window) // block_size if window > 0 else 0
+    first_block = first_seen(min(min(ends[0], ends[1]), min(ends[2], ends[3])), window) // block_size
     base = first_block * block_size
     last_block = (end + block_size - 1) // block_size
     padded = last_block * block_size - base
-    s1 = s0 + padded
-    s2 = s1 + padded
-    s3 = s2 + padded
+    s1, s2, s3 = s0 + padded, s0 + 2 * padded, s0 + 3 * padded
     for index in range(first_block, last_block):
-        block = (table[table_at + index] * num_kv_heads + head) * span
-        column = index * block_size - base
+        block = (blocks[first_entry + index] * num_kv_heads + head) * span
         for lane in range(0, block_size, 16):
-            c = column + lane
+            c = index * block_size - base + lane
             tile_4x16(
-                q, q0, q1, q2, q3, keys, block + lane, block_size, head_dim,
+                q, starts[0], starts[1], starts[2], starts[3], keys, block + lane, block_size, head_dim,
                 scores, s0 + c, s1 + c, s2 + c, s3 + c, True,
             )  # fmt: skip
-    if softcap > 0.0:
-        cap_rows(scores, s0, s3 + padded, scale, softcap)
+    if numbers[1] > 0.0:
+        cap_rows(scores, s0, s3 + padded, scale, numbers[1])
         scale = np.float32(1.0)
-    f0 = f1 = f2 = f3 = 0
-    if window > 0:
-        f0 = max(0, ends[0] - window - base)
-        f1 = max(0, ends[1] - window - base)
-        f2 = max(0, ends[2] - window - base)
-        f3 = max(0, ends[3] - window - base)
-    n0 = softmax_row(scores, s0, f0, ends[0] - base, padded, scale)
-    n1 = softmax_row(scores, s1, f1, ends[1] - base, padded, scale)
-    n2 = softmax_row(scores, s2, f2, ends[2] - base, padded, scale)
-    n3 = softmax_row(scores, s3, f3, ends[3] - base, padded, scale)
+    n0 = softmax_row(scores, s0, first_seen(ends[0], window) - base, ends[0] - base, padded, scale)
+    n1 = softmax_row(scores, s1, first_seen(ends[1], window) - base, ends[1] - base, padded, scale)
+    n2 = softmax_row(scores, s2, first_seen(ends[2], window) - base, ends[2] - base, padded, scale)
+    n3 = softmax_row(scores, s3, first_seen(ends[3], window) - base, ends[3] - base, padded, scale)
     for index in range(first_block, last_block):
-        block = (table[table_at + index] * num_kv_heads + head) * span
+        block = (blocks[first_entry + index] * num_kv_heads + head) * span
         c = index * block_size - base
         count = min(block_size, end - index * block_size)
         for i in range(0, head_dim, 16):
             tile_4x16(
                 scores, s0 + c, s1 + c, s2 + c, s3 + c, values, block + i, head_dim, count,
-                out, o0 + i, o1 + i, o2 + i, o3 + i, index == first_block,
+                out, targets[0] + i, targets[1] + i, targets[2] + i, targets[3] + i, index == first_block,
             )  # fmt: skip
     return n0, n1, n2, n3
 
 
 @inner
-def attend(op, numbers, unit, frame, buffers, like, scratch, at):
+def attend(op, numbers, unit, frame, buffers, cached, scratch, at):
     """Out = softmax(cap(q Kᵀ · scale)) V, causal, of the query rows of one tile at one KV head.
 
     Args:
@@ -182,60 +174,57 @@ def attend(op, numbers, unit, frame, buffers, like, scratch, at):
         numbers: scale of the scores; c in cap(x) = c · tanh(x / c), 0 for no cap.
         unit: tile · Hkv + KV head; a tile is a sequence, its first query row of the tile, their number.
         frame, buffers: of the step.
-        like: an array of the cache's dtype.
+        cached: an array of the cache's dtype.
         scratch: from ``at`` on, 4 · longest context rounded up to blocks.
     """
-    num_kv_heads, head_dim, block_size = frame[NUM_KV_HEADS], frame[HEAD_DIM], frame[BLOCK_SIZE]
-    width, out_width = op[SIZE], op[OUT_SIZE]
+    num_kv_heads, head_dim = frame[col.NUM_KV_HEADS], frame[col.HEAD_DIM]
+    shape = (num_kv_heads, head_dim, frame[col.BLOCK_SIZE])
+    width, out_width = op[col.SIZE], op[col.OUT_SIZE]
     group = out_width // head_dim // num_kv_heads
-    x = floats_at(buffers[op[SOURCE]])
-    out = floats_at(buffers[op[TARGET]])
-    keys = array_at(frame[KEYS] + op[LAYER] * frame[LAYER_BYTES], like)
-    values = array_at(frame[VALUES] + op[LAYER] * frame[LAYER_BYTES], like)
-    tiles, query_start = ints_at(frame[TILES]), ints_at(frame[QUERY_START])
-    tile = unit // num_kv_heads
-    head = unit - tile * num_kv_heads
-    sequence, first, count = np.int64(tiles[3 * tile]), tiles[3 * tile + 1], tiles[3 * tile + 2]
+    x, out = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
+    layer = op[col.LAYER] * frame[col.LAYER_BYTES]
+    keys, values = array_at(frame[col.KEYS] + layer, cached), array_at(frame[col.VALUES] + layer, cached)
+    query_start = ints_at(frame[col.QUERY_START])
+    tile = ints_at(frame[col.TILES] + 12 * (unit // num_kv_heads))
+    head = unit % num_kv_heads
+    sequence, first = np.int64(tile[0]), np.int64(tile[1])
     query_len = query_start[sequence + 1] - query_start[sequence]
-    row0 = np.int64(query_start[sequence] + first)
-    end0 = np.int64(ints_at(frame[CONTEXT_LEN])[sequence] - query_len + first + 1)
-    total = count * group
+    row = query_start[sequence] + first
+    end = ints_at(frame[col.CONTEXT_LEN])[sequence] - query_len + first + 1
+    table = (ints_at(frame[col.BLOCK_TABLES]), sequence * frame[col.MAX_BLOCKS])
+    total = tile[2] * group
     for start in range(0, total, 4):
-        i1 = min(start + 1, total - 1)
-        i2 = min(start + 2, total - 1)
-        i3 = min(start + 3, total - 1)
+        # Queries of the group's heads, row by row; past the last, that one again.
+        i1, i2, i3 = min(start + 1, total - 1), min(start + 2, total - 1), min(start + 3, total - 1)
         t0, t1, t2, t3 = start // group, i1 // group, i2 // group, i3 // group
         q0 = (head * group + start - t0 * group) * head_dim
         q1 = (head * group + i1 - t1 * group) * head_dim
         q2 = (head * group + i2 - t2 * group) * head_dim
         q3 = (head * group + i3 - t3 * group) * head_dim
-        o0 = (row0 + t0) * out_width + q0
-        o1 = (row0 + t1) * out_width + q1
-        o2 = (row0 + t2) * out_width + q2
-        o3 = (row0 + t3) * out_width + q3
+        queries = (
+            (row + t0) * width + q0,
+            (row + t1) * width + q1,
+            (row + t2) * width + q2,
+            (row + t3) * width + q3,
+        )
+        ends = end + t0, end + t1, end + t2, end + t3
+        o0, o1 = (row + t0) * out_width + q0, (row + t1) * out_width + q1
+        o2, o3 = (row + t2) * out_width + q2, (row + t3) * out_width + q3
         n0, n1, n2, n3 = attend_rows(
             x,
-            (row0 + t0) * width + q0,
-            (row0 + t1) * width + q1,
-            (row0 + t2) * width + q2,
-            (row0 + t3) * width + q3,
-            (end0 + t0, end0 + t1, end0 + t2, end0 + t3),
-            op[WINDOW],
-            ints_at(frame[BLOCK_TABLES]),
-            sequence * frame[MAX_BLOCKS],
+            queries,
+            ends,
+            op[col.WINDOW],
+            table,
             head,
             keys,
             values,
-            (num_kv_heads, head_dim, block_size),
-            numbers[0],
-            numbers[1],
+            shape,
+            numbers,
             scratch,
             at,
             out,
-            o0,
-            o1,
-            o2,
-            o3,
+            (o0, o1, o2, o3),
         )
         scale_row(out, o0, head_dim, n0)
         if i1 > start:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cpu import program
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.packing import Array
 from manyhats.engine.backends.plan import AdapterRows, Ints, StepPlan
 
@@ -69,17 +69,17 @@ class Batch:
 
     def describe(self, frame: Array) -> None:
         """Enters its numbers, and the addresses of its arrays, into a step's frame."""
-        frame[program.NUM_ROWS] = self.token_ids.shape[0]
-        frame[program.NUM_LOGIT_ROWS] = self.logit_rows.shape[0]
-        frame[program.NUM_TILES] = self.tiles.shape[0]
-        frame[program.MAX_BLOCKS] = self.block_tables.shape[1]
-        frame[program.POSITIONS] = self.positions.data_ptr()
-        frame[program.CELLS] = self.cells.data_ptr()
-        frame[program.TILES] = self.tiles.data_ptr()
-        frame[program.QUERY_START] = self.query_start.data_ptr()
-        frame[program.CONTEXT_LEN] = self.context_len.data_ptr()
-        frame[program.BLOCK_TABLES] = self.block_tables.data_ptr()
-        frame[program.LOGIT_ROWS] = self.logit_rows.data_ptr()
+        frame[col.NUM_ROWS] = self.token_ids.shape[0]
+        frame[col.NUM_LOGIT_ROWS] = self.logit_rows.shape[0]
+        frame[col.NUM_TILES] = self.tiles.shape[0]
+        frame[col.MAX_BLOCKS] = self.block_tables.shape[1]
+        frame[col.POSITIONS] = self.positions.data_ptr()
+        frame[col.CELLS] = self.cells.data_ptr()
+        frame[col.TILES] = self.tiles.data_ptr()
+        frame[col.QUERY_START] = self.query_start.data_ptr()
+        frame[col.CONTEXT_LEN] = self.context_len.data_ptr()
+        frame[col.BLOCK_TABLES] = self.block_tables.data_ptr()
+        frame[col.LOGIT_ROWS] = self.logit_rows.data_ptr()
 
 
 def _tiles(query_start: Ints) -> Ints:

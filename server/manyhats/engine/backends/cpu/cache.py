@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cpu import program
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.packing import Array, as_array
 from manyhats.engine.model.architecture import Architecture
 
@@ -41,12 +41,12 @@ class CpuKVCache:
     def describe(self, frame: Array) -> None:
         """Enters into a step's frame where keys and values lie."""
         num_kv_heads, head_dim, block_size = self._keys.shape[2:]
-        frame[program.NUM_KV_HEADS] = num_kv_heads
-        frame[program.HEAD_DIM] = head_dim
-        frame[program.BLOCK_SIZE] = block_size
-        frame[program.LAYER_BYTES] = self._keys[0].nbytes
-        frame[program.KEYS] = self._keys.ctypes.data
-        frame[program.VALUES] = self._values.ctypes.data
+        frame[col.NUM_KV_HEADS] = num_kv_heads
+        frame[col.HEAD_DIM] = head_dim
+        frame[col.BLOCK_SIZE] = block_size
+        frame[col.LAYER_BYTES] = self._keys[0].nbytes
+        frame[col.KEYS] = self._keys.ctypes.data
+        frame[col.VALUES] = self._values.ctypes.data
 
     def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copies block source to block target in every layer."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots, Layout
 from manyhats.engine.backends.cpu.avx512_bf16 import Avx512Bf16Linear
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
-from manyhats.engine.backends.cpu.program import GELU_TANH, NUM_LOGIT_ROWS, NUM_ROWS, SILU, Program
+from manyhats.engine.backends.cpu.program import Program
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture, Attention, Block, FeedForward
@@ -21,7 +22,7 @@ from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 # Buffers: the stream, its norm, queries with keys and values or gate with up, what attention or the gate makes of them,
 # and a sub-layer's output, of N rows each; of M rows, the last norm and the logits.
 STREAM, NORMED, WIDE, MIXED, OUTPUT, LAST, LOGITS = range(7)
-_GATES = {"silu": SILU, "gelu_pytorch_tanh": GELU_TANH}
+_GATES = {"silu": col.SILU, "gelu_pytorch_tanh": col.GELU_TANH}
 
 NormWeight = tuple[Tensor, float]
 """Weight and eps."""
@@ -90,7 +91,7 @@ class Forward:
             hidden = self._block(index, block, weights.blocks[index], norms[index], hidden, following)
         self.program.gather(hidden, LAST, size)
         self.head = kernels.pack([weights.head])
-        self._product(self.head, LAST, LOGITS, "", 0, NUM_LOGIT_ROWS)
+        self._product(self.head, LAST, LOGITS, "", 0, col.NUM_LOGIT_ROWS)
 
     def _begin(self, norm: NormWeight | None) -> int:
         """The norm of the stream as it begins, and where it is; the stream itself where there is none."""
@@ -174,7 +175,7 @@ class Forward:
         """A group of linears with its adapters' deltas; returns the size of its output."""
         packed = self._kernels.pack(parts)
         self.num_bytes += packed.num_bytes
-        self._product(packed, source, target, group, layer, NUM_ROWS)
+        self._product(packed, source, target, group, layer, col.NUM_ROWS)
         sizes = packed.in_features, packed.out_features
         self.program.deltas(source, target, sizes, self._layout.group_index(group), layer)
         for buffer, size in zip((source, target), sizes, strict=True):

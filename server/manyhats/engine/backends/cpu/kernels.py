@@ -12,25 +12,13 @@ from torch import Tensor
 
 from manyhats.engine.backends.choosing import Logprobs
 from manyhats.engine.backends.cpu import avx512_bf16, step
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.avx512_bf16 import Avx512Bf16Linear
 from manyhats.engine.backends.cpu.choosing.choosing import TokenChooser
 from manyhats.engine.backends.cpu.choosing.logprobs import score
 from manyhats.engine.backends.cpu.compile import max_threads
 from manyhats.engine.backends.cpu.packing import LANES, Array, CpuLinear, pack_linear
-from manyhats.engine.backends.cpu.program import (
-    BUFFERS,
-    COUNTERS,
-    FRAME_SIZE,
-    INSTRUCTIONS,
-    NUM_INSTRUCTIONS,
-    NUM_ROWS,
-    NUM_THREADS,
-    NUMBERS,
-    SCRATCH,
-    SCRATCH_SIZE,
-    Instructions,
-    Program,
-)
+from manyhats.engine.backends.cpu.program import Instructions, Program
 from manyhats.engine.backends.wants import Choices
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import has_bf16_product
@@ -126,8 +114,8 @@ class CpuKernels:
 
     def run_alone(self, program: Program, buffers: Sequence[Tensor]) -> None:
         """Runs instructions on some rows that belong to no step; the buffers are [N, …] float32."""
-        frame = np.zeros(FRAME_SIZE, dtype=np.int64)
-        frame[NUM_ROWS] = buffers[0].shape[0]
+        frame = np.zeros(col.FRAME_SIZE, dtype=np.int64)
+        frame[col.NUM_ROWS] = buffers[0].shape[0]
         self.run(program.arrays(), frame, buffers, (self._dtype, self._dtype), program.num_scratch_values)
 
     def run(
@@ -152,14 +140,14 @@ class CpuKernels:
         rows, numbers = instructions
         addresses = np.array([buffer.data_ptr() for buffer in buffers], dtype=np.int64)
         counters = np.zeros((2, len(rows)), dtype=np.int64)
-        frame[NUM_THREADS] = self._num_used
-        frame[NUM_INSTRUCTIONS] = len(rows)
-        frame[INSTRUCTIONS] = rows.ctypes.data
-        frame[NUMBERS] = numbers.ctypes.data
-        frame[BUFFERS] = addresses.ctypes.data
-        frame[COUNTERS] = counters.ctypes.data
-        frame[SCRATCH] = self._scratch.ctypes.data
-        frame[SCRATCH_SIZE] = self._scratch.shape[1]
+        frame[col.NUM_THREADS] = self._num_used
+        frame[col.NUM_INSTRUCTIONS] = len(rows)
+        frame[col.INSTRUCTIONS] = rows.ctypes.data
+        frame[col.NUMBERS] = numbers.ctypes.data
+        frame[col.BUFFERS] = addresses.ctypes.data
+        frame[col.COUNTERS] = counters.ctypes.data
+        frame[col.SCRATCH] = self._scratch.ctypes.data
+        frame[col.SCRATCH_SIZE] = self._scratch.shape[1]
         in_bfloat16 = (dtype == torch.bfloat16 for dtype in dtypes)
         step.run(step.part_for(*in_bfloat16).address, frame.ctypes.data, self._num_used)
 

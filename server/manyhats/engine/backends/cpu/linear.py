@@ -10,26 +10,9 @@ from __future__ import annotations
 from numba import types
 from numba.extending import overload
 
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, halves_at, ints_at
 from manyhats.engine.backends.cpu.compile import inner
-from manyhats.engine.backends.cpu.program import (
-    ABSMAX,
-    BFLOAT16,
-    BIAS,
-    KIND,
-    NESTED,
-    NESTED_CODE,
-    NESTED_NF4,
-    NUM_OUT,
-    PANEL_ROWS,
-    PLAIN_NF4,
-    ROW_BLOCK,
-    ROW_OFFSET,
-    SIZE,
-    SOURCE,
-    TARGET,
-    WEIGHTS,
-)
 from manyhats.engine.backends.cpu.simd import decode_nf4, mul, splat, store
 from manyhats.engine.backends.cpu.wide import LANES, fma, join, load, sum_lanes, zero
 from manyhats.engine.backends.cpu.wide import store as store_wide
@@ -252,45 +235,45 @@ def _multiply_row(x, weights, absmax, row_block, row_offset, nested, nested_code
 @inner
 def decode(op, first, count, panel, at):
     """Rows first … first + count of an instruction's weights as float32 into panel[at:]."""
-    k = op[SIZE]
-    kind = op[KIND]
-    row_block, offset = ints_at(op[ROW_BLOCK]), floats_at(op[ROW_OFFSET])
-    nested, code = floats_at(op[NESTED]), floats_at(op[NESTED_CODE])
-    small, large = bytes_at(op[ABSMAX]), floats_at(op[ABSMAX])
-    if kind == NESTED_NF4:
-        weights = bytes_at(op[WEIGHTS])
+    k = op[col.SIZE]
+    kind = op[col.KIND]
+    row_block, offset = ints_at(op[col.ROW_BLOCK]), floats_at(op[col.ROW_OFFSET])
+    nested, code = floats_at(op[col.NESTED]), floats_at(op[col.NESTED_CODE])
+    small, large = bytes_at(op[col.ABSMAX]), floats_at(op[col.ABSMAX])
+    if kind == col.NESTED_NF4:
+        weights = bytes_at(op[col.WEIGHTS])
         decode_panel(weights, small, row_block, offset, nested, code, first, count, k, panel, at)
-    elif kind == PLAIN_NF4:
-        weights = bytes_at(op[WEIGHTS])
+    elif kind == col.PLAIN_NF4:
+        weights = bytes_at(op[col.WEIGHTS])
         decode_panel(weights, large, row_block, offset, nested, code, first, count, k, panel, at)
-    elif kind == BFLOAT16:
-        halves = halves_at(op[WEIGHTS])
+    elif kind == col.BFLOAT16:
+        halves = halves_at(op[col.WEIGHTS])
         decode_panel(halves, small, row_block, offset, nested, code, first, count, k, panel, at)
     else:
-        floats = floats_at(op[WEIGHTS])
+        floats = floats_at(op[col.WEIGHTS])
         decode_panel(floats, small, row_block, offset, nested, code, first, count, k, panel, at)
 
 
 @inner
 def multiply_one(op, x, first, count, y):
     """y[first : first + count] = one row x times as many rows of an instruction's weights, plus bias."""
-    k = op[SIZE]
-    kind = op[KIND]
-    row_block, offset = ints_at(op[ROW_BLOCK]), floats_at(op[ROW_OFFSET])
-    nested, code = floats_at(op[NESTED]), floats_at(op[NESTED_CODE])
-    small, large = bytes_at(op[ABSMAX]), floats_at(op[ABSMAX])
-    bias = floats_at(op[BIAS])
-    if kind == NESTED_NF4:
-        weights = bytes_at(op[WEIGHTS])
+    k = op[col.SIZE]
+    kind = op[col.KIND]
+    row_block, offset = ints_at(op[col.ROW_BLOCK]), floats_at(op[col.ROW_OFFSET])
+    nested, code = floats_at(op[col.NESTED]), floats_at(op[col.NESTED_CODE])
+    small, large = bytes_at(op[col.ABSMAX]), floats_at(op[col.ABSMAX])
+    bias = floats_at(op[col.BIAS])
+    if kind == col.NESTED_NF4:
+        weights = bytes_at(op[col.WEIGHTS])
         multiply_row(x, weights, small, row_block, offset, nested, code, first, count, k, bias, y)
-    elif kind == PLAIN_NF4:
-        weights = bytes_at(op[WEIGHTS])
+    elif kind == col.PLAIN_NF4:
+        weights = bytes_at(op[col.WEIGHTS])
         multiply_row(x, weights, large, row_block, offset, nested, code, first, count, k, bias, y)
-    elif kind == BFLOAT16:
-        halves = halves_at(op[WEIGHTS])
+    elif kind == col.BFLOAT16:
+        halves = halves_at(op[col.WEIGHTS])
         multiply_row(x, halves, small, row_block, offset, nested, code, first, count, k, bias, y)
     else:
-        floats = floats_at(op[WEIGHTS])
+        floats = floats_at(op[col.WEIGHTS])
         multiply_row(x, floats, small, row_block, offset, nested, code, first, count, k, bias, y)
 
 
@@ -305,11 +288,13 @@ def linear(op, num_rows, first, last, buffers, panel, at):
         buffers: of the step.
         panel: from ``at`` on, scratch for PANEL_ROWS decoded rows.
     """
-    x, y = floats_at(buffers[op[SOURCE]]), floats_at(buffers[op[TARGET]])
+    x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
     if num_rows == 1:
         multiply_one(op, x, first, last - first, y)
         return
-    for start in range(first, last, op[PANEL_ROWS]):
-        count = min(op[PANEL_ROWS], last - start)
+    for start in range(first, last, op[col.PANEL_ROWS]):
+        count = min(op[col.PANEL_ROWS], last - start)
         decode(op, start, count, panel, at)
-        multiply_panel(x, num_rows, op[SIZE], panel, at, start, count, floats_at(op[BIAS]), y, op[NUM_OUT])
+        multiply_panel(
+            x, num_rows, op[col.SIZE], panel, at, start, count, floats_at(op[col.BIAS]), y, op[col.NUM_OUT]
+        )

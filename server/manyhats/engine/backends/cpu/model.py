@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.cpu import program
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
 from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.backends.cpu.cache import CpuKVCache
@@ -71,7 +71,7 @@ class CpuModel:
         """Runs a step and writes its keys and values."""
         cache.copy_blocks(plan.block_copies)
         batch = Batch.of(plan)
-        frame = np.zeros(program.FRAME_SIZE, dtype=np.int64)
+        frame = np.zeros(col.FRAME_SIZE, dtype=np.int64)
         batch.describe(frame)
         cache.describe(frame)
         rescaled = adapters.describe(batch.adapter_rows, frame)

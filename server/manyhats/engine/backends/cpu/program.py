@@ -8,84 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.packing import Array, CpuLinear, as_array
-
-# Instructions.
-(
-    RMS_NORM,
-    ADD,
-    ADD_RMS_NORM,
-    SCALE,
-    SILU,
-    GELU_TANH,
-    SOFTCAP,
-    GATHER,
-    NORM_HEADS,
-    ROTATE,
-    ATTENTION,
-    LINEAR,
-    RESCALED,
-    DELTAS,
-    BOTTLENECK,
-) = range(15)
-
-# Columns of every instruction: what it does, how many rows there are (a column of the frame), and the buffers that it
-# reads and writes. What follows is each instruction's own: sizes, and addresses of weights.
-INSTRUCTION, ROWS, SOURCE, TARGET, SIZE = range(5)
-# Of norms, sums and what else goes over rows; the second buffer is the residual stream.
-WEIGHT, STREAM = 5, 6
-# Of norms over heads; their SIZE is that of a whole row.
-QUERY_WEIGHT, QUERY_NORMED, QUERY_SIZE, KEY_WEIGHT, KEY_NORMED, KEY_SIZE = range(5, 11)
-# Of the rotation and of attention; their SIZE is that of a whole row.
-LAYER, COS, SIN, HALF, NUM_HEADS = range(5, 10)
-OUT_SIZE, WINDOW = 6, 7
-# Of linears, whose SIZE is the number of inputs; GROUP is of adapters' deltas, whose LAYER stands as above.
-KIND, NUM_OUT, GROUP = 6, 7, 8
-PANEL_ROWS, WEIGHTS, ABSMAX, ROW_BLOCK, ROW_OFFSET, NESTED, NESTED_CODE, BIAS = range(9, 17)
-NUM_COLUMNS = 17
-# Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, and dense ones.
-NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32 = range(4)
-
-# Columns of the frame, what a step brings: numbers, and addresses of arrays. The last ones belong to the call:
-# instructions and their numbers, the buffers' addresses, [2, instructions] zeros to count with, each thread's scratch.
-(
-    NUM_ROWS,
-    NUM_LOGIT_ROWS,
-    NUM_ADAPTER_ROWS,
-    NUM_RESCALED_ROWS,
-    NUM_TILES,
-    MAX_BLOCKS,
-    NUM_KV_HEADS,
-    HEAD_DIM,
-    BLOCK_SIZE,
-    LAYER_BYTES,
-    NUM_SLOTS,
-    POSITIONS,
-    CELLS,
-    TILES,
-    QUERY_START,
-    CONTEXT_LEN,
-    BLOCK_TABLES,
-    LOGIT_ROWS,
-    ADAPTER_ROWS,
-    ADAPTER_SLOTS,
-    RESCALED_ROWS,
-    RESCALED_SLOTS,
-    KEYS,
-    VALUES,
-    LINEAR_TABLES,
-    SUBLAYER_TABLES,
-    NUM_THREADS,
-    NUM_INSTRUCTIONS,
-    INSTRUCTIONS,
-    NUMBERS,
-    BUFFERS,
-    COUNTERS,
-    SCRATCH,
-    SCRATCH_SIZE,
-) = range(34)
-FRAME_SIZE = 34
-
 
 Instructions = tuple[Array, Array]
 """[n, columns] int64, and [n, 2] float32."""
@@ -112,25 +36,25 @@ class Program:
     def arrays(self) -> Instructions:
         """Instructions [n, columns] int64, and their numbers [n, 2] float32: eps, factors, limits."""
         return (
-            np.array(self._rows, dtype=np.int64).reshape(-1, NUM_COLUMNS),
+            np.array(self._rows, dtype=np.int64).reshape(-1, col.NUM_COLUMNS),
             np.array(self._numbers, dtype=np.float32).reshape(-1, 2),
         )
 
     def rms_norm(self, source: int, target: int, weight: Tensor, eps: float) -> None:
         """``target = source / √(mean(source²) + eps) · weight``."""
-        self._add(RMS_NORM, source, target, [weight.numel(), self._address(weight)], eps)
+        self._add(col.RMS_NORM, source, target, [weight.numel(), self._address(weight)], eps)
 
     def add(self, source: int, stream: int, size: int) -> None:
         """``stream += source``."""
-        self._add(ADD, source, stream, [size])
+        self._add(col.ADD, source, stream, [size])
 
     def add_rms_norm(self, source: int, stream: int, target: int, weight: Tensor, eps: float) -> None:
         """``stream += source``; target is the norm of stream."""
-        self._add(ADD_RMS_NORM, source, target, [weight.numel(), self._address(weight), stream], eps)
+        self._add(col.ADD_RMS_NORM, source, target, [weight.numel(), self._address(weight), stream], eps)
 
     def scale(self, target: int, size: int, factor: float) -> None:
         """``target *= factor``."""
-        self._add(SCALE, target, target, [size], factor)
+        self._add(col.SCALE, target, target, [size], factor)
 
     def gate(self, instruction: int, source: int, target: int, size: int) -> None:
         """``target = activation(gate) · up``; source holds gate, then up."""
@@ -138,11 +62,11 @@ class Program:
 
     def softcap(self, target: int, size: int, limit: float) -> None:
         """``target = limit · tanh(target / limit)``."""
-        self._add(SOFTCAP, target, target, [size], limit)
+        self._add(col.SOFTCAP, target, target, [size], limit)
 
     def gather(self, source: int, target: int, size: int) -> None:
         """The rows whose logits are wanted, side by side."""
-        self._add(GATHER, source, target, [size], rows=NUM_LOGIT_ROWS)
+        self._add(col.GATHER, source, target, [size], rows=col.NUM_LOGIT_ROWS)
 
     def norm_heads(
         self, target: int, size: int, queries: tuple[Tensor, int], keys: tuple[Tensor, int], eps: float
@@ -161,7 +85,7 @@ class Program:
             for weight, count in (queries, keys)
             for part in (self._address(weight), weight.numel(), count)
         ]
-        self._add(NORM_HEADS, target, target, [size, *own], eps)
+        self._add(col.NORM_HEADS, target, target, [size, *own], eps)
 
     def rotate(
         self, target: int, size: int, layer: int, angles: tuple[Tensor, Tensor], num_heads: int
@@ -177,7 +101,7 @@ class Program:
         """
         cos, sin = angles
         own = [size, layer, self._address(cos), self._address(sin), cos.shape[1], num_heads]
-        self._add(ROTATE, target, target, own)
+        self._add(col.ROTATE, target, target, own)
 
     def attention(
         self,
@@ -201,25 +125,25 @@ class Program:
             softcap: c in ``c · tanh(x / c)``; None for no cap.
         """
         own = [sizes[0], layer, sizes[1], window or 0]
-        self._add(ATTENTION, source, target, own, scale, softcap or 0.0)
+        self._add(col.ATTENTION, source, target, own, scale, softcap or 0.0)
 
-    def linear(self, source: int, target: int, packed: CpuLinear, rows: int = NUM_ROWS) -> None:
+    def linear(self, source: int, target: int, packed: CpuLinear, rows: int = col.NUM_ROWS) -> None:
         """``target = source Wᵀ + b``."""
         self._need(packed.panel_rows * packed.in_features)
-        self._add(LINEAR, source, target, self._linear(packed, 0, 0), rows=rows)
+        self._add(col.LINEAR, source, target, self._linear(packed, 0, 0), rows=rows)
 
     def rescaled(self, source: int, target: int, packed: CpuLinear, group: int, layer: int) -> None:
         """The linear once more, for rows whose adapters rescale its input."""
         self._need((packed.panel_rows + 4) * packed.in_features)
-        self._add(RESCALED, source, target, self._linear(packed, group, layer))
+        self._add(col.RESCALED, source, target, self._linear(packed, group, layer))
 
     def deltas(self, source: int, target: int, sizes: tuple[int, int], group: int, layer: int) -> None:
         """Each row's own scales, offsets and low-rank deltas; sizes are the linears' inputs and outputs."""
-        self._add(DELTAS, source, target, [sizes[0], layer, 0, sizes[1], group])
+        self._add(col.DELTAS, source, target, [sizes[0], layer, 0, sizes[1], group])
 
     def bottleneck(self, stream: int, target: int, size: int, sublayer: int, layer: int) -> None:
         """Each row's own bottleneck on a sub-layer's output."""
-        self._add(BOTTLENECK, stream, target, [size, layer, 0, 0, sublayer])
+        self._add(col.BOTTLENECK, stream, target, [size, layer, 0, 0, sublayer])
 
     def _linear(self, packed: CpuLinear, group: int, layer: int) -> list[int]:
         arrays = (packed.weights, packed.absmax, packed.row_block, packed.row_offset, packed.nested)
@@ -243,14 +167,14 @@ class Program:
         own: Sequence[int],
         first: float = 0.0,
         second: float = 0.0,
-        rows: int = NUM_ROWS,
+        rows: int = col.NUM_ROWS,
     ) -> None:
         row = [instruction, rows, source, target, *own]
-        self._rows.append(row + [0] * (NUM_COLUMNS - len(row)))
+        self._rows.append(row + [0] * (col.NUM_COLUMNS - len(row)))
         self._numbers.append((first, second))
 
 
 def _kind(packed: CpuLinear) -> int:
     if packed.weights.dtype == np.uint8:
-        return NESTED_NF4 if packed.absmax.dtype == np.uint8 else PLAIN_NF4
-    return BFLOAT16 if packed.weights.dtype == np.uint16 else FLOAT32
+        return col.NESTED_NF4 if packed.absmax.dtype == np.uint8 else col.PLAIN_NF4
+    return col.BFLOAT16 if packed.weights.dtype == np.uint16 else col.FLOAT32

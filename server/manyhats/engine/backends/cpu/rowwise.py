@@ -9,43 +9,9 @@ import math
 
 import numpy as np
 
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.addresses import array_at, floats_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
-from manyhats.engine.backends.cpu.program import (
-    ADD,
-    ADD_RMS_NORM,
-    BLOCK_SIZE,
-    CELLS,
-    COS,
-    GATHER,
-    GELU_TANH,
-    HALF,
-    HEAD_DIM,
-    INSTRUCTION,
-    KEY_NORMED,
-    KEY_SIZE,
-    KEY_WEIGHT,
-    KEYS,
-    LAYER,
-    LAYER_BYTES,
-    LOGIT_ROWS,
-    NUM_HEADS,
-    NUM_KV_HEADS,
-    POSITIONS,
-    QUERY_NORMED,
-    QUERY_SIZE,
-    QUERY_WEIGHT,
-    RMS_NORM,
-    SCALE,
-    SILU,
-    SIN,
-    SIZE,
-    SOURCE,
-    STREAM,
-    TARGET,
-    VALUES,
-    WEIGHT,
-)
 from manyhats.engine.backends.cpu.simd import (
     add,
     div,
@@ -138,28 +104,28 @@ def cap_row(x, at, size, limit):
 @inner
 def rowwise(op, numbers, first, last, frame, buffers):
     """Carries out an instruction on rows first … last that needs nothing but its buffers."""
-    kind = op[INSTRUCTION]
-    size = op[SIZE]
-    source = floats_at(buffers[op[SOURCE]])
-    target = floats_at(buffers[op[TARGET]])
+    kind = op[col.INSTRUCTION]
+    size = op[col.SIZE]
+    source = floats_at(buffers[op[col.SOURCE]])
+    target = floats_at(buffers[op[col.TARGET]])
     for row in range(first, last):
         at = row * size
-        if kind == RMS_NORM:
-            norm_row(source, at, floats_at(op[WEIGHT]), size, numbers[0], target, at)
-        elif kind == ADD:
+        if kind == col.RMS_NORM:
+            norm_row(source, at, floats_at(op[col.WEIGHT]), size, numbers[0], target, at)
+        elif kind == col.ADD:
             add_row(target, at, size, source)
-        elif kind == ADD_RMS_NORM:
-            stream = floats_at(buffers[op[STREAM]])
+        elif kind == col.ADD_RMS_NORM:
+            stream = floats_at(buffers[op[col.STREAM]])
             add_row(stream, at, size, source)
-            norm_row(stream, at, floats_at(op[WEIGHT]), size, numbers[0], target, at)
-        elif kind == SCALE:
+            norm_row(stream, at, floats_at(op[col.WEIGHT]), size, numbers[0], target, at)
+        elif kind == col.SCALE:
             scale_row(target, at, size, numbers[0])
-        elif kind == SILU:
+        elif kind == col.SILU:
             silu_row(source, 2 * at, size, target, at)
-        elif kind == GELU_TANH:
+        elif kind == col.GELU_TANH:
             gelu_tanh_row(source, 2 * at, size, target, at)
-        elif kind == GATHER:
-            chosen = longs_at(frame[LOGIT_ROWS])[row] * size
+        elif kind == col.GATHER:
+            chosen = longs_at(frame[col.LOGIT_ROWS])[row] * size
             for i in range(0, size, 8):
                 store(target, at + i, load(source, chosen + i))
         else:
@@ -169,14 +135,14 @@ def rowwise(op, numbers, first, last, frame, buffers):
 @inner
 def norm_heads(op, numbers, first, last, buffers):
     """RMS norms of rows' queries and keys, in place, over as many values at a time as a weight has."""
-    x = floats_at(buffers[op[TARGET]])
+    x = floats_at(buffers[op[col.TARGET]])
     for row in range(first, last):
-        start = row * op[SIZE]
-        middle = start + op[QUERY_SIZE]
-        for at in range(start, middle, op[QUERY_NORMED]):
-            norm_row(x, at, floats_at(op[QUERY_WEIGHT]), op[QUERY_NORMED], numbers[0], x, at)
-        for at in range(middle, middle + op[KEY_SIZE], op[KEY_NORMED]):
-            norm_row(x, at, floats_at(op[KEY_WEIGHT]), op[KEY_NORMED], numbers[0], x, at)
+        start = row * op[col.SIZE]
+        middle = start + op[col.QUERY_SIZE]
+        for at in range(start, middle, op[col.QUERY_NORMED]):
+            norm_row(x, at, floats_at(op[col.QUERY_WEIGHT]), op[col.QUERY_NORMED], numbers[0], x, at)
+        for at in range(middle, middle + op[col.KEY_SIZE], op[col.KEY_NORMED]):
+            norm_row(x, at, floats_at(op[col.KEY_WEIGHT]), op[col.KEY_NORMED], numbers[0], x, at)
 
 
 @inner
@@ -199,18 +165,18 @@ def rotate_and_store(op, first, last, frame, buffers, like):
     [num_blocks, Hkv, block_size, K], of the dtype of ``like``. Keys lie transposed, so that scores of a block's
     positions are lanes.
     """
-    num_kv_heads, head_dim, block_size = frame[NUM_KV_HEADS], frame[HEAD_DIM], frame[BLOCK_SIZE]
-    half, num_heads = op[HALF], op[NUM_HEADS]
-    x = floats_at(buffers[op[TARGET]])
-    cos, sin = floats_at(op[COS]), floats_at(op[SIN])
-    keys = array_at(frame[KEYS] + op[LAYER] * frame[LAYER_BYTES], like)
-    values = array_at(frame[VALUES] + op[LAYER] * frame[LAYER_BYTES], like)
+    num_kv_heads, head_dim, block_size = frame[col.NUM_KV_HEADS], frame[col.HEAD_DIM], frame[col.BLOCK_SIZE]
+    half, num_heads = op[col.HALF], op[col.NUM_HEADS]
+    x = floats_at(buffers[op[col.TARGET]])
+    cos, sin = floats_at(op[col.COS]), floats_at(op[col.SIN])
+    keys = array_at(frame[col.KEYS] + op[col.LAYER] * frame[col.LAYER_BYTES], like)
+    values = array_at(frame[col.VALUES] + op[col.LAYER] * frame[col.LAYER_BYTES], like)
     for row in range(first, last):
-        start = row * op[SIZE]
-        angle = longs_at(frame[POSITIONS])[row] * half
+        start = row * op[col.SIZE]
+        angle = longs_at(frame[col.POSITIONS])[row] * half
         for head in range(num_heads + num_kv_heads):
             rotate(x, start + head * head_dim, cos, sin, angle, half)
-        cell = longs_at(frame[CELLS])[row]
+        cell = longs_at(frame[col.CELLS])[row]
         block = cell // block_size
         offset = cell - block * block_size
         for head in range(num_kv_heads):

@@ -9,6 +9,7 @@ from llvmlite import ir
 from numba import cfunc, prange, types
 from numba.core.extending import intrinsic
 
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.bottleneck import bottleneck, num_bottleneck_shares
 from manyhats.engine.backends.cpu.adapters.deltas import (
     deltas,
@@ -20,30 +21,6 @@ from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_a
 from manyhats.engine.backends.cpu.attention import attend
 from manyhats.engine.backends.cpu.compile import inner, kernel
 from manyhats.engine.backends.cpu.linear import linear
-from manyhats.engine.backends.cpu.program import (
-    ATTENTION,
-    BOTTLENECK,
-    BUFFERS,
-    COUNTERS,
-    DELTAS,
-    INSTRUCTION,
-    INSTRUCTIONS,
-    LINEAR,
-    NORM_HEADS,
-    NUM_COLUMNS,
-    NUM_INSTRUCTIONS,
-    NUM_KV_HEADS,
-    NUM_OUT,
-    NUM_THREADS,
-    NUM_TILES,
-    NUMBERS,
-    PANEL_ROWS,
-    RESCALED,
-    ROTATE,
-    ROWS,
-    SCRATCH,
-    SCRATCH_SIZE,
-)
 from manyhats.engine.backends.cpu.rowwise import norm_heads, rotate_and_store, rowwise
 from manyhats.engine.backends.cpu.team import next_share, wait_for_all
 
@@ -54,25 +31,25 @@ _SHARES = 8
 @inner
 def panels_of_share(op, num_threads):
     """How many panels of a linear's weights make a share."""
-    num_panels = (op[NUM_OUT] + op[PANEL_ROWS] - 1) // op[PANEL_ROWS]
+    num_panels = (op[col.NUM_OUT] + op[col.PANEL_ROWS] - 1) // op[col.PANEL_ROWS]
     return max(1, num_panels // (_SHARES * num_threads))
 
 
 @inner
 def num_shares(op, frame, num_threads):
     """Into how many shares an instruction is divided; 0 where there is nothing to do."""
-    kind = op[INSTRUCTION]
-    num_rows = frame[op[ROWS]]
-    if kind == LINEAR:
-        size = panels_of_share(op, num_threads) * op[PANEL_ROWS]
-        return (op[NUM_OUT] + size - 1) // size if num_rows else 0
-    if kind == ATTENTION:
-        return frame[NUM_TILES] * frame[NUM_KV_HEADS]
-    if kind == DELTAS:
+    kind = op[col.INSTRUCTION]
+    num_rows = frame[op[col.ROWS]]
+    if kind == col.LINEAR:
+        size = panels_of_share(op, num_threads) * op[col.PANEL_ROWS]
+        return (op[col.NUM_OUT] + size - 1) // size if num_rows else 0
+    if kind == col.ATTENTION:
+        return frame[col.NUM_TILES] * frame[col.NUM_KV_HEADS]
+    if kind == col.DELTAS:
         return num_delta_shares(op, frame)
-    if kind == RESCALED:
+    if kind == col.RESCALED:
         return num_rescaled_shares(op, frame)
-    if kind == BOTTLENECK:
+    if kind == col.BOTTLENECK:
         return num_bottleneck_shares(op, frame)
     # A few rows are quicker on one thread than others are told of them.
     return min(num_rows, _SHARES * num_threads) if num_rows > 2 else min(num_rows, 1)
@@ -89,36 +66,38 @@ def take_part(thread, frame_address, cached, packed):
         packed: an array of the adapters' dtype.
     """
     frame = longs_at(frame_address)
-    num_threads = frame[NUM_THREADS]
-    buffers, scratch = longs_at(frame[BUFFERS]), floats_at(frame[SCRATCH])
-    at = thread * frame[SCRATCH_SIZE]
-    taken = longs_at(frame[COUNTERS])
-    done = longs_at(frame[COUNTERS] + 8 * frame[NUM_INSTRUCTIONS])
-    for index in range(frame[NUM_INSTRUCTIONS]):
-        op = longs_at(frame[INSTRUCTIONS] + 8 * NUM_COLUMNS * index)
-        numbers = floats_at(frame[NUMBERS] + 8 * index)
-        kind = op[INSTRUCTION]
-        num_rows = frame[op[ROWS]]
+    num_threads = frame[col.NUM_THREADS]
+    buffers, scratch = longs_at(frame[col.BUFFERS]), floats_at(frame[col.SCRATCH])
+    at = thread * frame[col.SCRATCH_SIZE]
+    taken = longs_at(frame[col.COUNTERS])
+    done = longs_at(frame[col.COUNTERS] + 8 * frame[col.NUM_INSTRUCTIONS])
+    for index in range(frame[col.NUM_INSTRUCTIONS]):
+        op = longs_at(frame[col.INSTRUCTIONS] + 8 * col.NUM_COLUMNS * index)
+        numbers = floats_at(frame[col.NUMBERS] + 8 * index)
+        kind = op[col.INSTRUCTION]
+        num_rows = frame[op[col.ROWS]]
         count = num_shares(op, frame, num_threads)
         num_mine = 0
         share = next_share(taken, index) if count else 0
         while share < count:
             first = num_rows * share // count
             last = num_rows * (share + 1) // count
-            if kind == LINEAR:
-                size = panels_of_share(op, num_threads) * op[PANEL_ROWS]
-                linear(op, num_rows, share * size, min((share + 1) * size, op[NUM_OUT]), buffers, scratch, at)
-            elif kind == ATTENTION:
+            if kind == col.LINEAR:
+                size = panels_of_share(op, num_threads) * op[col.PANEL_ROWS]
+                linear(
+                    op, num_rows, share * size, min((share + 1) * size, op[col.NUM_OUT]), buffers, scratch, at
+                )
+            elif kind == col.ATTENTION:
                 attend(op, numbers, share, frame, buffers, cached, scratch, at)
-            elif kind == DELTAS:
+            elif kind == col.DELTAS:
                 deltas(op, share, frame, buffers, packed, scratch, at)
-            elif kind == RESCALED:
+            elif kind == col.RESCALED:
                 rescaled(op, share, frame, buffers, scratch, at)
-            elif kind == BOTTLENECK:
+            elif kind == col.BOTTLENECK:
                 bottleneck(op, share, frame, buffers, packed, scratch, at)
-            elif kind == ROTATE:
+            elif kind == col.ROTATE:
                 rotate_and_store(op, first, last, frame, buffers, cached)
-            elif kind == NORM_HEADS:
+            elif kind == col.NORM_HEADS:
                 norm_heads(op, numbers, first, last, buffers)
             else:
                 rowwise(op, numbers, first, last, frame, buffers)

@@ -9,21 +9,10 @@ import math
 
 import numpy as np
 
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
-from manyhats.engine.backends.cpu.program import (
-    ADAPTER_ROWS,
-    ADAPTER_SLOTS,
-    GROUP,
-    LAYER,
-    NUM_ADAPTER_ROWS,
-    NUM_SLOTS,
-    SOURCE,
-    SUBLAYER_TABLES,
-    TARGET,
-)
-from manyhats.engine.backends.cpu.program import SIZE as HIDDEN
 from manyhats.engine.backends.cpu.simd import (
     add,
     fma,
@@ -184,10 +173,10 @@ def row_delta(residual, output, start, size, addresses, integers, numbers, like,
 @inner
 def num_bottleneck_shares(op, frame):
     """A share is a row."""
-    if frame[NUM_ADAPTER_ROWS] == 0:
+    if frame[col.NUM_ADAPTER_ROWS] == 0:
         return 0
-    table = longs_at(frame[SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[GROUP])
-    return frame[NUM_ADAPTER_ROWS] if bytes_at(table[HAS_BOTTLENECKS])[op[LAYER]] else 0
+    table = longs_at(frame[col.SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[col.GROUP])
+    return frame[col.NUM_ADAPTER_ROWS] if bytes_at(table[HAS_BOTTLENECKS])[op[col.LAYER]] else 0
 
 
 @inner
@@ -201,16 +190,16 @@ def bottleneck(op, share, frame, buffers, like, scratch, at):
         like: an array of the adapters' dtype.
         scratch: from ``at`` on, 2·D + the largest size rounded up to eight.
     """
-    table = longs_at(frame[SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[GROUP])
-    entry = op[LAYER] * frame[NUM_SLOTS] + ints_at(frame[ADAPTER_SLOTS])[share]
+    table = longs_at(frame[col.SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[col.GROUP])
+    entry = op[col.LAYER] * frame[col.NUM_SLOTS] + ints_at(frame[col.ADAPTER_SLOTS])[share]
     integers = ints_at(table[INTEGERS] + 4 * NUM_INTEGERS * entry)
     if integers[SIZE] == 0:
         return
     addresses = longs_at(table[ADDRESSES] + 8 * NUM_ADDRESSES * entry)
     numbers = floats_at(table[NUMBERS] + 4 * NUM_NUMBERS * entry)
-    residual, output = floats_at(buffers[op[SOURCE]]), floats_at(buffers[op[TARGET]])
-    size = op[HIDDEN]
-    start = np.int64(ints_at(frame[ADAPTER_ROWS])[share]) * size
+    residual, output = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
+    size = op[col.SIZE]
+    start = np.int64(ints_at(frame[col.ADAPTER_ROWS])[share]) * size
     row_delta(residual, output, start, size, addresses, integers, numbers, like, scratch, scratch, at)
     keep = splat(numbers[KEEP])
     carry = splat(numbers[CARRY])

@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
 from manyhats.engine.backends.cpu.linear import decode, tile_4x3
-from manyhats.engine.backends.cpu.program import (
-    ADAPTER_ROWS,
-    ADAPTER_SLOTS,
-    BIAS,
-    GROUP,
-    LAYER,
-    LINEAR_TABLES,
-    NUM_ADAPTER_ROWS,
-    NUM_OUT,
-    NUM_RESCALED_ROWS,
-    NUM_SLOTS,
-    PANEL_ROWS,
-    RESCALED_ROWS,
-    RESCALED_SLOTS,
-    SIZE,
-    SOURCE,
-    TARGET,
-)
 from manyhats.engine.backends.cpu.simd import add, load, load_address, mul, store
 
 # Columns of the table of groups: how many members they have, where each member's outputs start and how many they are,
@@ -50,18 +33,18 @@ NUM_COLUMNS = 12
 @inner
 def table_of(op, frame):
     """The row of the table that stands for an instruction's group."""
-    return longs_at(frame[LINEAR_TABLES] + 8 * NUM_COLUMNS * op[GROUP])
+    return longs_at(frame[col.LINEAR_TABLES] + 8 * NUM_COLUMNS * op[col.GROUP])
 
 
 @inner
 def num_delta_shares(op, frame):
     """A share is a row at a member."""
-    if frame[NUM_ADAPTER_ROWS] == 0:
+    if frame[col.NUM_ADAPTER_ROWS] == 0:
         return 0
     table = table_of(op, frame)
-    if not bytes_at(table[HAS_DELTAS])[op[LAYER]]:
+    if not bytes_at(table[HAS_DELTAS])[op[col.LAYER]]:
         return 0
-    return frame[NUM_ADAPTER_ROWS] * table[NUM_MEMBERS]
+    return frame[col.NUM_ADAPTER_ROWS] * table[NUM_MEMBERS]
 
 
 @inner
@@ -93,11 +76,11 @@ def deltas(op, share, frame, buffers, like, scratch, at):
     members = table[NUM_MEMBERS]
     index = share // members
     member = share - index * members
-    row = np.int64(ints_at(frame[ADAPTER_ROWS])[index])
-    slot = ints_at(frame[ADAPTER_SLOTS])[index]
-    entry = (op[LAYER] * frame[NUM_SLOTS] + slot) * members + member
-    x, y = floats_at(buffers[op[SOURCE]]), floats_at(buffers[op[TARGET]])
-    start = row * op[NUM_OUT] + ints_at(table[STARTS])[member]
+    row = np.int64(ints_at(frame[col.ADAPTER_ROWS])[index])
+    slot = ints_at(frame[col.ADAPTER_SLOTS])[index]
+    entry = (op[col.LAYER] * frame[col.NUM_SLOTS] + slot) * members + member
+    x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
+    start = row * op[col.NUM_OUT] + ints_at(table[STARTS])[member]
     size = np.int64(ints_at(table[SIZES])[member])
     scale = longs_at(table[SCALE_ADDRESS])[entry]
     offset = longs_at(table[OFFSET_ADDRESS])[entry]
@@ -108,21 +91,21 @@ def deltas(op, share, frame, buffers, like, scratch, at):
         shift_span(y, start, size, offset, scratch)
     if rank > 0:
         a, b = longs_at(table[A_ADDRESS])[entry], longs_at(table[B_ADDRESS])[entry]
-        shrink(x, row * op[SIZE], op[SIZE], a, rank, like, scratch, at)
+        shrink(x, row * op[col.SIZE], op[col.SIZE], a, rank, like, scratch, at)
         expand(scratch, at, rank, b, size, like, floats_at(table[SCALES])[entry], y, start)
 
 
 @inner
 def num_rescaled_shares(op, frame):
     """A share is a panel of the weights, of one member; each member's panels begin anew."""
-    if frame[NUM_RESCALED_ROWS] == 0:
+    if frame[col.NUM_RESCALED_ROWS] == 0:
         return 0
     table = table_of(op, frame)
     members = table[NUM_MEMBERS]
     count = 0
     for member in range(members):
-        if bytes_at(table[HAS_INPUT_SCALES])[op[LAYER] * members + member]:
-            count += (ints_at(table[SIZES])[member] + op[PANEL_ROWS] - 1) // op[PANEL_ROWS]
+        if bytes_at(table[HAS_INPUT_SCALES])[op[col.LAYER] * members + member]:
+            count += (ints_at(table[SIZES])[member] + op[col.PANEL_ROWS] - 1) // op[col.PANEL_ROWS]
     return count
 
 
@@ -139,8 +122,8 @@ def rescaled(op, share, frame, buffers, scratch, at):
     table = table_of(op, frame)
     members = table[NUM_MEMBERS]
     for member in range(members):
-        if bytes_at(table[HAS_INPUT_SCALES])[op[LAYER] * members + member]:
-            panels = (ints_at(table[SIZES])[member] + op[PANEL_ROWS] - 1) // op[PANEL_ROWS]
+        if bytes_at(table[HAS_INPUT_SCALES])[op[col.LAYER] * members + member]:
+            panels = (ints_at(table[SIZES])[member] + op[col.PANEL_ROWS] - 1) // op[col.PANEL_ROWS]
             if share < panels:
                 rescale_panel(op, member, share, table, frame, buffers, scratch, at)
                 return
@@ -150,14 +133,18 @@ def rescaled(op, share, frame, buffers, scratch, at):
 @inner
 def rescale_panel(op, member, index, table, frame, buffers, scratch, at):
     """``rescaled`` once it is known whose panel it is, and which of the member's."""
-    within = index * op[PANEL_ROWS]
-    count = min(op[PANEL_ROWS], np.int64(ints_at(table[SIZES])[member]) - within)
+    within = index * op[col.PANEL_ROWS]
+    count = min(op[col.PANEL_ROWS], np.int64(ints_at(table[SIZES])[member]) - within)
     first = ints_at(table[STARTS])[member] + within
     decode(op, first, count, scratch, at)
-    x, y, bias = floats_at(buffers[op[SOURCE]]), floats_at(buffers[op[TARGET]]), floats_at(op[BIAS])
-    k = op[SIZE]
-    scaled = at + op[PANEL_ROWS] * k
-    num_rows = frame[NUM_RESCALED_ROWS]
+    x, y, bias = (
+        floats_at(buffers[op[col.SOURCE]]),
+        floats_at(buffers[op[col.TARGET]]),
+        floats_at(op[col.BIAS]),
+    )
+    k = op[col.SIZE]
+    scaled = at + op[col.PANEL_ROWS] * k
+    num_rows = frame[col.NUM_RESCALED_ROWS]
     for start in range(0, num_rows, 4):
         # Four rows at a time; past the last, that one again.
         i1, i2, i3 = min(start + 1, num_rows - 1), min(start + 2, num_rows - 1), min(start + 3, num_rows - 1)
@@ -179,12 +166,12 @@ def rescale_panel(op, member, index, table, frame, buffers, scratch, at):
 @inner
 def scale_input(op, member, index, table, frame, x, scratch, at):
     """A row's input times its adapter's scale, if there is one here, into scratch[at:]; returns its place in y."""
-    row = np.int64(ints_at(frame[RESCALED_ROWS])[index])
-    slot = ints_at(frame[RESCALED_SLOTS])[index]
-    entry = (op[LAYER] * frame[NUM_SLOTS] + slot) * table[NUM_MEMBERS] + member
+    row = np.int64(ints_at(frame[col.RESCALED_ROWS])[index])
+    slot = ints_at(frame[col.RESCALED_SLOTS])[index]
+    entry = (op[col.LAYER] * frame[col.NUM_SLOTS] + slot) * table[NUM_MEMBERS] + member
     address = longs_at(table[INPUT_SCALE_ADDRESS])[entry]
-    source = row * op[SIZE]
-    for i in range(0, op[SIZE], 8):
+    source = row * op[col.SIZE]
+    for i in range(0, op[col.SIZE], 8):
         value = load(x, source + i)
         store(scratch, at + i, mul(value, load_address(address + 4 * i, x)) if address != 0 else value)
-    return row * op[NUM_OUT]
+    return row * op[col.NUM_OUT]

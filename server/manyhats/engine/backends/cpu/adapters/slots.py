@@ -22,7 +22,7 @@ from manyhats.adapters.primitives import (
     LoweredAdapter,
     LowRank,
 )
-from manyhats.engine.backends.cpu import program
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
     LinearEntries,
@@ -213,15 +213,15 @@ class CpuAdapterSlots:
         """
         own = self._rescaling[rows.slots]
         rescaled = AdapterRows(rows.rows[own], rows.slots[own], 0)
-        frame[program.NUM_SLOTS] = self._num_slots
-        frame[program.LINEAR_TABLES] = self._linear_rows.ctypes.data
-        frame[program.SUBLAYER_TABLES] = self._sublayer_rows.ctypes.data
-        frame[program.NUM_ADAPTER_ROWS] = rows.rows.size
-        frame[program.ADAPTER_ROWS] = rows.rows.ctypes.data
-        frame[program.ADAPTER_SLOTS] = rows.slots.ctypes.data
-        frame[program.NUM_RESCALED_ROWS] = rescaled.rows.size
-        frame[program.RESCALED_ROWS] = rescaled.rows.ctypes.data
-        frame[program.RESCALED_SLOTS] = rescaled.slots.ctypes.data
+        frame[col.NUM_SLOTS] = self._num_slots
+        frame[col.LINEAR_TABLES] = self._linear_rows.ctypes.data
+        frame[col.SUBLAYER_TABLES] = self._sublayer_rows.ctypes.data
+        frame[col.NUM_ADAPTER_ROWS] = rows.rows.size
+        frame[col.ADAPTER_ROWS] = rows.rows.ctypes.data
+        frame[col.ADAPTER_SLOTS] = rows.slots.ctypes.data
+        frame[col.NUM_RESCALED_ROWS] = rescaled.rows.size
+        frame[col.RESCALED_ROWS] = rescaled.rows.ctypes.data
+        frame[col.RESCALED_SLOTS] = rescaled.slots.ctypes.data
         return rescaled
 
     def rescale_inputs(
