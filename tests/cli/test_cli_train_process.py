@@ -81,7 +81,7 @@ def test_interrupt_writes_a_checkpoint_exits_130_and_is_resumed(place: Path) -> 
         printed, said = process.communicate(timeout=60)
     assert (process.returncode, printed) == (130, "")
     last = said.splitlines()[-1]
-    assert last.startswith("interrupted; to be resumed from tasks/stopped/training/checkpoints/step-")
+    assert last.startswith("interrupted; can be resumed from tasks/stopped/training/checkpoints/step-")
     assert last.endswith("; the same command with --resume continues")
     assert "Traceback" not in said
     resumed = run(place, *command("stopped", *steps, "--resume", "--json"))

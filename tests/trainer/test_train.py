@@ -191,7 +191,7 @@ def test_an_interrupted_training_is_resumed_as_if_it_had_not_been(
         train(settings, task.model, listener=interrupting(5, number))
     assert raised.value.checkpoints == (task.out / "training/checkpoints/step-000005",)
     assert not (task.out / "adapter_config.json").exists()
-    with pytest.raises(CheckpointError, match="was not finished: resume it"):
+    with pytest.raises(CheckpointError, match="of an unfinished training run: resume it"):
         train(settings, task.model)
     resumed = train(settings, task.model, resume=True)
     assert losses(resumed) == losses(whole)
@@ -301,7 +301,7 @@ def test_a_base_that_changes_is_noticed(task: TinyTask) -> None:
         opened.run.step()
         norm[0] += 1.0
         try:
-            with pytest.raises(BaseError, match="the base has changed"):
+            with pytest.raises(BaseError, match="the base changed"):
                 opened.finish()
         finally:
             norm[0] -= 1.0
@@ -315,7 +315,7 @@ def test_output_is_where_it_is_asked_for(task: TinyTask) -> None:
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ({"eval": ""}, SettingError, "labels: need evaluation data to be scored on"),
+        ({"eval": ""}, SettingError, "labels: need evaluation data"),
         (
             {"labels": ("red", "green")},
             DataError,

@@ -89,7 +89,7 @@ class EngineConfig:
         at_least=0,
         must="must be 0 or more",
         group=_LIMITS,
-        help="Threads of the kernels; 0 is one per core.",
+        help="Threads of the kernels; 0 for one per core.",
     )
     block_size: int = 16
     max_unread_outputs: int = 256

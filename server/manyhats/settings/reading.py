@@ -133,7 +133,7 @@ def by_name(
     """A file's settings by their names, see ``name_of``.
 
     Raises:
-        ``error``: a setting is there twice.
+        ``error``: a setting appears twice.
     """
     settings: dict[str, Any] = {}
     for key, value in content.items():

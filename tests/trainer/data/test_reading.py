@@ -324,7 +324,7 @@ def test_a_file_that_is_not_there_or_not_readable_is_named(
 def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(
     write: Callable[[str, bytes], str],
 ) -> None:
-    assert "has none of the extensions that are read: .jsonl, .json, .csv, .tsv, .parquet" in str(
+    assert "has none of the supported extensions: .jsonl, .json, .csv, .tsv, .parquet" in str(
         refusal(write("a.txt", b"a"))
     )
 

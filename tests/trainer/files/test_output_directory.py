@@ -105,7 +105,7 @@ def test_a_directory_that_cannot_be_written_is_found_out_before_the_training(tmp
 
 def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(SettingError, match=r"out: .* holds README.md, which no training left there"):
+    with pytest.raises(SettingError, match=r"out: .* has README.md, which is not from a training run"):
         make_output_directory(tmp_path)
     assert content(tmp_path) == {"README.md": b"mine"}
     (tmp_path / "README.md").unlink()

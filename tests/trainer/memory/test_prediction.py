@@ -356,7 +356,7 @@ def test_data_that_is_not_counted_must_be_there(tmp_path: Path, name: str) -> No
     ("values", "error", "message"),
     [
         ({"model": "nowhere"}, ModelError, "nowhere"),
-        ({"target_modules": ["nothing"]}, SettingError, "target_modules: 'nothing' is no linear"),
+        ({"target_modules": ["nothing"]}, SettingError, "target_modules: 'nothing' is not a linear"),
         ({"max_length": 513}, SettingError, "max_length: the base has room for 512"),
         ({"data": "none.jsonl"}, DataError, "none.jsonl"),
     ],
@@ -378,8 +378,16 @@ def test_what_cannot_be_trained_cannot_be_predicted(
         ),
         ("lora", {"rank": 257}, "rank: is 257; the limit is 256"),
         ("lora", {"rank_pattern": {"q_proj": 300}}, "rank_pattern: is 300; the limit is 256"),
-        ("lora", {"rank_pattern": {"nonsense": 3}}, "rank_pattern: 'nonsense' matches none of the modules"),
-        ("dora", {"alpha_pattern": {"lm_head": 3}}, "alpha_pattern: 'lm_head' matches none of the modules"),
+        (
+            "lora",
+            {"rank_pattern": {"nonsense": 3}},
+            "rank_pattern: 'nonsense' matches none of the trained modules",
+        ),
+        (
+            "dora",
+            {"alpha_pattern": {"lm_head": 3}},
+            "alpha_pattern: 'lm_head' matches none of the trained modules",
+        ),
         (
             "lora",
             {"rank_pattern": {".*": 3}},

@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[AdapterSettings, str, str]] = {
     "unknown module": (
         LoraSettings(target_modules=("q_proj", "query")),
         "target_modules",
-        "'query' is no linear of this base; it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj,",
+        "'query' is not a linear of this base; it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj,",
     ),
     "embedding": (LoraSettings(target_modules=("embed_tokens",)), "target_modules", "embed_tokens"),
     "part of a name": (LoraSettings(target_modules=("proj",)), "target_modules", "'proj'"),
@@ -53,12 +53,12 @@ REFUSED: dict[str, tuple[AdapterSettings, str, str]] = {
     "pattern of nothing": (
         LoraSettings(target_modules=Q, rank_pattern={"k_proj": 4}),
         "rank_pattern",
-        "'k_proj' matches none of the modules",
+        "'k_proj' matches none of the trained modules",
     ),
     "pattern behind another": (
         LoraSettings(target_modules=Q, alpha_pattern={"q_proj": 4, "layers.0.self_attn.q_proj": 2}),
         "alpha_pattern",
-        "'layers.0.self_attn.q_proj' has no effect behind the keys before it; put it first",
+        "'layers.0.self_attn.q_proj' has no effect after the keys before it; put it first",
     ),
     "pattern that is a regex": (
         LoraSettings(target_modules=Q, rank_pattern={".*q_proj": 4}),
@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[AdapterSettings, str, str]] = {
     "ia3 of one module by two names": (
         Ia3Settings(output_modules=("mlp.down_proj",), input_modules=("down_proj",)),
         "input_modules",
-        "model.layers.0.mlp.down_proj is among output_modules too",
+        "model.layers.0.mlp.down_proj is also in output_modules",
     ),
     "bottleneck of nothing": (
         BottleneckSettings(reduction_factor=65),
@@ -86,17 +86,17 @@ REFUSED: dict[str, tuple[AdapterSettings, str, str]] = {
     "prefix as long as the context": (
         PrefixSettings(num_virtual_tokens=512),
         "num_virtual_tokens",
-        "is 512: no token is left of the base's 512",
+        "is 512, which leaves none of the base's 512",
     ),
     "prompt longer than the context": (
         PromptSettings(num_virtual_tokens=10**9),
         "num_virtual_tokens",
-        "no token is left",
+        "leaves none of the base's",
     ),
     "virtual tokens beyond the context": (
         PTuningSettings(num_virtual_tokens=600),
         "num_virtual_tokens",
-        "no token is left",
+        "leaves none of the base's",
     ),
 }
 
@@ -158,7 +158,7 @@ def test_a_prefix_needs_the_base_s_heads() -> None:
 def test_dora_needs_the_base_s_weights() -> None:
     model = tiny_base().model
     without = replace(model, description=replace(model.description, weights=None))
-    with pytest.raises(BaseError, match="weights are not at hand"):
+    with pytest.raises(BaseError, match="weights are not available"):
         make(LoraSettings(use_dora=True, target_modules=Q), without)
 
 

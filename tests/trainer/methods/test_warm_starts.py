@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[AdapterSettings, AdapterSettings, str]] = {
     "more modules": (
         LoraSettings(rank=2, target_modules=("q_proj", "k_proj")),
         LoraSettings(rank=2, target_modules=("q_proj",)),
-        "k_proj.lora_A.weight, which is no tensor of these settings",
+        "k_proj.lora_A.weight, which these settings do not make",
     ),
     "alpha": (
         LoraSettings(rank=2, alpha=4, target_modules=("q_proj",)),
@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[AdapterSettings, AdapterSettings, str]] = {
     "another method": (
         LoraSettings(rank=2, target_modules=("q_proj",), use_dora=True),
         LoraSettings(rank=2, target_modules=("q_proj",)),
-        "is dora, and what is trained is lora",
+        "is dora, but lora is being trained",
     ),
     "activation": (
         BottleneckSettings(reduction_factor=16),
@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[AdapterSettings, AdapterSettings, str]] = {
     "prefix for a prompt": (
         PrefixSettings(num_virtual_tokens=4, projection_size=0),
         PromptSettings(num_virtual_tokens=4),
-        "is prefix tuning, and what is trained is prompt tuning",
+        "is prefix tuning, but prompt tuning is being trained",
     ),
 }
 
@@ -194,7 +194,7 @@ def test_a_directory_without_an_artifact_is_refused(tmp_path: Path) -> None:
 
 def test_tensors_are_refused_by_an_encoder() -> None:
     adapter = make_adapter(PTuningSettings(), "task", tiny_base().model, seed=0)
-    with pytest.raises(SettingError, match="encoder's result"):
+    with pytest.raises(SettingError, match="encoder's output"):
         load_tensors(adapter, {"prompt_embeddings": torch.zeros(16, 64)})
 
 

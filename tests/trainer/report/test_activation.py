@@ -62,7 +62,7 @@ def test_a_missing_or_endless_result_meets_nothing(loss: float, num_right: int |
 
 
 def test_without_held_out_rows_nothing_is_met() -> None:
-    assert ActivationRule.parse("loss < 9").unmet(None) == "nothing was held out"
+    assert ActivationRule.parse("loss < 9").unmet(None) == "no data was held out"
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_without_a_checkpoint_no_date_is_recorded_and_a_damaged_one_is_named(tmp
     directory = tmp_path / "training/checkpoints/step-000001"
     directory.mkdir(parents=True)
     (directory / "run.json").write_text('{"format": 1, "date": "yesterday"}')
-    with pytest.raises(CheckpointError, match="'yesterday' is no date"):
+    with pytest.raises(CheckpointError, match="'yesterday' is not a date"):
         recorded_date(tmp_path)
 
 

@@ -151,7 +151,7 @@ def test_a_run_that_was_interrupted_while_its_parameters_moved_is_not_kept(
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run.step()
-    with pytest.raises(CheckpointError, match="while its parameters moved"):
+    with pytest.raises(CheckpointError, match="during an update of its parameters"):
         run.save_checkpoint()
 
 
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_name(
     )
     arguments["settings"] = arguments["settings"](tmp_path)
     run = make_run(**arguments)
-    with pytest.raises(CheckpointError, match=f"is of another training: {message}$"):
+    with pytest.raises(CheckpointError, match=f"is of another training run: {message}$"):
         run.restore_checkpoint()
 
 
@@ -233,7 +233,7 @@ def test_without_a_checkpoint_there_is_nothing_to_resume_from(tmp_path: Path) ->
 
 def test_a_training_that_was_not_finished_is_not_begun_anew(tmp_path: Path) -> None:
     interrupted_run(tmp_path)
-    with pytest.raises(CheckpointError, match="step-000001 is of a training that was not finished"):
+    with pytest.raises(CheckpointError, match="step-000001 is of an unfinished training run"):
         make_run(make_train_settings(tmp_path)).clear_checkpoints()
     assert checkpoints(tmp_path) == ["step-000001"]
 

@@ -34,7 +34,7 @@ def test_a_signal_lets_the_step_finish_and_leaves_a_checkpoint_of_each_run(
         take_turns(runs, stop)
     assert newest(tmp_path / "a") == newest(tmp_path / "b") == ["step-000003"]
     assert [path.parent.parent.parent.name for path in raised.value.checkpoints] == ["a", "b"]
-    assert "to be resumed from" in str(raised.value)
+    assert "can be resumed from" in str(raised.value)
     assert isinstance(raised.value, KeyboardInterrupt), "whoever knows nothing of it exits as after Ctrl-C"
 
 

@@ -186,7 +186,7 @@ def test_resuming_begins_the_tasks_that_have_no_checkpoint(tiny: TinyTask, tmp_p
 
 def test_tasks_of_two_bases_are_refused(tiny: TinyTask, tmp_path: Path) -> None:
     one, two, *_ = tasks_of(tiny, tmp_path)
-    with pytest.raises(SettingError, match="bottleneck and lora are not on the same base"):
+    with pytest.raises(SettingError, match="bottleneck and lora do not have the same base"):
         common_base([one, replace(two, model=replace(two.model, quantization="none"))])
     with pytest.raises(SettingError, match="there are none"):
         common_base([])

@@ -176,7 +176,7 @@ def test_a_run_that_diverges_stops_before_its_parameters_move(
 
 def test_a_run_that_diverges_before_its_first_checkpoint_says_so() -> None:
     run = make_run(decoder=PoisonedDecoder(1, lambda loss: loss * math.nan))
-    with pytest.raises(DivergedError, match="no checkpoint was written before") as raised:
+    with pytest.raises(DivergedError, match="no checkpoint had been written") as raised:
         run.step()
     assert raised.value.checkpoint is None
 

@@ -63,7 +63,7 @@ def test_all_are_on_one_base(tmp_path: Path) -> None:
     assert {each.model.quantization for each in tasks_of(tmp_path, [SQL, CHAT])} == {"nf4"}
     dense = tasks_of(tmp_path, [SQL, CHAT], quantization="none")
     assert {each.model.quantization for each in dense} == {"none"}
-    with pytest.raises(SettingError, match=r"^tasks\[q\]\.quantization: qlora trains on nf4"):
+    with pytest.raises(SettingError, match=r"^tasks\[q\]\.quantization: qlora needs nf4"):
         tasks_of(tmp_path, [SQL, {**SQL, "task": "q", "method": "qlora"}], quantization="none")
 
 
@@ -77,7 +77,7 @@ def test_one_data_file_and_method_for_all(tmp_path: Path) -> None:
     [
         (None, {}, r"tasks: .* must have a list 'tasks'"),
         ([], {}, r"tasks: .* must have a list 'tasks'"),
-        (["sql"], {}, r"tasks\[0\]: must be settings"),
+        (["sql"], {}, r"tasks\[0\]: must be a mapping"),
         ([SQL, {**CHAT, "rank": 4}], {}, r"tasks\[chat\]\.rank: is not a setting of prefix"),
         ([SQL, {**CHAT, "colour": 4}], {}, r"tasks: .*tasks\.yaml: tasks\[chat\]\.colour: is not a setting"),
         (
@@ -93,16 +93,16 @@ def test_one_data_file_and_method_for_all(tmp_path: Path) -> None:
         (
             [SQL],
             {"num_virtual_tokens": 3},
-            r"tasks: .*tasks\.yaml: num_virtual_tokens: is a setting of none of the tasks' methods",
+            r"tasks: .*tasks\.yaml: num_virtual_tokens: is not a setting of any task's method",
         ),
-        ([SQL], {"task": "sql"}, r"tasks: .*tasks\.yaml: task: is each task's own"),
+        ([SQL], {"task": "sql"}, r"tasks: .*tasks\.yaml: task: must be set for each task"),
         (
             [{**SQL, "target-module": "a", "target_modules": "b"}],
             {},
             r"tasks: .*: target_modules: is given twice",
         ),
-        ([SQL, {**CHAT, "task": "sql"}], {}, r"tasks\[sql\]\.task: is there twice"),
-        ([{**SQL, "out": "o"}, {**CHAT, "out": "./o"}], {}, r"tasks\[chat\]\.out: is also that of sql"),
+        ([SQL, {**CHAT, "task": "sql"}], {}, r"tasks\[sql\]\.task: appears twice"),
+        ([{**SQL, "out": "o"}, {**CHAT, "out": "./o"}], {}, r"tasks\[chat\]\.out: is also used by sql"),
     ],
 )
 def test_wrong_file_names_task_and_setting(
@@ -114,9 +114,9 @@ def test_wrong_file_names_task_and_setting(
 
 def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     for flags, message in (
-        ({"task": "sql"}, "task: is each task's own"),
+        ({"task": "sql"}, "task: must be set for each task"),
         ({"colour": "red"}, "colour: is not a setting"),
-        ({"num_virtual_tokens": 3}, "num_virtual_tokens: is a setting of none"),
+        ({"num_virtual_tokens": 3}, "num_virtual_tokens: is not a setting of any"),
     ):
         with pytest.raises(SettingError, match=f"^{message}"):
             tasks_of(tmp_path, [SQL], flags)

@@ -1,13 +1,10 @@
 """The trainer's errors.
 
-TrainerError
-├── SettingError        a setting that cannot be trained with; names it
-├── DataError           a row of the data; names file and line
-├── BaseError           a base model that this method cannot be trained on
-├── DivergedError       the loss is not finite any more; the last good checkpoint is kept
-├── CheckpointError     a checkpoint that cannot be written, read or resumed from
-├── OutputError         an output that cannot be written, such as on a full disk
-└── RegistrationError   a server that does not take the artifact, which stays where it is
+TrainerError ├── SettingError        a setting that cannot be trained with; names it ├── DataError           a row of
+the data; names file and line ├── BaseError           a base model that this method cannot be trained on ├──
+DivergedError       the loss is no longer finite; the last good checkpoint is kept ├── CheckpointError     a checkpoint
+that cannot be written, read or resumed from ├── OutputError         an output that cannot be written, such as on a full
+disk └── RegistrationError   a server that refuses the artifact, which stays where it is
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ class SettingError(TrainerError):
 
 
 class DataError(TrainerError):
-    """A row, or a whole file, cannot be trained on; ``line`` counts from 1, None where the file as a whole is meant."""
+    """A row, or a whole file, cannot be trained on; ``line`` counts from 1, None if the whole file is meant."""
 
     def __init__(self, source: str, line: int | None, message: str) -> None:
         super().__init__(f"{source}:{line}: {message}" if line is not None else f"{source}: {message}")
@@ -38,16 +35,14 @@ class DataError(TrainerError):
 
 
 class BaseError(TrainerError):
-    """The base model and the method do not go together."""
+    """The base model and the method are incompatible."""
 
 
 class DivergedError(TrainerError):
     """The loss of a step is not finite; ``step`` counts from 1."""
 
     def __init__(self, step: int, checkpoint: Path | None) -> None:
-        kept = (
-            f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written before"
-        )
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written"
         super().__init__(f"the loss of step {step} is not finite: lower the learning rate; {kept}")
         self.step = step
         self.checkpoint = checkpoint
@@ -62,7 +57,7 @@ class OutputError(TrainerError):
 
 
 class RegistrationError(TrainerError):
-    """A server did not take an artifact; ``directory`` holds it, and the client's error is the cause."""
+    """A server refused an artifact; ``directory`` holds it, and the client's error is the cause."""
 
     def __init__(self, task: str, directory: Path, target: str, message: str) -> None:
         super().__init__(

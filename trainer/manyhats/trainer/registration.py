@@ -15,8 +15,8 @@ class RegistrationServer:
 
     Attributes:
         target: ``host:port``.
-        credentials: what it asks of callers; None for nothing.
-        timeout_s: for each call; None waits as long as it takes.
+        credentials: what it requires of callers; None for none.
+        timeout_s: for each call; None waits indefinitely.
     """
 
     target: str
@@ -24,10 +24,10 @@ class RegistrationServer:
     timeout_s: float | None = None
 
     def info(self) -> ServerInfo:
-        """What serves there.
+        """The server's own description.
 
         Raises:
-            ManyhatsError: it cannot be reached, or does not say.
+            ManyhatsError: it cannot be reached, or does not answer.
         """
         with self._client() as client:
             return client.server_info()
@@ -35,18 +35,18 @@ class RegistrationServer:
     def register(
         self, task: str, directory: Path, progress: Progress | None = None, *, activate: bool = True
     ) -> Registration:
-        """Send the artifact of a directory, and make it a version of a task.
+        """Upload the artifact in a directory as a version of a task.
 
-        The same artifact again makes no new version.
+        Uploading the same artifact again makes no new version.
 
         Args:
             task: its id.
-            directory: the trainer's output; of it, the config and the safetensors are sent.
-            progress: told the bytes sent, and all of them.
-            activate: whether it becomes the version that requests for the task run on.
+            directory: the trainer's output; its config and safetensors are sent.
+            progress: called with the bytes sent, and the total.
+            activate: whether requests for the task use it from now on.
 
         Raises:
-            RegistrationError: the server cannot be reached, or refuses it. The directory stays as it is.
+            RegistrationError: the server cannot be reached, or refuses it. The directory is unchanged.
         """
         try:
             with self._client() as client:

@@ -27,18 +27,18 @@ def train(
     progress: Progress = no_progress,
     home: Path | None = None,
 ) -> TrainingReport:
-    """Train one task, and leave its artifact, model card and report in ``settings.out``.
+    """Train one task, and write its artifact, model card and report to ``settings.out``.
 
     Args:
-        settings: everything about it.
-        model: the base, where it is in memory already, of the settings' quantization and dtype.
-        resume: go on from the newest checkpoint in ``settings.out``.
-        listener: told of what happens.
-        progress: told of the base's loading.
-        home: holds fetched models; None takes the default.
+        settings: all of the run's settings.
+        model: the base, if already in memory, with the settings' quantization and dtype.
+        resume: continue from the newest checkpoint in ``settings.out``.
+        listener: receives its events.
+        progress: receives the base's loading progress.
+        home: where fetched models are kept; None for the default.
 
     Raises:
-        TrainerError: what is wrong with the settings, the data, the training or the output.
+        TrainerError: something is wrong with the settings, the data, the run or the output.
         ModelError: the base cannot be loaded.
         EngineError: labels cannot be scored.
         TrainingInterrupted: by SIGINT or SIGTERM; there is a checkpoint to resume from. A command exits with 130.
@@ -61,12 +61,12 @@ def train(
 
 
 def take_turns(runs: Sequence[TrainingRun], stop: StopRequest) -> None:
-    """Let each run that is not done take a step in turn, until all are.
+    """Let each unfinished run take a step in turn, until all are done.
 
     Raises:
-        DivergedError: of the first run that does.
-        TrainingInterrupted: after a signal, or a ``KeyboardInterrupt`` from elsewhere; unfinished runs have a
-            checkpoint each.
+        DivergedError: from the first run that diverges.
+        TrainingInterrupted: after a signal, or a ``KeyboardInterrupt`` from elsewhere; each unfinished run has a
+            checkpoint.
         KeyboardInterrupt: after a second signal, at once.
     """
     try:

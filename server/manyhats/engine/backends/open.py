@@ -12,7 +12,7 @@ def open_backend(name: str, *, dtype: str, num_threads: int = 0) -> Backend:
     Args:
         name: ``cpu`` or ``torch``.
         dtype: ``float32`` wants exact arithmetic, ``bfloat16`` takes what the processor does faster.
-        num_threads: of a backend on the processor; 0 is one per core.
+        num_threads: of a backend on the processor; 0 for one per core.
 
     Raises:
         ModelError: there is none of this name.

@@ -1,4 +1,4 @@
-"""The data: read from files, tokenized as the server tokenizes, and put into batches."""
+"""Training data: read from files, tokenized as the server does, and batched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one forward of the trainer runs on: rows of several lengths, end to end, with nothing padded."""
+"""The input of one forward of the trainer: rows of several lengths, end to end, without padding."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class TokenizedRow:
     """One row of the data as tokens.
 
     Attributes:
-        token_ids: T of them.
-        is_target: for each token, whether the model learns to predict it; never true of the first.
+        token_ids: [T].
+        is_target: for each token, whether the model learns to predict it; never true for the first.
     """
 
     token_ids: tuple[int, ...]
@@ -22,7 +22,7 @@ class TokenizedRow:
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are learned."""
+        """The number of learned tokens."""
         return sum(self.is_target)
 
 
@@ -30,16 +30,16 @@ class TokenizedRow:
 class TrainingBatch:
     """Rows end to end: N tokens in all, M of them learned.
 
-    A beginning that all rows share (a chat template's head) may be there once: it is then the first segment, and the
-    others continue it. What it computes is the same for all of them, so are the gradients.
+    A beginning that all rows share (a chat template's head) may appear once: it is then the first segment, which the
+    others continue. What it computes is the same for all of them, and so are the gradients.
 
     Attributes:
         token_ids: [N] int64.
         positions: [N] int64, of each token in its row, from 0; virtual tokens are not counted.
         segments: the length of each segment, in order; they add up to N.
-        num_shared: how many first tokens (one segment) all other segments continue; 0 for none.
-        predictors: [M] int64, the places whose next token is learned; the last shared one once for each row that
-            is learned from its first own token on.
+        num_shared: the length of the first segment if all others continue it; 0 if not.
+        predictors: [M] int64, the places whose next token is learned; the last shared one appears once for each row
+            whose first own token is learned.
         targets: [M] int64, those tokens.
         num_row_tokens: tokens of all rows, a shared beginning counted for each; what speed is measured by.
     """

@@ -1,4 +1,4 @@
-"""Conversations to text by a chat template, and which parts the assistant is to learn."""
+"""Conversations as text by a chat template, and which parts the assistant learns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Turn:
 
     Attributes:
         head: the text before it, as the server renders it.
-        text: what it says, as the template renders that, without its end.
+        text: what it says, as the template renders it, without its end.
     """
 
     head: str
@@ -36,7 +36,7 @@ class ChatRenderer:
     Args:
         tokenizer: has the template.
         ends: of turns.
-        now: the date that templates may write.
+        now: the date templates may write.
     """
 
     def __init__(self, tokenizer: Tokenizer, ends: Ends, now: datetime | None) -> None:
@@ -71,11 +71,11 @@ class ChatRenderer:
             rendered = self._rendered(row, until, variables, add_generation_prompt=False)
             text = self._behind(head, rendered, messages[index])
         if not text:
-            raise row.error(f"messages: the template renders nothing of turn {index} that could be learned")
+            raise row.error(f"messages: the template renders nothing in turn {index} that could be learned")
         return Turn(head, text)
 
     def _in_whole(self, message: Message, head: str, whole: str) -> str | None:
-        """A plain message's text, if the whole has it between its head and its end; None otherwise."""
+        """A plain message's text, if the rendering has it between its head and its end; None otherwise."""
         content, end = message["content"], self._ends.of_turn
         if not (
             message.keys() <= _ALWAYS_READ and isinstance(content, str) and end and whole.startswith(head)
@@ -113,7 +113,7 @@ class ChatRenderer:
             raise row.error(str(error)) from error
 
     def unread(self, row: Row, messages: Sequence[Message], variables: Mapping[str, object]) -> list[str]:
-        """What the template would not read, such as ``tools`` or ``messages[2].reasoning_content``."""
+        """Parts that the template would not read, such as ``tools`` or ``messages[2].reasoning_content``."""
         template = self._tokenizer.chat_template
         if template is None:
             return []  # rendering reports it

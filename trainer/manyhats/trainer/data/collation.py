@@ -1,4 +1,4 @@
-"""Rows to one batch: end to end, with a common beginning only once."""
+"""Rows as one batch: end to end, with a common beginning only once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def collate(rows: Sequence[TokenizedRow], *, share_beginning: bool = True) -> Tr
 
     Args:
         rows: of any lengths.
-        share_beginning: keep only once the tokens that all rows begin with, as far as none of them is learned and each
-            row keeps at least one token of its own. Several rows may then be predicted from the last of
+        share_beginning: keep only one copy of the tokens that all rows begin with, as long as none of them is learned
+            and each row keeps at least one token of its own. Several rows may then be predicted from the last of
             them: ``predictors`` has it once for each.
     """
     shared = shared_length(rows) if share_beginning and len(rows) > 1 else 0
@@ -45,7 +45,7 @@ def collate(rows: Sequence[TokenizedRow], *, share_beginning: bool = True) -> Tr
 
 
 def shared_length(rows: Sequence[TokenizedRow]) -> int:
-    """How many first tokens all rows have in common: none learned, and each row keeps one of its own."""
+    """How many leading tokens all rows share: none learned, and each row keeps one of its own."""
     first = rows[0].token_ids
     limit = min(_limit(row) for row in rows)
     for length in range(limit):

@@ -189,7 +189,7 @@ def _conversation(
     """The messages up to the last one that is learned; what follows it teaches nothing.
 
     Args:
-        otherwise: the system message if there is none.
+        default: the system message if there is none.
     """
     read = [
         _message(row, index, each) for index, each in enumerate(_list(row, "messages", fields["messages"]))

@@ -15,7 +15,7 @@ from manyhats.trainer.errors import DataError
 def read_csv(path: Path) -> Iterator[Row]:
     """One row per record; an empty cell means no value, and blank lines are ignored.
 
-    A row's line is where its record begins: quoted cells may hold line ends.
+    A row's line is where its record begins: quoted cells may contain line ends.
 
     Raises:
         DataError: no column is known, or a record is malformed or has too many or too few cells.

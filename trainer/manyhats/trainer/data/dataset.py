@@ -1,4 +1,4 @@
-"""Tokenized rows in memory: five bytes per token, and what evaluation must know about each row."""
+"""Tokenized rows in memory: five bytes per token, and what evaluation needs to know about each row."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Dataset:
     counts: DataCounts
 
     def prompt_token_ids(self, index: int) -> tuple[int, ...]:
-        """What the model is given before the row's last completion."""
+        """The tokens before the row's last completion."""
         return self.rows.beginning(index, self.prompt_lengths[index])
 
     def error(self, index: int, message: str) -> DataError:

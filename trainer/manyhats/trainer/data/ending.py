@@ -20,10 +20,10 @@ class Ends:
     """How completions end.
 
     Attributes:
-        token_id: what a completion is taught to end with.
+        token_id: the token that completions are taught to end with.
         literals: text of every token that ends a generation → its id.
-        of_turn: what the chat template writes after an assistant's turn, which may be none of those; empty if that
-            cannot be told.
+        of_turn: what the chat template writes after an assistant's turn, which may not be one of those; empty if
+            unknown.
     """
 
     token_id: int
@@ -33,7 +33,7 @@ class Ends:
     def split(self, text: str) -> tuple[str, int | None]:
         """A text without any ends that it already has, and the first one's id; None if it has none.
 
-        White space after an end goes with it.
+        White space after an end is removed with it.
         """
         return _split(self._of_text, self.literals, text)
 
@@ -99,7 +99,7 @@ def _taught_end(tokenizer: Tokenizer, eos_token_ids: Collection[int], behind_a_t
 
 
 def _behind_a_turn(tokenizer: Tokenizer) -> tuple[str, str]:
-    """What follows an assistant's turn, as the last message and as an earlier one; empty if it cannot be told."""
+    """What follows an assistant's turn, as the last message and as an earlier one; empty if unknown."""
     if tokenizer.chat_template is None:
         return "", ""
     try:

@@ -33,7 +33,7 @@ def read_json(path: Path) -> Iterator[Row]:
     """The objects of a list; a file that does not begin with ``[`` is read as JSON lines.
 
     Raises:
-        DataError: as above, or the list is malformed, or all of the file is one object.
+        DataError: as above, or the list is malformed, or the whole file is one object.
     """
     with opened(path) as file:
         is_list = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")

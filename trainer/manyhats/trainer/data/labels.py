@@ -1,4 +1,4 @@
-"""Evaluation by labels: each item's prompt, and the labels as the continuations that the server's Score takes."""
+"""Evaluation by labels: each item's prompt, and the labels as continuations, as for the server's Score."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_LABELS = 256
 
 @dataclass(frozen=True, slots=True)
 class LabelledItem:
-    """A prompt as the server tokenizes it, the labels after it, and the one that is right.
+    """A prompt as the server tokenizes it, the labels after it, and the right one.
 
     Attributes:
-        labels: each label's tokens and its end, in the labels' order; the end is part of a label, so that a label can
-            be told from one that it is a prefix of.
+        labels: each label's tokens and its end, in the labels' order; the end is part of a label, so that a label
+            differs from one it is a prefix of.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -44,16 +44,16 @@ class LabelledItem:
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt with the longest label."""
+        """The tokens of the prompt with the longest label."""
         return max(len(self.prompt_token_ids) - each.num_taken + len(each.token_ids) for each in self.labels)
 
 
 def find_labels(labels: Sequence[str], train: Dataset) -> tuple[str, ...]:
-    """The labels that settings name; for ``("auto",)`` the distinct completions of the training rows, sorted.
+    """The labels in the settings; for ``("auto",)`` the distinct completions of the training rows, sorted.
 
     Raises:
         SettingError: a label appears twice or is empty, or there are too many.
-        DataError: a training row is a plain text, or has one distinct completion too many.
+        DataError: a training row is a plain text, or there are too many distinct completions.
     """
     if tuple(labels) == AUTO:
         return _distinct_completions(train)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from manyhats.trainer.errors import DataError
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
-"""Per line. A longer one is hardly a row, but a file of another kind, and would fill the memory."""
+"""The limit per line. A longer one is probably not a row but another kind of file, and would fill the memory."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _check_regular(path: Path) -> None:
-    """Refuse a pipe, which opening would wait for, and devices, which may have no end."""
+    """Refuse a pipe, which opening would wait for, and devices, which may be endless."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(str(path), None, "is not a regular file")
 

@@ -33,10 +33,10 @@ class DatasetName:
 
 
 def parse_dataset_name(source: str) -> DatasetName:
-    """Parse a name. A directory is a name, and so is one that declares configurations, followed by one of them.
+    """Parse a name. A directory is a name; one that declares configurations may be followed by one of them.
 
     Raises:
-        DataError: it is neither a directory nor a name that the hub could know.
+        DataError: it is neither a directory nor a possible name on the hub.
     """
     path, _, split = source.partition(":")
     head, _, tail = path.rpartition("/")
@@ -52,7 +52,7 @@ def parse_dataset_name(source: str) -> DatasetName:
 
 
 def _declares_configs(directory: Path) -> bool:
-    """Whether it is a data set whose card names configurations; otherwise what follows it is a mistyped path."""
+    """Whether it is a data set whose card names configurations; if not, what follows it is a mistyped path."""
     card = directory / "README.md"
     return card.is_file() and b"config_name:" in card.read_bytes()
 
@@ -61,7 +61,7 @@ def read_dataset(source: str) -> Iterator[Row]:
     """One row per record of a split; its line is the record's number from 1.
 
     Raises:
-        DataError: ``datasets`` is not installed, or cannot load this, or no column is known.
+        DataError: ``datasets`` is not installed or cannot load this, or no column is known.
     """
     name = parse_dataset_name(source)
     datasets = import_for(source, "datasets")

@@ -54,4 +54,4 @@ def _first_undecodable(batch: Any) -> int:
             batch.slice(index, 1).to_pylist()
         except UnicodeDecodeError:
             return index
-    raise AssertionError("each record decodes alone, and all together do not")
+    raise AssertionError("each record decodes alone, but all together do not")

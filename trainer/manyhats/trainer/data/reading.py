@@ -1,4 +1,4 @@
-"""From a name of the data to its rows, whatever the format."""
+"""From the name of a source to its rows, whatever the format."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def read_rows(source: str, *, max_rows: int | None = None) -> Iterator[Row]:
 
     Args:
         source: a file, by its extension JSON lines, JSON, CSV, TSV or Parquet; otherwise anything ``datasets`` loads.
-        max_rows: only this many first ones; None for all.
+        max_rows: how many rows to read at most; None for all.
 
     Raises:
-        DataError: as soon as the wrong row is reached; names the file and the line. Also if there are no rows.
+        DataError: as soon as a wrong row is reached; names the file and the line. Also if there are no rows.
     """
     is_empty = True
     for row in islice(_all_rows(source), max_rows):
@@ -46,7 +46,7 @@ def _all_rows(source: str) -> Iterator[Row]:
     if reader is not None and not path.is_dir():
         return reader(path)
     if path.is_file():
-        raise DataError(source, None, f"has none of the extensions that are read: {', '.join(_READERS)}")
+        raise DataError(source, None, f"has none of the supported extensions: {', '.join(_READERS)}")
     if path.exists() and not path.is_dir():
         raise DataError(source, None, "is not a regular file")
     return read_dataset(source)

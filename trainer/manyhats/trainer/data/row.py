@@ -10,7 +10,7 @@ from manyhats.trainer.errors import DataError
 LISTS = ("tools", "functions", "documents")
 KWARGS = "chat_template_kwargs"
 FIELDS = ("prompt", "completion", "text", "messages", "system", *LISTS, KWARGS)
-"""What a row may have."""
+"""The fields that a row may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,9 @@ def check_columns(source: str, columns: Sequence[str]) -> None:
         raise DataError(source, None, f"has two columns named {twice[0]!r}")
     known = [name for name in columns if name in FIELDS]
     if not known:
-        raise DataError(source, None, f"has the columns {', '.join(columns)}; none of {', '.join(FIELDS)}")
+        raise DataError(
+            source, None, f"has the columns {', '.join(columns)}, but none of {', '.join(FIELDS)}"
+        )
     lacking = {"prompt", "completion"} - set(known)
     if len(lacking) == 1 and {"text", "messages"}.isdisjoint(known):
         raise DataError(

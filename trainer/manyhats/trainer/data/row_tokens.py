@@ -1,4 +1,4 @@
-"""A row's tokens, which of them are learned, and what remains of them within a length."""
+"""A row's tokens, which of them are learned, and what is kept within a length."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class RowTokens:
 
     Attributes:
         targets: spans of what is learned, in order, none empty.
-        prompt_length: where the last completion begins; 0 in a text, which is all completion.
+        prompt_length: where the last completion begins; 0 for a text, which is all completion.
         completion: the last one's text; empty for a text.
-        labels: what may take its place.
+        labels: alternatives to it.
     """
 
     token_ids: Sequence[int]
@@ -39,7 +39,7 @@ def fitted(row: Row, tokens: RowTokens, overlong: str, max_length: int) -> RowTo
 
     Args:
         row: the one the tokens come from.
-        tokens: as many as they are.
+        tokens: of any length.
         overlong: see ``DataSettings``.
         max_length: in tokens, at least 2.
 

@@ -27,7 +27,7 @@ _Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _EpochPlan:
-    """The micro-batches of one epoch: the m-th has the rows ``order[bounds[i] : bounds[i + 1]]``, i ``sequence[m]``."""
+    """The micro-batches of one epoch: the m-th has rows ``order[bounds[i] : bounds[i + 1]]``, ``i = sequence[m]``."""
 
     order: _Integers
     bounds: _Integers
@@ -47,13 +47,13 @@ class _EpochPlan:
 class BatchSampler:
     """The steps of a run over some rows.
 
-    Every row comes once per epoch. A step never takes rows of two epochs, so an epoch's last step may have fewer
+    Every row appears once per epoch. A step never takes rows of two epochs, so an epoch's last step may have fewer
     micro-batches, and one micro-batch of an epoch may be short. A fractional last epoch has that fraction of its steps,
     rounded up.
 
     Args:
         rows: at least one.
-        settings: ``batch_size`` rows to a micro-batch, or up to ``batch_tokens`` tokens (a longer row is alone), and
+        settings: ``batch_size`` rows to a micro-batch, or up to ``batch_tokens`` tokens (a longer row has its own), and
             ``gradient_accumulation`` micro-batches to a step.
         shuffle: if false, every epoch takes the rows in their order.
 
@@ -150,9 +150,9 @@ class BatchSampler:
 def evaluation_batches(
     rows: Sequence[TokenizedRow], settings: OptimizationSettings
 ) -> Iterator[list[TokenizedRow]]:
-    """Every row once, in batches of ``batch_size`` rows or ``batch_tokens`` tokens, the longest rows first.
+    """Every row once, in batches of ``batch_size`` rows or ``batch_tokens`` tokens, longest rows first.
 
-    So memory runs out at the beginning, if at all.
+    So if memory runs out, it does so at the start.
     """
     lengths = _lengths(rows)
     order = np.argsort(-lengths, kind="stable")
@@ -168,10 +168,10 @@ def _lengths(rows: Sequence[TokenizedRow]) -> _Integers:
 
 
 def _permutation(length: int, *seeds: int) -> _Integers:
-    """A permutation of 0 … length - 1 from seeds.
+    """A permutation of 0 … length − 1 from seeds.
 
-    By sorting raw bits: NumPy guarantees a bit generator's bits, not how its ``permutation`` uses them, and a run may
-    be resumed after an update.
+    Sorts raw bits: NumPy guarantees a bit generator's bits, not how its ``permutation`` uses them, and a run may be
+    resumed after an update.
     """
     bits = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(length)
     return np.argsort(bits, kind="stable")

@@ -26,12 +26,12 @@ from manyhats.trainer.settings.settings import DataSettings
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskData:
-    """What a task trains on and is evaluated on.
+    """The data that a task is trained and evaluated on.
 
     Attributes:
-        held_out: None where there is none.
+        held_out: None if there is none.
         labels: scored as completions; empty for none.
-        items: of the held-out rows, where there are labels.
+        items: the held-out rows with labels, if there are labels.
     """
 
     train: Dataset
@@ -41,7 +41,7 @@ class TaskData:
 
 
 def check_first_rows(settings: DataSettings, sources: Iterable[str]) -> None:
-    """Read the first row of each source, so that what is wrong without a base is found before it is loaded.
+    """Read the first row of each source, to find errors that need no base before it is loaded.
 
     Raises:
         DataError: a source cannot be read, or its first row cannot be trained on, or has none of the labels.
@@ -64,15 +64,15 @@ def read_task_data(
     """Read and tokenize the data.
 
     Args:
-        settings: where it is.
-        model: its tokenizer, and its context, which virtual tokens take their part of.
-        num_virtual_tokens: of the adapter.
-        now: the date that a chat template may write.
-        on_row: called at each row; what it raises ends the reading.
+        settings: name the sources.
+        model: gives the tokenizer, and the context length, which includes virtual tokens.
+        num_virtual_tokens: the adapter's.
+        now: the date a chat template may write.
+        on_row: called at each row; an exception from it ends the reading.
 
     Raises:
-        DataError: a row; names file and line.
-        SettingError: ``max_length`` or ``labels``.
+        DataError: a row is wrong; names file and line.
+        SettingError: ``max_length`` or ``labels`` is wrong.
     """
     ends = find_ends(model.tokenizer, model.generation.eos_token_ids)
     room = model.architecture.max_context_length - num_virtual_tokens
@@ -89,7 +89,7 @@ def read_task_data(
 
 
 def tokenize_task_data(how: Tokenization, room: int) -> TaskData:
-    """The same without a model, for rows and labels within this many tokens."""
+    """Read and tokenize without a model, for rows and labels within this many tokens."""
     settings = how.settings
     train = tokenize_rows(read_rows(settings.train, max_rows=settings.max_train_rows), how)
     if not settings.eval:
@@ -102,25 +102,25 @@ def tokenize_task_data(how: Tokenization, room: int) -> TaskData:
 
 
 def longest_row(settings: DataSettings, room: int) -> int:
-    """Tokens of the longest row that is allowed.
+    """The longest allowed row, in tokens.
 
     Args:
-        room: of the base's context what virtual tokens leave.
+        room: what virtual tokens leave of the base's context.
 
     Raises:
-        SettingError: ``max_length`` is more than that, or there is no room at all.
+        SettingError: ``max_length`` exceeds it, or there is no room at all.
     """
     if room < 2:
         raise SettingError("num_virtual_tokens", "leaves no room for a row in the base's context")
     if settings.max_length is None:
         return room
     if settings.max_length > room:
-        raise SettingError("max_length", f"the base has room for {room} tokens, virtual tokens not counted")
+        raise SettingError("max_length", f"the base has room for {room} tokens, not counting virtual tokens")
     return settings.max_length
 
 
 def _check_room(held_out: Dataset, items: Sequence[LabelledItem], room: int) -> None:
-    """Every label must fit behind every prompt."""
+    """Every label must fit after every prompt."""
     for index, item in enumerate(items):
         if item.num_tokens > room:
             raise held_out.error(

@@ -1,4 +1,4 @@
-"""Training over a task that has a chat template or tokens of its own."""
+"""Training from a task that has its own chat template or tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manyhats.trainer.errors import SettingError
 
 
 def with_text_of(model: LoadedModel, init_from: str) -> tuple[LoadedModel, Mapping[str, bytes]]:
-    """The base as the task of an artifact sees it, and the artifact's text files, which what is trained keeps.
+    """The base as an artifact's task sees it, and the artifact's text files, which the trained artifact keeps.
 
     Args:
         model: the base.

@@ -1,7 +1,7 @@
-"""Rows to tokens, as the server makes them from the same prompt and completion.
+"""Rows as tokens, as the server makes them from the same prompt and completion.
 
 A prompt is tokenized as a request's text or chat is, and the completion as its continuation: what the server's
-``Score`` computes, and what its ``Generate`` continues. Then comes the token that ends a generation; it is learned too.
+``Score`` computes, and what its ``Generate`` continues. The token that ends a generation follows; it is learned too.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Tokenization:
         ends: see ``find_ends``.
         settings: chat, system, and what to do with rows that are too long.
         max_length: of a row in tokens, at least 2.
-        vocab_size: rows of the base's embedding.
-        now: the date that chat templates may write; None for the present.
-        on_row: called at each row and each turn; an exception in it ends tokenizing.
+        vocab_size: the number of rows of the base's embedding.
+        now: the date chat templates may write; None for the present.
+        on_row: called at each row and each turn; an exception from it ends tokenizing.
     """
 
     tokenizer: Tokenizer
@@ -58,13 +58,13 @@ class Tokenization:
 def tokenize_rows(rows: Iterable[Row], how: Tokenization, labels: Sequence[str] = ()) -> Dataset:
     """Tokenize rows, one at a time, and keep their tokens.
 
-    A row longer than ``max_length`` is an error, or left out, or truncated, as ``settings.overlong`` says. Truncation
-    keeps what is learned: it cuts off the beginning of a prompt or conversation, and the end of a text; a row whose
-    last completion does not fit with one token before it is left out.
+    A row longer than ``max_length`` is an error, skipped or truncated, as ``settings.overlong`` says. Truncation keeps
+    what is learned: it cuts off the beginning of a prompt or conversation, and the end of a text; a row whose last
+    completion does not fit with one token before it is left out.
 
     Args:
         rows: of one source.
-        how: see there.
+        how: see ``Tokenization``.
         labels: what to tokenize after each row's prompt, besides its completion.
 
     Raises:
@@ -228,7 +228,7 @@ class _RowTokenizer:
         earlier: Sequence[tuple[int, int]],
         end: int | None,
     ) -> RowTokens:
-        """A prompt, and a completion with its end; ``end`` is the one that it had, if any."""
+        """A prompt, and a completion with its end; ``end`` is the one it had, if any."""
         last = self._ends.token_id if end is None else end
         if completion or end is None:
             try:
@@ -248,7 +248,7 @@ class _RowTokenizer:
         )
 
     def _label_tokens(self, row: Row, prompt: PromptText, begin: int) -> tuple[LabelTokens, ...]:
-        """What each label is after the prompt, of which the row's own completion left this many tokens."""
+        """The tokens of each label after the prompt, of which the row's own completion left this many tokens."""
         found: dict[LabelTokens, str] = {}
         for label in self._labels:
             text, end = self._ends.split(label)

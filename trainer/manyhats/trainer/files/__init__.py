@@ -1,1 +1,1 @@
-"""Files of a training: written durably, kept in a directory of its own, read as YAML."""
+"""Files of a training run: written durably, and kept in an output directory."""

@@ -1,4 +1,4 @@
-"""Files and directories that are there whole or not at all, even after a crash: staged, synced, renamed."""
+"""Files and directories that are complete or absent, even after a crash: staged, synced, renamed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MODE = 0o644
 
 
 def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collection[str] = ()) -> None:
-    """Write files into a directory; each takes its name once all of them are on the disk, in the order given.
+    """Write files into a directory; once all are on disk, they are renamed into place in the given order.
 
     Args:
-        directory: is there already.
+        directory: must exist.
         files: name → content.
-        replaced: names that go, if they are there, before the first file takes its own.
+        replaced: names to remove, if present, before the first file is renamed into place.
 
     Raises:
         OSError: one cannot be written; what was staged is removed.
@@ -43,10 +43,10 @@ def write_files(directory: Path, files: Mapping[str, bytes], replaced: Collectio
 
 
 def write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Make a directory of files, in place of one that is there; it takes its name once they are on the disk.
+    """Create a directory of files, replacing an existing one; it is renamed into place once they are on disk.
 
     Raises:
-        OSError: it cannot be written; what was staged is removed, and what was there is there still.
+        OSError: it cannot be written; what was staged is removed, and an existing directory is kept.
     """
     staged, aside = _staged(directory), _staged(directory)
     try:
@@ -74,10 +74,10 @@ def _rename_or_undo(staged: Path, directory: Path, aside: Path) -> None:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory: it is out of sight in one step, whatever happens to its files then.
+    """Remove a directory: it disappears in one step, whatever then happens to its files.
 
     Raises:
-        OSError: it cannot be.
+        OSError: it cannot be removed.
     """
     aside = _staged(directory)
     os.rename(directory, aside)
@@ -85,10 +85,10 @@ def remove_directory(directory: Path) -> None:
 
 
 def remove_staged(directory: Path) -> None:
-    """Remove what a process that was killed left staged in a directory; nobody may be writing to it.
+    """Remove what a killed process left staged in a directory; nobody may be writing to it.
 
     Raises:
-        OSError: it cannot be.
+        OSError: it cannot be removed.
     """
     for path in directory.glob(f".*{_STAGED}"):
         if path.is_dir():
@@ -98,7 +98,7 @@ def remove_staged(directory: Path) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Sync a directory, so that its entries are on the disk; it may be a link to one."""
+    """Sync a directory, or a link to one, so that its entries are on disk."""
     sync_directory(directory.resolve())
 
 

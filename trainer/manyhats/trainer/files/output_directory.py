@@ -1,7 +1,7 @@
-"""What a training leaves in its output directory, which can be registered as it is.
+"""What a training run leaves in its output directory, which can be registered as it is.
 
-``adapter_config.json``, the safetensors file and text files are the artifact, ``README.md`` is its model card; the
-rest lies in ``training/``, where a server does not look.
+``adapter_config.json``, the safetensors file and text files are the artifact, ``README.md`` is its model card; the rest
+is in ``training/``, where a server does not look.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _CURVE_FILE = "loss.png"
 
 
 def checkpoints_directory(out: Path) -> Path:
-    """Where the checkpoints lie."""
+    """Where checkpoints are kept."""
     return out / _TRAINING / "checkpoints"
 
 
 def tensorboard_directory(out: Path) -> Path:
-    """Where TensorBoard's events lie."""
+    """Where TensorBoard events are written."""
     return out / _TRAINING / "tensorboard"
 
 
@@ -39,11 +39,11 @@ def report_file(out: Path) -> Path:
 
 
 def check_output_directory(out: Path) -> None:
-    """Check that nothing would be overwritten but what a training left.
+    """Check that only files left by a training run would be overwritten.
 
     Raises:
-        SettingError: ``out`` holds files, and no training was ever there.
-        OutputError: it cannot be looked at.
+        SettingError: ``out`` has files, and no training run was ever there.
+        OutputError: it cannot be read.
     """
     with _failing_as_output(out):
         if not out.is_dir() or (out / _TRAINING).is_dir():
@@ -51,21 +51,21 @@ def check_output_directory(out: Path) -> None:
         foreign = sorted(name for name in os.listdir(out) if not name.startswith("."))
     if foreign:
         raise SettingError(
-            "out", f"{out} holds {foreign[0]}, which no training left there; name another directory"
+            "out", f"{out} has {foreign[0]}, which is not from a training run; choose another directory"
         )
 
 
 def holds_artifact(out: Path) -> bool:
-    """Whether an artifact lies there, which a training will replace."""
+    """Whether there is an artifact, which training will replace."""
     return (out / CONFIG_FILE).exists()
 
 
 def make_output_directory(out: Path) -> None:
-    """Make the directory, and see that it can be written, before hours of training.
+    """Create the directory and check that it can be written, before hours of training.
 
     Raises:
-        SettingError: ``out`` holds files of others.
-        OutputError: it cannot be made or written.
+        SettingError: ``out`` has files that are not from a training run.
+        OutputError: it cannot be created or written.
     """
     check_output_directory(out)
     with _failing_as_output(out):
@@ -78,21 +78,21 @@ def make_output_directory(out: Path) -> None:
 
 
 def remove_if_empty(out: Path) -> None:
-    """Remove what ``make_output_directory`` made, where nothing was put into it."""
+    """Remove what ``make_output_directory`` created, if nothing was put into it."""
     for directory in (tensorboard_directory(out), out / _TRAINING, out):
         with suppress(OSError):
             directory.rmdir()
 
 
 def write_artifact(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write the artifact's files; whatever fails, the directory never holds an artifact that is half this one.
+    """Write the artifact's files; whatever fails, the directory never has half of this artifact.
 
-    The config makes an artifact of the directory, so it is the last to come. Another artifact's config goes before
-    its weights are replaced.
+    The config makes the directory an artifact, so it is written last. Another artifact's config is removed before its
+    weights are replaced.
 
     Args:
-        out: may hold an earlier artifact.
-        files: by name, the config among them.
+        out: may have an earlier artifact.
+        files: by name, including the config.
 
     Raises:
         OutputError: they cannot be written.
@@ -101,7 +101,7 @@ def write_artifact(out: Path, files: Mapping[str, bytes]) -> None:
     weights = {name: content for name, content in files.items() if name != CONFIG_FILE}
     others = _OTHER_FILES - weights.keys()
     with _failing_as_output(out):
-        # Weights alone are replaced in one step; other files make another artifact of them.
+        # Weights alone can be replaced in one step; other files change what the artifact is.
         is_alone = len(weights) == 1 and not any((out / name).exists() for name in others)
         if is_alone and _content(out / CONFIG_FILE) == config:
             write_files(out, weights, replaced=others)
@@ -113,7 +113,7 @@ def write_report(out: Path, report: bytes, curve: bytes, card: str) -> None:
     """Write ``training/report.json``, ``training/loss.png`` and ``README.md``.
 
     Raises:
-        OutputError: they cannot be written; the artifact is there.
+        OutputError: they cannot be written; the artifact is already there.
     """
     with _failing_as_output(out):
         write_files(out / _TRAINING, {_REPORT_FILE: report, _CURVE_FILE: curve})

@@ -1,4 +1,4 @@
-"""An adapter in training: parameters, and the artifact that they make."""
+"""An adapter in training: parameters, and the artifact they make."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manyhats.adapters.primitives import LoweredAdapter
 
 
 class TrainableAdapter(Protocol):
-    """What is trained. Its forward is the server's: ``lowered`` runs the method's own ``lower`` on its artifact."""
+    """A trainable adapter. Its forward is the server's: ``lowered`` runs the method's own ``lower`` on its artifact."""
 
     @property
     def method(self) -> AdapterMethod:
@@ -21,20 +21,20 @@ class TrainableAdapter(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What is trained, float32, by a name that checkpoints keep."""
+        """The trained parameters, float32, by the names that checkpoints use."""
         ...
 
     @property
     def dropout(self) -> float:
-        """Of the input of low-rank deltas, while training."""
+        """Dropout of the input of low-rank deltas, while training."""
         ...
 
     def learning_rate_scale(self, name: str) -> float:
-        """Multiplies the learning rate of one parameter; 1 but for LoRA+."""
+        """The factor on one parameter's learning rate; 1 except for LoRA+."""
         ...
 
     def artifact(self) -> AdapterArtifact:
-        """The artifact as it stands: tensors by the names of its file, with their gradients' history."""
+        """The artifact as it stands: tensors by the names of its file, with gradient history."""
         ...
 
     def lowered(self) -> LoweredAdapter:

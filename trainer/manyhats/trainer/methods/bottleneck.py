@@ -24,7 +24,7 @@ from manyhats.trainer.settings.methods import BottleneckSettings
 
 _VERSION = "adapters.1.3.0"
 
-# The classes of transformers that the library writes down, of the families that it and the server have in common.
+# The transformers classes that the library records, for the families that it and the server share.
 _MODEL_CLASSES: Mapping[str, str] = MappingProxyType(
     {
         "llama": "LlamaForCausalLM",
@@ -34,7 +34,7 @@ _MODEL_CLASSES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# What tells the library's SeqBnConfig, DoubleSeqBnConfig and ParBnConfig apart.
+# What distinguishes the library's SeqBnConfig, DoubleSeqBnConfig and ParBnConfig.
 _VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "seq": {"mh_adapter": False, "original_ln_before": True, "is_parallel": False, "scaling": 1.0},
@@ -47,13 +47,13 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def make_bottleneck(
     settings: BottleneckSettings, task: str, model: LoadedModel, generator: Generator
 ) -> ParametrizedAdapter:
-    """Fresh bottlenecks: D by Kaiming's bound, all else zeros, so that they change nothing yet.
+    """Fresh bottlenecks: D by Kaiming's bound, everything else zero, so that they change nothing yet.
 
-    That is the library's ``mam_adapter`` initialization. Its ``bert``, which it has for the sequential variants,
-    begins with a U that is not zero.
+    That is the library's ``mam_adapter`` initialization. Its ``bert``, for the sequential variants, starts with a
+    nonzero U.
 
     Raises:
-        SettingError: a setting is none of the library's, or does not fit the base.
+        SettingError: a setting is not one of the library's, or does not fit the base.
     """
     hidden_size = model.architecture.hidden_size
     size = bottleneck_size(settings, hidden_size)
@@ -79,7 +79,7 @@ def bottleneck_size(settings: BottleneckSettings, hidden_size: int) -> int:
     """The width of each bottleneck, D // ``reduction_factor``.
 
     Raises:
-        SettingError: ``reduction_factor``: it leaves nothing.
+        SettingError: ``reduction_factor`` leaves nothing.
     """
     size = hidden_size // settings.reduction_factor
     if size < 1:
@@ -90,7 +90,7 @@ def bottleneck_size(settings: BottleneckSettings, hidden_size: int) -> int:
 
 
 def _method_config(settings: BottleneckSettings) -> dict[str, Any]:
-    """The library's ``BnConfig``, with all that it saves."""
+    """The library's ``BnConfig``, with everything it saves."""
     if settings.variant not in _VARIANTS:
         raise SettingError("variant", f"must be one of {', '.join(_VARIANTS)}, not {settings.variant!r}")
     config = {
@@ -135,7 +135,7 @@ def _config(inner: Mapping[str, Any], name: str, model: LoadedModel) -> dict[str
     return {
         "config": dict(inner),
         "hidden_size": model.architecture.hidden_size,
-        # A base that is none of these is refused, by the check that every fresh adapter takes.
+        # Other bases are refused by the check that every fresh adapter goes through.
         "model_class": _MODEL_CLASSES.get(model_type),
         "model_name": model.reference,
         "model_type": model_type,
@@ -145,6 +145,6 @@ def _config(inner: Mapping[str, Any], name: str, model: LoadedModel) -> dict[str
 
 
 def _adapter_name(task: str) -> str:
-    """The task as a key of ``nn.ModuleDict``, which the library keeps adapters in."""
+    """The task as a key of ``nn.ModuleDict``, in which the library keeps adapters."""
     name = re.sub(r"[^A-Za-z0-9_-]", "_", task)
     return f"{name}_adapter" if not name or hasattr(nn.ModuleDict(), name) else name

@@ -1,7 +1,7 @@
-"""DoRA: LoRA, and a trained length of each row of the updated weight, in PEFT's layout.
+"""DoRA: LoRA, plus a trained length for each row of the updated weight, in PEFT's layout.
 
-The lengths that the rows would have by themselves are constants in training (section 4.3 of the paper): the server's
-``lower``, which runs in training too, lets no gradient through them.
+The rows' own lengths are constants in training (section 4.3 of the paper): the server's ``lower``, which training also
+runs, passes no gradient through them.
 
 Source: Liu et al. 2024 (arXiv:2402.09353).
 """
@@ -31,16 +31,18 @@ from manyhats.trainer.settings.methods import LoraSettings
 def make_dora(
     settings: LoraSettings, model: LoadedModel, generator: Generator, limits: AdapterLimits
 ) -> ParametrizedAdapter:
-    """A fresh DoRA: a fresh LoRA, and the lengths that the base's own rows have.
+    """A fresh DoRA: a fresh LoRA, and the lengths of the base's own rows.
 
     Raises:
         SettingError: as for LoRA; or the head is among the modules.
-        BaseError: the base's weights are not at hand.
+        BaseError: the base's weights are not available.
     """
     plan = plan_lora(settings, model.description, limits)
     for target in plan.chosen.targets:
         if target.is_head:
-            raise SettingError("target_modules", "the head can have LoRA only; DoRA is not served there")
+            raise SettingError(
+                "target_modules", "only LoRA can be trained on the head; DoRA is not served there"
+            )
     parameters = low_rank_parameters(plan, generator) | _magnitudes(plan, model)
     return low_rank_adapter(settings, plan, model, parameters)
 
@@ -48,7 +50,7 @@ def make_dora(
 def _magnitudes(plan: LoraPlan, model: LoadedModel) -> dict[str, nn.Parameter]:
     weights = model.description.weights
     if weights is None:
-        raise BaseError("DoRA begins with the lengths of the base's rows; its weights are not at hand")
+        raise BaseError("DoRA starts from the lengths of the base's rows; its weights are not available")
     return {
         tensor_name(target, MAGNITUDE): nn.Parameter(_row_lengths(target, weights))
         for target in plan.chosen.targets

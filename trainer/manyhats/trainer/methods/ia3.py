@@ -1,4 +1,4 @@
-"""IA3: trained factors of linears' outputs, and of others' inputs, in PEFT's layout.
+"""IA3: trained factors on the outputs of some linears and on the inputs of others, in PEFT's layout.
 
 Source: Liu et al. 2022 (arXiv:2205.05638).
 """
@@ -24,14 +24,14 @@ def make_ia3(settings: Ia3Settings, model: LoadedModel) -> ParametrizedAdapter:
     """A fresh IA3: ones.
 
     Raises:
-        SettingError: a module is none of the base's, is the head, or is among both.
+        SettingError: a module is not in the base, is the head, or is in both lists.
     """
     outputs = _choose(settings.output_modules, "output_modules", model)
     inputs = _choose(settings.input_modules, "input_modules", model)
     both = {target.module for target in outputs.targets} & {target.module for target in inputs.targets}
     if both:
-        raise SettingError("input_modules", f"{min(both)} is among output_modules too")
-    # PEFT tells the two by their shapes: factors of outputs are a column, of inputs a row.
+        raise SettingError("input_modules", f"{min(both)} is also in output_modules")
+    # PEFT tells the two apart by shape: output factors are a column, input factors a row.
     parameters = {
         **{_name(target.module): _ones(target.d_out, 1) for target in outputs.targets},
         **{_name(target.module): _ones(1, target.d_in) for target in inputs.targets},
@@ -54,7 +54,7 @@ def make_ia3(settings: Ia3Settings, model: LoadedModel) -> ParametrizedAdapter:
 def _choose(names: tuple[str, ...], setting: str, model: LoadedModel) -> ChosenModules:
     chosen = choose_modules(names, setting, model.description)
     if any(target.is_head for target in chosen.targets):
-        raise SettingError(setting, "the head cannot be rescaled; that is not served")
+        raise SettingError(setting, "the head cannot be rescaled: that is not served")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""First values of parameters, from a generator of their own: the global one is left alone."""
+"""Initial values of parameters, from a separate generator: the global one is left alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Generator, Tensor, nn
 
 
 def kaiming_uniform(d_out: int, d_in: int, generator: Generator) -> nn.Parameter:
-    """A matrix [d_out, d_in] between ±1/√d_in: Kaiming's bound for a leaky ReLU of slope √5, as ``nn.Linear`` has it.
+    """A matrix [d_out, d_in] between ±1/√d_in: Kaiming's bound for a leaky ReLU of slope √5, as in ``nn.Linear``.
 
     Source: He et al. 2015 (arXiv:1502.01852), equation 14.
     """
@@ -15,7 +15,7 @@ def kaiming_uniform(d_out: int, d_in: int, generator: Generator) -> nn.Parameter
 
 
 def linear(name: str, d_in: int, d_out: int, generator: Generator) -> dict[str, nn.Parameter]:
-    """``{name}.weight`` [d_out, d_in] and ``{name}.bias`` [d_out] with the values that ``nn.Linear`` begins with."""
+    """``{name}.weight`` [d_out, d_in] and ``{name}.bias`` [d_out] initialized as in ``nn.Linear``."""
     return {
         f"{name}.weight": kaiming_uniform(d_out, d_in, generator),
         f"{name}.bias": nn.Parameter(_uniform((d_out,), d_in**-0.5, generator)),
@@ -23,7 +23,7 @@ def linear(name: str, d_in: int, d_out: int, generator: Generator) -> dict[str, 
 
 
 def normal(rows: int, columns: int, generator: Generator) -> nn.Parameter:
-    """A matrix of the standard normal distribution, as ``nn.Embedding`` begins with."""
+    """A matrix from the standard normal distribution, initialized as in ``nn.Embedding``."""
     return nn.Parameter(torch.randn(rows, columns, generator=generator))
 
 

@@ -1,7 +1,7 @@
-"""The learning rate that each method begins with, for AdamW.
+"""Each method's default peak learning rate, for AdamW.
 
-Chosen on the default model by the held-out loss of one small task after 30 to 40 steps of 8 rows. LoRA still trained
-well at 2e-3, the bottlenecks at 3e-3 and IA3 at 5e-2; a projected prefix diverged at 5e-3.
+Chosen on the default model by the held-out loss of one small task after 30 to 40 steps of 8 rows each. LoRA still
+trained well at 2e-3, the bottlenecks at 3e-3 and IA3 at 5e-2; a projected prefix diverged at 5e-3.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from manyhats.trainer.settings.methods import (
 
 
 def default_learning_rate(settings: AdapterSettings) -> float:
-    """At its peak, where the user names none.
+    """The peak learning rate if the user gives none.
 
-    With LoRA+ it is A's; A's and B's rates then have LoRA's as their geometric mean.
+    With LoRA+ it is A's, and LoRA's is the geometric mean of A's and B's rates.
     """
     match settings:
         case LoraSettings():
@@ -30,7 +30,7 @@ def default_learning_rate(settings: AdapterSettings) -> float:
         case BottleneckSettings():
             return 2e-3
         case PrefixSettings():
-            # Without the MLP the keys and values themselves must move, from a standard normal distribution.
+            # Without the MLP the keys and values themselves must move, starting from a standard normal distribution.
             return 1e-3 if settings.projection_size else 3e-2
         case PTuningSettings():
             return 3e-3

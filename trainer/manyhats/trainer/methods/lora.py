@@ -26,13 +26,13 @@ from manyhats.trainer.methods.peft_config import peft_config, plain_number
 from manyhats.trainer.methods.targets import ChosenModules, choose_modules
 from manyhats.trainer.settings.methods import LoraSettings
 
-# As PEFT counts it; beyond, the server refuses it.
+# As PEFT counts it; the server refuses larger ones.
 _MAX_ALPHA = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """Settings that fit the base.
+    """Settings checked against the base.
 
     Attributes:
         chosen: the modules.
@@ -46,7 +46,7 @@ class LoraPlan:
 def make_lora(
     settings: LoraSettings, model: LoadedModel, generator: Generator, limits: AdapterLimits
 ) -> ParametrizedAdapter:
-    """A fresh LoRA: A by Kaiming's bound, B zeros, so that it changes nothing yet.
+    """A fresh LoRA: A by Kaiming's bound, B zero, so that it changes nothing yet.
 
     Raises:
         SettingError: a module, a rank, an alpha or a pattern that does not fit.
@@ -58,7 +58,7 @@ def make_lora(
 def low_rank_adapter(
     settings: LoraSettings, plan: LoraPlan, model: LoadedModel, parameters: dict[str, nn.Parameter]
 ) -> ParametrizedAdapter:
-    """LoRA or DoRA, as the settings have it, of its parameters."""
+    """LoRA or DoRA, as the settings say, from its parameters."""
     return ParametrizedAdapter(
         method=settings.method,
         config=lora_config(settings, plan.chosen, model),
@@ -70,7 +70,7 @@ def low_rank_adapter(
 
 
 def plan_lora(settings: LoraSettings, base: BaseDescription, limits: AdapterLimits) -> LoraPlan:
-    """Hold the settings against the base.
+    """Check the settings against the base.
 
     Raises:
         SettingError: names the setting.
@@ -88,7 +88,7 @@ def plan_lora(settings: LoraSettings, base: BaseDescription, limits: AdapterLimi
 
 
 def low_rank_parameters(plan: LoraPlan, generator: Generator) -> dict[str, nn.Parameter]:
-    """A [R, d_in] and B [d_out, R] of every module, by the names that PEFT saves them under."""
+    """A [R, d_in] and B [d_out, R] of every module, by the names PEFT saves them under."""
     parameters: dict[str, nn.Parameter] = {}
     for target in plan.chosen.targets:
         rank = plan.ranks[target.module]
@@ -98,7 +98,7 @@ def low_rank_parameters(plan: LoraPlan, generator: Generator) -> dict[str, nn.Pa
 
 
 def tensor_name(target: Target, suffix: str) -> str:
-    """What PEFT calls a tensor of a module."""
+    """PEFT's name for a tensor of a module."""
     return f"{PREFIX}{target.module}.{suffix}"
 
 
@@ -111,7 +111,7 @@ def lora_plus_scales(settings: LoraSettings, parameters: Mapping[str, nn.Paramet
 
 
 def lora_config(settings: LoraSettings, chosen: ChosenModules, model: LoadedModel) -> dict[str, Any]:
-    """PEFT's ``LoraConfig``; patterns keep their order, as the first key that matches counts."""
+    """PEFT's ``LoraConfig``; patterns keep their order, since the first matching key counts."""
     own = {
         "alora_invocation_tokens": None,
         "alpha_pattern": {key: plain_number(alpha) for key, alpha in settings.alpha_pattern.items()},
@@ -162,7 +162,7 @@ def _check_ranks(settings: LoraSettings, limits: AdapterLimits) -> None:
 
 
 def _check_pattern(setting: str, pattern: Mapping[str, float], modules: Sequence[str]) -> None:
-    """Every key must decide over a module: PEFT takes the first key that matches."""
+    """Every key must decide for some module: PEFT takes the first key that matches."""
     order = {key: index for index, key in enumerate(pattern)}
     try:
         first = compile_patterns(setting, order)
@@ -172,7 +172,7 @@ def _check_pattern(setting: str, pattern: Mapping[str, float], modules: Sequence
                 continue
             alone = compile_patterns(setting, {key: 1})
             if any(alone.value_for(module, 0) for module in modules):
-                raise SettingError(setting, f"{key!r} has no effect behind the keys before it; put it first")
-            raise SettingError(setting, f"{key!r} matches none of the modules that are trained")
+                raise SettingError(setting, f"{key!r} has no effect after the keys before it; put it first")
+            raise SettingError(setting, f"{key!r} matches none of the trained modules")
     except AdapterError as error:
         raise SettingError(setting, error.description) from error

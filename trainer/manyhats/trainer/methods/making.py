@@ -1,4 +1,4 @@
-"""From settings to a fresh adapter that the server could serve once it is trained."""
+"""From settings to a fresh adapter that can be served once it is trained."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from manyhats.trainer.settings.methods import (
 
 _DEFAULT_LIMITS = AdapterLimits()
 
-# What an artifact's check may refuse, by the config's key → the setting that it comes from.
+# Config key that an artifact's check may refuse → the setting it comes from.
 _SETTING_OF: Mapping[str, str] = MappingProxyType(
     {
         "alpha_pattern": "alpha_pattern",
@@ -63,19 +63,19 @@ def make_adapter(
     device: torch.device | None = None,
     limits: AdapterLimits = _DEFAULT_LIMITS,
 ) -> ParametrizedAdapter:
-    """An adapter that begins as its library begins it, and that the server's own check accepts.
+    """An adapter that starts as its library starts it, and passes the server's own check.
 
     Args:
-        settings: of one method.
-        task: names the adapter inside an AdapterHub artifact.
+        settings: one method's.
+        task: the adapter's name in an AdapterHub artifact.
         model: the base; with DoRA, its weights are read.
-        seed: of the first values, which are the same on every device.
-        init_from: the directory of an artifact to go on from, instead of fresh values.
+        seed: of the initial values, which are the same on every device.
+        init_from: the directory of an artifact to start from, instead of fresh values.
         device: of the parameters; None for the CPU.
-        limits: of the server that it is for.
+        limits: of the server it is for.
 
     Raises:
-        SettingError: a setting that does not fit the base or the limits; or ``init_from`` is no such artifact.
+        SettingError: a setting that does not fit the base or the limits; or ``init_from`` is not such an artifact.
         BaseError: the method cannot be served on the base.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -108,7 +108,7 @@ def _make(
 
 @torch.no_grad()
 def _check(adapter: ParametrizedAdapter, limits: AdapterLimits) -> None:
-    """Take the adapter through the check of a registration, so that no training ends with a refusal."""
+    """Check the adapter as a registration would, so that no training run ends with a refusal."""
     try:
         artifact = adapter.artifact()
         method_of(adapter.method, adapter.config).check(candidate_of(artifact), adapter.base, limits)

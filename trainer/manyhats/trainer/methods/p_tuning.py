@@ -1,4 +1,4 @@
-"""P-tuning: embeddings of virtual tokens, made by an MLP while they train; PEFT saves only what it puts out.
+"""P-tuning: embeddings of virtual tokens, made by an MLP in training; PEFT saves only its output.
 
 Source: Liu et al. 2021 (arXiv:2103.10385), section 3.
 """
@@ -24,7 +24,7 @@ from manyhats.trainer.settings.methods import PTuningSettings
 def make_p_tuning(
     settings: PTuningSettings, model: LoadedModel, generator: Generator, limits: AdapterLimits
 ) -> ParametrizedAdapter:
-    """Fresh virtual tokens and their encoder, random as PEFT's are.
+    """Fresh virtual tokens and their encoder, initialized at random as in PEFT.
 
     Raises:
         SettingError: too many virtual tokens.
@@ -53,7 +53,7 @@ def make_p_tuning(
 
 
 def encode_prompt(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``W₄ relu(W₂ relu(W₀ e + b₀) + b₂) + b₄`` of every virtual token's embedding e, [P, D].
+    """``W₄ relu(W₂ relu(W₀ e + b₀) + b₂) + b₄`` for every virtual token's embedding e, [P, D].
 
     Source: PEFT 0.21, ``PromptEncoder`` with an MLP.
     """

@@ -1,4 +1,4 @@
-"""An adapter's parameters, taken out and put back."""
+"""An adapter's parameters, copied out and restored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manyhats.trainer.methods.adapter import TrainableAdapter
 
 
 def copied_parameters(adapter: TrainableAdapter) -> dict[str, Tensor]:
-    """A copy by name, in host memory."""
+    """A copy of the parameters by name, in host memory."""
     return {
         name: parameter.detach().to("cpu", copy=True).contiguous()
         for name, parameter in adapter.parameters.items()
@@ -21,7 +21,7 @@ def copied_parameters(adapter: TrainableAdapter) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_parameters(adapter: TrainableAdapter, values: Mapping[str, Tensor]) -> None:
-    """Give all parameters the values that ``copied_parameters`` gave.
+    """Restore all parameters from what ``copied_parameters`` returned.
 
     Raises:
         CheckpointError: names or shapes are another adapter's.
@@ -29,11 +29,11 @@ def set_parameters(adapter: TrainableAdapter, values: Mapping[str, Tensor]) -> N
     parameters = adapter.parameters
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     if shapes != {name: value.shape for name, value in values.items()}:
-        raise CheckpointError("the checkpoint's parameters are not those of this adapter")
+        raise CheckpointError("the checkpoint's parameters do not match this adapter")
     for name, value in values.items():
         parameters[name].copy_(value)
 
 
 def num_trainable(adapter: TrainableAdapter) -> int:
-    """How many numbers are trained."""
+    """The number of trained values."""
     return sum(parameter.numel() for parameter in adapter.parameters.values())

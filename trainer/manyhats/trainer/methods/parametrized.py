@@ -1,4 +1,4 @@
-"""An adapter in training, whatever its method: parameters, and how a file's tensors are made of them."""
+"""An adapter in training, whatever its method: parameters, and how the file's tensors are made from them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ParametrizedAdapter:
 
     Attributes:
         config: the ``adapter_config.json``.
-        parameters: float32, by a name that checkpoints keep.
+        parameters: float32, by the names that checkpoints use.
         base: what it is lowered for.
-        reparametrize: makes the file's tensors; None where the parameters are these, by the file's names.
+        reparametrize: makes the file's tensors; None if the parameters are those tensors, by the file's names.
         dropout: of the input of low-rank deltas.
         learning_rate_scales: parameter → its factor, where it is not 1.
     """
@@ -42,11 +42,11 @@ class ParametrizedAdapter:
     learning_rate_scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def learning_rate_scale(self, name: str) -> float:
-        """Multiplies the learning rate of one parameter."""
+        """The factor on one parameter's learning rate."""
         return self.learning_rate_scales.get(name, 1.0)
 
     def artifact(self) -> AdapterArtifact:
-        """The artifact as it stands, with its gradients' history; only files have a digest, so it is empty."""
+        """The artifact as it stands, with gradient history; its digest is empty, since only files have one."""
         tensors = self.parameters if self.reparametrize is None else self.reparametrize(self.parameters)
         return AdapterArtifact(
             digest="",
@@ -62,7 +62,7 @@ class ParametrizedAdapter:
         """``artifact`` as the server's own code lowers it.
 
         Raises:
-            ArtifactError: a value is not finite any more; names the tensor.
+            ArtifactError: a value is no longer finite; names the tensor.
         """
         return lower(self.artifact(), self.base)
 

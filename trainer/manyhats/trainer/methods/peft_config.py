@@ -1,4 +1,4 @@
-"""What every ``adapter_config.json`` of PEFT holds."""
+"""The fields that every ``adapter_config.json`` of PEFT has."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PEFT_VERSION = "0.21.2"
 
 
 def peft_config(peft_type: str, model: LoadedModel, own: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as PEFT 0.21 saves it, its keys sorted.
+    """A config as PEFT 0.21 saves it, with sorted keys.
 
     Args:
-        peft_type: PEFT's name of the method.
+        peft_type: PEFT's name for the method.
         model: the base.
         own: the method's own fields.
     """
@@ -32,5 +32,5 @@ def peft_config(peft_type: str, model: LoadedModel, own: Mapping[str, Any]) -> d
 
 
 def plain_number(value: float) -> float:
-    """The number as an int if it is whole: PEFT's own type for alpha."""
+    """The number as an int if it is whole, PEFT's own type for alpha."""
     return int(value) if value == int(value) else value

@@ -1,7 +1,7 @@
 """Prefix tuning: trained keys and values ahead of the sequence in every layer, in PEFT's layout.
 
-Through a projection, what trains is an embedding of each virtual token and an MLP that makes its keys and values;
-only these are saved, as PEFT does.
+With a projection, an embedding of each virtual token and an MLP that makes its keys and values are trained; only the
+keys and values are saved, as in PEFT.
 
 Source: Li and Liang 2021 (arXiv:2101.00190), section 4.3.
 """
@@ -30,16 +30,16 @@ from manyhats.trainer.settings.methods import PrefixSettings
 def make_prefix(
     settings: PrefixSettings, model: LoadedModel, generator: Generator, limits: AdapterLimits
 ) -> ParametrizedAdapter:
-    """A fresh prefix, random as PEFT's is: it is felt from the first step on.
+    """A fresh prefix, initialized at random as in PEFT: it has an effect from the first step.
 
     Raises:
         SettingError: too many virtual tokens.
-        BaseError: the base's heads of keys are not known.
+        BaseError: the base's key heads are unknown.
     """
     check_num_virtual_tokens(settings.num_virtual_tokens, model, limits)
     base = model.description
     if base.num_kv_heads < 1 or base.head_dim < 1:
-        raise BaseError("the base's heads are not known, so it can have no prefix of keys and values")
+        raise BaseError("the base's key heads are unknown, so it cannot have a prefix of keys and values")
     token_dim = base.num_kv_heads * base.head_dim
     width = 2 * base.num_layers * token_dim
     if settings.projection_size:
@@ -74,7 +74,7 @@ def project_prefix(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fields(settings: PrefixSettings, model: LoadedModel, token_dim: int) -> dict[str, Any]:
-    """PEFT counts the heads of keys, and a virtual token's features in one layer's keys."""
+    """PEFT counts key heads, and a virtual token's features in one layer's keys."""
     return {
         "encoder_hidden_size": settings.projection_size or token_dim,
         "init_weights": None,

@@ -28,7 +28,7 @@ _PEFT_NAMES = {"text": "TEXT", "vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
 def make_prompt(
     settings: PromptSettings, model: LoadedModel, generator: Generator, limits: AdapterLimits
 ) -> ParametrizedAdapter:
-    """A fresh prompt: embeddings of a text's tokens or of random tokens, or the standard normal distribution.
+    """A fresh prompt: embeddings of a text's tokens or of random tokens, or standard normal values.
 
     Raises:
         SettingError: too many virtual tokens, an unknown ``init``, or a text without tokens.
@@ -52,7 +52,7 @@ def make_prompt(
 
 
 def _begin(settings: PromptSettings, model: LoadedModel, generator: Generator) -> nn.Parameter:
-    """The first values, [P, D]."""
+    """The initial values, [P, D]."""
     count = settings.num_virtual_tokens
     match settings.init:
         case "random":
@@ -68,7 +68,7 @@ def _begin(settings: PromptSettings, model: LoadedModel, generator: Generator) -
 
 
 def _text_ids(settings: PromptSettings, model: LoadedModel) -> list[int]:
-    """P token ids: the text's, from the beginning again where it is too short, cut where it is too long."""
+    """P token ids: the text's, repeated if it is too short, cut if it is too long."""
     if not model.tokenizer.encode(settings.init_text, add_special_tokens=False):
         raise SettingError("init_text", "has no tokens")
     ids = model.tokenizer.encode(settings.init_text, add_special_tokens=True)
@@ -83,10 +83,10 @@ def _text_ids(settings: PromptSettings, model: LoadedModel) -> list[int]:
 
 
 def _stored_factor(base: BaseDescription) -> float:
-    """What an embedding is multiplied with to be stored as a prompt, which the server then reads as the embedding.
+    """The factor that turns an embedding into a stored prompt, which the server then reads as that embedding.
 
     Raises:
-        BaseError: the server knows no such factor for the architecture.
+        BaseError: the server has no such factor for the architecture.
     """
     try:
         read: Tensor = as_first_layer_reads(torch.ones(1, 1), base)

@@ -1,4 +1,4 @@
-"""An artifact as the files that its library would write: ``adapter_config.json`` and the tensors as safetensors."""
+"""An artifact as the files its library would write: ``adapter_config.json`` and the tensors as safetensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def artifact_files(artifact: AdapterArtifact, save_dtype: str) -> dict[str, byte
     """Name → content; the same artifact gives the same bytes.
 
     Args:
-        artifact: its tensors may have a history, and lie on any device.
+        artifact: its tensors may have gradient history, and be on any device.
         save_dtype: of matrices. Vectors are float32: bfloat16 rounds factors around 1 too coarsely.
 
     Raises:
@@ -35,7 +35,7 @@ def artifact_files(artifact: AdapterArtifact, save_dtype: str) -> dict[str, byte
     if save_dtype not in _DTYPES:
         raise SettingError("save_dtype", f"must be one of {', '.join(_DTYPES)}, not {save_dtype!r}")
     tensors = {name: _stored(name, tensor, _DTYPES[save_dtype]) for name, tensor in artifact.tensors.items()}
-    # PEFT's loader wants to know which library's tensors these are; AdapterHub writes nothing there.
+    # PEFT's loader requires the name of the tensors' library here; AdapterHub writes nothing.
     metadata = None if is_adapterhub(artifact.config) else {"format": "pt"}
     return {
         CONFIG_FILE: config_bytes(artifact.config),
@@ -44,15 +44,15 @@ def artifact_files(artifact: AdapterArtifact, save_dtype: str) -> dict[str, byte
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
-    """The config as JSON, in the order it has: that of PEFT's patterns has a meaning."""
+    """The config as JSON, in its own order: the order of PEFT's patterns has a meaning."""
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _stored(name: str, tensor: Tensor, matrix_dtype: torch.dtype) -> Tensor:
     is_matrix = sum(size > 1 for size in tensor.shape) > 1
     dtype = matrix_dtype if is_matrix else torch.float32
-    # A copy of its own: safetensors refuses tensors that share memory.
+    # A copy: safetensors refuses tensors that share memory.
     stored = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     if not is_finite(stored):
-        raise OutputError(f"{name} holds values that are not finite; the adapter is not written")
+        raise OutputError(f"{name} has values that are not finite; the adapter is not written")
     return stored

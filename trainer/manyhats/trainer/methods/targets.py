@@ -13,11 +13,11 @@ from manyhats.trainer.settings.methods import ALL_LINEARS, AdapterSettings, Lora
 
 @dataclass(frozen=True, slots=True)
 class ChosenModules:
-    """The modules that names stand for.
+    """The modules that a list of names selects.
 
     Attributes:
-        names: sorted; PEFT finds the same modules by these.
-        targets: ordered by site.
+        names: sorted; PEFT finds the same modules by them.
+        targets: in order of site.
     """
 
     names: tuple[str, ...]
@@ -25,7 +25,7 @@ class ChosenModules:
 
 
 def with_named_modules(settings: AdapterSettings, base: BaseDescription) -> AdapterSettings:
-    """The same with ``all-linear`` as names, so that records of a training say what it acted on."""
+    """The names that ``all-linear`` stands for, so that records of a training run say what it acted on."""
     if not isinstance(settings, LoraSettings):
         return settings
     asked = settings.target_modules
@@ -34,19 +34,18 @@ def with_named_modules(settings: AdapterSettings, base: BaseDescription) -> Adap
 
 
 def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) -> ChosenModules:
-    """Find the modules that names stand for.
+    """Find the modules that a list of names selects.
 
-    A name is a module's path or the end of one, as in PEFT: ``q_proj``, ``layers.3.self_attn.q_proj``,
-    ``lm_head``. Where the checkpoint holds several linears in one module, as Phi-3's ``qkv_proj`` does, they stand
-    for it together.
+    A name is a module's path or the end of one, as in PEFT: ``q_proj``, ``layers.3.self_attn.q_proj``, ``lm_head``. If
+    the checkpoint has several linears in one module, as in Phi-3's ``qkv_proj``, together they select that module.
 
     Args:
         names: or ``all-linear``.
-        setting: that they come from.
+        setting: the one they come from.
         base: whose modules.
 
     Raises:
-        SettingError: a name is no module's; lists those that are.
+        SettingError: a name is not a module's; lists the valid ones.
     """
     known = _known_modules(base)
     fused = {
@@ -66,7 +65,7 @@ def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) ->
             chosen.add(fused[name])
         else:
             listed = ", ".join(sorted({_last(path) for path in known}))
-            raise SettingError(setting, f"{name!r} is no linear of this base; it has {listed}")
+            raise SettingError(setting, f"{name!r} is not a linear of this base; it has {listed}")
     targets = [target for path, target in known.items() if any(matches(path, name) for name in chosen)]
     return ChosenModules(
         tuple(sorted(chosen)), tuple(sorted(targets, key=lambda target: target.parts[0].site))
@@ -79,7 +78,7 @@ def matches(path: str, name: str) -> bool:
 
 
 def _known_modules(base: BaseDescription) -> dict[str, Target]:
-    """Path → every module of linears."""
+    """Path → module, for every module of linears."""
     found = ((path, find_target(path, base)) for path in (*base.modules, *base.fused_modules))
     return {path: target for path, target in found if target is not None}
 
@@ -90,7 +89,7 @@ def _check_whole(module: str, names: Sequence[str], setting: str, fused: Mapping
     if missing := [part for part in parts if part not in names]:
         raise SettingError(
             setting,
-            f"this base holds {', '.join(parts)} in one module, {module}: name that, "
+            f"this base has {', '.join(parts)} in one module, {module}: name that, "
             f"or {', '.join(missing)} as well",
         )
 

@@ -10,24 +10,24 @@ from manyhats.trainer.errors import SettingError
 
 
 def check_num_virtual_tokens(num_virtual_tokens: int, model: LoadedModel, limits: AdapterLimits) -> None:
-    """Hold P against the base's context and the server's limit.
+    """Check P against the base's context and the server's limit.
 
     Raises:
-        SettingError: it is over.
+        SettingError: it is too large.
     """
     length = model.architecture.max_context_length
     if num_virtual_tokens >= length:
         raise SettingError(
-            "num_virtual_tokens", f"is {num_virtual_tokens}: no token is left of the base's {length}"
+            "num_virtual_tokens", f"is {num_virtual_tokens}, which leaves none of the base's {length} tokens"
         )
     check_virtual_token_limit(num_virtual_tokens, limits)
 
 
 def check_virtual_token_limit(num_virtual_tokens: int, limits: AdapterLimits) -> None:
-    """Hold P against the server's limit, whatever the base.
+    """Check P against the server's limit, whatever the base.
 
     Raises:
-        SettingError: it is over.
+        SettingError: it is too large.
     """
     if num_virtual_tokens > limits.max_virtual_tokens:
         raise SettingError(
@@ -36,7 +36,7 @@ def check_virtual_token_limit(num_virtual_tokens: int, limits: AdapterLimits) ->
 
 
 def prompt_fields(num_virtual_tokens: int, model: LoadedModel) -> dict[str, Any]:
-    """PEFT's ``PromptLearningConfig`` of virtual tokens that are embeddings."""
+    """PEFT's ``PromptLearningConfig`` for virtual tokens that are embeddings."""
     return {
         "num_attention_heads": model.architecture.attention.num_heads,
         "num_layers": model.architecture.num_layers,

@@ -1,4 +1,4 @@
-"""Going on from an artifact: its tensors become the parameters, if it is what the settings make."""
+"""Starting from an artifact: its tensors become the parameters, if it is what the settings make."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 _SETTING = "init_from"
 _SAVED_ALONG = ".base_layer.weight"
 
-# Methods whose artifacts hold the same tensors.
+# Methods whose artifacts have the same tensors.
 _TAKEN_OVER = {AdapterMethod.PROMPT_TUNING: (AdapterMethod.P_TUNING,)}
 
 _NOT_SAVED = {
-    AdapterMethod.PREFIX_TUNING: "what is saved of a prefix is the projection's result; set projection_size to 0",
-    AdapterMethod.P_TUNING: "what is saved of P-tuning is the encoder's result; train prompt tuning from it",
+    AdapterMethod.PREFIX_TUNING: "a saved prefix is the projection's output; set projection_size to 0",
+    AdapterMethod.P_TUNING: "a saved P-tuning artifact is the encoder's output; train prompt tuning from it",
 }
 
 
 def load_artifact(adapter: ParametrizedAdapter, directory: Path, limits: AdapterLimits) -> None:
-    """Go on from the artifact of a directory, which is read as a registration reads it.
+    """Start from the artifact in a directory, read as a registration reads it.
 
     Raises:
-        SettingError: ``init_from``: it cannot be read, is of another base, or is not what the settings make;
-            names the tensor or number.
+        SettingError: ``init_from``: it cannot be read, is for another base, or is not what the settings make; names the
+            tensor or number.
     """
     _check_parameters_are_tensors(adapter)
     read = _read(adapter, directory, limits)
     if read.artifact.method not in (adapter.method, *_TAKEN_OVER.get(adapter.method, ())):
         theirs, ours = (method.value.replace("_", " ") for method in (read.artifact.method, adapter.method))
-        raise SettingError(_SETTING, f"{directory} is {theirs}, and what is trained is {ours}")
+        raise SettingError(_SETTING, f"{directory} is {theirs}, but {ours} is being trained")
     try:
         load_tensors(adapter, _renamed(read.artifact, adapter))
         _check_same(adapter.lowered(), read.lowered)
@@ -57,8 +57,8 @@ def load_tensors(adapter: ParametrizedAdapter, tensors: Mapping[str, Tensor]) ->
     """Set the parameters to tensors by the names of the artifact's file: all of them, or none.
 
     Raises:
-        SettingError: ``init_from``: the parameters are not what is saved; or a tensor is missing, left over or of
-            another shape.
+        SettingError: ``init_from``: the parameters are not what is saved; or a tensor is missing, unknown or of another
+            shape.
     """
     _check_parameters_are_tensors(adapter)
     _check_shapes(adapter, tensors)
@@ -69,7 +69,7 @@ def load_tensors(adapter: ParametrizedAdapter, tensors: Mapping[str, Tensor]) ->
 def _check_shapes(adapter: ParametrizedAdapter, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name not in adapter.parameters:
-            raise SettingError(_SETTING, f"has {name}, which is no tensor of these settings")
+            raise SettingError(_SETTING, f"has {name}, which these settings do not make")
         wanted = adapter.parameters[name].shape
         if tensor.shape != wanted:
             raise SettingError(
@@ -95,9 +95,9 @@ def _read(adapter: ParametrizedAdapter, directory: Path, limits: AdapterLimits) 
 
 
 def _renamed(artifact: AdapterArtifact, adapter: ParametrizedAdapter) -> Mapping[str, Tensor]:
-    """The tensors by the names that they have here: AdapterHub's hold the name of the adapter.
+    """The tensors by their names here: AdapterHub's contain the adapter's name.
 
-    Left out is an adapted head's own weight, which PEFT saves along: the reader saw that it is the base's.
+    Leaves out an adapted head's own weight, which PEFT also saves: the reader checked that it is the base's.
     """
     if not (is_adapterhub(artifact.config) and is_adapterhub(adapter.config)):
         return {name: value for name, value in artifact.tensors.items() if not name.endswith(_SAVED_ALONG)}
@@ -108,7 +108,7 @@ def _renamed(artifact: AdapterArtifact, adapter: ParametrizedAdapter) -> Mapping
 
 
 def _check_same(ours: LoweredAdapter, theirs: LoweredAdapter) -> None:
-    """With the same tensors both must compute the same; else a scale or an activation differs."""
+    """With the same tensors both must compute the same; otherwise a scale or an activation differs."""
     for mine, other in zip((*ours.deltas, ours.prefix), (*theirs.deltas, theirs.prefix), strict=True):
         if mine is None or other is None:
             continue
@@ -129,5 +129,5 @@ def _is_equal(here: Any, there: Any) -> bool:
 
 
 def _told(value: Any) -> str:
-    """A number or a name as it is, and of a tensor its first value."""
+    """A number or a name as it is; a tensor's first value."""
     return f"{float(value.flatten()[0]):g}, …" if isinstance(value, Tensor) else str(value)

@@ -1,4 +1,4 @@
-"""Causal attention of a ragged batch: a shared beginning, rows that continue it, and a prefix ahead of all."""
+"""Causal attention of a ragged batch: a shared beginning, rows that continue it, and a prefix before all of it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from manyhats.trainer.model.blocked_attention import blocked_attention
 from manyhats.trainer.model.rows import RowLayout
 
 KeysAndValues = tuple[Tensor, Tensor]
-"""Keys, rotated or used as they are, and values; of one shape."""
+"""Keys, rotated or used as they are, and values, with the same shape."""
 
 
 def attend(
     queries: Tensor, own: KeysAndValues, prefix: KeysAndValues | None, layout: RowLayout, spec: Attention
 ) -> Tensor:
-    """Attention of every token over what lies before it in its own row.
+    """Attention of every token over those before it in its own row.
 
     A row's positions are the prefix, the shared beginning, and its own tokens, in that order; windows count them all.
 
     Args:
         queries: [N, H, K], rotated.
         own: [N, Hkv, K] each, of the tokens themselves.
-        prefix: [P, Hkv, K] each, ahead of all rows; None for none.
+        prefix: [P, Hkv, K] each, before all rows; None for none.
         layout: of the N tokens.
-        spec: of the layer.
+        spec: the layer's.
 
     Returns:
         [N, H, K].

@@ -1,7 +1,7 @@
-"""Attention under autograd, a block of queries at a time: scores are never held for all of them, and not kept.
+"""Attention under autograd, a block of queries at a time: scores are never held for all queries, and never kept.
 
-Every head of a group of query heads reads the same keys, so their queries are rows of one product. Scores, softmax
-and their gradients are float32; what multiplies values, and what gradients multiply, is the compute dtype.
+All heads of a query group read the same keys, so their queries are rows of one product. Scores, softmax and their
+gradients are float32; what multiplies values, and what gradients multiply, is the compute dtype.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.autograd.function import once_differentiable
 from manyhats.engine.model.architecture import Attention
 
 BLOCK = 64
-"""Queries at a time."""
+"""Queries per block."""
 
 
 def blocked_attention(queries: Tensor, keys: Tensor, values: Tensor, spec: Attention) -> Tensor:
-    """Causal attention of B rows, the last query and the last key being at the same position.
+    """Causal attention of B rows whose last query and last key are at the same position.
 
     Args:
         queries: [B, Hkv, T, G, K]; query head h is head h % G of group h // G.
         keys: [B, Hkv, C + T, K].
         values: the same shape.
-        spec: scale, window, cap.
+        spec: gives scale, window and cap.
 
     Returns:
         [B, Hkv, T, G, K], dtype of the queries.
@@ -37,7 +37,7 @@ def blocked_attention(queries: Tensor, keys: Tensor, values: Tensor, spec: Atten
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """O = P V, P = softmax(cap(scale · Q Kᵀ)); with D = rowsum(dO · O): dS = P · (dO Vᵀ − D)."""
+    """``O = P V``, ``P = softmax(cap(scale · Q Kᵀ))``; with ``D = rowsum(dO · O)``, ``dS = P · (dO Vᵀ − D)``."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, spec: Attention) -> Tensor:
@@ -83,7 +83,7 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _as_matrices(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B · Hkv, T · G, K] and twice [B · Hkv, C + T, K]."""
+    """[B · Hkv, T · G, K], and twice [B · Hkv, C + T, K]."""
     return (
         queries.flatten(2, 3).flatten(0, 1).contiguous(),
         keys.flatten(0, 1).contiguous(),
@@ -96,7 +96,7 @@ class _Block:
     """Some queries, as rows of T · G, and the keys that any of them sees.
 
     Attributes:
-        hidden: [rows, the last keys seen] bool, which of these each query does not see.
+        hidden: [rows, the last keys seen] bool, which of those keys each query does not see.
     """
 
     rows: slice
@@ -104,7 +104,7 @@ class _Block:
     hidden: Tensor
 
     def scores(self, q: Tensor, wide_k: Tensor, spec: Attention) -> tuple[Tensor, Tensor | None]:
-        """Capped scores, −∞ where a key is hidden, and the cap's slope 1 − tanh² (None without a cap); float32."""
+        """Capped scores, −∞ where a key is hidden, and the cap's slope ``1 − tanh²`` (None without a cap); float32."""
         queries, keys = q[:, self.rows].float(), wide_k[:, self.seen].transpose(1, 2)
         scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=spec.scale)
         slope = None

@@ -1,4 +1,4 @@
-"""On what, and in which dtype, a base is computed: ``auto`` resolved."""
+"""The device and dtype a base is computed on and in: ``auto`` resolved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Computation:
-    """Where the decoder's products are computed, and as what."""
+    """Where the decoder's products are computed, and in which dtype."""
 
     dtype: torch.dtype
     device: torch.device
@@ -27,7 +27,7 @@ class Computation:
 
 
 def resolve_computation(settings: ModelSettings) -> Computation:
-    """``auto`` is CUDA where there is one, and bfloat16 where the processor multiplies it.
+    """``auto`` is CUDA if present, and bfloat16 if the processor can multiply it.
 
     Raises:
         SettingError: ``device``: there is no CUDA device.
@@ -45,7 +45,7 @@ def resolve_computation(settings: ModelSettings) -> Computation:
 def _multiplies_bfloat16(is_cuda: bool) -> bool:
     if is_cuda:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Imported here: it takes seconds, and a named dtype needs no look at the processor.
+    # Imported here: it takes seconds, and a named dtype does not depend on the processor.
     from manyhats.engine.model.nf4 import has_bf16_product
 
     return has_bf16_product()

@@ -1,4 +1,4 @@
-"""The decoder under autograd, for every family that the engine serves: ``engine.model.forward`` with its own maths."""
+"""The decoder under autograd, for every family the engine serves: ``engine.model.forward`` under ``TrainingMaths``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from manyhats.trainer.model.rows import row_layout
 class TrainingDecoder:
     """Token ids in, hidden states or the loss out, differentiable with respect to the adapter's tensors.
 
-    The residual stream, norms, softmax and loss are float32; ``dtype`` is that of the linears' products. It holds
-    the base's weights, which it never changes; batch and adapter are arguments.
+    The residual stream, norms, softmax and loss are float32; ``dtype`` is that of the linears' products. The decoder
+    holds the base's weights, which it never changes; batch and adapter are arguments.
     """
 
     def __init__(
@@ -53,27 +53,27 @@ class TrainingDecoder:
 
         Args:
             batch: N tokens.
-            adapter: None is the base alone.
+            adapter: None for the base alone.
             dropout: of the input of low-rank deltas, drawn from torch's global generator.
 
         Returns:
             [N, D] float32.
 
         Raises:
-            BaseError: a delta that this base has no place for, or a row that is longer than its context.
+            BaseError: the base has no place for a delta, or a row is longer than its context.
         """
         maths = self._begin(batch, adapter, dropout)
         return self._normed(maths, self._stream(maths, batch, adapter))
 
     def loss(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
-        """The sum of the cross-entropies of ``batch.targets``, a float32 scalar; arguments as of ``hidden``."""
+        """The sum of the cross-entropies of ``batch.targets``, a float32 scalar; arguments as for ``hidden``."""
         maths = self._begin(batch, adapter, dropout)
         stream = self._stream(maths, batch, adapter)
         hidden = self._normed(maths, stream.index_select(0, batch.predictors.to(self._device)))
         return self._base.head.loss(hidden, batch.targets.to(self._device), maths.deltas, dropout)
 
     def logits(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
-        """[N, V] float32, of every token; arguments as of ``hidden``."""
+        """Logits of every token, [N, V] float32; arguments as for ``hidden``."""
         maths = self._begin(batch, adapter, dropout)
         hidden = self._normed(maths, self._stream(maths, batch, adapter))
         return logits(maths, self.architecture.head, hidden)
@@ -106,11 +106,11 @@ class TrainingDecoder:
         longest = self.architecture.max_context_length
         if length > longest:
             raise BaseError(
-                f"a row of {length} positions, virtual tokens counted, is longer than the base's context of {longest}"
+                f"a row of {length} positions, including virtual tokens, is longer than the base's context of {longest}"
             )
 
     def _stream(self, maths: TrainingMaths, batch: TrainingBatch, adapter: LoweredAdapter | None) -> Tensor:
-        """The residual stream behind the last layer, [N, D]; virtual tokens are gone."""
+        """The residual stream after the last layer, [N, D], without virtual tokens."""
         stream = embedded(maths, self.architecture.embedding, batch.token_ids.to(self._device))
         if adapter is not None and isinstance(adapter.prefix, PromptEmbeddings):
             stream = torch.cat((adapter.prefix.embeddings.float(), stream))
@@ -137,7 +137,7 @@ class TrainingDecoder:
 
 
 def _num_virtual(adapter: LoweredAdapter | None) -> int:
-    """Virtual tokens that run in the layers, ahead of all others."""
+    """Virtual tokens that run in the layers, before all others."""
     prefix = None if adapter is None else adapter.prefix
     return prefix.num_virtual_tokens if isinstance(prefix, PromptEmbeddings) else 0
 

@@ -23,12 +23,12 @@ DeltaT = TypeVar("DeltaT")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedDeltas:
-    """All deltas of one adapter, those of a site in their order."""
+    """All deltas of one adapter; those of a site keep their order."""
 
     by_site: Mapping[Site, Sequence[Delta]]
 
     def at(self, site: Site, kind: type[DeltaT]) -> list[DeltaT]:
-        """Those of one kind at a site."""
+        """The deltas of one kind at a site."""
         return [delta for delta in self.by_site.get(site, ()) if isinstance(delta, kind)]
 
 
@@ -37,10 +37,10 @@ def place_deltas(adapter: LoweredAdapter | None, sites: Set[Site]) -> PlacedDelt
 
     Args:
         adapter: None for none.
-        sites: of the decoder.
+        sites: the decoder's.
 
     Raises:
-        BaseError: one acts where this decoder has no such place.
+        BaseError: one acts at a site that this decoder does not have.
     """
     placed = PlacedDeltas(by_site(() if adapter is None else adapter.deltas))
     for site, deltas in placed.by_site.items():

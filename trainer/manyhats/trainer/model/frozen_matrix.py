@@ -1,4 +1,4 @@
-"""One frozen matrix of the base, dense or in NF4, as a dense one of the compute dtype for the length of a product."""
+"""One frozen matrix of the base, dense or in NF4, as a dense one in the compute dtype for the duration of a product."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class FrozenMatrix:
         return int(self.weight.numel() * self.weight.element_size())
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """As a dense matrix; to be read only."""
+        """As a dense matrix; read-only."""
         if isinstance(self.weight, Tensor):
             return self.weight.to(dtype)
         return _dequantized(self.weight, dtype)
 
     def dense_into(self, out: Tensor) -> None:
-        """The same into ``out``, whose rows may lie apart."""
+        """Write the dense matrix to ``out``, whose rows need not be contiguous."""
         out.copy_(self.weight if isinstance(self.weight, Tensor) else _dequantized(self.weight, out.dtype))
 
 

@@ -1,4 +1,4 @@
-"""The gated feed-forward's activation under autograd, which keeps gate and up and nothing else."""
+"""The gated feed-forward's activation under autograd, which keeps only gate and up."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.autograd.function import once_differentiable
 
 from manyhats.adapters.activations import ACTIVATIONS
 
-# Rows at a time on a CPU: what they take in float32 stays in its caches.
+# Rows at a time on a CPU, so that their float32 values stay in its caches.
 _CACHED_VALUES = 1 << 18
 
 
 def gated(gate_up: Tensor, activation: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Activation(gate) · up, computed in float32.
+    """``activation(gate) · up``, computed in float32.
 
     Args:
         gate_up: [N, 2·I], gate then up.

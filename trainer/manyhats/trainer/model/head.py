@@ -1,4 +1,4 @@
-"""The output head: logits, and the cross-entropy that never holds all of them at once."""
+"""The output head: logits, and a cross-entropy that never holds all of them at once."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ CHUNK_VALUES = 1 << 24
 """Logits computed at a time: 64 MiB of float32."""
 
 CACHED_VALUES = 1 << 20
-"""Of them, as many as the loss takes at a time."""
+"""How many of them the loss processes at a time."""
 
 EXACT_ROWS = 1 << 13
-"""Rows of a bfloat16 head that are made float32 at a time."""
+"""Rows of a bfloat16 head that are converted to float32 at a time."""
 
 
 class Head:
     """From normed hidden states to logits, [M, D] → [M, V], and to their loss.
 
-    What is trained on runs in the compute dtype. What is reported, logits and log-probabilities, is float32 throughout.
+    The training loss runs in the compute dtype; reported logits and log-probabilities are float32 throughout.
     """
 
     def __init__(
         self, weight: Tensor, spec: architecture.Head, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._linear = FrozenLinears([Linear(weight)], dtype, device)
-        # In parts, so that no float32 copy of all of it is ever made.
+        # In parts, so that the whole head is never copied in float32.
         blocks = weight.split(weight.shape[0] if weight.dtype == torch.float32 else EXACT_ROWS)
         self._exact = FrozenLinears([Linear(block) for block in blocks], torch.float32, device)
         self._spec = spec
         self._chunk_rows = max(1, CHUNK_VALUES // weight.shape[0])
 
     def outputs(self, hidden: Tensor, deltas: PlacedDeltas) -> Tensor:
-        """What logits are made of, [M, V] float32.
+        """The logits, [M, V] float32.
 
         Args:
             hidden: [M, D] float32.
-            deltas: of the adapter.
+            deltas: the adapter's.
         """
         blocks = range(len(self._exact.sizes))
         base = torch.cat([frozen_product(self._exact, hidden, block) for block in blocks], dim=1)
@@ -58,7 +58,7 @@ class Head:
 
     @torch.no_grad()
     def log_probabilities(self, hidden: Tensor, targets: Tensor, deltas: PlacedDeltas) -> Tensor:
-        """Of each target: log softmax(logits)[target], [M] float32; arguments as of ``loss``."""
+        """Log-probabilities of the targets, ``log softmax(logits)[target]``, [M] float32; arguments as for ``loss``."""
         chunks = zip(hidden.split(self._chunk_rows), targets.split(self._chunk_rows), strict=True)
         parts = [
             -functional.cross_entropy(
@@ -69,12 +69,12 @@ class Head:
         return torch.cat(parts) if parts else hidden.new_empty(0)
 
     def loss(self, hidden: Tensor, targets: Tensor, deltas: PlacedDeltas, dropout: float = 0.0) -> Tensor:
-        """The sum of −log softmax(logits)[target].
+        """The sum of ``−log softmax(logits)[target]``.
 
         Args:
             hidden: [M, D] float32.
             targets: [M] int64.
-            deltas: of the adapter.
+            deltas: the adapter's.
             dropout: of the input of low-rank deltas.
 
         Returns:
@@ -97,7 +97,7 @@ class Head:
 
 
 def _adapted(x: Tensor, outputs: Tensor, deltas: PlacedDeltas, dropout: float) -> Tensor:
-    """The base's outputs as the adapter has them; a head of its own comes before what changes it."""
+    """The base's outputs as the adapter changes them; the adapter's own head comes before its deltas."""
     for own in deltas.at(HEAD, HeadWeight):
         outputs = x @ own.weight.to(x.dtype).T
     for replaced in deltas.at(HEAD, HeadRows):
@@ -108,21 +108,21 @@ def _adapted(x: Tensor, outputs: Tensor, deltas: PlacedDeltas, dropout: float) -
 
 
 def _tensors(delta: Delta) -> dict[str, Tensor]:
-    """What of a delta may be trained, by its field."""
+    """The tensors of a delta that may be trained, by field."""
     values = {field.name: getattr(delta, field.name) for field in fields(delta)}
     return {n: v for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 def _with_tensors(deltas: Sequence[Delta], tensors: Sequence[Tensor]) -> list[Delta]:
-    """The deltas with other tensors in the place of ``_tensors``."""
+    """The deltas with other tensors in place of ``_tensors``."""
     left: Iterator[Any] = iter(tensors)
     return [replace(delta, **dict(zip(_tensors(delta), left, strict=False))) for delta in deltas]
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of −log softmax(logits)[target], in float32; the logits become its gradient, softmax less the target.
+    """The sum of ``−log softmax(logits)[target]``, in float32; overwrites the logits with its gradient.
 
-    A few rows at a time, so that what is computed in between stays in a processor's cache.
+    Takes a few rows at a time, so that intermediate results stay in the processor's cache.
 
     Args:
         logits: [M, V], overwritten.
@@ -142,9 +142,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The summed cross-entropy, some rows at a time; gradients are made in the forward pass.
+    """The summed cross-entropy, some rows at a time; gradients are computed in the forward pass.
 
-    So each chunk's logits are computed once, and nothing of them is kept.
+    So each chunk's logits are computed once and not kept.
     """
 
     @staticmethod

@@ -10,27 +10,27 @@ from torch.autograd.function import once_differentiable
 
 
 class LayerInputs:
-    """A place for the residual stream ahead of each layer, until the backward pass is over.
+    """Storage for the residual stream before each layer, until the backward pass is over.
 
-    Kept as it comes, each input would lie amidst what its layer frees, and cut that into holes that are too small for
-    the next layer's tensors: an allocator's heap would grow by those at every layer.
+    Kept where it was made, each input would lie among the memory that its layer frees, and split it into holes too
+    small for the next layer's tensors: the heap would grow at every layer.
 
     Args:
         num_layers: L.
-        residual: [N, D], as the first layer has it.
+        residual: [N, D], the first layer's input.
     """
 
     def __init__(self, num_layers: int, residual: Tensor) -> None:
         self._storage = residual.new_empty(num_layers, *residual.shape).untyped_storage()
 
     def keep(self, index: int, residual: Tensor) -> Tensor:
-        """The input of layer ``index``, in its place; the gradient passes as it is."""
+        """The input of layer ``index``, stored; the gradient passes through unchanged."""
         kept: Tensor = _Kept.apply(residual, self._storage, index)  # type: ignore[no-untyped-call]
         return kept
 
 
 class _Kept(torch.autograd.Function):
-    """A copy that is no view to autograd, which forbids functions to give out views of what is written to."""
+    """A copy that autograd does not see as a view: functions may not return views of what is written to."""
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, storage: torch.UntypedStorage, index: int) -> Tensor:

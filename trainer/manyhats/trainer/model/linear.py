@@ -20,8 +20,8 @@ from manyhats.trainer.model.frozen_matrix import FrozenMatrix
 class FrozenLinears:
     """Linears over the same input, run as one product: ``y = x Wᵀ + bias``, the parts side by side.
 
-    No gradient ever changes them, so backward needs W alone: nothing of the size of x or of a dense W is kept
-    between the passes for their sake.
+    They are never trained, so backward needs only W: nothing the size of x or of a dense W is kept between the passes
+    for them.
     """
 
     def __init__(self, parts: Sequence[Linear], dtype: torch.dtype, device: torch.device) -> None:
@@ -43,19 +43,19 @@ class FrozenLinears:
         return any(isinstance(matrix.weight, Nf4Weight) for matrix in self._matrices)
 
     def columns(self, part: int) -> slice:
-        """Where a part's outputs lie."""
+        """Where a part's outputs are."""
         start = sum(self.sizes[:part])
         return slice(start, start + self.sizes[part])
 
     def dense(self, parts: Sequence[int], num_more: int = 0) -> Tensor:
-        """Weights of some parts one below the other, in the compute dtype.
+        """Weights of some parts, stacked by rows, in the compute dtype.
 
         Args:
             parts: which.
-            num_more: this many columns are left free behind those of the weights.
+            num_more: the number of free columns to leave after the weights'.
 
         Returns:
-            [outputs, d_in + num_more]; the caller's own where columns are left free.
+            [outputs, d_in + num_more]; owned by the caller if columns are left free.
         """
         if len(parts) == 1 and not num_more:
             return self._matrices[parts[0]].dense(self.dtype)
@@ -69,7 +69,7 @@ class FrozenLinears:
         return joined
 
     def bias(self, parts: Sequence[int]) -> Tensor | None:
-        """Biases of some parts side by side, [outputs]; None where none has any."""
+        """Biases of some parts side by side, [outputs]; None if none has one."""
         biases = [self._biases[part] for part in parts]
         if all(bias is None for bias in biases):
             return None
@@ -91,7 +91,7 @@ def adapted_product(
     Args:
         linears: L of them.
         x: [N, d_in], compute dtype.
-        terms: each with its part, in any order; several of one part add up.
+        terms: each with its part, in any order; those of one part add up.
         dropout: of the terms' input; one draw for all of them.
 
     Returns:
@@ -109,14 +109,14 @@ def adapted_product(
 
 
 def low_rank_update(x: Tensor, delta: LowRank, dropout: float) -> Tensor:
-    """What a low-rank delta adds to its linear's output, by itself: [N, d_in] → [N, d_out], dtype of x."""
+    """A low-rank delta's own contribution to its linear's output: [N, d_in] → [N, d_out], dtype of x."""
     if dropout:
         x = functional.dropout(x, dropout)
     return equations.low_rank(x, delta.a.to(x.dtype), delta.b.to(x.dtype), delta.scale)
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """The base's output alone."""
+    """The base's output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linears: FrozenLinears, parts: Sequence[int]) -> Tensor:
@@ -130,10 +130,10 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """Base and low-rank deltas as one product: ``y = [x, h] [W, s·B]ᵀ`` with ``h = x Aᵀ``.
+    """Base and low-rank deltas as one product: ``y = [x, h] [W, s·B]ᵀ``, ``h = x Aᵀ``.
 
-    The deltas are columns behind W's, so they are summed with the base's output ahead of any rounding, and the same
-    product of the backward pass, ``grad [W, s·B]``, gives the gradients of x (but for A's part of it) and of h.
+    The deltas are columns after W's, so they are summed with the base's output before any rounding, and the one product
+    of the backward pass, ``grad [W, s·B]``, gives the gradients of x (except A's part) and of h.
     """
 
     @staticmethod
@@ -179,7 +179,7 @@ class _AdaptedProduct(torch.autograd.Function):
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """A of all terms, one below the other: [ΣR, d_in]."""
+    """A of all terms, stacked by rows: [ΣR, d_in]."""
     return torch.cat([matrix.to(dtype) for matrix in matrices])
 
 
@@ -196,7 +196,7 @@ def _extended(linears: FrozenLinears, spec: Sequence[tuple[slice, float]], b: Se
 
 
 def _with_low_rank(d_x: Tensor, d_h: Tensor, a: Tensor, kept: Tensor | None) -> Tensor:
-    """The gradient of x: the base's part of it, and that which comes through h."""
+    """The gradient of x: the base's part, and what comes through h."""
     if kept is None:
         return torch.addmm(d_x, d_h, a)
     return torch.addcmul(d_x, d_h @ a, kept)

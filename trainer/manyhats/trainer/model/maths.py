@@ -34,11 +34,11 @@ from manyhats.trainer.model.rows import RowLayout
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrozenBase:
-    """What of the base runs under autograd, on the device.
+    """The base's operations under autograd, on the device.
 
     Attributes:
-        dtype: of the products, and of what norms, activations and attention give.
-        linears: layer by layer, each group by its name.
+        dtype: of the products, and of the outputs of norms, activations and attention.
+        linears: for each layer, its groups by name.
     """
 
     architecture: Architecture
@@ -50,12 +50,12 @@ class FrozenBase:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingMaths:
-    """``Maths`` of one pass, whose rows all have one adapter.
+    """``Maths`` for one pass, whose rows all have the same adapter.
 
     Attributes:
-        prefix: keys and values ahead of every row, or None.
+        prefix: keys and values before every row, or None.
         dropout: of the input of low-rank deltas.
-        angles: of the rows, on the device.
+        angles: the rows', on the device.
     """
 
     base: FrozenBase
@@ -75,7 +75,7 @@ class TrainingMaths:
         return x
 
     def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
-        """The compute dtype, or float32 where outputs are rescaled; keeps x where a delta is trained on it."""
+        """The compute dtype, or float32 if outputs are rescaled; keeps x if a delta is trained on it."""
         linears, x = self.base.linears[layer][group.name], x.to(self.base.dtype)
         sites = [Site(layer, name) for name in group.names]
         if any(self.deltas.at(site, InputScale) or self.deltas.at(site, Affine) for site in sites):
@@ -85,7 +85,7 @@ class TrainingMaths:
         return adapted_product(linears, x, terms, self.dropout)
 
     def _linear(self, linears: FrozenLinears, part: int, site: Site, x: Tensor) -> Tensor:
-        """One of them by itself."""
+        """One of them alone."""
         rescaled = x
         for rescaling in self.deltas.at(site, InputScale):
             rescaled = rescaled * rescaling.scale.float()
@@ -97,7 +97,7 @@ class TrainingMaths:
         return y
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
-        """The compute dtype; keeps x and a number a row."""
+        """The compute dtype; keeps x and one number per row."""
         return rms_norm(x, weight.weight, norm.eps, self.base.dtype)
 
     def output_norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
@@ -109,7 +109,7 @@ class TrainingMaths:
         return rotate(heads.to(self.base.dtype), self.angles[rope])
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The compute dtype; keeps what it is given and gives, and no scores."""
+        """The compute dtype; keeps its inputs and output, but no scores."""
         prefix = None if self.prefix is None else (self.prefix.keys[layer], self.prefix.values[layer])
         queries, keys, values = (part.to(self.base.dtype) for part in (queries, keys, values))
         spec = self.base.architecture.blocks[layer].attention
@@ -126,5 +126,5 @@ class TrainingMaths:
         return stream + output
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Float32 throughout; the loss has ``Head.loss``."""
+        """Float32 throughout; the loss is ``Head.loss``."""
         return self.base.head.outputs(hidden, self.deltas)

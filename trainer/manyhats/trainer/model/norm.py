@@ -1,4 +1,4 @@
-"""RMS norms under autograd, with a weight that is never trained."""
+"""RMS norms under autograd, with frozen weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """X / √(mean(x²) + eps) · weight over the last dimension, computed in float32.
+    """``x / √(mean(x²) + eps) · weight`` over the last dimension, computed in float32.
 
     Args:
         x: [..., D], float32 or the compute dtype.
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.f
 
 
 class _RmsNorm(torch.autograd.Function):
-    """With s = 1 / √(mean(x²) + eps) and g = grad · weight: ``dx = s · (g − x · s² · mean(g · x))``."""
+    """With ``s = 1 / √(mean(x²) + eps)`` and ``g = grad · weight``, ``dx = s · (g − x · s² · mean(g · x))``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

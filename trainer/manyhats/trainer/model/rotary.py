@@ -12,7 +12,7 @@ from manyhats.engine.model.rotary import Angles
 
 
 def rotate(heads: Tensor, angles: Angles) -> Tensor:
-    """Rotates the first ``rotary_dim`` values of each head, by halves, in float32.
+    """Rotate the first ``rotary_dim`` values of each head, by halves, in float32.
 
     Args:
         heads: [N, H, K].
@@ -26,7 +26,7 @@ def rotate(heads: Tensor, angles: Angles) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """Its gradient is the rotation the other way round."""
+    """Its gradient is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the tokens of a ragged batch lie when its rows stand side by side, padded to one length."""
+"""Where the tokens of a ragged batch are when its rows are padded to one length."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowLayout:
-    """N tokens: first those that every row continues, then the rows end to end.
+    """The layout of N tokens: first those that every row continues, then the rows end to end.
 
     Attributes:
-        num_shared: S, the first tokens, which are one sequence that all B rows continue.
+        num_shared: S, the number of first tokens, a sequence that all B rows continue.
         num_rows: B.
-        max_length: T, of the longest row.
-        places: [N − S] int64, where each token of the rows lies in [B · T]; None where all rows have length T.
+        max_length: T, the longest row's.
+        places: [N − S] int64, the index of each row token in [B · T]; None if all rows have length T.
     """
 
     num_shared: int
@@ -28,7 +28,7 @@ class RowLayout:
     places: Tensor | None
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """The rows' tokens [N − S, …] as [B, T, …]; what pads a row's end is zero."""
+        """The rows' tokens [N − S, …] as [B, T, …], with zeros as padding."""
         if self.places is None:
             return tokens.view(self.num_rows, self.max_length, *tokens.shape[1:])
         flat: Tensor = _Scatter.apply(tokens, self.places, self.num_rows * self.max_length)  # type: ignore[no-untyped-call]
@@ -44,7 +44,7 @@ class RowLayout:
 
 
 def row_layout(segments: Sequence[int], num_shared: int, device: torch.device) -> RowLayout:
-    """The layout of rows of these lengths behind ``num_shared`` tokens, which are not counted among them."""
+    """The layout of rows of these lengths after ``num_shared`` tokens, which the lengths do not include."""
     longest = max(segments, default=0)
     places = None
     if any(length != longest for length in segments):
@@ -56,7 +56,7 @@ def row_layout(segments: Sequence[int], num_shared: int, device: torch.device) -
 
 
 class _Scatter(torch.autograd.Function):
-    """Rows of x to places of their own among ``size`` rows, the others zero; the inverse of ``_Gather``."""
+    """Scatter rows of x to distinct places among ``size`` rows, the others zero; the inverse of ``_Gather``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, size: int) -> Tensor:
@@ -70,7 +70,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of x from places that all differ, so that the gradient needs no sums."""
+    """Gather rows of x from distinct places, so that the gradient needs no sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What a training tells: its events, its progress, its curves, and its report at the end."""
+"""What a training run reports: events, progress, curves, and a report at the end."""

@@ -43,12 +43,12 @@ class Condition:
         return f"{self.metric} {self.operator} {self.number:g}"
 
     def is_met(self, evaluation: Evaluation) -> bool:
-        """Whether it holds of the trained model; never where the metric is missing or not a number."""
+        """Whether the trained model meets it; never if the metric is missing or NaN."""
         value = self.value(evaluation)
         return value is not None and _OPERATORS[self.operator](value, self.number)
 
     def value(self, evaluation: Evaluation) -> float | None:
-        """Of its metric."""
+        """The value of its metric."""
         return _METRICS[self.metric](evaluation)
 
 
@@ -60,7 +60,7 @@ class ActivationRule:
 
     @classmethod
     def parse(cls, text: str) -> ActivationRule:
-        """Read ``accuracy >= 0.9 and loss < 1.5``. Metrics are loss (nats a token), perplexity and accuracy.
+        """Parse ``accuracy >= 0.9 and loss < 1.5``. Metrics are loss (nats per token), perplexity and accuracy.
 
         Raises:
             SettingError: it is not of that form, names another metric, or can never be met.
@@ -71,10 +71,10 @@ class ActivationRule:
         return " and ".join(str(each) for each in self.conditions)
 
     def check(self, settings: TrainSettings) -> None:
-        """See before a training that it will have the results that the conditions are on.
+        """Check before training that it will have the results the conditions need.
 
         Raises:
-            SettingError: it will not.
+            SettingError: it will not have one.
         """
         for each in self.conditions:
             if not settings.data.eval:
@@ -90,7 +90,7 @@ class ActivationRule:
     def unmet(self, evaluation: Evaluation | None) -> str:
         """What the trained model falls short of, as in ``accuracy 0.8125, not >= 0.9``; empty if nothing."""
         if evaluation is None:
-            return "nothing was held out"
+            return "no data was held out"
         return " and ".join(
             f"{each.metric} {_shown(each.value(evaluation))}, not {each.operator} {each.number:g}"
             for each in self.conditions
@@ -115,7 +115,7 @@ def _condition(text: str) -> Condition:
         raise SettingError(_SETTING, f"{digits!r} is too large")
     if metric == "accuracy" and not 0 <= number <= 1:
         raise SettingError(
-            _SETTING, f"accuracy is a share from 0 to 1, or a percentage with %, not {digits}{percent}"
+            _SETTING, f"accuracy is a fraction from 0 to 1, or a percentage with %, not {digits}{percent}"
         )
     return Condition(metric=metric, operator=sign, number=number)
 

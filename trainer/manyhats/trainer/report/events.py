@@ -1,4 +1,4 @@
-"""What a training tells while it runs: one frozen event at a time, to a listener."""
+"""What a training run reports while it runs: one frozen event at a time, to a listener."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manyhats.trainer.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizingProgress:
-    """The data are being read and tokenized, this many rows and turns so far."""
+    """Data is being read and tokenized; this many rows and turns so far."""
 
     task: str
     done: int
@@ -20,13 +20,13 @@ class TokenizingProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataRead:
-    """A source is tokenized.
+    """A source has been tokenized.
 
     Attributes:
         source: its name.
-        is_held_out: whether it is evaluated on, rather than learned.
-        num_rows: of tokens.
-        counts: what became of its rows besides.
+        is_held_out: whether it is for evaluation rather than training.
+        num_rows: of tokens, which may be more than were read.
+        counts: what happened to its rows.
     """
 
     task: str
@@ -38,7 +38,7 @@ class DataRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunBegan:
-    """A run is about to take its first step; ``step`` is above 0 where it goes on from a checkpoint."""
+    """A run is about to take its first step; ``step`` is above 0 if it resumes from a checkpoint."""
 
     task: str
     step: int
@@ -53,11 +53,11 @@ class StepReport:
     Attributes:
         step: from 1.
         epoch: passes over the data so far, a fraction within one.
-        loss: the mean cross-entropy over the step's target tokens, in nats, before its move.
+        loss: the mean cross-entropy over the step's target tokens, in nats, before its update.
         learning_rate: of parameters whose scale is 1.
-        grad_norm: of all gradients together, before they are clipped.
-        num_tokens: of all its rows.
-        num_targets: of those, what is learned.
+        grad_norm: of all gradients together, before clipping.
+        num_tokens: in all its rows.
+        num_targets: how many of those are learned.
         seconds: wall time.
     """
 
@@ -75,7 +75,7 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationProgress:
-    """How many of the held-out rows the loss is known of, while it is evaluated."""
+    """For how many held-out rows the loss has been computed during an evaluation."""
 
     task: str
     done: int
@@ -84,7 +84,7 @@ class EvaluationProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationReport:
-    """The held-out loss after a step: the mean over all target tokens; ``is_best`` if none before was lower."""
+    """The held-out loss after a step: the mean over all target tokens; ``is_best`` if it is the lowest so far."""
 
     task: str
     step: int
@@ -104,7 +104,7 @@ class CheckpointReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFailed:
-    """A checkpoint could not be written; training goes on, and those before it are still there."""
+    """A checkpoint could not be written; training continues, and earlier checkpoints remain."""
 
     task: str
     step: int
@@ -113,7 +113,7 @@ class CheckpointFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringProgress:
-    """How many of the held-out items have been scored by the engine: of the base's and the adapter's together."""
+    """How many held-out items the engine has scored, with the base and the adapter together."""
 
     task: str
     done: int
@@ -122,7 +122,7 @@ class ScoringProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEnded:
-    """No step follows; ``stopped_early`` if the held-out loss no longer fell."""
+    """The run has ended; ``stopped_early`` if the held-out loss no longer fell."""
 
     task: str
     step: int
@@ -142,15 +142,15 @@ Event = (
     | RunEnded
 )
 Listener = Callable[[Event], None]
-"""Called on the training's own thread; what it raises ends the training."""
+"""Called on the training thread; an exception from it ends the training run."""
 
 
 def ignore(event: Event) -> None:
-    """A listener that takes no note."""
+    """A listener that does nothing."""
 
 
 def all_of(*listeners: Listener) -> Listener:
-    """Tells each listener in turn."""
+    """Call each listener in turn."""
 
     def tell(event: Event) -> None:
         for listener in listeners:

@@ -1,4 +1,4 @@
-"""What decides a run's course, by name: a checkpoint may only be continued where all of it is the same."""
+"""What determines a run's course, by name: a checkpoint can only be resumed if all of it is the same."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from manyhats.trainer.errors import CheckpointError
 from manyhats.trainer.settings.settings import TrainSettings
 
 Fingerprint = Mapping[str, Any]
-"""Dotted name of a setting, or of what the data and the base are, → its value as JSON has it."""
+"""Dotted name of a setting, or of a property of the data or the base → its value as in JSON."""
 
-# Where and how often things are kept, and how they are computed: the losses are the same.
+# Where and how often things are saved, and how they are computed: these leave the losses the same.
 _WITHOUT_INFLUENCE = frozenset(
     {
         "out",
@@ -24,7 +24,7 @@ _WITHOUT_INFLUENCE = frozenset(
         "optimization.keep_checkpoints",
         "model.num_threads",
         "model.gradient_checkpointing",
-        # Their rows are compared themselves, so that a file may lie elsewhere.
+        # Their rows are compared instead, so that a file may move.
         "data.train",
         "data.eval",
         "data.max_train_rows",
@@ -41,13 +41,13 @@ def fingerprint(
     held_out: Sequence[TokenizedRow],
     base: Mapping[str, str],
 ) -> Fingerprint:
-    """All that decides a run's losses.
+    """Everything that determines a run's losses.
 
     Args:
-        settings: those without influence on them are left out.
+        settings: those that do not affect them are left out.
         train: the rows, in order.
-        held_out: those of the evaluation.
-        base: what else does, such as the base's digest and the resolved dtype.
+        held_out: the evaluation rows.
+        base: what else determines them, such as the base's digest and the resolved dtype.
     """
     return {
         **{
@@ -62,13 +62,13 @@ def fingerprint(
 
 
 def settings_by_name(settings: TrainSettings) -> dict[str, Any]:
-    """Every setting by its dotted name, as JSON has it, and the method as ``adapter.method``."""
+    """Every setting by its dotted name, as in JSON, and the method as ``adapter.method``."""
     named = _flat(asdict(settings), "")
     return {"task": settings.task, "adapter.method": settings.adapter.method.value, **named}
 
 
 def check_same(was: Fingerprint, now: Fingerprint, checkpoint: str) -> None:
-    """Check that a checkpoint is of this very run.
+    """Check that a checkpoint is of this run.
 
     Raises:
         CheckpointError: names what differs.
@@ -76,13 +76,13 @@ def check_same(was: Fingerprint, now: Fingerprint, checkpoint: str) -> None:
     names = [name for name in (*now, *(was.keys() - now.keys())) if was.get(name) != now.get(name)]
     if names:
         raise CheckpointError(
-            f"{checkpoint} is of another training: "
+            f"{checkpoint} is of another training run: "
             + "; ".join(_difference(name, was, now) for name in names)
         )
 
 
 def rows_digest(rows: Sequence[TokenizedRow]) -> str:
-    """SHA-256 of rows: their number, and each one's tokens and targets."""
+    """SHA-256 over the number of rows, and each one's tokens and targets."""
     digest = hashlib.sha256(len(rows).to_bytes(8, "little"))
     for row in rows:
         digest.update(len(row.token_ids).to_bytes(8, "little"))

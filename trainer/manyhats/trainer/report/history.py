@@ -8,7 +8,7 @@ from manyhats.trainer.report.events import EvaluationReport, StepReport
 
 
 class RunHistory:
-    """Grows by a step or an evaluation at a time; the same steps and evaluations say the same.
+    """Grows by one step or evaluation at a time; its state depends only on them.
 
     Args:
         steps: those before, in order.
@@ -33,15 +33,15 @@ class RunHistory:
 
     @property
     def num_steps(self) -> int:
-        """How many steps were taken."""
+        """The number of steps taken."""
         return len(self._steps)
 
     def add_step(self, step: StepReport) -> None:
-        """The next step."""
+        """Add the next step."""
         self._steps.append(step)
 
     def add_evaluation(self, evaluation: EvaluationReport) -> None:
-        """The next evaluation."""
+        """Add the next evaluation."""
         self._evaluations.append(evaluation)
 
     @property
@@ -51,7 +51,7 @@ class RunHistory:
 
     @property
     def is_at_best(self) -> bool:
-        """Whether the latest step was evaluated, and is the best so far."""
+        """Whether the latest step was evaluated and is the best so far."""
         return self.best is not None and self.best.step == self.num_steps
 
     @property
@@ -60,10 +60,10 @@ class RunHistory:
         return bool(self._evaluations) and self._evaluations[-1].step == self.num_steps
 
     def is_better(self, loss: float) -> bool:
-        """Whether a held-out loss is lower than every one before."""
+        """Whether a held-out loss is lower than all before."""
         return self.best is None or loss < self.best.loss
 
     def has_no_better(self, patience: int) -> bool:
-        """Whether the last ``patience`` evaluations were all no better than one before; never where that is 0."""
+        """Whether the last ``patience`` evaluations brought no improvement; never if that is 0."""
         last = self._evaluations[-patience:] if patience else []
         return len(last) == patience > 0 and not any(each.is_best for each in last)

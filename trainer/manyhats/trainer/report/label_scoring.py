@@ -31,7 +31,7 @@ _POSITIONS = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SavedAdapter:
-    """An artifact as a server would have it: read from its directory, checked and lowered."""
+    """An artifact as a server would hold it: read from its directory, checked and lowered."""
 
     record: AdapterRecord
     lowered: LoweredAdapter
@@ -39,7 +39,7 @@ class SavedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class LabelScores:
-    """What was predicted for each item: the index of its most likely label."""
+    """The prediction for each item: the index of its most likely label."""
 
     base: tuple[int, ...]
     adapter: tuple[int, ...]
@@ -49,7 +49,7 @@ def read_saved(task: str, out: Path, base: BaseDescription) -> SavedAdapter:
     """Read an artifact as a registration would.
 
     Raises:
-        OutputError: a server would refuse it, and why.
+        OutputError: a server would refuse it; says why.
     """
     try:
         with open_source(str(out.resolve()), [out.resolve()]) as source:
@@ -85,19 +85,19 @@ def score_labels(
 ) -> LabelScores:
     """Predict the label of each item with the adapter and with the base alone, in one engine.
 
-    A label's score is the sum of its tokens' log-probabilities after the prompt, its end's too; the first of the
-    highest wins.
+    A label's score is the sum of its tokens' log-probabilities after the prompt, including its end; of equal scores the
+    first wins.
 
     Args:
         model: the base.
-        saved: the adapter, in no memory of the trainer's.
-        items: prompts with labels; which one is right is not looked at.
+        saved: the adapter, which shares no memory with the trainer.
+        items: prompts with labels; which label is right is not used.
         dtype: of the engine, ``float32`` or ``bfloat16``.
         num_threads: 0 takes one per processor.
-        on_progress: told how many of 2 · items are done; what it raises ends the scoring.
+        on_progress: called with how many of ``2 · items`` are done; an exception from it ends the scoring.
 
     Raises:
-        EngineError: the engine cannot score them, such as a prompt longer than its context.
+        EngineError: the engine cannot score them, for example because a prompt is longer than its context.
     """
     longest = max((item.num_tokens for item in items), default=0)
     config = EngineConfig(
@@ -112,7 +112,7 @@ def score_labels(
 
 
 class _Progress:
-    """Counts; keeps what the caller's function raises until the event loop is left, which it would tear."""
+    """Counts; keeps an exception from the caller's function until the event loop is left, which it would break."""
 
     def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
         self._total = total
@@ -121,7 +121,7 @@ class _Progress:
         self.interrupt: BaseException | None = None
 
     def add(self) -> None:
-        """One more is done."""
+        """Count one more as done."""
         self._done += 1
         try:
             self._tell(self._done, self._total)
@@ -135,7 +135,7 @@ async def _score_all(
     items: Sequence[LabelledItem],
     progress: _Progress,
 ) -> list[int]:
-    """The label of each item by the base, and then by the adapter, a bounded number of them in flight."""
+    """The label of each item by the base, then by the adapter, with a bounded number in flight."""
     asks = [(item, adapter) for adapter in (None, record) for item in items]
     predicted = [0] * len(asks)
     left: Iterator[int] = iter(range(len(asks)))
@@ -174,6 +174,6 @@ async def _predict(engine: Engine, item: LabelledItem, adapter: AdapterRecord | 
 
 
 def _kv_cache_bytes(architecture: Architecture, longest: int) -> int:
-    """Room for the longest prompt several times over, or for many short ones."""
+    """Room for several of the longest prompts, or for many short ones."""
     positions = max(_POSITIONS, 4 * longest)
     return max(_MIN_KV_CACHE_BYTES, 4 * positions * architecture.kv_values_per_token)

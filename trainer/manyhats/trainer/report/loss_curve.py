@@ -22,11 +22,11 @@ def loss_curve(
 
     Args:
         title: what was trained.
-        steps: each step's loss is drawn, and their exponential mean.
+        steps: their losses and the exponential mean are drawn.
         evaluations: held-out losses.
-        before: the base's held-out loss, a level to compare with; None for none.
+        before: the base's held-out loss, drawn for comparison; None for none.
     """
-    # A figure of its own: pyplot would keep it, and choose a window's backend.
+    # Not from pyplot, which would keep the figure and choose a window's backend.
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -57,7 +57,7 @@ def loss_curve(
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential means, each of all values up to its own: m ← 0.9 m + 0.1 v, divided by 1 − 0.9ᵗ as Adam does."""
+    """Running exponential means: ``m ← 0.9 m + 0.1 v``, divided by ``1 − 0.9ᵗ`` as in Adam."""
     means, mean = [], 0.0
     for count, value in enumerate(values, start=1):
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value

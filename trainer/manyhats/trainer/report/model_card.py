@@ -1,4 +1,4 @@
-"""The README.md beside a trained artifact: what it is, how it was made, how good it is, how to serve it."""
+"""The README.md of a trained artifact: what it is, how it was made, how good it is, how to serve it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from manyhats.trainer.report.fingerprint import settings_by_name
 from manyhats.trainer.report.report import Evaluation, HeldOut, TrainingReport
 from manyhats.trainer.settings.settings import TrainSettings
 
-# Names of paths on the machine that trained say nothing to a reader elsewhere.
+# Paths on the training machine mean nothing to a reader elsewhere.
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 _LEFT_OUT = frozenset({"task", "out", "data.train", "data.eval", "model.num_threads"})
@@ -48,7 +48,7 @@ def _front_matter(report: TrainingReport) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    """The hub refuses a card whose base is no model of it."""
+    """The hub refuses a card whose base is not one of its models."""
     return _HUB_ID.fullmatch(name) is not None
 
 
@@ -91,7 +91,7 @@ def _data(report: TrainingReport) -> str:
 
 
 def _shown_source(source: str) -> str:
-    """A path by its name alone; the name of a data set or of a model as it is."""
+    """A path's last component; the name of a data set or a model as it is."""
     path = Path(source)
     is_path = path.is_absolute() or source.startswith(("./", "../", "~")) or path.suffix in _DATA_SUFFIXES
     return path.name if is_path else source

@@ -1,4 +1,4 @@
-"""A training's events for people: a bar per task at a terminal, plain lines elsewhere."""
+"""A training run's events for people: a bar per task on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _LINE_EVERY_S = 10.0
 
 @contextmanager
 def shown_training(stream: TextIO | None = None) -> Iterator[Listener]:
-    """Shows the events that are told to it for as long as it is entered; several tasks' may come in turns.
+    """Shows the events it receives while entered; those of several tasks may alternate.
 
     Args:
-        stream: None is stderr, so that stdout stays free for results.
+        stream: None for stderr, so that stdout stays free for results.
     """
     stream = sys.stderr if stream is None else stream
     if not stream.isatty():
@@ -60,18 +60,18 @@ class Recent:
         self._steps: deque[StepReport] = deque(maxlen=_RECENT_STEPS)
 
     def add(self, step: StepReport) -> None:
-        """Take a step in."""
+        """Add a step."""
         self._steps.append(step)
 
     @property
     def tokens_per_s(self) -> float:
-        """While steps were taken."""
+        """Speed while steps were taken."""
         seconds = sum(step.seconds for step in self._steps)
         return sum(step.num_tokens for step in self._steps) / seconds if seconds else 0.0
 
     @property
     def loss(self) -> float:
-        """Of the latest step."""
+        """The latest step's loss."""
         return self._steps[-1].loss
 
     @property
@@ -82,13 +82,13 @@ class Recent:
 
     @property
     def losses(self) -> str:
-        """Both, for people; the smoothed one named as such, where there is more than one step."""
+        """Both, for people; the smoothed one is labelled, and only shown after more than one step."""
         smoothed = f" (mean of {len(self._steps)} steps {self.smoothed_loss:.4f})"
         return f"loss {self.loss:.4f}{smoothed if len(self._steps) > 1 else ''}"
 
     @property
     def seconds_left(self) -> float:
-        """At the pace of these steps."""
+        """The remaining seconds at the pace of these steps."""
         last = self._steps[-1]
         mean = sum(step.seconds for step in self._steps) / len(self._steps)
         return (last.num_steps - last.step) * mean
@@ -128,7 +128,7 @@ class _Bars:
 
 
 class PlainLines:
-    """A line for what matters, and one for the steps of every ten seconds."""
+    """A line for each notable event, and one for steps every ten seconds."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -163,14 +163,14 @@ class PlainLines:
         if event.done != event.total and not self._is_time(name):
             return ""
         self._last_s[name] = time.monotonic()
-        return f"{event.task}: {event.done}/{event.total} items scored, by the base and the adapter"
+        return f"{event.task}: {event.done}/{event.total} items scored, with the base and the adapter"
 
     def _is_time(self, name: str) -> bool:
         return time.monotonic() - self._last_s.setdefault(name, time.monotonic()) >= _LINE_EVERY_S
 
 
 def lines_of(event: Event) -> list[str]:
-    """An event as lines; none for those that are shown otherwise, or not at all."""
+    """An event as lines; none for those shown otherwise or not at all."""
     if isinstance(event, DataRead):
         data = "held-out data" if event.is_held_out else "training data"
         warning = "warning: " if event.counts.ignored else ""
@@ -180,7 +180,7 @@ def lines_of(event: Event) -> list[str]:
 
 
 def line_of(event: Event) -> str:
-    """An event as a line; empty for those that are shown otherwise, or not at all."""
+    """An event as a line; empty for those shown otherwise or not at all."""
     match event:
         case RunBegan():
             resumed = f" from step {event.step}" if event.step else ""

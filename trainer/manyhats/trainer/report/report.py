@@ -1,4 +1,4 @@
-"""What a training came to: everything that its report, its loss curve and its model card say."""
+"""The results of a training run: everything in its report, loss curve and model card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HeldOut:
 
     Attributes:
         loss: the mean over all target tokens, in nats.
-        num_right: items whose label was predicted; None where no labels are scored.
+        num_right: items whose label was predicted; None if no labels are scored.
     """
 
     loss: float
@@ -49,12 +49,12 @@ class BaseReport:
     """The base that was trained on.
 
     Attributes:
-        name: what the artifact records as its base.
+        name: the base that the artifact records.
         digest: of checkpoint and quantization, as the server reports it.
         digest_before, digest_after: of its weights in memory.
-        num_parameters: of its matrices.
-        linear_bytes: resident, of the quantized linears.
-        dtype, device: what its products were computed as, and where.
+        num_parameters: in its matrices.
+        linear_bytes: resident bytes of the quantized linears.
+        dtype, device: those its products were computed in and on.
     """
 
     name: str
@@ -72,12 +72,12 @@ class ArtifactReport:
     """The artifact as it was written.
 
     Attributes:
-        digest: what the server calls it.
-        library: that reads it, ``peft`` or ``adapter-transformers``.
+        digest: as the server reports it.
+        library: the one that reads it, ``peft`` or ``adapter-transformers``.
         files: name → size and SHA-256.
-        num_trainable: parameters that were trained; those of a prefix's MLP are not in the artifact.
-        step: whose parameters they are.
-        learning_rate: at its peak.
+        num_trainable: trained parameters; those of a prefix's MLP are not in the artifact.
+        step: the one its parameters are from.
+        learning_rate: the peak.
     """
 
     digest: str
@@ -91,13 +91,13 @@ class ArtifactReport:
 
     @property
     def num_bytes(self) -> int:
-        """Of all its files."""
+        """The size of all its files."""
         return sum(size for size, _ in self.files.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """A source as it was used: its rows of tokens, and what became of the others."""
+    """A source as it was used: its rows of tokens, and what happened to the others."""
 
     num_rows: int
     counts: DataCounts
@@ -105,14 +105,14 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingReport:
-    """A whole training.
+    """A whole training run.
 
     Attributes:
-        date: that chat templates could write into the rows: the run's start, before any interrupt.
-        train, held_out: the data; None without evaluation data.
+        date: the one chat templates could write into the rows: the run's start, before any interrupt.
+        train, held_out: the data; ``held_out`` is None without evaluation data.
         evaluation: None without evaluation data.
         stopped_early: the held-out loss no longer fell.
-        peak_memory: of the process while it trained.
+        peak_memory: the process's, during training.
         failures: checkpoints that could not be written.
     """
 
@@ -131,24 +131,24 @@ class TrainingReport:
 
     @property
     def num_tokens(self) -> int:
-        """Of all steps."""
+        """Tokens of all steps."""
         return sum(step.num_tokens for step in self.steps)
 
     @property
     def tokens_per_s(self) -> float:
-        """While it took steps; evaluations and checkpoints not counted."""
+        """Speed while taking steps, without evaluations and checkpoints."""
         seconds = sum(step.seconds for step in self.steps)
         return self.num_tokens / seconds if seconds else 0.0
 
     @property
     def duration_s(self) -> float:
-        """Of steps and evaluations, those before an interrupt too."""
+        """Seconds of steps and evaluations, including those before an interrupt."""
         steps = sum(step.seconds for step in self.steps)
         return steps + sum(evaluation.seconds for evaluation in self.evaluations)
 
     @property
     def trainable_share(self) -> float:
-        """Trained parameters to the base's."""
+        """Trained parameters as a fraction of the base's."""
         return self.artifact.num_trainable / self.base.num_parameters
 
     def to_json(self) -> bytes:
@@ -208,5 +208,5 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _without_task(report: StepReport | EvaluationReport) -> dict[str, Any]:
-    """Its fields but those that are the same in all."""
+    """Its fields except those that are the same in all."""
     return {name: value for name, value in asdict(report).items() if name not in ("task", "num_steps")}

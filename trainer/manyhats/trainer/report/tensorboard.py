@@ -1,4 +1,4 @@
-"""Curves for TensorBoard, where it is installed."""
+"""Curves for TensorBoard, if it is installed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from manyhats.trainer.report.events import EvaluationReport, Event, Listener, St
 
 @contextmanager
 def tensorboard_curves(directory: Path) -> Iterator[Listener]:
-    """Write the events of steps and evaluations; without TensorBoard, nothing.
+    """Write the events of steps and evaluations; does nothing without TensorBoard.
 
-    A run that was interrupted goes on in another file of the same directory; steps keep their numbers.
+    A resumed run continues in another file of the same directory; steps keep their numbers.
 
     Raises:
         OutputError: the directory cannot be written.

@@ -1,1 +1,1 @@
-"""A training from its first step to its last: steps, evaluations, checkpoints, interrupts."""
+"""A training run from its first step to its last: steps, evaluations, checkpoints, interrupts."""

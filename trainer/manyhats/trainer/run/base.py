@@ -32,14 +32,14 @@ class TrainingBase:
     digest: str
 
     def check_unchanged(self) -> str:
-        """The digest of the weights as they are now.
+        """Returns the digest of the weights as they are now.
 
         Raises:
-            BaseError: it is another than before.
+            BaseError: it has changed.
         """
         digest = weights_digest(self.model.weights)
         if digest != self.digest:
-            raise BaseError(f"the base has changed while it was trained on: {self.digest} is now {digest}")
+            raise BaseError(f"the base changed during training: {self.digest} is now {digest}")
         return digest
 
 
@@ -50,17 +50,17 @@ def load_base(
     progress: Progress = no_progress,
     home: Path | None = None,
 ) -> TrainingBase:
-    """Load the base and make its decoder; from then on the process's peak memory counts.
+    """Load the base and make its decoder; peak memory is measured from then on.
 
     Args:
         settings: which, and how it is computed.
-        model: the base, where it is in memory already.
-        progress: told of the loading.
-        home: holds fetched models and their NF4 weights; None takes the default.
+        model: the base, if already in memory.
+        progress: receives loading progress.
+        home: where fetched models and their NF4 weights are kept; None for the default.
 
     Raises:
         ModelError: it cannot be loaded.
-        SettingError: the device is not there.
+        SettingError: there is no such device.
     """
     computation = resolve_computation(settings)
     if settings.num_threads:
@@ -85,6 +85,6 @@ def load_base(
 
 
 def num_parameters(weights: Weights) -> int:
-    """Of all matrices; a tied head counts once."""
+    """The number of parameters in all matrices; a tied head counts once."""
     linears = (*weights.linears(), *weights.outer.values())
     return weights.embedding.numel() + sum(linear.out_features * linear.in_features for linear in linears)

@@ -1,4 +1,4 @@
-"""A digest of the base's weights as they are in memory: a training must leave it as it was."""
+"""A digest of the base's weights as they are in memory: training must not change it."""
 
 from __future__ import annotations
 

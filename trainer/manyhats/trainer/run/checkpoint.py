@@ -1,4 +1,4 @@
-"""The checkpoints of one run in their directory: written whole, continued exactly, the newest and the best kept."""
+"""The checkpoints of one run: written whole, resumed exactly; the newest and the best are kept."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def open_checkpoints(
     """Where a run with these settings and data keeps its checkpoints; None without an output directory.
 
     Args:
-        base: what else decides its course, such as the base's digest.
-        date: that chat templates wrote into the rows.
+        base: what else determines its course, such as the base's digest.
+        date: the one that chat templates wrote into the rows.
     """
     if not settings.out:
         return None
@@ -44,7 +44,7 @@ def open_checkpoints(
 
 
 def recorded_date(out: Path) -> datetime | None:
-    """The date that the rows of a training in an output directory were made with; None where none is recorded.
+    """The date with which the rows of an earlier training run in an output directory were made; None if not recorded.
 
     Raises:
         CheckpointError: its newest checkpoint is damaged.
@@ -56,7 +56,7 @@ def recorded_date(out: Path) -> datetime | None:
     try:
         return None if date is None else datetime.fromisoformat(date)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{newest}/{STATE_FILE}: damaged: {date!r} is no date") from error
+        raise CheckpointError(f"{newest}/{STATE_FILE}: damaged: {date!r} is not a date") from error
 
 
 def newest_in(directory: Path) -> Path | None:
@@ -66,13 +66,13 @@ def newest_in(directory: Path) -> Path | None:
 
 
 class Checkpoints:
-    """``step-000100`` and the like in one directory, which is made when the first is written.
+    """``step-000100`` and so on in one directory, created when the first is written.
 
     Args:
         directory: nobody else writes to it meanwhile.
-        keep: the newest so many, at least one; the best is kept besides.
+        keep: how many of the newest to keep, at least one, besides the best.
         fingerprint: of the run.
-        date: that chat templates wrote into its rows.
+        date: the one that chat templates wrote into its rows.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Checkpoints:
         """Write the state's checkpoint, and remove those no longer needed.
 
         Raises:
-            CheckpointError: that fails, such as on a full disk; those before are still there.
+            CheckpointError: writing fails, such as on a full disk; earlier checkpoints remain.
         """
         path = _path_in(self._directory, state.step)
         with _failing_as_checkpoint("cannot be written", path):
@@ -102,10 +102,10 @@ class Checkpoints:
         return newest_in(self._directory)
 
     def read_newest(self) -> RunState:
-        """The state to go on from.
+        """The state to resume from.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or of another training, and then of which.
+            CheckpointError: there is none, it is damaged, or it is of another training run; says how they differ.
         """
         path = self.newest()
         if path is None:
@@ -118,18 +118,18 @@ class Checkpoints:
         return decode(str(path), files)
 
     def clear(self) -> None:
-        """Remove the checkpoints of a training that came to its end, before another one begins here.
+        """Remove the checkpoints of a finished training run before another one begins here.
 
         Raises:
-            CheckpointError: they are of one that did not, which could still be resumed; or cannot be removed.
+            CheckpointError: the run was not finished and could still be resumed; or they cannot be removed.
         """
         newest = self.newest()
         if newest is None:
             return
         if not _header_of(newest)["is_done"]:
             raise CheckpointError(
-                f"{newest} is of a training that was not finished: resume it, or remove {self._directory} "
-                "to begin anew"
+                f"{newest} is of an unfinished training run: resume it, or remove {self._directory} "
+                "to start over"
             )
         for step in _steps_in(self._directory):
             path = _path_in(self._directory, step)

@@ -1,4 +1,4 @@
-"""The held-out loss, by the decoder that trains."""
+"""The held-out loss, computed by the training decoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def in_float32(adapter: LoweredAdapter, device: torch.device) -> LoweredAdapter:
-    """An adapter as it was saved, ready for the decoder that trains: every value exactly, in float32."""
+    """An adapter as it was saved, for the training decoder: every value exact, in float32."""
     prefix = None if adapter.prefix is None else _converted(adapter.prefix, device)
     return replace(
         adapter, deltas=tuple(_converted(delta, device) for delta in adapter.deltas), prefix=prefix
@@ -53,10 +53,10 @@ def held_out_loss(
 
     Args:
         decoder: the base.
-        adapter: None is the base alone.
+        adapter: None for the base alone.
         held_out: the rows.
         settings: how large a batch may be.
-        on_progress: told after each batch how many of the rows are done; what it raises ends the evaluation.
+        on_progress: called after each batch with the number of rows done; an exception from it ends the evaluation.
     """
     total, num_done = 0.0, 0
     for rows in evaluation_batches(held_out.rows, settings):

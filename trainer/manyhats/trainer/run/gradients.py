@@ -16,7 +16,7 @@ from manyhats.trainer.run.once_per_step import LoweredOnce
 
 
 class LossModel(Protocol):
-    """What a run needs of ``TrainingDecoder``."""
+    """What a run needs from ``TrainingDecoder``."""
 
     def loss(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
         """The sum of the cross-entropies of the batch's targets."""
@@ -35,9 +35,9 @@ class StepLoss:
 def accumulate_gradients(
     decoder: LossModel, adapter: TrainableAdapter, micro_batches: Sequence[Sequence[TokenizedRow]]
 ) -> StepLoss:
-    """Leave in the adapter's parameters the gradients of the mean over all target tokens of all micro-batches.
+    """Set the parameters' gradients to those of the mean loss over all target tokens of all micro-batches.
 
-    So a step cut into micro-batches is the same as one big batch, however the targets are spread over them.
+    So a step split into micro-batches equals one big batch, however the targets are spread over them.
     """
     num_targets = sum(row.num_targets for rows in micro_batches for row in rows)
     lowered = LoweredOnce(adapter.lowered())

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a training runs: the step at hand is finished, what was learned is kept."""
+"""SIGINT and SIGTERM during training: the current step is finished, and what was learned is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Keepable(Protocol):
-    """A run, as far as an interrupt goes."""
+    """A run, as far as interrupts are concerned."""
 
     @property
     def is_done(self) -> bool:
@@ -33,12 +33,12 @@ class TrainingInterrupted(KeyboardInterrupt):
     """A training was interrupted by the user, or by a signal to end; a command exits with 130.
 
     Attributes:
-        checkpoints: those that were written for it, to resume from.
+        checkpoints: those written for it, to resume from.
     """
 
     def __init__(self, checkpoints: Sequence[Path]) -> None:
         kept = ", ".join(str(path) for path in checkpoints)
-        super().__init__(f"interrupted; to be resumed from {kept}" if kept else "interrupted")
+        super().__init__(f"interrupted; can be resumed from {kept}" if kept else "interrupted")
         self.checkpoints = tuple(checkpoints)
 
 
@@ -46,8 +46,8 @@ class StopRequest:
     """Set by a first SIGINT or SIGTERM; a second one raises ``KeyboardInterrupt`` at once.
 
     Attributes:
-        is_set: by a first signal.
-        is_urgent: by a second.
+        is_set: a first signal has come.
+        is_urgent: a second signal has come.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class StopRequest:
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:
-        """Take both signals for as long as this is entered; only the main thread can."""
+        """Handle both signals while this is entered; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -74,30 +74,30 @@ class StopRequest:
         self.is_set = True
 
     def __call__(self, event: Event) -> None:
-        """Listen to a run: tokenizing and its evaluations take long, and can be done again.
+        """Listen to a run: tokenization and evaluations take long, and can be repeated.
 
         Raises:
-            KeyboardInterrupt: if it is set.
+            KeyboardInterrupt: it is set.
         """
         if self.is_set and isinstance(event, TokenizingProgress | EvaluationProgress | ScoringProgress):
             raise KeyboardInterrupt
 
     def check(self, runs: Sequence[Keepable]) -> None:
-        """Call between two steps.
+        """Checks for a signal; called between two steps.
 
         Raises:
-            TrainingInterrupted: if it is set; the unfinished runs have a checkpoint each.
-            CheckpointError: if it is set and one cannot be written.
+            TrainingInterrupted: it is set; each unfinished run has a checkpoint.
+            CheckpointError: it is set, and a checkpoint cannot be written.
         """
         if self.is_set:
             raise TrainingInterrupted(keep(runs))
 
 
 def keep(runs: Sequence[Keepable]) -> list[Path]:
-    """A checkpoint of each run that is not done.
+    """Write a checkpoint of each unfinished run.
 
     Raises:
-        CheckpointError: one cannot be written; the others are.
+        CheckpointError: one cannot be written; the others were.
     """
     written: list[Path] = []
     failure: CheckpointError | None = None

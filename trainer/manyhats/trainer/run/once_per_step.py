@@ -13,13 +13,13 @@ from manyhats.adapters.primitives import LoweredAdapter
 
 
 class LoweredOnce:
-    """Primitives cut off from the parameters that they are made of, which collect the micro-batches' gradients.
+    """Primitives detached from their parameters, which collect the micro-batches' gradients.
 
-    Lowering may cost as much as a forward: DoRA's reads every weight of the base. The parameters stay as they are
-    within a step, so it is done once, and undone once by ``backward``.
+    Lowering may cost as much as a forward: DoRA's reads every weight of the base. The parameters do not change within a
+    step, so it is done once, and ``backward`` goes back through it once.
 
     Args:
-        lowered: with the history of its gradients.
+        lowered: with gradient history.
     """
 
     def __init__(self, lowered: LoweredAdapter) -> None:
@@ -28,14 +28,14 @@ class LoweredOnce:
         self.adapter: LoweredAdapter = _map_tensors(lowered, self._leaf)
 
     def backward(self) -> None:
-        """Carry the gradients collected so far on to the parameters; once."""
+        """Propagate the collected gradients to the parameters. Call it once."""
         collected = [(made, self._cut[id(made)].grad) for made in self._made]
         reached = [(made, grad) for made, grad in collected if grad is not None]
         if reached:
             torch.autograd.backward([made for made, _ in reached], [grad for _, grad in reached])
 
     def _leaf(self, tensor: Tensor) -> Tensor:
-        """A leaf in the tensor's place; the same one wherever it occurs."""
+        """A leaf in place of the tensor; the same one wherever it occurs."""
         if not tensor.requires_grad:
             return tensor
         if id(tensor) not in self._cut:

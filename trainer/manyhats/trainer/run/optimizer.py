@@ -1,4 +1,4 @@
-"""AdamW over an adapter's parameters by name: rates of their own, gradients bounded together, state to keep."""
+"""AdamW over an adapter's named parameters: separate rates, gradients clipped together, state that can be saved."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _EPS = 1e-8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OptimizerState:
-    """What the optimizer remembers of each parameter, by ``parameter/entry``: tensors, and plain numbers."""
+    """The optimizer's state for each parameter, by ``parameter/entry``: tensors, and plain numbers."""
 
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, float]
 
 
 class AdapterOptimizer:
-    """Moves an adapter's parameters, all of one device.
+    """Updates an adapter's parameters, all on one device.
 
     Args:
         adapter: its ``learning_rate_scale`` gives LoRA+ two rates.
         settings: which AdamW, and its constants.
-        learning_rate: at its peak, for a scale of 1.
+        learning_rate: the peak, for a scale of 1.
 
     Raises:
         SettingError: ``optimizer``: the parameters are not on CUDA, which 8-bit states need.
@@ -48,11 +48,11 @@ class AdapterOptimizer:
         self._optimizer = _make(settings, _groups(adapter, learning_rate))
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def clip(self) -> float:
-        """Scale all gradients to ``max_grad_norm`` if they are longer together; their norm as it was."""
+        """Scale all gradients to a joint norm of at most ``max_grad_norm``; returns the norm before that."""
         parameters = list(self._parameters.values())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self._max_norm > 0 and torch.isfinite(norm):
@@ -60,13 +60,13 @@ class AdapterOptimizer:
         return float(norm)
 
     def step(self, factor: float) -> None:
-        """Move the parameters at ``factor`` of their peak rates."""
+        """Update the parameters at ``factor`` times their peak rates."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._peak * group["scale"] * factor
         self._optimizer.step()
 
     def state(self) -> OptimizerState:
-        """A copy of what is remembered, in host memory."""
+        """A copy of the state, in host memory."""
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, float] = {}
         for name, parameter in self._parameters.items():
@@ -78,10 +78,10 @@ class AdapterOptimizer:
         return OptimizerState(tensors, numbers)
 
     def restore(self, state: OptimizerState) -> None:
-        """Go on from what was remembered.
+        """Restore a saved state.
 
         Raises:
-            CheckpointError: it is of other parameters.
+            CheckpointError: it is for other parameters.
         """
         entries: dict[str, dict[str, Any]] = defaultdict(dict)
         for key, value in (*state.tensors.items(), *state.numbers.items()):
@@ -89,7 +89,7 @@ class AdapterOptimizer:
             entries[name][entry] = value
         if unknown := entries.keys() - self._parameters.keys():
             raise CheckpointError(
-                f"the optimizer's state is of another adapter: {', '.join(sorted(unknown))}"
+                f"the optimizer's state is for another adapter: {', '.join(sorted(unknown))}"
             )
         indices = {id(parameter): index for index, parameter in enumerate(self._ordered())}
         self._optimizer.load_state_dict(
@@ -100,7 +100,7 @@ class AdapterOptimizer:
         )
 
     def _ordered(self) -> list[nn.Parameter]:
-        """The parameters in the order by which the optimizer numbers them."""
+        """The parameters in the order in which the optimizer numbers them."""
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
 

@@ -1,4 +1,4 @@
-"""What can be seen to be wrong before the base is loaded, which may take minutes."""
+"""Checks that need no base, before it is loaded, which may take minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manyhats.trainer.settings.settings import TrainSettings
 
 
 def check_before_loading(settings: TrainSettings, *, resume: bool = False) -> None:
-    """Look at the output directory, the artifact to go on from, and the first row of each source of data.
+    """Check the output directory, the artifact to start from, and the first row of each data source.
 
     Raises:
         SettingError: ``out`` or ``init_from``.
@@ -26,6 +26,6 @@ def check_before_loading(settings: TrainSettings, *, resume: bool = False) -> No
         if resume and newest_in(checkpoints) is None:
             raise CheckpointError(f"{checkpoints} has no checkpoint to resume from")
     if settings.init_from and not Path(settings.init_from).is_dir():
-        raise SettingError("init_from", f"{settings.init_from}: is no directory")
+        raise SettingError("init_from", f"{settings.init_from}: is not a directory")
     data = settings.data
     check_first_rows(data, [source for source in (data.train, data.eval) if source])

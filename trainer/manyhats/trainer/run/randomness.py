@@ -1,4 +1,4 @@
-"""Random numbers of one step that depend on the run's seed and the step alone."""
+"""Random numbers for one step, which depend only on the run's seed and the step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 @contextmanager
 def step_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Within it torch's global generators are seeded from (seed, step); afterwards they are as they were.
+    """Seed torch's global generators from (seed, step) while entered; restore them afterwards.
 
-    So dropout is the same whether a run was interrupted before, or another run's steps came in between.
+    So dropout is the same even if the run was interrupted before, or another run's steps came in between.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -22,6 +22,6 @@ def step_randomness(seed: int, step: int, device: torch.device) -> Iterator[None
 
 
 def _mixed(seed: int, step: int) -> int:
-    """63 bits; neighbouring seeds and steps have nothing in common."""
+    """63 bits; unrelated for neighbouring seeds and steps."""
     digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -1,4 +1,4 @@
-"""What a run came to."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from manyhats.trainer.report.events import EvaluationReport, StepReport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """All that a run did.
+    """Everything a run did.
 
     Attributes:
         artifact_step: the step whose parameters the adapter has now.
         stopped_early: whether it ended because the held-out loss no longer fell.
-        learning_rate: at its peak.
+        learning_rate: the peak.
         failures: checkpoints that could not be written.
     """
 

@@ -1,4 +1,4 @@
-"""Several tasks trained at once on one resident base: each takes a step in turn, and fails or ends by itself."""
+"""Several tasks trained at once on one resident base: they take steps in turn, and each fails or ends on its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Told = Callable[[TaskOutcome], None]
 
 
 def _ignore(outcome: TaskOutcome) -> None:
-    """Takes no note."""
+    """Does nothing."""
 
 
 def train_several(
@@ -47,22 +47,22 @@ def train_several(
     progress: Progress = no_progress,
     home: Path | None = None,
 ) -> tuple[TaskOutcome, ...]:
-    """Train tasks of any methods on one base, a step of each in turn; each one's losses are those it has alone.
+    """Train tasks of any methods on one base, one step each in turn; each has the losses it would have alone.
 
-    A task that fails, be it by its data or by a loss that is not finite, stops alone. Every task's artifact is written
-    and evaluated as soon as its last step is taken.
+    A task that fails, because of its data or a loss that is not finite, does not stop the others. Each task's artifact
+    is written and evaluated right after its last step.
 
     Args:
-        tasks: at least one; all of one base, each with an ``out`` of its own.
-        model: the base, where it is in memory already, of the settings' quantization and dtype.
-        resume: go on from the newest checkpoint of each task; one without begins.
-        listener: told of what happens in all of them.
-        on_outcome: told of each task's end, one that failed too.
-        progress: told of the base's loading.
-        home: holds fetched models; None takes the default.
+        tasks: at least one, all on one base, each with its own ``out``.
+        model: the base, if already in memory, with the settings' quantization and dtype.
+        resume: continue from each task's newest checkpoint; a task without one begins.
+        listener: receives the events of all of them.
+        on_outcome: called when each task ends or fails.
+        progress: receives the base's loading progress.
+        home: where fetched models are kept; None for the default.
 
     Returns:
-        An outcome of each task, in their order.
+        The outcome of each task, in order.
 
     Raises:
         SettingError: the tasks do not share one base.
@@ -81,7 +81,7 @@ def train_several(
 
 
 def common_base(tasks: Iterable[TrainSettings]) -> ModelSettings:
-    """What all tasks say of the base.
+    """The base's settings, which all tasks must share.
 
     Raises:
         SettingError: they differ, or there are none.
@@ -91,12 +91,12 @@ def common_base(tasks: Iterable[TrainSettings]) -> ModelSettings:
         raise SettingError("tasks", "there are none")
     first, *others = bases
     for other in others:
-        raise SettingError("model", f"{bases[other]} and {bases[first]} are not on the same base")
+        raise SettingError("model", f"{bases[other]} and {bases[first]} do not have the same base")
     return first
 
 
 class _Place:
-    """One of several tasks: to be opened, at work, and then with an outcome."""
+    """One of several tasks: not yet open, running, or ended with an outcome."""
 
     def __init__(
         self, settings: TrainSettings, base: TrainingBase, resume: bool, listener: Listener, on_outcome: Told
@@ -112,11 +112,11 @@ class _Place:
 
     @property
     def run(self) -> TrainingRun | None:
-        """What an interrupt must keep; None before it is opened, and after its end."""
+        """What an interrupt must keep; None before the task is opened and after it ends."""
         return None if self._task is None else self._task.run
 
     def open(self) -> None:
-        """Read its data, and make its adapter."""
+        """Read its data and make its adapter."""
         try:
             resume = self._resume and has_checkpoint(Path(self.settings.out))
             self._task = self._stack.enter_context(
@@ -126,7 +126,7 @@ class _Place:
             self._end(TaskOutcome(settings=self.settings, error=error))
 
     def step(self) -> None:
-        """Take a step; behind the last one, finish."""
+        """Take a step; after the last one, finish."""
         if self._task is None:
             return
         try:
@@ -138,7 +138,7 @@ class _Place:
             self._end(TaskOutcome(settings=self.settings, error=error))
 
     def close(self) -> None:
-        """Let go of what it holds open."""
+        """Close what it holds open."""
         self._task = None
         self._stack.close()
 
@@ -152,8 +152,8 @@ def _take_turns(places: Sequence[_Place], stop: StopRequest) -> None:
     """Open all tasks, then step each in turn until all have ended.
 
     Raises:
-        TrainingInterrupted: after a signal; all tasks that have begun and not ended have a checkpoint.
-        CheckpointError: after a signal, one cannot be written.
+        TrainingInterrupted: after a signal; every task that has begun and not ended has a checkpoint.
+        CheckpointError: after a signal, a checkpoint cannot be written.
         KeyboardInterrupt: after a second signal, at once.
     """
     try:
@@ -172,7 +172,7 @@ def _take_turns(places: Sequence[_Place], stop: StopRequest) -> None:
 
 
 def _stop_if_asked(stop: StopRequest) -> None:
-    """Raises ``KeyboardInterrupt`` after a signal."""
+    """Raise ``KeyboardInterrupt`` after a signal."""
     if stop.is_set:
         raise KeyboardInterrupt
 
@@ -182,5 +182,5 @@ def _runs(places: Iterable[_Place]) -> list[TrainingRun]:
 
 
 def has_checkpoint(out: Path) -> bool:
-    """Whether a training in an output directory can be resumed."""
+    """Whether an output directory has a training run that can be resumed."""
     return newest_in(checkpoints_directory(out)) is not None

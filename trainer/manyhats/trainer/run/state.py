@@ -1,4 +1,4 @@
-"""Everything that a run is at one step, and its files: safetensors and JSON, nothing that runs code."""
+"""A run's whole state at one step, and its files: safetensors and JSON, nothing that runs code."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RunState:
-    """A run after some step; what follows depends on this, its settings and its data alone.
+    """A run after some step; what follows depends only on this, its settings and its data.
 
     Attributes:
         parameters: the adapter's, by name.
         optimizer: its state.
-        best: the parameters as they were at the best evaluation; empty where they are not kept.
+        best: the parameters at the best evaluation; empty if they are not kept.
         steps: every step so far.
         evaluations: likewise.
         is_done: whether no step follows.
@@ -47,7 +47,7 @@ class RunState:
 
     @property
     def step(self) -> int:
-        """How many steps were taken."""
+        """The number of steps taken."""
         return len(self.steps)
 
 
@@ -76,7 +76,7 @@ def decode_header(name: str, content: bytes) -> dict[str, Any]:
     """``run.json`` of the checkpoint ``name``, checked for its format.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not one.
     """
     try:
         header = json.loads(content)
@@ -97,7 +97,7 @@ def decode(name: str, files: Mapping[str, bytes]) -> RunState:
     try:
         for file, sha256 in header["files"].items():
             if hashlib.sha256(files[file]).hexdigest() != sha256:
-                raise CheckpointError(f"{name}/{file}: damaged: its content is not what was written")
+                raise CheckpointError(f"{name}/{file}: damaged: its content has changed since it was written")
         return RunState(
             parameters=load(files[PARAMETERS_FILE]),
             optimizer=OptimizerState(load(files[OPTIMIZER_FILE]), header["optimizer_numbers"]),

@@ -67,18 +67,18 @@ def _data_report(dataset: Dataset) -> DataReport:
 def open_task(
     settings: TrainSettings, base: TrainingBase, *, resume: bool = False, listener: Listener = ignore
 ) -> Iterator[TaskTraining]:
-    """A task ready for its first step, or the next; while it is open its curves go to TensorBoard, if installed.
+    """A task ready for its first or next step; while open, it writes curves to TensorBoard, if installed.
 
     Args:
         settings: ``out`` must be given.
         base: shared with other tasks.
-        resume: go on from the newest checkpoint in ``out``.
-        listener: told of what happens.
+        resume: continue from the newest checkpoint in ``out``.
+        listener: receives its events.
 
     Raises:
-        SettingError, DataError, BaseError: it cannot be trained as it is asked to.
-        CheckpointError: there is nothing to resume from; or, without ``resume``, a training in ``out`` that was not
-            finished.
+        SettingError, DataError, BaseError: it cannot be trained as requested.
+        CheckpointError: there is nothing to resume from; or, without ``resume``, there is an unfinished training run in
+            ``out``.
         OutputError: ``out`` cannot be written.
     """
     if not settings.out:
@@ -137,7 +137,7 @@ class TaskTraining:
             self.run.clear_checkpoints()
 
     def _progress_of_reading(self) -> Callable[[], None]:
-        """Tells the listener of it a few times a second."""
+        """Reports to the listener a few times a second."""
         done, told_s = 0, 0.0
 
         def tell() -> None:
@@ -170,8 +170,8 @@ class TaskTraining:
             OutputError: a file cannot be written, or a server would refuse the artifact.
             BaseError: the base was changed.
             EngineError: the labels cannot be scored.
-            TrainingInterrupted: the listener raised ``KeyboardInterrupt``; the artifact is there, and resuming
-                makes the report.
+            TrainingInterrupted: the listener raised ``KeyboardInterrupt``; the artifact is written, and resuming makes
+                the report.
         """
         try:
             return self._finish()
@@ -210,7 +210,7 @@ class TaskTraining:
         write_report(self._out, report.to_json(), curve, model_card(report))
 
     def _evaluation(self, result: RunResult, saved: SavedAdapter) -> Evaluation | None:
-        """The base before, the artifact after."""
+        """The base's results, and the artifact's."""
         held_out, options = self._data.held_out, self._settings.optimization
         if held_out is None:
             return None
@@ -219,7 +219,7 @@ class TaskTraining:
             return held_out_loss(self._base.decoder, adapter, held_out, options, self._tell_evaluation)
 
         losses = {evaluation.step: evaluation.loss for evaluation in result.evaluations}
-        # A file of float32 has the very parameters that were evaluated last.
+        # A float32 file has exactly the parameters that were evaluated last.
         is_exact = self._settings.save_dtype == "float32"
         loss_before = loss_of(None)
         loss_after = (
@@ -239,7 +239,7 @@ class TaskTraining:
         self._listener(EvaluationProgress(task=self._settings.task, done=done, total=total))
 
     def _num_right(self, saved: SavedAdapter) -> tuple[int | None, int | None]:
-        """Labels that the base and the artifact predict."""
+        """How many labels the base and the artifact predict correctly."""
         data, task = self._data, self._settings.task
         if not data.items:
             return None, None

@@ -40,23 +40,24 @@ from manyhats.trainer.settings.settings import TrainSettings
 
 
 class TrainingRun:
-    """Moves one adapter's parameters, ``step`` by ``step``.
+    """Trains one adapter, ``step`` by ``step``.
 
-    A run depends on its settings and its data alone: other runs may take steps in between, and one that goes on from
-    a checkpoint has the losses of one that was never interrupted.
+    A run depends only on its settings and data: other runs may take steps in between, and a resumed run has the losses
+    of one that was never interrupted.
 
     Args:
-        settings: with an empty ``out`` nothing is written.
+        settings: if ``out`` is empty, nothing is written.
         decoder: the base; it may be shared.
         adapter: what is trained.
         train: at least one row.
-        held_out: what the loss is evaluated on; None for nothing.
-        listener: told of what happens.
+        held_out: the rows to evaluate the loss on; None for none.
+        listener: receives its events.
         base: what a checkpoint must have been made with besides settings and data, such as the base's digest.
-        date: that chat templates wrote into the rows; checkpoints have it, so that a later day goes on with it.
+        date: the one that chat templates wrote into the rows; checkpoints record it, so that a run resumed later keeps
+            it.
 
     Raises:
-        SettingError: the optimizer, or early stopping without evaluation data.
+        SettingError: the optimizer cannot be used, or there is no evaluation data for early stopping.
     """
 
     def __init__(
@@ -90,45 +91,45 @@ class TrainingRun:
         self._is_whole = True
         self._has_begun = False
 
-    # Where it stands
+    # State
 
     @property
     def task(self) -> str:
-        """Its task."""
+        """The task's name."""
         return self._settings.task
 
     @property
     def num_steps(self) -> int:
-        """Of the whole run, unless it stops early."""
+        """The number of steps of the whole run, unless it stops early."""
         return self._sampler.num_steps
 
     @property
     def num_steps_taken(self) -> int:
-        """So far."""
+        """The number of steps so far."""
         return self._history.num_steps
 
     @property
     def newest_checkpoint(self) -> Path | None:
-        """To resume from; None where there is none."""
+        """The checkpoint to resume from; None if there is none."""
         return None if self._checkpoints is None else self._checkpoints.newest()
 
     @property
     def is_done(self) -> bool:
-        """Whether no step follows, and the last one was evaluated."""
+        """Whether no steps are left, and the last one was evaluated."""
         return (self.num_steps_taken >= self.num_steps or self.stopped_early) and not self._owes_evaluation
 
     @property
     def stopped_early(self) -> bool:
-        """Whether steps are left, and the last ``patience`` evaluations were no better than one before."""
+        """Whether steps are left, but the last ``patience`` evaluations brought no improvement."""
         return self.num_steps_taken < self.num_steps and self._history.has_no_better(self._options.patience)
 
     # Steps
 
     def step(self) -> StepReport:
-        """Take one optimizer step, and then the evaluation and the checkpoint that are due after it.
+        """Take one optimizer step, then any evaluation and checkpoint that are due.
 
         Raises:
-            DivergedError: its loss or gradient is not finite; the parameters are as they were before it.
+            DivergedError: its loss or gradient is not finite; the parameters are unchanged.
         """
         self.begin()
         began_s = time.perf_counter()
@@ -145,7 +146,7 @@ class TrainingRun:
         return report
 
     def begin(self) -> None:
-        """Tell the listener that the first step comes next; ``step`` does it where nobody has."""
+        """Tell the listener that the first step comes next; ``step`` does so if nobody has."""
         if not self._has_begun:
             self._has_begun = True
             self._listener(
@@ -158,7 +159,7 @@ class TrainingRun:
             )
 
     def _move(self, loss: StepLoss, grad_norm: float, began_s: float) -> StepReport:
-        """Move the parameters and account for it; an interrupt in between leaves a run that cannot be kept."""
+        """Update the parameters and record the step; an interrupt in between leaves a run that cannot be saved."""
         index = self.num_steps_taken
         factor = learning_rate_factor(self._options, index, self.num_steps)
         self._is_whole = False
@@ -181,7 +182,7 @@ class TrainingRun:
         return report
 
     def _settle(self) -> None:
-        """What is due after a step."""
+        """Do what is due after a step."""
         if self._owes_evaluation:
             self.evaluate()
         self._write_checkpoint_if_due()
@@ -200,7 +201,7 @@ class TrainingRun:
     # Evaluation
 
     def evaluate(self) -> float:
-        """The held-out loss as the parameters are: the mean over all target tokens, without dropout.
+        """The held-out loss with the current parameters: the mean over all target tokens, without dropout.
 
         Raises:
             SettingError: there is no evaluation data.
@@ -233,7 +234,7 @@ class TrainingRun:
 
     @property
     def _owes_evaluation(self) -> bool:
-        """Whether the latest step is to be evaluated and was not."""
+        """Whether the latest step is due for evaluation but was not evaluated."""
         step, every = self.num_steps_taken, self._options.eval_steps
         if self._held_out is None or step == 0 or self._history.is_evaluated:
             return False
@@ -246,25 +247,25 @@ class TrainingRun:
     # Checkpoints
 
     def save_checkpoint(self) -> Path:
-        """Write a checkpoint of the run as it is.
+        """Write a checkpoint of the current state.
 
         Raises:
-            CheckpointError: it cannot be written, there is no output directory, or a step was cut off half done.
+            CheckpointError: it cannot be written, there is no output directory, or a step was interrupted halfway.
         """
         if self._checkpoints is None:
             raise CheckpointError("there is no output directory for checkpoints")
         if not self._is_whole:
-            raise CheckpointError("the run was interrupted while its parameters moved")
+            raise CheckpointError("the run was interrupted during an update of its parameters")
         best = self._history.best
         path = self._checkpoints.write(self._state(), None if best is None else best.step)
         self._listener(CheckpointReport(task=self.task, step=self.num_steps_taken, path=path))
         return path
 
     def restore_checkpoint(self) -> None:
-        """Go on from the newest checkpoint of the output directory.
+        """Continue from the newest checkpoint in the output directory.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or of a training with other settings or data.
+            CheckpointError: there is none, it is damaged, or it is of a run with other settings or data.
         """
         if self._checkpoints is None:
             raise CheckpointError("there is no output directory to resume from")
@@ -277,10 +278,10 @@ class TrainingRun:
             self._settle()
 
     def clear_checkpoints(self) -> None:
-        """Make room for this run's checkpoints where a finished training left its own.
+        """Remove the checkpoints of a finished run to make room for this run's.
 
         Raises:
-            CheckpointError: a training that was not finished left them.
+            CheckpointError: they are of an unfinished run.
         """
         if self._checkpoints is not None:
             self._checkpoints.clear()
@@ -293,7 +294,7 @@ class TrainingRun:
         try:
             self.save_checkpoint()
         except CheckpointError as error:
-            # What was learned so far is in memory, and there may be room again by the next one.
+            # What was learned is still in memory, and the next checkpoint may succeed.
             self._failures.append(str(error))
             self._listener(CheckpointFailed(task=self.task, step=step, error=error))
 
@@ -310,9 +311,9 @@ class TrainingRun:
     # The end
 
     def finish(self) -> RunResult:
-        """What the run came to; with early stopping the parameters are now those of the best evaluation.
+        """The run's result; with early stopping, the parameters are now those of the best evaluation.
 
-        Nothing may be asked of the run afterwards.
+        The run must not be used afterwards.
         """
         self.begin()
         best = self._history.best

@@ -1,1 +1,1 @@
-"""What a training is told: settings, checked when made, and the files that hold them."""
+"""Settings of a training run, checked when made, and the files they come from."""

@@ -1,4 +1,4 @@
-"""What the declarations of all settings of a training share: words, bounds, titles."""
+"""What the declarations of all training settings share: words, bounds, titles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from manyhats.settings.reading import Wording
 from manyhats.trainer.errors import SettingError
 
 LARGEST = 2**31 - 1
-"""Of every whole number: what can be meant is smaller, and libraries count in 32 bits."""
+"""The upper bound of every whole number: sensible values are smaller, and libraries count in 32 bits."""
 
 WORDING = Wording(error=SettingError)
 
@@ -24,11 +24,11 @@ GROUPS = (
     STEPS := "Optimization",
     WATCH := "Evaluation and checkpoints",
 )
-"""The titles that settings are shown under, in this order."""
+"""The titles under which settings are shown, in this order."""
 
 
 def require(is_right: bool, setting: str, message: str) -> None:
-    """Refuse a setting that goes with others as it must not.
+    """Refuse a setting that conflicts with others.
 
     Raises:
         SettingError: it is not right.

@@ -1,4 +1,4 @@
-"""The settings that a method has of its own, one dataclass for each kind of adapter."""
+"""Each method's own settings, one dataclass for each kind of adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL_LINEARS = "all-linear"
 
 
 def _num_virtual_tokens() -> Any:
-    return whole(16, 1, group=VIRTUAL, metavar="P", help="Trained before the prompt.")
+    return whole(16, 1, group=VIRTUAL, metavar="P", help="Virtual tokens, ahead of the prompt.")
 
 
 def _check_activation(name: str) -> None:
@@ -41,7 +41,7 @@ def _check_activation(name: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
-    """LoRA, or DoRA with ``use_dora``. A module of a pattern is named whole, or by its end.
+    """LoRA, or DoRA with ``use_dora``. A pattern's key is a module's full name, or its end.
 
     Source: Hu et al. 2021 (arXiv:2106.09685); Liu et al. 2024 (arXiv:2402.09353); Kalajdzievski 2023
     (arXiv:2312.03732); Hayou et al. 2024 (arXiv:2402.12354).
@@ -55,9 +55,11 @@ class LoraSettings:
         flag="target_module",
         metavar="NAME",
         shown="all linears of the layers",
-        help="A linear with a delta, such as q_proj or lm_head. Repeatable.",
+        help="A linear to adapt, such as q_proj or lm_head. Repeatable.",
     )
-    dropout: float = setting(0.0, at_least=0, below=1, group=LORA, metavar="P", help="Of the deltas' input.")
+    dropout: float = setting(
+        0.0, at_least=0, below=1, group=LORA, metavar="P", help="Dropout of the deltas' input."
+    )
     use_rslora: bool = setting(False, group=LORA, help="Scale by A / √R instead.")
     use_dora: bool = False
     rank_pattern: dict[str, int] = setting(
@@ -73,9 +75,11 @@ class LoraSettings:
     def __post_init__(self) -> None:
         check(self, WORDING)
         require(bool(self.target_modules), "target_modules", "must name a module")
-        require(all(rank >= 1 for rank in self.rank_pattern.values()), "rank_pattern", "ranks begin at 1")
+        require(
+            all(rank >= 1 for rank in self.rank_pattern.values()), "rank_pattern", "ranks must be at least 1"
+        )
         largest = max(self.rank_pattern.values(), default=1)
-        require(largest <= LARGEST, "rank_pattern", f"ranks end at {LARGEST}")
+        require(largest <= LARGEST, "rank_pattern", f"ranks must be at most {LARGEST}")
 
     @property
     def method(self) -> AdapterMethod:
@@ -106,12 +110,12 @@ class Ia3Settings:
     def __post_init__(self) -> None:
         both = set(self.output_modules) & set(self.input_modules)
         require(bool(self.output_modules or self.input_modules), "output_modules", "must name a module")
-        require(not both, "input_modules", f"{', '.join(sorted(both))} is among output_modules too")
+        require(not both, "input_modules", f"{', '.join(sorted(both))} is also in output_modules")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BottleneckSettings:
-    """Bottleneck adapters of D // ``reduction_factor``, laid out as AdapterHub's.
+    """Bottleneck adapters of width ``D // reduction_factor``, in AdapterHub's layout.
 
     ``seq`` is Pfeiffer's, ``double_seq`` Houlsby's, ``parallel`` He et al.'s.
     """
@@ -119,12 +123,14 @@ class BottleneckSettings:
     variant: Literal["seq", "double_seq", "parallel"] = setting(
         "seq",
         group=BOTTLENECK,
-        help="Where they act: Pfeiffer's, Houlsby's, or beside the feed-forward.",
+        help="Where they act: as in Pfeiffer, as in Houlsby, or parallel to the feed-forward.",
     )
-    reduction_factor: int = whole(16, 1, group=BOTTLENECK, help="Of the hidden size, to the bottleneck's.")
-    non_linearity: str = setting("relu", group=BOTTLENECK, metavar="NAME", help="Between down and up.")
+    reduction_factor: int = whole(16, 1, group=BOTTLENECK, help="Hidden size over bottleneck size.")
+    non_linearity: str = setting(
+        "relu", group=BOTTLENECK, metavar="NAME", help="Activation between the down and up projections."
+    )
     scaling: float | None = setting(
-        None, group=BOTTLENECK, shown="1, and 4 for parallel", help="Of the output."
+        None, group=BOTTLENECK, shown="1; 4 for parallel", help="Factor on the output."
     )
     method = AdapterMethod.BOTTLENECK
 
@@ -134,20 +140,20 @@ class BottleneckSettings:
         require(
             self.scaling is None or 0 < abs(self.scaling) <= _MAX_SCALING,
             "scaling",
-            f"must be a number other than 0, up to {_MAX_SCALING:g} either way",
+            f"must be nonzero, and at most {_MAX_SCALING:g} in magnitude",
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixSettings:
-    """Prefix tuning of P virtual tokens; while it trains, through an MLP of a hidden size (0 for none).
+    """Prefix tuning of P virtual tokens; trained through an MLP of this hidden size (0 for none).
 
     Source: Li and Liang 2021 (arXiv:2101.00190).
     """
 
     num_virtual_tokens: int = _num_virtual_tokens()
     projection_size: int = whole(
-        512, 0, group=VIRTUAL, help="prefix: hidden size of the MLP that it is trained through; 0 is none."
+        512, 0, group=VIRTUAL, help="prefix: hidden size of the MLP it is trained through; 0 for none."
     )
     method = AdapterMethod.PREFIX_TUNING
 
@@ -157,7 +163,7 @@ class PrefixSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSettings:
-    """Prompt tuning of P virtual tokens, begun as a text's embeddings, the vocabulary's, or random ones.
+    """Prompt tuning of P virtual tokens, initialized from a text's embeddings, the vocabulary's, or at random.
 
     Source: Lester et al. 2021 (arXiv:2104.08691).
     """
@@ -171,13 +177,13 @@ class PromptSettings:
 
     def __post_init__(self) -> None:
         check(self, WORDING)
-        require(self.init != "text" or bool(self.init_text), "init_text", "must be given for init text")
-        require(self.init == "text" or not self.init_text, "init_text", "is for init text alone")
+        require(self.init != "text" or bool(self.init_text), "init_text", "must be given with init text")
+        require(self.init == "text" or not self.init_text, "init_text", "only applies to init text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PTuningSettings:
-    """P-tuning: P virtual tokens, made by an MLP of a hidden size while it trains. Source: arXiv:2103.10385."""
+    """P-tuning: P virtual tokens, made in training by an MLP of this hidden size. Source: arXiv:2103.10385."""
 
     num_virtual_tokens: int = _num_virtual_tokens()
     encoder_size: int = whole(

@@ -1,4 +1,4 @@
-"""What a training run is told: the method, the data, the optimization. Frozen, and checked when made."""
+"""Settings of a training run: the method, the data, the optimization. Frozen, and checked when made."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _MAX_THREADS = 4096
 class DataSettings:
     """The data, and how a row becomes tokens.
 
-    A source is a file (.jsonl, .json, .csv, .tsv, .parquet), or what the ``datasets`` package loads: ``NAME:SPLIT`` or
-    ``NAME/CONFIG:SPLIT``, NAME being ``org/name`` on the hub or a directory; without a split, ``train``.
+    A source is a file (.jsonl, .json, .csv, .tsv, .parquet), or anything the ``datasets`` package loads: ``NAME:SPLIT``
+    or ``NAME/CONFIG:SPLIT``, NAME being ``org/name`` on the hub or a directory; without a split, ``train``.
     """
 
     train: str = setting(
@@ -40,15 +40,15 @@ class DataSettings:
         help="JSONL, CSV or Parquet with prompt and completion, text, or chat messages; or a `datasets` name.",
     )
     eval: str = setting(
-        "", group=DATA, metavar="FILE|NAME", help="Likewise, to evaluate on; never trained on."
+        "", group=DATA, metavar="FILE|NAME", help="The same for evaluation; never trained on."
     )
-    chat: bool = setting(False, group=DATA, help="A prompt is a user's message by the model's chat template.")
-    system: str = setting("", group=DATA, help="A system message before each chat without one.")
+    chat: bool = setting(False, group=DATA, help="A prompt is a user's message in the model's chat template.")
+    system: str = setting("", group=DATA, help="A system message for each chat without one.")
     labels: tuple[str, ...] = setting(
         (),
         group=DATA,
         flag="label",
-        help="A possible completion, for accuracy in evaluations; auto takes those of the data. Repeatable.",
+        help="A possible completion, for accuracy in evaluations; auto takes the data's. Repeatable.",
     )
     max_length: int | None = whole(
         None, 2, group=DATA, shown="the base's own", help="The longest row, in tokens."
@@ -62,61 +62,61 @@ class DataSettings:
     ignore_fields: bool = setting(
         False,
         group=DATA,
-        help="Go on without fields that nothing reads, and count them; else they are errors.",
+        help="Ignore and count fields that nothing reads; otherwise they are errors.",
     )
 
     def __post_init__(self) -> None:
         check(self, WORDING)
         require(bool(self.train), "train", "must name the training data")
         is_scored = bool(self.eval) or not self.labels
-        require(is_scored, "labels", "need evaluation data to be scored on; set `eval`")
+        require(is_scored, "labels", "need evaluation data; set `eval`")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizationSettings:
-    """How the parameters are moved.
+    """How the parameters are optimized.
 
     The loss of a step's micro-batches is the mean over all their target tokens, as if they were one.
     """
 
-    batch_size: int = whole(16, 1, group=STEPS, help="Rows of a step.")
+    batch_size: int = whole(16, 1, group=STEPS, help="Rows per step.")
     batch_tokens: int | None = whole(
-        None, 2, group=STEPS, help="Packing: rows up to this many tokens a step instead."
+        None, 2, group=STEPS, help="Packing: as many rows as fit this many tokens per step instead."
     )
-    gradient_accumulation: int = whole(1, 1, group=STEPS, help="Batches of one step.")
+    gradient_accumulation: int = whole(1, 1, group=STEPS, help="Batches per step.")
     epochs: float = setting(1.0, above=0, at_most=_MAX_EPOCHS, group=STEPS, help="Passes over the data.")
-    max_steps: int | None = whole(None, 1, group=STEPS, shown="no bound", help="Stop after N steps.")
+    max_steps: int | None = whole(None, 1, group=STEPS, shown="no limit", help="Stop after N steps.")
     learning_rate: float | None = setting(
-        None, above=0, group=STEPS, shown="by the method", help="At its peak."
+        None, above=0, group=STEPS, shown="by the method", help="Peak learning rate."
     )
     schedule: Literal["linear", "cosine", "constant"] = setting(
-        "linear", group=STEPS, help="After the warm-up."
+        "linear", group=STEPS, help="Schedule after the warm-up."
     )
     warmup_steps: float = setting(
         0.03,
         at_least=0,
         at_most=LARGEST,
         group=STEPS,
-        help="Steps of a linear rise; below 1, a share of all steps.",
+        help="Warm-up steps, linear; below 1, a fraction of all steps.",
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = setting(
-        "adamw", group=STEPS, help="The 8-bit ones need CUDA."
+        "adamw", group=STEPS, help="Optimizer; the 8-bit ones need CUDA."
     )
-    weight_decay: float = setting(0.0, at_least=0, group=STEPS, help="Of AdamW.")
-    beta1: float = setting(0.9, at_least=0, below=1, group=STEPS, help="Of AdamW.")
-    beta2: float = setting(0.999, at_least=0, below=1, group=STEPS, help="Of AdamW.")
+    weight_decay: float = setting(0.0, at_least=0, group=STEPS, help="AdamW's.")
+    beta1: float = setting(0.9, at_least=0, below=1, group=STEPS, help="AdamW's.")
+    beta2: float = setting(0.999, at_least=0, below=1, group=STEPS, help="AdamW's.")
     max_grad_norm: float = setting(
-        1.0, at_least=0, group=STEPS, help="Scale gradients down to it; 0 is no bound."
+        1.0, at_least=0, group=STEPS, help="Clip gradients to this norm; 0 for no limit."
     )
-    eval_steps: int = whole(0, 0, group=WATCH, help="Evaluate every N steps; 0 at each epoch's end.")
+    eval_steps: int = whole(0, 0, group=WATCH, help="Evaluate every N steps; 0 for each epoch's end.")
     patience: int = whole(
-        0, 0, group=WATCH, help="Stop after this many evaluations without a better loss; 0 never."
+        0, 0, group=WATCH, help="Stop after this many evaluations without improvement; 0 for never."
     )
     checkpoint_steps: int = whole(
-        0, 0, group=WATCH, help="Write one every N steps; 0 only at an interrupt and at the end."
+        0, 0, group=WATCH, help="Write a checkpoint every N steps; 0 for only at interrupts and at the end."
     )
-    keep_checkpoints: int = whole(2, 0, group=WATCH, help="Keep the newest N, and the best.")
-    seed: int = whole(0, 0, group=STEPS, help="Of first values, order and dropout.")
+    keep_checkpoints: int = whole(2, 0, group=WATCH, help="Keep the newest N checkpoints, and the best.")
+    seed: int = whole(0, 0, group=STEPS, help="Seed of initial values, order and dropout.")
 
     def __post_init__(self) -> None:
         check(self, WORDING)
@@ -126,7 +126,7 @@ class OptimizationSettings:
 class ModelSettings:
     """The base, and how it is computed; ``qlora`` is LoRA with ``nf4``.
 
-    ``dtype`` is of the linears' products; ``auto`` is bfloat16 where the processor has it, else float32.
+    ``dtype`` is that of the linears' products; ``auto`` is bfloat16 if the processor has it, else float32.
     """
 
     model: str = setting(
@@ -143,7 +143,7 @@ class ModelSettings:
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", group=MODEL, help="The device to train on.")
     gradient_checkpointing: bool = setting(
-        True, group=MODEL, help="Compute activations again in the backward pass: less memory, more time."
+        True, group=MODEL, help="Recompute activations in the backward pass: less memory, more time."
     )
     num_threads: int = setting(
         0,
@@ -151,7 +151,7 @@ class ModelSettings:
         at_most=_MAX_THREADS,
         must=f"must be from 0 to {_MAX_THREADS}",
         group=MODEL,
-        help="0 is one per core.",
+        help="Threads; 0 for one per core.",
     )
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """One task's training."""
+    """Settings of one task's training run."""
 
     task: str = setting(group=RUN, metavar="T", help="The task's name: a-z, 0-9, dots, dashes, underscores.")
     adapter: AdapterSettings
@@ -168,17 +168,21 @@ class TrainSettings:
     optimization: OptimizationSettings = OptimizationSettings()
     model: ModelSettings = ModelSettings()
     out: str = setting(
-        "", group=RUN, metavar="DIR", shown="tasks/T", help="The artifact, its model card and report."
+        "",
+        group=RUN,
+        metavar="DIR",
+        shown="tasks/T",
+        help="Directory for the artifact, its model card and report.",
     )
     save_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", group=RUN, help="Of the artifact's matrices."
+        "float32", group=RUN, help="Dtype of the artifact's matrices."
     )
     init_from: str = setting(
         "",
         group=RUN,
         metavar="DIR",
-        shown="begin anew",
-        help="An artifact of the same method to go on from.",
+        shown="fresh values",
+        help="An artifact of the same method to start from.",
     )
 
     def __post_init__(self) -> None:
@@ -188,4 +192,4 @@ class TrainSettings:
 
 
 SETTINGS = grouped(TrainSettings, GROUPS)
-"""The settings of all methods, those that are shown together behind each other."""
+"""The settings of all methods; those shown together follow each other."""

@@ -1,6 +1,6 @@
 """Where a run's settings come from: flags and a YAML file, one flat set of names, checked field by field.
 
-A setting's name is that of its flag with underscores: ``--batch-size`` is ``batch_size``. The method is a setting, too.
+A setting's name is its flag's, with underscores: ``--batch-size`` is ``batch_size``. The method is a setting, too.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Method:
 
     Attributes:
         settings: the class of its adapter's settings.
-        fixed: those that the name itself says.
-        quantization: of the base, where none is asked for.
-        is_quantized: whether another quantization than that is refused.
+        fixed: settings that the name implies.
+        quantization: the base's, by default.
+        is_quantized: whether any other quantization is refused.
     """
 
     settings: type
@@ -47,7 +47,7 @@ class Method:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of its own settings."""
+        """The names of the method's own settings."""
         return frozenset(each.name for each in settings_of(self.settings))
 
 
@@ -64,13 +64,13 @@ METHODS: Mapping[str, Method] = {
 """The methods that can be trained, by their names on the command line."""
 
 SHARED_BY_TASKS = frozenset(each.name for each in settings_of(ModelSettings))
-"""Settings of the base, which tasks trained together have in common."""
+"""Settings of the base, which tasks trained together share."""
 
 _CONFIG = "config"
 """The flag that names a file of settings."""
 
 DEFAULT_OUT = "tasks"
-"""Has the directory of each task that names none."""
+"""Contains the directory of each task that names none."""
 
 _NAMES = frozenset({"method", *(each.name for each in SETTINGS)})
 _OF_METHODS = frozenset(name for method in METHODS.values() for name in method.names)
@@ -79,15 +79,15 @@ _OF_METHODS = frozenset(name for method in METHODS.values() for name in method.n
 def read_settings(
     file: Path, flags: Mapping[str, Any], otherwise: Mapping[str, Any] | None = None
 ) -> TrainSettings:
-    """A run's settings of a YAML file.
+    """A run's settings from a YAML file.
 
     Args:
         file: see ``read_file``.
-        flags: settings that win over the file's.
-        otherwise: those that neither has.
+        flags: settings that override the file's.
+        otherwise: defaults for those that neither has.
 
     Raises:
-        SettingError: as ``read_file`` and ``make_settings``; of what the file sets it names the file.
+        SettingError: as ``read_file`` and ``make_settings``; names the file if it set the value.
     """
     content = read_file(file)
     with of_file(file, _CONFIG, content.keys() - flags.keys()):
@@ -95,10 +95,10 @@ def read_settings(
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Settings of a YAML file, dashes or underscores in their names, by their names here.
+    """The settings in a YAML file, by their names here; the file may use dashes or underscores.
 
     Raises:
-        SettingError: it cannot be read, is not a mapping, or has a name that is no setting.
+        SettingError: it cannot be read, is not a mapping, or has an unknown setting.
     """
     content = read_yaml(file, _CONFIG, SettingError)
     with of_file(file, _CONFIG):
@@ -109,10 +109,10 @@ def read_file(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def of_file(file: Path, flag: str, names: Collection[str] | None = None) -> Iterator[None]:
-    """Errors of a file's settings name the file, and are those of the flag that named it.
+    """Errors in a file's settings name the file, and belong to the flag that named it.
 
     Args:
-        names: of the settings that the file has; None where all are the file's.
+        names: of the settings that the file has; None if all are.
     """
     try:
         yield
@@ -126,13 +126,13 @@ def named(content: Mapping[str, Any]) -> dict[str, Any]:
     """A file's settings by their names here.
 
     Raises:
-        SettingError: one is there twice, by two names.
+        SettingError: one appears twice, under two names.
     """
     return by_name(content, SETTINGS, SettingError)
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse a name that is no setting of any method.
+    """Refuse a name that is not a setting of any method.
 
     Raises:
         SettingError: there is one; names it.
@@ -143,16 +143,16 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def of_other_methods(method: object) -> frozenset[str]:
-    """Settings that a method does not have, but others do; none where it is no method."""
+    """Settings that other methods have but this one does not; empty if it is not a method."""
     known = METHODS.get(method) if isinstance(method, str) else None
     return _OF_METHODS - known.names if known else frozenset()
 
 
 def make_settings(values: Mapping[str, Any]) -> TrainSettings:
-    """A run's settings, each of its type and in its range.
+    """A run's settings, each checked for type and range.
 
     Args:
-        values: setting → value; ``method``, ``task`` and ``data`` must be there. A None or empty one is not given.
+        values: setting → value; ``method``, ``task`` and ``data`` are required. None or empty counts as not given.
 
     Raises:
         SettingError: one is unknown, missing, of the wrong type, out of its range, or not of this method; names it.
@@ -163,13 +163,11 @@ def make_settings(values: Mapping[str, Any]) -> TrainSettings:
     method = METHODS[method_name]
     for name in given.keys() & of_other_methods(method_name):
         raise SettingError(
-            name, f"is not a setting of {method_name}, but of {', '.join(_methods_with(name))}"
+            name, f"is a setting not of {method_name}, but of {', '.join(_methods_with(name))}"
         )
     quantization = given.get("quantization", method.quantization)
     if method.is_quantized and quantization != method.quantization:
-        raise SettingError(
-            "quantization", f"{method_name} trains on {method.quantization}; lora trains on others"
-        )
+        raise SettingError("quantization", f"{method_name} needs {method.quantization}; use lora for others")
     adapter = make(method.settings, given, WORDING, **method.fixed)
     if "data" not in given:
         raise SettingError("data", "must be given")
@@ -178,7 +176,7 @@ def make_settings(values: Mapping[str, Any]) -> TrainSettings:
 
 
 def method_of(settings: TrainSettings) -> str:
-    """The method's name, of those whose settings these are."""
+    """The method's name, if it is a known one."""
     adapter = settings.adapter
     if isinstance(adapter, LoraSettings):
         return "dora" if adapter.use_dora else "lora" if settings.model.quantization == "none" else "qlora"
@@ -202,8 +200,8 @@ def _methods_with(name: str) -> list[str]:
 def _task(given: Mapping[str, Any]) -> str:
     task = given.get("task")
     if not isinstance(task, str):
-        raise SettingError("task", "must be given" if task is None else f"must be a text, not {task!r}")
+        raise SettingError("task", "must be given" if task is None else f"must be a string, not {task!r}")
     try:
         return check_task_id(task)
     except TaskIdInvalidError as error:
-        raise SettingError("task", f"{task!r} is none: {error.description}") from error
+        raise SettingError("task", f"{task!r} is not a task name: {error.description}") from error

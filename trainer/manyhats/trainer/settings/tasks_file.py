@@ -1,4 +1,4 @@
-"""Several tasks in one YAML file: what they share at the top, and a list ``tasks`` of what is each one's own."""
+"""Several tasks in one YAML file: what they share at the top, and a list ``tasks`` of each one's own settings."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _QUANTIZATION = "nf4"
 def read_tasks(file: Path, flags: Mapping[str, Any]) -> tuple[TrainSettings, ...]:
     """The settings of every task of a file.
 
-    A shared setting that only some methods have is for the tasks of these methods. ``out`` at the top is the directory
-    that has a directory for each task; the base, and how it is computed, is the same for all.
+    A shared setting that only some methods have applies to the tasks of those methods. ``out`` at the top is the parent
+    of each task's directory; the base, and how it is computed, is the same for all.
 
     Args:
-        file: YAML with settings of the flags' names, and the list ``tasks``.
-        flags: settings that win over the file's, a task's own too.
+        file: YAML with settings by the flags' names, and the list ``tasks``.
+        flags: settings that override the file's, including a task's own.
 
     Raises:
         SettingError: the file, or a setting of it; names the file or the task, and the setting.
@@ -46,7 +46,7 @@ def read_tasks(file: Path, flags: Mapping[str, Any]) -> tuple[TrainSettings, ...
     shared = {**of_all, **flags}
     with of_file(file, _TASKS, of_all.keys() - flags.keys()):
         if "task" in shared:
-            raise SettingError("task", "is each task's own")
+            raise SettingError("task", "must be set for each task")
         _check_used(shared, [{**shared, **each} for each in own])
     return _all_distinct([_make(index, each, shared, flags) for index, each in enumerate(own)])
 
@@ -57,7 +57,7 @@ def _own_settings(file: Path, listed: object) -> list[dict[str, Any]]:
     own = []
     for index, content in enumerate(listed):
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-            raise SettingError(f"{_TASKS}[{index}]", "must be settings, one 'name: value' each")
+            raise SettingError(f"{_TASKS}[{index}]", "must be a mapping of 'name: value' settings")
         with of_file(file, _TASKS):
             own.append(named(content))
             with _of_task(own[-1], index):
@@ -67,7 +67,7 @@ def _own_settings(file: Path, listed: object) -> list[dict[str, Any]]:
 
 @contextmanager
 def _of_task(own: Mapping[str, Any], index: int) -> Iterator[None]:
-    """Errors of one task's settings name the task, by its place where it has no name."""
+    """Errors in one task's settings name the task, or its index if it has no name."""
     try:
         yield
     except SettingError as error:
@@ -78,7 +78,7 @@ def _check_used(shared: Mapping[str, Any], all_values: Sequence[Mapping[str, Any
     """Refuse a shared setting that no task's method has."""
     for name in shared:
         if all(name in of_other_methods(values.get("method")) for values in all_values):
-            raise SettingError(name, "is a setting of none of the tasks' methods")
+            raise SettingError(name, "is not a setting of any task's method")
 
 
 def _make(
@@ -86,7 +86,7 @@ def _make(
 ) -> TrainSettings:
     with _of_task(own, index):
         for name in own.keys() & SHARED_BY_TASKS:
-            raise SettingError(name, "is shared by all tasks: give it at the top")
+            raise SettingError(name, "is shared by all tasks: set it at the top")
         method = own.get("method", shared.get("method"))
         fitting = {name: shared[name] for name in shared.keys() - of_other_methods(method)}
         winning = {name: flags[name] for name in flags.keys() & fitting.keys()}
@@ -97,12 +97,12 @@ def _make(
 
 
 def _all_distinct(tasks: Sequence[TrainSettings]) -> tuple[TrainSettings, ...]:
-    """Refuse two tasks of one name, or of one directory."""
+    """Refuse two tasks with the same name or directory."""
     directories: dict[Path, str] = {}
     for each in tasks:
         if [other.task for other in tasks].count(each.task) > 1:
-            raise SettingError(f"{_TASKS}[{each.task}].task", "is there twice")
+            raise SettingError(f"{_TASKS}[{each.task}].task", "appears twice")
         other = directories.setdefault(Path(each.out).resolve(), each.task)
         if other != each.task:
-            raise SettingError(f"{_TASKS}[{each.task}].out", f"is also that of {other}")
+            raise SettingError(f"{_TASKS}[{each.task}].out", f"is also used by {other}")
     return tuple(tasks)
