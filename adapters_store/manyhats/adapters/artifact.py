@@ -30,7 +30,7 @@ class AdapterMethod(Enum):
 
 
 class AdapterState(Enum):
-    """Where a version is in its life."""
+    """A version's state."""
 
     CREATING = "creating"
     ACTIVE = "active"

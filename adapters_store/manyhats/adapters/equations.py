@@ -1,6 +1,6 @@
 """What the primitives do, in plain, differentiable torch: one equation each, as ``primitives`` states it.
 
-The torch backend and the trainer run these; kernels are held to them.
+The torch backend and the trainer run these; kernels are tested against them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from manyhats.adapters.primitives import (
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale · (x Aᵀ) Bᵀ``, which is added to a linear's output; see ``LowRank``.
+    """``scale · (x Aᵀ) Bᵀ``, added to a linear's output; see ``LowRank``.
 
     Args:
         x: [..., d_in], the linear's input.
@@ -36,7 +36,7 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def affine(y: Tensor, delta: Affine) -> Tensor:
-    """``y · scale + offset``, of a linear's output [..., d_out]; see ``Affine``."""
+    """``y · scale + offset`` for a linear's output [..., d_out]; see ``Affine``."""
     if delta.scale is not None:
         y = y * delta.scale.float()
     if delta.offset is not None:
@@ -48,12 +48,12 @@ def bottleneck(delta: Bottleneck, r: Tensor, m: Tensor) -> Tensor:
     """``m' = keep · m + carry · r + (f, or norm_after(f + norm_residual))``; see ``Bottleneck``.
 
     Args:
-        delta: of one sub-layer.
+        delta: one sub-layer's.
         r: [..., D]; the residual stream that enters the sub-layer.
-        m: [..., D]; the sub-layer's output, which joins the stream without the adapter.
+        m: [..., D]; the sub-layer's output, which is added to the stream without the adapter.
 
     Returns:
-        [..., D]: what joins the stream in place of m.
+        [..., D]: what is added to the stream instead of m.
     """
     sources = {BottleneckInput.OUTPUT: m, BottleneckInput.SUM: r + m, BottleneckInput.RESIDUAL: r}
     x = sources[delta.input]
@@ -68,12 +68,12 @@ def bottleneck(delta: Bottleneck, r: Tensor, m: Tensor) -> Tensor:
 
 
 def embedding(delta: EmbeddingLowRank | EmbeddingRows, token_ids: Tensor, embedded: Tensor) -> Tensor:
-    """Embeddings as an adapter has them, ahead of any multiplier; see ``EmbeddingLowRank`` and ``EmbeddingRows``.
+    """Embeddings as an adapter changes them, before any multiplier; see ``EmbeddingLowRank`` and ``EmbeddingRows``.
 
     Args:
         delta: one of the adapter's.
         token_ids: [N] int64.
-        embedded: [N, D] float32, without it.
+        embedded: [N, D] float32, without the delta.
 
     Returns:
         [N, D].
@@ -87,7 +87,7 @@ def embedding(delta: EmbeddingLowRank | EmbeddingRows, token_ids: Tensor, embedd
 
 
 def _row_numbers(ids: Tensor, token_ids: Tensor) -> Tensor:
-    """Where each token stands among ``ids``, −1 where it does not: [N] int64."""
+    """The index of each token in ``ids``, −1 if absent: [N] int64."""
     numbers = token_ids.new_full((int(torch.cat((ids, token_ids)).max()) + 1,), -1)
     numbers[ids] = torch.arange(ids.numel(), device=ids.device)
     return numbers[token_ids]

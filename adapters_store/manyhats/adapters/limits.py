@@ -6,13 +6,13 @@ from dataclasses import dataclass, fields
 
 from manyhats.settings.declaration import setting
 
-STORE_BOUNDS = "What the store takes"
-"""The title that the settings of what may be registered are shown under."""
+STORE_BOUNDS = "What the store accepts"
+"""The title under which the settings of what may be registered are shown."""
 
 _MIB = 1024 * 1024
 
 DEFAULT_CACHE_BYTES = 8 * 1024 * _MIB
-"""Of copies of what lies at a store's URL."""
+"""The size limit of local copies from a store at a URL."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class AdapterLimits:
         unit="bytes",
         at_least=1,
         group=STORE_BOUNDS,
-        help="All files of one adapter.",
+        help="Size of all files of one adapter.",
     )
     max_rank: int = setting(
         256,

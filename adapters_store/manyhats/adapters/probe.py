@@ -9,7 +9,7 @@ from manyhats.adapters.primitives import LoweredAdapter
 
 Probe = Callable[[LoweredAdapter], float]
 """How far an adapter moves the base's logits, 0 for not at all. Runs on the registering thread; raises
-AdapterInvalidError where the logits are not finite."""
+AdapterInvalidError if the logits are not finite."""
 
 Prepare = Callable[[AdapterRecord, LoweredAdapter], None]
 """Called with a version that is about to become active, with its bytes stored but its row not yet, so that it can

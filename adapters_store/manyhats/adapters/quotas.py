@@ -1,4 +1,4 @@
-"""How much the store takes, per task and in total."""
+"""How much the store may hold, per task and in total."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, fields
 from manyhats.adapters.limits import STORE_BOUNDS
 from manyhats.settings.declaration import setting
 
-_NONE = "no bound"
+_NONE = "no limit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quotas:
-    """Bounds on what is registered and on transfers in progress; None means no bound.
+    """Limits on what is registered and on transfers in progress; None for no limit.
 
-    Bytes are counted per version, though versions that share an artifact share its bytes. Transfers are always bounded,
+    Bytes are counted per version, though versions that share an artifact share its bytes. Transfers are always limited,
     since each takes disk space.
 
     Raises:
@@ -33,7 +33,7 @@ class Quotas:
         at_least=1,
         group=STORE_BOUNDS,
         shown=_NONE,
-        help="All versions of a task together.",
+        help="Size of all versions of a task together.",
     )
     max_bytes: int | None = setting(
         None,
@@ -41,7 +41,7 @@ class Quotas:
         at_least=1,
         group=STORE_BOUNDS,
         shown=_NONE,
-        help="All versions of all tasks together.",
+        help="Size of all versions of all tasks together.",
     )
     max_transfers: int = setting(
         16, at_least=1, group=STORE_BOUNDS, help="Uploads, and downloads of adapters, at a time."

@@ -25,7 +25,7 @@ class Uri:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a composed version: where it lies, and the weight that its deltas get."""
+    """A part of a composed version: where it is, and the weight of its deltas."""
 
     uri: str
     weight: float = 1.0
@@ -76,12 +76,12 @@ class Registration:
     Attributes:
         task_id: the task.
         source: what the version is made of.
-        activate: whether the task's name means this version from now on.
-        validate_only: say what would be, and store nothing; the answer's record has version 0 where it is new.
+        activate: whether the task's name refers to this version from now on.
+        validate_only: say what it would be, and store nothing; the answer's record has version 0 if it is new.
         expected_digest: refuse any other; empty for none.
-        request_id: names the call, so that it may be repeated; empty for none, which nobody remembers.
-        labels: kept with the version.
-        assume_base: it is meant for the store's base, whatever name it records; shapes must fit still.
+        request_id: identifies the call, so that it may be repeated; empty for none.
+        labels: stored with the version.
+        assume_base: accept it for the store's base, whatever base it names; shapes must still fit.
 
     Raises:
         ArgumentInvalidError: a value is out of range.
@@ -100,15 +100,17 @@ class Registration:
     def __post_init__(self) -> None:
         check_task_id(self.task_id)
         if len(self.request_id) > _MAX_ID_LENGTH or not self.request_id.isprintable():
-            raise ArgumentInvalidError("request_id", f"has at most {_MAX_ID_LENGTH} printable characters")
+            raise ArgumentInvalidError(
+                "request_id", f"must have at most {_MAX_ID_LENGTH} printable characters"
+            )
         object.__setattr__(self, "labels", check_labels(self.labels))
         object.__setattr__(self, "expected_digest", self.expected_digest.strip().lower())
         if self.source in (Uri(""), Parts(())):
-            raise ArgumentInvalidError("uri", "give exactly one of uri and parts")
+            raise ArgumentInvalidError("uri", "exactly one of uri and parts must be given")
 
     @property
     def source_name(self) -> str:
-        """What the record gives as its source."""
+        """The source in the record."""
         match self.source:
             case Uri(uri):
                 return uri
@@ -118,7 +120,7 @@ class Registration:
                 return "upload"
 
     def fingerprint(self) -> str:
-        """One digest of all that is asked, but for the request id; catalogues hold it, so it stays as it is."""
+        """A digest of everything requested except the request id; catalogues store it, so it must not change."""
         asked: list[object] = [
             self.task_id,
             _described(self.source),
@@ -132,12 +134,12 @@ class Registration:
 
 
 OPTIONS = frozenset(each.name for each in fields(Registration) if each.kw_only)
-"""Names of what a registration has beside task and source; transports and clients use the same."""
+"""Names of a registration's fields besides task and source; transports and clients use the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """The answer to a registration; ``created`` is false where the version existed, or was validated only."""
+    """The answer to a registration; ``created`` is false if the version existed or was only validated."""
 
     record: AdapterRecord
     created: bool

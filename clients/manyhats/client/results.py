@@ -204,7 +204,7 @@ class Registration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """The most that a server lets callers ask for; None means no bound.
+    """The most that a server lets callers ask for; None for no limit.
 
     Attributes:
         max_request_bytes: of one message; the files of an upload come in several.

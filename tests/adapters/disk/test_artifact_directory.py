@@ -127,7 +127,7 @@ def test_a_disk_that_does_not_keep_what_is_written_publishes_nothing(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", corrupt)
-    with pytest.raises(StoreUnavailableError, match="does not hold"):
+    with pytest.raises(StoreUnavailableError, match="does not have"):
         storage.publish(DIGEST, FILES)
     assert storage.digests() == frozenset()
     assert staged(tmp_path) == []

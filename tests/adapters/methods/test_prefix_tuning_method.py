@@ -146,7 +146,7 @@ def test_tensors_are_all_there_and_all_used() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
     make_prefix(tmp_path, BASE, scale=value)
-    with pytest.raises(AdapterInvalidError, match="prompt_embeddings: holds values that are not finite"):
+    with pytest.raises(AdapterInvalidError, match="prompt_embeddings: has values that are not finite"):
         read_directory(tmp_path)
 
 

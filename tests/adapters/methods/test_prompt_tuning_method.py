@@ -132,7 +132,7 @@ def test_values_that_are_not_finite_are_refused(
     make: Callable[..., Path], config_for: Callable[..., Any], method: AdapterMethod, tmp_path: Path
 ) -> None:
     make(tmp_path, BASE, scale=float("nan"))
-    with pytest.raises(AdapterInvalidError, match="prompt_embeddings: holds values that are not finite"):
+    with pytest.raises(AdapterInvalidError, match="prompt_embeddings: has values that are not finite"):
         read_directory(tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_nothing_is_visible_until_the_last_byte(store: AdapterStore, sources: Pa
     for index, data in enumerate(content.values()):
         session.write(index, 0, data[:-1])
     assert store.list().records == ()
-    with pytest.raises(ArgumentInvalidError, match="not whole"):
+    with pytest.raises(ArgumentInvalidError, match="incomplete"):
         session.finish()
     assert traces(tmp_path) == []
 

@@ -160,10 +160,10 @@ def another_config(files: dict[str, bytes]) -> list[pb.UploadAdapterRequest]:
 
 
 REFUSED: Mapping[str, tuple[Any, str, str]] = {
-    "without its last chunk": (lambda f: [header(f), *chunks(f)[:-1]], "FIELD_INVALID", "is not whole"),
-    "without any chunk": (lambda f: [header(f)], "FIELD_INVALID", "is not whole"),
+    "without its last chunk": (lambda f: [header(f), *chunks(f)[:-1]], "FIELD_INVALID", "is incomplete"),
+    "without any chunk": (lambda f: [header(f)], "FIELD_INVALID", "is incomplete"),
     "with other bytes than announced": (wrong_digest, "DIGEST_MISMATCH", WEIGHTS),
-    "longer than announced": (beyond_the_end, "FIELD_INVALID", "lie outside"),
+    "longer than announced": (beyond_the_end, "FIELD_INVALID", "are outside"),
     "with a chunk twice": (lambda f: [header(f), *chunks(f), chunks(f)[-1]], "FIELD_INVALID", "overlap"),
     "with another expected digest": (
         lambda f: [header(f, expected_digest="sha256:" + "0" * 64), *chunks(f)],

@@ -238,7 +238,7 @@ def _parse_uri(uri: str) -> Path:
     parts = urlsplit(uri)
     path = unquote(parts.path)
     if parts.netloc not in ("", "localhost") or not path.startswith("/") or not path.isprintable():
-        raise SourceNotAllowedError(uri, "a file uri is file:// and an absolute path on the server")
+        raise SourceNotAllowedError(uri, "a file uri is file:// followed by an absolute path on the server")
     return Path(path)
 
 

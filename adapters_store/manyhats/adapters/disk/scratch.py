@@ -100,7 +100,7 @@ class Scratch:
         if not self._free.acquire(blocking=False):
             raise QuotaExceededError(
                 "max_transfers",
-                f"{self._max_directories} uploads and downloads are under way; try again when one has ended",
+                f"{self._max_directories} uploads and downloads are in progress; try again when one has ended",
                 self._rate.wait_s(1),
             )
         try:

@@ -38,8 +38,8 @@ from manyhats.adapters.formats.peft import format as peft_format
 from manyhats.adapters.limits import AdapterLimits
 
 WARNING = (
-    "a pickle can run any code when it is read; torch's restricted loader reads it here, which refuses all but "
-    "tensors, but still convert pickles of people you trust only"
+    "a pickle can run any code when it is read; torch's restricted loader reads it here, which refuses everything "
+    "but tensors; still, only convert pickles from people you trust"
 )
 
 # Config format → the pickles that it may come with, and the files they become.
@@ -109,7 +109,7 @@ def convert(source: Path, target: Path, limits: AdapterLimits | None = None) -> 
     """
     limits = limits or AdapterLimits()
     if not source.is_dir():
-        raise SourceNotFoundError(str(source), "is no directory")
+        raise SourceNotFoundError(str(source), "is not a directory")
     config_bytes = _read(source / peft_format.CONFIG_FILE, limits.max_config_bytes)
     config = parse_json_object(
         config_bytes,
@@ -196,7 +196,7 @@ def _load(path: Path, limits: AdapterLimits) -> tuple[dict[str, Tensor], tuple[s
         raise AdapterInvalidError(path.name, "is not a table of named tensors")
     if len(loaded) > limits.max_num_tensors:
         raise AdapterTooLargeError(
-            path.name, f"holds {len(loaded)} tensors; the limit is {limits.max_num_tensors}"
+            path.name, f"has {len(loaded)} tensors; the limit is {limits.max_num_tensors}"
         )
     tensors = {_check_name(name, path.name): _check_tensor(name, value) for name, value in loaded.items()}
     if (
@@ -204,7 +204,7 @@ def _load(path: Path, limits: AdapterLimits) -> tuple[dict[str, Tensor], tuple[s
         > limits.max_size_bytes
     ):
         raise AdapterTooLargeError(
-            path.name, f"holds tensors of more than {limits.max_size_bytes} bytes in total, the limit"
+            path.name, f"has tensors of more than {limits.max_size_bytes} bytes in total, the limit"
         )
     doubles = [name for name, tensor in tensors.items() if tensor.dtype is torch.float64]
     notes = (f"{len(doubles)} float64 tensors were converted to float32",) if doubles else ()

@@ -145,4 +145,4 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise AdapterInvalidError(name, "holds values that are not finite")
+            raise AdapterInvalidError(name, "has values that are not finite")

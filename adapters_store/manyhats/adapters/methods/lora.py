@@ -1,8 +1,8 @@
 """LoRA: a low-rank update of any linear, of the embedding or of the head, as PEFT saves it.
 
-To a linear's output it adds ``scale · ((x Aᵀ) Bᵀ + bias)``, A [R, d_in] and B [d_out, R]; the bias is B's own, where
-PEFT's ``lora_bias`` is set. To the embedding of a token, before any multiplier of the architecture, it adds
-``scale · A[:, id]ᵀ Bᵀ``, A [R, V] and B [D, R]. The scale is ``lora_tensors.lora_scale``.
+To a linear's output it adds ``scale · ((x Aᵀ) Bᵀ + bias)``, A [R, d_in] and B [d_out, R]; the bias is B's own, if
+PEFT's ``lora_bias`` is set. To the embedding of a token, before any multiplier of the architecture, it adds ``scale ·
+A[:, id]ᵀ Bᵀ``, A [R, V] and B [D, R]. The scale is ``lora_tensors.lora_scale``.
 
 Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; rank-stabilised scale: Kalajdzievski 2023 (arXiv:2312.03732).
 """

@@ -1,4 +1,4 @@
-"""Care of a store, with or without a server: check every byte, write a version out."""
+"""Maintenance of a store, with or without a server: verify every byte, export a version."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PAGE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What became of one artifact.
+    """The result for one artifact.
 
     Attributes:
-        digest: its own.
+        digest: the artifact's.
         status: whether its stored bytes still have that digest.
         names: the versions that need it, as ``task@3``.
     """
@@ -34,13 +34,12 @@ class Verified:
 
 
 def verify(catalogue: Catalogue, storage: ArtifactStorage) -> Iterator[Verified]:
-    """Read and digest every artifact that a version needs; one at a time, as the caller asks for the next.
+    """Read and digest every artifact that a version needs, lazily, one at a time.
 
-    Versions that need a damaged or missing one become FAILED at the end, those that were and are whole again
-    do not stay so.
+    At the end, versions that need a damaged or missing one become FAILED, and those that are whole again no longer are.
 
     Raises:
-        StoreUnavailableError: it cannot be told, because the storage or the catalogue cannot be read.
+        StoreUnavailableError: the storage or the catalogue cannot be read.
     """
     records = list(_records(catalogue))
     needed_by: dict[str, list[AdapterRecord]] = defaultdict(list)
@@ -53,7 +52,7 @@ def verify(catalogue: Catalogue, storage: ArtifactStorage) -> Iterator[Verified]
         status = _status(storage, digest, published)
         if status != "ok":
             if not catalogue.named([digest]):
-                continue  # deleted meanwhile
+                continue  # deleted in the meantime
             faults[digest] = status
         yield Verified(digest, status, tuple(record.name for record in needing))
     for record in records:
@@ -63,13 +62,13 @@ def verify(catalogue: Catalogue, storage: ArtifactStorage) -> Iterator[Verified]
 def export_version(record: AdapterRecord, storage: ArtifactStorage, directory: Path) -> tuple[Path, ...]:
     """Write the files of a version to a new or empty directory.
 
-    A plain version's files lie in it as they were registered, a composed one's in ``part-0``, ``part-1``, ….
+    A plain version's files are written as they were registered, a composed one's to ``part-0``, ``part-1``, ….
 
     Returns:
-        What was written.
+        The version that was written.
 
     Raises:
-        ArgumentInvalidError: the directory holds something.
+        ArgumentInvalidError: the directory is not empty.
         DataLossError: stored bytes are damaged; nothing is written then.
         StoreError: it cannot be written.
     """
@@ -108,7 +107,7 @@ def _mark(catalogue: Catalogue, record: AdapterRecord, faults: Mapping[str, str]
     try:
         catalogue.set_failure(record.task_id, record.version, reason)
     except TaskNotFoundError:
-        return  # deleted meanwhile
+        return  # deleted in the meantime
 
 
 def _write(directory: Path, files: Mapping[str, bytearray]) -> tuple[Path, ...]:

@@ -38,26 +38,26 @@ def open_store(
     create: bool = True,
     sweep: bool = True,
 ) -> AdapterStore:
-    """Open a store, made if it is missing; what a crash left in it is removed.
+    """Open a store, creating it if missing; what a crash left in it is removed.
 
-    A directory holds everything: ``artifacts/``, ``catalogue.db`` and ``scratch/``. Object storage holds artifacts
-    alone; the catalogue is then a database that every replica reaches.
+    A directory holds everything: ``artifacts/``, ``catalogue.db`` and ``scratch/``. Object storage holds only
+    artifacts; the catalogue is then a database that every replica can reach.
 
     Args:
         store: a directory, or a URL such as ``s3://bucket/manyhats``.
-        base: the resident base; None for upkeep (list, verify, gc, export, activate, delete) alone.
-        allowed_roots: the directories that sources may lie under.
+        base: the resident base; None for maintenance only (list, verify, gc, export, activate, delete).
+        allowed_roots: the directories that sources may be under.
         catalogue_url: a database; empty for the directory's own.
-        url_prefixes: what URLs of sources may begin with, such as ``s3://bucket/adapters/``; none by default.
+        url_prefixes: what source URLs may begin with, such as ``s3://bucket/adapters/``; none by default.
         limits: how large an adapter may be.
-        quotas: how much there may be.
-        cache_directory: where copies of what lies in object storage are kept; None for none.
-        cache_max_bytes: of those copies.
-        create: make a directory that is missing; otherwise it is an error.
+        quotas: how much the store may hold.
+        cache_directory: where local copies from object storage are kept; None for none.
+        cache_max_bytes: the size limit of those copies.
+        create: create a missing directory; otherwise it is an error.
         sweep: remove what a crash left; otherwise ``gc`` finds it.
 
     Raises:
-        StoreConfigError: the settings do not go together; ``subject`` is the setting.
+        StoreConfigError: the settings are inconsistent; ``subject`` is the setting.
         StoreError: the store cannot be read or written.
     """
     limits, quotas = limits or AdapterLimits(), quotas or Quotas()
@@ -66,14 +66,14 @@ def open_store(
         _make(directory, create=create)
         catalogue_url = catalogue_url or f"sqlite:///{directory / _CATALOGUE_FILE}"
     elif not catalogue_url:
-        raise StoreConfigError("catalogue_url", "must be given where the artifacts lie in object storage")
+        raise StoreConfigError("catalogue_url", "must be given if the artifacts are in object storage")
     with contextlib.ExitStack() as undo:
         catalogue = Catalogue(catalogue_url)
         undo.callback(catalogue.close)
         storage = open_artifacts(
             directory or str(store), limits, cache_directory=cache_directory, cache_max_bytes=cache_max_bytes
         )
-        # Nothing may be removed unless it is certain that this catalogue says what is needed.
+        # Nothing may be removed unless this catalogue is certain to know what is needed.
         storage.claim(catalogue.catalogue_id)
         scratch = _scratch(directory, quotas)
         undo.callback(scratch.close)
@@ -86,7 +86,7 @@ def open_store(
 
 
 def _directory(store: str | Path) -> Path | None:
-    """The directory that a store is, links resolved; None for object storage."""
+    """A store's directory, with links resolved; None for object storage."""
     if isinstance(store, str) and _URL.match(store):
         parts = urlsplit(store)
         if parts.scheme.lower() != "file":
@@ -99,7 +99,7 @@ def _directory(store: str | Path) -> Path | None:
 
 def _make(directory: Path, *, create: bool) -> None:
     if "?" in str(directory):
-        raise StoreConfigError("store", "a store's path has no question mark")
+        raise StoreConfigError("store", "a store's path cannot have a question mark")
     if not create and not (directory / _CATALOGUE_FILE).exists():
         raise StoreConfigError("store", "there is no store in this directory")
     with store_errors():

@@ -1,4 +1,4 @@
-"""The last steps of a registration: bytes first, the catalogue's row last; a failure leaves neither."""
+"""The last steps of a registration: bytes first, then the catalogue's row; a failure leaves neither."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
 
 class Publisher:
-    """Makes valid versions known. Safe in any thread; several processes may publish into one store.
+    """Publishes valid versions. Thread-safe; several processes may publish to one store.
 
     Args:
         storage: holds the bytes.
         catalogue: holds the rows.
-        quotas: bound what is published.
+        quotas: limit what is published.
     """
 
     def __init__(self, storage: ArtifactStorage, catalogue: Catalogue, quotas: Quotas) -> None:
@@ -31,7 +31,7 @@ class Publisher:
         self._quotas = quotas
 
     def recall(self, registration: Registration) -> Registered | None:
-        """The answer that the request id was given before; None if it is new.
+        """The earlier answer to the request id; None if the id is new.
 
         Raises:
             RequestIdReusedError: it was used for something else.
@@ -39,7 +39,7 @@ class Publisher:
         return self._catalogue.recall(registration)
 
     def check_quotas(self, task_id: str, digest: str, size_bytes: int) -> None:
-        """Refuse early what ``publish`` would refuse: a version that is new and over a quota.
+        """Refuse early what ``publish`` would refuse: a new version over a quota.
 
         Raises:
             QuotaExceededError: ``subject`` is the quota.
@@ -55,14 +55,14 @@ class Publisher:
         probe: Probe | None,
         prepare: Prepare | None,
     ) -> Registered:
-        """Probe a version, store it and catalogue it; or, if it is to be validated only, say what it would be.
+        """Probe a version, store it and catalogue it; with ``validate_only``, return what it would be.
 
         Raises:
             DigestMismatchError: it is not the expected one.
             QuotaExceededError: it would be over a quota.
-            AdapterInvalidError, AdapterNoEffectError: the probe says so.
-            RequestIdReusedError: the request id was used for something else meanwhile.
-            StoreError: it could not be written; nothing is published then.
+            AdapterInvalidError, AdapterNoEffectError: from the probe.
+            RequestIdReusedError: the request id was used for something else in the meantime.
+            StoreError: it could not be written; nothing is published.
         """
         if registration.expected_digest not in ("", valid.digest):
             raise DigestMismatchError("expected_digest", f"the adapter's digest is {valid.digest}")
@@ -84,14 +84,14 @@ class Publisher:
         try:
             yield
         except BaseException:
-            # Whether the row was committed is asked of the database; what cannot be removed now, a sweep finds.
+            # The database tells whether the row was committed; a sweep finds what cannot be removed now.
             with contextlib.suppress(StoreError):
                 self._storage.remove(digests, self._catalogue.named)
             raise
 
 
 def _draft(valid: ValidVersion, registration: Registration, effect: float | None) -> AdapterRecord:
-    """The record as it will be, but for version and state."""
+    """The record as it will be, except version and state."""
     return AdapterRecord(
         task_id=registration.task_id,
         version=0,

@@ -29,12 +29,12 @@ from manyhats.adapters.store.upload import UploadSession, announced_digest, chec
 
 
 class Registering:
-    """Registers what lies somewhere, or is uploaded. Safe in any thread.
+    """Registers from a source or an upload. Thread-safe.
 
     Args:
         sources: opens what is registered.
         scratch: takes uploads.
-        publisher: makes valid versions known.
+        publisher: publishes valid versions.
         base: what adapters are checked against.
         limits: how large an adapter may be.
     """
@@ -52,16 +52,16 @@ class Registering:
         self._publisher = publisher
         self._base = base
         self._limits = limits
-        # One validation at a time bounds memory, and orders requests of one id. Nothing is downloaded under it.
+        # One validation at a time bounds memory, and orders requests with the same id. Nothing is downloaded under it.
         self._lock = threading.Lock()
 
     def register(
         self, registration: Registration, probe: Probe | None, prepare: Prepare | None
     ) -> Registered:
-        """Register what lies somewhere; see ``AdapterStore.register``."""
+        """Register from a source; see ``AdapterStore.register``."""
         base = require_base(self._base)
         if isinstance(registration.source, Files):
-            raise ArgumentInvalidError("files", "are sent in an upload")
+            raise ArgumentInvalidError("files", "must be sent in an upload")
         self._check_count(registration.source)
         if (answered := self._publisher.recall(registration)) is not None:
             return answered
@@ -70,7 +70,7 @@ class Registering:
             return self._publish(registration, directories, base, probe, prepare)
 
     def open_upload(self, registration: Registration) -> UploadSession:
-        """Begin to take files; see ``AdapterStore.open_upload``."""
+        """Begin an upload; see ``AdapterStore.open_upload``."""
         base = require_base(self._base)
         if not isinstance(registration.source, Files):
             raise ArgumentInvalidError("files", "must be announced for an upload")
@@ -78,7 +78,7 @@ class Registering:
         check_files(files, self._limits)
         digest = announced_digest(files)
         if registration.expected_digest not in ("", digest):
-            raise DigestMismatchError("expected_digest", f"the files announced have the digest {digest}")
+            raise DigestMismatchError("expected_digest", f"the announced files have the digest {digest}")
         self._publisher.check_quotas(registration.task_id, digest, sum(file.size_bytes for file in files))
 
         def publish(directory: SourceDirectory, probe: Probe | None, prepare: Prepare | None) -> Registered:
@@ -122,7 +122,7 @@ class Registering:
 
 
 def require_base(base: BaseDescription | None) -> BaseDescription:
-    """The base that adapters are for.
+    """The base that adapters are made for.
 
     Raises:
         StoreConfigError: the store was opened without one.

@@ -37,19 +37,18 @@ from manyhats.adapters.taskid import check_task_id, parse_name
 
 
 class AdapterStore:
-    """Versions of tasks: rows in a catalogue, immutable artifacts in a storage. Safe in any thread.
+    """Versions of tasks: rows in a catalogue, immutable artifacts in a storage. Thread-safe.
 
-    ``open_store`` puts one together. Several processes may have one store open; what others change is known here
-    after ``refresh``.
+    ``open_store`` builds one. Several processes may have a store open; ``refresh`` picks up what others changed.
 
     Args:
         storage: holds the artifacts.
         catalogue: holds tasks and versions.
         sources: opens what is registered.
         scratch: takes uploads.
-        base: the resident base, which every adapter is checked against; None for upkeep alone.
+        base: the resident base, which every adapter is checked against; None for maintenance only.
         limits: how large an adapter may be.
-        quotas: how much there may be.
+        quotas: how much the store may hold.
     """
 
     def __init__(
@@ -74,9 +73,9 @@ class AdapterStore:
     ) -> Registered:
         """Validate an adapter, or several to be combined, and publish a copy as a version of the task.
 
-        The same content again is the version that exists, activated if asked. The same ``request_id`` and
-        arguments again is the first answer. With ``validate_only`` nothing is stored: a record of version 0 says
-        what would be.
+        Repeating the same content returns the existing version, activated if requested. Repeating the same
+        ``request_id`` and arguments returns the first answer. With ``validate_only`` nothing is stored: a record with
+        version 0 says what it would be.
 
         Args:
             registration: what to register, and how.
@@ -84,45 +83,45 @@ class AdapterStore:
             prepare: called before the version becomes active.
 
         Raises:
-            ArgumentInvalidError: too many parts, or files, which come in an upload.
+            ArgumentInvalidError: too many parts; or files, which must come in an upload.
             RequestIdReusedError: the request id was used for something else.
-            SourceNotAllowedError, SourceNotFoundError, SourceUnavailableError: there is no such source here.
+            SourceNotAllowedError, SourceNotFoundError, SourceUnavailableError: the source cannot be opened.
             ArtifactError, BaseMismatchError: the adapter cannot be served on this base.
             DigestMismatchError: it is not the expected one.
-            QuotaExceededError: there may be no more of it.
-            StoreError: it could not be written; nothing is published then.
+            QuotaExceededError: a quota is exceeded.
+            StoreError: it could not be written; nothing is published.
 
-            Of a part, the error's subject begins with ``parts[1]``.
+            For a part, the error's subject begins with ``parts[1]``.
         """
         return self._registering.register(registration, probe, prepare)
 
     def open_upload(self, registration: Registration) -> UploadSession:
-        """Begin an upload; all that can be told from its header is checked before a byte is taken.
+        """Begin an upload; everything its header reveals is checked before a byte is accepted.
 
-        Its ``finish`` does what ``register`` does. An upload that broke off may be repeated whole.
+        Its ``finish`` does what ``register`` does. An interrupted upload may be repeated from the start.
 
         Raises:
-            ArgumentInvalidError: a file cannot be taken, or none is announced.
-            ArtifactError: these files are no adapter, or over a limit.
+            ArgumentInvalidError: a file cannot be accepted, or none is announced.
+            ArtifactError: the files are not an adapter, or over a limit.
             DigestMismatchError: they are not the expected ones.
-            QuotaExceededError: there may be no more of it, or too many uploads are under way.
+            QuotaExceededError: a quota is exceeded, or too many uploads are in progress.
             StoreError: the files cannot be written.
         """
         return self._registering.open_upload(registration)
 
     def get(self, name: str) -> AdapterRecord:
-        """The version that ``task`` (its active one) or ``task@3`` names.
+        """The version named by ``task`` (its active one) or ``task@3``.
 
         Raises:
-            TaskIdInvalidError, TaskNotFoundError, NoActiveVersionError: it names none.
+            TaskIdInvalidError, TaskNotFoundError, NoActiveVersionError: there is none.
         """
         return self._catalogue.resolve(parse_name(name))
 
     def resolve(self, name: str) -> AdapterRecord:
-        """The version that a request for ``name`` runs on; a look-up in memory, for every request.
+        """The version that a request for ``name`` runs on; a look-up in memory.
 
         Raises:
-            TaskIdInvalidError, TaskNotFoundError, NoActiveVersionError: it names none.
+            TaskIdInvalidError, TaskNotFoundError, NoActiveVersionError: there is none.
         """
         return self._catalogue.resolve(parse_name(name))
 
@@ -142,9 +141,9 @@ class AdapterStore:
         """Versions ordered by task id and version.
 
         Args:
-            task_id: of this task alone; empty for all. A task that does not exist has an empty list.
+            task_id: only this task's; empty for all. A task that does not exist has an empty list.
             page_size: at most this many (1000 at most); 0 for 100.
-            page_token: from the page before, of a list with the same ``task_id``.
+            page_token: from the previous page of a list with the same ``task_id``.
 
         Raises:
             ArgumentInvalidError: an argument is out of range.
@@ -152,10 +151,10 @@ class AdapterStore:
         return read_page(self._catalogue, task_id=task_id, page_size=page_size, page_token=page_token)
 
     def activate(self, name: str) -> AdapterRecord:
-        """Make ``task@3`` the version that ``task`` means.
+        """Make ``task@3`` the version that ``task`` refers to.
 
         Raises:
-            TaskIdInvalidError, TaskNotFoundError: there is no such version, or the name gives none.
+            TaskIdInvalidError, TaskNotFoundError: there is no such version, or the name has none.
             DataLossError: its stored files are known to be damaged.
             StoreError: the catalogue cannot be written.
         """
@@ -167,21 +166,20 @@ class AdapterStore:
     def delete(
         self, name: str, *, in_use: Callable[[AdapterRecord], bool], force: bool = False
     ) -> tuple[AdapterRecord, ...]:
-        """Remove one version (``task@3``) or all (``task``), and the files that no version needs any more.
+        """Remove one version (``task@3``) or all (``task``), and the files that no version needs any longer.
 
         Args:
             name: what to remove.
-            in_use: whether requests run on a version. It is called while nobody can resolve one, so it must
-                be quick.
-            force: remove it even so; who has loaded it already keeps it.
+            in_use: whether requests run on a version. Called while nobody can resolve one, so it must be quick.
+            force: remove it even so; whoever has already loaded it keeps it.
 
         Returns:
             What was removed.
 
         Raises:
-            TaskIdInvalidError, TaskNotFoundError: there is nothing of that name.
-            AdapterInUseError: it is in use and ``force`` is not given; nothing is removed then.
-            StoreError: the catalogue cannot be written; nothing is removed then.
+            TaskIdInvalidError, TaskNotFoundError: nothing has that name.
+            AdapterInUseError: it is in use and ``force`` is not given; nothing is removed.
+            StoreError: the catalogue cannot be written; nothing is removed.
         """
 
         def refuse_in_use(records: Sequence[AdapterRecord]) -> None:
@@ -193,19 +191,19 @@ class AdapterStore:
 
         removed = self._catalogue.remove(parse_name(name), refuse_in_use)
         digests = {part.digest for record in removed for part in record.parts}
-        # The versions are gone, whatever becomes of their bytes: a sweep finds those that cannot be removed now.
+        # The versions are gone, whatever happens to their bytes: a sweep finds those that cannot be removed now.
         with contextlib.suppress(StoreError):
             self._storage.remove(digests, self._catalogue.named)
         return removed
 
     def refresh(self) -> frozenset[str]:
-        """Learn what other processes changed.
+        """Pick up what other processes changed.
 
         Returns:
-            The tasks that changed since the last call, by whomever.
+            The tasks that changed since the last call, by any process.
 
         Raises:
-            StoreUnavailableError: the catalogue cannot be read; what was known stays known.
+            StoreUnavailableError: the catalogue cannot be read; look-ups still answer what was known.
         """
         return self._catalogue.refresh()
 
@@ -213,7 +211,7 @@ class AdapterStore:
         """Read a version's stored artifacts into memory.
 
         Raises:
-            TaskNotFoundError: it was deleted meanwhile.
+            TaskNotFoundError: it was deleted in the meantime.
             DataLossError: its files are not those that were registered.
             StoreUnavailableError: the storage fails.
         """
@@ -248,15 +246,14 @@ class AdapterStore:
         return lower_version(self.load(record), require_base(self._base), self._limits)
 
     def verify(self) -> Iterator[Verified]:
-        """Digest every stored artifact again; see ``maintenance.verify``."""
+        """Verify every stored artifact; see ``maintenance.verify``."""
         return verify(self._catalogue, self._storage)
 
     def gc(self, *, older_than_s: float = 24 * 3600.0) -> Swept:
         """Remove artifacts that no version needs.
 
         Args:
-            older_than_s: spares younger ones where a registration under way cannot be told from what is left over
-                (object stores).
+            older_than_s: spares younger ones if a registration in progress cannot be told from remains (object stores).
 
         Raises:
             StoreUnavailableError: storage or catalogue fails.
@@ -272,12 +269,12 @@ class AdapterStore:
             raise self._loss(record) from None
 
     def close(self) -> None:
-        """Give back connections and scratch space. Look-ups go on; nothing else may be called."""
+        """Release connections and scratch space. Look-ups still work; nothing else may be called."""
         self._catalogue.close()
         self._scratch.close()
 
     def _loss(self, record: AdapterRecord) -> AdapterError:
-        """Why a version's bytes are not there: it was deleted, by some process, or they are lost."""
+        """Why a version's bytes are missing: it was deleted by some process, or they are lost."""
         digests = {part.digest for part in record.parts}
         if self._catalogue.named(digests) == digests:
             return DataLossError(record.name, "its stored files are missing or damaged")

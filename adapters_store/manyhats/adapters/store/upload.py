@@ -1,4 +1,4 @@
-"""An upload: files that arrive piece by piece, in any order, and are verified before anything is made of them."""
+"""An upload: files that arrive piece by piece, in any order, and are verified before they are used."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from manyhats.adapters.registration import Registered, UploadFile
 _WEIGHTS = (peft_format.WEIGHTS_FILE, adapterhub_format.WEIGHTS_FILE)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _READ_BYTES = 4 * 1024 * 1024
-# Pieces with holes between them that one file may have at a time; bounds memory.
+# How many pieces with gaps between them one file may have at a time; bounds memory.
 _MAX_PIECES = 4096
 
 
 Publish = Callable[[SourceDirectory, Probe | None, Prepare | None], Registered]
-"""What the store does with the files of an upload once they are verified."""
+"""What the store does with an upload's files once they are verified."""
 
 
 def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> None:
-    """Check what is announced, before a byte is taken: one config, one file of tensors, text files, and all sizes.
+    """Check what is announced before a byte is accepted: one config, one file of tensors, text files, and all sizes.
 
     Raises:
         ArgumentInvalidError: ``subject`` is the field, such as ``files[1].name``.
-        AdapterInvalidError, AdapterUnsafeError, AdapterUnsupportedError: as a directory of these files.
+        AdapterInvalidError, AdapterUnsafeError, AdapterUnsupportedError: as for a directory of these files.
         AdapterTooLargeError: over a limit.
     """
     if len(files) > len(FILES):
@@ -71,17 +71,17 @@ def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> None:
 
 
 def announced_digest(files: Sequence[UploadFile]) -> str:
-    """The digest of the artifact that the files will be, if they arrive as announced."""
+    """The artifact's digest if the files arrive as announced."""
     return digest_of_hashes({file.name: (file.sha256, file.size_bytes) for file in files})
 
 
 class UploadSession:
-    """One upload. Its calls may come from any thread, and wait for each other; ``abort`` ends it at any time.
+    """One upload. Thread-safe: its calls wait for each other; ``abort`` ends it at any time.
 
     Args:
         files: checked by ``check_files``.
-        directory: an empty one, which the session takes over.
-        publish: called once, with a directory of the files, when all are verified.
+        directory: an empty one, which the session owns from now on.
+        publish: called once with a directory of the files, when all are verified.
     """
 
     def __init__(self, files: Sequence[UploadFile], directory: ScratchDirectory, publish: Publish) -> None:
@@ -106,17 +106,17 @@ class UploadSession:
         self.abort()
 
     def write(self, file_index: int, offset: int, data: bytes) -> None:
-        """Take bytes ``offset`` and following of a file.
+        """Accept bytes of a file, from ``offset`` on.
 
         Raises:
-            ArgumentInvalidError: there is no such file, or the bytes lie outside it or were sent before.
+            ArgumentInvalidError: there is no such file, or the bytes are outside it or were sent before.
             StoreError: they cannot be written.
         """
         with self._lock:
             self._require_open()
             if not 0 <= file_index < len(self._files):
                 raise ArgumentInvalidError(
-                    "chunk.file_index", f"is {file_index}; the header announced {len(self._files)} files"
+                    "chunk.file_index", f"is {file_index}, but the header announced {len(self._files)} files"
                 )
             self._files[file_index].write(offset, data)
 
@@ -138,7 +138,7 @@ class UploadSession:
                 self._end()
 
     def abort(self) -> None:
-        """Remove what has arrived; after the end it does nothing."""
+        """Remove what has arrived; does nothing after the end."""
         with self._lock:
             self._end()
 
@@ -155,12 +155,12 @@ class UploadSession:
 
 
 class _IncomingFile:
-    """One file on its way in: which bytes are there, and the hash of those that came in order."""
+    """An incoming file: which bytes have arrived, and the hash of those that came in order."""
 
     def __init__(self, announced: UploadFile, descriptor: int) -> None:
         self._announced = announced
         self._descriptor = descriptor
-        # Begins and ends of what is there, disjoint, in order and not adjacent.
+        # Begins and ends of what has arrived: disjoint, in order and not adjacent.
         self._begins: list[int] = []
         self._ends: list[int] = []
         self._hash = hashlib.sha256()
@@ -173,25 +173,25 @@ class _IncomingFile:
         self._take(offset, end)
         with store_errors():
             _write_all(self._descriptor, data, offset)
-        if offset == self._num_hashed:  # hashed while it is at hand; what comes out of order is read again
+        if offset == self._num_hashed:  # hashed while in memory; what comes out of order is read again
             self._hash.update(data)
             self._num_hashed = end
 
     def verify(self) -> None:
-        """Raises unless every byte is there and they are those announced."""
+        """Raise unless every byte has arrived and matches what was announced."""
         name, size = self._announced.name, self._announced.size_bytes
         if (self._begins, self._ends) != ([0], [size]):
             arrived = sum(self._ends) - sum(self._begins)
-            raise ArgumentInvalidError("chunk", f"'{name}' is not whole: {arrived} of {size} bytes came")
+            raise ArgumentInvalidError("chunk", f"'{name}' is incomplete: {arrived} of {size} bytes arrived")
         with store_errors():
             while self._num_hashed < size:
                 piece = os.pread(self._descriptor, _READ_BYTES, self._num_hashed)
                 if not piece:
-                    break  # the hash tells
+                    break  # the hash decides
                 self._hash.update(piece)
                 self._num_hashed += len(piece)
         if (sha256 := self._hash.hexdigest()) != self._announced.sha256:
-            raise DigestMismatchError(name, f"was announced with another SHA-256 than it has, {sha256}")
+            raise DigestMismatchError(name, f"does not have the announced SHA-256 but {sha256}")
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -201,16 +201,16 @@ class _IncomingFile:
         if offset < 0 or end > self._announced.size_bytes:
             raise ArgumentInvalidError(
                 "chunk.offset",
-                f"bytes {offset} to {end} lie outside '{self._announced.name}', which was announced with "
+                f"bytes {offset} to {end} are outside '{self._announced.name}', which was announced with "
                 f"{self._announced.size_bytes} bytes",
             )
         if offset == end:
             raise ArgumentInvalidError("chunk.data", "is empty")
 
     def _take(self, begin: int, end: int) -> None:
-        """Account for a piece, joined with those that it touches."""
-        index = bisect.bisect_left(self._ends, begin)  # the first piece that ends at or behind ``begin``
-        stop = bisect.bisect_right(self._begins, end)  # behind the last that begins at or before ``end``
+        """Record a piece, merged with those it touches."""
+        index = bisect.bisect_left(self._ends, begin)  # the first piece that ends at or after ``begin``
+        stop = bisect.bisect_right(self._begins, end)  # after the last that begins at or before ``end``
         touched = range(index, stop)
         if any(self._begins[i] < end and begin < self._ends[i] for i in touched):
             raise ArgumentInvalidError(
@@ -219,7 +219,8 @@ class _IncomingFile:
             )
         if not touched and len(self._begins) >= _MAX_PIECES:
             raise ArgumentInvalidError(
-                "chunk.offset", f"'{self._announced.name}' has over {_MAX_PIECES} pieces with holes between"
+                "chunk.offset",
+                f"'{self._announced.name}' has over {_MAX_PIECES} pieces with gaps between them",
             )
         self._begins[index:stop] = [min([begin, *self._begins[index:stop]])]
         self._ends[index:stop] = [max([end, *self._ends[index:stop]])]

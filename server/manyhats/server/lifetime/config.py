@@ -40,7 +40,7 @@ WORDING = Wording(
 _GROUPS = (
     _MODEL := "Model",
     _ADAPTERS := "Adapters",
-    "What the store takes",
+    "What the store accepts",
     _ADDRESS := "Where it listens",
     _SECURITY := "Who is let in",
     _LIMITS := "Limits",

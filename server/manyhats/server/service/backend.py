@@ -29,7 +29,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """What a caller may ask for at most; see ``ServeConfig``. None is no bound."""
+    """What a caller may ask for at most; see ``ServeConfig``. None for no limit."""
 
     max_sequences: int
     max_waiting: int

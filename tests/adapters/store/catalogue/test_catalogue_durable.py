@@ -150,7 +150,7 @@ def test_tables_of_an_unknown_version_are_refused(open_catalogue: Open, url: str
     with engine.begin() as connection:
         connection.execute(update(CATALOGUE).values(schema_version=2))
     engine.dispose()
-    with pytest.raises(StoreConfigError, match="schema version 2; this software knows version 1"):
+    with pytest.raises(StoreConfigError, match="schema version 2; this software uses version 1"):
         open_catalogue()
 
 

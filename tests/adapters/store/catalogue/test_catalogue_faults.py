@@ -71,7 +71,7 @@ def test_a_write_that_cannot_have_its_turn_changes_nothing(catalogue: Catalogue,
     before = catalogue.versions("fr")
     with locked(path):
         for write in WRITES:
-            with pytest.raises(StoreUnavailableError, match="cannot be reached or used now"):
+            with pytest.raises(StoreUnavailableError, match="cannot be reached or used at the moment"):
                 write(catalogue)
             assert catalogue.versions("fr") == before
             assert names(catalogue) == ["fr@1", "fr@2"]
@@ -128,7 +128,7 @@ def test_a_server_that_dies_stops_no_look_up_and_is_found_again(
         before = catalogue.versions("fr")
         with postgres_server.stopped():
             for call in WRITES + READS:
-                with pytest.raises(StoreUnavailableError, match="cannot be reached or used now"):
+                with pytest.raises(StoreUnavailableError, match="cannot be reached or used at the moment"):
                     call(catalogue)
             assert catalogue.versions("fr") == before
             with pytest.raises(StoreUnavailableError):

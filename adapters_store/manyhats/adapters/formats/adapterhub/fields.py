@@ -38,7 +38,7 @@ def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """A finite number from minus a million to a million.
+    """A finite number of at most a million in magnitude.
 
     Raises:
         AdapterInvalidError: it is not one.
@@ -47,14 +47,14 @@ def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def check_number(key: str, value: Any) -> float:
-    """``value`` as a float, if it is a finite number from minus a million to a million.
+    """``value`` as a float, if it is a finite number of at most a million in magnitude.
 
     Raises:
         AdapterInvalidError: it is not one.
     """
     if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _MAX_NUMBER:
         raise AdapterInvalidError(
-            key, f"must be a number up to {_MAX_NUMBER:g} either way, not {shown(str(value))}"
+            key, f"must be a number of at most {_MAX_NUMBER:g} in magnitude, not {shown(str(value))}"
         )
     return float(value)
 

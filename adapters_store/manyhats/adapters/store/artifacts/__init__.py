@@ -1,1 +1,1 @@
-"""Where artifacts lie: on this disk, in an object store, and copied from it."""
+"""Where artifacts are kept: on this disk, or in an object store with local copies."""

@@ -1,4 +1,4 @@
-"""A bounded directory of blobs by their SHA-256: a copy of what lies elsewhere, and never trusted."""
+"""A bounded directory of blobs by SHA-256: copies of what is stored elsewhere, never trusted."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class BlobCache:
-    """Keeps what was used last, up to a size. Processes may share its directory. Safe in any thread.
+    """Keeps what was used last, up to a size. Processes may share its directory. Thread-safe.
 
-    A blob is digested on every read: one that is damaged is as if it were not there. One that is evicted while it is
-    read stays whole for its reader, who has it open. A cache that cannot be written is no error, for all of it can be
-    had elsewhere; it is logged.
+    A blob is digested on every read; a damaged one counts as missing. One that is evicted while being read stays whole
+    for its reader, who has it open. A cache that cannot be written is not an error but logged, since everything in it
+    is also stored elsewhere.
 
     Args:
-        directory: made if it is missing; it belongs to the cache alone.
+        directory: created if missing; it belongs to the cache alone.
         max_bytes: of all blobs together.
 
     Raises:
-        StoreError: the directory cannot be made.
+        StoreError: the directory cannot be created.
     """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
@@ -45,7 +45,7 @@ class BlobCache:
         self._lock = FileLock(directory / "lock", _LOCK_WAIT_S)
 
     def get(self, sha256: str, max_bytes: int) -> bytearray | None:
-        """The blob, if it is here, whole and not over ``max_bytes``; it then counts as used."""
+        """The blob if it is here, whole and not over ``max_bytes``, which counts as a use."""
         path = self._path(sha256)
         try:
             data = _read(path, max_bytes)
@@ -59,17 +59,17 @@ class BlobCache:
         return None
 
     def put(self, sha256: str, content: bytes | bytearray) -> None:
-        """Keep a blob, in place of those unused for longest; one that would not fit alone is not kept."""
+        """Keep a blob, evicting the least recently used; one that would not fit alone is not kept."""
         path = self._path(sha256)
         if len(content) > self._max_bytes or path.exists():
             return
         try:
-            # One writer at a time: what is on its way in counts, too.
+            # One writer at a time, since blobs being written count too.
             with self._lock.alone(), store_errors():
                 self._make_room(len(content))
                 self._write(path, content)
         except StoreError as error:
-            _LOG.warning("the artifact cache keeps nothing: %s", error)
+            _LOG.warning("the artifact cache cannot be written: %s", error)
 
     def _path(self, sha256: str) -> Path:
         if not _NAME.fullmatch(sha256):
@@ -91,7 +91,7 @@ class BlobCache:
             excess -= size
 
     def _write(self, path: Path, content: bytes | bytearray) -> None:
-        # Not synced: what a power failure leaves half does not have its digest.
+        # Not synced: what a power failure leaves incomplete does not match its digest.
         partial = self._blobs / f"{uuid.uuid4().hex}.part"
         try:
             partial.write_bytes(content)
@@ -101,7 +101,7 @@ class BlobCache:
 
 
 def _read(path: Path, max_bytes: int) -> bytearray | None:
-    """A regular file's content; None if it is none, too large, or shorter than it says."""
+    """A regular file's content; None if it is not one, is too large, or is shorter than its size."""
     with open(os.open(path, _READ), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:

@@ -1,12 +1,12 @@
-r"""Copies of artifacts in an object store: each is written once, and proves itself.
+r"""Copies of artifacts in an object store: each is written once, and verifies itself.
 
-A copy is these objects, the last of which makes it exist::
+A copy consists of these objects; the last one makes it exist::
 
     artifacts/<64 hexadecimal digits>/<unix time, ms>-<random>/<file>
     artifacts/<64 hexadecimal digits>/<unix time, ms>-<random>.manifest
 
-The manifest is the text that the artifact's digest is taken of, a line ``<sha256> <size> <path>\n`` per file. So the
-digest proves the manifest, and the manifest each file.
+The manifest is the text that the artifact's digest is computed from, one line ``<sha256> <size> <path>\n`` per file. So
+the digest verifies the manifest, and the manifest each file.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _LINE = re.compile(r"([0-9a-f]{64}) (\d{1,15}) ([^/\n]+)\n")
 
 @dataclass(frozen=True, slots=True)
 class ArtifactCopy:
-    """A copy, or what there is of one.
+    """A copy, or the part of it that exists.
 
     Attributes:
-        digest: of the artifact.
-        key: its files are objects ``<key>/<file>``.
-        published: unix time at which its publication began, seconds.
+        digest: the artifact's.
+        key: prefix of its files, which are objects ``<key>/<file>``.
+        published: when its publication began, unix time in seconds.
         sizes: object name → bytes, as listed.
     """
 
@@ -57,18 +57,18 @@ class ArtifactCopy:
 
     @property
     def size_bytes(self) -> int:
-        """Of all its objects."""
+        """The size of all its objects."""
         return sum(self.sizes.values())
 
 
 def new_copy(digest: str, now: float) -> ArtifactCopy:
-    """A copy to be written, under a name that nobody else has."""
+    """A copy to be written, under a unique name."""
     key = f"artifacts/{hex_digits(digest)}/{int(now * 1000):013d}-{uuid.uuid4().hex}"
     return ArtifactCopy(digest, key, now)
 
 
 def list_copies(objects: ObjectStore, digest: str | None = None) -> list[ArtifactCopy]:
-    """All copies and remains of copies, of one artifact or of all; of each artifact the newest first."""
+    """All copies and remains of copies, of one artifact or of all; newest first for each artifact."""
     directory = "artifacts" if digest is None else f"artifacts/{hex_digits(digest)}"
     copies: dict[str, ArtifactCopy] = {}
     for name, size_bytes in objects.sizes(directory).items():
@@ -81,13 +81,13 @@ def list_copies(objects: ObjectStore, digest: str | None = None) -> list[Artifac
 
 
 def delete_copies(objects: ObjectStore, copies: Sequence[ArtifactCopy]) -> None:
-    """Delete all their objects; manifests first, so that none exists without its files."""
+    """Delete all their objects, manifests first, so that none exists without its files."""
     objects.delete([copy.manifest for copy in copies if copy.exists])
     objects.delete([name for copy in copies for name in copy.sizes if name != copy.manifest])
 
 
 def read_manifest(objects: ObjectStore, copy: ArtifactCopy) -> FileHashes | None:
-    """What a copy's manifest says of its files; None if it is missing or damaged."""
+    """The files in a copy's manifest; None if it is missing or damaged."""
     size_bytes = copy.sizes.get(copy.manifest, 0)
     if size_bytes > MAX_MANIFEST_BYTES:
         return None
@@ -96,7 +96,7 @@ def read_manifest(objects: ObjectStore, copy: ArtifactCopy) -> FileHashes | None
 
 
 def parse_manifest(text: bytes | bytearray) -> FileHashes:
-    """What a manifest says that has its digest."""
+    """The files in a manifest, if it has the digest."""
     return {name: (sha256, int(size)) for sha256, size, name in _LINE.findall(text.decode())}
 
 
@@ -108,7 +108,7 @@ def read_file(
 
 
 def is_whole(objects: ObjectStore, copy: ArtifactCopy) -> bool:
-    """Whether every byte of a copy is there and right."""
+    """Whether every byte of a copy is present and right."""
     manifest = read_manifest(objects, copy)
     return manifest is not None and all(
         read_file(objects, copy, name, *expected) is not None for name, expected in manifest.items()
@@ -116,10 +116,10 @@ def is_whole(objects: ObjectStore, copy: ArtifactCopy) -> bool:
 
 
 def check_files(digest: str, files: Mapping[str, bytes | bytearray]) -> FileHashes:
-    """The hashes of files that are to be a copy.
+    """The hashes of the files to copy.
 
     Raises:
-        ValueError: a file's name does not fit a manifest, or the digest is another.
+        ValueError: a file's name cannot be in a manifest, or the digest differs.
     """
     hashes = file_hashes(files)
     lines = digest_lines(hashes)

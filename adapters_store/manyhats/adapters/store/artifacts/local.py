@@ -1,9 +1,9 @@
-"""Artifacts in a directory that several processes share: each appears whole or not at all.
+"""Artifacts in a directory that several processes share: each is complete or absent.
 
-``<root>/artifacts/<64 hexadecimal digits>/`` holds an artifact; ``<root>/staging/`` what is on its way in or out.
-Publication writes to staging, syncs each file and the directory, digests what was written, and renames; so whatever
-bears an artifact's name is complete. Anyone with files in staging, or an artifact that no row names yet, holds the
-lock shared; whoever holds it alone may remove both, for they are a dead process's.
+``<root>/artifacts/<64 hexadecimal digits>/`` holds an artifact; ``<root>/staging/`` holds what is being added or
+removed. Publication writes to staging, syncs each file and the directory, digests what was written, and renames; so
+whatever has an artifact's name is complete. Anyone with files in staging, or an artifact that no row names yet, holds
+the lock shared; whoever holds it exclusively may remove both, since they belong to dead processes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from manyhats.adapters.store.artifacts.storage import NamedDigests, Swept
 _NAME = re.compile(r"[0-9a-f]{64}")
 _MODE = 0o444  # of every file: published ones never change
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# Something that bears the name already: a directory with entries, or no directory.
+# The name is taken: by a directory with entries, or by something else.
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-# No such directory, or a link in its place.
+# There is no such directory, or a link in its place.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -46,11 +46,11 @@ class LocalArtifacts:
     """An ``ArtifactStorage`` in a directory, on a file system that renames atomically and has ``flock``.
 
     Args:
-        root: made if it is missing.
-        limits: what ``read`` takes into memory at most.
+        root: created if missing.
+        limits: how much ``read`` loads into memory at most.
 
     Raises:
-        StoreError: the directory cannot be made.
+        StoreError: the directory cannot be created.
     """
 
     def __init__(self, root: Path, limits: AdapterLimits) -> None:
@@ -67,28 +67,28 @@ class LocalArtifacts:
             sync_directory(root.parent)
 
     def claim(self, catalogue_id: str) -> None:
-        """Write down whose the artifacts are, or check it; ``<root>/catalogue-id`` says it."""
+        """Record or check which catalogue names the artifacts, in ``<root>/catalogue-id``."""
         file = self._root / "catalogue-id"
         with store_errors():
             if not file.exists():
                 self._write_claim(file, catalogue_id)
             owner = file.read_text()
         if owner != catalogue_id:
-            raise StoreUnavailableError("store", "its artifacts are named by another catalogue")
+            raise StoreUnavailableError("store", "its artifacts belong to another catalogue")
 
     def publishing(self) -> contextlib.AbstractContextManager[None]:
-        """Share the lock."""
+        """Hold the lock shared."""
         return self._use.shared()
 
     def publish(self, digest: str, files: Mapping[str, bytes | bytearray]) -> None:
         """Write, sync, digest, rename, sync."""
         target = self._path(digest)
-        # Shared here too: staging is then never without it.
+        # Held shared here too, so that staging is never used without it.
         with self._use.shared():
             if not self.is_whole(digest):
                 self._stage_and_place(digest, files, target)
             with store_errors():
-                # Whoever renamed it may have died before this.
+                # Whoever renamed it may have died before syncing.
                 sync_directory(self._artifacts)
 
     def read(self, digest: str) -> dict[str, bytearray]:
@@ -110,7 +110,7 @@ class LocalArtifacts:
         return files
 
     def is_whole(self, digest: str) -> bool:
-        """Whether what lies there has this digest."""
+        """Whether the stored bytes have this digest."""
         try:
             with self._use.shared(), _opened(digest, self._path(digest)) as directory:
                 return _digest_of(directory) == digest
@@ -118,21 +118,21 @@ class LocalArtifacts:
             return False
 
     def digests(self) -> frozenset[str]:
-        """The names that the storage gave; others are not touched."""
+        """The names that the storage assigned; others are not touched."""
         with store_errors():
             return frozenset(
                 f"sha256:{name}" for name in os.listdir(self._artifacts) if _NAME.fullmatch(name)
             )
 
     def remove(self, digests: Collection[str], named: NamedDigests) -> None:
-        """Remove what no row names, alone with the directory."""
+        """Remove what no row names, holding the lock exclusively."""
         with self._use.alone():
             trash = self._discard(frozenset(digests) - frozenset(named(digests)))
         for path in trash:
             _delete(path)
 
     def sweep(self, named: NamedDigests) -> Swept:
-        """Remove what lies in staging and what no row names, alone with the directory."""
+        """Remove everything in staging and what no row names, holding the lock exclusively."""
         with self._use.alone():
             with store_errors():
                 unfinished = [self._staging / name for name in os.listdir(self._staging)]
@@ -146,7 +146,7 @@ class LocalArtifacts:
         return Swept(len(unnamed), len(unfinished), size_bytes)
 
     def gc(self, named: NamedDigests, *, older_than_s: float) -> Swept:
-        """``sweep``; age says nothing here, for the lock tells what is in use."""
+        """``sweep``; age does not matter here, since the lock tells what is in use."""
         return self.sweep(named)
 
     def _path(self, digest: str) -> Path:
@@ -168,13 +168,13 @@ class LocalArtifacts:
                 _write_files(staged, files)
             with _opened(digest, staged) as directory:
                 if _digest_of(directory) != digest:
-                    raise StoreUnavailableError("store", "does not hold what was written to it")
+                    raise StoreUnavailableError("store", "does not have what was written to it")
             self._place(staged, target, digest)
         finally:
             _delete(staged)
 
     def _place(self, staged: Path, target: Path, digest: str) -> None:
-        """Rename to the artifact's name, one publisher at a time: another's whole copy is never replaced."""
+        """Rename to the artifact's name, one publisher at a time: another's complete copy is never replaced."""
         with self._placement.alone():
             try:
                 os.rename(staged, target)
@@ -189,7 +189,7 @@ class LocalArtifacts:
                         _delete(path)
 
     def _discard(self, digests: Collection[str]) -> list[Path]:
-        """Take artifacts out of sight, each in one step; where those that were there lie now."""
+        """Move artifacts out of sight, each in one step; returns where those that existed are now."""
         trash = []
         for digest in digests:
             path = self._staging / uuid.uuid4().hex
@@ -201,7 +201,7 @@ class LocalArtifacts:
 
 @contextlib.contextmanager
 def _opened(digest: str, path: Path) -> Iterator[SourceDirectory]:
-    """Open an artifact's directory; its faults, and those of the files read inside, are of what was stored."""
+    """Open an artifact's directory; errors of it and its files become ``DataLossError``."""
     descriptor = -1
     try:
         descriptor = os.open(path, _OPEN_DIRECTORY)
@@ -245,7 +245,7 @@ def _size_bytes(path: Path) -> int:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or directory of staging; what cannot be deleted, the next sweep tries again."""
+    """Delete a file or directory in staging; the next sweep retries what cannot be deleted."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

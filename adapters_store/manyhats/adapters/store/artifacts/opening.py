@@ -27,15 +27,15 @@ def open_artifacts(
     """Open a directory (a path, or ``file:///…``), or object storage (``s3://bucket/prefix``, ``gs://…``).
 
     Args:
-        url: where the artifacts lie or will lie.
+        url: where the artifacts are or will be kept.
         limits: how large an artifact may be.
-        cache_directory: of object storage, a local directory that keeps copies; None for none. Processes may share it.
-        cache_max_bytes: how large the cache may become.
-        storage_options: of object storage, what its fsspec file system takes, such as ``endpoint_url``.
+        cache_directory: a local directory for copies from object storage; None for none. Processes may share it.
+        cache_max_bytes: how large the cache may grow.
+        storage_options: options of object storage's fsspec file system, such as ``endpoint_url``.
 
     Raises:
-        StoreConfigError: no storage has this URL; ``subject`` is the setting.
-        StoreError: it cannot be reached, or not be written.
+        StoreConfigError: the URL is not supported; ``subject`` is the setting.
+        StoreError: it cannot be reached or written.
     """
     scheme, separator, _ = str(url).partition("://")
     if isinstance(url, Path) or not separator:
@@ -50,5 +50,5 @@ def open_artifacts(
 def _file_path(url: str) -> Path:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-        raise StoreConfigError("store", "a file URL is file:// and an absolute path")
+        raise StoreConfigError("store", "a file URL is file:// followed by an absolute path")
     return Path(unquote(parts.path))

@@ -1,9 +1,9 @@
-"""Artifacts in an object store, which locks nothing and renames nothing.
+"""Artifacts in an object store, which has neither locks nor renames.
 
-Each publication writes a copy of its own, and a copy's name tells when it began. A publisher relies on a copy of less
-than half an hour, or writes a new one. Garbage collection takes copies that were old when it listed them, and whose
-artifact no row named after that. So it never takes a copy that somebody is about to name, however long it may sleep
-between decision and deletion.
+Each publication writes its own copy, whose name tells when it began. A publisher relies on a copy less than half an
+hour old, or writes a new one. Garbage collection removes copies that were old when it listed them and whose artifact no
+row named after that. So it never removes a copy that is about to be named, however long it sleeps between decision and
+deletion.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from manyhats.adapters.store.artifacts.copies import (
 )
 from manyhats.adapters.store.artifacts.storage import NamedDigests, Swept
 
-# How long from the begin of its publication a copy may be relied on, by its publisher or another.
+# How long after its publication began a copy may be relied on, by its publisher or another.
 _FRESH_S = 30 * 60.0
 
 
@@ -46,7 +46,7 @@ def open_remote_artifacts(
     cache_max_bytes: int,
     storage_options: Mapping[str, Any],
 ) -> RemoteArtifacts:
-    """``open_artifacts`` of an object store's URL."""
+    """``open_artifacts`` for an object store's URL."""
     cache = None if cache_directory is None else BlobCache(cache_directory, cache_max_bytes)
     return RemoteArtifacts(ObjectStore(url, storage_options), limits, cache)
 
@@ -56,9 +56,9 @@ class RemoteArtifacts:
 
     Args:
         objects: the store's own prefix.
-        limits: what ``read`` takes into memory at most.
+        limits: how much ``read`` loads into memory at most.
         cache: keeps local copies; None for none.
-        clock: unix time, seconds. Clocks of the store's processes may differ by some minutes.
+        clock: unix time, seconds. Clocks of the store's processes may differ by a few minutes.
     """
 
     def __init__(
@@ -74,26 +74,26 @@ class RemoteArtifacts:
         self._clock = clock
 
     def claim(self, catalogue_id: str) -> None:
-        """Write an object ``catalogues/<id>``; it must be the only one."""
+        """Write an object ``catalogues/<id>``, which must be the only one."""
         own = f"catalogues/{catalogue_id}"
         claims = set(self._objects.sizes("catalogues"))
         if not claims:
             self._objects.write(own, b"")
             claims = set(self._objects.sizes("catalogues"))
             if claims != {own}:
-                self._objects.delete([own])  # another was quicker
+                self._objects.delete([own])  # another process was quicker
         if claims != {own}:
-            raise StoreUnavailableError("store", "its artifacts are named by another catalogue")
+            raise StoreUnavailableError("store", "its artifacts belong to another catalogue")
 
     def publishing(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing needs to be held off: see the module."""
+        """Does nothing: see the module."""
         return contextlib.nullcontext()
 
     def publish(self, digest: str, files: Mapping[str, bytes | bytearray]) -> None:
         """Write a copy, unless there is a fresh and whole one.
 
         Raises:
-            ValueError: ``files`` have another digest.
+            ValueError: ``files`` do not have this digest.
         """
         hashes = check_files(digest, files)
         oldest = self._clock() - _FRESH_S
@@ -105,7 +105,7 @@ class RemoteArtifacts:
         self._keep(hex_digits(digest), digest_lines(hashes))
 
     def read(self, digest: str) -> dict[str, bytearray]:
-        """The files, from the cache as far as it has them.
+        """The files, from the cache if it has them.
 
         Raises:
             DataLossError: no copy is whole.
@@ -121,26 +121,26 @@ class RemoteArtifacts:
         return files
 
     def is_whole(self, digest: str) -> bool:
-        """Whether a copy is, read again from the object store."""
+        """Whether a copy is whole, read again from the object store."""
         return any(is_whole(self._objects, copy) for copy in self._copies(digest))
 
     def digests(self) -> frozenset[str]:
-        """What has a copy."""
+        """The artifacts that have a copy."""
         return frozenset(copy.digest for copy in list_copies(self._objects) if copy.exists)
 
     def remove(self, digests: Collection[str], named: NamedDigests) -> None:
-        """Nothing: somebody may be about to name them. ``gc`` removes them when they are old."""
+        """Does nothing: they may be about to be named. ``gc`` removes them once they are old."""
 
     def sweep(self, named: NamedDigests) -> Swept:
-        """Nothing, for the same reason."""
+        """Does nothing, for the same reason."""
         return Swept(0, 0, 0)
 
     def gc(self, named: NamedDigests, *, older_than_s: float) -> Swept:
-        """Remove old copies that no row needs or that are spare, and old remains of publications.
+        """Remove old copies that no row needs or that are superseded, and old remains of publications.
 
         Args:
-            named: asked after the copies are listed.
-            older_than_s: an hour is always safe; less is where nobody publishes.
+            named: called after the copies are listed.
+            older_than_s: an hour is always safe; less only if nobody is publishing.
         """
         latest = self._clock() - older_than_s
         copies = list_copies(self._objects)
@@ -154,7 +154,7 @@ class RemoteArtifacts:
         return Swept(len(unneeded), len(unfinished), size_bytes)
 
     def _spare(self, copies: Sequence[ArtifactCopy], latest: float) -> list[ArtifactCopy]:
-        """The old copies that lie behind a newer and whole one of the same artifact."""
+        """The old copies that a newer, whole copy of the same artifact supersedes."""
         spare = []
         for _, of_artifact in groupby(copies, key=lambda copy: copy.digest):
             newest, *others = of_artifact
@@ -172,7 +172,7 @@ class RemoteArtifacts:
         for name, content in files.items():
             self._objects.write(f"{copy.key}/{name}", content)
         if self._clock() - copy.published > _FRESH_S:
-            raise StoreUnavailableError("store", "the object store took too long to take the artifact")
+            raise StoreUnavailableError("store", "the object store took too long to store the artifact")
         self._objects.write(copy.manifest, manifest)
 
     def _read_copy(self, copy: ArtifactCopy) -> dict[str, bytearray] | None:

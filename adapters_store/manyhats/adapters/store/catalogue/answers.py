@@ -1,4 +1,4 @@
-"""Registrations by request id: the same id and content again gets the first answer, and does nothing."""
+"""Registrations by request id: repeating the same id and content returns the first answer, and does nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_REMEMBERED = 10_000
 
 
 def read_answer(connection: Connection, registration: Registration) -> Registered | None:
-    """The answer that its request id was given; None if it is new.
+    """The answer given to its request id; None if the id is new.
 
     Raises:
         RequestIdReusedError: it was used for something else.
@@ -30,7 +30,7 @@ def read_answer(connection: Connection, registration: Registration) -> Registere
 
 
 def write_answer(transaction: WriteTransaction, registration: Registration, answer: Registered) -> None:
-    """Keep the answer to a new request id; of more than ``MAX_REMEMBERED``, the oldest go."""
+    """Keep the answer to a new request id; beyond ``MAX_REMEMBERED``, the oldest are dropped."""
     if not registration.request_id:
         return
     row = {

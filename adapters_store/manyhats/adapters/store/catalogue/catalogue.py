@@ -1,7 +1,7 @@
 """The catalogue: which versions a task has and which one is active. Durable tables behind an index in memory.
 
-The tables are the truth, and several processes share them. The index answers what requests ask without any
-I/O. A write of this process is in the index when it returns, one of another process after ``refresh``.
+The tables are authoritative, and several processes share them. The index answers requests without any I/O. A write by
+this process is in the index when it returns, one by another process after ``refresh``.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = ["IN_MEMORY", "Catalogue"]
 
 
 class Catalogue:
-    """Tasks, versions and states. Every method is atomic and safe to call from any thread.
+    """Tasks, versions and states. Every method is atomic and thread-safe.
 
-    ``resolve``, ``versions``, ``find_digest``, ``has_digest`` and ``page`` look into memory. The others wait
-    for the database. Where it fails they raise ``StoreUnavailableError``, or ``StoreFullError`` if its disk is
-    full; nothing has changed then, and look-ups go on answering what was known.
+    ``resolve``, ``versions``, ``find_digest``, ``has_digest`` and ``page`` only read memory. The others wait for the
+    database. If it fails they raise ``StoreUnavailableError``, or ``StoreFullError`` if its disk is full; nothing has
+    changed then, and look-ups still answer what was known.
 
     Args:
-        url: ``sqlite:////directory/catalogue.db`` in a directory that exists,
+        url: ``sqlite:////directory/catalogue.db`` in an existing directory,
             ``postgresql+psycopg://user@host/database``, or ``IN_MEMORY``.
 
     Raises:
@@ -49,7 +49,7 @@ class Catalogue:
     def __init__(self, url: str) -> None:
         self._database = CatalogueDatabase(url)
         self._index = CatalogueIndex()
-        # The order in which this process reads the tables is the order in which it changes the index.
+        # This process changes the index in the order in which it reads the tables.
         self._lock = threading.Lock()
         self._seen_generation = 0
         try:
@@ -60,11 +60,11 @@ class Catalogue:
 
     @property
     def catalogue_id(self) -> str:
-        """Tells these tables from any other; random, made with them."""
+        """Identifies these tables; random, made with them."""
         return self._database.catalogue_id
 
     def resolve(self, name: TaskName) -> AdapterRecord:
-        """The version that a name means: the one it gives, or the active one.
+        """The version a name refers to: the one it gives, or the active one.
 
         Raises:
             TaskNotFoundError: no such task or version.
@@ -89,11 +89,11 @@ class Catalogue:
         return self._index.has_digest(digest)
 
     def page(self, *, task_id: str, after: tuple[str, int], max_records: int) -> list[AdapterRecord]:
-        """Up to ``max_records`` versions behind ``after`` (task id, version); of one task, or of all ("")."""
+        """Up to ``max_records`` versions after ``after`` (task id, version); of one task, or of all ("")."""
         return self._index.page(task_id=task_id, after=after, max_records=max_records)
 
     def recall(self, registration: Registration) -> Registered | None:
-        """The answer that its request id was given, by whatever process; None if it is new.
+        """The answer given to its request id by any process; None if the id is new.
 
         Raises:
             RequestIdReusedError: it was used for something else.
@@ -104,7 +104,7 @@ class Catalogue:
             return read_answer(connection, registration)
 
     def remember(self, registration: Registration, answer: Registered) -> Registered:
-        """Keep an answer that changed nothing; gives the first answer to its request id.
+        """Keep the answer to a call that changed nothing; returns the first answer to its request id.
 
         Raises:
             RequestIdReusedError: it was used for something else.
@@ -118,19 +118,18 @@ class Catalogue:
             return answer
 
     def add(self, record: AdapterRecord, registration: Registration, quotas: Quotas) -> Registered:
-        """Register a version, whose artifacts are stored.
+        """Register a version whose artifacts are stored.
 
-        If its request id was answered, nothing happens. If the task has a version of this digest, that
-        is the one: it has not failed any more, and is activated if that is asked. Otherwise a version is
-        added.
+        If its request id was answered, nothing happens. If the task has a version with this digest, that one is used:
+        it no longer counts as failed, and is activated if requested. Otherwise a version is added.
 
         Args:
-            record: what to add; its version and state do not count.
-            registration: what the caller asked for.
-            quotas: must hold with one more version.
+            record: what to add; its version and state are ignored.
+            registration: what the caller requested.
+            quotas: must still hold with one more version.
 
         Returns:
-            The first answer to its request id, which every later call with it gets.
+            The first answer to its request id, which later calls with that id also get.
 
         Raises:
             RequestIdReusedError: the request id was used for something else.
@@ -154,7 +153,7 @@ class Catalogue:
             return answer
 
     def check_quotas(self, task_id: str, size_bytes: int, quotas: Quotas) -> None:
-        """Refuse early what ``add`` would refuse now: one more version of a task, of this size.
+        """Refuse early what ``add`` would refuse now: one more version of a task, with this size.
 
         Raises:
             QuotaExceededError: a quota does not allow it.
@@ -163,7 +162,7 @@ class Catalogue:
             check_quotas(connection, read_task(connection, task_id), size_bytes, quotas)
 
     def activate(self, task_id: str, version: int) -> AdapterRecord:
-        """Make a version the one that its task's name means.
+        """Make a version the one its task's name refers to.
 
         Raises:
             TaskNotFoundError: there is no such version.
@@ -174,9 +173,9 @@ class Catalogue:
             return change.task.versions[version]
 
     def set_failure(self, task_id: str, version: int, reason: str) -> AdapterRecord:
-        """Say that a version cannot be served and why; or, with an empty reason, that it can.
+        """Record why a version cannot be served; or, with an empty reason, that it can.
 
-        It stays what its task's name means if it was, so that requests are refused for the right reason.
+        If its task's name refers to it, that stays so, so that requests are refused for the right reason.
 
         Raises:
             TaskNotFoundError: there is no such version.
@@ -191,9 +190,9 @@ class Catalogue:
         """Remove a version, or all versions of a task.
 
         Args:
-            name: with a version, that one; without, all.
-            check: called with what would go, while nobody in this process can resolve it; raises to keep it.
-                It must be quick, and may look things up here but not write.
+            name: with a version, only that one; without, all.
+            check: called with what would be removed, while nobody in this process can resolve it; raises to keep it. It
+                must be quick, and may look things up here but not write.
 
         Returns:
             What was removed.
@@ -209,10 +208,10 @@ class Catalogue:
             return gone
 
     def refresh(self) -> frozenset[str]:
-        """Learn what was written since the last call.
+        """Read what was written since the last call.
 
         Returns:
-            The tasks that changed, whichever process changed them.
+            The tasks that changed, by any process.
         """
         with self._lock:
             with self._database.read() as connection:
@@ -231,17 +230,17 @@ class Catalogue:
             return read_generation(connection)
 
     def named(self, digests: Collection[str]) -> frozenset[str]:
-        """Those digests whose artifact some version in the database is made of, whoever registered it."""
+        """Those digests whose artifact is part of some version in the database, by any process."""
         with self._database.read() as connection:
             return read_named_digests(connection, digests)
 
     def close(self) -> None:
-        """Close the connections to the database; look-ups go on."""
+        """Close the database connections; look-ups still work."""
         self._database.close()
 
     @contextlib.contextmanager
     def _changing(self, task_id: str) -> Iterator[_Change]:
-        """One transaction on one task, whose end is in the index when it is committed."""
+        """One transaction on one task; once committed, its result is in the index."""
         with self._lock:
             known = self._index.task(task_id)
             try:
@@ -249,18 +248,18 @@ class Catalogue:
                     change = _Change(transaction, read_task(transaction.connection, task_id))
                     yield change
             except BaseException:
-                self._index.put(known)  # a removal that is not committed has hidden versions
+                self._index.put(known)  # an uncommitted removal has hidden versions
                 raise
             self._index.put(change.task)
 
 
 class _Change:
-    """What a transaction makes of one task."""
+    """One task in a transaction."""
 
     def __init__(self, transaction: WriteTransaction, task: CataloguedTask) -> None:
         self.transaction = transaction
         self.task = task
 
     def to(self, task: CataloguedTask) -> None:
-        """Write the task as it is from now on."""
+        """Write the task's new state."""
         self.task = write_task(self.transaction, self.task, task)

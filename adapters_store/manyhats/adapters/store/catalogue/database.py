@@ -25,7 +25,7 @@ IN_MEMORY = "sqlite://"
 _SUBJECT = "catalogue_url"
 _MEMORY = (None, "", ":memory:")
 _WAIT_S = 10
-# What a URL may override, as in "?connect_timeout=30".
+# Defaults that a URL may override, as in "?connect_timeout=30".
 _SQLITE_DEFAULTS: Mapping[str, Any] = MappingProxyType({"timeout": _WAIT_S})
 _POSTGRESQL_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -34,17 +34,17 @@ _POSTGRESQL_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "options": f"-c statement_timeout={_WAIT_S}s -c idle_in_transaction_session_timeout={_WAIT_S}s",
     }
 )
-# Any number that nobody else is likely to lock.
+# A number that nobody else is likely to lock.
 _POSTGRESQL_SCHEMA_LOCK = 0x6D616E796861
 
 
 @dataclass(frozen=True, slots=True)
 class WriteTransaction:
-    """A transaction that is alone among writers.
+    """A transaction that excludes other writers.
 
     Attributes:
-        connection: in the transaction; it sees all that earlier writers committed.
-        generation: what the catalogue's generation is once this is committed.
+        connection: in the transaction; it sees everything that earlier writers committed.
+        generation: the catalogue's generation once this is committed.
     """
 
     connection: Connection
@@ -52,15 +52,15 @@ class WriteTransaction:
 
 
 class CatalogueDatabase:
-    """Transactions on the catalogue's tables, which are made if they are missing. Safe to use from any thread.
+    """Transactions on the catalogue's tables, which are created if missing. Thread-safe.
 
-    Every error of the database is a ``StoreUnavailableError``, or a ``StoreFullError`` where its disk is full.
+    Every database error is a ``StoreUnavailableError``, or a ``StoreFullError`` if its disk is full.
 
     Args:
         url: ``sqlite:////directory/catalogue.db``, ``postgresql+psycopg://user@host/database``, or ``IN_MEMORY``.
 
     Raises:
-        StoreConfigError: no such URL is served, or the tables are of another version of this software.
+        StoreConfigError: the URL is not supported, or the tables are of another version of this software.
         StoreUnavailableError: the database cannot be reached.
     """
 
@@ -77,13 +77,13 @@ class CatalogueDatabase:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that reads the state of one moment."""
+        """A transaction that reads one consistent snapshot."""
         with _database_errors(), self._readers.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def write(self) -> Iterator[WriteTransaction]:
-        """A transaction that writes, and is committed unless the block raises."""
+        """A transaction that writes; it is committed unless the block raises."""
         with _database_errors(), self._writers.begin() as connection:
             counted = update(CATALOGUE).values(generation=CATALOGUE.c.generation + 1)
             generation = connection.execute(counted.returning(CATALOGUE.c.generation)).scalar_one()
@@ -94,7 +94,7 @@ class CatalogueDatabase:
         self._writers.dispose()
 
 
-# SQLite: see ``_prepare_sqlite``. PostgreSQL by default shows each statement another moment.
+# SQLite: see ``_prepare_sqlite``. PostgreSQL by default gives each statement its own snapshot.
 _READER_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sqlite": {"sqlite_begin": "BEGIN"},
@@ -104,7 +104,7 @@ _READER_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def _parse(url: str) -> URL:
-    """The URL, with the driver that is used; messages leave it out, for it may hold a password."""
+    """The URL, with the driver used; messages leave it out, since it may have a password."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -126,14 +126,14 @@ def _create_engine(url: URL) -> Engine:
     if is_sqlite:
         return _create_sqlite_engine(url, connect_args)
     try:
-        # Pings, so that a server that was restarted meanwhile is no error.
+        # Pings, so that a server restarted in the meantime causes no error.
         return create_engine(url, connect_args=connect_args, pool_pre_ping=True)
     except ModuleNotFoundError:
         raise StoreConfigError(_SUBJECT, "needs psycopg: pip install 'manyhats[postgres]'") from None
 
 
 def _create_sqlite_engine(url: URL, connect_args: dict[str, Any]) -> Engine:
-    # A database in memory lives in its one connection, which threads take in turn.
+    # An in-memory database lives in its one connection, which threads use in turn.
     one = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0} if url.database in _MEMORY else {}
     engine = create_engine(url, connect_args=connect_args | {"check_same_thread": False}, **one)
     _prepare_sqlite(engine)
@@ -143,21 +143,21 @@ def _create_sqlite_engine(url: URL, connect_args: dict[str, Any]) -> Engine:
 def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def connect(connection: sqlite3.Connection, _: object) -> None:
-        # Transactions begin below, not where Python's driver would begin them.
+        # Transactions are begun below, not by Python's driver.
         connection.isolation_level = None
         _enter_wal(connection)
-        # A commit is on the disk when it returns.
+        # A commit is on disk when it returns.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        # A writer takes the lock at once: one that has read first cannot wait for another.
+        # A writer takes the lock immediately: one that has read first cannot wait for another.
         connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN IMMEDIATE"))
 
 
 def _enter_wal(connection: sqlite3.Connection) -> None:
-    """Readers then never wait for a writer. SQLite does not wait for its turn to switch, so this does."""
+    """Readers then never wait for a writer. SQLite does not wait to switch the mode, so this does."""
     deadline = time.monotonic() + _WAIT_S
     while True:
         try:
@@ -171,7 +171,7 @@ def _enter_wal(connection: sqlite3.Connection) -> None:
 
 
 def _open_schema(connection: Connection) -> str:
-    """Make the tables if they are missing; gives the catalogue's id."""
+    """Create the tables if missing; returns the catalogue's id."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRESQL_SCHEMA_LOCK})
     if not inspect(connection).has_table(CATALOGUE.name):
@@ -181,18 +181,18 @@ def _open_schema(connection: Connection) -> str:
     found = connection.execute(select(CATALOGUE.c.schema_version)).scalar_one()
     if found != SCHEMA_VERSION:
         raise StoreConfigError(
-            _SUBJECT, f"has tables of schema version {found}; this software knows version {SCHEMA_VERSION}"
+            _SUBJECT, f"has tables of schema version {found}; this software uses version {SCHEMA_VERSION}"
         )
     return str(connection.execute(select(CATALOGUE.c.catalogue_id)).scalar_one())
 
 
 @contextlib.contextmanager
 def _database_errors() -> Iterator[None]:
-    """Turn errors of the database into the store's; their text names no host and no path."""
+    """Turn database errors into the store's; their text names no host and no path."""
     try:
         yield
     except IntegrityError:
-        raise  # a mistake in this software
+        raise  # a bug in this software
     except (DBAPIError, PoolTimeoutError) as error:
         raise _store_error(error) from error
 
@@ -202,4 +202,4 @@ def _store_error(error: Exception) -> StoreError:
     is_full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
     if is_full or getattr(cause, "sqlstate", None) == "53100":
         return StoreFullError("catalogue", "no space is left in its database")
-    return StoreUnavailableError("catalogue", "its database cannot be reached or used now")
+    return StoreUnavailableError("catalogue", "its database cannot be reached or used at the moment")

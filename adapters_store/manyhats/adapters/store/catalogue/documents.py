@@ -1,4 +1,4 @@
-"""Records as JSON documents, the form in which the catalogue's tables hold them."""
+"""Records as JSON documents, as stored in the catalogue's tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterStat
 
 
 def details_document(record: AdapterRecord) -> dict[str, Any]:
-    """What there is to know of a version, but for what names and sizes it, and its state."""
+    """A version's details: everything but its names, size and state."""
     return {
         "method": record.method.value,
         "parts": [
@@ -31,7 +31,7 @@ def details_document(record: AdapterRecord) -> dict[str, Any]:
 
 
 def record_document(record: AdapterRecord) -> dict[str, Any]:
-    """A whole record."""
+    """A complete record."""
     return details_document(record) | {
         "task_id": record.task_id,
         "version": record.version,
@@ -52,7 +52,7 @@ def read_details(
     state: AdapterState,
     state_reason: str,
 ) -> AdapterRecord:
-    """The record of a ``details_document`` and what it leaves out."""
+    """The record from a ``details_document`` and what it leaves out."""
     return AdapterRecord(
         task_id=task_id,
         version=version,
@@ -79,7 +79,7 @@ def _part(digest: str, weight: float, source: str, text_files: Sequence[str] = (
 
 
 def read_record(document: Mapping[str, Any]) -> AdapterRecord:
-    """The record of a ``record_document``."""
+    """The record from a ``record_document``."""
     return read_details(
         document,
         task_id=document["task_id"],

@@ -1,4 +1,4 @@
-"""The catalogue in memory: what requests ask, answered without any I/O."""
+"""The catalogue in memory, which answers requests without any I/O."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from manyhats.adapters.taskid import TaskName
 
 
 class CatalogueIndex:
-    """All tasks by id. Every method is atomic, quick and safe to call from any thread."""
+    """All tasks by id. Every method is atomic, quick and thread-safe."""
 
     def __init__(self) -> None:
-        # Re-entrant: the check of a replacement may look something up.
+        # Re-entrant: a replacement's check may look something up.
         self._lock = threading.RLock()
         self._tasks: dict[str, CataloguedTask] = {}
         # (task id, version) in order, for pages.
@@ -24,12 +24,12 @@ class CatalogueIndex:
         self._digest_uses: Counter[str] = Counter()
 
     def task(self, task_id: str) -> CataloguedTask:
-        """A task; one without versions if it never was."""
+        """A task; without versions if it never existed."""
         with self._lock:
             return self._tasks.get(task_id) or CataloguedTask(task_id=task_id)
 
     def resolve(self, name: TaskName) -> AdapterRecord:
-        """The version that a name means."""
+        """The version a name refers to."""
         with self._lock:
             return self.task(name.task_id).find(name)
 
@@ -39,7 +39,7 @@ class CatalogueIndex:
             return digest in self._digest_uses
 
     def page(self, *, task_id: str, after: tuple[str, int], max_records: int) -> list[AdapterRecord]:
-        """Up to ``max_records`` versions behind ``after`` (task id, version); of one task, or of all ("")."""
+        """Up to ``max_records`` versions after ``after`` (task id, version); of one task, or of all ("")."""
         with self._lock:
             start = bisect.bisect_right(self._order, max(after, (task_id, 0)))
             keys = self._order[start : start + max_records]
@@ -49,7 +49,7 @@ class CatalogueIndex:
         """Replace a task.
 
         Args:
-            task: what it is from now on.
+            task: its new state.
             check: called first, while nobody can look anything up; raises to keep the task as it was.
         """
         with self._lock:

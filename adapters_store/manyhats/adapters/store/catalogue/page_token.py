@@ -1,4 +1,4 @@
-"""Page tokens: where a list goes on. Opaque to callers; they stay good while versions come and go."""
+"""Page tokens: where a list continues. Opaque to callers; they stay valid while versions are added and removed."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ _MAX_VERSION = 2**31 - 1
 
 
 def encode_page_token(filter_task_id: str, task_id: str, version: int) -> str:
-    """The token of the page behind (task id, version), in a list filtered by ``filter_task_id``."""
+    """The token of the page after (task id, version), in a list filtered by ``filter_task_id``."""
     return (
         base64.urlsafe_b64encode(json.dumps([filter_task_id, task_id, version]).encode()).decode().rstrip("=")
     )
 
 
 def decode_page_token(token: str, filter_task_id: str) -> tuple[str, int]:
-    """The (task id, version) that a page begins behind; an empty token is the first page.
+    """The (task id, version) that a page begins after; an empty token is the first page.
 
     Raises:
-        ArgumentInvalidError: the token is not one of ours, or is of a list with another filter.
+        ArgumentInvalidError: the token is not one of ours, or is from a list with another filter.
     """
     if not token:
         return ("", 0)
     try:
         made_for, task_id, version = _fields(token)
     except (ValueError, TypeError, RecursionError, TaskIdInvalidError):
-        raise ArgumentInvalidError("page_token", "is not a token that this server gave") from None
+        raise ArgumentInvalidError("page_token", "is not a token from this server") from None
     if made_for != filter_task_id:
-        raise ArgumentInvalidError("page_token", "was given for a list with another task_id")
+        raise ArgumentInvalidError("page_token", "is from a list with another task_id")
     return (task_id, version)
 
 
 def _fields(token: str) -> tuple[str, str, int]:
-    """What a token holds; raises if no token of ours could hold it."""
+    """The content of a token; raises if it cannot be one of ours."""
     if len(token) > _MAX_LENGTH:
         raise ValueError("too long")
     padded = token + "=" * (-len(token) % 4)

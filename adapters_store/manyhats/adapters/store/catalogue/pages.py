@@ -19,7 +19,7 @@ MAX_PAGE_SIZE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page of a list; an empty ``next_page_token`` says that it is the last."""
+    """One page of a list; an empty ``next_page_token`` marks the last."""
 
     records: tuple[AdapterRecord, ...]
     next_page_token: str
@@ -37,7 +37,7 @@ def read_page(catalogue: Catalogue, *, task_id: str, page_size: int, page_token:
         raise ArgumentInvalidError("page_size", "must not be negative")
     size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
     after = decode_page_token(page_token, task_id)
-    # One more than asked for tells whether another page follows.
+    # One more than requested tells whether another page follows.
     records = catalogue.page(task_id=task_id, after=after, max_records=size + 1)
     page = tuple(records[:size])
     more = len(records) > size

@@ -1,4 +1,4 @@
-"""Whether one more version fits the quotas, by what the database holds."""
+"""Whether one more version fits the quotas, according to the database."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def check_quotas(connection: Connection, task: CataloguedTask, size_bytes: int, 
 
     Args:
         connection: in a transaction that no other writer interferes with.
-        task: as it is.
-        size_bytes: of the version to add.
-        quotas: what must still hold then.
+        task: its current state.
+        size_bytes: the size of the version to add.
+        quotas: must still hold afterwards.
 
     Raises:
-        QuotaExceededError: a quota would be passed; ``subject`` is the first that would.
+        QuotaExceededError: a quota would be exceeded; ``subject`` is the first one.
     """
     for name, limit, would_be in _needs(connection, task, size_bytes, quotas):
         if would_be > limit:
-            raise QuotaExceededError(name, f"one more version makes it {would_be}; the limit is {limit}")
+            raise QuotaExceededError(name, f"one more version would make it {would_be}; the limit is {limit}")
 
 
 def _needs(
     connection: Connection, task: CataloguedTask, size_bytes: int, quotas: Quotas
 ) -> Iterator[tuple[str, int, int]]:
-    """Name, limit and what would be, of each quota that is set."""
+    """Name, limit and the new value, for each quota that is set."""
     if quotas.max_tasks is not None and not task.versions:
         num_tasks = connection.execute(select(func.count(distinct(VERSIONS.c.task_id)))).scalar_one()
         yield "max_tasks", quotas.max_tasks, num_tasks + 1

@@ -1,4 +1,4 @@
-"""Tasks as rows of the catalogue's tables: reading them, and writing what changed of one."""
+"""Tasks as rows of the catalogue's tables: reading them, and writing what changed in one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manyhats.adapters.store.catalogue.documents import details_document, read_d
 from manyhats.adapters.store.catalogue.tables import ARTIFACTS, CATALOGUE, TASKS, VERSIONS
 from manyhats.adapters.store.catalogue.task import CataloguedTask, version_state
 
-# How many values one statement names; databases have limits.
+# How many values one statement uses; databases have limits.
 _MAX_VALUES = 1000
 
 
@@ -25,7 +25,7 @@ def read_generation(connection: Connection) -> int:
 
 
 def read_task(connection: Connection, task_id: str) -> CataloguedTask:
-    """One task; one without versions if it never was."""
+    """One task; without versions if it never existed."""
     return next(iter(_read_tasks(connection, TASKS.c.task_id == task_id)), CataloguedTask(task_id=task_id))
 
 
@@ -35,7 +35,7 @@ def read_changed_tasks(connection: Connection, since: int) -> list[CataloguedTas
 
 
 def read_named_digests(connection: Connection, digests: Collection[str]) -> frozenset[str]:
-    """Those digests whose artifact some version is made of."""
+    """Those digests whose artifact is part of some version."""
     asked = sorted(digests)
     named: set[str] = set()
     for start in range(0, len(asked), _MAX_VALUES):
@@ -47,7 +47,7 @@ def read_named_digests(connection: Connection, digests: Collection[str]) -> froz
 def write_task(
     transaction: WriteTransaction, before: CataloguedTask, after: CataloguedTask
 ) -> CataloguedTask:
-    """Write what differs between two states of a task; gives the second, of the transaction's generation."""
+    """Write what differs between two states of a task; returns the second, with the transaction's generation."""
     after = replace(after, generation=transaction.generation)
     connection = transaction.connection
     _write_head(connection, after, is_new=not before.generation)
@@ -122,7 +122,7 @@ def _delete_versions(connection: Connection, task_id: str, versions: Collection[
 
 
 def _write_change(connection: Connection, record: AdapterRecord) -> None:
-    """What may change of a version, written anew."""
+    """The parts of a version that may change, as written."""
     is_it = (VERSIONS.c.task_id == record.task_id) & (VERSIONS.c.version == record.version)
     connection.execute(
         update(VERSIONS).where(is_it).values(failure=record.state_reason, details=details_document(record))

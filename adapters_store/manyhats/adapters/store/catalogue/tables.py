@@ -1,7 +1,7 @@
-"""The catalogue's tables. Columns are what queries ask for; what a version is lies in one JSON document.
+"""The catalogue's tables. Columns are what queries use; the rest of a version is one JSON document.
 
-Writers take the one row of ``catalogue`` first, and hold it until they commit. So they take turns, and
-generations become visible in their order.
+Writers lock the one row of ``catalogue`` first, and hold it until they commit. So they take turns, and generations
+become visible in their order.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ CATALOGUE = Table(
     METADATA,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("schema_version", Integer, nullable=False),
-    # Tells this catalogue from any other.
+    # Identifies this catalogue.
     Column("catalogue_id", String(32), nullable=False),
     # Counts writes.
     Column("generation", BigInteger, nullable=False),
 )
 
-# A task's row outlives its versions, so that a name like "task@3" never comes to mean other bytes.
+# A task's row outlives its versions, so that a name like "task@3" never refers to other bytes later.
 TASKS = Table(
     "manyhats_tasks",
     METADATA,
     Column("task_id", String(63), primary_key=True),
     Column("last_version", Integer, nullable=False),
     Column("active_version", Integer),
-    # Of the latest write to the task or its versions.
+    # The generation of the latest write to the task or its versions.
     Column("generation", BigInteger, nullable=False, index=True),
 )
 
@@ -61,7 +61,7 @@ VERSIONS = Table(
     UniqueConstraint("task_id", "digest"),
 )
 
-# Which artifacts a version needs: their bytes may go when no row names them.
+# Which artifacts a version needs: their bytes may be removed when no row names them.
 ARTIFACTS = Table(
     "manyhats_version_artifacts",
     METADATA,
@@ -81,6 +81,6 @@ ANSWERS = Table(
     Column("fingerprint", String(64), nullable=False),
     Column("created", Boolean, nullable=False),
     Column("record", JSON, nullable=False),
-    # Of the write that gave the answer; the lowest go first.
+    # The generation of the write that gave the answer; the lowest are dropped first.
     Column("generation", BigInteger, nullable=False, unique=True),
 )

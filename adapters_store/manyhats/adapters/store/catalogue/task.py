@@ -1,4 +1,4 @@
-"""One task as the catalogue holds it, and what can happen to it: pure functions from one state to the next."""
+"""One task in the catalogue, and what can happen to it: pure functions from one state to the next."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class CataloguedTask:
     """A task and its versions.
 
     Attributes:
-        task_id: what callers name it.
-        generation: of the catalogue's write that made it so; 0 for a task that never was.
+        task_id: the name callers use.
+        generation: of the catalogue's latest write to it; 0 for a task that never existed.
         last_version: the highest version it ever had.
-        active_version: the one that the task's name means, or None.
+        active_version: the one the task's name refers to, or None.
         versions: by number, oldest first.
     """
 
@@ -32,10 +32,10 @@ class CataloguedTask:
     versions: Mapping[int, AdapterRecord] = field(default_factory=lambda: _NO_VERSIONS)
 
     def find(self, name: TaskName) -> AdapterRecord:
-        """The version that a name means: the one it gives, or the active one.
+        """The version a name refers to: the one it gives, or the active one.
 
         Raises:
-            TaskNotFoundError: the task has no versions, or not this one.
+            TaskNotFoundError: the task has no versions, or lacks this one.
             NoActiveVersionError: the name gives no version and none is active.
         """
         self.require_versions()
@@ -61,13 +61,13 @@ class CataloguedTask:
         return next((record for record in self.versions.values() if record.digest == digest), None)
 
     def added(self, record: AdapterRecord) -> CataloguedTask:
-        """With one more version, the last."""
+        """With one more version, at the end."""
         version = self.last_version + 1
         added = replace(record, version=version, state=AdapterState.INACTIVE, state_reason="")
         return replace(self, last_version=version, versions=self._with(added))
 
     def reregistered(self, version: int, record: AdapterRecord) -> CataloguedTask:
-        """With a version that was registered again: it has not failed, and is for the base of ``record`` too."""
+        """With a version that was registered again: no longer failed, and for the base of ``record`` too."""
         bases = dict.fromkeys((*self.versions[version].registered_for, *record.registered_for))
         again = replace(self.versions[version], registered_for=tuple(bases))
         return replace(self, versions=self._with(again)).with_failure(version, "")
@@ -85,7 +85,7 @@ class CataloguedTask:
         return replace(self, active_version=version)._with_states()
 
     def with_failure(self, version: int, reason: str) -> CataloguedTask:
-        """With a version FAILED for a reason; or, for an empty one, as good as any.
+        """With a version FAILED for a reason; or, with an empty reason, not failed.
 
         Raises:
             TaskNotFoundError: there is no such version.
@@ -103,7 +103,7 @@ class CataloguedTask:
         return MappingProxyType({**self.versions, record.version: record})
 
     def _with_states(self) -> CataloguedTask:
-        """The states that follow from which version is active; a failed one stays failed."""
+        """With states that follow from which version is active; a failed one stays failed."""
         stated = {version: self._stated(record) for version, record in self.versions.items()}
         return replace(self, versions=MappingProxyType(stated))
 
@@ -113,7 +113,7 @@ class CataloguedTask:
 
 
 def version_state(version: int, active_version: int | None, failure: str) -> AdapterState:
-    """What a version's state is: FAILED if it has a failure, else ACTIVE if it is the active one."""
+    """A version's state: FAILED if it has a failure, else ACTIVE if it is the active one."""
     if failure:
         return AdapterState.FAILED
     return AdapterState.ACTIVE if version == active_version else AdapterState.INACTIVE
