@@ -88,7 +88,7 @@ class Client:
         )
 
     def close(self) -> None:
-        """Ends running calls and closes the connection, unless the channel is the caller's."""
+        """End running calls and close the connection, unless the channel is the caller's."""
         if self._own_channel is not None:
             self._own_channel.close()
 
@@ -110,7 +110,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generation:
-        """Generates one answer and waits for all of it.
+        """Generate one answer and wait for all of it.
 
         Args:
             prompt: text, token ids, or a conversation.
@@ -129,7 +129,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationStream:
-        """Generates one answer and streams it; arguments as for ``generate``."""
+        """Generate one answer and stream it; arguments as for ``generate``."""
         request = convert.generate_request(prompt, task_id, options)
         call = self._generation.GenerateStream(request, timeout=self._timeout(timeout_s))
         return GenerationStream(cast(StreamCall, call), self._target)
@@ -143,7 +143,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[PromptOptions],
     ) -> ScoreResult:
-        """Returns the log-probability of each continuation after the prompt, which is computed once."""
+        """Return the log-probability of each continuation after the prompt, which is computed once."""
         request = convert.score_request(prompt, continuations, task_id, options)
         return convert.score_result(self._call(self._generation.Score, request, timeout_s))
 
@@ -155,7 +155,7 @@ class Client:
         add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
     ) -> Tokenization:
-        """Returns the tokens the prompt becomes; computes nothing on the model."""
+        """Return the tokens the prompt becomes; computes nothing on the model."""
         request = convert.tokenize_request(prompt, task_id, add_special_tokens)
         return convert.tokenization(self._call(self._generation.Tokenize, request, timeout_s))
 
@@ -170,7 +170,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[RegisterOptions],
     ) -> Registration:
-        """Registers an adapter that the server can read as a version of a task.
+        """Register an adapter that the server can read as a version of a task.
 
         Args:
             task_id: the task, without a version.
@@ -191,7 +191,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[RegisterOptions],
     ) -> Registration:
-        """Sends an adapter's directory, and makes it a version of a task; otherwise as ``register_adapter``.
+        """Send an adapter's directory, and make it a version of a task; otherwise as ``register_adapter``.
 
         It is safe to repeat. An upload that fails, at whatever point, leaves nothing on the server.
 
@@ -214,14 +214,14 @@ class Client:
         return adapter_convert.registration(response)
 
     def get_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
-        """Describes a task's active version, or the version that ``task@3`` names."""
+        """Describe a task's active version, or the version that ``task@3`` names."""
         request = adapter_pb2.GetAdapterRequest(task_id=task_id)
         return adapter_convert.adapter_info(self._call(self._adapters.GetAdapter, request, timeout_s).adapter)
 
     def list_adapters(
         self, *, task_id: str = "", page_size: int = 0, timeout_s: float | None = None
     ) -> Iterator[AdapterInfo]:
-        """Iterates over all versions, of one task or of every task, ordered by task id and version.
+        """Iterate over all versions, of one task or of every task, ordered by task id and version.
 
         Pages are fetched as the iteration needs them; ``timeout_s`` is for each.
         A ``page_size`` of 0 leaves it to the server.
@@ -235,7 +235,7 @@ class Client:
             request.page_token = response.next_page_token
 
     def activate_adapter(self, task_id: str, *, timeout_s: float | None = None) -> AdapterInfo:
-        """Moves a task to the version that ``task@3`` names, forward or back, and describes it.
+        """Move a task to the version that ``task@3`` names, forward or back, and describe it.
 
         Running requests finish on the version they began on.
         """
@@ -246,7 +246,7 @@ class Client:
     def delete_adapter(
         self, task_id: str, *, force: bool = False, timeout_s: float | None = None
     ) -> tuple[AdapterInfo, ...]:
-        """Deletes one version (``task@3``) or a task with all of its versions, and returns what was deleted.
+        """Delete one version (``task@3``) or a task with all of its versions, and return what was deleted.
 
         ``force`` deletes versions in use, too; requests running on them finish on what they have.
         """
@@ -257,12 +257,12 @@ class Client:
     # Server.
 
     def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        """Describes the server and its base model."""
+        """Describe the server and its base model."""
         request = server_pb2.GetServerInfoRequest()
         return convert.server_info(self._call(self._server.GetServerInfo, request, timeout_s))
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns as soon as the server would serve a request.
+        """Return as soon as the server would serve a request.
 
         Raises:
             UnavailableError: it did not get there in time.

@@ -26,14 +26,14 @@ class EngineConfig:
     """Limits and sizes of one engine.
 
     Attributes:
-        dtype: of embeddings, adapters and, unless named, the KV cache; ``auto`` is ``bfloat16``. Arithmetic is
-            float32 either way, but for NF4 linears on processors with AVX512-BF16, which ``bfloat16`` makes use of.
-        max_num_batched_tokens: a longer prompt is cut into chunks.
-        max_bulk_tokens: more of them keep others' tokens waiting for longer, fewer make them take longer themselves.
-        max_adapter_bytes: those in use are never evicted for it; while they fill it, requests for others wait.
+        dtype: of embeddings, adapters and, by default, the KV cache; ``auto`` is ``bfloat16``. Arithmetic is float32
+            either way, except that ``bfloat16`` uses AVX512-BF16 for NF4 linears if the processor has it.
+        max_num_batched_tokens: longer prompts are split into chunks.
+        max_bulk_tokens: larger values delay other requests' tokens; smaller ones make bulk work take longer.
+        max_adapter_bytes: adapters in use are never evicted; while they fill it, requests for others wait.
         block_size: positions per KV block.
-        max_unread_outputs: of one generation, before it pauses until its reader takes some.
-        max_unread_bytes: or their size, which log-probabilities make large.
+        max_unread_outputs: of one generation, before it pauses for its reader.
+        max_unread_bytes: the same, by size, which log-probabilities make large.
 
     Raises:
         FieldInvalidError: one is out of its range.
@@ -72,7 +72,7 @@ class EngineConfig:
         8,
         at_least=1,
         group=_LIMITS,
-        help="Tokens of scorings and long prompts in a step beside other requests.",
+        help="Tokens of scorings and long prompts in a step with other requests.",
     )
     max_score_tokens: int = setting(
         65_536, at_least=1, group=_LIMITS, help="Prompt and all continuations of one scoring."
@@ -82,7 +82,7 @@ class EngineConfig:
         unit="seconds",
         above=0,
         group=_LIMITS,
-        help="An answer that nobody reads for this long is given up.",
+        help="Abandon an answer that nobody reads for this long.",
     )
     num_threads: int = setting(
         0,
@@ -104,7 +104,7 @@ class EngineConfig:
 
     @property
     def scheduler(self) -> SchedulerConfig:
-        """The scheduler's part."""
+        """The scheduler's limits."""
         return SchedulerConfig(
             max_num_sequences=self.max_num_sequences,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -124,7 +124,7 @@ def kv_cache_bytes(config: EngineConfig, architecture: Architecture) -> int:
     """Memory for keys and values: ``kv_cache_bytes``, but no more than every sequence can use at full length.
 
     Raises:
-        FieldInvalidError: it has no room for a block.
+        FieldInvalidError: it is too small for a block.
     """
     itemsize = 4 if config.kv_cache_dtype == "float32" else 2
     block_bytes = architecture.kv_values_per_token * itemsize * config.block_size

@@ -1,4 +1,4 @@
-"""The engine as a server has it: requests come in on an event loop, and run on a thread of the engine's own."""
+"""The engine as a server uses it: requests arrive on an event loop, and run on the engine's own thread."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ OutputT = TypeVar("OutputT")
 
 
 class Engine:
-    """Accepts requests on an event loop and runs them on a thread of its own; ``open_engine`` makes one.
+    """Accepts requests on an event loop and runs them on its own thread; ``open_engine`` makes one.
 
     Args:
         config: limits, resolved.
-        model: what requests need to know of it.
+        model: what requests need to know about it.
         loop: runs the steps.
-        adapters: those in memory.
+        adapters: the resident adapters.
         probe: measures adapters.
-        num_bytes: part of the model → its bytes in memory, adapters aside.
+        num_bytes: part of the model → its resident bytes, without adapters.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class Engine:
     # Life
 
     async def start(self) -> None:
-        """Compiles or loads the kernels, runs the model once, then starts the loop.
+        """Compile or load the kernels, run the model once, then start the loop.
 
         Raises:
-            EngineError: the model does not run.
+            EngineError: the model cannot run.
         """
         await asyncio.wrap_future(self.loop.start())
-        self._streams.attach(asyncio.get_running_loop())  # from here on requests are accepted
+        self._streams.attach(asyncio.get_running_loop())  # requests are accepted from here on
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Refuses new requests, lets running ones finish for up to ``drain_s``, then ends the thread."""
+        """Refuse new requests, let running ones finish for up to ``drain_s``, then end the thread."""
         self._is_draining = True
         if self.is_alive:
             await self._streams.wait_empty(drain_s)
@@ -89,12 +89,12 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs."""
+        """Whether the engine's thread is running."""
         return self.loop.is_alive
 
     @property
     def stats(self) -> EngineStats:
-        """A snapshot, from any thread."""
+        """A snapshot; callable from any thread."""
         scheduler = self.loop.step.scheduler
         allocator = scheduler.allocator
         return EngineStats(
@@ -115,14 +115,14 @@ class Engine:
 
     @property
     def max_context_length(self) -> int:
-        """Prompt and output tokens together, at most, virtual tokens counted."""
+        """The maximum of prompt and output tokens together, including virtual tokens."""
         return self._model.max_context_length
 
     # Adapters
 
     @property
     def residency_stats(self) -> ResidencyStats:
-        """Loads, evictions and bytes."""
+        """Counts of loads and evictions, and bytes."""
         return self._residency.stats
 
     def adapter_tiers(self) -> Mapping[str, Tier]:
@@ -134,40 +134,40 @@ class Engine:
         return frozenset(self._residency.tiers())
 
     def in_use(self, record: AdapterRecord) -> bool:
-        """Whether a request for this version runs or waits now, whatever other versions are made of the same bytes."""
+        """Whether a request for this version is running or waiting; other versions with the same bytes do not count."""
         return self._residency.in_use(record) or self._adapters.in_use(record)
 
     async def warm_adapter(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
-        """Loads an adapter now, or as soon as there is room for it.
+        """Load an adapter, now or as soon as there is room for it.
 
         Args:
             record: the version.
-            lowered: what it comes to, where that is at hand; None reads it.
+            lowered: the lowered adapter if already known; None reads it from the store.
 
         Raises:
             AdapterError: it cannot be loaded.
-            AdapterCapacityError: there has been no room for some seconds.
+            AdapterCapacityError: there was no room for some seconds.
         """
         self._check_accepting()
         await self._adapters.warm(record, lowered, max_wait_s=_WARM_WAIT_S)
 
     def forget_adapter(self, digest: str) -> None:
-        """Frees its memory once no request runs on it."""
+        """Free an adapter's memory once no request runs on it."""
         self._residency.forget(digest)
 
     def probe(self, adapter: LoweredAdapter) -> float:
-        """How far an adapter moves the base model's answers, in nats; exactly 0 where it changes nothing.
+        """How far an adapter moves the base model's answers, in nats; exactly 0 if it changes nothing.
 
         The mean, over the positions of a short fixed prompt that reaches the adapter's own tokens, of the largest
         change of any token's log-probability. Blocks; call it on a worker thread, never the event loop's or the
-        engine's. One probe runs at a time, beside the requests.
+        engine's. One probe runs at a time, alongside requests.
 
         Raises:
-            AdapterInvalidError: its logits are not finite; the base's are.
+            AdapterInvalidError: its logits are not finite, but the base's are.
             AdapterTooLargeError: its virtual tokens leave no room for the prompt.
             ModelError: the kernels cannot run it.
-            DrainingError: the engine takes no more.
-            EngineDeadError: the engine does not run, or ended meanwhile.
+            DrainingError: the engine is shutting down.
+            EngineDeadError: the engine is not running, or ended in the meantime.
         """
         self._check_accepting()
         return self._probe.measure(adapter)
@@ -175,13 +175,13 @@ class Engine:
     # Requests
 
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        """Runs one generation; closing the iterator ends it, and its blocks are free within one step.
+        """Run one generation; closing the iterator ends it and frees its blocks within one step.
 
-        It gets ahead of the iterator's reader by ``max_unread_outputs`` and ``max_unread_bytes`` at most, then pauses.
+        It gets at most ``max_unread_outputs`` and ``max_unread_bytes`` ahead of its reader, then pauses.
 
         Raises:
             RequestError: it can never be served.
-            EngineError: what else ended it.
+            EngineError: anything else that ended it.
             AdapterError: its adapter cannot be loaded.
         """
         check_generation(request, self._model.vocab_size, self._model.eos_of(request))
@@ -193,17 +193,17 @@ class Engine:
         try:
             async for output in outputs:
                 yield output
-                if backlog.take(output):  # whoever asks for the next one is done with this one
+                if backlog.take(output):  # asking for the next one means being done with this one
                     self.loop.wake()
         finally:
             await outputs.aclose()
 
     async def score(self, request: ScoreRequest) -> ScoreOutput:
-        """Runs one scoring; cancelling it frees its blocks within one step.
+        """Run one scoring; cancelling it frees its blocks within one step.
 
         Raises:
             RequestError: it can never be served.
-            EngineError: what else ended it.
+            EngineError: anything else that ended it.
             AdapterError: its adapter cannot be loaded.
         """
         check_scoring(request, self._model.vocab_size, self.config.max_score_tokens)
@@ -245,7 +245,7 @@ class Engine:
                 self.loop.submit(lambda: self.loop.step.cancel(job_id))
 
     async def _lease(self, request: Request | ScoreRequest) -> Lease:
-        """A lease on a request's adapter, once it is loaded."""
+        """Lease a request's adapter; returns once it is loaded."""
         adapter = request.adapter
         if adapter is None:
             return Lease()
@@ -261,7 +261,7 @@ class Engine:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise DeadlineExceededError("the deadline passed while the adapter was waited for") from None
+            raise DeadlineExceededError("the deadline passed while waiting for the adapter") from None
         lease.load_s, lease.has_waited = time.monotonic() - started, True
         return lease
 

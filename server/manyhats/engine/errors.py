@@ -1,20 +1,12 @@
 """The engine's errors. They know nothing of gRPC; the server's table turns each into a status.
 
-EngineError
-├── RequestError                the caller's fault; names the field
-│   ├── FieldInvalidError
-│   └── PromptTooLongError
-├── ModelError                  a model that cannot be loaded or served, and why
-├── QueueFullError              try again later
-├── AdapterCapacityError        no room to load an adapter ahead of its requests
-├── DrainingError               shutting down; running requests finish
-├── DeadlineExceededError
-├── RequestCancelledError
-├── NumericalError              non-finite logits, of one request alone
-├── NoTokenAllowedError         bias, penalties or masks left one request no token to choose
-├── StreamUnreadError           nobody read what a request had answered
-├── RequestFailedError          anything unexpected, of one request or one step; the log has it
-└── EngineDeadError             the engine thread ended
+EngineError ├── RequestError                the caller's fault; names the field │   ├── FieldInvalidError │   └──
+PromptTooLongError ├── ModelError                  a model that cannot be loaded or served, and why ├── QueueFullError
+try again later ├── AdapterCapacityError        no room to preload an adapter ├── DrainingError               shutting
+down; running requests finish ├── DeadlineExceededError ├── RequestCancelledError ├── NumericalError
+non-finite logits of one request ├── NoTokenAllowedError         bias, penalties or masks left a request no token to
+choose ├── StreamUnreadError           nobody read a request's answer ├── RequestFailedError          anything
+unexpected in one request or step; it is logged └── EngineDeadError             the engine thread ended
 """
 
 from __future__ import annotations
@@ -70,10 +62,12 @@ class QueueFullError(EngineError):
 
 
 class AdapterCapacityError(EngineError):
-    """The memory for adapters was taken by those in use, or being loaded, for as long as a load could wait."""
+    """The memory for adapters was full of those in use or being loaded for as long as a load could wait."""
 
     def __init__(self, limit: int, retry_after_s: float = 1.0) -> None:
-        super().__init__(f"the memory for adapters, {limit} bytes, is taken by those in use or being loaded")
+        super().__init__(
+            f"the memory for adapters, {limit} bytes, is full of adapters in use or being loaded"
+        )
         self.limit = limit
         self.retry_after_s = retry_after_s
 
@@ -95,14 +89,14 @@ class NumericalError(EngineError):
 
 
 class NoTokenAllowedError(EngineError):
-    """Bias, penalties, forbidden tokens and masks together leave a request no token that may come next."""
+    """Bias, penalties, forbidden tokens and masks together leave a request no possible next token."""
 
     def __init__(self) -> None:
-        super().__init__("no token may come next: what the request forbids leaves none to choose from")
+        super().__init__("no token may come next: the request forbids every one")
 
 
 class StreamUnreadError(EngineError):
-    """Nobody read what a request had answered, for ``limit_s`` seconds."""
+    """Nobody read a request's answer for ``limit_s`` seconds."""
 
     def __init__(self, limit_s: float) -> None:
         super().__init__(f"the answer was not read for {limit_s:g} s, so it was ended")
@@ -110,7 +104,7 @@ class StreamUnreadError(EngineError):
 
 
 class RequestFailedError(EngineError):
-    """Something unexpected ended the request; the log has it under ``error_id``, and it is this error's cause."""
+    """Something unexpected ended the request; it is this error's cause, logged under ``error_id``."""
 
     def __init__(self, error_id: str) -> None:
         super().__init__(f"the request failed in the engine; the server's log says why, under {error_id}")

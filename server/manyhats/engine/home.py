@@ -1,4 +1,4 @@
-"""Where this machine keeps what the engine fetches and makes."""
+"""Where the engine keeps what it fetches and builds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opens an engine: its parts, built in order from the model, the settings and what reads adapters."""
+"""Opens an engine: builds its parts in order from the model, the settings and an adapter loader."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def open_engine(
     background: Background | None = None,
     progress: Progress = no_progress,
 ) -> Engine:
-    """An engine that is ready to be started.
+    """An engine, ready to be started.
 
     Args:
         model: the resident base; its weights are packed for the backend here.
         config: limits and sizes.
         load: reads and lowers an artifact; called on loader threads.
-        backend: runs it; by default the processor's.
-        background: work beside the engine's, which is left a processor while it lasts.
-        progress: told how many kernels are compiled; called on the engine's thread.
+        backend: runs it; the CPU's by default.
+        background: the process's other work, which is left a processor while it lasts.
+        progress: called with how many kernels are compiled, on the engine's thread.
 
     Raises:
         ModelError: the backend cannot run the model.
-        FieldInvalidError: the KV cache has no room for a block.
+        FieldInvalidError: the KV cache is too small for a block.
     """
     config = resolve(config)
     background = background or Background()
@@ -56,7 +56,7 @@ def open_engine(
         kv_cache_bytes(config, model.architecture),
     )
     capacity = cache.num_blocks * cache.block_size
-    probe_slot = config.max_loaded_adapters + 1  # after the base model's and the loaded adapters'
+    probe_slot = config.max_loaded_adapters + 1  # after those of the base model and the loaded adapters
     slots = backend.new_adapters(model.architecture, probe_slot + 1, config.dtype)
     serving = ServingModel(
         base_digest=model.description.digest,

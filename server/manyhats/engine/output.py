@@ -1,4 +1,4 @@
-"""What the engine gives back: per step while a request runs, and statistics of the step itself."""
+"""What the engine returns: per step while a request runs, and statistics of the step itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TopToken:
 
 @dataclass(frozen=True, slots=True)
 class TopTokens(Seq[TopToken]):
-    """The most likely tokens of a step, best first; each is made when it is asked for.
+    """The most likely tokens of a step, best first; each is built on access.
 
     Attributes:
         ids: theirs. logprobs: theirs.
@@ -63,7 +63,7 @@ class TopTokens(Seq[TopToken]):
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One token; ``logprob`` (natural log, raw logits) and ``rank`` (from 1) only where asked for."""
+    """One token; ``logprob`` (natural log, raw logits) and ``rank`` (from 1) only if requested."""
 
     id: int
     text: str
@@ -74,7 +74,7 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost so far; times in seconds."""
+    """A request's usage so far; times in seconds."""
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
@@ -90,8 +90,8 @@ class StepOutput:
     """What one step added to one request.
 
     Attributes:
-        text: characters that are certain now; deltas concatenated are the whole answer.
-        tokens: the tokens behind them, EOS and stop included; ``text`` may lag behind.
+        text: characters that are certain now; concatenated, they are the whole answer.
+        tokens: the new tokens, including EOS and stop; ``text`` may lag behind.
         prompt_tokens: with ``prompt_logprobs``, in the first output only.
         finish_reason: None until the last output.
         usage: so far.
@@ -107,7 +107,7 @@ class StepOutput:
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes in memory while it waits to be sent."""
+        """Approximate memory it takes while it waits to be sent."""
         tokens = (*self.tokens, *self.prompt_tokens)
         num_top = sum(len(token.top) for token in tokens)
         return _OUTPUT_BYTES + len(self.text) + _TOKEN_BYTES * len(tokens) + _TOP_BYTES * num_top
@@ -123,7 +123,7 @@ class ScoredContinuation:
 
 @dataclass(frozen=True, slots=True)
 class ScoreOutput:
-    """One scored continuation per continuation asked for, in order."""
+    """One scored continuation per requested one, in order."""
 
     scores: Seq[ScoredContinuation]
     usage: Usage
@@ -137,8 +137,8 @@ class StepStats:
         duration_s: schedule to commit.
         num_prefill_tokens: prompt tokens computed.
         num_decode_tokens: sequences that decoded one token.
-        num_adapters: distinct adapters in the batch, the base not counted.
-        num_preempted: sequences whose blocks were taken back.
+        num_adapters: distinct adapters in the batch, without the base.
+        num_preempted: sequences whose blocks were reclaimed.
         prefix_cache_queries: prompt tokens looked up in the prefix cache.
         prefix_cache_hits: those found.
     """
@@ -160,11 +160,11 @@ class EngineStats:
         num_running: sequences that hold KV blocks.
         num_waiting: sequences that wait for a first step, and requests that wait for their adapter.
         kv_blocks_used: blocks that running sequences or prefixes hold.
-        kv_blocks_cached: blocks free to reuse that still hold a prefix.
+        kv_blocks_cached: reusable blocks that still hold a prefix.
         kv_blocks_total: all.
         heartbeat_s: ``time.time()`` of the loop's last turn.
-        waiting_tasks: task ids of requests whose adapter is not loaded, or has no slot now.
-        is_at_standstill: requests are there, and for some seconds none has got on.
+        waiting_tasks: task ids of requests whose adapter is not loaded or has no slot.
+        is_at_standstill: there are requests, but none has made progress for some seconds.
     """
 
     num_running: int

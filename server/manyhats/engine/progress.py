@@ -1,4 +1,4 @@
-"""How long work tells its caller how far it is."""
+"""Progress reports of long work to its caller."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ class Progress(Protocol):
     """Called as work proceeds; ``done`` counts up to ``total`` within a stage.
 
     Stages: ``download`` (bytes), ``dequantize`` (tensors), ``quantize`` (matrices), ``load`` (layers), ``compile``
-    (kernels). A total of 0 is not known yet. What it raises ends the work.
+    (kernels). A total of 0 is not known yet. An exception from it ends the work.
     """
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Report; it is called often and must be quick."""
+        """Report; called often, so it must be quick."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -21,7 +21,7 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 class Stage:
-    """A stage that another program works on: it is reported while that says nothing too, so that it can be ended."""
+    """A stage run by another program: reported even while that is silent, so that it can be ended."""
 
     def __init__(self, name: str, progress: Progress, *, total: int = 0) -> None:
         self._name = name
@@ -29,7 +29,7 @@ class Stage:
         self.is_at(0, total)
 
     def is_at(self, done: int, total: int) -> None:
-        """Report how far it is."""
+        """Report the progress."""
         self._done, self._total = done, total
         self.is_still_there()
 
@@ -39,18 +39,18 @@ class Stage:
 
 
 class LatestProgress:
-    """Passes reports on, and the latest of them again where work is waited for that reports nothing itself."""
+    """Forwards reports, and repeats the latest while waiting for work that reports nothing itself."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._latest: tuple[str, int, int] | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Pass on."""
+        """Forward a report."""
         self._latest = (stage, done, total)
         self._progress(stage, done, total)
 
     def again(self) -> None:
-        """Pass on what came last."""
+        """Forward the latest report again."""
         if self._latest is not None:
             self._progress(*self._latest)

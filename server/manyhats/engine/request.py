@@ -1,6 +1,6 @@
-"""What a caller asks of the engine: frozen, and checked on creation.
+"""Requests to the engine: frozen, and checked on creation.
 
-Collections are counted before they are copied: millions of values would hold up everybody meanwhile.
+Collections are counted before they are copied: millions of values would hold up everybody.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SamplingParams:
     penalties, temperature, ``top_k``, ``top_p``, ``min_p``, ``typical_p``.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 chooses the most likely token.
         top_k: keeps the k most likely tokens; 0 keeps all.
         top_p: keeps the smallest set of tokens with at least this probability mass.
         min_p: keeps tokens with at least this fraction of the most likely token's probability.
@@ -93,7 +93,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is taken."""
+        """Whether the most likely token is chosen."""
         return self.temperature == 0.0
 
 
@@ -104,7 +104,7 @@ class StoppingParams:
     Attributes:
         max_new_tokens: at least 1.
         min_new_tokens: until then, EOS, stop tokens and stop sequences do not end it.
-        stop_sequences: texts that end it, wherever they lie across tokens; searched for in the text including the
+        stop_sequences: texts that end it, however they are split into tokens; searched for in the text including the
             literals of special tokens, whether or not the answer shows those.
         stop_token_ids: token ids that end it.
         include_stop_sequence: whether the text keeps the stop that ended it.
@@ -169,13 +169,13 @@ class ResponseOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One generation asked of the engine.
+    """A request for one generation.
 
     Attributes:
         id: unique among the requests in flight.
         prompt_token_ids: at least one.
-        adapter: the adapter version every token of it runs on; None is the base model.
-        tokenizer: the adapter's own; None is the base's.
+        adapter: the adapter version that all its tokens run on; None for the base model.
+        tokenizer: the adapter's own; None for the base's.
         priority: higher goes first.
         deadline_s: on ``time.monotonic()``'s clock; past it the request fails.
         cache_salt: keeps its KV blocks apart from requests with another salt.
@@ -200,7 +200,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """The log-probability of each continuation after one prompt, asked of the engine.
+    """A request for the log-probability of each continuation of one prompt.
 
     Attributes:
         continuations: token ids, each at least one.

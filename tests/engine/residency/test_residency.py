@@ -188,7 +188,7 @@ def test_virtual_tokens_that_the_kv_cache_cannot_hold_are_refused() -> None:
         return LoweredAdapter(record.digest, (), PromptEmbeddings(torch.zeros(32, 8)))
 
     residency, _ = make(load=load_prompt)
-    with pytest.raises(FieldInvalidError, match="are 32; the KV cache holds 32 tokens in all"):
+    with pytest.raises(FieldInvalidError, match="are 32; the KV cache holds 32 tokens in total"):
         acquire(residency, make_record("a"))
     assert (resident(residency), residency.stats.resident_bytes) == (set(), 0)
 

@@ -1,4 +1,4 @@
-"""One token before the first request: what steps need is compiled or loaded, and the model proves that it runs."""
+"""One token before the first request: compiles or loads what steps need, and proves that the model runs."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def run_one(
     slot: int,
     before_choosing: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs one token on an adapter that takes every kernel, and chooses the next in the way that takes all of it.
+    """Run one token on an adapter that uses every kernel, and choose the next in a way that uses all of the choosing.
 
-    Call it before the cache holds anything: it writes to block 0. ``before_choosing`` is called between the two.
+    Call it while the cache is empty: it writes to block 0. ``before_choosing`` is called between the two.
 
     Raises:
         ModelError: the logits are not finite.
@@ -41,7 +41,7 @@ def run_one(
         adapters.clear(slot)
     before_choosing()
     if logits.finish(every_filter()).result().bad_rows:
-        raise ModelError("the model's logits are not finite: are its weights whole?")
+        raise ModelError("the model's logits are not finite: are its weights intact?")
 
 
 def every_primitive(architecture: Architecture) -> LoweredAdapter:
@@ -65,7 +65,7 @@ def every_primitive(architecture: Architecture) -> LoweredAdapter:
 
 
 def every_filter() -> Wants:
-    """One row that samples from its most likely tokens, and wants the log-probability."""
+    """One row that samples from its most likely tokens, and wants log-probabilities."""
     return Wants(
         choices=Choices(
             rows=int32([0]),

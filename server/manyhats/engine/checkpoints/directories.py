@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories that are complete or absent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """A new empty directory beside ``target``, on the same file system; removed at the end if still there.
 
     Raises:
-        OSError: the place cannot be written.
+        OSError: the parent directory cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
@@ -39,12 +39,12 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def publish_directory(staging: Path, target: Path, is_good: Callable[[Path], bool]) -> None:
-    """Rename ``staging`` to ``target``, replacing what is there unless that is good.
+    """Rename ``staging`` to ``target``, replacing an existing one unless that is good.
 
-    Another process may publish the same directory meanwhile; whoever is first wins.
+    If another process publishes the same directory, whoever is first wins.
 
     Raises:
-        OSError: the place cannot be written.
+        OSError: the parent directory cannot be written.
     """
     _make_readable(staging)
     for _ in range(3):

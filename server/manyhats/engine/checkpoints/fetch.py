@@ -81,8 +81,8 @@ def locate_model(source: str, home: Path, progress: Progress = no_progress) -> L
 
     Args:
         source: an alias, a local Hugging Face directory, or a hub id.
-        home: holds fetched models.
-        progress: told of a download and conversion.
+        home: where fetched models are kept.
+        progress: called during a download and conversion.
 
     Raises:
         ModelError: it is none of these, or cannot be fetched.
@@ -105,7 +105,7 @@ def locate_model(source: str, home: Path, progress: Progress = no_progress) -> L
 
 
 def fetch_model(alias: str, home: Path, progress: Progress = no_progress) -> Path:
-    """Make sure that a known model is completely there; a second call only checks the digests of its files.
+    """Make sure that a known model is complete; a second call only checks the digests of its files.
 
     Returns:
         Its directory, ``home/models/alias``.
@@ -167,7 +167,7 @@ def _write_manifest(model: KnownModel, directory: Path) -> None:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether every file in a fetched model's manifest is there with its digest."""
+    """Whether every file in a fetched model's manifest exists with its digest."""
     if not _is_fetched(directory):
         return False
     files = read_json(directory / MANIFEST_FILE)["files"]
@@ -175,7 +175,7 @@ def is_whole(directory: Path) -> bool:
 
 
 def _is_fetched(directory: Path) -> bool:
-    """Whether the files of a fetched model are there with their sizes; their bytes are not read."""
+    """Whether the files of a fetched model exist with their sizes; their bytes are not read."""
     try:
         files = read_json(directory / MANIFEST_FILE)["files"]
         return all((directory / n).stat().st_size == entry["size_bytes"] for n, entry in files.items())

@@ -1,6 +1,6 @@
 """From GGUF to an ordinary Hugging Face directory, with transformers' own reader.
 
-The conversion runs in a process of its own (``python -m manyhats.engine.checkpoints.gguf SOURCE TARGET``): it needs
+The conversion runs in a separate process (``python -m manyhats.engine.checkpoints.gguf SOURCE TARGET``): it needs
 several times the model's memory, and modules that a server never needs again.
 """
 

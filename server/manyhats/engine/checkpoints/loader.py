@@ -89,12 +89,12 @@ def load_model(
         source: an alias (``smollm2-135m-instruct``), a local Hugging Face directory, or a hub id.
         quantization: ``nf4`` keeps the layers' linears in NF4, quantized once and cached; ``none`` keeps them
             dense (an NF4 checkpoint is then dequantized).
-        dtype: float32 or bfloat16, of dense matrices. With ``nf4``, embedding and output head are bfloat16
-            unless it is float32.
+        dtype: float32 or bfloat16, for dense matrices. With ``nf4``, embedding and output head are bfloat16 unless it
+            is float32.
         names: other names adapters may know this base by.
-        max_context_length: prompt and output tokens together; None takes the model's own maximum.
-        progress: told of each stage.
-        home: holds fetched models and the cache; None takes ``default_home()``.
+        max_context_length: prompt and output tokens together; None for the model's own maximum.
+        progress: called during each stage.
+        home: where fetched models and the cache are kept; None for ``default_home()``.
 
     Raises:
         ModelError: the model cannot be found, fetched, read or served; says why.
@@ -171,7 +171,7 @@ def _base_digest(checkpoint_digest: str, quantization: Quantization) -> str:
 
 
 def _recorded_name(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The hub id that the checkpoint was saved under, if its config has one; a path says nothing."""
+    """The hub id that the checkpoint was saved under, if its config has one; a path does not count."""
     name = config.get("_name_or_path")
     return (name,) if isinstance(name, str) and not has_form_of_path(name) else ()
 

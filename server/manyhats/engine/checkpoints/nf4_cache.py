@@ -1,7 +1,7 @@
 """NF4 weights cached on disk, so that only the first start with a checkpoint quantizes it.
 
-A cache entry is itself a Hugging Face directory of bitsandbytes NF4 weights: ``config.json`` and
-``model.safetensors``, with a manifest that holds the weights' digest.
+A cache entry is itself a Hugging Face directory of bitsandbytes NF4 weights: ``config.json`` and ``model.safetensors``,
+with a manifest that has the weights' digest.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Nf4Cache:
         self._digests = digests
 
     def path(self, checkpoint_digest: str) -> Path:
-        """Where a checkpoint's entry is, or would be."""
+        """The path of a checkpoint's entry, existing or not."""
         return self._directory / checkpoint_digest[:32]
 
     def load(self, checkpoint_digest: str) -> Mapping[str, Tensor] | None:
@@ -72,7 +72,7 @@ class Nf4Cache:
             self._verify(entry)
             return SafetensorsDirectory(entry)
         except ModelError as error:
-            _LOG.warning("the NF4 weights in the cache are damaged and will be made again: %s", error)
+            _LOG.warning("the cached NF4 weights are damaged and will be rebuilt: %s", error)
             return None
 
     def _verify(self, entry: Path) -> None:

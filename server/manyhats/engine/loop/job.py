@@ -1,4 +1,4 @@
-"""What the engine does for one request: the interface between its loop and generations or scorings."""
+"""The interface between the engine's loop and its generations and scorings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from manyhats.engine.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something a request's caller must be told: an output or an ``EngineError``; ``is_last`` ends the request."""
+    """What a request's caller must be told: an output or an ``EngineError``; ``is_last`` ends the request."""
 
     job_id: str
     payload: Any
@@ -25,14 +25,14 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Want:
-    """What a job wants of a chunk's logit rows.
+    """What a job wants from a chunk's logit rows.
 
     Attributes:
-        sample: how the last row chooses the next token; None chooses none.
+        sample: how the last row chooses the next token; None for no token.
         target_rows: [T], rows of given tokens whose log-probabilities are wanted, counted from the chunk's first.
-        target_ids: [T], those tokens.
-        num_top: how many of the row's most likely tokens come with each.
-        whole: whether the logits come back.
+        target_ids: [T], the tokens.
+        num_top: how many of the row's most likely tokens to return with each.
+        whole: whether to return the logits.
     """
 
     sample: SamplingRow | None = None
@@ -44,10 +44,10 @@ class Want:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer:
-    """What came of a ``Want``.
+    """The result of a ``Want``.
 
     Attributes:
-        token: the chosen one.
+        token: the chosen token.
         targets: each of ``target_ids`` with its log-probability.
         whole: [rows, V], or no row.
     """
@@ -64,9 +64,9 @@ class Job(Protocol[OutputT]):
     """One request in the engine, a generation or a scoring. Lives on the engine's thread.
 
     Attributes:
-        id: the engine's own, unique.
+        id: assigned by the engine, unique.
         deadline_s: on the monotonic clock; None for none.
-        is_done: whether its last output has been given.
+        is_done: whether its last output has been sent.
     """
 
     id: str
@@ -74,28 +74,28 @@ class Job(Protocol[OutputT]):
     is_done: bool
 
     def next(self, scheduler: Scheduler, now_s: float) -> OutputT | None:
-        """Before each step: queues sequences, the first at the first call, or ends by the clock.
+        """Called before each step: queue sequences, the first at the first call, or end at a time limit.
 
         Raises:
-            EngineError: it cannot go on.
+            EngineError: it cannot continue.
         """
         ...
 
     def wants(self, chunk: Chunk) -> Want:
-        """A chunk of one of its sequences is about to run."""
+        """Called when a chunk of one of its sequences is about to run."""
         ...
 
     def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> OutputT | None:
-        """A chunk with logit rows has run and is committed."""
+        """Called when a chunk with logit rows has run and is committed."""
         ...
 
     def drop(self, scheduler: Scheduler) -> None:
-        """Lets go of everything it holds in the scheduler. Safe to repeat."""
+        """Release everything it holds in the scheduler. Safe to repeat."""
         ...
 
 
 def token_output(tokenizer: Tokenizer, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
-    """A token with its text, and its log-probabilities where there are any."""
+    """A token with its text, and its log-probabilities if there are any."""
     text = tokenizer.piece(token_id)
     if logprob is None:
         return TokenOutput(token_id, text)

@@ -1,4 +1,4 @@
-"""What a request costs: its time in the queue, to its first token and after it, and its tokens."""
+"""What a request costs: time in the queue, to the first token and after it, and tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from manyhats.engine.output import Usage
 
 
 class Meter:
-    """Of one request.
+    """Measures one request.
 
     Args:
         accepted_s: when it came, on ``time.monotonic()``'s clock.
-        num_prompt_tokens: virtual tokens not counted.
-        adapter_load_s: how long its adapter was waited for.
+        num_prompt_tokens: without virtual tokens.
+        adapter_load_s: how long it waited for its adapter.
     """
 
     def __init__(self, accepted_s: float, num_prompt_tokens: int, adapter_load_s: float) -> None:
@@ -25,18 +25,18 @@ class Meter:
         self._prefilled_s: float | None = None
 
     def start(self, num_cached_tokens: int) -> None:
-        """A chunk of it is about to run; the first one leaves the queue."""
+        """Note that a chunk is about to run; the first one ends its time in the queue."""
         if self._started_s is None:
             self._started_s = time.monotonic()
             self._num_cached_tokens = min(num_cached_tokens, self._num_prompt_tokens)
 
     def end_prefill(self, now_s: float | None = None) -> None:
-        """Its prompt has run, now or, where there is no telling it apart, when it started; the first call counts."""
+        """Note that its prompt has run: now, or when it started if that cannot be told apart. The first call counts."""
         if self._prefilled_s is None:
             self._prefilled_s = self._started_s if now_s is None else now_s
 
     def usage(self, now_s: float, num_generated_tokens: int = 0) -> Usage:
-        """So far."""
+        """The usage so far."""
         started_s = now_s if self._started_s is None else self._started_s
         prefilled_s = now_s if self._prefilled_s is None else self._prefilled_s
         return Usage(

@@ -1,4 +1,4 @@
-"""From a schedule to the plan of its step."""
+"""From a schedule to its step's plan."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
 
 
 def _embeddings(chunks: Seq[Chunk], starts: Seq[int]) -> tuple[Ints, Floats] | None:
-    """Rows that are virtual tokens, and what they are."""
+    """The rows that are virtual tokens, and their embeddings."""
     rows: list[Ints] = []
     values: list[Floats] = []
     for chunk, first in zip(chunks, starts, strict=False):

@@ -1,4 +1,4 @@
-"""A prompt of the engine's own: it runs beside the requests and answers the thread that waits for it."""
+"""An internal prompt: it runs alongside requests, and a thread waits for its result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class PrivateRun:
 
     Args:
         job_id: unique.
-        token_ids: the prompt, behind the adapter's virtual tokens.
-        slot: kept for it.
-        virtual: what it begins with.
+        token_ids: the prompt, after the adapter's virtual tokens.
+        slot: reserved for it.
+        virtual: the virtual tokens it begins with.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PrivateRun:
         )
 
     def next(self, scheduler: Scheduler, now_s: float) -> None:
-        """Queues the prompt, once."""
+        """Queue the prompt, once."""
         if self._sequence.status is SequenceStatus.NEW:
             scheduler.add(self._sequence)
 
@@ -51,7 +51,7 @@ class PrivateRun:
         return Want(whole=True)
 
     def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> Logits | None:
-        """Keeps them until all of it has run."""
+        """Keep them until all of it has run."""
         self._rows.append(answer.whole)
         if not chunk.ends_tokens:
             return None
@@ -60,5 +60,5 @@ class PrivateRun:
         return np.concatenate(self._rows)
 
     def drop(self, scheduler: Scheduler) -> None:
-        """Frees the sequence's blocks."""
+        """Free the sequence's blocks."""
         scheduler.finish(self._sequence)

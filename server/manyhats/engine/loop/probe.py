@@ -1,4 +1,4 @@
-"""How far an adapter moves the base model's answers: one short prompt is run on both, beside the requests."""
+"""How far an adapter moves the base model's answers: one short prompt runs on both, alongside requests."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class AdapterProbe:
 
     Args:
         loop: runs the prompts.
-        slots: of the engine.
-        slot: kept for this alone, so that a probe neither evicts an adapter nor waits for one.
+        slots: the engine's.
+        slot: reserved for probes, so that they neither evict an adapter nor wait for one.
         prompt: the fixed token ids.
         embeddings: [V, D], the base's.
-        max_context_length: of the engine.
+        max_context_length: the engine's.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class AdapterProbe:
     def measure(self, adapter: LoweredAdapter) -> float:
         """The mean, over the prompt's positions, of the largest change of any token's log-probability, in nats.
 
-        The prompt ends with tokens of the adapter's own, where it changes embeddings. A row's logits depend on
-        that row alone, bit for bit, so an adapter that changes nothing gives exactly 0.
+        If the adapter changes embeddings, the prompt ends with tokens it changes. A row's logits depend on that row
+        alone, bit for bit, so an adapter that changes nothing gives exactly 0.
 
         Raises:
-            AdapterInvalidError: its logits are not finite; the base's are.
+            AdapterInvalidError: its logits are not finite, but the base's are.
             AdapterTooLargeError: its virtual tokens leave no room for the prompt.
-            EngineError: the engine cannot run it, or ended.
+            EngineError: the engine cannot run it, or has ended.
         """
         token_ids = (*self._prompt, *changed_tokens(adapter.deltas, self._embeddings, _MAX_OWN_TOKENS))
         self._check_room(adapter, len(token_ids))
@@ -100,25 +100,25 @@ class AdapterProbe:
             return self._run(token_ids, self._slot, virtual)
         except NumericalError as error:
             raise AdapterInvalidError(
-                "logits", "are not finite with this adapter, and are without it: its numbers overflow"
+                "logits", "are not finite with this adapter, but are without it: its values overflow"
             ) from error
         finally:
-            self._slots.clear(self._slot)  # no step names it any more, however the job ended
+            self._slots.clear(self._slot)  # no step uses it any more, however the job ended
 
     def _run(self, token_ids: tuple[int, ...], slot: int = 0, virtual: VirtualTokens | None = None) -> Logits:
         return self._loop.run(PrivateRun(self._loop.new_id(), token_ids, slot, virtual))
 
 
 def probe_prompt(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
-    """The fixed token ids: plain English, begun as the tokenizer begins a text; those that the model has a row for."""
+    """The fixed token ids: plain English, as the tokenizer encodes a text, without ids the model lacks."""
     token_ids = tokenizer.encode(_TEXT, add_special_tokens=True)
     return tuple(token_id for token_id in token_ids if token_id < vocab_size)[:_NUM_FIXED_TOKENS] or (0,)
 
 
 def changed_tokens(deltas: Iterable[Delta], embeddings: Tensor, count: int) -> tuple[int, ...]:
-    """The tokens whose embeddings deltas change most, ``count`` at most; only trained tokens may change at all.
+    """The tokens whose embeddings deltas change most, at most ``count``; only trained tokens may change at all.
 
-    Changes of the output head need no such care: they show at every position.
+    Changes to the output head need no such care: they show at every position.
     """
     sizes = torch.zeros(embeddings.shape[0])
     for delta in deltas:
@@ -135,7 +135,7 @@ def changed_tokens(deltas: Iterable[Delta], embeddings: Tensor, count: int) -> t
 
 
 def effect(before: Logits, after: Logits) -> float:
-    """mean_t max_v |log softmax(after)[t, v] − log softmax(before)[t, v]|, of logits [T, V]; in nats."""
+    """``mean_t max_v |log softmax(after)[t, v] − log softmax(before)[t, v]|`` for logits [T, V], in nats."""
     changes = []
     for old, new in zip(before, after, strict=True):
         moved = new.astype(np.float64) - old

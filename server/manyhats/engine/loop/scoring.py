@@ -1,4 +1,4 @@
-"""One scoring in the engine: the log-probability of each continuation after a prompt that is computed once."""
+"""One scoring in the engine: the log-probability of each continuation of a prompt that is computed once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Sequence
 
 _MAX_QUEUED = 64
-"""Continuations of one request in the scheduler at a time; fewer where those have enough tokens for a step."""
+"""How many continuations of one request are in the scheduler at a time; fewer if those fill a step."""
 
 
 @dataclass(slots=True, eq=False)
 class _Branch:
-    """One continuation: its tokens, how many of the first are given, and those whose log-probability is found."""
+    """One continuation: its tokens, how many of the first are given, and those whose log-probability is known."""
 
     token_ids: tuple[int, ...]
     num_given: int
@@ -34,9 +34,9 @@ class _Branch:
 class Scoring:
     """A ``Job`` that samples nothing.
 
-    First the prompt runs alone: its last logits are those of every continuation's first token. Its KV is then shared
-    by one sequence for each continuation of more tokens, which runs all but the last of them. A single continuation
-    runs with its prompt.
+    First the prompt runs alone: its last logits are those for every continuation's first token. Its KV is then shared
+    by one sequence for each longer continuation, which runs all but the last of its tokens. A single continuation runs
+    with its prompt.
     """
 
     def __init__(self, job_id: str, request: ScoreRequest, lease: Lease, model: ServingModel) -> None:
@@ -59,7 +59,7 @@ class Scoring:
         self._is_queued = False
 
     def next(self, scheduler: Scheduler, now_s: float) -> None:
-        """Queues the prompt, or all at once where there is one continuation; later ones are queued as others end."""
+        """Queue the prompt, or everything at once if there is one continuation; later ones are queued as others end."""
         if not self._is_queued:
             self._is_queued = True
             self._queue_first(scheduler)
@@ -77,7 +77,7 @@ class Scoring:
             scheduler.add(self._new_branch_sequence(self._branches[0]))
 
     def wants(self, chunk: Chunk) -> Want:
-        """The log-probabilities of the continuations' tokens: behind the prompt, of each one's first."""
+        """The log-probabilities of a continuation's tokens, or after the prompt of each one's first."""
         self._meter.start(chunk.sequence.num_cached_tokens)
         if len(self._branches) == 1:
             self._meter.end_prefill()
@@ -95,9 +95,9 @@ class Scoring:
         return range(len(token_ids)), token_ids
 
     def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> ScoreOutput | None:
-        """Keeps the log-probabilities.
+        """Keep the log-probabilities.
 
-        Starts the continuations once the prompt is there, more as others finish; answers when the last one has.
+        Start the continuations once the prompt has run, more as others finish; answer when the last one has.
         """
         sequence = chunk.sequence
         is_prompt = sequence is self._prompt
@@ -120,7 +120,7 @@ class Scoring:
         return ScoreOutput([self._scored(branch) for branch in self._branches], self._meter.usage(now_s))
 
     def _share_prompt(self, sequence: Sequence, scheduler: Scheduler, now_s: float) -> None:
-        """The prompt has run: what it left is where the continuations start."""
+        """Keep the prompt's KV, from which the continuations start."""
         self._prefix = scheduler.hold(sequence, sequence.num_tokens)
         scheduler.finish(sequence)
         self._prompt = None
@@ -130,7 +130,7 @@ class Scoring:
         self._unqueued = iter(longer)
 
     def drop(self, scheduler: Scheduler) -> None:
-        """Frees every sequence's blocks and the shared prompt's."""
+        """Free every sequence's blocks and the shared prompt's."""
         if self._prompt is not None:
             scheduler.finish(self._prompt)
         for sequence in self._running:
@@ -139,7 +139,7 @@ class Scoring:
             scheduler.release(self._prefix)
 
     def _queue_branches(self, scheduler: Scheduler, now_s: float) -> None:
-        """Queues what makes up a step, as requests that come now: those that came before have their turn first."""
+        """Queue enough for a step, as if it arrived now: earlier requests have their turn first."""
         while (
             len(self._running) < _MAX_QUEUED
             and self._num_queued_tokens < scheduler.config.max_num_batched_tokens
@@ -154,24 +154,24 @@ class Scoring:
 
     @property
     def _num_queued_tokens(self) -> int:
-        """Of the continuations that are in the scheduler."""
+        """Tokens of the continuations in the scheduler."""
         return sum(len(branch.token_ids) - 1 for branch in self._running.values())
 
     @property
     def _num_context_tokens(self) -> int:
-        """Virtual tokens and prompt."""
+        """The number of virtual tokens and prompt tokens."""
         return self._lease.num_virtual_tokens + len(self._request.prompt_token_ids)
 
     def _new_branch_sequence(self, branch: _Branch) -> Sequence:
         sequence = self._sequence(self._request.prompt_token_ids + branch.token_ids[:-1])
         sequence.logits_from = self._num_context_tokens - 1 + len(branch.tokens)
-        if len(self._branches) > 1:  # else the rows are those of this sequence, which it is told by
+        if len(self._branches) > 1:  # otherwise the rows are those of this sequence, identified by
             sequence.is_bulk = self._is_bulk or self._has_many_rows
         self._running[sequence] = branch
         return sequence
 
     def _sequence(self, token_ids: tuple[int, ...]) -> Sequence:
-        """A sequence that starts from the shared prompt once that is there."""
+        """A sequence that starts from the shared prompt once that is computed."""
         sequence = new_sequence(self.id, self._request, token_ids, 0, self._lease, self._model, self._prefix)
         sequence.is_bulk = self._is_bulk
         return sequence

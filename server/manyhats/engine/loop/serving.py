@@ -1,4 +1,4 @@
-"""What every request needs to begin: to fit the model, of which these are the facts, and a sequence on its adapter."""
+"""What every request needs to start: a check against facts about the model, and a sequence on its adapter."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from manyhats.engine.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ServingModel:
-    """What requests need to know of the model.
+    """What requests need to know about the model.
 
     Attributes:
         base_digest: of weights and quantization.
-        tokenizer: of the base.
+        tokenizer: the base's.
         eos_token_ids: any of them ends a generation, as do those of a request's own tokenizer.
-        max_context_length: prompt and output tokens together, at most.
+        max_context_length: the maximum of prompt and output tokens together.
         vocab_size: token ids are below.
     """
 
@@ -37,7 +37,7 @@ class ServingModel:
     vocab_size: int
 
     def tokenizer_of(self, request: Request | ScoreRequest) -> Tokenizer:
-        """What reads and writes a request's text."""
+        """The tokenizer of a request."""
         return request.tokenizer or self.tokenizer
 
     def eos_of(self, request: Request) -> frozenset[int]:
@@ -57,9 +57,9 @@ def new_sequence(
     model: ServingModel,
     shared: SharedPrefix | None = None,
 ) -> Sequence:
-    """A sequence of a request's tokens, behind its adapter's virtual ones.
+    """A sequence of a request's tokens, after its adapter's virtual ones.
 
-    ``shared`` is KV to start from that includes the virtual tokens; None is none but theirs.
+    ``shared`` is KV to start from, including that of the virtual tokens; None for theirs only.
     """
     num_tokens = lease.num_virtual_tokens + len(token_ids)
     return Sequence(
@@ -77,10 +77,10 @@ def new_sequence(
 
 
 def _cache_key(base_digest: str, request: Request | ScoreRequest) -> bytes:
-    """Root of the prefix cache's keys: what besides the tokens decides a KV block's content.
+    """Root of the prefix cache's keys: everything besides the tokens that determines a KV block's content.
 
-    The adapter counts by the digest of its bytes, never by name, so a replaced one shares nothing; its virtual
-    tokens and their positions follow from it.
+    The adapter enters by the digest of its bytes, never by name, so a replaced one shares nothing; its virtual tokens
+    and their positions follow from the digest.
     """
     adapter = "" if request.adapter is None else request.adapter.digest
     digest = hashlib.blake2b(digest_size=16)
@@ -91,12 +91,12 @@ def _cache_key(base_digest: str, request: Request | ScoreRequest) -> bytes:
 
 
 def check_generation(request: Request, vocab_size: int, eos_token_ids: AbstractSet[int]) -> None:
-    """Check that every token id of a generation is one, and that there is one that may come first.
+    """Check that every token id of a generation is valid, and that some token may come first.
 
     Args:
-        request: to look at.
+        request: the one to check.
         vocab_size: token ids are below.
-        eos_token_ids: those that end this request.
+        eos_token_ids: the ones that end this request.
 
     Raises:
         FieldInvalidError: an empty prompt, an id outside the vocabulary, or every token forbidden.
@@ -108,15 +108,15 @@ def check_generation(request: Request, vocab_size: int, eos_token_ids: AbstractS
     if len(forbidden) >= vocab_size:
         raise FieldInvalidError(
             "stopping.min_new_tokens",
-            f"must be 0 here: until then no EOS and no stop token may come, which are all {vocab_size} tokens",
+            f"must be 0 here: EOS and stop tokens may not come until then, and they are all {vocab_size} tokens",
         )
 
 
 def check_scoring(request: ScoreRequest, vocab_size: int, max_tokens: int) -> None:
-    """Check that every token id of a scoring is one, and that it is not too much.
+    """Check that every token id of a scoring is valid, and that it is not too large.
 
     Args:
-        request: to look at.
+        request: the one to check.
         vocab_size: token ids are below.
         max_tokens: prompt and all continuations together.
 
@@ -131,7 +131,8 @@ def check_scoring(request: ScoreRequest, vocab_size: int, max_tokens: int) -> No
         )
     if request.num_tokens > max_tokens:
         raise FieldInvalidError(
-            "continuations", f"have {request.num_tokens} tokens with the prompt; the limit is {max_tokens}"
+            "continuations",
+            f"have {request.num_tokens} tokens including the prompt; the limit is {max_tokens}",
         )
     for index, continuation in enumerate(request.continuations):
         if not continuation:
@@ -150,7 +151,7 @@ def check_length(request: Request | ScoreRequest, num_virtual_tokens: int, max_c
     """Check that the prompt leaves room for what follows: one output token, or the longest continuation.
 
     Raises:
-        PromptTooLongError: it does not, the adapter's virtual tokens counted.
+        PromptTooLongError: it does not, counting the adapter's virtual tokens.
     """
     after = 1
     if isinstance(request, ScoreRequest):

@@ -34,18 +34,18 @@ from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.scheduler import Scheduler
 
 _MAX_FAILED_STEPS = 8
-"""In a row; where no step gets through any more, the engine is of no use."""
+"""In a row: if no step succeeds any more, the engine is useless."""
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step tells the callers, and its statistics.
+    """What one step reports to callers, and its statistics.
 
     Attributes:
         events: for the callers.
-        stats: None where nothing ran.
-        is_stuck: jobs are left and none got on, which should not be.
+        stats: None if nothing ran.
+        is_stuck: jobs are left but none made progress, which should not happen.
     """
 
     events: tuple[Event, ...]
@@ -55,7 +55,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """A chunk of the step, its logit rows [first, end), and what its job wants of them."""
+    """A chunk of the step, its logit rows [first, end), and what its job wants from them."""
 
     chunk: Chunk
     job: Job[Any]
@@ -65,10 +65,10 @@ class _Part:
 
 
 class Step:
-    """Runs jobs to their end. Not thread-safe; ``Loop`` gives it a thread.
+    """Runs jobs to their end. Not thread-safe; ``Loop`` runs it on a thread.
 
-    What a job raises ends that job alone; what a step raises as a whole, such as the forward, ends the step's jobs.
-    What the scheduler raises ends all jobs, since it may have been left in any state: it then starts anew.
+    An exception from a job ends only that job; one from the step as a whole, such as the forward, ends the step's jobs.
+    One from the scheduler ends all jobs, since it may be in any state: it then starts over.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Step:
         self._adapters = adapters
         self._vocab_size = vocab_size
         self._jobs: dict[str, Job[Any]] = {}
-        self._num_failed_steps = 0  # since the last one that got through
+        self._num_failed_steps = 0  # since the last one that succeeded
 
     @property
     def has_work(self) -> bool:
@@ -94,11 +94,11 @@ class Step:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing can run by itself: there is no job, or each waits for its reader."""
+        """Whether nothing can run: there is no job, or each waits for its reader."""
         return self.scheduler.num_paused == len(self._jobs)
 
     def add(self, job: Job[Any]) -> tuple[Event, ...]:
-        """Takes a job in; the event says why not, where it can't."""
+        """Accept a job; if it cannot, the event says why."""
         events: list[Event] = []
         with self._together(events):
             self._jobs[job.id] = job
@@ -107,7 +107,7 @@ class Step:
         return tuple(events)
 
     def cancel(self, job_id: str) -> tuple[Event, ...]:
-        """Ends a job at once; its blocks are free when this returns. Unknown ids are ignored."""
+        """End a job at once; its blocks are free on return. Unknown ids are ignored."""
         events: list[Event] = []
         job = self._jobs.get(job_id)
         if job is not None:
@@ -116,10 +116,10 @@ class Step:
         return tuple(events)
 
     def run(self) -> StepResult:
-        """One turn: ends what the clock ends, then runs the next batch, if there is one.
+        """Take one turn: end what has reached a time limit, then run the next batch, if there is one.
 
         Raises:
-            Exception: what a step failed with as a whole, after several in a row that did.
+            Exception: the step failed as a whole, as did several before it in a row.
         """
         events: list[Event] = []
         try:
@@ -158,7 +158,7 @@ class Step:
                 self._cache.write(fill.block_ids, keys, values)
 
     def drop_all(self, error: EngineError) -> tuple[Event, ...]:
-        """Ends every job with an error, whatever state the scheduler is in."""
+        """End every job with an error, whatever state the scheduler is in."""
         events = tuple(Event(name, error, True) for name in self._jobs)
         self._jobs.clear()
         self.scheduler.clear()
@@ -173,7 +173,7 @@ class Step:
                 self._emit(job, job.next(self.scheduler, now_s), events)
 
     def _parts(self, schedule: Schedule, events: list[Event]) -> list[_Part]:
-        """The step's chunks, and what their jobs want of each."""
+        """The step's chunks, and what their jobs want from each."""
         parts: list[_Part] = []
         first = 0
         jobs = [self._jobs[chunk.sequence.id] for chunk in schedule.chunks]
@@ -184,7 +184,7 @@ class Step:
         return parts
 
     def _want(self, job: Job[Any], chunk: Chunk, events: list[Event]) -> Want:
-        if job.id in self._jobs:  # one job may have several chunks, and fail with the first
+        if job.id in self._jobs:  # a job may have several chunks, and fail at the first
             with self._alone(job, events):
                 want = job.wants(chunk)
                 if want.sample is not None:
@@ -194,7 +194,7 @@ class Step:
         return Want()
 
     def _wants(self, parts: Seq[_Part]) -> Wants:
-        """The same of all jobs that are left, in the order of their rows."""
+        """The remaining jobs' wants combined, in the order of their rows."""
         live = list(self._live(parts))
         rows = [(part.end - 1, part.want.sample) for part in live if part.want.sample is not None]
         num_targets = [len(part.want.target_ids) for part in live]
@@ -209,7 +209,7 @@ class Step:
         )
 
     def _commit(self, schedule: Schedule, parts: Seq[_Part], outcome: Outcome, events: list[Event]) -> None:
-        """Moves every sequence of the step on; a row with bad logits ends its job alone."""
+        """Advance every sequence of the step; a row with bad logits ends only its own job."""
         answers = _answers(self._live(parts), outcome)
         for part, _ in answers:
             if part.job.id in self._jobs and not outcome.bad_rows.isdisjoint(range(part.first, part.end)):
@@ -223,7 +223,7 @@ class Step:
                     self._emit(part.job, output, events)
 
     def _live(self, parts: Iterable[_Part]) -> Iterator[_Part]:
-        """Those whose job has not ended meanwhile; one job may have several."""
+        """Those whose job has not ended in the meantime; one job may have several."""
         return (part for part in parts if part.job.id in self._jobs)
 
     def _emit(self, job: Job[Any], output: object, events: list[Event]) -> None:
@@ -234,7 +234,7 @@ class Step:
 
     @contextmanager
     def _alone(self, job: Job[Any], events: list[Event]) -> Iterator[None]:
-        """What is raised in this block ends the job, and nothing else."""
+        """An exception in this block ends only the job."""
         try:
             yield
         except EngineError as error:
@@ -244,14 +244,14 @@ class Step:
 
     @contextmanager
     def _together(self, events: list[Event]) -> Iterator[None]:
-        """What is raised in this block ends all jobs."""
+        """An exception in this block ends all jobs."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 whatever it is, requests that come later have no part in it
             self._start_over(error, events)
 
     def _start_over(self, error: Exception, events: list[Event]) -> None:
-        """Ends all jobs, so that those that come later have no part in it."""
+        """End all jobs, so that later ones are not affected."""
         self._num_failed_steps += 1
         events += self.drop_all(_unexpected(error, *self._jobs))
 
@@ -271,7 +271,7 @@ class Step:
         return Event(job.id, error, True)
 
     def _fail_step(self, schedule: Schedule, error: Exception, events: list[Event]) -> None:
-        """Ends the jobs of a step that failed as a whole; the others go on."""
+        """End the jobs of a step that failed as a whole; the others continue."""
         self._num_failed_steps += 1
         if self._num_failed_steps >= _MAX_FAILED_STEPS:
             raise error
@@ -283,14 +283,14 @@ class Step:
             if job is not None:
                 events.append(self._fail(job, failure))
             else:
-                self.scheduler.drop(name)  # what a job left behind that has ended
+                self.scheduler.drop(name)  # what an ended job left behind
         for fill in schedule.prefix_fills:
-            self.scheduler.forget(fill.virtual)  # it may not have come to that
-        self.scheduler.commit(schedule)  # all of its sequences are finished: their blocks come free
+            self.scheduler.forget(fill.virtual)  # it may not have got that far
+        self.scheduler.commit(schedule)  # all its sequences are finished, and their blocks become free
 
 
 def _answers(parts: Iterable[_Part], outcome: Outcome) -> list[tuple[_Part, Answer]]:
-    """Each part's share of the outcome of what they wanted together."""
+    """Each part's share of the joint outcome."""
     tokens, targets = iter(outcome.tokens), iter(outcome.targets)
     answers: list[tuple[_Part, Answer]] = []
     num_whole = 0
@@ -324,7 +324,7 @@ def _int64(values: Iterable[int]) -> npt.NDArray[np.int64]:
 
 
 def _unexpected(error: Exception, *job_ids: str) -> RequestFailedError:
-    """What the callers hear of it; the log has it whole."""
+    """What callers are told; the details are logged."""
     failure = RequestFailedError(uuid.uuid4().hex)
     failure.__cause__ = error
     _log.error("a request failed in the engine", jobs=job_ids, error_id=failure.error_id, exc_info=error)

@@ -1,4 +1,4 @@
-"""Where the events of jobs go: in on the engine's thread, out on the event loop, or to a thread that waits."""
+"""Where jobs' events go: in on the engine's thread, out on the event loop or to a waiting thread."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from manyhats.engine.loop.job import Event
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """The events of one job; ``release`` is called, on either side, once the engine is done with it."""
+    """The events of one job; ``release`` is called, on either side, when the engine is done with it."""
 
     release: Callable[[], None]
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     is_ended: bool = False
 
     def end(self) -> None:
-        """The engine is done with its job."""
+        """Note that the engine is done with its job."""
         self.is_ended = True
         self.release()
 
 
 class Streams:
-    """The streams of all jobs in the engine, and the threads that wait for one output each."""
+    """The streams of all jobs in the engine, and the threads that each wait for one output."""
 
     def __init__(self) -> None:
         self._streams: dict[str, Stream] = {}
         self._expected: dict[str, Future[Any]] = {}
         self._has_ended = False
         self._num_expected = 0
-        self._idle = asyncio.Event()  # set when the last stream has gone
+        self._idle = asyncio.Event()  # set when the last stream is gone
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_attached(self) -> bool:
-        """Whether an event loop takes the events."""
+        """Whether an event loop receives the events."""
         return self._loop is not None
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Names the event loop that streams are opened and read on."""
+        """Set the event loop on which streams are opened and read."""
         self._loop = loop
 
     @contextlib.contextmanager
     def expected(self) -> Iterator[None]:
-        """A stream that may be opened in this block is waited for, too."""
+        """``drained`` also waits for a stream that may be opened in this block."""
         self._num_expected += 1
         try:
             yield
@@ -58,24 +58,24 @@ class Streams:
             self._note_idle()
 
     def open(self, job_id: str, release: Callable[[], None]) -> Stream:
-        """A stream for a job that is about to go to the engine."""
+        """Open a stream for a job that is about to go to the engine."""
         stream = self._streams[job_id] = Stream(release)
         return stream
 
     def expect(self, job_id: str) -> Future[Any]:
-        """The only output of a job that is about to go to the engine; from any thread.
+        """A future of the only output of a job about to go to the engine; callable from any thread.
 
         Raises:
-            EngineDeadError: nothing more will come.
+            EngineDeadError: the engine has ended.
         """
         output = self._expected[job_id] = Future()
-        if self._has_ended:  # looked at after the entry is there, so that ``end`` misses none
+        if self._has_ended:  # checked after adding the entry, so that ``end`` misses none
             del self._expected[job_id]
             raise EngineDeadError("the engine has ended")
         return output
 
     async def wait_empty(self, timeout_s: float) -> None:
-        """Waits until every stream has ended, those that are expected too, but not longer than this."""
+        """Wait until every stream has ended, including expected ones, but no longer than this."""
         if self._streams or self._num_expected:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
@@ -84,7 +84,7 @@ class Streams:
     # On the engine's thread
 
     def publish(self, events: list[Event]) -> bool:
-        """Hands a step's events over in one call; says whether the loop is still there to take them."""
+        """Deliver a step's events in one call; returns whether the loop still exists to receive them."""
         streamed = [event for event in events if not self._answer(event)]
         for event in streamed:
             if event.is_last:
@@ -92,14 +92,14 @@ class Streams:
         return not streamed or self._call(self._deliver, streamed)
 
     def end(self, reason: str) -> None:
-        """Tells everyone who still waits that nothing more will come."""
+        """Tell everyone still waiting that nothing more will come."""
         self._has_ended = True
         for job_id in tuple(self._expected):
             self._answer(Event(job_id, EngineDeadError(reason), True))
         self._call(self._end_rest, reason)
 
     def _answer(self, event: Event) -> bool:
-        """Whether a thread waited for what an event says."""
+        """Whether a thread was waiting for the event."""
         output = self._expected.pop(event.job_id, None)
         if output is None:
             return False
@@ -121,7 +121,7 @@ class Streams:
     # On the event loop
 
     def _end_rest(self, reason: str) -> None:
-        """Here, since a stream that joins as the thread ends is known on this side alone; later ones are refused."""
+        """End the rest on this side, where a stream that opens as the thread ends is known; later ones are refused."""
         left = [job_id for job_id, stream in self._streams.items() if not stream.is_ended]
         for job_id in left:
             self._streams[job_id].end()

@@ -32,20 +32,20 @@ Command = Callable[[], tuple[Event, ...]]
 
 
 class Loop:
-    """Turns steps on a thread of its own for as long as it is asked to.
+    """Runs steps on its own thread until it is stopped.
 
     Args:
-        step: nobody else touches it while the thread runs.
-        streams: take the events of each turn.
-        backend: told before each step how many processors to leave to others.
-        background: work beside the engine's.
+        step: only used by the thread while that runs.
+        streams: receive the events of each turn.
+        backend: told before each step how many processors to leave free.
+        background: the process's other work.
         prepare: called first, on the thread.
 
     Attributes:
-        on_step: takes the statistics of each step; called on the thread.
-        failure: what the thread ended with, where that was an error.
+        on_step: called with each step's statistics, on the thread.
+        failure: the error that ended the thread, if any.
         heartbeat_s: ``time.time()`` of the last turn.
-        is_at_standstill: jobs are there, and for some seconds none has got on.
+        is_at_standstill: there are jobs, but none has made progress for some seconds.
     """
 
     def __init__(
@@ -74,24 +74,24 @@ class Loop:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs."""
+        """Whether it is running."""
         return self._thread.is_alive() and self.failure is None
 
     def start(self) -> Future[None]:
-        """Begins, once; done when the thread is prepared, or has failed to be and ended."""
+        """Start, once; the future is done when the thread is prepared, or failed to be and ended."""
         self._thread.start()
         return self._prepared
 
     def submit(self, command: Command) -> None:
-        """Has something done between two steps; from any thread."""
+        """Have something done between two steps; callable from any thread."""
         self._inbox.put(command)
 
     def new_id(self) -> str:
-        """One that no other job has; from any thread."""
+        """A unique job id; callable from any thread."""
         return str(next(self._ids))
 
     def forget(self, virtual: VirtualTokens) -> None:
-        """Has the blocks of virtual tokens freed before the next step; no unfinished sequence may have them."""
+        """Have the blocks of virtual tokens freed before the next step; no unfinished sequence may use them."""
 
         def command() -> tuple[Event, ...]:
             self.step.scheduler.forget(virtual)
@@ -100,26 +100,26 @@ class Loop:
         self.submit(command)
 
     def run(self, prompt: PrivateRun) -> Logits:
-        """Runs a prompt of the engine's own beside the requests and waits for its logits; from any other thread.
+        """Run an internal prompt alongside requests and wait for its logits; callable from any other thread.
 
         Raises:
-            EngineError: what ended it.
+            EngineError: the error that ended it.
         """
         logits = self.streams.expect(prompt.id)
         self.submit(lambda: self.step.add(prompt))
         return self._background.wait_for(logits)
 
     def wake(self) -> None:
-        """Has it look now whether what it waits for is there; from any thread."""
+        """Wake the thread to check for work; callable from any thread."""
         self._inbox.put(None)
 
     def stop(self) -> None:
-        """Asks it to end after the step at hand; from any thread."""
+        """Ask the thread to end after the current step; callable from any thread."""
         self._is_stopping = True
         self._inbox.put(None)
 
     def join(self, timeout_s: float | None = None) -> None:
-        """Waits for its end; returns at once where it never began."""
+        """Wait for the thread to end; returns at once if it never started."""
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
@@ -173,10 +173,10 @@ class Loop:
             _log.error("no request gets on", running=scheduler.num_running, waiting=scheduler.num_waiting)
 
     def _take_commands(self) -> list[Event]:
-        """Does what was asked for; waits for something to do where there is nothing."""
+        """Run the queued commands; wait for one if there is nothing to do."""
         events: list[Event] = []
         wait = self.step.is_idle
-        limit_s = _PAUSED_S if self.step.has_work else _HEARTBEAT_S  # what is paused still has its clock
+        limit_s = _PAUSED_S if self.step.has_work else _HEARTBEAT_S  # paused jobs still have time limits
         while True:
             try:
                 command = self._inbox.get(block=wait, timeout=limit_s if wait else None)

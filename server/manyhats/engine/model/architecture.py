@@ -1,7 +1,7 @@
 """A model's architecture as data: what is computed, free of tensors, devices, and the names that files use.
 
-The functions of ``families`` build it. What follows from it is derived here and nowhere else: which linears and norms
-a block has, which linears share their input, and where adapters may act.
+The functions of ``families`` build it. Everything that follows from it is derived here and nowhere else: which linears
+and norms a block has, which linears share their input, and where adapters may act.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Norm:
 
     Attributes:
         eps: added to the mean square.
-        span: what the mean is over: a ``row``, or each ``head`` of it by itself, with one weight for all heads.
+        span: what the mean is over: a ``row``, or each ``head`` separately, with one weight for all heads.
     """
 
     eps: float
@@ -47,7 +47,7 @@ class Rope:
 
     @property
     def rotary_dim(self) -> int:
-        """Values of a head that are rotated."""
+        """The number of rotated values per head."""
         return 2 * len(self.inv_freq)
 
 
@@ -60,9 +60,9 @@ class Attention:
         num_kv_heads: Hkv; H is a multiple of it.
         head_dim: K.
         scale: multiplies the scores before the softmax; mostly 1 / √K.
-        window: how many of the latest positions a token attends to, itself counted; None is all of them.
-        softcap: c in c · tanh(score / c), after ``scale``; None for no cap.
-        rope: None where positions do not enter.
+        window: how many of the latest positions a token attends to, including itself; None for all of them.
+        softcap: c in ``c · tanh(score / c)``, after ``scale``; None for no cap.
+        rope: None if positions do not enter.
         query_norm: of the queries before their rotation; None for none.
         key_norm: of the keys, likewise.
     """
@@ -79,17 +79,17 @@ class Attention:
 
     @property
     def query_size(self) -> int:
-        """H · K."""
+        """``H · K``."""
         return self.num_heads * self.head_dim
 
     @property
     def key_size(self) -> int:
-        """Hkv · K, of keys as of values."""
+        """``Hkv · K``, for keys and for values."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def rotary_dim(self) -> int:
-        """Values of a head that are rotated."""
+        """The number of rotated values per head."""
         return 0 if self.rope is None else self.rope.rotary_dim
 
 
@@ -126,24 +126,24 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Linears over one input; a backend may run them as one, their outputs side by side."""
+    """Linears with the same input; a backend may run them as one, with their outputs side by side."""
 
     name: str
     members: tuple[LinearShape, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the members."""
+        """The names of the members."""
         return tuple(member.name for member in self.members)
 
     @property
     def d_in(self) -> int:
-        """Inputs, which the members share."""
+        """Input features, which the members share."""
         return self.members[0].d_in
 
     @property
     def d_out(self) -> int:
-        """Outputs of all members."""
+        """Output features of all members."""
         return sum(member.d_out for member in self.members)
 
 
@@ -175,7 +175,7 @@ class Block:
     biased: frozenset[str] = frozenset()
 
     def groups(self) -> tuple[Group, ...]:
-        """The linears by what they read, in the order of the forward; their names are the same in every family."""
+        """The linears grouped by input, in forward order; their names are the same in every family."""
         hidden, query, key = self.hidden_size, self.attention.query_size, self.attention.key_size
         inner = self.feed_forward.width
         return (
@@ -186,11 +186,11 @@ class Block:
         )
 
     def linears(self) -> tuple[LinearShape, ...]:
-        """In the order of the forward."""
+        """The linears, in forward order."""
         return tuple(member for group in self.groups() for member in group.members)
 
     def norms(self) -> tuple[NormShape, ...]:
-        """Those that there are, in the order of the forward."""
+        """The norms it has, in forward order."""
         attention, feed_forward = self.around_attention, self.around_feed_forward
         query, key = self.attention.query_norm, self.attention.key_norm
         return (
@@ -230,9 +230,9 @@ class Head:
     """From the normed stream to logits.
 
     Attributes:
-        is_tied: its matrix is the embedding.
+        is_tied: whether its matrix is the embedding.
         divisor: divides the logits.
-        softcap: c in c · tanh(logit / c), after ``divisor``; None for no cap.
+        softcap: c in ``c · tanh(logit / c)``, after ``divisor``; None for no cap.
     """
 
     is_tied: bool
@@ -246,9 +246,9 @@ class Architecture:
 
     Attributes:
         model_type: Hugging Face ``model_type``, such as ``llama``.
-        max_context_length: prompt and output tokens together, at most.
-        blocks: L of them; windows, RoPE and norms may differ, the widths and heads do not.
-        final_norm: of the stream, behind the last block.
+        max_context_length: the maximum of prompt and output tokens together.
+        blocks: L of them; windows, RoPE and norms may differ, widths and heads do not.
+        final_norm: of the stream, after the last block.
     """
 
     model_type: str
@@ -275,16 +275,16 @@ class Architecture:
 
     @property
     def attention(self) -> Attention:
-        """The first block's, for heads and their size, which are those of every block."""
+        """The first block's attention; number and size of heads are the same in every block."""
         return self.blocks[0].attention
 
     @property
     def kv_values_per_token(self) -> int:
-        """Keys and values of one position in all layers."""
+        """The number of key and value features of one position in all layers."""
         return 2 * self.num_layers * self.attention.key_size
 
     def num_linear_parameters(self) -> int:
-        """Of the blocks' matrices, without biases."""
+        """The number of parameters in the blocks' matrices, without biases."""
         return sum(linear.d_in * linear.d_out for block in self.blocks for linear in block.linears())
 
     def sites(self) -> tuple[Site, ...]:

@@ -16,14 +16,14 @@ def describe(
     weights: WeightSource | None = None,
     check_text: TextCheck | None = None,
 ) -> BaseDescription:
-    """What adapters are checked against: every linear of every layer is a site, and embedding and head are.
+    """What adapters are checked against: every linear of every layer is a site, as are embedding and head.
 
     Args:
         family: the model.
         names: every name this base is known by.
         digest: of weights and quantization.
-        weights: the base's own; None where only its description is at hand.
-        check_text: tells what an adapter's text files mean on this base.
+        weights: the base's own; None if only its description is available.
+        check_text: determines what an adapter's text files mean on this base.
     """
     architecture, layout = family.architecture, family.layout
     modules = {layout.embedding: EMBEDDING, layout.head: HEAD}

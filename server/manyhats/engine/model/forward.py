@@ -1,8 +1,8 @@
-"""A decoder's forward in plain, differentiable torch: which operations there are, in which order, and what is added up.
+"""A decoder's forward in plain, differentiable torch: which operations run, in which order, and what is added.
 
-It is the specification that fast kernels are held to, and what the torch backend and the trainer run. Whoever runs it
-brings the operations, each with the deltas of its rows. The residual stream is float32; what else the operations give
-each other is their own affair. No variable here holds more than what is still to be read: in training that is memory.
+It is the specification for fast kernels, and what the torch backend and the trainer run. The caller supplies the
+operations, each with the deltas of its rows. The residual stream is float32; the dtype of everything else is up to the
+operations. No variable here outlives its last use, since in training that would cost memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Maths(Protocol):
     """The operations of one pass over N rows."""
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Rows of the embedding, those of the rows' own adapters: [N] → [N, D]."""
+        """Rows of the embedding, as the rows' adapters have them: [N] → [N, D]."""
         ...
 
     def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Maths(Protocol):
         ...
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
-        """The norm of what linears or heads read: [..., size of the weight], the same shape."""
+        """The norm of an input of linears or heads: [..., size of the weight] → the same shape."""
         ...
 
     def output_norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
@@ -46,7 +46,7 @@ class Maths(Protocol):
         ...
 
     def rotate(self, heads: Tensor, rope: Rope) -> Tensor:
-        """Heads turned by their rows' positions: [N, H, K] → the same shape."""
+        """Heads rotated by their rows' positions: [N, H, K] → the same shape."""
         ...
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -58,22 +58,22 @@ class Maths(Protocol):
         ...
 
     def join(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
-        """Stream + output, or what the rows' bottlenecks make of that: [N, D] twice → [N, D]."""
+        """Stream + output, as the rows' bottlenecks change it: [N, D] twice → [N, D]."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
-        """The output head, those of the rows' own adapters: [M, D] → [M, V]."""
+        """The output head, as the rows' adapters have it: [M, D] → [M, V]."""
         ...
 
 
 def embedded(maths: Maths, embedding: Embedding, token_ids: Tensor) -> Tensor:
-    """The stream as it begins: [N] → [N, D]."""
+    """The initial stream: [N] → [N, D]."""
     x = maths.embed(token_ids)
     return x if embedding.scale == 1.0 else x * embedding.scale
 
 
 def block(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
-    """The stream behind one block: [N, D] → [N, D]."""
+    """The stream after one block: [N, D] → [N, D]."""
     output = _attention(maths, spec, weights, layer, stream)
     stream = _joined(maths, spec, weights, Site(layer, "attention"), stream, output)
     output = _feed_forward(maths, spec, weights, layer, stream)
@@ -86,7 +86,7 @@ def logits(maths: Maths, head: Head, hidden: Tensor) -> Tensor:
 
 
 def scaled_logits(x: Tensor, head: Head) -> Tensor:
-    """What becomes of the output head's results: ``c · tanh(x / divisor / c)``, where there is a cap."""
+    """The output head's results scaled and capped: ``c · tanh(x / divisor / c)``, if there is a cap."""
     if head.divisor != 1.0:
         x = x / head.divisor
     if head.softcap is not None:
@@ -121,14 +121,14 @@ def _feed_forward(maths: Maths, spec: Block, weights: BlockWeights, layer: int, 
 
 
 def _read(maths: Maths, around: Around, sublayer: str, weights: BlockWeights, stream: Tensor) -> Tensor:
-    """What a sub-layer reads of the stream."""
+    """What a sub-layer reads from the stream."""
     if around.before is None:
         return stream
     return maths.norm(stream, around.before, weights.norms[f"{sublayer}_before"])
 
 
 def _grouped_norm(maths: Maths, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
-    """Over as many values at a time as the weight has: a head, or the whole row."""
+    """The norm over as many values at a time as the weight has: a head, or the whole row."""
     return maths.norm(x.unflatten(1, (-1, weight.weight.numel())), norm, weight).flatten(1)
 
 

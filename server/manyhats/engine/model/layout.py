@@ -12,7 +12,7 @@ from manyhats.engine.model.architecture import Architecture
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A stored matrix: the linears whose rows it holds, one below the other."""
+    """A stored matrix: the linears whose rows it holds, in order."""
 
     members: tuple[str, ...]
 
@@ -24,7 +24,7 @@ class Layout:
     Attributes:
         modules: path of a matrix below its layer → what it holds.
         norms: name of a block's norm → its path below the layer.
-        norm_offset: what a stored norm weight lacks of the factor it stands for.
+        norm_offset: added to a stored norm weight to get its factor.
         stores_embedding_scale: whether the embedding's multiplier is rounded to the embedding's dtype.
         embedding, final_norm, head: paths.
         layer: path of layer ``{layer}``.
@@ -42,19 +42,19 @@ class Layout:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def path(self, layer: int, below: str) -> str:
-        """The path of what lies ``below`` a layer, such as ``model.layers.0.self_attn.q_proj``."""
+        """The path of a module ``below`` a layer, such as ``model.layers.0.self_attn.q_proj``."""
         return f"{self.layer.format(layer=layer)}.{below}"
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One model of a family: what it computes, and where its files keep it."""
+    """One model of a family: what it computes, and where its files keep the weights."""
 
     architecture: Architecture
     layout: Layout
 
     def in_dtype(self, dtype: torch.dtype) -> Family:
-        """The same over an embedding of that dtype."""
+        """The same for an embedding of that dtype."""
         if not self.layout.stores_embedding_scale:
             return self
         embedding = self.architecture.embedding

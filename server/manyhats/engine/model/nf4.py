@@ -1,9 +1,9 @@
 """NF4, by default with double quantization, exactly as bitsandbytes does it.
 
-A matrix is cut, row by row, into blocks of 64 values. A value is the nearest of 16 codes (quantiles of a
-normal distribution) times its block's absmax. The absmaxes, less their mean, are themselves kept as 8-bit
-codes in blocks of 256 with a float32 absmax each: 4 + 8/64 + 32/(64·256) bits per value. Checkpoints of others may
-hold the absmaxes as they are: 4 + 32/64 bits.
+A matrix is split, row by row, into blocks of 64 values. A value is the nearest of 16 codes (quantiles of a normal
+distribution) times its block's absmax. The absmaxes, less their mean, are themselves kept as 8-bit codes in blocks of
+256 with a float32 absmax each: 4 + 8/64 + 32/(64·256) bits per value. Other checkpoints may keep the absmaxes as they
+are: 4 + 32/64 bits.
 
 Source: Dettmers et al. 2023 (arXiv:2305.14314), section 3; bitsandbytes 0.50.2 ``functional.quantize_4bit``.
 """
@@ -26,12 +26,12 @@ class Nf4Weight:
     """One [out, in] matrix in NF4; in is a multiple of 64, so no block crosses a row.
 
     Attributes:
-        packed: uint8 [out·in / 2], row major, two codes a byte, high nibble first.
+        packed: uint8 [out·in / 2], row major, two codes per byte, high nibble first.
         absmax: uint8 [num_blocks], codes into ``nested_code``; or float32, the absmaxes as they are.
-        nested_absmax: float32 [⌈num_blocks / 256⌉]; of plain absmaxes, empty.
-        offset: the mean of the absmaxes, a float32 value; of plain ones, 0.
+        nested_absmax: float32 [⌈num_blocks / 256⌉]; empty for plain absmaxes.
+        offset: the mean of the absmaxes, a float32 value; 0 for plain ones.
         code: float32 [16].
-        nested_code: float32 [256]; of plain absmaxes, empty.
+        nested_code: float32 [256]; empty for plain absmaxes.
         shape: (out, in).
 
     Raises:
@@ -71,12 +71,12 @@ class Nf4Weight:
 
     @property
     def is_nested(self) -> bool:
-        """Whether the absmaxes are quantized themselves."""
+        """Whether the absmaxes are themselves quantized."""
         return self.absmax.dtype is not torch.float32
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the packed codes and both levels of statistics; the shared code tables not counted."""
+        """Bytes of the packed codes and both levels of statistics, without the shared code tables."""
         return sum(t.numel() * t.element_size() for t in (self.packed, self.absmax, self.nested_absmax)) + 4
 
     def block_scales(self) -> Tensor:
@@ -93,7 +93,7 @@ class Nf4Weight:
         return values.mul_(self.block_scales().unsqueeze(1)).view(self.shape)
 
     def rows(self, start: int, stop: int) -> Nf4Weight:
-        """Rows start … stop as a matrix of their own, which shares this one's memory.
+        """Rows start … stop as a separate matrix that shares this one's memory.
 
         Raises:
             ModelError: the cut falls inside a group of 256 blocks.
@@ -126,7 +126,7 @@ def unpacked(packed: Tensor, code: Tensor) -> Tensor:
 def nested_scales(
     absmax: Tensor, nested_absmax: Tensor, nested_code: Tensor, offset: float, block_size: int
 ) -> Tensor:
-    """Absmaxes that are quantized in blocks of ``block_size``, dequantized: float32, one for each uint8 code."""
+    """Absmaxes quantized in blocks of ``block_size``, dequantized: float32, one for each uint8 code."""
     # Two roundings, product then sum, as bitsandbytes does; a fused multiply-add differs in the last bit.
     per_block = nested_absmax.repeat_interleave(block_size)[: absmax.numel()]
     return nested_code[absmax.int()].mul_(per_block).add_(offset)
@@ -159,7 +159,7 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
 
 
 def has_bf16_product() -> bool:
-    """Whether this processor, torch and bitsandbytes have a fused product of NF4 weights in bfloat16."""
+    """Whether this processor, torch and bitsandbytes support a fused product of NF4 weights in bfloat16."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False  # without importing bitsandbytes, which takes seconds
     from bitsandbytes.functional import has_avx512bf16

@@ -23,7 +23,7 @@ class RopeSource:
     """What the frequencies are computed from, in the attribute names transformers' functions read.
 
     Attributes:
-        rope_parameters: ``rope_type``, ``rope_theta`` and what the kind needs besides.
+        rope_parameters: ``rope_type``, ``rope_theta`` and whatever else the kind needs.
         max_position_embeddings: the config's own; not the length to be served.
         allows_partial: whether the family can leave the end of a head as it is.
     """
@@ -46,19 +46,19 @@ class RopeSource:
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             part = "" if factor == 1.0 else f" times partial_rotary_factor {factor}"
             raise ModelError(
-                f"config.json: head_dim {self.head_dim}{part} is odd or no part of it; RoPE needs pairs"
+                f"config.json: head_dim {self.head_dim}{part} is odd or not part of it; RoPE needs pairs"
             )
 
     @property
     def rotary_dim(self) -> int:
-        """Values of a head that are rotated."""
+        """The number of rotated values per head."""
         return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
 
     def standardize_rope_params(self) -> None:
         """Nothing to do: the parameters are standard already. transformers' functions call it."""
 
     def context_limit(self) -> int:
-        """The longest context, in tokens, for which the frequencies are what the model means.
+        """The longest context, in tokens, for which the frequencies are the model's own.
 
         ``dynamic`` recomputes its frequencies as a sequence grows past ``max_position_embeddings``, which
         leaves keys of other frequencies in the cache; up to there it is the plain RoPE. ``linear`` and
@@ -93,16 +93,16 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 def rope_source(
     config: Mapping[str, Any], parameters: Mapping[str, Any], *, head_dim: int, allows_partial: bool = False
 ) -> RopeSource:
-    """One RoPE of a model, with what its kind takes from the rest of the config.
+    """One RoPE of a model, with what its kind needs from the rest of the config.
 
     Args:
-        config: of the model.
-        parameters: as ``rope_parameters`` gives them.
+        config: the model's.
+        parameters: as in ``rope_parameters``.
         head_dim: K.
         allows_partial: whether the family can rotate a part of the head.
 
     Raises:
-        ModelError: an unknown kind, or a rotated part that cannot be.
+        ModelError: an unknown kind, or an impossible rotated part.
     """
     full = {key: value for key, value in parameters.items() if value is not None}
     full.setdefault("rope_type", full.get("type", "default"))
@@ -124,9 +124,9 @@ def rope_source(
 def resolve_rope(source: RopeSource, max_context_length: int) -> Rope:
     """Frequencies for every position below ``max_context_length``.
 
-    ``longrope`` has two sets: the long one is taken if ``max_context_length`` exceeds the length the model
-    was trained on, the short one otherwise. transformers switches between them by the longest sequence at
-    hand, which would leave keys of the other set in the cache.
+    ``longrope`` has two sets: the long one is used if ``max_context_length`` exceeds the length the model was trained
+    on, the short one otherwise. transformers switches between them by the longest current sequence, which would leave
+    keys of the other set in the cache.
 
     Raises:
         ModelError: a parameter is missing or has the wrong type.

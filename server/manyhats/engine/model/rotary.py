@@ -1,4 +1,4 @@
-"""Cosines and sines of the rotary embedding, for every position that a model can have."""
+"""Cosines and sines of the rotary embedding, for every position a model can have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Angles = tuple[Tensor, Tensor]
 
 
 class RotaryTables:
-    """The tables of a decoder's layers; layers of one kind share theirs.
+    """The tables of a decoder's layers; layers of the same kind share them.
 
     Attributes:
         tables: kind of rotation → its table, [positions, rotary_dim / 2] each.
@@ -28,7 +28,7 @@ class RotaryTables:
         self.tables = {rope: _table(rope, architecture.max_context_length) for rope in kinds}
 
     def at(self, positions: Tensor) -> Mapping[Rope | None, Angles]:
-        """The angles of some rows, by the kind of rotation; without columns where there is none.
+        """The angles of some rows, by kind of rotation; without columns if there is none.
 
         Args:
             positions: [N] int64.

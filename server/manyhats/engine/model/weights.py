@@ -15,7 +15,7 @@ Matrix = Tensor | Nf4Weight
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """y = x Wᵀ + bias; ``bias`` [out] or None, in the dense dtype."""
+    """``y = x Wᵀ + bias``; ``bias`` [out] or None, in the dense dtype."""
 
     matrix: Matrix
     bias: Tensor | None = None
@@ -40,7 +40,7 @@ class NormWeight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockWeights:
-    """One block: its linears and norms by the names that ``Block`` gives them, in its order."""
+    """One block: its linears and norms by the names in ``Block``, in its order."""
 
     linears: Mapping[str, Linear]
     norms: Mapping[str, NormWeight]
@@ -54,7 +54,7 @@ class Weights:
         embedding: [V, D].
         blocks: L of them.
         final_norm: [D].
-        outer: linears outside the blocks by the name of their site: ``lm_head`` [V, D] where the head is not tied.
+        outer: linears outside the blocks, by site name: ``lm_head`` [V, D] if the head is not tied.
     """
 
     embedding: Tensor
@@ -68,10 +68,10 @@ class Weights:
         return self.outer.get("lm_head") or Linear(self.embedding)
 
     def linears(self) -> Iterator[Linear]:
-        """Of all blocks."""
+        """The linears of all blocks."""
         return (linear for block in self.blocks for linear in block.linears.values())
 
     def norms(self) -> Iterator[NormWeight]:
-        """Of all blocks, and the final one."""
+        """The norms of all blocks, and the final one."""
         yield from (norm for block in self.blocks for norm in block.norms.values())
         yield self.final_norm

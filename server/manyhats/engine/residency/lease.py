@@ -1,4 +1,4 @@
-"""Adapters in memory, and requests' holds on them."""
+"""Adapters in memory, and requests' leases on them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class ResidentAdapter:
     """An adapter in the host's memory, or on its way there.
 
     Attributes:
-        loaded: done when it is there, or has failed to be.
+        loaded: done when it is loaded, or failed to load.
         is_loaded: whether requests can be queued on it.
-        placement: of its sequences; None where they run on slot 0, as those of virtual tokens alone do: their rows are
-            the base's, and cost what those cost.
-        virtual: what its sequences begin with.
-        num_bytes: of its numbers and virtual tokens.
-        pins: how many leases there are, by version's name.
-        is_forgotten: it goes with its last lease.
+        placement: of its sequences; None if they run on slot 0, as with virtual tokens only: their rows cost what the
+            base's do.
+        virtual: the virtual tokens its sequences begin with.
+        num_bytes: of its packed matrices and virtual tokens.
+        pins: the number of leases, by version name.
+        is_forgotten: whether it is dropped with its last lease.
     """
 
     loaded: Future[None] = field(default_factory=Future)
@@ -42,13 +42,13 @@ _NO_ADAPTER: Final = ResidentAdapter()
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """A request's hold on one version of an adapter, which stays in memory until ``release``; or on the base alone.
+    """A request's hold on one version of an adapter, which stays in memory until ``release``; or on only the base.
 
-    It holds no slot: each of the request's sequences gets one while it runs, from ``placement``.
+    It holds no slot: ``placement`` gives each of the request's sequences one while it runs.
 
     Attributes:
-        adapter: what it holds; may not be loaded yet.
-        on_release: gives it back.
+        adapter: the adapter held; it may not be loaded yet.
+        on_release: returns the lease.
         load_s: how long the request waited for it.
         has_waited: whether it did.
     """
@@ -60,21 +60,21 @@ class Lease:
 
     @property
     def placement(self) -> Placement | None:
-        """Gives the request's sequences their slot; None where they run on slot 0."""
+        """Gives the request's sequences their slot; None if they run on slot 0."""
         return self.adapter.placement
 
     @property
     def virtual(self) -> VirtualTokens | None:
-        """What the request's sequences begin with."""
+        """The virtual tokens the request's sequences begin with."""
         return self.adapter.virtual
 
     @property
     def num_virtual_tokens(self) -> int:
-        """P, 0 where there are none."""
+        """P, 0 if there are none."""
         return 0 if self.virtual is None else self.virtual.num_tokens
 
     def release(self) -> None:
-        """Gives it back, once no unfinished sequence needs it. Safe to repeat."""
+        """Return the lease, once no unfinished sequence needs it. Safe to repeat."""
         on_release, self.on_release = self.on_release, None
         if on_release is not None:
             on_release()

@@ -1,4 +1,4 @@
-"""Adapters for requests: leased at once where they are loaded, else loaded on other threads, in turn."""
+"""Adapters for requests: leased at once if loaded, else loaded on other threads, in turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from manyhats.engine.threads.background import Background
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """Somebody who waits for room to load."""
+    """Somebody waiting for room to load an adapter."""
 
     record: AdapterRecord
     lowered: LoweredAdapter | None
@@ -28,18 +28,16 @@ class _Waiter:
 
 
 class AdapterLoading:
-    """``AdapterResidency`` for an event loop, on which all of this is called unless it says otherwise.
+    """``AdapterResidency`` for an event loop, on which everything here is called unless stated otherwise.
 
-    While others are loaded, or memory is full of adapters that are in use, those who ask for one that is not in memory
-    wait, first come first served; all who wait for the same adapter get it together. No thread waits with them.
+    While others are being loaded, or memory is full of adapters in use, requests for one that is not in memory wait,
+    first come, first served; all that wait for the same adapter get it together. No thread waits with them.
     """
 
     def __init__(self, residency: AdapterResidency, background: Background) -> None:
         self.residency = residency
         self._threads = background.threads(MAX_LOADS, "adapter-loader")
-        self._queue: OrderedDict[str, dict[_Waiter, None]] = (
-            OrderedDict()
-        )  # by digest, the first to ask first
+        self._queue: OrderedDict[str, dict[_Waiter, None]] = OrderedDict()  # by digest, in order of arrival
         self._tasks: Counter[str] = Counter()
         self._names: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -48,24 +46,24 @@ class AdapterLoading:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for their adapter to be loaded; from any thread."""
+        """The number of requests that wait for their adapter to be loaded; callable from any thread."""
         return self._names.total()
 
     @property
     def waiting_tasks(self) -> frozenset[str]:
-        """Their task ids; from any thread."""
+        """Their task ids; callable from any thread."""
         return frozenset(self._tasks)
 
     def in_use(self, record: AdapterRecord) -> bool:
-        """Whether a request for this version waits; from any thread."""
+        """Whether a request for this version is waiting; callable from any thread."""
         return self._names[record.name] > 0
 
     async def lease(self, record: AdapterRecord) -> Lease:
-        """An adapter for a request; cancel it to leave.
+        """Lease an adapter for a request; cancel the call to stop waiting.
 
         Raises:
             AdapterError: it cannot be loaded.
-            DrainingError: there will be no more loads.
+            DrainingError: no more adapters are loaded.
         """
         with self._counted(record):
             return await self._lease(record, None, None)
@@ -73,22 +71,22 @@ class AdapterLoading:
     async def warm(
         self, record: AdapterRecord, lowered: LoweredAdapter | None = None, *, max_wait_s: float
     ) -> None:
-        """Loads an adapter ahead of its requests.
+        """Load an adapter before it is requested.
 
         Args:
             record: the version.
-            lowered: what it comes to, where that is at hand; None reads it.
+            lowered: the lowered adapter if already known; None reads it from the store.
             max_wait_s: how long to wait for room to load it.
 
         Raises:
             AdapterError: it cannot be loaded.
-            AdapterCapacityError: there was no room for as long.
-            DrainingError: there will be no more loads.
+            AdapterCapacityError: there was no room in that time.
+            DrainingError: no more adapters are loaded.
         """
         (await self._lease(record, lowered, max_wait_s)).release()
 
     def close(self) -> None:
-        """Starts no more loads, and ends every wait; what has begun goes on by itself."""
+        """Start no more loads, and end every wait; loads in progress continue."""
         self._is_closed = True
         for waiters in self._queue.values():
             for waiter in waiters:
@@ -122,7 +120,7 @@ class AdapterLoading:
         return lease
 
     async def _queued(self, waiter: _Waiter, max_wait_s: float | None) -> Lease:
-        """A lease, its load begun, when this one's turn has come."""
+        """A lease, with its load begun, when this one's turn has come."""
         self._loop = asyncio.get_running_loop()
         self._queue.setdefault(waiter.record.digest, {})[waiter] = None
         self._serve()  # room may have been made on another thread just before
@@ -137,7 +135,7 @@ class AdapterLoading:
             raise
 
     def _leave(self, waiter: _Waiter) -> None:
-        """Takes out who still waits; gives a lease back that came too late."""
+        """Remove a waiter; return a lease that came too late."""
         digest = waiter.record.digest
         waiters = self._queue.get(digest, {})
         if waiter in waiters:
@@ -150,7 +148,7 @@ class AdapterLoading:
     def _begun(
         self, record: AdapterRecord, lowered: LoweredAdapter | None, *, is_first: bool = False
     ) -> Lease | None:
-        """A lease, and its load begun; None where there is no room, or others wait for it."""
+        """A lease, with its load begun; None if there is no room, or others are waiting for it."""
         if self._is_closed:
             raise _closed()
         may_load = is_first or not self._queue
@@ -161,13 +159,13 @@ class AdapterLoading:
         filling.add_done_callback(lambda done: self._give_up_cancelled(record, done))
 
     def _room(self) -> None:
-        """On any thread: there may be room for one more."""
+        """Note that there may be room for one more; callable from any thread."""
         if self._queue and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._serve)
 
     def _serve(self) -> None:
-        """Lets those load who have waited longest."""
+        """Start loads for those who have waited longest."""
         while self._queue:
             digest, waiters = next(iter(self._queue.items()))
             while waiters:
@@ -186,7 +184,7 @@ class AdapterLoading:
 
 
 def _release_unused(lease: Lease) -> None:
-    """Gives it back once it is loaded; one that cannot be loaded is void."""
+    """Return a lease once its adapter is loaded; one that cannot be loaded is void."""
     lease.adapter.loaded.add_done_callback(lambda loaded: lease.release())
 
 

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from manyhats.engine.backends.backend import AdapterSlots, Packed
 
 MAX_LOADS = 2
-"""Adapters that are loaded at a time. How large one is shows at the end, so ``max_bytes`` may be exceeded by these."""
+"""Adapters loaded at a time. Their sizes are only known at the end, so ``max_bytes`` may be exceeded by these."""
 
 LoadAdapter = Callable[[AdapterRecord], LoweredAdapter]
-"""Reads an artifact and lowers it; may take long, and raises what makes it unfit."""
+"""Reads an artifact and lowers it; may take long, and raises if it cannot be served."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStats:
-    """Counts since the start, evictions from memory and from slots apart, and bytes now."""
+    """Counts since the start, with evictions from memory and from slots separate, and the current bytes."""
 
     num_loads: int
     num_evictions: int
@@ -39,19 +39,19 @@ class ResidencyStats:
 
 
 class AdapterResidency:
-    """Adapters by artifact digest, leases by version: versions of the same bytes share one. Safe from any thread.
+    """Adapters by artifact digest, leases by version: versions with the same bytes share one. Thread-safe.
 
-    An adapter is read, lowered and packed once, and then stays in the host's memory while there is room. From there it
-    goes into a slot when a sequence of its own starts (``DeviceTier``). ``fill`` loads, so it never runs on the
-    engine's thread or the event loop; everything else returns at once.
+    An adapter is read, lowered and packed once, and then stays in host memory while there is room. From there it goes
+    into a slot when one of its sequences starts (``DeviceTier``). ``fill`` loads, so it never runs on the engine's
+    thread or the event loop; everything else returns at once.
 
     Args:
-        slots: of the backend.
-        num_slots: how many of them adapters get, from slot 1 on.
-        max_bytes: of adapters in memory; those that are leased stay, whatever they take.
-        load: reads them.
-        kv_capacity: tokens of the KV cache.
-        forget: has the blocks of virtual tokens freed, at once or soon.
+        slots: the backend's.
+        num_slots: how many of them adapters use, from slot 1 on.
+        max_bytes: of adapters in memory; leased ones stay, whatever they take.
+        load: reads and lowers them.
+        kv_capacity: of the KV cache, in tokens.
+        forget: frees the blocks of virtual tokens, at once or soon.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class AdapterResidency:
         return replace(self._stats, num_slot_evictions=self._device.num_evictions)
 
     def call_on_room(self, callback: Callable[[], None]) -> None:
-        """Has ``callback`` called, on any thread, whenever one more adapter may have room."""
+        """Call ``callback``, on any thread, whenever there may be room for one more adapter."""
         self._on_room = callback
 
     def tiers(self) -> dict[str, Tier]:
-        """Digest → tier of each adapter that is loaded; one that needs no slot is ready as if it had one."""
+        """Digest → tier of each loaded adapter; one that needs no slot counts as having one."""
         with self._lock:
             return {
                 digest: Tier.DEVICE if adapter.placement is None else adapter.placement.current
@@ -95,7 +95,7 @@ class AdapterResidency:
             }
 
     def tasks_without_slot(self) -> frozenset[str]:
-        """The task ids of requests whose adapter is loaded and has no slot now."""
+        """The task ids of requests whose adapter is loaded but has no slot."""
         with self._lock:
             return frozenset(
                 name.rpartition("@")[0]
@@ -105,23 +105,23 @@ class AdapterResidency:
             )
 
     def in_use(self, record: AdapterRecord) -> bool:
-        """Whether a request holds this version; another one of the same bytes does not count."""
+        """Whether a request holds this version; another with the same bytes does not count."""
         with self._lock:
             adapter = self._adapters.get(record.digest)
             return adapter is not None and adapter.pins[record.name] > 0
 
     def try_lease(self, record: AdapterRecord) -> Lease | None:
-        """A lease of an adapter that is loaded; None if it isn't."""
+        """Lease a loaded adapter; None if it isn't loaded."""
         with self._lock:
             adapter = self._adapters.get(record.digest)
             return self._lease(record, adapter) if adapter is not None and adapter.is_loaded else None
 
     def lease(self, record: AdapterRecord, begin: Callable[[], None] | None) -> Lease | None:
-        """A lease of an adapter that is loaded, or being loaded, or for which there is room; None if there is none.
+        """Lease an adapter that is loaded, being loaded, or has room to be; None otherwise.
 
         Args:
             record: the version.
-            begin: called to have ``fill`` called if the adapter must be loaded first; None where it may not be.
+            begin: called to have ``fill`` called if the adapter must be loaded first; None to not load it.
         """
         with self._lock:
             adapter = self._adapters.get(record.digest)
@@ -130,18 +130,18 @@ class AdapterResidency:
             if begin is None or not self._has_room():
                 return None
             adapter = self._adapters[record.digest] = ResidentAdapter()
-            adapter.loaded.set_running_or_notify_cancel()  # nobody who waits for it can cancel it
+            adapter.loaded.set_running_or_notify_cancel()  # nobody waiting for it can cancel it
             self._loading.add(record.digest)
             lease = self._lease(record, adapter)
         begin()
         return lease
 
     def fill(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
-        """Loads what was leased; how that ends, its future says. No other adapter waits for it.
+        """Load what was leased; its future says how that ends. No other adapter waits for it.
 
         Args:
             record: the version.
-            lowered: what it comes to, where that is at hand; None reads it.
+            lowered: the lowered adapter if already known; None reads it from the store.
         """
         with self._lock:
             adapter = self._adapters[record.digest]
@@ -162,7 +162,7 @@ class AdapterResidency:
         self._on_room()
 
     def give_up(self, record: AdapterRecord, error: BaseException) -> None:
-        """Ends with an error what was leased and not filled; all its leases are void."""
+        """End with an error what was leased and not filled; all its leases are void."""
         with self._lock:
             adapter = self._drop(record.digest)
             self._loading.discard(record.digest)
@@ -170,7 +170,7 @@ class AdapterResidency:
         self._on_room()
 
     def forget(self, digest: str) -> None:
-        """Frees an adapter's memory, once the requests that hold it have finished."""
+        """Free an adapter's memory once the requests that hold it have finished."""
         with self._lock:
             adapter = self._adapters.get(digest)
             if adapter is None:
@@ -204,17 +204,17 @@ class AdapterResidency:
             self._on_room()
 
     def _pack(self, adapter: ResidentAdapter, lowered: LoweredAdapter) -> Packed:
-        """Lays out its numbers, and says how its sequences begin.
+        """Pack its matrices and virtual tokens.
 
         Raises:
-            FieldInvalidError: the KV cache cannot hold its virtual tokens and a token behind them.
+            FieldInvalidError: the KV cache cannot hold its virtual tokens and one more token.
         """
         packed: Packed = self._slots.pack(lowered)
         prefix = lowered.prefix
         if prefix is not None and prefix.num_virtual_tokens >= self._kv_capacity:
             raise FieldInvalidError(
                 "num_virtual_tokens",
-                f"are {prefix.num_virtual_tokens}; the KV cache holds {self._kv_capacity} tokens in all",
+                f"are {prefix.num_virtual_tokens}; the KV cache holds {self._kv_capacity} tokens in total",
             )
         adapter.virtual = None if prefix is None else VirtualTokens(prefix)
         if prefix is None or lowered.deltas:
@@ -234,7 +234,7 @@ class AdapterResidency:
             pass
 
     def _has_room(self) -> bool:
-        """Whether one more may be loaded, which takes an unknown number of bytes."""
+        """Whether one more may be loaded, whose size is unknown."""
         if len(self._loading) >= MAX_LOADS:
             return False
         while self._stats.resident_bytes >= self.max_bytes:
@@ -243,7 +243,7 @@ class AdapterResidency:
         return True
 
     def _evict(self) -> bool:
-        """Drops the least recently used adapter that nobody holds; whether there was one."""
+        """Drop the least recently used adapter that nobody holds; returns whether there was one."""
         for digest, adapter in self._adapters.items():
             if not adapter.pins:
                 self._drop(digest)

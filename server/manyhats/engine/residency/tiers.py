@@ -1,4 +1,4 @@
-"""Where adapters in memory are, and which of them have the slots of the device."""
+"""Where adapters in memory are, and which of them have the device's slots."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class Tier(Enum):
 
 
 class DeviceTier:
-    """Slots 1 … n. One whose adapter runs in no sequence goes to another, the one that has been idle for longest first.
+    """Slots 1 … n. A slot whose adapter runs in no sequence may go to another, the longest idle first.
 
-    Steps run between two calls of ``place``, so a slot that is taken from an adapter is in no step that is left to run.
-    Safe from any thread.
+    Steps run between two calls of ``place``, so a slot that is taken from an adapter is in no step still to run.
+    Thread-safe.
     """
 
     def __init__(self, slots: AdapterSlots[Any], num_slots: int) -> None:
         self._slots = slots
         self._free = list(range(num_slots, 0, -1))
-        self._idle: dict[PlacedAdapter, None] = {}  # they have slots; idle for longest first
+        self._idle: dict[PlacedAdapter, None] = {}  # they have slots; longest idle first
         self._lock = threading.Lock()
         self.num_evictions = 0
 
     def can_place(self, adapter: PlacedAdapter) -> bool:
-        """Whether ``place`` gives a slot, unless ``fill_free`` takes the last free one meanwhile."""
+        """Whether ``place`` would give a slot, unless ``fill_free`` takes the last free one first."""
         return adapter.slot is not None or bool(self._free or self._idle)
 
     def place(self, adapter: PlacedAdapter) -> int | None:
-        """A slot for one more sequence; on the engine's thread, between two steps."""
+        """Get a slot for one more sequence; called on the engine's thread, between two steps."""
         with self._lock:
             if adapter.slot is None:
                 if not self._free and not self._evict():
@@ -48,21 +48,21 @@ class DeviceTier:
             return adapter.slot
 
     def leave(self, adapter: PlacedAdapter) -> None:
-        """One of its sequences runs no more; the slot stays its own until another adapter needs it."""
+        """Note that one of its sequences no longer runs; it keeps the slot until another adapter needs it."""
         with self._lock:
             adapter.num_running -= 1
             if not adapter.num_running:
                 self._idle[adapter] = None
 
     def fill_free(self, adapter: PlacedAdapter) -> None:
-        """Puts a new adapter into a free slot, if there is one, ahead of its sequences."""
+        """Put a new adapter into a free slot, if there is one, before its sequences start."""
         with self._lock:
             if self._free:
                 self._enter(adapter)
                 self._idle[adapter] = None
 
     def remove(self, adapter: PlacedAdapter) -> None:
-        """Takes back the slot of an adapter that no unfinished sequence is on."""
+        """Take back the slot of an adapter that no unfinished sequence uses."""
         with self._lock:
             self._idle.pop(adapter, None)
             self._clear(adapter)
@@ -72,7 +72,7 @@ class DeviceTier:
         adapter.slot = self._free.pop()
 
     def _evict(self) -> bool:
-        """Whether there was an idle adapter that had a slot."""
+        """Take the slot of an idle adapter; returns whether there was one."""
         idle = next(iter(self._idle), None)
         if idle is None:
             return False
@@ -94,8 +94,8 @@ class PlacedAdapter:
 
     Attributes:
         tier: changes the others.
-        packed: the adapter.
-        slot: where it is on the device, if it is.
+        packed: the packed adapter.
+        slot: its slot on the device, if any.
         num_running: sequences that run on it.
     """
 
@@ -106,7 +106,7 @@ class PlacedAdapter:
 
     @property
     def current(self) -> Tier:
-        """Where it is now."""
+        """Its current tier."""
         return Tier.HOST if self.slot is None else Tier.DEVICE
 
     def can_place(self) -> bool:

@@ -1,4 +1,4 @@
-"""The tokens of one row whose logits bias and penalties change, before temperature."""
+"""The tokens of a row whose logits are changed by bias and penalties, before temperature."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from manyhats.engine.request import SamplingParams
 
 
 class Edits(NamedTuple):
-    """Tokens whose logits change, and what ``Choices`` says of how.
+    """Tokens whose logits change; ``Choices`` says how.
 
     Attributes:
         ids: [E] int64.
         bias: [E] float32; -∞ for one that may not come.
-        seen: [E] bool, whether it is in prompt or output; in the prompt, only with a repetition penalty.
+        seen: [E] bool, whether it is in prompt or output; prompt tokens only count with a repetition penalty.
         counts: [E] float64, how often it is in the output.
     """
 
@@ -36,12 +36,12 @@ def forbidding(token_ids: Iterable[int]) -> Edits:
 
 
 def joined(edits: Iterable[Edits]) -> Edits:
-    """One behind the other."""
+    """Concatenate two sets."""
     return Edits(*map(np.concatenate, zip(*(NO_EDITS, *edits), strict=True)))
 
 
 NO_EDITS = forbidding(())
-"""None."""
+"""No changes."""
 
 
 def changes_logits(params: SamplingParams) -> bool:
@@ -96,7 +96,7 @@ class LogitChanges:
 
     @property
     def edits(self) -> Edits:
-        """Views; the next ``append`` may change them."""
+        """The changes as views; the next ``append`` may change them."""
         n = self._num
         return Edits(self._ids[:n], self._biases[:n], self._is_seen[:n], self._counts[:n])
 

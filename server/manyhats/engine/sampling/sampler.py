@@ -1,6 +1,6 @@
-"""Parameters of rows → how they choose their tokens. The same arguments and logits give the same tokens.
+"""From rows' parameters to how they choose their tokens. The same arguments and logits give the same tokens.
 
-A row's token depends only on that row's logits, parameters, seed and step, not on the rows beside it or their number.
+A row's token depends only on that row's logits, parameters, seed and step, not on other rows.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class SamplingRow:
         step: index of the output token; the random number is a function of (seed, step).
         changes: bias and penalties; None without any.
         forbid: ids that may not come, e.g. EOS before ``min_new_tokens``.
-        allowed: [⌈V / 32⌉] int32, ids that may come, bit by bit from the lowest; None is all.
-        num_logprobs: None wants no log-probability, 0 the token's own, k also the k most likely.
+        allowed: [⌈V / 32⌉] int32, ids that may come, bit by bit from the lowest; None for all.
+        num_logprobs: None for no log-probabilities, 0 for the token's own, k for the k most likely too.
     """
 
     params: SamplingParams
@@ -50,11 +50,11 @@ class SamplingRow:
 
 
 def check_row(row: SamplingRow, vocab_size: int) -> None:
-    """Check that a row can be chosen from a vocabulary: backends check no index.
+    """Check a row against the vocabulary: backends do not check indices.
 
     Raises:
         IndexError: an id is outside the vocabulary.
-        ValueError: the mask is not one of this vocabulary.
+        ValueError: the mask does not fit this vocabulary.
     """
     num_words = -(-vocab_size // 32)
     if row.allowed is not None and row.allowed.shape != (num_words,):
@@ -66,7 +66,7 @@ def check_row(row: SamplingRow, vocab_size: int) -> None:
 
 
 def choices_of(rows: Seq[SamplingRow], logit_rows: Seq[int], vocab_size: int) -> Choices:
-    """How rows choose; each is checked.
+    """How rows choose their tokens; each is checked.
 
     Args:
         rows: S of them.
@@ -102,7 +102,7 @@ def choices_of(rows: Seq[SamplingRow], logit_rows: Seq[int], vocab_size: int) ->
 
 
 def _edits(row: SamplingRow) -> Edits:
-    """The tokens of a row whose logits change; forbidden ones come last, and so win."""
+    """The tokens of a row whose logits change; forbidden ones come last, so they win."""
     edits = NO_EDITS if row.changes is None else row.changes.edits
     return joined((edits, forbidding(row.forbid))) if row.forbid else edits
 
@@ -124,8 +124,8 @@ def _mask_rows(rows: Seq[SamplingRow]) -> list[int]:
 def uniform(seed: int, step: int) -> float:
     """A number in [0, 1) with 53 random bits for output token ``step`` of a row with this seed.
 
-    SplitMix64, whose state after n draws is start + (n + 1)·γ, started at mix(seed + γ) so that neighbouring
-    seeds have nothing in common.
+    SplitMix64, whose state after n draws is start + (n + 1)·γ, started at ``mix(seed + γ)`` so that neighbouring seeds
+    are unrelated.
 
     Args:
         seed: in [0, 2^64).

@@ -1,4 +1,4 @@
-"""What the scheduler hands to the engine for one step, and the limits it observes."""
+"""What the scheduler gives the engine for one step, and the limits it observes."""
 
 from __future__ import annotations
 

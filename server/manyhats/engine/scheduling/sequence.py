@@ -24,15 +24,15 @@ class Placement(Protocol):
     """Gives the sequences of an adapter the slot that they run on; the scheduler calls it, between two steps."""
 
     def can_place(self) -> bool:
-        """Whether there is a slot now; seldom, ``place`` still finds none."""
+        """Whether there is a slot now; rarely, ``place`` still finds none."""
         ...
 
     def place(self) -> int | None:
-        """The slot of a sequence that starts to run, kept for it until ``leave``; None while there is none."""
+        """The slot of a sequence that starts to run, kept for it until ``leave``; None if there is none now."""
         ...
 
     def leave(self) -> None:
-        """A sequence that was placed runs no more, beyond the step at hand."""
+        """Note that a placed sequence no longer runs after the current step."""
         ...
 
 
@@ -46,9 +46,9 @@ class Sequence:
         id: of the job that it belongs to.
         token_ids: prompt, then output.
         max_num_tokens: prompt and output never exceed it.
-        cache_key: root of the prefix cache's keys; equal only where equal tokens give equal KV (base digest,
-            adapter digest, position offset, salt).
-        placement: where it gets its slot each time that it starts to run; None for one that keeps ``slot``.
+        cache_key: root of the prefix cache's keys; equal only if equal tokens give equal KV (base digest, adapter
+            digest, position offset, salt).
+        placement: gives it a slot each time it starts to run; None to keep ``slot``.
         slot: adapter slot while it runs, 0 is the base model.
         priority: higher goes first.
         arrival: among equals, the earlier goes first.
@@ -56,7 +56,7 @@ class Sequence:
             The scheduler advances it as positions are computed, so none comes twice after preemption.
         shared: KV of the first ``shared.num_tokens`` of ``token_ids``; if the scheduler reclaimed it, the sequence
             computes them itself.
-        virtual: virtual tokens that it begins with.
+        virtual: the virtual tokens it begins with.
         uses_prefix_cache: whether it takes blocks from the prefix cache and leaves its own there.
         is_internal: the engine's own, not a request's; see ``Scheduler``.
         is_bulk: of a scoring that takes several steps; see ``Step``.

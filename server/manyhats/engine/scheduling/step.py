@@ -29,7 +29,7 @@ class Step:
         max_bulk: tokens of bulk sequences beside one decode; each two further decodes allow for one more.
         rank: of a sequence.
         without_slot: sequences that wait for a slot, by rank.
-        are_slots_reserved: for one of them, which has waited for long enough: nothing behind it gets one.
+        are_slots_reserved: whether one of them has waited long enough: nothing after it gets a slot.
     """
 
     budget: int

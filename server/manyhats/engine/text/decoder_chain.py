@@ -31,7 +31,7 @@ _SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 def steps_for(descriptions: Sequence[Mapping[str, Any]]) -> Callable[[], list[Step]] | None:
-    """Makes the steps of a decoder chain for one text.
+    """Make the steps of a decoder chain for one text.
 
     Args:
         descriptions: of its decoders, as ``tokenizer.json`` has them; none if there is no decoder.

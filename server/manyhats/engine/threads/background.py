@@ -1,4 +1,4 @@
-"""Work beside the engine's: it has its own threads, gives way to the engine's, and is left a processor meanwhile."""
+"""Work beside the engine's: it has its own threads, yields to the engine's, and is left a processor while it lasts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Background:
     """Knows whether any of its threads has work; thread-safe.
 
     Args:
-        taken: what other processes take; by default what the system says.
+        taken: counts processors that other processes take; by default as reported by the system.
     """
 
     def __init__(self, taken: TakenProcessors | None = None) -> None:
@@ -40,18 +40,18 @@ class Background:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a thread is working, or was just now; one that waits for the engine is not."""
+        """Whether a thread is working, or just was; one that waits for the engine is not."""
         return self._num_working > 0 or time.monotonic() - self._last_s < _LINGER_S
 
     def num_to_leave(self) -> int:
         """Processors that the engine should leave to this work and to other processes; on the engine's thread.
 
-        A step's loops end with their slowest thread: better one fewer than one that has half a processor.
+        A step's loops end with their slowest thread: one fewer is better than one with half a processor.
         """
         return self._taken.count() + int(self.is_busy)
 
     def threads(self, num_threads: int, name: str) -> ThreadPoolExecutor:
-        """An executor whose threads give way to others of the process, and whose calls count as work."""
+        """An executor whose threads yield to the process's others, and whose calls count as work."""
         return _Threads(self, num_threads, name)
 
     @contextmanager

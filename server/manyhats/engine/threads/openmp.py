@@ -28,7 +28,7 @@ def sleep_soon() -> None:
 
 
 async def in_own_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs ``work`` on a new thread and returns its result.
+    """Run ``work`` on a new thread and return its result.
 
     Loading a model runs parallel loops. OpenMP keeps the team of every thread that has run one until that thread ends;
     with more threads in teams than processors, the engine's would no longer spin between loops but sleep, and be woken

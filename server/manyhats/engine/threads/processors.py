@@ -1,4 +1,4 @@
-"""How many processors other processes take from this one, so that the engine can use fewer threads meanwhile.
+"""How many processors other processes take from this one, so that the engine can use fewer threads.
 
 Each of a step's 250 parallel loops ends with its slowest thread. A thread that shares its processor with another
 process is held up for whole time slices, several milliseconds, and every other thread of the loop waits for it: a step

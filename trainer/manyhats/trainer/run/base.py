@@ -32,7 +32,7 @@ class TrainingBase:
     digest: str
 
     def check_unchanged(self) -> str:
-        """Returns the digest of the weights as they are now.
+        """Check that the weights have not changed, and return their digest.
 
         Raises:
             BaseError: it has changed.

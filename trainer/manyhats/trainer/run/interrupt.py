@@ -83,7 +83,7 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def check(self, runs: Sequence[Keepable]) -> None:
-        """Checks for a signal; called between two steps.
+        """Check for a signal; called between two steps.
 
         Raises:
             TrainingInterrupted: it is set; each unfinished run has a checkpoint.

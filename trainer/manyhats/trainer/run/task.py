@@ -137,7 +137,7 @@ class TaskTraining:
             self.run.clear_checkpoints()
 
     def _progress_of_reading(self) -> Callable[[], None]:
-        """Reports to the listener a few times a second."""
+        """Report to the listener a few times a second."""
         done, told_s = 0, 0.0
 
         def tell() -> None:

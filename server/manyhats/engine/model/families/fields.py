@@ -1,4 +1,4 @@
-"""Reading the fields of a ``config.json``, as all families do it."""
+"""Reading the fields of a ``config.json``, common to all families."""
 
 from __future__ import annotations
 

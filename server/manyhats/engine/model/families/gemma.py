@@ -62,7 +62,7 @@ def gemma2(config: RawConfig, max_context_length: int | None) -> Family:
 
 
 def gemma3_text(config: RawConfig, max_context_length: int | None) -> Family:
-    """Gemma 3's text model: five layers in six slide, with a RoPE of their own; norms of queries and keys."""
+    """Gemma 3's text model: five layers in six slide, with their own RoPE; norms of queries and keys."""
     full = with_defaults(
         config,
         **_DEFAULTS,
@@ -109,7 +109,7 @@ def _gemma(
 
 
 def _gemma3_ropes(full: RawConfig) -> tuple[RawConfig, RawConfig]:
-    """Parameters for full and for sliding attention; older files have them in three fields of their own."""
+    """RoPE parameters for full and for sliding attention; older files have them in three separate fields."""
     given = full.get("rope_parameters") or {}
     if not set(given) <= {"full_attention", "sliding_attention"}:
         raise ModelError("config.json: gemma3_text needs rope_parameters by layer type")

@@ -9,7 +9,7 @@ from manyhats.engine.model.layout import Family
 
 
 def llama(config: RawConfig, max_context_length: int | None) -> Family:
-    """Llama 1 to 3, SmolLM2 and others of their shape: no windows, biases where the config says so."""
+    """Llama 1 to 3, SmolLM2 and others of their shape: no windows, biases if the config says so."""
     full = with_defaults(config, vocab_size=32000, intermediate_size=11008, max_position_embeddings=2048)
     return llama_like(full, max_context_length, biased=biased_groups(full))
 

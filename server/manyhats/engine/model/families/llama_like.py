@@ -89,16 +89,16 @@ def llama_like(
     scales: Scales = Scales(),
     softcaps: Softcaps = Softcaps(),
 ) -> Family:
-    """A model that is like Llama but for what is named.
+    """A model that is like Llama except for the arguments.
 
     Args:
         full: the config with a family's defaults.
-        max_context_length: prompt and output tokens together; None takes the model's own maximum.
-        layout: has paths for the norms that there are.
+        max_context_length: prompt and output tokens together; None for the model's own maximum.
+        layout: has paths for the norms that exist.
         biased: groups of linears that have a bias.
         windows: per layer, the sliding window; None for none.
         ropes: per layer, the RoPE's parameters, None for a layer without; by default the same in all of them.
-        rotates_part: whether ``partial_rotary_factor`` is understood.
+        rotates_part: whether ``partial_rotary_factor`` is supported.
         qk_span: of the norms of queries and keys.
         scales, softcaps: where they are not Llama's.
 
@@ -149,7 +149,7 @@ def llama_like(
 
 
 def _check(full: RawConfig, activation: str) -> None:
-    """Refuse activations that are not run, and counts that cannot be."""
+    """Refuse unsupported activations and impossible counts."""
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise ModelError(f"config.json: hidden_act {activation!r} is not supported; these are: {known}")

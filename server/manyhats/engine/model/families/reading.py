@@ -35,11 +35,11 @@ def read_family(config: RawConfig, max_context_length: int | None = None) -> Fam
 
     Args:
         config: the parsed file.
-        max_context_length: prompt and output tokens together; None takes the model's own maximum.
+        max_context_length: prompt and output tokens together; None for the model's own maximum.
 
     Raises:
-        ModelError: a model type, activation, kind of RoPE or context length that is not supported; the
-            message names what is.
+        ModelError: a model type, activation, kind of RoPE or context length that is not supported; the message lists
+            what is.
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:

@@ -10,7 +10,7 @@ from manyhats.engine.model.rope import rope_parameters
 
 
 def smollm3(config: RawConfig, max_context_length: int | None) -> Family:
-    """SmolLM3: every fourth layer has no RoPE, and is the one that slides where any does."""
+    """SmolLM3: every fourth layer has no RoPE, and is the one that slides if any does."""
     full = with_defaults(
         config,
         vocab_size=128256,
