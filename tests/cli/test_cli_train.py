@@ -246,7 +246,7 @@ def test_flags_win_over_the_settings_file(trained: list[Any], in_directory: Path
         ("magic --task t --data d", "METHOD: must be one of lora, qlora"),
         ("lora --data d", "--task: must be given"),
         ("lora --task t", "--data: must be given"),
-        ("lora --task T --data d", "--task: 'T' is none"),
+        ("lora --task T --data d", "--task: 'T' is not a task name"),
         ("prefix --task t --data d --rank 4", "--rank: is not a setting of prefix, but of lora, qlora, dora"),
         ("lora --task t --data d --target-module q_proj --init text", "--init: is not a setting of lora"),
         ("lora --task t --data d --rank 0", "--rank: must be at least 1"),

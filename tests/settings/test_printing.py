@@ -43,7 +43,7 @@ def test_passwords_and_keys_in_urls_are_left_out_and_the_comment_says_so(
     assert shown in text
     assert "pa:ss" not in text
     (line,) = (line for line in text.splitlines() if "***" in line)
-    assert line.endswith("  # file.yaml; what is secret in it is left out")
+    assert line.endswith("  # file.yaml; secrets in it are left out")
 
 
 def test_what_is_no_secret_stays() -> None:

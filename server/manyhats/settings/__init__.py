@@ -1,1 +1,1 @@
-"""Settings that are declared once: checked, and read from flags, variables and files by their declaration."""
+"""Settings declared once: checked, and read from flags, variables and files, by their declaration."""

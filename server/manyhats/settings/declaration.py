@@ -1,4 +1,4 @@
-"""Declares a setting on the field of a dataclass, once: flags, variables, files, checks and docs follow from it."""
+"""Declares a setting once, on a dataclass field: flags, variables, files, checks and docs follow from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEY = "setting"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Declared:
-    """What ``setting`` is told besides the default; see there."""
+    """What ``setting`` is given besides the default; see there."""
 
     help: str
     group: str = ""
@@ -37,19 +37,19 @@ def setting(default: Any = MISSING, *, factory: Callable[[], Any] | None = None,
     """A field that is a setting.
 
     Args:
-        default: of the field; without it and ``factory`` the setting must be given.
+        default: the field's; without it and ``factory`` the setting is required.
         factory: makes the default.
         declared: by keyword
 
             - ``help``: what it is, in a sentence or less.
-            - ``group``: the title that it is shown under, with others.
-            - ``name``: in files and variables, where it is not the field's.
-            - ``flag``: where it is not ``name`` with dashes; the singular, of a setting with several values.
-            - ``metavar``: what the flag's value is called; of a mapping, the form of one entry.
-            - ``shown``: the default for people, where the value says too little.
+            - ``group``: the title it is shown under, with others.
+            - ``name``: in files and variables, if not the field's.
+            - ``flag``: if not ``name`` with dashes; singular for a setting with several values.
+            - ``metavar``: what the flag's value is called; for a mapping, the form of one entry.
+            - ``shown``: the default for people, if the value says too little.
             - ``unit``: ``seconds``, or ``bytes``, which may be written as sizes such as 1GiB.
-            - ``at_least``, ``at_most``, ``above``, ``below``: bounds of a number; None, where it is allowed, has none.
-            - ``must``: what is said of a number out of them, instead of naming the bound.
+            - ``at_least``, ``at_most``, ``above``, ``below``: bounds of a number; they do not apply to None.
+            - ``must``: the message for a number out of bounds, instead of naming the bound.
     """
     metadata = {_KEY: _Declared(**declared)}
     if factory is not None:
@@ -63,9 +63,9 @@ class Setting:
 
     Attributes:
         name: in files.
-        field: of its dataclass.
-        type: of its value.
-        default: MISSING where it must be given.
+        field: the dataclass field.
+        type: the value's.
+        default: MISSING if it is required.
         declared: the rest.
     """
 
@@ -77,7 +77,7 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The flag without its dashes in front."""
+        """The flag without its leading dashes."""
         return (self.declared.flag or self.name).replace("_", "-")
 
     @property
@@ -87,13 +87,13 @@ class Setting:
 
     @property
     def kind(self) -> Any:
-        """The type without None, type arguments and alternatives to a text."""
+        """The type without None, type arguments and alternatives to a string."""
         (kind, *others) = [each for each in _members(self.type) if each is not types.NoneType]
         return str if others else get_origin(kind) or kind
 
     @property
     def is_mapping(self) -> bool:
-        """Whether a value is a mapping, from a text to a text or number."""
+        """Whether a value is a mapping from strings to strings or numbers."""
         return self.kind in (dict, Mapping)
 
     @property
@@ -103,7 +103,7 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The only values that it may have; empty where there are others."""
+        """The allowed values, if they can be listed; otherwise empty."""
         return get_args(self.type) if self.kind is Literal else ()
 
     @property
@@ -116,7 +116,7 @@ class Setting:
 
     @property
     def shown_default(self) -> str:
-        """The default for people; empty where there is none, or an empty one."""
+        """The default for people; empty if there is none, or an empty one."""
         value = self.default
         if self.declared.shown:
             return self.declared.shown
@@ -129,7 +129,7 @@ class Setting:
         return ", ".join(value) if self.kind is tuple else "" if value is None else str(value)
 
     def problem(self, value: Any) -> str:
-        """What is wrong with a value of its type; empty where nothing is."""
+        """What is wrong with a value of its type; empty if nothing."""
         if self.choices:
             return "" if value in self.choices else f"must be one of {', '.join(self.choices)}"
         if self.kind not in (int, float) or value is None:
@@ -139,14 +139,14 @@ class Setting:
 
 
 def _broken_bound(declared: _Declared, x: float) -> str:
-    """What a number is not; what is not a number is nothing."""
+    """The bound that a number violates; empty if none, or if it is not a number."""
     least, most, above, below = declared.at_least, declared.at_most, declared.above, declared.below
     if least is not None and below is not None and not least <= x < below:
         return f"at least {least:g} and below {below:g}"
     if least is not None and not x >= least:
         return f"at least {least:g}"
     if above is not None and not above < x < math.inf:
-        return f"over {above:g} seconds" if declared.unit == "seconds" else f"above {above:g}"
+        return f"more than {above:g} seconds" if declared.unit == "seconds" else f"above {above:g}"
     if most is not None and not x <= most:
         return f"at most {most:.0f}"
     return ""
@@ -154,7 +154,7 @@ def _broken_bound(declared: _Declared, x: float) -> str:
 
 @cache
 def settings_of(kind: Any) -> tuple[Setting, ...]:
-    """The settings of a dataclass and of its sections, the first of each name; of a union, those of each member."""
+    """The settings of a dataclass and its sections, the first of each name; for a union, those of each member."""
     found: dict[str, Setting] = {}
     for member in _members(kind):
         inner = [each for section in sections_of(member).values() for each in settings_of(section)]
@@ -164,13 +164,13 @@ def settings_of(kind: Any) -> tuple[Setting, ...]:
 
 
 def grouped(kind: Any, groups: Sequence[str]) -> tuple[Setting, ...]:
-    """``settings_of``, by their groups, in the order of these."""
+    """``settings_of`` by group, in the order of the groups."""
     return tuple(sorted(settings_of(kind), key=lambda each: groups.index(each.declared.group)))
 
 
 @cache
 def own_settings(kind: Any) -> tuple[Setting, ...]:
-    """Those of a dataclass itself."""
+    """The settings of a dataclass itself."""
     hints = get_type_hints(kind)
     declared = [each for each in dataclasses.fields(kind) if _KEY in each.metadata]
     return tuple(_setting(each, hints[each.name], each.metadata[_KEY]) for each in declared)
@@ -178,14 +178,14 @@ def own_settings(kind: Any) -> tuple[Setting, ...]:
 
 @cache
 def sections_of(kind: Any) -> dict[str, Any]:
-    """Field → type, of the fields of a dataclass that are dataclasses, or unions of them, themselves."""
+    """Field → type, for the fields of a dataclass that are themselves dataclasses, or unions of them."""
     hints = get_type_hints(kind)
     fields = [each.name for each in dataclasses.fields(kind) if _KEY not in each.metadata]
     return {name: hints[name] for name in fields if all(map(dataclasses.is_dataclass, _members(hints[name])))}
 
 
 def values_of(config: Any) -> dict[str, Any]:
-    """Setting → value, of a dataclass and of those among its fields."""
+    """Setting → value, for a dataclass and the dataclasses among its fields."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -19,14 +19,14 @@ _HIDDEN = "***"
 
 
 def config_text(known: Iterable[Setting], values: Mapping[str, Any], places: Mapping[str, str]) -> str:
-    """A settings file, in which a comment behind each setting says where it comes from.
+    """A settings file, in which a comment after each setting says where it comes from.
 
-    Passwords and keys in URLs are replaced: what has them cannot be used as it is printed, and its comment says so.
+    Passwords and keys in URLs are replaced: such settings cannot be used as printed, and their comments say so.
 
     Args:
-        known: the settings, in their order.
-        values: setting → value; those that are not there are left out.
-        places: setting → the flag, variable or file that gives it; the others are defaults.
+        known: the settings, in order.
+        values: setting → value; missing ones are left out.
+        places: setting → the flag, variable or file that sets it; the others are defaults.
     """
     lines = []
     for each in known:
@@ -34,13 +34,13 @@ def config_text(known: Iterable[Setting], values: Mapping[str, Any], places: Map
             value = _plain(each, values[each.name])
             shown = _without_secrets(value)
             place = places.get(each.name, "default")
-            note = "" if shown == value else "; what is secret in it is left out"
+            note = "" if shown == value else "; secrets in it are left out"
             lines.append(f"{each.name}: {_yaml(shown)}  # {place}{note}\n")
     return "".join(lines)
 
 
 def _plain(each: Setting, value: Any) -> Any:
-    """The value as YAML has it."""
+    """The value in YAML."""
     if each.declared.unit == "bytes" and value is not None:
         return size_text(value)
     if isinstance(value, Path):

@@ -20,12 +20,12 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wording:
-    """How a package says that a setting is wrong.
+    """How a package reports that a setting is wrong.
 
     Attributes:
-        error: from the setting's name and what is wrong.
-        shows_value: whether a value out of its range is repeated.
-        words: of pydantic → of the package.
+        error: made from the setting's name and what is wrong.
+        shows_value: whether a value out of range is repeated.
+        words: pydantic's → the package's.
     """
 
     error: Callable[[str, str], Exception]
@@ -37,17 +37,17 @@ class Wording:
         return self.error(name, f"{problem}, not {value!r}" if self.shows_value else problem)
 
     def plain(self, message: str) -> str:
-        """What pydantic says, in the package's words."""
+        """Pydantic's message, in the package's words."""
         for theirs, ours in self.words.items():
             message = message.replace(theirs, ours)
         return message[:1].lower() + message[1:]
 
 
 def check(config: Any, wording: Wording) -> None:
-    """Hold the settings of a dataclass, sections aside, to their ranges; for its ``__post_init__``.
+    """Check that the settings of a dataclass, without sections, are in range; for its ``__post_init__``.
 
     Raises:
-        the wording's error: about the first that is out of its range.
+        the wording's error: for the first that is out of range.
     """
     kind: Any = type(config)
     for each in own_settings(kind):
@@ -58,17 +58,17 @@ def check(config: Any, wording: Wording) -> None:
 
 
 def make(kind: Callable[..., Config], values: Mapping[str, Any], wording: Wording, **made: Any) -> Config:
-    """A dataclass of settings and its sections.
+    """Build a dataclass of settings and its sections.
 
     Args:
         kind: the dataclass.
-        values: setting → value, converted where nothing is lost, such as the text ``1e-4`` to a number; those that are
-            no settings of it are ignored.
-        wording: of the errors.
-        made: fields that are made already: those that are no settings, and sections of several types.
+        values: setting → value, converted if nothing is lost, such as the string ``1e-4`` to a number; unknown ones are
+            ignored.
+        wording: the errors'.
+        made: fields built beforehand: those that are not settings, and sections of several types.
 
     Raises:
-        the wording's error: a value has the wrong type, or is out of its range.
+        the wording's error: a value has the wrong type, or is out of range.
     """
     given = {
         each.field: _converted(each, values[each.name], wording)
@@ -96,12 +96,14 @@ def _converted(each: Setting, value: Any, wording: Wording) -> Any:
 
 
 def _prepared(each: Setting, value: Any, wording: Wording) -> Any:
-    """The value, as pydantic understands it.
+    """The value as pydantic reads it.
 
-    YAML reads ``yes`` as true and one word of a list as a text; pydantic would take true for 1.
+    YAML reads ``yes`` as true and a one-word list as a string; pydantic would accept true as 1.
     """
     if isinstance(value, bool) and each.kind is not bool:
-        raise wording.error(each.name, f"must not be {str(value).lower()}; quote a word that YAML takes so")
+        raise wording.error(
+            each.name, f"must not be {str(value).lower()}; quote a word that YAML reads this way"
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise wording.error(each.name, "must be a finite number")
     if isinstance(value, str) and each.kind is tuple:
@@ -122,7 +124,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def name_of(key: str, known: Iterable[Setting]) -> str:
-    """The setting of a file's key, which may be named as its flag is, with dashes and in the singular."""
+    """The setting of a file's key, which may be named like its flag, with dashes and in the singular."""
     plain = key.replace("-", "_")
     return next((each.name for each in known if plain == each.flag.replace("-", "_")), plain)
 
@@ -130,7 +132,7 @@ def name_of(key: str, known: Iterable[Setting]) -> str:
 def by_name(
     content: Mapping[str, Any], known: Collection[Setting], error: Callable[[str, str], Exception]
 ) -> dict[str, Any]:
-    """A file's settings by their names, see ``name_of``.
+    """A file's settings by name, see ``name_of``.
 
     Raises:
         ``error``: a setting appears twice.
@@ -145,7 +147,7 @@ def by_name(
 
 
 def not_a_setting(name: str, known: Iterable[str]) -> str:
-    """What is said of a name that is no setting."""
+    """The message for a name that is not a setting."""
     by_case = {each.lower(): each for each in known}
     near = difflib.get_close_matches(name.lower(), by_case, n=1)
     return f"is not a setting; did you mean {by_case[near[0]]}?" if near else "is not a setting"

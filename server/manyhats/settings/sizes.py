@@ -16,12 +16,12 @@ _UNITS: Mapping[str, int] = MappingProxyType(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a text such as ``1GiB``, ``1.5 GiB``, ``500MB`` or ``1073741824``.
+    """The bytes of a string such as ``1GiB``, ``1.5 GiB``, ``500MB`` or ``1073741824``.
 
-    KiB, MiB, GiB and TiB are powers of 1024; kB, MB, GB and TB powers of 1000; letters of any case.
+    KiB, MiB, GiB and TiB are powers of 1024; kB, MB, GB and TB powers of 1000; case does not matter.
 
     Raises:
-        ValueError: it is no size, or no whole number of bytes.
+        ValueError: it is not a size, or not a whole number of bytes.
     """
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].lower()) if match is not None else None
@@ -32,7 +32,7 @@ def parse_size(text: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """The shortest text of whole units that ``parse_size`` reads as ``size`` bytes, such as ``8GiB``."""
+    """The shortest string of whole units that ``parse_size`` reads as ``size`` bytes, such as ``8GiB``."""
     for power, letter in reversed(list(enumerate("KMGT", start=1))):
         if size and size % 1024**power == 0:
             return f"{size // 1024**power}{letter}iB"

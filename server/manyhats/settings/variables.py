@@ -14,9 +14,9 @@ _SERVICE_LINK = re.compile(r"MANYHATS_(SERVICE_(HOST|PORT)|PORT)(_|$)")
 
 
 def read_variables(known: Iterable[Setting], environment: Mapping[str, str]) -> dict[str, str | list[str]]:
-    """Setting → what its variable says; the parts between commas where it has several values.
+    """Setting → its variable's value; the parts between commas if it has several values.
 
-    An empty variable is not given.
+    An empty variable counts as not given.
     """
     given: dict[str, str | list[str]] = {}
     for each in known:
@@ -30,15 +30,15 @@ def read_variables(known: Iterable[Setting], environment: Mapping[str, str]) -> 
 def check_variables(
     environment: Mapping[str, str], known: Collection[str], error: Callable[[str, str], Exception]
 ) -> None:
-    """Refuse variables that begin as those of settings do, and are none.
+    """Refuse variables that begin like those of settings but are not settings.
 
     Args:
         environment: name → value.
-        known: names of variables.
-        error: from a variable's name and what is wrong.
+        known: names of valid variables.
+        error: made from a variable's name and what is wrong.
 
     Raises:
-        ``error``: there is one; names the nearest that is known.
+        ``error``: there is one; names the nearest valid one.
     """
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known and environment[name]:

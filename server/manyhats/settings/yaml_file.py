@@ -10,15 +10,15 @@ import yaml
 
 
 def read_yaml(file: Path, flag: str, error: Callable[[str, str], Exception]) -> dict[str, Any]:
-    """The mapping that a YAML file holds; an empty file's is empty.
+    """The mapping in a YAML file; empty for an empty file.
 
     Args:
         file: read as UTF-8.
-        flag: that named it.
-        error: from a flag and what is wrong.
+        flag: the one that named it.
+        error: made from a flag and what is wrong.
 
     Raises:
-        ``error``: it cannot be read, is not a mapping, or has a key twice in one.
+        ``error``: it cannot be read, is not a mapping, or has a duplicate key.
     """
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
@@ -29,13 +29,13 @@ def read_yaml(file: Path, flag: str, error: Callable[[str, str], Exception]) -> 
     except (UnicodeDecodeError, yaml.YAMLError) as cause:
         raise error(flag, f"{file} is not YAML: {cause}") from cause
     except ValueError as cause:
-        raise error(flag, f"{file} has a number of too many digits, or a date that is none") from cause
+        raise error(flag, f"{file} has a number with too many digits, or an invalid date") from cause
     except RecursionError as cause:
         raise error(flag, f"{file} is nested too deeply") from cause
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise error(flag, f"{file} must hold settings, one 'name: value' each")
+        raise error(flag, f"{file} must have settings, one 'name: value' each")
     return content
 
 
@@ -49,10 +49,10 @@ class _TwiceError(Exception):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML without a key that comes twice, of which the last would count."""
+    """Safe YAML that refuses duplicate keys, of which the last would count."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """See ``yaml.composer``; what ``<<`` merges in is not among the mapping's own keys yet."""
+        """See ``yaml.composer``; what ``<<`` merges in is not yet among the mapping's own keys."""
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:

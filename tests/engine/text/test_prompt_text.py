@@ -146,7 +146,7 @@ def test_a_prompt_that_runs_whole_into_its_continuation_is_refused() -> None:
         for piece in sorted(backend.get_vocab())
         if piece.isalpha() and [len(backend.encode(text).ids) for text in (piece, piece[:-1])] == [1, 1]
     )
-    with pytest.raises(FieldInvalidError, match="nothing is left ahead"):
+    with pytest.raises(FieldInvalidError, match="nothing is left before it"):
         tokenizer.prompt(whole[:-1]).followed_by(whole[-1])
 
 

@@ -1,10 +1,9 @@
-"""The seam between the engine and what computes: everything that a device does stands behind these protocols.
+"""The seam between the engine and what computes: everything a device does is behind these protocols.
 
-Above them there is no tensor of a device, no kernel, no number of threads; below them no request, job, sequence or
-schedule.
+Above them there are no device tensors, kernels or thread counts; below them no requests, jobs, sequences or schedules.
 
-Every backend must keep one invariant: a row's result depends on that row and its own keys and values alone, never on
-how many rows the step has, on how a prompt was cut into chunks, or on decode against prefill. Without it, preemption,
+Every backend must keep one invariant: a row's result depends only on that row and its own keys and values, never on how
+many rows the step has, how a prompt was split into chunks, or whether it is decode or prefill. Without it, preemption,
 chunking and prefix hits would change tokens.
 """
 
@@ -28,12 +27,12 @@ class KVCache(Protocol):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that sequences can have."""
+        """The number of blocks available to sequences."""
         ...
 
     @property
     def block_size(self) -> int:
-        """Cells of a block."""
+        """Cells per block."""
         ...
 
     @property
@@ -42,12 +41,12 @@ class KVCache(Protocol):
         ...
 
     def write(self, blocks: Sequence[int], keys: Tensor, values: Tensor) -> None:
-        """Writes the first P cells of a sequence's blocks; keys and values [L, P, Hkv, K], as they are stored."""
+        """Write the first P cells of a sequence's blocks; keys and values [L, P, Hkv, K], as they are stored."""
         ...
 
 
 class Packed(Protocol):
-    """An adapter's numbers, laid out for a backend, in the host's memory."""
+    """An adapter's matrices, laid out for a backend, in host memory."""
 
     @property
     def num_bytes(self) -> int:
@@ -61,11 +60,11 @@ PackedT = TypeVar("PackedT", bound=Packed)
 class AdapterSlots(Protocol[PackedT]):
     """The adapters that rows can run on, by slot. Slot 0 is the base model and stays empty.
 
-    All of it may be called from any thread, beside a step that does not name the slot.
+    All of it may be called from any thread, during steps that do not use the slot.
     """
 
     def pack(self, adapter: LoweredAdapter) -> PackedT:
-        """Lays out an adapter's numbers; slow.
+        """Lay out an adapter's matrices; slow.
 
         Raises:
             ModelError: the backend cannot run it.
@@ -73,27 +72,27 @@ class AdapterSlots(Protocol[PackedT]):
         ...
 
     def place(self, slot: int, packed: PackedT) -> None:
-        """Puts a packed adapter into an empty slot; the next step may name it."""
+        """Put a packed adapter into an empty slot; the next step may use it."""
         ...
 
     def clear(self, slot: int) -> None:
-        """Empties a slot. No step that names it may be left to run."""
+        """Empty a slot. No step still to run may use it."""
         ...
 
 
 class Pending(Protocol):
-    """What a step is about to give."""
+    """The outcome of a step, once it is there."""
 
     def result(self) -> Outcome:
-        """Waits for it; nothing else of a backend waits."""
+        """Wait for the outcome; nothing else in a backend waits."""
         ...
 
 
 class Logits(Protocol):
-    """What a forward has left on its device: logits [M, V], float32. Valid until the next forward."""
+    """A forward's result on its device: logits [M, V], float32. Valid until the next forward."""
 
     def finish(self, wants: Wants) -> Pending:
-        """Launches what makes tokens, log-probabilities and rows of them; never waits."""
+        """Launch the computation of tokens, log-probabilities and rows; never waits."""
         ...
 
 
@@ -106,22 +105,22 @@ class Model(Protocol[CacheT, SlotsT]):
 
     @property
     def architecture(self) -> Architecture:
-        """What is computed."""
+        """The architecture it computes."""
         ...
 
     @property
     def num_bytes(self) -> Mapping[str, int]:
-        """Resident bytes: ``base``, the layers' linears, and ``embeddings``, with head and norms."""
+        """Resident bytes: ``base`` for the layers' linears, ``embeddings`` including head and norms."""
         ...
 
     def warm_up(self, cache: CacheT, adapters: SlotsT, slot: int, progress: Progress) -> None:
-        """Compiles or loads what steps need and runs one, on the thread that will run them; the cache is empty yet.
+        """Compile or load what steps need and run one, on the thread that will run them; the cache is still empty.
 
         Args:
             cache: written to at block 0.
-            adapters: of which ``slot`` is empty, and empty again afterwards.
+            adapters: ``slot`` is empty, and empty again afterwards.
             slot: to try an adapter in.
-            progress: told what is compiled.
+            progress: called as kernels are compiled.
 
         Raises:
             ModelError: the logits are not finite.
@@ -129,7 +128,7 @@ class Model(Protocol[CacheT, SlotsT]):
         ...
 
     def forward(self, plan: StepPlan, cache: CacheT, adapters: SlotsT) -> Logits:
-        """Launches a step, which writes its keys and values; never waits."""
+        """Launch a step, which writes its keys and values; never waits."""
         ...
 
 
@@ -142,7 +141,7 @@ class Backend(Protocol):
         ...
 
     def prepare(self, architecture: Architecture, weights: Weights) -> Model[Any, Any]:
-        """Lays out the weights.
+        """Lay out the weights.
 
         Raises:
             ModelError: the backend cannot run this model.
@@ -153,18 +152,18 @@ class Backend(Protocol):
         """An empty cache of as many blocks as fit; dtype is ``float32`` or ``bfloat16``.
 
         Raises:
-            ModelError: a block size or head size that the backend cannot run.
+            ModelError: the backend cannot run this block size or head size.
         """
         ...
 
     def new_adapters(self, architecture: Architecture, num_slots: int, dtype: str) -> AdapterSlots[Any]:
-        """Empty slots, for adapters kept in ``float32`` or ``bfloat16``."""
+        """Empty slots for adapters stored in ``float32`` or ``bfloat16``."""
         ...
 
     def start_thread(self) -> None:
-        """Prepares the calling thread, which will run the model."""
+        """Prepare the calling thread, which will run the model."""
         ...
 
     def leave_processors(self, count: int) -> None:
-        """Leaves this many of the process's processors to other work from now on; on the thread that was started."""
+        """Leave this many of the process's processors to other work from now on; called on the prepared thread."""
         ...

@@ -1,4 +1,4 @@
-"""What acts on logits in the host's memory: it chooses tokens, and finds natural log-probabilities with ranks."""
+"""Operations on logits in host memory: choosing tokens, and finding natural log-probabilities with ranks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Ids = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Logprobs:
-    """What P tokens have for log-probabilities in M rows of logits, P pairs of row and token.
+    """Log-probabilities of P tokens in M rows of logits, given as P pairs of row and token.
 
     Attributes:
         logprobs: [P] float64, natural.
         ranks: [P] int64, 1 + how many tokens of the row are strictly more likely.
         top_ids: [M, K] int64, the most likely tokens of each row, best first, ties by id.
-        top_logprobs: [M, K] float64, theirs.
+        top_logprobs: [M, K] float64, those of ``top_ids``.
     """
 
     logprobs: npt.NDArray[np.float64]
@@ -34,30 +34,30 @@ class Logprobs:
 
 
 class Chooser(Protocol):
-    """What acts on logits in the host's memory."""
+    """Operations on logits in host memory."""
 
     def choose(self, logits: Tensor, choices: Choices) -> Tensor:
         """One token for each row of logits [S, V], the rows of ``choices``: → [S] int64, −1 where none is allowed.
 
-        Edits and masks first, then temperature, top_k, top_p, min_p and typical_p, each over what the ones before
-        have left, renormalized; then the draw.
+        Edits and masks first, then temperature, top_k, top_p, min_p and typical_p, each on what the ones before left,
+        renormalized; then the draw.
         """
         ...
 
     def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> Logprobs:
-        """Log softmax(logits)[rows[i], targets[i]] in float64, with ranks, and each row's most likely tokens.
+        """``log softmax(logits)[rows[i], targets[i]]`` in float64, with ranks, and each row's most likely tokens.
 
         Args:
             logits: [M, V] float32, finite.
             rows: [P] int64.
             targets: [P] int64 in [0, V).
-            num_top: K, V at most.
+            num_top: K, at most V.
         """
         ...
 
 
 def check_ids(token_ids: npt.ArrayLike, vocab_size: int) -> None:
-    """Check that ids are tokens: kernels check no index.
+    """Check that ids are tokens: kernels do not check indices.
 
     Raises:
         IndexError: one is outside the vocabulary.
@@ -70,20 +70,20 @@ def check_ids(token_ids: npt.ArrayLike, vocab_size: int) -> None:
 def token_logprobs(
     logits: Tensor, targets: Ids, num_top: int, chooser: Chooser, rows: Ids | None = None
 ) -> list[TokenLogprob]:
-    """The log-probability of each target: log softmax(logits)[rows[i], targets[i]].
+    """The log-probability of each target: ``log softmax(logits)[rows[i], targets[i]]``.
 
     The numbers of a row don't depend on what else is in the batch.
 
     Args:
         logits: [M, V] float32, raw and finite: before bias, penalties, temperature and filters.
         targets: [P] ids in [0, V).
-        num_top: how many of the most likely tokens to give; V at most are given.
-        chooser: what computes.
-        rows: [P] the row of each target; None is one target for each row.
+        num_top: how many of the most likely tokens to return, at most V.
+        chooser: does the computation.
+        rows: [P] the row of each target; None for one target per row.
 
     Raises:
-        IndexError: a target is no token.
-        ValueError: not one target for each row.
+        IndexError: a target is not a token.
+        ValueError: there is not one target per row.
     """
     own = np.arange(logits.shape[0]) if rows is None else rows
     if len(own) != len(targets):

@@ -1,4 +1,4 @@
-"""The logits of a forward on the host, and what is made of them there."""
+"""The logits of a forward on the host, and what is computed from them there."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from manyhats.engine.backends.wants import Array, Choices, Outcome, Targets, Tok
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Finished:
-    """A ``Pending`` of what is there already."""
+    """A ``Pending`` whose outcome is already there."""
 
     outcome: Outcome
 
     def result(self) -> Outcome:
-        """It."""
+        """The outcome."""
         return self.outcome
 
 
 class HostLogits:
-    """``Logits`` [M, V] float32 in the host's memory.
+    """``Logits`` [M, V] float32 in host memory.
 
     Args:
-        values: they.
+        values: the logits.
         chooser: what chooses tokens and finds log-probabilities.
     """
 
@@ -37,11 +37,11 @@ class HostLogits:
 
     @torch.inference_mode()
     def finish(self, wants: Wants) -> Finished:
-        """Everything, at once."""
+        """Compute everything at once."""
         whole = self.values[torch.from_numpy(wants.whole).long()].numpy()
         bad = non_finite_rows(self.values)
         if bad:
-            self.values[bad] = 0.0  # the kernels take finite ones
+            self.values[bad] = 0.0  # the kernels require finite ones
         return Finished(
             Outcome(
                 tokens=self._chosen(wants.choices),
@@ -65,7 +65,7 @@ class HostLogits:
         return [Token(token_id, logprobs.get(index)) for index, token_id in enumerate(token_ids.tolist())]
 
     def _found(self, targets: Targets) -> list[TokenLogprob]:
-        """The log-probability of each target; those with as many likely tokens beside them are found together."""
+        """The log-probability of each target; those with the same ``num_top`` are computed together."""
         found: dict[int, TokenLogprob] = {}
         for num_top in np.unique(targets.num_top).tolist():
             places = np.flatnonzero(targets.num_top == num_top)
@@ -75,7 +75,7 @@ class HostLogits:
         return [found[place] for place in range(len(targets.ids))]
 
     def _rows(self, rows: Array) -> Tensor:
-        """Some rows of the logits; not copied where they lie side by side."""
+        """Some rows of the logits; not copied if they are contiguous."""
         first, last = int(rows[0]), int(rows[-1])
         if last - first + 1 == len(rows) and bool((np.diff(rows) == 1).all()):
             return self.values[first : last + 1]
@@ -85,13 +85,13 @@ class HostLogits:
 def non_finite_rows(logits: Tensor) -> list[int]:
     """Indices of the rows of [M, V] float32 that hold a NaN or an infinity.
 
-    A row's sum is not finite if any of its values isn't, which costs one pass; the rows whose sum isn't are
-    then looked at closely, since large finite values can overflow as well.
+    A row's sum is not finite if any of its values isn't, which costs one pass; rows whose sum isn't are then checked
+    value by value, since large finite values can overflow too.
     """
     suspects = torch.nonzero(~torch.isfinite(logits.sum(dim=1))).flatten().tolist()
     return [row for row in suspects if not bool(torch.isfinite(logits[row]).all())]
 
 
 def _is_plain_greedy(choices: Choices) -> bool:
-    """Whether each row takes the largest of its raw logits."""
+    """Whether each row chooses the largest of its raw logits."""
     return bool((choices.temperature == 0).all() and not choices.edit_ids.size and not choices.masks.size)

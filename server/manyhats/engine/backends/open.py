@@ -1,4 +1,4 @@
-"""The backends by name: nothing else knows them."""
+"""Backends by name; nothing else knows them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from manyhats.engine.errors import ModelError
 
 
 def open_backend(name: str, *, dtype: str, num_threads: int = 0) -> Backend:
-    """A backend, imported when it is asked for.
+    """Open a backend, which is imported only then.
 
     Args:
         name: ``cpu`` or ``torch``.
-        dtype: ``float32`` wants exact arithmetic, ``bfloat16`` takes what the processor does faster.
-        num_threads: of a backend on the processor; 0 for one per core.
+        dtype: ``float32`` for exact arithmetic, ``bfloat16`` for what the processor does faster.
+        num_threads: of a backend on the CPU; 0 for one per core.
 
     Raises:
-        ModelError: there is none of this name.
+        ModelError: there is none with this name.
     """
     if name == "cpu":
         from manyhats.engine.backends.cpu.backend import CpuBackend

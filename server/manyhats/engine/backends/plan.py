@@ -1,4 +1,4 @@
-"""A step as a backend is given it: every token of every scheduled sequence, in numbers of the host alone."""
+"""A step as given to a backend: every token of every scheduled sequence, as numbers on the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterRows:
-    """The rows that have an adapter, those of one adapter side by side.
+    """The rows that have an adapter, sorted by adapter.
 
     Attributes:
         rows: [A] int32, their indices.
@@ -29,7 +29,7 @@ class AdapterRows:
 
     @classmethod
     def of(cls, row_slots: Ints) -> AdapterRows:
-        """Those of rows whose slots are these, [N] int32."""
+        """The rows with an adapter, given the slots of all rows, [N] int32."""
         rows = np.flatnonzero(row_slots).astype(np.int32)
         rows = rows[np.argsort(row_slots[rows], kind="stable")]
         slots = row_slots[rows]
@@ -39,11 +39,11 @@ class AdapterRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """N rows of B sequences; prefill chunks and decodes lie end to end.
+    """N rows of B sequences; prefill chunks and decodes are end to end.
 
     Attributes:
         token_ids: [N] int32.
-        positions: [N] int32, for the rotary embedding; a KV prefix may shift them against the cells.
+        positions: [N] int32, for the rotary embedding; a KV prefix may shift them relative to the cells.
         cells: [N] int64, where each row's keys and values go: block · block_size + offset.
         query_start: [B + 1] int32, each sequence's first row.
         context_len: [B] int32, cells of each sequence once this step's are written.

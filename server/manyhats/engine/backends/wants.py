@@ -1,4 +1,4 @@
-"""What is wanted of a step's logits, known before the step is launched, and what comes of it."""
+"""What is wanted from a step's logits, known before the step is launched, and the outcome."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choices:
-    """How S rows choose their tokens; what each filter does, ``SamplingParams`` says.
+    """How S rows choose their tokens; ``SamplingParams`` says what each filter does.
 
     The tokens of a row whose logits change are its *edits*. In this order: ``+ bias``; repetition penalty, for those
     that are ``seen``: ``l / r`` where ``l > 0``, else ``l · r`` (arXiv:1909.05858 as transformers and vLLM do it);
@@ -25,11 +25,11 @@ class Choices:
 
     Attributes:
         rows: [S] int32, indices of logit rows.
-        temperature: [S] float32; 0 takes the largest logit, the smallest id among equals.
+        temperature: [S] float32; 0 chooses the largest logit, the smallest id among equals.
         top_k: [S] int64; 0 for all.
         top_p: [S] float64. min_p, typical_p: the same.
-        point: [S] float64 in [0, 1): the token is the first, in order of ids, whose cumulative probability is over it.
-        num_logprobs: [S] int32; -1 wants no log-probability, 0 the token's own, k also the k most likely.
+        point: [S] float64 in [0, 1): the token is the first, in order of ids, whose cumulative probability exceeds it.
+        num_logprobs: [S] int32; -1 for no log-probabilities, 0 for the token's own, k for the k most likely too.
         repetition_penalty: [S] float64; 1 for none.
         presence_penalty: [S] float64. frequency_penalty: the same.
         edit_start: [S + 1] int64, each row's first edit.
@@ -73,7 +73,7 @@ class Targets:
     Attributes:
         rows: [T] int64, the logit row of each.
         ids: [T] int64 in [0, V).
-        num_top: [T] int64, how many of the row's most likely tokens come with each.
+        num_top: [T] int64, how many of the row's most likely tokens to return with each.
     """
 
     rows: Array
@@ -83,12 +83,12 @@ class Targets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wants:
-    """What is wanted of the logits [M, V] of a step.
+    """What is wanted from the logits [M, V] of a step.
 
     Attributes:
         choices: rows that choose a token.
         targets: given tokens whose log-probabilities are wanted.
-        whole: [W] int32, rows whose logits come back whole.
+        whole: [W] int32, rows whose logits are returned whole.
     """
 
     choices: Choices
@@ -100,13 +100,13 @@ class Wants:
 class TokenLogprob:
     """One token's log-probability, from raw logits.
 
-    The most likely tokens are arrays of numbers, which for thousands of rows take a tenth of what tuples do.
+    The most likely tokens are arrays, which for thousands of rows take a tenth of the memory of tuples.
 
     Attributes:
         logprob: natural.
         rank: 1 + how many tokens are strictly more likely.
         top_ids: of the most likely, best first, ties by id.
-        top_logprobs: theirs.
+        top_logprobs: those of ``top_ids``.
     """
 
     logprob: float
@@ -116,13 +116,13 @@ class TokenLogprob:
 
     @property
     def top(self) -> tuple[tuple[int, float], ...]:
-        """(token id, log-probability) of the most likely."""
+        """(token id, log-probability) of the most likely tokens."""
         return tuple(zip(self.top_ids, self.top_logprobs, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A chosen token: -1 where none was allowed; ``logprob`` where it was wanted."""
+    """A chosen token: -1 if none was allowed; ``logprob`` if it was wanted."""
 
     id: int
     logprob: TokenLogprob | None = None
@@ -130,13 +130,13 @@ class Token:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What came of a step.
+    """The outcome of a step.
 
     Attributes:
         tokens: S, one for each row of ``choices``.
         targets: T, one for each of ``targets``.
         whole: [W, V] float32, a copy.
-        bad_rows: logit rows with a NaN or an infinity; what is said of these otherwise means nothing.
+        bad_rows: logit rows with a NaN or an infinity; other results for these are meaningless.
     """
 
     tokens: Sequence[Token]

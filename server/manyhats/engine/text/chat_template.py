@@ -143,7 +143,7 @@ def render_chat(
         messages: at least one; a mapping has everything that the template may read.
         special_tokens: ``bos_token`` and so on, by the names templates use.
         variables: what the template may read besides, such as ``tools``.
-        now: the date and time that it may write; None for the present.
+        now: the date and time it may write; None for the present.
         add_generation_prompt: whether to include the beginning of the assistant's turn.
 
     Raises:

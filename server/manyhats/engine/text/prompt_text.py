@@ -47,7 +47,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class ScoreTokens:
-    """A prompt and its continuations, as a ``ScoreRequest`` has them; the fields are its."""
+    """A prompt and its continuations, as in a ``ScoreRequest``, whose fields these are."""
 
     prompt_token_ids: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
@@ -228,7 +228,7 @@ def _some(num_prompt_tokens: int, token_ids: Sequence[int]) -> Continuation:
         raise FieldInvalidError("text", "has no tokens")
     if num_prompt_tokens < 1:
         raise FieldInvalidError(
-            "text", "runs into one token with the prompt's first, so nothing is left ahead of it"
+            "text", "merges into one token with the start of the prompt, so nothing is left before it"
         )
     return Continuation(num_prompt_tokens, tuple(token_ids))
 

@@ -36,7 +36,7 @@ class TextProcesses:
     """Processes that take requests in turn, started as needed. Thread-safe.
 
     No request suffers from what others left in a process: if one dies on a request, other than by its time limit, a
-    fresh one replaces it and does the request again.
+    fresh one replaces it and repeats the request.
 
     Args:
         count: how many are kept for the next request, and how many examine files at a time.
@@ -132,7 +132,7 @@ class TextProcesses:
             except _TooSlowError:
                 raise
             except _EndedError:
-                pass  # it may have died while idle, or from what others left in it
+                pass  # it may have died while idle, or from what earlier requests left in it
         return self._ask_one(_TextProcess(), content, patience_s)
 
     def _ask_one(self, process: _TextProcess, content: bytes, patience_s: float) -> dict[str, Any]:

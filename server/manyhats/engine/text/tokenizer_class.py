@@ -1,7 +1,7 @@
-"""Which transformers class a tokenizer's files are for, and what that class makes of ``tokenizer.json``.
+"""Which transformers class a tokenizer's files are for, and how that class uses ``tokenizer.json``.
 
-Most take the file as it is. Others take only its vocabulary and merges and set up the rest themselves, whatever the
-file says: ``Rebuild`` does what these do.
+Most take the file as it is. Others use only its vocabulary and merges and set up the rest themselves, whatever the file
+says: ``Rebuild`` does what they do.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Rebuild:
 
 
 def class_name(files: TokenizerFiles) -> str | None:
-    """The class that ``AutoTokenizer`` takes.
+    """The class that ``AutoTokenizer`` chooses.
 
     Returns:
         one of ``REBUILDS``, "" for any that takes the file as it is, None if only transformers knows.

@@ -1,4 +1,4 @@
-"""The files beside a model that determine how it reads and writes text."""
+"""A model's files that determine how it reads and writes text."""
 
 from __future__ import annotations
 
