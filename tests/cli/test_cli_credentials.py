@@ -106,9 +106,9 @@ def test_adding_keeps_what_the_file_has_and_its_mode(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "fault"),
     [
-        (("ci",), 1, "two tokens of the name ci"),
+        (("ci",), 1, "two tokens with the name ci"),
         (("a b",), 1, "name"),
-        (("new", "--task", "SQL"), 1, "a task is named"),
+        (("new", "--task", "SQL"), 1, "a task consists of"),
         (("new", "--role", "admin"), 2, "--role"),
     ],
 )

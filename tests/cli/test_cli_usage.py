@@ -309,7 +309,7 @@ def test_print_config_serves_nothing_and_can_be_served_from(
             "MANYHATS_MAX_TASK: is not a setting; did you mean MANYHATS_MAX_TASKS?",
         ),
         ("", {"MANYHATS_CONFIG": "none.yaml"}, "--config: cannot read none.yaml"),
-        ("--tls-cert c", {}, "--tls-key: certificate and key are given together"),
+        ("--tls-cert c", {}, "--tls-key: certificate and key must be given together"),
     ],
 )
 def test_a_wrong_setting_is_named_by_what_gives_it(

@@ -128,7 +128,7 @@ def _authorities(path: Path) -> bytes:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode())
     except (ssl.SSLError, ValueError):
-        raise CredentialsError(f"{path} holds no PEM certificates") from None
+        raise CredentialsError(f"{path} has no PEM certificates") from None
     return pem
 
 

@@ -1,20 +1,13 @@
 """The server's own errors.
 
-ServerError
-├── ConfigError         a setting that cannot be served with; names it
-├── AddressError        a port that cannot be bound
-├── LoadingError        the model is not loaded yet
-├── BusyError           try again later
-│   ├── TooManyCallsError       as many calls run as may
-│   └── UnreadAnswersError      large answers wait for their callers
-├── UnexpectedError     a bug; the log has it
-├── UploadStalledError  a caller began an upload and sends no more
-├── UnauthenticatedError
-│   ├── CredentialMissingError  the call shows no token
-│   └── CredentialInvalidError  the call shows a token that is not known
-└── NotAllowedError
-    ├── RoleMissingError        the token is not for this method
-    └── TaskNotAllowedError     the token does not reach this task
+ServerError ├── ConfigError         an invalid setting; names it ├── AddressError        a port that cannot be bound ├──
+LoadingError        the model is not loaded yet ├── BusyError           try again later │   ├── TooManyCallsError
+the limit of running calls is reached │   └── UnreadAnswersError      large answers wait for their callers ├──
+UnexpectedError     a bug; the log has it ├── UploadStalledError  a caller began an upload and stopped sending ├──
+UnauthenticatedError │   ├── CredentialMissingError  the call has no token │   └── CredentialInvalidError  the call has
+an unknown token └── NotAllowedError
+    ├── RoleMissingError        the token is not for this method └── TaskNotAllowedError     the token does not cover
+    this task
 """
 
 from __future__ import annotations
@@ -52,7 +45,7 @@ class LoadingError(ServerError):
 
 
 class BusyError(ServerError):
-    """As much is under way as may be, by some ``limit``; ``retry_after_s`` is a hint."""
+    """Some ``limit`` is reached; ``retry_after_s`` is a hint."""
 
     def __init__(self, message: str, limit: int, retry_after_s: float) -> None:
         super().__init__(f"{message}; try again soon")
@@ -61,23 +54,23 @@ class BusyError(ServerError):
 
 
 class TooManyCallsError(BusyError):
-    """As many calls run as may; ``limit`` is their number."""
+    """The limit of running calls is reached; ``limit`` is their number."""
 
     def __init__(self, limit: int, retry_after_s: float) -> None:
-        super().__init__(f"{limit} calls are being answered, which is the limit", limit, retry_after_s)
+        super().__init__(f"{limit} calls are running, which is the limit", limit, retry_after_s)
 
 
 class UnreadAnswersError(BusyError):
-    """Another large answer has no room beside those that their callers have not read; ``limit`` is in bytes."""
+    """There is no room for another large answer besides those not yet read; ``limit`` is in bytes."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(
-            f"answers wait to be read by their callers, and {limit} bytes of them is the limit", limit, 1.0
+            f"too much of earlier answers is still unread; the limit is {limit} bytes", limit, 1.0
         )
 
 
 class UnexpectedError(ServerError):
-    """Something that nobody raised on purpose ended a call; the log has it under ``error_id``."""
+    """An unexpected error ended a call; it is logged under ``error_id``."""
 
     def __init__(self, error_id: str) -> None:
         super().__init__(f"internal error {error_id}")
@@ -85,47 +78,47 @@ class UnexpectedError(ServerError):
 
 
 class UploadStalledError(ServerError):
-    """A caller began an upload, and nothing came for ``limit_s`` seconds."""
+    """A caller began an upload, and nothing arrived for ``limit_s`` seconds."""
 
     def __init__(self, limit_s: float) -> None:
-        super().__init__(f"nothing came for {limit_s:g} s; the upload was given up")
+        super().__init__(f"nothing arrived for {limit_s:g} s; the upload was abandoned")
         self.limit_s = limit_s
 
 
 class UnauthenticatedError(ServerError):
-    """Who makes a call is not known."""
+    """The caller is unknown."""
 
 
 class CredentialMissingError(UnauthenticatedError):
-    """A call without a token, where one is needed."""
+    """The call has no token, but needs one."""
 
     def __init__(self) -> None:
         super().__init__("this server needs a token: send the metadata 'authorization: Bearer TOKEN'")
 
 
 class CredentialInvalidError(UnauthenticatedError):
-    """A token that is not in the token file, or no bearer token at all."""
+    """The token is not in the token file, or not a bearer token."""
 
     def __init__(self) -> None:
-        super().__init__("the token is not one that this server knows")
+        super().__init__("the token is unknown to this server")
 
 
 class NotAllowedError(ServerError):
-    """It is known who makes a call, and that its token does not allow it."""
+    """The caller is known, and its token does not allow the call."""
 
 
 class RoleMissingError(NotAllowedError):
     """The token has none of the roles that ``method`` needs; ``roles`` names them."""
 
     def __init__(self, method: str, roles: Sequence[str]) -> None:
-        needed = f"needs the role {' or '.join(roles)}" if roles else "is for nobody"
+        needed = f"needs the role {' or '.join(roles)}" if roles else "is closed to everyone"
         super().__init__(f"{method} {needed}, which this token does not have")
         self.method = method
         self.roles = tuple(roles)
 
 
 class TaskNotAllowedError(NotAllowedError):
-    """The token does not reach a task, whether or not it exists; ``task`` is "" for the base model."""
+    """The token does not cover a task, whether or not it exists; ``task`` is "" for the base model."""
 
     def __init__(self, task: str) -> None:
         super().__init__(f"this token is not for {f'the task {task}' if task else 'the base model'}")

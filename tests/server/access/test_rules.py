@@ -17,7 +17,7 @@ def scoped(*globs: str) -> Caller:
 
 @pytest.mark.parametrize("caller", [EVERYBODY, Caller(name="ops", roles=ALL)])
 def test_a_method_without_a_rule_is_closed_to_everybody(caller: Caller) -> None:
-    with pytest.raises(RoleMissingError, match="is for nobody"):
+    with pytest.raises(RoleMissingError, match="is closed to everyone"):
         check_access("Nothing", None, caller)
 
 

@@ -86,8 +86,8 @@ def test_an_empty_file_knows_nobody(text: str) -> None:
         (entry(rest="  tasks: ['[ab]']\n"), "ci"),
         (entry(rest="  task: [sql]\n"), "0.task"),
         (entry(rest="  token: mh_abc\n"), "0.token"),
-        (entry() + entry(sha256="cd" * 32), "two tokens of the name ci"),
-        (entry() + entry(name="other", sha256=DIGEST.upper()), "one token twice"),
+        (entry() + entry(sha256="cd" * 32), "two tokens with the name ci"),
+        (entry() + entry(name="other", sha256=DIGEST.upper()), "has a token twice"),
     ],
 )
 def test_a_file_that_is_none_is_one_error_that_says_where(text: str, fault: str) -> None:

@@ -92,7 +92,7 @@ async def test_unread_answers_count_towards_a_limit_of_bytes_and_small_ones_do_n
         refusal = await refused(server.generation.Tokenize(TOKENIZE))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         assert (refusal.retry_s, refusal.info.metadata["limit"]) == (1.0, str(2 * ANSWER_BYTES))
-        assert "wait to be read" in refusal.message
+        assert "is still unread" in refusal.message
         assert len((await server.generation.Tokenize(pb.TokenizeRequest(text="a" * 9999))).ids) == 10_000
         assert [len(answer) > ANSWER_BYTES async for answer in unread] == [True]
         assert len((await server.generation.Tokenize(TOKENIZE)).ids) == MANY

@@ -86,7 +86,7 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument_and_counted(bad
                 method
             )
             assert refusal.fields == ("request",)
-            assert refusal.message == f"request: its bytes are no message of {message.full_name}"
+            assert refusal.message == f"request: its bytes are not a {message.full_name} message"
             assert counted(server, method, "INVALID_ARGUMENT") == 1.0
         assert server.gate.num_running == 0
         await server.generation.Generate(pb.GenerateRequest(text="on"))
@@ -156,7 +156,7 @@ async def test_a_message_of_countless_parts_is_refused_unread(numbers: tuple[int
         few = await refused(send(server, *GENERATE, empty_parts(*numbers, count=32_000)))
         upload = ("manyhats.v1.AdapterService", "UploadAdapter", (True, False))
         in_stream = await refused(send(server, *upload, empty_parts(*FILES, count=1_000_000)))
-    assert refusal.message == "request: has more than 32768 fields, with those of its parts"
+    assert refusal.message == "request: has more than 32768 fields, including nested ones"
     assert (in_stream.message, in_stream.fields) == (refusal.message, ("request",))
     assert "fields" not in few.message
 
@@ -179,7 +179,7 @@ async def test_one_broken_part_does_not_hide_countless_others(last: bytes) -> No
         million = empty_parts(*CHAT, count=900_000)
         behind = await refused(send(server, *GENERATE, million + last))
         within = await refused(send(server, *GENERATE, empty_parts(*CHAT, count=32_000) + last + million))
-    assert behind.message == "request: has more than 32768 fields, with those of its parts"
+    assert behind.message == "request: has more than 32768 fields, including nested ones"
     assert within.fields == ("request",)
 
 

@@ -17,4 +17,4 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name: who can reach it is not known
+        return False  # a name: who can reach it is unknown

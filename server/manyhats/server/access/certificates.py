@@ -1,7 +1,7 @@
-"""How long certificates are valid, and a warning in time.
+"""How long certificates are valid, and timely warnings.
 
-The standard library shows a certificate's dates only once it has verified it, or of authorities alone; the few fields
-that stand before the dates are stepped over here instead.
+The standard library only shows the dates of verified certificates or of authorities, so the few fields before the dates
+are skipped here instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SEQUENCE, _VERSION, _UTC_TIME, _GENERALIZED_TIME = 0x30, 0xA0, 0x17, 0x18
 
 
 class Condition(Enum):
-    """Of a certificate at some time; the value is what the log says of it."""
+    """A certificate's condition at some time; the value is the log message."""
 
     VALID = "certificate is valid"
     NOT_YET_VALID = "certificate is not valid yet"
@@ -37,7 +37,7 @@ class Condition(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Validity:
-    """When all certificates of a file are valid: from the last beginning to the first end.
+    """When all certificates of a file are valid: from the latest start to the earliest end.
 
     Attributes:
         setting: whose file it is, ``tls_cert`` or ``tls_client_ca``.
@@ -48,7 +48,7 @@ class Validity:
     ends: datetime
 
     def condition(self, now: datetime) -> Condition:
-        """What is to be said of it at ``now``; certificates are valid at both of their dates."""
+        """The condition at ``now``; certificates are valid at both of their dates."""
         if now > self.ends:
             return Condition.EXPIRED
         if now < self.begins:
@@ -64,12 +64,12 @@ def validity_of(setting: str, pem: bytes) -> Validity:
     """
     spans = [_validity(der) for der in _certificates(pem)]
     if not spans:
-        raise ValueError("holds no PEM certificate")
+        raise ValueError("has no PEM certificate")
     return Validity(setting, max(begin for begin, _ in spans), min(end for _, end in spans))
 
 
 class ExpiryWarnings:
-    """Warns of certificates, once for each condition of each. Safe in any thread.
+    """Warns about certificates, once for each condition of each. Thread-safe.
 
     Args:
         clock: wall time, in seconds.
@@ -81,7 +81,7 @@ class ExpiryWarnings:
         self._said: dict[str, tuple[Validity, Condition]] = {}
 
     def look(self, validities: Iterable[Validity]) -> None:
-        """Warn of what has changed for the worse since the last look."""
+        """Warn about what has become worse since the last check."""
         now = datetime.fromtimestamp(self._clock(), UTC)
         with self._lock:
             for validity in validities:
@@ -104,7 +104,7 @@ def _certificates(pem: bytes) -> Iterator[bytes]:
         try:
             yield base64.b64decode(b"".join(match[2].split()), validate=True)
         except binascii.Error as error:
-            raise ValueError("holds a certificate that is not base64") from error
+            raise ValueError("has a certificate that is not base64") from error
 
 
 def _validity(certificate: bytes) -> tuple[datetime, datetime]:
@@ -118,12 +118,12 @@ def _validity(certificate: bytes) -> tuple[datetime, datetime]:
             _, _, rest = _element(rest)
         tag, dates, _ = _element(rest)
         if tag != _SEQUENCE:
-            raise ValueError("no validity where it should be")
+            raise ValueError("has no validity where it should be")
         begin_tag, begin, rest = _element(dates)
         end_tag, end, _ = _element(rest)
         return _time(begin_tag, begin), _time(end_tag, end)
     except (IndexError, ValueError) as error:
-        raise ValueError("holds a certificate whose dates cannot be read") from error
+        raise ValueError("has a certificate whose dates cannot be read") from error
 
 
 def _element(data: bytes) -> tuple[int, bytes, bytes]:

@@ -1,4 +1,4 @@
-"""Files that are read again when they change: certificates, keys and tokens outlive no process restart."""
+"""Files that are reloaded when they change: new certificates, keys and tokens need no restart."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _Stamp = tuple[tuple[int, ...] | None, ...]
 
 
 class FollowedFiles(Generic[T]):
-    """What some files hold now. Safe in any thread.
+    """The current content of some files. Thread-safe.
 
-    A change that cannot be read (a file half written, a key that is not the certificate's) is logged once, and
-    what was read before stays.
+    A change that cannot be read (a half-written file, a key that does not match the certificate) is logged once, and
+    the old content stays.
 
     Args:
         paths: the files; links are followed, so that one may be switched to another file.
-        read: reads them; called at once, and after each change.
+        read: reads them; called at once and after each change.
 
     Raises:
         ConfigError: ``read`` raised it the first time.
@@ -35,13 +35,13 @@ class FollowedFiles(Generic[T]):
         self._paths = tuple(paths)
         self._read = read
         self._lock = threading.Lock()
-        # Taken before reading: a change in between is then seen as one.
+        # Taken before reading, so that a change in between is noticed.
         self._stamp = self._current_stamp()
         self._value = read()
 
     @property
     def current(self) -> T:
-        """What they hold; costs a ``stat`` of each."""
+        """The content; costs a ``stat`` of each file."""
         stamp = self._current_stamp()
         with self._lock:
             if stamp != self._stamp:
@@ -54,7 +54,7 @@ class FollowedFiles(Generic[T]):
         try:
             self._value = self._read()
         except ConfigError as error:
-            _log.error("files not reloaded, the old content stays", files=names, reason=str(error))
+            _log.error("files not reloaded; the old content stays", files=names, reason=str(error))
         else:
             _log.info("files reloaded", files=names)
 

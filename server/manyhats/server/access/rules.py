@@ -13,7 +13,7 @@ from manyhats.server.errors import RoleMissingError, TaskNotAllowedError
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a method asks of its caller.
+    """What a method requires of its caller.
 
     Attributes:
         roles: one of these.
@@ -29,7 +29,7 @@ _MANAGES = Rule(frozenset({Role.MANAGE}))
 _READS = Rule(frozenset(Role))
 _IS_CLOSED = Rule(frozenset())
 
-# Every method that a caller without any token may not call. Lists of every task show those of the caller's scope.
+# Every method that needs a token. Lists of all tasks show those in the caller's scope.
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "Generate": _GENERATES,
@@ -49,16 +49,16 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 def check_access(method: str, task: str | None, caller: Caller) -> None:
-    """Check that a caller may make a call. A method without a rule is closed to everybody.
+    """Check that a caller may make a call. A method without a rule is closed to everyone.
 
     Args:
         method: the API's name for it.
-        task: what the call is about, "" where it names none; None before that is known: then its role alone counts.
+        task: what the call is about, "" if it names none; None before that is known: then only the role counts.
         caller: who makes it.
 
     Raises:
-        RoleMissingError: the method is not for any of the caller's roles.
-        TaskNotAllowedError: the caller's scope does not reach the task, whether or not there is one.
+        RoleMissingError: none of the caller's roles allows the method.
+        TaskNotAllowedError: the caller's scope does not include the task, whether or not it exists.
     """
     rule = RULES.get(method, _IS_CLOSED)
     if not caller.roles & rule.roles:

@@ -1,4 +1,4 @@
-"""TLS of both ports: one certificate, read again when its files change."""
+"""TLS of both ports: one certificate, reloaded when its files change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TlsFiles:
     Attributes:
         certificate: the server's, followed by those between it and its authority.
         key: the certificate's private key, without a passphrase.
-        client_ca: authorities of client certificates; with it, gRPC callers must show one (mutual TLS).
+        client_ca: authorities of client certificates; if given, gRPC callers must present one (mutual TLS).
     """
 
     certificate: Path
@@ -31,12 +31,12 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the files hold; one object for as long as they do not change.
+    """The content of the files; the same object as long as they do not change.
 
     Attributes:
-        key, certificate, client_ca: PEM; ``client_ca`` is None where callers need no certificate.
-        http: for HTTP, which asks callers for none.
-        validities: how long the certificate is valid, and the client authorities' where there are any.
+        key, certificate, client_ca: PEM; ``client_ca`` is None if callers need no certificate.
+        http: for HTTP, which requires no client certificate.
+        validities: how long the certificate and any client authorities are valid.
     """
 
     key: bytes = field(repr=False)
@@ -47,17 +47,17 @@ class Identity:
 
 
 class ServerTls:
-    """The certificate of both ports. Connections that begin after its files changed get the new one.
+    """The certificate of both ports. Connections that start after its files changed get the new one.
 
-    The HTTP port shows the same certificate, and asks for none: probes and scrapers have none to show. A certificate
-    that is not valid, or not for long, is taken with a warning: callers are the ones to judge it.
+    The HTTP port presents the same certificate but requires none, since probes and scrapers have none. A certificate
+    that is invalid, or soon will be, is accepted with a warning: judging it is up to callers.
 
     Args:
-        files: where they are.
+        files: where certificate and key are.
         clock: wall time, in seconds.
 
     Raises:
-        ConfigError: a file cannot be read, or the key is not the certificate's.
+        ConfigError: a file cannot be read, or the key does not match the certificate.
     """
 
     def __init__(self, files: TlsFiles, clock: Callable[[], float] = time.time) -> None:
@@ -68,11 +68,11 @@ class ServerTls:
 
     @property
     def current(self) -> Identity:
-        """What a connection that begins now is to see. Safe in any thread."""
+        """What a connection that starts now uses. Thread-safe."""
         return self._loaded.current
 
     async def follow_expiry(self, period_s: float = 60.0) -> None:
-        """Warn of certificates that expire, or are about to; cancel to stop."""
+        """Warn about certificates that have expired or soon will; cancel to stop."""
         while True:
             self._warnings.look(self.current.validities)
             await asyncio.sleep(period_s)
@@ -97,7 +97,7 @@ def _http_context(files: TlsFiles) -> ssl.SSLContext:
     try:
         context.load_cert_chain(files.certificate, files.key, password=_no_passphrase)
     except ssl.SSLError as error:
-        text = "no PEM certificate with its PEM key, without a passphrase"
+        text = "not a PEM certificate with its PEM key without a passphrase"
         raise ConfigError("tls_cert", f"{files.certificate} and {files.key} are {text}") from error
     except OSError as error:
         raise ConfigError(
@@ -107,7 +107,7 @@ def _http_context(files: TlsFiles) -> ssl.SSLContext:
 
 
 def _no_passphrase() -> str:
-    """Without this, OpenSSL would ask at the terminal; an empty one opens no key."""
+    """Without this, OpenSSL would ask on the terminal; an empty passphrase opens no key."""
     return ""
 
 
@@ -115,7 +115,7 @@ def _check_authorities(pem: bytes) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode())
     except (ssl.SSLError, ValueError) as error:
-        raise ConfigError("tls_client_ca", "holds no PEM certificates") from error
+        raise ConfigError("tls_client_ca", "has no PEM certificates") from error
 
 
 def _validity_of(setting: str, pem: bytes) -> Validity:

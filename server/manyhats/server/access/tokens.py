@@ -1,14 +1,14 @@
 """Bearer tokens: who a caller is, and what its token allows.
 
-The token file is a YAML list, one token each. It holds digests, never tokens:
+The token file is a YAML list with one entry per token. It has digests, never tokens:
 
     - name: ci                       # what logs call it
       sha256: 9f86d081884c7d65…      # SHA-256 of the token, in hexadecimal
       roles: [generate]              # generate, manage or both
       tasks: [sql, "team-a.*", _base]  # globs of task ids, and _base for the base model; left out: everything
 
-``manyhats token new`` makes a token of 256 random bits and its entry. A plain digest is enough for those: what
-nobody can guess, nobody can find from its digest either.
+``manyhats token new`` makes a token of 256 random bits and its entry. A plain digest is enough: a token that cannot be
+guessed cannot be found from its digest either.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """The tasks that a token reaches; ``globs`` of None is all of them, and the base model.
+    """The tasks that a token covers; ``globs`` of None covers all of them, and the base model.
 
-    ``*`` in a glob is any run of characters; the base model is reached by ``_base`` alone.
+    ``*`` in a glob matches any characters; only ``_base`` covers the base model.
     """
 
     globs: tuple[str, ...] | None = None
 
     @property
     def is_everything(self) -> bool:
-        """Whether there is no task it does not reach."""
+        """Whether it covers every task."""
         return self.globs is None
 
     def reaches(self, task_id: str) -> bool:
-        """Whether it reaches a task; "" is the base model."""
+        """Whether it covers a task; "" is the base model."""
         if self.globs is None:
             return True
         if not task_id:
@@ -78,7 +78,7 @@ class Caller:
 
 
 EVERYBODY = Caller(name="", roles=frozenset(Role))
-"""Who calls where there are no tokens."""
+"""The caller if there are no tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Tokens:
         """The holder of ``token``; None if it is unknown."""
         digest = token_digest(token)
         found: Caller | None = None
-        # All are compared, each in constant time: how long it takes says nothing of any of them.
+        # All are compared, each in constant time, so the time taken reveals nothing about any of them.
         for entry in self._entries:
             if hmac.compare_digest(entry.digest, digest):
                 found = entry.caller
@@ -105,10 +105,10 @@ class Tokens:
 
 
 class TokenFile:
-    """The tokens of a file, read again when it changes. Safe in any thread.
+    """The tokens of a file, reloaded when it changes. Thread-safe.
 
     Raises:
-        ConfigError: the file cannot be read, or is no token file.
+        ConfigError: the file cannot be read, or is not a token file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,10 +119,10 @@ class TokenFile:
         return self._tokens.current.caller(token)
 
     def bearer(self, headers: Sequence[str]) -> Caller:
-        """Who shows a token in the header ``authorization``.
+        """The caller whose token is in the header ``authorization``.
 
         Args:
-            headers: all its values.
+            headers: all of the header's values.
 
         Raises:
             CredentialMissingError, CredentialInvalidError: the caller is unknown.
@@ -137,7 +137,7 @@ class TokenFile:
 
 
 class _EntryModel(BaseModel):
-    """One entry as it stands in the file."""
+    """One entry as in the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -154,7 +154,7 @@ def parse_tokens(text: str, file: str) -> Tokens:
     """The tokens of a token file's text; ``file`` is its name, for errors.
 
     Raises:
-        ConfigError: it is no token file; says which entry, and never what was in it.
+        ConfigError: it is not a token file; names the entry, never its content.
     """
     try:
         content = yaml.safe_load(text)
@@ -171,12 +171,12 @@ def parse_tokens(text: str, file: str) -> Tokens:
 
 
 def _check_entries(entries: Sequence[_EntryModel], file: str) -> None:
-    _check_distinct((each.name for each in entries), f"{file} has two tokens of the name")
-    _check_distinct((each.sha256.lower() for each in entries), f"{file} has one token twice, of digest")
+    _check_distinct((each.name for each in entries), f"{file} has two tokens with the name")
+    _check_distinct((each.sha256.lower() for each in entries), f"{file} has a token twice, with digest")
     for entry in entries:
         for glob in entry.tasks or ():
             if glob != BASE_LABEL and _GLOB.fullmatch(glob) is None:
-                text = f"a task is named by a-z 0-9 . _ - and *, or is {BASE_LABEL}"
+                text = f"a task consists of a-z 0-9 . _ - and *, or is {BASE_LABEL}"
                 raise ConfigError("token_file", f"{file}: {entry.name}: {text}")
 
 
@@ -206,7 +206,7 @@ def _read(path: Path) -> str:
 
 
 def new_token() -> str:
-    """A token of 256 random bits, of characters that need no quoting anywhere."""
+    """A token of 256 random bits, in characters that need no quoting anywhere."""
     return _PREFIX + secrets.token_urlsafe(_TOKEN_BYTES)
 
 
@@ -216,10 +216,10 @@ def token_digest(token: str) -> bytes:
 
 
 def token_entry(name: str, token: str, roles: Sequence[Role], tasks: Sequence[str] = ()) -> str:
-    """The lines of a token file for one token; no ``tasks`` is everything.
+    """The token file lines for one token; no ``tasks`` means everything.
 
     Raises:
-        ConfigError: the name or a task is none.
+        ConfigError: the name or a task is invalid.
     """
     fields: dict[str, object] = {
         "name": name,

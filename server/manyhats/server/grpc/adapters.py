@@ -17,7 +17,7 @@ from manyhats.server.service.uploads import Chunk, take_upload
 from manyhats.server.service.visible_page import visible_page
 from manyhats.v1 import adapter_pb2
 
-# In the initial metadata, once an upload's header is taken: from then on the caller may send chunks.
+# Sent as initial metadata once an upload's header is accepted: the caller may then send chunks.
 _ACCEPTED = ("manyhats-upload", "accepted")
 
 
@@ -28,7 +28,7 @@ class UploadMessages:
         self._messages = messages
 
     async def header(self) -> Registration:
-        """What is to be registered; see ``Upload``."""
+        """The registration; see ``Upload``."""
         first = await anext(self._messages, None)
         if first is None or first.WhichOneof("content") != "header":
             raise FieldInvalidError("header", "must come in the first message")
@@ -45,7 +45,7 @@ class UploadMessages:
 
 
 class AdapterService:
-    """Manages the adapters of the backend behind the gate; lists show what the caller's scope reaches."""
+    """Manages the adapters of the backend behind the gate; lists show what the caller's scope covers."""
 
     def __init__(self, gate: Gate, metrics: Metrics) -> None:
         self._gate = gate
@@ -54,7 +54,7 @@ class AdapterService:
     async def RegisterAdapter(  # noqa: N802
         self, request: adapter_pb2.RegisterAdapterRequest, call: Call
     ) -> adapter_pb2.RegisterAdapterResponse:
-        """Make an artifact, or several that act together, a version of a task."""
+        """Make an artifact, or several combined, a version of a task."""
         registrations = self._registrations
         with registrations.counted_failures():
             registration = from_proto.registration(request)
@@ -66,7 +66,7 @@ class AdapterService:
     async def UploadAdapter(  # noqa: N802
         self, request_iterator: AsyncIterator[adapter_pb2.UploadAdapterRequest], call: GrpcCall
     ) -> adapter_pb2.UploadAdapterResponse:
-        """Make the files that a caller sends a version of a task."""
+        """Make uploaded files a version of a task."""
 
         async def accept() -> None:
             await call.context.send_initial_metadata((_ACCEPTED,))

@@ -1,4 +1,4 @@
-"""Sending answers: as long as callers take to read them, within limits of size, time and memory."""
+"""Sending answers: waits for callers to read them, within limits of size, time and memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _COUNTED_FROM_BYTES = 64 * 1024
 
 
 class Answers:
-    """Sends messages, and knows how much of them nobody has read yet.
+    """Sends messages, and knows how much of them is still unread.
 
     Args:
-        unread_limit_s: a message that waits so long for its caller is given up.
-        max_bytes: of one message, and of all the large ones together that wait for their callers.
+        unread_limit_s: a message that waits this long for its caller is abandoned.
+        max_bytes: of one message, and of all large ones together that wait for their callers.
     """
 
     def __init__(self, *, unread_limit_s: float, max_bytes: int) -> None:
@@ -29,11 +29,11 @@ class Answers:
         self._num_unread_bytes = 0
 
     async def send(self, data: bytes, context: Any, *, is_first: bool = True) -> None:
-        """Send a message in wire format; waits while the caller does not read, but not for ever.
+        """Send a message in wire format; waits while the caller does not read, but not forever.
 
         Raises:
             FieldInvalidError: it has more bytes than an answer may have.
-            UnreadAnswersError: too much is waiting to be read already.
+            UnreadAnswersError: too much is already waiting to be read.
             StreamUnreadError: the caller did not read.
         """
         if len(data) > self._max_bytes:
@@ -48,19 +48,19 @@ class Answers:
         try:
             async with asyncio.timeout(self._unread_limit_s) as limit:
                 if is_first:
-                    # With the first message, gRPC would not know that it is sent should the message be given up, and
-                    # then send no status.
+                    # Sent separately: if the first message were abandoned, gRPC would not know that this was sent, and
+                    # would send no status.
                     await context.send_initial_metadata(())
                 await context.write(data)
         except TimeoutError:
             is_given_up = limit.expired()
             if not is_given_up:
                 raise
-            # gRPC keeps its copy until the caller reads it or goes: only then does the call end.
+            # gRPC keeps its copy until the caller reads it or leaves: only then does the call end.
             context.add_done_callback(lambda _: self._uncount(num_counted))
             del data
             raise StreamUnreadError(self._unread_limit_s) from None
-        except grpc.aio.InternalError as error:  # the caller has gone; the call is about to be cancelled
+        except grpc.aio.InternalError as error:  # the caller has left; the call is about to be cancelled
             raise asyncio.CancelledError from error
         finally:
             if not is_given_up:

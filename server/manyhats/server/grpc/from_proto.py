@@ -1,4 +1,4 @@
-"""From the API's messages to the domain's dataclasses, which check themselves; the API's defaults live here."""
+"""From the API's messages to the domain's dataclasses, which check themselves; the API's defaults are here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PromptMessage = generation_pb2.GenerateRequest | generation_pb2.ScoreRequest | g
 
 
 def prompt(message: PromptMessage) -> Prompt:
-    """The prompt of a request; the arms of a oneof exclude one another on the wire.
+    """The prompt of a request; the fields of a oneof exclude one another on the wire.
 
     Raises:
         FieldInvalidError: it is missing, empty or over a limit.
@@ -29,7 +29,7 @@ def prompt(message: PromptMessage) -> Prompt:
 
 
 def sampling_params(message: generation_pb2.GenerateRequest) -> SamplingParams:
-    """How to sample; greedy where the request has no ``sampling``."""
+    """How to sample; greedy if the request has no ``sampling``."""
     if not message.HasField("sampling"):
         return SamplingParams()
     sampling = message.sampling
@@ -62,7 +62,7 @@ def stopping_params(message: generation_pb2.GenerateRequest) -> StoppingParams:
 
 
 def response_options(message: generation_pb2.GenerateRequest) -> ResponseOptions:
-    """What to send beside the text."""
+    """What to return besides the text."""
     options = message.response
     return ResponseOptions(
         logprobs=options.logprobs,
@@ -95,7 +95,7 @@ def _continuation(field: str, message: generation_pb2.Continuation) -> TextPromp
 def registration(
     message: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader,
 ) -> Registration:
-    """What to register, and how; options of the same names in the message are the registration's.
+    """What to register, and how; the message's options have the same names as the registration's.
 
     Raises:
         FieldInvalidError: not exactly one of ``uri`` and ``parts`` is set, or a part has no uri.

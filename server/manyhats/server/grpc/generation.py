@@ -1,4 +1,4 @@
-"""GenerationService: turns messages into what is asked of the service, and its outputs into messages."""
+"""GenerationService: turns messages into requests to the service, and its outputs into messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What adding a token to a message takes, in characters to tokenize.
+# The cost of adding a token to a message, in characters to tokenize.
 _TEXT_LENGTH = 17
 
 
@@ -59,7 +59,7 @@ class GenerationService:
     async def Score(  # noqa: N802
         self, request: generation_pb2.ScoreRequest, call: Call
     ) -> generation_pb2.ScoreResponse:
-        """Give the log-probability of each continuation."""
+        """Return the log-probability of each continuation."""
         call.identify(request.request_id)
         asked = await self._generations.score_request(
             call,
@@ -75,7 +75,7 @@ class GenerationService:
     async def Tokenize(  # noqa: N802
         self, request: generation_pb2.TokenizeRequest, call: Call
     ) -> generation_pb2.TokenizeResponse:
-        """Give the tokens of a prompt."""
+        """Return the tokens of a prompt."""
         ids, pieces = await self._generations.tokenize(call, from_proto.prompt(request))
         return await self._built(partial(to_proto.tokenize_response, ids, pieces), len(ids))
 
@@ -96,5 +96,5 @@ class GenerationService:
         return Generations(self._gate.backend, self._metrics)
 
     def _built(self, respond: Callable[[], T], num_entries: int) -> Awaitable[T]:
-        """A message of this many tokens; a large one is built in pieces beside the event loop."""
+        """Build a message of this many tokens; a large one is built in pieces off the event loop."""
         return self._gate.backend.text_threads.run(respond, _TEXT_LENGTH * num_entries)

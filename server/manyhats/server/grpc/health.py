@@ -31,7 +31,7 @@ class HealthFollower:
         self._logged: ServingState | None = None
 
     async def publish(self) -> ServingState:
-        """Make health say what the gate says now, and return it."""
+        """Set health to what the gate says now, and return it."""
         state = self._gate.state
         is_serving = state is ServingState.READY
         status = HealthCheckResponse.SERVING if is_serving else HealthCheckResponse.NOT_SERVING

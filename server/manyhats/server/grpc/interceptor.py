@@ -1,4 +1,4 @@
-"""Around every gRPC call: who makes it and whether it may, its messages, its answer, and errors as statuses."""
+"""What surrounds every gRPC call: its caller and access, its messages, its answer, and errors as statuses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from manyhats.server.grpc.status import status_of
 from manyhats.server.service.call import Call, Calls
 
 _SERVICE_PREFIX = "/manyhats.v1."
-# Methods for everybody: a probe has no token.
+# Methods open to everyone: a probe has no token.
 OPEN_METHODS = frozenset(f"/grpc.health.v1.Health/{method}" for method in ("Check", "Watch", "List"))
 _NOBODY = Caller(name="", roles=frozenset(), scope=Scope(()))
 
@@ -33,20 +33,20 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
 
 @dataclass(slots=True, kw_only=True)
 class GrpcCall(Call):
-    """A call that came through gRPC, with its context; servicers get it where gRPC would give them that alone."""
+    """A call through gRPC, with its context; servicers get it instead of gRPC's context."""
 
     context: Context
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Lets the servicers raise domain errors and know nothing of callers, statuses, metrics or shutdown.
+    """Lets servicers raise domain errors and know nothing of callers, statuses, metrics or shutdown.
 
     Credential and role are checked before a byte of the message is read, its task before it is handled.
 
     Args:
-        calls: admits them and accounts for them.
-        answers: sends what they are answered with.
-        tokens: knows callers; None lets everybody do everything.
+        calls: admits and accounts for them.
+        answers: sends their answers.
+        tokens: knows callers; None lets everyone do everything.
     """
 
     def __init__(self, calls: Calls, answers: Answers, tokens: TokenFile | None) -> None:
@@ -57,7 +57,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """Wrap the handler of one of our methods; others (health, reflection) do as they do, on messages alone."""
+        """Wrap the handler of one of our methods; for others (health, reflection), only check their messages."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -72,7 +72,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._wrapped(handler, method, caller) if is_ours else _of_messages(handler)
 
     def _caller(self, details: grpc.HandlerCallDetails) -> Caller:
-        """Who makes a call.
+        """The caller of a call.
 
         Raises:
             ServerError: the caller is unknown, or has no role for the method.
@@ -101,10 +101,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return _unread(refuse)
 
     def _wrapped(self, handler: Any, method: str, caller: Caller) -> Handler:
-        # Every answer is written from here, a single one too, as a stream of one looks the same to its caller: it is
-        # sent, or given up, while the call is inside the gate and before it counts as answered. A stream that is
-        # written rather than yielded has its servicer's generator, and with it the engine's, closed at once when the
-        # call is cancelled, instead of when it is collected.
+        # Every answer is written from here, including single ones, since a stream of one looks the same to the caller:
+        # it is sent or abandoned while the call is inside the gate and before it counts as answered. Because a stream
+        # is written rather than yielded, its servicer's generator, and with it the engine's, is closed as soon as the
+        # call is cancelled, not when it is garbage collected.
         serialize, send = handler.response_serializer, self._answers.send
 
         async def unary(request: Any, context: Context) -> None:
@@ -135,7 +135,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _call(self, method: str, caller: Caller, context: Context) -> AsyncIterator[GrpcCall]:
-        """The call that has just come; an error becomes its status."""
+        """The call that has just arrived; an error becomes its status."""
         now_s = time.monotonic()
         remaining_s: float | None = context.time_remaining()  # None without a deadline
         deadline_s = None if remaining_s is None else now_s + remaining_s
@@ -163,7 +163,7 @@ async def _named(messages: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]
 
 
 def _unread(refuse: Any) -> Handler:
-    """A handler that reads no message: whatever the method takes, this takes a stream."""
+    """A handler that reads no message: whatever the method takes, it takes a stream."""
     return grpc.stream_unary_rpc_method_handler(refuse)
 
 
@@ -172,7 +172,7 @@ async def _abort(error: Exception, context: Context) -> None:
 
 
 def _aborting(error: ServerError) -> Handler:
-    """Refuses a call for a service that is not ours."""
+    """Refuse a call to a service that is not ours."""
 
     async def refuse(requests: object, context: Context) -> None:
         await _abort(error, context)
@@ -181,7 +181,7 @@ def _aborting(error: ServerError) -> Handler:
 
 
 def _of_messages(handler: Any) -> Handler:
-    """A handler of a service that is not ours, behind a check that there is a message."""
+    """A handler of a service that is not ours, after a check that there is a message."""
 
     async def check(request: object, context: Context) -> None:
         try:
@@ -195,7 +195,7 @@ def _of_messages(handler: Any) -> Handler:
 
     async def stream(request: Any, context: Context) -> None:
         await check(request, context)
-        await handler.unary_stream(request, context)  # writes by itself
+        await handler.unary_stream(request, context)  # writes its own answers
 
     async def both(requests: Any, context: Context) -> AsyncIterator[Any]:
         async def checked() -> AsyncIterator[Any]:

@@ -1,7 +1,7 @@
-"""Bytes that are no message, or one that would take too long to read: the method refuses them as a bad field.
+"""Bytes that are not a message, or one that would take too long to parse: the method refuses them as a bad field.
 
-gRPC itself would answer the first before any of our code is called, with UNKNOWN and the name of a Python class; and it
-reads a message holding the interpreter lock, which takes most of a second for some millions of empty parts.
+gRPC itself would answer the former before any of our code is called, with UNKNOWN and the name of a Python class; and
+it parses a message while holding the interpreter lock, which takes most of a second for some millions of empty parts.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from google.protobuf.message import DecodeError
 from manyhats.engine.errors import FieldInvalidError
 
 Deserializer = Callable[[bytes], Any]
-# Where a message lies in its bytes, and what it is.
+# A message's position in the bytes, and its type.
 _Part = tuple[int, int, Descriptor]
 
 MIB = 1024 * 1024
-# A text of the greatest length, or ids of the longest context, with all else that there may be.
+# A text of the greatest length, or ids of the longest context, with everything else at its limit.
 _MAX_BYTES = 2 * MIB
 _MAX_BYTES_OF: Mapping[str, int] = MappingProxyType(
     {"manyhats.v1.ScoreRequest": 4 * MIB, "manyhats.v1.UploadAdapterRequest": 8 * MIB}
 )
-# Fields, those of messages within it included: ten times what a conversation or a scoring of the greatest size has.
+# Fields, including those of nested messages: ten times as many as the largest conversation or scoring has.
 _MAX_PARTS = 32_768
-# A smaller message is read in a millisecond or two, whatever is in it.
+# A smaller message is parsed in a millisecond or two, whatever its content.
 _COUNTED_FROM_BYTES = 64 * 1024
 _MAX_VARINT_BYTES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a message that was not read, and says why."""
+    """Stands for a message that was not parsed, and says why."""
 
     reason: str
 
 
 def tolerant(deserialize: Deserializer | None) -> Deserializer | None:
-    """A deserializer that gives ``Unreadable`` for what it does not read; None, for raw bytes, stays None.
+    """A deserializer that returns ``Unreadable`` for what it does not parse; None, for raw bytes, stays None.
 
     Args:
         deserialize: a message class's ``FromString``.
@@ -55,11 +55,11 @@ def tolerant(deserialize: Deserializer | None) -> Deserializer | None:
         if len(data) > max_bytes:
             return Unreadable(f"has {len(data)} bytes; the limit is {max_bytes}")
         if len(data) > _COUNTED_FROM_BYTES and _has_too_many_parts(data, descriptor):
-            return Unreadable(f"has more than {_MAX_PARTS} fields, with those of its parts")
+            return Unreadable(f"has more than {_MAX_PARTS} fields, including nested ones")
         try:
             return deserialize(data)
         except DecodeError:
-            return Unreadable(f"its bytes are no message of {descriptor.full_name}")
+            return Unreadable(f"its bytes are not a {descriptor.full_name} message")
 
     return read
 
@@ -67,7 +67,7 @@ def tolerant(deserialize: Deserializer | None) -> Deserializer | None:
 def _has_too_many_parts(data: bytes, descriptor: Descriptor) -> bool:
     """Whether a message has more than ``_MAX_PARTS`` fields, by its wire format alone.
 
-    A part that is broken counts up to there: so far it would be read.
+    A broken part counts up to the break: that far it would be parsed.
     """
     num_parts = 0
     pending: list[_Part] = [(0, len(data), descriptor)]
@@ -82,8 +82,8 @@ def _has_too_many_parts(data: bytes, descriptor: Descriptor) -> bool:
 
 
 def _fields(data: bytes, at: int, end: int, message: Descriptor) -> Iterator[_Part | None]:
-    """The fields between two offsets, up to one that is broken; of those that are messages, where they lie."""
-    depth = 0  # of groups, which no message of ours has: what is in them is not read
+    """Yield the fields between two offsets, up to a broken one; for nested messages, their position."""
+    depth = 0  # groups, which our messages do not have, are not parsed
     try:
         while at < end:
             key, at = _varint(data, at, end)
@@ -113,7 +113,7 @@ def _fields(data: bytes, at: int, end: int, message: Descriptor) -> Iterator[_Pa
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """A number, and where it ends.
+    """A varint, and where it ends.
 
     Raises:
         ValueError: it does not end before ``end``, or has more than 64 bits.
@@ -134,17 +134,17 @@ def check_readable(request: object) -> None:
     """Check that there is a message.
 
     Raises:
-        FieldInvalidError: it was not read.
+        FieldInvalidError: it was not parsed.
     """
     if isinstance(request, Unreadable):
         raise FieldInvalidError("request", request.reason)
 
 
 async def readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The messages of a stream, each checked as it comes.
+    """The messages of a stream, each checked as it arrives.
 
     Raises:
-        FieldInvalidError: one was not read.
+        FieldInvalidError: one was not parsed.
     """
     async for request in requests:
         check_readable(request)

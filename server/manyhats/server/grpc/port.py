@@ -36,18 +36,18 @@ SERVICES = tuple(
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
-# The gate counts calls whose message has come, and refuses more with details; this bounds those that send none, too.
+# The gate counts calls whose message has arrived, and refuses more with details; this also bounds those that send none.
 _MAX_OPEN_CALLS = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpcLimits:
-    """What one port holds at once.
+    """What one port handles at once.
 
     Attributes:
-        max_connections: more are closed as they come.
-        unread_limit_s: an answer of which nothing is read for so long is given up.
-        max_answer_bytes: of one answer, and of all the large ones together that wait for their callers to read.
+        max_connections: further ones are closed as they arrive.
+        unread_limit_s: an answer of which nothing is read for this long is abandoned.
+        max_answer_bytes: of one answer, and of all large ones together that wait to be read.
     """
 
     max_connections: int = 4096
@@ -59,10 +59,10 @@ class GrpcPort:
     """A gRPC server on one address; requests are admitted by the gate.
 
     Args:
-        calls: admits them, accounts for them, and knows what answers.
-        host, port: where to listen; port 0 takes any free one.
-        tls: encrypts; None serves in the clear.
-        tokens: knows callers; None lets everybody do everything.
+        calls: admits and accounts for them, and knows the backend.
+        host, port: where to listen; port 0 for any free one.
+        tls: encrypts; None for no TLS.
+        tokens: knows callers; None lets everyone do everything.
         limits: of connections and answers.
 
     Raises:
@@ -91,7 +91,7 @@ class GrpcPort:
             ),
             maximum_concurrent_rpcs=_MAX_OPEN_CALLS,
         )
-        # The interceptor gives them a call in place of gRPC's context.
+        # The interceptor passes them a call instead of gRPC's context.
         generation: Any = GenerationService(gate, metrics)
         adapters: Any = AdapterService(gate, metrics)
         info: Any = ServerService(gate, MAX_REQUEST_BYTES)
@@ -120,19 +120,19 @@ class GrpcPort:
         await self._server.start()
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls, and cancel those still running after ``grace_s``."""
+        """Accept no new calls, and cancel those still running after ``grace_s``."""
         await self._server.stop(grace_s)
 
 
 def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """What a port is opened with; connections that begin after the files changed see what is in them then."""
+    """The port's credentials; connections that start after the files changed use the new content."""
     given = tls.current
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(given.key, given.certificate)], given.client_ca)
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC before every handshake, in its own thread; None is no change."""
+        """Called by gRPC before every handshake, in its own thread; None means no change."""
         nonlocal given
         now = tls.current
         if now is given:
@@ -151,14 +151,14 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     # A second server on the same port must fail, not share its calls.
     ("grpc.so_reuseport", 0),
-    # With more calls than this at once, gRPC would cancel some without a word; they are for the gate to refuse.
+    # With more calls than this at once, gRPC would cancel some silently; the gate should refuse them.
     ("grpc.server.max_pending_requests", 1_000_000),
     ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
-    # A caller that connects must say so, in TLS and in HTTP/2, and one that makes no calls goes; clients come back by
-    # themselves when they have one.
+    # A connecting caller must complete TLS and HTTP/2 handshakes, and is dropped if it makes no calls; clients
+    # reconnect on their own.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 300_000),
-    # Notices a client that vanished without closing its connection, so that its requests end.
+    # Detects a client that vanished without closing its connection, so that its requests end.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 )

@@ -1,4 +1,4 @@
-"""ServerService: says what this server is."""
+"""ServerService: describes this server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from manyhats.v1 import server_pb2
 
 
 class ServerService:
-    """Describes the backend behind the gate; ``max_request_bytes`` is what the port takes in one message."""
+    """Describes the backend behind the gate; ``max_request_bytes`` is the port's limit for one message."""
 
     def __init__(self, gate: Gate, max_request_bytes: int) -> None:
         self._gate = gate
@@ -20,5 +20,5 @@ class ServerService:
     async def GetServerInfo(  # noqa: N802
         self, request: server_pb2.GetServerInfoRequest, call: Call
     ) -> server_pb2.GetServerInfoResponse:
-        """Describe server and base model."""
+        """Describe the server and the base model."""
         return to_proto.server_info(self._gate.backend, version("manyhats"), self._max_request_bytes)

@@ -17,8 +17,8 @@ from manyhats.server.observability.task_labels import BASE_LABEL
 from manyhats.server.service.reasons import Reason, is_expected, reason_of
 
 DOMAIN = "manyhats"
-# Statuses travel as HTTP/2 headers, 8 KiB in all. There a message stands twice or three times, and each byte beyond
-# ASCII takes three.
+# Statuses are sent as HTTP/2 headers, 8 KiB in total, in which a message appears two or three times, and each non-ASCII
+# byte takes three.
 _MAX_MESSAGE_BYTES = 1000
 _MAX_METADATA_BYTES = 256
 
@@ -29,9 +29,9 @@ def grpc_code(reason: Reason) -> grpc.StatusCode:
 
 
 def status_of(error: Exception) -> status_pb2.Status:
-    """What the caller sees of ``error``; nothing but that there was one where nobody raised it on purpose.
+    """What the caller sees of ``error``; for an unexpected one, only that there was one.
 
-    Texts are cut, and what is no character is replaced, so that no error's text can keep its status from the caller.
+    Texts are truncated, and invalid characters replaced, so that no error's text can keep its status from the caller.
     """
     reason, text = reason_of(error), str(error) if is_expected(error) else "internal error"
     metadata = {key: clipped(value, _MAX_METADATA_BYTES) for key, value in _metadata(error).items()}

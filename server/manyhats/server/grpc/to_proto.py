@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
     from manyhats.server.service.backend import Backend
 
-# Adding a token to a message takes as long as reading a few of them.
+# Adding a token to a message takes as long as parsing a few of them.
 _ENTRY_WEIGHT = 4
 
 
 def generate_response(
     request_id: str, outputs: Sequence[StepOutput], adapter: AdapterRecord | None
 ) -> generation_pb2.GenerateResponse:
-    """A whole answer from all outputs of a request; at least one."""
+    """A whole answer from all outputs of a request, at least one."""
     last = outputs[-1]
     response = generation_pb2.GenerateResponse(
         request_id=request_id,
@@ -50,7 +50,7 @@ def generate_response(
 def stream_response(
     request_id: str, output: StepOutput, adapter: AdapterRecord | None, *, is_first: bool
 ) -> generation_pb2.GenerateStreamResponse:
-    """One piece of an answer: the first tells adapter and prompt usage, the last all usage and the end."""
+    """One piece of an answer: the first has adapter and prompt usage, the last has all usage and the finish reason."""
     is_last = output.finish_reason is not None
     spent = usage(output.usage) if is_last else prompt_usage(output.usage) if is_first else None
     response = generation_pb2.GenerateStreamResponse(
@@ -79,7 +79,7 @@ def score_response(
 
 
 def num_entries(tokens: Iterable[TokenOutput]) -> int:
-    """How many tokens a message of these has, the most likely ones of each position among them."""
+    """How many tokens a message of these has, including the most likely ones at each position."""
     return sum(1 + len(token.top) for token in tokens)
 
 
@@ -95,7 +95,7 @@ def tokenize_response(ids: Sequence[int], pieces: Sequence[str]) -> generation_p
 def add_tokens(
     infos: RepeatedCompositeFieldContainer[generation_pb2.TokenInfo], tokens: Iterable[TokenOutput]
 ) -> None:
-    """Adds tokens with what was asked for beside them, in slices: other threads run in between."""
+    """Add tokens with what was requested besides them, in slices: other threads run in between."""
     for token in paced(tokens, lambda each: _ENTRY_WEIGHT * (1 + len(each.top))):
         info = infos.add(id=token.id, text=token.text, logprob=token.logprob, rank=token.rank)
         for each in token.top:
@@ -111,7 +111,7 @@ def usage(spent: Usage) -> generation_pb2.Usage:
 
 
 def prompt_usage(spent: Usage) -> generation_pb2.Usage:
-    """What the prompt alone cost."""
+    """What only the prompt cost."""
     return generation_pb2.Usage(
         prompt_tokens=spent.prompt_tokens,
         cached_prompt_tokens=spent.cached_prompt_tokens,
@@ -136,7 +136,7 @@ _STATES = {state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") 
 
 
 def finish_reason(reason: FinishReason | None) -> generation_pb2.FinishReason.ValueType:
-    """Why a generation ended; unspecified while it goes on."""
+    """Why a generation ended; unspecified while it continues."""
     return generation_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_REASONS[reason]
 
 
@@ -148,7 +148,7 @@ def adapter_ref(record: AdapterRecord | None) -> adapter_pb2.AdapterRef | None:
 
 
 def adapter(record: AdapterRecord, tier: Tier | None) -> adapter_pb2.Adapter:
-    """One version of a task's adapter; ``tier`` is where it is in memory, None where it is not."""
+    """One version of a task's adapter; ``tier`` is where it is in memory, None if it is not."""
     created = Timestamp()
     created.FromDatetime(record.create_time)
     return adapter_pb2.Adapter(
@@ -177,7 +177,7 @@ def adapter(record: AdapterRecord, tier: Tier | None) -> adapter_pb2.Adapter:
 
 
 def server_info(backend: Backend, version: str, max_request_bytes: int) -> server_pb2.GetServerInfoResponse:
-    """What this server is, and what callers may ask of it."""
+    """What this server is, and what callers may request."""
     info = backend.info
     settings: dict[str, Any] = {name: _capped(name, value) for name, value in asdict(backend.limits).items()}
     limits = server_pb2.ServerLimits(
@@ -199,5 +199,5 @@ def server_info(backend: Backend, version: str, max_request_bytes: int) -> serve
 
 
 def _capped(name: str, value: int | None) -> int | None:
-    """A limit as its field can hold it; larger ones bound nothing either."""
+    """A limit as its field can hold it; larger ones have no effect anyway."""
     return None if value is None else min(value, 2**64 - 1 if "bytes" in name else 2**32 - 1)

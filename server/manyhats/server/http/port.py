@@ -1,7 +1,7 @@
-"""The HTTP port, served by a thread of its own.
+"""The HTTP port, served by its own thread.
 
-Its own, so that a scrape is answered while the event loop of the calls is busy; nothing here waits for the engine. One
-thread, with an event loop, so that any number of callers that say nothing cost no more than their sockets.
+Its own, so that a scrape is answered while the calls' event loop is busy; nothing here waits for the engine. One
+thread, with an event loop, so that silent callers cost no more than their sockets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 
-_BACKLOG = 1024  # connections that the system keeps until they are accepted; its own limit may be lower
+_BACKLOG = 1024  # connections that the system queues until they are accepted; its own limit may be lower
 _MAX_HEAD_BYTES = 16 * 1024
 _WAIT_FOR_FILES_S = 0.1
 
@@ -32,10 +32,10 @@ class HttpPort:
 
     Args:
         app: answers requests, at once.
-        host, port: where to listen; port 0 takes any free one.
-        tls: encrypts; None serves in the clear.
+        host, port: where to listen; port 0 for any free one.
+        tls: encrypts; None for no TLS.
         time_limit_s: from the connection to the last byte of the answer, whoever is slow.
-        max_connections: with more, the oldest goes: it has had its time, and a probe is done in milliseconds.
+        max_connections: beyond it, the oldest is closed: it has had its time, and a probe takes milliseconds.
 
     Raises:
         AddressError: the address cannot be bound.
@@ -70,7 +70,7 @@ class HttpPort:
         self._thread.start()
 
     def stop(self) -> None:
-        """Close the port and what is connected to it; quick, but it blocks until the thread has ended."""
+        """Close the port and its connections; quick, but blocks until the thread has ended."""
         self._loop.call_soon_threadsafe(self._accepting.cancel)
         self._thread.join()
 
@@ -88,14 +88,14 @@ class HttpPort:
             while True:
                 try:
                     connection, _ = await self._loop.sock_accept(self._listener)
-                except OSError:  # no file is left, or the caller has gone
+                except OSError:  # no file descriptor is left, or the caller has left
                     await asyncio.sleep(_WAIT_FOR_FILES_S)
                     continue
                 self._make_room()
                 task = self._loop.create_task(self._serve(connection))
                 self._connections[task] = None
                 task.add_done_callback(lambda done: self._connections.pop(done, None))
-                await asyncio.sleep(0)  # those that are connected have their turn between two that come
+                await asyncio.sleep(0)  # existing connections get a turn between two new ones
 
     def _make_room(self) -> None:
         if len(self._connections) >= self._max_connections:
@@ -104,7 +104,7 @@ class HttpPort:
             oldest.cancel()
 
     async def _serve(self, connection: socket.socket) -> None:
-        # A caller that speaks no TLS, stops in the middle, or goes away: its own affair.
+        # A caller that speaks no TLS, stops halfway, or leaves: its own problem.
         with connection, suppress(OSError, asyncio.IncompleteReadError, ValueError):
             async with asyncio.timeout(self._time_limit_s):
                 await self._answer(connection)
@@ -140,7 +140,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _read_head(reader: asyncio.StreamReader) -> bytes:
-    """A request up to the empty line; b"" where the caller stops before it.
+    """Read a request up to the empty line; b"" if the caller stops before it.
 
     Raises:
         ValueError: a line, or all of them, are too long.
@@ -157,7 +157,7 @@ async def _read_head(reader: asyncio.StreamReader) -> bytes:
 
 
 class _Answerer(WSGIServer):
-    """The standard library's reader of requests and maker of answers, without its sockets."""
+    """The standard library's request parser and response writer, without its sockets."""
 
     def __init__(self, app: WSGIApplication, host: str, port: int) -> None:
         self.server_name, self.server_port = host, port
@@ -165,12 +165,12 @@ class _Answerer(WSGIServer):
         self.set_app(app)
 
     def answer(self, head: bytes, address: Any) -> bytes:
-        """The bytes that answer a request's."""
-        request: Any = head  # in place of a socket
+        """The response bytes for a request's bytes."""
+        request: Any = head  # instead of a socket
         return _Handler(request, address, self).answer
 
 
-_SOFTWARE = "manyhats"  # in the header Server: no versions
+_SOFTWARE = "manyhats"  # no versions in the Server header
 
 
 class _Response(ServerHandler):
@@ -178,7 +178,7 @@ class _Response(ServerHandler):
 
 
 class _Handler(WSGIRequestHandler):
-    default_request_version = "HTTP/1.0"  # so that what cannot be read gets an answer with a status
+    default_request_version = "HTTP/1.0"  # so that an unreadable request gets a response with a status
 
     def setup(self) -> None:
         """Read from, and write to, memory."""
@@ -188,7 +188,7 @@ class _Handler(WSGIRequestHandler):
 
     def handle(self) -> None:
         """Answer one request."""
-        self.raw_requestline = self.rfile.readline()  # the whole head has a limit
+        self.raw_requestline = self.rfile.readline()  # the head as a whole has a limit
         if self.parse_request():
             environ = self.get_environ()
             output: Any = self.wfile
@@ -197,7 +197,7 @@ class _Handler(WSGIRequestHandler):
             response.run(self.server.get_app())  # type: ignore[attr-defined]
 
     def version_string(self) -> str:
-        """The header Server of an answer to what cannot be read."""
+        """The Server header of a response to an unreadable request."""
         return _SOFTWARE
 
     def finish(self) -> None:

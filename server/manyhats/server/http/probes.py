@@ -1,4 +1,4 @@
-"""What operators' programs ask: ``/metrics``, ``/healthz`` and ``/readyz``."""
+"""Endpoints for operators' programs: ``/metrics``, ``/healthz`` and ``/readyz``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_app(gate: Gate, registry: CollectorRegistry) -> WSGIApplication:
                 environ, start_response, "405 Method Not Allowed", "use GET", ("Allow", "GET, HEAD")
             )
         if path == "/healthz":
-            # The process lives as long as this thread can answer; a dead engine ends the process by itself.
+            # The process is alive as long as this thread can answer; a dead engine ends the process anyway.
             return _plain(environ, start_response, "200 OK", "ok")
         if path == "/readyz":
             state = gate.state
@@ -44,7 +44,7 @@ def _with_known_format(environ: WSGIEnvironment) -> WSGIEnvironment:
     """A request for metrics; one whose ``Accept`` cannot be read is for plain text."""
     try:
         choose_encoder(environ.get("HTTP_ACCEPT", ""))
-    except (TypeError, ValueError):  # a version that is no number
+    except (TypeError, ValueError):  # a version that is not a number
         return {**environ, "HTTP_ACCEPT": "text/plain"}
     return environ
 

@@ -1,4 +1,4 @@
-"""What a server is started with: one frozen dataclass, checked when made."""
+"""A server's settings: one frozen dataclass, checked when made."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ _GROUPS = (
     _MODEL := "Model",
     _ADAPTERS := "Adapters",
     "What the store accepts",
-    _ADDRESS := "Where it listens",
-    _SECURITY := "Who is let in",
+    _ADDRESS := "Addresses",
+    _SECURITY := "Access",
     _LIMITS := "Limits",
     _LOGS := "Settings file and logs",
 )
@@ -60,10 +60,10 @@ _PORT: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """Settings of one server process, and as its sections those of the engine and of the store.
+    """Settings of one server process; the engine's and the store's are sections.
 
     Raises:
-        ConfigError: a setting is out of its range; it names the setting.
+        ConfigError: a setting is out of range; names it.
     """
 
     model: str = setting(
@@ -88,7 +88,7 @@ class ServeConfig:
         group=_ADAPTERS,
         metavar="DIR|URL",
         shown="store in the cache's home",
-        help="Keeps registered adapters: a directory, made if missing, or a URL such as s3://bucket/manyhats."
+        help="Where adapters are kept: a directory, created if missing, or a URL such as s3://bucket/manyhats."
         " Several servers may share it.",
     )
     catalogue: str = setting(
@@ -103,21 +103,21 @@ class ServeConfig:
         group=_ADAPTERS,
         metavar="DIR",
         shown="in the cache's home",
-        help="Keeps copies of what lies at the store's URL.",
+        help="A directory for local copies of the store at a URL.",
     )
     store_cache_bytes: int = setting(
         DEFAULT_CACHE_BYTES,
         unit="bytes",
         at_least=1,
         group=_ADAPTERS,
-        help="The most that those copies may take.",
+        help="Size limit of those copies.",
     )
     store_poll_s: float = setting(
         0.5,
         unit="seconds",
         above=0,
         group=_ADAPTERS,
-        help="How often to look at what other servers changed in the store.",
+        help="How often to check for other servers' changes to the store.",
     )
     adapter_roots: tuple[Path, ...] = setting(
         (),
@@ -142,8 +142,10 @@ class ServeConfig:
     host: str = setting(
         "127.0.0.1", group=_ADDRESS, metavar="ADDRESS", help="The address that both ports listen on."
     )
-    grpc_port: int = setting(50051, **_PORT, help="For the API; 0 takes a free one.")
-    http_port: int = setting(8000, **_PORT, help="For /metrics, /healthz and /readyz; 0 takes a free one.")
+    grpc_port: int = setting(50051, **_PORT, help="Port of the API; 0 for any free one.")
+    http_port: int = setting(
+        8000, **_PORT, help="Port of /metrics, /healthz and /readyz; 0 for any free one."
+    )
     tls_cert: Path | None = setting(
         None,
         group=_SECURITY,
@@ -155,19 +157,19 @@ class ServeConfig:
         None,
         group=_SECURITY,
         metavar="FILE",
-        help="Mutual TLS: callers need a certificate of these authorities.",
+        help="Mutual TLS: callers need a certificate from these authorities.",
     )
     token_file: Path | None = setting(
         None,
         group=_SECURITY,
         metavar="FILE",
-        help="Callers need a token of this file (manyhats token new).",
+        help="Callers need a token from this file (manyhats token new).",
     )
     http_insecure: bool = setting(
-        False, group=_SECURITY, help="With --tls-cert: the HTTP port in the clear all the same."
+        False, group=_SECURITY, help="With --tls-cert: serve the HTTP port without TLS anyway."
     )
     insecure: bool = setting(
-        False, group=_SECURITY, help="Let other machines in without --tls-cert or --token-file."
+        False, group=_SECURITY, help="Let other machines connect without --tls-cert or --token-file."
     )
     max_context_length: int | None = setting(
         None,
@@ -177,27 +179,31 @@ class ServeConfig:
         help="Prompt and answer together, in tokens.",
     )
     max_task_labels: int = setting(
-        256, at_least=0, must="must be 0 or more", group=_LIMITS, help="Tasks with metrics of their own."
+        256,
+        at_least=0,
+        must="must be 0 or more",
+        group=_LIMITS,
+        help="Number of tasks with separate metrics.",
     )
     drain_limit_s: float = setting(
         30.0,
         unit="seconds",
         above=0,
         group=_LIMITS,
-        help="How long running requests may go on at shutdown.",
+        help="How long running requests may continue at shutdown.",
     )
     heartbeat_limit_s: float = setting(
         60.0,
         unit="seconds",
         above=0,
         group=_LIMITS,
-        help="An engine that is silent for longer is not healthy.",
+        help="An engine that is silent for longer counts as unhealthy.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
-        "info", group=_LOGS, help="The least that is logged."
+        "info", group=_LOGS, help="Lowest level that is logged."
     )
     log_format: Literal["json", "text"] = setting(
-        "text", group=_LOGS, help="The form of the logs on stderr, and of the ready line on stdout."
+        "text", group=_LOGS, help="Format of the logs on stderr, and of the ready line on stdout."
     )
     engine: EngineConfig = field(default_factory=EngineConfig)
     adapter_limits: AdapterLimits = field(default_factory=AdapterLimits)
@@ -242,7 +248,7 @@ class ServeConfig:
     def _check_tls(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             missing = "tls_key" if self.tls_key is None else "tls_cert"
-            raise ConfigError(missing, "certificate and key are given together")
+            raise ConfigError(missing, "certificate and key must be given together")
         if self.tls_client_ca is not None and self.tls_files is None:
             raise ConfigError("tls_client_ca", "client certificates need a server certificate and its key")
 
@@ -271,4 +277,4 @@ class ServeConfig:
 
 
 SETTINGS = grouped(ServeConfig, _GROUPS)
-"""The settings of a server, those that are shown together behind each other."""
+"""The settings of a server; those shown together follow each other."""

@@ -20,11 +20,11 @@ def make_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConf
     """Settings from a file and flags.
 
     Args:
-        flags: setting → value, named as in a file; None and empty collections mean "not given".
+        flags: setting → value, named as in a file; None and empty collections count as not given.
         file: YAML, see ``read_file``; None for none.
 
     Raises:
-        ConfigError: a setting is unknown, missing, of the wrong type or out of its range; names it.
+        ConfigError: a setting is unknown, missing, of the wrong type or out of range; names it.
     """
     given = {name: value for name, value in flags.items() if value not in (None, (), [], {})}
     settings = {**(read_file(file) if file is not None else {}), **given}
@@ -32,13 +32,13 @@ def make_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConf
         raise ConfigError(name, not_a_setting(name, _NAMES))
     try:
         return make(ServeConfig, settings, WORDING)
-    except FieldInvalidError as error:  # the engine's settings do not go together
+    except FieldInvalidError as error:  # the engine's settings are inconsistent
         name = error.field.rpartition(".")[2]
         raise ConfigError(_NAMES_IN_ENGINE.get(name, name), error.description) from error
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Settings of a YAML file, by their names; it may have them as flags are named.
+    """The settings in a YAML file, by name; the file may name them like flags.
 
     Raises:
         ConfigError: it cannot be read, is not a mapping, or has a setting twice.

@@ -9,7 +9,7 @@ import structlog
 
 _log = structlog.get_logger("manyhats.files")
 
-# What is enough for any number of callers; some systems allow a billion, or say that there is no limit.
+# Enough for any number of callers; some systems allow a billion, or report no limit.
 _ENOUGH = 65_536
 
 
@@ -22,9 +22,9 @@ class ConnectionLimits:
 
 
 def raise_file_limit() -> int:
-    """Raise the limit on open files as far as this process may, or as is enough, and return it.
+    """Raise the limit on open files as far as allowed, or as needed, and return it.
 
-    Systems give 1,024 for the sake of old programs, and leave it to those that need more to say so.
+    Systems default to 1,024 for the sake of old programs, and leave it to others to ask for more.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)

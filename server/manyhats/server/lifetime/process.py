@@ -48,12 +48,12 @@ ShowProgress = Callable[[], AbstractContextManager[Progress]]
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BY_SIGNAL = 128
-"""Plus the signal's number: it came before the server was ready."""
-# What is loaded or compiled when a signal comes may end by itself for so long, and is then left where it is.
+"""Plus the signal's number: the signal came before the server was ready."""
+# How long loading or compiling may take to end after a signal before it is abandoned.
 _STOP_LIMIT_S = 0.8
-_MAX_OTHER_CALLS = 512  # that are about no sequence, or wait for their adapter or tokens
+_MAX_OTHER_CALLS = 512  # calls without a sequence, or waiting for an adapter or tokenization
 _log = structlog.get_logger("manyhats.process")
-# Of what progress bars show as well, which it would be written across.
+# Events that progress bars also show, and whose lines would cut through them.
 _loading_log = structlog.get_logger("manyhats.loading")
 
 
@@ -62,25 +62,24 @@ async def serve(
 ) -> int:
     """Serve until SIGINT or SIGTERM, and return the exit code.
 
-    Both ports are open at once; until the model is loaded, gRPC answers UNAVAILABLE and ``/readyz`` 503. A
-    first signal lets running requests finish, a second ends them. Before the server is ready a signal ends it within
-    a second or so, whatever it is at: threads that load or compile may then still run, and a process that does not
-    want to wait for them leaves by ``os._exit``. Nothing is lost by that: what is kept is written beside its place
-    and then moved there.
+    Both ports are open at once; until the model is loaded, gRPC answers UNAVAILABLE and ``/readyz`` 503. A first signal
+    lets running requests finish, a second ends them. Before the server is ready, a signal ends it within a second or
+    so, whatever it is doing: threads that load or compile may then still be running, and a process that does not want
+    to wait for them exits by ``os._exit``. Nothing is lost: files are written to a temporary place and then moved.
 
     Args:
         config: the settings.
         assemble: loads the model and opens the store, in a worker thread; the real ones by default.
-        show_progress: shows how far the start is, besides the log; nothing by default.
+        show_progress: shows startup progress besides the log; nothing by default.
 
     Returns:
         0 after a signal; 1 if the server could not start, or the engine died; 128 and the signal's number if it came
         before the server was ready.
     """
     configure_logs(config.log_format, config.log_level)
-    # One text is tokenized on the thread that asks (``TextThreads``), not on as many as there are processors.
+    # A text is tokenized on the calling thread (``TextThreads``), not on one thread per processor.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # For the whole process: a creation time per series would double their number.
+    # Process-wide: a creation time per series would double their number.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         return await _Process(config, assemble or _open_backend, show_progress).run()
@@ -105,7 +104,7 @@ class _Process:
         self._progress = ProgressLog()
         self._connections = connection_limits(raise_file_limit())
         self._metrics = Metrics(max_task_labels=config.max_task_labels)
-        # More than the engine takes, so that it is the engine that says how long its queue is.
+        # More than the engine accepts, so that it is the engine that reports a full queue.
         max_calls = config.engine.max_waiting + config.engine.max_num_sequences + _MAX_OTHER_CALLS
         self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s, max_calls=max_calls)
         self._stop = StopSignals()
@@ -146,7 +145,7 @@ class _Process:
             return await self._serve(grpc_port)
 
     def _close_store(self) -> None:
-        """Last of all: calls that end with the ports may still use it."""
+        """Last: calls that end with the ports may still use it."""
         if self._store is not None:
             self._store.close()
 
@@ -175,7 +174,7 @@ class _Process:
         )
 
     async def _unless_stopped(self, start: Coroutine[Any, Any, Started]) -> Started | None:
-        """What the start comes to; None if a signal came first."""
+        """The result of the start; None if a signal came first."""
         starting = asyncio.create_task(start)
         await wait_for_either(starting, self._stop.first)
         if not self._stop.first.is_set():
@@ -239,7 +238,7 @@ class _Process:
 
 
 def _leave_to_no_collection() -> None:
-    """Take what is there out of garbage collection, for good: it is half a million objects, which live to the end.
+    """Exclude existing objects from garbage collection for good: half a million, which live until the end.
 
     A collection of all of them stops every thread, and so every stream, for a quarter of a second.
     """
@@ -249,7 +248,7 @@ def _leave_to_no_collection() -> None:
 
 @contextmanager
 def running(work: Coroutine[Any, Any, None]) -> Iterator[None]:
-    """Run something beside what this is entered for."""
+    """Run something in the background while this is entered."""
     task = asyncio.create_task(work)
     try:
         yield
@@ -259,7 +258,7 @@ def running(work: Coroutine[Any, Any, None]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What a start comes to."""
+    """The result of a start."""
 
     backend: Backend
     registrations: Registrations
@@ -274,7 +273,7 @@ class Addresses:
 
 
 def ready_line(config: ServeConfig, backend: Backend, addresses: Addresses, startup_seconds: float) -> str:
-    """The line on stdout that says requests are served from now on."""
+    """The line on stdout that announces that requests are served."""
     facts: Mapping[str, object] = {
         "event": "ready",
         "grpc": addresses.grpc,

@@ -1,4 +1,4 @@
-"""Progress of loading a model, as log lines, and the way to stop it."""
+"""Progress of loading a model, as log lines, and a way to stop it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class LoadingStopped(Exception):  # noqa: N818
 
 
 class ProgressLog:
-    """A ``Progress`` that logs the beginning and end of each stage, and what is new every ``period_s`` between.
+    """A ``Progress`` that logs the start and end of each stage, and updates every ``period_s`` in between.
 
-    Called from the thread that loads; ``stop`` may be called from any.
+    Called from the loading thread; ``stop`` may be called from any.
     """
 
     def __init__(self, *, period_s: float = 2.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -52,7 +52,7 @@ class ProgressLog:
 
 
 def both(first: Progress, second: Progress) -> Progress:
-    """One ``Progress`` that tells two, in this order."""
+    """A ``Progress`` that reports to two others, in this order."""
 
     def report(stage: str, done: int, total: int) -> None:
         first(stage, done, total)

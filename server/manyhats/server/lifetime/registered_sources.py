@@ -1,4 +1,4 @@
-"""What is to be registered at start, looked at before anything is loaded: a model takes minutes, a wrong path none."""
+"""Checks what is to be registered at start before anything is loaded: a model takes minutes, a wrong path none."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from manyhats.server.lifetime.config import ServeConfig
 
 
 def check_registered_sources(config: ServeConfig) -> None:
-    """Look whether an adapter lies wherever one is to be registered from.
+    """Check that there is an adapter at every path to register from.
 
     Raises:
-        ConfigError: one is missing, cannot be read, is no adapter's directory or lies outside what is allowed; it names
-            task, path and what is wrong.
+        ConfigError: one is missing, cannot be read, is not an adapter's directory or is outside what is allowed; names
+            the task, the path and the problem.
     """
     for task_id, uri in config.register.items():
         try:

@@ -15,7 +15,7 @@ class StopSignals:
     """``first`` is set by a first SIGINT or SIGTERM, ``second`` by the next.
 
     Attributes:
-        number: of the first signal, once it came.
+        number: the first signal's, once it has come.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class StopSignals:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Take both signals from their default handlers for as long as this is entered."""
+        """Replace the default handlers of both signals while this is entered."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._received, number)
@@ -46,7 +46,7 @@ class StopSignals:
 async def wait_for_either(
     task: asyncio.Task[Any], event: asyncio.Event, timeout_s: float | None = None
 ) -> None:
-    """Wait until ``task`` has ended, ``event`` is set or the time is over; neither is cancelled."""
+    """Wait until ``task`` has ended, ``event`` is set or the time is up; neither is cancelled."""
     waiting = asyncio.create_task(event.wait())
     try:
         await asyncio.wait({task, waiting}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""The real backend: model, store and engine, put together from the settings."""
+"""The real backend: model, store and engine, built from the settings."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from manyhats.settings.declaration import values_of
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Registrations wait for each other, and for slow sources.
 _NUM_STORE_THREADS = 32
-# Each of them waits for a process of its own.
+# Each of them waits for a separate process.
 _NUM_READING_THREADS = 2
 _NUM_RENDERING_THREADS = 2
-# What the store calls a setting → what the server calls it.
+# The store's name of a setting → the server's.
 _STORE_SETTINGS = {"catalogue_url": "catalogue", "url_prefixes": "adapter_url_prefixes"}
 
 
@@ -93,7 +93,7 @@ def open_adapter_store(config: ServeConfig, base: BaseDescription) -> AdapterSto
     """The store that the settings name, for adapters of ``base``.
 
     Raises:
-        ConfigError: its settings do not go together.
+        ConfigError: its settings are inconsistent.
         AdapterError: it cannot be opened.
     """
     try:
@@ -114,7 +114,7 @@ def open_adapter_store(config: ServeConfig, base: BaseDescription) -> AdapterSto
 
 
 def limits(config: ServeConfig) -> ServerLimits:
-    """What callers are told of the settings."""
+    """What callers are told about the settings."""
     values = values_of(config)
     return ServerLimits(**{each.name: values[each.name] for each in fields(ServerLimits)})
 

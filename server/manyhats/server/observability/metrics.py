@@ -1,4 +1,4 @@
-"""Every metric of the server: names, labels, buckets, and what feeds them."""
+"""Every metric of the server: names, labels, buckets, and how they are updated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _DAY_S = 86_400
 
-# Seconds. The first bounds are what a tiny model needs, the last what a long queue makes.
+# Seconds. The first bounds suit a tiny model, the last a long queue.
 _REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
 _FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60)
 _INTER_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -33,11 +33,11 @@ _ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Counts what happens. ``step`` and ``adapter_loaded`` may be called from any thread.
+    """Counts events. ``step`` and ``adapter_loaded`` may be called from any thread.
 
     Args:
-        max_task_labels: tasks with series of their own; the others count as ``_other``.
-        clock: wall time, for the series whose value is one.
+        max_task_labels: how many tasks have their own series; the others count as ``_other``.
+        clock: wall time, for series whose value is a time.
     """
 
     def __init__(self, *, max_task_labels: int, clock: Callable[[], float] = time.time) -> None:
@@ -105,22 +105,22 @@ class Metrics:
         return Histogram(f"manyhats_{name}", help_text, labels, buckets=buckets, registry=self.registry)
 
     def attach(self, backend: Backend) -> None:
-        """From now on, gauges show this backend's engine."""
+        """Let gauges show this backend's engine from now on."""
         self._live.backend = backend
 
     def attach_tls(self, tls: ServerTls) -> None:
-        """From now on, a gauge shows how long these certificates are valid."""
+        """Let a gauge show how long these certificates are valid from now on."""
         self._live.tls = tls
 
     def call_finished(self, method: str, task_id: str | None, code: str, seconds: float | None) -> None:
-        """A call ended; ``task_id`` is None for calls about no task, ``seconds`` None where not measured."""
+        """Count a call that ended; ``task_id`` is None for calls about no task, ``seconds`` is None if not measured."""
         label = "" if task_id is None else self._labels.label(task_id)
         self._requests.labels(label, method, code).inc()
         if seconds is not None:
             self._request_seconds.labels(label).observe(seconds)
 
     def output(self, task_id: str, output: StepOutput, *, since_s: float, is_first: bool) -> None:
-        """A generation gave an output; ``since_s`` is when the one before came, or when it was accepted."""
+        """Count a generation's output; ``since_s`` is when the previous one came, or when the request was accepted."""
         label, num_tokens, waited_s = self._labels.label(task_id), len(output.tokens), output.time_s - since_s
         self._generated_tokens.labels(label).inc(num_tokens)
         if is_first:
@@ -131,7 +131,7 @@ class Metrics:
             self._inter_token.labels(label).observe(waited_s / num_tokens)
 
     def scored(self, task_id: str, usage: Usage) -> None:
-        """A scoring ended."""
+        """Count a scoring that ended."""
         self._began(self._labels.label(task_id), usage)
 
     def _began(self, label: str, usage: Usage) -> None:
@@ -139,7 +139,7 @@ class Metrics:
         self._prompt_tokens.labels(label).inc(usage.prompt_tokens)
 
     def step(self, stats: StepStats) -> None:
-        """The engine made a step."""
+        """Count a step of the engine."""
         self._step_seconds.observe(stats.duration_s)
         self._step_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
         self._batch_adapters.observe(stats.num_adapters)
@@ -148,15 +148,15 @@ class Metrics:
         self._cache_hits.inc(stats.prefix_cache_hits)
 
     def adapter_loaded(self, seconds: float) -> None:
-        """An adapter was read from the store and lowered, to be kept in the host's memory."""
+        """Count an adapter that was read from the store and lowered, to be kept in host memory."""
         self._load_seconds.labels(Tier.HOST.value).observe(seconds)
 
     def registration(self, result: str, reason: str = "") -> None:
-        """A registration ended as ``result``, one of those in the metric's help; ``reason`` is why it was refused."""
+        """Count a registration by ``result``, one of those in the metric's help, and the ``reason`` if refused."""
         self._registrations.labels(result, reason).inc()
 
     def task_changed(self, task_id: str, records: Sequence[AdapterRecord]) -> None:
-        """A task has these versions now; with none left, its series go."""
+        """Set a task's versions; without any, its series are removed."""
         self._versions.set(task_id, records)
         if records:
             self._labels.add(task_id)
@@ -168,7 +168,7 @@ class Metrics:
 
 
 class LiveMetrics:
-    """Gauges read at each scrape from snapshots of the engine, which never wait for a step."""
+    """Gauges read at each scrape from engine snapshots, which never wait for a step."""
 
     def __init__(self, versions: TaskVersions, labels: TaskLabels, clock: Callable[[], float]) -> None:
         self.backend: Backend | None = None
@@ -244,7 +244,7 @@ class LiveMetrics:
         return _gauge("manyhats_adapter_resident", "Loaded versions, by task.", ["task", "tier"], values)
 
     def _gateway_info(self, max_adapters: int, running: Iterable[str], waiting: Iterable[str]) -> Metric:
-        """The one series that Kubernetes' inference gateway reads to route by adapter affinity."""
+        """The series that Kubernetes' inference gateway reads to route by adapter affinity."""
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         names = (",".join(sorted(set(running))), ",".join(sorted(set(waiting))))
         value = ((str(max_adapters), *names), self._clock())

@@ -1,4 +1,4 @@
-"""Which tasks the metrics know, and which of them have series of their own."""
+"""Which tasks the metrics know, and which of them have their own series."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OTHER_LABEL = "_other"
 
 
 class TaskLabels:
-    """Which tasks have series of their own: registered ones, as they are first seen, up to a cap."""
+    """Which tasks have their own series: registered ones, in the order first seen, up to a cap."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -21,11 +21,11 @@ class TaskLabels:
         self._labelled: set[str] = set()
 
     def add(self, task_id: str) -> None:
-        """A task is registered."""
+        """Note that a task is registered."""
         self._registered.add(task_id)
 
     def remove(self, task_id: str) -> None:
-        """A task is gone; its place is free for another."""
+        """Note that a task is gone; its place is free for another."""
         self._registered.discard(task_id)
         self._labelled.discard(task_id)
 
@@ -40,13 +40,13 @@ class TaskLabels:
 
 @dataclass(slots=True)
 class TaskVersions:
-    """What the metrics know of the registered adapters: states and digests by task. Safe in any thread."""
+    """What the metrics know about registered adapters: states and digests by task. Thread-safe."""
 
     _lock: Lock = field(default_factory=Lock)
     _by_task: dict[str, tuple[AdapterRecord, ...]] = field(default_factory=dict)
 
     def set(self, task_id: str, records: Sequence[AdapterRecord]) -> None:
-        """A task has these versions now; none: it is gone."""
+        """Set a task's versions; without any, it is gone."""
         with self._lock:
             if records:
                 self._by_task[task_id] = tuple(records)
@@ -54,6 +54,6 @@ class TaskVersions:
                 self._by_task.pop(task_id, None)
 
     def records(self) -> list[AdapterRecord]:
-        """Every version."""
+        """All versions."""
         with self._lock:
             return [record for records in self._by_task.values() for record in records]

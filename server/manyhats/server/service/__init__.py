@@ -1,1 +1,1 @@
-"""What the server does for its callers, whatever they call it through."""
+"""What the server does for its callers, whatever the transport."""

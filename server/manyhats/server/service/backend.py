@@ -1,4 +1,4 @@
-"""All that answers requests, as the server holds it once the model is loaded."""
+"""Everything that answers requests, as the server holds it once the model is loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """What a caller may ask for at most; see ``ServeConfig``. None for no limit."""
+    """The most a caller may request; see ``ServeConfig``. None for no limit."""
 
     max_sequences: int
     max_waiting: int
@@ -47,12 +47,12 @@ class ServerLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """All that answers requests once the model is loaded.
+    """Everything that answers requests once the model is loaded.
 
     Attributes:
-        store_threads: for what blocks on the store; None are the event loop's own.
-        text_threads: for what takes time in proportion to a text.
-        task_tokenizers: of tasks that read and write text otherwise; None where no task does.
+        store_threads: for work that blocks on the store; None for the event loop's own.
+        text_threads: for work that takes time in proportion to a text.
+        task_tokenizers: of tasks that read and write text differently; None if no task can.
     """
 
     engine: Engine

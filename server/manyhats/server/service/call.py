@@ -1,4 +1,4 @@
-"""One call of the API, whatever it came through, and what goes on around every call."""
+"""One call of the API, whatever the transport, and what surrounds every call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from manyhats.server.observability.metrics import Metrics
 
 MAX_REQUEST_ID_LENGTH = 128
-# A caller whose deadline passes cancels a little before the deadline as this server counts it.
+# A caller whose deadline passes cancels slightly before the deadline by this server's clock.
 _DEADLINE_SLACK_S = 0.1
 _TIMED_METHODS = frozenset({"Generate", "GenerateStream", "Score"})
 _log = structlog.get_logger("manyhats.calls")
@@ -32,15 +32,15 @@ _log = structlog.get_logger("manyhats.calls")
 
 @dataclass(slots=True, kw_only=True)
 class Call:
-    """One call: what is known of it as it comes, and then what its message says.
+    """One call: what is known as it arrives, and then what its message says.
 
     Attributes:
         method: the API's name for what is called.
         caller: who makes it.
-        received_s, deadline_s: on ``time.monotonic()``'s clock; no deadline is None.
-        id: unique in this process, so that callers may repeat their ids.
-        request_id: the caller's, or else ``id``; what replies and logs say.
-        name: the task or version that it names first, "" for none; None before it has a message that could name one.
+        received_s, deadline_s: on ``time.monotonic()``'s clock; None for no deadline.
+        id: unique in this process, whereas callers may repeat their ids.
+        request_id: the caller's, or else ``id``; used in replies and logs.
+        name: the task or version it names first, "" for none; None before it has a message that could name one.
     """
 
     method: str
@@ -52,10 +52,10 @@ class Call:
     name: str | None = None
 
     def names(self, name: str | None) -> None:
-        """A message of this call names a task or version, or "" for none; None is a message that has no such field.
+        """Note the task or version that a message of this call names, "" for none; None if it has no such field.
 
         Raises:
-            TaskNotAllowedError: the caller's scope does not reach it.
+            TaskNotAllowedError: the caller's scope does not cover it.
         """
         if self.name is None:
             self.name = name
@@ -64,10 +64,10 @@ class Call:
         check_access(self.method, None if name is None else task_of(name), self.caller)
 
     def identify(self, request_id: str) -> None:
-        """Take the caller's id for it; "" is none.
+        """Set the caller's id for it; "" for none.
 
         Raises:
-            FieldInvalidError: it is too long, or would not fit in a line of a log.
+            FieldInvalidError: it is too long, or would not fit on a log line.
         """
         if len(request_id) > MAX_REQUEST_ID_LENGTH or not request_id.isprintable():
             raise FieldInvalidError(
@@ -83,10 +83,10 @@ class Call:
 
 
 class Calls:
-    """What goes on around every call: admission, metrics, one log line, and unexpected errors into the log.
+    """What surrounds every call: admission, metrics, one log line, and logging of unexpected errors.
 
     Args:
-        gate: admits calls, and knows what answers them.
+        gate: admits calls, and knows the backend.
         metrics: counts them.
     """
 
@@ -96,11 +96,11 @@ class Calls:
 
     @contextmanager
     def observed(self, call: Call) -> Iterator[None]:
-        """Hold a call inside the gate, and account for it as it ends, before its caller hears of an error.
+        """Hold a call inside the gate, and account for it when it ends, before its caller learns of an error.
 
         Raises:
             ServerError, EngineError: it is not admitted.
-            UnexpectedError: in place of what nobody raised on purpose, which the log has whole.
+            UnexpectedError: instead of an unexpected exception, which is logged in full.
         """
         structlog.contextvars.clear_contextvars()
         try:
@@ -121,7 +121,7 @@ class Calls:
     def _finished(self, call: Call, code: str) -> None:
         seconds = time.monotonic() - call.received_s
         is_timed = call.method in _TIMED_METHODS and call.name is not None
-        # No name means the base model where something runs on one, and no task elsewhere.
+        # No name means the base model for methods that run one, and no task for others.
         task_id = task_of(call.name or "") if call.name or is_timed else None
         self.metrics.call_finished(call.method, task_id, code, seconds if is_timed else None)
         _log.info(
@@ -130,5 +130,5 @@ class Calls:
 
 
 def task_of(name: str) -> str:
-    """The task id in ``task`` or ``task@3``, or "" for the base model, of a name that need not be valid."""
+    """The task id in ``task`` or ``task@3``, or "" for the base model; the name need not be valid."""
     return name.partition("@")[0]

@@ -16,14 +16,14 @@ _log = structlog.get_logger("manyhats.store")
 
 
 class StoreFollower:
-    """Looks at the store again and again, and keeps engine and metrics in step with it.
+    """Polls the store, and keeps engine and metrics in step with it.
 
-    A store that cannot be reached is logged once and tried again; requests on known tasks go on meanwhile.
+    A store that cannot be reached is logged once and retried; requests for known tasks still work.
 
     Args:
         backend: its store and engine.
-        registrations: on that backend.
-        period_s: between two looks.
+        registrations: that backend's.
+        period_s: between two polls.
     """
 
     def __init__(self, backend: Backend, registrations: Registrations, *, period_s: float) -> None:
@@ -43,7 +43,7 @@ class StoreFollower:
                 loading.add_done_callback(self._loading.discard)
 
     async def _changed(self) -> Collection[str]:
-        """Tasks that changed; none where that cannot be told."""
+        """Tasks that changed; none if that cannot be determined."""
         try:
             changed = await asyncio.to_thread(self._backend.store.refresh)
         except Exception as error:  # noqa: BLE001 - whatever fails there, the next look may succeed
@@ -61,7 +61,7 @@ class StoreFollower:
         """Account for the tasks that changed.
 
         Returns:
-            What should be loaded: the new versions of tasks that were loaded here, which requests may come for.
+            What to load: new versions of tasks that were loaded here, since requests for them are likely.
         """
         resident = self._backend.engine.resident_digests()
         to_load = []

@@ -1,4 +1,4 @@
-"""Whether requests may enter, and which are running: the one place that knows the server's state."""
+"""Whether requests may enter, and which are running: the only place that knows the server's state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manyhats.server.service.backend import Backend
 
 
 class ServingState(Enum):
-    """What the server can do now; the value is the word that ``/readyz`` answers."""
+    """What the server can do now; the value is what ``/readyz`` answers."""
 
     LOADING = "loading"
     READY = "ready"
@@ -30,9 +30,9 @@ class Gate:
     ``state`` may be read from any thread; everything else belongs to the event loop.
 
     Args:
-        heartbeat_limit_s: an engine whose heartbeat is older is called stalled.
-        max_calls: that may be inside at once.
-        clock: wall time, as the engine's heartbeat.
+        heartbeat_limit_s: an engine whose heartbeat is older counts as stalled.
+        max_calls: how many may be inside at once.
+        clock: wall time, like the engine's heartbeat.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Gate:
 
     @property
     def state(self) -> ServingState:
-        """What the server can do at this moment."""
+        """What the server can do now."""
         if self._is_draining:
             return ServingState.DRAINING
         if self._backend is None:
@@ -63,7 +63,7 @@ class Gate:
 
     @property
     def backend(self) -> Backend:
-        """What answers requests.
+        """The backend that answers requests.
 
         Raises:
             LoadingError: the model is not loaded yet.
@@ -74,12 +74,12 @@ class Gate:
 
     @property
     def num_running(self) -> int:
-        """Calls that are inside."""
+        """The number of calls inside."""
         return self._num_running
 
     @property
     def is_full(self) -> bool:
-        """Whether as many calls are inside as may be."""
+        """Whether the limit of calls inside is reached."""
         return self._num_running >= self._max_calls
 
     def full_error(self) -> TooManyCallsError:
@@ -91,7 +91,7 @@ class Gate:
         self._backend = backend
 
     def drain(self) -> None:
-        """Refuse new requests from now on; those inside go on."""
+        """Refuse new requests from now on; those inside continue."""
         self._is_draining = True
 
     @contextmanager
@@ -128,4 +128,4 @@ class Gate:
             case ServingState.DRAINING:
                 raise DrainingError("the server is shutting down")
             case ServingState.DEAD:
-                raise EngineDeadError("the engine has stopped; the server is going down")
+                raise EngineDeadError("the engine has stopped; the server is shutting down")

@@ -1,4 +1,4 @@
-"""Generates, scores and tokenizes for callers, whatever they call through."""
+"""Generates, scores and tokenizes for callers, whatever the transport."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from manyhats.server.service.backend import Backend
     from manyhats.server.service.call import Call
 
-# In the answer of Tokenize: tokens, and bytes of their texts.
+# Limits of Tokenize's answer: tokens, and bytes of their texts.
 MAX_TOKENIZED = 256 * 1024
 MAX_TOKENIZED_BYTES = 8 * 1024 * 1024
 
 
 class Generations:
-    """Runs what callers ask on the adapter that their call names.
+    """Runs callers' requests on the adapter that their call names.
 
     Args:
         backend: its engine, store and tokenizers.
@@ -48,7 +48,7 @@ class Generations:
         cache_salt: str,
         priority: int,
     ) -> Request:
-        """What a call asks of the engine: its prompt as tokens, on the version that it names.
+        """A call's request to the engine: its prompt as tokens, on the version it names.
 
         Raises:
             AdapterError: there is no such version, or it cannot be used.
@@ -93,7 +93,7 @@ class Generations:
         cache_salt: str,
         priority: int,
     ) -> ScoreRequest:
-        """``request``, for a scoring of continuations."""
+        """``request`` for a scoring of continuations."""
         adapter = self._resolved(call)
         tokenizer = await self._tokenizer_of(adapter)
         tokens = await self._encoder(tokenizer, self._max_tokens).encode_scoring(prompt, continuations)
@@ -126,7 +126,7 @@ class Generations:
 
         Raises:
             AdapterError: the task does not exist, or its tokenizer cannot be used.
-            RequestError: the prompt is none, or over a limit.
+            RequestError: the prompt is invalid, or over a limit.
         """
         tokenizer = await self._tokenizer_of(self._resolved(call))
         ids = await self._encoder(tokenizer, MAX_TOKENIZED).encode(prompt)
@@ -134,11 +134,11 @@ class Generations:
         return ids, await self._backend.text_threads.run(work, len(ids))
 
     def _resolved(self, call: Call) -> AdapterRecord | None:
-        """The version that a call names; None is the base model."""
+        """The version that a call names; None for the base model."""
         return self._backend.store.resolve(call.name) if call.name else None
 
     async def _tokenizer_of(self, adapter: AdapterRecord | None) -> Tokenizer | None:
-        """What reads and writes the text of an adapter's task; None is the base's."""
+        """The tokenizer of an adapter's task; None for the base's."""
         tokenizers = self._backend.task_tokenizers
         return None if tokenizers is None else await tokenizers.of(adapter)
 
@@ -157,7 +157,7 @@ class Generations:
 
     @property
     def _max_tokens(self) -> int:
-        """Of what the engine is to run on; one token at least comes after, or before."""
+        """The limit of prompt tokens, which leaves room for at least one more."""
         return self._backend.engine.max_context_length - 1
 
 
@@ -171,7 +171,7 @@ def _pieces(ids: Sequence[int], tokenizer: Tokenizer, field: str) -> list[str]:
         if num_bytes > MAX_TOKENIZED_BYTES:
             raise FieldInvalidError(
                 field,
-                f"its tokens have more than {MAX_TOKENIZED_BYTES} bytes of text together, which is the limit",
+                f"its tokens have more than {MAX_TOKENIZED_BYTES} bytes of text together, the limit",
             )
         pieces += texts
     return pieces

@@ -1,4 +1,4 @@
-"""Prompts as callers give them, their limits, and how they become token ids."""
+"""Prompts from callers, their limits, and how they become token ids."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ChatPrompt:
 
     @classmethod
     def of(cls, turns: Collection[Any]) -> ChatPrompt:
-        """Of anything with ``role`` and ``content``, once it is known that there are not too many.
+        """Build one from anything with ``role`` and ``content``, once their number is checked.
 
         Raises:
             FieldInvalidError: it is over a limit.
@@ -89,7 +89,7 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class _RenderedChat:
-    """A conversation as its template wrote it, special tokens included."""
+    """A conversation as rendered by its template, including special tokens."""
 
     text: str
     add_special_tokens: ClassVar[bool] = False
@@ -101,13 +101,13 @@ _Text = TextPrompt | ChatPrompt | _RenderedChat
 
 
 def check_continuations(texts: Collection[str]) -> None:
-    """Check how many continuations there are of one prompt, and how long they are together.
+    """Check the number of a prompt's continuations, and their total length.
 
     Args:
-        texts: of each; "" for one that is given as tokens.
+        texts: each one's; "" for one given as tokens.
 
     Raises:
-        FieldInvalidError: there are none, or too much of them.
+        FieldInvalidError: there are none, too many, or they are too long.
     """
     if not 1 <= len(texts) <= MAX_CONTINUATIONS:
         raise FieldInvalidError("continuations", f"must have 1 to {MAX_CONTINUATIONS}, not {len(texts)}")
@@ -126,8 +126,8 @@ class Encoder:
         tokenizer: the task's, or the base's.
         threads: where texts are tokenized.
         vocab_size: token ids are below.
-        max_tokens: of each prompt and continuation; more can never be served. None is no limit.
-        render: a conversation by a task's own template; None leaves it to the tokenizer.
+        max_tokens: of each prompt and continuation; more can never be served. None for no limit.
+        render: renders a conversation by a task's own template; None leaves it to the tokenizer.
     """
 
     tokenizer: Tokenizer
@@ -141,7 +141,7 @@ class Encoder:
 
         Raises:
             FieldInvalidError: an id is outside the vocabulary, it has no tokens, or the chat template refused.
-            PromptTooLongError: it has too many; where its length already tells, it was not tokenized.
+            PromptTooLongError: it has too many; if its length already shows that, it was not tokenized.
         """
         if isinstance(prompt, TokenPrompt):
             return await self.threads.run(partial(self._ids, prompt), _length(prompt))
@@ -151,10 +151,10 @@ class Encoder:
     async def encode_scoring(
         self, prompt: Prompt, continuations: Sequence[TextPrompt | TokenPrompt]
     ) -> ScoreTokens:
-        """The tokens of a prompt and of what is scored behind it; limited as ``encode`` limits each.
+        """The tokens of a prompt and of its continuations to score; each is limited as in ``encode``.
 
         Raises:
-            FieldInvalidError: as ``encode``; or a continuation leaves nothing of the prompt ahead of it.
+            FieldInvalidError: as ``encode``; or a continuation leaves nothing of the prompt before it.
             PromptTooLongError: likewise.
         """
         rendered = prompt if isinstance(prompt, TokenPrompt) else await self._text(prompt)
@@ -163,13 +163,13 @@ class Encoder:
         run = self.threads.run
         ids, text, again = await run(partial(self._ahead, rendered), _length(rendered))
         found: list[Continuation] = []
-        # In pieces, between which others have their turn, and after which nothing is done for a caller that has left.
+        # In pieces, between which others get a turn, and after which nothing more is done for a caller that has left.
         for some, length in _pieces(continuations, again):
             found += await run(partial(self._behind, ids, text, some), length)
         return score_tokens(ids, found)
 
     async def _text(self, prompt: TextPrompt | ChatPrompt) -> _Text:
-        """What is to be tokenized, seen to be short enough as far as its length tells."""
+        """The text to tokenize, checked to be short enough as far as its length tells."""
         text: _Text = prompt
         if isinstance(prompt, ChatPrompt) and self.render is not None:
             text = _RenderedChat(await self.render(prompt.messages))
@@ -177,7 +177,7 @@ class Encoder:
         return text
 
     async def _check_length(self, prompt: Prompt | _RenderedChat) -> None:
-        """Refuse a long text that cannot fit, ahead of all those that are waiting to be tokenized."""
+        """Refuse a long text that cannot fit, before waiting for others to be tokenized."""
         if self.max_tokens is None or not isinstance(prompt, TextPrompt | _RenderedChat):
             return
         if len(prompt.text) > BRIEF_LENGTH:
@@ -201,7 +201,7 @@ class Encoder:
         return text
 
     def _ahead(self, prompt: _Text | TokenPrompt) -> tuple[tuple[int, ...], PromptText | None, int]:
-        """Tokens of a prompt that is scored behind; where its text is known, that, and how much of it comes again."""
+        """Tokens of a prompt with continuations; its text, if known, and how much of that is tokenized again."""
         if isinstance(prompt, TokenPrompt):
             return self._ids(prompt), None, 0
         text = self._encode(prompt)
@@ -218,7 +218,7 @@ class Encoder:
     def _continuation(
         self, ids: tuple[int, ...], prompt: PromptText | None, continuation: TextPrompt | TokenPrompt
     ) -> Continuation:
-        """What is scored behind a prompt; ``prompt`` is None where its text is not known."""
+        """Continuations of a prompt; ``prompt`` is None if its text is not known."""
         if isinstance(continuation, TokenPrompt):
             return Continuation(len(ids), self._ids(continuation))
         field, text = continuation.field, continuation.text
@@ -253,7 +253,7 @@ class Encoder:
 
 @contextmanager
 def _named(prompt: Prompt | _RenderedChat) -> Iterator[None]:
-    """Give what is too long the name of its field; a prompt has one, whichever kind it is."""
+    """Name the field of a text that is too long; a prompt has one, whatever its kind."""
     try:
         yield
     except PromptTooLongError as error:
@@ -280,7 +280,7 @@ def _pieces(
 def _length(prompt: Prompt | _RenderedChat) -> int:
     match prompt:
         case TokenPrompt():
-            return len(prompt.ids) // 64  # nothing to tokenize, but each is looked at
+            return len(prompt.ids) // 64  # nothing to tokenize, but each is checked
         case TextPrompt() | _RenderedChat():
             return len(prompt.text)
         case ChatPrompt():

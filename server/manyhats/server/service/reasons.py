@@ -16,8 +16,8 @@ class Reason:
     """Why a call ends without its answer.
 
     Attributes:
-        word: the API's, for callers' programs.
-        code: the canonical code (``google.rpc.Code``) by its name, which metrics and log have of every transport.
+        word: the API's name for it, for callers' programs.
+        code: the name of the canonical code (``google.rpc.Code``), used in metrics and logs for every transport.
     """
 
     word: str
@@ -31,7 +31,7 @@ _PRECONDITION = "FAILED_PRECONDITION"
 
 _INTERNAL = Reason("INTERNAL", "INTERNAL")
 
-# A class stands for its subclasses too, unless they have a row of their own.
+# A class also covers its subclasses, unless they have their own row.
 REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
     {
         engine.RequestError: Reason("FIELD_INVALID", _INVALID),
@@ -79,10 +79,10 @@ REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
 
 
 def reason_of(error: Exception) -> Reason:
-    """Why ``error`` ends its call; ``INTERNAL`` for one that nobody raised on purpose."""
+    """Why ``error`` ends its call; ``INTERNAL`` for an unexpected one."""
     return next((REASONS[kind] for kind in type(error).__mro__ if kind in REASONS), _INTERNAL)
 
 
 def is_expected(error: Exception) -> bool:
-    """Whether somebody raised it on purpose, so that its caller may see what it says."""
+    """Whether it was raised on purpose, so that its caller may see its message."""
     return any(kind in REASONS for kind in type(error).__mro__)

@@ -25,7 +25,7 @@ from manyhats.server.service.reasons import reason_of
 if TYPE_CHECKING:
     from manyhats.adapters.store.upload import UploadSession
 
-# How long the switch to a new version waits for its loading.
+# How long the switch to a new version waits for it to load.
 _WARM_LIMIT_S = 30.0
 _log = structlog.get_logger("manyhats.adapters")
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def _carried_through(change: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """A change that, once begun, comes to its end, in engine and metrics too, even if its caller leaves."""
+    """Makes a change run to its end once begun, including engine and metrics, even if its caller leaves."""
 
     @wraps(change)
     async def begun(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -57,7 +57,7 @@ class Registrations:
 
     @_carried_through
     async def register(self, registration: Registration) -> Registered:
-        """Make an artifact a version of a task. It is loaded before it goes live: its first request need not wait.
+        """Make an artifact a version of a task. It is loaded before it goes live, so its first request need not wait.
 
         Raises:
             AdapterError: it was refused.
@@ -68,7 +68,7 @@ class Registrations:
         )
 
     async def open_upload(self, registration: Registration) -> UploadSession:
-        """Get ready for what a caller is about to send; the session must be aborted or finished.
+        """Begin an upload; the session must be aborted or finished.
 
         Raises:
             AdapterError: it would be refused in any case.
@@ -117,7 +117,7 @@ class Registrations:
         return gone
 
     async def warm(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
-        """Load an adapter ahead of its first request, from the store if need be; nothing depends on it."""
+        """Load an adapter before its first request, from the store if necessary; nothing depends on it."""
         try:
             await self._backend.engine.warm_adapter(record, lowered)
         except (AdapterError, EngineError) as error:
@@ -126,18 +126,18 @@ class Registrations:
             )
 
     def forget_unneeded(self) -> None:
-        """Free the memory of adapters that no version in the store is made of."""
+        """Free the memory of adapters that no version in the store uses."""
         store, engine = self._backend.store, self._backend.engine
         for digest in engine.resident_digests():
             if not store.has_digest(digest):
                 engine.forget_adapter(digest)
 
     def count(self, task_id: str) -> None:
-        """Tell the metrics of a task's versions, or that it is gone."""
+        """Report a task's versions to the metrics, or that it is gone."""
         self._metrics.task_changed(task_id, self.versions(task_id))
 
     def count_all(self) -> None:
-        """Tell the metrics of everything in the store, page by page."""
+        """Report everything in the store to the metrics, page by page."""
         by_task: defaultdict[str, list[AdapterRecord]] = defaultdict(list)
         token = ""
         while True:
@@ -158,12 +158,12 @@ class Registrations:
             return ()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Do what blocks on the store, in a worker thread."""
+        """Run work that blocks on the store in a worker thread."""
         return await asyncio.get_running_loop().run_in_executor(self._backend.store_threads, work)
 
     @contextmanager
     def counted_failures(self) -> Iterator[None]:
-        """Count a registration that ends in this block, which is before it has an answer."""
+        """Count a registration that ends in this block, before it is answered."""
         try:
             yield
         except asyncio.CancelledError:
@@ -188,7 +188,7 @@ class Registrations:
         return registered
 
     def _prepare(self) -> Prepare:
-        """Loads, for the store's thread, a version that is about to go live."""
+        """Load, for the store's thread, a version that is about to go live."""
         loop = asyncio.get_running_loop()
 
         def prepare(record: AdapterRecord, lowered: LoweredAdapter) -> None:
@@ -200,7 +200,7 @@ class Registrations:
         return prepare
 
     async def _load(self, record: AdapterRecord) -> None:
-        """Load a version; that there is no room for it now does not keep it from being the active one."""
+        """Load a version; if there is no room for it now, it still becomes the active one."""
         try:
             await self._backend.engine.warm_adapter(record)
         except EngineError as error:

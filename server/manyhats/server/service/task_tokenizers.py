@@ -1,4 +1,4 @@
-"""The tokenizers of tasks that read and write text otherwise than the base does."""
+"""The tokenizers of tasks that read and write text differently from the base."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ ReadText = Callable[[AdapterRecord], Sequence[Mapping[str, bytes | bytearray]]]
 class TaskTokenizers:
     """Finds a version's tokenizer, and renders conversations by its template. Belongs to the event loop.
 
-    Tokenizers of tasks that mean the same by their files are one object; those used lately are kept.
+    Tasks whose files mean the same share one tokenizer; recently used ones are kept.
 
-    A template that is not done in a moment is done over with other slow ones, one at a time, and stays among them for
-    ten minutes: it keeps nobody else waiting for longer than that moment.
+    A template that does not finish within a moment is retried among the slow ones, one at a time, and stays there for
+    ten minutes: it delays nobody else by more than that moment.
 
     Args:
-        texts: of the base.
+        texts: the base's.
         read_text: reads a version's files.
-        reading: threads for that, which block; None are the event loop's own.
+        reading: threads for that, which block; None for the event loop's own.
         rendering: threads for templates; each waits for a process.
         slow: a thread for templates that take long.
     """
@@ -72,21 +72,21 @@ class TaskTokenizers:
             try:
                 return await asyncio.shield(kept)
             except AdapterError:
-                continue  # another version's files, which may be gone while this one's are there
+                continue  # another version's files, which may be gone while this one's are not
         found = asyncio.ensure_future(_run(self._reading, lambda: self._read(record)))
         self._kept[record.text] = found
         if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)
-        # One caller who leaves does not end the reading for the others.
+        # A caller who leaves does not end the reading for the others.
         return await asyncio.shield(found)
 
     async def render(self, tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str:
-        """The prompt of a conversation by a task's own template, which is a stranger's program.
+        """The prompt of a conversation by a task's own template, which is an untrusted program.
 
         Raises:
             FieldInvalidError: ``chat``: the template refuses the messages, or takes too much time or memory.
         """
-        # One at a time of each tokenizer.
+        # One at a time for each tokenizer.
         turn = self._turns.setdefault(tokenizer.fingerprint, asyncio.Lock())
         async with turn:
             if self._slow_until_s.get(tokenizer.fingerprint, 0.0) <= time.monotonic():
@@ -101,7 +101,7 @@ class TaskTokenizers:
             )
 
     def _of_others(self, text: str) -> asyncio.Future[Tokenizer] | None:
-        """What is read, or being read, for files that mean the same."""
+        """What has been read, or is being read, for files that mean the same."""
         kept = self._kept.get(text)
         if kept is None or (kept.done() and (kept.cancelled() or kept.exception() is not None)):
             self._kept.pop(text, None)

@@ -1,4 +1,4 @@
-"""Where texts are worked on, so that long ones hold up neither the event loop nor the engine."""
+"""Where texts are processed, so that long ones hold up neither the event loop nor the engine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# For shorter texts the change of threads would cost more than the tokenizer does.
+# For shorter texts, switching threads would cost more than the tokenizer.
 _INLINE_LENGTH = 2048
-# Some 20 ms of the tokenizer's time.
+# About 20 ms of the tokenizer's time.
 BRIEF_LENGTH = 16 * 1024
-# What Python code does in a tenth of a millisecond or two.
+# As much as Python code does in a tenth of a millisecond or two.
 _SLICE_LENGTH = 512
 _PAUSE_S = 0.0002
 
@@ -25,15 +25,15 @@ class TextThreads:
     """Runs work on texts, by their length.
 
     Attributes:
-        brief: for texts that take milliseconds; None are the event loop's own threads.
-        long: for the others. With one thread, any number of callers leaves the engine all processors but one.
+        brief: for texts that take milliseconds; None for the event loop's own threads.
+        long: for the others. With one thread, any number of callers leave the engine all processors but one.
     """
 
     brief: Executor | None = None
     long: Executor | None = None
 
     async def run(self, work: Callable[[], T], length: int) -> T:
-        """What ``work`` returns; it takes time in proportion to ``length``, in characters or tokens.
+        """Return the result of ``work``, which takes time in proportion to ``length``, in characters or tokens.
 
         Work whose caller leaves before it begins is not done.
         """
@@ -44,9 +44,9 @@ class TextThreads:
 
 
 def slices(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Consecutive parts of ``values``, with a pause between two: others get the interpreter lock at once.
+    """Consecutive parts of ``values``, with pauses in between, in which others get the interpreter lock at once.
 
-    They would otherwise wait 5 ms for it, each time they want it; the engine wants it hundreds of times a step.
+    They would otherwise wait 5 ms each time they need it; the engine needs it hundreds of times per step.
     """
     for begin in range(0, len(values), _SLICE_LENGTH):
         if begin:
@@ -55,7 +55,7 @@ def slices(values: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 def paced(values: Iterable[T], weight: Callable[[T], int]) -> Iterator[T]:
-    """``values`` one by one, with such a pause whenever those since the last one weigh as much as a slice is long."""
+    """``values`` one by one, with such a pause after each slice's worth of weight."""
     since = 0
     for value in values:
         if since >= _SLICE_LENGTH:

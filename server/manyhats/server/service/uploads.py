@@ -1,4 +1,4 @@
-"""Takes an upload: the header, then chunks, no faster than they can be written."""
+"""Receives an upload: the header, then chunks, no faster than they can be written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of one of the files that were announced."""
+    """A piece of one of the announced files."""
 
     file_index: int
     offset: int
@@ -34,10 +34,10 @@ class Upload(Protocol):
     """What a caller sends, as it arrives."""
 
     async def header(self) -> Registration:
-        """What is to be registered; asked for once, and first.
+        """The registration; called once, and first.
 
         Raises:
-            FieldInvalidError: something else came.
+            FieldInvalidError: something else arrived.
             AdapterError: a value is out of range.
         """
         ...
@@ -46,7 +46,7 @@ class Upload(Protocol):
         """The next piece; None at the end.
 
         Raises:
-            FieldInvalidError: something else came.
+            FieldInvalidError: something else arrived.
         """
         ...
 
@@ -58,20 +58,20 @@ async def take_upload(
     *,
     stall_limit_s: float = _STALL_LIMIT_S,
 ) -> Registered:
-    """Make a version of the files that arrive. However it ends, nothing else is left of them.
+    """Make a version from the files that arrive. However it ends, nothing else of them is left.
 
-    One piece is in memory at a time: the next is read when the one before is written, and so the caller is slowed down
-    to the disk's pace.
+    One piece is in memory at a time: the next is read once the previous one is written, so the caller is slowed down to
+    the disk's speed.
 
     Args:
         upload: what the caller sends.
         registrations: opens the upload and finishes it.
-        accept: tells the caller that the header is taken.
+        accept: tells the caller that the header is accepted.
         stall_limit_s: how long to wait for a piece.
 
     Raises:
-        FieldInvalidError: what came is not what must come there.
-        UploadStalledError: nothing came for too long.
+        FieldInvalidError: what arrived is not what is expected there.
+        UploadStalledError: nothing arrived for too long.
         AdapterError: the files are refused.
     """
     with registrations.counted_failures():
@@ -103,7 +103,7 @@ async def _within(stall_limit_s: float, arrival: Awaitable[T]) -> T:
 
 
 async def _end(opening: asyncio.Future[UploadSession], registrations: Registrations) -> None:
-    """Remove what is left of an upload, even of one that was given up while it was opened."""
-    with suppress(Exception):  # it was told to the caller
+    """Remove what is left of an upload, even of one abandoned while being opened."""
+    with suppress(Exception):  # the caller was told
         session = await opening
         await registrations.run(session.abort)

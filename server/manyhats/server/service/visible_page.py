@@ -1,4 +1,4 @@
-"""Pages of a list as the holder of a scoped token sees it."""
+"""Pages of a list as seen by the holder of a scoped token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def visible_page(store: AdapterStore, scope: Scope, *, task_id: str, page_size: int, page_token: str) -> Page:
-    """``store.list``, without what the scope does not reach; its token names nothing of that either.
+    """``store.list``, restricted to the scope; its page token reveals nothing outside it either.
 
     Raises:
         ArgumentInvalidError: an argument is out of range.
@@ -34,7 +34,7 @@ def visible_page(store: AdapterStore, scope: Scope, *, task_id: str, page_size: 
 
 
 def _records(store: AdapterStore, task_id: str, page_token: str) -> Iterator[AdapterRecord]:
-    """Every record behind a token."""
+    """All records after a token."""
     while True:
         page = store.list(task_id=task_id, page_size=MAX_PAGE_SIZE, page_token=page_token)
         yield from page.records
