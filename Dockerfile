@@ -1,12 +1,12 @@
 # The server with the CPU kernels. Build from the repository's root:
 #   docker build -t manyhats .
-# It listens on all of the container's addresses, and so starts only with certificate and tokens, or told not to mind:
+# It listens on all of the container's addresses, so it starts only with a certificate and tokens, or with --insecure:
 #   docker run --rm -p 50051:50051 -p 8000:8000 -v manyhats:/var/lib/manyhats -v ./secrets:/secrets:ro manyhats \
 #     --tls-cert /secrets/server.pem --tls-key /secrets/server.key --token-file /secrets/tokens.yaml
 #   docker run --rm -p 127.0.0.1:50051:50051 -p 127.0.0.1:8000:8000 -v manyhats:/var/lib/manyhats manyhats --insecure
-# With --insecure whoever reaches the published ports, or the container's network, may do everything: 127.0.0.1 in -p
-# leaves that to this machine.
-# PIP_ARGS takes further arguments for pip, such as --extra-index-url with an index that holds CPU builds of torch.
+# With --insecure, anyone who can reach the published ports or the container's network may do everything: 127.0.0.1 in
+# -p limits that to this machine.
+# PIP_ARGS passes further arguments to pip, such as --extra-index-url with an index of CPU builds of torch.
 
 FROM python:3.11-slim-bookworm AS build
 ARG PIP_ARGS=""
@@ -14,7 +14,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/manyhats
 COPY constraints.txt ./
-# torch first and alone: the rest then takes it as it is, and this layer outlives changes to the code.
+# torch first, on its own: this layer then survives changes to the code.
 RUN /opt/manyhats/bin/pip install ${PIP_ARGS} -c constraints.txt torch
 COPY pyproject.toml README.md LICENSE ./
 COPY proto proto
@@ -25,7 +25,7 @@ COPY clients clients
 RUN /opt/manyhats/bin/pip install ${PIP_ARGS} -c constraints.txt '.[server,postgres,s3]'
 
 FROM python:3.11-slim-bookworm
-# Numba's threads need the OpenMP run time.
+# Numba's threads need the OpenMP runtime.
 RUN apt-get update \
     && apt-get install --no-install-recommends --yes libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
@@ -39,7 +39,7 @@ ENV PATH=/opt/manyhats/bin:$PATH \
     HF_HOME=/var/lib/manyhats/huggingface
 USER manyhats
 WORKDIR /var/lib/manyhats
-# Models, compiled kernels, the adapter store, and the folder that adapters are registered from.
+# Models, compiled kernels, the adapter store, and the folder to register adapters from.
 VOLUME /var/lib/manyhats
 EXPOSE 50051 8000
 STOPSIGNAL SIGTERM

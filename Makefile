@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What serving and training need, and what the developers' tools need besides.
+# What serving and training need, and what the developers' tools also need.
 RUN_STAMP := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
 # For pip, while it installs torch: such as an index of CPU builds, which are a tenth of the size.
@@ -22,11 +22,11 @@ help:
 	@echo "make test     set up, run the tests"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
 	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
-	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams go on"
+	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams continue"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
-	@echo "make examples  train the example tasks again; prints what they are worth"
+	@echo "make examples  train the example tasks again; prints how well they do"
 	@echo "make proto    regenerate the gRPC code"
 
 $(RUN_STAMP): pyproject.toml constraints.txt
