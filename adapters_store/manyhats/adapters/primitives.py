@@ -91,9 +91,9 @@ class LayerNorm:
 class Bottleneck:
     """A bottleneck adapter on a sub-layer's output m, r being the residual stream that entered it.
 
-    ``f = scale · (U · act(D · norm_before(input) + b_d) + b_u)``, then
-    ``m' = keep · m + carry · r + (f, or norm_after(f + norm_residual))``, and the stream goes on as r + m'.
-    For seq_bn, double_seq_bn and par_bn keep is 1, carry 0 and there are no norms.
+    ``f = scale · (U · act(D · norm_before(input) + b_d) + b_u)``, then ``m' = keep · m + carry · r + (f, or
+    norm_after(f + norm_residual))``, and the stream continues as ``r + m'``. For seq_bn, double_seq_bn and par_bn keep
+    is 1, carry 0 and there are no norms.
 
     Attributes:
         site: ``attention`` or ``feed_forward`` of a layer.

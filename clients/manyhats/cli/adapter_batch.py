@@ -73,7 +73,7 @@ def perform(items: Sequence[Item], make: Callable[[Item], Registration], report:
     Args:
         items: in their order.
         make: registers one, or raises ``ManyhatsError``.
-        report: told of how many are done.
+        report: called with how many are done.
     """
     from manyhats.client import ManyhatsError, UnavailableError
 

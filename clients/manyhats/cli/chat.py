@@ -114,7 +114,7 @@ def chat(
 
 
 def _greet(client: Client, task: str) -> None:
-    """Say who is there, which also finds an unreachable server or unknown task before the first message."""
+    """Say who is answering, which also detects an unreachable server or unknown task before the first message."""
     who = client.get_adapter(task).name if task else client.server_info().base_model
     typer.echo(f"{who}: /reset forgets the conversation, /exit leaves.", err=True)
 

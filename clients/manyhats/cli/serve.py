@@ -134,7 +134,7 @@ def run(config: ServeConfig) -> int:
 
 
 def _bars() -> AbstractContextManager[Progress]:
-    """Progress bars, in place of the log's lines of progress."""
+    """Progress bars, instead of progress lines in the log."""
     logging.getLogger("manyhats.loading").setLevel(logging.WARNING)
     return shown_progress()
 

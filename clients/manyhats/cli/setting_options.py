@@ -23,7 +23,7 @@ _OTHER_VARIABLES = frozenset(
 
 
 def takes(**groups: Iterable[Setting] | type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each setting of a group, in place of the parameter that is named as the group.
+    """Give a command an option for each setting of a group, instead of the parameter named like the group.
 
     The command gets the group's settings that are given, by their names, as texts, numbers or lists of texts. A group
     may also be a dataclass with a field for each option, of which it gets an instance.

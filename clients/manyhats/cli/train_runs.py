@@ -1,4 +1,4 @@
-"""What ``manyhats train`` does once its packages are there: the training, registration, and what is printed."""
+"""What ``manyhats train`` does once its packages are installed: training, registration, and output."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def text_of(
         settings: of one task.
         config: the file that some may come from.
         places: setting → the flag or variable that it comes from.
-        method: of the command line; None where the file has it.
+        method: from the command line; None if the file has it.
 
     Raises:
         SettingError: the file cannot be read any more.

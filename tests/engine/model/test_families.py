@@ -235,7 +235,7 @@ def test_unsupported_model_type_names_those_that_work() -> None:
     with pytest.raises(ModelError, match=f"'falcon' is not supported; these are: {known}"):
         read_family({**TINY, "model_type": "falcon"})
     with pytest.raises(
-        ModelError, match="'gemma3' is not supported; of gemma3 the text model alone, gemma3_text"
+        ModelError, match="'gemma3' is not supported; of gemma3, only the text model, gemma3_text"
     ):
         read_family({"model_type": "gemma3", "text_config": {}})
 

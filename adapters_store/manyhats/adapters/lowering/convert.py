@@ -245,7 +245,7 @@ def _name_once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write(target: Path, name: str, tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
-    """Write the directory beside its place and move it there, so that it appears whole or not at all."""
+    """Write the directory under a temporary name and move it into place, so that it is complete or absent."""
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ArgumentInvalidError(str(target), "already exists; give a new directory")

@@ -60,7 +60,7 @@ def check_files(files: Sequence[UploadFile], limits: AdapterLimits) -> None:
     peft_format.check_names(names)
     if all(name in names for name in _WEIGHTS):
         raise AdapterUnsupportedError(
-            _WEIGHTS[1], f"would not be used beside {_WEIGHTS[0]}; send one of them"
+            _WEIGHTS[1], f"would not be used alongside {_WEIGHTS[0]}; send one of them"
         )
     for file in files:
         limit = max_bytes_of(file.name, limits)

@@ -161,7 +161,7 @@ class Loop:
         """There should be none; if there is, whoever sends requests here must be told."""
         if not is_stuck:
             if self.is_at_standstill:
-                _log.info("requests get on again")
+                _log.info("requests make progress again")
             self._stuck_since_s, self.is_at_standstill = None, False
             return
         now_s = time.monotonic()
@@ -170,7 +170,9 @@ class Loop:
         elif now_s - self._stuck_since_s >= _STANDSTILL_S and not self.is_at_standstill:
             self.is_at_standstill = True
             scheduler = self.step.scheduler
-            _log.error("no request gets on", running=scheduler.num_running, waiting=scheduler.num_waiting)
+            _log.error(
+                "no request makes progress", running=scheduler.num_running, waiting=scheduler.num_waiting
+            )
 
     def _take_commands(self) -> list[Event]:
         """Run the queued commands; wait for one if there is nothing to do."""

@@ -37,7 +37,7 @@ class Admission:
 
 
 class Admissions:
-    """Finds blocks for sequences that are to start, and gives them those. Belongs to the scheduler."""
+    """Finds blocks for sequences that are to start, and assigns them. Belongs to the scheduler."""
 
     def __init__(self, config: SchedulerConfig, allocator: BlockAllocator, prefixes: HeldPrefixes) -> None:
         self._config = config

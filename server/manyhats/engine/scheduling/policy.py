@@ -1,8 +1,8 @@
 """Which sequence is next: by (priority, arrival), preempted and resumed ones first within their priority.
 
-The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go ahead of every
-request, and neither ``max_waiting`` nor ``max_num_sequences`` applies to them. In turn, a step in which others decode
-takes few of their tokens, so that it grows by half at most.
+The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go before every request,
+and neither ``max_waiting`` nor ``max_num_sequences`` applies to them. In return, a step in which others decode takes
+few of their tokens, so that it grows by half at most.
 
 ``max_waiting`` refuses requests on arrival only. It refuses none that has already waited for its adapter, and none of
 the continuations of a scoring that has begun, which steady newcomers could otherwise keep out for good.
@@ -43,28 +43,28 @@ class Queue:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """Those that wait, as of now, in the order in which they are to start."""
+        """A snapshot of those that wait, in the order in which they are to start."""
         return iter(tuple(self._waiting))
 
     def rank(self, sequence: Sequence) -> Rank:
-        """Its place among all that are unfinished."""
+        """The sequence's place among all unfinished ones."""
         return self._ranks[sequence]
 
     def add(self, sequence: Sequence) -> None:
-        """Rank a new sequence behind its equals; it waits."""
+        """Rank a new sequence after its equals; it waits."""
         priority = _INTERNAL_PRIORITY if sequence.is_internal else sequence.priority
         self._ranks[sequence] = (-priority, sequence.arrival, self._num_added)
         self._num_added += 1
         self.enter(sequence)
 
     def enter(self, sequence: Sequence) -> None:
-        """A sequence waits, from now or again."""
+        """Note that a sequence is waiting, for the first time or again."""
         sequence.status = SequenceStatus.WAITING
         self._count(sequence, +1)
         insort(self._waiting, sequence, key=self._waiting_rank)
 
     def leave(self, sequence: Sequence) -> None:
-        """A sequence waits no longer, but keeps its rank."""
+        """Note that a sequence no longer waits; it keeps its rank."""
         self._count(sequence, -1)
         del self._waiting[bisect_left(self._waiting, self._waiting_rank(sequence), key=self._waiting_rank)]
 

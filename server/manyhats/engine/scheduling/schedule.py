@@ -81,7 +81,8 @@ class SchedulerConfig:
         max_num_batched_tokens: tokens of a step; at least ``max_num_sequences``, so that decodes always leave
             a token for a sequence in prefill.
         max_waiting: sequences that may wait.
-        max_bulk_tokens: tokens of scorings and of prompts that take several steps, in a step beside other sequences.
+        max_bulk_tokens: tokens of scorings and of prompts that take several steps, in a step shared with other
+            sequences.
     """
 
     max_num_sequences: int = 64

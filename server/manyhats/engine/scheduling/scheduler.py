@@ -35,9 +35,9 @@ from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 __all__ = ["Chunk", "Schedule", "Scheduler", "SchedulerConfig"]
 
 _MAX_PASSED = 32
-"""How many later sequences may overtake one that waits for blocks; then nothing behind it starts before it.
+"""How many later sequences may overtake one that waits for blocks; then nothing after it starts before it.
 
-As many may take a slot ahead of one that waits for that; then nothing behind it gets one."""
+As many may take a slot before one that waits for it; then nothing after it gets one."""
 _MAX_BLOCKED = 16
 """How many sequences may be tried without fitting in one step; trying each takes time."""
 
@@ -141,7 +141,7 @@ class Scheduler:
         sequence.token_ids.append(token_id)
 
     def commit(self, schedule: Schedule) -> None:
-        """Account for a step that has run; sequences finished meanwhile are ignored."""
+        """Account for a step that has run; sequences that have since finished are ignored."""
         for chunk in schedule.chunks:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
@@ -194,7 +194,7 @@ class Scheduler:
         self.allocator.clear()
 
     def pause(self, sequence: Sequence) -> None:
-        """Leave a sequence out until ``resume``; it holds no blocks meanwhile, but the prefix cache keeps full ones."""
+        """Leave a sequence out until ``resume``; it then holds no blocks, but the prefix cache keeps full ones."""
         if sequence.status is SequenceStatus.RUNNING:
             self._give_back(sequence)
         elif sequence.status is SequenceStatus.WAITING:
@@ -205,7 +205,7 @@ class Scheduler:
         self._paused.add(sequence)
 
     def resume(self, sequence: Sequence) -> None:
-        """Let a paused sequence take its turn again, ahead of those that have not begun."""
+        """Let a paused sequence take its turn again, before those that have not begun."""
         if sequence.status is SequenceStatus.PAUSED:
             self._paused.remove(sequence)
             self._queue.enter(sequence)

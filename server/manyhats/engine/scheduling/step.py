@@ -26,7 +26,7 @@ class Step:
 
     Attributes:
         budget: tokens that are left.
-        max_bulk: tokens of bulk sequences beside one decode; each two further decodes allow for one more.
+        max_bulk: tokens of bulk sequences in a step with one decode; each two further decodes allow for one more.
         rank: of a sequence.
         without_slot: sequences that wait for a slot, by rank.
         are_slots_reserved: whether one of them has waited long enough: nothing after it gets a slot.

@@ -92,7 +92,7 @@ class _Threads(ThreadPoolExecutor):
 
 
 def _begin() -> None:
-    # An OpenMP team of its own would make the engine's threads sleep between loops (``in_own_thread``).
+    # Its own OpenMP team would make the engine's threads sleep between loops (``in_own_thread``).
     torch.set_num_threads(1)
     torch.get_num_threads()
     _give_way()

@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values ahead of the sequence in every layer, in PEFT's layout.
+"""Prefix tuning: trained keys and values before the sequence in every layer, in PEFT's layout.
 
 With a projection, an embedding of each virtual token and an MLP that makes its keys and values are trained; only the
 keys and values are saved, as in PEFT.

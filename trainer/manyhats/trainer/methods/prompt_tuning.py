@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings of virtual tokens ahead of the sequence, in PEFT's layout.
+"""Prompt tuning: trained embeddings of virtual tokens before the sequence, in PEFT's layout.
 
 Source: Lester et al. 2021 (arXiv:2104.08691).
 """

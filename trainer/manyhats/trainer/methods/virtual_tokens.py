@@ -1,4 +1,4 @@
-"""What prefix tuning, prompt tuning and P-tuning share: P virtual tokens ahead of the sequence."""
+"""What prefix tuning, prompt tuning and P-tuning share: P virtual tokens before the sequence."""
 
 from __future__ import annotations
 

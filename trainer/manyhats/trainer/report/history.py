@@ -12,7 +12,7 @@ class RunHistory:
 
     Args:
         steps: those before, in order.
-        evaluations: likewise.
+        evaluations: the same.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ class Checkpoints:
     """``step-000100`` and so on in one directory, created when the first is written.
 
     Args:
-        directory: nobody else writes to it meanwhile.
+        directory: must have no other writer.
         keep: how many of the newest to keep, at least one, besides the best.
         fingerprint: of the run.
         date: the one that chat templates wrote into its rows.

@@ -34,7 +34,7 @@ class RunState:
         optimizer: its state.
         best: the parameters at the best evaluation; empty if they are not kept.
         steps: every step so far.
-        evaluations: likewise.
+        evaluations: every evaluation so far.
         is_done: whether no step follows.
     """
 

@@ -27,7 +27,7 @@ ALL_LINEARS = "all-linear"
 
 
 def _num_virtual_tokens() -> Any:
-    return whole(16, 1, group=VIRTUAL, metavar="P", help="Virtual tokens, ahead of the prompt.")
+    return whole(16, 1, group=VIRTUAL, metavar="P", help="Virtual tokens before the prompt.")
 
 
 def _check_activation(name: str) -> None:

@@ -24,7 +24,7 @@ WEIGHTS_FILE = "adapter.safetensors"
 PICKLE_FILE = "pytorch_adapter.bin"
 BASE_NAME_KEY = "model_name"
 
-# What the library writes beside an adapter → what it is.
+# What the library writes alongside an adapter → what it is.
 COMPANIONS: Mapping[str, str] = MappingProxyType(
     {
         "head_config.json": "a prediction head",

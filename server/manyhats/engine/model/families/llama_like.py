@@ -32,7 +32,7 @@ NORMS_AFTER: Mapping[str, str] = {
     "feed_forward_output": "post_feedforward_layernorm",
 }
 QK_NORMS: Mapping[str, str] = {"query": "self_attn.q_norm", "key": "self_attn.k_norm"}
-"""Name of a block's norm → its path below the layer; the two before likewise."""
+"""Name of a block's norm → its path below the layer; similarly for the two before."""
 
 LLAMA = Layout(
     modules={

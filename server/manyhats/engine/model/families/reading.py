@@ -43,7 +43,7 @@ def read_family(config: RawConfig, max_context_length: int | None = None) -> Fam
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
-        hint = "; of gemma3 the text model alone, gemma3_text, is" if model_type == "gemma3" else ""
+        hint = "; of gemma3, only the text model, gemma3_text, is" if model_type == "gemma3" else ""
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"config.json: model_type {model_type!r} is not supported{hint}; these are: {known}")
     try:
