@@ -163,7 +163,7 @@ def make_settings(values: Mapping[str, Any]) -> TrainSettings:
     method = METHODS[method_name]
     for name in given.keys() & of_other_methods(method_name):
         raise SettingError(
-            name, f"is a setting not of {method_name}, but of {', '.join(_methods_with(name))}"
+            name, f"is not a setting of {method_name}, but of {', '.join(_methods_with(name))}"
         )
     quantization = given.get("quantization", method.quantization)
     if method.is_quantized and quantization != method.quantization:
