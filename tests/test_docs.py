@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from manyhats.cli.main import app
-from manyhats.server.errors import ConfigError
+from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.config_file import make_config
 from write_settings import with_tables

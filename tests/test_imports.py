@@ -51,7 +51,7 @@ FLOORS = {
         errors home output progress request threads model text scheduling backends checkpoints config sampling
         residency loop engine opening
     """,
-    "server": "errors observability access service grpc http lifetime",
+    "server": "observability access service grpc http lifetime",
     "trainer": "errors files settings data methods model memory report run registration train",
 }
 # What a room of the server must not know: what a call comes through is for the two transports alone.
@@ -76,7 +76,7 @@ WITHOUT_SLOW = """
     adapters.labels adapters.taskid adapters.primitives adapters.method adapters.probe adapters.registration
     engine.errors engine.home engine.output engine.progress engine.request engine.config engine.scheduling
     server.access server.service server.grpc server.http
-    server.lifetime.config_file server.lifetime.registered_sources server.lifetime.process
+    server.lifetime.config_file server.lifetime.process
 """
 
 

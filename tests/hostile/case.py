@@ -20,7 +20,7 @@ from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.errors import DrainingError, FieldInvalidError
-from manyhats.server.errors import LoadingError
+from manyhats.server.service.errors import LoadingError
 from manyhats.v1 import adapter_pb2 as pb
 from support.factories.adapters import lora_config, make_base, make_lora
 

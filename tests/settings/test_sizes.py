@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhats.server.errors import ConfigError
+from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import SETTINGS as DECLARED
 from manyhats.server.lifetime.config_file import make_config
 from manyhats.settings.declaration import values_of

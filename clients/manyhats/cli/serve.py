@@ -17,7 +17,7 @@ from manyhats.cli.extras import needs_extra, quiet_libraries
 from manyhats.cli.failures import UsageError
 from manyhats.cli.progress import shown_progress
 from manyhats.cli.setting_options import Given, read_entries, refuse_unknown_variables, takes
-from manyhats.server.errors import ConfigError
+from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import SETTINGS, ServeConfig
 from manyhats.settings.declaration import values_of
 from manyhats.settings.printing import config_text
@@ -95,8 +95,7 @@ def read_config(given: Given, file: Path | None) -> tuple[ServeConfig, dict[str,
     Raises:
         UsageError: one is wrong.
     """
-    from manyhats.server.lifetime.config_file import make_config
-    from manyhats.server.lifetime.registered_sources import check_registered_sources
+    from manyhats.server.lifetime.config_file import check_registered_sources, make_config
     from manyhats.settings.yaml_file import read_yaml
 
     keys: dict[str, str] = {}

@@ -57,8 +57,8 @@ def new(
 ) -> None:
     """Add a token to a token file, and print it."""
     with needs_extra("server"):
+        from manyhats.server.access.errors import ConfigError
         from manyhats.server.access.tokens import Role, new_token, parse_tokens, token_entry
-        from manyhats.server.errors import ConfigError
     token = new_token()
     try:
         roles = [Role(text) for text in role or ["generate"]]

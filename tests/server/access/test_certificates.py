@@ -17,8 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhats.server.access.certificates import ExpiryWarnings, Validity, validity_of
-from manyhats.server.access.tls import ServerTls, TlsFiles
+from manyhats.server.access.tls import ExpiryWarnings, ServerTls, TlsFiles, Validity, validity_of
 from support.fakes.server import Running, eventually
 from support.servers.secure import Pki, https_get, make_pki, secured_server
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from manyhats.server.access.errors import RoleMissingError, TaskNotAllowedError
 from manyhats.server.access.rules import RULES, check_access
 from manyhats.server.access.tokens import EVERYBODY, Caller, Role, Scope
-from manyhats.server.errors import RoleMissingError, TaskNotAllowedError
 
 ALL = frozenset(Role)
 

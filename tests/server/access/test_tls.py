@@ -13,8 +13,8 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
+from manyhats.server.access.errors import ConfigError
 from manyhats.server.access.tls import ServerTls, TlsFiles
-from manyhats.server.errors import ConfigError
 from manyhats.v1 import server_pb2
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
 from support.fakes.server import Running

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manyhats.server.access.errors import ConfigError
 from manyhats.server.access.tokens import (
     Caller,
     Role,
@@ -19,7 +20,6 @@ from manyhats.server.access.tokens import (
     parse_tokens,
     token_entry,
 )
-from manyhats.server.errors import ConfigError
 from support.servers.secure import BOTH, add_token
 
 DIGEST = "ab" * 32

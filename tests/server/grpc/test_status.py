@@ -12,8 +12,9 @@ from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untype
 from manyhats.adapters import errors as adapter_errors
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine import errors as engine_errors
-from manyhats.server import errors as server_errors
+from manyhats.server.access import errors as access_errors
 from manyhats.server.grpc.status import grpc_code, status_of
+from manyhats.server.service import errors as service_errors
 from manyhats.server.service.reasons import is_expected, reason_of
 from manyhats.v1 import adapter_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
@@ -23,7 +24,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_unexpected_error_shows_only_its_id() -> None:
-    status = status_of(server_errors.UnexpectedError("id7"))
+    status = status_of(service_errors.UnexpectedError("id7"))
     assert status.message == "internal error id7"
     assert not is_expected(KeyError("/etc/secret"))
     assert reason_of(KeyError("/etc/secret")).word == "INTERNAL"
@@ -53,7 +54,7 @@ MADE_OF_TEXT: dict[str, Callable[[str], Exception]] = {
     "an adapter": lambda text: adapter_errors.AdapterInvalidError(text, text),
     "a draining": lambda text: engine_errors.DrainingError(text),
     "a failed request": lambda text: engine_errors.RequestFailedError(text),
-    "a task": lambda text: server_errors.TaskNotAllowedError(text),
+    "a task": lambda text: access_errors.TaskNotAllowedError(text),
     "anything": lambda text: RuntimeError(text),
 }
 
@@ -193,7 +194,7 @@ async def test_full_queue_says_when_to_come_again() -> None:
     [
         (engine_errors.QueueFullError(9, 12.5), 12.5),
         (engine_errors.AdapterCapacityError(9, 10.0), 10.0),
-        (server_errors.TooManyCallsError(9, 0.25), 0.25),
+        (service_errors.TooManyCallsError(9, 0.25), 0.25),
         (adapter_errors.QuotaExceededError("max_transfers", "are used up", 7.0), 7.0),
         (adapter_errors.QuotaExceededError("max_tasks", "are used up"), None),
     ],

@@ -16,9 +16,9 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
-from manyhats.server.errors import UploadStalledError
 from manyhats.server.grpc.adapters import UploadMessages
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.errors import UploadStalledError
 from manyhats.server.service.registrations import Registrations
 from manyhats.server.service.uploads import take_upload
 from manyhats.v1 import adapter_pb2 as pb

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhats.server.access.addresses import is_loopback
-from manyhats.server.errors import ConfigError
+from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.config_file import make_config
 

@@ -19,7 +19,7 @@ import pytest
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_app
-from manyhats.server.lifetime.file_limit import connection_limits
+from manyhats.server.lifetime.system import connection_limits
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
@@ -207,7 +207,7 @@ async def test_grpc_connections_over_the_limit_are_closed_and_the_others_served(
 def test_the_file_limit_is_raised_as_far_as_it_may_be() -> None:
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 1000));"
-        "from manyhats.server.lifetime.file_limit import raise_file_limit;"
+        "from manyhats.server.lifetime.system import raise_file_limit;"
         "print(raise_file_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE), raise_file_limit())"
     )
     printed = subprocess.run(

@@ -15,12 +15,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from structlog.testing import capture_logs
 
-from manyhats.server.errors import AddressError
 from manyhats.server.grpc.port import SERVICES, GrpcPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_app
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.call import Calls
+from manyhats.server.service.errors import AddressError
 from manyhats.server.service.gate import Gate, ServingState
 from manyhats.v1 import generation_pb2 as pb
 from support.fakes.server import Running, make_backend, running_server

@@ -10,7 +10,7 @@ import pytest
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.quotas import Quotas
 from manyhats.engine.config import EngineConfig, resolve
-from manyhats.server.errors import ConfigError
+from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.config_file import make_config
 from manyhats.server.lifetime.wiring import (

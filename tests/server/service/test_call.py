@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from manyhats.engine.errors import DrainingError, FieldInvalidError, QueueFullError
+from manyhats.server.access.errors import TaskNotAllowedError
 from manyhats.server.access.tokens import EVERYBODY, Caller, Role, Scope
-from manyhats.server.errors import LoadingError, TaskNotAllowedError, UnexpectedError
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.call import MAX_REQUEST_ID_LENGTH, Call, Calls, task_of
+from manyhats.server.service.errors import LoadingError, UnexpectedError
 from manyhats.server.service.gate import Gate
 from support.fakes.server import EchoEngine, MemoryStore, make_backend
 

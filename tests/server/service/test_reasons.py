@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from manyhats.adapters import errors as adapter_errors
 from manyhats.engine import errors as engine_errors
-from manyhats.server import errors as server_errors
+from manyhats.server.access import errors as access_errors
+from manyhats.server.service import errors as service_errors
 from manyhats.server.service.reasons import REASONS
 
 E = TypeVar("E", bound=Exception)
@@ -32,8 +33,12 @@ def test_every_error_of_the_engine_that_a_request_can_meet_has_a_row() -> None:
 
 
 def test_every_error_of_the_server_that_a_call_can_meet_has_a_row() -> None:
-    at_start_only = {server_errors.ConfigError, server_errors.AddressError}
-    for kind in set(_leaves(server_errors, server_errors.ServerError)) - at_start_only:
+    at_start_only = {access_errors.ConfigError, service_errors.AddressError}
+    kinds = {
+        *_leaves(access_errors, access_errors.ServerError),
+        *_leaves(service_errors, access_errors.ServerError),
+    }
+    for kind in kinds - at_start_only:
         assert any(each in REASONS for each in kind.__mro__), kind
 
 

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from manyhats.server.errors import ConfigError
+from manyhats.server.access.errors import ConfigError
 
 _log = structlog.get_logger("manyhats.files")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from manyhats.adapters.errors import shown
+from manyhats.server.access.errors import RoleMissingError, TaskNotAllowedError
 from manyhats.server.access.tokens import Caller, Role
-from manyhats.server.errors import RoleMissingError, TaskNotAllowedError
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from manyhats.server.access.errors import ConfigError, CredentialInvalidError, CredentialMissingError
 from manyhats.server.access.followed_files import FollowedFiles
-from manyhats.server.errors import ConfigError, CredentialInvalidError, CredentialMissingError
 from manyhats.server.observability.task_labels import BASE_LABEL
 
 _PREFIX = "mh_"  # so that scanners for leaked secrets can find one

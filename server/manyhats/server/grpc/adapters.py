@@ -12,9 +12,8 @@ from manyhats.server.grpc.interceptor import GrpcCall
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.call import Call
 from manyhats.server.service.gate import Gate
-from manyhats.server.service.registrations import Registrations
+from manyhats.server.service.registrations import Registrations, visible_page
 from manyhats.server.service.uploads import Chunk, take_upload
-from manyhats.server.service.visible_page import visible_page
 from manyhats.v1 import adapter_pb2
 
 # Sent as initial metadata once an upload's header is accepted: the caller may then send chunks.

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from manyhats.engine.errors import FieldInvalidError, StreamUnreadError
-from manyhats.server.errors import UnreadAnswersError
+from manyhats.server.service.errors import UnreadAnswersError
 
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # prompt_logprobs with 100 alternatives on a long prompt
 # Smaller ones are bounded by the number of calls.

@@ -13,9 +13,9 @@ import structlog
 from grpc_status import rpc_status
 
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.server.access.errors import ServerError
 from manyhats.server.access.rules import check_access
 from manyhats.server.access.tokens import EVERYBODY, Caller, Scope, TokenFile
-from manyhats.server.errors import ServerError
 from manyhats.server.grpc.answers import Answers
 from manyhats.server.grpc.messages import check_readable, readable, tolerant
 from manyhats.server.grpc.status import status_of

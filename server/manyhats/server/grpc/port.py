@@ -13,7 +13,6 @@ from manyhats.engine.config import EngineConfig
 from manyhats.server.access.addresses import join_host_port
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
-from manyhats.server.errors import AddressError
 from manyhats.server.grpc.adapters import AdapterService
 from manyhats.server.grpc.answers import MAX_ANSWER_BYTES, Answers
 from manyhats.server.grpc.generation import GenerationService
@@ -21,6 +20,7 @@ from manyhats.server.grpc.health import HealthFollower
 from manyhats.server.grpc.interceptor import CallInterceptor
 from manyhats.server.grpc.server_info import ServerService
 from manyhats.server.service.call import Calls
+from manyhats.server.service.errors import AddressError
 from manyhats.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,

@@ -12,8 +12,9 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo  # typ
 from manyhats.adapters import errors as adapter
 from manyhats.engine import errors as engine
 from manyhats.engine.errors import clipped
-from manyhats.server import errors as server
+from manyhats.server.access import errors as access
 from manyhats.server.observability.task_labels import BASE_LABEL
+from manyhats.server.service import errors as service
 from manyhats.server.service.reasons import Reason, is_expected, reason_of
 
 DOMAIN = "manyhats"
@@ -47,21 +48,21 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"field": error.field, "num_tokens": str(error.num_tokens), "limit": str(error.limit)}
         case engine.RequestError():
             return {"field": error.field}
-        case engine.QueueFullError() | engine.AdapterCapacityError() | server.BusyError():
+        case engine.QueueFullError() | engine.AdapterCapacityError() | service.BusyError():
             return {"limit": str(error.limit)}
         case engine.StreamUnreadError():
             return {"limit_s": f"{error.limit_s:g}"}
-        case engine.RequestFailedError() | server.UnexpectedError():
+        case engine.RequestFailedError() | service.UnexpectedError():
             return {"error_id": error.error_id}
         case adapter.ArgumentInvalidError():
             return {"field": error.subject}
         case adapter.AdapterError():
             return {"subject": error.subject}
-        case server.UploadStalledError():
+        case service.UploadStalledError():
             return {"limit_s": f"{error.limit_s:g}"}
-        case server.RoleMissingError():
+        case access.RoleMissingError():
             return {"method": error.method, "roles": ",".join(error.roles)}
-        case server.TaskNotAllowedError():
+        case access.TaskNotAllowedError():
             return {"task": error.task or BASE_LABEL}
     return {}
 
@@ -72,7 +73,7 @@ def _details(error: Exception) -> tuple[Message, ...]:
             return (_bad_request(error.field, error.description),)
         case adapter.ArgumentInvalidError():
             return (_bad_request(error.subject, error.description),)
-        case engine.QueueFullError() | engine.AdapterCapacityError() | server.BusyError():
+        case engine.QueueFullError() | engine.AdapterCapacityError() | service.BusyError():
             return (_retry_info(error.retry_after_s),)
         case adapter.QuotaExceededError(retry_after_s=float(seconds)):
             return (_retry_info(seconds),)

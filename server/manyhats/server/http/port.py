@@ -16,7 +16,7 @@ from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
 from manyhats.server.access.addresses import join_host_port
 from manyhats.server.access.tls import ServerTls
-from manyhats.server.errors import AddressError
+from manyhats.server.service.errors import AddressError
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication

@@ -16,7 +16,7 @@ from manyhats.adapters.taskid import check_task_id
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.home import default_home
 from manyhats.server.access.addresses import is_loopback
-from manyhats.server.errors import ConfigError
+from manyhats.server.access.errors import ConfigError
 from manyhats.settings.declaration import grouped, setting
 from manyhats.settings.reading import Wording, check
 

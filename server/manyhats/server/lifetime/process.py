@@ -21,16 +21,15 @@ from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine.errors import EngineError
 from manyhats.engine.progress import Progress, no_progress
 from manyhats.engine.threads.openmp import in_own_thread
+from manyhats.server.access.errors import ServerError
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
-from manyhats.server.errors import ServerError
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_app
 from manyhats.server.lifetime.config import ServeConfig
-from manyhats.server.lifetime.file_limit import connection_limits, raise_file_limit
 from manyhats.server.lifetime.progress_log import LoadingStopped, ProgressLog, both
-from manyhats.server.lifetime.signals import StopSignals, wait_for_either
+from manyhats.server.lifetime.system import StopSignals, connection_limits, raise_file_limit, wait_for_either
 from manyhats.server.observability.logs import configure_logs
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend

@@ -20,7 +20,7 @@ from manyhats.engine.home import default_home
 from manyhats.engine.opening import open_engine
 from manyhats.engine.progress import Progress
 from manyhats.engine.threads.background import Background
-from manyhats.server.errors import ConfigError
+from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend, ModelInfo, ServerLimits
@@ -61,14 +61,6 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     background = Background()
     engine = open_engine(model, settings, loader, background=background, progress=progress)
     engine.loop.on_step = metrics.step
-    info = ModelInfo(
-        name=model.name,
-        digest=model.description.digest,
-        quantization=config.quantization,
-        dtype=settings.dtype,
-        device=device,
-        vocab_size=model.architecture.vocab_size,
-    )
     return Backend(
         engine=engine,
         store=store,
@@ -84,7 +76,14 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
             rendering=background.threads(_NUM_RENDERING_THREADS, "task-text"),
             slow=background.threads(1, "slow-task-text"),
         ),
-        info=info,
+        info=ModelInfo(
+            name=model.name,
+            digest=model.description.digest,
+            quantization=config.quantization,
+            dtype=settings.dtype,
+            device=device,
+            vocab_size=model.architecture.vocab_size,
+        ),
         limits=limits(config),
     )
 

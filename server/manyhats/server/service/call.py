@@ -16,7 +16,7 @@ from manyhats.adapters.errors import shown
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.server.access.rules import check_access
 from manyhats.server.access.tokens import Caller
-from manyhats.server.errors import UnexpectedError
+from manyhats.server.service.errors import UnexpectedError
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.reasons import is_expected, reason_of
 

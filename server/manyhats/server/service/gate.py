@@ -10,8 +10,8 @@ from enum import Enum
 
 from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import DrainingError, EngineDeadError
-from manyhats.server.errors import LoadingError, TooManyCallsError
 from manyhats.server.service.backend import Backend
+from manyhats.server.service.errors import LoadingError, TooManyCallsError
 
 
 class ServingState(Enum):

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 from manyhats.adapters import errors as adapter
 from manyhats.engine import errors as engine
-from manyhats.server import errors as server
+from manyhats.server.access import errors as access
+from manyhats.server.service import errors as service
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,14 @@ REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
         engine.StreamUnreadError: Reason("STREAM_UNREAD", _EXHAUSTED),
         engine.NoTokenAllowedError: Reason("NO_TOKEN_ALLOWED", _INVALID),
         engine.RequestFailedError: _INTERNAL,
-        server.UnexpectedError: _INTERNAL,
-        server.LoadingError: Reason("LOADING", _UNAVAILABLE),
-        server.BusyError: Reason("QUEUE_FULL", _EXHAUSTED),
-        server.UploadStalledError: Reason("UPLOAD_STALLED", "DEADLINE_EXCEEDED"),
-        server.CredentialMissingError: Reason("CREDENTIAL_MISSING", "UNAUTHENTICATED"),
-        server.CredentialInvalidError: Reason("CREDENTIAL_INVALID", "UNAUTHENTICATED"),
-        server.RoleMissingError: Reason("ROLE_MISSING", "PERMISSION_DENIED"),
-        server.TaskNotAllowedError: Reason("TASK_NOT_ALLOWED", "PERMISSION_DENIED"),
+        service.UnexpectedError: _INTERNAL,
+        service.LoadingError: Reason("LOADING", _UNAVAILABLE),
+        service.BusyError: Reason("QUEUE_FULL", _EXHAUSTED),
+        service.UploadStalledError: Reason("UPLOAD_STALLED", "DEADLINE_EXCEEDED"),
+        access.CredentialMissingError: Reason("CREDENTIAL_MISSING", "UNAUTHENTICATED"),
+        access.CredentialInvalidError: Reason("CREDENTIAL_INVALID", "UNAUTHENTICATED"),
+        access.RoleMissingError: Reason("ROLE_MISSING", "PERMISSION_DENIED"),
+        access.TaskNotAllowedError: Reason("TASK_NOT_ALLOWED", "PERMISSION_DENIED"),
         adapter.ArgumentInvalidError: Reason("FIELD_INVALID", _INVALID),
         adapter.TaskNotFoundError: Reason("TASK_NOT_FOUND", "NOT_FOUND"),
         adapter.SourceNotFoundError: Reason("SOURCE_NOT_FOUND", "NOT_FOUND"),

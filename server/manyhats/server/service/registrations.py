@@ -1,4 +1,4 @@
-"""Changes the store, and keeps engine and metrics in step with it."""
+"""Changes the store, and keeps engine and metrics in step with it; lists what a token may see of it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from manyhats.adapters.errors import AdapterError, TaskNotFoundError
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare
 from manyhats.adapters.registration import Registered, Registration
+from manyhats.adapters.store.catalogue.page_token import encode_page_token
+from manyhats.adapters.store.catalogue.pages import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page
 from manyhats.adapters.taskid import parse_name
 from manyhats.engine.errors import EngineError
+from manyhats.server.access.tokens import Scope
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.reasons import reason_of
 
 if TYPE_CHECKING:
+    from manyhats.adapters.store.store import AdapterStore
     from manyhats.adapters.store.upload import UploadSession
 
 # How long the switch to a new version waits for it to load.
@@ -207,3 +211,32 @@ class Registrations:
             _log.warning(
                 "adapter not loaded yet", task=record.task_id, digest=record.digest, error=str(error)
             )
+
+
+def visible_page(store: AdapterStore, scope: Scope, *, task_id: str, page_size: int, page_token: str) -> Page:
+    """``store.list``, restricted to the scope; its page token reveals nothing outside it either.
+
+    Raises:
+        ArgumentInvalidError: an argument is out of range.
+    """
+    if scope.is_everything:
+        return store.list(task_id=task_id, page_size=page_size, page_token=page_token)
+    size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+    found: list[AdapterRecord] = []
+    for record in _records(store, task_id, page_token):
+        if not scope.reaches(record.task_id):
+            continue
+        if len(found) == size:
+            return Page(tuple(found), encode_page_token(task_id, found[-1].task_id, found[-1].version))
+        found.append(record)
+    return Page(tuple(found), "")
+
+
+def _records(store: AdapterStore, task_id: str, page_token: str) -> Iterator[AdapterRecord]:
+    """All records after a token."""
+    while True:
+        page = store.list(task_id=task_id, page_size=MAX_PAGE_SIZE, page_token=page_token)
+        yield from page.records
+        page_token = page.next_page_token
+        if not page_token:
+            return

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from manyhats.adapters.registration import Registered, Registration
-from manyhats.server.errors import UploadStalledError
+from manyhats.server.service.errors import UploadStalledError
 from manyhats.server.service.registrations import Registrations
 
 if TYPE_CHECKING:

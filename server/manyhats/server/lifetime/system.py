@@ -1,14 +1,23 @@
-"""SIGINT and SIGTERM as events, and waiting for one of two things."""
+"""What the process has of its system: SIGINT and SIGTERM as events, and how many files it may have open."""
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_log = structlog.get_logger("manyhats.files")
+
+# Enough for any number of callers; some systems allow a billion, or report no limit.
+_ENOUGH = 65_536
 
 
 class StopSignals:
@@ -52,3 +61,30 @@ async def wait_for_either(
         await asyncio.wait({task, waiting}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
         waiting.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """Connections that each port may have open; the other files are for adapters, logs and libraries."""
+
+    grpc: int
+    http: int
+
+
+def raise_file_limit() -> int:
+    """Raise the limit on open files as far as allowed, or as needed, and return it.
+
+    Systems default to 1,024 for the sake of old programs, and leave it to others to ask for more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        _log.debug("limit on open files raised", before=soft, now=wanted)
+        return wanted
+    return wanted if soft == resource.RLIM_INFINITY else soft
+
+
+def connection_limits(file_limit: int) -> ConnectionLimits:
+    """How many connections leave enough files of ``file_limit`` for everything else."""
+    return ConnectionLimits(grpc=min(file_limit // 2, 8192), http=min(file_limit // 8, 256))

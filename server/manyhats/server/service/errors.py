@@ -1,0 +1,74 @@
+"""Errors of ports and calls.
+
+ServerError
+├── AddressError        a port that cannot be bound
+├── LoadingError        the model is not loaded yet
+├── BusyError           try again later
+│   ├── TooManyCallsError       the limit of running calls is reached
+│   └── UnreadAnswersError      large answers wait for their callers
+├── UnexpectedError     a bug; the log has it
+├── UploadStalledError  a caller began an upload and stopped sending
+└── …                   of settings and of access: ``access/errors.py``
+"""
+
+from __future__ import annotations
+
+from manyhats.server.access.errors import ServerError
+
+
+class AddressError(ServerError):
+    """A port cannot be bound, most often because another process has it."""
+
+    def __init__(self, purpose: str, address: str) -> None:
+        super().__init__(
+            f"cannot listen for {purpose} on {address}: is the port taken, or the host not this machine's?"
+        )
+        self.address = address
+
+
+class LoadingError(ServerError):
+    """The model is being loaded; try again soon."""
+
+    def __init__(self) -> None:
+        super().__init__("the model is being loaded")
+
+
+class BusyError(ServerError):
+    """Some ``limit`` is reached; ``retry_after_s`` is a hint."""
+
+    def __init__(self, message: str, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"{message}; try again soon")
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class TooManyCallsError(BusyError):
+    """The limit of running calls is reached; ``limit`` is their number."""
+
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"{limit} calls are running, which is the limit", limit, retry_after_s)
+
+
+class UnreadAnswersError(BusyError):
+    """There is no room for another large answer besides those not yet read; ``limit`` is in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"too much of earlier answers is still unread; the limit is {limit} bytes", limit, 1.0
+        )
+
+
+class UnexpectedError(ServerError):
+    """An unexpected error ended a call; it is logged under ``error_id``."""
+
+    def __init__(self, error_id: str) -> None:
+        super().__init__(f"internal error {error_id}")
+        self.error_id = error_id
+
+
+class UploadStalledError(ServerError):
+    """A caller began an upload, and nothing arrived for ``limit_s`` seconds."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"nothing arrived for {limit_s:g} s; the upload was abandoned")
+        self.limit_s = limit_s
