@@ -7,7 +7,7 @@ import pytest
 from manyhats.cli.failures import UsageError
 from manyhats.cli.setting_options import refuse_unknown_variables
 from manyhats.server.lifetime.config import SETTINGS as SERVE
-from manyhats.settings.variables import read_variables
+from manyhats.settings.reading import read_variables
 from manyhats.trainer.settings.settings import SETTINGS as TRAIN
 
 

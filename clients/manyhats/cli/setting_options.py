@@ -11,9 +11,8 @@ from typing import Annotated, Any, Union, get_args
 import typer
 
 from manyhats.cli.failures import UsageError
-from manyhats.cli.pairs import as_mapping
 from manyhats.settings.declaration import Setting
-from manyhats.settings.variables import check_variables, read_variables
+from manyhats.settings.reading import check_variables, read_variables
 
 # Of commands that talk to a server, of every command, and of this one.
 _OTHER_VARIABLES = frozenset(
@@ -133,3 +132,24 @@ def refuse_unknown_variables(environment: Mapping[str, str], *commands: Iterable
     """
     known = {each.variable for settings in commands for each in settings} | _OTHER_VARIABLES
     check_variables(environment, known, lambda name, problem: UsageError(f"{name}: {problem}"))
+
+
+def as_mapping(flag: str, form: str, parts: Iterable[tuple[str, str, str]]) -> dict[str, str]:
+    """The texts of an option as a mapping.
+
+    Args:
+        flag: named in errors.
+        form: of one text, such as ``TASK=PATH``.
+        parts: each text cut at its ``=``, the first or the last one.
+
+    Raises:
+        UsageError: one is not of that form, or a key comes twice.
+    """
+    parsed: dict[str, str] = {}
+    for key, equals, value in parts:
+        if not (key and value):
+            raise UsageError(f"{flag} must be {form}, not {key + equals + value!r}")
+        if key in parsed:
+            raise UsageError(f"{flag} names {key} twice")
+        parsed[key] = value
+    return parsed

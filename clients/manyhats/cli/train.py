@@ -128,14 +128,14 @@ def train(
         from manyhats.engine.threads.openmp import sleep_soon
 
         sleep_soon()
-        from manyhats.cli import train_dry_run, train_runs, train_settings
+        from manyhats.cli import train_runs, train_settings
     with trainer_errors(given.places):
         every = train_settings.read(values, config, tasks, is_dry_run=dry_run)
         registrar = train_runs.Registrar.of(server, every)
         if print_config:
             typer.echo(train_settings.text_of(every[0], config, given.places, method), nl=False)
         elif dry_run:
-            train_dry_run.show(every, as_json)
+            train_settings.show_memory(every, as_json)
         elif tasks is not None:
             train_runs.train_all(every, registrar, resume, as_json)
         else:

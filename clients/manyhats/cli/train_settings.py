@@ -1,4 +1,4 @@
-"""The settings of ``manyhats train``: of its flags, its settings file, or its tasks' file."""
+"""The settings of ``manyhats train``, of its flags and files, and what they come to without training: text, memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
+import typer
+
+from manyhats.cli.output import human_bytes, human_count, print_json, print_table
 from manyhats.settings.declaration import values_of
 from manyhats.settings.printing import config_text
-from manyhats.trainer.memory import NO_DATA
+from manyhats.trainer.memory import NO_DATA, MemoryPrediction, predict_memory
 from manyhats.trainer.settings.settings import SETTINGS, TrainSettings
 from manyhats.trainer.settings.settings_file import (
     DEFAULT_OUT,
@@ -21,6 +24,8 @@ from manyhats.trainer.settings.settings_file import (
 from manyhats.trainer.settings.tasks_file import read_tasks
 
 _ANY_TASK = "task"
+
+_WHOSE = {"cpu": "memory of the process", "cuda": "memory of the CUDA device"}
 
 
 def read(
@@ -62,3 +67,55 @@ def text_of(
     where = "METHOD" if method else config
     own = config_text(SETTINGS, values_of(settings), {**in_file, **places})
     return f"method: {method_of(settings)}  # {where}\n{own}"
+
+
+def show_memory(tasks: Sequence[TrainSettings], as_json: bool) -> None:
+    """Print how much memory a training of these tasks would take at most.
+
+    Raises:
+        ModelError, SettingError, DataError: as ``predict_memory``.
+    """
+    prediction = predict_memory(tasks)
+    if as_json:
+        print_json(_as_plain(prediction))
+        return
+    total = prediction.total
+    rows = [(name, human_bytes(size), f"{size / total:.1%}") for name, size in prediction.parts.items()]
+    print_table(
+        (_WHOSE[prediction.device], "bytes", "share"), [*rows, ("total", human_bytes(total), "100.0%")]
+    )
+    for line in (f"peak reached in: {prediction.phase}", *_tasks(prediction)):
+        typer.echo(line)
+    for note in prediction.notes:
+        typer.echo(f"note: {note}", err=True)
+
+
+def _tasks(prediction: MemoryPrediction) -> list[str]:
+    """What each task's prediction assumed."""
+    return [
+        f"{task.settings.task}: {human_count(task.adapter.num_trained)} trained parameters "
+        f"({task.adapter.num_trained / prediction.num_parameters:.2%}), largest batch of "
+        f"{task.batch.num_tokens} tokens in {task.batch.num_rows} rows of up to "
+        f"{task.batch.longest + task.batch.num_shared}"
+        for task in prediction.tasks
+    ]
+
+
+def _as_plain(prediction: MemoryPrediction) -> dict[str, object]:
+    return {
+        "device": prediction.device,
+        "total_bytes": prediction.total,
+        "parts": dict(prediction.parts),
+        "phase": prediction.phase,
+        "parameters": prediction.num_parameters,
+        "tasks": [
+            {
+                "task": task.settings.task,
+                "method": task.settings.adapter.method.value,
+                "trained_parameters": task.adapter.num_trained,
+                "batch": task.batch,
+            }
+            for task in prediction.tasks
+        ],
+        "notes": list(prediction.notes),
+    }

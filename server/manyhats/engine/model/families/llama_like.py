@@ -106,7 +106,6 @@ def llama_like(
         ModelError: an activation, kind of RoPE, count or context length that is not supported.
     """
     num_layers, activation = full["num_hidden_layers"], full["hidden_act"]
-    windows = (None,) * num_layers if windows is None else windows
     _check(full, activation)
     num_heads, num_kv_heads, head_dim = _heads(full)
     parameters = (rope_parameters(full),) * num_layers if ropes is None else ropes
@@ -188,10 +187,11 @@ def _context_length(full: RawConfig, sources: Sequence[RopeSource | None], asked
 
 
 def _stack(
-    block: Block, sources: Sequence[RopeSource | None], windows: Sequence[int | None], length: int
+    block: Block, sources: Sequence[RopeSource | None], windows: Sequence[int | None] | None, length: int
 ) -> tuple[Block, ...]:
     """The block in each layer, with the layer's RoPE and window."""
     ropes = [None if source is None else resolve_rope(source, length) for source in sources]
+    windows = (None,) * len(sources) if windows is None else windows
     # A window that no context reaches is no window; saying so lets the kernels skip it.
     reached = [window if window is not None and window < length else None for window in windows]
     return tuple(
