@@ -18,6 +18,7 @@ from benchmarks.measure import Measurement
 from benchmarks.training_cases import TrainingCase, TrainingWorkload, tokens_per_s
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.data.dataset import DataCounts, Dataset, TokenizedRows
+from manyhats.trainer.data.task_data import TaskData
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.run.training_run import TrainingRun
@@ -69,7 +70,8 @@ class OwnTrainer:
             device=torch.device("cpu"),
         )
         adapter = make_adapter(settings.adapter, settings.task, model, seed=seed)
-        return TrainingRun(settings, decoder, adapter, _dataset(workload.rows(case, seed, steps)), None)
+        data = TaskData(_dataset(workload.rows(case, seed, steps)), held_out=None)
+        return TrainingRun(settings, decoder, adapter, data)
 
     def _model(self, dtype: str) -> LoadedModel:
         if dtype not in self._models:

@@ -11,8 +11,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor
 
 from manyhats.adapters.formats.peft.prompt_config import PROMPT_EMBEDDINGS
-from manyhats.trainer.data.batch import TokenizedRow
-from manyhats.trainer.data.collation import collate
+from manyhats.trainer.data.batch import TokenizedRow, collate
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.methods.adapter import TrainableAdapter
 from manyhats.trainer.settings.methods import AdapterSettings, LoraSettings, PrefixSettings, PromptSettings

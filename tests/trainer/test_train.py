@@ -27,8 +27,7 @@ from manyhats.trainer.model.computation import resolve_computation
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.report.events import Event, ScoringProgress, StepReport, TokenizingProgress
 from manyhats.trainer.report.report import TrainingReport
-from manyhats.trainer.run.base import TrainingBase, load_base
-from manyhats.trainer.run.base_digest import weights_digest
+from manyhats.trainer.run.base import TrainingBase, load_base, weights_digest
 from manyhats.trainer.run.interrupt import TrainingInterrupted
 from manyhats.trainer.run.preflight import check_before_loading
 from manyhats.trainer.run.task import open_task

@@ -13,8 +13,7 @@ import pytest
 from manyhats.adapters.disk.files import open_local
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.reader import read_adapter
-from manyhats.trainer.data.task_data import read_task_data
-from manyhats.trainer.data.task_text import with_text_of
+from manyhats.trainer.data.task_data import read_task_data, with_text_of
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.settings.methods import LoraSettings
 from manyhats.trainer.settings.settings import TrainSettings

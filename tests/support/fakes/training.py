@@ -18,7 +18,9 @@ from manyhats.adapters.sites import Site
 from manyhats.trainer.data import Dataset
 from manyhats.trainer.data.batch import TrainingBatch
 from manyhats.trainer.data.dataset import DataCounts, DatasetBuilder
+from manyhats.trainer.data.task_data import TaskData
 from manyhats.trainer.report.events import Listener, ignore
+from manyhats.trainer.run.checkpoint import open_checkpoints
 from manyhats.trainer.run.training_run import TrainingRun
 from manyhats.trainer.settings.methods import LoraSettings
 from manyhats.trainer.settings.settings import DataSettings, OptimizationSettings, TrainSettings
@@ -118,14 +120,15 @@ def make_run(
     base: Mapping[str, str] | None = None,
 ) -> TrainingRun:
     """A run of fakes; one with the same arguments is the same run."""
+    settings = settings or make_train_settings()
+    data = TaskData(train or make_dataset(), held_out)
     return TrainingRun(
-        settings or make_train_settings(),
+        settings,
         decoder or FakeDecoder(),
         adapter or FakeAdapter(),
-        train or make_dataset(),
-        held_out,
+        data,
         listener=listener,
-        base=base,
+        checkpoints=open_checkpoints(settings, data, base or {}),
     )
 
 

@@ -15,8 +15,7 @@ from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch
-from manyhats.trainer.data.collation import collate
+from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch, collate
 from manyhats.trainer.model.decoder import TrainingDecoder
 from support.factories.tiny_models import TINY_VOCAB_SIZE
 

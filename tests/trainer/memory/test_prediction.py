@@ -37,7 +37,7 @@ from manyhats.trainer.memory.runtime import machine_of, resident_bytes
 from manyhats.trainer.memory.shape import BaseShape, read_shape
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
-from manyhats.trainer.run.once_per_step import LoweredOnce
+from manyhats.trainer.run.gradients import LoweredOnce
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,

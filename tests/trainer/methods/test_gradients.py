@@ -12,8 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from manyhats.adapters.primitives import Affine, LoweredAdapter, LowRank
-from manyhats.trainer.data.batch import TokenizedRow
-from manyhats.trainer.data.collation import collate
+from manyhats.trainer.data.batch import TokenizedRow, collate
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.settings.methods import AdapterSettings, LoraSettings

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from manyhats.engine.model.architecture import Attention
-from manyhats.trainer.model.attention import attend
-from manyhats.trainer.model.blocked_attention import BLOCK
+from manyhats.trainer.model.attention import BLOCK, attend
 from manyhats.trainer.model.rows import row_layout
 
 HEAD_DIM = 8

@@ -14,7 +14,7 @@ from manyhats.adapters.primitives import Affine, LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.trainer.data.collation import collate
+from manyhats.trainer.data.batch import collate
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.model import head

@@ -14,7 +14,7 @@ from manyhats.adapters.lowering.composition import AdapterPart, compose
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter
 from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.trainer.data.collation import collate
+from manyhats.trainer.data.batch import collate
 from manyhats.trainer.model.decoder import TrainingDecoder
 from support.factories.every_method import PLAIN, Sizes
 from support.factories.tiny_models import make_checkpoint

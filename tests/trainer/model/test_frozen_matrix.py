@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from manyhats.engine.checkpoints.nf4_format import read_quantized
-from manyhats.trainer.model.frozen_matrix import FrozenMatrix
+from manyhats.trainer.model.linear import FrozenMatrix
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,7 @@ from manyhats.adapters.primitives import (
 )
 from manyhats.adapters.sites import Site
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.trainer.data.batch import TokenizedRow
-from manyhats.trainer.data.collation import collate
+from manyhats.trainer.data.batch import TokenizedRow, collate
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.settings.methods import LoraSettings
 from support.factories.adapterhub import make_adapterhub

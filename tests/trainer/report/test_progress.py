@@ -11,6 +11,7 @@ import pytest
 
 from manyhats.trainer.errors import CheckpointError
 from manyhats.trainer.report import progress
+from manyhats.trainer.report.curves import tensorboard_curves
 from manyhats.trainer.report.events import (
     CheckpointFailed,
     CheckpointReport,
@@ -25,7 +26,6 @@ from manyhats.trainer.report.events import (
     ignore,
 )
 from manyhats.trainer.report.progress import PlainLines, Recent, duration, shown_training
-from manyhats.trainer.report.tensorboard import tensorboard_curves
 
 
 def step(

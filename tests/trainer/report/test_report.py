@@ -11,8 +11,8 @@ import yaml
 
 from manyhats.trainer.data import DataCounts
 from manyhats.trainer.memory.peak import PeakMemory, forget_peak, peak_memory
+from manyhats.trainer.report.curves import loss_curve, smoothed
 from manyhats.trainer.report.events import EvaluationReport, StepReport
-from manyhats.trainer.report.loss_curve import loss_curve, smoothed
 from manyhats.trainer.report.model_card import model_card
 from manyhats.trainer.report.report import (
     ArtifactReport,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manyhats.trainer.data.collation import collate
+from manyhats.trainer.data.batch import collate
 from manyhats.trainer.data.contents import Prompted, checked_contents
 from manyhats.trainer.data.dataset import DataCounts, Dataset, LabelTokens, TokenizedRows
 from manyhats.trainer.data.ending import Ends, find_ends

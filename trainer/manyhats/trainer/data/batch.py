@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -51,3 +52,53 @@ class TrainingBatch:
     predictors: Tensor
     targets: Tensor
     num_row_tokens: int
+
+
+def collate(rows: Sequence[TokenizedRow], *, share_beginning: bool = True) -> TrainingBatch:
+    """At least one row as a batch.
+
+    Args:
+        rows: of any lengths.
+        share_beginning: keep only one copy of the tokens that all rows begin with, as long as none of them is learned
+            and each row keeps at least one token of its own. Several rows may then be predicted from the last of
+            them: ``predictors`` has it once for each.
+    """
+    shared = shared_length(rows) if share_beginning and len(rows) > 1 else 0
+    token_ids = list(rows[0].token_ids[:shared])
+    positions = list(range(shared))
+    segments = [shared] if shared else []
+    predictors: list[int] = []
+    targets: list[int] = []
+    for row in rows:
+        # Where the row's first token would be if its beginning were here too.
+        origin = len(token_ids) - shared
+        places = [place for place, is_target in enumerate(row.is_target) if is_target]
+        predictors += [place - 1 if place <= shared else origin + place - 1 for place in places]
+        targets += [row.token_ids[place] for place in places]
+        token_ids += row.token_ids[shared:]
+        positions += range(shared, len(row.token_ids))
+        segments.append(len(row.token_ids) - shared)
+    return TrainingBatch(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        segments=tuple(segments),
+        num_shared=shared,
+        predictors=torch.tensor(predictors, dtype=torch.int64),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        num_row_tokens=sum(len(row.token_ids) for row in rows),
+    )
+
+
+def shared_length(rows: Sequence[TokenizedRow]) -> int:
+    """How many leading tokens all rows share: none learned, and each row keeps one of its own."""
+    first = rows[0].token_ids
+    limit = min(_limit(row) for row in rows)
+    for length in range(limit):
+        if any(row.token_ids[length] != first[length] for row in rows):
+            return length
+    return limit
+
+
+def _limit(row: TokenizedRow) -> int:
+    first_target = row.is_target.index(True) if True in row.is_target else len(row.is_target)
+    return min(first_target, len(row.token_ids) - 1)

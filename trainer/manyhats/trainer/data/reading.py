@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from manyhats.trainer.data.csv_files import read_csv
 from manyhats.trainer.data.json_files import read_json, read_json_lines
+from manyhats.trainer.data.lines import MAX_LINE_BYTES, opened, text_lines
 from manyhats.trainer.data.named_datasets import read_dataset
-from manyhats.trainer.data.parquet_files import read_parquet
-from manyhats.trainer.data.row import Row
+from manyhats.trainer.data.packages import import_for
+from manyhats.trainer.data.row import Row, check_columns
 from manyhats.trainer.errors import DataError
 
-_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": read_json_lines,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".parquet": read_parquet,
-}
+_BATCH_ROWS = 1024
 
 
 def read_rows(source: str, *, max_rows: int | None = None) -> Iterator[Row]:
@@ -50,3 +47,101 @@ def _all_rows(source: str) -> Iterator[Row]:
     if path.exists() and not path.is_dir():
         raise DataError(source, None, "is not a regular file")
     return read_dataset(source)
+
+
+def read_csv(path: Path) -> Iterator[Row]:
+    """One row per record; an empty cell means no value, and blank lines are ignored.
+
+    A row's line is where its record begins: quoted cells may contain line ends.
+
+    Raises:
+        DataError: no column is known, or a record is malformed or has too many or too few cells.
+    """
+    records = _csv_records(path, "\t" if path.suffix.lower() == ".tsv" else ",")
+    for _, header in records:
+        check_columns(str(path), header)
+        for line, cells in records:
+            if len(cells) != len(header):
+                raise DataError(
+                    str(path), line, f"has {len(cells)} cells; the header names {len(header)} columns"
+                )
+            fields = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+            yield Row(fields, str(path), line)
+
+
+def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Each record that is not blank, with the line it begins on."""
+    reader = csv.reader((line for _, line in text_lines(path)), delimiter=delimiter, strict=True)
+    while True:
+        begin = reader.line_num + 1
+        try:
+            with _long_cells():
+                cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(str(path), begin, f"is not CSV: {error}") from error
+        if cells is None:
+            return
+        if cells:
+            yield begin, cells
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """The csv module's limit of 128 KiB is per process: raised only while a record is read."""
+    before = csv.field_size_limit(MAX_LINE_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """One row per record; its line is the record's number from 1.
+
+    Raises:
+        DataError: the file cannot be read, is not Parquet, or has no known column.
+    """
+    parquet = import_for(str(path), "pyarrow.parquet")
+    arrow_error = import_for(str(path), "pyarrow").ArrowException
+    num_read = 0
+    with opened(path) as data:
+        try:
+            with parquet.ParquetFile(data) as file:
+                check_columns(str(path), file.schema_arrow.names)
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                    for fields in _batch_records(path, batch, num_read):
+                        num_read += 1
+                        yield Row(fields, str(path), num_read)
+        except (arrow_error, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's; Arrow's own, for damaged pages, have no errno
+            after = f" after row {num_read}" if num_read else ""
+            raise DataError(str(path), None, f"is not readable Parquet{after}: {error}") from error
+
+
+def _batch_records(path: Path, batch: Any, num_before: int) -> list[dict[str, object]]:
+    """The batch's records; Arrow does not ensure that its strings are UTF-8."""
+    try:
+        records: list[dict[str, object]] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        line = num_before + _first_undecodable(batch) + 1
+        raise DataError(str(path), line, f"a string is not UTF-8: {error.reason}") from error
+    return records
+
+
+def _first_undecodable(batch: Any) -> int:
+    for index in range(len(batch)):
+        try:
+            batch.slice(index, 1).to_pylist()
+        except UnicodeDecodeError:
+            return index
+    raise AssertionError("each record decodes alone, but all together do not")
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}

@@ -24,10 +24,9 @@ from manyhats.trainer.data.contents import (
     refuse_unread,
     unknown_fields,
 )
-from manyhats.trainer.data.dataset import DataCounts, Dataset, DatasetBuilder, LabelTokens
+from manyhats.trainer.data.dataset import DataCounts, Dataset, DatasetBuilder, LabelTokens, RowTokens, fitted
 from manyhats.trainer.data.ending import Ends
 from manyhats.trainer.data.row import Row
-from manyhats.trainer.data.row_tokens import RowTokens, fitted
 from manyhats.trainer.errors import DataError, SettingError
 from manyhats.trainer.settings.settings import DataSettings
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from manyhats.engine.model.architecture import Architecture, Block, Group
 from manyhats.trainer.memory.adapter_size import AdapterSize
 from manyhats.trainer.memory.batch_shape import BatchShape
-from manyhats.trainer.model.blocked_attention import BLOCK
+from manyhats.trainer.model.attention import BLOCK
 from manyhats.trainer.model.head import CACHED_VALUES, CHUNK_VALUES
 
 _FLOAT = 4

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from manyhats.trainer.methods.learning_rates import default_learning_rate
-from manyhats.trainer.methods.making import make_adapter
+from manyhats.trainer.methods.making import default_learning_rate, make_adapter
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.warm_start import load_tensors
 

@@ -1,7 +1,8 @@
-"""From settings to a fresh adapter that can be served once it is trained."""
+"""From settings to a fresh adapter that can be served once it is trained, and each method's learning rate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -123,3 +124,27 @@ def _check(adapter: ParametrizedAdapter, limits: AdapterLimits) -> None:
 def _moved(adapter: ParametrizedAdapter, device: torch.device) -> ParametrizedAdapter:
     moved = {name: nn.Parameter(value.detach().to(device)) for name, value in adapter.parameters.items()}
     return replace(adapter, parameters=moved)
+
+
+def default_learning_rate(settings: AdapterSettings) -> float:
+    """The peak learning rate, for AdamW, if the user gives none.
+
+    Chosen on the default model by the held-out loss of one small task after 30 to 40 steps of 8 rows each. LoRA still
+    trained well at 2e-3, the bottlenecks at 3e-3 and IA3 at 5e-2; a projected prefix diverged at 5e-3.
+
+    With LoRA+ it is A's, and LoRA's is the geometric mean of A's and B's rates.
+    """
+    match settings:
+        case LoraSettings():
+            return 1e-3 / math.sqrt(settings.lora_plus_ratio)
+        case BottleneckSettings():
+            return 2e-3
+        case PrefixSettings():
+            # Without the MLP the keys and values themselves must move, starting from a standard normal distribution.
+            return 1e-3 if settings.projection_size else 3e-2
+        case PTuningSettings():
+            return 3e-3
+        case PromptSettings():
+            return 1e-2
+        case Ia3Settings():
+            return 2e-2

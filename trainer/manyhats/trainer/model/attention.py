@@ -1,16 +1,27 @@
-"""Causal attention of a ragged batch: a shared beginning, rows that continue it, and a prefix before all of it."""
+"""Attention under autograd, a block of queries at a time: scores are never held for all queries, and never kept.
+
+All heads of a query group read the same keys, so their queries are rows of one product. Scores, softmax and their
+gradients are float32; what multiplies values, and what gradients multiply, is the compute dtype.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from manyhats.engine.model.architecture import Attention
-from manyhats.trainer.model.blocked_attention import blocked_attention
 from manyhats.trainer.model.rows import RowLayout
 
 KeysAndValues = tuple[Tensor, Tensor]
 """Keys, rotated or used as they are, and values, with the same shape."""
+
+BLOCK = 64
+"""Queries per block."""
 
 
 def attend(
@@ -60,3 +71,115 @@ def _attend_rows(
             for part, whole in zip(before, (keys, values), strict=True)
         )
     return blocked_attention(queries, keys, values, spec).transpose(1, 2).flatten(2, 3)
+
+
+def blocked_attention(queries: Tensor, keys: Tensor, values: Tensor, spec: Attention) -> Tensor:
+    """Causal attention of B rows whose last query and last key are at the same position.
+
+    Args:
+        queries: [B, Hkv, T, G, K]; query head h is head h % G of group h // G.
+        keys: [B, Hkv, C + T, K].
+        values: the same shape.
+        spec: gives scale, window and cap.
+
+    Returns:
+        [B, Hkv, T, G, K], dtype of the queries.
+    """
+    mixed: Tensor = _BlockedAttention.apply(queries, keys, values, spec)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """``O = P V``, ``P = softmax(cap(scale · Q Kᵀ))``; with ``D = rowsum(dO · O)``, ``dS = P · (dO Vᵀ − D)``."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, spec: Attention) -> Tensor:
+        q, k, v = _as_matrices(queries, keys, values)
+        wide_k = k.float()
+        out = torch.empty_like(q)
+        for block in _blocks(queries, keys, spec):
+            scores, _ = block.scores(q, wide_k, spec)
+            out[:, block.rows] = scores.softmax(-1).to(v.dtype) @ v[:, block.seen]
+        ctx.save_for_backward(queries, keys, values, out)
+        ctx.spec = spec
+        return out.view(queries.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        queries, keys, values, out = ctx.saved_tensors
+        spec: Attention = ctx.spec
+        q, k, v = _as_matrices(queries, keys, values)
+        wide_k, wide_v = k.float(), v.float()
+        d_out = grad.reshape(q.shape)
+        wide_d_out = d_out.float()
+        means = (wide_d_out * out).sum(-1, keepdim=True)
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        for block in _blocks(queries, keys, spec):
+            rows, seen = block.rows, block.seen
+            scores, slope = block.scores(q, wide_k, spec)
+            weights = scores.softmax(-1)
+            d_v[:, seen] += weights.to(v.dtype).transpose(1, 2) @ d_out[:, rows]
+            d_scores = wide_d_out[:, rows] @ wide_v[:, seen].transpose(1, 2)
+            d_scores.sub_(means[:, rows]).mul_(weights)
+            if slope is not None:
+                d_scores.mul_(slope)
+            narrow = d_scores.to(q.dtype)
+            d_q[:, rows] = narrow @ k[:, seen]
+            d_k[:, seen] += narrow.transpose(1, 2) @ q[:, rows]
+        return (
+            d_q.mul_(spec.scale).view(queries.shape),
+            d_k.mul_(spec.scale).to(k.dtype).view(keys.shape),
+            d_v.to(v.dtype).view(values.shape),
+            None,
+        )
+
+
+def _as_matrices(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B · Hkv, T · G, K], and twice [B · Hkv, C + T, K]."""
+    return (
+        queries.flatten(2, 3).flatten(0, 1).contiguous(),
+        keys.flatten(0, 1).contiguous(),
+        values.flatten(0, 1).contiguous(),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """Some queries, as rows of T · G, and the keys that any of them sees.
+
+    Attributes:
+        hidden: [rows, the last keys seen] bool, which of those keys each query does not see.
+    """
+
+    rows: slice
+    seen: slice
+    hidden: Tensor
+
+    def scores(self, q: Tensor, wide_k: Tensor, spec: Attention) -> tuple[Tensor, Tensor | None]:
+        """Capped scores, −∞ where a key is hidden, and the cap's slope ``1 − tanh²`` (None without a cap); float32."""
+        queries, keys = q[:, self.rows].float(), wide_k[:, self.seen].transpose(1, 2)
+        scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=spec.scale)
+        slope = None
+        if spec.softcap is not None:
+            capped = scores.div_(spec.softcap).tanh_()
+            slope = 1 - capped.square()
+            scores = capped.mul_(spec.softcap)
+        scores[..., scores.shape[-1] - self.hidden.shape[1] :].masked_fill_(self.hidden, float("-inf"))
+        return scores, slope
+
+
+def _blocks(queries: Tensor, keys: Tensor, spec: Attention) -> Iterator[_Block]:
+    """All queries, block by block; without a window, only the block's own keys can be hidden from them."""
+    num_queries, group = queries.shape[2:4]
+    before = keys.shape[2] - num_queries
+    for first in range(0, num_queries, BLOCK):
+        last = min(first + BLOCK, num_queries)
+        start = 0 if spec.window is None else max(0, before + first - spec.window + 1)
+        own = torch.arange(before + first, before + last, device=queries.device)
+        masked = own if spec.window is None else torch.arange(start, before + last, device=queries.device)
+        at = own.repeat_interleave(group).unsqueeze(1)
+        hidden = masked > at
+        if spec.window is not None:
+            hidden |= masked <= at - spec.window
+        yield _Block(slice(first * group, last * group), slice(start, before + last), hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.nn import functional
 
 from manyhats.adapters import equations
 from manyhats.adapters.primitives import LowRank
-from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.engine.model.weights import Linear
-from manyhats.trainer.model.frozen_matrix import FrozenMatrix
+from manyhats.engine.model.nf4 import BLOCK_SIZE, Nf4Weight
+from manyhats.engine.model.weights import Linear, Matrix
+
+_NF4_TENSORS = ("packed", "absmax", "nested_absmax", "code", "nested_code")
 
 
 class FrozenLinears:
@@ -200,3 +202,41 @@ def _with_low_rank(d_x: Tensor, d_h: Tensor, a: Tensor, kept: Tensor | None) -> 
     if kept is None:
         return torch.addmm(d_x, d_h, a)
     return torch.addcmul(d_x, d_h @ a, kept)
+
+
+class FrozenMatrix:
+    """[out, in], never changed; on the CPU it shares the base's memory."""
+
+    def __init__(self, weight: Matrix, device: torch.device) -> None:
+        self.weight: Matrix
+        if isinstance(weight, Nf4Weight):
+            # Imported here, for its operators: it takes seconds, and a dense base needs none of them.
+            import bitsandbytes  # noqa: F401
+
+            self.weight = replace(weight, **{name: getattr(weight, name).to(device) for name in _NF4_TENSORS})
+        else:
+            self.weight = weight.to(device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes, quantization statistics included."""
+        if isinstance(self.weight, Nf4Weight):
+            return self.weight.num_bytes
+        return int(self.weight.numel() * self.weight.element_size())
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """As a dense matrix; read-only."""
+        if isinstance(self.weight, Tensor):
+            return self.weight.to(dtype)
+        return _dequantized(self.weight, dtype)
+
+    def dense_into(self, out: Tensor) -> None:
+        """Write the dense matrix to ``out``, whose rows need not be contiguous."""
+        out.copy_(self.weight if isinstance(self.weight, Tensor) else _dequantized(self.weight, out.dtype))
+
+
+def _dequantized(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
+    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        weight.packed, weight.block_scales(), BLOCK_SIZE, "nf4", weight.shape, dtype
+    )
+    return values

@@ -24,12 +24,10 @@ from manyhats.engine.model.rotary import Angles
 from manyhats.engine.model.weights import NormWeight
 from manyhats.trainer.model.attention import attend
 from manyhats.trainer.model.deltas import PlacedDeltas
-from manyhats.trainer.model.gate import gated
 from manyhats.trainer.model.head import Head
 from manyhats.trainer.model.linear import FrozenLinears, adapted_product, frozen_product, low_rank_update
-from manyhats.trainer.model.norm import rms_norm
-from manyhats.trainer.model.rotary import rotate
 from manyhats.trainer.model.rows import RowLayout
+from manyhats.trainer.model.rowwise import gated, rms_norm, rotate
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from manyhats.trainer.data import Dataset
+from manyhats.trainer.data.task_data import TaskData
 from manyhats.trainer.errors import CheckpointError
 from manyhats.trainer.files.durable import remove_directory, remove_staged, write_directory
 from manyhats.trainer.files.output_directory import checkpoints_directory
@@ -21,24 +21,20 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 def open_checkpoints(
-    settings: TrainSettings,
-    train: Dataset,
-    held_out: Dataset | None,
-    base: Mapping[str, str],
-    date: datetime | None = None,
+    settings: TrainSettings, data: TaskData, base: Mapping[str, str], date: datetime | None = None
 ) -> Checkpoints | None:
     """Where a run with these settings and data keeps its checkpoints; None without an output directory.
 
     Args:
         base: what else determines its course, such as the base's digest.
-        date: the one that chat templates wrote into the rows.
+        date: the one that chat templates wrote into the rows; recorded, so that a run resumed later keeps it.
     """
     if not settings.out:
         return None
     return Checkpoints(
         checkpoints_directory(Path(settings.out)),
         settings.optimization.keep_checkpoints,
-        fingerprint(settings, train.rows, () if held_out is None else held_out.rows, base),
+        fingerprint(settings, data.train.rows, () if data.held_out is None else data.held_out.rows, base),
         date,
     )
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.trainer.data import Dataset
-from manyhats.trainer.data.task_data import read_task_data
-from manyhats.trainer.data.task_text import with_text_of
+from manyhats.trainer.data.task_data import read_task_data, with_text_of
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.files.output_directory import (
     make_output_directory,
@@ -27,6 +26,7 @@ from manyhats.trainer.memory.peak import peak_memory
 from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.methods.parameters import num_trainable
 from manyhats.trainer.methods.targets import with_named_modules
+from manyhats.trainer.report.curves import loss_curve, tensorboard_curves
 from manyhats.trainer.report.events import (
     DataRead,
     EvaluationProgress,
@@ -37,7 +37,6 @@ from manyhats.trainer.report.events import (
     ignore,
 )
 from manyhats.trainer.report.label_scoring import SavedAdapter, read_saved, score_labels
-from manyhats.trainer.report.loss_curve import loss_curve
 from manyhats.trainer.report.model_card import model_card
 from manyhats.trainer.report.report import (
     ArtifactReport,
@@ -47,9 +46,8 @@ from manyhats.trainer.report.report import (
     HeldOut,
     TrainingReport,
 )
-from manyhats.trainer.report.tensorboard import tensorboard_curves
 from manyhats.trainer.run.base import TrainingBase, num_parameters
-from manyhats.trainer.run.checkpoint import recorded_date
+from manyhats.trainer.run.checkpoint import open_checkpoints, recorded_date
 from manyhats.trainer.run.evaluation import held_out_loss, in_float32
 from manyhats.trainer.run.interrupt import TrainingInterrupted
 from manyhats.trainer.run.result import RunResult
@@ -121,15 +119,14 @@ class TaskTraining:
             settings.data, self._model, num_virtual_tokens, now=self._date, on_row=self._progress_of_reading()
         )
         self._tell_of_data()
+        made_with = {"base": base.model.description.digest, "model.dtype": base.computation.dtype_name}
         self.run = TrainingRun(
             settings,
             base.decoder,
             self._adapter,
-            self._data.train,
-            self._data.held_out,
+            self._data,
             listener=listener,
-            base={"base": base.model.description.digest, "model.dtype": base.computation.dtype_name},
-            date=self._date,
+            checkpoints=open_checkpoints(settings, self._data, made_with, self._date),
         )
         if resume:
             self.run.restore_checkpoint()

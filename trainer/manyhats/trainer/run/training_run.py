@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from manyhats.trainer.data import BatchSampler, Dataset
+from manyhats.trainer.data import BatchSampler
+from manyhats.trainer.data.task_data import TaskData
 from manyhats.trainer.errors import CheckpointError, DivergedError, SettingError
 from manyhats.trainer.methods import default_learning_rate
 from manyhats.trainer.methods.adapter import TrainableAdapter
@@ -27,15 +26,13 @@ from manyhats.trainer.report.events import (
     StepReport,
     ignore,
 )
-from manyhats.trainer.report.history import RunHistory
-from manyhats.trainer.run.checkpoint import open_checkpoints
+from manyhats.trainer.run.checkpoint import Checkpoints
 from manyhats.trainer.run.evaluation import held_out_loss
 from manyhats.trainer.run.gradients import LossModel, StepLoss, accumulate_gradients
 from manyhats.trainer.run.optimizer import AdapterOptimizer
-from manyhats.trainer.run.randomness import step_randomness
 from manyhats.trainer.run.result import RunResult
-from manyhats.trainer.run.schedule import learning_rate_factor
-from manyhats.trainer.run.state import RunState
+from manyhats.trainer.run.schedule import learning_rate_factor, step_randomness
+from manyhats.trainer.run.state import RunHistory, RunState
 from manyhats.trainer.settings.settings import TrainSettings
 
 
@@ -46,15 +43,12 @@ class TrainingRun:
     of one that was never interrupted.
 
     Args:
-        settings: if ``out`` is empty, nothing is written.
+        settings: of the task.
         decoder: the base; it may be shared.
         adapter: what is trained.
-        train: at least one row.
-        held_out: the rows to evaluate the loss on; None for none.
+        data: at least one row to train on; the loss is evaluated on those held out, if there are any.
         listener: receives its events.
-        base: what a checkpoint must have been made with besides settings and data, such as the base's digest.
-        date: the one that chat templates wrote into the rows; checkpoints record it, so that a run resumed later keeps
-            it.
+        checkpoints: of this run; None writes none.
 
     Raises:
         SettingError: the optimizer cannot be used, or there is no evaluation data for early stopping.
@@ -65,26 +59,24 @@ class TrainingRun:
         settings: TrainSettings,
         decoder: LossModel,
         adapter: TrainableAdapter,
-        train: Dataset,
-        held_out: Dataset | None,
+        data: TaskData,
         *,
         listener: Listener = ignore,
-        base: Mapping[str, str] | None = None,
-        date: datetime | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         options = settings.optimization
-        if options.patience and held_out is None:
+        if options.patience and data.held_out is None:
             raise SettingError("patience", "early stopping needs evaluation data (eval)")
         self._settings = settings
         self._options = options
         self._decoder = decoder
         self._adapter = adapter
-        self._held_out = held_out
+        self._held_out = data.held_out
         self._listener = listener
-        self._sampler = BatchSampler(train.rows, options, shuffle=settings.data.shuffle)
+        self._sampler = BatchSampler(data.train.rows, options, shuffle=settings.data.shuffle)
         self._learning_rate = options.learning_rate or default_learning_rate(settings.adapter)
         self._optimizer = AdapterOptimizer(adapter, options, self._learning_rate)
-        self._checkpoints = open_checkpoints(settings, train, held_out, base or {}, date)
+        self._checkpoints = checkpoints
         self._history = RunHistory()
         self._best: dict[str, Tensor] = {}
         self._failures: list[str] = []
