@@ -14,7 +14,7 @@ from manyhats.adapters.formats.peft import fields as peft_fields
 from manyhats.adapters.formats.peft import format as peft_format
 from manyhats.adapters.formats.peft import prompt_config
 from manyhats.adapters.formats.peft.lora_config import LORA_REFUSED
-from manyhats.adapters.methods import adapterhub_prefix
+from manyhats.adapters.methods import prefix_tuning
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ REFUSED = {
     *prompt_config._REFUSED,
     *adapterhub_bottleneck._REFUSED,
     *adapterhub_loras._REFUSED,
-    *adapterhub_prefix._REFUSED,
+    *prefix_tuning._REFUSED,
 }
 
 

@@ -6,14 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
+from types import MappingProxyType
 from typing import TypeAlias
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import ArgumentInvalidError
-from manyhats.adapters.labels import check_labels
 from manyhats.adapters.taskid import check_task_id
 
 _MAX_ID_LENGTH = 128
+
+_MAX_LABELS = 64
+_MAX_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,8 @@ class Registration:
 
 
 OPTIONS = frozenset(each.name for each in fields(Registration) if each.kw_only)
+
+
 """Names of a registration's fields besides task and source; transports and clients use the same."""
 
 
@@ -153,3 +158,19 @@ def _described(source: Source) -> list[tuple[str | int | float, ...]]:
             return [("part", part.uri, part.weight) for part in parts]
         case Files(files):
             return [("file", file.name, file.size_bytes, file.sha256) for file in files]
+
+
+def check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+    """A copy that nobody else can change.
+
+    Raises:
+        ArgumentInvalidError: too many, too long, or not printable.
+    """
+    if len(labels) > _MAX_LABELS:
+        raise ArgumentInvalidError("labels", f"has {len(labels)} entries; the limit is {_MAX_LABELS}")
+    for key, value in labels.items():
+        if not key or max(len(key), len(value)) > _MAX_LENGTH or not (key + value).isprintable():
+            raise ArgumentInvalidError(
+                "labels", f"keys have 1 to {_MAX_LENGTH} printable characters, values at most as many"
+            )
+    return MappingProxyType(dict(labels))

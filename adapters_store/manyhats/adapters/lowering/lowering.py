@@ -16,16 +16,13 @@ from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedErro
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
 from manyhats.adapters.method import Method
 from manyhats.adapters.methods.adalora import AdaLoraMethod
-from manyhats.adapters.methods.adapterhub_ia3 import AdapterHubIa3Method
-from manyhats.adapters.methods.adapterhub_lora import AdapterHubLoraMethod
-from manyhats.adapters.methods.adapterhub_prefix import AdapterHubPrefixMethod
 from manyhats.adapters.methods.bottleneck import BottleneckMethod, can_change_output
 from manyhats.adapters.methods.dora import DoraMethod
-from manyhats.adapters.methods.ia3 import Ia3Method
-from manyhats.adapters.methods.lora import LoraMethod
+from manyhats.adapters.methods.ia3 import AdapterHubIa3Method, Ia3Method
+from manyhats.adapters.methods.lora import AdapterHubLoraMethod, LoraMethod
 from manyhats.adapters.methods.multitask_prompt_tuning import MultitaskPromptTuningMethod
 from manyhats.adapters.methods.p_tuning import PTuningMethod
-from manyhats.adapters.methods.prefix_tuning import PrefixTuningMethod
+from manyhats.adapters.methods.prefix_tuning import AdapterHubPrefixMethod, PrefixTuningMethod
 from manyhats.adapters.methods.prompt_tuning import PromptTuningMethod
 from manyhats.adapters.methods.vera import VeraMethod
 from manyhats.adapters.primitives import (

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update of any linear, of the embedding or of the head, as PEFT saves it.
+"""LoRA: a low-rank update of any linear, of the embedding or of the head, as PEFT and AdapterHub save it.
 
 To a linear's output it adds ``scale · ((x Aᵀ) Bᵀ + bias)``, A [R, d_in] and B [d_out, R]; the bias is B's own, if
 PEFT's ``lora_bias`` is set. To the embedding of a token, before any multiplier of the architecture, it adds ``scale ·
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
-from manyhats.adapters.errors import AdapterTooLargeError
+from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, shown
+from manyhats.adapters.formats.adapterhub.loras import AdaptedLinear, find_linears, read_config
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames, full_path
 from manyhats.adapters.formats.peft.lora_config import parse_lora_config
 from manyhats.adapters.formats.peft.lora_tensors import (
     BIAS,
@@ -99,3 +101,58 @@ def _lower_embedding(placement: EmbeddingPlacement, tensors: Mapping[str, Tensor
     names = placement.tensors
     a, b = tensors[names.name(EMBEDDING_A)], tensors[names.name(EMBEDDING_B)]
     return EmbeddingLowRank(a.T, b, placement.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterHubLoraMethod:
+    """LoRA from an AdapterHub directory: ``y += alpha / R · (x Aᵀ) Bᵀ``, on the linears that the tensors name.
+
+    On Llama the library calls down_proj *intermediate* and up_proj *output*, elsewhere the other way round, so the
+    tensors' names decide. Versions before 1.1 did not scale at all.
+    """
+
+    @property
+    def method(self) -> AdapterMethod:
+        """LORA."""
+        return AdapterMethod.LORA
+
+    def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
+        """Refuse what cannot be served exactly: every tensor must be used, fit, and keep to the limits."""
+        config, name = read_config(candidate.config, base)
+        if config.rank > limits.max_rank:
+            raise AdapterTooLargeError("r", f"is {config.rank}; the limit is {limits.max_rank}")
+        names = TensorNames(candidate.shapes)
+        for linear in find_linears(config, name, names, base):
+            _check_pair(linear, config.rank, names, candidate.shapes, base)
+
+    def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
+        """One ``LowRank`` per linear, ordered by site; the matrices keep their stored dtype."""
+        config, name = read_config(artifact.config, base)
+        names = TensorNames(artifact.tensors)
+        shapes = {tensor: tuple(value.shape) for tensor, value in artifact.tensors.items()}
+        deltas = []
+        for linear in find_linears(config, name, names, base):
+            _check_pair(linear, config.rank, names, shapes, base)
+            a, b = (names.pick(artifact.tensors, linear.parts[part]) for part in ("lora_A", "lora_B"))
+            deltas.append(LowRank(linear.site, a, b, config.alpha / config.rank))
+        return LoweredAdapter(digest=artifact.digest, deltas=tuple(deltas))
+
+
+def _check_pair(
+    linear: AdaptedLinear,
+    rank: int,
+    names: TensorNames,
+    shapes: Mapping[str, tuple[int, ...]],
+    base: BaseDescription,
+) -> None:
+    d_in, d_out = base.linears[linear.site.name]
+    present = names.names(next(iter(linear.parts.values())))[0]
+    for part, expected in (("lora_A", (rank, d_in)), ("lora_B", (d_out, rank))):
+        if part not in linear.parts:
+            module = full_path(present.rpartition(".")[0].removeprefix("model."))
+            raise AdapterInvalidError(present, f"its partner {shown(f'{module}.{part}')} is missing")
+        for tensor in names.names(linear.parts[part]):
+            if shapes[tensor] != expected:
+                raise AdapterInvalidError(
+                    tensor, f"has shape {list(shapes[tensor])}; expected {list(expected)}"
+                )

@@ -1,4 +1,7 @@
-"""Prefix tuning: keys and values before the sequence in every layer, from a PEFT directory."""
+"""Prefix tuning: keys and values before the sequence in every layer, as PEFT and AdapterHub save it.
+
+Source: Li and Liang 2021 (arXiv:2101.00190).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
+from manyhats.adapters.activations import ACTIVATIONS, activation_name
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
-from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
+from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError, shown
+from manyhats.adapters.formats.adapterhub import format as adapterhub_format
+from manyhats.adapters.formats.adapterhub.fields import read_count, read_flag, read_leave_out, refuse_unserved
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_shapes, plain_name
 from manyhats.adapters.formats.peft.prompt_config import (
     PROMPT_EMBEDDINGS,
     PromptConfig,
@@ -28,6 +36,27 @@ from manyhats.adapters.sites import BaseDescription
 # (num_frozen_tokens) is saved, laid out and read as a prefix is.
 _PREFIX_FIELDS = frozenset(("encoder_hidden_size", "init_weights", "prefix_projection"))
 _CARTRIDGE_FIELDS = frozenset(("num_frozen_tokens",))
+
+_MODEL_TYPES = ("llama", "mistral")
+_KNOWN = frozenset(
+    (
+        "architecture",
+        "flat",
+        "prefix_length",
+        "bottleneck_size",
+        "non_linearity",
+        "leave_out",
+        # These matter only in training, or in models with an encoder, or with a gate.
+        "encoder_prefix",
+        "cross_prefix",
+        "dropout",
+        "shared_gating",
+        "init_weights_seed",
+    )
+)
+_REFUSED = {"use_gating": "a gate, which averages over the whole sequence"}
+# The library's pickles repeat the table under each layer.
+_REPEATED = ".prefix_tuning.pool.prefix_tunings."
 
 
 def split_prefix(flat: Tensor, num_layers: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -105,3 +134,137 @@ def _check_prefix(
     if None in (config.num_layers, config.token_dim):
         check_fits(PROMPT_EMBEDDINGS, shape[1], 2 * base.num_layers * token_dim, base, base_model)
     check_shape(PROMPT_EMBEDDINGS, shape, (config.num_virtual_tokens, 2 * base.num_layers * token_dim))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Config:
+    """The config's fields that determine the maths; ``module`` is the table module's plain name, with a dot."""
+
+    num_virtual_tokens: int
+    is_flat: bool
+    bottleneck_size: int
+    activation: str
+    module: str
+
+
+def prefix_table(
+    embeddings: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str
+) -> Tensor:
+    """``W₂ · act(W₁ · E + b₁) + b₂``.
+
+    Args:
+        embeddings: E, [P, D].
+        w1: [b, D]. b1: [b].
+        w2: [2 · L · Hkv · K, b]. b2: [2 · L · Hkv · K].
+        activation: a name in ``ACTIVATIONS``.
+
+    Returns:
+        [P, 2 · L · Hkv · K].
+    """
+    return functional.linear(ACTIVATIONS[activation](functional.linear(embeddings, w1, b1)), w2, b2)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterHubPrefixMethod:
+    """Prefix tuning from an AdapterHub directory.
+
+    The table is viewed as [P, 2L, Hkv, K]: layer l has its keys at 2l and its values at 2l + 1. It is stored as it is
+    (``flat``) or computed by a small network, ``W₂ · act(W₁ · E + b₁) + b₂`` with E one row per virtual token, which
+    is run once, when the adapter is loaded.
+
+    Keys are never rotated. Real token t has position t: the library does not shift positions, PEFT does.
+    """
+
+    @property
+    def method(self) -> AdapterMethod:
+        """PREFIX_TUNING."""
+        return AdapterMethod.PREFIX_TUNING
+
+    def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
+        """Refuse what cannot be served exactly: no tensor missing, left over or of another shape."""
+        config = _read_config(candidate.config, base)
+        if config.num_virtual_tokens > limits.max_virtual_tokens:
+            raise AdapterTooLargeError(
+                "prefix_length",
+                f"is {config.num_virtual_tokens}; the limit is {limits.max_virtual_tokens}",
+            )
+        _check_tensors(config, TensorNames(candidate.shapes, _plain), candidate.shapes, base)
+
+    def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
+        """A ``KVPrefix``; a flat table keeps its stored dtype, a computed one is float32."""
+        config = _read_config(artifact.config, base)
+        names = TensorNames(artifact.tensors, _plain)
+        shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
+        _check_tensors(config, names, shapes, base)
+        count = config.num_virtual_tokens
+        table = _table(config, names, artifact.tensors).reshape(
+            count, base.num_layers, 2, base.num_kv_heads, base.head_dim
+        )
+        keys, values = table.permute(2, 1, 0, 3, 4).contiguous()
+        return LoweredAdapter(
+            digest=artifact.digest, deltas=(), prefix=KVPrefix(keys, values, position_offset=-count)
+        )
+
+
+def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
+    adapterhub_format.check_base(outer, base)
+    config = adapterhub_format.method_config(outer)
+    refuse_unserved(config, known=_KNOWN, refused=_REFUSED)
+    if base.model_type not in _MODEL_TYPES:
+        raise AdapterUnsupportedError(
+            "model_type",
+            f"AdapterHub has no prefix tuning on {shown(base.model_type)}; it is served on "
+            + ", ".join(_MODEL_TYPES),
+        )
+    if base.has_sliding_window:
+        # There every token sees the whole prefix; in our blocks it would count as the first positions of the window.
+        raise AdapterUnsupportedError(
+            "architecture", "AdapterHub's prefix tuning is not served on a base with sliding windows"
+        )
+    if left_out := sorted(layer for layer in read_leave_out(config) if 0 <= layer < base.num_layers):
+        raise AdapterUnsupportedError(
+            "leave_out", f"leaves out layer {left_out[0]}; a prefix is served in every layer or not at all"
+        )
+    is_flat = read_flag(config, "flat", False)
+    return _Config(
+        num_virtual_tokens=read_count(config, "prefix_length", 30),
+        is_flat=is_flat,
+        bottleneck_size=1 if is_flat else read_count(config, "bottleneck_size", 512),
+        activation="linear"
+        if is_flat
+        else activation_name("non_linearity", config.get("non_linearity", "tanh")),
+        module=f"prefix_tuning.prefix_tunings.{adapterhub_format.adapter_name(outer)}.self_prefix.",
+    )
+
+
+def _plain(name: str) -> str:
+    plain = plain_name(name)
+    _, is_repeated, rest = plain.partition(_REPEATED)
+    return f"prefix_tuning.prefix_tunings.{rest}" if is_repeated else plain
+
+
+def _check_tensors(
+    config: _Config, names: TensorNames, shapes: Mapping[str, tuple[int, ...]], base: BaseDescription
+) -> None:
+    columns = 2 * base.num_layers * base.num_kv_heads * base.head_dim
+    if config.is_flat:
+        expected: dict[str, tuple[int, ...]] = {"control_trans": (config.num_virtual_tokens * columns,)}
+    else:
+        expected = {
+            "wte.weight": (config.num_virtual_tokens, base.hidden_size),
+            "control_trans.0.weight": (config.bottleneck_size, base.hidden_size),
+            "control_trans.0.bias": (config.bottleneck_size,),
+            "control_trans.2.weight": (columns, config.bottleneck_size),
+            "control_trans.2.bias": (columns,),
+        }
+    check_shapes(names, shapes, {config.module + part: shape for part, shape in expected.items()})
+
+
+def _table(config: _Config, names: TensorNames, tensors: Mapping[str, Tensor]) -> Tensor:
+    """All keys and values, in the order that the file has them."""
+    if config.is_flat:
+        return names.pick(tensors, f"{config.module}control_trans")
+    parts = ("wte.weight", *(f"control_trans.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")))
+    # In float64, as the order of float32 sums may differ between loads, by alignment and threads.
+    embeddings, w1, b1, w2, b2 = (names.pick(tensors, config.module + part).double() for part in parts)
+    return prefix_table(embeddings, w1, b1, w2, b2, config.activation).float()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from manyhats.adapters.disk.scratch import Scratch
@@ -16,12 +18,17 @@ from manyhats.adapters.limits import DEFAULT_CACHE_BYTES, AdapterLimits
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.sources.sources import AdapterSources
-from manyhats.adapters.store.artifacts.opening import open_artifacts
+from manyhats.adapters.store.artifacts.local import LocalArtifacts
+from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
+from manyhats.adapters.store.publication import Publisher
+from manyhats.adapters.store.registering import Registering
 from manyhats.adapters.store.store import AdapterStore
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _CATALOGUE_FILE = "catalogue.db"
+
+_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 def open_store(
@@ -82,7 +89,9 @@ def open_store(
             scratch.sweep()
         sources = AdapterSources(allowed_roots, url_prefixes, scratch, limits)
         undo.pop_all()
-    return AdapterStore(storage, catalogue, sources, scratch, base, limits, quotas)
+    publisher = Publisher(storage, catalogue, quotas)
+    registering = Registering(sources, scratch, publisher, base, limits)
+    return AdapterStore(storage, catalogue, registering, scratch, base, limits)
 
 
 def _directory(store: str | Path) -> Path | None:
@@ -110,3 +119,41 @@ def _scratch(directory: Path | None, quotas: Quotas) -> Scratch:
     if directory is None:
         return Scratch.temporary(quotas.max_transfers)
     return Scratch(directory / "scratch", quotas.max_transfers)
+
+
+def open_artifacts(
+    url: str | Path,
+    limits: AdapterLimits,
+    *,
+    cache_directory: Path | None = None,
+    cache_max_bytes: int = DEFAULT_CACHE_BYTES,
+    storage_options: Mapping[str, Any] = _NO_OPTIONS,
+) -> ArtifactStorage:
+    """Open a directory (a path, or ``file:///…``), or object storage (``s3://bucket/prefix``, ``gs://…``).
+
+    Args:
+        url: where the artifacts are or will be kept.
+        limits: how large an artifact may be.
+        cache_directory: a local directory for copies from object storage; None for none. Processes may share it.
+        cache_max_bytes: how large the cache may grow.
+        storage_options: options of object storage's fsspec file system, such as ``endpoint_url``.
+
+    Raises:
+        StoreConfigError: the URL is not supported; ``subject`` is the setting.
+        StoreError: it cannot be reached or written.
+    """
+    scheme, separator, _ = str(url).partition("://")
+    if isinstance(url, Path) or not separator:
+        return LocalArtifacts(Path(url), limits)
+    if scheme.lower() == "file":
+        return LocalArtifacts(_file_path(url), limits)
+    from manyhats.adapters.store.artifacts.remote import open_remote_artifacts
+
+    return open_remote_artifacts(url, limits, cache_directory, cache_max_bytes, storage_options)
+
+
+def _file_path(url: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise StoreConfigError("store", "a file URL is file:// followed by an absolute path")
+    return Path(unquote(parts.path))

@@ -22,15 +22,12 @@ from manyhats.adapters.lowering.reader import parse_artifact
 from manyhats.adapters.lowering.version import LoadedVersion, lower_version
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.sites import BaseDescription
-from manyhats.adapters.sources.sources import AdapterSources
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage, Swept
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.store.catalogue.pages import Page, read_page
 from manyhats.adapters.store.maintenance import Verified, export_version, verify
-from manyhats.adapters.store.publication import Publisher
 from manyhats.adapters.store.registering import Registering, require_base
 from manyhats.adapters.store.upload import UploadSession
 from manyhats.adapters.taskid import check_task_id, parse_name
@@ -44,29 +41,27 @@ class AdapterStore:
     Args:
         storage: holds the artifacts.
         catalogue: holds tasks and versions.
-        sources: opens what is registered.
+        registering: validates and publishes.
         scratch: takes uploads.
         base: the resident base, which every adapter is checked against; None for maintenance only.
         limits: how large an adapter may be.
-        quotas: how much the store may hold.
     """
 
     def __init__(
         self,
         storage: ArtifactStorage,
         catalogue: Catalogue,
-        sources: AdapterSources,
+        registering: Registering,
         scratch: Scratch,
         base: BaseDescription | None,
         limits: AdapterLimits,
-        quotas: Quotas,
     ) -> None:
         self._storage = storage
         self._catalogue = catalogue
         self._scratch = scratch
         self._base = base
         self._limits = limits
-        self._registering = Registering(sources, scratch, Publisher(storage, catalogue, quotas), base, limits)
+        self._registering = registering
 
     def register(
         self, registration: Registration, *, probe: Probe | None = None, prepare: Prepare | None = None

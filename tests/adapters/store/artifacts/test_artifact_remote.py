@@ -22,9 +22,9 @@ from manyhats.adapters.errors import AdapterError, DataLossError, StoreUnavailab
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.store.artifacts.blob_cache import BlobCache
 from manyhats.adapters.store.artifacts.copies import list_copies
-from manyhats.adapters.store.artifacts.opening import open_artifacts
 from manyhats.adapters.store.artifacts.remote import RemoteArtifacts
 from manyhats.adapters.store.artifacts.storage import Swept
+from manyhats.adapters.store.opening import open_artifacts
 from support.servers.s3 import Bucket
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 40}

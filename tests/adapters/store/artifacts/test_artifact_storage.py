@@ -20,9 +20,9 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.store.artifacts.local import LocalArtifacts
-from manyhats.adapters.store.artifacts.opening import open_artifacts
 from manyhats.adapters.store.artifacts.remote import RemoteArtifacts
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage, Swept
+from manyhats.adapters.store.opening import open_artifacts
 
 FILES = {"adapter_config.json": bytearray(b"{}"), "adapter_model.safetensors": bytearray(range(256)) * 40}
 DIGEST = artifact_digest(FILES)

@@ -13,7 +13,7 @@ import pytest
 from manyhats.adapters.errors import QuotaExceededError, RequestIdReusedError
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.registration import Files, Part, Parts, Registered, Registration, UploadFile, Uri
-from manyhats.adapters.store.catalogue import answers as answered_requests
+from manyhats.adapters.store.catalogue import rows as answered_requests
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.taskid import TaskName
 from support.factories.catalogue_records import allow, make_record, names, register

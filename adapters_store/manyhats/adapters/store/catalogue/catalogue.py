@@ -13,15 +13,16 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.registration import Registered, Registration
-from manyhats.adapters.store.catalogue.answers import read_answer, write_answer
 from manyhats.adapters.store.catalogue.database import IN_MEMORY, CatalogueDatabase, WriteTransaction
 from manyhats.adapters.store.catalogue.index import CatalogueIndex
 from manyhats.adapters.store.catalogue.quotas import check_quotas
 from manyhats.adapters.store.catalogue.rows import (
+    read_answer,
     read_changed_tasks,
     read_generation,
     read_named_digests,
     read_task,
+    write_answer,
     write_task,
 )
 from manyhats.adapters.store.catalogue.task import CataloguedTask

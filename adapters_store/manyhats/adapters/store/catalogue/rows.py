@@ -1,4 +1,4 @@
-"""Tasks as rows of the catalogue's tables: reading them, and writing what changed in one."""
+"""Tasks, and the answers to registrations by request id, as rows of the catalogue's tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, insert, select, update
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.errors import RequestIdReusedError
+from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.store.catalogue.database import WriteTransaction
-from manyhats.adapters.store.catalogue.documents import details_document, read_details
-from manyhats.adapters.store.catalogue.tables import ARTIFACTS, CATALOGUE, TASKS, VERSIONS
+from manyhats.adapters.store.catalogue.documents import (
+    details_document,
+    read_details,
+    read_record,
+    record_document,
+)
+from manyhats.adapters.store.catalogue.tables import ANSWERS, ARTIFACTS, CATALOGUE, TASKS, VERSIONS
 from manyhats.adapters.store.catalogue.task import CataloguedTask, version_state
 
 # How many values one statement uses; databases have limits.
 _MAX_VALUES = 1000
+
+MAX_REMEMBERED = 10_000
 
 
 def read_generation(connection: Connection) -> int:
@@ -126,4 +135,40 @@ def _write_change(connection: Connection, record: AdapterRecord) -> None:
     is_it = (VERSIONS.c.task_id == record.task_id) & (VERSIONS.c.version == record.version)
     connection.execute(
         update(VERSIONS).where(is_it).values(failure=record.state_reason, details=details_document(record))
+    )
+
+
+def read_answer(connection: Connection, registration: Registration) -> Registered | None:
+    """The answer given to its request id; None if the id is new.
+
+    Raises:
+        RequestIdReusedError: it was used for something else.
+    """
+    row = connection.execute(
+        select(ANSWERS).where(ANSWERS.c.request_id == registration.request_id)
+    ).one_or_none()
+    if row is None:
+        return None
+    if row.fingerprint != registration.fingerprint():
+        raise RequestIdReusedError("request_id", "was used before, for a registration with other content")
+    return Registered(read_record(row.record), row.created)
+
+
+def write_answer(transaction: WriteTransaction, registration: Registration, answer: Registered) -> None:
+    """Keep the answer to a new request id; beyond ``MAX_REMEMBERED``, the oldest are dropped."""
+    if not registration.request_id:
+        return
+    row = {
+        "request_id": registration.request_id,
+        "fingerprint": registration.fingerprint(),
+        "created": answer.created,
+        "record": record_document(answer.record),
+        "generation": transaction.generation,
+    }
+    transaction.connection.execute(insert(ANSWERS), row)
+    latest = select(ANSWERS.c.generation).order_by(ANSWERS.c.generation.desc())
+    transaction.connection.execute(
+        delete(ANSWERS).where(
+            ANSWERS.c.generation <= latest.offset(MAX_REMEMBERED).limit(1).scalar_subquery()
+        )
     )
