@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.formats.adapterhub.loras import LorasConfig, find_linears, read_config
@@ -112,11 +110,6 @@ def _check_placement(tensors: ModuleTensors, names: Any) -> None:
             tensors.name(_VECTOR),
             f"has shape {list(tensors.shapes[_VECTOR])}, which contradicts feedforward_modules",
         )
-
-
-def rescaled_output(y: Tensor, scale: Tensor) -> Tensor:
-    """``y ⊙ scale``: y [..., d_out], a linear's output; scale [d_out]."""
-    return y * scale
 
 
 @dataclass(frozen=True, slots=True)

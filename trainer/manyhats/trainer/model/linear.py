@@ -39,11 +39,6 @@ class FrozenLinears:
         """Resident bytes of the weights, with their quantization statistics."""
         return sum(matrix.num_bytes for matrix in self._matrices)
 
-    @property
-    def has_nf4(self) -> bool:
-        """Whether a weight is quantized."""
-        return any(isinstance(matrix.weight, Nf4Weight) for matrix in self._matrices)
-
     def columns(self, part: int) -> slice:
         """Where a part's outputs are."""
         start = sum(self.sizes[:part])
