@@ -19,7 +19,7 @@ from benchmarks.training_cases import TrainingCase, TrainingWorkload, tokens_per
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.data.dataset import DataCounts, Dataset, TokenizedRows
 from manyhats.trainer.data.task_data import TaskData
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.run.training_run import TrainingRun
 from manyhats.trainer.settings.methods import ALL_LINEARS, LoraSettings

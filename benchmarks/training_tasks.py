@@ -105,7 +105,7 @@ def _timed(
 
 
 def _together(tasks: Sequence[Any], model: Any) -> Sequence[Any]:
-    from manyhats.trainer.run.several import train_several
+    from manyhats.trainer.train import train_several
 
     outcomes = train_several(tasks, model)
     for outcome in outcomes:

@@ -23,9 +23,10 @@ from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.home import default_home
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.trainer.data import BatchSampler, collate
+from manyhats.trainer.data.batch import collate
+from manyhats.trainer.data.sampler import BatchSampler
 from manyhats.trainer.data.task_data import read_task_data
-from manyhats.trainer.run.schedule import learning_rate_factor
+from manyhats.trainer.run.optimizer import learning_rate_factor
 from manyhats.trainer.settings.settings import DataSettings, OptimizationSettings
 
 

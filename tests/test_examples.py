@@ -38,8 +38,8 @@ from manyhats.engine.opening import open_engine
 from manyhats.engine.output import FinishReason, StepOutput
 from manyhats.engine.request import Request, SamplingParams, StoppingParams
 from manyhats.engine.text.tokenizer import ChatMessage
-from manyhats.trainer.data import collate, read_rows
-from manyhats.trainer.data.batch import TokenizedRow
+from manyhats.trainer.data.batch import TokenizedRow, collate
+from manyhats.trainer.data.reading import read_rows
 from manyhats.trainer.settings.methods import LoraSettings
 from manyhats.v1.generation_pb2 import GenerateRequest
 from support.factories.default_model import DEFAULT_MODEL

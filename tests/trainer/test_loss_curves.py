@@ -12,8 +12,8 @@ from torch import Tensor
 
 from manyhats.adapters.formats.peft.prompt_config import PROMPT_EMBEDDINGS
 from manyhats.trainer.data.batch import TokenizedRow, collate
-from manyhats.trainer.methods import make_adapter
 from manyhats.trainer.methods.adapter import TrainableAdapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.settings.methods import AdapterSettings, LoraSettings, PrefixSettings, PromptSettings
 from support.factories.tiny_models import make_checkpoint
 from support.harnesses.engine import load_tiny

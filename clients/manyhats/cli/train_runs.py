@@ -29,9 +29,8 @@ from manyhats.trainer.report.activation import ActivationRule
 from manyhats.trainer.report.progress import shown_training
 from manyhats.trainer.report.report import Evaluation, TrainingReport
 from manyhats.trainer.run.preflight import check_before_loading
-from manyhats.trainer.run.several import TaskOutcome, common_base, train_several
 from manyhats.trainer.settings.settings import ModelSettings, TrainSettings
-from manyhats.trainer.train import train
+from manyhats.trainer.train import TaskOutcome, common_base, train, train_several
 
 
 @dataclass(frozen=True, slots=True)

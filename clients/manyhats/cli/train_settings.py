@@ -20,8 +20,8 @@ from manyhats.trainer.settings.settings_file import (
     method_of,
     read_file,
     read_settings,
+    read_tasks,
 )
-from manyhats.trainer.settings.tasks_file import read_tasks
 
 _ANY_TASK = "task"
 

@@ -10,8 +10,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from manyhats.engine.text.tokenizer import Tokenizer
-from manyhats.trainer.data import Dataset, Row, Tokenization, find_ends, tokenize_rows
 from manyhats.trainer.data.batch import TokenizedRow
+from manyhats.trainer.data.dataset import Dataset
+from manyhats.trainer.data.ending import find_ends
+from manyhats.trainer.data.row import Row
+from manyhats.trainer.data.tokenization import Tokenization, tokenize_rows
 from manyhats.trainer.settings.settings import DataSettings
 from support.factories.tiny_models import CHAT_TEMPLATE, EOS_TOKEN_ID, SPECIAL_TOKENS, tiny_tokenizer
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
-from manyhats.trainer.data import Dataset
 from manyhats.trainer.data.batch import TrainingBatch
-from manyhats.trainer.data.dataset import DataCounts, DatasetBuilder
+from manyhats.trainer.data.dataset import DataCounts, Dataset, DatasetBuilder
 from manyhats.trainer.data.task_data import TaskData
 from manyhats.trainer.report.events import Listener, ignore
 from manyhats.trainer.run.checkpoint import open_checkpoints

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhats.trainer.data import BatchSampler, TokenizedRows, collate, evaluation_batches
-from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch
+from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch, collate
+from manyhats.trainer.data.dataset import TokenizedRows
+from manyhats.trainer.data.sampler import BatchSampler, evaluation_batches
 from manyhats.trainer.settings.settings import OptimizationSettings
 
 Steps = list[list[list[TokenizedRow]]]

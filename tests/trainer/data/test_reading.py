@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhats.trainer.data import lines, read_rows
-from manyhats.trainer.data.named_datasets import DatasetName, parse_dataset_name
+from manyhats.trainer.data import lines
+from manyhats.trainer.data.reading import DatasetName, parse_dataset_name, read_rows
 from manyhats.trainer.data.row import Row
 from manyhats.trainer.errors import DataError
 

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from manyhats.engine.text.tokenizer import Tokenizer
-from manyhats.trainer.data import Dataset, labelled_items, read_rows
+from manyhats.trainer.data.dataset import Dataset
+from manyhats.trainer.data.labels import labelled_items
+from manyhats.trainer.data.reading import read_rows
 from manyhats.trainer.errors import DataError
 from support.factories.spaced_tokenizers import KINDS, spaced_tokenizer
 from support.factories.tiny_models import CHAT_TEMPLATE, tiny_tokenizer

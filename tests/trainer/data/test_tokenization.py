@@ -16,7 +16,9 @@ from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from manyhats.server.grpc import from_proto
 from manyhats.server.service.prompts import Encoder
 from manyhats.server.service.text_threads import TextThreads
-from manyhats.trainer.data import Dataset, find_ends, find_labels, labelled_items
+from manyhats.trainer.data.dataset import Dataset
+from manyhats.trainer.data.ending import find_ends
+from manyhats.trainer.data.labels import find_labels, labelled_items
 from manyhats.trainer.errors import BaseError, DataError, SettingError
 from manyhats.v1.generation_pb2 import ChatMessage as ChatMessageProto
 from manyhats.v1.generation_pb2 import ChatMessages, Continuation, ScoreRequest

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhats.engine.text.tokenizer import Tokenizer
-from manyhats.trainer.data import read_rows
+from manyhats.trainer.data.reading import read_rows
 from support.factories.default_model import default_model_directory
 
 ROOT = Path(__file__).parents[3]

@@ -19,7 +19,7 @@ from torch import Tensor
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.trainer.data import collate
+from manyhats.trainer.data.batch import collate
 from manyhats.trainer.errors import DataError, SettingError
 from manyhats.trainer.memory import NO_DATA, MemoryPrediction, predict_memory
 from manyhats.trainer.memory.activations import (
@@ -35,7 +35,7 @@ from manyhats.trainer.memory.batch_shape import BatchShape, longest_rows
 from manyhats.trainer.memory.prediction import Machine, TaskSize, predict
 from manyhats.trainer.memory.runtime import machine_of, resident_bytes
 from manyhats.trainer.memory.shape import BaseShape, read_shape
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.run.gradients import LoweredOnce
 from manyhats.trainer.settings.methods import (

@@ -27,7 +27,7 @@ from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.errors import OutputError, SettingError
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,

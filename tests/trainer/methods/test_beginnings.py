@@ -12,7 +12,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from safetensors.torch import load_file
 
 from manyhats.engine.checkpoints.loader import Quantization
-from manyhats.trainer.methods import default_learning_rate, make_adapter
+from manyhats.trainer.methods.making import default_learning_rate, make_adapter
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,

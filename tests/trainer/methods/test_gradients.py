@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import Affine, LoweredAdapter, LowRank
 from manyhats.trainer.data.batch import TokenizedRow, collate
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.settings.methods import AdapterSettings, LoraSettings
 from support.factories.trainables import ALL_CASES, BOTTLENECK_CASES, PEFT_CASES, move, tiny_base

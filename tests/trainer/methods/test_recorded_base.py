@@ -13,7 +13,7 @@ from manyhats.adapters.disk.files import open_source
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.reader import read_adapter
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from support.factories.tiny_models import make_checkpoint
 from support.factories.trainables import ALL_CASES, PEFT_CASES, move, save
 

@@ -10,7 +10,7 @@ import pytest
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import BaseError, SettingError
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.methods.targets import with_named_modules
 from manyhats.trainer.settings.methods import (
     AdapterSettings,

@@ -11,7 +11,8 @@ import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.methods import load_tensors, make_adapter
+from manyhats.trainer.methods.making import make_adapter
+from manyhats.trainer.methods.warm_start import load_tensors
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,

@@ -16,7 +16,7 @@ from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.trainer.data.batch import collate
 from manyhats.trainer.errors import BaseError
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.model import head
 from manyhats.trainer.settings.methods import LoraSettings
 from support.factories.tiny_models import make_checkpoint

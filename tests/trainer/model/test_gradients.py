@@ -36,7 +36,7 @@ from manyhats.adapters.primitives import (
 from manyhats.adapters.sites import Site
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.data.batch import TokenizedRow, collate
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.settings.methods import LoraSettings
 from support.factories.adapterhub import make_adapterhub
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.trainer.data import LabelledItem, LabelTokens, collate
-from manyhats.trainer.data.batch import TokenizedRow
+from manyhats.trainer.data.batch import TokenizedRow, collate
+from manyhats.trainer.data.dataset import LabelTokens
+from manyhats.trainer.data.labels import LabelledItem
 from manyhats.trainer.errors import OutputError
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.report.label_scoring import read_saved, score_labels
 from manyhats.trainer.settings.methods import (

@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 import yaml
 
-from manyhats.trainer.data import DataCounts
+from manyhats.trainer.data.dataset import DataCounts
 from manyhats.trainer.memory.peak import PeakMemory, forget_peak, peak_memory
 from manyhats.trainer.report.curves import loss_curve, smoothed
 from manyhats.trainer.report.events import EvaluationReport, StepReport

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from manyhats.engine.text.tokenizer import Tokenizer
-from manyhats.trainer.data import Dataset, collate
+from manyhats.trainer.data.batch import collate
+from manyhats.trainer.data.dataset import Dataset
 from manyhats.trainer.data.task_data import read_task_data
 from manyhats.trainer.errors import CheckpointError, SettingError
 from manyhats.trainer.model.decoder import TrainingDecoder

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import Affine, KVPrefix, LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.run.gradients import LoweredOnce
 from manyhats.trainer.settings.methods import (
     AdapterSettings,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhats.trainer.run.schedule import learning_rate_factor, num_warmup_steps
+from manyhats.trainer.run.optimizer import learning_rate_factor, num_warmup_steps
 from manyhats.trainer.settings.settings import OptimizationSettings
 
 Schedule = Literal["linear", "cosine", "constant"]

@@ -14,7 +14,6 @@ from manyhats.trainer.errors import DataError, DivergedError, SettingError
 from manyhats.trainer.report.events import CheckpointReport, EvaluationProgress, Event, Listener, StepReport
 from manyhats.trainer.report.report import TrainingReport
 from manyhats.trainer.run.interrupt import TrainingInterrupted
-from manyhats.trainer.run.several import TaskOutcome, common_base, has_checkpoint, train_several
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,
@@ -23,7 +22,7 @@ from manyhats.trainer.settings.methods import (
     PromptSettings,
 )
 from manyhats.trainer.settings.settings import TrainSettings
-from manyhats.trainer.train import train
+from manyhats.trainer.train import TaskOutcome, common_base, has_checkpoint, train, train_several
 from support.factories.training_tasks import TinyTask, make_tiny_task
 
 METHODS: dict[str, AdapterSettings] = {

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyhats.trainer.data import collate
+from manyhats.trainer.data.batch import collate
 from manyhats.trainer.errors import DivergedError, SettingError
 from manyhats.trainer.report.events import EvaluationReport, Event, RunBegan, RunEnded, StepReport
 from manyhats.trainer.run.gradients import accumulate_gradients
-from manyhats.trainer.run.schedule import learning_rate_factor
+from manyhats.trainer.run.optimizer import learning_rate_factor
 from manyhats.trainer.run.training_run import TrainingRun
 from support.fakes.training import (
     FakeAdapter,

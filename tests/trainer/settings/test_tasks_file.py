@@ -12,7 +12,7 @@ import yaml
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.settings.settings import TrainSettings
-from manyhats.trainer.settings.tasks_file import read_tasks
+from manyhats.trainer.settings.settings_file import read_tasks
 
 
 def tasks_of(

@@ -12,19 +12,12 @@ from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.formats.text_files import read_text
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.engine.checkpoints.loader import GenerationDefaults, LoadedModel
-from manyhats.trainer.data import (
-    Dataset,
-    LabelledItem,
-    Prompted,
-    Tokenization,
-    check_label,
-    checked_contents,
-    find_ends,
-    find_labels,
-    labelled_items,
-    read_rows,
-    tokenize_rows,
-)
+from manyhats.trainer.data.contents import Prompted, checked_contents
+from manyhats.trainer.data.dataset import Dataset
+from manyhats.trainer.data.ending import find_ends
+from manyhats.trainer.data.labels import LabelledItem, check_label, find_labels, labelled_items
+from manyhats.trainer.data.reading import read_rows
+from manyhats.trainer.data.tokenization import Tokenization, tokenize_rows
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.settings.settings import DataSettings
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from manyhats.trainer.data import BatchSampler, Dataset, collate
-from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch
+from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch, collate
+from manyhats.trainer.data.dataset import Dataset
+from manyhats.trainer.data.sampler import BatchSampler
 from manyhats.trainer.settings.settings import OptimizationSettings
 
 _MAX_STEPS = 1000

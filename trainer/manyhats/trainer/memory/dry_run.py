@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manyhats.engine.text.tokenizer import Tokenizer
-from manyhats.trainer.data import Tokenization, find_ends
+from manyhats.trainer.data.ending import find_ends
 from manyhats.trainer.data.task_data import check_first_rows, longest_row, tokenize_task_data
+from manyhats.trainer.data.tokenization import Tokenization
 from manyhats.trainer.memory.adapter_size import adapter_size
 from manyhats.trainer.memory.batch_shape import BatchShape, largest_batch, longest_rows
 from manyhats.trainer.memory.prediction import MemoryPrediction, TaskSize, predict

@@ -21,7 +21,7 @@ from manyhats.engine.engine import Engine
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.opening import open_engine
 from manyhats.engine.request import ScoreRequest
-from manyhats.trainer.data import LabelledItem
+from manyhats.trainer.data.labels import LabelledItem
 from manyhats.trainer.errors import OutputError
 
 _IN_FLIGHT = 64

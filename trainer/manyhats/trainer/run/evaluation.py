@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.trainer.data import Dataset, collate, evaluation_batches
+from manyhats.trainer.data.batch import collate
+from manyhats.trainer.data.dataset import Dataset
+from manyhats.trainer.data.sampler import evaluation_batches
 from manyhats.trainer.run.gradients import LossModel
 from manyhats.trainer.settings.settings import OptimizationSettings
 

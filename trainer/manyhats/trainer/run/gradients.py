@@ -1,8 +1,10 @@
-"""The gradients of one optimizer step, over all its micro-batches."""
+"""The gradients of one optimizer step, over all its micro-batches, and the step's random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -10,8 +12,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.trainer.data import collate
-from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch
+from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch, collate
 from manyhats.trainer.methods.adapter import TrainableAdapter
 
 
@@ -94,3 +95,21 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         changed = {field.name: _map_tensors(getattr(value, field.name), change) for field in fields(value)}
         return replace(value, **changed)
     return value
+
+
+@contextmanager
+def step_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators from (seed, step) while entered; restore them afterwards.
+
+    So dropout is the same even if the run was interrupted before, or another run's steps came in between.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(_mixed(seed, step))
+        yield
+
+
+def _mixed(seed: int, step: int) -> int:
+    """63 bits; unrelated for neighbouring seeds and steps."""
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

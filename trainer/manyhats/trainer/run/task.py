@@ -12,7 +12,7 @@ from pathlib import Path
 
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.trainer.data import Dataset
+from manyhats.trainer.data.dataset import Dataset
 from manyhats.trainer.data.task_data import read_task_data, with_text_of
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.files.output_directory import (
@@ -23,7 +23,7 @@ from manyhats.trainer.files.output_directory import (
     write_report,
 )
 from manyhats.trainer.memory.peak import peak_memory
-from manyhats.trainer.methods import make_adapter
+from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.methods.parameters import num_trainable
 from manyhats.trainer.methods.targets import with_named_modules
 from manyhats.trainer.report.curves import loss_curve, tensorboard_curves

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from manyhats.trainer.data import BatchSampler
+from manyhats.trainer.data.sampler import BatchSampler
 from manyhats.trainer.data.task_data import TaskData
 from manyhats.trainer.errors import CheckpointError, DivergedError, SettingError
-from manyhats.trainer.methods import default_learning_rate
 from manyhats.trainer.methods.adapter import TrainableAdapter
+from manyhats.trainer.methods.making import default_learning_rate
 from manyhats.trainer.methods.parameters import copied_parameters, num_trainable, set_parameters
 from manyhats.trainer.report.events import (
     CheckpointFailed,
@@ -28,10 +28,9 @@ from manyhats.trainer.report.events import (
 )
 from manyhats.trainer.run.checkpoint import Checkpoints
 from manyhats.trainer.run.evaluation import held_out_loss
-from manyhats.trainer.run.gradients import LossModel, StepLoss, accumulate_gradients
-from manyhats.trainer.run.optimizer import AdapterOptimizer
+from manyhats.trainer.run.gradients import LossModel, StepLoss, accumulate_gradients, step_randomness
+from manyhats.trainer.run.optimizer import AdapterOptimizer, learning_rate_factor
 from manyhats.trainer.run.result import RunResult
-from manyhats.trainer.run.schedule import learning_rate_factor, step_randomness
 from manyhats.trainer.run.state import RunHistory, RunState
 from manyhats.trainer.settings.settings import TrainSettings
 
