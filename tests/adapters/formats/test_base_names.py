@@ -235,7 +235,7 @@ def test_callers_are_not_told_the_servers_paths(tmp_path: Path) -> None:
 def test_records_of_before_say_nothing_of_their_base_and_are_read(
     store: AdapterStore, tmp_path: Path
 ) -> None:
-    from manyhats.adapters.store.catalogue.documents import read_record, record_document
+    from manyhats.adapters.store.catalogue.rows import read_record, record_document
 
     document = record_document(store.register(Registration("task", Uri(record(tmp_path, "org/tiny")))).record)
     del document["registered_for"]

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
 from manyhats.engine.config import EngineConfig
 from manyhats.server.access.addresses import join_host_port
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
+from manyhats.server.grpc import to_proto
 from manyhats.server.grpc.adapters import AdapterService
 from manyhats.server.grpc.answers import MAX_ANSWER_BYTES, Answers
 from manyhats.server.grpc.generation import GenerationService
-from manyhats.server.grpc.health import HealthFollower
 from manyhats.server.grpc.interceptor import CallInterceptor
-from manyhats.server.grpc.server_info import ServerService
-from manyhats.server.service.call import Calls
+from manyhats.server.service.call import Call, Calls
 from manyhats.server.service.errors import AddressError
+from manyhats.server.service.gate import Gate, ServingState
 from manyhats.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
@@ -38,6 +43,8 @@ SERVICES = tuple(
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 # The gate counts calls whose message has arrived, and refuses more with details; this also bounds those that send none.
 _MAX_OPEN_CALLS = 16_384
+
+_log = structlog.get_logger("manyhats.health")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,3 +169,54 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 )
+
+
+class ServerService:
+    """Describes the backend behind the gate; ``max_request_bytes`` is the port's limit for one message."""
+
+    def __init__(self, gate: Gate, max_request_bytes: int) -> None:
+        self._gate = gate
+        self._max_request_bytes = max_request_bytes
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: server_pb2.GetServerInfoRequest, call: Call
+    ) -> server_pb2.GetServerInfoResponse:
+        """Describe the server and the base model."""
+        return to_proto.server_info(self._gate.backend, version("manyhats"), self._max_request_bytes)
+
+
+class HealthFollower:
+    """Answers ``grpc.health.v1`` for the whole server ("") and for each service by its name, all alike.
+
+    Args:
+        gate: knows the state.
+        services: full names of the services.
+        period_s: how often the state is looked at.
+    """
+
+    def __init__(self, gate: Gate, services: Sequence[str], *, period_s: float = 0.2) -> None:
+        self.servicer = health.aio.HealthServicer()
+        self._gate = gate
+        self._services = ("", *services)
+        self._period_s = period_s
+        self._logged: ServingState | None = None
+
+    async def publish(self) -> ServingState:
+        """Set health to what the gate says now, and return it."""
+        state = self._gate.state
+        is_serving = state is ServingState.READY
+        status = HealthCheckResponse.SERVING if is_serving else HealthCheckResponse.NOT_SERVING
+        for service in self._services:
+            await self.servicer.set(service, status)
+        if state is not self._logged:
+            self._logged = state
+            _log.info("state", state=state.value)
+        return state
+
+    async def follow_until_dead(self) -> None:
+        """Publish every change for as long as the engine lives; cancel to stop."""
+        state = await self.publish()
+        while state is not ServingState.DEAD:
+            await asyncio.sleep(self._period_s)
+            if self._gate.state is not state:
+                state = await self.publish()
