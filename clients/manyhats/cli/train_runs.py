@@ -24,8 +24,7 @@ from manyhats.engine.errors import EngineError
 from manyhats.trainer.errors import RegistrationError, TrainerError
 from manyhats.trainer.files.output_directory import holds_artifact, report_file
 from manyhats.trainer.model.computation import resolve_computation
-from manyhats.trainer.registration import RegistrationServer
-from manyhats.trainer.report.activation import ActivationRule
+from manyhats.trainer.registration import ActivationRule, RegistrationServer
 from manyhats.trainer.report.progress import shown_training
 from manyhats.trainer.report.report import Evaluation, TrainingReport
 from manyhats.trainer.run.preflight import check_before_loading

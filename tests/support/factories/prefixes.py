@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact
-from manyhats.adapters.formats.peft.format import recognise, recorded_base
+from manyhats.adapters.formats.peft.format import recognise
+from manyhats.adapters.formats.recognition import recorded_base
 from manyhats.adapters.sites import BaseDescription
 from support.factories.adapters import make_base, write_adapter
 

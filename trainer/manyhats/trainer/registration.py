@@ -1,12 +1,36 @@
-"""From the trainer's output to a running server: the artifact becomes a version of the task."""
+"""From the trainer's output to a running server: the artifact becomes a version, active if it is good enough."""
 
 from __future__ import annotations
 
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from manyhats.client import Client, Credentials, ManyhatsError, Progress, Registration, ServerInfo
-from manyhats.trainer.errors import RegistrationError
+from manyhats.trainer.errors import RegistrationError, SettingError
+from manyhats.trainer.report.report import Evaluation
+from manyhats.trainer.settings.settings import TrainSettings
+
+_SETTING = "activate_if"
+_METRICS: Mapping[str, Callable[[Evaluation], float | None]] = {
+    "loss": lambda evaluation: evaluation.after.loss,
+    "perplexity": lambda evaluation: _perplexity(evaluation.after.loss),
+    "accuracy": lambda evaluation: evaluation.accuracy(evaluation.after),
+}
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_CONDITION = re.compile(
+    r"\s*([A-Za-z_]\w*)\s*(>=|<=|>|<)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(%?)\s*", re.ASCII
+)
+_FORM = "must be METRIC OPERATOR NUMBER, as in 'accuracy >= 0.9'; join several with 'and'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,3 +80,103 @@ class RegistrationServer:
 
     def _client(self) -> Client:
         return Client(self.target, timeout_s=self.timeout_s, credentials=self.credentials)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """``metric operator number``, as in ``accuracy >= 0.9``."""
+
+    metric: str
+    operator: str
+    number: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.operator} {self.number:g}"
+
+    def is_met(self, evaluation: Evaluation) -> bool:
+        """Whether the trained model meets it; never if the metric is missing or NaN."""
+        value = self.value(evaluation)
+        return value is not None and _OPERATORS[self.operator](value, self.number)
+
+    def value(self, evaluation: Evaluation) -> float | None:
+        """The value of its metric."""
+        return _METRICS[self.metric](evaluation)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationRule:
+    """Conditions that must all be met."""
+
+    conditions: tuple[Condition, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> ActivationRule:
+        """Parse ``accuracy >= 0.9 and loss < 1.5``. Metrics are loss (nats per token), perplexity and accuracy.
+
+        Raises:
+            SettingError: it is not of that form, names another metric, or can never be met.
+        """
+        return cls(tuple(_condition(part) for part in re.split(r"\band\b", text)))
+
+    def __str__(self) -> str:
+        return " and ".join(str(each) for each in self.conditions)
+
+    def check(self, settings: TrainSettings) -> None:
+        """Check before training that it will have the results the conditions need.
+
+        Raises:
+            SettingError: it will not have one.
+        """
+        for each in self.conditions:
+            if not settings.data.eval:
+                raise SettingError(
+                    _SETTING,
+                    f"{each.metric} is measured on evaluation data, and {settings.task} has none (eval)",
+                )
+            if each.metric == "accuracy" and not settings.data.labels:
+                raise SettingError(
+                    _SETTING, f"accuracy is measured on labels, and {settings.task} has none (labels)"
+                )
+
+    def unmet(self, evaluation: Evaluation | None) -> str:
+        """What the trained model falls short of, as in ``accuracy 0.8125, not >= 0.9``; empty if nothing."""
+        if evaluation is None:
+            return "no data was held out"
+        return " and ".join(
+            f"{each.metric} {_shown(each.value(evaluation))}, not {each.operator} {each.number:g}"
+            for each in self.conditions
+            if not each.is_met(evaluation)
+        )
+
+
+def _condition(text: str) -> Condition:
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise SettingError(_SETTING, f"{_FORM}, not {text.strip()!r}")
+    metric, sign, digits, percent = match.groups()
+    if metric not in _METRICS:
+        near = difflib.get_close_matches(metric.lower(), _METRICS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise SettingError(_SETTING, f"{metric!r} is not a metric; these are: {', '.join(_METRICS)}{hint}")
+    try:
+        number = float(digits) / (100 if percent else 1)
+    except ValueError as error:
+        raise SettingError(_SETTING, f"{digits!r} is not a number") from error
+    if not math.isfinite(number):
+        raise SettingError(_SETTING, f"{digits!r} is too large")
+    if metric == "accuracy" and not 0 <= number <= 1:
+        raise SettingError(
+            _SETTING, f"accuracy is a fraction from 0 to 1, or a percentage with %, not {digits}{percent}"
+        )
+    return Condition(metric=metric, operator=sign, number=number)
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"

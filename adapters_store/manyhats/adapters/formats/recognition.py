@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.errors import AdapterUnsupportedError
+from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
 from manyhats.adapters.formats.peft import format as peft_format
 
@@ -29,9 +29,13 @@ def recorded_base(config: Mapping[str, Any]) -> str:
     Raises:
         AdapterInvalidError: it is not a name.
     """
-    if adapterhub_format.is_adapterhub(config):
-        return adapterhub_format.recorded_base(config)
-    return peft_format.recorded_base(config)
+    key = base_name_key(config)
+    name = config.get(key)
+    if name is None:
+        return ""
+    if not isinstance(name, str) or len(name) > 1024 or not name.isprintable():
+        raise AdapterInvalidError(key, "must be a name of at most 1024 printable characters")
+    return name.strip()
 
 
 def base_name_key(config: Mapping[str, Any]) -> str:

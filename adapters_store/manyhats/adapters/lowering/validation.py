@@ -20,9 +20,9 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.formats.base_name import identity
 from manyhats.adapters.formats.text_files import text_names
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.composition import compose_parts, part_name
 from manyhats.adapters.lowering.lowering import check_lowered, has_effect
 from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
-from manyhats.adapters.lowering.version import compose_parts, part_name
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Probe
 from manyhats.adapters.registration import Part, Parts, Registration

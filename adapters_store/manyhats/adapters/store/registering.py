@@ -18,8 +18,8 @@ from manyhats.adapters.errors import (
     StoreConfigError,
 )
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.composition import part_name
 from manyhats.adapters.lowering.validation import of_part, validate
-from manyhats.adapters.lowering.version import part_name
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.registration import Files, Parts, Registered, Registration, Uri
 from manyhats.adapters.sites import BaseDescription

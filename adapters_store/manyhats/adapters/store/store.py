@@ -18,8 +18,8 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.formats.text_files import text_of
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.composition import LoadedVersion, lower_version
 from manyhats.adapters.lowering.reader import parse_artifact
-from manyhats.adapters.lowering.version import LoadedVersion, lower_version
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.registration import Registered, Registration

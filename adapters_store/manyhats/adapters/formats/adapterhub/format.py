@@ -92,20 +92,6 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
     raise AdapterUnsupportedError("architecture", f"asks for {what}, which is not served")
 
 
-def recorded_base(config: Mapping[str, Any]) -> str:
-    """What the config names as its base model; empty if it names none.
-
-    Raises:
-        AdapterInvalidError: it is not a name.
-    """
-    name = config.get(BASE_NAME_KEY)
-    if name is None:
-        return ""
-    if not isinstance(name, str) or len(name) > 1024 or not name.isprintable():
-        raise AdapterInvalidError(BASE_NAME_KEY, "must be a name of at most 1024 printable characters")
-    return name.strip()
-
-
 def check_base(config: Mapping[str, Any], base: BaseDescription) -> None:
     """Compare what the config says about its base with the resident one.
 

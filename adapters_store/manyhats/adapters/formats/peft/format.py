@@ -111,20 +111,6 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
     return _PEFT_TYPES[peft_type]
 
 
-def recorded_base(config: Mapping[str, Any]) -> str:
-    """What a PEFT config names as its base model; empty if it names none.
-
-    Raises:
-        AdapterInvalidError: it is not a name.
-    """
-    name = config.get(BASE_NAME_KEY)
-    if name is None:
-        return ""
-    if not isinstance(name, str) or len(name) > 1024 or not name.isprintable():
-        raise AdapterInvalidError(BASE_NAME_KEY, "must be a name of at most 1024 printable characters")
-    return name.strip()
-
-
 def _check_task_type(task_type: Any) -> None:
     if task_type is None or task_type == "CAUSAL_LM":
         return

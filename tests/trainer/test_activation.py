@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.report.activation import ActivationRule
+from manyhats.trainer.registration import ActivationRule
 from manyhats.trainer.report.report import Evaluation, HeldOut
 from support.fakes.training import make_train_settings, with_data
 
