@@ -23,7 +23,7 @@ def task_name(index: int) -> str:
 def fill_store(store: Path, num_tasks: int) -> None:
     """Give a store's one task, ``task_name(0)``, the company of others that are made of the same artifact."""
     # Imported where it is used: the client's processes have no need of it, nor of torch.
-    from manyhats.adapters.quotas import Quotas
+    from manyhats.adapters.limits import Quotas
     from manyhats.adapters.registration import Registration, Uri
     from manyhats.adapters.store.catalogue.catalogue import Catalogue
 

@@ -44,7 +44,7 @@ FORBIDDEN = {
 # Files and folders of a package from the ground up: one may import those before it.
 FLOORS = {
     "adapters": """
-        errors artifact finish_rate limits quotas sites activations disk taskid registration primitives
+        errors artifact finish_rate limits sites activations disk taskid registration primitives
         equations method probe formats methods sources lowering store
     """,
     "engine": """
@@ -72,7 +72,7 @@ BACKENDS = ("cpu", "torch")
 # What takes seconds to import, and what does without; a folder stands for all its files.
 SLOW = {"torch", "transformers", "numba", "bitsandbytes"}
 WITHOUT_SLOW = """
-    adapters.errors adapters.artifact adapters.finish_rate adapters.limits adapters.quotas adapters.sites
+    adapters.errors adapters.artifact adapters.finish_rate adapters.limits adapters.sites
     adapters.taskid adapters.primitives adapters.method adapters.probe adapters.registration
     engine.errors engine.home engine.output engine.progress engine.request engine.config engine.scheduling
     server.access server.service server.grpc server.http

@@ -17,7 +17,7 @@ from manyhats.adapters.errors import (
     TaskNotFoundError,
 )
 from manyhats.adapters.registration import Registration, Uri
-from manyhats.adapters.store.catalogue.page_token import encode_page_token
+from manyhats.adapters.store.catalogue.pages import encode_page_token
 from manyhats.engine.errors import DrainingError
 from manyhats.server.service.errors import LoadingError
 from manyhats.v1 import adapter_pb2 as pb

@@ -29,7 +29,6 @@ from manyhats.trainer.report.events import Event, ScoringProgress, StepReport, T
 from manyhats.trainer.report.report import TrainingReport
 from manyhats.trainer.run.base import TrainingBase, load_base, weights_digest
 from manyhats.trainer.run.interrupt import TrainingInterrupted
-from manyhats.trainer.run.preflight import check_before_loading
 from manyhats.trainer.run.task import open_task
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
@@ -41,7 +40,7 @@ from manyhats.trainer.settings.methods import (
     PTuningSettings,
 )
 from manyhats.trainer.settings.settings import ModelSettings
-from manyhats.trainer.train import train
+from manyhats.trainer.train import check_before_loading, train
 from support.factories.training_tasks import LABELS, TinyTask, make_tiny_task
 from support.harnesses.failing_calls import FailingCalls, failing
 

@@ -27,9 +27,8 @@ from manyhats.trainer.model.computation import resolve_computation
 from manyhats.trainer.registration import ActivationRule, RegistrationServer
 from manyhats.trainer.report.progress import shown_training
 from manyhats.trainer.report.report import Evaluation, TrainingReport
-from manyhats.trainer.run.preflight import check_before_loading
 from manyhats.trainer.settings.settings import ModelSettings, TrainSettings
-from manyhats.trainer.train import TaskOutcome, common_base, train, train_several
+from manyhats.trainer.train import TaskOutcome, check_before_loading, common_base, train, train_several
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.lowering.reader import ReadAdapter, read_adapter
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.methods.prompt_tuning import PromptTuningMethod, prepend_prompt
+from manyhats.adapters.methods.prompt_tuning import PromptTuningMethod
 from manyhats.adapters.primitives import PromptEmbeddings
 from support.factories.adapters import write_adapter
 from support.factories.prefixes import (
@@ -34,6 +34,7 @@ from support.factories.prefixes import (
     prompt_tensors,
     tiny_base,
 )
+from support.oracles.methods import prepend_prompt
 
 BASE = tiny_base()
 KINDS = pytest.mark.parametrize(

@@ -22,8 +22,7 @@ from manyhats.adapters.errors import (
     RequestIdReusedError,
     TaskIdInvalidError,
 )
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import AdapterLimits, Quotas
 from manyhats.adapters.registration import Files, Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from manyhats.adapters.registration import Registration, Uri
-from manyhats.adapters.store.catalogue.page_token import decode_page_token
+from manyhats.adapters.store.catalogue.pages import decode_page_token
 from manyhats.server.access.rules import RULES
 from manyhats.server.access.tokens import Role, new_token
 from manyhats.server.grpc.interceptor import OPEN_METHODS

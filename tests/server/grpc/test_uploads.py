@@ -12,8 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import AdapterLimits, Quotas
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.server.grpc.adapters import UploadMessages

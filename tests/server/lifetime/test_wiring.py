@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import AdapterLimits, Quotas
 from manyhats.engine.config import EngineConfig, resolve
 from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import Quotas
 from manyhats.adapters.registration import Registered, Registration, Uri
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 

@@ -27,7 +27,7 @@ from manyhats.adapters.errors import (
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.registration import Parts, Registered, Registration
-from manyhats.adapters.store.catalogue.page_token import decode_page_token, encode_page_token
+from manyhats.adapters.store.catalogue.pages import decode_page_token, encode_page_token
 from manyhats.adapters.taskid import parse_name
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.output import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -77,3 +78,18 @@ def vera_delta(x: Tensor, a: Tensor, b: Tensor, d_vector: Tensor, b_vector: Tens
     """
     inner = (x @ a[:, : x.shape[-1]].T) * d_vector
     return (inner @ b[: b_vector.shape[0]].T) * b_vector
+
+
+def prepend_prompt(prompt: Tensor, embedded: Tensor) -> Tensor:
+    """What the decoder's layers run on: ``[prompt; embedded]``, at positions 0, 1, ….
+
+    Args:
+        prompt: [P, D].
+        embedded: [T, D]; the real tokens.
+
+    Returns:
+        [P + T, D].
+
+    Source: Lester et al. 2021 (arXiv:2104.08691), section 2.
+    """
+    return torch.cat((prompt, embedded))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manyhats.adapters.activations import ACTIVATIONS
-from manyhats.trainer.model.rowwise import gated
+from manyhats.trainer.model.maths import gated
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))

@@ -15,7 +15,7 @@ from manyhats.trainer.data.batch import TokenizedRow
 from manyhats.trainer.errors import CheckpointError
 from manyhats.trainer.report.events import CheckpointFailed, EvaluationReport, Event
 from manyhats.trainer.report.fingerprint import rows_digest
-from manyhats.trainer.run.result import RunResult
+from manyhats.trainer.run.state import RunResult
 from manyhats.trainer.run.training_run import TrainingRun
 from manyhats.trainer.settings.methods import LoraSettings
 from manyhats.trainer.settings.settings import TrainSettings

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.progress import Progress, no_progress
-from manyhats.trainer.errors import SettingError
-from manyhats.trainer.files.output_directory import checkpoints_directory
+from manyhats.trainer.data.task_data import check_first_rows
+from manyhats.trainer.errors import CheckpointError, SettingError
+from manyhats.trainer.files.output_directory import check_output_directory, checkpoints_directory
 from manyhats.trainer.report.events import Listener, all_of, ignore
 from manyhats.trainer.report.report import TrainingReport
 from manyhats.trainer.run.base import TrainingBase, load_base
 from manyhats.trainer.run.checkpoint import newest_in
 from manyhats.trainer.run.interrupt import StopRequest, TrainingInterrupted, keep
-from manyhats.trainer.run.preflight import check_before_loading
 from manyhats.trainer.run.task import TaskTraining, open_task
 from manyhats.trainer.run.training_run import TrainingRun
 from manyhats.trainer.settings.settings import ModelSettings, TrainSettings
@@ -249,3 +249,23 @@ def _runs(places: Iterable[_Place]) -> list[TrainingRun]:
 def has_checkpoint(out: Path) -> bool:
     """Whether an output directory has a training run that can be resumed."""
     return newest_in(checkpoints_directory(out)) is not None
+
+
+def check_before_loading(settings: TrainSettings, *, resume: bool = False) -> None:
+    """Check the output directory, the artifact to start from, and the first row of each data source.
+
+    Raises:
+        SettingError: ``out`` or ``init_from``.
+        CheckpointError: there is nothing to resume from.
+        DataError: a source cannot be read, or its first row cannot be trained on.
+    """
+    if settings.out:
+        out = Path(settings.out)
+        check_output_directory(out)
+        checkpoints = checkpoints_directory(out)
+        if resume and newest_in(checkpoints) is None:
+            raise CheckpointError(f"{checkpoints} has no checkpoint to resume from")
+    if settings.init_from and not Path(settings.init_from).is_dir():
+        raise SettingError("init_from", f"{settings.init_from}: is not a directory")
+    data = settings.data
+    check_first_rows(data, [source for source in (data.train, data.eval) if source])

@@ -19,7 +19,7 @@ _ENCODER_FIELDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PTuningMethod:
-    """P-tuning from a PEFT directory; served as prompt tuning is (see ``prompt_tuning.prepend_prompt``).
+    """P-tuning from a PEFT directory; served as prompt tuning is (see ``prompt_tuning``).
 
     Source: Liu et al. 2021 (arXiv:2103.10385), section 3.
     """

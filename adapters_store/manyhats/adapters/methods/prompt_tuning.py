@@ -1,4 +1,7 @@
-"""Prompt tuning: trained embeddings of virtual tokens before the sequence, from a PEFT directory."""
+"""Prompt tuning: trained embeddings of virtual tokens before the sequence, from a PEFT directory.
+
+Source: Lester et al. 2021 (arXiv:2104.08691), section 2.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +37,6 @@ INITIALISATION_FIELDS = frozenset(
 # embedding module, before the decoder's forward.
 _MULTIPLIES_IN_EMBEDDING = frozenset(("gemma", "gemma2", "gemma3", "gemma3_text"))
 _MULTIPLIES_IN_FORWARD = frozenset(("granite",))
-
-
-def prepend_prompt(prompt: Tensor, embedded: Tensor) -> Tensor:
-    """What the decoder's layers run on: ``[prompt; embedded]``, at positions 0, 1, ….
-
-    Args:
-        prompt: [P, D].
-        embedded: [T, D]; the real tokens.
-
-    Returns:
-        [P + T, D].
-
-    Source: Lester et al. 2021 (arXiv:2104.08691), section 2.
-    """
-    return torch.cat((prompt, embedded))
 
 
 def as_first_layer_reads(prompt: Tensor, base: BaseDescription) -> Tensor:

@@ -14,8 +14,7 @@ from urllib.parse import unquote, urlsplit
 from manyhats.adapters.disk.scratch import Scratch
 from manyhats.adapters.disk.store_errors import store_errors
 from manyhats.adapters.errors import StoreConfigError
-from manyhats.adapters.limits import DEFAULT_CACHE_BYTES, AdapterLimits
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import DEFAULT_CACHE_BYTES, AdapterLimits, Quotas
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.sources.sources import AdapterSources
 from manyhats.adapters.store.artifacts.local import LocalArtifacts

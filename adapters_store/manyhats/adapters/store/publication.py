@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import DigestMismatchError, StoreError
+from manyhats.adapters.limits import Quotas
 from manyhats.adapters.lowering.validation import ValidVersion, measure
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.quotas import Quotas
 from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue

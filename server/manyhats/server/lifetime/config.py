@@ -10,8 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from manyhats.adapters.errors import TaskIdInvalidError
-from manyhats.adapters.limits import DEFAULT_CACHE_BYTES, AdapterLimits
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import DEFAULT_CACHE_BYTES, AdapterLimits, Quotas
 from manyhats.adapters.taskid import check_task_id
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.home import default_home

@@ -28,9 +28,8 @@ from manyhats.server.grpc.port import GrpcLimits, GrpcPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_app
 from manyhats.server.lifetime.config import ServeConfig
-from manyhats.server.lifetime.progress_log import LoadingStopped, ProgressLog, both
 from manyhats.server.lifetime.system import StopSignals, connection_limits, raise_file_limit, wait_for_either
-from manyhats.server.observability.logs import configure_logs
+from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both, configure_logs
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.call import Calls

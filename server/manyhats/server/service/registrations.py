@@ -16,8 +16,7 @@ from manyhats.adapters.errors import AdapterError, TaskNotFoundError
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare
 from manyhats.adapters.registration import Registered, Registration
-from manyhats.adapters.store.catalogue.page_token import encode_page_token
-from manyhats.adapters.store.catalogue.pages import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page
+from manyhats.adapters.store.catalogue.pages import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page, encode_page_token
 from manyhats.adapters.taskid import parse_name
 from manyhats.engine.errors import EngineError
 from manyhats.server.access.tokens import Scope

@@ -16,7 +16,7 @@ from manyhats.adapters.errors import (
     QuotaExceededError,
     TaskNotFoundError,
 )
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import Quotas
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.catalogue.catalogue import IN_MEMORY, Catalogue
 from manyhats.adapters.taskid import TaskName

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from manyhats.adapters.errors import QuotaExceededError, RequestIdReusedError
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import Quotas
 from manyhats.adapters.registration import Files, Part, Parts, Registered, Registration, UploadFile, Uri
 from manyhats.adapters.store.catalogue import rows as answered_requests
 from manyhats.adapters.store.catalogue.catalogue import Catalogue

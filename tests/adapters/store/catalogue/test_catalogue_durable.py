@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, update
 
 from manyhats.adapters.artifact import AdapterState, ArtifactPart
 from manyhats.adapters.errors import NoActiveVersionError, StoreConfigError, TaskNotFoundError
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import Quotas
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.store.catalogue.database import CatalogueDatabase

@@ -15,7 +15,7 @@ from manyhats.adapters.errors import (
     StoreUnavailableError,
     TaskNotFoundError,
 )
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import Quotas
 from manyhats.adapters.registration import Registered, Registration, Uri
 from manyhats.adapters.store.catalogue import database as catalogue_database
 from manyhats.adapters.store.catalogue.catalogue import Catalogue

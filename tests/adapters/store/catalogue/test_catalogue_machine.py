@@ -27,7 +27,7 @@ from manyhats.adapters.errors import (
     RequestIdReusedError,
     TaskNotFoundError,
 )
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import Quotas
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 from manyhats.adapters.taskid import TaskName

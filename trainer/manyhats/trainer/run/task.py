@@ -23,8 +23,8 @@ from manyhats.trainer.files.output_directory import (
     write_report,
 )
 from manyhats.trainer.memory.peak import peak_memory
+from manyhats.trainer.methods.adapter import num_trainable
 from manyhats.trainer.methods.making import make_adapter
-from manyhats.trainer.methods.parameters import num_trainable
 from manyhats.trainer.methods.targets import with_named_modules
 from manyhats.trainer.report.curves import loss_curve, tensorboard_curves
 from manyhats.trainer.report.events import (
@@ -50,7 +50,7 @@ from manyhats.trainer.run.base import TrainingBase, num_parameters
 from manyhats.trainer.run.checkpoint import open_checkpoints, recorded_date
 from manyhats.trainer.run.evaluation import held_out_loss, in_float32
 from manyhats.trainer.run.interrupt import TrainingInterrupted
-from manyhats.trainer.run.result import RunResult
+from manyhats.trainer.run.state import RunResult
 from manyhats.trainer.run.training_run import TrainingRun
 from manyhats.trainer.settings.settings import TrainSettings
 

@@ -12,9 +12,13 @@ from torch import Tensor
 from manyhats.trainer.data.sampler import BatchSampler
 from manyhats.trainer.data.task_data import TaskData
 from manyhats.trainer.errors import CheckpointError, DivergedError, SettingError
-from manyhats.trainer.methods.adapter import TrainableAdapter
+from manyhats.trainer.methods.adapter import (
+    TrainableAdapter,
+    copied_parameters,
+    num_trainable,
+    set_parameters,
+)
 from manyhats.trainer.methods.making import default_learning_rate
-from manyhats.trainer.methods.parameters import copied_parameters, num_trainable, set_parameters
 from manyhats.trainer.report.events import (
     CheckpointFailed,
     CheckpointReport,
@@ -30,8 +34,7 @@ from manyhats.trainer.run.checkpoint import Checkpoints
 from manyhats.trainer.run.evaluation import held_out_loss
 from manyhats.trainer.run.gradients import LossModel, StepLoss, accumulate_gradients, step_randomness
 from manyhats.trainer.run.optimizer import AdapterOptimizer, learning_rate_factor
-from manyhats.trainer.run.result import RunResult
-from manyhats.trainer.run.state import RunHistory, RunState
+from manyhats.trainer.run.state import RunHistory, RunResult, RunState
 from manyhats.trainer.settings.settings import TrainSettings
 
 

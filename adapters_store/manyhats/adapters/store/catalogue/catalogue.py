@@ -14,7 +14,7 @@ from sqlalchemy import Connection, distinct, func, select
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import QuotaExceededError
-from manyhats.adapters.quotas import Quotas
+from manyhats.adapters.limits import Quotas
 from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.store.catalogue.database import IN_MEMORY, CatalogueDatabase, WriteTransaction
 from manyhats.adapters.store.catalogue.index import CatalogueIndex
