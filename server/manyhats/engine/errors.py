@@ -1,12 +1,20 @@
 """The engine's errors. They know nothing of gRPC; the server's table turns each into a status.
 
-EngineError ├── RequestError                the caller's fault; names the field │   ├── FieldInvalidError │   └──
-PromptTooLongError ├── ModelError                  a model that cannot be loaded or served, and why ├── QueueFullError
-try again later ├── AdapterCapacityError        no room to preload an adapter ├── DrainingError               shutting
-down; running requests finish ├── DeadlineExceededError ├── RequestCancelledError ├── NumericalError
-non-finite logits of one request ├── NoTokenAllowedError         bias, penalties or masks left a request no token to
-choose ├── StreamUnreadError           nobody read a request's answer ├── RequestFailedError          anything
-unexpected in one request or step; it is logged └── EngineDeadError             the engine thread ended
+EngineError
+├── RequestError                the caller's fault; names the field
+│   ├── FieldInvalidError
+│   └── PromptTooLongError
+├── ModelError                  a model that cannot be loaded or served, and why
+├── QueueFullError              try again later
+├── AdapterCapacityError        no room to preload an adapter
+├── DrainingError               shutting down; running requests finish
+├── DeadlineExceededError
+├── RequestCancelledError
+├── NumericalError              non-finite logits of one request
+├── NoTokenAllowedError         bias, penalties or masks left a request no token to choose
+├── StreamUnreadError           nobody read a request's answer
+├── RequestFailedError          anything unexpected in one request or step; it is logged
+└── EngineDeadError             the engine thread ended
 """
 
 from __future__ import annotations

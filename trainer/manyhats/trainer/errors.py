@@ -1,10 +1,13 @@
 """The trainer's errors.
 
-TrainerError ├── SettingError        a setting that cannot be trained with; names it ├── DataError           a row of
-the data; names file and line ├── BaseError           a base model that this method cannot be trained on ├──
-DivergedError       the loss is no longer finite; the last good checkpoint is kept ├── CheckpointError     a checkpoint
-that cannot be written, read or resumed from ├── OutputError         an output that cannot be written, such as on a full
-disk └── RegistrationError   a server that refuses the artifact, which stays where it is
+TrainerError
+├── SettingError        a setting that cannot be trained with; names it
+├── DataError           a row of the data; names file and line
+├── BaseError           a base model that this method cannot be trained on
+├── DivergedError       the loss is no longer finite; the last good checkpoint is kept
+├── CheckpointError     a checkpoint that cannot be written, read or resumed from
+├── OutputError         an output that cannot be written, such as on a full disk
+└── RegistrationError   a server that refuses the artifact, which stays where it is
 """
 
 from __future__ import annotations

@@ -143,15 +143,6 @@ def _first_undecodable(batch: Any) -> int:
     raise AssertionError("each record decodes alone, but all together do not")
 
 
-_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": read_json_lines,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".parquet": read_parquet,
-}
-
-
 def import_for(source: str, module: str) -> Any:
     """Import a module that reading a source needs.
 
@@ -233,3 +224,12 @@ def _load(datasets: Any, name: DatasetName) -> Any:
     if (directory / "state.json").is_file():
         return datasets.load_from_disk(str(directory))
     return datasets.load_dataset(name.name, name.config, split=name.split)
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
