@@ -194,7 +194,7 @@ def attend(op, numbers, unit, frame, buffers, cached, scratch, at):
     table = (ints_at(frame[col.BLOCK_TABLES]), sequence * frame[col.MAX_BLOCKS])
     total = tile[2] * group
     for start in range(0, total, 4):
-        # Queries of the group's heads, row by row; past the last, that one again.
+        # The queries of the group's heads, row by row; past the end, the last one again.
         i1, i2, i3 = min(start + 1, total - 1), min(start + 2, total - 1), min(start + 3, total - 1)
         t0, t1, t2, t3 = start // group, i1 // group, i2 // group, i3 // group
         q0 = (head * group + start - t0 * group) * head_dim

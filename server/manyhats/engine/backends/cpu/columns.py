@@ -1,4 +1,4 @@
-"""The columns of what the step's kernel reads: instructions, and the frame that a step brings."""
+"""What the step's kernel reads, column by column: instructions, and a step's frame."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from __future__ import annotations
     BOTTLENECK,
 ) = range(15)
 
-# Columns of every instruction: what it does, how many rows there are (a column of the frame), and the buffers that it
-# reads and writes. What follows is each instruction's own: sizes, and addresses of weights.
+# Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
+# reads and writes. The others differ by kind: sizes, and addresses of weights.
 INSTRUCTION, ROWS, SOURCE, TARGET, SIZE = range(5)
-# Of norms, sums and what else goes over rows; the second buffer is the residual stream.
+# Of norms and sums; STREAM is the buffer that is added to.
 WEIGHT, STREAM = 5, 6
-# Of norms over heads; their SIZE is that of a whole row.
+# Of norms over heads; SIZE is that of a whole row.
 QUERY_WEIGHT, QUERY_NORMED, QUERY_SIZE, KEY_WEIGHT, KEY_NORMED, KEY_SIZE = range(5, 11)
-# Of the rotation and of attention; their SIZE is that of a whole row.
+# Of the rotation and of attention; SIZE is that of a whole row.
 LAYER, COS, SIN, HALF, NUM_HEADS = range(5, 10)
 OUT_SIZE, WINDOW = 6, 7
-# Of linears, whose SIZE is the number of inputs; GROUP is of adapters' deltas, whose LAYER stands as above.
+# Of linears and deltas; SIZE is the number of inputs, and LAYER is where it is for the rotation.
 KIND, NUM_OUT, GROUP = 6, 7, 8
 PANEL_ROWS, WEIGHTS, ABSMAX, ROW_BLOCK, ROW_OFFSET, NESTED, NESTED_CODE, BIAS = range(9, 17)
 NUM_COLUMNS = 17
 # Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, and dense ones.
 NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32 = range(4)
 
-# Columns of the frame, what a step brings: numbers, and addresses of arrays. The last ones belong to the call:
-# instructions and their numbers, the buffers' addresses, [2, instructions] zeros to count with, each thread's scratch.
+# Columns of the frame, which holds a step's counts and the addresses of its arrays. The last ones belong to the call:
+# instructions and their numbers, the buffers' addresses, counters [2, instructions] that start at zero, and scratch.
 (
     NUM_ROWS,
     NUM_LOGIT_ROWS,

@@ -48,9 +48,9 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a kernel, not to be called from Python: without wrappers for that it compiles a quarter faster.
+    """A function inside a kernel, which Python must not call.
 
-    It raises nothing, since a thread that left its loop would be waited for forever.
+    It has no wrappers for that, which saves a quarter of its compilation. It raises nothing, since the others would wait forever for a thread that left its loop.
     """
     without_wrappers: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     return _noted(njit(cache=True, error_model="numpy", **without_wrappers)(function))
@@ -65,7 +65,7 @@ def _noted(compiled: Callable[..., Any]) -> Callable[..., Any]:
 def counted_compilation(progress: Progress) -> Iterator[None]:
     """Reports the stage ``compile`` where kernels must be compiled, and nothing where the disk has them all.
 
-    Compiling goes on for as long as this is entered; at the end every kernel counts as done, those that a model does
+    Compiling goes on for as long as this is entered; at the end every function counts as done, those that a model does
     not need too. What ``progress`` raises comes out of the call that compiles.
     """
     counter = _Counter(progress)

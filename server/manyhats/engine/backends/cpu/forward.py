@@ -1,4 +1,4 @@
-"""A decoder's forward as a program: what ``model.forward`` states, in the kernel's instructions."""
+"""A decoder's forward as a program: the order of ``model.forward`` in the kernel's instructions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from manyhats.engine.model.architecture import Architecture, Attention, Block, F
 from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 
-# Buffers: the stream, its norm, queries with keys and values or gate with up, what attention or the gate makes of them,
-# and a sub-layer's output, of N rows each; of M rows, the last norm and the logits.
+# Buffers of N rows: the stream, its norm, queries with keys and values (or gate with up), what attention (or the gate)
+# makes of them, and a sub-layer's output. Buffers of M rows: the final norm and the logits.
 STREAM, NORMED, WIDE, MIXED, OUTPUT, LAST, LOGITS = range(7)
 _GATES = {"silu": col.SILU, "gelu_pytorch_tanh": col.GELU_TANH}
 
@@ -30,12 +30,12 @@ NormWeight = tuple[Tensor, float]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostLinear:
-    """A group of linears that a library runs, between two parts of the program.
+    """A group of linears that a library runs between two parts of the program.
 
     Attributes:
         packed: its weights.
-        source, target: buffers; source's rows are side by side.
-        group, layer: where adapters may rescale its input; the head's group is empty.
+        source, target: buffers.
+        group, layer: where adapters may rescale its input; the head has no group, "".
     """
 
     packed: Avx512Bf16Linear
@@ -47,7 +47,7 @@ class HostLinear:
     def run(
         self, buffers: list[Tensor], num_rows: int, rescaled: AdapterRows, adapters: CpuAdapterSlots
     ) -> None:
-        """Puts what it makes of one buffer in the place of another."""
+        """Replaces one buffer by the product of another."""
         size = self.packed.in_features
         x = buffers[self.source].view(-1)[: num_rows * size].view(num_rows, size)
         y = self.packed(x)
@@ -61,9 +61,9 @@ class Forward:
 
     Attributes:
         program: its instructions.
-        host_linears: by the instruction ahead of which they run.
-        sizes: of each buffer's rows, at most.
-        num_bytes: of the blocks' linears, resident.
+        host_linears: by the index of the instruction that follows.
+        sizes: buffer → the largest size of its rows.
+        num_bytes: resident bytes of the blocks' linears.
         head: packed.
 
     Raises:
@@ -94,7 +94,7 @@ class Forward:
         self._product(self.head, LAST, LOGITS, "", 0, col.NUM_LOGIT_ROWS)
 
     def _begin(self, norm: NormWeight | None) -> int:
-        """The norm of the stream as it begins, and where it is; the stream itself where there is none."""
+        """Norms the stream as it begins, if the family does; returns the buffer of the first block's input."""
         if norm is None:
             return STREAM
         self.program.rms_norm(STREAM, NORMED, *norm)
@@ -109,7 +109,7 @@ class Forward:
         hidden: int,
         following: NormWeight | None,
     ) -> int:
-        """One block; ``hidden`` is the buffer of its input, and what is returned that of the next one's."""
+        """One block, whose input is in the buffer ``hidden``; returns the buffer of the next block's input."""
         linears = {group.name: [weights.linears[name] for name in group.names] for group in block.groups()}
         self._attention(layer, block.attention, linears, norms, hidden)
         outputs = norms.get("attention_output"), norms.get("feed_forward_output")
@@ -158,7 +158,7 @@ class Forward:
         norm: NormWeight | None,
         following: NormWeight | None,
     ) -> int:
-        """Adds a sub-layer's output to the stream; returns the buffer of the next one's input."""
+        """Adds a sub-layer's output to the stream; returns the buffer of the next sub-layer's input."""
         size = self.sizes[STREAM]
         if norm is not None:
             self.program.rms_norm(OUTPUT, OUTPUT, *norm)
@@ -200,5 +200,5 @@ class Forward:
 
 
 def _norms(block: Block, weights: BlockWeights) -> dict[str, NormWeight]:
-    """Those of a block that have one."""
+    """The norms that a block has, by name."""
     return {shape.name: (weights.norms[shape.name].weight, shape.norm.eps) for shape in block.norms()}

@@ -1,4 +1,4 @@
-"""Runs programs and chooses tokens on the CPU; weights are read in place."""
+"""Programs run, and tokens chosen, on the CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from manyhats.engine.threads.processors import num_processors
 
 
 class CpuKernels:
-    """What runs programs, and what chooses tokens, on some threads.
+    """Runs programs and chooses tokens on a number of threads.
 
     Its only state is scratch memory, so one instance serves one forward at a time.
 
@@ -91,7 +91,7 @@ class CpuKernels:
         return packed
 
     def linear(self, x: Tensor, packed: CpuLinear | Avx512Bf16Linear) -> Tensor:
-        """X Wᵀ + b."""
+        """``x Wᵀ + b``."""
         if isinstance(packed, Avx512Bf16Linear):
             return packed(x)
         y = torch.empty((x.shape[0], packed.out_features))
@@ -101,7 +101,7 @@ class CpuKernels:
         return y
 
     def softcap(self, x: Tensor, limit: float) -> None:
-        """X = limit · tanh(x / limit), in place.
+        """``x = limit · tanh(x / limit)``, in place.
 
         Raises:
             ModelError: the rows are shorter than a vector.
@@ -113,7 +113,7 @@ class CpuKernels:
         self.run_alone(program, [x])
 
     def run_alone(self, program: Program, buffers: Sequence[Tensor]) -> None:
-        """Runs instructions on some rows that belong to no step; the buffers are [N, …] float32."""
+        """Runs a program on rows that belong to no step; the buffers are [N, …] float32."""
         frame = np.zeros(col.FRAME_SIZE, dtype=np.int64)
         frame[col.NUM_ROWS] = buffers[0].shape[0]
         self.run(program.arrays(), frame, buffers, (self._dtype, self._dtype), program.num_scratch_values)
@@ -129,11 +129,11 @@ class CpuKernels:
         """Runs instructions.
 
         Args:
-            instructions: some of a program's, with their numbers.
-            frame: what the step brings; the call is entered here.
+            instructions: all or some of a program's.
+            frame: the step's; the call's columns are filled in here.
             buffers: by number.
-            dtypes: of the cache and of adapters.
-            num_scratch_values: on each thread.
+            dtypes: of the cache, and of adapters.
+            num_scratch_values: float32 values, on each thread.
         """
         if self._scratch.shape[1] < num_scratch_values:
             self._scratch = np.empty((self.num_threads, num_scratch_values), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A forward as data: instructions that the kernel in ``step`` carries out, each on all rows of a step."""
+"""A forward as data: instructions for the kernel in ``step``, each for all rows of a step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Instructions = tuple[Array, Array]
 class Program:
     """Instructions in order.
 
-    Buffers are numbers; what they stand for is said when it runs. Weights are held, and read where they are.
+    Buffers are numbered; a run supplies their memory. Weights are kept alive here and read in place.
 
     Attributes:
-        num_scratch_values: that linears need on each thread.
+        num_scratch_values: float32 values that its linears need on each thread.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Program:
         self._add(col.SOFTCAP, target, target, [size], limit)
 
     def gather(self, source: int, target: int, size: int) -> None:
-        """The rows whose logits are wanted, side by side."""
+        """Copies the rows whose logits are wanted."""
         self._add(col.GATHER, source, target, [size], rows=col.NUM_LOGIT_ROWS)
 
     def norm_heads(
@@ -76,8 +76,8 @@ class Program:
         Args:
             target: queries, keys, values.
             size: of a row.
-            queries: weight, and how many values the queries of a row are.
-            keys: the same of keys.
+            queries: weight, and the number of values of a row's queries.
+            keys: the same for keys.
             eps: of both.
         """
         own = [
@@ -117,8 +117,8 @@ class Program:
 
         Args:
             source: rotated queries come first in each row.
-            target: what they find.
-            sizes: of their rows.
+            target: the weighted sums of values.
+            sizes: of a row of source, and of target.
             layer: of the cache.
             scale: of the scores.
             window: positions that a row sees, itself included; None for all.
@@ -133,7 +133,7 @@ class Program:
         self._add(col.LINEAR, source, target, self._linear(packed, 0, 0), rows=rows)
 
     def rescaled(self, source: int, target: int, packed: CpuLinear, group: int, layer: int) -> None:
-        """The linear once more, for rows whose adapters rescale its input."""
+        """The linear again, for rows whose adapters rescale its input."""
         self._need((packed.panel_rows + 4) * packed.in_features)
         self._add(col.RESCALED, source, target, self._linear(packed, group, layer))
 

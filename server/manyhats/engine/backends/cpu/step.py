@@ -1,4 +1,4 @@
-"""The kernel that carries out a program: all of a step in one call, on threads that are woken once."""
+"""The kernel that runs a program: a whole step in one call, on threads that are woken once."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from manyhats.engine.backends.cpu.rowwise import norm_heads, rotate_and_store, r
 from manyhats.engine.backends.cpu.team import next_share, wait_for_all
 
 _SHARES = 8
-"""Of each thread, at most: so many that no thread waits long for another, so few that taking them costs nothing."""
+"""Per thread, at most: enough that no thread waits long for another, few enough that taking them costs nothing."""
 
 
 @inner
 def panels_of_share(op, num_threads):
-    """How many panels of a linear's weights make a share."""
+    """Panels of a linear's weights per share."""
     num_panels = (op[col.NUM_OUT] + op[col.PANEL_ROWS] - 1) // op[col.PANEL_ROWS]
     return max(1, num_panels // (_SHARES * num_threads))
 
 
 @inner
 def num_shares(op, frame, num_threads):
-    """Into how many shares an instruction is divided; 0 where there is nothing to do."""
+    """The shares of an instruction; 0 if it has nothing to do."""
     kind = op[col.INSTRUCTION]
     num_rows = frame[op[col.ROWS]]
     if kind == col.LINEAR:
@@ -51,17 +51,17 @@ def num_shares(op, frame, num_threads):
         return num_rescaled_shares(op, frame)
     if kind == col.BOTTLENECK:
         return num_bottleneck_shares(op, frame)
-    # A few rows are quicker on one thread than others are told of them.
+    # One thread finishes a row or two before another would notice them.
     return min(num_rows, _SHARES * num_threads) if num_rows > 2 else min(num_rows, 1)
 
 
 @inner
 def take_part(thread, frame_address, cached, packed):
-    """What one thread does of a program; returns when all of it is done.
+    """One thread's part in a program; returns when all of the program is done.
 
     Args:
-        thread: its number, of the call.
-        frame_address: what the step brings, and the call.
+        thread: its number in this call.
+        frame_address: of the frame, the call's columns included.
         cached: an array of the KV cache's dtype.
         packed: an array of the adapters' dtype.
     """
@@ -137,7 +137,7 @@ def part_for(cached_in_bfloat16, packed_in_bfloat16):
 
 @intrinsic
 def _call(typingctx, address, thread, frame_address):
-    """Calls the part at an address."""
+    """Calls the C function at an address."""
 
     def codegen(context, builder, signature, args):
         integer = ir.IntType(64)
@@ -150,13 +150,13 @@ def _call(typingctx, address, thread, frame_address):
 
 @kernel
 def run(address, frame_address, num_threads):
-    """Carries out instructions one after the other, each by all threads.
+    """Runs instructions one after another, each on all threads.
 
     Args:
-        address: of what each thread does, from ``part_for``. It is called there, and no
-            part of this kernel, since Numba would compile it all over again with the loop around it.
+        address: of each thread's part, from ``part_for``. It is called by address because Numba would compile it
+            again, several times, as a part of this loop.
         frame_address: of [FRAME_SIZE] int64.
-        num_threads: of this call.
+        num_threads: to use.
     """
     for thread in prange(num_threads):
         _call(address, np.int64(thread), frame_address)

@@ -1,11 +1,11 @@
-"""How the threads of one call share its work without leaving it.
+"""How the threads of one call divide its work among themselves.
 
-Each operation comes in shares. A thread takes the next share that nobody has, and once none is left waits until all
-are done; the next operation may then read what this one wrote. No thread is needed for this: should one come late,
-or not at all, the others take its shares.
+Each operation is divided into shares. A thread takes the next free share until none is left, then waits until all are
+done; only then may the next operation read what this one wrote. No particular thread is needed: if one arrives late, or
+never, the others take its shares.
 
-Waking a thread costs as much as a small operation, so the threads wait for each other awake: a few microseconds in a
-loop, then by giving up the processor again and again, so that a thread that has lost its own can go on.
+Waking a sleeping thread costs as much as a small operation, so threads wait awake: a few microseconds in a loop, then
+by yielding the processor again and again, so that a thread that has lost its own can continue.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _fetch_add(typingctx, counters, index, value):
 
 @intrinsic
 def _read(typingctx, counters, index):
-    """counters[index], int64, as other threads left it, and all that they wrote before."""
+    """Loads counters[index], int64; whatever other threads wrote before they changed it is visible then."""
 
     def codegen(context, builder, signature, args):
         return builder.load_atomic(_element(context, builder, signature, args), "acquire", 8)
@@ -50,7 +50,7 @@ def _element(context, builder, signature, args):
 
 @intrinsic
 def _pause(typingctx):
-    """Lets the processor's other thread go ahead for a moment."""
+    """Lets the core's other hardware thread run for a moment."""
 
     def codegen(context, builder, signature, args):
         if _IS_X86:
@@ -63,13 +63,13 @@ def _pause(typingctx):
 
 @inner
 def next_share(taken, operation):
-    """The number of a share that nobody has; past the last where none is left."""
+    """The number of the next free share; past the last if none is left."""
     return _fetch_add(taken, operation, 1)
 
 
 @inner
 def wait_for_all(done, operation, count, total):
-    """Says that ``count`` shares of an operation are done by this thread; returns once all are."""
+    """Reports ``count`` shares of an operation as done by this thread; returns once all are."""
     if count:
         _fetch_add(done, operation, count)
     spins = 0

@@ -11,8 +11,8 @@ from manyhats.engine.backends.cpu.compile import inner
 from manyhats.engine.backends.cpu.linear import decode, tile_4x3
 from manyhats.engine.backends.cpu.simd import add, load, load_address, mul, store
 
-# Columns of the table of groups: how many members they have, where each member's outputs start and how many they are,
-# which layers have anything to do, and per layer, slot and member, addresses, ranks and scales; 0 where there is none.
+# Columns of a group's table: the number of members; where each member's outputs start, and how many there are; the layers
+# that have anything to do; and per layer, slot and member, addresses, ranks and scales, 0 for none.
 (
     NUM_MEMBERS,
     STARTS,
@@ -32,7 +32,7 @@ NUM_COLUMNS = 12
 
 @inner
 def table_of(op, frame):
-    """The row of the table that stands for an instruction's group."""
+    """The table of an instruction's group."""
     return longs_at(frame[col.LINEAR_TABLES] + 8 * NUM_COLUMNS * op[col.GROUP])
 
 
@@ -111,11 +111,11 @@ def num_rescaled_shares(op, frame):
 
 @inner
 def rescaled(op, share, frame, buffers, scratch, at):
-    """The linear once more, for a panel of weights, on the rows whose input an adapter rescales at its member.
+    """The linear again, for one panel of weights, on the rows whose input an adapter rescales at the panel's member.
 
     Args:
         op: source holds x, target y.
-        share: number of the panel among those of the members concerned.
+        share: index of the panel among those of the rescaled members.
         frame, buffers: of the step.
         scratch: from ``at`` on, room for a panel and four rows of input.
     """
@@ -132,7 +132,7 @@ def rescaled(op, share, frame, buffers, scratch, at):
 
 @inner
 def rescale_panel(op, member, index, table, frame, buffers, scratch, at):
-    """``rescaled`` once it is known whose panel it is, and which of the member's."""
+    """``rescaled`` for the panel ``index`` of a member."""
     within = index * op[col.PANEL_ROWS]
     count = min(op[col.PANEL_ROWS], np.int64(ints_at(table[SIZES])[member]) - within)
     first = ints_at(table[STARTS])[member] + within
@@ -146,7 +146,7 @@ def rescale_panel(op, member, index, table, frame, buffers, scratch, at):
     scaled = at + op[col.PANEL_ROWS] * k
     num_rows = frame[col.NUM_RESCALED_ROWS]
     for start in range(0, num_rows, 4):
-        # Four rows at a time; past the last, that one again.
+        # Four rows at a time; past the end, the last one again.
         i1, i2, i3 = min(start + 1, num_rows - 1), min(start + 2, num_rows - 1), min(start + 3, num_rows - 1)
         y0 = scale_input(op, member, start, table, frame, x, scratch, scaled) + first
         y1 = scale_input(op, member, i1, table, frame, x, scratch, scaled + k) + first
