@@ -50,7 +50,8 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function inside a kernel, which Python must not call.
 
-    It has no wrappers for that, which saves a quarter of its compilation. It raises nothing, since the others would wait forever for a thread that left its loop.
+    It has no wrappers for that, which saves a quarter of its compilation. It raises nothing, since the
+    others would wait forever for a thread that left its loop.
     """
     without_wrappers: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     return _noted(njit(cache=True, error_model="numpy", **without_wrappers)(function))

@@ -11,8 +11,8 @@ from manyhats.engine.backends.cpu.compile import inner
 from manyhats.engine.backends.cpu.linear import decode, tile_4x3
 from manyhats.engine.backends.cpu.simd import add, load, load_address, mul, store
 
-# Columns of a group's table: the number of members; where each member's outputs start, and how many there are; the layers
-# that have anything to do; and per layer, slot and member, addresses, ranks and scales, 0 for none.
+# Columns of a group's table: the number of members; where each member's outputs start, and how many there are; the
+# layers that have anything to do; and per layer, slot and member, addresses, ranks and scales, 0 for none.
 (
     NUM_MEMBERS,
     STARTS,
