@@ -14,12 +14,13 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run test test-store-faults test-restarts test-hostile fuzz check format bench examples proto clean
+.PHONY: help setup run test test-torch test-store-faults test-restarts test-hostile fuzz check format bench examples proto clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
 	@echo "make setup    install the developers' tools as well, and fetch the default model"
 	@echo "make test     set up, run the tests"
+	@echo "make test-torch  run the engine's tests on its backend in plain torch"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
 	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
 	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams continue"
@@ -52,6 +53,10 @@ test: setup
 	scripts/need_postgresql.sh
 	@# A process for each processor, up to four: most tests keep one busy, and each process takes up to 2 GB.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Plain torch computes one row at a time. A file goes to one process, which computes its golden answers once.
+test-torch: setup
+	$(BIN)/python -m pytest --backend torch --numprocesses auto --maxprocesses 4 --dist loadfile --timeout 900 tests/engine
 
 test-store-faults: $(STAMP)
 	cd tests && ../$(BIN)/python -m store_faults

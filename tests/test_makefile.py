@@ -48,6 +48,7 @@ def planned(target: str) -> str:
         ("run", ["train"]),
         ("setup", ["train", "dev"]),
         ("test", ["train", "dev"]),
+        ("test-torch", ["train", "dev"]),
         ("check", ["train", "dev"]),
         ("bench", ["train", "dev"]),
         ("examples", ["train", "dev"]),

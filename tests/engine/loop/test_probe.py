@@ -32,6 +32,7 @@ from manyhats.adapters.primitives import (
     PromptEmbeddings,
 )
 from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.engine import Engine
@@ -50,7 +51,7 @@ from support.factories.adapters import (
 )
 from support.factories.prefixes import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
-from support.harnesses.backends import default_model
+from support.harnesses.backends import default_backend, default_model
 from support.harnesses.engine import (
     collect,
     digest_of,
@@ -201,7 +202,9 @@ async def test_rows_equal_to_the_base_s_have_no_effect(model: LoadedModel) -> No
     ids = torch.tensor([300, 9])
     rows = model.weights.embedding[ids].clone()
     async with running_engine(model) as engine:
-        assert await probe(engine, lowered("rows", EmbeddingRows(ids, rows), HeadRows(ids, rows))) == 0.0
+        found = await probe(engine, lowered("rows", EmbeddingRows(ids, rows), HeadRows(ids, rows)))
+    # The CPU's kernels compute each row of a head alike; plain torch may round a product of fewer rows differently.
+    assert found <= (1e-6 if default_backend().name == "torch" else 0.0)
 
 
 # With effect
@@ -315,7 +318,7 @@ async def test_virtual_tokens_that_leave_no_room_are_refused(model: LoadedModel)
 
 async def test_what_the_kernels_cannot_run_is_refused_and_leaves_its_slot_clean(model: LoadedModel) -> None:
     twice = random_lora(model.description, 1).deltas
-    async with running_engine(model) as engine:
+    async with running_engine(model, backend=CpuBackend()) as engine:
         with pytest.raises(ModelError, match="one low-rank delta a site"):
             await probe(engine, lowered("twice", *twice, *twice))
         assert await probe(engine, disjoint_lora(model.description)) == 0.0

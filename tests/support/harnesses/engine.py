@@ -311,6 +311,8 @@ def make_request(
 async def running_engine(
     model: LoadedModel,
     load: Mapping[str, LoweredAdapter] | Callable[[AdapterRecord], LoweredAdapter] | None = None,
+    *,
+    backend: Backend | None = None,
     **config: Any,
 ) -> AsyncIterator[Engine]:
     """An engine on a tiny model, float32 throughout; ``load`` gives adapters by task id."""
@@ -323,7 +325,7 @@ async def running_engine(
         **config,
     }
     settled = resolve(EngineConfig(**settings))
-    backend = default_backend(settled.dtype, settled.num_threads)
+    backend = backend or default_backend(settled.dtype, settled.num_threads)
     engine = open_engine(model, settled, by_task, backend=backend)
     await engine.start()
     try:

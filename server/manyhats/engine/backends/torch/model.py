@@ -215,8 +215,10 @@ class _Step:
         return torch.stack(rows) if rows else x.new_empty(0, dense.weight.shape[0])
 
     def _rows_by_slot(self, row_slots: Ints) -> Iterator[tuple[int, Tensor]]:
-        """Rows with an adapter and its slot: all that share it, or one at a time."""
-        for slot in np.unique(row_slots[row_slots != 0]).tolist():
+        """Rows with an adapter and its slot: all that share it, or one at a time; an empty slot is the base."""
+        for slot in np.unique(row_slots).tolist():
+            if slot not in self._adapters.placed:
+                continue
             rows = self.tensor(np.flatnonzero(row_slots == slot))
             for own in rows.split(1) if self._one_by_one else (rows,):
                 yield slot, own
