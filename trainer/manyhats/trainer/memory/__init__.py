@@ -1,4 +1,4 @@
-"""How much memory a training will take, predicted from shapes."""
+"""Predicts from shapes alone how much memory a training run will need."""
 
 from __future__ import annotations
 

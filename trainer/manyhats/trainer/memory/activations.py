@@ -1,9 +1,9 @@
-"""What a step keeps between its passes, and needs at most besides, from shapes.
+"""What a training step keeps between its passes, and the most it needs on top of that, computed from shapes.
 
-Bytes throughout. N tokens run in the layers, virtual ones included; B rows of T tokens are padded where their lengths
-differ, and see C positions before their own. e is the size of the compute dtype, 4 that of float32. Letters besides:
-L layers, D hidden, Q = H · K and KV = Hkv · K features of queries and of keys, I of the feed-forward, V vocabulary,
-M learned tokens, R ranks of low-rank deltas.
+All results are in bytes. N tokens go through the layers, virtual ones included; B rows of T tokens are padded if their
+lengths differ, and attend to C positions before their own. e is the size of the compute dtype; float32 takes 4 bytes.
+L is the number of layers, D the hidden size, Q = H · K and KV = Hkv · K the features of queries and of keys, I the
+width of the feed-forward, V the vocabulary size, M the number of learned tokens, R the ranks of low-rank deltas.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step runs on.
+    """What determines the memory that a step needs.
 
     Attributes:
         element_bytes: e.
@@ -46,49 +46,49 @@ class Step:
 
     @property
     def num_keys(self) -> int:
-        """B · (C + T), each row with a copy of what comes before it."""
+        """B · (C + T): each row has its own copy of what comes before it."""
         return self.batch.num_rows * (self.num_before + self.batch.longest)
 
     @property
     def is_padded(self) -> bool:
-        """Whether rows are copied to stand side by side."""
+        """Whether rows are copied so that they can be processed side by side."""
         batch = self.batch
         return batch.num_tokens - batch.num_shared != batch.num_padded
 
     @property
     def block(self) -> Block:
-        """The first layer, whose widths are those of all."""
+        """The first layer; all layers have the same widths."""
         return self.architecture.blocks[0]
 
     def group(self, name: str) -> Group:
-        """Linears over one input."""
+        """The linears that share one input."""
         return next(group for group in self.block.groups() if group.name == name)
 
     def width(self, fused: str) -> tuple[int, int, int]:
-        """(d_in, all d_out, ΣR) of linears over one input."""
+        """(d_in, Σ d_out, ΣR) of the linears that share one input."""
         group = self.group(fused)
         return group.d_in, group.d_out, sum(self.adapter.ranks.get(name, 0) for name in group.names)
 
     def is_rescaled(self, fused: str) -> bool:
-        """Whether any of these linears is; each is then computed by itself, and puts out float32."""
+        """Whether any of these linears is rescaled; each is then computed by itself, with a float32 output."""
         adapter = self.adapter
         return not (adapter.rescaled_outputs | adapter.rescaled_inputs).isdisjoint(self.group(fused).names)
 
     def output_bytes(self, fused: str) -> int:
-        """Of a value that these linears put out."""
+        """Size of one value of these linears' output."""
         return _FLOAT if self.is_rescaled(fused) else self.element_bytes
 
 
 def residual_bytes(step: Step) -> int:
-    """The residual stream at one place: 4 · N · D."""
+    """The residual stream at one point: 4 · N · D."""
     return _FLOAT * step.num_tokens * step.block.hidden_size
 
 
 def kept_by_linears(step: Step, fused: str) -> int:
-    """What linears over one input keep of N tokens; nothing where no adapter acts.
+    """What the linears that share one input keep for N tokens; nothing if no adapter changes them.
 
-    Low-rank deltas: e · N · (d_in + ΣR), their input and what A makes of it, and with dropout its mask, e · N · d_in.
-    Of rescaled outputs what is multiplied, e · N · d_out; of rescaled inputs, e · N · d_in.
+    Low-rank deltas keep e · N · (d_in + ΣR), their input and its product with A; dropout keeps its mask, e · N · d_in.
+    Rescaled outputs keep what is multiplied, e · N · d_out; rescaled inputs keep e · N · d_in.
     """
     d_in, _, ranks = step.width(fused)
     adapter, group = step.adapter, step.group(fused)
@@ -99,11 +99,11 @@ def kept_by_linears(step: Step, fused: str) -> int:
 
 
 def attention_kept(step: Step) -> int:
-    """Of one layer: e · (B·T·Q queries + 2 · B·(C+T)·KV keys and values + B·T·Q result), and what the linears keep.
+    """One layer keeps e · (B·T·Q queries + 2 · B·(C+T)·KV keys and values + B·T·Q result), and what its linears keep.
 
-    Where rows are neither padded nor behind anything, values are a view of the projections, N · (Q + 2·KV). Tokens that
-    all rows continue are views too, and besides the rows' copies keep queries, keys and projections of all N; behind a
-    prefix the latter two are copied.
+    If rows are not padded and nothing comes before them, values are a view of the projections, N · (Q + 2·KV). Tokens
+    shared by all rows are views too: on top of the rows' copies they keep the queries, keys and projections of all N;
+    after a prefix the latter two are copies.
     """
     attention, batch, e, tokens = step.block.attention, step.batch, step.element_bytes, step.num_tokens
     query, key = attention.query_size, attention.key_size
@@ -117,9 +117,9 @@ def attention_kept(step: Step) -> int:
 
 
 def feed_forward_kept(step: Step) -> int:
-    """Of one layer: the stream 4 · N · D, gate and up e · N · 2I (4 where rescaled), what linears and bottlenecks keep.
+    """One layer keeps the stream 4 · N · D, gate and up e · N · 2I (4 if rescaled), and what its linears keep.
 
-    A bottleneck of width b: 4 · N · (2b + D), D only where it reads what nothing else keeps.
+    A bottleneck of width b keeps another 4 · N · (2b + D), with D only if nothing else keeps its input.
     """
     block, tokens = step.block, step.num_tokens
     read = block.hidden_size if step.adapter.keeps_bottleneck_input else 0
@@ -130,14 +130,14 @@ def feed_forward_kept(step: Step) -> int:
 
 
 def layer_kept(step: Step) -> int:
-    """What one layer keeps from its forward to its backward pass, its input not counted."""
+    """What one layer keeps from its forward to its backward pass, not counting its input."""
     return attention_kept(step) + feed_forward_kept(step)
 
 
 def weights_for_product(step: Step, fused: str) -> int:
-    """Dense weights for one product, e · d_out · (d_in + ΣR), where they are not there as such already.
+    """Dense weights for one product, e · d_out · (d_in + ΣR), unless they already exist in that form.
 
-    Several matrices, or one with low-rank columns behind it, are put together from dequantized parts: one part besides.
+    Several matrices, or one followed by low-rank columns, are assembled from parts, one dequantized at a time.
     """
     d_in, d_out, ranks = step.width(fused)
     num_members = len(step.group(fused).members)
@@ -149,22 +149,22 @@ def weights_for_product(step: Step, fused: str) -> int:
 
 
 def layers_kept(step: Step) -> int:
-    """What all layers keep, without gradient checkpointing; their inputs not counted."""
+    """What all layers keep without gradient checkpointing, not counting their inputs."""
     not_kept = {"nothing": 0, "attention": attention_kept(step), "layer": layer_kept(step)}
     return step.architecture.num_layers * layer_kept(step) - not_kept[step.adapter.begins_behind]
 
 
 def layer_backward(step: Step) -> int:
-    """The most that one layer's backward pass needs besides what is kept.
+    """The most that one layer's backward pass needs on top of what is kept.
 
     The gradient of the stream, 2 · 4 · N · D, and the largest of
 
     - down: weights, and e · N · (I + R), the gradient of its input;
-    - gate and up, when what down kept is gone: weights, their gradient e · N · 2I, and that of their input,
+    - gate and up, once what down kept has been freed: weights, their gradient e · N · 2I, and that of their input,
       e · N · (D + ΣR);
-    - attention, when what the feed-forward kept is gone: keys, values and their gradients in float32,
-      4 · 4 · B·(C+T)·KV, the gradient of the result 4 · B·T·Q and of the queries e · B·T·Q, and of a block of queries
-      the scores, their softmax and their gradient, 3 · 4 · B · H · block · (C + T).
+    - attention, once what the feed-forward kept has been freed: keys, values and their gradients in float32,
+      4 · 4 · B·(C+T)·KV, the gradient of the result 4 · B·T·Q and of the queries e · B·T·Q, and for one block of
+      queries the scores, their softmax and their gradient, 3 · 4 · B · H · block · (C + T).
     """
     block, batch, e, tokens = step.block, step.batch, step.element_bytes, step.num_tokens
     inner, hidden = block.feed_forward.width, block.hidden_size
@@ -185,11 +185,11 @@ def layer_backward(step: Step) -> int:
 
 
 def head_bytes(step: Step) -> int:
-    """The most that the head needs: M learned tokens, some rows of logits at a time.
+    """The most that the head needs for M learned tokens, computing the logits of some rows at a time.
 
-    Three float32 tensors [M, D]; of c = min(M, 2²⁴ / V) rows the logits, whose memory becomes their gradient's,
-    e · c · V (three times where the adapter acts on the head), and, if they are not, a few at a time in float32. With
-    more rows than that, those before are let go only when the next are there.
+    It needs three float32 tensors [M, D]; the logits of c = min(M, 2²⁴ / V) rows, which their gradient overwrites,
+    e · c · V (three times that if the adapter acts on the head); and, unless they are float32, a float32 copy of a few.
+    If there are more rows, each chunk is freed only after the next one has been allocated.
     """
     vocab_size, e = step.architecture.vocab_size, step.element_bytes
     targets = step.batch.num_targets

@@ -1,4 +1,4 @@
-"""How many parameters a method trains, and where its tensors act, from shapes alone."""
+"""How many parameters a method trains and where its tensors act, computed from shapes alone."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _LIMITS = AdapterLimits()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSize:
-    """What memory depends on of an adapter.
+    """The properties of an adapter that determine memory use.
 
     Attributes:
-        num_trained: parameters that are trained.
-        num_lowered: values that are made of them anew at each step, beside the parameters themselves.
-        ranks: linear of a layer → R of its low-rank delta, the largest of all layers.
-        rescaled_outputs: linears of a layer whose output is rescaled.
-        rescaled_inputs: linears of a layer whose input is.
-        bottlenecks: widths b of a layer's bottlenecks.
-        keeps_bottleneck_input: whether a bottleneck reads what nothing else keeps.
-        begins_behind: the part of the first layer that keeps nothing, as nothing trained comes ahead of its end.
-        num_in_layers: virtual tokens that run through the layers.
+        num_trained: trained parameters.
+        num_lowered: values computed from them at each step, not counting the parameters themselves.
+        ranks: name of a linear → R of its low-rank delta, the largest in any layer.
+        rescaled_outputs: linears whose output is rescaled.
+        rescaled_inputs: linears whose input is rescaled.
+        bottlenecks: widths b of the bottlenecks in a layer.
+        keeps_bottleneck_input: whether a bottleneck reads something that would not be kept otherwise.
+        begins_behind: the part of the first layer that keeps nothing, because nothing before its end is trained.
+        num_in_layers: virtual tokens that go through the layers.
         num_prefix: virtual tokens that are keys and values.
-        has_dropout: whether the input of low-rank deltas is dropped out.
+        has_dropout: whether low-rank deltas have dropout on their input.
         is_on_head: whether the output head has a low-rank delta.
     """
 
@@ -62,15 +62,15 @@ class AdapterSize:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Positions that it takes of the base's context."""
+        """Positions that it occupies in the base's context."""
         return self.num_in_layers + self.num_prefix
 
 
 def adapter_size(settings: AdapterSettings, family: Family) -> AdapterSize:
-    """The size of an adapter on a base.
+    """The size of an adapter for a base.
 
     Raises:
-        SettingError: a module that the base does not have, a pattern of none, or a size above the server's limit.
+        SettingError: a module does not exist in the base, a pattern matches none, or a size exceeds the server's limit.
     """
     size = _size(settings, family)
     check_virtual_token_limit(size.num_virtual_tokens, _LIMITS)
@@ -100,7 +100,7 @@ def _description(family: Family) -> BaseDescription:
 
 
 def _lora(settings: LoraSettings, base: BaseDescription) -> AdapterSize:
-    """A [R, d_in] and B [d_out, R] of each module; DoRA's magnitudes [d_out], and its scaled B and outputs."""
+    """A [R, d_in] and B [d_out, R] for each module; for DoRA also magnitudes [d_out], a scaled B and output scales."""
     plan = plan_lora(settings, base, _LIMITS)
     ranks: dict[str, int] = {}
     num_trained = num_lowered = 0
@@ -124,7 +124,7 @@ def _lora(settings: LoraSettings, base: BaseDescription) -> AdapterSize:
 
 
 def _ia3(settings: Ia3Settings, base: BaseDescription) -> AdapterSize:
-    """A factor of each output of the ones, and of each input of the others."""
+    """A factor for each output of ``output_modules`` and each input of ``input_modules``."""
     outputs = choose_modules(settings.output_modules, "output_modules", base).targets
     inputs = choose_modules(settings.input_modules, "input_modules", base).targets
     return AdapterSize(
@@ -149,7 +149,7 @@ def _bottleneck(settings: BottleneckSettings, architecture: Architecture) -> Ada
 
 
 def _prefix(settings: PrefixSettings, architecture: Architecture) -> AdapterSize:
-    """Keys and values [P, 2 · L · Hkv · K]; or an embedding [P, Hkv · K] and two linears that make them."""
+    """Keys and values [P, 2 · L · Hkv · K]; or an embedding [P, Hkv · K] and the two linears that produce them."""
     num_tokens, inner = settings.num_virtual_tokens, settings.projection_size
     token_dim = architecture.attention.key_size
     width = 2 * architecture.num_layers * token_dim
@@ -162,7 +162,7 @@ def _prefix(settings: PrefixSettings, architecture: Architecture) -> AdapterSize
 
 
 def _p_tuning(settings: PTuningSettings, architecture: Architecture) -> AdapterSize:
-    """An embedding [P, D], and linears D → h → h → D with their biases."""
+    """An embedding [P, D], and linears D → h → h → D with biases."""
     num_tokens, inner, hidden = settings.num_virtual_tokens, settings.encoder_size, architecture.hidden_size
     mlp = (hidden + 1) * inner + (inner + 1) * inner + (inner + 1) * hidden
     return AdapterSize(

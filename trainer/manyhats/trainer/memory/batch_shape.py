@@ -1,4 +1,4 @@
-"""The largest batch that a training runs on: of its data where that can be read, or of the longest rows allowed."""
+"""The largest batch of a training run: from its data if that can be read, otherwise from the longest rows allowed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from manyhats.trainer.data.sampler import BatchSampler
 from manyhats.trainer.settings.settings import OptimizationSettings
 
 _MAX_STEPS = 1000
-"""Steps of which the largest batch is looked for."""
+"""How many steps are searched for the largest batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchShape:
-    """What memory depends on of a micro-batch.
+    """The properties of a micro-batch that determine memory use.
 
     Attributes:
-        num_tokens: N, a beginning that all rows share counted once.
+        num_tokens: N, counting a beginning shared by all rows once.
         num_rows: B.
-        longest: T, of a row, what is shared not counted.
+        longest: T, the length of the longest row, without what is shared.
         num_shared: S.
         num_targets: M.
-        data_bytes: of all rows that stay in memory.
+        data_bytes: size of all rows, which stay in memory.
     """
 
     num_tokens: int
@@ -36,12 +36,12 @@ class BatchShape:
 
     @property
     def num_padded(self) -> int:
-        """B · T, which attention computes."""
+        """B · T, the tokens that attention processes."""
         return self.num_rows * self.longest
 
 
 def longest_rows(options: OptimizationSettings, length: int) -> BatchShape:
-    """A batch of rows of one length, every token of them learned: no data of rows up to that length takes more."""
+    """A batch of rows of the same length with every token learned: no data with rows up to that length needs more."""
     num_rows = options.batch_size
     if options.batch_tokens is not None:
         num_rows = max(1, options.batch_tokens // length)
@@ -54,7 +54,7 @@ def longest_rows(options: OptimizationSettings, length: int) -> BatchShape:
 
 
 def largest_batch(data: Dataset, options: OptimizationSettings, *, shuffle: bool) -> BatchShape:
-    """The largest micro-batch, of those with most tokens or most when padded, of up to 1,000 steps."""
+    """The largest micro-batch of up to 1,000 steps: the one with the most tokens, or with the most after padding."""
     sampler = BatchSampler(data.rows, options, shuffle=shuffle)
     steps = range(min(sampler.num_steps, sampler.steps_per_epoch, _MAX_STEPS))
     batches = [rows for step in steps for rows in sampler.step(step)]
@@ -84,5 +84,5 @@ def _shape_of(batch: TrainingBatch, data: Dataset) -> BatchShape:
 
 
 def _data_bytes(data: Dataset) -> int:
-    """Four bytes a token id and one for whether it is learned; of a row its bounds, line and prompt's length."""
+    """Four bytes per token id and one for whether it is learned; per row its bounds, line and prompt length."""
     return 5 * data.rows.num_tokens + 20 * len(data.rows)

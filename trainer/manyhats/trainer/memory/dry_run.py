@@ -1,4 +1,4 @@
-"""From settings to a prediction: the base's config and, where they are at hand, its tokenizer and the data are read."""
+"""From settings to a prediction, reading the base's config and, if available, its tokenizer and the data."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from manyhats.trainer.memory.shape import BaseShape, read_shape
 from manyhats.trainer.settings.settings import TrainSettings
 
 NO_DATA = "-"
-"""In place of the data where a prediction is wanted without."""
+"""Given in place of a data file to predict without data."""
 
 _TOKENIZER = "tokenizer.json"
 _ANY_TOKEN_ID = 0
 
 
 def predict_memory(tasks: Sequence[TrainSettings], *, home: Path | None = None) -> MemoryPrediction:
-    """Predict the peak of a training, or of several tasks' on one base, without a weight of it.
+    """Predict the peak memory of training one or several tasks on one base, without loading its weights.
 
-    With data and a tokenizer the largest batch is known; else it is one of the longest rows allowed.
+    With data and a tokenizer the largest batch is known; otherwise it is assumed to have the longest rows allowed.
 
     Args:
-        tasks: at least one; the first one's base is that of all.
-        home: holds fetched models; None takes the default.
+        tasks: at least one; the base of the first is used for all.
+        home: holds fetched models; None means the default.
 
     Raises:
-        ModelError: the base has no config, or one that is not supported.
+        ModelError: the base has no config or an unsupported one.
         SettingError: a setting does not fit the base.
-        DataError: the data cannot be trained on.
+        DataError: the data cannot be used for training.
     """
     model = tasks[0].model
     shape = read_shape(model.model, home)
@@ -46,7 +46,7 @@ def predict_memory(tasks: Sequence[TrainSettings], *, home: Path | None = None) 
 
 
 def _tokenizer(shape: BaseShape) -> Tokenizer | None:
-    """The base's, if it lies beside its config."""
+    """The base's tokenizer, if it is next to the config."""
     has_tokenizer = (shape.directory / _TOKENIZER).is_file()
     return Tokenizer.from_directory(shape.directory) if has_tokenizer else None
 
@@ -64,7 +64,7 @@ def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None, voca
         return longest_rows(settings.optimization, longest_row(data, room))
     how = Tokenization(
         tokenizer=tokenizer,
-        # As far as the tokenizer tells: the generation config may name another end.
+        # As far as the tokenizer can tell: the generation config may name other end tokens.
         ends=find_ends(tokenizer, tokenizer.eos_token_ids or {_ANY_TOKEN_ID}),
         settings=data,
         max_length=longest_row(data, room),
@@ -77,11 +77,9 @@ def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None, voca
 def _notes(sizes: Sequence[TaskSize], tokenizer: Tokenizer | None) -> tuple[str, ...]:
     notes = []
     if tokenizer is None:
-        notes.append(
-            "the base's tokenizer is not at hand: rows are taken to be of the longest length allowed"
-        )
+        notes.append("the base's tokenizer is not available: all rows are assumed to have the maximum length")
     elif any(size.settings.data.train == NO_DATA for size in sizes):
-        notes.append("no data is given: rows are taken to be of the longest length allowed")
+        notes.append("no data is given: all rows are assumed to have the maximum length")
     if any(size.settings.data.labels for size in sizes):
-        notes.append("labels are scored when the training is over, by the engine, which is not counted")
+        notes.append("labels are scored by the engine after training; its memory is not included")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""How much memory the process took at most."""
+"""The peak memory of the process."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _FORGET_PEAK = "5"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeakMemory:
-    """Bytes.
+    """Peak memory in bytes.
 
     Attributes:
-        rss: the most that was resident in host memory.
-        cuda: the most that torch had allocated on the CUDA device; 0 without one.
+        rss: peak resident memory on the host.
+        cuda: peak memory allocated by torch on the CUDA device; 0 without one.
     """
 
     rss: int
@@ -29,7 +29,7 @@ class PeakMemory:
 
 
 def forget_peak() -> None:
-    """Begin anew to look for the peak; where the system keeps the one since the process began, that stays."""
+    """Reset the peak; on systems that cannot reset it, it remains the peak since the process started."""
     with suppress(OSError):
         _CLEAR_REFS.write_text(_FORGET_PEAK)
     if torch.cuda.is_available():
@@ -37,13 +37,13 @@ def forget_peak() -> None:
 
 
 def peak_memory() -> PeakMemory:
-    """The peak since ``forget_peak``."""
+    """The peak since the last ``forget_peak``."""
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return PeakMemory(rss=_peak_rss(), cuda=cuda)
 
 
 def _peak_rss() -> int:
-    """VmHWM, which can be reset, where the system has it."""
+    """VmHWM if the system has it, since it can be reset."""
     with suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,4 +1,4 @@
-"""How much memory a training takes at most, part by part, before anything of it is loaded."""
+"""The peak memory of a training run, part by part, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from manyhats.trainer.settings.settings import ModelSettings, TrainSettings
 _FLOAT = 4
 _OPTIMIZER_BYTES: Mapping[str, float] = {
     "adamw": 2 * _FLOAT,
-    # Two codes a value, and a float32 scale per 256 of each.
+    # Two codes per value, and a float32 scale per 256 codes.
     "adamw_8bit": 2 + 2 * _FLOAT / 256,
-    # The same, in memory that CUDA moves to the host where there is no room for it.
+    # The same, in memory that CUDA moves to the host when the device is full.
     "paged_adamw_8bit": 0,
 }
 
 Parts = Mapping[str, int]
-"""Bytes by what they are for."""
+"""What the memory is used for → bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a training runs on.
+    """The machine of a training run.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        element_bytes: of the compute dtype.
-        runtime_bytes: what the process takes by itself: on a CPU Python, libraries and tokenizer, on CUDA the context.
+        element_bytes: size of the compute dtype.
+        runtime_bytes: memory of the process itself: Python, libraries and tokenizer on a CPU, the context on CUDA.
     """
 
     device: str
@@ -48,7 +48,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class TaskSize:
-    """What memory depends on of one task."""
+    """The properties of one task that determine memory use."""
 
     settings: TrainSettings
     adapter: AdapterSize
@@ -56,21 +56,21 @@ class TaskSize:
 
     @property
     def optimizer_bytes(self) -> int:
-        """8 bytes a trained parameter, or 2 and a little where its states have 8 bits."""
+        """8 bytes per trained parameter, or slightly more than 2 with 8-bit states."""
         return round(_OPTIMIZER_BYTES[self.settings.optimization.optimizer] * self.adapter.num_trained)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPrediction:
-    """Of one training, or of several tasks' together.
+    """The predicted peak of training one task or several together.
 
     Attributes:
-        device: whose memory; ``cpu`` is the process's resident memory.
-        phase: when the most is needed.
-        parts: what it is then made of.
-        tasks: what was reckoned with.
-        num_parameters: of the base.
-        notes: what was supposed.
+        device: whose memory is predicted; for ``cpu`` it is the resident memory of the process.
+        phase: when the peak is reached.
+        parts: what makes up the peak.
+        tasks: what the prediction is based on.
+        num_parameters: parameters of the base.
+        notes: what had to be assumed.
     """
 
     device: str
@@ -89,10 +89,11 @@ class MemoryPrediction:
 def predict(
     tasks: Sequence[TaskSize], shape: BaseShape, machine: Machine, notes: tuple[str, ...] = ()
 ) -> MemoryPrediction:
-    """The peak of a training on one base; of several tasks, a step of one at a time.
+    """The peak of a training run on one base; several tasks take turns, one step at a time.
 
-    Besides what stays (runtime, base, and each task's data, parameters and optimizer) it is the most of what comes one
-    after another: the head, the backward pass of a layer, the gradients' way to the parameters, and a checkpoint.
+    It is the sum of what stays in memory (runtime, base, and the data, parameters and optimizer of each task) and the
+    largest of the phases that follow each other: the head, the backward pass of a layer, the backward pass from lowered
+    values to parameters, and writing a checkpoint.
     """
     staying = {
         "runtime": machine.runtime_bytes,
@@ -114,11 +115,11 @@ def predict(
 
 
 def base_bytes(model: ModelSettings, shape: BaseShape, machine: Machine) -> Parts:
-    """What the base keeps resident.
+    """Resident memory of the base.
 
-    NF4 linears take 0.516 bytes a parameter, dense ones e. The embedding, and a head of its own, take e · V · D each.
-    On a CPU the checkpoint's file is mapped into memory: where a matrix is not used as it is stored, its pages, by the
-    stored size of a value, count beside the copy. Norms are float32.
+    NF4 linears take 0.516 bytes per parameter, dense ones e. The embedding, and the head unless tied, take e · V · D.
+    On a CPU the checkpoint file is mapped into memory: if a matrix is not used as it is stored, its mapped pages
+    count in addition to the copy. Norms are float32.
     """
     e = machine.element_bytes
     mapped = shape.stored_bytes if machine.device == "cpu" else 0
@@ -134,11 +135,11 @@ def base_bytes(model: ModelSettings, shape: BaseShape, machine: Machine) -> Part
 
 
 def passing_bytes(task: TaskSize, shape: BaseShape, machine: Machine) -> dict[str, Parts]:
-    """What is needed besides what stays, by phase and part; P are the trained parameters.
+    """What each phase needs on top of what stays in memory, by part; P is the number of trained parameters.
 
-    With gradient checkpointing a step keeps each layer's input, 4 · N · D, and of one layer at a time what its backward
-    pass reads; without, of all layers. What parameters are made into at each step, if it is not they themselves, is
-    there with its gradient. Gradients are collected at that, 4 · P, and then at the parameters, 4 · P more.
+    With gradient checkpointing a step keeps each layer's input, 4 · N · D, and what the backward pass of one layer at a
+    time reads; without it, what the backward pass of all layers reads. Values computed from the parameters at each step
+    are kept with their gradients. Gradients are accumulated at those values, 4 · P, then at the parameters, 4 · P more.
     """
     model, adapter = task.settings.model, task.adapter
     step = Step(shape.architecture, adapter, task.batch, machine.element_bytes, model.quantization == "nf4")
@@ -164,6 +165,6 @@ def passing_bytes(task: TaskSize, shape: BaseShape, machine: Machine) -> dict[st
 
 
 def _checkpoint(task: TaskSize) -> Parts:
-    """Parameters and optimizer copied, 12 · P, and that in the bytes of files; what is made into bytes counts twice."""
+    """Parameters and optimizer copied, 12 · P, and serialized into files; what is being serialized counts twice."""
     parameters, optimizer = _FLOAT * task.adapter.num_trained, task.optimizer_bytes
     return {"checkpoint": 2 * (parameters + optimizer) + optimizer}

@@ -1,4 +1,4 @@
-"""What a training's process takes by itself, and on what it would run."""
+"""The machine that a training run would use, and the memory of its process itself."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _STATM = Path("/proc/self/statm")
 _CUDA_CONTEXT_BYTES = 500 * 2**20
 _TOKENIZER_BYTES_PER_TOKEN = 600
 _WORK_BYTES = 92 * 2**20
-"""Threads, buffers of matrix products, and what the allocator holds besides; fitted to benchmarks.training_memory."""
+"""Threads, buffers for matrix products, and what the allocator holds back; fitted to benchmarks.training_memory."""
 
 
 def machine_of(model: ModelSettings, *, num_unread_tokens: int) -> Machine:
-    """The machine that a training would run on; a CUDA device need not be there.
+    """The machine that a training run would use; a CUDA device need not be present.
 
-    On a CPU, this process has loaded by now what a training's would have.
+    On a CPU, this process has already loaded the libraries that a training process would load.
 
     Args:
         model: device and dtype.
-        num_unread_tokens: of a vocabulary whose tokenizer is still to come.
+        num_unread_tokens: vocabulary size of a tokenizer that has not been loaded yet.
     """
     if model.device == "cuda" and not torch.cuda.is_available():
         return Machine(
@@ -45,7 +45,7 @@ def machine_of(model: ModelSettings, *, num_unread_tokens: int) -> Machine:
 
 
 def resident_bytes() -> int:
-    """Of this process, now; where the system does not say, at most so far."""
+    """Resident memory of this process now; its peak so far if the system does not tell the current value."""
     with suppress(OSError):
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""A base's shape, from its config alone: no weight is read."""
+"""The shape of a base, from its config alone, without reading any weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STORED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 _LIMITS: Mapping[str, int] = {
     **dict.fromkeys((*_NEEDED, "num_key_value_heads", "max_position_embeddings"), LARGEST),
-    # Each layer is drawn up by itself, with a frequency per pair of a head's values.
+    # Every layer gets a spec of its own, with one frequency per pair of values in a head.
     "num_hidden_layers": 10_000,
     "head_dim": 4096,
 }
@@ -36,14 +36,14 @@ _LIMITS: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class BaseShape:
-    """What memory depends on of a base.
+    """The properties of a base that determine memory use.
 
     Attributes:
-        name: as it was asked for.
-        directory: holds the config; a tokenizer may lie there too.
-        family: which linears, norms and biases there are.
-        stored_bytes: of a value in the checkpoint.
-        is_stored_nf4: whether the checkpoint's linears are NF4 already.
+        name: as given by the user.
+        directory: contains the config, and possibly a tokenizer.
+        family: describes its linears, norms and biases.
+        stored_bytes: size of a value in the checkpoint.
+        is_stored_nf4: whether the linears are already NF4 in the checkpoint.
     """
 
     name: str
@@ -54,33 +54,33 @@ class BaseShape:
 
     @property
     def architecture(self) -> Architecture:
-        """The family's."""
+        """The architecture of its family."""
         return self.family.architecture
 
     @property
     def num_linear_parameters(self) -> int:
-        """Of the layers' linears, Σ d_out · d_in."""
+        """Parameters of the linears in the layers, Σ d_out · d_in."""
         return self.architecture.num_linear_parameters()
 
     @property
     def num_table_parameters(self) -> int:
-        """Of the embedding, V · D, and of the head where it has a matrix of its own."""
+        """Parameters of the embedding, V · D, and of the head unless it is tied."""
         architecture = self.architecture
         return architecture.vocab_size * architecture.hidden_size * (1 if architecture.head.is_tied else 2)
 
     @property
     def num_parameters(self) -> int:
-        """Of everything."""
+        """All parameters."""
         return sum(math.prod(shape) for shape in expected_shapes(self.family).values())
 
     @property
     def num_other_parameters(self) -> int:
-        """Of norms and biases."""
+        """Parameters of norms and biases."""
         return self.num_parameters - self.num_linear_parameters - self.num_table_parameters
 
     @property
     def nf4_bytes(self) -> int:
-        """The layers' linears in NF4: 4 bits a value, a byte per 64 of them, 4 more per 64 · 256."""
+        """Size of the linears in NF4: 4 bits per value, 1 byte per 64 values, 4 bytes per 64 · 256 values."""
         blocks = self.num_linear_parameters / BLOCK_SIZE
         return round(self.num_linear_parameters / 2 + blocks + 4 * blocks / NESTED_BLOCK_SIZE)
 
@@ -89,11 +89,11 @@ def read_shape(source: str, home: Path | None = None) -> BaseShape:
     """The shape of a model.
 
     Args:
-        source: an alias that has been fetched, a Hugging Face directory, a hub id, or a ``config.json``.
-        home: holds fetched models; None takes the default.
+        source: the alias of a fetched model, a Hugging Face directory, a hub id, or a ``config.json``.
+        home: holds fetched models; None means the default.
 
     Raises:
-        ModelError: there is no such config, it lacks a size, or it describes a model that is not supported.
+        ModelError: the config does not exist, lacks a size, or describes an unsupported model.
     """
     path = _config_path(source, default_home() if home is None else home)
     try:
@@ -113,19 +113,19 @@ def read_shape(source: str, home: Path | None = None) -> BaseShape:
 
 
 def _of_file(path: Path, message: str) -> str:
-    """The message under the file's own name, which need not be ``config.json``."""
+    """The message with the actual file name, which may differ from ``config.json``."""
     what = message.removeprefix(f"{_CONFIG}: ")
     return message if what == message else f"{path}: {what}"
 
 
 def _check_sizes(raw: Mapping[str, Any]) -> None:
-    """Refuse a config whose shape is another model's because a number is missing, or takes long to draw up.
+    """Refuse a config with a missing size, which a default would fill in wrongly, or with an excessive one.
 
     Raises:
         ModelError: names the field.
     """
     if raw.get("model_type") not in FAMILIES:
-        return  # it is refused by that name, and may have others for its sizes
+        return  # refused later, by its model_type; its sizes may have other names
     for name in _NEEDED:
         if raw.get(name) is None:
             raise ModelError(f"{_CONFIG}: has no {name}")
@@ -164,6 +164,6 @@ def _config_path(source: str, home: Path) -> Path:
 
 
 def _stored_bytes(raw: Mapping[str, Any]) -> int:
-    """By the config's dtype; float32, the larger, where it is silent."""
+    """From the dtype in the config; float32, the largest, if there is none."""
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     return _STORED_BYTES.get(str(dtype).removeprefix("torch."), 4)
