@@ -1,4 +1,4 @@
-"""Server addresses as users give them: what is wrong with one, and what listens where no server answered."""
+"""Server addresses from users: what is wrong with one, and what listens at one where no server answered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GREETING = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
 
 
 def check_address(flag: str, text: str) -> str:
-    """Return an address if gRPC can take it.
+    """Return an address if gRPC accepts it.
 
     Raises:
         UsageError: it cannot; says what to write.

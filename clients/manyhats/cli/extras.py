@@ -29,7 +29,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def _how_to_install(extra: str) -> str:
-    """How to install an extra: manyhats is on no index, so it comes from where it was installed from."""
+    """How to install an extra: manyhats is not on an index, so it comes from where it was installed from."""
     checkout = Path(__file__).parents[3]
     if (checkout / "pyproject.toml").is_file():
         return f"pip install -c constraints.txt --editable '.[{extra}]' in {checkout}"

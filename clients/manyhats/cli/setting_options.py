@@ -60,7 +60,7 @@ def _parameters(group: Iterable[Setting] | type) -> list[inspect.Parameter]:
 
 
 def _parameter(each: Setting) -> inspect.Parameter:
-    """The option of a setting, None or an empty list where it is not given; values are checked where all are."""
+    """The option of a setting, None or an empty list if it is not given; values are checked with all others."""
     is_switch = each.kind is bool
     kind = list[str] if each.has_several else each.kind if each.kind in (bool, int, float) else str
     if each.declared.unit == "bytes":
@@ -140,7 +140,7 @@ def as_mapping(flag: str, form: str, parts: Iterable[tuple[str, str, str]]) -> d
     Args:
         flag: named in errors.
         form: of one text, such as ``TASK=PATH``.
-        parts: each text cut at its ``=``, the first or the last one.
+        parts: each text split at its ``=``, the first or the last one.
 
     Raises:
         UsageError: one is not of that form, or a key comes twice.

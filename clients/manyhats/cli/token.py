@@ -87,7 +87,7 @@ def _read(file: Path) -> str:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write the file whole or not at all; a running server must not read half of it."""
+    """Write the file atomically: a running server must not read half of it."""
     target = file.resolve()
     try:
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

@@ -39,7 +39,7 @@ ActivateIf: TypeAlias = Annotated[
 ]
 RegisterTimeout: TypeAlias = Annotated[
     float | None,
-    _register("--timeout", metavar="SECONDS", min=0, help="Give the server so long to take it."),
+    _register("--timeout", metavar="SECONDS", min=0, help="How long the server may take to accept it."),
 ]
 
 

@@ -200,7 +200,7 @@ def _limits(limits: server_pb2.ServerLimits) -> ServerLimits:
 
 
 def join_chunks(chunks: Sequence[GenerationChunk]) -> Generation:
-    """The whole answer from a stream's chunks; for a stream cut short, as much as there is."""
+    """The whole answer from a stream's chunks; for an interrupted stream, as much as there is."""
     last = chunks[-1] if chunks else GenerationChunk(text="")
     return Generation(
         text="".join(chunk.text for chunk in chunks),

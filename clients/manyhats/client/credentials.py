@@ -120,7 +120,7 @@ def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name: where it leads is not known
+        return False  # a name: where it leads is unknown
 
 
 def _authorities(path: Path) -> bytes:

@@ -17,7 +17,7 @@ _DELETED_TOGETHER = 500
 # The package that each scheme needs, as an extra of this one. ``memory`` is this process's own.
 _EXTRAS: Mapping[str, str] = MappingProxyType({"s3": "s3", "gs": "gcs", "gcs": "gcs", "memory": "server"})
 
-# The file systems try again by themselves; this bounds how often, and how long a try takes.
+# The file systems retry on their own; this bounds how often, and how long a try takes.
 _S3_TRIES = 2
 _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -33,7 +33,7 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 class ObjectStore:
-    """Objects under one URL; names are relative to it. Safe in any thread.
+    """Objects under one URL; names are relative to it. Thread-safe.
 
     Every fault is a ``StoreError``; a missing object is not a fault.
 
@@ -89,7 +89,7 @@ class ObjectStore:
 
 
 def _file_system(scheme: str, options: Mapping[str, Any]) -> Any:
-    # Nothing is remembered: other processes write, too.
+    # Nothing is cached: other processes write, too.
     own = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
         files = fsspec.filesystem(scheme, **{**own, **_OPTIONS.get(scheme, {}), **options})

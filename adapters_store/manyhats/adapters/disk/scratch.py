@@ -58,7 +58,7 @@ class ScratchDirectory:
 
 
 class Scratch:
-    """Makes scratch directories under one root, which several processes may share. Safe in any thread.
+    """Makes scratch directories under one root, which several processes may share. Thread-safe.
 
     Args:
         root: created if missing; whatever is there belongs to the store.

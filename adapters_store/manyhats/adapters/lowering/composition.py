@@ -1,7 +1,7 @@
 """A version as one adapter: its artifacts lowered; of several, at most one has a prefix, and the deltas add up exactly.
 
 Each *place* (a linear, a sub-layer's output, the embedding, the head) that only one part acts on keeps that part's
-deltas. Where several parts meet, ``combined_deltas`` says what can be combined; anything else is refused.
+deltas. If several parts meet, ``combined_deltas`` says what can be combined; anything else is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AdapterPart:
     Attributes:
         name: how errors name it, such as ``parts[1]``.
         adapter: lowered for the same base as the other parts.
-        weight: scales its deltas; may be negative. Only 1 where a weight has no meaning.
+        weight: scales its deltas; may be negative. Must be 1 if a weight has no meaning.
     """
 
     name: str

@@ -71,7 +71,7 @@ _DTYPES: Mapping[torch.dtype, torch.dtype] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was made of a pickle.
+    """The result of a conversion.
 
     Attributes:
         source: the pickle.
@@ -234,7 +234,7 @@ def _check_tensor(name: str, value: Any) -> Tensor:
 
 
 def _name_once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One name per tensor, where several names stand for the same memory: the shortest."""
+    """One name per tensor, the shortest if several stand for the same memory."""
     kept: dict[tuple[Any, ...], str] = {}
     for name in sorted(tensors, key=lambda name: (len(name), name)):
         tensor = tensors[name]

@@ -59,7 +59,7 @@ class SiteFacts:
     Attributes:
         site: such as ``q_proj``, ``feed_forward`` or ``embed_tokens``.
         operation: the primitive, such as ``LowRank``.
-        layers: where it does this; empty outside the layers.
+        layers: the layers in which it does this; empty outside the layers.
         ranks: the low ranks or bottleneck sizes that occur, ascending.
         shapes: the primitive's tensor → its shapes that occur.
     """
@@ -73,7 +73,7 @@ class SiteFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """All that a directory reveals about itself; empty or None where it does not.
+    """Everything a directory reveals about itself; fields are empty or None if it does not.
 
     Attributes:
         path: the directory.
@@ -81,11 +81,11 @@ class Inspection:
         method: as the API names it, in lower case; empty if it is not served.
         base_model: what it names as its base.
         compared_with: the base it was checked against; empty for none.
-        digest: that registration would give it.
+        digest: the one registration would give it.
         size_bytes: of config and tensors.
         num_virtual_tokens: P of its prefix.
         config: the parsed ``adapter_config.json``.
-        text_files: that say how its task reads and writes text, such as a chat template.
+        text_files: those that determine how its task reads and writes text, such as a chat template.
         refusals: why registration would refuse it; empty if it would not.
     """
 

@@ -102,7 +102,7 @@ def _parts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, str, str, Sh
 
 
 def _infer_widths(shapes: Mapping[str, Shape]) -> dict[str, tuple[int | None, int | None]]:
-    """Site name → input and output features, None where nothing tells."""
+    """Site name → input and output features, None if unknown."""
     widths: dict[str, tuple[int | None, int | None]] = {}
     for _, _, name, part, shape in _parts(shapes):
         known_in, known_out = widths.get(name, (None, None))
@@ -121,7 +121,7 @@ def _infer_hidden_size(
     shapes: Mapping[str, Shape],
     widths: Mapping[str, tuple[int | None, int | None]],
 ) -> int:
-    """D: recorded, or what feeds the attention, or a row of an embedding; 1 where nothing tells."""
+    """D: recorded, or what feeds the attention, or a row of an embedding; 1 if unknown."""
     recorded = config.get("hidden_size")
     if type(recorded) is int and recorded > 0:
         return recorded
@@ -140,7 +140,7 @@ def _infer_hidden_size(
 
 
 def _infer_vocab_size(shapes: Mapping[str, Shape]) -> int:
-    """V, where the embedding or the head is adapted whole."""
+    """V, if the embedding or the head is adapted whole."""
     found = (
         _first(shapes, "lora_embedding_A", 1),
         _first(shapes, "lm_head.weight", 0),
@@ -150,7 +150,7 @@ def _infer_vocab_size(shapes: Mapping[str, Shape]) -> int:
 
 
 def _infer_attention(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
-    """L, Hkv and K, as far as layers in names and a prefix's width tell."""
+    """L, Hkv and K, as far as layers in names and a prefix's width reveal them."""
     layers = [int(match[1]) for name in shapes if (match := _LAYER.search(name))]
     inner = config.get("config")
     if adapterhub_format.is_adapterhub(config) and isinstance(inner, dict):

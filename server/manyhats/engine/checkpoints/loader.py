@@ -1,4 +1,4 @@
-"""From a name to a model in memory: find the checkpoint, quantize it or take it from the cache, assemble."""
+"""From a name to a model in memory: find the checkpoint, quantize it or load it from the cache, assemble."""
 
 from __future__ import annotations
 

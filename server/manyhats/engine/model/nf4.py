@@ -96,7 +96,7 @@ class Nf4Weight:
         """Rows start … stop as a separate matrix that shares this one's memory.
 
         Raises:
-            ModelError: the cut falls inside a group of 256 blocks.
+            ModelError: the cut is inside a group of 256 blocks.
         """
         per_row = self.shape[1] // BLOCK_SIZE
         first, last = start * per_row, stop * per_row

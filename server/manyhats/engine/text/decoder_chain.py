@@ -114,7 +114,7 @@ def _token_step(description: Mapping[str, Any]) -> Callable[[], Step] | None:
 
 
 def _part_step(description: Mapping[str, Any]) -> Callable[[], Step] | None:
-    """The step of a decoder that gets one token in parts; None where it must see the whole."""
+    """The step of a decoder that gets one token in parts; None if it must see the whole."""
     match description:
         case {"type": "Replace", "pattern": {"String": pattern}, "content": content} if pattern:
             return lambda: ReplaceInParts(pattern, content)

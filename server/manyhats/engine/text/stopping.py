@@ -100,7 +100,7 @@ class StopChecker:
         shown = ""
         for index, (watched, visible) in enumerate(self._spans):
             if len(watched) > end:
-                # A special token that is cut is not shown at all; it has no text of its own in the answer.
+                # A special token that is cut is not shown at all; it has no text in the answer.
                 if watched == visible:
                     shown, visible = shown + visible[:end], visible[end:]
                 self._spans[: index + 1] = [(watched[end:], visible)]

@@ -211,7 +211,7 @@ class Tokenizer:
         return self._base is not None and self.chat_template != self._base.chat_template
 
     def files(self) -> Mapping[str, bytes]:
-        """Text files that make this tokenizer, without its chat template where it was not read from files."""
+        """Text files that make this tokenizer, without its chat template if it was not read from files."""
         if self._files is not None:
             return self._files
         return {

@@ -124,7 +124,7 @@ def _validity(certificate: bytes) -> tuple[datetime, datetime]:
             _, _, rest = _element(rest)
         tag, dates, _ = _element(rest)
         if tag != _SEQUENCE:
-            raise ValueError("has no validity where it should be")
+            raise ValueError("no validity where it should be")
         begin_tag, begin, rest = _element(dates)
         end_tag, end, _ = _element(rest)
         return _time(begin_tag, begin), _time(end_tag, end)

@@ -37,7 +37,7 @@ class ParametrizedAdapter:
         base: what it is lowered for.
         reparametrize: makes the file's tensors; None if the parameters are those tensors, by the file's names.
         dropout: of the input of low-rank deltas.
-        learning_rate_scales: parameter → its factor, where it is not 1.
+        learning_rate_scales: parameter → its factor, if not 1.
     """
 
     method: AdapterMethod

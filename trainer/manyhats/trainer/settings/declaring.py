@@ -14,7 +14,7 @@ LARGEST = 2**31 - 1
 WORDING = Wording(error=SettingError)
 
 GROUPS = (
-    RUN := "What is trained, and where it goes",
+    RUN := "Task and output",
     DATA := "Data",
     LORA := "lora, qlora, dora",
     IA3 := "ia3",

@@ -41,7 +41,7 @@ def check_fields(
     Args:
         config: the parsed ``adapter_config.json``.
         own_fields: those that the method reads, or knows to change nothing.
-        refused: field → what it asks for, where that can't be served.
+        refused: field → what it asks for, if that can't be served.
 
     Raises:
         AdapterUnsupportedError: names the field.

@@ -100,7 +100,7 @@ def llama_like(
         ropes: per layer, the RoPE's parameters, None for a layer without; by default the same in all of them.
         rotates_part: whether ``partial_rotary_factor`` is supported.
         qk_span: of the norms of queries and keys.
-        scales, softcaps: where they are not Llama's.
+        scales, softcaps: if they are not Llama's.
 
     Raises:
         ModelError: an activation, kind of RoPE, count or context length that is not supported.
