@@ -218,7 +218,7 @@ def test_csv_records_have_the_line_they_begin_on_whatever_their_cells_hold(
         (b"text\na\n\xff\n", 3, "is not UTF-8: byte 1 of the line is 0xff"),
         (b'text\n"a\n\xff\n"\n', 3, "is not UTF-8"),
         (b"text,text\na,b\n", None, "has two columns named 'text'"),
-        (b"instruction,output\na,b\n", None, "has the columns instruction, output; none of prompt"),
+        (b"instruction,output\na,b\n", None, "has the columns instruction, output, but none of prompt"),
         (b"prompt,answer\na,b\n", None, "has no column 'completion'; its columns are prompt, answer"),
         (b"completion,system\na,b\n", None, "has no column 'prompt'; its columns are completion, system"),
         (b"text\n\n\n", None, "has no rows"),
@@ -264,7 +264,7 @@ def test_bad_parquet_is_named(tmp_path: Path, write: Callable[[str, bytes], str]
     assert "is not readable Parquet" in str(refusal(write("a.parquet", b"PAR1, it says")))
     assert "is not readable Parquet" in str(refusal(write("b.parquet", b"")))
     pq.write_table(pa.table({"a": [1]}), tmp_path / "c.parquet")
-    assert "has the columns a; none of prompt" in str(refusal(str(tmp_path / "c.parquet")))
+    assert "has the columns a, but none of prompt" in str(refusal(str(tmp_path / "c.parquet")))
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "d.parquet")
     assert "has no rows" in str(refusal(str(tmp_path / "d.parquet")))
 
@@ -413,7 +413,7 @@ def test_a_saved_data_set_is_read(dataset_cache: Path) -> None:
 
 def test_a_data_set_without_known_columns_is_refused(dataset_cache: Path) -> None:
     datasets.Dataset.from_list([{"question": "a"}]).save_to_disk(dataset_cache)
-    assert "has the columns question; none of prompt" in str(refusal(str(dataset_cache)))
+    assert "has the columns question, but none of prompt" in str(refusal(str(dataset_cache)))
 
 
 def test_an_empty_directory_is_refused(tmp_path: Path, dataset_cache: Path) -> None:

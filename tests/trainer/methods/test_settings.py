@@ -151,7 +151,7 @@ def test_bottlenecks_are_refused_where_adapterhub_does_not_have_them(family: str
 def test_a_prefix_needs_the_base_s_heads() -> None:
     model = tiny_base().model
     unknown = replace(model, description=replace(model.description, num_kv_heads=0))
-    with pytest.raises(BaseError, match="heads are not known"):
+    with pytest.raises(BaseError, match="heads are unknown"):
         make(PrefixSettings(), unknown)
 
 
