@@ -53,7 +53,7 @@ class CpuKernels:
         """Gives the calling thread this backend's number of threads, and other threads of the process one of torch's.
 
         Numba and torch both keep the number per thread, torch with the latest one set as the default of the others.
-        A second team would make this one's threads sleep between loops (``own_thread``).
+        A second team would make this one's threads sleep between loops (``in_own_thread``).
         """
         self._use_threads(self.num_threads)
 
