@@ -90,7 +90,7 @@ def serve(*, flags: Mapping[str, Any], config: ConfigFile = None, print_config: 
 
 
 def read_config(given: Given, file: Path | None) -> tuple[ServeConfig, dict[str, str]]:
-    """The settings, and where those that are no defaults come from.
+    """The settings, and where each that is not a default comes from.
 
     Raises:
         UsageError: one is wrong.

@@ -50,7 +50,7 @@ class Registrar:
         """From the command's options, for the tasks to be trained.
 
         Raises:
-            UsageError: the options do not go together.
+            UsageError: the options contradict each other.
             SettingError: the condition is malformed, or a training will not have the results that it needs.
         """
         connection = flags.connection

@@ -60,10 +60,10 @@ class Server:
 
     @property
     def connection(self) -> Connection | None:
-        """None where nothing is registered.
+        """How to reach the server; None if nothing is to be registered.
 
         Raises:
-            UsageError: the address is none, or flags about activation that do not go together.
+            UsageError: the address is malformed, or the flags about activation contradict each other.
         """
         if self.register is None:
             for flag, is_given in (("--no-activate", self.no_activate), ("--activate-if", self.activate_if)):

@@ -1,4 +1,4 @@
-"""The settings of ``manyhats train``, of its flags and files, and what they come to without training: text, memory."""
+"""The settings of ``manyhats train`` from flags and files, and what can be shown of them without training."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ class ServerLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """What runs at the other end; ``limits`` is None of a server that does not tell them."""
+    """What a server says about itself; ``limits`` is None if the server does not report them."""
 
     version: str
     base_model: str

@@ -29,7 +29,7 @@ ACCEPTED: Final = ("manyhats-upload", "accepted")
 
 @dataclass(frozen=True, slots=True)
 class UploadFile:
-    """A file to send: where it is, and what the server is told about it."""
+    """A file to send: its path, and its entry in the upload's header."""
 
     path: Path
     size_bytes: int

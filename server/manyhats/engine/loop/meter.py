@@ -31,7 +31,7 @@ class Meter:
             self._num_cached_tokens = min(num_cached_tokens, self._num_prompt_tokens)
 
     def end_prefill(self, now_s: float | None = None) -> None:
-        """Note that its prompt has run: now, or when it started if that cannot be told apart. The first call counts."""
+        """Note that the prompt has run: now, or at the start if that is not known. Only the first call counts."""
         if self._prefilled_s is None:
             self._prefilled_s = self._started_s if now_s is None else now_s
 

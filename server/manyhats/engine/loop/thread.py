@@ -158,7 +158,7 @@ class Loop:
             self._is_stopping = True
 
     def _note_standstill(self, is_stuck: bool) -> None:
-        """There should be none; if there is, whoever sends requests here must be told."""
+        """Log and report a standstill, which should never happen, so that readiness and health show it."""
         if not is_stuck:
             if self.is_at_standstill:
                 _log.info("requests make progress again")
