@@ -62,9 +62,3 @@ def weights_file(config: Mapping[str, Any], names: Sequence[str]) -> str:
     if own in names and other in names:
         raise AdapterUnsupportedError(other, f"would not be used: the config is that of {own}")
     return own
-
-
-def stored_weights_file(names: Sequence[str]) -> str:
-    """The tensor file of a directory that the store wrote, which holds one."""
-    is_adapterhub = adapterhub_format.WEIGHTS_FILE in names
-    return adapterhub_format.WEIGHTS_FILE if is_adapterhub else peft_format.WEIGHTS_FILE

@@ -20,7 +20,6 @@ from manyhats.adapters.formats.recognition import (
     base_name_key,
     recognise,
     recorded_base,
-    stored_weights_file,
     weights_file,
 )
 from manyhats.adapters.formats.safetensors_reader import LENGTH_BYTES, header_size, parse_header, read_tensors
@@ -87,19 +86,6 @@ def read_adapter(
         raise AdapterNoEffectError(weights_name, "changes nothing: all its deltas are zero")
     text = check_text(files, base.check_text)
     return ReadAdapter(artifact, lowered, files, (*notes, *text.notes), text)
-
-
-def read_files(directory: SourceDirectory, limits: AdapterLimits) -> dict[str, bytearray]:
-    """The files of a stored artifact, unchecked.
-
-    Raises:
-        AdapterError: one is missing, not a regular file, or too large.
-    """
-    files = {}
-    for name in (CONFIG_FILE, stored_weights_file(directory.names())):
-        with directory.open_file(name, limits.max_size_bytes) as file:
-            files[name] = file.read()
-    return files | read_text(directory, limits.max_size_bytes)
 
 
 def parse_artifact(files: Mapping[str, bytearray], digest: str, limits: AdapterLimits) -> AdapterArtifact:

@@ -26,14 +26,13 @@ from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedErro
 from manyhats.adapters.formats.config_fields import parse_flag
 from manyhats.adapters.formats.peft.tensors import (
     EMBEDDING_MODULE,
-    HEAD,
     HEAD_MODULE,
     PREFIX,
     Shape,
     unusable,
 )
 from manyhats.adapters.primitives import Delta, EmbeddingRows, HeadRows, HeadWeight
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sites import HEAD, BaseDescription
 
 SAVED_FIELDS = frozenset(("modules_to_save", "trainable_token_indices", "ensure_weight_tying"))
 """Config fields that this file reads."""

@@ -17,12 +17,11 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.formats.base_name import is_known_name
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.adapters.sites import HEAD, BaseDescription, Site
 
 PREFIX = "base_model.model."
 EMBEDDING_MODULE = "model.embed_tokens"
 HEAD_MODULE = "lm_head"
-HEAD = Site(-1, "lm_head")
 
 Shape = tuple[int, ...]
 
