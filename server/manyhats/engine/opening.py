@@ -39,7 +39,7 @@ def open_engine(
         load: reads and lowers an artifact; called on loader threads.
         backend: runs it; the CPU's by default.
         background: the process's other work, which is left a processor while it lasts.
-        progress: called with how many kernels are compiled, on the engine's thread.
+        progress: called with how many kernels are compiled.
 
     Raises:
         ModelError: the backend cannot run the model.
@@ -48,7 +48,7 @@ def open_engine(
     config = resolve(config)
     background = background or Background()
     backend = backend or open_backend("cpu", dtype=config.dtype, num_threads=config.num_threads)
-    prepared = backend.prepare(model.architecture, model.weights)
+    prepared = backend.prepare(model.architecture, model.weights, progress)
     cache = backend.new_cache(
         model.architecture,
         config.block_size,

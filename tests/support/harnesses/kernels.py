@@ -149,10 +149,10 @@ class OperationSlots(CpuAdapterSlots):
     def _run(self, program: Program, buffers: list[Tensor], rows: AdapterRows) -> None:
         frame = np.zeros(columns.FRAME_SIZE, dtype=np.int64)
         frame[columns.NUM_ROWS] = buffers[0].shape[0]
-        rescaled = self.describe(rows, frame)
+        described = self.describe(rows, frame)
         num_values = max(program.num_scratch_values, self.num_scratch_values)
         self._kernels.run(program.arrays(), frame, buffers, (self.dtype, self.dtype), num_values)
-        del rescaled  # the frame had its address
+        del described  # the frame had its addresses
 
 
 def new_cache(kernels: Any, architecture: Architecture, num_blocks: int, block_size: int, dtype: str) -> Any:

@@ -19,7 +19,7 @@ from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.backends.wants import Outcome, Wants
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.weights import Weights
-from manyhats.engine.progress import Progress
+from manyhats.engine.progress import Progress, no_progress
 
 
 class KVCache(Protocol):
@@ -60,7 +60,7 @@ PackedT = TypeVar("PackedT", bound=Packed)
 class AdapterSlots(Protocol[PackedT]):
     """The adapters that rows can run on, by slot. Slot 0 is the base model and stays empty.
 
-    All of it may be called from any thread, during steps that do not use the slot.
+    Every method may be called from any thread, during steps that do not use the slot.
     """
 
     def pack(self, adapter: LoweredAdapter) -> PackedT:
@@ -81,7 +81,7 @@ class AdapterSlots(Protocol[PackedT]):
 
 
 class Pending(Protocol):
-    """The outcome of a step, once it is there."""
+    """The outcome of a launched step."""
 
     def result(self) -> Outcome:
         """Wait for the outcome; nothing else in a backend waits."""
@@ -140,8 +140,15 @@ class Backend(Protocol):
         """Shown in server info and logs."""
         ...
 
-    def prepare(self, architecture: Architecture, weights: Weights) -> Model[Any, Any]:
+    def prepare(
+        self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
+    ) -> Model[Any, Any]:
         """Lay out the weights.
+
+        Args:
+            architecture: the model's.
+            weights: its matrices and norms.
+            progress: called as kernels are compiled, should that take kernels.
 
         Raises:
             ModelError: the backend cannot run this model.

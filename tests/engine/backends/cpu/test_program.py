@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput, Delta, InputScale, LoweredAdapter
 from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.engine.backends.cpu import step
 from manyhats.engine.backends.cpu.avx512_bf16 import Avx512Bf16Linear
 from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.backends.cpu.forward import HostLinear
@@ -133,20 +135,71 @@ class LibraryLinear(Avx512Bf16Linear):
         return CpuKernels(1).linear(x, self.exact)
 
 
+GROUPS = ("qkv", "o", "gate_up", "down", "head")
+
+
+@pytest.mark.parametrize("which", [GROUPS, ("qkv",), ("gate_up", "head"), ("o", "down")], ids=", ".join)
 def test_linears_that_a_library_runs_come_between_its_parts(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, which: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = logits(Runner(model, CpuBackend(1), adapters=adapters(model)))
+    order = [*GROUPS[:4] * model.architecture.num_layers, "head"]
 
-    def pack(self: CpuKernels, parts: Sequence[Linear]) -> LibraryLinear:
+    def pack(self: CpuKernels, parts: Sequence[Linear]) -> CpuLinear | LibraryLinear:
         exact, empty = pack_linear(parts), torch.empty(0)
+        if order.pop(0) not in which:
+            return exact
         return LibraryLinear(exact.in_features, exact.out_features, empty, empty, empty, None, exact)
 
     monkeypatch.setattr(CpuKernels, "pack", pack)
     runner = Runner(model, CpuBackend(1), adapters=adapters(model))
-    num_linears = 4 * model.architecture.num_layers + 1
+    num_linears = sum(model.architecture.num_layers if name != "head" else 1 for name in which)
     assert sum(isinstance(part, HostLinear) for part in runner.model.parts) == num_linears
     assert torch.equal(logits(runner), expected)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_adapters_that_come_and_go_beside_a_step_do_not_disturb_it(
+    model: LoadedModel, num_threads: int
+) -> None:
+    base = model.description
+    runner = Runner(model, CpuBackend(num_threads), adapters={2: rescaling(base), 3: bottlenecks(base)})
+    prompts = [Prompt(random_ids(i, 30, TINY_VOCAB_SIZE), slot=2 + i % 2, new_tokens=2) for i in range(4)]
+    expected = [each.stacked for each in runner.run(prompts, all_logits=True)]
+    scales: list[Delta] = [
+        InputScale(Site(layer, name), torch.full((base.linears[name][0],), 2.0))
+        for layer, name in ((0, "q_proj"), (0, "gate_proj"), (0, "o_proj"), (1, "k_proj"), (1, "down_proj"))
+    ]
+    others = [LoweredAdapter(digest_of("elsewhere"), tuple(scales)), random_lora(base, 9, rank=200)]
+    packed = [runner.slots.pack(each) for each in others]
+    is_over = threading.Event()
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            for each in packed:
+                runner.slots.place(5, each)
+                runner.slots.clear(5)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(10):
+            found = runner.run(prompts, all_logits=True)
+            assert all(torch.equal(one.stacked, other) for one, other in zip(found, expected, strict=True))
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def test_what_runs_between_steps_needs_no_kernel_of_its_own(tmp_path: Path) -> None:
+    backend = CpuBackend(1)
+    model = load_tiny(make_checkpoint(tmp_path / "model", seed=5), "nf4")
+    runner = Runner(model, backend, cache_dtype="bfloat16", adapter_dtype="float32")
+    runner.run(PROMPTS[:1])
+    step.part_for.cache_clear()
+    backend._kernels.softcap(torch.ones(1, 16), 2.0)
+    step.part_for(True, False)
+    assert step.part_for.cache_info().hits == 1
 
 
 def test_cache_and_adapters_may_be_of_different_dtypes(tmp_path: Path) -> None:

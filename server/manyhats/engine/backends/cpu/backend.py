@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
 from manyhats.engine.backends.cpu.cache import CpuKVCache
+from manyhats.engine.backends.cpu.compile import counted_compilation
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.model import CpuModel
 from manyhats.engine.backends.dtypes import block_bytes, torch_dtype
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.weights import Weights
+from manyhats.engine.progress import Progress, no_progress
 
 _VECTOR_PAIR = 16
 """Cells and head values are handled sixteen at a time."""
@@ -31,9 +33,12 @@ class CpuBackend:
         """Which kernels run the NF4 linears."""
         return "cpu-avx512-bf16" if self._kernels.uses_bf16 else "cpu-numba"
 
-    def prepare(self, architecture: Architecture, weights: Weights) -> CpuModel:
-        """Packs the weights."""
-        return CpuModel(architecture, weights, self._kernels)
+    def prepare(
+        self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
+    ) -> CpuModel:
+        """Packs the weights; a library's packed ones are checked against the kernel, which may have to be compiled."""
+        with counted_compilation(progress):
+            return CpuModel(architecture, weights, self._kernels)
 
     def new_cache(
         self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int

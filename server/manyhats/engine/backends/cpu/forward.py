@@ -47,13 +47,13 @@ class HostLinear:
     def run(
         self, buffers: list[Tensor], num_rows: int, rescaled: AdapterRows, adapters: CpuAdapterSlots
     ) -> None:
-        """Replaces one buffer by the product of another."""
+        """Multiplies the rows of one buffer into another."""
         size = self.packed.in_features
         x = buffers[self.source].view(-1)[: num_rows * size].view(num_rows, size)
         y = self.packed(x)
         if rescaled.rows.size and self.group:
             adapters.rescale_inputs(self.group, self.layer, x, y, rescaled, self.packed)
-        buffers[self.target] = y
+        buffers[self.target].view(-1)[: y.numel()].copy_(y.view(-1))
 
 
 class Forward:

@@ -45,7 +45,8 @@ class CpuKernels:
         self.uses_bf16 = not is_exact and has_bf16_product()
         numba.set_num_threads(self.num_threads)
         self._scratch = np.empty((self.num_threads, 0), dtype=np.float32)
-        self._dtype = torch.float32 if is_exact else torch.bfloat16
+        dtype = torch.float32 if is_exact else torch.bfloat16
+        self._dtypes = dtype, dtype
         self._chooser = TokenChooser(self.num_threads)
         self._num_used = self.num_threads
 
@@ -116,7 +117,8 @@ class CpuKernels:
         """Runs a program on rows that belong to no step; the buffers are [N, …] float32."""
         frame = np.zeros(col.FRAME_SIZE, dtype=np.int64)
         frame[col.NUM_ROWS] = buffers[0].shape[0]
-        self.run(program.arrays(), frame, buffers, (self._dtype, self._dtype), program.num_scratch_values)
+        # These instructions know neither dtype: those of the last step, for which the kernel is compiled already.
+        self.run(program.arrays(), frame, buffers, self._dtypes, program.num_scratch_values)
 
     def run(
         self,
@@ -137,6 +139,7 @@ class CpuKernels:
         """
         if self._scratch.shape[1] < num_scratch_values:
             self._scratch = np.empty((self.num_threads, num_scratch_values), dtype=np.float32)
+        self._dtypes = dtypes
         rows, numbers = instructions
         addresses = np.array([buffer.data_ptr() for buffer in buffers], dtype=np.int64)
         counters = np.zeros((2, len(rows)), dtype=np.int64)

@@ -74,7 +74,7 @@ class CpuModel:
         frame = np.zeros(col.FRAME_SIZE, dtype=np.int64)
         batch.describe(frame)
         cache.describe(frame)
-        rescaled = adapters.describe(batch.adapter_rows, frame)
+        described = adapters.describe(batch.adapter_rows, frame)
         num_scratch_values = max(
             self._forward.program.num_scratch_values,
             adapters.num_scratch_values,
@@ -84,7 +84,7 @@ class CpuModel:
         for part in self.parts:
             if isinstance(part, HostLinear):
                 num_rows = buffers[LAST if part.source == LAST else STREAM].shape[0]
-                part.run(buffers, num_rows, rescaled, adapters)
+                part.run(buffers, num_rows, described.rescaled, adapters)
             else:
                 self._kernels.run(part, frame, buffers, (cache.dtype, adapters.dtype), num_scratch_values)
         return HostLogits(self._logits(buffers[LAST], buffers[LOGITS], batch, adapters), self._kernels)

@@ -10,6 +10,7 @@ from manyhats.engine.backends.torch.cache import TorchKVCache
 from manyhats.engine.backends.torch.model import TorchModel
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.weights import Weights
+from manyhats.engine.progress import Progress, no_progress
 
 
 class TorchBackend:
@@ -24,7 +25,9 @@ class TorchBackend:
     def __init__(self, device: str = "cpu") -> None:
         self._device = torch.device(device)
 
-    def prepare(self, architecture: Architecture, weights: Weights) -> TorchModel:
+    def prepare(
+        self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
+    ) -> TorchModel:
         """Dequantizes the weights."""
         return TorchModel(architecture, weights, self._device)
 

@@ -23,6 +23,7 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.engine.backends.cpu import columns as col
+from manyhats.engine.backends.cpu.adapters import deltas
 from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
     LinearEntries,
@@ -65,7 +66,7 @@ class Layout:
 
     @classmethod
     def of(cls, architecture: Architecture) -> Layout:
-        """Those of a base, whose blocks are alike."""
+        """The layout of a base, whose blocks all have the same shapes."""
         groups = architecture.blocks[0].groups()
         return cls(
             architecture.num_layers,
@@ -139,6 +140,19 @@ class PackedAdapter:
                 raise ModelError(f"the CPU kernels do not know {type(delta).__name__}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepAdapters:
+    """What a step's frame has the addresses of, to be kept until the step is over.
+
+    Attributes:
+        rescaled: rows whose input an adapter rescales.
+        arrays: the rest.
+    """
+
+    rescaled: AdapterRows
+    arrays: tuple[Array, ...]
+
+
 class CpuAdapterSlots:
     """``AdapterSlots`` on the CPU, where both tiers are one memory: placing an adapter enters its addresses."""
 
@@ -200,21 +214,22 @@ class CpuAdapterSlots:
 
     @property
     def num_scratch_values(self) -> int:
-        """That the kernel needs on each thread."""
+        """Float32 values of scratch that the kernel needs on each thread."""
         rank = max(table.largest_rank for table in self._linears.values())
         size = max(table.largest_size for table in self._sublayers.values())
         return max(rank, 2 * self._layout.hidden_size + size + LANES)
 
-    def describe(self, rows: AdapterRows, frame: Array) -> AdapterRows:
-        """Enters into a step's frame where the tables lie, and which rows have an adapter.
-
-        Returns:
-            The rows whose inputs are rescaled; the frame has their address.
-        """
+    def describe(self, rows: AdapterRows, frame: Array) -> StepAdapters:
+        """Enters into a step's frame where the tables are, and which rows have an adapter."""
         own = self._rescaling[rows.slots]
         rescaled = AdapterRows(rows.rows[own], rows.slots[own], 0)
+        tables, used = self._linear_rows.copy(), []
+        if rescaled.rows.size:
+            # Not of all slots: others are placed and cleared beside the step, whose threads must count the same shares.
+            used = [table.has_input_scales(rescaled.slots) for table in self._linears.values()]
+            tables[:, deltas.HAS_INPUT_SCALES] = [each.ctypes.data for each in used]
         frame[col.NUM_SLOTS] = self._num_slots
-        frame[col.LINEAR_TABLES] = self._linear_rows.ctypes.data
+        frame[col.LINEAR_TABLES] = tables.ctypes.data
         frame[col.SUBLAYER_TABLES] = self._sublayer_rows.ctypes.data
         frame[col.NUM_ADAPTER_ROWS] = rows.rows.size
         frame[col.ADAPTER_ROWS] = rows.rows.ctypes.data
@@ -222,7 +237,7 @@ class CpuAdapterSlots:
         frame[col.NUM_RESCALED_ROWS] = rescaled.rows.size
         frame[col.RESCALED_ROWS] = rescaled.rows.ctypes.data
         frame[col.RESCALED_SLOTS] = rescaled.slots.ctypes.data
-        return rescaled
+        return StepAdapters(rescaled, (tables, *used))
 
     def rescale_inputs(
         self,

@@ -152,7 +152,7 @@ class SlotTable(ABC):
 
     @abstractmethod
     def _note_used(self) -> None:
-        """Which layers have anything to do."""
+        """Note which layers have entries."""
 
     def _addresses(self, num_columns: int, more: Fields) -> npt.NDArray[np.int64]:
         addresses = np.zeros(num_columns, dtype=np.int64)
@@ -174,7 +174,6 @@ class LinearTable(SlotTable):
         self._starts = np.array([sum(sizes[:member]) for member in range(len(sizes))], dtype=np.int32)
         self._sizes = np.array(sizes, dtype=np.int32)
         self._has_deltas = np.zeros(num_layers, dtype=np.uint8)
-        self._has_input_scales = np.zeros((num_layers, len(sizes)), dtype=np.uint8)
         self.largest_rank = 0
         self.row = self._addresses(
             deltas.NUM_COLUMNS,
@@ -182,17 +181,20 @@ class LinearTable(SlotTable):
                 deltas.STARTS: self._starts,
                 deltas.SIZES: self._sizes,
                 deltas.HAS_DELTAS: self._has_deltas,
-                deltas.HAS_INPUT_SCALES: self._has_input_scales,
             },
         )
         self.row[deltas.NUM_MEMBERS] = len(sizes)
+
+    def has_input_scales(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+        """[L, members]: where any of these slots rescales an input."""
+        addresses = self._fields[deltas.INPUT_SCALE_ADDRESS][:, slots]
+        return np.ascontiguousarray(addresses.any(axis=1).astype(np.uint8))
 
     def _note_used(self) -> None:
         fields = self._fields
         self.largest_rank = max(self.largest_rank, int(fields[deltas.RANKS].max()))
         used = fields[deltas.RANKS] | fields[deltas.SCALE_ADDRESS] | fields[deltas.OFFSET_ADDRESS]
         self._has_deltas[:] = used.any(axis=(1, 2))
-        self._has_input_scales[:] = fields[deltas.INPUT_SCALE_ADDRESS].any(axis=1)
 
 
 _INPUTS = {
