@@ -67,7 +67,21 @@ KNOWN_TO_BACKENDS = {"errors", "home", "output", "progress", "threads", "model",
 KNOWN_TO_TRAINER = {"errors", "home", "progress", "model", "checkpoints", "text"}
 KNOWN_TO_LABEL_SCORING = {"config", "engine", "opening", "request"}
 
+KNOWN_TO_MODELS = {"errors", "home", "output", "progress", "request", "model"}
+
 BACKENDS = ("cpu", "torch")
+SEAM = {"backend", "open", "plan", "wants"}
+# What computes on a device, and the only places that import it.
+ONLY_IN = {
+    "numba": ["server/manyhats/engine/backends/cpu"],
+    "triton": ["server/manyhats/engine/backends/cuda"],
+    "bitsandbytes": [
+        "server/manyhats/engine/backends",
+        "server/manyhats/engine/model/nf4.py",
+        "trainer/manyhats/trainer/model/linear.py",
+        "trainer/manyhats/trainer/run/optimizer.py",
+    ],
+}
 
 # What takes seconds to import, and what does without; a folder stands for all its files.
 SLOW = {"torch", "transformers", "numba", "bitsandbytes"}
@@ -142,26 +156,32 @@ def test_backends_know_no_schedule() -> None:
 
 
 def test_backends_do_not_know_each_other_and_others_know_their_seam_alone() -> None:
-    for path in (each for package in ("engine", "trainer", "server") for each in sources(package)):
-        home = (
-            path.parent.relative_to(PACKAGES["engine"]) if path.is_relative_to(PACKAGES["engine"]) else Path()
-        )
-        own = home.parts[1] if home.parts[:1] == ("backends",) and len(home.parts) > 1 else ""
-        for name in imported_modules(path):
-            backend = next(
-                (each for each in BACKENDS if name.startswith(f"manyhats.engine.backends.{each}.")), own
-            )
-            assert backend == own or path.match("backends/open.py"), (
-                f"{path.relative_to(ROOT)} imports {name}"
-            )
+    home = PACKAGES["engine"] / "backends"
+    for path in (each for package in PACKAGES for each in sources(package)):
+        own = path.relative_to(home).parts[0] if path.is_relative_to(home) else ""
+        known = set(BACKENDS) if path == home / "open.py" else {own} & set(BACKENDS)
+        imported = {
+            name.split(".")[3]
+            for name in imported_modules(path)
+            if name.startswith("manyhats.engine.backends.") and name.count(".") > 2
+        }
+        assert not imported & set(BACKENDS) - known, f"{path.relative_to(ROOT)} imports {imported}"
+        assert own or imported <= SEAM, f"{path.relative_to(ROOT)} imports {imported - SEAM}"
 
 
-def test_what_compiles_kernels_is_known_to_the_cpu_alone() -> None:
-    for package in PACKAGES:
-        for path in sources(package):
-            if not path.is_relative_to(PACKAGES["engine"] / "backends" / "cpu"):
-                top = {name.split(".")[0] for name in imported_modules(path)}
-                assert "numba" not in top, f"{path.relative_to(ROOT)} imports numba"
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_what_computes_on_a_device_is_known_where_it_is_used_alone(library: str) -> None:
+    homes = [ROOT / home for home in ONLY_IN[library]]
+    for path in (each for package in PACKAGES for each in sources(package)):
+        top = {name.split(".")[0] for name in imported_modules(path)}
+        at_home = any(path.is_relative_to(home) for home in homes)
+        assert at_home or library not in top, f"{path.relative_to(ROOT)} imports {library}"
+
+
+def test_models_know_nothing_but_words() -> None:
+    for path in (PACKAGES["engine"] / "model").rglob("*.py"):
+        others = rooms_imported(path, "engine") - KNOWN_TO_MODELS
+        assert not others, f"{path.relative_to(ROOT)} imports {others}"
 
 
 def test_the_trainer_runs_the_engine_to_score_labels_alone() -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from manyhats.engine.backends.wants import Choices, TokenLogprob
+from manyhats.engine.backends.wants import Choices, TokenLogprob, check_ids
 
 Ids = npt.NDArray[Any]
 
@@ -54,17 +54,6 @@ class Chooser(Protocol):
             num_top: K, at most V.
         """
         ...
-
-
-def check_ids(token_ids: npt.ArrayLike, vocab_size: int) -> None:
-    """Check that ids are tokens: kernels do not check indices.
-
-    Raises:
-        IndexError: one is outside the vocabulary.
-    """
-    ids = np.asarray(token_ids, dtype=np.int64)
-    if ((ids < 0) | (ids >= vocab_size)).any():
-        raise IndexError(f"a token id is outside the vocabulary of {vocab_size}")
 
 
 def token_logprobs(

@@ -143,3 +143,14 @@ class Outcome:
     targets: Sequence[TokenLogprob]
     whole: Logits
     bad_rows: frozenset[int]
+
+
+def check_ids(token_ids: npt.ArrayLike, vocab_size: int) -> None:
+    """Check that ids are tokens: kernels do not check indices.
+
+    Raises:
+        IndexError: one is outside the vocabulary.
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if ((ids < 0) | (ids >= vocab_size)).any():
+        raise IndexError(f"a token id is outside the vocabulary of {vocab_size}")

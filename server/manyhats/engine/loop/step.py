@@ -16,9 +16,8 @@ import structlog
 
 from manyhats.adapters.primitives import KVPrefix
 from manyhats.engine.backends.backend import AdapterSlots, KVCache, Model
-from manyhats.engine.backends.choosing import check_ids
 from manyhats.engine.backends.plan import int32
-from manyhats.engine.backends.wants import Outcome, Targets, Wants
+from manyhats.engine.backends.wants import Outcome, Targets, Wants, check_ids
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineError,
