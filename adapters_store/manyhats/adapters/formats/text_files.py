@@ -34,7 +34,7 @@ MAX_BYTES: Mapping[str, int] = MappingProxyType(
 
 
 def text_names(names: Collection[str]) -> tuple[str, ...]:
-    """Those of ``names`` that are text files, sorted."""
+    """The text files among ``names``, sorted."""
     return tuple(name for name in MAX_BYTES if name in names)
 
 

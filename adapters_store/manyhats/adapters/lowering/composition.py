@@ -151,7 +151,7 @@ def _weighted(part: AdapterPart, delta: Delta) -> Delta:
 
 
 def _kind(delta: Delta) -> str:
-    """What messages call a delta."""
+    """A delta's name in messages."""
     match delta:
         case LowRank() | EmbeddingLowRank():
             return "a low-rank delta"

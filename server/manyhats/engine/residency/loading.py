@@ -184,7 +184,7 @@ class AdapterLoading:
 
 
 def _release_unused(lease: Lease) -> None:
-    """Return a lease once its adapter is loaded; one that cannot be loaded is void."""
+    """Return a lease once its adapter is loaded; if loading fails there is nothing to return."""
     lease.adapter.loaded.add_done_callback(lambda loaded: lease.release())
 
 

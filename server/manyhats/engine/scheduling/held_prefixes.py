@@ -47,7 +47,7 @@ class HeldPrefixes:
         return prefix
 
     def of(self, sequence: Sequence) -> SharedPrefix | None:
-        """The one that a sequence can start from."""
+        """The held prefix that a sequence can start from."""
         if sequence.shared is not None and sequence.shared in self._held:
             return sequence.shared
         return None if sequence.virtual is None else sequence.virtual.held

@@ -87,7 +87,7 @@ class ExpiryWarnings:
         self._said: dict[str, tuple[Validity, Condition]] = {}
 
     def look(self, validities: Iterable[Validity]) -> None:
-        """Warn about what has become worse since the last check."""
+        """Warn about certificates whose condition has worsened since the last check."""
         now = datetime.fromtimestamp(self._clock(), UTC)
         with self._lock:
             for validity in validities:

@@ -143,7 +143,7 @@ class _Process:
             return await self._serve(grpc_port)
 
     def _close_store(self) -> None:
-        """Last: calls that end with the ports may still use it."""
+        """Last: calls that end as the ports close may still use it."""
         if self._store is not None:
             self._store.close()
 

@@ -1,4 +1,4 @@
-"""What the process has of its system: SIGINT and SIGTERM as events, and how many files it may have open."""
+"""Operating-system resources of the process: SIGINT and SIGTERM as events, and how many files it may have open."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def _check_ranks(settings: LoraSettings, limits: AdapterLimits) -> None:
 
 
 def _check_pattern(setting: str, pattern: Mapping[str, float], modules: Sequence[str]) -> None:
-    """Every key must decide for some module: PEFT takes the first key that matches."""
+    """Check that every key decides for some module: PEFT takes the first key that matches."""
     order = {key: index for index, key in enumerate(pattern)}
     try:
         first = compile_patterns(setting, order)

@@ -93,7 +93,7 @@ class _Counter(event.Listener):
             self._begun.add(id(dispatcher))
 
     def on_end(self, event: Any) -> None:
-        """Nothing: the next start tells."""
+        """Do nothing: the next start implies the end."""
 
     def finish(self) -> None:
         """Report the end, if there was a beginning."""

@@ -75,7 +75,7 @@ def pack_low_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """A low-rank delta's matrices in the order in which the ``low_rank`` kernel reads them, each as one vector.
 
     Args:
-        a: [R, d_in]; rows come in fours, eight values of each row in turn, what is left row by row.
+        a: [R, d_in]; rows come in fours, eight values of each row in turn, then the remaining rows one by one.
         b: [d_out, R]; transposed, in blocks of 32 columns, then of eight.
     """
     rank, d_in = a.shape

@@ -94,7 +94,7 @@ def _narrow(builder: Any, value: Any) -> Any:
 
 
 def load_lanes(builder: Any, ptr: Any, dtype: Any, lanes: int = LANES) -> Any:
-    """So many values at a pointer: float32, or bfloat16 widened."""
+    """``lanes`` values at a pointer: float32, or bfloat16 widened."""
     is_float = dtype == types.float32
     kind = ir.VectorType(_F32 if is_float else ir.IntType(16), lanes)
     raw = builder.load(builder.bitcast(ptr, kind.as_pointer()), align=4 if is_float else 2)
@@ -102,7 +102,7 @@ def load_lanes(builder: Any, ptr: Any, dtype: Any, lanes: int = LANES) -> Any:
 
 
 def check_dtype(array: Any) -> None:
-    """Sees that vectors can be loaded from an array."""
+    """Check that vectors can be loaded from an array."""
     if array.dtype not in (types.float32, types.uint16):
         raise TypingError(f"vectors are loaded from float32 or bfloat16 (as uint16), not {array.dtype}")
 

@@ -26,7 +26,7 @@ class TorchAdapter:
     num_bytes: int
 
     def at(self, site: Site, kind: type[DeltaT]) -> list[DeltaT]:
-        """Those of one kind at a site."""
+        """The deltas of one kind at a site."""
         return [delta for delta in self.deltas.get(site, ()) if isinstance(delta, kind)]
 
 

@@ -215,7 +215,7 @@ class _Step:
         return torch.stack(rows) if rows else x.new_empty(0, dense.weight.shape[0])
 
     def _rows_by_slot(self, row_slots: Ints) -> Iterator[tuple[int, Tensor]]:
-        """Rows with an adapter and its slot: all that share it, or one at a time; an empty slot is the base."""
+        """Each adapter's slot and its rows, together or one by one; an empty slot is the base."""
         for slot in np.unique(row_slots).tolist():
             if slot not in self._adapters.placed:
                 continue

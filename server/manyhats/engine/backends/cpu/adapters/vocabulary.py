@@ -43,7 +43,7 @@ class LowRankLookup:
 
     @classmethod
     def of(cls, delta: EmbeddingLowRank, dtype: torch.dtype) -> LowRankLookup:
-        """Ready to run."""
+        """The delta, packed."""
         return cls(pad_columns(delta.a).to(dtype), pack_dense(delta.b, dtype), delta.scale)
 
     @property
@@ -65,7 +65,7 @@ class ReplacedRows:
 
     @classmethod
     def of(cls, delta: EmbeddingRows, dtype: torch.dtype) -> ReplacedRows:
-        """Ready to look up."""
+        """The rows, sorted for look-up."""
         ids, order = delta.ids.sort()
         return cls(ids, delta.rows[order].to(dtype))
 
@@ -91,7 +91,7 @@ class HeadDelta:
 
     @classmethod
     def of(cls, delta: LowRank, dtype: torch.dtype) -> HeadDelta:
-        """Ready to run."""
+        """The delta, packed."""
         return cls(pack_dense(delta.a, dtype), pack_dense(delta.b, dtype), delta.scale)
 
     @property
@@ -114,7 +114,7 @@ class HeadColumns:
 
     @classmethod
     def of(cls, delta: HeadRows, dtype: torch.dtype) -> HeadColumns:
-        """Ready to run."""
+        """The delta, packed."""
         return cls(delta.ids, pack_dense(delta.rows, dtype))
 
     @property
@@ -135,7 +135,7 @@ class OtherHead:
 
     @classmethod
     def of(cls, delta: HeadWeight, dtype: torch.dtype) -> OtherHead:
-        """Ready to run."""
+        """The delta, packed."""
         return cls(pack_dense(delta.weight, dtype))
 
     @property

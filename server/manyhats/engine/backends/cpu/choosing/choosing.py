@@ -15,7 +15,7 @@ _LARGEST = 1e30
 
 
 class TokenChooser:
-    """See ``Kernels.choose``. Serves one call at a time."""
+    """See ``Chooser.choose``. Serves one call at a time."""
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
