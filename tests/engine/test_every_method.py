@@ -21,7 +21,7 @@ from manyhats.adapters.store.store import AdapterStore
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import Engine
 from manyhats.engine.output import StepStats
-from manyhats.engine.request import ResponseOptions
+from manyhats.engine.request import ResponseOptions, SpeculationParams
 from support.factories.every_method import COMPOSED, PLAIN, Sizes, register_every_method
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.engine import Answer, collect, load_tiny, make_request, random_ids, running_engine
@@ -68,20 +68,25 @@ async def engine_of(model: LoadedModel, store: AdapterStore, **config: int) -> A
         yield engine
 
 
-async def answer(engine: Engine, store: AdapterStore, row: Row, salt: str = "") -> Answer:
+async def answer(
+    engine: Engine, store: AdapterStore, row: Row, salt: str = "", num_drafts: int = 0
+) -> Answer:
     task, prompt, new_tokens = row
     request = make_request(
         prompt,
         store.resolve(task) if task else None,
         new_tokens=new_tokens,
         response=ResponseOptions(logprobs=True, top_logprobs=2),
+        speculation=SpeculationParams(num_tokens=num_drafts),
         cache_salt=salt,
     )
     return await collect(engine, request)
 
 
-async def all_at_once(engine: Engine, store: AdapterStore, rows: Sequence[Row]) -> list[Answer]:
-    return await asyncio.gather(*(answer(engine, store, row) for row in rows))
+async def all_at_once(
+    engine: Engine, store: AdapterStore, rows: Sequence[Row], num_drafts: int = 0
+) -> list[Answer]:
+    return await asyncio.gather(*(answer(engine, store, row, num_drafts=num_drafts) for row in rows))
 
 
 def test_the_tasks_are_of_every_method_there_is(store: AdapterStore) -> None:
@@ -104,6 +109,20 @@ async def test_rows_over_all_methods_in_one_batch_are_each_as_alone(
         alone = [await answer(fresh, store, row, salt=str(index)) for index, row in enumerate(rows)]
     for row, mixed, single in zip(rows, together, alone, strict=True):
         assert mixed.tokens == single.tokens, row[0]
+
+
+async def test_guesses_change_no_bit_of_any_method(model: LoadedModel, store: AdapterStore) -> None:
+    rows = rows_of(range(NUM_ROWS), seed=2, new_tokens=(20, 30))
+    async with engine_of(model, store, max_num_batched_tokens=400) as engine:
+        scheduler = engine.loop.step.scheduler
+        scheduler.config = replace(scheduler.config, max_draft_rows=400)  # as many as there are
+        guessed = await all_at_once(engine, store, rows, num_drafts=16)
+    async with engine_of(model, store) as fresh:
+        plain = await all_at_once(fresh, store, rows)
+    for row, answer_with, answer_without in zip(rows, guessed, plain, strict=True):
+        assert answer_with.tokens == answer_without.tokens, row[0]
+    accepted = sum(answer_with.usage.accepted_draft_tokens for answer_with in guessed)
+    assert 20 < accepted < sum(answer_with.usage.draft_tokens for answer_with in guessed)
 
 
 @pytest.mark.parametrize("task", PLAIN)

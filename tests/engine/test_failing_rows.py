@@ -99,8 +99,8 @@ def test_a_request_with_no_token_left_to_choose_ends_alone_with_a_status_of_its_
     loop: Loop, at_token: int, temperature: float
 ) -> None:
     class Masked(Generation):
-        def _sampling_row(self, num_generated: int) -> Any:
-            row = super()._sampling_row(num_generated)
+        def _sampling_row(self, *arguments: Any) -> Any:
+            row = super()._sampling_row(*arguments)
             nothing = mask_of([False] * TINY_VOCAB_SIZE)
             return replace(row, allowed=nothing) if row.step == at_token else row
 

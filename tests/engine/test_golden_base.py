@@ -38,15 +38,16 @@ class Expected:
 
 
 @pytest.fixture(scope="module")
-def runner_of() -> Callable[[str, str], Runner]:
-    """The default model by quantization and dtype, loaded once each."""
+def runner_of() -> Callable[..., Runner]:
+    """The default model by quantization, dtype, and that of keys and values if it is another; loaded once each."""
 
     @cache
-    def load(quantization: Any, dtype: str) -> Runner:
+    def load(quantization: Any, dtype: str, cache_dtype: str = "") -> Runner:
         model = load_model(
             DEFAULT_MODEL, quantization=quantization, dtype=getattr(torch, dtype), max_context_length=512
         )
-        return Runner(model, CpuBackend(1, is_exact=dtype == "float32"), cache_dtype=dtype, num_blocks=32)
+        backend = CpuBackend(1, is_exact=dtype == "float32")
+        return Runner(model, backend, cache_dtype=cache_dtype or dtype, num_blocks=32)
 
     default_model_directory()
     return load
@@ -101,6 +102,15 @@ def test_bfloat16_stays_within_four_hundredths_of_a_nat(runner_of: Callable[[str
         difference = ran.logits[count - 1].log_softmax(-1) - last.log_softmax(-1)
         assert difference.abs().mean() <= 0.04 * last.std()
         assert_greedy(ran, expected, prompt, tolerance=0.04)
+
+
+def test_int8_keys_and_values_cost_less_than_a_twentieth_of_a_nat(runner_of: Callable[..., Runner]) -> None:
+    expected = Expected("nf4")
+    for prompt, ran in enumerate(run(runner_of("nf4", "float32", "int8"), expected)):
+        count = len(expected(prompt, "ids"))
+        error = logprobs_of_next(ran, count) - torch.from_numpy(expected(prompt, "next_logprob"))
+        assert 0 < error.abs().mean() <= 0.05
+        assert_greedy(ran, expected, prompt, tolerance=0.05)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

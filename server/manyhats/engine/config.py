@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from manyhats.engine.model.architecture import Architecture
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+CacheDtype = Literal["auto", "bfloat16", "float32", "int8"]
 
 MIB = 2**20
 
@@ -27,7 +28,7 @@ class EngineConfig:
 
     Attributes:
         dtype: of embeddings, adapters and, by default, the KV cache; ``auto`` is ``bfloat16``. Arithmetic is float32
-            either way, except that ``bfloat16`` uses AVX512-BF16 for NF4 linears if the processor has it.
+            either way, except that with ``bfloat16`` NF4 linears take 16-bit integers where the processor has AVX2.
         max_num_batched_tokens: longer prompts are split into chunks.
         max_bulk_tokens: larger values delay other requests' tokens; smaller ones make bulk work take longer.
         max_adapter_bytes: adapters in use are never evicted; while they fill it, requests for others wait.
@@ -49,8 +50,11 @@ class EngineConfig:
     kv_cache_bytes: int = setting(
         1024 * MIB, unit="bytes", at_least=1, group=_LIMITS, help="Memory for the KV cache."
     )
-    kv_cache_dtype: Dtype = setting(
-        "auto", group=_LIMITS, help="The number format of the KV cache; auto is --dtype."
+    kv_cache_dtype: CacheDtype = setting(
+        "auto",
+        group=_LIMITS,
+        help="The number format of the KV cache; auto is --dtype. int8 takes half the memory of bfloat16, "
+        "and is less exact.",
     )
     max_loaded_adapters: int = setting(
         256,
@@ -126,8 +130,7 @@ def kv_cache_bytes(config: EngineConfig, architecture: Architecture) -> int:
     Raises:
         FieldInvalidError: it is too small for a block.
     """
-    itemsize = 4 if config.kv_cache_dtype == "float32" else 2
-    block_bytes = architecture.kv_values_per_token * itemsize * config.block_size
+    block_bytes = architecture.kv_bytes_per_token(config.kv_cache_dtype) * config.block_size
     if config.kv_cache_bytes < block_bytes:
         raise FieldInvalidError("engine.kv_cache_bytes", f"must be at least one block of {block_bytes} bytes")
     most = config.max_num_sequences * -(-architecture.max_context_length // config.block_size)

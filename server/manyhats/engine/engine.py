@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter
@@ -14,7 +15,6 @@ from manyhats.engine.errors import (
     DeadlineExceededError,
     DrainingError,
     EngineDeadError,
-    EngineError,
 )
 from manyhats.engine.loop.backlog import Backlog
 from manyhats.engine.loop.generation import Generation
@@ -22,16 +22,19 @@ from manyhats.engine.loop.job import Job
 from manyhats.engine.loop.probe import AdapterProbe
 from manyhats.engine.loop.scoring import Scoring
 from manyhats.engine.loop.serving import ServingModel, check_generation, check_length, check_scoring
+from manyhats.engine.loop.streams import Stream
 from manyhats.engine.loop.thread import Loop
-from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput
+from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput, joined
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.lease import Lease
 from manyhats.engine.residency.loading import AdapterLoading
 from manyhats.engine.residency.residency import ResidencyStats
 from manyhats.engine.residency.tiers import Tier
+from manyhats.engine.sampling.grammars import Grammars
+from manyhats.engine.sampling.matcher import Matcher
+from manyhats.engine.text.tokenizer import Tokenizer
 
 _WARM_WAIT_S = 10.0
-OutputT = TypeVar("OutputT")
 
 
 class Engine:
@@ -44,6 +47,9 @@ class Engine:
         adapters: the resident adapters.
         probe: measures adapters.
         num_bytes: part of the model → its resident bytes, without adapters.
+
+    Attributes:
+        grammars: compiles the constraints of requests.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Engine:
         self._streams = loop.streams
         self._probe = probe
         self._num_bytes = num_bytes
+        self.grammars = Grammars(model.vocab_size, loop.background)
         self._is_draining = False
         self._is_stopped = False
 
@@ -84,6 +91,7 @@ class Engine:
             await self._streams.wait_empty(drain_s)
         self._is_stopped = True
         self._adapters.close()
+        self.grammars.close()
         self.loop.stop()
         await asyncio.get_running_loop().run_in_executor(None, self.loop.join)
 
@@ -99,7 +107,7 @@ class Engine:
         allocator = scheduler.allocator
         return EngineStats(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting + self._adapters.num_waiting,
+            num_waiting=scheduler.num_waiting + self._num_preparing,
             kv_blocks_used=allocator.num_used,
             kv_blocks_cached=allocator.num_cached,
             kv_blocks_total=allocator.num_blocks,
@@ -117,6 +125,10 @@ class Engine:
     def max_context_length(self) -> int:
         """The maximum of prompt and output tokens together, including virtual tokens."""
         return self._model.max_context_length
+
+    def eos_token_ids(self, tokenizer: Tokenizer | None = None) -> frozenset[int]:
+        """The ids that end an answer in a task's own tokenizer; None for the base's."""
+        return self._model.eos_with(tokenizer)
 
     # Adapters
 
@@ -177,7 +189,8 @@ class Engine:
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Run one generation; closing the iterator ends it and frees its blocks within one step.
 
-        It gets at most ``max_unread_outputs`` and ``max_unread_bytes`` ahead of its reader, then pauses.
+        It gets at most ``max_unread_outputs`` and ``max_unread_bytes`` ahead of its reader, then pauses. What has come
+        while the reader was busy with the output before arrives as one, but for the first.
 
         Raises:
             RequestError: it can never be served.
@@ -187,16 +200,20 @@ class Engine:
         check_generation(request, self._model.vocab_size, self._model.eos_of(request))
         config = self.config
         backlog = Backlog(config.max_unread_outputs, config.max_unread_bytes, config.unread_limit_s)
-        outputs = self._submit(
-            request, lambda job_id, lease: Generation(job_id, request, lease, self._model, backlog)
+        stream = await self._submit(
+            request,
+            lambda job_id, lease, matcher: Generation(job_id, request, lease, self._model, backlog, matcher),
         )
+        limit: int | None = 1  # the first output says when the answer began
         try:
-            async for output in outputs:
-                yield output
-                if backlog.take(output):  # asking for the next one means being done with this one
+            while not stream.is_over:
+                outputs = await stream.take(limit)
+                limit = None
+                yield joined(outputs)
+                if backlog.take(len(outputs)):  # asking for the next one means being done with these
                     self.loop.wake()
         finally:
-            await outputs.aclose()
+            self._leave(stream)
 
     async def score(self, request: ScoreRequest) -> ScoreOutput:
         """Run one scoring; cancelling it frees its blocks within one step.
@@ -207,42 +224,43 @@ class Engine:
             AdapterError: its adapter cannot be loaded.
         """
         check_scoring(request, self._model.vocab_size, self.config.max_score_tokens)
-        outputs = self._submit(request, lambda job_id, lease: Scoring(job_id, request, lease, self._model))
+        stream = await self._submit(
+            request, lambda job_id, lease, matcher: Scoring(job_id, request, lease, self._model)
+        )
         try:
-            async for output in outputs:
-                return output
+            (output,) = await stream.take()
         finally:
-            await outputs.aclose()
-        raise EngineDeadError("the scoring ended without a result")
+            self._leave(stream)
+        assert isinstance(output, ScoreOutput)
+        return output
 
     async def _submit(
-        self, request: Request | ScoreRequest, make_job: Callable[[str, Lease], Job[OutputT]]
-    ) -> AsyncGenerator[OutputT, None]:
+        self,
+        request: Request | ScoreRequest,
+        make_job: Callable[[str, Lease, Matcher | None], Job[Any]],
+    ) -> Stream:
+        """The stream of a request's job, which is on its way to the engine's thread."""
         self._check_accepting()
         check_length(request, 0, self.max_context_length)  # without loading the adapter for it
         job_id = self.loop.new_id()
         with self._streams.expected():
+            matcher = await self._matcher(request) if isinstance(request, Request) else None
             lease = await self._lease(request)
             try:
                 self._check_running()
                 check_length(request, lease.num_virtual_tokens, self.max_context_length)
-                job = make_job(job_id, lease)
+                job = make_job(job_id, lease, matcher)
             except BaseException:
                 lease.release()
                 raise
             stream = self._streams.open(job_id, lease.release)
         self.loop.submit(lambda: self.loop.step.add(job))
-        is_last = False
-        try:
-            while not is_last:
-                event = await stream.events.get()
-                is_last = event.is_last
-                if isinstance(event.payload, EngineError):
-                    raise event.payload
-                yield event.payload
-        finally:
-            if not is_last:
-                self.loop.submit(lambda: self.loop.step.cancel(job_id))
+        return stream
+
+    def _leave(self, stream: Stream) -> None:
+        """Read no more of a stream: its job ends within a step, unless it has."""
+        if not stream.is_over:
+            self.loop.submit(lambda: self.loop.step.cancel(stream.job_id))
 
     async def _lease(self, request: Request | ScoreRequest) -> Lease:
         """Lease a request's adapter; returns once it is loaded."""
@@ -253,17 +271,25 @@ class Engine:
         if lease is not None:
             return lease
         started = time.monotonic()
-        self.loop.step.scheduler.check_queue(self._adapters.num_waiting)
-        limit_s = None if request.deadline_s is None else request.deadline_s - started
-        try:
-            async with asyncio.timeout(limit_s) as limit:
-                lease = await self._adapters.lease(adapter)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineExceededError("the deadline passed while waiting for the adapter") from None
+        self.loop.step.scheduler.check_queue(self._num_preparing)
+        async with _by_deadline(request, "the adapter"):
+            lease = await self._adapters.lease(adapter)
         lease.load_s, lease.has_waited = time.monotonic() - started, True
         return lease
+
+    async def _matcher(self, request: Request) -> Matcher | None:
+        """The matcher of a request's constraint; returns once that is compiled."""
+        if request.constraint is None:
+            return None
+        self.loop.step.scheduler.check_queue(self._num_preparing)
+        tokenizer, eos_token_ids = self._model.tokenizer_of(request), self._model.eos_of(request)
+        async with _by_deadline(request, "the constraint"):
+            return await self.grammars.matcher(request.constraint, tokenizer, eos_token_ids)
+
+    @property
+    def _num_preparing(self) -> int:
+        """Requests that wait for their adapter or constraint before they are queued."""
+        return self._adapters.num_waiting + self.grammars.num_waiting
 
     def _check_accepting(self) -> None:
         self._check_running()
@@ -275,3 +301,20 @@ class Engine:
             raise EngineDeadError("the engine has ended")
         if self._is_stopped:
             raise DrainingError("the server is shutting down")
+
+
+@asynccontextmanager
+async def _by_deadline(request: Request | ScoreRequest, awaited: str) -> AsyncIterator[None]:
+    """End this block at a request's deadline.
+
+    Raises:
+        DeadlineExceededError: it passed.
+    """
+    limit_s = None if request.deadline_s is None else request.deadline_s - time.monotonic()
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceededError(f"the deadline passed while waiting for {awaited}") from None

@@ -37,6 +37,10 @@ class RequestError(EngineError):
         self.field = field
         self.description = message
 
+    def renamed(self, field: str) -> None:
+        """Give the field the name that its caller knows."""
+        self.field, self.args = field, (f"{field}: {self.description}",)
+
 
 class FieldInvalidError(RequestError):
     """A field's value is outside its range."""

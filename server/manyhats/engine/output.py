@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import overload
 
@@ -74,7 +74,10 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """A request's usage so far; times in seconds."""
+    """A request's usage so far; times in seconds.
+
+    ``draft_tokens`` were computed as guesses of what comes next; ``accepted_draft_tokens`` of them came.
+    """
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
@@ -83,11 +86,13 @@ class Usage:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     adapter_load_s: float = 0.0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step added to one request.
+    """What a step, or several, added to one request.
 
     Attributes:
         text: characters that are certain now; concatenated, they are the whole answer.
@@ -95,7 +100,8 @@ class StepOutput:
         prompt_tokens: with ``prompt_logprobs``, in the first output only.
         finish_reason: None until the last output.
         usage: so far.
-        time_s: when the step ended, on ``time.monotonic()``'s clock.
+        time_s: when the last step ended, on ``time.monotonic()``'s clock.
+        stop: the stop sequence or stop token that ended it; None if something else did.
     """
 
     text: str
@@ -104,13 +110,28 @@ class StepOutput:
     finish_reason: FinishReason | None
     usage: Usage
     time_s: float
+    stop: str | int | None = None
 
     @property
     def num_bytes(self) -> int:
         """Approximate memory it takes while it waits to be sent."""
-        tokens = (*self.tokens, *self.prompt_tokens)
-        num_top = sum(len(token.top) for token in tokens)
-        return _OUTPUT_BYTES + len(self.text) + _TOKEN_BYTES * len(tokens) + _TOP_BYTES * num_top
+        size = _OUTPUT_BYTES + len(self.text)
+        for tokens in (self.tokens, self.prompt_tokens):
+            for token in tokens:
+                size += _TOKEN_BYTES + _TOP_BYTES * len(token.top)
+        return size
+
+
+def joined(outputs: Seq[StepOutput]) -> StepOutput:
+    """Consecutive outputs of one request as one, at least one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return replace(
+        outputs[-1],
+        text="".join(output.text for output in outputs),
+        tokens=tuple(token for output in outputs for token in output.tokens),
+        prompt_tokens=tuple(token for output in outputs for token in output.prompt_tokens),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +157,8 @@ class StepStats:
     Attributes:
         duration_s: schedule to commit.
         num_prefill_tokens: prompt tokens computed.
-        num_decode_tokens: sequences that decoded one token.
+        num_decode_tokens: sequences that decoded one token, or several with drafts.
+        num_draft_tokens: drafts that were run after them.
         num_adapters: distinct adapters in the batch, without the base.
         num_preempted: sequences whose blocks were reclaimed.
         prefix_cache_queries: prompt tokens looked up in the prefix cache.
@@ -146,6 +168,7 @@ class StepStats:
     duration_s: float
     num_prefill_tokens: int
     num_decode_tokens: int
+    num_draft_tokens: int
     num_adapters: int
     num_preempted: int
     prefix_cache_queries: int
@@ -158,7 +181,7 @@ class EngineStats:
 
     Attributes:
         num_running: sequences that hold KV blocks.
-        num_waiting: sequences that wait for a first step, and requests that wait for their adapter.
+        num_waiting: sequences that wait for a first step, and requests that wait for their adapter or constraint.
         kv_blocks_used: blocks that running sequences or prefixes hold.
         kv_blocks_cached: reusable blocks that still hold a prefix.
         kv_blocks_total: all.

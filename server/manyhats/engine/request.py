@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.engine.constraint import Constraint
 from manyhats.engine.errors import FieldInvalidError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_CONTINUATIONS = 1024
 MAX_CACHE_SALT_LENGTH = 256
+MAX_DRAFT_TOKENS = 16
 
 
 def _check_count(name: str, values: Sized, limit: int) -> None:
@@ -34,6 +36,11 @@ def _check_count(name: str, values: Sized, limit: int) -> None:
 def _check_salt(cache_salt: str) -> None:
     if len(cache_salt) > MAX_CACHE_SALT_LENGTH:
         raise FieldInvalidError("cache_salt", f"the limit is {MAX_CACHE_SALT_LENGTH} characters")
+
+
+def _check_priority(priority: int) -> None:
+    if not -(2**31) <= priority < 2**31:
+        raise FieldInvalidError("priority", f"must be in [-2^31, 2^31), not {priority}")
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
@@ -168,6 +175,23 @@ class ResponseOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationParams:
+    """How far ahead an answer is guessed, from its prompt and itself; guesses are checked, and change no answer.
+
+    Attributes:
+        num_tokens: guessed in one step, at most; 0 for none.
+    """
+
+    num_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_tokens <= MAX_DRAFT_TOKENS:
+            raise FieldInvalidError(
+                "speculation.num_tokens", f"must be in [0, {MAX_DRAFT_TOKENS}], not {self.num_tokens}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A request for one generation.
 
@@ -176,6 +200,8 @@ class Request:
         prompt_token_ids: at least one.
         adapter: the adapter version that all its tokens run on; None for the base model.
         tokenizer: the adapter's own; None for the base's.
+        constraint: the language that the answer must be in; None for any text.
+        speculation: how far ahead to guess.
         priority: higher goes first.
         deadline_s: on ``time.monotonic()``'s clock; past it the request fails.
         cache_salt: keeps its KV blocks apart from requests with another salt.
@@ -189,6 +215,8 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     stopping: StoppingParams = StoppingParams()
     response: ResponseOptions = ResponseOptions()
+    constraint: Constraint | None = None
+    speculation: SpeculationParams = SpeculationParams()
     priority: int = 0
     deadline_s: float | None = None
     cache_salt: str = ""
@@ -196,6 +224,7 @@ class Request:
 
     def __post_init__(self) -> None:
         _check_salt(self.cache_salt)
+        _check_priority(self.priority)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +253,7 @@ class ScoreRequest:
 
     def __post_init__(self) -> None:
         _check_salt(self.cache_salt)
+        _check_priority(self.priority)
 
     @property
     def num_tokens(self) -> int:

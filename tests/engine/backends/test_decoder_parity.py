@@ -132,6 +132,39 @@ def test_nf4_equals_the_float32_model_of_the_dequantized_weights(tie: bool, tmp_
     assert_same_bits(crowded, runner.run(CROWD, all_logits=True))
 
 
+@pytest.mark.parametrize("backend", [CpuBackend, TorchBackend])
+def test_int8_keys_and_values_stay_near_and_keep_the_invariant(
+    backend: type[CpuBackend | TorchBackend], llama: Path, prompts: list[Prompt]
+) -> None:
+    model = load_tiny(llama)
+    chosen = (
+        prompts if backend is CpuBackend else [Prompt(p.token_ids[:20], new_tokens=2) for p in prompts[:4]]
+    )
+    runner = Runner(model, backend(), cache_dtype="int8")
+    runs = runner.run(chosen, all_logits=True)
+    assert_same_bits(runs, runner.run(chosen, all_logits=True, max_tokens=10))
+    assert_same_bits(runner.run(chosen, prefix_cache=True), runner.run(chosen))
+    crowded = runner.run(CROWD, all_logits=True, max_tokens=24, num_blocks=5)
+    assert sum(ran.num_preemptions for ran in crowded) > 0
+    assert_same_bits(crowded, runner.run(CROWD, all_logits=True))
+    exact = Runner(model).run([Prompt(ran.token_ids, new_tokens=0) for ran in runs], all_logits=True)
+    for ran, oracle in zip(runs, exact, strict=True):
+        difference = ran.stacked.log_softmax(-1) - oracle.stacked.log_softmax(-1)
+        assert 0 < difference.abs().mean() < 0.1
+
+
+def test_both_backends_round_to_int8_alike(llama: Path, prompts: list[Prompt]) -> None:
+    model = load_tiny(llama)
+    short = [Prompt(prompt.token_ids[:20], new_tokens=0) for prompt in prompts[:4]]
+    ours, theirs = (
+        Runner(model, backend, cache_dtype="int8").run(short, all_logits=True)
+        for backend in (CpuBackend(), TorchBackend())
+    )
+    for ran, other in zip(ours, theirs, strict=True):
+        # A value between two steps may be rounded either way: a hundredth of the error of rounding at all.
+        assert (ran.stacked - other.stacked).abs().mean() < 1e-3
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_bfloat16_storage_stays_near_and_keeps_the_invariant(
     quantization: Any, llama: Path, prompts: list[Prompt]

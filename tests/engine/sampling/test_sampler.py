@@ -14,7 +14,7 @@ from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.logits import non_finite_rows
 from manyhats.engine.errors import NoTokenAllowedError
 from manyhats.engine.request import SamplingParams
-from manyhats.engine.sampling.penalties import LogitChanges
+from manyhats.engine.sampling.penalties import NO_EDITS, LogitChanges
 from manyhats.engine.sampling.sampler import SamplingRow, choices_of, uniform
 from support.harnesses import sampling
 from support.harnesses.sampling import Sampled, mask_of
@@ -74,7 +74,7 @@ def sampling_rows(draw: st.DrawFn) -> SamplingRow:
         params=params,
         seed=draw(st.integers(0, 2**64 - 1)),
         step=draw(st.integers(0, 5)),
-        changes=draw(st.sampled_from([None, LogitChanges(params, prompt, output)])),
+        edits=draw(st.sampled_from([NO_EDITS, LogitChanges(params, prompt, output).edits])),
         forbid=tuple(draw(st.lists(ids, max_size=2))),
         allowed=None if allowed is None else mask_of(allowed),
         num_logprobs=draw(st.sampled_from([None, 0, 2])),
@@ -109,7 +109,7 @@ def test_a_row_comes_out_alike_alone_and_in_any_batch(
     assert shuffled.token_ids == [batch.token_ids[i] for i in order]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(
     rows=st.lists(sampling_rows(), min_size=1, max_size=6),
     seed=st.integers(0, 9999),
@@ -194,7 +194,7 @@ BROKEN_ROWS = {
         for token_id in (V, V + 1, -1, -V, 2**31, 2**32 - 1, 2**63, -(2**63) - 1)
     },
     **{
-        f"biases {token_id}": SamplingRow(params=params, changes=LogitChanges(params))
+        f"biases {token_id}": SamplingRow(params=params, edits=LogitChanges(params).edits)
         for token_id in (V, -1, 2**31, 2**62)
         for params in [SamplingParams(logit_bias={token_id: 1.0})]
     },

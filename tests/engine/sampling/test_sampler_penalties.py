@@ -27,13 +27,18 @@ def penalized(
     changes = LogitChanges(params, prompt)
     for token in output:
         changes.append(token)
-    choices, again = (
-        choices_of([SamplingRow(params=params, changes=each)], [0], row.size)
-        for each in (changes, LogitChanges(params, prompt, output))
+    choices, *others = (
+        choices_of([SamplingRow(params=params, edits=each)], [0], row.size)
+        for each in (
+            changes.edits,
+            LogitChanges(params, prompt, output).edits,
+            LogitChanges(params, prompt, output[:2]).edits_after(output[2:]),
+        )
     )
     ids, values = choices.edit_ids, edited(row[None], choices)
-    np.testing.assert_array_equal(ids, again.edit_ids)
-    np.testing.assert_array_equal(values, edited(row[None], again))
+    for other in others:
+        np.testing.assert_array_equal(ids, other.edit_ids)
+        np.testing.assert_array_equal(values, edited(row[None], other))
     slowly = [slowly_edited(torch.from_numpy(row), choices, 0, edit) for edit in range(ids.size)]
     np.testing.assert_array_equal(values, np.array(slowly, np.float32))
     assert len(set(ids.tolist())) == ids.size
@@ -108,7 +113,7 @@ def test_extreme_penalties_stay_finite(value: float) -> None:
     row = np.array([3e4, -3e4, 0.0], np.float32)
     params = SamplingParams(repetition_penalty=value, temperature=1.0)
     assert np.isfinite(penalized(row, params, [0, 1, 2], [])).all()
-    sampling_row = SamplingRow(params=params, changes=LogitChanges(params, [0, 1, 2]))
+    sampling_row = SamplingRow(params=params, edits=LogitChanges(params, [0, 1, 2]).edits)
     assert chosen(torch.from_numpy(row[None]), sampling_row) == 0
 
 
@@ -126,7 +131,7 @@ def test_extreme_penalties_stay_finite(value: float) -> None:
 def test_bias_and_penalties_apply_to_greedy_rows(
     params: SamplingParams, prompt: list[int], output: list[int], token: int
 ) -> None:
-    row = SamplingRow(params=params, changes=LogitChanges(params, prompt, output))
+    row = SamplingRow(params=params, edits=LogitChanges(params, prompt, output).edits)
     assert chosen(torch.tensor([[3.0, 2.0, 1.0]]), row) == token
 
 
@@ -142,14 +147,14 @@ def test_many_tokens_are_all_remembered() -> None:
 
 def test_a_forbidden_token_does_not_come_even_with_a_bias() -> None:
     params = SamplingParams(logit_bias={0: 100.0})
-    row = SamplingRow(params=params, changes=LogitChanges(params), forbid=(0,))
+    row = SamplingRow(params=params, edits=LogitChanges(params).edits, forbid=(0,))
     assert chosen(torch.tensor([[3.0, 2.0, 1.0]]), row) == 1
 
 
 def test_an_id_outside_the_vocabulary_is_an_error() -> None:
     params = SamplingParams(logit_bias={9: 1.0})
     for row in (
-        SamplingRow(params=params, changes=LogitChanges(params)),
+        SamplingRow(params=params, edits=LogitChanges(params).edits),
         SamplingRow(params=SamplingParams(), forbid=(9,)),
     ):
         failure = sample(torch.zeros(1, 4), [row], ReferenceKernels()).failures[0]

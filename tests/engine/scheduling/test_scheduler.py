@@ -391,10 +391,10 @@ def test_committing_before_or_after_the_token_is_appended_is_the_same() -> None:
         scheduler.add(sequence)
         schedule = scheduler.schedule()
         if append_first:
-            scheduler.append_token(sequence, 5)
+            scheduler.append_tokens(sequence, 5)
         scheduler.commit(schedule)
         if not append_first:
-            scheduler.append_token(sequence, 5)
+            scheduler.append_tokens(sequence, 5)
         assert ids(scheduler.schedule()) == [("a", 8, 1)]
         tables.append(sequence.block_table)
     assert tables[0] == tables[1]
@@ -425,17 +425,42 @@ def test_misuse_is_an_error() -> None:
     scheduler = make_scheduler()
     sequence = make_sequence("a", range(3), 0)
     with pytest.raises(ValueError, match="is new"):
-        scheduler.append_token(sequence, 1)
+        scheduler.append_tokens(sequence, 1)
     scheduler.add(sequence)
     with pytest.raises(ValueError, match="added before"):
         scheduler.add(sequence)
     scheduler.commit(scheduler.schedule())
     with pytest.raises(ValueError, match="its maximum"):
-        scheduler.append_token(sequence, 1)
+        scheduler.append_tokens(sequence, 1)
     for wrong in (make_sequence("b", []), make_sequence("c", [1], logits_from=1)):
         with pytest.raises(ValueError, match="has"):
             scheduler.add(wrong)
     assert wrong.status is SequenceStatus.NEW
+
+
+def test_only_what_may_come_next_can_be_drafted() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence("a", range(3), 4)
+    scheduler.add(sequence)
+    scheduler.draft(sequence, [])
+    with pytest.raises(ValueError, match="is not decoding"):
+        scheduler.draft(sequence, [1])
+    scheduler.commit(scheduler.schedule())
+    scheduler.append_tokens(sequence, 1)
+    with pytest.raises(ValueError, match="no room for 3 drafts"):
+        scheduler.draft(sequence, [1, 1, 1])
+    scheduler.draft(sequence, [5, 6])
+    schedule = scheduler.schedule()
+    assert [chunk.drafts for chunk in schedule.chunks] == [(5, 6)]
+    scheduler.commit(schedule)
+    scheduler.append_tokens(sequence, 5, 7)
+    assert (sequence.num_computed_tokens, sequence.num_left) == (5, 1)
+    assert scheduler.schedule().num_drafts == 0, "drafts are for one step"
+
+
+def test_a_negative_number_of_rows_is_refused() -> None:
+    with pytest.raises(FieldInvalidError, match=r"scheduler\.max_draft_rows: must be 0 or more"):
+        SchedulerConfig(max_draft_rows=-1)
 
 
 def scored_rows(schedule: Schedule) -> int:

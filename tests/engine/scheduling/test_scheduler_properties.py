@@ -142,8 +142,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not any(sequence.virtual is self.tasks[task][1] for sequence in self.live):
             self.scheduler.forget(self.tasks[task][1])
 
-    @rule(data=st.data(), cancels=st.booleans())
-    def step(self, data: st.DataObject, cancels: bool) -> None:
+    @rule(data=st.data(), cancels=st.booleans(), drafts=st.lists(st.integers(0, 2), max_size=5))
+    def step(self, data: st.DataObject, cancels: bool, drafts: list[int]) -> None:
         before = {s: (s.status, s.num_preemptions) for s in self.live}
 
         def during(schedule: Schedule) -> None:
@@ -153,6 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if cancels and self.prefixes:
                 self.scheduler.release(self.prefixes.pop(0)[0])
 
+        self.engine.drafts = drafts
         self.engine.step(during)
         self.live = [sequence for sequence in self.live if not sequence.is_finished]
 
@@ -190,7 +191,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in schedule.chunks:
             assert chunk.start == chunk.sequence.num_computed_tokens
             assert 1 <= chunk.num_tokens <= chunk.sequence.num_tokens - chunk.start
-            assert len(chunk.sequence.block_table) * BLOCK_SIZE >= chunk.sequence.num_tokens
+            assert len(chunk.sequence.block_table) * BLOCK_SIZE >= chunk.sequence.num_tokens + len(
+                chunk.drafts
+            )
+            assert not chunk.drafts or (chunk.is_decode and chunk.ends_tokens)
+        assert not schedule.num_drafts or schedule.num_tokens <= config.max_draft_rows
         decoding = [s for s in running if s.num_left == 1 and not s.is_internal and not s.is_bulk]
         going_on = [s for s in decoding if before[s][0] is SequenceStatus.RUNNING]
         assert set(going_on) == set(sequences[: len(going_on)])
@@ -266,6 +271,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             if len(sharers) > 1:
                 assert all(end <= sequence.num_computed_tokens for sequence, end in sharers)
                 assert len({(s.cache_key, tuple(s.token_ids[:end])) for s, end in sharers}) == 1
+
+    @invariant()
+    def nobody_holds_more_blocks_than_for_its_tokens(self) -> None:
+        for sequence in getattr(self, "live", []):
+            assert len(sequence.block_table) <= -(-sequence.num_tokens // BLOCK_SIZE)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

@@ -143,7 +143,7 @@ def assert_pending_ends_the_text_so_far(tokenizer: Tokenizer, ids: Sequence[int]
 
 @pytest.mark.parametrize("name", sorted(STEPS))
 def test_each_decoders_stream_joined_is_the_whole_decoded(name: str) -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(decoder=STEPS[name], ids=IDS)
     def check(decoder: Any, ids: list[int]) -> None:
         assert_streams_the_whole(tokenizer_with(decoder), ids)
@@ -152,7 +152,7 @@ def test_each_decoders_stream_joined_is_the_whole_decoded(name: str) -> None:
     check()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(decoder=CHAINS, ids=IDS)
 def test_a_chains_stream_joined_is_the_whole_decoded(decoder: Any, ids: list[int]) -> None:
     assert_streams_the_whole(tokenizer_with(decoder), ids)

@@ -41,7 +41,7 @@ class KVCache(Protocol):
         ...
 
     def write(self, blocks: Sequence[int], keys: Tensor, values: Tensor) -> None:
-        """Write the first P cells of a sequence's blocks; keys and values [L, P, Hkv, K], as they are stored."""
+        """Write the first P cells of a sequence's blocks; keys and values [L, P, Hkv, K], not yet rounded."""
         ...
 
 
@@ -156,7 +156,7 @@ class Backend(Protocol):
         ...
 
     def new_cache(self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int) -> KVCache:
-        """An empty cache of as many blocks as fit; dtype is ``float32`` or ``bfloat16``.
+        """An empty cache of as many blocks as fit; dtype is ``float32``, ``bfloat16`` or ``int8``.
 
         Raises:
             ModelError: the backend cannot run this block size or head size.

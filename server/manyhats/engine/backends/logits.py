@@ -38,7 +38,7 @@ class HostLogits:
     @torch.inference_mode()
     def finish(self, wants: Wants) -> Finished:
         """Compute everything at once."""
-        whole = self.values[torch.from_numpy(wants.whole).long()].numpy()
+        whole = self.values.numpy()[wants.whole]
         bad = non_finite_rows(self.values)
         if bad:
             self.values[bad] = 0.0  # the kernels require finite ones
@@ -60,6 +60,8 @@ class HostLogits:
         else:
             token_ids = self._chooser.choose(logits, choices).numpy()
         asking = np.flatnonzero((choices.num_logprobs >= 0) & (token_ids >= 0))
+        if not asking.size:
+            return [Token(token_id) for token_id in token_ids.tolist()]
         found = self._found(Targets(choices.rows[asking], token_ids[asking], choices.num_logprobs[asking]))
         logprobs = dict(zip(asking.tolist(), found, strict=True))
         return [Token(token_id, logprobs.get(index)) for index, token_id in enumerate(token_ids.tolist())]
@@ -88,8 +90,11 @@ def non_finite_rows(logits: Tensor) -> list[int]:
     A row's sum is not finite if any of its values isn't, which costs one pass; rows whose sum isn't are then checked
     value by value, since large finite values can overflow too.
     """
-    suspects = torch.nonzero(~torch.isfinite(logits.sum(dim=1))).flatten().tolist()
-    return [row for row in suspects if not bool(torch.isfinite(logits[row]).all())]
+    rows = logits.numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = rows.sum(axis=1)
+    suspects = np.flatnonzero(~np.isfinite(sums)).tolist()
+    return [row for row in suspects if not np.isfinite(rows[row]).all()]
 
 
 def _is_plain_greedy(choices: Choices) -> bool:

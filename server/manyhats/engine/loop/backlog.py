@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from manyhats.engine.output import StepOutput
 
@@ -10,8 +11,8 @@ from manyhats.engine.output import StepOutput
 class Backlog:
     """Counts one generation's undelivered outputs.
 
-    The reader calls ``take``, the engine's thread everything else. Each count is changed by only one of them, so no
-    lock is needed.
+    The reader calls ``take``, the engine's thread everything else. Each count is changed by only one of them, and a
+    deque's ends are safe for two, so no lock is needed.
 
     Args:
         max_outputs: full from this number on.
@@ -25,18 +26,22 @@ class Backlog:
         self.limit_s = limit_s
         self._num_put = self._num_taken = 0
         self._bytes_put = self._bytes_taken = 0
+        self._sizes: deque[int] = deque()  # of what is not taken
         self._full_s = self._taken_s = 0.0
         self.is_awaited = False
 
     def put(self, output: StepOutput) -> None:
         """Count an output on its way to the reader."""
+        size = output.num_bytes
+        self._sizes.append(size)
         self._num_put += 1
-        self._bytes_put += output.num_bytes
+        self._bytes_put += size
 
-    def take(self, output: StepOutput) -> bool:
-        """Count an output as read; returns whether the engine is waiting for that."""
-        self._num_taken += 1
-        self._bytes_taken += output.num_bytes
+    def take(self, count: int) -> bool:
+        """Count so many outputs as read; returns whether the engine is waiting for that."""
+        self._num_taken += count
+        for _ in range(count):
+            self._bytes_taken += self._sizes.popleft()
         self._taken_s = time.monotonic()
         return self.is_awaited and self.has_room
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence as Seq
+from itertools import repeat
+
+import numpy as np
 
 from manyhats.engine.backends.wants import Token
 from manyhats.engine.errors import NoTokenAllowedError, StreamUnreadError
@@ -13,16 +17,18 @@ from manyhats.engine.loop.serving import ServingModel, new_sequence
 from manyhats.engine.output import FinishReason, StepOutput, TokenOutput
 from manyhats.engine.request import Request
 from manyhats.engine.residency.lease import Lease
-from manyhats.engine.sampling.penalties import LogitChanges, changes_logits
+from manyhats.engine.sampling.matcher import Mask, Matcher
+from manyhats.engine.sampling.penalties import NO_EDITS, LogitChanges, changes_logits
 from manyhats.engine.sampling.sampler import SamplingRow
 from manyhats.engine.scheduling.schedule import Chunk
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import SequenceStatus
+from manyhats.engine.speculation.drafter import Drafter
 from manyhats.engine.text.stopping import StopChecker
 
 
 class Generation:
-    """A ``Job`` that samples one token per step, and pauses while its reader is too far behind.
+    """A ``Job`` that samples one token per step, or several with drafts, and pauses while its reader is too far behind.
 
     Args:
         job_id: unique.
@@ -30,10 +36,17 @@ class Generation:
         lease: of its adapter.
         model: what requests need to know about it.
         backlog: its reader's; None if it always keeps up.
+        matcher: of its constraint; None without one.
     """
 
     def __init__(
-        self, job_id: str, request: Request, lease: Lease, model: ServingModel, backlog: Backlog | None = None
+        self,
+        job_id: str,
+        request: Request,
+        lease: Lease,
+        model: ServingModel,
+        backlog: Backlog | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         self.id = job_id
         self.deadline_s = request.deadline_s
@@ -52,17 +65,41 @@ class Generation:
         sampling = request.sampling
         self._changes = LogitChanges(sampling, prompt) if changes_logits(sampling) else None
         skips = request.response.skip_special_tokens
-        self._detokenizer = self._tokenizer.stream(skip_special_tokens=skips)
+        self._is_exact = matcher is not None and matcher.constraint.is_exact
+        self._detokenizer = self._tokenizer.stream(skip_special_tokens=skips, is_exact=self._is_exact)
         # Stop sequences are searched for in the text with literals, which the answer need not show.
         self._watched = (
-            self._tokenizer.stream(skip_special_tokens=False) if skips and stopping.stop_sequences else None
+            self._tokenizer.stream(skip_special_tokens=False, is_exact=self._is_exact)
+            if skips and stopping.stop_sequences
+            else None
         )
-        self._stop = StopChecker(stopping, model.eos_of(request))
+        self._eos_token_ids = model.eos_of(request)
+        self._stop = StopChecker(stopping, self._eos_token_ids)
+        self._drafter = self._new_drafter(request)
+        self._draft_masks: Seq[Mask] = ()  # after each of the drafts
+        self._matcher = matcher
+        self._allowed: Mask | None = None
+        self._may_continue = True
+        if matcher is not None:
+            self._allowed = np.empty(matcher.num_words, dtype=np.int32)
+            self._may_continue = matcher.mask(self._allowed)
         self._end_s = None if stopping.time_limit_s is None else request.accepted_s + stopping.time_limit_s
         self._meter = Meter(request.accepted_s, len(prompt), lease.load_s)
 
+    def _new_drafter(self, request: Request) -> Drafter | None:
+        max_tokens = request.speculation.num_tokens
+        if not max_tokens:
+            return None
+        ends = self._eos_token_ids | set(request.stopping.stop_token_ids)
+        return Drafter(request.prompt_token_ids, self._likeness, ends, max_tokens)
+
+    def _likeness(self, token_id: int) -> int:
+        """The same for tokens of one word, whatever its case and the space around it."""
+        text = self._tokenizer.piece(token_id)
+        return hash(text.strip().casefold() or text)
+
     def next(self, scheduler: Scheduler, now_s: float) -> StepOutput | None:
-        """Queue the prompt, once; end at the time limit, keeping what there is; pause or resume with its reader.
+        """Queue the prompt, once; end at the time limit, keeping what there is; pause or resume with its reader; draft.
 
         Raises:
             StreamUnreadError: its reader took nothing for too long.
@@ -75,6 +112,8 @@ class Generation:
             return self._output(self._rest(), (), FinishReason.TIME_LIMIT, now_s)
         if self._backlog is not None:
             self._keep_pace(self._backlog, scheduler, now_s)
+        if self._drafter is not None and self._sequence.is_decoding:
+            self._draft(self._drafter, scheduler)
         return None
 
     def _keep_pace(self, backlog: Backlog, scheduler: Scheduler, now_s: float) -> None:
@@ -88,60 +127,123 @@ class Generation:
         elif backlog.is_given_up(now_s):
             raise StreamUnreadError(backlog.limit_s)
 
+    def _draft(self, drafter: Drafter, scheduler: Scheduler) -> None:
+        """Propose what may come next, as far as the constraint and the answer's length let it."""
+        sequence = self._sequence
+        room = min(scheduler.num_draftable, sequence.max_num_tokens - sequence.num_tokens - 1)
+        drafts = drafter.draft(room)
+        if drafts and self._matcher is not None:
+            self._draft_masks = self._matcher.masks_after(drafts)
+            drafts = drafts[: len(self._draft_masks)]
+        scheduler.draft(sequence, drafts)
+
     def wants(self, chunk: Chunk) -> Want:
-        """The next token after the last one, and the log-probabilities of the prompt's tokens after the first."""
+        """The tokens after the last one and each draft, and the log-probabilities of the prompt's after the first."""
         sequence = chunk.sequence
         self._meter.start(sequence.num_cached_tokens)
-        first = chunk.end - chunk.num_logit_rows + 1
+        first = chunk.start + chunk.num_rows - chunk.num_logit_rows + 1
         scored = sequence.token_ids[first : min(chunk.end + 1, sequence.num_prompt_tokens)]
         return Want(
-            sample=self._sampling_row(sequence.num_output_tokens) if chunk.ends_tokens else None,
+            samples=self._sampling_rows(chunk) if chunk.ends_tokens else (),
             target_rows=range(len(scored)),
             target_ids=scored,
             num_top=self._request.response.top_logprobs,
         )
 
-    def _sampling_row(self, num_generated: int) -> SamplingRow:
-        """The request's parameters, and how its tokens so far affect them."""
+    def _sampling_rows(self, chunk: Chunk) -> list[SamplingRow]:
+        """How the token after the last one is chosen, and those after drafts, as if all drafts before had come."""
+        num_generated = chunk.sequence.num_output_tokens
+        masks = (self._allowed, *self._draft_masks) if self._matcher is not None else repeat(None)
+        return [
+            self._sampling_row(num_generated + index, chunk.drafts[:index], mask)
+            for index, mask in zip(range(1 + len(chunk.drafts)), masks, strict=False)
+        ]
+
+    def _sampling_row(self, num_generated: int, drafts: Seq[int], allowed: Mask | None) -> SamplingRow:
+        """The request's parameters, and how its tokens so far and these drafts affect them."""
         response = self._request.response
+        edits = NO_EDITS
+        if self._changes is not None:
+            edits = self._changes.edits_after(drafts) if drafts else self._changes.edits
         return SamplingRow(
             params=self._request.sampling,
             seed=self._seed,
             step=num_generated,
-            changes=self._changes,
-            forbid=self._stop.forbidden_ids(num_generated),
+            edits=edits,
+            forbid=self._forbidden_ids(num_generated),
+            allowed=allowed,
             num_logprobs=response.top_logprobs if response.logprobs else None,
         )
 
+    def _forbidden_ids(self, num_generated: int) -> tuple[int, ...]:
+        if not self._may_continue:
+            return ()
+        forbidden = self._stop.forbidden_ids(num_generated)
+        if self._matcher is not None and self._request.stopping.ignore_eos:
+            forbidden += tuple(self._eos_token_ids)  # as an ordinary token it is part of no language
+        return forbidden
+
     def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> StepOutput | None:
-        """Keep the prompt's log-probabilities, append the chosen token to the sequence, and emit what it adds.
+        """Keep the prompt's log-probabilities, append the chosen tokens to the sequence, and emit what they add.
+
+        The token chosen after a draft counts only if that draft, and all before it, were chosen too.
 
         Raises:
             NoTokenAllowedError: there was none to choose.
+            FieldInvalidError: its constraint is too complex to go on.
         """
         self._prompt_tokens += [token_output(self._tokenizer, *target) for target in answer.targets]
-        return None if answer.token is None else self._take_token(answer.token, scheduler, now_s)
-
-    def _take_token(self, token: Token, scheduler: Scheduler, now_s: float) -> StepOutput:
-        if token.id < 0:
-            raise NoTokenAllowedError
-        sequence = self._sequence
-        scheduler.append_token(sequence, token.id)
-        if self._changes is not None:
-            self._changes.append(token.id)
+        if not answer.tokens:
+            return None
         self._meter.end_prefill(now_s)
-        text, reason = self._push_text(token.id, sequence.num_output_tokens)
-        if reason is None and sequence.num_tokens >= sequence.max_num_tokens:
-            reason = FinishReason.LENGTH
-        is_cut = (
-            reason is FinishReason.STOP_SEQUENCE and token.id not in self._request.stopping.stop_token_ids
-        )
-        if reason is not None and not is_cut:
-            text += self._rest()
-        tokens = (token_output(self._tokenizer, token.id, token.logprob),)
+        text, reason = "", None
+        taken: list[Token] = []
+        for token, draft in zip(answer.tokens, (*chunk.drafts, None), strict=False):
+            if token.id < 0:
+                if not taken:
+                    raise NoTokenAllowedError
+                break  # the next step will say so, after these have been sent
+            taken.append(token)
+            more, reason = self._take_token(token.id, len(taken))
+            text += more
+            if reason is not None or token.id != draft:
+                break
+        self._append([token.id for token in taken], chunk.drafts, scheduler)
+        tokens = tuple(token_output(self._tokenizer, token.id, token.logprob) for token in taken)
         if reason is not None:
             self._finish(scheduler)
         return self._output(text, tokens, reason, now_s)
+
+    def _append(self, token_ids: Seq[int], drafts: Seq[int], scheduler: Scheduler) -> None:
+        scheduler.append_tokens(self._sequence, *token_ids)
+        if self._drafter is not None:
+            self._meter.note_drafts(len(drafts), self._drafter.take(token_ids, drafts))
+
+    def _take_token(self, token_id: int, num_taken: int) -> tuple[str, FinishReason | None]:
+        """The text that a token adds, and whether it ends the answer; it is the ``num_taken``-th of this step."""
+        sequence = self._sequence
+        if self._changes is not None:
+            self._changes.append(token_id)
+        text, reason = self._push_text(token_id, sequence.num_output_tokens + num_taken)
+        if reason in (None, FinishReason.LENGTH) and not self._goes_on(token_id):
+            reason = FinishReason.EOS
+        if reason is None and sequence.num_tokens + num_taken >= sequence.max_num_tokens:
+            reason = FinishReason.LENGTH
+        is_cut = (
+            reason is FinishReason.STOP_SEQUENCE and token_id not in self._request.stopping.stop_token_ids
+        )
+        if reason is not None and not is_cut:
+            text += self._rest()
+        return text, reason
+
+    def _goes_on(self, token_id: int) -> bool:
+        """Whether anything may follow a token in the language of the constraint."""
+        if self._matcher is None or self._allowed is None:
+            return True
+        if self._may_continue and not self._matcher.advance(token_id):
+            raise RuntimeError(f"token {token_id} is not in the language, but was allowed")
+        self._may_continue = self._may_continue and self._matcher.mask(self._allowed)
+        return self._may_continue
 
     def _push_text(self, token_id: int, num_generated: int) -> tuple[str, FinishReason | None]:
         """The text that a token adds, and whether it ends the answer."""
@@ -163,8 +265,9 @@ class Generation:
         scheduler.finish(self._sequence)
 
     def _rest(self) -> str:
-        """The text held back: an unfinished stop sequence, an incomplete character."""
-        return self._stop.flush() + self._detokenizer.flush()
+        """The text held back: an unfinished stop sequence, an incomplete character unless that is in no language."""
+        held = self._stop.flush()
+        return held + (self._detokenizer.pending() if self._is_exact else self._detokenizer.flush())
 
     def _finish(self, scheduler: Scheduler) -> None:
         self.is_done = True
@@ -175,7 +278,7 @@ class Generation:
     ) -> StepOutput:
         usage = self._meter.usage(now_s, self._sequence.num_output_tokens)
         prompt_tokens, self._prompt_tokens = tuple(self._prompt_tokens), []
-        output = StepOutput(text, tokens, prompt_tokens, reason, usage, now_s)
+        output = StepOutput(text, tokens, prompt_tokens, reason, usage, now_s, self._stop.stop)
         if self._backlog is not None:
             self._backlog.put(output)
         return output

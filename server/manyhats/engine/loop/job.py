@@ -28,14 +28,14 @@ class Want:
     """What a job wants from a chunk's logit rows.
 
     Attributes:
-        sample: how the last row chooses the next token; None for no token.
+        samples: how its last rows choose tokens: that of its last own token and those of drafts; empty if none does.
         target_rows: [T], rows of given tokens whose log-probabilities are wanted, counted from the chunk's first.
         target_ids: [T], the tokens.
         num_top: how many of the row's most likely tokens to return with each.
         whole: whether to return the logits.
     """
 
-    sample: SamplingRow | None = None
+    samples: Seq[SamplingRow] = ()
     target_rows: Seq[int] = ()
     target_ids: Seq[int] = ()
     num_top: int = 0
@@ -47,12 +47,12 @@ class Answer:
     """The result of a ``Want``.
 
     Attributes:
-        token: the chosen token.
+        tokens: the chosen tokens, in the order of ``samples``; they end before the first draft whose row is not finite.
         targets: each of ``target_ids`` with its log-probability.
         whole: [rows, V], or no row.
     """
 
-    token: Token | None
+    tokens: Seq[Token]
     targets: Seq[tuple[int, TokenLogprob]]
     whole: Logits
 

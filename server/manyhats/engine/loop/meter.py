@@ -23,6 +23,7 @@ class Meter:
         self._num_cached_tokens = 0
         self._started_s: float | None = None
         self._prefilled_s: float | None = None
+        self._num_drafts = self._num_right_drafts = 0
 
     def start(self, num_cached_tokens: int) -> None:
         """Note that a chunk is about to run; the first one ends its time in the queue."""
@@ -34,6 +35,11 @@ class Meter:
         """Note that the prompt has run: now, or at the start if that is not known. Only the first call counts."""
         if self._prefilled_s is None:
             self._prefilled_s = self._started_s if now_s is None else now_s
+
+    def note_drafts(self, num_drafts: int, num_right: int) -> None:
+        """Count a step's drafts, and those of them that came."""
+        self._num_drafts += num_drafts
+        self._num_right_drafts += num_right
 
     def usage(self, now_s: float, num_generated_tokens: int = 0) -> Usage:
         """The usage so far."""
@@ -47,4 +53,6 @@ class Meter:
             prefill_s=prefilled_s - started_s,
             decode_s=now_s - prefilled_s,
             adapter_load_s=self._adapter_load_s,
+            draft_tokens=self._num_drafts,
+            accepted_draft_tokens=self._num_right_drafts,
         )

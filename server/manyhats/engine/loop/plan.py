@@ -13,13 +13,14 @@ from manyhats.engine.scheduling.schedule import Chunk, Schedule
 def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
     """The rows of a schedule that has chunks, in their order."""
     chunks = schedule.chunks
-    counts = [chunk.num_tokens for chunk in chunks]
+    counts = [chunk.num_rows for chunk in chunks]
     starts = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
     token_ids: list[int] = []
     logit_rows: list[int] = []
     for chunk, end in zip(chunks, starts[1:].tolist(), strict=True):
         token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
+        token_ids += chunk.drafts
         logit_rows += range(end - chunk.num_logit_rows, end)
     tables = np.zeros((len(chunks), max(len(c.sequence.block_table) for c in chunks)), dtype=np.int32)
     for index, chunk in enumerate(chunks):

@@ -42,9 +42,13 @@ class ServingModel:
 
     def eos_of(self, request: Request) -> frozenset[int]:
         """The ids that end a request's answer."""
-        if request.tokenizer is None:
+        return self.eos_with(request.tokenizer)
+
+    def eos_with(self, tokenizer: Tokenizer | None) -> frozenset[int]:
+        """The ids that end an answer in a task's own tokenizer; None for the base's."""
+        if tokenizer is None:
             return self.eos_token_ids
-        own = {token_id for token_id in request.tokenizer.eos_token_ids if token_id < self.vocab_size}
+        own = {token_id for token_id in tokenizer.eos_token_ids if token_id < self.vocab_size}
         return self.eos_token_ids | own
 
 

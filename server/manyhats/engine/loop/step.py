@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,16 @@ class _Part:
     end: int
     want: Want
 
+    @property
+    def own_rows(self) -> range:
+        """Those of its sequence's own tokens."""
+        return range(self.first, self.end - len(self.chunk.drafts))
+
+    @property
+    def choosing_rows(self) -> range:
+        """Those that choose a token."""
+        return range(self.end - len(self.want.samples), self.end)
+
 
 class Step:
     """Runs jobs to their end. Not thread-safe; ``Loop`` runs it on a thread.
@@ -101,8 +112,7 @@ class Step:
         events: list[Event] = []
         with self._together(events):
             self._jobs[job.id] = job
-            with self._alone(job, events):
-                self._emit(job, job.next(self.scheduler, time.monotonic()), events)
+            self._next(job, time.monotonic(), events)
         return tuple(events)
 
     def cancel(self, job_id: str) -> tuple[Event, ...]:
@@ -168,8 +178,15 @@ class Step:
             if job.deadline_s is not None and now_s >= job.deadline_s:
                 events.append(self._fail(job, DeadlineExceededError("the deadline passed")))
                 continue
-            with self._alone(job, events):
-                self._emit(job, job.next(self.scheduler, now_s), events)
+            self._next(job, now_s, events)
+
+    def _next(self, job: Job[Any], now_s: float, events: list[Event]) -> None:
+        try:
+            output = job.next(self.scheduler, now_s)
+        except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
+            events.append(self._failed(job, error))
+        else:
+            self._emit(job, output, events)
 
     def _parts(self, schedule: Schedule, events: list[Event]) -> list[_Part]:
         """The step's chunks, and what their jobs want from each."""
@@ -184,21 +201,25 @@ class Step:
 
     def _want(self, job: Job[Any], chunk: Chunk, events: list[Event]) -> Want:
         if job.id in self._jobs:  # a job may have several chunks, and fail at the first
-            with self._alone(job, events):
+            try:
                 want = job.wants(chunk)
-                if want.sample is not None:
-                    check_row(want.sample, self._vocab_size)
-                check_ids(want.target_ids, self._vocab_size)
+                for row in want.samples:
+                    check_row(row, self._vocab_size)
+                if want.target_ids:
+                    check_ids(want.target_ids, self._vocab_size)
                 return want
+            except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
+                events.append(self._failed(job, error))
         return Want()
 
     def _wants(self, parts: Seq[_Part]) -> Wants:
         """The remaining jobs' wants combined, in the order of their rows."""
         live = list(self._live(parts))
-        rows = [(part.end - 1, part.want.sample) for part in live if part.want.sample is not None]
+        samples = [row for part in live for row in part.want.samples]
+        choosing_rows = [at for part in live for at in part.choosing_rows]
         num_targets = [len(part.want.target_ids) for part in live]
         return Wants(
-            choices=choices_of([row for _, row in rows], [at for at, _ in rows], self._vocab_size),
+            choices=choices_of(samples, choosing_rows, self._vocab_size),
             targets=Targets(
                 rows=_int64(part.first + row for part in live for row in part.want.target_rows),
                 ids=_int64(token_id for part in live for token_id in part.want.target_ids),
@@ -208,18 +229,23 @@ class Step:
         )
 
     def _commit(self, schedule: Schedule, parts: Seq[_Part], outcome: Outcome, events: list[Event]) -> None:
-        """Advance every sequence of the step; a row with bad logits ends only its own job."""
+        """Advance every sequence of the step; a row with bad logits ends only its own job, a draft's none."""
         answers = _answers(self._live(parts), outcome)
         for part, _ in answers:
-            if part.job.id in self._jobs and not outcome.bad_rows.isdisjoint(range(part.first, part.end)):
+            if part.job.id in self._jobs and not outcome.bad_rows.isdisjoint(part.own_rows):
                 events.append(self._fail(part.job, NumericalError("the logits are not finite")))
         self.scheduler.commit(schedule)
         now_s = time.monotonic()
         for part, answer in answers:
-            if part.end > part.first and part.job.id in self._jobs:
-                with self._alone(part.job, events):
-                    output = part.job.take(part.chunk, answer, self.scheduler, now_s)
-                    self._emit(part.job, output, events)
+            job = part.job
+            if part.end == part.first or job.id not in self._jobs:
+                continue
+            try:
+                output = job.take(part.chunk, answer, self.scheduler, now_s)
+            except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
+                events.append(self._failed(job, error))
+            else:
+                self._emit(job, output, events)
 
     def _live(self, parts: Iterable[_Part]) -> Iterator[_Part]:
         """Those whose job has not ended in the meantime; one job may have several."""
@@ -230,16 +256,6 @@ class Step:
             del self._jobs[job.id]
         if output is not None:
             events.append(Event(job.id, output, job.is_done))
-
-    @contextmanager
-    def _alone(self, job: Job[Any], events: list[Event]) -> Iterator[None]:
-        """An exception in this block ends only the job."""
-        try:
-            yield
-        except EngineError as error:
-            events.append(self._fail(job, error))
-        except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
-            events.append(self._fail(job, _unexpected(error, job.id)))
 
     @contextmanager
     def _together(self, events: list[Event]) -> Iterator[None]:
@@ -253,6 +269,10 @@ class Step:
         """End all jobs, so that later ones are not affected."""
         self._num_failed_steps += 1
         events += self.drop_all(_unexpected(error, *self._jobs))
+
+    def _failed(self, job: Job[Any], error: Exception) -> Event:
+        """End a job with the error that it raised."""
+        return self._fail(job, error if isinstance(error, EngineError) else _unexpected(error, job.id))
 
     def _fail(self, job: Job[Any], error: EngineError) -> Event:
         try:
@@ -295,8 +315,9 @@ def _answers(parts: Iterable[_Part], outcome: Outcome) -> list[tuple[_Part, Answ
     num_whole = 0
     for part in parts:
         num_rows = part.end - part.first if part.want.whole else 0
+        chosen = [next(tokens) for _ in part.want.samples]
         answer = Answer(
-            token=None if part.want.sample is None else next(tokens),
+            tokens=chosen[: _num_finite(part.choosing_rows, outcome.bad_rows)],
             targets=[(token_id, next(targets)) for token_id in part.want.target_ids],
             whole=outcome.whole[num_whole : num_whole + num_rows],
         )
@@ -305,12 +326,18 @@ def _answers(parts: Iterable[_Part], outcome: Outcome) -> list[tuple[_Part, Answ
     return answers
 
 
+def _num_finite(rows: range, bad_rows: AbstractSet[int]) -> int:
+    """How many of these rows come before the first bad one."""
+    return next((index for index, row in enumerate(rows) if row in bad_rows), len(rows))
+
+
 def _stats(schedule: Schedule, duration_s: float) -> StepStats:
     num_decode = sum(chunk.is_decode for chunk in schedule.chunks)
     return StepStats(
         duration_s=duration_s,
-        num_prefill_tokens=schedule.num_tokens - num_decode,
+        num_prefill_tokens=schedule.num_tokens - schedule.num_drafts - num_decode,
         num_decode_tokens=num_decode,
+        num_draft_tokens=schedule.num_drafts,
         num_adapters=len({chunk.sequence.slot for chunk in schedule.chunks} - {0}),
         num_preempted=len(schedule.preempted),
         prefix_cache_queries=schedule.prefix_cache_queries,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,16 +16,54 @@ from manyhats.engine.loop.job import Event
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """The events of one job; ``release`` is called, on either side, when the engine is done with it."""
+    """The events of one job, for one reader.
 
+    Attributes:
+        job_id: the job.
+        release: called, on either side, when the engine is done with it.
+        is_ended: whether the engine is done with it.
+        is_over: whether its last event has been taken.
+    """
+
+    job_id: str
     release: Callable[[], None]
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     is_ended: bool = False
+    is_over: bool = False
+    _events: deque[Event] = field(default_factory=deque)
+    _waiting: asyncio.Future[None] | None = None
 
     def end(self) -> None:
         """Note that the engine is done with its job."""
         self.is_ended = True
         self.release()
+
+    def put(self, event: Event) -> None:
+        """Add an event, and wake the reader; on the event loop."""
+        self._events.append(event)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def take(self, limit: int | None = None) -> list[Any]:
+        """The outputs that have come, at least one, and at most ``limit``; waits for the first.
+
+        Raises:
+            EngineError: the job ended with it; after all outputs.
+        """
+        events = self._events
+        if not events:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        outputs: list[Any] = []
+        while events and (limit is None or len(outputs) < limit):
+            is_error = isinstance(events[0].payload, EngineError)
+            if is_error and outputs:
+                break
+            event = events.popleft()
+            self.is_over = event.is_last
+            if is_error:
+                raise event.payload
+            outputs.append(event.payload)
+        return outputs
 
 
 class Streams:
@@ -59,7 +98,7 @@ class Streams:
 
     def open(self, job_id: str, release: Callable[[], None]) -> Stream:
         """Open a stream for a job that is about to go to the engine."""
-        stream = self._streams[job_id] = Stream(release)
+        stream = self._streams[job_id] = Stream(job_id, release)
         return stream
 
     def expect(self, job_id: str) -> Future[Any]:
@@ -132,7 +171,7 @@ class Streams:
             stream = self._streams[event.job_id]
             if event.is_last:
                 del self._streams[event.job_id]
-            stream.events.put_nowait(event)
+            stream.put(event)
         self._note_idle()
 
     def _note_idle(self) -> None:

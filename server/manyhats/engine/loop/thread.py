@@ -42,6 +42,7 @@ class Loop:
         prepare: called first, on the thread.
 
     Attributes:
+        background: the process's other work.
         on_step: called with each step's statistics, on the thread.
         failure: the error that ended the thread, if any.
         heartbeat_s: ``time.time()`` of the last turn.
@@ -60,7 +61,7 @@ class Loop:
         self.streams = streams
         self.on_step: Callable[[StepStats], None] = lambda stats: None
         self._backend = backend
-        self._background = background
+        self.background = background
         self._prepare = prepare
         self._ids = itertools.count(1)
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -107,7 +108,7 @@ class Loop:
         """
         logits = self.streams.expect(prompt.id)
         self.submit(lambda: self.step.add(prompt))
-        return self._background.wait_for(logits)
+        return self.background.wait_for(logits)
 
     def wake(self) -> None:
         """Wake the thread to check for work; callable from any thread."""
@@ -145,7 +146,7 @@ class Loop:
     def _turn(self) -> None:
         events = self._take_commands()
         if self.step.has_work:
-            self._backend.leave_processors(self._background.num_to_leave())
+            self._backend.leave_processors(self.background.num_to_leave())
             result = self.step.run()
             events += result.events
             if result.stats is not None:

@@ -283,6 +283,16 @@ class Architecture:
         """The number of key and value features of one position in all layers."""
         return 2 * self.num_layers * self.attention.key_size
 
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Keys and values of one position in all layers, stored as ``float32``, ``bfloat16`` or ``int8``.
+
+        As int8 each head's keys, and each head's values, have a float32 scale.
+        """
+        values = self.kv_values_per_token
+        if dtype == "int8":
+            return values + 4 * values // self.attention.head_dim
+        return values * (4 if dtype == "float32" else 2)
+
     def num_linear_parameters(self) -> int:
         """The number of parameters in the blocks' matrices, without biases."""
         return sum(linear.d_in * linear.d_out for block in self.blocks for linear in block.linears())

@@ -15,6 +15,7 @@ from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.errors import AdapterCapacityError, DrainingError
 from manyhats.engine.residency.lease import Lease
 from manyhats.engine.residency.residency import MAX_LOADS, AdapterResidency
+from manyhats.engine.threads.awaiting import outlived
 from manyhats.engine.threads.background import Background
 
 
@@ -113,7 +114,7 @@ class AdapterLoading:
     ) -> Lease:
         lease = self._begun(record, lowered) or await self._queued(_Waiter(record, lowered), max_wait_s)
         try:
-            await asyncio.shield(asyncio.wrap_future(lease.adapter.loaded))
+            await outlived(asyncio.wrap_future(lease.adapter.loaded))
         except asyncio.CancelledError:
             _release_unused(lease)
             raise

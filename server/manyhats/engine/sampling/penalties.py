@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +36,11 @@ def forbidding(token_ids: Iterable[int]) -> Edits:
 
 
 def joined(edits: Iterable[Edits]) -> Edits:
-    """Concatenate two sets."""
-    return Edits(*map(np.concatenate, zip(*(NO_EDITS, *edits), strict=True)))
+    """Sets one after the other, not copied if it is but one; ``NO_EDITS`` if it is none."""
+    found = [each for each in edits if each is not NO_EDITS]
+    if len(found) <= 1:
+        return found[0] if found else NO_EDITS
+    return Edits(*map(np.concatenate, zip(*found, strict=True)))
 
 
 NO_EDITS = forbidding(())
@@ -99,6 +102,19 @@ class LogitChanges:
         """The changes as views; the next ``append`` may change them."""
         n = self._num
         return Edits(self._ids[:n], self._biases[:n], self._is_seen[:n], self._counts[:n])
+
+    def edits_after(self, token_ids: Sequence[int]) -> Edits:
+        """What the changes would be after these further output tokens, as copies; exactly as ``append`` makes them."""
+        new_ids = [token_id for token_id in dict.fromkeys(token_ids) if token_id not in self._places]
+        new_places = {token_id: self._num + index for index, token_id in enumerate(new_ids)}
+        n = len(new_ids)
+        new = Edits(np.array(new_ids, np.int64), np.zeros(n, np.float32), np.zeros(n, np.bool_), np.zeros(n))
+        edits = joined((self.edits, new))
+        for token_id in token_ids:
+            place = new_places[token_id] if token_id in new_places else self._places[token_id]
+            edits.seen[place] = True
+            edits.counts[place] += 1
+        return edits
 
     def _place(self, token_id: int) -> int:
         place = self._places.get(token_id)

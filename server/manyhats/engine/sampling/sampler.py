@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from manyhats.engine.backends.wants import Array, Choices
 from manyhats.engine.request import SamplingParams
-from manyhats.engine.sampling.penalties import NO_EDITS, Edits, LogitChanges, forbidding, joined
+from manyhats.engine.sampling.penalties import NO_EDITS, Edits, forbidding, joined
 
 _SMALLEST_TEMPERATURE = 1e-30
 """In float32 a smaller one could be 0, which is greedy: ties would no longer be drawn at random."""
@@ -31,10 +31,10 @@ class SamplingRow:
     largest logit, the smallest id among equals.
 
     Attributes:
-        params: its ``seed`` is not read here, and its bias and penalties only in ``changes``.
+        params: its ``seed`` is not read here, and its bias and penalties only in ``edits``.
         seed: resolved, in [0, 2^64).
         step: index of the output token; the random number is a function of (seed, step).
-        changes: bias and penalties; None without any.
+        edits: of bias and penalties.
         forbid: ids that may not come, e.g. EOS before ``min_new_tokens``.
         allowed: [⌈V / 32⌉] int32, ids that may come, bit by bit from the lowest; None for all.
         num_logprobs: None for no log-probabilities, 0 for the token's own, k for the k most likely too.
@@ -43,7 +43,7 @@ class SamplingRow:
     params: SamplingParams
     seed: int = 0
     step: int = 0
-    changes: LogitChanges | None = None
+    edits: Edits = NO_EDITS
     forbid: tuple[int, ...] = ()
     allowed: npt.NDArray[np.int32] | None = None
     num_logprobs: int | None = None
@@ -59,7 +59,10 @@ def check_row(row: SamplingRow, vocab_size: int) -> None:
     num_words = -(-vocab_size // 32)
     if row.allowed is not None and row.allowed.shape != (num_words,):
         raise ValueError(f"a mask of shape {tuple(row.allowed.shape)} for a vocabulary of {vocab_size}")
-    ids = _edits(row).ids
+    edits = _edits(row)
+    if edits is NO_EDITS:
+        return
+    ids = edits.ids
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
         raise IndexError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
@@ -73,25 +76,20 @@ def choices_of(rows: Seq[SamplingRow], logit_rows: Seq[int], vocab_size: int) ->
         logit_rows: S indices, which rows of the step's logits they are.
         vocab_size: V.
     """
-    params = [row.params for row in rows]
     masks = [row.allowed for row in rows if row.allowed is not None]
     edits = [_edits(row) for row in rows]
     all_edits = joined(edits)
+    edit_start = np.zeros(len(rows) + 1, dtype=np.int64)
+    if all_edits is not NO_EDITS:
+        np.cumsum([each.ids.size for each in edits], out=edit_start[1:])
     return Choices(
         rows=np.array(logit_rows, dtype=np.int32),
-        temperature=_array(np.float32, [_temperature(p) for p in params]),
-        top_k=_array(np.int64, [min(p.top_k, vocab_size) for p in params]),
-        top_p=_array(np.float64, [p.top_p for p in params]),
-        min_p=_array(np.float64, [p.min_p for p in params]),
-        typical_p=_array(np.float64, [p.typical_p for p in params]),
+        **_parameters([row.params for row in rows], vocab_size),
         point=_array(
             np.float64, [0.0 if row.params.is_greedy else uniform(row.seed, row.step) for row in rows]
         ),
         num_logprobs=_array(np.int32, [-1 if r.num_logprobs is None else r.num_logprobs for r in rows]),
-        repetition_penalty=_array(np.float64, [p.repetition_penalty for p in params]),
-        presence_penalty=_array(np.float64, [p.presence_penalty for p in params]),
-        frequency_penalty=_array(np.float64, [p.frequency_penalty for p in params]),
-        edit_start=_array(np.int64, [0, *np.cumsum([each.ids.size for each in edits])]),
+        edit_start=edit_start,
         edit_ids=all_edits.ids,
         edit_bias=all_edits.bias,
         edit_seen=all_edits.seen,
@@ -103,8 +101,39 @@ def choices_of(rows: Seq[SamplingRow], logit_rows: Seq[int], vocab_size: int) ->
 
 def _edits(row: SamplingRow) -> Edits:
     """The tokens of a row whose logits change; forbidden ones come last, so they win."""
-    edits = NO_EDITS if row.changes is None else row.changes.edits
-    return joined((edits, forbidding(row.forbid))) if row.forbid else edits
+    return joined((row.edits, forbidding(row.forbid))) if row.forbid else row.edits
+
+
+def _parameters(params: Seq[SamplingParams], vocab_size: int) -> dict[str, Array]:
+    """The arrays of ``Choices`` that hold one number of each row's parameters: one conversion for all."""
+    numbers = np.array(
+        [
+            (
+                _temperature(each),
+                min(each.top_k, vocab_size),
+                each.top_p,
+                each.min_p,
+                each.typical_p,
+                each.repetition_penalty,
+                each.presence_penalty,
+                each.frequency_penalty,
+            )
+            for each in params
+        ],
+        dtype=np.float64,
+    ).reshape(len(params), 8)
+    temperature, top_k, *others = np.ascontiguousarray(numbers.T)
+    top_p, min_p, typical_p, repetition, presence, frequency = others
+    return {
+        "temperature": temperature.astype(np.float32),
+        "top_k": top_k.astype(np.int64),
+        "top_p": top_p,
+        "min_p": min_p,
+        "typical_p": typical_p,
+        "repetition_penalty": repetition,
+        "presence_penalty": presence,
+        "frequency_penalty": frequency,
+    }
 
 
 def _array(dtype: npt.DTypeLike, values: Seq[float]) -> Array:

@@ -14,33 +14,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Tokens [start, start + num_tokens) of one sequence, to be run in this step."""
+    """Tokens [start, start + num_tokens) of one sequence, to be run in this step.
+
+    Attributes:
+        sequence: theirs.
+        start: position of the first.
+        num_tokens: of the sequence's own.
+        drafts: tokens that are run after its last, since they may be the next ones.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
-        """One past the chunk's last position."""
+        """One past the position of its last own token."""
         return self.start + self.num_tokens
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the step: its own tokens and drafts."""
+        return self.num_tokens + len(self.drafts)
+
+    @property
     def ends_tokens(self) -> bool:
-        """Whether it reaches the sequence's last token, whose row samples; ask before appending it."""
+        """Whether it reaches the sequence's last token, whose row samples; ask before appending the next."""
         return self.start + self.num_tokens == len(self.sequence.token_ids)
 
     @property
     def num_logit_rows(self) -> int:
-        """How many of its last rows need logits: the one that ends the tokens, and those being scored."""
+        """How many of its last rows need logits: drafts, the one that ends the tokens, and those being scored."""
         last = self.num_tokens - 1 if self.ends_tokens else self.num_tokens
         scored = self.sequence.logits_from
         first = last if scored is None else min(last, max(0, scored - self.start))
-        return self.num_tokens - first
+        return self.num_rows - first
 
     @property
     def is_decode(self) -> bool:
-        """Whether it is a single output token, rather than part of a prompt or a recomputation."""
+        """Whether it is a single output token and drafts, rather than part of a prompt or a recomputation."""
         return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
 
 
@@ -69,7 +82,12 @@ class Schedule:
     @property
     def num_tokens(self) -> int:
         """Rows of the step."""
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        return sum(chunk.num_rows for chunk in self.chunks)
+
+    @property
+    def num_drafts(self) -> int:
+        """Those that are drafts."""
+        return sum(len(chunk.drafts) for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,17 +101,23 @@ class SchedulerConfig:
         max_waiting: sequences that may wait.
         max_bulk_tokens: tokens of scorings and of prompts that take several steps, in a step shared with other
             sequences.
+        max_draft_rows: rows up to which drafts may fill a step; half as many if not all of its sequences have any.
     """
 
     max_num_sequences: int = 64
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024
     max_bulk_tokens: int = 8
+    max_draft_rows: int = 8
 
     def __post_init__(self) -> None:
         for name in ("max_num_sequences", "max_waiting", "max_bulk_tokens"):
             if getattr(self, name) < 1:
                 raise FieldInvalidError(f"scheduler.{name}", f"must be at least 1, not {getattr(self, name)}")
+        if self.max_draft_rows < 0:
+            raise FieldInvalidError(
+                "scheduler.max_draft_rows", f"must be 0 or more, not {self.max_draft_rows}"
+            )
         if self.max_num_batched_tokens < self.max_num_sequences:
             raise FieldInvalidError(
                 "scheduler.max_num_batched_tokens",

@@ -24,6 +24,7 @@ from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import QueueFullError
 from manyhats.engine.scheduling.admission import Admissions, check_addable
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
+from manyhats.engine.scheduling.drafts import add_drafts
 from manyhats.engine.scheduling.held_prefixes import HeldPrefixes
 from manyhats.engine.scheduling.policy import Queue
 from manyhats.engine.scheduling.prefix_cache import register_full_blocks
@@ -45,7 +46,7 @@ _MAX_BLOCKED = 16
 class Scheduler:
     """Owns every sequence between ``add`` and ``finish``, and the blocks they hold.
 
-    One turn is ``schedule``, run, then ``append_token`` and ``commit`` in either order. Blocks released between
+    One turn is ``schedule``, run, then ``append_tokens`` and ``commit`` in either order. Blocks released between
     ``schedule`` and ``commit`` become free at ``commit``, since the step may still write to them. Not thread-safe; it
     belongs to the engine thread.
     """
@@ -123,22 +124,51 @@ class Scheduler:
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
+        step.run_bulk()
+        add_drafts(step, self.allocator, self.config.max_draft_rows)
         schedule = step.freeze()
         if schedule.chunks:
             self._in_flight = schedule
         return schedule
 
-    def append_token(self, sequence: Sequence, token_id: int) -> None:
-        """Add an output token.
+    @property
+    def num_draftable(self) -> int:
+        """The most tokens that the next step would run as drafts."""
+        return max(0, self.config.max_draft_rows - len(self._running))
+
+    def draft(self, sequence: Sequence, token_ids: Seq[int]) -> None:
+        """Propose what may follow a running sequence's last token; the next step runs as much of it as has room.
 
         Raises:
-            ValueError: it already has ``max_num_tokens``, or isn't running.
+            ValueError: it is not decoding, or with one more token it would exceed ``max_num_tokens``.
+        """
+        if token_ids and not sequence.is_decoding:
+            raise ValueError(f"sequence {sequence.id} is not decoding")
+        if token_ids and sequence.num_tokens + len(token_ids) >= sequence.max_num_tokens:
+            raise ValueError(f"sequence {sequence.id} has no room for {len(token_ids)} drafts")
+        sequence.drafts = tuple(token_ids)
+
+    def append_tokens(self, sequence: Sequence, *token_ids: int) -> None:
+        """Add output tokens; all but the last are drafts that the step has run, and so are computed already.
+
+        Raises:
+            ValueError: it would have more than ``max_num_tokens``, or isn't running.
         """
         if sequence.status is not SequenceStatus.RUNNING:
             raise ValueError(f"sequence {sequence.id} is {sequence.status.value}")
-        if len(sequence.token_ids) >= sequence.max_num_tokens:
-            raise ValueError(f"sequence {sequence.id} has {sequence.max_num_tokens} tokens, its maximum")
-        sequence.token_ids.append(token_id)
+        if len(sequence.token_ids) + len(token_ids) > sequence.max_num_tokens:
+            raise ValueError(
+                f"sequence {sequence.id} may not exceed {sequence.max_num_tokens} tokens, its maximum"
+            )
+        sequence.token_ids.extend(token_ids)
+        if len(token_ids) > 1:
+            sequence.num_computed_tokens += len(token_ids) - 1
+            register_full_blocks(sequence, self.allocator)
+        # What only drafts needed that did not come.
+        surplus = sequence.block_table[self.allocator.num_blocks_for(len(sequence.token_ids)) :]
+        if surplus:
+            del sequence.block_table[-len(surplus) :]
+            self._free(surplus)
 
     def commit(self, schedule: Schedule) -> None:
         """Account for a step that has run; sequences that have since finished are ignored."""
@@ -146,11 +176,10 @@ class Scheduler:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
-            end = chunk.start + chunk.num_tokens
-            sequence.num_computed_tokens = end
+            sequence.num_computed_tokens += chunk.num_tokens
             self._prefixes.hold_virtual(sequence)
             if sequence.logits_from is not None:
-                sequence.logits_from = max(sequence.logits_from, end)
+                sequence.logits_from = max(sequence.logits_from, chunk.end)
             register_full_blocks(sequence, self.allocator)
         if schedule is self._in_flight:
             self._in_flight = None
@@ -332,6 +361,7 @@ class Scheduler:
         self._stop(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
+        sequence.drafts = ()
         sequence.num_preemptions += 1
 
     def _stop(self, sequence: Sequence) -> None:

@@ -72,6 +72,7 @@ class Sequence:
         num_passed: how many later sequences started while it waited for blocks or a slot.
         block_keys: prefix cache keys of its first blocks, as far as they were needed.
         num_registered_blocks: number of first blocks that the prefix cache knows, or that are not its own.
+        drafts: tokens that may follow its own; the next step runs as many of them as there is room for.
     """
 
     id: str
@@ -100,6 +101,7 @@ class Sequence:
     num_passed: int = field(default=0, init=False)
     block_keys: list[bytes] = field(default_factory=list, init=False, repr=False)
     num_registered_blocks: int = field(default=0, init=False)
+    drafts: tuple[int, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -123,6 +125,11 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens whose KV is not computed yet."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it runs, and all but its last token, one of the output, is computed."""
+        return self.status is SequenceStatus.RUNNING and self.num_left == 1 and self.num_output_tokens > 0
 
     @property
     def num_scored(self) -> int:

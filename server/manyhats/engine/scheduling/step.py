@@ -70,7 +70,7 @@ class Step:
             self.start(sequence)
 
     def start(self, sequence: Sequence) -> None:
-        """Give tokens to a sequence that has blocks for them; bulk ones get theirs in ``freeze``."""
+        """Give tokens to a sequence that has blocks for them; bulk ones get theirs in ``run_bulk``."""
         if sequence.is_bulk or sequence.is_long:
             if not self._bulk:
                 self._reserved = min(self.max_bulk, max(1, self.budget // 2))
@@ -92,25 +92,8 @@ class Step:
             or all(self.rank(sequence) < self.rank(other) for other in self._bulk)
         )
 
-    def freeze(self) -> Schedule:
-        """The schedule."""
-        self._run_bulk()
-        return Schedule(
-            tuple(self.chunks),
-            tuple(self.prefix_fills),
-            tuple(self.block_copies),
-            tuple(self.started),
-            tuple(self.preempted),
-            self.num_queries,
-            self.num_hits,
-        )
-
-    def _bulk_budget(self, are_others_waiting: bool = False) -> int:
-        if self.chunks or are_others_waiting:
-            return min(self.budget, self.max_bulk + self._num_decodes // 2)
-        return self.budget
-
-    def _run_bulk(self) -> None:
+    def run_bulk(self) -> None:
+        """Give bulk sequences what they get, once the others have theirs."""
         budget = self._bulk_budget()
         if not self._bulk:
             return
@@ -125,6 +108,23 @@ class Step:
         for sequence, share in shares.items():
             if share > 0:
                 self._add(sequence, share)
+
+    def freeze(self) -> Schedule:
+        """The schedule."""
+        return Schedule(
+            tuple(self.chunks),
+            tuple(self.prefix_fills),
+            tuple(self.block_copies),
+            tuple(self.started),
+            tuple(self.preempted),
+            self.num_queries,
+            self.num_hits,
+        )
+
+    def _bulk_budget(self, are_others_waiting: bool = False) -> int:
+        if self.chunks or are_others_waiting:
+            return min(self.budget, self.max_bulk + self._num_decodes // 2)
+        return self.budget
 
     def _add(self, sequence: Sequence, num_tokens: int) -> None:
         self.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))

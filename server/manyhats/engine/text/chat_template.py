@@ -1,13 +1,13 @@
 """Chat messages to prompt text, by a model's or a task's Jinja template, as transformers renders them.
 
-Templates are other people's programs: they run in Jinja's immutable sandbox and see only strings.
+Templates are other people's programs: they run in Jinja's immutable sandbox, and see only strings and JSON's values.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -22,16 +22,71 @@ import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from manyhats.engine.errors import FieldInvalidError, clipped
+from manyhats.engine.text.fitted_messages import fitted_to
 
 _MAX_PROBLEM_BYTES = 512  # a refusal is sent in headers
+# What the last message is marked with to find its end in the rendering; the space shows whether the template trims it.
+_END_OF_FINAL = "\u2039the final message is continued here\u203a "
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation; ``role`` is one that the template knows, such as system, user, assistant."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: one that the template knows, such as system, user, assistant, tool; ``developer`` is ``system`` to a
+            template that does not mention it.
+        content: what is said; None where it is only ``tool_calls``.
+        name: of the speaker, or of the tool that answers.
+        tool_calls: the assistant's, each ``{"type": "function", "function": {"name": …, "arguments": {…}}, …}``.
+        tool_call_id: which of them a tool's answer is to.
+    """
 
     role: str
-    content: str
+    content: str | None
+    name: str = ""
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    tool_call_id: str = ""
+
+    def as_read(self) -> dict[str, Any]:
+        """What a template sees of it: the fields that it has. Templates tell a missing one from an empty one."""
+        shown: dict[str, Any] = {"role": self.role}
+        if self.content is not None:
+            shown["content"] = self.content
+        if self.name:
+            shown["name"] = self.name
+        if self.tool_calls:
+            shown["tool_calls"] = list(self.tool_calls)
+        if self.tool_call_id:
+            shown["tool_call_id"] = self.tool_call_id
+        return shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendering:
+    """How a conversation becomes text.
+
+    Attributes:
+        variables: what the template may read besides the messages, such as ``enable_thinking``.
+        tools: JSON objects, for a template that reads ``tools``; another one refuses them.
+        add_generation_prompt: whether to include the beginning of the assistant's next turn.
+        continue_final_message: leave the last message open instead: the text ends with it, without what ends a turn.
+    """
+
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    def __post_init__(self) -> None:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise FieldInvalidError(
+                "chat.continue_final_message",
+                "excludes add_generation_prompt: either the last message is continued, or a new one begins",
+            )
+
+
+_AS_PROMPT = Rendering()
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -131,41 +186,70 @@ def render_chat(
     template: str,
     messages: Sequence[ChatMessage | Mapping[str, Any]],
     special_tokens: Mapping[str, str],
+    rendering: Rendering = _AS_PROMPT,
     *,
-    variables: Mapping[str, Any] | None = None,
     now: datetime | None = None,
-    add_generation_prompt: bool = True,
 ) -> str:
-    """The prompt of a conversation, up to where the assistant's next turn begins.
+    """The prompt of a conversation, by default up to where the assistant's next turn begins.
 
     Args:
         template: Jinja source.
         messages: at least one; a mapping has everything that the template may read.
         special_tokens: ``bos_token`` and so on, by the names templates use.
-        variables: what the template may read besides, such as ``tools``.
+        rendering: what the template gets besides, and how the text ends.
         now: the date and time it may write; None for the present.
-        add_generation_prompt: whether to include the beginning of the assistant's turn.
 
     Raises:
-        FieldInvalidError: there are no messages, or the template fails on these, or writes something that is not text.
+        FieldInvalidError: there are no messages, or the template fails on these, or writes something that is not text;
+            ``chat.tools``: it does not read them; ``chat.continue_final_message``: it cannot leave the last one open.
     """
     if not messages:
         raise FieldInvalidError("chat", "has no messages")
+    if rendering.tools and "tools" not in variables_of(template):
+        raise FieldInvalidError("chat.tools", "the chat template does not read tools")
+    turns = fitted_to(template, [each if isinstance(each, Mapping) else each.as_read() for each in messages])
+    if not rendering.continue_final_message:
+        return _rendered(template, turns, special_tokens, rendering, now)
+    content = turns[-1].get("content")
+    if not isinstance(content, str):
+        raise FieldInvalidError(
+            "chat.continue_final_message", "needs a final message with content to be continued"
+        )
+    marked = [*turns[:-1], {**turns[-1], "content": content + _END_OF_FINAL}]
+    return _up_to_mark(_rendered(template, marked, special_tokens, rendering, now), content)
+
+
+def _up_to_mark(text: str, content: str) -> str:
+    """The rendering up to the end of the final message's content.
+
+    A template may trim a message's end; then the text is trimmed there too.
+    """
+    at = text.rfind(_END_OF_FINAL.strip())
+    if at < 0 or content.strip() not in text:
+        raise FieldInvalidError(
+            "chat.continue_final_message",
+            "the chat template changes the final message, so that it cannot be continued",
+        )
+    return text[:at] if text.startswith(_END_OF_FINAL, at) else text[:at].rstrip()
+
+
+def _rendered(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, str],
+    rendering: Rendering,
+    now: datetime | None,
+) -> str:
     given = {
-        "tools": None,
         "documents": None,
-        "add_generation_prompt": add_generation_prompt,
+        "add_generation_prompt": rendering.add_generation_prompt,
+        "tools": list(rendering.tools) or None,
         **special_tokens,
         **({} if now is None else {"strftime_now": now.strftime}),
-        **(variables or {}),
+        **rendering.variables,
     }
     try:
-        text = _compile(template).render(
-            given,
-            messages=[
-                m if isinstance(m, Mapping) else {"role": m.role, "content": m.content} for m in messages
-            ],
-        )
+        text = _compile(template).render(given, messages=messages)
     except Exception as error:  # a template is a program, which can raise anything
         raise FieldInvalidError(
             "chat", f"the chat template refused the messages: {_problem(error)}"

@@ -65,6 +65,13 @@ def pieces_for(
     return CleanedPieces(pieces) if cleans_up_spaces else pieces
 
 
+def exact_stream(pieces: Pieces) -> Detokenizer:
+    """A detokenizer that keeps spaces that texts otherwise lose: before punctuation, or at their beginning."""
+    if isinstance(pieces, CleanedPieces):
+        pieces = pieces.uncleaned
+    return _SentenceStream(pieces, strip=0) if isinstance(pieces, SentencePieces) else pieces.stream()
+
+
 def _pieces(backend: Backend, skip_special_tokens: bool) -> Pieces:
     chain = single_steps(backend.decoder)
     if [each["type"] for each in chain] == ["ByteLevel"]:
@@ -167,13 +174,13 @@ class SentencePieces:
 
     def stream(self) -> Detokenizer:
         """See ``Pieces``."""
-        return _SentenceStream(self)
+        return _SentenceStream(self, self.strip)
 
 
 class _SentenceStream:
-    def __init__(self, pieces: SentencePieces) -> None:
+    def __init__(self, pieces: SentencePieces, strip: int) -> None:
         self._text_or_byte = pieces.text_or_byte
-        self._strip = pieces.strip
+        self._strip = strip
         self._run = bytearray()
 
     def push(self, token_id: int) -> str:
@@ -282,15 +289,15 @@ class CleanedPieces:
     """Tokens of a vocabulary whose texts are as ``clean_up_spaces`` leaves them."""
 
     def __init__(self, pieces: Pieces) -> None:
-        self._pieces = pieces
+        self.uncleaned = pieces
 
     def piece(self, token_id: int) -> str:
         """See ``Pieces``."""
-        return self._pieces.piece(token_id)
+        return self.uncleaned.piece(token_id)
 
     def stream(self) -> Detokenizer:
         """See ``Pieces``."""
-        return _CleanedStream(self._pieces.stream())
+        return _CleanedStream(self.uncleaned.stream())
 
 
 class _CleanedStream:

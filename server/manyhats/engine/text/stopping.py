@@ -24,6 +24,8 @@ class StopChecker:
         self._params = params
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
+        self.stop: str | int | None = None
+        """The stop sequence or stop token that ended it, once one has."""
         self._held = ""
         self._pending = ""
         # What is held back, as (watched, shown): both the same, or a part in which they differ.
@@ -67,10 +69,17 @@ class StopChecker:
             has ended, nothing is held back any more.
         """
         if self.leaves_out(token_id, num_generated):
-            is_eos = token_id in self._eos_token_ids
-            return self.flush(), FinishReason.EOS if is_eos else FinishReason.STOP_SEQUENCE
+            if token_id in self._eos_token_ids:
+                return self.flush(), FinishReason.EOS
+            self.stop = token_id
+            return self.flush(), FinishReason.STOP_SEQUENCE
         may_stop = num_generated >= self._params.min_new_tokens
         is_stop_token = may_stop and token_id in self._stop_token_ids
+        if not self._params.stop_sequences:  # then nothing is ever held back
+            if is_stop_token:
+                self.stop = token_id
+            shown = text_delta if shown_delta is None else shown_delta
+            return shown, self._reason(num_generated, is_stop_token=is_stop_token)
         held, seen = self._held, self._held + self._pending
         self._pending = "" if is_stop_token else pending
         text = self._held = held + text_delta
@@ -80,15 +89,23 @@ class StopChecker:
         match = self._first_match(whole, num_seen) if may_stop else None
         if match is not None:
             start, end = match
+            self.stop = whole[start:end]
             if end > len(text):
                 self._held = whole
                 self._spans += _spans(pending, pending if shown_pending is None else shown_pending)
             shown = self._let_out(end if self._params.include_stop_sequence else start)
             self.flush()
             return shown, FinishReason.STOP_SEQUENCE
-        if is_stop_token or num_generated >= self._params.max_new_tokens:
-            return self.flush(), FinishReason.STOP_SEQUENCE if is_stop_token else FinishReason.LENGTH
-        return self._let_out(self._first_possible_start(text)), None
+        if is_stop_token:
+            self.stop = token_id
+        reason = self._reason(num_generated, is_stop_token=is_stop_token)
+        return self._let_out(self._first_possible_start(text)) if reason is None else self.flush(), reason
+
+    def _reason(self, num_generated: int, *, is_stop_token: bool) -> FinishReason | None:
+        """Why it ends with a token that completes no stop sequence; None if it does not."""
+        if is_stop_token:
+            return FinishReason.STOP_SEQUENCE
+        return FinishReason.LENGTH if num_generated >= self._params.max_new_tokens else None
 
     def flush(self) -> str:
         """Release what is held back, once; for a generation that something else ends."""

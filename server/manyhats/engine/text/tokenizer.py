@@ -19,9 +19,9 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
-from manyhats.engine.text.chat_template import ChatMessage, render_chat
+from manyhats.engine.text.chat_template import ChatMessage, Rendering, render_chat
 from manyhats.engine.text.decoder_chain import clean_up_spaces
-from manyhats.engine.text.detokenizer import Detokenizer, pieces_for
+from manyhats.engine.text.detokenizer import Detokenizer, exact_stream, pieces_for
 from manyhats.engine.text.prompt_text import (
     PromptText,
     followed_by,
@@ -31,10 +31,18 @@ from manyhats.engine.text.prompt_text import (
 )
 from manyhats.engine.text.special_tokens import added_flags, flags_of
 from manyhats.engine.text.token_bound import TokenBound, extended_bound, token_bound
-from manyhats.engine.text.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_text_files
+from manyhats.engine.text.tokenizer_files import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    read_text_files,
+    single_steps,
+)
 from manyhats.engine.text.tokenizer_parts import read_tokenizer
+from manyhats.engine.text.vocabulary import bytes_of_token
 
 __all__ = ["ChatMessage", "Tokenizer"]
+
+_AS_PROMPT = Rendering()
 
 
 class Tokenizer:
@@ -181,9 +189,18 @@ class Tokenizer:
         text = self._backend.decode(list(ids), skip_special_tokens=True)
         return clean_up_spaces(text) if self._cleans_up_spaces else text
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Text of a sequence of tokens, special ones as their literals."""
+        stream = self.stream(skip_special_tokens=False)
+        return "".join([*(stream.push(token_id) for token_id in ids), stream.flush()])
+
     def piece(self, token_id: int) -> str:
         """Text of one token on its own; parts of characters become U+FFFD, special tokens their literal."""
         return self._pieces.piece(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of one token on its own, in which parts of characters are as they are."""
+        return bytes_of_token(self._backend, token_id, is_byte_level=self._has_byte_decoder)
 
     def special_token_id(self, name: str) -> int | None:
         """Id of the special token of that name, such as ``eos_token``; None if there is none."""
@@ -215,9 +232,22 @@ class Tokenizer:
         if self._files is not None:
             return self._files
         return {
-            TOKENIZER_FILE: self._backend.to_str().encode(),
+            TOKENIZER_FILE: self.to_json().encode(),
             TOKENIZER_CONFIG_FILE: json.dumps(self._special_tokens).encode(),
         }
+
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json`` that makes this tokenizer."""
+        return self._backend.to_str()
+
+    @cached_property
+    def added_tokens_digest(self) -> str:
+        """Equal for tokenizers of one vocabulary that have the same added tokens, and so the same tokens."""
+        return hashlib.sha256(json.dumps(added_flags(self._backend)).encode()).hexdigest()
+
+    @cached_property
+    def _has_byte_decoder(self) -> bool:
+        return any(step["type"] == "ByteLevel" for step in single_steps(self._backend.decoder))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -272,20 +302,26 @@ class Tokenizer:
         return is_same and self._backend.encode_special_tokens == splits_special_tokens
 
     def chat_prompt(
-        self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        template: str | None = None,
+        *,
+        rendering: Rendering = _AS_PROMPT,
+        max_tokens: int | None = None,
     ) -> PromptText:
-        """A conversation, up to where the assistant's next turn begins.
+        """A conversation, by default up to where the assistant's next turn begins.
 
         Args:
             messages: at least one.
             template: Jinja source, instead of the model's own.
+            rendering: what the template gets besides, and how the text ends.
             max_tokens: as in ``encode``.
 
         Raises:
-            FieldInvalidError: ``chat``: there is no template or no message, or the template refuses them.
+            FieldInvalidError: as ``chat_template.render_chat``; or there is no template.
             PromptTooLongError: as in ``encode``.
         """
-        text = self.render_chat(messages, template)
+        text = self.render_chat(messages, template, rendering=rendering)
         # The template writes the special tokens itself.
         return self.prompt(text, add_special_tokens=False, max_tokens=max_tokens)
 
@@ -294,26 +330,18 @@ class Tokenizer:
         messages: Sequence[ChatMessage | Mapping[str, Any]],
         template: str | None = None,
         *,
-        variables: Mapping[str, Any] | None = None,
+        rendering: Rendering = _AS_PROMPT,
         now: datetime | None = None,
-        add_generation_prompt: bool = True,
     ) -> str:
         """The text of a conversation; see ``chat_template.render_chat``.
 
         Raises:
-            FieldInvalidError: ``chat``: there is no template or no message, or the template refuses them.
+            FieldInvalidError: as ``chat_template.render_chat``; or there is no template.
         """
         source = self.chat_template if template is None else template
         if source is None:
             raise FieldInvalidError("chat", "the model has no chat template; send text or token_ids")
-        return render_chat(
-            source,
-            messages,
-            self._special_tokens,
-            variables=variables,
-            now=now,
-            add_generation_prompt=add_generation_prompt,
-        )
+        return render_chat(source, messages, self._special_tokens, rendering, now=now)
 
     def encode_chat(
         self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
@@ -321,6 +349,13 @@ class Tokenizer:
         """The token ids of ``chat_prompt``."""
         return list(self.chat_prompt(messages, template, max_tokens=max_tokens).token_ids)
 
-    def stream(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A detokenizer at the beginning of a sequence; special tokens have no text, or their literals."""
-        return (self._pieces if skip_special_tokens else self._literal_pieces).stream()
+    def stream(self, *, skip_special_tokens: bool = True, is_exact: bool = False) -> Detokenizer:
+        """A detokenizer at the beginning of a sequence.
+
+        Args:
+            skip_special_tokens: whether special tokens have no text, or their literals.
+            is_exact: whether to keep the spaces that the text would otherwise lose, before punctuation or at its
+                beginning.
+        """
+        pieces = self._pieces if skip_special_tokens else self._literal_pieces
+        return exact_stream(pieces) if is_exact else pieces.stream()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer as Backend
 
+from manyhats.engine.text.decoder_steps import byte_of, bytes_of
+
 
 class Vocabulary:
     """Token strings by id; special ones separately if they are skipped."""
@@ -60,6 +62,17 @@ def text_of(backend: Backend, token_id: int) -> str:
         return decoded(backend, [token_id], skip_special_tokens=False)
     except ValueError:
         return backend.id_to_token(token_id) or ""
+
+
+def bytes_of_token(backend: Backend, token_id: int, *, is_byte_level: bool) -> bytes:
+    """UTF-8 of one token's text, in which parts of characters are as they are."""
+    token = backend.id_to_token(token_id) if token_id >= 0 else None
+    if token is None:
+        return b""
+    if is_byte_level:
+        return bytes_of(token)
+    byte = byte_of(token)
+    return text_of(backend, token_id).encode() if byte is None else bytes([byte])
 
 
 def decoded(backend: Backend, ids: list[int], skip_special_tokens: bool) -> str:

@@ -73,7 +73,7 @@ def test_sampled_tokens_have_logprobs_of_the_raw_logits() -> None:
     logits = random_logits(2, 3, 50)
     changed = SamplingParams(temperature=2.0, top_k=5, repetition_penalty=3.0, logit_bias={7: 300.0})
     rows = [
-        SamplingRow(params=changed, changes=LogitChanges(changed, [], [7]), num_logprobs=2),
+        SamplingRow(params=changed, edits=LogitChanges(changed, [], [7]).edits, num_logprobs=2),
         SamplingRow(params=SamplingParams(), num_logprobs=0),
         SamplingRow(params=SamplingParams()),
     ]

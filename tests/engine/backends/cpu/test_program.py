@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ from torch import Tensor
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput, Delta, InputScale, LoweredAdapter
 from manyhats.adapters.sites import BaseDescription, Site
 from manyhats.engine.backends.cpu import step
-from manyhats.engine.backends.cpu.avx512_bf16 import Avx512Bf16Linear
 from manyhats.engine.backends.cpu.backend import CpuBackend
-from manyhats.engine.backends.cpu.forward import HostLinear
+from manyhats.engine.backends.cpu.int16 import instructions
 from manyhats.engine.backends.cpu.kernels import CpuKernels
-from manyhats.engine.backends.cpu.packing import CpuLinear, pack_linear
+from manyhats.engine.backends.cpu.program import Instructions
 from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.model.weights import Linear
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.engine import Prompt, Runner, digest_of, load_tiny, random_ids, random_lora
 
@@ -40,6 +38,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     settings: dict[str, Any] = FAMILIES[request.param]
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("program") / "model", seed=5, **settings)
     return load_tiny(checkpoint, "nf4")
+
+
+@pytest.fixture(params=[True, False], ids=["exact", "integers"])
+def is_exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the NF4 linears take float32, or integers, on any processor."""
+    monkeypatch.setattr(instructions, "has_instructions", lambda: True)
+    return bool(request.param)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -91,30 +96,64 @@ def logits(runner: Runner) -> Tensor:
     return torch.cat([each.stacked for each in ran])
 
 
-def one_by_one(parts: Sequence[Any]) -> list[Any]:
+def one_by_one(run: Any) -> Any:
     """Each instruction as a call of its own."""
-    cut: list[Any] = []
-    for part in parts:
-        if isinstance(part, HostLinear):
-            cut.append(part)
-        else:
-            instructions, numbers = part
-            cut += [(instructions[i : i + 1], numbers[i : i + 1]) for i in range(len(instructions))]
-    return cut
 
+    def run_cut(self: CpuKernels, instructions: Instructions, *others: Any) -> None:
+        rows, numbers = instructions
+        for i in range(len(rows)):
+            run(self, (rows[i : i + 1], numbers[i : i + 1]), *others)
 
-def test_a_forward_is_one_call(model: LoadedModel) -> None:
-    assert len(Runner(model, CpuBackend(1)).model.parts) == 1
+    return run_cut
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_the_whole_leaves_the_bits_that_its_operations_leave_one_by_one(
+    model: LoadedModel, num_threads: int, is_exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = logits(Runner(model, CpuBackend(num_threads, is_exact=is_exact), adapters=adapters(model)))
+    monkeypatch.setattr(CpuKernels, "run", one_by_one(CpuKernels.run))
+    assert torch.equal(
+        whole, logits(Runner(model, CpuBackend(1, is_exact=is_exact), adapters=adapters(model)))
+    )
+
+
+def test_a_row_is_the_same_bits_alone_and_in_any_batch(model: LoadedModel, is_exact: bool) -> None:
+    runner = Runner(model, CpuBackend(2, is_exact=is_exact), adapters=adapters(model))
+    together = [each.stacked for each in runner.run(PROMPTS, max_tokens=64, all_logits=True)]
+    for prompt, expected in zip(PROMPTS, together, strict=True):
+        (alone,) = runner.run([prompt], max_tokens=5, all_logits=True)
+        assert torch.equal(alone.stacked, expected)
+
+
+def test_integers_are_near_the_exact_product(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = logits(Runner(model, CpuBackend(2), adapters=adapters(model)))
+    monkeypatch.setattr(instructions, "has_instructions", lambda: True)
+    backend = CpuBackend(2, is_exact=False)
+    assert backend.name == "cpu-int16"
+    near = logits(Runner(model, backend, adapters=adapters(model)))
+    assert not torch.equal(near, exact)
+    assert float((near - exact).abs().median() / exact.abs().mean()) < 0.002
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_timed_forward_has_the_clock_after_each_instruction_and_the_same_bits(
     model: LoadedModel, num_threads: int
 ) -> None:
-    whole = Runner(model, CpuBackend(num_threads), adapters=adapters(model))
-    cut = Runner(model, CpuBackend(1), adapters=adapters(model))
-    cut.model.parts = one_by_one(cut.model.parts)
-    assert torch.equal(logits(whole), logits(cut))
+    runner = Runner(model, CpuBackend(num_threads), adapters=adapters(model))
+    expected = logits(runner)
+    kernels = runner.model._kernels
+    kernels.timed = []
+    began_ns = time.monotonic_ns()
+    assert torch.equal(logits(runner), expected)
+    took_ns = time.monotonic_ns() - began_ns
+    whole, _ = runner.model.instructions
+    assert any(rows is whole for rows, _ in kernels.timed)
+    for rows, times in kernels.timed:
+        assert times.shape == (len(rows) + 1,)
+        assert times[0] >= began_ns
+        assert (np.diff(times) >= 0).all()
+    assert 0 < sum(int(times[-1] - times[0]) for _, times in kernels.timed) <= took_ns
 
 
 def test_threads_that_stay_away_are_not_waited_for(model: LoadedModel) -> None:
@@ -122,39 +161,6 @@ def test_threads_that_stay_away_are_not_waited_for(model: LoadedModel) -> None:
     expected = logits(Runner(model, CpuBackend(1), adapters=adapters(model)))
     runner = Runner(model, backend, adapters=adapters(model))
     backend.leave_processors(1000)
-    assert torch.equal(logits(runner), expected)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LibraryLinear(Avx512Bf16Linear):
-    """A linear that the program has to stop for, with exact numbers."""
-
-    exact: CpuLinear
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return CpuKernels(1).linear(x, self.exact)
-
-
-GROUPS = ("qkv", "o", "gate_up", "down", "head")
-
-
-@pytest.mark.parametrize("which", [GROUPS, ("qkv",), ("gate_up", "head"), ("o", "down")], ids=", ".join)
-def test_linears_that_a_library_runs_come_between_its_parts(
-    model: LoadedModel, which: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = logits(Runner(model, CpuBackend(1), adapters=adapters(model)))
-    order = [*GROUPS[:4] * model.architecture.num_layers, "head"]
-
-    def pack(self: CpuKernels, parts: Sequence[Linear]) -> CpuLinear | LibraryLinear:
-        exact, empty = pack_linear(parts), torch.empty(0)
-        if order.pop(0) not in which:
-            return exact
-        return LibraryLinear(exact.in_features, exact.out_features, empty, empty, empty, None, exact)
-
-    monkeypatch.setattr(CpuKernels, "pack", pack)
-    runner = Runner(model, CpuBackend(1), adapters=adapters(model))
-    num_linears = sum(model.architecture.num_layers if name != "head" else 1 for name in which)
-    assert sum(isinstance(part, HostLinear) for part in runner.model.parts) == num_linears
     assert torch.equal(logits(runner), expected)
 
 
@@ -198,7 +204,7 @@ def test_what_runs_between_steps_needs_no_kernel_of_its_own(tmp_path: Path) -> N
     runner.run(PROMPTS[:1])
     step.part_for.cache_clear()
     backend._kernels.softcap(torch.ones(1, 16), 2.0)
-    step.part_for(True, False)
+    step.part_for(2, 4)
     assert step.part_for.cache_info().hits == 1
 
 

@@ -22,6 +22,12 @@ def exponential(x, out):  # type: ignore[no-untyped-def]
 
 
 @njit
+def power_of_two(x, out):  # type: ignore[no-untyped-def]
+    for i in range(0, x.size, 8):
+        store(out, i, simd.exp2(load(x, i)))
+
+
+@njit
 def copy(x, out):  # type: ignore[no-untyped-def]
     for i in range(0, x.size, 8):
         store(out, i, load(x, i))
@@ -68,6 +74,22 @@ def test_exp_at_its_ends() -> None:
     assert e_to_the([-np.inf, -88.0, -1e30]).tolist() == [0.0, 0.0, 0.0]
     assert np.isnan(e_to_the([np.nan, 1.0])).tolist() == [True, False]
     assert np.isfinite(e_to_the([np.inf, 1e30, 100.0])).all()
+
+
+def test_exp2_of_what_is_not_positive_is_within_two_units_in_the_last_place() -> None:
+    x = np.concatenate([np.linspace(-126, 0, 400_000), -np.geomspace(1e-30, 1, 8_000)]).astype(np.float32)
+    out = np.empty_like(x)
+    power_of_two(x, out)
+    exact = np.exp2(x.astype(np.float64))
+    assert np.abs(out - exact).max() <= 2**-22
+    assert (np.abs(out - exact) / exact).max() <= 2**-22
+
+
+def test_exp2_at_its_ends() -> None:
+    x = np.array([0.0, -0.0, -1.0, -126.0, -126.1, -1e30, -np.inf, np.nan], dtype=np.float32)
+    out = np.empty_like(x)
+    power_of_two(x, out)
+    assert np.array_equal(out, [1, 1, 0.5, 2.0**-126, 0, 0, 0, np.nan], equal_nan=True)
 
 
 def test_exp_never_decreases() -> None:

@@ -45,6 +45,7 @@ def _arrays_of(dtype: types.Type) -> Any:
 
 
 bytes_at = _arrays_of(types.uint8)
+signed_bytes_at = _arrays_of(types.int8)
 halves_at = _arrays_of(types.uint16)
 floats_at = _arrays_of(types.float32)
 ints_at = _arrays_of(types.int32)

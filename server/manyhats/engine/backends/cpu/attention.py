@@ -1,107 +1,127 @@
 """Attention over paged keys and values, read in place.
 
-Each query row makes two passes: scores of all its positions into scratch, then their softmax times the values.
-Positions are visited in order, one chain of multiply-adds each, so a row's result does not depend on how
-its prompt was chunked, nor on the rows beside it.
+A context is cut into parts at fixed positions. Each part is a softmax by itself, of which the largest score and the sum
+of the weights are kept; then the parts' sums are merged in order. So parts can be computed at the same time or one
+after the other, by one thread or many, and a row's result depends on its positions alone: not on how its prompt was
+chunked, nor on the rows beside it. Weights are powers of two, and scores are scaled for that.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.addresses import array_at, floats_at, ints_at
+from manyhats.engine.backends.cpu.addresses import array_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
-from manyhats.engine.backends.cpu.rowwise import cap, scale_row
+from manyhats.engine.backends.cpu.int8 import scale_cells
+from manyhats.engine.backends.cpu.products import ROWS, rows_at_once, score_rows, sum_rows
+from manyhats.engine.backends.cpu.rowwise import scale_row
 from manyhats.engine.backends.cpu.simd import (
     add,
-    exp,
+    exp2,
     fma,
     load,
     max_lanes,
     maximum,
     mul,
+    prefetch,
     splat,
     store,
     sub,
     sum_lanes,
+    tanh,
     zero,
 )
+from manyhats.engine.backends.cpu.team import next_share
+from manyhats.engine.backends.cpu.tiles import WIDTH
 
-MINUS_INFINITY = np.float32(-np.inf)
+PART = 256
+"""Positions of a part, less if blocks do not fill it, more if a block is larger."""
+
+LOG2_E = np.float32(math.log2(math.e))
+LOWEST = np.float32(np.finfo(np.float32).min)
+"""The largest score where nothing is seen; infinity less infinity would be no number."""
 
 
-@inner
-def tile_4x16(a, a0, a1, a2, a3, b, at, stride, count, c, c0, c1, c2, c3, fresh):
-    """c[ci : ci + 16] (+)= Σ_t a[ai + t] · b[at + t·stride : … + 16], for four rows i; t in order."""
-    if fresh:
-        s00 = s01 = s10 = s11 = s20 = s21 = s30 = s31 = zero()
-    else:
-        s00 = load(c, c0)
-        s01 = load(c, c0 + 8)
-        s10 = load(c, c1)
-        s11 = load(c, c1 + 8)
-        s20 = load(c, c2)
-        s21 = load(c, c2 + 8)
-        s30 = load(c, c3)
-        s31 = load(c, c3 + 8)
-    for t in range(count):
-        low = load(b, at)
-        high = load(b, at + 8)
-        at += stride
-        v = splat(a[a0 + t])
-        s00 = fma(v, low, s00)
-        s01 = fma(v, high, s01)
-        v = splat(a[a1 + t])
-        s10 = fma(v, low, s10)
-        s11 = fma(v, high, s11)
-        v = splat(a[a2 + t])
-        s20 = fma(v, low, s20)
-        s21 = fma(v, high, s21)
-        v = splat(a[a3 + t])
-        s30 = fma(v, low, s30)
-        s31 = fma(v, high, s31)
-    store(c, c0, s00)
-    store(c, c0 + 8, s01)
-    store(c, c1, s10)
-    store(c, c1 + 8, s11)
-    store(c, c2, s20)
-    store(c, c2 + 8, s21)
-    store(c, c3, s30)
-    store(c, c3 + 8, s31)
+def part_cells(block_size: int) -> int:
+    """Positions of a part: whole blocks."""
+    return max(PART // block_size, 1) * block_size
+
+
+def record_size(head_dim: int) -> int:
+    """Float32 values that say what a query made of a part: its sums, its largest score, its total weight."""
+    return head_dim + 8
+
+
+def num_scratch_values(block_size: int, head_dim: int, num_queries: int) -> int:
+    """Float32 values that a thread needs for a unit of so many queries of a KV head."""
+    return ROWS * (part_cells(block_size) + WIDTH + head_dim + record_size(head_dim)) + 2 * num_queries
+
+
+_part_cells, _record_size = inner(part_cells), inner(record_size)
 
 
 @inner
-def softmax_row(scores, at, first, last, padded, scale):
-    """Turns scores[at + first : at + last] into unnormalized weights in place, 0 elsewhere below padded.
+def weigh_row(w, at, first, last, begin, end, limit):
+    """Turns a row's scores into weights 2^(score − largest), 0 where it does not see.
+
+    Args:
+        w: scores are w[at + first : at + last]; with a limit they are yet to be capped.
+        begin, end: what the row sees of them.
+        limit: c · log₂ e of cap(x) = c · tanh(x / c), or 0.
 
     Returns:
-        1 / their sum.
+        The largest score, and the sum of the weights.
     """
-    for i in range(first):
-        scores[at + i] = MINUS_INFINITY
-    for i in range(last, padded):
-        scores[at + i] = MINUS_INFINITY
-    top = splat(MINUS_INFINITY)
-    for i in range(0, padded, 8):
-        top = maximum(load(scores, at + i), top)
-    shift = splat(max_lanes(top))
-    factor = splat(scale)
+    if limit > 0.0:
+        limits = splat(limit)
+        for i in range(at + first, at + last, 8):
+            store(w, i, mul(tanh(load(w, i)), limits))
+    for i in range(at + first, at + min(begin, last)):
+        w[i] = -np.inf
+    for i in range(at + max(end, first), at + last):
+        w[i] = -np.inf
+    top = splat(LOWEST)
+    for i in range(at + first, at + last, 8):
+        top = maximum(load(w, i), top)
+    largest = max_lanes(top)
+    shift = splat(largest)
     total = zero()
-    for i in range(0, padded, 8):
-        weight = exp(mul(sub(load(scores, at + i), shift), factor))
-        store(scores, at + i, weight)
+    for i in range(at + first, at + last, 8):
+        weight = exp2(sub(load(w, i), shift))
+        store(w, i, weight)
         total = add(total, weight)
-    return np.float32(1.0) / sum_lanes(total)
+    return largest, sum_lanes(total)
 
 
 @inner
-def cap_rows(scores, at, end, scale, limit):
-    """scores[at : end] = limit · tanh(scores · scale / limit)."""
-    factor = splat(scale)
-    limits = splat(limit)
-    for i in range(at, end, 8):
-        store(scores, i, cap(mul(load(scores, i), factor), limits))
+def begin_row(sums, at, head_dim, state, index):
+    """Nothing seen so far: no sums at ``at``, no weight at ``index`` of the state."""
+    state[index] = LOWEST
+    state[index + 1] = 0.0
+    for i in range(at, at + head_dim, 8):
+        store(sums, i, zero())
+
+
+@inner
+def merge_row(out, at, head_dim, state, index, records, record):
+    """Adds a part to what a row has so far: out · 2^(old largest − new) + sums · 2^(the part's largest − new).
+
+    Args:
+        out: the row's sums from ``at`` on.
+        state: its largest score and total weight at ``index``.
+        records: the part's from ``record`` on; see ``record_size``.
+    """
+    before, largest = state[index], records[record + head_dim]
+    after = largest if largest > before else before
+    keep, take = exp2(splat(before - after)), exp2(splat(largest - after))
+    for i in range(0, head_dim, 8):
+        store(out, at + i, fma(load(records, record + i), take, mul(load(out, at + i), keep)))
+    total = records[record + head_dim + 1]
+    state[index] = after
+    state[index + 1] = state[index + 1] * max_lanes(keep) + total * max_lanes(take)
 
 
 @inner
@@ -111,125 +131,205 @@ def first_seen(end, window):
 
 
 @inner
-def attend_rows(q, starts, ends, window, table, head, keys, values, shape, numbers, scores, at, out, targets):
-    """Four query rows of one sequence and one KV head.
-
-    Args:
-        q: queries begin at ``starts``.
-        ends: the positions that they see up to, exclusive.
-        window: how many positions a row sees; 0 for all.
-        table: (block tables, where the sequence's begins).
-        head: KV head.
-        keys, values: of the layer; ``shape`` is Hkv, K and the block size.
-        numbers: scale of the scores, and their cap, or 0.
-        scores: scratch from ``at`` on.
-        out: written from ``targets`` on, unnormalized.
-
-    Returns:
-        What to multiply each row with.
-    """
-    num_kv_heads, head_dim, block_size = shape
-    blocks, first_entry = table
-    s0, scale = at, numbers[0]
-    span = block_size * head_dim
-    end = max(max(ends[0], ends[1]), max(ends[2], ends[3]))
-    first_block = first_seen(min(min(ends[0], ends[1]), min(ends[2], ends[3])), window) // block_size
-    base = first_block * block_size
-    last_block = (end + block_size - 1) // block_size
-    padded = last_block * block_size - base
-    s1, s2, s3 = s0 + padded, s0 + 2 * padded, s0 + 3 * padded
-    for index in range(first_block, last_block):
-        block = (blocks[first_entry + index] * num_kv_heads + head) * span
-        for lane in range(0, block_size, 16):
-            c = index * block_size - base + lane
-            tile_4x16(
-                q, starts[0], starts[1], starts[2], starts[3], keys, block + lane, block_size, head_dim,
-                scores, s0 + c, s1 + c, s2 + c, s3 + c, True,
-            )  # fmt: skip
-    if numbers[1] > 0.0:
-        cap_rows(scores, s0, s3 + padded, scale, numbers[1])
-        scale = np.float32(1.0)
-    n0 = softmax_row(scores, s0, first_seen(ends[0], window) - base, ends[0] - base, padded, scale)
-    n1 = softmax_row(scores, s1, first_seen(ends[1], window) - base, ends[1] - base, padded, scale)
-    n2 = softmax_row(scores, s2, first_seen(ends[2], window) - base, ends[2] - base, padded, scale)
-    n3 = softmax_row(scores, s3, first_seen(ends[3], window) - base, ends[3] - base, padded, scale)
-    for index in range(first_block, last_block):
-        block = (blocks[first_entry + index] * num_kv_heads + head) * span
-        c = index * block_size - base
-        count = min(block_size, end - index * block_size)
-        for i in range(0, head_dim, 16):
-            tile_4x16(
-                scores, s0 + c, s1 + c, s2 + c, s3 + c, values, block + i, head_dim, count,
-                out, targets[0] + i, targets[1] + i, targets[2] + i, targets[3] + i, index == first_block,
-            )  # fmt: skip
-    return n0, n1, n2, n3
+def copy_scaled(x, at, size, factor, out, out_at):
+    """out[out_at:] = x[at : at + size] · factor."""
+    factors = splat(factor)
+    for i in range(0, size, 8):
+        store(out, out_at + i, mul(load(x, at + i), factors))
 
 
 @inner
-def attend(op, numbers, unit, frame, buffers, cached, scratch, at):
-    """Out = softmax(cap(q Kᵀ · scale)) V, causal, of the query rows of one tile at one KV head.
+def ask_for(array, address, start, count):
+    """Asks for some of an array's values ahead of their use; the products ask for those of the blocks that follow."""
+    first = address + start * array.itemsize
+    for place in range(first, first + count * array.itemsize, 64):
+        prefetch(place)
+
+
+@inner
+def attend_rows(queries, start, rows, part, factors, blocks, shape, cached, scratch, at, records, record):
+    """Some query rows of a tile over one part.
+
+    Args:
+        queries: (array, where those of the tile's first token begin, from one token to the next, queries of a token,
+            where the first token's sight ends, its window).
+        start, rows: the rows within the tile, token by token.
+        part: its first position.
+        factors: of the queries, and ``weigh_row``'s limit.
+        blocks: of the part; see ``products``.
+        shape: head size, block size, positions of a part.
+        cached: keys and values, their addresses, their scales, and where the head's scales begin.
+        scratch: from ``at`` on.
+        records: written from ``record`` on, one for each row.
+    """
+    x, x_at, width, group, end, window = queries
+    head_dim, block_size, size = shape
+    keys, values, keys_address, values_address, key_scales, value_scales, first_scale = cached
+    lowest, highest = end + start // group, end + (start + rows - 1) // group
+    first = max(first_seen(lowest, window) - part, 0) // block_size * block_size
+    last = min(highest - part, size)
+    if first >= last:
+        for row in range(rows):
+            place = record + row * _record_size(head_dim)
+            begin_row(records, place, head_dim, records, place + head_dim)
+        return
+    stride, padded = size + WIDTH, (last + WIDTH - 1) // WIDTH * WIDTH
+    q = at + ROWS * stride
+    for row in range(rows):
+        token = (start + row) // group
+        source = x_at + token * width + (start + row - token * group) * head_dim
+        copy_scaled(x, source, head_dim, factors[0], scratch, q + row * head_dim)
+    score_rows(rows, scratch, q, head_dim, keys, blocks, block_size, first, padded, scratch, at, stride)
+    table, entry, factor, offset = blocks
+    seen = table, entry + first // block_size, factor, offset
+    scales = table, entry, block_size, first_scale
+    scale_cells(keys, scratch, at, stride, rows, first, padded, key_scales, scales, block_size)
+    if start == 0:
+        ask_for(values, values_address, table[seen[1]] * factor + offset, block_size * head_dim)
+    for row in range(rows):
+        own, place = end + (start + row) // group - part, record + row * _record_size(head_dim) + head_dim
+        records[place], records[place + 1] = weigh_row(
+            scratch, at + row * stride, first, padded, first_seen(own + part, window) - part, own, factors[1]
+        )
+    scale_cells(values, scratch, at, stride, rows, first, padded, value_scales, scales, block_size)
+    if start == 0 and highest > part + size:
+        ask_for(
+            keys, keys_address, table[entry + size // block_size] * factor + offset, block_size * head_dim
+        )
+    sum_rows(
+        rows, scratch, at + first, stride, values, seen, block_size, head_dim, last - first, records, record,
+        _record_size(head_dim),
+    )  # fmt: skip
+
+
+@inner
+def begin_tile(target, num_rows, head_dim, scratch, state):
+    """Nothing seen so far by any row of a tile."""
+    for index in range(num_rows):
+        begin_row(target[0], place_of(target, index, head_dim), head_dim, scratch, state + 2 * index)
+
+
+@inner
+def place_of(target, index, head_dim):
+    """Where a tile's row is in the output: (array, place of the first token, size of a row, queries of a token)."""
+    token = index // target[3]
+    return target[1] + token * target[2] + (index - token * target[3]) * head_dim
+
+
+@inner
+def merge_rows(target, start, rows, head_dim, scratch, state, records, record):
+    """Adds a part to what some rows of a tile have so far."""
+    for row in range(rows):
+        index = start + row
+        merge_row(
+            target[0], place_of(target, index, head_dim), head_dim,
+            scratch, state + 2 * index, records, record + row * _record_size(head_dim),
+        )  # fmt: skip
+
+
+@inner
+def end_tile(target, num_rows, head_dim, scratch, state):
+    """Divides each row's sums by its total weight."""
+    for index in range(num_rows):
+        total = scratch[state + 2 * index + 1]
+        scale_row(target[0], place_of(target, index, head_dim), head_dim, np.float32(1.0) / total)
+
+
+@inner
+def attend_parts(parts, tile, head, factors, frame, cached, scratch, at, state, records, record, is_whole):
+    """Some parts of a tile at one KV head.
+
+    Args:
+        parts: the first, and one past the last.
+        tile: its queries, output, number of rows, sequence.
+        state: where in scratch the rows' largest scores and total weights are, if ``is_whole``.
+        records: else a part's begin at ``record``, plus [part, Hkv, rows] of the tile.
+    """
+    queries, target, num_rows, sequence = tile
+    num_kv_heads, head_dim, block_size = frame[col.NUM_KV_HEADS], frame[col.HEAD_DIM], frame[col.BLOCK_SIZE]
+    size, width, span = _part_cells(block_size), _record_size(head_dim), block_size * head_dim
+    table, entry = ints_at(frame[col.BLOCK_TABLES]), sequence * frame[col.MAX_BLOCKS]
+    for part in range(parts[0], parts[1]):
+        blocks = table, entry + part * size // block_size, span, head * frame[col.NUM_BLOCKS] * span
+        start = np.int64(0)
+        while start < num_rows:
+            rows = rows_at_once(num_rows - start)
+            place = record if is_whole else record + (part * num_kv_heads * num_rows + start) * width
+            attend_rows(
+                queries, start, rows, part * size, factors, blocks, (head_dim, block_size, size), cached,
+                scratch, at, records, place,
+            )  # fmt: skip
+            if is_whole:
+                merge_rows(target, start, rows, head_dim, scratch, state, records, place)
+            start += rows
+
+
+@inner
+def attend(op, numbers, share, frame, buffers, like, scratch, at):
+    """Out = softmax(cap(q Kᵀ · scale)) V, causal, of the query rows of one unit at one KV head.
 
     Args:
         op: source rows are rotated queries, keys, values; target rows [H·K].
         numbers: scale of the scores; c in cap(x) = c · tanh(x / c), 0 for no cap.
-        unit: tile · Hkv + KV head; a tile is a sequence, its first query row of the tile, their number.
+        share: unit · Hkv + KV head; for units see ``columns``.
         frame, buffers: of the step.
-        cached: an array of the cache's dtype.
-        scratch: from ``at`` on, 4 · longest context rounded up to blocks.
+        like: an array of the cache's dtype.
+        scratch: from ``at`` on, as many values as ``num_scratch_values`` says.
     """
-    num_kv_heads, head_dim = frame[col.NUM_KV_HEADS], frame[col.HEAD_DIM]
-    shape = (num_kv_heads, head_dim, frame[col.BLOCK_SIZE])
-    width, out_width = op[col.SIZE], op[col.OUT_SIZE]
+    num_kv_heads, head_dim, window = frame[col.NUM_KV_HEADS], frame[col.HEAD_DIM], op[col.WINDOW]
+    unit = ints_at(frame[col.UNITS] + 4 * col.UNIT_SIZE * (share // num_kv_heads))
+    head, out_width = share % num_kv_heads, op[col.OUT_SIZE]
     group = out_width // head_dim // num_kv_heads
+    query_start, sequence = ints_at(frame[col.QUERY_START]), np.int64(unit[col.UNIT_SEQUENCE])
+    row = np.int64(query_start[sequence] + unit[col.UNIT_FIRST_ROW])
+    end = ints_at(frame[col.CONTEXT_LEN])[sequence] - query_start[sequence + 1] + row + 1
+    first_query, num_rows = head * group * head_dim, np.int64(unit[col.UNIT_ROWS]) * group
     x, out = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
+    queries = x, row * op[col.SIZE] + first_query, op[col.SIZE], group, end, window
+    target = out, row * out_width + first_query, out_width, group
+    tile = queries, target, num_rows, sequence
+    factors = numbers[0] * LOG2_E, np.float32(0.0)
+    if numbers[1] > 0.0:
+        factors = numbers[0] / numbers[1], numbers[1] * LOG2_E
     layer = op[col.LAYER] * frame[col.LAYER_BYTES]
-    keys, values = array_at(frame[col.KEYS] + layer, cached), array_at(frame[col.VALUES] + layer, cached)
-    query_start = ints_at(frame[col.QUERY_START])
-    tile = ints_at(frame[col.TILES] + 12 * (unit // num_kv_heads))
-    head = unit % num_kv_heads
-    sequence, first = np.int64(tile[0]), np.int64(tile[1])
-    query_len = query_start[sequence + 1] - query_start[sequence]
-    row = query_start[sequence] + first
-    end = ints_at(frame[col.CONTEXT_LEN])[sequence] - query_len + first + 1
-    table = (ints_at(frame[col.BLOCK_TABLES]), sequence * frame[col.MAX_BLOCKS])
-    total = tile[2] * group
-    for start in range(0, total, 4):
-        # The queries of the group's heads, row by row; past the end, the last one again.
-        i1, i2, i3 = min(start + 1, total - 1), min(start + 2, total - 1), min(start + 3, total - 1)
-        t0, t1, t2, t3 = start // group, i1 // group, i2 // group, i3 // group
-        q0 = (head * group + start - t0 * group) * head_dim
-        q1 = (head * group + i1 - t1 * group) * head_dim
-        q2 = (head * group + i2 - t2 * group) * head_dim
-        q3 = (head * group + i3 - t3 * group) * head_dim
-        queries = (
-            (row + t0) * width + q0,
-            (row + t1) * width + q1,
-            (row + t2) * width + q2,
-            (row + t3) * width + q3,
-        )
-        ends = end + t0, end + t1, end + t2, end + t3
-        o0, o1 = (row + t0) * out_width + q0, (row + t1) * out_width + q1
-        o2, o3 = (row + t2) * out_width + q2, (row + t3) * out_width + q3
-        n0, n1, n2, n3 = attend_rows(
-            x,
-            queries,
-            ends,
-            op[col.WINDOW],
-            table,
-            head,
-            keys,
-            values,
-            shape,
-            numbers,
-            scratch,
-            at,
-            out,
-            (o0, o1, o2, o3),
-        )
-        scale_row(out, o0, head_dim, n0)
-        if i1 > start:
-            scale_row(out, o1, head_dim, n1)
-        if i2 > i1:
-            scale_row(out, o2, head_dim, n2)
-        if i3 > i2:
-            scale_row(out, o3, head_dim, n3)
+    keys, values = frame[col.KEYS] + layer, frame[col.VALUES] + layer
+    scales = 4 * op[col.LAYER] * frame[col.LAYER_SCALES]
+    cached = (
+        array_at(keys, like),
+        array_at(values, like),
+        keys,
+        values,
+        floats_at(frame[col.KEY_SCALES] + scales),
+        floats_at(frame[col.VALUE_SCALES] + scales),
+        head * frame[col.NUM_BLOCKS] * frame[col.BLOCK_SIZE],
+    )
+    size, width = _part_cells(frame[col.BLOCK_SIZE]), _record_size(head_dim)
+    own = at + ROWS * (size + WIDTH + head_dim)
+    state = own + ROWS * width
+    first_part, last_part = first_seen(end, window) // size, (end + unit[col.UNIT_ROWS] - 2) // size + 1
+    parts = max(np.int64(unit[col.UNIT_FIRST_PART]), first_part), np.int64(unit[col.UNIT_LAST_PART])
+    if unit[col.UNIT_COUNT] == 1:
+        begin_tile(target, num_rows, head_dim, scratch, state)
+        attend_parts(parts, tile, head, factors, frame, cached, scratch, at, state, scratch, own, True)
+        end_tile(target, num_rows, head_dim, scratch, state)
+        return
+    records = floats_at(frame[col.RECORDS])
+    record = (np.int64(unit[col.UNIT_RECORD]) * num_kv_heads * group + head * num_rows) * width
+    attend_parts(parts, tile, head, factors, frame, cached, scratch, at, state, records, record, False)
+    if is_last(unit, num_kv_heads, head, frame):
+        begin_tile(target, num_rows, head_dim, scratch, state)
+        for part in range(first_part, last_part):
+            place = record + part * num_kv_heads * num_rows * width
+            merge_rows(target, np.int64(0), num_rows, head_dim, scratch, state, records, place)
+        end_tile(target, num_rows, head_dim, scratch, state)
+
+
+@inner
+def is_last(unit, num_kv_heads, head, frame):
+    """Whether this was the last of a tile's units to end at a head; then the next layer counts from zero again."""
+    finished = longs_at(frame[col.FINISHED])
+    index = np.int64(unit[col.UNIT_TILE]) * num_kv_heads + head
+    if next_share(finished, index) < unit[col.UNIT_COUNT] - 1:
+        return False
+    finished[index] = 0
+    return True

@@ -7,7 +7,7 @@ from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.compile import counted_compilation
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.model import CpuModel
-from manyhats.engine.backends.dtypes import block_bytes, torch_dtype
+from manyhats.engine.backends.dtypes import block_bytes, cache_dtype, torch_dtype
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.weights import Weights
@@ -22,7 +22,7 @@ class CpuBackend:
 
     Args:
         num_threads: of the kernels; None is one per core.
-        is_exact: False lets NF4 linears run in bfloat16 where the processor has instructions for it.
+        is_exact: False lets NF4 linears run in 16-bit integers where the processor has instructions for it.
     """
 
     def __init__(self, num_threads: int | None = None, *, is_exact: bool = True) -> None:
@@ -31,7 +31,7 @@ class CpuBackend:
     @property
     def name(self) -> str:
         """Which kernels run the NF4 linears."""
-        return "cpu-avx512-bf16" if self._kernels.uses_bf16 else "cpu-numba"
+        return "cpu-int16" if self._kernels.uses_int16 else "cpu-numba"
 
     def prepare(
         self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
@@ -57,7 +57,7 @@ class CpuBackend:
                 f"and a rotated part of it (here {rotated}) that are multiples of {_VECTOR_PAIR}"
             )
         num_blocks = num_bytes // block_bytes(architecture, block_size, dtype)
-        return CpuKVCache(architecture, num_blocks, block_size, torch_dtype(dtype))
+        return CpuKVCache(architecture, num_blocks, block_size, cache_dtype(dtype))
 
     def new_adapters(self, architecture: Architecture, num_slots: int, dtype: str) -> CpuAdapterSlots:
         """Empty slots."""

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.packing import Array
-from manyhats.engine.backends.plan import AdapterRows, Ints, StepPlan
-
-QUERY_TILE = 16
-"""Query rows of one sequence that attention takes as one unit of work."""
+from manyhats.engine.backends.plan import AdapterRows, StepPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +23,6 @@ class Batch:
         query_start: [B + 1] int32.
         context_len: [B] int32.
         block_tables: [B, longest] int32.
-        tiles: [T, 3] int32, units of attention: sequence, first query row within it, number of rows.
         adapter_rows: rows with an adapter.
         logit_rows: [M] int64.
         logit_adapter_rows: those of them with an adapter, as indices into ``logit_rows``.
@@ -40,7 +35,6 @@ class Batch:
     query_start: Tensor
     context_len: Tensor
     block_tables: Tensor
-    tiles: Tensor
     adapter_rows: AdapterRows
     logit_rows: Tensor
     logit_adapter_rows: AdapterRows
@@ -60,7 +54,6 @@ class Batch:
             query_start=torch.from_numpy(plan.query_start).contiguous(),
             context_len=torch.from_numpy(plan.context_len).contiguous(),
             block_tables=torch.from_numpy(plan.block_tables).contiguous(),
-            tiles=torch.from_numpy(_tiles(plan.query_start)),
             adapter_rows=AdapterRows.of(plan.row_slots),
             logit_rows=torch.from_numpy(plan.logit_rows).long(),
             logit_adapter_rows=AdapterRows.of(plan.row_slots[plan.logit_rows]),
@@ -71,23 +64,10 @@ class Batch:
         """Enters its numbers, and the addresses of its arrays, into a step's frame."""
         frame[col.NUM_ROWS] = self.token_ids.shape[0]
         frame[col.NUM_LOGIT_ROWS] = self.logit_rows.shape[0]
-        frame[col.NUM_TILES] = self.tiles.shape[0]
         frame[col.MAX_BLOCKS] = self.block_tables.shape[1]
         frame[col.POSITIONS] = self.positions.data_ptr()
         frame[col.CELLS] = self.cells.data_ptr()
-        frame[col.TILES] = self.tiles.data_ptr()
         frame[col.QUERY_START] = self.query_start.data_ptr()
         frame[col.CONTEXT_LEN] = self.context_len.data_ptr()
         frame[col.BLOCK_TABLES] = self.block_tables.data_ptr()
         frame[col.LOGIT_ROWS] = self.logit_rows.data_ptr()
-
-
-def _tiles(query_start: Ints) -> Ints:
-    counts = np.diff(query_start)
-    num_tiles = -(-counts // QUERY_TILE)
-    sequence = np.repeat(np.arange(len(counts), dtype=np.int32), num_tiles)
-    index = np.arange(len(sequence), dtype=np.int32) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
-    first = index * QUERY_TILE
-    return np.stack([sequence, first, np.minimum(QUERY_TILE, counts[sequence] - first)], axis=1).astype(
-        np.int32
-    )

@@ -12,6 +12,7 @@ from __future__ import annotations
     GELU_TANH,
     SOFTCAP,
     GATHER,
+    QUANTIZE,
     NORM_HEADS,
     ROTATE,
     ATTENTION,
@@ -19,7 +20,7 @@ from __future__ import annotations
     RESCALED,
     DELTAS,
     BOTTLENECK,
-) = range(15)
+) = range(16)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -35,26 +36,28 @@ OUT_SIZE, WINDOW = 6, 7
 KIND, NUM_OUT, GROUP = 6, 7, 8
 PANEL_ROWS, WEIGHTS, ABSMAX, ROW_BLOCK, ROW_OFFSET, NESTED, NESTED_CODE, BIAS = range(9, 17)
 NUM_COLUMNS = 17
-# Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, and dense ones.
-NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32 = range(4)
+# Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones, NF4 for inputs in integers.
+NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16 = range(5)
 
 # Columns of the frame, which holds a step's counts and the addresses of its arrays. The last ones belong to the call:
-# instructions and their numbers, the buffers' addresses, counters [2, instructions] that start at zero, and scratch.
+# instructions and their numbers, the buffers' addresses, counters [2, instructions] that start at zero, scratch, and
+# where the clock goes, [instructions + 1, 2]: seconds and nanoseconds at the start and after each; 0 for nowhere.
 (
     NUM_ROWS,
     NUM_LOGIT_ROWS,
     NUM_ADAPTER_ROWS,
     NUM_RESCALED_ROWS,
-    NUM_TILES,
+    NUM_UNITS,
     MAX_BLOCKS,
     NUM_KV_HEADS,
     HEAD_DIM,
     BLOCK_SIZE,
+    NUM_BLOCKS,
     LAYER_BYTES,
     NUM_SLOTS,
     POSITIONS,
     CELLS,
-    TILES,
+    UNITS,
     QUERY_START,
     CONTEXT_LEN,
     BLOCK_TABLES,
@@ -65,6 +68,11 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32 = range(4)
     RESCALED_SLOTS,
     KEYS,
     VALUES,
+    LAYER_SCALES,
+    KEY_SCALES,
+    VALUE_SCALES,
+    RECORDS,
+    FINISHED,
     LINEAR_TABLES,
     SUBLAYER_TABLES,
     NUM_THREADS,
@@ -75,5 +83,21 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32 = range(4)
     COUNTERS,
     SCRATCH,
     SCRATCH_SIZE,
-) = range(34)
-FRAME_SIZE = 34
+    TIMES,
+) = range(41)
+FRAME_SIZE = 41
+
+# Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
+# this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in
+# parts of a row; the unit's first part, and one past its last.
+(
+    UNIT_SEQUENCE,
+    UNIT_FIRST_ROW,
+    UNIT_ROWS,
+    UNIT_COUNT,
+    UNIT_TILE,
+    UNIT_RECORD,
+    UNIT_FIRST_PART,
+    UNIT_LAST_PART,
+) = range(8)
+UNIT_SIZE = 8

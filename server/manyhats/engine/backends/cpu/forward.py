@@ -3,57 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots, Layout
-from manyhats.engine.backends.cpu.avx512_bf16 import Avx512Bf16Linear
+from manyhats.engine.backends.cpu.adapters.slots import Layout
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
 from manyhats.engine.backends.cpu.program import Program
-from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture, Attention, Block, FeedForward
 from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 
 # Buffers of N rows: the stream, its norm, queries with keys and values (or gate with up), what attention (or the gate)
-# makes of them, and a sub-layer's output. Buffers of M rows: the final norm and the logits.
-STREAM, NORMED, WIDE, MIXED, OUTPUT, LAST, LOGITS = range(7)
+# makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm and the logits.
+STREAM, NORMED, WIDE, MIXED, OUTPUT, QUANTIZED, LAST, LOGITS = range(8)
 _GATES = {"silu": col.SILU, "gelu_pytorch_tanh": col.GELU_TANH}
 
 NormWeight = tuple[Tensor, float]
 """Weight and eps."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HostLinear:
-    """A group of linears that a library runs between two parts of the program.
-
-    Attributes:
-        packed: its weights.
-        source, target: buffers.
-        group, layer: where adapters may rescale its input; the head has no group, "".
-    """
-
-    packed: Avx512Bf16Linear
-    source: int
-    target: int
-    group: str
-    layer: int
-
-    def run(
-        self, buffers: list[Tensor], num_rows: int, rescaled: AdapterRows, adapters: CpuAdapterSlots
-    ) -> None:
-        """Multiplies the rows of one buffer into another."""
-        size = self.packed.in_features
-        x = buffers[self.source].view(-1)[: num_rows * size].view(num_rows, size)
-        y = self.packed(x)
-        if rescaled.rows.size and self.group:
-            adapters.rescale_inputs(self.group, self.layer, x, y, rescaled, self.packed)
-        buffers[self.target].view(-1)[: y.numel()].copy_(y.view(-1))
 
 
 class Forward:
@@ -61,7 +30,6 @@ class Forward:
 
     Attributes:
         program: its instructions.
-        host_linears: by the index of the instruction that follows.
         sizes: buffer → the largest size of its rows.
         num_bytes: resident bytes of the blocks' linears.
         head: packed.
@@ -72,10 +40,9 @@ class Forward:
 
     def __init__(self, architecture: Architecture, weights: Weights, kernels: CpuKernels) -> None:
         self.program = Program()
-        self.host_linears: dict[int, HostLinear] = {}
         self.num_bytes = 0
         size = architecture.hidden_size
-        self.sizes = {STREAM: size, NORMED: size, WIDE: 0, MIXED: 0, OUTPUT: size, LAST: size}
+        self.sizes = {STREAM: size, NORMED: size, WIDE: 0, MIXED: 0, OUTPUT: size, QUANTIZED: 0, LAST: size}
         self._kernels = kernels
         self._layout = Layout.of(architecture)
         self._rotary = RotaryTables(architecture)
@@ -91,7 +58,7 @@ class Forward:
             hidden = self._block(index, block, weights.blocks[index], norms[index], hidden, following)
         self.program.gather(hidden, LAST, size)
         self.head = kernels.pack([weights.head])
-        self._product(self.head, LAST, LOGITS, "", 0, col.NUM_LOGIT_ROWS)
+        self._product(self.head, LAST, LOGITS, col.NUM_LOGIT_ROWS)
 
     def _begin(self, norm: NormWeight | None) -> int:
         """Norms the stream as it begins, if the family does; returns the buffer of the first block's input."""
@@ -175,28 +142,19 @@ class Forward:
         """A group of linears with its adapters' deltas; returns the size of its output."""
         packed = self._kernels.pack(parts)
         self.num_bytes += packed.num_bytes
-        self._product(packed, source, target, group, layer, col.NUM_ROWS)
+        self._product(packed, source, target, col.NUM_ROWS)
         sizes = packed.in_features, packed.out_features
-        self.program.deltas(source, target, sizes, self._layout.group_index(group), layer)
+        index = self._layout.group_index(group)
+        self.program.rescaled(source, target, packed, index, layer)
+        self.program.deltas(source, target, sizes, index, layer)
         for buffer, size in zip((source, target), sizes, strict=True):
             self.sizes[buffer] = max(self.sizes[buffer], size)
         return packed.out_features
 
-    def _product(
-        self,
-        packed: CpuLinear | Avx512Bf16Linear,
-        source: int,
-        target: int,
-        group: str,
-        layer: int,
-        rows: int,
-    ) -> None:
-        if isinstance(packed, Avx512Bf16Linear):
-            self.host_linears[len(self.program)] = HostLinear(packed, source, target, group, layer)
-            return
-        self.program.linear(source, target, packed, rows)
-        if group:
-            self.program.rescaled(source, target, packed, self._layout.group_index(group), layer)
+    def _product(self, packed: CpuLinear, source: int, target: int, rows: int) -> None:
+        if packed.takes_int16:
+            self.sizes[QUANTIZED] = max(self.sizes[QUANTIZED], packed.quantized_size)
+        self.program.linear(source, target, packed, QUANTIZED, rows)
 
 
 def _norms(block: Block, weights: BlockWeights) -> dict[str, NormWeight]:

@@ -11,17 +11,23 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.backends.choosing import Logprobs
-from manyhats.engine.backends.cpu import avx512_bf16, step
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.avx512_bf16 import Avx512Bf16Linear
+from manyhats.engine.backends.cpu import step
 from manyhats.engine.backends.cpu.choosing.choosing import TokenChooser
 from manyhats.engine.backends.cpu.choosing.logprobs import score
 from manyhats.engine.backends.cpu.compile import max_threads
-from manyhats.engine.backends.cpu.packing import LANES, Array, CpuLinear, pack_linear
+from manyhats.engine.backends.cpu.int16 import instructions
+from manyhats.engine.backends.cpu.packing import (
+    LANES,
+    Array,
+    CpuLinear,
+    pack_for_int16,
+    pack_linear,
+    takes_int16,
+)
 from manyhats.engine.backends.cpu.program import Instructions, Program
 from manyhats.engine.backends.wants import Choices
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.nf4 import has_bf16_product
 from manyhats.engine.model.weights import Linear
 from manyhats.engine.threads.processors import num_processors
 
@@ -33,22 +39,25 @@ class CpuKernels:
 
     Args:
         num_threads: None is one per core.
-        is_exact: False lets NF4 linears run in bfloat16 where the processor has instructions for it.
+        is_exact: False lets NF4 linears run in 16-bit integers where the processor has instructions for it.
 
     Attributes:
         num_threads: of the kernels.
-        uses_bf16: whether NF4 linears do.
+        uses_int16: whether NF4 linears do.
+        timed: None, or what each run appends its instructions to and, [instructions + 1] int64, the nanoseconds of a
+            monotonic clock at its start and after each of them.
     """
 
     def __init__(self, num_threads: int | None = None, *, is_exact: bool = True) -> None:
         self.num_threads = min(num_threads or torch.get_num_threads(), max_threads())
-        self.uses_bf16 = not is_exact and has_bf16_product()
+        self.uses_int16 = not is_exact and instructions.has_instructions()
         numba.set_num_threads(self.num_threads)
-        self._scratch = np.empty((self.num_threads, 0), dtype=np.float32)
+        self._scratch = torch.empty((self.num_threads, 0))
         dtype = torch.float32 if is_exact else torch.bfloat16
         self._dtypes = dtype, dtype
         self._chooser = TokenChooser(self.num_threads)
         self._num_used = self.num_threads
+        self.timed: list[tuple[Array, Array]] | None = None
 
     def start_thread(self) -> None:
         """Gives the calling thread this backend's number of threads, and other threads of the process one of torch's.
@@ -76,29 +85,19 @@ class CpuKernels:
         if num_used != self._num_used:
             self._use_threads(num_used)
 
-    def pack(self, parts: Sequence[Linear]) -> CpuLinear | Avx512Bf16Linear:
+    def pack(self, parts: Sequence[Linear]) -> CpuLinear:
         """Lays out linears over the same input as one."""
-        exact = pack_linear(parts)
-        if not self.uses_bf16 or not avx512_bf16.fits(parts):
-            return exact
-        packed = avx512_bf16.pack(parts)
-        expected = self.linear(avx512_bf16.check_input(exact.in_features), exact).numpy()
-        error = avx512_bf16.relative_error(packed, expected)
-        if not avx512_bf16.is_close_enough(error):
-            raise ModelError(
-                f"bitsandbytes' AVX512-BF16 kernel is off by {error:.1%} on this processor; "
-                "serve with dtype float32, which does not use it"
-            )
-        return packed
+        if self.uses_int16 and takes_int16(parts):
+            return pack_for_int16(parts)
+        return pack_linear(parts)
 
-    def linear(self, x: Tensor, packed: CpuLinear | Avx512Bf16Linear) -> Tensor:
+    def linear(self, x: Tensor, packed: CpuLinear) -> Tensor:
         """``x Wᵀ + b``."""
-        if isinstance(packed, Avx512Bf16Linear):
-            return packed(x)
         y = torch.empty((x.shape[0], packed.out_features))
+        quantized = torch.empty((x.shape[0], packed.quantized_size))
         program = Program()
-        program.linear(0, 1, packed)
-        self.run_alone(program, [x, y])
+        program.linear(0, 1, packed, quantized=2)
+        self.run_alone(program, [x, y, quantized])
         return y
 
     def softcap(self, x: Tensor, limit: float) -> None:
@@ -138,7 +137,9 @@ class CpuKernels:
             num_scratch_values: float32 values, on each thread.
         """
         if self._scratch.shape[1] < num_scratch_values:
-            self._scratch = np.empty((self.num_threads, num_scratch_values), dtype=np.float32)
+            # Whole cache lines for each thread, as torch's memory begins with one.
+            size = -(-num_scratch_values // 16) * 16
+            self._scratch = torch.empty((self.num_threads, size))
         self._dtypes = dtypes
         rows, numbers = instructions
         addresses = np.array([buffer.data_ptr() for buffer in buffers], dtype=np.int64)
@@ -149,10 +150,14 @@ class CpuKernels:
         frame[col.NUMBERS] = numbers.ctypes.data
         frame[col.BUFFERS] = addresses.ctypes.data
         frame[col.COUNTERS] = counters.ctypes.data
-        frame[col.SCRATCH] = self._scratch.ctypes.data
+        frame[col.SCRATCH] = self._scratch.data_ptr()
         frame[col.SCRATCH_SIZE] = self._scratch.shape[1]
-        in_bfloat16 = (dtype == torch.bfloat16 for dtype in dtypes)
-        step.run(step.part_for(*in_bfloat16).address, frame.ctypes.data, self._num_used)
+        times = None if self.timed is None else np.zeros((len(rows) + 1, 2), dtype=np.int64)
+        frame[col.TIMES] = 0 if times is None else times.ctypes.data
+        part = step.part_for(*(dtype.itemsize for dtype in dtypes))
+        step.run(part.address, frame.ctypes.data, self._num_used)
+        if self.timed is not None and times is not None:
+            self.timed.append((rows, times[:, 0] * 1_000_000_000 + times[:, 1]))
 
     def choose(self, logits: Tensor, choices: Choices) -> Tensor:
         """One token for each row."""

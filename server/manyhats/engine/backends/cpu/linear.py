@@ -13,7 +13,8 @@ from numba.extending import overload
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, halves_at, ints_at
 from manyhats.engine.backends.cpu.compile import inner
-from manyhats.engine.backends.cpu.simd import decode_nf4, mul, splat, store
+from manyhats.engine.backends.cpu.int16.linear import linear_by_int16
+from manyhats.engine.backends.cpu.simd import decode_nf4, mul, prefetch, splat, store
 from manyhats.engine.backends.cpu.wide import LANES, fma, join, load, sum_lanes, zero
 from manyhats.engine.backends.cpu.wide import store as store_wide
 
@@ -82,11 +83,19 @@ def _decode_panel(weights, absmax, row_block, row_offset, nested, nested_code, f
     return (decode_nf4_panel if weights.dtype == types.uint8 else decode_dense_panel).py_func
 
 
+AHEAD = 4096
+"""Bytes from a weight that is read in place to the one that is asked for meanwhile."""
+
+
 @inner
-def tile_4x3(x, x0, x1, x2, x3, w, w0, w1, w2, k, y, y0, y1, y2, y3, o1, o2, b0, b1, b2):
-    """Four rows of x times three rows of w, into y at columns 0, o1 and o2 after y0 … y3."""
+def tile_4x3(x, x0, x1, x2, x3, w, w0, w1, w2, k, y, y0, y1, y2, y3, o1, o2, b0, b1, b2, ahead, bits):
+    """Four rows of x times three rows of w, into y at columns 0, o1 and o2 after y0 … y3.
+
+    Meanwhile three rows of weights of so many bits each are asked for, from the address ``ahead`` on.
+    """
     a00 = a01 = a02 = a10 = a11 = a12 = a20 = a21 = a22 = a30 = a31 = a32 = zero()
     for i in range(0, k, LANES):
+        prefetch(ahead + (3 * i * bits >> 3))
         u = load(w, w0 + i)
         v = load(w, w1 + i)
         t = load(w, w2 + i)
@@ -121,10 +130,11 @@ def tile_4x3(x, x0, x1, x2, x3, w, w0, w1, w2, k, y, y0, y1, y2, y3, o1, o2, b0,
 
 
 @inner
-def tile_1x3(x, x0, w, w0, w1, w2, k, y, y0, o1, o2, b0, b1, b2):
+def tile_1x3(x, x0, w, w0, w1, w2, k, y, y0, o1, o2, b0, b1, b2, ahead, bits):
     """One row of x times three rows of w; the same arithmetic as in ``tile_4x3``."""
     a0 = a1 = a2 = zero()
     for i in range(0, k, LANES):
+        prefetch(ahead + (3 * i * bits >> 3))
         r = load(x, x0 + i)
         a0 = fma(r, load(w, w0 + i), a0)
         a1 = fma(r, load(w, w1 + i), a1)
@@ -135,8 +145,11 @@ def tile_1x3(x, x0, w, w0, w1, w2, k, y, y0, o1, o2, b0, b1, b2):
 
 
 @inner
-def multiply_panel(x, num_rows, k, panel, at, first, count, bias, y, out):
-    """y[:, first : first + count] = x · panelᵀ + bias. Tiles at an edge repeat the last row or column."""
+def multiply_panel(x, num_rows, k, panel, at, first, count, bias, y, out, following, bits):
+    """y[:, first : first + count] = x · panelᵀ + bias. Tiles at an edge repeat the last row or column.
+
+    Meanwhile the panel at the address ``following`` is asked for, whose weights have so many bits.
+    """
     row = 0
     while row < num_rows:
         tall = num_rows - row >= 3
@@ -153,13 +166,17 @@ def multiply_panel(x, num_rows, k, panel, at, first, count, bias, y, out):
             b0 = bias[o]
             b1 = bias[o + o1]
             b2 = bias[o + o2]
+            ahead = following + (column * k * bits >> 3)
             if tall:
                 tile_4x3(
                     x, row * k, r1 * k, r2 * k, r3 * k, panel, w0, w1, w2, k,
                     y, row * out + o, r1 * out + o, r2 * out + o, r3 * out + o, o1, o2, b0, b1, b2,
+                    ahead, bits,
                 )  # fmt: skip
             else:
-                tile_1x3(x, row * k, panel, w0, w1, w2, k, y, row * out + o, o1, o2, b0, b1, b2)
+                tile_1x3(
+                    x, row * k, panel, w0, w1, w2, k, y, row * out + o, o1, o2, b0, b1, b2, ahead, bits
+                )  # fmt: skip
         row += 4 if tall else 1
 
 
@@ -212,6 +229,8 @@ def multiply_row_dense(
     x, weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, bias, y
 ):
     """y[first : first + count] = one row x times as many dense rows, read in place."""
+    ahead = weights.ctypes.data + AHEAD
+    bits = 8 * weights.itemsize
     for column in range(first, first + count, 3):
         o1 = min(1, first + count - 1 - column)
         o2 = min(2, first + count - 1 - column)
@@ -219,6 +238,7 @@ def multiply_row_dense(
         tile_1x3(
             x, 0, weights, w0, w0 + o1 * k, w0 + o2 * k, k,
             y, column, o1, o2, bias[column], bias[column + o1], bias[column + o2],
+            ahead + (w0 * bits >> 3), bits,
         )  # fmt: skip
 
 
@@ -230,6 +250,14 @@ def multiply_row(x, weights, absmax, row_block, row_offset, nested, nested_code,
 @overload(multiply_row)
 def _multiply_row(x, weights, absmax, row_block, row_offset, nested, nested_code, first, count, k, bias, y):
     return (multiply_row_nf4 if weights.dtype == types.uint8 else multiply_row_dense).py_func
+
+
+@inner
+def bits_of(kind):
+    """Of a weight in memory."""
+    if kind == col.FLOAT32:
+        return 32
+    return 16 if kind == col.BFLOAT16 else 4
 
 
 @inner
@@ -282,12 +310,16 @@ def linear(op, num_rows, first, last, buffers, panel, at):
     """target[:, rows first … last of W] = source Wᵀ + bias.
 
     Args:
-        op: source rows have a multiple of 64 values for NF4, of 16 otherwise.
+        op: source rows have a multiple of 64 values for NF4, of 16 otherwise; they are float32, unless the weights
+            take integers.
         num_rows: of source and target.
         first, last: rows of the weights.
         buffers: of the step.
-        panel: from ``at`` on, scratch for PANEL_ROWS decoded rows.
+        panel: from ``at`` on, scratch for decoded weights.
     """
+    if op[col.KIND] == col.NF4_BY_INT16:
+        linear_by_int16(op, num_rows, first, last, buffers, panel, at)
+        return
     x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
     if num_rows == 1:
         multiply_one(op, x, first, last - first, y)
@@ -295,6 +327,7 @@ def linear(op, num_rows, first, last, buffers, panel, at):
     for start in range(first, last, op[col.PANEL_ROWS]):
         count = min(op[col.PANEL_ROWS], last - start)
         decode(op, start, count, panel, at)
-        multiply_panel(
-            x, num_rows, op[col.SIZE], panel, at, start, count, floats_at(op[col.BIAS]), y, op[col.NUM_OUT]
-        )
+        k, bits = op[col.SIZE], bits_of(op[col.KIND])
+        following = op[col.WEIGHTS] + ((start + count) * k * bits >> 3)
+        bias, out = floats_at(op[col.BIAS]), op[col.NUM_OUT]
+        multiply_panel(x, num_rows, k, panel, at, start, count, bias, y, out, following, bits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,18 +14,15 @@ from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
 from manyhats.engine.backends.cpu.compile import counted_compilation
-from manyhats.engine.backends.cpu.forward import LAST, LOGITS, STREAM, Forward, HostLinear
+from manyhats.engine.backends.cpu.forward import LAST, LOGITS, Forward
 from manyhats.engine.backends.cpu.kernels import CpuKernels
-from manyhats.engine.backends.cpu.program import Instructions
+from manyhats.engine.backends.cpu.units import Units
 from manyhats.engine.backends.logits import HostLogits
 from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.backends.warmup import run_one
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.weights import Weights
 from manyhats.engine.progress import LatestProgress, Progress
-
-Part = Instructions | HostLinear
-"""Instructions for one call, or a linear that a library runs."""
 
 
 class CpuModel:
@@ -35,7 +31,7 @@ class CpuModel:
     It holds weights, and the memory of one step; cache, adapters and plan are arguments.
 
     Attributes:
-        parts: of a forward, in order.
+        instructions: of a forward.
 
     Raises:
         ModelError: the kernel does not know what a block computes.
@@ -48,7 +44,7 @@ class CpuModel:
         self._num_norm_values = sum(norm.weight.numel() for norm in weights.norms())
         self._forward = Forward(architecture, weights, kernels)
         self._memory = {buffer: torch.empty(0) for buffer in self._forward.sizes}
-        self.parts = _parts(self._forward)
+        self.instructions = self._forward.program.arrays()
 
     @property
     def num_bytes(self) -> Mapping[str, int]:
@@ -74,19 +70,22 @@ class CpuModel:
         frame = np.zeros(col.FRAME_SIZE, dtype=np.int64)
         batch.describe(frame)
         cache.describe(frame)
+        attention = self.architecture.attention
+        heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        units = Units.of(
+            plan.query_start, plan.context_len, heads, cache.block_size, self._kernels.num_threads
+        )
+        units.describe(frame)
         described = adapters.describe(batch.adapter_rows, frame)
         num_scratch_values = max(
             self._forward.program.num_scratch_values,
             adapters.num_scratch_values,
-            4 * batch.block_tables.shape[1] * cache.block_size,
+            units.num_scratch_values,
         )
         buffers = self._buffers(batch, adapters)
-        for part in self.parts:
-            if isinstance(part, HostLinear):
-                num_rows = buffers[LAST if part.source == LAST else STREAM].shape[0]
-                part.run(buffers, num_rows, described.rescaled, adapters)
-            else:
-                self._kernels.run(part, frame, buffers, (cache.dtype, adapters.dtype), num_scratch_values)
+        dtypes = cache.dtype, adapters.dtype
+        self._kernels.run(self.instructions, frame, buffers, dtypes, num_scratch_values)
+        del described  # the frame had its addresses
         return HostLogits(self._logits(buffers[LAST], buffers[LOGITS], batch, adapters), self._kernels)
 
     def _buffers(self, batch: Batch, adapters: CpuAdapterSlots) -> list[Tensor]:
@@ -124,16 +123,3 @@ class CpuModel:
         if head.softcap is not None:
             self._kernels.softcap(logits, head.softcap)
         return logits
-
-
-def _parts(forward: Forward) -> list[Part]:
-    """A forward's program, cut where a library runs a linear."""
-    instructions, numbers = forward.program.arrays()
-    parts: list[Part] = []
-    cuts = sorted({0, *forward.host_linears})
-    for first, last in pairwise([*cuts, len(instructions)]):
-        if first in forward.host_linears:
-            parts.append(forward.host_linears[first])
-        if first < last:
-            parts.append((instructions[first:last], numbers[first:last]))
-    return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,15 @@ DEPTH = 16
 """A linear's inputs are a multiple of it: the most lanes that the ``linear`` kernel works with."""
 PANEL_BYTES = 64 * 1024
 """Of decoded float32 weights; stays in the second-level cache beside four rows of input."""
+RESCALED_ROWS = 4
+"""Rows whose input an adapter rescales that are multiplied at a time."""
+GROUP_ROWS = 16
+"""Rows of NF4 weights for inputs in 16-bit integers that are the lanes of a vector."""
+GROUPS = 3
+"""Of a panel of them: enough sums at once to keep the processor's multipliers busy for one row, too."""
+CODE_STEPS = 4075
+"""NF4's values are whole numbers of these: of all that leave room for a block's sum, those with the least error."""
+_SCALE_STEPS = 2**15 - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +37,8 @@ class CpuLinear:
     """One or more linears over the same input, as the ``linear`` kernel takes them.
 
     ``absmax`` and what follows are empty unless the weights are NF4, and what follows ``row_block`` too where
-    ``absmax`` is float32 rather than uint8.
+    ``absmax`` is float32 rather than uint8. Where the weights are 32-bit words, ``absmax`` is int16, in units of the
+    rows' ``row_offset``, and the other three are empty.
     """
 
     in_features: int
@@ -43,13 +54,33 @@ class CpuLinear:
     @property
     def num_bytes(self) -> int:
         """Resident bytes of weights, statistics and bias."""
-        arrays = (self.weights, self.bias, self.absmax, self.row_block, self.row_offset, self.nested)
-        return sum(array.nbytes for array in arrays)
+        arrays = (self.weights, self.absmax, self.row_block, self.row_offset, self.nested)
+        bias = self.bias.nbytes if self.bias.any() else 0  # linears without one share its zeros
+        return sum(array.nbytes for array in arrays) + bias
+
+    @property
+    def takes_int16(self) -> bool:
+        """Whether its inputs are 16-bit integers."""
+        return self.weights.dtype == np.uint32
+
+    @property
+    def quantized_size(self) -> int:
+        """32-bit words of a row of inputs as integers: pairs, then a step for each block."""
+        return self.in_features // 2 + self.in_features // BLOCK_SIZE if self.takes_int16 else 0
 
     @property
     def panel_rows(self) -> int:
-        """Weight rows decoded at a time."""
+        """Weight rows that are one unit of work."""
+        if self.takes_int16:
+            return GROUPS * GROUP_ROWS
         return max(3, PANEL_BYTES // (4 * self.in_features) // 3 * 3)
+
+    @property
+    def num_scratch_values(self) -> int:
+        """float32 values of scratch for decoded weights."""
+        if self.takes_int16:
+            return GROUP_ROWS // 2 * self.in_features
+        return self.panel_rows * self.in_features
 
 
 def as_array(tensor: Tensor) -> Array:
@@ -100,7 +131,7 @@ def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
         raise ModelError(f"a linear with {in_features} inputs: the CPU kernels need a multiple of {DEPTH}")
     weights = _alike([part.matrix for part in parts])
     out_features = sum(part.out_features for part in parts)
-    bias = np.concatenate([_bias(part) for part in parts])
+    bias = _bias(parts)
     quantized = [weight for weight in weights if isinstance(weight, Nf4Weight)]
     dense = [weight for weight in weights if isinstance(weight, Tensor)]
     if quantized:
@@ -121,6 +152,34 @@ def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
     )
 
 
+def takes_int16(parts: Sequence[Linear]) -> bool:
+    """Whether ``pack_for_int16`` can lay these linears out."""
+    return all(isinstance(part.matrix, Nf4Weight) and part.out_features % GROUP_ROWS == 0 for part in parts)
+
+
+def pack_for_int16(parts: Sequence[Linear]) -> CpuLinear:
+    """Lays out NF4 linears over the same input, of a multiple of sixteen outputs each, as ``int16.tile`` reads them."""
+    weights = [part.matrix for part in parts if isinstance(part.matrix, Nf4Weight)]
+    size, out = parts[0].in_features, sum(part.out_features for part in parts)
+    num_groups = -(-out // (GROUPS * GROUP_ROWS)) * GROUPS
+    scales = np.zeros((num_groups * GROUP_ROWS, size // BLOCK_SIZE), dtype=np.float32)
+    scales[:out] = torch.cat([weight.block_scales() for weight in weights]).view(out, -1).numpy()
+    units = np.abs(scales).max(axis=1) / np.float32(_SCALE_STEPS)
+    steps = np.rint(scales / np.where(units > 0, units, np.float32(1))[:, None]).astype(np.int16)
+    empty = np.empty(0, dtype=np.float32)
+    return CpuLinear(
+        in_features=size,
+        out_features=out,
+        weights=_words_of_groups(torch.cat([weight.packed for weight in weights]), num_groups, size),
+        bias=_bias(parts),
+        absmax=steps.reshape(num_groups, GROUP_ROWS, -1).transpose(0, 2, 1).reshape(-1),
+        row_block=np.empty(0, dtype=np.int32),
+        row_offset=units / np.float32(CODE_STEPS),
+        nested=empty,
+        nested_code=empty,
+    )
+
+
 def _alike(weights: Sequence[Matrix]) -> Sequence[Matrix]:
     """The weights all NF4, or all dense and of one dtype, which holds each value exactly."""
     if all(isinstance(weight, Nf4Weight) for weight in weights):
@@ -131,10 +190,35 @@ def _alike(weights: Sequence[Matrix]) -> Sequence[Matrix]:
     return dense
 
 
-def _bias(part: Linear) -> Array:
-    if part.bias is None:
-        return np.zeros(part.out_features, dtype=np.float32)
-    return part.bias.to(torch.float32).numpy()
+def _bias(parts: Sequence[Linear]) -> Array:
+    if all(part.bias is None for part in parts):
+        return _zeros(sum(part.out_features for part in parts))
+    return np.concatenate(
+        [
+            _zeros(part.out_features) if part.bias is None else part.bias.to(torch.float32).numpy()
+            for part in parts
+        ]
+    )
+
+
+@functools.cache
+def _zeros(size: int) -> Array:
+    return np.zeros(size, dtype=np.float32)
+
+
+def _words_of_groups(packed: Tensor, num_groups: int, size: int) -> Array:
+    """Codes as [groups, size / 8, 16] uint32; see ``int16.tile``. Rows past the last are codes of any value."""
+    codes = np.zeros((num_groups * GROUP_ROWS * size // 2), dtype=np.uint8)
+    codes[: packed.numel()] = packed.numpy()
+    # bitsandbytes keeps the even one of two inputs in the high nibble; here byte j of a pair of inputs j and 4 + j.
+    pairs = codes.reshape(num_groups, 4, GROUP_ROWS // 4, size // 8, 4)
+    inputs = np.stack((pairs >> 4, pairs & 15), axis=-1)  # [groups, quarters, rows, words, pairs, 2]
+    low, high = inputs[..., :2, :], inputs[..., 2:, :]
+    words = (low | high << 4).transpose(0, 3, 1, 4, 2, 5)  # [groups, words, quarters, pairs, rows, 2]
+    # In torch's memory, which begins with a cache line: a vector then never lies in two of them.
+    aligned = torch.empty(words.shape, dtype=torch.uint8).numpy()
+    aligned[...] = words
+    return aligned.reshape(-1).view(np.uint32)
 
 
 def _pack_nf4(weights: Sequence[Nf4Weight], in_features: int, out_features: int, bias: Array) -> CpuLinear:

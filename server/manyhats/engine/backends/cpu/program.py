@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.packing import Array, CpuLinear, as_array
+from manyhats.engine.backends.cpu.packing import RESCALED_ROWS, Array, CpuLinear, as_array
 
 Instructions = tuple[Array, Array]
 """[n, columns] int64, and [n, 2] float32."""
@@ -127,14 +127,19 @@ class Program:
         own = [sizes[0], layer, sizes[1], window or 0]
         self._add(col.ATTENTION, source, target, own, scale, softcap or 0.0)
 
-    def linear(self, source: int, target: int, packed: CpuLinear, rows: int = col.NUM_ROWS) -> None:
-        """``target = source Wᵀ + b``."""
-        self._need(packed.panel_rows * packed.in_features)
+    def linear(
+        self, source: int, target: int, packed: CpuLinear, quantized: int, rows: int = col.NUM_ROWS
+    ) -> None:
+        """``target = source Wᵀ + b``; ``quantized`` holds the source in integers, if the weights need that."""
+        self._need(packed.num_scratch_values)
+        if packed.takes_int16:
+            self._add(col.QUANTIZE, source, quantized, [packed.in_features], rows=rows)
+            source = quantized
         self._add(col.LINEAR, source, target, self._linear(packed, 0, 0), rows=rows)
 
     def rescaled(self, source: int, target: int, packed: CpuLinear, group: int, layer: int) -> None:
         """The linear again, for rows whose adapters rescale its input."""
-        self._need((packed.panel_rows + 4) * packed.in_features)
+        self._need(packed.num_scratch_values + RESCALED_ROWS * (2 * packed.in_features + packed.panel_rows))
         self._add(col.RESCALED, source, target, self._linear(packed, group, layer))
 
     def deltas(self, source: int, target: int, sizes: tuple[int, int], group: int, layer: int) -> None:
@@ -175,6 +180,8 @@ class Program:
 
 
 def _kind(packed: CpuLinear) -> int:
+    if packed.takes_int16:
+        return col.NF4_BY_INT16
     if packed.weights.dtype == np.uint8:
         return col.NESTED_NF4 if packed.absmax.dtype == np.uint8 else col.PLAIN_NF4
     return col.BFLOAT16 if packed.weights.dtype == np.uint16 else col.FLOAT32

@@ -10,8 +10,10 @@ import math
 import numpy as np
 
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.addresses import array_at, floats_at, longs_at
+from manyhats.engine.backends.cpu.addresses import array_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.int8 import store_head
+from manyhats.engine.backends.cpu.int16.quantize import quantize_row
 from manyhats.engine.backends.cpu.simd import (
     add,
     div,
@@ -21,7 +23,6 @@ from manyhats.engine.backends.cpu.simd import (
     mul,
     splat,
     store,
-    store_scalar,
     sub,
     sum_lanes,
     tanh,
@@ -102,6 +103,13 @@ def cap_row(x, at, size, limit):
 
 
 @inner
+def copy_row(x, at, size, out, out_at):
+    """out[out_at : out_at + size] = x[at : at + size], rounded if out is bfloat16."""
+    for i in range(0, size, 8):
+        store(out, out_at + i, load(x, at + i))
+
+
+@inner
 def rowwise(op, numbers, first, last, frame, buffers):
     """Carries out an instruction on rows first … last that needs nothing but its buffers."""
     kind = op[col.INSTRUCTION]
@@ -126,8 +134,10 @@ def rowwise(op, numbers, first, last, frame, buffers):
             gelu_tanh_row(source, 2 * at, size, target, at)
         elif kind == col.GATHER:
             chosen = longs_at(frame[col.LOGIT_ROWS])[row] * size
-            for i in range(0, size, 8):
-                store(target, at + i, load(source, chosen + i))
+            copy_row(source, chosen, size, target, at)
+        elif kind == col.QUANTIZE:
+            words = ints_at(buffers[op[col.TARGET]])
+            quantize_row(source, at, size, words, row)
         else:
             cap_row(target, at, size, numbers[0])
 
@@ -161,8 +171,8 @@ def rotate(x, at, cos, sin, angle, half):
 def rotate_and_store(op, first, last, frame, buffers, like):
     """Rotary embedding of rows' queries (in place) and keys; keys and values go into their cells.
 
-    A row is queries, keys, values. A layer's keys are [num_blocks, Hkv, K, block_size], its values
-    [num_blocks, Hkv, block_size, K], of the dtype of ``like``. Keys lie transposed, so that scores of a block's
+    A row is queries, keys, values. A layer's keys are [Hkv, num_blocks, K, block_size], its values
+    [Hkv, num_blocks, block_size, K], of the dtype of ``like``. Keys lie transposed, so that scores of a block's
     positions are lanes.
     """
     num_kv_heads, head_dim, block_size = frame[col.NUM_KV_HEADS], frame[col.HEAD_DIM], frame[col.BLOCK_SIZE]
@@ -171,6 +181,11 @@ def rotate_and_store(op, first, last, frame, buffers, like):
     cos, sin = floats_at(op[col.COS]), floats_at(op[col.SIN])
     keys = array_at(frame[col.KEYS] + op[col.LAYER] * frame[col.LAYER_BYTES], like)
     values = array_at(frame[col.VALUES] + op[col.LAYER] * frame[col.LAYER_BYTES], like)
+    scales = 4 * op[col.LAYER] * frame[col.LAYER_SCALES]
+    key_scales, value_scales = (
+        floats_at(frame[col.KEY_SCALES] + scales),
+        floats_at(frame[col.VALUE_SCALES] + scales),
+    )
     for row in range(first, last):
         start = row * op[col.SIZE]
         angle = longs_at(frame[col.POSITIONS])[row] * half
@@ -181,10 +196,8 @@ def rotate_and_store(op, first, last, frame, buffers, like):
         offset = cell - block * block_size
         for head in range(num_kv_heads):
             source = start + (num_heads + head) * head_dim
-            target = (block * num_kv_heads + head) * head_dim * block_size
-            for i in range(head_dim):
-                store_scalar(keys, target + i * block_size + offset, x[source + i])
+            target = (head * frame[col.NUM_BLOCKS] + block) * head_dim * block_size
+            scale = (head * frame[col.NUM_BLOCKS] + block) * block_size + offset
+            store_head(keys, target + offset, block_size, x, source, head_dim, key_scales, scale)
             source += num_kv_heads * head_dim
-            target += offset * head_dim
-            for i in range(0, head_dim, 8):
-                store(values, target + i, load(x, source + i))
+            store_head(values, target + offset * head_dim, 1, x, source, head_dim, value_scales, scale)

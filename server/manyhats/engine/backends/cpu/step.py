@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import numpy as np
 from llvmlite import ir
@@ -17,7 +18,7 @@ from manyhats.engine.backends.cpu.adapters.deltas import (
     num_rescaled_shares,
     rescaled,
 )
-from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_at
+from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_at, signed_bytes_at
 from manyhats.engine.backends.cpu.attention import attend
 from manyhats.engine.backends.cpu.compile import inner, kernel
 from manyhats.engine.backends.cpu.linear import linear
@@ -26,6 +27,8 @@ from manyhats.engine.backends.cpu.team import next_share, wait_for_all
 
 _SHARES = 8
 """Per thread, at most: enough that no thread waits long for another, few enough that taking them costs nothing."""
+_CLOCK = time.CLOCK_MONOTONIC
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
 @inner
@@ -44,7 +47,7 @@ def num_shares(op, frame, num_threads):
         size = panels_of_share(op, num_threads) * op[col.PANEL_ROWS]
         return (op[col.NUM_OUT] + size - 1) // size if num_rows else 0
     if kind == col.ATTENTION:
-        return frame[col.NUM_TILES] * frame[col.NUM_KV_HEADS]
+        return frame[col.NUM_UNITS] * frame[col.NUM_KV_HEADS]
     if kind == col.DELTAS:
         return num_delta_shares(op, frame)
     if kind == col.RESCALED:
@@ -71,6 +74,9 @@ def take_part(thread, frame_address, cached, packed):
     at = thread * frame[col.SCRATCH_SIZE]
     taken = longs_at(frame[col.COUNTERS])
     done = longs_at(frame[col.COUNTERS] + 8 * frame[col.NUM_INSTRUCTIONS])
+    times = frame[col.TIMES] if thread == 0 else 0  # one thread's clock, since all wait for each other
+    if times != 0:
+        _clock_gettime(_CLOCK, times)
     for index in range(frame[col.NUM_INSTRUCTIONS]):
         op = longs_at(frame[col.INSTRUCTIONS] + 8 * col.NUM_COLUMNS * index)
         numbers = floats_at(frame[col.NUMBERS] + 8 * index)
@@ -104,6 +110,9 @@ def take_part(thread, frame_address, cached, packed):
             num_mine += 1
             share = next_share(taken, index)
         wait_for_all(done, index, num_mine, count)
+        if times != 0:
+            times += 16
+            _clock_gettime(_CLOCK, times)
 
 
 def _floats_and_floats(thread, frame_address):
@@ -122,16 +131,33 @@ def _halves_and_halves(thread, frame_address):
     take_part(thread, frame_address, halves_at(0), halves_at(0))
 
 
+def _bytes_and_floats(thread, frame_address):
+    take_part(thread, frame_address, signed_bytes_at(0), floats_at(0))
+
+
+def _bytes_and_halves(thread, frame_address):
+    take_part(thread, frame_address, signed_bytes_at(0), halves_at(0))
+
+
+_PARTS = {
+    (4, 4): _floats_and_floats,
+    (4, 2): _floats_and_halves,
+    (2, 4): _halves_and_floats,
+    (2, 2): _halves_and_halves,
+    (1, 4): _bytes_and_floats,
+    (1, 2): _bytes_and_halves,
+}
+
+
 @functools.cache
-def part_for(cached_in_bfloat16, packed_in_bfloat16):
+def part_for(cached_bytes, packed_bytes):
     """``take_part`` as a C function, compiled or loaded from disk.
 
     Args:
-        cached_in_bfloat16: the KV cache's dtype; float32 otherwise.
-        packed_in_bfloat16: likewise, of adapters.
+        cached_bytes: of a value in the KV cache: 4 for float32, 2 for bfloat16, 1 for int8.
+        packed_bytes: likewise, in adapters; 4 or 2.
     """
-    floats, halves = (_floats_and_floats, _floats_and_halves), (_halves_and_floats, _halves_and_halves)
-    part = (halves if cached_in_bfloat16 else floats)[packed_in_bfloat16]
+    part = _PARTS[cached_bytes, packed_bytes]
     return cfunc(types.void(types.int64, types.int64), cache=True, nopython=True, error_model="numpy")(part)
 
 

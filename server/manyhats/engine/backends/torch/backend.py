@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from manyhats.engine.backends.dtypes import block_bytes, torch_dtype
+from manyhats.engine.backends.dtypes import block_bytes, cache_dtype, torch_dtype
 from manyhats.engine.backends.torch.adapters import TorchAdapterSlots
 from manyhats.engine.backends.torch.cache import TorchKVCache
 from manyhats.engine.backends.torch.model import TorchModel
@@ -36,7 +36,7 @@ class TorchBackend:
     ) -> TorchKVCache:
         """An empty cache."""
         num_blocks = num_bytes // block_bytes(architecture, block_size, dtype)
-        return TorchKVCache(architecture, num_blocks, block_size, torch_dtype(dtype), self._device)
+        return TorchKVCache(architecture, num_blocks, block_size, cache_dtype(dtype), self._device)
 
     def new_adapters(self, architecture: Architecture, num_slots: int, dtype: str) -> TorchAdapterSlots:
         """Empty adapter slots."""

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from manyhats.engine.backends.int8 import dequantized, quantized
 from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.model.architecture import Architecture
 
 
 class TorchKVCache:
-    """Keys and values as [L, num_blocks · block_size, Hkv, K]."""
+    """Keys and values as [L, num_blocks · block_size, Hkv, K]; as int8 with a scale for each head of each cell."""
 
     def __init__(
         self,
@@ -31,26 +32,53 @@ class TorchKVCache:
         )
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        scales = shape[:-1] if dtype == torch.int8 else (0,)
+        self._key_scales = torch.zeros(scales, device=device)
+        self._value_scales = torch.zeros(scales, device=device)
         self.num_blocks = num_blocks
         self.block_size = block_size
 
     @property
     def num_bytes(self) -> int:
         """Resident bytes."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(part.nbytes for part in self._parts())
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values, self._key_scales, self._value_scales
+
+    def store(self, layer: int | slice, cells: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Rounds keys and values [..., cells, Hkv, K] into cells of a layer, or of all."""
+        for given, stored, scales in (
+            (keys, self.keys, self._key_scales),
+            (values, self.values, self._value_scales),
+        ):
+            if stored.dtype == torch.int8:
+                stored[layer, cells], scales[layer, cells] = quantized(given.to(scales))
+            else:
+                stored[layer, cells] = given.to(stored)
+
+    def read(self, layer: int, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's cells, each [cells, Hkv, K] float32."""
+        if self.keys.dtype != torch.int8:
+            return self.keys[layer, cells].float(), self.values[layer, cells].float()
+        return (
+            dequantized(self.keys[layer, cells], self._key_scales[layer, cells]),
+            dequantized(self.values[layer, cells], self._value_scales[layer, cells]),
+        )
 
     def copy_blocks(self, plan: StepPlan) -> None:
         """Copies the blocks that a step wants copied, in every layer."""
         size = self.block_size
         for source, target in plan.block_copies:
-            for part in (self.keys, self.values):
+            for part in self._parts():
+                if not part.numel():
+                    continue
                 part[:, target * size : (target + 1) * size] = part[:, source * size : (source + 1) * size]
 
     def write(self, blocks: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Writes cells 0 … P − 1 of the blocks; keys and values [L, P, Hkv, K]."""
         cells = self.cells_of(torch.tensor(blocks), keys.shape[1])
-        self.keys[:, cells] = keys.to(self.keys)
-        self.values[:, cells] = values.to(self.values)
+        self.store(slice(None), cells, keys, values)
 
     def cells_of(self, blocks: Tensor, count: int) -> Tensor:
         """The first ``count`` cells of blocks in order: int64 on the cache's device."""

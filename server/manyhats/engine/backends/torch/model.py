@@ -173,8 +173,7 @@ class _Step:
         """Each query row by itself over its sequence's cells, which this step's are among."""
         plan, cache = self._plan, self._cache
         spec = self._model.architecture.blocks[layer].attention
-        cache.keys[layer, self._cells] = keys.to(cache.keys)
-        cache.values[layer, self._cells] = values.to(cache.values)
+        cache.store(layer, self._cells, keys, values)
         out = torch.empty_like(queries)
         for sequence, length in enumerate(plan.context_len.tolist()):
             cells = cache.cells_of(torch.from_numpy(plan.block_tables[sequence]), length)
@@ -182,10 +181,7 @@ class _Step:
             for row in range(first, last):
                 end = length - (last - row) + 1
                 begin = 0 if spec.window is None else max(0, end - spec.window)
-                seen = cells[begin:end]
-                out[row] = attended(
-                    queries[row], cache.keys[layer, seen].float(), cache.values[layer, seen].float(), spec
-                )
+                out[row] = attended(queries[row], *cache.read(layer, cells[begin:end]), spec)
         return out
 
     def activate(self, gate_up: Tensor, feed_forward: FeedForward) -> Tensor:

@@ -8,7 +8,11 @@ from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.int16.linear import multiply_rows
+from manyhats.engine.backends.cpu.int16.quantize import quantize_row
 from manyhats.engine.backends.cpu.linear import decode, tile_4x3
+from manyhats.engine.backends.cpu.packing import GROUP_ROWS, RESCALED_ROWS
+from manyhats.engine.backends.cpu.rowwise import copy_row
 from manyhats.engine.backends.cpu.simd import add, load, load_address, mul, store
 
 # Columns of a group's table: the number of members; where each member's outputs start, and how many there are; the
@@ -136,6 +140,9 @@ def rescale_panel(op, member, index, table, frame, buffers, scratch, at):
     within = index * op[col.PANEL_ROWS]
     count = min(op[col.PANEL_ROWS], np.int64(ints_at(table[SIZES])[member]) - within)
     first = ints_at(table[STARTS])[member] + within
+    if op[col.KIND] == col.NF4_BY_INT16:
+        rescale_by_int16(op, member, first, count, table, frame, buffers, at)
+        return
     decode(op, first, count, scratch, at)
     x, y, bias = (
         floats_at(buffers[op[col.SOURCE]]),
@@ -160,7 +167,33 @@ def rescale_panel(op, member, index, table, frame, buffers, scratch, at):
                 scratch, scaled, scaled + k, scaled + 2 * k, scaled + 3 * k,
                 scratch, w, w + o1 * k, w + o2 * k, k,
                 y, y0 + column, y1 + column, y2 + column, y3 + column, o1, o2, bias[o], bias[o + o1], bias[o + o2],
+                0, 0,
             )  # fmt: skip
+
+
+@inner
+def rescale_by_int16(op, member, first, count, table, frame, buffers, at):
+    """``rescaled`` for rows first … first + count of weights that take integers."""
+    x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
+    scratch = floats_at(frame[col.SCRATCH])
+    k, width = op[col.SIZE], op[col.PANEL_ROWS]
+    scaled = at + GROUP_ROWS // 2 * k
+    result = scaled + k
+    quantized = result + RESCALED_ROWS * width
+    words = ints_at(frame[col.SCRATCH] + 4 * quantized)
+    # As if the panel were the first of a target that is as wide as it.
+    out = floats_at(frame[col.SCRATCH] + 4 * (result - first))
+    num_rows = frame[col.NUM_RESCALED_ROWS]
+    for start in range(0, num_rows, RESCALED_ROWS):
+        rows = min(RESCALED_ROWS, num_rows - start)
+        for i in range(rows):
+            scale_input(op, member, start + i, table, frame, x, scratch, scaled)
+            quantize_row(scratch, scaled, k, words, i)
+        groups = first // GROUP_ROWS, (first + count) // GROUP_ROWS
+        multiply_rows(op, words, rows, groups, out, width, scratch, at)
+        for i in range(rows):
+            row = np.int64(ints_at(frame[col.RESCALED_ROWS])[start + i])
+            copy_row(scratch, result + i * width, count, y, row * op[col.NUM_OUT] + first)
 
 
 @inner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,19 +140,6 @@ class PackedAdapter:
                 raise ModelError(f"the CPU kernels do not know {type(delta).__name__}")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepAdapters:
-    """What a step's frame has the addresses of, to be kept until the step is over.
-
-    Attributes:
-        rescaled: rows whose input an adapter rescales.
-        arrays: the rest.
-    """
-
-    rescaled: AdapterRows
-    arrays: tuple[Array, ...]
-
-
 class CpuAdapterSlots:
     """``AdapterSlots`` on the CPU, where both tiers are one memory: placing an adapter enters its addresses."""
 
@@ -219,14 +206,18 @@ class CpuAdapterSlots:
         size = max(table.largest_size for table in self._sublayers.values())
         return max(rank, 2 * self._layout.hidden_size + size + LANES)
 
-    def describe(self, rows: AdapterRows, frame: Array) -> StepAdapters:
-        """Enters into a step's frame where the tables are, and which rows have an adapter."""
+    def describe(self, rows: AdapterRows, frame: Array) -> tuple[Array, ...]:
+        """Enters into a step's frame where the tables are, and which rows have an adapter.
+
+        Returns:
+            Arrays whose addresses the frame has, to be kept until the step is over.
+        """
         own = self._rescaling[rows.slots]
-        rescaled = AdapterRows(rows.rows[own], rows.slots[own], 0)
+        rescaled_rows, rescaled_slots = rows.rows[own], rows.slots[own]
         tables, used = self._linear_rows.copy(), []
-        if rescaled.rows.size:
+        if rescaled_rows.size:
             # Not of all slots: others are placed and cleared beside the step, whose threads must count the same shares.
-            used = [table.has_input_scales(rescaled.slots) for table in self._linears.values()]
+            used = [table.has_input_scales(rescaled_slots) for table in self._linears.values()]
             tables[:, deltas.HAS_INPUT_SCALES] = [each.ctypes.data for each in used]
         frame[col.NUM_SLOTS] = self._num_slots
         frame[col.LINEAR_TABLES] = tables.ctypes.data
@@ -234,35 +225,10 @@ class CpuAdapterSlots:
         frame[col.NUM_ADAPTER_ROWS] = rows.rows.size
         frame[col.ADAPTER_ROWS] = rows.rows.ctypes.data
         frame[col.ADAPTER_SLOTS] = rows.slots.ctypes.data
-        frame[col.NUM_RESCALED_ROWS] = rescaled.rows.size
-        frame[col.RESCALED_ROWS] = rescaled.rows.ctypes.data
-        frame[col.RESCALED_SLOTS] = rescaled.slots.ctypes.data
-        return StepAdapters(rescaled, (tables, *used))
-
-    def rescale_inputs(
-        self,
-        group: str,
-        layer: int,
-        x: Tensor,
-        y: Tensor,
-        rows: AdapterRows,
-        linear: Callable[[Tensor], Tensor],
-    ) -> None:
-        """Runs a group that is not the kernel's once more, for the rows whose input is rescaled.
-
-        Args:
-            group: its name.
-            layer: from 0.
-            x: [N, d_in] float32, its input.
-            y: [N, d_out of all members] float32, its output, updated at the members concerned.
-            rows: which rows have which adapter.
-            linear: runs it.
-        """
-        starts = np.cumsum((0, *self._layout.sizes[group])).tolist()
-        for slot, indices in rows_by_slot(rows):
-            for member, scale in self.placed[slot].linears[group].input_scales(layer, x.shape[1]):
-                columns = slice(starts[member], starts[member + 1])
-                y[indices, columns] = linear(x[indices] * scale)[:, columns]
+        frame[col.NUM_RESCALED_ROWS] = rescaled_rows.size
+        frame[col.RESCALED_ROWS] = rescaled_rows.ctypes.data
+        frame[col.RESCALED_SLOTS] = rescaled_slots.ctypes.data
+        return tables, rescaled_rows, rescaled_slots, *used
 
     def change_embeddings(self, token_ids: Tensor, hidden: Tensor, rows: AdapterRows) -> None:
         """Gives each row its own adapter's embedding.

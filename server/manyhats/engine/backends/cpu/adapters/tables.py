@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -120,13 +119,6 @@ class LinearEntries:
         if addresses[at]:
             raise ModelError(f"{delta.site}: one scale of the input a site, not two")
         addresses[at] = memory.add_vector(delta.scale)
-
-    def input_scales(self, layer: int, size: int) -> Iterator[tuple[int, Tensor]]:
-        """The members of a layer whose input is rescaled, and their scales, [size] each."""
-        for member, address in enumerate(self.fields[deltas.INPUT_SCALE_ADDRESS][layer].tolist()):
-            if address:
-                vector = (ctypes.c_float * size).from_address(address)
-                yield member, torch.frombuffer(vector, dtype=torch.float32)
 
 
 class SlotTable(ABC):

@@ -1,0 +1,1 @@
+"""NF4 linears in 16-bit integers."""

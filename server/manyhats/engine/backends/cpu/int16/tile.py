@@ -1,0 +1,231 @@
+"""Tiles of the product of rows of 16-bit integers and NF4 weights, unrolled in registers.
+
+Sixteen output rows, a *group*, are the lanes; ``instructions.decode`` says how codes lie.
+
+A row of inputs is integers q, then a step s for each block of 64 of them: x = s · q. Of each output, a block's products
+are summed exactly, in integers; the weights' scale times the block's step times that sum is added to the output's. The
+blocks are in the same order in every tile, so an output does not depend on the tile that it is in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+from manyhats.engine.backends.cpu.int16.instructions import (
+    FLOATS,
+    I8,
+    I32,
+    I64,
+    LANES,
+    SHORTS,
+    WORDS,
+    add_products,
+    decode,
+    fma,
+    splat,
+)
+from manyhats.engine.backends.cpu.simd import ask_ahead, element, spread
+from manyhats.engine.model.nf4 import BLOCK_SIZE
+
+PAIRS_OF_WORD = 4
+"""Pairs of codes in a 32-bit lane."""
+_WORDS_OF_BLOCK = BLOCK_SIZE // 2 // PAIRS_OF_WORD
+
+
+def _integer(value: int) -> ir.Constant:
+    return ir.Constant(I64, value)
+
+
+class _Memory:
+    """One array of the kernel, at indices of its elements."""
+
+    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any) -> None:
+        self._builder = builder
+        self._pointer = lambda index: element(context, builder, array_type, array, index)
+        self._align = array_type.dtype.bitwidth // 8
+
+    def load(self, index: Any, kind: Any) -> Any:
+        """A value of an LLVM type."""
+        pointer = self._builder.bitcast(self._pointer(index), kind.as_pointer())
+        return self._builder.load(pointer, align=self._align)
+
+    def store(self, index: Any, value: Any) -> None:
+        """A value of any LLVM type."""
+        pointer = self._builder.bitcast(self._pointer(index), value.type.as_pointer())
+        self._builder.store(value, pointer, align=self._align)
+
+    def ask_ahead(self, index: Any) -> None:
+        """Asks for the cache line of an element, which may lie past the end."""
+        ask_ahead(self._builder, self._builder.bitcast(self._pointer(index), I8.as_pointer()), near=3)
+
+    def spread(self, index: Any) -> Any:
+        """A 32-bit value in every lane."""
+        return spread(self._builder, self.load(index, I32), LANES)
+
+
+class _Tile:
+    """The code of a tile, whose operands are the arguments of ``nf4_tile``'s intrinsic."""
+
+    def __init__(self, builder: Any, arrays: tuple[_Memory, ...], numbers: tuple[Any, ...]) -> None:
+        self._builder = builder
+        self._weights, self._packed, self._scales, self._units, self._bias, self._x, self._y = arrays
+        self._at, self._ahead, self._group, self._num_stored, *rest = numbers
+        self._row, self._num_rows, self._size, self._out = rest
+
+    def emit(self, num_rows: int, num_groups: int, is_decoded: bool) -> None:
+        """The loop over blocks, and the stores behind it."""
+        b = self._builder
+        zero = splat(FLOATS, 0.0)
+        totals = [[cgutils.alloca_once_value(b, zero) for _ in range(num_groups)] for _ in range(num_rows)]
+        rows = self._rows(num_rows)
+        num_blocks = b.sdiv(self._size, _integer(BLOCK_SIZE))
+        sums = [[cgutils.alloca_once(b, WORDS) for _ in of_row] for of_row in totals]
+        with cgutils.for_range(b, num_blocks) as loop:
+            self._block(loop.index, num_blocks, rows, sums, is_decoded)
+            for g in range(num_groups):
+                scale = self._scale(loop.index, num_blocks, g)
+                for r in range(num_rows):
+                    in_row = b.add(b.mul(num_blocks, _integer(BLOCK_SIZE // 2)), loop.index)
+                    step = self._x.spread(b.add(self._start(rows[r], num_blocks), in_row))
+                    factor = b.fmul(scale, b.bitcast(step, FLOATS))
+                    total = b.sitofp(b.load(sums[r][g]), FLOATS)
+                    b.store(fma(b, total, factor, b.load(totals[r][g])), totals[r][g])
+        for g in range(num_groups):
+            with b.if_then(b.icmp_signed("<", _integer(g), self._num_stored)):
+                column = b.mul(b.add(self._group, _integer(g)), _integer(LANES))
+                unit = self._units.load(column, FLOATS)
+                bias = self._bias.load(column, FLOATS)
+                for r in range(num_rows):
+                    place = b.add(b.mul(rows[r], self._out), column)
+                    self._y.store(place, fma(b, b.load(totals[r][g]), unit, bias))
+
+    def _rows(self, count: int) -> list[Any]:
+        """The rows of the tile; past the end, the last one again."""
+        b = self._builder
+        last = b.sub(self._num_rows, _integer(1))
+        rows = [b.add(self._row, _integer(offset)) for offset in range(count)]
+        return [b.select(b.icmp_signed("<", row, last), row, last) for row in rows]
+
+    def _start(self, row: Any, num_blocks: Any) -> Any:
+        """Where a row of the inputs begins."""
+        return self._builder.mul(row, self._builder.mul(num_blocks, _integer(BLOCK_SIZE // 2 + 1)))
+
+    def _block(self, block: Any, num_blocks: Any, rows: list[Any], sums: Any, is_decoded: bool) -> None:
+        """The sums of a block's products, for each row and group."""
+        b = self._builder
+        for total in (total for of_row in sums for total in of_row):
+            b.store(splat(WORDS, 0), total)
+        stride = (PAIRS_OF_WORD if is_decoded else 1) * LANES
+        num_words = b.mul(num_blocks, _integer(_WORDS_OF_BLOCK))
+        first = b.mul(block, _integer(_WORDS_OF_BLOCK))
+        groups = [
+            b.add(self._at, b.mul(b.add(b.mul(num_words, _integer(g)), first), _integer(stride)))
+            for g in range(len(sums[0]))
+        ]
+        in_block = b.mul(first, _integer(PAIRS_OF_WORD))
+        inputs = [b.add(self._start(row, num_blocks), in_block) for row in rows]
+        with cgutils.for_range(b, _integer(_WORDS_OF_BLOCK)) as loop:
+            in_group = b.mul(loop.index, _integer(stride))
+            in_row = b.mul(loop.index, _integer(PAIRS_OF_WORD))
+            for g in range(len(groups)):
+                word = b.add(b.add(b.mul(num_words, _integer(g)), first), loop.index)
+                self._packed.ask_ahead(b.add(self._ahead, b.mul(word, _integer(LANES))))
+            values = [self._values(b.add(at, in_group), is_decoded) for at in groups]
+            for pair in range(PAIRS_OF_WORD):
+                for of_row, at in zip(sums, inputs, strict=True):
+                    x = self._x.spread(b.add(b.add(at, in_row), _integer(pair)))
+                    for total, of_group in zip(of_row, values, strict=True):
+                        b.store(add_products(b, b.load(total), of_group[pair], x), total)
+
+    def _values(self, at: Any, is_decoded: bool) -> list[Any]:
+        """The NF4 values of a word's pairs of codes."""
+        if is_decoded:
+            places = [self._builder.add(at, _integer(pair * LANES)) for pair in range(PAIRS_OF_WORD)]
+            return [self._weights.load(place, WORDS) for place in places]
+        return decode(self._builder, self._weights.load(at, WORDS))
+
+    def _scale(self, block: Any, num_blocks: Any, group: int) -> Any:
+        """The scales of a group's block, in units."""
+        b = self._builder
+        at = b.add(b.mul(b.add(self._group, _integer(group)), num_blocks), block)
+        raw = self._scales.load(b.mul(at, _integer(LANES)), SHORTS)
+        return b.sitofp(b.sext(raw, WORDS), FLOATS)
+
+
+def nf4_tile(num_rows: int, num_groups: int, *, is_decoded: bool) -> Any:
+    """A tile as an intrinsic.
+
+    Args:
+        num_rows: of the input.
+        num_groups: of the weights.
+        is_decoded: whether the weights are NF4's values already, a pair in each 32-bit lane, or packed codes.
+    """
+
+    @intrinsic
+    def tile(
+        typingctx,
+        weights,
+        packed,
+        scales,
+        units,
+        bias,
+        x,
+        y,
+        at,
+        ahead,
+        group,
+        num_stored,
+        row,
+        rows,
+        size,
+        out,
+    ):
+        """y[row …, group …] = x Wᵀ + b.
+
+        Args:
+            weights: of ``size`` inputs times the tile's groups, from ``at`` on; 32-bit words.
+            packed: all codes.
+            scales: [groups, size / 64, 16] int16, in units of the output row.
+            units: [groups · 16] float32, of scales and of codes.
+            bias: the same.
+            x: [rows, size / 2 + size / 64], 32-bit pairs of integers, then float32 steps.
+            y: [rows, out] float32.
+            at: where the tile's weights begin.
+            ahead: where as many codes begin that are read next: they are asked for meanwhile.
+            group: its first.
+            num_stored: how many of its groups there are; others are padding.
+            row: its first; past the last of all, that one is computed again.
+            rows: of x and y.
+            size: of a row of x, a multiple of 64.
+            out: of a row of y.
+        """
+
+        def codegen(context, builder, signature, args):
+            arrays = tuple(
+                _Memory(context, builder, kind, array)
+                for kind, array in zip(signature.args[:7], args[:7], strict=True)
+            )
+            _Tile(builder, arrays, tuple(args[7:])).emit(num_rows, num_groups, is_decoded)
+            return context.get_dummy_value()
+
+        return types.void(weights, packed, scales, units, bias, x, y, *[types.int64] * 8), codegen
+
+    return tile
+
+
+@intrinsic
+def decode_words(typingctx, weights, at, panel, target):
+    """panel[target : target + 64] = the NF4 values of the sixteen words at weights[at:], as tiles read them."""
+
+    def codegen(context, builder, signature, args):
+        codes, values = (_Memory(context, builder, signature.args[index], args[index]) for index in (0, 2))
+        for pair, decoded in enumerate(decode(builder, codes.load(args[1], WORDS))):
+            values.store(builder.add(args[3], _integer(pair * LANES)), decoded)
+        return context.get_dummy_value()
+
+    return types.void(weights, types.int64, panel, types.int64), codegen
