@@ -10,10 +10,15 @@ from support.servers.postgres import PostgresServer
 from support.servers.s3 import Bucket, S3Server
 
 sleep_soon()  # before any test imports torch: on a busy machine the tests would take ten times as long
+if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch
+
+    torch.set_num_threads(1)  # other processes keep the other processors busy
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=("cpu", "torch"), default="cpu", help="what the engine runs on")
+    parser.addoption("--screenshots", action="store_true", help="write those of the page to docs/")
 
 
 def pytest_configure(config: pytest.Config) -> None:

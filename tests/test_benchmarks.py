@@ -19,10 +19,13 @@ from benchmarks.registrations import Gap, summarize
 from benchmarks.report import evaluate, table
 from benchmarks.rows import ROWS, SUBJECTS, Judge, Pick, Row, at_least, at_most
 from benchmarks.service import Stream, common_steps
+from benchmarks.speculation import Answers, Message
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.workload import MIXED_CASE, VIRTUAL_CASES, Case, Workload, quick_settings
 
+from support.factories.saying_model import make_saying_checkpoint
 from support.factories.tiny_models import make_checkpoint
+from support.harnesses.engine import load_tiny, running_engine
 
 ROOT = Path(__file__).parents[1]
 
@@ -211,6 +214,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Mapping[str
     return run.stdout, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_run_shows_every_row(finished: tuple[str, Mapping[str, Any]]) -> None:
     shown, document = finished
     assert len(document["rows"]) == len(ROWS)
@@ -218,6 +222,7 @@ def test_run_shows_every_row(finished: tuple[str, Mapping[str, Any]]) -> None:
         assert f"{each.subject}: {each.title} " in shown
 
 
+@pytest.mark.slow
 def test_run_writes_the_machine_and_every_sample(finished: tuple[str, Mapping[str, Any]]) -> None:
     _, document = finished
     assert document["machine"]["cpu"]
@@ -257,6 +262,7 @@ def test_run_writes_the_machine_and_every_sample(finished: tuple[str, Mapping[st
         )
 
 
+@pytest.mark.slow
 def test_requests_of_one_prompt_task_hold_its_blocks_once(
     finished: tuple[str, Mapping[str, Any]],
 ) -> None:
@@ -269,6 +275,27 @@ def test_requests_of_one_prompt_task_hold_its_blocks_once(
     assert held == {"held/1": 1.0, "held/100": 1.0}
 
 
+def test_the_cost_of_a_token_is_shown_for_every_way(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    options = ["--model", str(model), "--streams", "1,3", "--steps", "5", "--step-ms", "10", "--rounds", "1"]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.wire", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert run.returncode == 0, run.stderr
+    head, *lines = run.stdout.splitlines()
+    assert head.split() == ["µs", "a", "token", "streams", "all", "engine", "loop", "others"]
+    rows = [line.split() for line in lines]
+    ways = ("grpc", "completions", "chat", "bare")
+    assert [row[:2] for row in rows] == [[way, streams] for streams in "13" for way in ways]
+    for _, _, total, *parts in rows:
+        assert float(total) > 0
+        assert sum(map(float, parts)) == pytest.approx(float(total), abs=0.3)
+
+
 def test_unknown_subject_is_named() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--only", "base,colour"],
@@ -278,3 +305,28 @@ def test_unknown_subject_is_named() -> None:
     )
     assert run.returncode == 2
     assert f"unknown: colour; there are {', '.join(SUBJECTS)}" in run.stderr
+
+
+async def test_speculation_is_measured_against_the_same_answers_without(tmp_path: Path) -> None:
+    said = list(range(40, 50))
+    model = load_tiny(make_saying_checkpoint(tmp_path / "model", said))
+    messages = [Message("tiny", tuple(said[index:]), 40, None) for index in range(3)]
+    async with running_engine(model) as engine:
+        answers = Answers(engine, 7)
+        rounds = [await answers.by_turns(messages)]
+        rounds += [await answers.together(messages, 2, is_first_with=first) for first in (False, True)]
+    assert not answers.differing
+    for each in rounds:
+        assert each.without.tokens == each.with_.tokens == 3 * 39
+        assert (each.without.drafts, each.without.accepted) == (0, 0)
+        assert 60 < each.with_.accepted <= each.with_.drafts
+        assert each.ratio == each.with_.rate / each.without.rate > 0
+
+
+async def test_an_answer_that_changes_with_speculation_is_told(tmp_path: Path) -> None:
+    model = load_tiny(make_saying_checkpoint(tmp_path / "model", list(range(40, 50))))
+    async with running_engine(model) as engine:
+        answers = Answers(engine, 7)
+        await answers.by_turns([Message("a", (40, 41), 5, None)])
+        await answers.by_turns([Message("b", (40, 41), 5, None), Message("a", (40, 41), 6, None)])
+    assert answers.differing == {"a"}

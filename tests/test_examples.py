@@ -230,7 +230,12 @@ def test_there_is_one_adapter_and_one_call_per_task() -> None:
     directories = {artifact_directory(task, EXAMPLES) for task in TASKS.values()}
     assert {*(EXAMPLES / "adapters").iterdir(), *(EXAMPLES / "parts").iterdir()} == directories
     assert prompts == {
-        name: {"chat": task.demo, "max_new_tokens": task.max_new_tokens} for name, task in TASKS.items()
+        name: {
+            "chat": task.demo,
+            "max_new_tokens": task.max_new_tokens,
+            **({"classes": [*task.classes]} if task.classes else {}),
+        }
+        for name, task in TASKS.items()
     }
 
 

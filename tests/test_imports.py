@@ -44,12 +44,12 @@ FORBIDDEN = {
 # Files and folders of a package from the ground up: one may import those before it.
 FLOORS = {
     "adapters": """
-        errors artifact finish_rate limits sites activations disk taskid registration primitives
+        errors artifact finish_rate limits sites activations disk taskid reserved_labels registration primitives
         equations method probe formats methods sources lowering store
     """,
     "engine": """
-        errors home output progress request threads model text scheduling backends checkpoints config sampling
-        residency loop engine opening
+        errors home output progress constraint request threads model text scheduling backends checkpoints config
+        sampling speculation residency loop engine opening
     """,
     "server": "observability access service grpc http lifetime",
     "trainer": "errors files settings data methods model memory report run registration train",
@@ -87,8 +87,9 @@ ONLY_IN = {
 SLOW = {"torch", "transformers", "numba", "bitsandbytes"}
 WITHOUT_SLOW = """
     adapters.errors adapters.artifact adapters.finish_rate adapters.limits adapters.sites
-    adapters.taskid adapters.primitives adapters.method adapters.probe adapters.registration
-    engine.errors engine.home engine.output engine.progress engine.request engine.config engine.scheduling
+    adapters.taskid adapters.primitives adapters.method adapters.probe adapters.reserved_labels adapters.registration
+    engine.errors engine.home engine.output engine.progress engine.constraint engine.request engine.config
+    engine.scheduling
     server.access server.service server.grpc server.http
     server.lifetime.config_file server.lifetime.process
 """

@@ -48,11 +48,15 @@ def planned(target: str) -> str:
         ("run", ["train"]),
         ("setup", ["train", "dev"]),
         ("test", ["train", "dev"]),
+        ("test-slow", ["train", "dev"]),
         ("test-torch", ["train", "dev"]),
         ("check", ["train", "dev"]),
         ("bench", ["train", "dev"]),
+        ("profile", ["train", "dev"]),
+        ("bench-peers", ["train", "dev"]),
         ("examples", ["train", "dev"]),
         ("fuzz", ["train", "dev"]),
+        ("conformance", ["train", "dev"]),
     ],
 )
 def test_a_fresh_machine_gets_what_a_target_needs_under_constraints(target: str, extras: list[str]) -> None:

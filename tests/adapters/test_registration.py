@@ -97,6 +97,14 @@ def test_a_registration_names_a_task() -> None:
         Registration("../sql", URI)
 
 
+def test_stop_sequences_alone_may_have_line_breaks() -> None:
+    kept = Registration("sql", URI, labels={"default.stop.0": "a\n\t\r"}).labels
+    assert kept == {"default.stop.0": "a\n\t\r"}
+    for labels in ({"note": "a\nb"}, {"default.stop.0": "a\x1b[31m"}, {"default.stop.0\n": "a"}):
+        with pytest.raises(ArgumentInvalidError):
+            Registration("sql", URI, labels=labels)
+
+
 def test_nobody_changes_what_was_asked() -> None:
     labels, parts = {"a": "b"}, [Part("x")]
     registration = Registration("sql", Parts(parts), labels=labels)

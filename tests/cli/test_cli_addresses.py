@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 from manyhats.cli.address import Listener, check_address, what_listens
 from manyhats.cli.failures import UsageError
 from manyhats.cli.main import app
-from manyhats.server.http.port import HttpPort
-from manyhats.server.http.probes import make_app
+from manyhats.server.http.metrics_port import MetricsPort
+from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.service.gate import Gate
 from support.fakes.client import FakeServer, running_server
 from support.servers.secure import make_pki
@@ -105,8 +105,8 @@ def test_every_command_says_what_is_wrong_with_an_address(
 @contextmanager
 def http_port(context: ssl.SSLContext | None = None) -> Iterator[str]:
     """A manyhats server's HTTP port, or the same behind TLS; its address."""
-    port = HttpPort(
-        make_app(Gate(heartbeat_limit_s=60), CollectorRegistry()), host="127.0.0.1", port=0, tls=None
+    port = MetricsPort(
+        make_metrics_app(Gate(heartbeat_limit_s=60), CollectorRegistry()), host="127.0.0.1", port=0, tls=None
     )
     port.start()
     try:

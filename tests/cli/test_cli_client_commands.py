@@ -61,6 +61,42 @@ def test_an_empty_prompt_is_refused_by_its_argument(fake: FakeServer) -> None:
         assert (result.exit_code, result.stderr) == (2, "error: PROMPT must not be empty\n")
 
 
+def test_generate_shows_several_answers(fake: FakeServer) -> None:
+    assert succeed(fake, "generate", "hi", "--num-sequences", "3") == f"{TEXT}\n---\n{TEXT}1\n---\n{TEXT}2\n"
+    assert fake.last_request.num_sequences == 3
+    answer = succeed_json(fake, "generate", "hi", "--num-sequences", "2")
+    assert [each["text"] for each in answer["more"]] == [f"{TEXT}1"]
+    lines = succeed(fake, "generate", "hi", "--num-sequences", "2", "--stream", "--json").splitlines()
+    pieces = [json.loads(line) for line in lines]
+    for index in (0, 1):
+        assert "".join(each["text"] for each in pieces if each["sequence_index"] == index) == TEXT
+    result = run(fake, "generate", "hi", "--num-sequences", "2", "--stream")
+    assert result.exit_code == 2
+    assert "--stream shows one answer; with --num-sequences it needs --json" in result.stderr
+
+
+def test_generate_takes_a_constraint(fake: FakeServer, tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "s.json", tmp_path / "g.lark"
+    schema.write_text('{"type": "null"}')
+    grammar.write_text('start: "é"', encoding="utf-8")
+    for option, value, field, sent in (
+        ("--json-schema", str(schema), "json_schema", '{"type": "null"}'),
+        ("--json-schema", '{"type": "string"}', "json_schema", '{"type": "string"}'),
+        ("--grammar", str(grammar), "grammar", 'start: "é"'),
+        ("--grammar", 'start: "b"', "grammar", 'start: "b"'),
+        ("--regex", "a+", "regex", "a+"),
+    ):
+        succeed(fake, "generate", "hi", option, value)
+        assert getattr(fake.last_request, field) == sent
+    succeed(fake, "generate", "hi", "--choice", "yes", "--choice", "no")
+    assert list(fake.last_request.choice.options) == ["yes", "no"]
+    result = run(fake, "generate", "hi", "--json-schema", str(tmp_path / "none.json"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --json-schema: cannot read")
+    result = run(fake, "generate", "hi", "--regex", "a", "--choice", "b")
+    assert "choice: is given besides regex" in result.stderr
+
+
 def test_generate_stream_json_is_a_line_per_piece(fake: FakeServer) -> None:
     lines = succeed(fake, "generate", "hi", "--stream", "--json").splitlines()
     pieces = [json.loads(line) for line in lines]
@@ -96,6 +132,9 @@ def test_generate_passes_every_option(fake: FakeServer) -> None:
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 4, 0.75)
     assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.25, 1.5, 7)
     assert (stopping.max_new_tokens, list(stopping.stop_sequences)) == (9, ["a", "b"])
+    assert not fake.last_request.HasField("speculation")
+    succeed(fake, "generate", "hi", "--speculation", "6")
+    assert fake.last_request.speculation.num_tokens == 6
 
 
 def test_server_may_come_from_the_environment(fake: FakeServer) -> None:
@@ -178,6 +217,24 @@ def test_register_makes_paths_of_this_machine_absolute(
     ):
         run(fake, "adapters", "register", "sql", given)
         assert fake.last_request.uri == sent
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        ([], ""),
+        (["--label", "team=a"], ""),
+        (["--label", "class.0=a"], "note: sql@3 keeps the labels that it was registered with\n"),
+    ],
+)
+def test_labels_that_an_existing_version_does_not_get_are_said(
+    fake: FakeServer, labels: list[str], note: str, as_json: list[str]
+) -> None:
+    fake.has_versions = True
+    result = run(fake, "adapters", "register", "sql", "/adapters/sql", *labels, *as_json)
+    assert result.exit_code == 0
+    assert result.stderr.replace("note: names no base\n", "") == note
 
 
 def test_register_json(fake: FakeServer) -> None:
@@ -350,3 +407,6 @@ def test_an_answer_that_the_context_cut_short_is_said_to_be(
     assert result.exit_code == 0
     beyond = BEYOND if limit == 100_000 else ""
     assert result.stderr == ("" if limit == 4 else beyond + CUT.format(limit or 256))
+    # Of a task, a limit that was not given is not known: it may be the task's own.
+    of_task = run(fake, *command, "--task", "sql", *limits, stdin="hi\n")
+    assert of_task.stderr == ("" if limit is None else result.stderr)

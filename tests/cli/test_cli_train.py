@@ -507,6 +507,25 @@ tasks:
 """
 
 
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_a_task_that_answers_with_labels_is_registered_with_them(
+    fake: FakeServer, in_directory: Path, is_uniform: bool
+) -> None:
+    if not is_uniform:
+        rows = [
+            {"prompt": "1: ", "completion": "odd", "system": "Be brief."},
+            {"prompt": "2: ", "completion": "even"},
+        ]
+        (in_directory / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = small("lora", "--chat", "--eval", "eval.jsonl", "--label", "auto", "--register", fake.target)
+    assert result.exit_code == 0, result.stderr
+    defaults = {"default.temperature": "0", "default.max_tokens": "5"}
+    classes = {"class.0": "even", "class.1": "odd"}
+    note = "note: sql is registered without classes: its prompts are made in several ways"
+    assert dict(fake.last_request.labels) == (defaults | classes if is_uniform else defaults)
+    assert (note in result.stderr) == (not is_uniform)
+
+
 def test_several_tasks_are_trained_and_registered(fake: FakeServer, in_directory: Path) -> None:
     (in_directory / "tasks.yaml").write_text(TASKS)
     result = run("--tasks", "tasks.yaml", "--model", str(tiny_model()), "--register", fake.target, "--json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from manyhats.client import (
     ChatMessage,
+    ChatOptions,
     FinishReason,
     GenerateOptions,
     GenerationChunk,
@@ -25,6 +27,7 @@ OPTIONS: GenerateOptions = {
     "add_special_tokens": False,
     "cache_salt": "tenant",
     "priority": -3,
+    "num_sequences": 3,
     "temperature": 0.5,
     "top_k": 40,
     "top_p": 0.75,
@@ -53,6 +56,17 @@ def build(prompt: Any = "hi", **options: Any) -> generation_pb2.GenerateRequest:
     return convert.generate_request(prompt, "sql@2", options)
 
 
+def test_how_far_to_guess_has_a_message_of_its_own() -> None:
+    assert build(speculation=3).speculation.num_tokens == 3
+    assert build(speculation=0).speculation.HasField("num_tokens")
+    assert not build(speculation=None).HasField("speculation")
+    with pytest.raises(InvalidRequestError, match=r"speculation\.num_tokens"):
+        build(speculation=-1)
+    usage = generation_pb2.Usage(draft_tokens=5, accepted_draft_tokens=2)
+    found = convert.generation(generation_pb2.GenerateResponse(usage=usage)).usage
+    assert (found.draft_tokens, found.accepted_draft_tokens) == (5, 2)
+
+
 def test_every_option_lands_in_its_field() -> None:
     request = build(**OPTIONS)
     sections = [request, request.sampling, request.stopping, request.response]
@@ -75,7 +89,43 @@ def test_options_are_exactly_the_fields_of_the_api() -> None:
         generation_pb2.ResponseOptions,
     ):
         fields |= {field.name for field in message.DESCRIPTOR.fields}
-    assert GenerateOptions.__annotations__.keys() == fields - sections - prompt_fields == OPTIONS.keys()
+    of_chat = {field.name for field in generation_pb2.ChatMessages.DESCRIPTOR.fields} - {"messages"}
+    assert ChatOptions.__annotations__.keys() == of_chat
+    assert GenerateOptions.__annotations__.keys() - of_chat == fields - sections - prompt_fields
+    constraints = {"json_schema", "regex", "grammar", "choice"}
+    assert OPTIONS.keys() == fields - sections - prompt_fields - constraints - {"speculation"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sent"),
+    [
+        ("json_schema", {"type": "string", "const": "é"}, '{"type": "string", "const": "é"}'),
+        ("json_schema", '{"type":"null"}', '{"type":"null"}'),
+        ("regex", "[ab]+", "[ab]+"),
+        ("grammar", 'start: "a"', 'start: "a"'),
+        ("choice", ("yes", "no"), ["yes", "no"]),
+        ("choice", [], []),
+    ],
+)
+def test_a_constraint_fills_one_arm(option: Any, value: Any, sent: Any) -> None:
+    request = build(**{option: value, "seed": 1})
+    assert request.WhichOneof("constraint") == option
+    assert (list(request.choice.options) if option == "choice" else getattr(request, option)) == sent
+    assert build(**{option: None}).WhichOneof("constraint") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"regex": "a", "choice": ["b"]}, "choice: is given besides regex"),
+        ({"choice": "yes"}, "choice: must be several texts"),
+        ({"regex": 5}, "regex: "),
+        ({"grammar": {"a": 1}}, "grammar: "),
+    ],
+)
+def test_constraints_that_cannot_be_sent_are_refused(options: Any, problem: str) -> None:
+    with pytest.raises(InvalidRequestError, match=problem):
+        build(**options)
 
 
 def test_options_left_out_or_none_stay_unset() -> None:
@@ -107,8 +157,38 @@ def test_one_stop_sequence_may_be_given_alone() -> None:
 )
 def test_prompt_fills_one_arm(prompt: Any, arm: str) -> None:
     assert build(prompt).WhichOneof("prompt") == arm
-    assert convert.tokenize_request(prompt, "", None).WhichOneof("prompt") == arm
+    assert convert.tokenize_request(prompt, "", None, {}).WhichOneof("prompt") == arm
     assert convert.score_request(prompt, ["x"], "", {}).WhichOneof("prompt") == arm
+
+
+def test_further_answers_are_whole_answers_too() -> None:
+    first = generation_pb2.GenerateResponse(
+        text="a",
+        request_id="r",
+        finish_reason=generation_pb2.FINISH_REASON_EOS,
+        prompt_tokens=[generation_pb2.TokenInfo(id=1)],
+        more_sequences=[
+            generation_pb2.GeneratedSequence(
+                text="b",
+                tokens=[generation_pb2.TokenInfo(id=7)],
+                finish_reason=generation_pb2.FINISH_REASON_LENGTH,
+                usage=generation_pb2.Usage(generated_tokens=1),
+            )
+        ],
+    )
+    answer = convert.generation(first)
+    assert [each.text for each in answer.sequences] == ["a", "b"]
+    (more,) = answer.more
+    assert (more.request_id, more.finish_reason, more.prompt_tokens) == ("r", FinishReason.LENGTH, ())
+    assert (more.tokens[0].id, more.usage.generated_tokens) == (7, 1)
+
+
+def test_mixed_chunks_are_joined_by_their_answer() -> None:
+    pieces = [(0, "a"), (2, "x"), (0, "b"), (1, "m"), (2, "y"), (1, "n")]
+    chunks = [GenerationChunk(text=text, sequence_index=index) for index, text in pieces]
+    assert [each.text for each in convert.join_chunks(chunks).sequences] == ["ab", "mn", "xy"]
+    assert [each.text for each in convert.join_chunks(chunks[:2]).sequences] == ["a", "", "x"]
+    assert [each.text for each in convert.join_chunks([]).sequences] == [""]
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1))
@@ -143,7 +223,10 @@ def test_value_that_no_field_can_hold_names_the_field(options: dict[str, Any], f
         ([1, -2], "token_ids"),
         ([1, "two"], "token_ids"),
         (7, "prompt"),
-        ([{"role": "user"}], "chat.messages[0]"),
+        ([{"role": "user"}], "chat.messages[0].content"),
+        ([{"content": "hi"}], "chat.messages[0]"),
+        ([{"role": "user", "content": "hi", "mood": "good"}], "chat.messages[0]"),
+        ([{"role": "assistant", "tool_calls": [{"id": "c"}]}], "chat.messages[0].tool_calls[0]"),
         ([ChatMessage("user", "hi"), "hello"], "chat.messages[1]"),
         ([{"role": "user", "content": 3}], "chat.messages[0].content"),
     ],
@@ -154,7 +237,67 @@ def test_prompt_of_a_wrong_type_names_where(prompt: Any, field: str) -> None:
     assert caught.value.field == field
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"z": 1, "a": "é"}}}
+
+
+def test_a_conversation_with_tools_is_sent_as_it_is() -> None:
+    messages = [
+        ChatMessage("user", "hi", name="Ada"),
+        ChatMessage(
+            "assistant", None, tool_calls=[{"id": "c", "function": {"name": "f", "arguments": {"b": 1}}}]
+        ),
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "g", "arguments": "{}"}}],
+        },
+        {"role": "tool", "content": "", "tool_call_id": "c"},
+    ]
+    options = {
+        "tools": [TOOL],
+        "template_arguments": {"enable_thinking": False},
+        "continue_final_message": True,
+    }
+    chat = build(messages, **options, add_generation_prompt=False).chat
+    assert [(each.role, each.content, each.name, each.tool_call_id) for each in chat.messages] == [
+        ("user", "hi", "Ada", ""),
+        ("assistant", "", "", ""),
+        ("assistant", "", "", ""),
+        ("tool", "", "", "c"),
+    ]
+    calls = [(call.id, call.name, call.arguments) for each in chat.messages for call in each.tool_calls]
+    assert calls == [("c", "f", '{"b": 1}'), ("", "g", "{}")]
+    assert [json.loads(tool) for tool in chat.tools] == [TOOL]
+    assert dict(chat.template_arguments) == {"enable_thinking": False}
+    assert chat.continue_final_message
+    assert chat.HasField("add_generation_prompt")
+    for request in (
+        convert.tokenize_request(messages, "", None, options),
+        convert.score_request(messages, ["x"], "", options),
+    ):
+        assert request.chat.tools == chat.tools
+        assert not request.chat.HasField("add_generation_prompt")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "field"),
+    [
+        ("text", {"tools": [TOOL]}, "chat.tools"),
+        ([1], {"continue_final_message": True}, "chat.continue_final_message"),
+        ([ChatMessage("user", "hi")], {"tools": [object()]}, "chat.tools"),
+        ([ChatMessage("user", "hi")], {"template_arguments": {"a": object()}}, "chat.template_arguments"),
+        ([ChatMessage("user", "hi")], {"add_generation_prompt": "no"}, "chat.add_generation_prompt"),
+    ],
+)
+def test_options_of_a_conversation_that_do_not_fit(prompt: Any, options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        build(prompt, **options)
+    assert caught.value.field == field
+
+
 def test_unknown_option_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="temperature"):
+        convert.tokenize_request("a", "", None, {"temperature": 1.0})
     with pytest.raises(TypeError, match="temprature"):
         build(temprature=1.0)
     with pytest.raises(TypeError, match="temperature"):

@@ -24,6 +24,7 @@ PUBLIC = [
     "BaseMismatchError",
     "CancelledError",
     "ChatMessage",
+    "ChatOptions",
     "Client",
     "Continuation",
     "Credentials",

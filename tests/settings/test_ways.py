@@ -32,6 +32,7 @@ FLOATS = st.floats(0.001, 0.9)
 SPECIAL: Mapping[str, st.SearchStrategy[Any]] = {
     "catalogue": NAMES.map("postgresql://host/{}".format),
     "adapter_url_prefixes": st.lists(NAMES.map("s3://{}/".format), min_size=1, max_size=3),
+    "cors_origins": st.lists(NAMES.map("https://{}.example".format), min_size=1, max_size=3),
     "grpc_port": st.integers(0, 7999),
     "http_port": st.integers(0, 50050),
     "max_sequences": st.integers(1, 256),

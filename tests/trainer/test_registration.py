@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -10,8 +11,11 @@ import pytest
 import trustme
 
 from manyhats.client import AdapterInvalidError, Credentials, UnavailableError
+from manyhats.server.service.task_defaults import TaskDefaults, read_defaults
+from manyhats.trainer.data.contents import PromptForm
 from manyhats.trainer.errors import RegistrationError
-from manyhats.trainer.registration import RegistrationServer
+from manyhats.trainer.registration import RegistrationServer, version_labels, why_no_classes
+from manyhats.trainer.report.report import Evaluation, HeldOut
 from support.fakes.client import FakeServer, make_status, running_server
 
 
@@ -42,6 +46,24 @@ def test_the_artifact_alone_is_sent_and_becomes_active(fake: FakeServer, out: Pa
     assert set(fake.uploaded) == {"adapter_config.json", "adapter_model.safetensors"}
     assert bytes(fake.uploaded["adapter_model.safetensors"]) == b"weights" * 1000
     assert told[-1] == (7002, 7002)
+
+
+def test_a_version_that_answers_with_labels_gets_defaults_for_that(fake: FakeServer, out: Path) -> None:
+    held_out = HeldOut(loss=1.0, num_right=5)
+    with_labels = Evaluation(num_items=9, labels=("a", "b"), before=held_out, after=held_out, label_tokens=3)
+    labels = version_labels(with_labels)
+    RegistrationServer(target=fake.target).register("sql", out, labels=labels)
+    assert fake.last_request.labels == {"default.temperature": "0", "default.max_tokens": "3"}
+    assert read_defaults(labels) == TaskDefaults({"temperature": 0.0}, {"max_new_tokens": 3})
+    assert "several ways" in why_no_classes(with_labels)
+    with_form = replace(with_labels, form=PromptForm(is_chat=True, system="Be brief."))
+    classes = {"class.0": "a", "class.1": "b", "classify.system": "Be brief."}
+    assert (version_labels(with_form), why_no_classes(with_form)) == (labels | classes, "")
+    for unfit in (("a",), ("a", "b" * 257), ("a", "b\x1b")):
+        without = replace(with_form, labels=unfit)
+        assert version_labels(without) == labels
+        assert why_no_classes(without).startswith("labels")
+    assert version_labels(replace(with_labels, labels=())) == version_labels(None) == {}
 
 
 def test_the_token_is_shown(fake: FakeServer, out: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from benchmarks.training import rows
 from benchmarks.training_cases import CASES, TrainingWorkload, tokens_per_s
 
@@ -16,6 +17,7 @@ from support.factories.tiny_models import make_checkpoint
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_quick_run_compares_whole_steps_of_both_trainers(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "tiny", "llama")
     arguments = ["--quick", "--threads", "1", "--only", "completion", "--model", str(checkpoint)]

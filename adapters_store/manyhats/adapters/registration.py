@@ -11,12 +11,16 @@ from typing import TypeAlias
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import ArgumentInvalidError
+from manyhats.adapters.reserved_labels import CLASS, STOP, SYSTEM, label_error, read_classes
 from manyhats.adapters.taskid import check_task_id
 
 _MAX_ID_LENGTH = 128
 
 _MAX_LABELS = 64
 _MAX_LENGTH = 256
+_MAX_SYSTEM_LENGTH = 4096
+_MAX_BYTES = 128 * 1024  # a page of versions is one message
+_WITHOUT_BREAKS = str.maketrans("", "", "\n\r\t")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,26 @@ class Files:
         object.__setattr__(self, "files", tuple(self.files))
 
 
-Source: TypeAlias = Uri | Parts | Files
+@dataclass(frozen=True, slots=True)
+class Unannounced:
+    """The files of one adapter, which the caller is about to send without saying beforehand what they are."""
+
+
+Source: TypeAlias = Uri | Parts | Files | Unannounced
+
+
+def source_of(uri: str, parts: Sequence[Part]) -> Uri | Parts:
+    """One adapter or several, whichever is given.
+
+    Raises:
+        ArgumentInvalidError: both or neither, or a part has no uri.
+    """
+    if bool(uri) == bool(parts):
+        raise ArgumentInvalidError("uri", "exactly one of uri and parts must be set")
+    for index, part in enumerate(parts):
+        if not part.uri:
+            raise ArgumentInvalidError(f"parts[{index}].uri", "must not be empty")
+    return Uri(uri) if uri else Parts(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +142,7 @@ class Registration:
                 return uri
             case Parts():
                 return "composed"
-            case Files():
+            case Files() | Unannounced():
                 return "upload"
 
     def fingerprint(self) -> str:
@@ -158,19 +181,29 @@ def _described(source: Source) -> list[tuple[str | int | float, ...]]:
             return [("part", part.uri, part.weight) for part in parts]
         case Files(files):
             return [("file", file.name, file.size_bytes, file.sha256) for file in files]
+        case Unannounced():
+            return [("files",)]
 
 
 def check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
     """A copy that nobody else can change.
 
     Raises:
-        ArgumentInvalidError: too many, too long, or not printable.
+        ArgumentInvalidError: too many, too long, or not printable, where stop sequences, classes and a system message
+            may have line breaks and tabs; or what they say of the task's classes is wrong.
     """
-    if len(labels) > _MAX_LABELS:
-        raise ArgumentInvalidError("labels", f"has {len(labels)} entries; the limit is {_MAX_LABELS}")
+    num_own = sum(not key.startswith(CLASS) for key in labels)
+    if num_own > _MAX_LABELS:
+        raise ArgumentInvalidError("labels", f"has {num_own} entries; the limit is {_MAX_LABELS}")
     for key, value in labels.items():
-        if not key or max(len(key), len(value)) > _MAX_LENGTH or not (key + value).isprintable():
-            raise ArgumentInvalidError(
-                "labels", f"keys have 1 to {_MAX_LENGTH} printable characters, values at most as many"
-            )
+        limit = _MAX_SYSTEM_LENGTH if key == SYSTEM else _MAX_LENGTH
+        if not key or len(key) > _MAX_LENGTH or not key.isprintable():
+            raise ArgumentInvalidError("labels", f"keys have 1 to {_MAX_LENGTH} printable characters")
+        seen = value.translate(_WITHOUT_BREAKS) if key.startswith((STOP, CLASS, SYSTEM)) else value
+        if len(value) > limit or not seen.isprintable():
+            raise label_error(key, f"must have at most {limit} printable characters")
+    num_bytes = sum(len(text.encode()) for label in labels.items() for text in label)
+    if num_bytes > _MAX_BYTES:
+        raise ArgumentInvalidError("labels", f"have {num_bytes} bytes together; the limit is {_MAX_BYTES}")
+    read_classes(labels)
     return MappingProxyType(dict(labels))

@@ -124,7 +124,11 @@ RequestId = Annotated[
 ]
 Label = Annotated[
     list[str] | None,
-    typer.Option("--label", metavar="KEY=VALUE", help="Stored with the version. Repeatable."),
+    typer.Option(
+        "--label",
+        metavar="KEY=VALUE",
+        help="Stored with the version; default.temperature=0 and the like are its defaults. Repeatable.",
+    ),
 ]
 
 AssumeBase = Annotated[
@@ -159,7 +163,7 @@ def register(
         parts = [parse_part(text) for text in part]
         with connect(connection) as client, shown_wait():
             registration = client.register_adapter(adapters[0], parts=parts, **options)
-        _print(registration, done, as_json)
+        _print(registration, done, as_json, options)
         return
 
     def make(client: Client, item: Item, report: Report) -> Registration:
@@ -212,7 +216,7 @@ def _make_each(
             outcomes = [Outcome(items[0], make(client, items[0], report))]
         else:
             outcomes = perform(items, lambda item: make(client, item, report), report)
-    _print_outcomes(outcomes, is_one, done, as_json)
+    _print_outcomes(outcomes, options, is_one, done, as_json)
 
 
 def _items(texts: list[str], options: RegisterOptions) -> list[Item]:
@@ -224,7 +228,9 @@ def _items(texts: list[str], options: RegisterOptions) -> list[Item]:
     return items
 
 
-def _print_outcomes(outcomes: list[Outcome], is_one: bool, done: str, as_json: bool) -> None:
+def _print_outcomes(
+    outcomes: list[Outcome], options: RegisterOptions, is_one: bool, done: str, as_json: bool
+) -> None:
     """Print the outcome of each, and fail if one did."""
     registered = [each.registration for each in outcomes if each.registration is not None]
     failed = [each for each in outcomes if each.registration is None]
@@ -232,7 +238,7 @@ def _print_outcomes(outcomes: list[Outcome], is_one: bool, done: str, as_json: b
         print_json([_as_json(each) for each in outcomes])
     else:
         for registration in registered:
-            _print(registration, done, as_json)
+            _print(registration, done, as_json, options)
     for each in failed:
         typer.echo(f"failed: {each.item.task}: {' '.join(each.error.split())}", err=True)
     if failed:
@@ -306,11 +312,14 @@ def _options(
     }
 
 
-def _print(registration: Registration, done: str, as_json: bool) -> None:
+def _print(registration: Registration, done: str, as_json: bool, options: RegisterOptions) -> None:
+    info = registration.adapter
+    labels = options.get("labels")
+    if labels and not registration.created and dict(info.labels) != labels:
+        typer.echo(f"note: {info.name} keeps the labels that it was registered with", err=True)
     if as_json:
         print_json(registration)
         return
-    info = registration.adapter
     already = "" if registration.created or done == "valid" else "already "
     effect = () if info.effect is None else (f"effect {info.effect:.3g}",)
     facts = ", ".join((info.method, info.state, human_bytes(info.size_bytes), *effect, info.digest))

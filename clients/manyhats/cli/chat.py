@@ -80,6 +80,7 @@ def chat(
     min_p: opt.MinP = None,
     repetition_penalty: opt.RepetitionPenalty = None,
     seed: opt.Seed = None,
+    speculation: opt.Speculation = None,
     *,
     connection: Connection,
     as_json: opt.Json = False,
@@ -95,6 +96,7 @@ def chat(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "speculation": speculation,
     }
     is_interactive = sys.stdin.isatty()
     with connect(connection) as client:

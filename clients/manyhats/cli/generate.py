@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,6 +30,10 @@ HELP = """Send one prompt and print the answer.
 
   $ cat article.txt | manyhats generate --task tldr -
 
+  $ manyhats generate --choice yes --choice no "Is water wet?"
+
+  $ manyhats generate --chat --json-schema person.json "Invent a person."
+
 The prompt goes to the model unchanged. With --chat it becomes a user
 message in the chat template of the model or the task, which is what
 instruction-tuned models expect.
@@ -37,6 +42,32 @@ instruction-tuned models expect.
 PromptText = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from stdin.")]
 Stream = Annotated[bool, typer.Option("--stream", "-s", help="Print the answer as it is generated.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message.")]
+NumSequences = Annotated[
+    int | None,
+    typer.Option(
+        "--num-sequences",
+        min=1,
+        max=16,
+        metavar="N",
+        help="Answers to the same prompt, each sampled anew; between them a line of dashes.",
+        show_default="1",
+    ),
+]
+JsonSchema = Annotated[
+    str | None,
+    opt.constraint("--json-schema", metavar="FILE|TEXT", help="The answer is JSON that fits this schema."),
+]
+Regex = Annotated[
+    str | None, opt.constraint("--regex", metavar="TEXT", help="The whole answer matches this expression.")
+]
+Grammar = Annotated[
+    str | None,
+    opt.constraint("--grammar", metavar="FILE|TEXT", help="The answer is of this grammar (Lark's notation)."),
+]
+Choice = Annotated[
+    list[str] | None,
+    opt.constraint("--choice", metavar="TEXT", help="The answer is this text, or that of another --choice."),
+]
 Logprobs = Annotated[
     int | None,
     typer.Option("--logprobs", min=0, metavar="K", help="With --json: log-probabilities, and the K best."),
@@ -59,6 +90,12 @@ def generate(
     min_p: opt.MinP = None,
     repetition_penalty: opt.RepetitionPenalty = None,
     seed: opt.Seed = None,
+    speculation: opt.Speculation = None,
+    num_sequences: NumSequences = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: Grammar = None,
+    choice: Choice = None,
     logprobs: Logprobs = None,
     *,
     connection: Connection,
@@ -67,6 +104,8 @@ def generate(
     """Send one prompt and print the answer."""
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json, which shows them")
+    if stream and (num_sequences or 1) > 1 and not as_json:
+        raise UsageError("--stream shows one answer; with --num-sequences it needs --json")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text and not chat and system is None:
         raise UsageError("PROMPT must not be empty")
@@ -80,6 +119,12 @@ def generate(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "speculation": speculation,
+        "num_sequences": num_sequences,
+        "json_schema": _text_of("--json-schema", json_schema),
+        "regex": regex,
+        "grammar": _text_of("--grammar", grammar),
+        "choice": choice or None,
         "logprobs": None if logprobs is None else True,
         "top_logprobs": logprobs,
     }
@@ -87,6 +132,16 @@ def generate(
         note_beyond_context(client, options)
         run = _stream if stream else _whole
         run(client, _as_prompt(text, chat or system is not None, system), task, options, as_json)
+
+
+def _text_of(option: str, value: str | None) -> str | None:
+    """A schema or grammar that is given as itself or as a file; no text of one is without a colon or a brace."""
+    if value is None or ":" in value or "{" in value:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option}: cannot read {value!r}: {error}") from error
 
 
 def _as_prompt(text: str, chat: bool, system: str | None) -> Prompt:
@@ -106,7 +161,7 @@ def _whole(client: Client, prompt: Prompt, task: str, options: GenerateOptions, 
     if as_json:
         print_json(answer)
     else:
-        typer.echo(answer.text)
+        typer.echo("\n---\n".join(each.text for each in answer.sequences))
     note_cut(client, answer, options)
 
 
@@ -159,6 +214,9 @@ def note_cut(client: Client, answer: Generation, options: GenerateOptions) -> No
     num_tokens = answer.usage.generated_tokens
     if answer.finish_reason is FinishReason.LENGTH and num_tokens < wanted:
         context = client.server_info().max_context_length
+        may_be_by_task = options.get("max_new_tokens") is None and answer.adapter is not None
+        if may_be_by_task and answer.usage.prompt_tokens + num_tokens < context:
+            return  # the task's own default ended it
         typer.echo(
             f"note: cut after {num_tokens} of {wanted} tokens (--max-new-tokens): prompt and answer fill the context of"
             f" {context}",

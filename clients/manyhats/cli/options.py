@@ -20,8 +20,13 @@ def _stopping(*names: str, **settings: Any) -> Any:
 
 
 def _sampling(*names: str, **settings: Any) -> Any:
-    panel = "Sampling (with none of these, the most likely token is always taken)"
+    panel = "Sampling (with none of these, as the task says, or always the most likely token)"
     return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+def constraint(*names: str, **settings: Any) -> Any:
+    """An option that says what language the answer must be in."""
+    return typer.Option(*names, rich_help_panel="Constraint (at most one)", **settings)
 
 
 Server: TypeAlias = Annotated[
@@ -94,7 +99,7 @@ MaxNewTokens: TypeAlias = Annotated[
         metavar="N",
         min=1,
         help="Longest answer, in tokens; it also ends where the context does.",
-        show_default=str(DEFAULT_MAX_NEW_TOKENS),
+        show_default=f"{DEFAULT_MAX_NEW_TOKENS}, or the task's",
     ),
 ]
 Stop: TypeAlias = Annotated[
@@ -134,4 +139,15 @@ RepetitionPenalty: TypeAlias = Annotated[
 ]
 Seed: TypeAlias = Annotated[
     int | None, _sampling("--seed", metavar="N", min=0, help="The same seed gives the same answer.")
+]
+Speculation: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--speculation",
+        metavar="N",
+        min=0,
+        max=16,
+        help="Guess up to N tokens ahead: the same answer, sooner where it repeats its prompt.",
+        show_default="the task's, or 0",
+    ),
 ]

@@ -24,7 +24,7 @@ from manyhats.engine.errors import EngineError
 from manyhats.trainer.errors import RegistrationError, TrainerError
 from manyhats.trainer.files.output_directory import holds_artifact, report_file
 from manyhats.trainer.model.computation import resolve_computation
-from manyhats.trainer.registration import ActivationRule, RegistrationServer
+from manyhats.trainer.registration import ActivationRule, RegistrationServer, version_labels, why_no_classes
 from manyhats.trainer.report.progress import shown_training
 from manyhats.trainer.report.report import Evaluation, TrainingReport
 from manyhats.trainer.settings.settings import ModelSettings, TrainSettings
@@ -88,10 +88,15 @@ class Registrar:
             return Ended(settings=settings, report=report)
         try:
             registration = self.server.register(
-                settings.task, Path(settings.out), activate=self.activates and not unmet
+                settings.task,
+                Path(settings.out),
+                activate=self.activates and not unmet,
+                labels=version_labels(report.evaluation),
             )
         except RegistrationError as error:
             return Ended(settings=settings, report=report, error=error)
+        if why := why_no_classes(report.evaluation):
+            typer.echo(f"note: {settings.task} is registered without classes: {why}", err=True)
         return Ended(settings=settings, report=report, registration=registration, unmet=unmet)
 
 

@@ -49,6 +49,7 @@ from manyhats.client.errors import (
 )
 from manyhats.client.requests import (
     ChatMessage,
+    ChatOptions,
     Continuation,
     GenerateOptions,
     Progress,
@@ -94,6 +95,7 @@ __all__ = [
     "BaseMismatchError",
     "CancelledError",
     "ChatMessage",
+    "ChatOptions",
     "Client",
     "Continuation",
     "Credentials",

@@ -17,6 +17,7 @@ from manyhats.client.channel import DEFAULT_TARGET, open_aio_channel
 from manyhats.client.credentials import Credentials
 from manyhats.client.readiness import HEALTH_CHECK_METHOD, POLL_INTERVAL_S, ReadinessWait
 from manyhats.client.requests import (
+    ChatOptions,
     Continuation,
     GenerateOptions,
     Progress,
@@ -155,9 +156,10 @@ class AsyncClient:
         task_id: str = "",
         add_special_tokens: bool | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Tokenization:
         """Return the tokens the prompt becomes; computes nothing on the model."""
-        request = convert.tokenize_request(prompt, task_id, add_special_tokens)
+        request = convert.tokenize_request(prompt, task_id, add_special_tokens, options)
         return convert.tokenization(await self._call(self._generation.Tokenize, request, timeout_s))
 
     # Adapters.

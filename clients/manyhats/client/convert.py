@@ -1,16 +1,20 @@
 """Plain values to request messages, and response messages to results. Pure; both clients use it.
 
-``adapter_convert`` has the calls that manage adapters.
+``prompt_convert`` has what a prompt becomes, ``adapter_convert`` the calls that manage adapters.
 """
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 from manyhats.client.fields import assign, enum_name, invalid
-from manyhats.client.requests import ChatMessage, Continuation, Prompt
+from manyhats.client.prompt_convert import CHAT_OPTIONS, set_chat_option, set_prompt
+from manyhats.client.requests import Continuation, Prompt
 from manyhats.client.results import (
     AdapterRef,
     FinishReason,
@@ -27,18 +31,20 @@ from manyhats.client.results import (
 )
 from manyhats.v1 import generation_pb2, server_pb2
 
-PromptRequest: TypeAlias = (
-    generation_pb2.GenerateRequest | generation_pb2.ScoreRequest | generation_pb2.TokenizeRequest
-)
-
 _PROMPT_OPTIONS = ("request_id", "add_special_tokens", "cache_salt", "priority")
+_CONSTRAINTS = tuple(
+    field.name for field in generation_pb2.GenerateRequest.DESCRIPTOR.oneofs_by_name["constraint"].fields
+)
 
 # Where each option of `generate` goes in GenerateRequest; "" is the request itself.
 _SECTIONS: Mapping[str, str] = MappingProxyType(
     {field.name: "sampling" for field in generation_pb2.SamplingParams.DESCRIPTOR.fields}
     | {field.name: "stopping" for field in generation_pb2.StoppingParams.DESCRIPTOR.fields}
     | {field.name: "response" for field in generation_pb2.ResponseOptions.DESCRIPTOR.fields}
-    | dict.fromkeys(_PROMPT_OPTIONS, "")
+    | dict.fromkeys((*_PROMPT_OPTIONS, "num_sequences"), "")
+    | dict.fromkeys(CHAT_OPTIONS, "chat")
+    | dict.fromkeys(_CONSTRAINTS, "constraint")
+    | {"speculation": "speculation"}
 )
 
 
@@ -55,15 +61,37 @@ def generate_request(
         TypeError: there is no option of that name.
     """
     request = generation_pb2.GenerateRequest(task_id=task_id)
-    _set_prompt(request, prompt)
+    set_prompt(request, prompt)
     for name, value in options.items():
         if name not in _SECTIONS:
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
-        if value is not None:
-            section = _SECTIONS[name]
+        section = _SECTIONS[name]
+        if section == "chat":
+            set_chat_option(request, name, value)
+        elif section == "constraint":
+            _set_constraint(request, name, value)
+        elif section == "speculation" and value is not None:
+            assign(request.speculation, "num_tokens", value, "speculation.num_tokens")
+        elif value is not None:
             message = getattr(request, section) if section else request
             assign(message, name, value, f"{section}.{name}" if section else name)
     return request
+
+
+def _set_constraint(request: generation_pb2.GenerateRequest, name: str, value: Any) -> None:
+    if value is None:
+        return
+    if other := request.WhichOneof("constraint"):
+        raise invalid(name, f"is given besides {other}; an answer has at most one constraint")
+    if name == "json_schema" and isinstance(value, Mapping):
+        value = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) == (name == "choice"):
+        raise invalid(name, "must be several texts, not one" if name == "choice" else "must be a text")
+    if name == "choice":
+        request.choice.SetInParent()
+        assign(request.choice, "options", value, name)
+    else:
+        assign(request, name, value, name)
 
 
 def score_request(
@@ -73,51 +101,30 @@ def score_request(
     if isinstance(continuations, str):
         raise TypeError("continuations must be several texts or lists of token ids, not one text")
     request = generation_pb2.ScoreRequest(task_id=task_id)
-    _set_prompt(request, prompt)
+    set_prompt(request, prompt)
     for index, continuation in enumerate(continuations):
         _set_content(request.continuations.add(), continuation, f"continuations[{index}]")
     for name, value in options.items():
-        if name not in _PROMPT_OPTIONS:
+        if name not in (*_PROMPT_OPTIONS, *CHAT_OPTIONS):
             raise TypeError(f"score() got an unexpected keyword argument {name!r}")
-        if value is not None:
+        if name in CHAT_OPTIONS:
+            set_chat_option(request, name, value)
+        elif value is not None:
             assign(request, name, value, name)
     return request
 
 
 def tokenize_request(
-    prompt: Prompt, task_id: str, add_special_tokens: bool | None
+    prompt: Prompt, task_id: str, add_special_tokens: bool | None, options: Mapping[str, object]
 ) -> generation_pb2.TokenizeRequest:
-    """The request of ``tokenize``."""
+    """The request of ``tokenize``; raises as ``generate_request`` does."""
     request = generation_pb2.TokenizeRequest(task_id=task_id, add_special_tokens=add_special_tokens)
-    _set_prompt(request, prompt)
+    set_prompt(request, prompt)
+    for name, value in options.items():
+        if name not in CHAT_OPTIONS:
+            raise TypeError(f"tokenize() got an unexpected keyword argument {name!r}")
+        set_chat_option(request, name, value)
     return request
-
-
-def _set_prompt(request: PromptRequest, prompt: Prompt) -> None:
-    if isinstance(prompt, str):
-        request.text = prompt
-        return
-    if not isinstance(prompt, Iterable):
-        raise invalid("prompt", f"must be text, token ids or chat messages, not {type(prompt).__name__}")
-    items = list(prompt)
-    if items and isinstance(items[0], ChatMessage | Mapping):
-        request.chat.SetInParent()
-        for index, message in enumerate(items):
-            _add_message(request.chat, message, f"chat.messages[{index}]")
-    else:
-        request.token_ids.SetInParent()
-        assign(request.token_ids, "ids", items, "token_ids")
-
-
-def _add_message(chat: generation_pb2.ChatMessages, message: object, path: str) -> None:
-    if isinstance(message, ChatMessage):
-        chat.messages.add(role=message.role, content=message.content)
-        return
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise invalid(path, "must have exactly a role and a content")
-    added = chat.messages.add()
-    for key in ("role", "content"):
-        assign(added, key, message[key], f"{path}.{key}")
 
 
 def _set_content(message: generation_pb2.Continuation, content: Continuation, path: str) -> None:
@@ -133,7 +140,7 @@ def _set_content(message: generation_pb2.Continuation, content: Continuation, pa
 
 def generation(response: generation_pb2.GenerateResponse) -> Generation:
     """A whole answer."""
-    return Generation(
+    first = Generation(
         text=response.text,
         tokens=_tokens(response.tokens),
         finish_reason=_finish_reason(response.finish_reason),
@@ -142,6 +149,18 @@ def generation(response: generation_pb2.GenerateResponse) -> Generation:
         prompt_tokens=_tokens(response.prompt_tokens),
         request_id=response.request_id,
     )
+    more = tuple(
+        replace(
+            first,
+            text=each.text,
+            tokens=_tokens(each.tokens),
+            finish_reason=_finish_reason(each.finish_reason),
+            usage=_usage(each.usage),
+            prompt_tokens=(),
+        )
+        for each in response.more_sequences
+    )
+    return replace(first, more=more)
 
 
 def generation_chunk(response: generation_pb2.GenerateStreamResponse) -> GenerationChunk:
@@ -155,6 +174,7 @@ def generation_chunk(response: generation_pb2.GenerateStreamResponse) -> Generat
         adapter=_adapter_ref(response),
         prompt_tokens=_tokens(response.prompt_tokens),
         request_id=response.request_id,
+        sequence_index=response.sequence_index,
     )
 
 
@@ -201,6 +221,15 @@ def _limits(limits: server_pb2.ServerLimits) -> ServerLimits:
 
 def join_chunks(chunks: Sequence[GenerationChunk]) -> Generation:
     """The whole answer from a stream's chunks; for an interrupted stream, as much as there is."""
+    by_sequence: defaultdict[int, list[GenerationChunk]] = defaultdict(list)
+    for chunk in chunks:
+        by_sequence[chunk.sequence_index].append(chunk)
+    num_sequences = max(by_sequence, default=0) + 1
+    first, *more = (_joined(by_sequence[index]) for index in range(num_sequences))
+    return replace(first, more=tuple(more))
+
+
+def _joined(chunks: Sequence[GenerationChunk]) -> Generation:
     last = chunks[-1] if chunks else GenerationChunk(text="")
     return Generation(
         text="".join(chunk.text for chunk in chunks),
@@ -235,6 +264,8 @@ def _usage(usage: generation_pb2.Usage) -> Usage:
         prefill_ms=usage.prefill_ms,
         decode_ms=usage.decode_ms,
         adapter_load_ms=usage.adapter_load_ms,
+        draft_tokens=usage.draft_tokens,
+        accepted_draft_tokens=usage.accepted_draft_tokens,
     )
 
 

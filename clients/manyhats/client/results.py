@@ -48,7 +48,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a request cost: tokens, and times in milliseconds."""
+    """What a request cost: tokens, and times in milliseconds; of ``draft_tokens`` guessed, those accepted came."""
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
@@ -57,6 +57,8 @@ class Usage:
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     adapter_load_ms: float = 0.0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Generation:
         adapter: which one answered; None for the base model.
         prompt_tokens: the prompt's tokens, with ``prompt_logprobs``.
         request_id: the caller's, or the one the server gave.
+        more: the further answers, with ``num_sequences``. Their prompt was computed with the first one's.
     """
 
     text: str
@@ -89,6 +92,12 @@ class Generation:
     adapter: AdapterRef | None = None
     prompt_tokens: tuple[Token, ...] = ()
     request_id: str = ""
+    more: tuple[Generation, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[Generation, ...]:
+        """All answers: this one and the further ones."""
+        return (self, *self.more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +105,8 @@ class GenerationChunk:
     """A piece of a streamed answer: ``text`` and ``tokens`` are what is new.
 
     ``finish_reason`` is None until the last chunk. The first chunk carries ``adapter``, ``prompt_tokens`` and
-    the prompt's part of ``usage``; the last the whole ``usage``.
+    the prompt's part of ``usage``; the last the whole ``usage``. With ``num_sequences`` this holds for each answer's
+    chunks; ``sequence_index`` tells which it is.
     """
 
     text: str
@@ -106,6 +116,7 @@ class GenerationChunk:
     adapter: AdapterRef | None = None
     prompt_tokens: tuple[Token, ...] = ()
     request_id: str = ""
+    sequence_index: int = 0
 
 
 @dataclass(frozen=True, slots=True)

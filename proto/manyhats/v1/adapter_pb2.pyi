@@ -407,7 +407,10 @@ class RegisterAdapterRequest(_message.Message):
     """Assumes that the adapter is meant for the server's base, whatever base it names; its shapes must still fit."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Labels to keep with the version."""
+        """Labels to keep with the version; at most 64 and 256 classes, keys and values at most 256 characters. Those that begin
+        with "default." decide what holds for fields that a generation of this task leaves out, such as
+        default.temperature = "0"; class.0, class.1, … are the classes that the task tells apart. docs/adapters.md lists them.
+        """
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterPart]:

@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from manyhats.v1 import adapter_pb2 as manyhats_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmanyhats/v1/generation.proto\x12\x0bmanyhats.v1\x1a\x19manyhats/v1/adapter.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.manyhats.v1.ChatMessage\"\x97\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x16\n\ttypical_p\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x04\x88\x01\x01\x12>\n\nlogit_bias\x18\n \x03(\x0b\x32*.manyhats.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xe9\x01\n\x0eStoppingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_sequences\x18\x03 \x03(\t\x12\x1d\n\x15include_stop_sequence\x18\x04 \x01(\x08\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x1a\n\rtime_limit_ms\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\rB\x11\n\x0f_max_new_tokensB\x10\n\x0e_time_limit_ms\"\x8c\x01\n\x0fResponseOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x03 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\xc5\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.manyhats.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.manyhats.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.manyhats.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.manyhats.v1.StoppingParams\x12.\n\x08response\x18\x08 \x01(\x0b\x32\x1c.manyhats.v1.ResponseOptions\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x0b \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokensJ\x04\x08\x0c\x10\x10R\rnum_sequencesR\x0bjson_schemaR\x05regexR\x07grammar\"5\n\x08TopToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"\x87\x01\n\tTokenInfo\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04rank\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.manyhats.v1.TopTokenB\n\n\x08_logprobB\x07\n\x05_rank\"\xa8\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x10\n\x08queue_ms\x18\x04 \x01(\x01\x12\x12\n\nprefill_ms\x18\x05 \x01(\x01\x12\x11\n\tdecode_ms\x18\x06 \x01(\x01\x12\x17\n\x0f\x61\x64\x61pter_load_ms\x18\x07 \x01(\x01\"\x8a\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12&\n\x06tokens\x18\x03 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\x12-\n\rprompt_tokens\x18\x04 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.manyhats.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.manyhats.v1.Usage\x12(\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x17.manyhats.v1.AdapterRef\"\x90\x02\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12&\n\x06tokens\x18\x03 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\x12-\n\rprompt_tokens\x18\x04 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.manyhats.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.manyhats.v1.Usage\x12(\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x17.manyhats.v1.AdapterRef\"U\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.manyhats.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\xb4\x02\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.manyhats.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.manyhats.v1.ChatMessagesH\x00\x12\x30\n\rcontinuations\x18\x06 \x03(\x0b\x32\x19.manyhats.v1.Continuation\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"a\n\x12ScoredContinuation\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12&\n\x06tokens\x18\x03 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\"\xa1\x01\n\rScoreResponse\x12/\n\x06scores\x18\x01 \x03(\x0b\x32\x1f.manyhats.v1.ScoredContinuation\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.manyhats.v1.Usage\x12(\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x17.manyhats.v1.AdapterRef\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\xcb\x01\n\x0fTokenizeRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.manyhats.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x19.manyhats.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x05 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"/\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t*\x9d\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x04\x32\xbc\x02\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.manyhats.v1.GenerateRequest\x1a\x1d.manyhats.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1c.manyhats.v1.GenerateRequest\x1a#.manyhats.v1.GenerateStreamResponse0\x01\x12>\n\x05Score\x12\x19.manyhats.v1.ScoreRequest\x1a\x1a.manyhats.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.manyhats.v1.TokenizeRequest\x1a\x1d.manyhats.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmanyhats/v1/generation.proto\x12\x0bmanyhats.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x19manyhats/v1/adapter.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"{\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12)\n\ntool_calls\x18\x04 \x03(\x0b\x32\x15.manyhats.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"\xdc\x01\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.manyhats.v1.ChatMessage\x12\r\n\x05tools\x18\x02 \x03(\t\x12\x33\n\x12template_arguments\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x1e\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"\xea\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x16\n\ttypical_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12>\n\nlogit_bias\x18\n \x03(\x0b\x32*.manyhats.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xe9\x01\n\x0eStoppingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_sequences\x18\x03 \x03(\t\x12\x1d\n\x15include_stop_sequence\x18\x04 \x01(\x08\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x1a\n\rtime_limit_ms\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\rB\x11\n\x0f_max_new_tokensB\x10\n\x0e_time_limit_ms\"5\n\x0bSpeculation\x12\x17\n\nnum_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_num_tokens\"\x8c\x01\n\x0fResponseOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x03 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\x19\n\x06\x43hoice\x12\x0f\n\x07options\x18\x01 \x03(\t\"\xe0\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.manyhats.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.manyhats.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.manyhats.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.manyhats.v1.StoppingParams\x12.\n\x08response\x18\x08 \x01(\x0b\x32\x1c.manyhats.v1.ResponseOptions\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x0b \x01(\x08H\x02\x88\x01\x01\x12\x1a\n\rnum_sequences\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\r \x01(\tH\x01\x12\x0f\n\x05regex\x18\x0e \x01(\tH\x01\x12\x11\n\x07grammar\x18\x0f \x01(\tH\x01\x12%\n\x06\x63hoice\x18\x10 \x01(\x0b\x32\x13.manyhats.v1.ChoiceH\x01\x12-\n\x0bspeculation\x18\x11 \x01(\x0b\x32\x18.manyhats.v1.SpeculationB\x08\n\x06promptB\x0c\n\nconstraintB\x15\n\x13_add_special_tokensB\x10\n\x0e_num_sequences\"5\n\x08TopToken\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"\x87\x01\n\tTokenInfo\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04rank\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.manyhats.v1.TopTokenB\n\n\x08_logprobB\x07\n\x05_rank\"\xdd\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x10\n\x08queue_ms\x18\x04 \x01(\x01\x12\x12\n\nprefill_ms\x18\x05 \x01(\x01\x12\x11\n\tdecode_ms\x18\x06 \x01(\x01\x12\x17\n\x0f\x61\x64\x61pter_load_ms\x18\x07 \x01(\x01\x12\x14\n\x0c\x64raft_tokens\x18\x08 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_draft_tokens\x18\t \x01(\r\"\x9e\x01\n\x11GeneratedSequence\x12\x0c\n\x04text\x18\x01 \x01(\t\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.manyhats.v1.FinishReason\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.manyhats.v1.Usage\"\xc2\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12&\n\x06tokens\x18\x03 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\x12-\n\rprompt_tokens\x18\x04 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.manyhats.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.manyhats.v1.Usage\x12(\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x17.manyhats.v1.AdapterRef\x12\x36\n\x0emore_sequences\x18\x08 \x03(\x0b\x32\x1e.manyhats.v1.GeneratedSequence\"\xa8\x02\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12&\n\x06tokens\x18\x03 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\x12-\n\rprompt_tokens\x18\x04 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.manyhats.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.manyhats.v1.Usage\x12(\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x17.manyhats.v1.AdapterRef\x12\x16\n\x0esequence_index\x18\x08 \x01(\r\"U\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.manyhats.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\xb4\x02\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.manyhats.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.manyhats.v1.ChatMessagesH\x00\x12\x30\n\rcontinuations\x18\x06 \x03(\x0b\x32\x19.manyhats.v1.Continuation\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"a\n\x12ScoredContinuation\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12&\n\x06tokens\x18\x03 \x03(\x0b\x32\x16.manyhats.v1.TokenInfo\"\xa1\x01\n\rScoreResponse\x12/\n\x06scores\x18\x01 \x03(\x0b\x32\x1f.manyhats.v1.ScoredContinuation\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.manyhats.v1.Usage\x12(\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x17.manyhats.v1.AdapterRef\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\xcb\x01\n\x0fTokenizeRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.manyhats.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x19.manyhats.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x05 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"/\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t*\x9d\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x04\x32\xbc\x02\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.manyhats.v1.GenerateRequest\x1a\x1d.manyhats.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1c.manyhats.v1.GenerateRequest\x1a#.manyhats.v1.GenerateStreamResponse0\x01\x12>\n\x05Score\x12\x19.manyhats.v1.ScoreRequest\x1a\x1a.manyhats.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.manyhats.v1.TokenizeRequest\x1a\x1d.manyhats.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,46 +35,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3273
-  _globals['_FINISHREASON']._serialized_end=3430
-  _globals['_TOKENIDS']._serialized_start=72
-  _globals['_TOKENIDS']._serialized_end=95
-  _globals['_CHATMESSAGE']._serialized_start=97
-  _globals['_CHATMESSAGE']._serialized_end=141
-  _globals['_CHATMESSAGES']._serialized_start=143
-  _globals['_CHATMESSAGES']._serialized_end=201
-  _globals['_SAMPLINGPARAMS']._serialized_start=204
-  _globals['_SAMPLINGPARAMS']._serialized_end=611
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=491
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=539
-  _globals['_STOPPINGPARAMS']._serialized_start=614
-  _globals['_STOPPINGPARAMS']._serialized_end=847
-  _globals['_RESPONSEOPTIONS']._serialized_start=850
-  _globals['_RESPONSEOPTIONS']._serialized_end=990
-  _globals['_GENERATEREQUEST']._serialized_start=993
-  _globals['_GENERATEREQUEST']._serialized_end=1446
-  _globals['_TOPTOKEN']._serialized_start=1448
-  _globals['_TOPTOKEN']._serialized_end=1501
-  _globals['_TOKENINFO']._serialized_start=1504
-  _globals['_TOKENINFO']._serialized_end=1639
-  _globals['_USAGE']._serialized_start=1642
-  _globals['_USAGE']._serialized_end=1810
-  _globals['_GENERATERESPONSE']._serialized_start=1813
-  _globals['_GENERATERESPONSE']._serialized_end=2079
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2082
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2354
-  _globals['_CONTINUATION']._serialized_start=2356
-  _globals['_CONTINUATION']._serialized_end=2441
-  _globals['_SCOREREQUEST']._serialized_start=2444
-  _globals['_SCOREREQUEST']._serialized_end=2752
-  _globals['_SCOREDCONTINUATION']._serialized_start=2754
-  _globals['_SCOREDCONTINUATION']._serialized_end=2851
-  _globals['_SCORERESPONSE']._serialized_start=2854
-  _globals['_SCORERESPONSE']._serialized_end=3015
-  _globals['_TOKENIZEREQUEST']._serialized_start=3018
-  _globals['_TOKENIZEREQUEST']._serialized_end=3221
-  _globals['_TOKENIZERESPONSE']._serialized_start=3223
-  _globals['_TOKENIZERESPONSE']._serialized_end=3270
-  _globals['_GENERATIONSERVICE']._serialized_start=3433
-  _globals['_GENERATIONSERVICE']._serialized_end=3749
+  _globals['_FINISHREASON']._serialized_start=4216
+  _globals['_FINISHREASON']._serialized_end=4373
+  _globals['_TOKENIDS']._serialized_start=102
+  _globals['_TOKENIDS']._serialized_end=125
+  _globals['_TOOLCALL']._serialized_start=127
+  _globals['_TOOLCALL']._serialized_end=182
+  _globals['_CHATMESSAGE']._serialized_start=184
+  _globals['_CHATMESSAGE']._serialized_end=307
+  _globals['_CHATMESSAGES']._serialized_start=310
+  _globals['_CHATMESSAGES']._serialized_end=530
+  _globals['_SAMPLINGPARAMS']._serialized_start=533
+  _globals['_SAMPLINGPARAMS']._serialized_end=1023
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=840
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=888
+  _globals['_STOPPINGPARAMS']._serialized_start=1026
+  _globals['_STOPPINGPARAMS']._serialized_end=1259
+  _globals['_SPECULATION']._serialized_start=1261
+  _globals['_SPECULATION']._serialized_end=1314
+  _globals['_RESPONSEOPTIONS']._serialized_start=1317
+  _globals['_RESPONSEOPTIONS']._serialized_end=1457
+  _globals['_CHOICE']._serialized_start=1459
+  _globals['_CHOICE']._serialized_end=1484
+  _globals['_GENERATEREQUEST']._serialized_start=1487
+  _globals['_GENERATEREQUEST']._serialized_end=2095
+  _globals['_TOPTOKEN']._serialized_start=2097
+  _globals['_TOPTOKEN']._serialized_end=2150
+  _globals['_TOKENINFO']._serialized_start=2153
+  _globals['_TOKENINFO']._serialized_end=2288
+  _globals['_USAGE']._serialized_start=2291
+  _globals['_USAGE']._serialized_end=2512
+  _globals['_GENERATEDSEQUENCE']._serialized_start=2515
+  _globals['_GENERATEDSEQUENCE']._serialized_end=2673
+  _globals['_GENERATERESPONSE']._serialized_start=2676
+  _globals['_GENERATERESPONSE']._serialized_end=2998
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=3001
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=3297
+  _globals['_CONTINUATION']._serialized_start=3299
+  _globals['_CONTINUATION']._serialized_end=3384
+  _globals['_SCOREREQUEST']._serialized_start=3387
+  _globals['_SCOREREQUEST']._serialized_end=3695
+  _globals['_SCOREDCONTINUATION']._serialized_start=3697
+  _globals['_SCOREDCONTINUATION']._serialized_end=3794
+  _globals['_SCORERESPONSE']._serialized_start=3797
+  _globals['_SCORERESPONSE']._serialized_end=3958
+  _globals['_TOKENIZEREQUEST']._serialized_start=3961
+  _globals['_TOKENIZEREQUEST']._serialized_end=4164
+  _globals['_TOKENIZERESPONSE']._serialized_start=4166
+  _globals['_TOKENIZERESPONSE']._serialized_end=4213
+  _globals['_GENERATIONSERVICE']._serialized_start=4376
+  _globals['_GENERATIONSERVICE']._serialized_end=4692
 # @@protoc_insertion_point(module_scope)

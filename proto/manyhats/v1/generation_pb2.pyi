@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from manyhats.v1 import adapter_pb2 as _adapter_pb2
@@ -29,7 +30,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """Not ended yet (in a stream), or not set."""
     FINISH_REASON_EOS: _FinishReason.ValueType  # 1
-    """The model ended it with an end-of-sequence token."""
+    """The model ended it with an end-of-sequence token, or it is complete: its constraint lets nothing follow."""
     FINISH_REASON_STOP_SEQUENCE: _FinishReason.ValueType  # 2
     """A stop sequence or a stop token ended it."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 3
@@ -43,7 +44,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """Not ended yet (in a stream), or not set."""
 FINISH_REASON_EOS: FinishReason.ValueType  # 1
-"""The model ended it with an end-of-sequence token."""
+"""The model ended it with an end-of-sequence token, or it is complete: its constraint lets nothing follow."""
 FINISH_REASON_STOP_SEQUENCE: FinishReason.ValueType  # 2
 """A stop sequence or a stop token ended it."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
@@ -77,6 +78,36 @@ class TokenIds(_message.Message):
 Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
+class ToolCall(_message.Message):
+    """A call of a tool by the assistant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The caller's name for it, which the tool's answer repeats."""
+    name: _builtins.str
+    """The tool."""
+    arguments: _builtins.str
+    """Its arguments, as a JSON object; empty = none."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        arguments: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
+
+@_typing.final
 class ChatMessage(_message.Message):
     """One turn of a conversation."""
 
@@ -84,19 +115,35 @@ class ChatMessage(_message.Message):
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Who speaks, such as "system", "user" or "assistant"; at most 64 characters."""
+    """Who speaks, such as "system", "user", "assistant" or "tool"; at most 64 characters. "developer" is "system" to chat
+    templates that do not know it.
+    """
     content: _builtins.str
     """What is said."""
+    name: _builtins.str
+    """The name of the speaker, or of the tool that answers, for templates that read it; at most 128 characters."""
+    tool_call_id: _builtins.str
+    """In a tool's answer: the id of the call; at most 128 characters."""
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """In the assistant's messages: the tools that it called; at most 128."""
+
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
         content: _builtins.str = ...,
+        name: _builtins.str = ...,
+        tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
+        tool_call_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -109,20 +156,49 @@ class ChatMessages(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    TEMPLATE_ARGUMENTS_FIELD_NUMBER: _builtins.int
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
+    ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
+    continue_final_message: _builtins.bool
+    """Whether the answer continues the last message, which is left open, instead of beginning a new one."""
+    add_generation_prompt: _builtins.bool
+    """Whether the beginning of the assistant's next turn ends the prompt; unset = true, unless the last message is
+    continued.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """At least one, at most 1024; oldest first."""
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tools that the assistant may call, each as a JSON object such as {"type": "function", "function": {"name": …,
+        "description": …, "parameters": …}}; at most 128, of 256 KiB together. A template that does not read tools refuses
+        them.
+        """
+
+    @_builtins.property
+    def template_arguments(self) -> _struct_pb2.Struct:
+        """What else the template may read, such as {"enable_thinking": false}; other names than those of docs/adapters.md are
+        refused.
+        """
 
     def __init__(
         self,
         *,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
+        template_arguments: _struct_pb2.Struct | None = ...,
+        continue_final_message: _builtins.bool = ...,
+        add_generation_prompt: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "template_arguments", b"template_arguments"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages", "template_arguments", b"template_arguments", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
+    _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_generation_prompt) -> _WhichOneofReturnType__add_generation_prompt | None: ...
 
 Global___ChatMessages: _TypeAlias = ChatMessages  # noqa: Y015
 
@@ -132,6 +208,9 @@ class SamplingParams(_message.Message):
 
     Applied in this order to the raw float32 logits: logit_bias; repetition, presence and frequency penalty; temperature;
     top_k; top_p; min_p; typical_p.
+
+    A field that is not set takes the default of the task's version, if that was registered with one (the labels
+    default.temperature, default.top_p and so on), and otherwise what is said here.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -167,21 +246,21 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Divides the logits; in [0, 100]; 0 always takes the most likely token; unset = 1."""
+    """Divides the logits; in [0, 100]; 0 always takes the most likely token; unset = 1, or 0 in a request without sampling."""
     top_k: _builtins.int
-    """Keeps the k most likely tokens; 0 = all."""
+    """Keeps the k most likely tokens; 0 = all; unset = 0."""
     top_p: _builtins.float
     """Keeps the smallest set of tokens with at least this probability mass; in (0, 1]; unset = 1."""
     min_p: _builtins.float
-    """Keeps tokens with at least this fraction of the most likely token's probability; in [0, 1]."""
+    """Keeps tokens with at least this fraction of the most likely token's probability; in [0, 1]; unset = 0."""
     typical_p: _builtins.float
     """The mass of locally typical sampling (arXiv:2202.00666); in (0, 1]; unset = 1."""
     repetition_penalty: _builtins.float
     """Over tokens of the prompt and of the output (arXiv:1909.05858); in (0, 100]; unset = 1."""
     presence_penalty: _builtins.float
-    """Subtracted once from the logit of each token already in the output; in [-100, 100]."""
+    """Subtracted once from the logit of each token already in the output; in [-100, 100]; unset = 0."""
     frequency_penalty: _builtins.float
-    """Subtracted per occurrence in the output; in [-100, 100]."""
+    """Subtracted per occurrence in the output; in [-100, 100]; unset = 0."""
     seed: _builtins.int
     """Makes the answer reproducible, whatever else is in the batch; unset = a new seed for each request."""
     @_builtins.property
@@ -192,36 +271,52 @@ class SamplingParams(_message.Message):
         self,
         *,
         temperature: _builtins.float | None = ...,
-        top_k: _builtins.int = ...,
+        top_k: _builtins.int | None = ...,
         top_p: _builtins.float | None = ...,
-        min_p: _builtins.float = ...,
+        min_p: _builtins.float | None = ...,
         typical_p: _builtins.float | None = ...,
         repetition_penalty: _builtins.float | None = ...,
-        presence_penalty: _builtins.float = ...,
-        frequency_penalty: _builtins.float = ...,
+        presence_penalty: _builtins.float | None = ...,
+        frequency_penalty: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
         logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
+    _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
+    _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
+    _WhichOneofReturnType__presence_penalty: _TypeAlias = _typing.Literal["presence_penalty"]  # noqa: Y015
+    _WhichOneofArgType__presence_penalty: _TypeAlias = _typing.Literal["_presence_penalty", b"_presence_penalty"]  # noqa: Y015
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
     _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
     _WhichOneofReturnType__typical_p: _TypeAlias = _typing.Literal["typical_p"]  # noqa: Y015
     _WhichOneofArgType__typical_p: _TypeAlias = _typing.Literal["_typical_p", b"_typical_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__frequency_penalty) -> _WhichOneofReturnType__frequency_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__presence_penalty) -> _WhichOneofReturnType__presence_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
     @_typing.overload
@@ -243,7 +338,7 @@ class StoppingParams(_message.Message):
     TIME_LIMIT_MS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """At least 1; unset = 256. The model's context ends a generation too."""
+    """At least 1; unset = 256, or the task's default (default.max_tokens). The model's context ends a generation too."""
     min_new_tokens: _builtins.int
     """Until then, end-of-sequence, stop tokens and stop sequences do not end the generation; at most max_new_tokens."""
     include_stop_sequence: _builtins.bool
@@ -257,7 +352,7 @@ class StoppingParams(_message.Message):
     @_builtins.property
     def stop_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that end it, wherever they lie across tokens; at most 16, each of 1 to 256 characters. They may be or contain
-        the literals of special tokens, such as "<|eot_id|>", whether or not skip_special_tokens hides those from the text.
+        the literals of special tokens, such as "<|eot_id|>", whether or not skip_special_tokens hides those from the text. None = the task's default (default.stop.0, default.stop.1, …).
         """
 
     @_builtins.property
@@ -289,6 +384,34 @@ class StoppingParams(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__time_limit_ms) -> _WhichOneofReturnType__time_limit_ms | None: ...
 
 Global___StoppingParams: _TypeAlias = StoppingParams  # noqa: Y015
+
+@_typing.final
+class Speculation(_message.Message):
+    """How far ahead an answer is guessed, from repetitions in its prompt and in itself. Guesses are computed together and
+    checked: the answer is the same to the bit, log-probabilities included, and comes sooner where it repeats much.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Tokens guessed in one step, at most 16; fewer while guesses fail or the server is busy; 0 = none; unset = the task's
+    default (default.speculation.num_tokens), or 0.
+    """
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_tokens", b"_num_tokens", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_tokens", b"_num_tokens", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_tokens: _TypeAlias = _typing.Literal["num_tokens"]  # noqa: Y015
+    _WhichOneofArgType__num_tokens: _TypeAlias = _typing.Literal["_num_tokens", b"_num_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_tokens) -> _WhichOneofReturnType__num_tokens | None: ...
+
+Global___Speculation: _TypeAlias = Speculation  # noqa: Y015
 
 @_typing.final
 class ResponseOptions(_message.Message):
@@ -329,6 +452,30 @@ class ResponseOptions(_message.Message):
 Global___ResponseOptions: _TypeAlias = ResponseOptions  # noqa: Y015
 
 @_typing.final
+class Choice(_message.Message):
+    """Answers, one of which is given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one, at most 1024, none of them empty."""
+
+    def __init__(
+        self,
+        *,
+        options: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choice: _TypeAlias = Choice  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     """One generation."""
 
@@ -345,6 +492,12 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's name for the request, echoed and logged; at most 128 characters; empty = the server makes one."""
     task_id: _builtins.str
@@ -357,6 +510,18 @@ class GenerateRequest(_message.Message):
     """Higher goes first."""
     add_special_tokens: _builtins.bool
     """Whether a text prompt gets the tokenizer's special tokens, such as a begin-of-sequence; unset = true."""
+    num_sequences: _builtins.int
+    """How many answers to generate, from 1 to 16; unset = 1. The prompt is computed once. With sampling.seed, the answer of
+    index j has seed + j.
+    """
+    json_schema: _builtins.str
+    """Text of a JSON schema: an object without repeated keys, nested at most 32 deep, whose references stay within it.
+    The answer is one JSON value that fits; between its tokens are at most a space, or a line break and 32 more.
+    """
+    regex: _builtins.str
+    """A regular expression that the whole answer matches, without look-around and back-references."""
+    grammar: _builtins.str
+    """A grammar in Lark's notation, from its rule "start" on."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids."""
@@ -367,7 +532,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
-        """How tokens are chosen; absent = greedy."""
+        """How tokens are chosen; absent = as the task's defaults say, else greedy."""
 
     @_builtins.property
     def stopping(self) -> Global___StoppingParams:
@@ -376,6 +541,14 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def response(self) -> Global___ResponseOptions:
         """What to return besides the text."""
+
+    @_builtins.property
+    def choice(self) -> Global___Choice:
+        """The possible answers."""
+
+    @_builtins.property
+    def speculation(self) -> Global___Speculation:
+        """How far ahead to guess; absent = as the task's default says, else not at all."""
 
     def __init__(
         self,
@@ -391,17 +564,31 @@ class GenerateRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         priority: _builtins.int = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        num_sequences: _builtins.int | None = ...,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        grammar: _builtins.str = ...,
+        choice: Global___Choice | None = ...,
+        speculation: Global___Speculation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_num_sequences", b"_num_sequences", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "choice", b"choice", "constraint", b"constraint", "grammar", b"grammar", "json_schema", b"json_schema", "num_sequences", b"num_sequences", "prompt", b"prompt", "regex", b"regex", "response", b"response", "sampling", b"sampling", "speculation", b"speculation", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "task_id", b"task_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_num_sequences", b"_num_sequences", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "choice", b"choice", "constraint", b"constraint", "grammar", b"grammar", "json_schema", b"json_schema", "num_sequences", b"num_sequences", "priority", b"priority", "prompt", b"prompt", "regex", b"regex", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "speculation", b"speculation", "stopping", b"stopping", "task_id", b"task_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__num_sequences: _TypeAlias = _typing.Literal["num_sequences"]  # noqa: Y015
+    _WhichOneofArgType__num_sequences: _TypeAlias = _typing.Literal["_num_sequences", b"_num_sequences"]  # noqa: Y015
+    _WhichOneofReturnType_constraint: _TypeAlias = _typing.Literal["json_schema", "regex", "grammar", "choice"]  # noqa: Y015
+    _WhichOneofArgType_constraint: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_sequences) -> _WhichOneofReturnType__num_sequences | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_constraint) -> _WhichOneofReturnType_constraint | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
@@ -497,6 +684,8 @@ class Usage(_message.Message):
     PREFILL_MS_FIELD_NUMBER: _builtins.int
     DECODE_MS_FIELD_NUMBER: _builtins.int
     ADAPTER_LOAD_MS_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     cached_prompt_tokens: _builtins.int
@@ -511,6 +700,10 @@ class Usage(_message.Message):
     """From the end of the prompt to the last token."""
     adapter_load_ms: _builtins.float
     """Waiting for the adapter to load; part of queue_ms."""
+    draft_tokens: _builtins.int
+    """With speculation: tokens that were guessed and computed."""
+    accepted_draft_tokens: _builtins.int
+    """Those of them that came; part of generated_tokens."""
     def __init__(
         self,
         *,
@@ -521,14 +714,54 @@ class Usage(_message.Message):
         prefill_ms: _builtins.float = ...,
         decode_ms: _builtins.float = ...,
         adapter_load_ms: _builtins.float = ...,
+        draft_tokens: _builtins.int = ...,
+        accepted_draft_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_load_ms", b"adapter_load_ms", "cached_prompt_tokens", b"cached_prompt_tokens", "decode_ms", b"decode_ms", "generated_tokens", b"generated_tokens", "prefill_ms", b"prefill_ms", "prompt_tokens", b"prompt_tokens", "queue_ms", b"queue_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "adapter_load_ms", b"adapter_load_ms", "cached_prompt_tokens", b"cached_prompt_tokens", "decode_ms", b"decode_ms", "draft_tokens", b"draft_tokens", "generated_tokens", b"generated_tokens", "prefill_ms", b"prefill_ms", "prompt_tokens", b"prompt_tokens", "queue_ms", b"queue_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class GeneratedSequence(_message.Message):
+    """A further answer to the same prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """See GenerateResponse."""
+    finish_reason: Global___FinishReason.ValueType
+    """Why it ended."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenInfo]:
+        """See GenerateResponse."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """What it cost; the prompt is the same, and need not be counted again."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        tokens: _abc.Iterable[Global___TokenInfo] | None = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+        usage: Global___Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GeneratedSequence: _TypeAlias = GeneratedSequence  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -543,6 +776,7 @@ class GenerateResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    MORE_SEQUENCES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     text: _builtins.str
@@ -565,6 +799,10 @@ class GenerateResponse(_message.Message):
     def adapter(self) -> _adapter_pb2.AdapterRef:
         """The adapter it ran on; absent for the base model."""
 
+    @_builtins.property
+    def more_sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedSequence]:
+        """With num_sequences: the answers after the first, whose parts are in the fields above."""
+
     def __init__(
         self,
         *,
@@ -575,10 +813,11 @@ class GenerateResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         adapter: _adapter_pb2.AdapterRef | None = ...,
+        more_sequences: _abc.Iterable[Global___GeneratedSequence] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "finish_reason", b"finish_reason", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "finish_reason", b"finish_reason", "more_sequences", b"more_sequences", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -586,7 +825,9 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class GenerateStreamResponse(_message.Message):
-    """A piece of an answer. The first comes when the prompt is computed."""
+    """A piece of an answer. The first comes when the prompt is computed. With num_sequences, the answers' pieces are mixed, and
+    what is said of pieces holds for those of each answer.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -597,12 +838,15 @@ class GenerateStreamResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_INDEX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, in every piece."""
     text: _builtins.str
     """The text that this piece adds; never half a character."""
     finish_reason: Global___FinishReason.ValueType
     """Why it ended; in the last piece only."""
+    sequence_index: _builtins.int
+    """Which of the answers it belongs to, from 0."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenInfo]:
         """The tokens that this piece adds; text may lag behind them."""
@@ -629,10 +873,11 @@ class GenerateStreamResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         adapter: _adapter_pb2.AdapterRef | None = ...,
+        sequence_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "finish_reason", b"finish_reason", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "finish_reason", b"finish_reason", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sequence_index", b"sequence_index", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

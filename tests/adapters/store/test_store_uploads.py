@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,8 +15,10 @@ from hypothesis import strategies as st
 
 from manyhats.adapters.artifact import AdapterState, ArtifactPart
 from manyhats.adapters.errors import (
+    AdapterError,
     AdapterInvalidError,
     AdapterTooLargeError,
+    AdapterUnsafeError,
     ArgumentInvalidError,
     BaseMismatchError,
     DigestMismatchError,
@@ -23,7 +27,7 @@ from manyhats.adapters.errors import (
     TaskIdInvalidError,
 )
 from manyhats.adapters.limits import AdapterLimits, Quotas
-from manyhats.adapters.registration import Files, Registration, Uri
+from manyhats.adapters.registration import Files, Registered, Registration, Unannounced, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapters import make_base, make_lora
@@ -203,3 +207,63 @@ def test_quotas_hold_for_every_way_in_and_leave_no_bytes(
 def test_a_quota_is_at_least_one(quota: str) -> None:
     with pytest.raises(ValueError, match=quota):
         Quotas(**{quota: 0})
+
+
+def send_unannounced(store: AdapterStore, content: Mapping[str, bytes], **options: Any) -> Registered:
+    """Upload files that were not announced, in pieces."""
+    with store.open_upload(Registration("fr", Unannounced(), **options)) as session:
+        for index, (name, data) in enumerate(content.items()):
+            session.open_file(name)
+            for offset in range(0, len(data), 5000):
+                session.write(index, offset, data[offset : offset + 5000])
+        return session.finish()
+
+
+def test_files_that_were_not_announced_become_the_same_version(store: AdapterStore, sources: Path) -> None:
+    content = content_of(sources / "a0")
+    first = send(store, "fr", content, request_id="r")
+    again = send_unannounced(store, content, request_id="r")
+    assert (first.created, again) == (True, first)
+    assert send_unannounced(store, content).record == first.record
+    with pytest.raises(RequestIdReusedError):
+        send_unannounced(store, content_of(sources / "a1"), request_id="r")
+    with pytest.raises(DigestMismatchError):
+        send_unannounced(store, content_of(sources / "a1"), expected_digest=first.record.digest)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "subject"),
+    [
+        ({"adapter_config.json": b"{}"}, AdapterInvalidError, "adapter_model.safetensors"),
+        ({"adapter_config.json": b"", "adapter_model.safetensors": b"x"}, AdapterInvalidError, "config"),
+        ({"adapter_model.bin": b"x"}, AdapterUnsafeError, "adapter_model.bin"),
+        ({"../x.json": b"x"}, ArgumentInvalidError, "files"),
+        ({"adapter_config.json": bytes(3_000_000)}, AdapterTooLargeError, "adapter_config.json"),
+    ],
+)
+def test_files_that_were_not_announced_are_checked_as_they_come(
+    store: AdapterStore, tmp_path: Path, content: dict[str, bytes], error: type[AdapterError], subject: str
+) -> None:
+    with pytest.raises(error) as caught:
+        send_unannounced(store, content)
+    assert subject in caught.value.subject
+    assert traces(tmp_path) == []
+
+
+def test_only_a_session_for_such_files_takes_one_that_was_not_announced(
+    store: AdapterStore, sources: Path
+) -> None:
+    content = content_of(sources / "a0")
+    with (
+        store.open_upload(Registration("fr", Files(announced(content)))) as session,
+        pytest.raises(ArgumentInvalidError, match="not announced"),
+    ):
+        session.open_file("tokenizer.json")
+    with store.open_upload(Registration("fr", Unannounced())) as session:
+        session.open_file("adapter_config.json")
+        with pytest.raises(ArgumentInvalidError, match="twice"):
+            session.open_file("adapter_config.json")
+        with pytest.raises(ArgumentInvalidError, match="must be 0"):
+            session.write(0, 5, b"x")
+    with pytest.raises(ArgumentInvalidError):
+        store.register(Registration("fr", Unannounced()))

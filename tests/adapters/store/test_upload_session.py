@@ -42,12 +42,15 @@ class ArrivedError(Exception):
         self.files = files
 
 
-def catch(directory: SourceDirectory, probe: Probe | None, prepare: Prepare | None) -> Registered:
-    files = {}
+def catch(
+    directory: SourceDirectory, files: Sequence[UploadFile], probe: Probe | None, prepare: Prepare | None
+) -> Registered:
+    content = {}
     for name in directory.names():
         with directory.open_file(name, 10**9) as file:
-            files[name] = bytes(file.read())
-    raise ArrivedError(files)
+            content[name] = bytes(file.read())
+    assert {file.name: file for file in announced(content)} == {file.name: file for file in files}
+    raise ArrivedError(content)
 
 
 def announced(content: dict[str, bytes] = CONTENT) -> list[UploadFile]:

@@ -17,8 +17,8 @@ from manyhats.server.access.errors import ConfigError
 from manyhats.server.access.tls import ServerTls, TlsFiles
 from manyhats.v1 import server_pb2
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
-from support.fakes.server import Running
-from support.servers.secure import Pki, https_get, make_pki, open_channel, pair_of, secured_server, write_pair
+from support.fakes.server import Running, open_channel
+from support.servers.secure import Pki, https_get, make_pki, pair_of, secured_server, write_pair
 
 
 @pytest.fixture

@@ -119,7 +119,9 @@ def test_every_method_of_every_service_has_a_rule_or_is_open() -> None:
     ]
     methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
     assert methods == CALLS.keys() | OPEN_METHODS
-    assert Counter(name.rpartition("/")[2] for name in CALLS) == Counter(RULES.keys())
+    names = Counter(name.rpartition("/")[2] for name in CALLS)
+    assert set(names.values()) == {1}
+    assert names.keys() <= RULES.keys()
 
 
 @pytest.mark.parametrize("method", CALLS)

@@ -12,6 +12,7 @@ from manyhats.adapters.registration import OPTIONS, Part, Parts, Uri
 from manyhats.adapters.taskid import TASK_ID
 from manyhats.client import RegisterOptions
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.request import SamplingParams, SpeculationParams, StoppingParams
 from manyhats.server.grpc import from_proto
 from manyhats.v1 import adapter_pb2
 from manyhats.v1 import generation_pb2 as pb
@@ -54,6 +55,8 @@ requests = st.fixed_dictionaries(
         "stopping": stoppings,
         "response": st.fixed_dictionaries({}, optional={"top_logprobs": uint32}),
         "cache_salt": some_text,
+        "json_schema": some_text,
+        "speculation": st.fixed_dictionaries({}, optional={"num_tokens": uint32}),
     },
 )
 
@@ -63,9 +66,11 @@ def test_any_request_converts_or_names_a_field(fields: dict[str, Any]) -> None:
     message = pb.GenerateRequest.FromString(pb.GenerateRequest(**fields).SerializeToString())
     for convert in (
         from_proto.prompt,
-        from_proto.sampling_params,
-        from_proto.stopping_params,
+        lambda message: SamplingParams(**from_proto.sampling(message).over({})),
+        lambda message: StoppingParams(**from_proto.stopping(message).over({})),
+        lambda message: SpeculationParams(**from_proto.speculation(message).over({})),
         from_proto.response_options,
+        from_proto.constraint,
     ):
         try:
             convert(message)
@@ -101,12 +106,11 @@ def test_any_registration_has_one_source_or_names_the_field(fields: dict[str, An
     message = adapter_pb2.RegisterAdapterRequest(**fields)
     try:
         registration = from_proto.registration(message)
-    except FieldInvalidError as error:
-        assert error.field == "uri" or error.field.startswith("parts[")  # noqa: PT017
-        return
     except ArgumentInvalidError as error:
-        assert error.subject in ("request_id", "labels")  # noqa: PT017
-        assert not is_printable(fields[error.subject])  # noqa: PT017
+        if error.subject == "uri":
+            assert bool(fields.get("uri")) == bool(fields.get("parts"))
+        elif not error.subject.startswith("parts["):
+            assert not is_printable(fields[error.subject])  # noqa: PT017
         return
     match registration.source:
         case Uri(uri):

@@ -39,7 +39,7 @@ def make(**settings: Any) -> ServeConfig:
         ("max_transfers", 0),
         ("device", "tpu"),
         ("dtype", "float16"),
-        ("kv_cache_dtype", "int8"),
+        ("kv_cache_dtype", "int4"),
         ("quantization", "int8"),
         ("log_level", "loud"),
         ("log_format", "xml"),

@@ -17,8 +17,8 @@ import grpc
 import pytest
 
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
-from manyhats.server.http.port import HttpPort
-from manyhats.server.http.probes import make_app
+from manyhats.server.http.metrics_port import MetricsPort
+from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.lifetime.system import connection_limits
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.call import Calls
@@ -63,9 +63,9 @@ def said(client: socket.socket) -> bytes:
 
 
 @contextmanager
-def http_port(**limits: float) -> Iterator[HttpPort]:
+def http_port(**limits: float) -> Iterator[MetricsPort]:
     gate, metrics = Gate(heartbeat_limit_s=1), Metrics(max_task_labels=1)
-    port = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0, **limits)  # type: ignore[arg-type]
+    port = MetricsPort(make_metrics_app(gate, metrics.registry), host="127.0.0.1", port=0, **limits)  # type: ignore[arg-type]
     port.start()
     try:
         yield port

@@ -16,9 +16,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from structlog.testing import capture_logs
 
 from manyhats.server.grpc.port import SERVICES, GrpcPort
+from manyhats.server.http.app import make_app
+from manyhats.server.http.call import Surroundings
 from manyhats.server.http.port import HttpPort
-from manyhats.server.http.probes import make_app
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.answers import Answers
 from manyhats.server.service.call import Calls
 from manyhats.server.service.errors import AddressError
 from manyhats.server.service.gate import Gate, ServingState
@@ -131,7 +133,7 @@ async def test_reflection_lists_every_service() -> None:
 
 async def test_other_paths_and_methods_are_refused() -> None:
     async with running_server() as server:
-        assert (await _http(server, "/"))[0] == 404
+        assert (await _http(server, "/other"))[0] == 404
         assert (await _http(server, "/metrics/x"))[0] == 404
         request = urllib.request.Request(f"http://{server.http}/healthz", data=b"x", method="POST")
         with pytest.raises(urllib.error.HTTPError) as caught:
@@ -145,12 +147,13 @@ async def test_other_paths_and_methods_are_refused() -> None:
 
 async def test_taken_ports_are_one_clear_error() -> None:
     gate, metrics = Gate(heartbeat_limit_s=1), Metrics(max_task_labels=1)
+    around = Surroundings(calls=Calls(gate, metrics), answers=Answers(unread_limit_s=1))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(AddressError, match=f"127.0.0.1:{port}"):
-            HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=port)
+            HttpPort(make_app(around), host="127.0.0.1", port=port)
         with pytest.raises(AddressError, match=f"127.0.0.1:{port}"):
             GrpcPort(Calls(gate, metrics), host="127.0.0.1", port=port)
 

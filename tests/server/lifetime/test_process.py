@@ -213,7 +213,7 @@ async def test_running_request_finishes_and_new_ones_are_refused_while_draining(
         await life.line("draining")
         refusal = await refused(client.Generate(pb.GenerateRequest(text="new")))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-        assert http_status(facts["http"], "/readyz") == 503
+        assert await asyncio.to_thread(http_status, facts["http"], "/readyz") == 503
         assert (await running).text == "a long one"
         assert await life.end() == 0
     assert engine.stopped
@@ -230,10 +230,22 @@ async def test_it_follows_its_store_and_closes_it_at_the_end(capsys: pytest.Capt
         store.tasks["hats"] = [make_record("hats")]  # as another server does
         store.others_changed = {"hats"}
         line = 'manyhats_adapters{state="active"} 1.0'
-        await eventually(lambda: line in http_text(facts["http"], "/metrics"))
+        async with asyncio.timeout(5):
+            while line not in await asyncio.to_thread(http_text, facts["http"], "/metrics"):
+                pass
         os.kill(os.getpid(), signal.SIGTERM)
         assert await life.end() == 0
     assert store.is_closed
+
+
+@pytest.mark.parametrize(("settings", "status"), [({}, 200), ({"page": False}, 404)])
+async def test_the_page_is_served_unless_it_is_turned_off(
+    capsys: pytest.CaptureFixture[str], settings: dict[str, Any], status: int
+) -> None:
+    async with living(capsys, with_engine(EchoEngine()), **settings) as life:
+        http = (await life.line("ready"))["http"]
+        assert await asyncio.to_thread(http_status, http, "/") == status
+        assert await asyncio.to_thread(http_status, http, "/readyz") == 200
 
 
 async def test_second_signal_ends_running_requests(capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,7 +290,8 @@ async def test_while_loading_it_is_alive_but_not_ready_and_a_signal_ends_it(
         refusal = await refused((await life.client()).Generate(pb.GenerateRequest(text="a")))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "LOADING")
         paths = ("/healthz", "/readyz", "/metrics")
-        assert [http_status(facts["http"], path) for path in paths] == [200, 503, 200]
+        statuses = [await asyncio.to_thread(http_status, facts["http"], path) for path in paths]
+        assert statuses == [200, 503, 200]
         assert (await life.line("loading"))["stage"] == "quantize"
         os.kill(os.getpid(), signal.SIGTERM)
         assert await life.end() == 128 + signal.SIGTERM

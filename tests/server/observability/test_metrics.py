@@ -13,6 +13,8 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 from manyhats.adapters.artifact import AdapterState
 from manyhats.adapters.errors import AdapterUnsafeError
 from manyhats.engine.output import StepStats
+from manyhats.server.http.metrics_port import MetricsPort
+from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.observability.task_labels import TaskLabels
 from manyhats.v1 import adapter_pb2
 from manyhats.v1 import generation_pb2 as pb
@@ -21,15 +23,15 @@ from support.fakes.server import Running, eventually, make_record, refused, runn
 Series = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def _get(server: Running, accept: str) -> tuple[str, str]:
-    request = urllib.request.Request(f"http://{server.http}/metrics", headers={"Accept": accept})
+def _get(address: str, accept: str) -> tuple[str, str]:
+    request = urllib.request.Request(f"http://{address}/metrics", headers={"Accept": accept})
     with urllib.request.urlopen(request, timeout=5) as answer:
         return answer.headers["Content-Type"], answer.read().decode()
 
 
 async def scrape(server: Running) -> Series:
     """Every sample by its name and labels; fails on a sample that is there twice."""
-    _, text = await asyncio.to_thread(_get, server, "text/plain")
+    _, text = await asyncio.to_thread(_get, server.http, "text/plain")
     series: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
     for family in parser.text_string_to_metric_families(text):
         for sample in family.samples:
@@ -72,6 +74,7 @@ async def test_every_name_of_the_api_is_there_after_one_request() -> None:
         "manyhats_step_seconds_count",
         "manyhats_step_tokens_count",
         "manyhats_batch_adapters_count",
+        "manyhats_constraint_compile_seconds_count",
         "manyhats_adapters",
         "manyhats_adapter_resident",
         "manyhats_adapter_load_seconds_count",
@@ -159,11 +162,13 @@ async def test_gauges_show_the_engines_snapshot() -> None:
 
 async def test_steps_feed_counters_and_histograms() -> None:
     async with running_server() as server:
-        server.metrics.step(StepStats(0.02, 30, 2, 3, 1, 30, 16))
-        server.metrics.step(StepStats(0.01, 0, 2, 0, 0, 0, 0))
+        server.metrics.step(StepStats(0.02, 30, 2, 1, 3, 1, 30, 16))
+        server.metrics.step(StepStats(0.01, 0, 2, 0, 0, 0, 0, 0))
+        server.metrics.constraint_compiled(0.02)
         series = await scrape(server)
+    assert value(series, "manyhats_constraint_compile_seconds_bucket", le="0.025") == 1
     assert value(series, "manyhats_step_seconds_count") == 2
-    assert value(series, "manyhats_step_tokens_sum") == 34
+    assert value(series, "manyhats_step_tokens_sum") == 35
     assert value(series, "manyhats_batch_adapters_bucket", le="0.0") == 1
     assert value(series, "manyhats_preemptions_total") == 1
     assert value(series, "manyhats_prefix_cache_queries_total") == 30
@@ -261,9 +266,9 @@ def test_a_deleted_tasks_place_is_free_for_another() -> None:
 async def test_both_formats_are_served_by_the_accept_header() -> None:
     async with running_server() as server:
         await server.generation.Generate(pb.GenerateRequest(text="x"))
-        plain, text = await asyncio.to_thread(_get, server, "text/plain")
+        plain, text = await asyncio.to_thread(_get, server.http, "text/plain")
         wanted = "application/openmetrics-text; version=1.0.0"
-        open_type, open_text = await asyncio.to_thread(_get, server, wanted)
+        open_type, open_text = await asyncio.to_thread(_get, server.http, wanted)
     assert plain.startswith("text/plain")
     assert list(parser.text_string_to_metric_families(text))
     assert open_type.startswith("application/openmetrics-text")
@@ -277,18 +282,37 @@ async def test_both_formats_are_served_by_the_accept_header() -> None:
 @pytest.mark.parametrize("version", ["x", "1.x", ".", "1..0", "-", "1,0", "\u00b2", "9" * 5000, "", "=", "0"])
 async def test_a_format_that_cannot_be_read_is_answered_in_plain_text(kind: str, version: str) -> None:
     async with running_server() as server:
-        found, text = await asyncio.to_thread(_get, server, f"{kind}; version={version}; q=zz; escaping=\xff")
+        found, text = await asyncio.to_thread(
+            _get, server.http, f"{kind}; version={version}; q=zz; escaping=\xff"
+        )
     is_latest = kind == "application/openmetrics-text" and version == ""
     assert found.startswith(kind if is_latest else "text/plain")
     assert "# TYPE manyhats_requests" in text
 
 
-async def test_scrape_is_answered_while_the_event_loop_is_busy() -> None:
+async def test_the_metrics_port_answers_while_the_event_loop_is_busy() -> None:
     async with running_server() as server:
-        # Called on the loop's own thread: were the port on the loop, this would never return.
-        content_type, text = _get(server, "text/plain")
+        port = MetricsPort(make_metrics_app(server.gate, server.metrics.registry), host="127.0.0.1", port=0)
+        port.start()
+        try:
+            # Called on the loop's own thread: were the port on the loop, this would never return.
+            content_type, text = _get(port.address, "text/plain")
+        finally:
+            port.stop()
     assert "manyhats_requests_running" in text
     assert content_type.startswith("text/plain")
+
+
+async def test_any_series_can_be_asked_for_alone() -> None:
+    async with running_server() as server:
+        await server.adapters.RegisterAdapter(adapter_pb2.RegisterAdapterRequest(task_id="hats", uri="a"))
+        registry = server.metrics.registry
+        names = {sample.name for metric in registry.collect() for sample in metric.samples}
+        names = {name for name in names if not name.startswith("process_")}
+        assert "manyhats_requests_running" in names
+        for name in names:
+            (metric,) = registry.restricted_registry([name]).collect()
+            assert {sample.name for sample in metric.samples} == {name}
 
 
 async def test_catalogue_counts_follow_what_the_store_had_before_the_start() -> None:

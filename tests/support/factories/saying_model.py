@@ -24,7 +24,13 @@ def make_saying_checkpoint(
         tokenizer: saved beside it.
         config: fields of ``tokenizer_config.json``.
     """
-    make_checkpoint(directory, hidden_size=TINY_VOCAB_SIZE, num_layers=1, intermediate_size=16)
+    make_checkpoint(
+        directory,
+        hidden_size=TINY_VOCAB_SIZE,
+        num_layers=1,
+        intermediate_size=16,
+        max_position_embeddings=1024,
+    )
     path = directory / "model.safetensors"
     weights = load_file(path)
     for name, weight in weights.items():

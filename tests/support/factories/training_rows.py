@@ -9,10 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
+from manyhats.engine.text.ending import find_ends
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data.batch import TokenizedRow
 from manyhats.trainer.data.dataset import Dataset
-from manyhats.trainer.data.ending import find_ends
 from manyhats.trainer.data.row import Row
 from manyhats.trainer.data.tokenization import Tokenization, tokenize_rows
 from manyhats.trainer.settings.settings import DataSettings

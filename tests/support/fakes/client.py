@@ -98,6 +98,7 @@ class FakeServer:
         self.fail_stream_after: int | None = None
         self.is_endless = False
         self.is_old = False  # tells no limits
+        self.has_versions = False  # of whatever is registered
         self.stream_finish_reason = generation_pb2.FINISH_REASON_LENGTH
         self.delay_s = 0.0
         self.stream_began = threading.Event()
@@ -164,6 +165,15 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         self._fake.see(request, context)
         wants = request.response.logprobs
         prompt_tokens = [generation_pb2.TokenInfo(id=1, text="<s>"), _token(0, True)]
+        more = [
+            generation_pb2.GeneratedSequence(
+                text=f"{TEXT}{index}",
+                tokens=[_token(0, wants)],
+                finish_reason=generation_pb2.FINISH_REASON_LENGTH,
+                usage=_usage(1),
+            )
+            for index in range(1, request.num_sequences)
+        ]
         return generation_pb2.GenerateResponse(
             request_id=request.request_id or "made-by-server",
             text=TEXT,
@@ -172,6 +182,7 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
             finish_reason=generation_pb2.FINISH_REASON_EOS,
             usage=_usage(len(PIECES)),
             adapter=_ref(request.task_id),
+            more_sequences=more,
         )
 
     def GenerateStream(self, request: Any, context: Any) -> Any:
@@ -186,6 +197,10 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
             if not context.is_active():
                 return
             yield self._piece(request, index)
+            for sequence_index in range(1, request.num_sequences):
+                piece = self._piece(request, index)
+                piece.sequence_index = sequence_index
+                yield piece
             index += 1
 
     def _piece(self, request: Any, index: int) -> generation_pb2.GenerateStreamResponse:
@@ -222,7 +237,9 @@ class _Adapters(adapter_pb2_grpc.AdapterServiceServicer):
 
     def RegisterAdapter(self, request: Any, context: Any) -> Any:
         self._fake.see(request, context)
-        return adapter_pb2.RegisterAdapterResponse(adapter=make_adapter(request.task_id, 3), created=True)
+        return adapter_pb2.RegisterAdapterResponse(
+            adapter=make_adapter(request.task_id, 3), created=not self._fake.has_versions
+        )
 
     def UploadAdapter(self, request_iterator: Any, context: Any) -> Any:
         context.add_callback(self._fake.stream_ended.set)

@@ -50,6 +50,9 @@ class FakeDecoder:
     Args:
         vocab_size: V.
         poison: token ids that turn the logits of every later row of their sequence to NaN.
+
+    Attributes:
+        memory: if set, what comes next mostly depends on this many last tokens, so that answers repeat themselves.
     """
 
     def __init__(self, vocab_size: int, poison: Iterable[int] = ()) -> None:
@@ -57,6 +60,7 @@ class FakeDecoder:
         self.poison = tuple(poison)
         self.before_forward: Callable[[StepPlan], None] = lambda plan: None
         self.num_forwards = 0
+        self.memory: int | None = None
 
     def forward(self, plan: StepPlan, cache: FakeCache, adapters: object) -> HostLogits:
         self.before_forward(plan)
@@ -81,8 +85,14 @@ class FakeDecoder:
         """[V] after a history of tokens, each plus V times its adapter slot."""
         if np.isin(history % self.vocab_size, self.poison).any():
             return torch.full((self.vocab_size,), torch.nan)
+        values = self._hashed(history)
+        if self.memory is not None:
+            values = 3 * self._hashed(history[-self.memory :] % 16) + 0.1 * values
+        return torch.from_numpy(values.astype(np.float32))
+
+    def _hashed(self, history: np.ndarray) -> np.ndarray:
         seed = int.from_bytes(hashlib.blake2b(history.tobytes(), digest_size=8).digest(), "little")
-        return torch.from_numpy(np.random.default_rng(seed).normal(size=self.vocab_size).astype(np.float32))
+        return np.random.default_rng(seed).normal(size=self.vocab_size)
 
     def greedy(self, prompt: Iterable[int], num_tokens: int, slot: int = 0) -> list[int]:
         """What it says after a prompt, greedily."""

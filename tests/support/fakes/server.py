@@ -37,19 +37,26 @@ from manyhats.engine.output import (
     ScoreOutput,
     StepOutput,
     TokenOutput,
+    TopToken,
     Usage,
 )
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.residency import ResidencyStats
 from manyhats.engine.residency.tiers import Tier
+from manyhats.engine.text.chat_template import Rendering
 from manyhats.engine.text.prompt_text import Continuation
 from manyhats.engine.text.tokenizer import ChatMessage
+from manyhats.server.access.tls import ServerTls
+from manyhats.server.access.tokens import TokenFile
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
+from manyhats.server.http.app import make_app
+from manyhats.server.http.call import Surroundings
+from manyhats.server.http.connection import ConnectionLimits
 from manyhats.server.http.port import HttpPort
-from manyhats.server.http.probes import make_app
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.wiring import limits
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.answers import Answers
 from manyhats.server.service.backend import Backend, ModelInfo
 from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
@@ -89,13 +96,21 @@ def byte_ids(text: str) -> tuple[int, ...]:
 class ByteTokenizer:
     """Of such prompts."""
 
+    special_tokens: Mapping[str, str] = {"bos_token": "", "eos_token": "\x00"}
+    chat_template = "{% for message in messages %}{{ message.role }}:{{ message.content }};{% endfor %}"
+
     def prompt(
         self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> BytePrompt:
         return BytePrompt(text, begins=add_special_tokens, max_tokens=max_tokens)
 
     def chat_prompt(
-        self, messages: Sequence[ChatMessage], template: str | None = None, *, max_tokens: int | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        template: str | None = None,
+        *,
+        rendering: Rendering,
+        max_tokens: int | None = None,
     ) -> BytePrompt:
         if any(message.role == "refused" for message in messages):
             raise FieldInvalidError("chat", "the chat template refused the messages")
@@ -112,6 +127,20 @@ class ByteTokenizer:
 
     def piece(self, token_id: int) -> str:
         return chr(token_id - 2) if token_id >= 2 else ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id - 2]) if token_id >= 2 else b""
+
+    def text(self, ids: Sequence[int]) -> str:
+        return "".join(self.piece(token_id) for token_id in ids)
+
+
+def scored_token(token_id: int, num_top: int = 0) -> TokenOutput:
+    """A token that was the most likely one, with the next ones by their ids."""
+    piece = ByteTokenizer().piece
+    ids = [(token_id - 2 + place) % 256 + 2 for place in range(num_top)]
+    top = tuple(TopToken(each, piece(each), -0.5 - place) for place, each in enumerate(ids))
+    return TokenOutput(token_id, piece(token_id), -0.5, 1, top)
 
 
 @dataclass
@@ -169,14 +198,18 @@ class EchoEngine:
             self.closed.append(request.id)
 
     def _output(self, request: Request, index: int, token_id: int, *, is_last: bool) -> StepOutput:
-        logprob, rank = (-0.5, 1) if request.response.logprobs else (None, None)
         piece = ByteTokenizer().piece(token_id)
         wants_prompt = request.response.prompt_logprobs and index == 0
-        prompt = [TokenOutput(each, "p") for each in request.prompt_token_ids] if wants_prompt else []
+        prompt = request.prompt_token_ids if wants_prompt else ()
+        num_top = request.response.top_logprobs
+        is_scored = request.response.logprobs
         return StepOutput(
             text=piece,
-            tokens=(TokenOutput(token_id, piece, logprob, rank),),
-            prompt_tokens=tuple(prompt),
+            tokens=(scored_token(token_id, num_top) if is_scored else TokenOutput(token_id, piece),),
+            prompt_tokens=tuple(
+                scored_token(each, num_top) if place else TokenOutput(each, ByteTokenizer().piece(each))
+                for place, each in enumerate(prompt)
+            ),
             finish_reason=FinishReason.LENGTH if is_last else None,
             usage=Usage(len(request.prompt_token_ids), 1, index + 1, 0.001, 0.002, 0.003 * index, 0.0005),
             time_s=time.monotonic(),
@@ -237,6 +270,10 @@ class FakeUpload:
     may_write: threading.Event
     pieces: list[tuple[int, int, bytes]] = field(default_factory=list)
     is_aborted: bool = False
+    names: list[str] = field(default_factory=list)
+
+    def open_file(self, name: str) -> None:
+        self.names.append(name)
 
     def write(self, file_index: int, offset: int, data: bytes) -> None:
         assert self.may_write.wait(5)
@@ -415,10 +452,14 @@ INFO = ModelInfo(
 LIMITS = replace(limits(ServeConfig()), max_adapters=4, max_tasks=10**12, max_bytes=10**30)
 
 
-def make_backend(engine: EchoEngine, store: Any, tokenizer: Any = None) -> Backend:
+def make_backend(engine: EchoEngine, store: Any, tokenizer: Any = None, base: str = "echo") -> Backend:
     """The fakes as what answers requests."""
     return Backend(
-        engine=engine, store=store, tokenizer=tokenizer or ByteTokenizer(), info=INFO, limits=LIMITS
+        engine=engine,
+        store=store,
+        tokenizer=tokenizer or ByteTokenizer(),
+        info=replace(INFO, name=base),
+        limits=LIMITS,
     )
 
 
@@ -433,6 +474,8 @@ class Running:
     port: GrpcPort
     http: str
     channel: grpc.aio.Channel
+    calls: Calls
+    stop_http: Callable[[], Awaitable[None]]
 
     @property
     def generation(self) -> GenerationServiceAsyncStub:
@@ -452,28 +495,59 @@ async def running_server(
     *,
     is_open: bool = True,
     max_task_labels: int = 10,
+    engine: EchoEngine | None = None,
     store: Any = None,
     tokenizer: Any = None,
+    base: str = "echo",
     max_calls: int = 1000,
+    tls: ServerTls | None = None,
+    tokens: TokenFile | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
+    needs_certificate: bool = False,
+    body_limit_s: float = 30.0,
+    head_limit_s: float = 10.0,
     **limits: Any,
 ) -> AsyncIterator[Running]:
     """A server on fakes and free ports; with ``is_open`` false it is still loading. ``limits`` are the gRPC port's."""
-    engine, store = EchoEngine(), store or MemoryStore()
+    engine, store = engine or EchoEngine(), store or MemoryStore()
     metrics, gate = Metrics(max_task_labels=max_task_labels), Gate(heartbeat_limit_s=5.0, max_calls=max_calls)
-    backend = make_backend(engine, store, tokenizer)
+    backend = make_backend(engine, store, tokenizer, base)
     if is_open:
         metrics.attach(backend)
         gate.open(backend)
-    http = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0)
-    http.start()
-    port = GrpcPort(Calls(gate, metrics), host="127.0.0.1", port=0, limits=GrpcLimits(**limits))
+    calls = Calls(gate, metrics)
+    around = Surroundings(
+        calls=calls,
+        answers=Answers(unread_limit_s=limits.get("unread_limit_s", 60.0)),
+        tokens=tokens,
+        needs_certificate=needs_certificate,
+        body_limit_s=body_limit_s,
+    )
+    app = make_app(around, is_local=tokens is None and tls is None, has_page=True)
+    if tls is not None:
+        metrics.attach_tls(tls)
+    connections = ConnectionLimits(
+        head_limit_s=head_limit_s, unread_limit_s=limits.get("unread_limit_s", 60.0)
+    )
+    http = HttpPort(app, host="127.0.0.1", port=0, tls=tls, limits=connections)
+    await http.start()
+    port = GrpcPort(calls, host="127.0.0.1", port=0, tls=tls, tokens=tokens, limits=GrpcLimits(**limits))
     await port.start()
     try:
-        async with grpc.aio.insecure_channel(port.address) as channel:
-            yield Running(engine, store, gate, metrics, port, http.address, channel)
+        async with open_channel(port.address, credentials) as channel:
+            stop_http = partial(http.stop, 0.0)
+            yield Running(engine, store, gate, metrics, port, http.address, channel, calls, stop_http)
     finally:
         await port.stop(0.0)
-        http.stop()
+        await http.stop(0.0)
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """A channel with a connection of its own: a new handshake."""
+    own = (("grpc.use_local_subchannel_pool", 1),)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=own)
+    return grpc.aio.secure_channel(address, credentials, options=own)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,8 @@ class Ran:
 class Runner:
     """A model on a backend, with adapters loaded and a KV pool; each run has an empty prefix cache at first.
 
-    The default backend on one thread, unless another is given; adapters have the cache's dtype, unless told otherwise.
+    The default backend on one thread, unless another is given; adapters have the cache's dtype, unless told
+    otherwise; float32 beside int8.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class Runner:
         self.model = self.backend.prepare(model.architecture, model.weights)
         num_bytes = num_blocks * block_bytes(model.architecture, block_size, cache_dtype)
         self.cache = self.backend.new_cache(model.architecture, block_size, cache_dtype, num_bytes)
-        self.slots = self.backend.new_adapters(model.architecture, 40, adapter_dtype or cache_dtype)
+        adapter_dtype = adapter_dtype or ("float32" if cache_dtype == "int8" else cache_dtype)
+        self.slots = self.backend.new_adapters(model.architecture, 40, adapter_dtype)
         for slot, adapter in (adapters or {}).items():
             self.slots.place(slot, self.slots.pack(adapter))
         self.num_blocks = num_blocks
@@ -168,7 +170,7 @@ class Runner:
         scheduler.commit(schedule)
         for sequence, token_id in sampled:
             if sequence.num_tokens < sequence.max_num_tokens:
-                scheduler.append_token(sequence, token_id)
+                scheduler.append_tokens(sequence, token_id)
             else:
                 scheduler.finish(sequence)
 

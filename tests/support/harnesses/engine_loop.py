@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
+from manyhats.engine.constraint import Constraint
 from manyhats.engine.errors import EngineError
 from manyhats.engine.loop.generation import Generation
 from manyhats.engine.loop.job import Event, Job
@@ -16,6 +17,7 @@ from manyhats.engine.loop.step import Step
 from manyhats.engine.output import FinishReason, ScoreOutput, StepOutput, StepStats
 from manyhats.engine.request import Request, ScoreRequest
 from manyhats.engine.residency.lease import Lease, ResidentAdapter
+from manyhats.engine.sampling.matcher import Grammar
 from manyhats.engine.scheduling.blocks import BlockAllocator
 from manyhats.engine.scheduling.schedule import SchedulerConfig
 from manyhats.engine.scheduling.scheduler import Scheduler
@@ -23,6 +25,7 @@ from manyhats.engine.text.tokenizer import Tokenizer
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE
 from support.fakes.engine import FakeCache, FakeDecoder, KeptSlot
 from support.harnesses.engine import random_ids
+from support.harnesses.grammars import grammar_of
 
 POISON = TINY_VOCAB_SIZE - 1
 """A token that turns the logits of its sequence to NaN."""
@@ -57,6 +60,7 @@ class Loop:
             max_context_length=self.num_blocks * self.block_size,
             vocab_size=TINY_VOCAB_SIZE,
         )
+        self.grammars: dict[bytes, Grammar] = {}
         self.events: dict[str, list[Event]] = {}
         self.stats: list[StepStats] = []
 
@@ -64,7 +68,16 @@ class Loop:
         return self._hear(self.steps.add(job), job.id)
 
     def generate(self, name: str, request: Request, slot: int = 0) -> str:
-        return self.add(Generation(name, request, lease_of(slot), self.serving))
+        matcher = None if request.constraint is None else self._grammar_of(request.constraint).matcher()
+        return self.add(Generation(name, request, lease_of(slot), self.serving, matcher=matcher))
+
+    def _grammar_of(self, constraint: Constraint) -> Grammar:
+        if constraint.digest not in self.grammars:
+            serving = self.serving
+            self.grammars[constraint.digest] = grammar_of(
+                constraint, serving.tokenizer, serving.vocab_size, serving.eos_token_ids
+            )
+        return self.grammars[constraint.digest]
 
     def score(self, name: str, request: ScoreRequest, slot: int = 0) -> str:
         return self.add(Scoring(name, request, lease_of(slot), self.serving))

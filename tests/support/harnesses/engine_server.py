@@ -1,4 +1,4 @@
-"""A real engine behind a real gRPC port."""
+"""A real engine behind real ports."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.engine import Engine
 from manyhats.engine.progress import no_progress
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
+from manyhats.server.http.app import make_app
+from manyhats.server.http.call import Surroundings
+from manyhats.server.http.port import HttpPort
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.wiring import open_backend
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.answers import Answers
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
@@ -30,11 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Served:
-    """An engine, and a client of its own port that takes little ahead of its reader."""
+    """An engine, and a client of its own gRPC port that takes little ahead of its reader."""
 
     engine: Engine
     generation: GenerationServiceAsyncStub
     address: str
+    http: str
+    metrics: Metrics
 
 
 @asynccontextmanager
@@ -45,13 +51,12 @@ async def served_engine(model: LoadedModel, **config: Any) -> AsyncIterator[Serv
             make_backend(cast(Any, engine), MemoryStore(), model.tokenizer),
             info=replace(INFO, vocab_size=model.architecture.vocab_size),
         )
+        metrics = Metrics(max_task_labels=4)
         async with (
-            _port(
-                backend, Metrics(max_task_labels=4), unread_limit_s=engine.config.unread_limit_s
-            ) as address,
+            _ports(backend, metrics, unread_limit_s=engine.config.unread_limit_s) as (address, http),
             grpc.aio.insecure_channel(address, options=SMALL_WINDOW) as channel,
         ):
-            yield Served(engine, GenerationServiceStub(channel), address)
+            yield Served(engine, GenerationServiceStub(channel), address, http, metrics)
 
 
 @asynccontextmanager
@@ -61,22 +66,51 @@ async def served_config(config: ServeConfig) -> AsyncIterator[tuple[str, Backend
     backend = await asyncio.to_thread(open_backend, config, metrics, no_progress)
     try:
         await backend.engine.start()
-        async with _port(backend, metrics) as address:
+        async with _ports(backend, metrics) as (address, _):
             yield address, backend
     finally:
         await backend.engine.stop(0.0)
         backend.store.close()
 
 
+@dataclass(frozen=True)
+class Ports:
+    """Addresses of one server's ports."""
+
+    grpc: str
+    http: str
+
+
 @asynccontextmanager
-async def _port(backend: Backend, metrics: Metrics, **limits: Any) -> AsyncIterator[str]:
-    """A gRPC port of its own, by its address."""
+async def served_ports(config: ServeConfig) -> AsyncIterator[Ports]:
+    """Serves what a server's process would by these settings, on both ports."""
+    metrics = Metrics(max_task_labels=10)
+    async with served_config(config) as (address, backend):
+        gate = Gate(heartbeat_limit_s=60.0)
+        gate.open(backend)
+        around = Surroundings(calls=Calls(gate, metrics), answers=Answers(unread_limit_s=60.0))
+        http = HttpPort(make_app(around, is_local=True), host="127.0.0.1", port=0)
+        await http.start()
+        try:
+            yield Ports(address, http.address)
+        finally:
+            await http.stop(0.0)
+
+
+@asynccontextmanager
+async def _ports(backend: Backend, metrics: Metrics, **limits: Any) -> AsyncIterator[tuple[str, str]]:
+    """Ports of its own, gRPC and HTTP, by their addresses."""
     gate = Gate(heartbeat_limit_s=60.0)
     metrics.attach(backend)
     gate.open(backend)
-    port = GrpcPort(Calls(gate, metrics), host="127.0.0.1", port=0, limits=GrpcLimits(**limits))
+    calls, limits_of_grpc = Calls(gate, metrics), GrpcLimits(**limits)
+    port = GrpcPort(calls, host="127.0.0.1", port=0, limits=limits_of_grpc)
+    answers = Answers(unread_limit_s=limits_of_grpc.unread_limit_s)
+    http = HttpPort(make_app(Surroundings(calls=calls, answers=answers)), host="127.0.0.1", port=0)
     await port.start()
+    await http.start()
     try:
-        yield port.address
+        yield port.address, http.address
     finally:
         await port.stop(0.0)
+        await http.stop(0.0)

@@ -18,7 +18,8 @@ from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
 from manyhats.engine.backends.cpu.program import Program
-from manyhats.engine.backends.dtypes import torch_dtype
+from manyhats.engine.backends.cpu.units import Units
+from manyhats.engine.backends.dtypes import cache_dtype, torch_dtype
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.model.architecture import SUBLAYERS, Architecture
 from support.oracles.operations import ReferenceKVCache, ReferenceSlots
@@ -82,7 +83,7 @@ class Operations(CpuKernels):
         program.rotate(0, qkv.shape[1], layer, (cos.contiguous(), sin.contiguous()), num_heads)
         frame = self._frame(batch, cache)
         frame[columns.POSITIONS] = rows.data_ptr()
-        self.run(program.arrays(), frame, [qkv], (cache.dtype, cache.dtype), 0)
+        self.run(program.arrays(), frame, [qkv], (cache.dtype, torch.float32), 0)
 
     def attention(
         self,
@@ -97,11 +98,19 @@ class Operations(CpuKernels):
     ) -> Tensor:
         """Attention of each row over its sequence's cached positions."""
         frame, program = self._frame(batch, cache), Program()
-        out = torch.empty((qkv.shape[0], num_heads * int(frame[columns.HEAD_DIM])))
+        head_dim, num_kv_heads = int(frame[columns.HEAD_DIM]), int(frame[columns.NUM_KV_HEADS])
+        out = torch.empty((qkv.shape[0], num_heads * head_dim))
         sizes = qkv.shape[1], out.shape[1]
         program.attention(0, 1, sizes, layer, scale, window, softcap)
-        num_scores = 4 * batch.block_tables.shape[1] * cache.block_size
-        self.run(program.arrays(), frame, [qkv, out], (cache.dtype, cache.dtype), num_scores)
+        units = Units.of(
+            batch.query_start.numpy(),
+            batch.context_len.numpy(),
+            (num_heads, num_kv_heads, head_dim),
+            cache.block_size,
+            self.num_threads,
+        )
+        units.describe(frame)
+        self.run(program.arrays(), frame, [qkv, out], (cache.dtype, torch.float32), units.num_scratch_values)
         return out
 
     @staticmethod
@@ -158,7 +167,7 @@ class OperationSlots(CpuAdapterSlots):
 def new_cache(kernels: Any, architecture: Architecture, num_blocks: int, block_size: int, dtype: str) -> Any:
     """An empty cache."""
     kind = CpuKVCache if isinstance(kernels, CpuKernels) else ReferenceKVCache
-    return kind(architecture, num_blocks, block_size, torch_dtype(dtype))
+    return kind(architecture, num_blocks, block_size, cache_dtype(dtype))
 
 
 def new_slots(kernels: Any, architecture: Architecture, num_slots: int, dtype: str) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
-from manyhats.engine.scheduling.scheduler import Schedule, Scheduler, SchedulerConfig
+from manyhats.engine.scheduling.schedule import Chunk, Schedule, SchedulerConfig
+from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import Placement, Sequence, SequenceStatus
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 
@@ -64,17 +65,26 @@ def make_sequence(
 
 
 class ToyEngine:
-    """Each KV entry is the history that made it, so a wrong, stale or foreign block shows at once."""
+    """Each KV entry is the history that made it, so a wrong, stale or foreign block shows at once.
+
+    Attributes:
+        drafts: what every sequence that decodes proposes; each of three tokens comes often.
+    """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         size = scheduler.allocator.block_size
         self.kv: list[list[object]] = [[None] * size for _ in range(scheduler.allocator.num_blocks)]
         self.logits: dict[Sequence, Counter[int]] = {}
+        self.drafts: Seq[int] = ()
 
     def step(self, during: Callable[[Schedule], None] | None = None) -> Schedule:
         """Schedule, run, sample, commit; sequences at their maximum are finished."""
         scheduler = self.scheduler
+        for sequence in scheduler._running:
+            if sequence.is_decoding:
+                room = min(scheduler.num_draftable, sequence.max_num_tokens - sequence.num_tokens - 1)
+                scheduler.draft(sequence, self.drafts[:room])
         schedule = scheduler.schedule()
         tables = {chunk.sequence: list(chunk.sequence.block_table) for chunk in schedule.chunks}
         if during is not None:
@@ -85,7 +95,7 @@ class ToyEngine:
             if sequence.is_finished or not chunk.ends_tokens:
                 continue
             if sequence.num_tokens < sequence.max_num_tokens:
-                scheduler.append_token(sequence, (7 * sequence.num_tokens + sequence.token_ids[-1]) % 3)
+                scheduler.append_tokens(sequence, *_said(chunk))
         scheduler.commit(schedule)
         for chunk in schedule.chunks:
             if chunk.sequence.num_tokens == chunk.sequence.max_num_tokens:
@@ -111,9 +121,9 @@ class ToyEngine:
         for source, destination in schedule.block_copies:
             self.kv[destination] = list(self.kv[source])
         for chunk in schedule.chunks:
-            for position in range(chunk.start, chunk.end):
+            for position in range(chunk.start, chunk.start + chunk.num_rows):
                 block = tables[chunk.sequence][position // size]
-                self.kv[block][position % size] = _history(chunk.sequence, position)
+                self.kv[block][position % size] = _history(chunk.sequence, position, chunk.drafts)
         for chunk in schedule.chunks:
             self._check_reads(chunk.sequence, tables[chunk.sequence], chunk.end)
             self._count_logits(chunk.sequence, chunk.start, chunk.end)
@@ -137,5 +147,20 @@ class ToyEngine:
             self.scheduler.finish(sequence)
 
 
-def _history(sequence: Sequence, position: int) -> tuple[bytes, tuple[int, ...]]:
-    return (sequence.cache_key, tuple(sequence.token_ids[: position + 1]))
+def _history(
+    sequence: Sequence, position: int, drafts: tuple[int, ...] = ()
+) -> tuple[bytes, tuple[int, ...]]:
+    return (sequence.cache_key, (*sequence.token_ids, *drafts)[: position + 1])
+
+
+def _said(chunk: Chunk) -> list[int]:
+    """What follows a sequence's tokens, and its drafts as far as they were right."""
+    last, num_tokens = chunk.sequence.token_ids[-1], chunk.sequence.num_tokens
+    said: list[int] = []
+    for draft in (*chunk.drafts, None):
+        last = (7 * num_tokens + last) % 3
+        said.append(last)
+        num_tokens += 1
+        if last != draft:
+            break
+    return said

@@ -23,6 +23,7 @@ from manyhats.adapters.primitives import (
 )
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.cpu.batch import Batch
+from manyhats.engine.backends.int8 import dequantized, quantized
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.backends.torch.choosing import TorchChooser
 from manyhats.engine.model.architecture import Architecture
@@ -49,7 +50,7 @@ class ReferenceLinear:
 
 
 class ReferenceKVCache:
-    """Keys and values as [L, num_blocks · block_size, Hkv, K]."""
+    """Keys and values as [L, num_blocks · block_size, Hkv, K]; those that int8 would round are kept as float32."""
 
     def __init__(
         self, architecture: Architecture, num_blocks: int, block_size: int, dtype: torch.dtype
@@ -57,9 +58,15 @@ class ReferenceKVCache:
         attention = architecture.attention
         num_cells = num_blocks * block_size
         shape = (architecture.num_layers, num_cells, attention.num_kv_heads, attention.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype)
-        self.values = torch.zeros(shape, dtype=dtype)
+        kept = torch.float32 if dtype == torch.int8 else dtype
+        self.keys = torch.zeros(shape, dtype=kept)
+        self.values = torch.zeros(shape, dtype=kept)
+        self.dtype = dtype
         self.block_size = block_size
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Keys or values as the cache keeps them."""
+        return dequantized(*quantized(x)) if self.dtype == torch.int8 else x.to(self.dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -78,8 +85,8 @@ class ReferenceKVCache:
         positions = torch.arange(keys.shape[1])
         slots = torch.tensor(blocks)[positions // self.block_size] * self.block_size
         slots += positions % self.block_size
-        self.keys[:, slots] = keys.to(self.keys.dtype)
-        self.values[:, slots] = values.to(self.values.dtype)
+        self.keys[:, slots] = self.rounded(keys)
+        self.values[:, slots] = self.rounded(values)
 
 
 class ReferenceKernels(TorchChooser):
@@ -149,8 +156,8 @@ class ReferenceKernels(TorchChooser):
         c, s = cos.unsqueeze(1), sin.unsqueeze(1)
         rotated[..., :half] = first * c - second * s
         rotated[..., half : 2 * half] = second * c + first * s
-        cache.keys[layer, batch.cells] = rotated[:, num_heads:].to(cache.keys.dtype)
-        cache.values[layer, batch.cells] = heads[:, num_heads + num_kv_heads :].to(cache.values.dtype)
+        cache.keys[layer, batch.cells] = cache.rounded(rotated[:, num_heads:])
+        cache.values[layer, batch.cells] = cache.rounded(heads[:, num_heads + num_kv_heads :])
 
     def attention(
         self,

@@ -62,7 +62,9 @@ def greedy(model: nn.Module, prompt: Seq[int], num_tokens: int) -> list[int]:
     return token_ids[len(prompt) :]
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float = 0.0
+) -> Tensor:
     """softmax(q kᵀ · scale) v in float64 over one whole sequence.
 
     Args:
@@ -71,6 +73,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int 
         v: the same shape.
         scale: of the scores.
         window: positions that a row sees, itself included; None for all before it.
+        cap: c in ``c · tanh(score / c)``; 0 for none.
 
     Returns:
         [T, H, K] float64.
@@ -78,6 +81,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int 
     group = q.shape[1] // k.shape[1]
     keys, values = (t.double().repeat_interleave(group, dim=1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * scale
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
     row, column = torch.meshgrid(torch.arange(len(q)), torch.arange(len(q)), indexing="ij")
     hidden = column > row
     if window is not None:

@@ -17,13 +17,7 @@ import trustme
 
 from manyhats.server.access.tls import ServerTls, TlsFiles
 from manyhats.server.access.tokens import Role, TokenFile, new_token, token_entry
-from manyhats.server.grpc.port import GrpcPort
-from manyhats.server.http.port import HttpPort
-from manyhats.server.http.probes import make_app
-from manyhats.server.observability.metrics import Metrics
-from manyhats.server.service.call import Calls
-from manyhats.server.service.gate import Gate
-from support.fakes.server import EchoEngine, MemoryStore, Running, make_backend
+from support.fakes.server import Running, running_server
 
 BOTH = (Role.GENERATE, Role.MANAGE)
 
@@ -115,25 +109,14 @@ async def secured_server(
     store: Any = None,
 ) -> AsyncIterator[Running]:
     """A server on fakes and free ports, and a channel that shows no token."""
-    engine, store = EchoEngine(), MemoryStore() if store is None else store
-    metrics, gate = Metrics(max_task_labels=10), Gate(heartbeat_limit_s=5.0)
-    backend = make_backend(engine, store)
-    metrics.attach(backend)
-    gate.open(backend)
-    server_tls = None if tls is None else ServerTls(tls)
-    if server_tls is not None:
-        metrics.attach_tls(server_tls)
-    tokens = None if token_file is None else TokenFile(token_file)
-    http = HttpPort(make_app(gate, metrics.registry), host="127.0.0.1", port=0, tls=server_tls)
-    http.start()
-    port = GrpcPort(Calls(gate, metrics), host="127.0.0.1", port=0, tls=server_tls, tokens=tokens)
-    await port.start()
-    try:
-        async with open_channel(port.address, credentials) as channel:
-            yield Running(engine, store, gate, metrics, port, http.address, channel)
-    finally:
-        await port.stop(0.0)
-        http.stop()
+    async with running_server(
+        store=store,
+        tls=None if tls is None else ServerTls(tls),
+        tokens=None if token_file is None else TokenFile(token_file),
+        credentials=credentials,
+        needs_certificate=tls is not None and tls.client_ca is not None,
+    ) as server:
+        yield server
 
 
 async def https_get(server: Running, context: ssl.SSLContext, path: str = "/readyz") -> str:
@@ -144,11 +127,3 @@ async def https_get(server: Running, context: ssl.SSLContext, path: str = "/read
             return str(answer.read().decode().strip())
 
     return await asyncio.to_thread(get)
-
-
-def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
-    """A channel with a connection of its own: a new handshake."""
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    if credentials is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, credentials, options=options)

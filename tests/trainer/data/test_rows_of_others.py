@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from manyhats.engine.text.chat_template import Rendering
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data.dataset import Dataset
 from manyhats.trainer.data.labels import labelled_items
@@ -447,7 +448,9 @@ def test_every_turn_of_a_conversation_is_learned_once_as_the_whole_has_it(
         for index, content in enumerate(contents)
     ]
     data = tokenized([{"messages": messages}], tokenizer)
-    whole = tokenizer.render_chat(messages, add_generation_prompt=False).removesuffix("\n")
+    whole = tokenizer.render_chat(messages, rendering=Rendering(add_generation_prompt=False)).removesuffix(
+        "\n"
+    )
     assert data.rows[-1].token_ids == tuple(tokenizer.encode(whole, add_special_tokens=False))
     assert len(data.rows) == 1
     ends = [place for place, token in enumerate(data.rows[0].token_ids) if token == 2]

@@ -11,15 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manyhats.engine.errors import ModelError
+from manyhats.engine.text.ending import find_ends
 from manyhats.engine.text.prompt_text import ScoreTokens
 from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 from manyhats.server.grpc import from_proto
 from manyhats.server.service.prompts import Encoder
 from manyhats.server.service.text_threads import TextThreads
+from manyhats.trainer.data.contents import PromptForm
 from manyhats.trainer.data.dataset import Dataset
-from manyhats.trainer.data.ending import find_ends
 from manyhats.trainer.data.labels import find_labels, labelled_items
-from manyhats.trainer.errors import BaseError, DataError, SettingError
+from manyhats.trainer.errors import DataError, SettingError
 from manyhats.v1.generation_pb2 import ChatMessage as ChatMessageProto
 from manyhats.v1.generation_pb2 import ChatMessages, Continuation, ScoreRequest
 from support.factories.default_model import default_model_directory
@@ -403,7 +405,7 @@ def test_a_completion_ends_as_the_templates_turns_do_else_with_the_models_eos(
 
 
 def test_a_base_without_an_end_is_refused() -> None:
-    with pytest.raises(BaseError, match="eos_token_id"):
+    with pytest.raises(ModelError, match="eos_token_id"):
         find_ends(TOKENIZER, frozenset())
 
 
@@ -420,3 +422,30 @@ def test_the_default_models_conversations_are_one_row_as_transformers_renders_th
     assert len(data.rows) == 1
     assert reference.decode(data.rows[0].token_ids) == text.removesuffix("\n")
     assert data.rows[0].num_targets == len(reference.encode("two")) + len(reference.encode(" four ")) + 2
+
+
+USER = {"role": "user", "content": "Hi"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+HO = {"role": "assistant", "content": "Ho"}
+PROMPTED = {"prompt": "Hi", "completion": "Ho"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_chat", "form"),
+    [
+        ([PROMPTED, PROMPTED], False, PromptForm(is_chat=False)),
+        ([PROMPTED], True, PromptForm(is_chat=True)),
+        ([{"system": "Be brief.", **PROMPTED}], True, PromptForm(is_chat=True, system="Be brief.")),
+        ([{"messages": [SYSTEM, USER, HO]}], False, PromptForm(is_chat=True, system="Be brief.")),
+        ([{"messages": [USER, HO]}, PROMPTED], True, PromptForm(is_chat=True)),
+        ([{"messages": [USER, HO]}, PROMPTED], False, None),
+        ([{"messages": [SYSTEM, USER, HO]}, {"messages": [USER, HO]}], False, None),
+        ([{"messages": [USER, HO, USER, HO]}], False, None),
+        ([{"messages": [USER, USER, HO]}], False, None),
+        ([{"text": "Hi Ho"}], False, None),
+    ],
+)
+def test_how_prompts_are_made_of_one_text(
+    rows: Sequence[Mapping[str, object]], is_chat: bool, form: PromptForm | None
+) -> None:
+    assert dataset_of(*rows, chat=is_chat).form == form

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -170,10 +171,18 @@ METHODS: dict[str, AdapterSettings] = {
 BATCHES = {"equal": ((96,) * 6, 0), "ragged": ((96, 70, 40, 60, 96, 50), 0), "shared": ((96, 70, 40, 60), 30)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpoints", [True, False], ids=["checkpoints", "keeps all"])
-@pytest.mark.parametrize("rows", BATCHES)
-@pytest.mark.parametrize("method", METHODS)
+def activation_cases() -> Iterator[Any]:
+    """All combinations; of each method with each batch, one in turn is not slow."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    ways = list(product({"checkpoints": True, "keeps all": False}.items(), dtypes.items()))
+    for number, (method, rows) in enumerate(product(METHODS, BATCHES)):
+        for index, ((checkpoints, is_checkpointed), (name, dtype)) in enumerate(ways):
+            marks = () if index == number % len(ways) else pytest.mark.slow
+            case = f"{method}-{rows}-{checkpoints}-{name}"
+            yield pytest.param(method, rows, is_checkpointed, dtype, id=case, marks=marks)
+
+
+@pytest.mark.parametrize(("method", "rows", "checkpoints", "dtype"), list(activation_cases()))
 def test_activations_are_those_of_the_decoder(
     method: str, rows: str, checkpoints: bool, dtype: torch.dtype
 ) -> None:

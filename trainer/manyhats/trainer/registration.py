@@ -10,7 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from manyhats.adapters.errors import ArgumentInvalidError
+from manyhats.adapters.registration import check_labels
+from manyhats.adapters.reserved_labels import DEFAULT, Classes
 from manyhats.client import Client, Credentials, ManyhatsError, Progress, Registration, ServerInfo
+from manyhats.trainer.data.contents import PromptForm
 from manyhats.trainer.errors import RegistrationError, SettingError
 from manyhats.trainer.report.report import Evaluation
 from manyhats.trainer.settings.settings import TrainSettings
@@ -57,7 +61,13 @@ class RegistrationServer:
             return client.server_info()
 
     def register(
-        self, task: str, directory: Path, progress: Progress | None = None, *, activate: bool = True
+        self,
+        task: str,
+        directory: Path,
+        progress: Progress | None = None,
+        *,
+        activate: bool = True,
+        labels: Mapping[str, str] | None = None,
     ) -> Registration:
         """Upload the artifact in a directory as a version of a task.
 
@@ -68,18 +78,55 @@ class RegistrationServer:
             directory: the trainer's output; its config and safetensors are sent.
             progress: called with the bytes sent, and the total.
             activate: whether requests for the task use it from now on.
+            labels: kept with the version.
 
         Raises:
             RegistrationError: the server cannot be reached, or refuses it. The directory is unchanged.
         """
         try:
             with self._client() as client:
-                return client.upload_adapter(task, directory, activate=activate, progress=progress)
+                return client.upload_adapter(
+                    task, directory, activate=activate, labels=labels, progress=progress
+                )
         except ManyhatsError as error:
             raise RegistrationError(task, directory, self.target, str(error)) from error
 
     def _client(self) -> Client:
         return Client(self.target, timeout_s=self.timeout_s, credentials=self.credentials)
+
+
+def version_labels(evaluation: Evaluation | None) -> dict[str, str]:
+    """The labels to register a version with, for a task that answers with labels; none for others.
+
+    It answers greedily, and no longer than a label: a caller that sets no temperature would get random labels where 1
+    is usual. Its labels are its classes, unless ``why_no_classes`` says otherwise.
+    """
+    if evaluation is None or not evaluation.labels:
+        return {}
+    classes = {} if why_no_classes(evaluation) else _classes(evaluation)
+    return {
+        f"{DEFAULT}temperature": "0",
+        f"{DEFAULT}max_tokens": str(evaluation.label_tokens),
+        **classes,
+    }
+
+
+def why_no_classes(evaluation: Evaluation | None) -> str:
+    """Why a task that answers with labels is registered without classes; empty if it is not."""
+    if evaluation is None or not evaluation.labels:
+        return ""
+    if evaluation.form is None:
+        return "its prompts are made in several ways, or of more than one text"
+    try:
+        check_labels(_classes(evaluation))
+    except ArgumentInvalidError as error:
+        return str(error)
+    return ""
+
+
+def _classes(evaluation: Evaluation) -> dict[str, str]:
+    form = evaluation.form or PromptForm(is_chat=True)
+    return Classes(evaluation.labels, form.is_chat, form.system).labels()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

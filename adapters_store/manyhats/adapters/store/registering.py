@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 from manyhats.adapters.disk.files import SourceDirectory
 from manyhats.adapters.disk.scratch import Scratch
@@ -21,7 +22,15 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.composition import part_name
 from manyhats.adapters.lowering.validation import of_part, validate
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.registration import Files, Parts, Registered, Registration, Uri
+from manyhats.adapters.registration import (
+    Files,
+    Parts,
+    Registered,
+    Registration,
+    Unannounced,
+    UploadFile,
+    Uri,
+)
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.sources.sources import AdapterSources
 from manyhats.adapters.store.publication import Publisher
@@ -60,7 +69,7 @@ class Registering:
     ) -> Registered:
         """Register from a source; see ``AdapterStore.register``."""
         base = require_base(self._base)
-        if isinstance(registration.source, Files):
+        if isinstance(registration.source, Files | Unannounced):
             raise ArgumentInvalidError("files", "must be sent in an upload")
         self._check_count(registration.source)
         if (answered := self._publisher.recall(registration)) is not None:
@@ -71,20 +80,34 @@ class Registering:
 
     def open_upload(self, registration: Registration) -> UploadSession:
         """Begin an upload; see ``AdapterStore.open_upload``."""
-        base = require_base(self._base)
-        if not isinstance(registration.source, Files):
+        base, source = require_base(self._base), registration.source
+        if isinstance(source, Uri | Parts):
             raise ArgumentInvalidError("files", "must be announced for an upload")
-        files = registration.source.files
+        announced = source.files if isinstance(source, Files) else ()
+        if isinstance(source, Files):
+            self._check_files(registration, announced)
+
+        def publish(
+            directory: SourceDirectory,
+            files: Sequence[UploadFile],
+            probe: Probe | None,
+            prepare: Prepare | None,
+        ) -> Registered:
+            if isinstance(source, Unannounced):
+                self._check_files(registration, files)
+            arrived = replace(registration, source=Files(files))
+            return self._publish(arrived, [directory], base, probe, prepare)
+
+        limits = self._limits if isinstance(source, Unannounced) else None
+        return UploadSession(announced, self._scratch.open(), publish, limits)
+
+    def _check_files(self, registration: Registration, files: Sequence[UploadFile]) -> None:
+        """Check whatever can be told of files without reading them."""
         check_files(files, self._limits)
         digest = announced_digest(files)
         if registration.expected_digest not in ("", digest):
-            raise DigestMismatchError("expected_digest", f"the announced files have the digest {digest}")
+            raise DigestMismatchError("expected_digest", f"the files have the digest {digest}")
         self._publisher.check_quotas(registration.task_id, digest, sum(file.size_bytes for file in files))
-
-        def publish(directory: SourceDirectory, probe: Probe | None, prepare: Prepare | None) -> Registered:
-            return self._publish(registration, [directory], base, probe, prepare)
-
-        return UploadSession(files, self._scratch.open(), publish)
 
     def _publish(
         self,

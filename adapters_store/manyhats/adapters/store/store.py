@@ -93,6 +93,8 @@ class AdapterStore:
     def open_upload(self, registration: Registration) -> UploadSession:
         """Begin an upload; everything its header reveals is checked before a byte is accepted.
 
+        Files that are not announced are checked as they come.
+
         Its ``finish`` does what ``register`` does. An interrupted upload may be repeated from the start.
 
         Raises:

@@ -33,17 +33,17 @@ class UnauthenticatedError(ServerError):
 
 
 class CredentialMissingError(UnauthenticatedError):
-    """The call has no token, but needs one."""
+    """The call has no token, or its connection no certificate, but needs one."""
 
-    def __init__(self) -> None:
-        super().__init__("this server needs a token: send the metadata 'authorization: Bearer TOKEN'")
+    def __init__(self, needed: str = "a token: send 'authorization: Bearer TOKEN'") -> None:
+        super().__init__(f"this server needs {needed}")
 
 
 class CredentialInvalidError(UnauthenticatedError):
-    """The token is not in the token file, or not a bearer token."""
+    """The token is not in the token file, or not a bearer token, or one of several."""
 
-    def __init__(self) -> None:
-        super().__init__("the token is unknown to this server")
+    def __init__(self, message: str = "the token is unknown to this server") -> None:
+        super().__init__(message)
 
 
 class NotAllowedError(ServerError):

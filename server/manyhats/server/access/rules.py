@@ -36,6 +36,14 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "GenerateStream": _GENERATES,
         "Score": _GENERATES,
         "Tokenize": _GENERATES,
+        "Detokenize": _GENERATES,
+        "TokenizerInfo": _GENERATES,
+        "ChatCompletions": _GENERATES,
+        "Completions": _GENERATES,
+        "Responses": _GENERATES,
+        "Classify": _GENERATES,
+        "ListModels": _READS,
+        "GetModel": Rule(frozenset(Role), runs_model=True),
         "RegisterAdapter": _MANAGES,
         "UploadAdapter": _MANAGES,
         "ActivateAdapter": _MANAGES,
@@ -43,6 +51,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "GetAdapter": _READS,
         "ListAdapters": _READS,
         "GetServerInfo": _READS,
+        "GetCaller": _READS,
         "ServerReflectionInfo": _READS,
     }
 )

@@ -187,7 +187,8 @@ class Identity:
 class ServerTls:
     """The certificate of both ports. Connections that start after its files changed get the new one.
 
-    The HTTP port presents the same certificate but requires none, since probes and scrapers have none. A certificate
+    The HTTP port presents the same certificate; it asks for the client's but takes probes and scrapes, which have none,
+    without. A certificate
     that is invalid, or soon will be, is accepted with a warning: judging it is up to callers.
 
     Args:
@@ -223,7 +224,6 @@ class ServerTls:
         authorities = None
         if files.client_ca is not None:
             authorities = _read(files.client_ca, "tls_client_ca")
-            _check_authorities(authorities)
             validities.append(_validity_of("tls_client_ca", authorities))
         self._warnings.look(validities)
         return Identity(key, certificate, authorities, http, tuple(validities))
@@ -232,6 +232,10 @@ class ServerTls:
 def _http_context(files: TlsFiles) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 and later, as gRPC's
     context.set_alpn_protocols(["http/1.1"])
+    if files.client_ca is not None:
+        # Probes and scrapers have none: calls are refused later, without one.
+        context.verify_mode = ssl.CERT_OPTIONAL
+        context.load_verify_locations(cadata=_authorities(files.client_ca))
     try:
         context.load_cert_chain(files.certificate, files.key, password=_no_passphrase)
     except ssl.SSLError as error:
@@ -249,11 +253,14 @@ def _no_passphrase() -> str:
     return ""
 
 
-def _check_authorities(pem: bytes) -> None:
+def _authorities(file: Path) -> str:
+    pem = _read(file, "tls_client_ca")
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode())
+        text = pem.decode()
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError("tls_client_ca", "has no PEM certificates") from error
+    return text
 
 
 def _validity_of(setting: str, pem: bytes) -> Validity:

@@ -118,20 +118,30 @@ class TokenFile:
         """The holder of ``token``; None if it is unknown."""
         return self._tokens.current.caller(token)
 
-    def bearer(self, headers: Sequence[str]) -> Caller:
-        """The caller whose token is in the header ``authorization``.
+    def bearer(self, headers: Sequence[str], keys: Sequence[str] = ()) -> Caller:
+        """The caller whose token is in the header ``authorization``, or in one that has nothing but the token.
 
         Args:
-            headers: all of the header's values.
+            headers: all values of ``authorization``.
+            keys: all values of the others.
 
         Raises:
-            CredentialMissingError, CredentialInvalidError: the caller is unknown.
+            CredentialMissingError, CredentialInvalidError: the caller is unknown, or gives two different tokens.
         """
-        if not headers:
+        if not headers and not keys:
             raise CredentialMissingError
-        scheme, _, token = headers[0].partition(" ")
-        caller = self.caller(token.strip())
-        if caller is None or len(headers) > 1 or scheme.lower() != "bearer":
+        if len(headers) > 1:
+            raise CredentialInvalidError
+        tokens = {key.strip() for key in keys}
+        for header in headers:
+            scheme, _, token = header.partition(" ")
+            if scheme.lower() != "bearer":
+                raise CredentialInvalidError
+            tokens.add(token.strip())
+        if len(tokens) > 1:
+            raise CredentialInvalidError("the call shows two different tokens")
+        caller = self.caller(tokens.pop())
+        if caller is None:
             raise CredentialInvalidError
         return caller
 

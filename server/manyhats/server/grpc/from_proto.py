@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from manyhats.adapters.registration import OPTIONS, Files, Part, Parts, Registration, Source, UploadFile, Uri
+from typing import Any
+
+from google.protobuf.struct_pb2 import Struct, Value
+
+from manyhats.adapters.registration import OPTIONS, Files, Part, Registration, Source, UploadFile, source_of
+from manyhats.engine.constraint import Constraint
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.request import ResponseOptions, SamplingParams, StoppingParams
-from manyhats.server.service.prompts import ChatPrompt, Prompt, TextPrompt, TokenPrompt, check_continuations
+from manyhats.engine.request import ResponseOptions
+from manyhats.engine.text.chat_template import ChatMessage
+from manyhats.server.service.conversations import ChatPrompt, json_object
+from manyhats.server.service.prompts import Prompt, TextPrompt, TokenPrompt, check_continuations
+from manyhats.server.service.task_defaults import Fields
 from manyhats.v1 import adapter_pb2, generation_pb2
 
 PromptMessage = generation_pb2.GenerateRequest | generation_pb2.ScoreRequest | generation_pb2.TokenizeRequest
@@ -24,41 +32,77 @@ def prompt(message: PromptMessage) -> Prompt:
         case "token_ids":
             return TokenPrompt(message.token_ids.ids)
         case "chat":
-            return ChatPrompt.of(message.chat.messages)
+            return _chat(message.chat)
     raise FieldInvalidError("prompt", "exactly one of text, token_ids and chat must be set")
 
 
-def sampling_params(message: generation_pb2.GenerateRequest) -> SamplingParams:
-    """How to sample; greedy if the request has no ``sampling``."""
-    if not message.HasField("sampling"):
-        return SamplingParams()
-    sampling = message.sampling
-    return SamplingParams(
-        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        min_p=sampling.min_p,
-        typical_p=sampling.typical_p if sampling.HasField("typical_p") else 1.0,
-        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        seed=sampling.seed if sampling.HasField("seed") else None,
-        logit_bias=sampling.logit_bias,
+def _chat(message: generation_pb2.ChatMessages) -> ChatPrompt:
+    begins = message.add_generation_prompt if message.HasField("add_generation_prompt") else None
+    return ChatPrompt.of(
+        message.messages,
+        _turn,
+        tools=[json_object(f"chat.tools[{index}]", tool) for index, tool in enumerate(message.tools)],
+        template_arguments=_json(message.template_arguments),
+        add_generation_prompt=begins,
+        continue_final_message=message.continue_final_message,
     )
 
 
-def stopping_params(message: generation_pb2.GenerateRequest) -> StoppingParams:
+def _json(value: Struct | Value) -> Any:
+    """What a struct stands for; a number without a fraction is an int, as in JSON."""
+    if isinstance(value, Struct):
+        return {name: _json(each) for name, each in value.fields.items()}
+    match value.WhichOneof("kind"):
+        case "struct_value":
+            return _json(value.struct_value)
+        case "list_value":
+            return [_json(each) for each in value.list_value.values]
+        case "number_value" if value.number_value.is_integer():
+            return int(value.number_value)
+        case "null_value" | None:
+            return None
+        case kind:
+            return getattr(value, kind)
+
+
+def _turn(message: generation_pb2.ChatMessage) -> ChatMessage:
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in message.tool_calls
+    ]
+    return ChatMessage(
+        role=message.role,
+        content=message.content or (None if calls else ""),
+        name=message.name,
+        tool_calls=tuple(calls),
+        tool_call_id=message.tool_call_id,
+    )
+
+
+def sampling(message: generation_pb2.GenerateRequest) -> Fields:
+    """How to sample; where nothing is decided, greedy if the request has no ``sampling``."""
+    otherwise = {"temperature": 1.0 if message.HasField("sampling") else 0.0}
+    return Fields(_set(message.sampling), otherwise)
+
+
+def stopping(message: generation_pb2.GenerateRequest) -> Fields:
     """When to stop."""
-    stopping = message.stopping
-    return StoppingParams(
-        max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else 256,
-        min_new_tokens=stopping.min_new_tokens,
-        stop_sequences=stopping.stop_sequences,
-        stop_token_ids=stopping.stop_token_ids,
-        include_stop_sequence=stopping.include_stop_sequence,
-        ignore_eos=stopping.ignore_eos,
-        time_limit_s=stopping.time_limit_ms / 1000 if stopping.HasField("time_limit_ms") else None,
-    )
+    given = _set(message.stopping)
+    if "time_limit_ms" in given:
+        given["time_limit_s"] = given.pop("time_limit_ms") / 1000
+    return Fields(given, {"max_new_tokens": 256})
+
+
+def speculation(message: generation_pb2.GenerateRequest) -> Fields:
+    """How far ahead to guess."""
+    return Fields(_set(message.speculation))
+
+
+def _set(
+    message: generation_pb2.SamplingParams | generation_pb2.StoppingParams | generation_pb2.Speculation,
+) -> dict[str, Any]:
+    """The fields that are set, by name; the dataclasses' have the same."""
+    return {field.name: value for field, value in message.ListFields()}
 
 
 def response_options(message: generation_pb2.GenerateRequest) -> ResponseOptions:
@@ -70,6 +114,21 @@ def response_options(message: generation_pb2.GenerateRequest) -> ResponseOptions
         prompt_logprobs=options.prompt_logprobs,
         skip_special_tokens=options.skip_special_tokens if options.HasField("skip_special_tokens") else True,
     )
+
+
+def constraint(message: generation_pb2.GenerateRequest) -> Constraint | None:
+    """What language the answer must be in; the fields of a oneof exclude one another on the wire.
+
+    Raises:
+        FieldInvalidError: it is over a bound, or cannot be read.
+    """
+    match message.WhichOneof("constraint"):
+        case None:
+            return None
+        case "choice":
+            return Constraint("choice", message.choice.options)
+        case kind:
+            return Constraint(kind, getattr(message, kind))
 
 
 def continuations(message: generation_pb2.ScoreRequest) -> tuple[TextPrompt | TokenPrompt, ...]:
@@ -98,8 +157,7 @@ def registration(
     """What to register, and how; the message's options have the same names as the registration's.
 
     Raises:
-        FieldInvalidError: not exactly one of ``uri`` and ``parts`` is set, or a part has no uri.
-        ArgumentInvalidError: another value is out of range.
+        ArgumentInvalidError: a value is out of range.
     """
     options = {field.name: value for field, value in message.ListFields() if field.name in OPTIONS}
     return Registration(message.task_id, _source(message), **options)
@@ -108,14 +166,8 @@ def registration(
 def _source(message: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader) -> Source:
     if isinstance(message, adapter_pb2.UploadHeader):
         return Files([UploadFile(file.name, file.size_bytes, file.sha256) for file in message.files])
-    if bool(message.uri) == bool(message.parts):
-        raise FieldInvalidError("uri", "exactly one of uri and parts must be set")
-    if message.uri:
-        return Uri(message.uri)
-    return Parts([_part(f"parts[{index}]", part) for index, part in enumerate(message.parts)])
+    return source_of(message.uri, [_part(part) for part in message.parts])
 
 
-def _part(field: str, message: adapter_pb2.AdapterPart) -> Part:
-    if not message.uri:
-        raise FieldInvalidError(f"{field}.uri", "must not be empty")
+def _part(message: adapter_pb2.AdapterPart) -> Part:
     return Part(message.uri, message.weight if message.HasField("weight") else 1.0)

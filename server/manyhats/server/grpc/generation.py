@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import defaultdict
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -11,16 +12,15 @@ from manyhats.server.grpc import from_proto, to_proto
 from manyhats.server.service.call import Call
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.generations import Generations
+from manyhats.server.service.text_threads import num_entries
 from manyhats.v1 import generation_pb2
 
 if TYPE_CHECKING:
+    from manyhats.engine.output import StepOutput
     from manyhats.engine.request import Request
     from manyhats.server.observability.metrics import Metrics
 
 T = TypeVar("T")
-
-# The cost of adding a token to a message, in characters to tokenize.
-_TEXT_LENGTH = 17
 
 
 class GenerationService:
@@ -33,28 +33,37 @@ class GenerationService:
     async def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, call: Call
     ) -> generation_pb2.GenerateResponse:
-        """Generate one answer and send it whole."""
+        """Generate one answer, or several, and send them whole."""
         asked = await self._request(request, call)
-        async with aclosing(self._generations.generate(asked)) as outputs:
-            answer = [output async for output in outputs]
-        respond = partial(to_proto.generate_response, call.request_id, answer, asked.adapter)
-        tokens = (token for output in answer for token in (*output.tokens, *output.prompt_tokens))
-        return await self._built(respond, to_proto.num_entries(tokens))
+        answers: defaultdict[int, list[StepOutput]] = defaultdict(list)
+        async with aclosing(self._generations.generate_several(asked, _num_sequences(request))) as outputs:
+            async for index, output in outputs:
+                answers[index].append(output)
+        sequences = [answers[index] for index in range(len(answers))]
+        respond = partial(to_proto.generate_response, call.request_id, sequences, asked.adapter)
+        all_outputs = (output for sequence in sequences for output in sequence)
+        tokens = (token for output in all_outputs for token in (*output.tokens, *output.prompt_tokens))
+        return await self._gate.backend.text_threads.build(respond, num_entries(tokens))
 
     async def GenerateStream(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, call: Call
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
-        """Generate one answer and send it as it grows."""
+        """Generate one answer, or several, and send them as they grow."""
         asked = await self._request(request, call)
-        is_first = True
-        async with aclosing(self._generations.generate(asked)) as outputs:
-            async for output in outputs:
+        begun: set[int] = set()
+        async with aclosing(self._generations.generate_several(asked, _num_sequences(request))) as outputs:
+            async for index, output in outputs:
                 respond = partial(
-                    to_proto.stream_response, call.request_id, output, asked.adapter, is_first=is_first
+                    to_proto.stream_response,
+                    call.request_id,
+                    output,
+                    asked.adapter,
+                    index=index,
+                    is_first=index not in begun,
                 )
                 tokens = (*output.tokens, *output.prompt_tokens)
-                yield await self._built(respond, to_proto.num_entries(tokens))
-                is_first = False
+                yield await self._gate.backend.text_threads.build(respond, num_entries(tokens))
+                begun.add(index)
 
     async def Score(  # noqa: N802
         self, request: generation_pb2.ScoreRequest, call: Call
@@ -70,22 +79,27 @@ class GenerationService:
         )
         output = await self._generations.score(asked)
         respond = partial(to_proto.score_response, call.request_id, output, asked.adapter)
-        return await self._built(respond, sum(to_proto.num_entries(each.tokens) for each in output.scores))
+        count = sum(num_entries(each.tokens) for each in output.scores)
+        return await self._gate.backend.text_threads.build(respond, count)
 
     async def Tokenize(  # noqa: N802
         self, request: generation_pb2.TokenizeRequest, call: Call
     ) -> generation_pb2.TokenizeResponse:
         """Return the tokens of a prompt."""
         ids, pieces = await self._generations.tokenize(call, from_proto.prompt(request))
-        return await self._built(partial(to_proto.tokenize_response, ids, pieces), len(ids))
+        return await self._gate.backend.text_threads.build(
+            partial(to_proto.tokenize_response, ids, pieces), len(ids)
+        )
 
     async def _request(self, message: generation_pb2.GenerateRequest, call: Call) -> Request:
         call.identify(message.request_id)
         return await self._generations.request(
             call,
-            sampling=from_proto.sampling_params(message),
-            stopping=from_proto.stopping_params(message),
+            sampling=from_proto.sampling(message),
+            stopping=from_proto.stopping(message),
+            speculation=from_proto.speculation(message),
             response=from_proto.response_options(message),
+            constraint=from_proto.constraint(message),
             cache_salt=message.cache_salt,
             priority=message.priority,
             prompt=from_proto.prompt(message),
@@ -95,6 +109,6 @@ class GenerationService:
     def _generations(self) -> Generations:
         return Generations(self._gate.backend, self._metrics)
 
-    def _built(self, respond: Callable[[], T], num_entries: int) -> Awaitable[T]:
-        """Build a message of this many tokens; a large one is built in pieces off the event loop."""
-        return self._gate.backend.text_threads.run(respond, _TEXT_LENGTH * num_entries)
+
+def _num_sequences(message: generation_pb2.GenerateRequest) -> int:
+    return message.num_sequences if message.HasField("num_sequences") else 1

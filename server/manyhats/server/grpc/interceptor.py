@@ -16,9 +16,10 @@ from manyhats.engine.errors import FieldInvalidError
 from manyhats.server.access.errors import ServerError
 from manyhats.server.access.rules import check_access
 from manyhats.server.access.tokens import EVERYBODY, Caller, Scope, TokenFile
-from manyhats.server.grpc.answers import Answers
+from manyhats.server.grpc.answers import answering, send
 from manyhats.server.grpc.messages import check_readable, readable, tolerant
 from manyhats.server.grpc.status import status_of
+from manyhats.server.service.answers import Answers
 from manyhats.server.service.call import Call, Calls
 
 _SERVICE_PREFIX = "/manyhats.v1."
@@ -105,27 +106,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # it is sent or abandoned while the call is inside the gate and before it counts as answered. Because a stream
         # is written rather than yielded, its servicer's generator, and with it the engine's, is closed as soon as the
         # call is cancelled, not when it is garbage collected.
-        serialize, send = handler.response_serializer, self._answers.send
+        serialize, answers = handler.response_serializer, self._answers
 
         async def unary(request: Any, context: Context) -> None:
             async with self._call(method, caller, context) as call:
                 _read(request, call)
-                await send(serialize(await handler.unary_unary(request, call)), context)
+                with answering(answers, context) as answer:
+                    await send(answer, serialize(await handler.unary_unary(request, call)), context)
 
         async def upload(requests: Any, context: Context) -> None:
             async with self._call(method, caller, context) as call:
-                answer = serialize(await handler.stream_unary(_named(readable(requests), call), call))
-                await send(answer, context, is_first=False)  # the method has begun its answer
+                with answering(answers, context) as answer:
+                    uploaded = await handler.stream_unary(_named(readable(requests), call), call)
+                    # The method has begun its answer.
+                    await send(answer, serialize(uploaded), context, is_first=False)
 
         async def stream(request: Any, context: Context) -> None:
             async with self._call(method, caller, context) as call:
                 _read(request, call)
                 responses: AsyncGenerator[Any, None] = handler.unary_stream(request, call)
-                async with aclosing(responses):
-                    is_first = True
-                    async for response in responses:
-                        await send(serialize(response), context, is_first=is_first)
-                        is_first = False
+                is_first = True
+                with answering(answers, context) as answer:
+                    async with aclosing(responses):
+                        async for response in responses:
+                            await send(answer, serialize(response), context, is_first=is_first)
+                            is_first = False
 
         deserialize = tolerant(handler.request_deserializer)
         if handler.request_streaming:

@@ -20,9 +20,9 @@ from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.grpc import to_proto
 from manyhats.server.grpc.adapters import AdapterService
-from manyhats.server.grpc.answers import MAX_ANSWER_BYTES, Answers
 from manyhats.server.grpc.generation import GenerationService
 from manyhats.server.grpc.interceptor import CallInterceptor
+from manyhats.server.service.answers import MAX_ANSWER_BYTES, Answers
 from manyhats.server.service.call import Call, Calls
 from manyhats.server.service.errors import AddressError
 from manyhats.server.service.gate import Gate, ServingState

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,7 +17,7 @@ from manyhats.engine.output import (
 )
 from manyhats.engine.request import MAX_CONTINUATIONS
 from manyhats.engine.residency.tiers import Tier
-from manyhats.server.service.text_threads import paced, slices
+from manyhats.server.service.text_threads import ENTRY_WEIGHT, paced, paced_tokens, slices
 from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
 
 if TYPE_CHECKING:
@@ -26,42 +25,49 @@ if TYPE_CHECKING:
 
     from manyhats.server.service.backend import Backend
 
-# Adding a token to a message takes as long as parsing a few of them.
-_ENTRY_WEIGHT = 4
-
 
 def generate_response(
-    request_id: str, outputs: Sequence[StepOutput], adapter: AdapterRecord | None
+    request_id: str, sequences: Sequence[Sequence[StepOutput]], adapter: AdapterRecord | None
 ) -> generation_pb2.GenerateResponse:
-    """A whole answer from all outputs of a request, at least one."""
-    last = outputs[-1]
-    response = generation_pb2.GenerateResponse(
-        request_id=request_id,
-        text="".join(output.text for output in outputs),
-        finish_reason=finish_reason(last.finish_reason),
-        usage=usage(last.usage),
-        adapter=adapter_ref(adapter),
-    )
-    add_tokens(response.tokens, (token for output in outputs for token in output.tokens))
-    add_tokens(response.prompt_tokens, (token for output in outputs for token in output.prompt_tokens))
+    """A whole answer from all outputs of each of its sequences, at least one."""
+    response = generation_pb2.GenerateResponse(request_id=request_id, adapter=adapter_ref(adapter))
+    first, *others = sequences
+    _add_sequence(response, first)
+    add_tokens(response.prompt_tokens, (token for output in first for token in output.prompt_tokens))
+    for outputs in others:
+        _add_sequence(response.more_sequences.add(), outputs)
     return response
 
 
+def _add_sequence(
+    message: generation_pb2.GenerateResponse | generation_pb2.GeneratedSequence, outputs: Sequence[StepOutput]
+) -> None:
+    message.text = "".join(output.text for output in outputs)
+    message.finish_reason = finish_reason(outputs[-1].finish_reason)
+    message.usage.CopyFrom(usage(outputs[-1].usage))
+    add_tokens(message.tokens, (token for output in outputs for token in output.tokens))
+
+
 def stream_response(
-    request_id: str, output: StepOutput, adapter: AdapterRecord | None, *, is_first: bool
+    request_id: str, output: StepOutput, adapter: AdapterRecord | None, *, index: int, is_first: bool
 ) -> generation_pb2.GenerateStreamResponse:
-    """One piece of an answer: the first has adapter and prompt usage, the last has all usage and the finish reason."""
-    is_last = output.finish_reason is not None
-    spent = usage(output.usage) if is_last else prompt_usage(output.usage) if is_first else None
+    """One piece of an answer: the first has adapter and prompt usage, the last has all usage and the finish reason.
+
+    Args:
+        index: which of a request's answers it belongs to.
+    """
     response = generation_pb2.GenerateStreamResponse(
         request_id=request_id,
         text=output.text,
-        finish_reason=finish_reason(output.finish_reason),
-        usage=spent,
+        sequence_index=index,
+        usage=prompt_usage(output.usage) if is_first else None,
         adapter=adapter_ref(adapter) if is_first else None,
     )
     add_tokens(response.tokens, output.tokens)
     add_tokens(response.prompt_tokens, output.prompt_tokens)
+    if output.finish_reason is not None:
+        response.finish_reason = finish_reason(output.finish_reason)
+        response.usage.CopyFrom(usage(output.usage))
     return response
 
 
@@ -72,15 +78,10 @@ def score_response(
     response = generation_pb2.ScoreResponse(
         request_id=request_id, usage=usage(output.usage), adapter=adapter_ref(adapter)
     )
-    for score in paced(output.scores, lambda each: _ENTRY_WEIGHT * len(each.tokens)):
+    for score in paced(output.scores, lambda each: ENTRY_WEIGHT * len(each.tokens)):
         scored = response.scores.add(logprob=score.logprob, num_tokens=len(score.tokens))
         add_tokens(scored.tokens, score.tokens)
     return response
-
-
-def num_entries(tokens: Iterable[TokenOutput]) -> int:
-    """How many tokens a message of these has, including the most likely ones at each position."""
-    return sum(1 + len(token.top) for token in tokens)
 
 
 def tokenize_response(ids: Sequence[int], pieces: Sequence[str]) -> generation_pb2.TokenizeResponse:
@@ -96,7 +97,7 @@ def add_tokens(
     infos: RepeatedCompositeFieldContainer[generation_pb2.TokenInfo], tokens: Iterable[TokenOutput]
 ) -> None:
     """Add tokens with what was requested besides them, in slices: other threads run in between."""
-    for token in paced(tokens, lambda each: _ENTRY_WEIGHT * (1 + len(each.top))):
+    for token in paced_tokens(tokens):
         info = infos.add(id=token.id, text=token.text, logprob=token.logprob, rank=token.rank)
         for each in token.top:
             info.top.add(id=each.id, text=each.text, logprob=each.logprob)
@@ -107,6 +108,8 @@ def usage(spent: Usage) -> generation_pb2.Usage:
     message = prompt_usage(spent)
     message.generated_tokens = spent.generated_tokens
     message.decode_ms = spent.decode_s * 1000
+    message.draft_tokens = spent.draft_tokens
+    message.accepted_draft_tokens = spent.accepted_draft_tokens
     return message
 
 
@@ -179,7 +182,7 @@ def adapter(record: AdapterRecord, tier: Tier | None) -> adapter_pb2.Adapter:
 def server_info(backend: Backend, version: str, max_request_bytes: int) -> server_pb2.GetServerInfoResponse:
     """What this server is, and what callers may request."""
     info = backend.info
-    settings: dict[str, Any] = {name: _capped(name, value) for name, value in asdict(backend.limits).items()}
+    settings: dict[str, Any] = backend.limits.shown()
     limits = server_pb2.ServerLimits(
         **settings,
         max_request_bytes=max_request_bytes,
@@ -196,8 +199,3 @@ def server_info(backend: Backend, version: str, max_request_bytes: int) -> serve
         vocab_size=info.vocab_size,
         limits=limits,
     )
-
-
-def _capped(name: str, value: int | None) -> int | None:
-    """A limit as its field can hold it; larger ones have no effect anyway."""
-    return None if value is None else min(value, 2**64 - 1 if "bytes" in name else 2**32 - 1)

@@ -1,41 +1,36 @@
-"""The HTTP port, served by its own thread.
-
-Its own, so that a scrape is answered while the calls' event loop is busy; nothing here waits for the engine. One
-thread, with an event loop, so that silent callers cost no more than their sockets.
-"""
+"""The HTTP port: a socket of its own, on the event loop of the calls."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
-from contextlib import suppress
-from io import BytesIO
-from threading import Thread
-from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
+import ssl
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import uvicorn
 
 from manyhats.server.access.addresses import join_host_port
 from manyhats.server.access.tls import ServerTls
+from manyhats.server.http.connection import Connection, ConnectionLimits
 from manyhats.server.service.errors import AddressError
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIApplication
+    from starlette.types import ASGIApp
 
-
-_BACKLOG = 1024  # connections that the system queues until they are accepted; its own limit may be lower
-_MAX_HEAD_BYTES = 16 * 1024
-_WAIT_FOR_FILES_S = 0.1
+BACKLOG = 1024  # connections that the system queues until they are accepted; its own limit may be lower
+_KEEP_ALIVE_S = 75
 
 
 class HttpPort:
-    """An HTTP server on one address, in a background thread; each connection has one request.
+    """An HTTP/1.1 server on one address.
 
     Args:
-        app: answers requests, at once.
+        app: answers requests.
         host, port: where to listen; port 0 for any free one.
         tls: encrypts; None for no TLS.
-        time_limit_s: from the connection to the last byte of the answer, whoever is slow.
-        max_connections: beyond it, the oldest is closed: it has had its time, and a probe takes milliseconds.
+        limits: on its connections; None for the usual ones.
 
     Raises:
         AddressError: the address cannot be bound.
@@ -43,166 +38,98 @@ class HttpPort:
 
     def __init__(
         self,
-        app: WSGIApplication,
+        app: ASGIApp,
         *,
         host: str,
         port: int,
         tls: ServerTls | None = None,
-        time_limit_s: float = 10.0,
-        max_connections: int = 256,
+        limits: ConnectionLimits | None = None,
     ) -> None:
         try:
-            self._listener = _listen(host, port)
+            self._socket = listening_socket(host, port)
         except OSError as error:
             raise AddressError("HTTP", join_host_port(host, port)) from error
-        self._answerer = _Answerer(app, host, self._listener.getsockname()[1])
-        self._tls = tls
-        self._time_limit_s = time_limit_s
-        self._max_connections = max_connections
-        self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
-        self.address = join_host_port(host, self._answerer.server_port)
-        self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._run, name="http", daemon=True)
-
-    def start(self) -> None:
-        """Answer requests."""
-        self._accepting = self._loop.create_task(self._accept())
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Close the port and its connections; quick, but blocks until the thread has ended."""
-        self._loop.call_soon_threadsafe(self._accepting.cancel)
-        self._thread.join()
-
-    # On the thread
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner, suppress(asyncio.CancelledError):
-            runner.run(self._wait())
-
-    async def _wait(self) -> None:
-        await self._accepting
-
-    async def _accept(self) -> None:
-        with self._listener:
-            while True:
-                try:
-                    connection, _ = await self._loop.sock_accept(self._listener)
-                except OSError:  # no file descriptor is left, or the caller has left
-                    await asyncio.sleep(_WAIT_FOR_FILES_S)
-                    continue
-                self._make_room()
-                task = self._loop.create_task(self._serve(connection))
-                self._connections[task] = None
-                task.add_done_callback(lambda done: self._connections.pop(done, None))
-                await asyncio.sleep(0)  # existing connections get a turn between two new ones
-
-    def _make_room(self) -> None:
-        if len(self._connections) >= self._max_connections:
-            oldest = next(iter(self._connections))
-            del self._connections[oldest]
-            oldest.cancel()
-
-    async def _serve(self, connection: socket.socket) -> None:
-        # A caller that speaks no TLS, stops halfway, or leaves: its own problem.
-        with connection, suppress(OSError, asyncio.IncompleteReadError, ValueError):
-            async with asyncio.timeout(self._time_limit_s):
-                await self._answer(connection)
-
-    async def _answer(self, connection: socket.socket) -> None:
-        reader = asyncio.StreamReader(limit=_MAX_HEAD_BYTES)
-        transport, protocol = await self._loop.connect_accepted_socket(
-            lambda: asyncio.StreamReaderProtocol(reader),
-            connection,
-            ssl=None if self._tls is None else self._tls.current.http,
+        self.address = join_host_port(host, self._socket.getsockname()[1])
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http=type("_Connection", (Connection,), {"limits": limits or ConnectionLimits()}),
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                log_level="error",
+                server_header=False,
+                headers=[("server", "manyhats")],
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                backlog=BACKLOG,
+                reset_contextvars=True,
+                ssl_context_factory=None if tls is None else lambda config, default: _context(tls),
+            )
         )
-        try:
-            head = await _read_head(reader)
-            if head:
-                writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
-                writer.write(self._answerer.answer(head, transport.get_extra_info("peername")))
-                writer.close()
-                await writer.wait_closed()
-        finally:
-            transport.abort()
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Answer requests."""
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started:
+            if self._serving.done():
+                await self._serving
+            await asyncio.sleep(0)
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept no new requests, and cancel those still running after ``grace_s``."""
+        if self._serving is None:
+            self._socket.close()
+            return
+        state = self._server.server_state
+        for listener in self._server.servers:
+            listener.close()
+        for connection in list(state.connections):
+            connection.shutdown()
+        if state.tasks:
+            _, late = await asyncio.wait(set(state.tasks), timeout=grace_s)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+        for connection in list(state.connections):
+            connection.transport.abort()
+        self._server.should_exit = self._server.force_exit = True
+        await self._serving
 
 
-def _listen(host: str, port: int) -> socket.socket:
+class _Server(uvicorn.Server):
+    """Leaves the process's signals alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _context(tls: ServerTls) -> ssl.SSLContext:
+    """Presents the newest certificate at each handshake, whether or not the client names the server."""
+    context = tls.current.http
+
+    def newest(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = tls.current.http
+
+    context.sni_callback = newest
+    return context
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens on an address, without blocking.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
     is_v6 = ":" in host
     listener = socket.create_server(
         (host, port),
         family=socket.AF_INET6 if is_v6 else socket.AF_INET,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         dualstack_ipv6=is_v6 and socket.has_dualstack_ipv6(),
     )
     listener.setblocking(False)
     return listener
-
-
-async def _read_head(reader: asyncio.StreamReader) -> bytes:
-    """Read a request up to the empty line; b"" if the caller stops before it.
-
-    Raises:
-        ValueError: a line, or all of them, are too long.
-    """
-    head = b""
-    while not head.endswith((b"\n\r\n", b"\n\n")):
-        line = await reader.readline()
-        head += line
-        if not line.endswith(b"\n"):
-            return b""
-        if len(head) > _MAX_HEAD_BYTES:
-            raise ValueError("the request has no end")
-    return head
-
-
-class _Answerer(WSGIServer):
-    """The standard library's request parser and response writer, without its sockets."""
-
-    def __init__(self, app: WSGIApplication, host: str, port: int) -> None:
-        self.server_name, self.server_port = host, port
-        self.setup_environ()
-        self.set_app(app)
-
-    def answer(self, head: bytes, address: Any) -> bytes:
-        """The response bytes for a request's bytes."""
-        request: Any = head  # instead of a socket
-        return _Handler(request, address, self).answer
-
-
-_SOFTWARE = "manyhats"  # no versions in the Server header
-
-
-class _Response(ServerHandler):
-    server_software = _SOFTWARE
-
-
-class _Handler(WSGIRequestHandler):
-    default_request_version = "HTTP/1.0"  # so that an unreadable request gets a response with a status
-
-    def setup(self) -> None:
-        """Read from, and write to, memory."""
-        request: Any = self.request
-        self.rfile = BytesIO(request)
-        self.wfile = self._written = BytesIO()
-
-    def handle(self) -> None:
-        """Answer one request."""
-        self.raw_requestline = self.rfile.readline()  # the head as a whole has a limit
-        if self.parse_request():
-            environ = self.get_environ()
-            output: Any = self.wfile
-            response = _Response(self.rfile, output, self.get_stderr(), environ, multithread=False)
-            response.request_handler = self  # type: ignore[attr-defined]  # what it logs to
-            response.run(self.server.get_app())  # type: ignore[attr-defined]
-
-    def version_string(self) -> str:
-        """The Server header of a response to an unreadable request."""
-        return _SOFTWARE
-
-    def finish(self) -> None:
-        """Keep what was written."""
-        self.answer: bytes = self._written.getvalue()
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Log nothing: probes and scrapes come every few seconds."""

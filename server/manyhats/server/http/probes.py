@@ -1,58 +1,138 @@
-"""Endpoints for operators' programs: ``/metrics``, ``/healthz`` and ``/readyz``."""
+"""What operators' programs ask: ``/metrics``, whether the process lives, and whether it is ready.
+
+As an ASGI application's routes on the HTTP port, and as a WSGI application on a port of their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import gzip
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from anyio import to_thread
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from manyhats.server.service.gate import Gate, ServingState
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+Answer = tuple[int, str]
+"""Status and text."""
 
-def make_app(gate: Gate, registry: CollectorRegistry) -> WSGIApplication:
-    """The WSGI application: three paths, 404 for the rest."""
-    metrics: WSGIApplication = make_wsgi_app(registry)
+_PHRASES: Mapping[int, str] = MappingProxyType(
+    {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
+)
+
+
+def is_alive(gate: Gate) -> Answer:
+    """The process is alive as long as it can answer; a dead engine ends the process anyway."""
+    return 200, "ok"
+
+
+def is_ready(gate: Gate) -> Answer:
+    """Whether a request would be served, and the server's state."""
+    state = gate.state
+    return 200 if state is ServingState.READY else 503, state.value
+
+
+PROBES: Mapping[str, Callable[[Gate], Answer]] = MappingProxyType(
+    {
+        "/healthz": is_alive,
+        "/readyz": is_ready,
+        # The names that load generators and others' probes know.
+        "/health": is_ready,
+        "/ping": is_alive,
+        "/v2/health/live": is_alive,
+        "/v2/health/ready": is_ready,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """A request for metrics.
+
+    Attributes:
+        accept, accept_encoding: its headers; "" if it has none.
+        names: of the series wanted, the query's ``name[]``; none for all.
+    """
+
+    accept: str = ""
+    accept_encoding: str = ""
+    names: Sequence[str] = ()
+
+    def answer(self, registry: CollectorRegistry) -> tuple[dict[str, str], bytes]:
+        """Headers and body; takes milliseconds in proportion to the number of series."""
+        try:
+            encode, content_type = choose_encoder(self.accept)
+        except (TypeError, ValueError):  # a version that is not a number
+            encode, content_type = choose_encoder("text/plain")
+        wanted: Any = registry.restricted_registry(self.names) if self.names else registry
+        body, headers = encode(wanted), {"Content-Type": content_type}
+        if "gzip" in self.accept_encoding:
+            body, headers["Content-Encoding"] = gzip.compress(body, compresslevel=1), "gzip"
+        return headers, body
+
+
+def routes(gate: Gate, registry: CollectorRegistry) -> list[Route]:
+    """The routes of the HTTP port."""
+
+    async def metrics(request: Request) -> Response:
+        heads = request.headers
+        scrape = Scrape(
+            ",".join(heads.getlist("accept")),
+            ",".join(heads.getlist("accept-encoding")),
+            request.query_params.getlist("name[]"),
+        )
+        headers, body = await to_thread.run_sync(scrape.answer, registry)
+        return Response(body, headers=headers)
+
+    async def show_version(request: Request) -> Response:
+        return JSONResponse({"version": version("manyhats")})
+
+    def probe(ask: Callable[[Gate], Answer]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            status, text = ask(gate)
+            return PlainTextResponse(f"{text}\n", status)
+
+        return answer
+
+    return [
+        Route("/metrics", metrics),
+        Route("/version", show_version),
+        *(Route(path, probe(ask)) for path, ask in PROBES.items()),
+    ]
+
+
+def make_metrics_app(gate: Gate, registry: CollectorRegistry) -> WSGIApplication:
+    """The application of a port for metrics and probes alone."""
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
-        if path == "/metrics":
-            return metrics(_with_known_format(environ), start_response)
+        headers = {"Content-Type": "text/plain; charset=utf-8"}
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return _plain(
-                environ, start_response, "405 Method Not Allowed", "use GET", ("Allow", "GET, HEAD")
-            )
-        if path == "/healthz":
-            # The process is alive as long as this thread can answer; a dead engine ends the process anyway.
-            return _plain(environ, start_response, "200 OK", "ok")
-        if path == "/readyz":
-            state = gate.state
-            is_ready = state is ServingState.READY
-            return _plain(
-                environ, start_response, "200 OK" if is_ready else "503 Service Unavailable", state.value
-            )
-        return _plain(environ, start_response, "404 Not Found", "try /metrics, /healthz or /readyz")
+            status, body, headers["Allow"] = 405, b"use GET\n", "GET, HEAD"
+        elif path == "/metrics":
+            status = 200
+            given = parse_qs(environ.get("QUERY_STRING", ""))
+            accept, encoding = environ.get("HTTP_ACCEPT", ""), environ.get("HTTP_ACCEPT_ENCODING", "")
+            headers, body = Scrape(accept, encoding, given.get("name[]", ())).answer(registry)
+        elif path in PROBES:
+            status, text = PROBES[path](gate)
+            body = f"{text}\n".encode()
+        else:
+            status, body = 404, b"try /metrics, /healthz or /readyz\n"
+        headers["Content-Length"] = str(len(body))
+        start_response(f"{status} {_PHRASES[status]}", list(headers.items()))
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     return app
-
-
-def _with_known_format(environ: WSGIEnvironment) -> WSGIEnvironment:
-    """A request for metrics; one whose ``Accept`` cannot be read is for plain text."""
-    try:
-        choose_encoder(environ.get("HTTP_ACCEPT", ""))
-    except (TypeError, ValueError):  # a version that is not a number
-        return {**environ, "HTTP_ACCEPT": "text/plain"}
-    return environ
-
-
-def _plain(
-    environ: WSGIEnvironment, start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]
-) -> Iterable[bytes]:
-    body = f"{text}\n".encode()
-    length = ("Content-Length", str(len(body)))
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), length, *headers])
-    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]

@@ -48,6 +48,7 @@ _GROUPS = (
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+")
 _HALF_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/(?!/)")
 _URL_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+/")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 _PORT: Mapping[str, Any] = {
     "at_least": 0,
     "at_most": 65535,
@@ -139,17 +140,24 @@ class ServeConfig:
         help="Register this adapter at start. Repeatable.",
     )
     host: str = setting(
-        "127.0.0.1", group=_ADDRESS, metavar="ADDRESS", help="The address that both ports listen on."
+        "127.0.0.1", group=_ADDRESS, metavar="ADDRESS", help="The address that all ports listen on."
     )
-    grpc_port: int = setting(50051, **_PORT, help="Port of the API; 0 for any free one.")
+    grpc_port: int = setting(50051, **_PORT, help="Port of the gRPC API; 0 for any free one.")
     http_port: int = setting(
-        8000, **_PORT, help="Port of /metrics, /healthz and /readyz; 0 for any free one."
+        8000, **_PORT, help="Port of OpenAI's API, /metrics, /healthz and /readyz; 0 for any free one."
+    )
+    page: bool = setting(True, group=_ADDRESS, help="Serve a page for people at the root of the HTTP port.")
+    metrics_port: int | None = setting(
+        None,
+        **_PORT,
+        shown="none",
+        help="Another port for /metrics, /healthz and /readyz, answered by a thread of its own.",
     )
     tls_cert: Path | None = setting(
         None,
         group=_SECURITY,
         metavar="FILE",
-        help="PEM certificate of both ports; reloaded when it changes.",
+        help="PEM certificate of all ports; reloaded when it changes.",
     )
     tls_key: Path | None = setting(None, group=_SECURITY, metavar="FILE", help="PEM key of the certificate.")
     tls_client_ca: Path | None = setting(
@@ -167,6 +175,13 @@ class ServeConfig:
     http_insecure: bool = setting(
         False, group=_SECURITY, help="With --tls-cert: serve the HTTP port without TLS anyway."
     )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        group=_SECURITY,
+        flag="cors_origin",
+        metavar="ORIGIN",
+        help="Pages from here may call the HTTP API, as in https://example.org. Repeatable.",
+    )
     insecure: bool = setting(
         False, group=_SECURITY, help="Let other machines connect without --tls-cert or --token-file."
     )
@@ -183,6 +198,11 @@ class ServeConfig:
         must="must be 0 or more",
         group=_LIMITS,
         help="Number of tasks with separate metrics.",
+    )
+    openai_lenient: bool = setting(
+        False,
+        group=_LIMITS,
+        help="Ignore unknown fields of HTTP requests, with a line in the log, instead of refusing them.",
     )
     drain_limit_s: float = setting(
         30.0,
@@ -212,12 +232,24 @@ class ServeConfig:
         if not self.model:
             raise ConfigError("model", "must name a model: an alias, a directory or a hub id")
         check(self, WORDING)
-        if self.grpc_port == self.http_port != 0:
-            raise ConfigError("http_port", f"must not be the gRPC port, {self.grpc_port}")
+        self._check_ports()
         self._check_store()
         self._check_tls()
         self._check_host()
         self._check_register()
+
+    def _check_ports(self) -> None:
+        if self.grpc_port == self.http_port != 0:
+            raise ConfigError("http_port", f"must not be the gRPC port, {self.grpc_port}")
+        if self.metrics_port and self.metrics_port in (self.grpc_port, self.http_port):
+            raise ConfigError("metrics_port", f"must not be another port's, {self.metrics_port}")
+        for origin in self.cors_origins:
+            if origin == "*" and self.token_file is not None:
+                raise ConfigError("cors_origins", "must name the pages' origins where tokens are needed")
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "cors_origins", f"{origin!r} must be an origin, as in https://example.org, or *"
+                )
 
     def _check_store(self) -> None:
         if not str(self.store) or _HALF_URL.match(str(self.store)):

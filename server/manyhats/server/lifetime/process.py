@@ -21,16 +21,22 @@ from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine.errors import EngineError
 from manyhats.engine.progress import Progress, no_progress
 from manyhats.engine.threads.openmp import in_own_thread
+from manyhats.server.access.addresses import is_loopback
 from manyhats.server.access.errors import ServerError
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
+from manyhats.server.http.app import make_app
+from manyhats.server.http.call import Surroundings
+from manyhats.server.http.connection import ConnectionLimits
+from manyhats.server.http.metrics_port import MetricsPort
 from manyhats.server.http.port import HttpPort
-from manyhats.server.http.probes import make_app
+from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.system import StopSignals, connection_limits, raise_file_limit, wait_for_either
 from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both, configure_logs
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.service.answers import Answers
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.call import Calls
 from manyhats.server.service.following import StoreFollower
@@ -60,7 +66,7 @@ async def serve(
 ) -> int:
     """Serve until SIGINT or SIGTERM, and return the exit code.
 
-    Both ports are open at once; until the model is loaded, gRPC answers UNAVAILABLE and ``/readyz`` 503. A first signal
+    Both ports are open at once; until the model is loaded, they answer UNAVAILABLE and 503. A first signal
     lets running requests finish, a second ends them. Before the server is ready, a signal ends it within a second or
     so, whatever it is doing: threads that load or compile may then still be running, and a process that does not want
     to wait for them exits by ``os._exit``. Nothing is lost: files are written to a temporary place and then moved.
@@ -105,6 +111,7 @@ class _Process:
         # More than the engine accepts, so that it is the engine that reports a full queue.
         max_calls = config.engine.max_waiting + config.engine.max_num_sequences + _MAX_OTHER_CALLS
         self._gate = Gate(heartbeat_limit_s=config.heartbeat_limit_s, max_calls=max_calls)
+        self._calls = Calls(self._gate, self._metrics)
         self._stop = StopSignals()
         self._store: AdapterStore | None = None
 
@@ -116,16 +123,22 @@ class _Process:
             if tls is not None:
                 self._metrics.attach_tls(tls)
                 stack.enter_context(running(tls.follow_expiry()))
-            http = self._http_port(tls)
-            http.start()
-            stack.callback(http.stop)
-            grpc_port = self._grpc_port(tls)
+            tokens = None if self._config.token_file is None else TokenFile(self._config.token_file)
+            metrics = self._metrics_port(tls)
+            if metrics is not None:
+                metrics.start()
+                stack.callback(metrics.stop)
+            http = self._http_port(tls, tokens)
+            await http.start()
+            stack.push_async_callback(http.stop, 1.0)
+            grpc_port = self._grpc_port(tls, tokens)
             await grpc_port.start()
             stack.push_async_callback(grpc_port.stop, 1.0)
             _log.info(
                 "listening",
                 grpc=grpc_port.address,
                 http=http.address,
+                metrics=None if metrics is None else metrics.address,
                 tls=tls is not None,
                 tokens=self._config.token_file is not None,
             )
@@ -147,25 +160,45 @@ class _Process:
         if self._store is not None:
             self._store.close()
 
-    def _http_port(self, tls: ServerTls | None) -> HttpPort:
+    def _metrics_port(self, tls: ServerTls | None) -> MetricsPort | None:
         config = self._config
-        app = make_app(self._gate, self._metrics.registry)
+        if config.metrics_port is None:
+            return None
+        return MetricsPort(
+            make_metrics_app(self._gate, self._metrics.registry),
+            host=config.host,
+            port=config.metrics_port,
+            tls=None if config.http_insecure else tls,
+        )
+
+    def _http_port(self, tls: ServerTls | None, tokens: TokenFile | None) -> HttpPort:
+        config = self._config
+        around = Surroundings(
+            calls=self._calls,
+            answers=Answers(unread_limit_s=config.engine.unread_limit_s),
+            tokens=tokens,
+            needs_certificate=config.tls_client_ca is not None and not config.http_insecure,
+            is_lenient=config.openai_lenient,
+        )
+        is_local = is_loopback(config.host) and tokens is None
         return HttpPort(
-            app,
+            make_app(around, origins=config.cors_origins, is_local=is_local, has_page=config.page),
             host=config.host,
             port=config.http_port,
             tls=None if config.http_insecure else tls,
-            max_connections=self._connections.http,
+            limits=ConnectionLimits(
+                max_connections=self._connections.http, unread_limit_s=config.engine.unread_limit_s
+            ),
         )
 
-    def _grpc_port(self, tls: ServerTls | None) -> GrpcPort:
+    def _grpc_port(self, tls: ServerTls | None, tokens: TokenFile | None) -> GrpcPort:
         config = self._config
         return GrpcPort(
-            Calls(self._gate, self._metrics),
+            self._calls,
             host=config.host,
             port=config.grpc_port,
             tls=tls,
-            tokens=None if config.token_file is None else TokenFile(config.token_file),
+            tokens=tokens,
             limits=GrpcLimits(
                 max_connections=self._connections.grpc, unread_limit_s=config.engine.unread_limit_s
             ),

@@ -87,4 +87,4 @@ def raise_file_limit() -> int:
 
 def connection_limits(file_limit: int) -> ConnectionLimits:
     """How many connections leave enough files of ``file_limit`` for everything else."""
-    return ConnectionLimits(grpc=min(file_limit // 2, 8192), http=min(file_limit // 8, 256))
+    return ConnectionLimits(grpc=min(file_limit // 2, 8192), http=min(file_limit // 8, 4096))

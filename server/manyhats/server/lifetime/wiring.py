@@ -61,6 +61,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     background = Background()
     engine = open_engine(model, settings, loader, background=background, progress=progress)
     engine.loop.on_step = metrics.step
+    engine.grammars.on_compile = metrics.constraint_compiled
     return Backend(
         engine=engine,
         store=store,
@@ -83,6 +84,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
             dtype=settings.dtype,
             device=device,
             vocab_size=model.architecture.vocab_size,
+            names=model.description.names,
         ),
         limits=limits(config),
     )

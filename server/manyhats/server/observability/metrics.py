@@ -28,12 +28,27 @@ _INTER_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 
 _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
 _LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_COMPILE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+_LIVE = (
+    "manyhats_adapters",
+    "manyhats_tls_certificate_expiry_days",
+    "manyhats_requests_running",
+    "manyhats_requests_waiting",
+    "manyhats_kv_cache_usage_ratio",
+    "manyhats_kv_blocks",
+    "manyhats_model_bytes",
+    "manyhats_engine_heartbeat_timestamp_seconds",
+    "manyhats_adapter_resident",
+    "manyhats_adapter_evictions_total",
+    "vllm:lora_requests_info",
+)
+
 
 class Metrics:
-    """Counts events. ``step`` and ``adapter_loaded`` may be called from any thread.
+    """Counts events. ``step``, ``adapter_loaded`` and ``constraint_compiled`` may be called from any thread.
 
     Args:
         max_task_labels: how many tasks have their own series; the others count as ``_other``.
@@ -64,6 +79,13 @@ class Metrics:
         )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began.", "task")
         self._generated_tokens = self._counter("generated_tokens", "Tokens generated.", "task")
+        self._draft_tokens = self._counter(
+            "draft_tokens", "Tokens guessed and computed ahead, counted when the answer ends.", "task"
+        )
+        self._accepted_draft_tokens = self._counter(
+            "accepted_draft_tokens", "Those of them that came; part of the tokens generated.", "task"
+        )
+        self._of_tokens: dict[str, tuple[Counter, Histogram]] = {}  # label → series that exist
         self._add_engine_metrics()
         self._add_adapter_metrics()
         self._live = LiveMetrics(self._versions, self._labels, clock)
@@ -78,7 +100,12 @@ class Metrics:
         self._preemptions = self._counter("preemptions", "Sequences whose KV blocks were taken back.")
         self._step_seconds = self._histogram("step_seconds", "One step of the engine.", _STEP_BUCKETS)
         self._step_tokens = self._histogram(
-            "step_tokens", "Tokens of one step, prompt and output together.", _STEP_TOKEN_BUCKETS
+            "step_tokens", "Tokens of one step: of prompts, outputs and drafts.", _STEP_TOKEN_BUCKETS
+        )
+        self._compile_seconds = self._histogram(
+            "constraint_compile_seconds",
+            "Compiling one request's constraint, refused or not; those compiled before are not counted.",
+            _COMPILE_BUCKETS,
         )
         self._batch_adapters = self._histogram(
             "batch_adapters", "Distinct adapters in one step, the base model not counted.", _ADAPTER_BUCKETS
@@ -122,13 +149,27 @@ class Metrics:
     def output(self, task_id: str, output: StepOutput, *, since_s: float, is_first: bool) -> None:
         """Count a generation's output; ``since_s`` is when the previous one came, or when the request was accepted."""
         label, num_tokens, waited_s = self._labels.label(task_id), len(output.tokens), output.time_s - since_s
-        self._generated_tokens.labels(label).inc(num_tokens)
+        generated, inter_token = self._of_tokens.get(label) or self._series_of_tokens(label)
+        generated.inc(num_tokens)
         if is_first:
             self._began(label, output.usage)
             self._first_token.labels(label).observe(waited_s)
             return
         for _ in range(num_tokens):
-            self._inter_token.labels(label).observe(waited_s / num_tokens)
+            inter_token.observe(waited_s / num_tokens)
+
+    def _series_of_tokens(self, label: str) -> tuple[Counter, Histogram]:
+        """What every token is counted in; found once, as it takes longer than counting."""
+        series = self._generated_tokens.labels(label), self._inter_token.labels(label)
+        self._of_tokens[label] = series
+        return series
+
+    def guessed(self, task_id: str, usage: Usage) -> None:
+        """Count what was guessed of an answer that ended, however it did."""
+        if usage.draft_tokens:
+            label = self._labels.label(task_id)
+            self._draft_tokens.labels(label).inc(usage.draft_tokens)
+            self._accepted_draft_tokens.labels(label).inc(usage.accepted_draft_tokens)
 
     def scored(self, task_id: str, usage: Usage) -> None:
         """Count a scoring that ended."""
@@ -141,11 +182,15 @@ class Metrics:
     def step(self, stats: StepStats) -> None:
         """Count a step of the engine."""
         self._step_seconds.observe(stats.duration_s)
-        self._step_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
+        self._step_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens + stats.num_draft_tokens)
         self._batch_adapters.observe(stats.num_adapters)
         self._preemptions.inc(stats.num_preempted)
         self._cache_queries.inc(stats.prefix_cache_queries)
         self._cache_hits.inc(stats.prefix_cache_hits)
+
+    def constraint_compiled(self, seconds: float) -> None:
+        """Count the compilation of a constraint."""
+        self._compile_seconds.observe(seconds)
 
     def adapter_loaded(self, seconds: float) -> None:
         """Count an adapter that was read from the store and lowered, to be kept in host memory."""
@@ -163,8 +208,15 @@ class Metrics:
             return
         self._labels.remove(task_id)
         by_task = (self._requests, self._request_seconds, self._first_token, self._inter_token, self._queue)
-        for metric in (*by_task, self._prompt_tokens, self._generated_tokens):
+        tokens = (
+            self._prompt_tokens,
+            self._generated_tokens,
+            self._draft_tokens,
+            self._accepted_draft_tokens,
+        )
+        for metric in (*by_task, *tokens):
             metric.remove_by_labels({"task": task_id})
+        self._of_tokens.pop(task_id, None)
 
 
 class LiveMetrics:
@@ -176,6 +228,11 @@ class LiveMetrics:
         self._versions = versions
         self._labels = labels
         self._clock = clock
+
+    def describe(self) -> Iterator[Metric]:
+        """Their names, by which a scrape may ask for them."""
+        for name in _LIVE:
+            yield GaugeMetricFamily(name, "")
 
     def collect(self) -> Iterator[Metric]:
         """All gauges; those of the engine once there is one."""
@@ -211,7 +268,7 @@ class LiveMetrics:
         yield _single("manyhats_requests_running", "Sequences that hold KV blocks.", stats.num_running)
         yield _single(
             "manyhats_requests_waiting",
-            "Sequences that wait for a first step, and requests for their adapter.",
+            "Sequences that wait for a first step, and requests for their adapter or constraint.",
             stats.num_waiting,
         )
         yield _single(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from manyhats.server.service.text_threads import TextThreads
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The resident base model, as callers see it."""
+    """The resident base model, as callers see it; ``names`` are all that it is known by."""
 
     name: str
     digest: str
@@ -25,6 +25,7 @@ class ModelInfo:
     dtype: str
     device: str
     vocab_size: int
+    names: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,13 @@ class ServerLimits:
     max_versions_per_task: int | None
     max_bytes_per_task: int | None
     max_bytes: int | None
+
+    def shown(self) -> dict[str, int | None]:
+        """As messages can hold them: numbers in 32 bits, bytes in 64; larger ones have no effect anyway."""
+        return {
+            name: None if value is None else min(value, 2**64 - 1 if "bytes" in name else 2**32 - 1)
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,12 +21,15 @@ from manyhats.server.service.gate import Gate
 from manyhats.server.service.reasons import is_expected, reason_of
 
 if TYPE_CHECKING:
+    from manyhats.adapters.artifact import AdapterRecord
     from manyhats.server.observability.metrics import Metrics
 
 MAX_REQUEST_ID_LENGTH = 128
 # A caller whose deadline passes cancels slightly before the deadline by this server's clock.
 _DEADLINE_SLACK_S = 0.1
-_TIMED_METHODS = frozenset({"Generate", "GenerateStream", "Score"})
+_TIMED_METHODS = frozenset(
+    {"Generate", "GenerateStream", "Score", "ChatCompletions", "Completions", "Responses", "Classify"}
+)
 _log = structlog.get_logger("manyhats.calls")
 
 
@@ -41,6 +44,7 @@ class Call:
         id: unique in this process, whereas callers may repeat their ids.
         request_id: the caller's, or else ``id``; used in replies and logs.
         name: the task or version it names first, "" for none; None before it has a message that could name one.
+        version: what the name stood for when that was first asked; all of a call runs on one version.
     """
 
     method: str
@@ -50,6 +54,7 @@ class Call:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     request_id: str = ""
     name: str | None = None
+    version: AdapterRecord | None = None
 
     def names(self, name: str | None) -> None:
         """Note the task or version that a message of this call names, "" for none; None if it has no such field.

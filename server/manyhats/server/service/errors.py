@@ -5,9 +5,13 @@ ServerError
 ├── LoadingError        the model is not loaded yet
 ├── BusyError           try again later
 │   ├── TooManyCallsError       the limit of running calls is reached
-│   └── UnreadAnswersError      large answers wait for their callers
+│   ├── UnreadAnswersError      large answers wait for their callers
+│   └── BodiesError             many bodies are arriving
 ├── UnexpectedError     a bug; the log has it
 ├── UploadStalledError  a caller began an upload and stopped sending
+├── RequestTooLargeError        a message has more bytes than one may have
+├── UnsupportedMediaTypeError   a message is in another format than the API's
+├── HostNotAllowedError         the caller meant to reach another host
 └── …                   of settings and of access: ``access/errors.py``
 """
 
@@ -58,6 +62,13 @@ class UnreadAnswersError(BusyError):
         )
 
 
+class BodiesError(BusyError):
+    """There is no room for more of the bodies that are arriving; ``limit`` is in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"too many requests are arriving; the limit is {limit} bytes", limit, 1.0)
+
+
 class UnexpectedError(ServerError):
     """An unexpected error ended a call; it is logged under ``error_id``."""
 
@@ -72,3 +83,29 @@ class UploadStalledError(ServerError):
     def __init__(self, limit_s: float) -> None:
         super().__init__(f"nothing arrived for {limit_s:g} s; the upload was abandoned")
         self.limit_s = limit_s
+
+
+class RequestTooLargeError(ServerError):
+    """A message has more than ``limit`` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the request has too many bytes; the limit is {limit}")
+        self.limit = limit
+
+
+class UnsupportedMediaTypeError(ServerError):
+    """A message is not in the API's format."""
+
+    def __init__(self, given: str, wanted: str) -> None:
+        but = f"it is {given}" if given else "it has no content type"
+        super().__init__(f"the body must be {wanted}, but {but}")
+
+
+class HostNotAllowedError(ServerError):
+    """A server for this machine alone was asked under another host's name."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            f"this server answers this machine only, under names such as localhost, not {host}; give it a"
+            " --token-file to be reached otherwise"
+        )

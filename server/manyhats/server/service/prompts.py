@@ -6,23 +6,19 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.request import MAX_CONTINUATIONS
-from manyhats.engine.text.chat_template import ChatMessage
-from manyhats.engine.text.prompt_text import Continuation, ScoreTokens, score_tokens
+from manyhats.engine.text.chat_template import ChatMessage, Rendering
+from manyhats.engine.text.ending import PROBES, Ends, find_ends
+from manyhats.engine.text.prompt_text import TAIL_LENGTH, Continuation, ScoreTokens, score_tokens
+from manyhats.server.service.conversations import MAX_TEXT_BYTES, ChatPrompt, check_size
 from manyhats.server.service.text_threads import BRIEF_LENGTH, TextThreads, slices
 
 if TYPE_CHECKING:
     from manyhats.engine.text.prompt_text import PromptText
     from manyhats.engine.text.tokenizer import Tokenizer
-
-MAX_TEXT_BYTES = 1024 * 1024
-MAX_CHAT_MESSAGES = 1024
-MAX_ROLE_LENGTH = 64
-# What a template writes around each message, in characters.
-_MESSAGE_LENGTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class TextPrompt:
     def __post_init__(self) -> None:
         if not self.text:
             raise FieldInvalidError(self.field, "must not be empty")
-        _check_size(self.field, len(self.text.encode()))
+        check_size(self.field, len(self.text.encode()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,42 +45,6 @@ class TokenPrompt:
     def __post_init__(self) -> None:
         if not self.ids:
             raise FieldInvalidError(f"{self.field}.ids", "must not be empty")
-
-
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """A conversation, oldest message first."""
-
-    messages: tuple[ChatMessage, ...]
-    field: ClassVar[str] = "chat.messages"
-
-    @classmethod
-    def of(cls, turns: Collection[Any]) -> ChatPrompt:
-        """Build one from anything with ``role`` and ``content``, once their number is checked.
-
-        Raises:
-            FieldInvalidError: it is over a limit.
-        """
-        if len(turns) > MAX_CHAT_MESSAGES:
-            raise FieldInvalidError(cls.field, f"has {len(turns)}; the limit is {MAX_CHAT_MESSAGES}")
-        return cls(tuple(ChatMessage(role=turn.role, content=turn.content) for turn in turns))
-
-    def __post_init__(self) -> None:
-        if not 1 <= len(self.messages) <= MAX_CHAT_MESSAGES:
-            raise FieldInvalidError(
-                self.field, f"must have 1 to {MAX_CHAT_MESSAGES} messages, not {len(self.messages)}"
-            )
-        for index, message in enumerate(self.messages):
-            if not 1 <= len(message.role) <= MAX_ROLE_LENGTH:
-                raise FieldInvalidError(
-                    f"chat.messages[{index}].role", f"must have 1 to {MAX_ROLE_LENGTH} characters"
-                )
-        _check_size(self.field, self.num_bytes)
-
-    @property
-    def num_bytes(self) -> int:
-        """All contents together, in UTF-8."""
-        return sum(len(message.content.encode()) for message in self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +94,7 @@ class Encoder:
     threads: TextThreads
     vocab_size: int
     max_tokens: int | None = None
-    render: Callable[[Sequence[ChatMessage]], Awaitable[str]] | None = None
+    render: Callable[[Sequence[ChatMessage], Rendering], Awaitable[str]] | None = None
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of a prompt.
@@ -168,11 +128,38 @@ class Encoder:
             found += await run(partial(self._behind, ids, text, some), length)
         return score_tokens(ids, found)
 
+    async def encode_answers(
+        self, prompt: TextPrompt | ChatPrompt, answers: Sequence[str], ends: Ends
+    ) -> ScoreTokens:
+        """The tokens of a prompt and of answers to it, each with the token that ends it; limited as in ``encode``.
+
+        Raises:
+            FieldInvalidError: as ``encode``; or an answer has no tokens, or leaves nothing of the prompt before it.
+            PromptTooLongError: likewise.
+        """
+        text = await self._text(prompt)
+        length = _length(text) + sum(map(len, answers)) + TAIL_LENGTH * len(answers)
+        return await self.threads.run(partial(self._answered, text, answers, ends), length)
+
+    async def ends(self, eos_token_ids: frozenset[int]) -> Ends:
+        """How answers end.
+
+        Raises:
+            ModelError: nothing ends them.
+        """
+        if self.render is None:
+            return find_ends(self.tokenizer, eos_token_ids)
+        try:
+            rendered = [await self.render(messages, rendering) for messages, rendering in PROBES]
+        except FieldInvalidError:
+            rendered = []
+        return find_ends(self.tokenizer, eos_token_ids, rendered)
+
     async def _text(self, prompt: TextPrompt | ChatPrompt) -> _Text:
         """The text to tokenize, checked to be short enough as far as its length tells."""
         text: _Text = prompt
         if isinstance(prompt, ChatPrompt) and self.render is not None:
-            text = _RenderedChat(await self.render(prompt.messages))
+            text = _RenderedChat(await self.render(prompt.messages, prompt.rendering))
         await self._check_length(text)
         return text
 
@@ -190,7 +177,9 @@ class Encoder:
     def _encode(self, prompt: _Text) -> PromptText:
         with _named(prompt):
             if isinstance(prompt, ChatPrompt):
-                text = self.tokenizer.chat_prompt(prompt.messages, max_tokens=self.max_tokens)
+                text = self.tokenizer.chat_prompt(
+                    prompt.messages, rendering=prompt.rendering, max_tokens=self.max_tokens
+                )
             else:
                 special = prompt.add_special_tokens
                 text = self.tokenizer.prompt(
@@ -199,6 +188,19 @@ class Encoder:
         if not text.token_ids:
             raise FieldInvalidError(prompt.field, "has no tokens")
         return text
+
+    def _answered(self, prompt: _Text, answers: Sequence[str], ends: Ends) -> ScoreTokens:
+        text = self._encode(prompt)
+        found: list[Continuation] = []
+        for answer in answers:
+            said, end = ends.split(answer)
+            try:
+                behind = text.followed_by(said)
+            except FieldInvalidError as error:
+                raise FieldInvalidError(prompt.field, f"the answer {answer!r} {error.description}") from error
+            last = ends.token_id if end is None else end
+            found.append(Continuation(behind.num_prompt_tokens, (*behind.token_ids, last)))
+        return score_tokens(text.token_ids, found)
 
     def _ahead(self, prompt: _Text | TokenPrompt) -> tuple[tuple[int, ...], PromptText | None, int]:
         """Tokens of a prompt with continuations; its text, if known, and how much of that is tokenized again."""
@@ -242,11 +244,12 @@ class Encoder:
                 raise PromptTooLongError(prompt.field, len(prompt.ids), self.max_tokens)
         ids: list[int] = []
         for part in slices(prompt.ids):
-            largest = max(part)
-            if largest >= self.vocab_size:
-                raise FieldInvalidError(
-                    f"{prompt.field}.ids", f"has {largest}; token ids are below {self.vocab_size}"
-                )
+            for token_id in (min(part), max(part)):
+                if not 0 <= token_id < self.vocab_size:
+                    raise FieldInvalidError(
+                        f"{prompt.field}.ids",
+                        f"has {token_id}; token ids are at least 0 and below {self.vocab_size}",
+                    )
             ids.extend(part)
         return tuple(ids)
 
@@ -284,10 +287,4 @@ def _length(prompt: Prompt | _RenderedChat) -> int:
         case TextPrompt() | _RenderedChat():
             return len(prompt.text)
         case ChatPrompt():
-            roles = sum(len(message.role.encode()) for message in prompt.messages)
-            return prompt.num_bytes + roles + _MESSAGE_LENGTH * len(prompt.messages)
-
-
-def _check_size(field: str, num_bytes: int) -> None:
-    if num_bytes > MAX_TEXT_BYTES:
-        raise FieldInvalidError(field, f"has {num_bytes} bytes; the limit is {MAX_TEXT_BYTES}")
+            return prompt.length

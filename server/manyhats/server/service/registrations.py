@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import structlog
 
-from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import AdapterError, TaskNotFoundError
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare
 from manyhats.adapters.registration import Registered, Registration
-from manyhats.adapters.store.catalogue.pages import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page, encode_page_token
+from manyhats.adapters.store.catalogue.pages import MAX_PAGE_SIZE, Page, encode_page_token, page_length
 from manyhats.adapters.taskid import parse_name
 from manyhats.engine.errors import EngineError
+from manyhats.engine.threads.awaiting import outlived
 from manyhats.server.access.tokens import Scope
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.reasons import reason_of
+from manyhats.server.service.task_defaults import read_defaults
 
 if TYPE_CHECKING:
     from manyhats.adapters.store.store import AdapterStore
@@ -41,7 +43,7 @@ def _carried_through(change: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
 
     @wraps(change)
     async def begun(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.shield(change(*args, **kwargs))
+        return await outlived(change(*args, **kwargs))
 
     return begun
 
@@ -66,6 +68,8 @@ class Registrations:
             AdapterError: it was refused.
         """
         store, engine, prepare = self._backend.store, self._backend.engine, self._prepare()
+        with self.counted_failures():
+            read_defaults(registration.labels)
         return await self._published(
             registration, lambda: store.register(registration, probe=engine.probe, prepare=prepare)
         )
@@ -77,6 +81,7 @@ class Registrations:
             AdapterError: it would be refused in any case.
         """
         store = self._backend.store
+        read_defaults(registration.labels)
         return await self.run(lambda: store.open_upload(registration))
 
     @_carried_through
@@ -220,7 +225,7 @@ def visible_page(store: AdapterStore, scope: Scope, *, task_id: str, page_size: 
     """
     if scope.is_everything:
         return store.list(task_id=task_id, page_size=page_size, page_token=page_token)
-    size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+    size = page_length(page_size)
     found: list[AdapterRecord] = []
     for record in _records(store, task_id, page_token):
         if not scope.reaches(record.task_id):
@@ -229,6 +234,13 @@ def visible_page(store: AdapterStore, scope: Scope, *, task_id: str, page_size: 
             return Page(tuple(found), encode_page_token(task_id, found[-1].task_id, found[-1].version))
         found.append(record)
     return Page(tuple(found), "")
+
+
+def active_records(store: AdapterStore, scope: Scope) -> Iterator[AdapterRecord]:
+    """The active version of each task that the scope covers."""
+    for record in _records(store, "", ""):
+        if record.state is AdapterState.ACTIVE and scope.reaches(record.task_id):
+            yield record
 
 
 def _records(store: AdapterStore, task_id: str, page_token: str) -> Iterator[AdapterRecord]:

@@ -12,8 +12,10 @@ from weakref import WeakValueDictionary
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import AdapterError
+from manyhats.engine.threads.awaiting import outlived
 
 if TYPE_CHECKING:
+    from manyhats.engine.text.chat_template import Rendering
     from manyhats.engine.text.task_text import TaskTexts
     from manyhats.engine.text.tokenizer import ChatMessage, Tokenizer
 
@@ -70,7 +72,7 @@ class TaskTokenizers:
             return None
         while (kept := self._of_others(record.text)) is not None:
             try:
-                return await asyncio.shield(kept)
+                return await outlived(kept)
             except AdapterError:
                 continue  # another version's files, which may be gone while this one's are not
         found = asyncio.ensure_future(_run(self._reading, lambda: self._read(record)))
@@ -78,25 +80,29 @@ class TaskTokenizers:
         if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)
         # A caller who leaves does not end the reading for the others.
-        return await asyncio.shield(found)
+        return await outlived(found)
 
-    async def render(self, tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str:
+    async def render(
+        self, tokenizer: Tokenizer, messages: Sequence[ChatMessage], rendering: Rendering
+    ) -> str:
         """The prompt of a conversation by a task's own template, which is an untrusted program.
 
         Raises:
-            FieldInvalidError: ``chat``: the template refuses the messages, or takes too much time or memory.
+            FieldInvalidError: as ``render_chat``; or the template takes too much time or memory.
         """
         # One at a time for each tokenizer.
         turn = self._turns.setdefault(tokenizer.fingerprint, asyncio.Lock())
         async with turn:
             if self._slow_until_s.get(tokenizer.fingerprint, 0.0) <= time.monotonic():
-                text = await _run(self._rendering, lambda: self._render_in_a_moment(tokenizer, messages))
+                text = await _run(
+                    self._rendering, lambda: self._render_in_a_moment(tokenizer, messages, rendering)
+                )
                 if text is not None:
                     return text
             return await _run(
                 self._slow,
                 lambda: self._texts.processes.render(
-                    tokenizer.chat_template or "", messages, tokenizer.special_tokens
+                    tokenizer.chat_template or "", messages, tokenizer.special_tokens, rendering
                 ),
             )
 
@@ -116,9 +122,11 @@ class TaskTokenizers:
                 return text.tokenizer
         return self._texts.base
 
-    def _render_in_a_moment(self, tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str | None:
+    def _render_in_a_moment(
+        self, tokenizer: Tokenizer, messages: Sequence[ChatMessage], rendering: Rendering
+    ) -> str | None:
         text = self._texts.processes.render_in_a_moment(
-            tokenizer.chat_template or "", messages, tokenizer.special_tokens
+            tokenizer.chat_template or "", messages, tokenizer.special_tokens, rendering
         )
         if text is None:
             # Noted here, on the thread: the caller may have left.

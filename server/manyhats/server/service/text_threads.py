@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from manyhats.engine.output import TokenOutput
 
 T = TypeVar("T")
 
@@ -18,6 +21,10 @@ BRIEF_LENGTH = 16 * 1024
 # As much as Python code does in a tenth of a millisecond or two.
 _SLICE_LENGTH = 512
 _PAUSE_S = 0.0002
+# The cost of adding a token to an answer: in characters to tokenize, and in tokens to parse.
+_ENTRY_LENGTH = 17
+ENTRY_WEIGHT = 4
+_INLINE_ENTRIES = _INLINE_LENGTH // _ENTRY_LENGTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,10 @@ class TextThreads:
 
     brief: Executor | None = None
     long: Executor | None = None
+
+    async def build(self, work: Callable[[], T], count: int) -> T:
+        """Return the answer that ``work`` builds of so many tokens; a large one is built off the event loop."""
+        return work() if count <= _INLINE_ENTRIES else await self.run(work, _ENTRY_LENGTH * count)
 
     async def run(self, work: Callable[[], T], length: int) -> T:
         """Return the result of ``work``, which takes time in proportion to ``length``, in characters or tokens.
@@ -52,6 +63,18 @@ def slices(values: Sequence[T]) -> Iterator[Sequence[T]]:
         if begin:
             time.sleep(_PAUSE_S)
         yield values[begin : begin + _SLICE_LENGTH]
+
+
+def num_entries(tokens: Iterable[TokenOutput]) -> int:
+    """How many tokens an answer of these has, including the most likely ones at each position."""
+    return sum(1 + len(token.top) for token in tokens)
+
+
+def paced_tokens(tokens: Iterable[TokenOutput]) -> Iterator[TokenOutput]:
+    """Tokens one by one, to be added to an answer with what was requested besides them, with pauses in between."""
+    if isinstance(tokens, tuple) and len(tokens) <= 1:  # of a stream, which need none
+        return iter(tokens)
+    return paced(tokens, lambda each: ENTRY_WEIGHT * (1 + len(each.top)))
 
 
 def paced(values: Iterable[T], weight: Callable[[T], int]) -> Iterator[T]:

@@ -23,11 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of one of the announced files."""
+    """A piece of a file; ``new_file`` is the name of one that begins with it and was not announced."""
 
     file_index: int
     offset: int
     data: bytes
+    new_file: str = ""
 
 
 class Upload(Protocol):
@@ -91,7 +92,14 @@ async def _take_chunks(
     upload: Upload, registrations: Registrations, session: UploadSession, stall_limit_s: float
 ) -> None:
     while (chunk := await _within(stall_limit_s, upload.chunk())) is not None:
-        await registrations.run(partial(session.write, chunk.file_index, chunk.offset, chunk.data))
+        await registrations.run(partial(_take, session, chunk))
+
+
+def _take(session: UploadSession, chunk: Chunk) -> None:
+    if chunk.new_file:
+        session.open_file(chunk.new_file)
+    if chunk.data or not chunk.new_file:
+        session.write(chunk.file_index, chunk.offset, chunk.data)
 
 
 async def _within(stall_limit_s: float, arrival: Awaitable[T]) -> T:

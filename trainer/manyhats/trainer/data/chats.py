@@ -8,10 +8,11 @@ from datetime import datetime
 from typing import Any
 
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.text.chat_template import variables_of
+from manyhats.engine.text.chat_template import Rendering, variables_of
+from manyhats.engine.text.ending import Ends
+from manyhats.engine.text.fitted_messages import fitted_to
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data.contents import Conversation, Message
-from manyhats.trainer.data.ending import Ends
 from manyhats.trainer.data.row import KWARGS, LISTS, Row
 
 _ALWAYS_READ = frozenset({"role", "content"})
@@ -106,9 +107,8 @@ class ChatRenderer:
         add_generation_prompt: bool,
     ) -> str:
         try:
-            return self._tokenizer.render_chat(
-                messages, variables=variables, now=self._now, add_generation_prompt=add_generation_prompt
-            )
+            rendering = Rendering(variables=variables, add_generation_prompt=add_generation_prompt)
+            return self._tokenizer.render_chat(messages, rendering=rendering, now=self._now)
         except FieldInvalidError as error:
             raise row.error(str(error)) from error
 
@@ -122,7 +122,7 @@ class ChatRenderer:
             for name in sorted(variables.keys() - _variables_of(row, template))
         ]
         if any(not message.keys() <= _ALWAYS_READ for message in messages):
-            watched = [_Watched(message) for message in messages]
+            watched = [_Watched(dict(each)) for each in fitted_to(template, messages)]
             self._rendered(row, watched, variables, add_generation_prompt=False)
             unread += [
                 f"messages[{index}].{key}"

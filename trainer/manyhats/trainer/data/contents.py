@@ -48,6 +48,43 @@ class Conversation:
 Contents = Prompted | PlainText | Conversation
 
 
+@dataclass(frozen=True, slots=True)
+class PromptForm:
+    """How a prompt is made of one text.
+
+    Attributes:
+        is_chat: the text is a user's message; otherwise it is the prompt.
+        system: the message before it; empty for none.
+    """
+
+    is_chat: bool
+    system: str = ""
+
+
+def form_of(contents: Contents, *, is_chat: bool) -> PromptForm | None:
+    """How a row's prompt is made of one text; None if it is made of more than that."""
+    match contents:
+        case Prompted(system=system, variables=variables) if not variables:
+            return PromptForm(is_chat, system)
+        case Conversation(messages=(*before, _), variables=variables) if not variables:
+            return _form_of_messages(before)
+    return None
+
+
+def _form_of_messages(messages: Sequence[Message]) -> PromptForm | None:
+    """The form of a user's message, perhaps after a system message; None for anything else."""
+    texts = [each.get("content") for each in messages]
+    is_plain = all(each.keys() <= {"role", "content"} for each in messages)
+    if not is_plain or not all(isinstance(text, str) for text in texts):
+        return None
+    match [each["role"] for each in messages]:
+        case ["user"]:
+            return PromptForm(is_chat=True)
+        case ["system", "user"]:
+            return PromptForm(is_chat=True, system=str(texts[0]))
+    return None
+
+
 def contents_of(row: Row, system: str) -> Contents:
     """What the row says; fields not among ``FIELDS`` are left to the caller.
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manyhats.trainer.data.batch import TokenizedRow
+from manyhats.trainer.data.contents import PromptForm
 from manyhats.trainer.data.row import Row
 from manyhats.trainer.errors import DataError
 
@@ -126,6 +127,7 @@ class Dataset:
         completions: each row's last completion as text, without the end; empty for a plain text.
         labels: [R] what each label is after the row's prompt; empty if there are none.
         counts: what happened to the source's rows.
+        form: of all rows' prompts; None if they are made in several ways, or of more than one text.
     """
 
     rows: TokenizedRows
@@ -135,6 +137,7 @@ class Dataset:
     completions: Sequence[str]
     labels: Sequence[tuple[LabelTokens, ...]]
     counts: DataCounts
+    form: PromptForm | None = None
 
     def prompt_token_ids(self, index: int) -> tuple[int, ...]:
         """The tokens before the row's last completion."""
@@ -157,6 +160,7 @@ class DatasetBuilder:
         self._completions: list[str] = []
         self._known_completions: dict[str, str] = {}
         self._labels: list[tuple[LabelTokens, ...]] = []
+        self._forms: set[PromptForm | None] = set()
         self._known_labels: dict[tuple[LabelTokens, ...], tuple[LabelTokens, ...]] = {}
 
     def __len__(self) -> int:
@@ -171,6 +175,7 @@ class DatasetBuilder:
         completion: str,
         line: int,
         labels: tuple[LabelTokens, ...] = (),
+        form: PromptForm | None = None,
     ) -> None:
         """One row; see ``Dataset``."""
         self._token_ids.extend(token_ids)
@@ -179,6 +184,7 @@ class DatasetBuilder:
         self._lines.append(line)
         self._prompt_lengths.append(prompt_length)
         self._completions.append(self._known_completions.setdefault(completion, completion))
+        self._forms.add(form)
         if labels:
             self._labels.append(self._known_labels.setdefault(labels, labels))
 
@@ -197,6 +203,7 @@ class DatasetBuilder:
             tuple(self._completions),
             self._labels,
             counts,
+            self._forms.pop() if len(self._forms) == 1 else None,
         )
 
 
@@ -209,6 +216,7 @@ class RowTokens:
         prompt_length: where the last completion begins; 0 for a text, which is all completion.
         completion: the last one's text; empty for a text.
         labels: alternatives to it.
+        form: of its prompt; None if that is made of more than one text.
     """
 
     token_ids: Sequence[int]
@@ -216,6 +224,7 @@ class RowTokens:
     prompt_length: int
     completion: str
     labels: tuple[LabelTokens, ...] = ()
+    form: PromptForm | None = None
 
     def is_target(self) -> bytes:
         """One byte per token, 0 or 1."""

@@ -12,9 +12,9 @@ from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.formats.text_files import read_text
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.engine.checkpoints.loader import GenerationDefaults, LoadedModel
+from manyhats.engine.text.ending import find_ends
 from manyhats.trainer.data.contents import Prompted, checked_contents
 from manyhats.trainer.data.dataset import Dataset
-from manyhats.trainer.data.ending import find_ends
 from manyhats.trainer.data.labels import LabelledItem, check_label, find_labels, labelled_items
 from manyhats.trainer.data.reading import read_rows
 from manyhats.trainer.data.tokenization import Tokenization, tokenize_rows

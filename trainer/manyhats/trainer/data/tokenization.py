@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.engine.text.ending import Ends
 from manyhats.engine.text.prompt_text import Continuation, PromptText
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data.chats import ChatRenderer, Turn
@@ -21,11 +22,18 @@ from manyhats.trainer.data.contents import (
     PlainText,
     Prompted,
     checked_contents,
+    form_of,
     refuse_unread,
     unknown_fields,
 )
-from manyhats.trainer.data.dataset import DataCounts, Dataset, DatasetBuilder, LabelTokens, RowTokens, fitted
-from manyhats.trainer.data.ending import Ends
+from manyhats.trainer.data.dataset import (
+    DataCounts,
+    Dataset,
+    DatasetBuilder,
+    LabelTokens,
+    RowTokens,
+    fitted,
+)
 from manyhats.trainer.data.row import Row
 from manyhats.trainer.errors import DataError, SettingError
 from manyhats.trainer.settings.settings import DataSettings
@@ -89,6 +97,7 @@ def tokenize_rows(rows: Iterable[Row], how: Tokenization, labels: Sequence[str] 
                 completion=tokens.completion,
                 line=row.line,
                 labels=tokens.labels,
+                form=whole.form,
             )
     if not builder:
         reason = (
@@ -135,6 +144,8 @@ class _RowTokenizer:
                 made = [self._plain_text(row, text)]
             case Conversation():
                 made = self._conversation(row, contents)
+        form = form_of(contents, is_chat=self._settings.chat)
+        made = [replace(tokens, form=form) for tokens in made]
         for tokens in made:
             self._check_known(row, tokens.token_ids)
         return made

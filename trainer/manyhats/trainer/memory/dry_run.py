@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from manyhats.engine.text.ending import find_ends
 from manyhats.engine.text.tokenizer import Tokenizer
-from manyhats.trainer.data.ending import find_ends
 from manyhats.trainer.data.task_data import check_first_rows, longest_row, tokenize_task_data
 from manyhats.trainer.data.tokenization import Tokenization
 from manyhats.trainer.memory.adapter_size import adapter_size

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from manyhats.trainer.data.contents import PromptForm
 from manyhats.trainer.data.dataset import DataCounts
 from manyhats.trainer.memory.peak import PeakMemory
 from manyhats.trainer.report.events import EvaluationReport, StepReport
@@ -32,12 +33,20 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """The base alone, and with the trained adapter, on the same ``num_items`` rows."""
+    """The base alone, and with the trained adapter, on the same ``num_items`` rows.
+
+    Attributes:
+        labels: those that were scored; empty for none.
+        label_tokens: the most tokens that an answer with one of them takes, its end included.
+        form: how every item's prompt is made of one text; None if it is made in several ways, or of more.
+    """
 
     num_items: int
     labels: tuple[str, ...]
     before: HeldOut
     after: HeldOut
+    label_tokens: int = 0
+    form: PromptForm | None = None
 
     def accuracy(self, held_out: HeldOut) -> float | None:
         """The share of right labels."""

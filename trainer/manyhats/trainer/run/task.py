@@ -230,6 +230,10 @@ class TaskTraining:
             labels=self._data.labels,
             before=HeldOut(loss=loss_before, num_right=num_right[0]),
             after=HeldOut(loss=loss_after, num_right=num_right[1]),
+            label_tokens=max(
+                (len(label.token_ids) for item in self._data.items for label in item.labels), default=0
+            ),
+            form=held_out.form,
         )
 
     def _tell_evaluation(self, done: int, total: int) -> None:

@@ -29,6 +29,17 @@ class Page:
     next_page_token: str
 
 
+def page_length(page_size: int) -> int:
+    """How many records a page has at most, if ``page_size`` are asked for; 0 asks for the default.
+
+    Raises:
+        ArgumentInvalidError: it is negative.
+    """
+    if page_size < 0:
+        raise ArgumentInvalidError("page_size", "must not be negative")
+    return min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+
+
 def read_page(catalogue: Catalogue, *, task_id: str, page_size: int, page_token: str) -> Page:
     """One page of the list; see ``AdapterStore.list``.
 
@@ -37,9 +48,7 @@ def read_page(catalogue: Catalogue, *, task_id: str, page_size: int, page_token:
     """
     if task_id:
         check_task_id(task_id)
-    if page_size < 0:
-        raise ArgumentInvalidError("page_size", "must not be negative")
-    size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+    size = page_length(page_size)
     after = decode_page_token(page_token, task_id)
     # One more than requested tells whether another page follows.
     records = catalogue.page(task_id=task_id, after=after, max_records=size + 1)

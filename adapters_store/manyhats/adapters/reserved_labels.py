@@ -1,0 +1,109 @@
+"""Labels of a version that the server reads.
+
+``default.*`` says what holds for fields that callers leave out, ``class.0``, ``class.1``, … are the classes that its
+task tells apart, and ``classify.*`` how a text is put to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from manyhats.adapters.errors import ArgumentInvalidError
+
+DEFAULT = "default."
+STOP = "default.stop."
+CLASS = "class."
+SYSTEM = "classify.system"
+MAX_CLASSES = 256
+
+_CLASSIFY = "classify."
+_PROMPT = "classify.prompt"
+_CHAT, _TEXT = "chat", "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The classes that a task tells apart, as answers to a text.
+
+    Attributes:
+        texts: the answers, in order.
+        is_chat: whether the text is a user's message in the chat template; otherwise it is the whole prompt.
+        system: a system message before it; empty for none.
+    """
+
+    texts: tuple[str, ...]
+    is_chat: bool = True
+    system: str = ""
+
+    def labels(self) -> dict[str, str]:
+        """The labels that say so."""
+        said = numbered(CLASS, self.texts)
+        if not self.is_chat:
+            said[_PROMPT] = _TEXT
+        if self.system:
+            said[SYSTEM] = self.system
+        return said
+
+
+def read_classes(labels: Mapping[str, str]) -> Classes | None:
+    """The classes among a version's labels; None if it has none.
+
+    Raises:
+        ArgumentInvalidError: they are not numbered in order, fewer than two, too many, empty or the same, or it is not
+            known how a text is put; names the label.
+    """
+    for key in labels:
+        if key.startswith(_CLASSIFY) and key not in (_PROMPT, SYSTEM):
+            raise label_error(key, f"is not known; these are: {_PROMPT}, {SYSTEM}")
+    texts = listed(labels, CLASS)
+    prompt, system = labels.get(_PROMPT, _CHAT), labels.get(SYSTEM, "")
+    if prompt not in (_CHAT, _TEXT):
+        raise label_error(_PROMPT, f"must be {_CHAT} or {_TEXT}, not {prompt!r}")
+    if system and prompt == _TEXT:
+        raise label_error(SYSTEM, f"does not apply to a prompt that is {_TEXT}")
+    if not texts:
+        unused = next((key for key in (_PROMPT, SYSTEM) if key in labels), None)
+        if unused is not None:
+            raise label_error(unused, f"needs classes: {CLASS}0, {CLASS}1, …")
+        return None
+    _check_classes(texts)
+    return Classes(texts, prompt == _CHAT, system)
+
+
+def _check_classes(texts: tuple[str, ...]) -> None:
+    if not 2 <= len(texts) <= MAX_CLASSES:
+        raise ArgumentInvalidError("labels", f"must have 2 to {MAX_CLASSES} classes, not {len(texts)}")
+    seen: dict[str, int] = {}
+    for number, text in enumerate(texts):
+        if not text:
+            raise label_error(f"{CLASS}{number}", "must not be empty")
+        if text in seen:
+            raise label_error(f"{CLASS}{number}", f"is the same as {CLASS}{seen[text]}")
+        seen[text] = number
+
+
+def numbered(prefix: str, values: Iterable[str]) -> dict[str, str]:
+    """A list as labels: ``{"default.stop.0": "a", "default.stop.1": "b"}``."""
+    return {f"{prefix}{number}": value for number, value in enumerate(values)}
+
+
+def listed(labels: Mapping[str, str], prefix: str) -> tuple[str, ...]:
+    """The list that labels have under a prefix, in the order of their numbers; empty if they have none.
+
+    Raises:
+        ArgumentInvalidError: they are not numbered 0, 1, 2, … without a gap; names the label.
+    """
+    found = [key for key in labels if key.startswith(prefix)]
+    expected = {f"{prefix}{number}" for number in range(len(found))}
+    for key in found:
+        if key not in expected:
+            raise label_error(
+                key, f"the {len(found)} labels {prefix}N must be numbered from 0 to {len(found) - 1}"
+            )
+    return tuple(labels[f"{prefix}{number}"] for number in range(len(found)))
+
+
+def label_error(key: str, description: str) -> ArgumentInvalidError:
+    """What is wrong with one label."""
+    return ArgumentInvalidError(f"labels[{key}]", description)
