@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,19 +17,21 @@ from benchmarks.workload import HELD_COUNTS, Adapter, Case, Workload
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
+from manyhats.engine.backends.backend import Backend
 from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.config import EngineConfig
 from manyhats.engine.engine import Engine
 from manyhats.engine.opening import open_engine
 from manyhats.engine.output import StepStats
-from manyhats.engine.request import Request, StoppingParams
+from manyhats.engine.request import Request, SamplingParams, StoppingParams
 from manyhats.engine.threads.openmp import in_own_thread
 
+_GREEDY = SamplingParams()
 _MAX_SEQUENCES = max(64, *HELD_COUNTS)
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
     """When a step ended, what it was, and the KV blocks that were in use then."""
 
     end_s: float
@@ -45,11 +47,28 @@ class EngineSession:
 
     It is ``Engine``, no engine put together here: with other threads the OpenMP runtime waits in another
     way at the end of each parallel loop, and on a busy machine that alone made steps several times as long.
+
+    Args:
+        workload: model and adapters.
+        config: of the engine; by default, what the benchmark needs.
+        make_backend: called where the model is loaded; by default the engine opens its own.
+
+    Attributes:
+        architecture: the model's.
     """
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        config: EngineConfig | None = None,
+        make_backend: Callable[[], Backend] | None = None,
+    ) -> None:
         self._workload = workload
-        self._steps: list[_Step] = []
+        self._config = config or EngineConfig(
+            num_threads=workload.settings.threads, max_num_sequences=_MAX_SEQUENCES
+        )
+        self._make_backend = make_backend
+        self._steps: list[Step] = []
         self._runner = asyncio.Runner()
         # On a thread that ends, as the server does: its team of OpenMP threads would slow the engine's down.
         self._engine, self._records = self._runner.run(in_own_thread(self._load))
@@ -58,12 +77,14 @@ class EngineSession:
     def _load(self) -> tuple[Engine, dict[Adapter, AdapterRecord]]:
         workload = self._workload
         model = load_model(workload.model, quantization="nf4", dtype=torch.bfloat16)
+        self.architecture = model.architecture
         roots = sorted({path.parent for path in workload.adapters.values()})
         store = open_store(workload.scratch / "engine-store", model.description, roots)
         engine = open_engine(
             model,
-            EngineConfig(num_threads=workload.settings.threads, max_num_sequences=_MAX_SEQUENCES),
+            self._config,
             store.lower,
+            backend=None if self._make_backend is None else self._make_backend(),
         )
         engine.loop.on_step = self._note_step
         records = {
@@ -72,17 +93,20 @@ class EngineSession:
         }
         return engine, records
 
-    def measure(self, case: Case, seed: int) -> Measurement:
-        """Prefills all prompts, then decodes: the second run finds the prompts in the prefix cache."""
+    def measure(self, case: Case, seed: int, prompt_tokens: int | None = None) -> Measurement:
+        """Prefills all prompts, then decodes: the second run finds the prompts in the prefix cache.
+
+        Prompts have ``prompt_tokens``, or what the settings say.
+        """
         settings = self._workload.settings
-        prompts = self._workload.prompts(case, seed)
+        prompts = self._workload.prompts(case, seed, prompt_tokens)
         began_s = time.perf_counter()
-        prefill = self._run(case, prompts, 1)
+        prefill = self.run(case, prompts, 1)
         # A few more tokens than steps: the sequences do not all begin in the same step.
         margin = 1 + 2 * case.num_sequences // 8
         steps = [
             (after.end_s - before.end_s, after.stats.duration_s)
-            for before, after in pairwise(self._run(case, prompts, settings.decode_steps + 1 + margin))
+            for before, after in pairwise(self.run(case, prompts, settings.decode_steps + 1 + margin))
             if after.decodes_only(case.num_sequences)
         ][: settings.decode_steps]
         return throughput(
@@ -105,7 +129,7 @@ class EngineSession:
             )  # others' virtual tokens hold blocks, too
         block_size = self._engine.config.block_size
         length = self._workload.settings.virtual_tokens + block_size // 2
-        self._run(case, self._workload.prompts(case, num_requests, length), block_size // 2)
+        self.run(case, self._workload.prompts(case, num_requests, length), block_size // 2)
         used = [step.num_used_blocks for step in self._steps if step.decodes_only(num_requests)]
         return Measurement({"held_blocks": float(max(used) - num_requests)})
 
@@ -118,21 +142,29 @@ class EngineSession:
 
     def _note_step(self, stats: StepStats) -> None:
         """Called on the engine's thread."""
-        self._steps.append(_Step(time.perf_counter(), stats, self._engine.stats.kv_blocks_used))
+        self._steps.append(Step(time.perf_counter(), stats, self._engine.stats.kv_blocks_used))
 
-    def _run(self, case: Case, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[_Step]:
-        """Runs a batch to its end."""
+    def run(
+        self,
+        case: Case,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        sampling: SamplingParams = _GREEDY,
+    ) -> list[Step]:
+        """Runs a batch to its end; returns its steps."""
         self._steps = []
-        self._runner.run(self._generate_all(case, prompts, new_tokens))
+        self._runner.run(self._generate_all(case, prompts, new_tokens, sampling))
         return self._steps
 
-    async def _generate_all(self, case: Case, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    async def _generate_all(
+        self, case: Case, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: SamplingParams
+    ) -> None:
         """Begins when all are with the engine: the first would else be through before the last one comes."""
         all_are_there = threading.Event()
         self._engine.loop.submit(lambda: _after(all_are_there))
         answers = asyncio.gather(
             *(
-                self._generate(prompt, self._record(case.adapter_of(row)), new_tokens)
+                self._generate(prompt, self._record(case.adapter_of(row)), new_tokens, sampling)
                 for row, prompt in enumerate(prompts)
             )
         )
@@ -143,11 +175,18 @@ class EngineSession:
     def _record(self, adapter: Adapter | None) -> AdapterRecord | None:
         return None if adapter is None else self._records[adapter]
 
-    async def _generate(self, prompt: Sequence[int], adapter: AdapterRecord | None, new_tokens: int) -> None:
+    async def _generate(
+        self,
+        prompt: Sequence[int],
+        adapter: AdapterRecord | None,
+        new_tokens: int,
+        sampling: SamplingParams = _GREEDY,
+    ) -> None:
         request = Request(
             id="",
             prompt_token_ids=tuple(prompt),
             adapter=adapter,
+            sampling=sampling,
             stopping=StoppingParams(max_new_tokens=new_tokens, ignore_eos=True),
             accepted_s=time.monotonic(),
         )

@@ -73,6 +73,7 @@ def throughput(
         {
             "prefill_tokens_per_s": num_prompt_tokens / prefill_s,
             "decode_tokens_per_s": case.num_sequences / median(intervals_s),
+            "mean_decode_tokens_per_s": case.num_sequences / fmean(intervals_s),
             "step_ms": 1000 * median(steps_s),
             "mean_step_ms": 1000 * fmean(steps_s),
         },

@@ -41,8 +41,15 @@ class RunningServer:
 
 
 @contextmanager
-def serving(workload: Workload, store: Path | None = None) -> Iterator[RunningServer]:
+def serving(
+    workload: Workload, store: Path | None = None, max_sequences: int = 64
+) -> Iterator[RunningServer]:
     """Runs ``manyhats serve`` on free ports, with a new store unless one is given; stops it at the end.
+
+    Args:
+        workload: model and adapters.
+        store: its directory.
+        max_sequences: that run at once.
 
     Raises:
         ServerFailedError: it did not become ready.
@@ -52,7 +59,7 @@ def serving(workload: Workload, store: Path | None = None) -> Iterator[RunningSe
         with log_path.open("wb") as log:
             started = time.perf_counter()
             process = subprocess.Popen(
-                _command(workload, Path(directory), store or Path(directory) / "store"),
+                _command(workload, Path(directory), store or Path(directory) / "store", max_sequences),
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
@@ -67,7 +74,7 @@ def serving(workload: Workload, store: Path | None = None) -> Iterator[RunningSe
                 _stop(process)
 
 
-def _command(workload: Workload, directory: Path, store: Path) -> list[str]:
+def _command(workload: Workload, directory: Path, store: Path, max_sequences: int) -> list[str]:
     settings = directory / "server.yaml"
     roots = sorted({str(path.parent) for path in workload.adapters.values()})
     settings.write_text(
@@ -79,6 +86,7 @@ def _command(workload: Workload, directory: Path, store: Path) -> list[str]:
                 "grpc_port": 0,
                 "http_port": 0,
                 "num_threads": workload.settings.threads,
+                "max_sequences": max_sequences,
                 "log_format": "json",
                 "log_level": "warning",
             }

@@ -54,8 +54,16 @@ class Result:
 
 def disturbance(samples: Sequence[Sample]) -> float:
     """The most cores that were busy while every measured system was idle; 0 where the machine does not say."""
-    _, busy = _values(BUSY, samples)
-    return max(busy.values(), default=0.0)
+    return max((cores for _, cores in busy_moments(samples)), default=0.0)
+
+
+def busy_moments(samples: Sequence[Sample]) -> list[tuple[Sample, float]]:
+    """Each look at what else the machine did, and how many cores were busy then."""
+    return [
+        (sample, sample.measurement.figures[BUSY.figure])
+        for sample in samples
+        if (sample.system, sample.case) == (BUSY.system, BUSY.case)
+    ]
 
 
 def evaluate(rows: Sequence[Row], samples: Sequence[Sample]) -> list[Result]:

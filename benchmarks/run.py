@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = datetime.now(UTC)
     machine = {**machine_facts(), "time_utc": started.isoformat(timespec="seconds")}
     with TemporaryDirectory(prefix="manyhats-bench-") as directory:
-        workload = make_workload(options.model, settings, Path(directory), options.only)
+        workload = make_workload(options.model, settings, Path(directory), _adapters(options.only))
         samples = list(measure(workload, options.only))
     results = report.evaluate([row for row in ROWS if row.subject in options.only], samples)
     print(report.table(results))
@@ -116,8 +116,8 @@ def _subjects(text: str) -> tuple[str, ...]:
     return names
 
 
-def make_workload(model: str, settings: Settings, directory: Path, subjects: Sequence[str]) -> Workload:
-    """Finds the model, and writes the adapters for it where a subject needs them."""
+def make_workload(model: str, settings: Settings, directory: Path, adapters: Collection[Adapter]) -> Workload:
+    """Finds the model, and writes adapters for it."""
     located = locate_model(model, default_home())
     family = read_family(read_json(located.directory / "config.json"))
     base = describe(family, names=located.names, digest="")
@@ -128,7 +128,7 @@ def make_workload(model: str, settings: Settings, directory: Path, subjects: Seq
         vocab_size=family.architecture.vocab_size,
         linear_parameters=family.architecture.num_linear_parameters(),
         scratch=directory,
-        adapters=make_adapters(directory / "adapters", base, _adapters(subjects), settings),
+        adapters=make_adapters(directory / "adapters", base, adapters, settings),
     )
 
 

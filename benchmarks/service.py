@@ -49,6 +49,14 @@ class ClientSession:
         """
         return asyncio.run(self._measure(case, seed))
 
+    def run(self, case: Case, num_tokens: int) -> None:
+        """All streams of a case at once, to their end; their prompts are the same each time."""
+        asyncio.run(self._run(case, num_tokens))
+
+    async def _run(self, case: Case, num_tokens: int) -> None:
+        async with AsyncClient(self._target) as client:
+            await self._burst(client, case, 0, num_tokens)
+
     async def _register(self) -> None:
         async with AsyncClient(self._target) as client:
             for adapter, path in self._workload.adapters.items():

@@ -1,0 +1,1 @@
+"""manyhats beside llama.cpp, vLLM, transformers and PEFT, in one interleaved run."""

@@ -1,0 +1,1 @@
+"""Where a step's time goes, beside what the machine could do."""
