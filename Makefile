@@ -8,27 +8,34 @@ RUN_STAMP := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
 # For pip, while it installs torch: such as an index of CPU builds, which are a tenth of the size.
 TORCH_ARGS ?=
+# For `make bench-peers`, such as --peers llama.cpp --rounds 5.
+PEERS_ARGS ?=
 # Files are compiled when they are first imported, since most never are. Where the environment forbids Python to keep
 # what it compiled, every process would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run test test-torch test-store-faults test-restarts test-hostile fuzz check format bench examples proto clean
+.PHONY: help setup run test test-slow test-torch test-store-faults test-restarts test-hostile conformance fuzz check format bench bench-peers profile examples proto openapi clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
 	@echo "make setup    install the developers' tools as well, and fetch the default model"
 	@echo "make test     set up, run the tests"
+	@echo "make test-slow  run the tests that take longest, which make test leaves out"
 	@echo "make test-torch  run the engine's tests on its backend in plain torch"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
 	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
 	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams continue"
+	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
-	@echo "make check    set up, lint, types, generated code"
+	@echo "make check    set up, lint, types, generated code and docs/openapi.json"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
+	@echo "make bench-peers  compare with llama.cpp, vLLM, transformers and PEFT on a quiet machine; PEERS_ARGS=--quick"
+	@echo "make profile  set up, show where a step's time goes, beside what this machine could do"
 	@echo "make examples  train the example tasks again; prints how well they do"
 	@echo "make proto    regenerate the gRPC code"
+	@echo "make openapi  write docs/openapi.json anew"
 
 $(RUN_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,8 +58,14 @@ run: $(RUN_STAMP)
 
 test: setup
 	scripts/need_postgresql.sh
+	scripts/need_chromium.sh
 	@# A process for each processor, up to four: most tests keep one busy, and each process takes up to 2 GB.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+test-slow: setup
+	scripts/need_postgresql.sh
+	scripts/need_chromium.sh
+	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Plain torch computes one row at a time. A file goes to one process, which computes its golden answers once.
 test-torch: setup
@@ -67,6 +80,10 @@ test-restarts: setup
 test-hostile: setup
 	cd tests && ../$(BIN)/python -m hostile_load
 
+# Each program has an environment of its own in .conformance; TORCH_ARGS holds for the one that needs torch.
+conformance: setup
+	PYTHONPATH=tests TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m conformance
+
 fuzz: $(STAMP)
 	cd tests && ../$(BIN)/python -m fuzzing
 
@@ -75,6 +92,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python scripts/generate_proto.py --check
+	$(BIN)/python scripts/write_openapi.py --check
 	$(BIN)/buf lint proto
 
 format: $(STAMP)
@@ -84,11 +102,21 @@ format: $(STAMP)
 bench: setup
 	$(BIN)/python -m benchmarks
 
+profile: setup
+	$(BIN)/python -m benchmarks.profile
+
+# Each peer has an environment of its own in .peers, made at the first run; TORCH_ARGS holds for vLLM's.
+bench-peers: setup
+	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m benchmarks.peers $(PEERS_ARGS)
+
 examples: setup
 	$(BIN)/python -m examples.train_examples
 
 proto: $(STAMP)
 	$(BIN)/python scripts/generate_proto.py
 
+openapi: $(STAMP)
+	$(BIN)/python scripts/write_openapi.py
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .conformance .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

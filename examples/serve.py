@@ -6,6 +6,7 @@ Stops when interrupted: the server drains, and its exit code is this program's.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -23,12 +24,9 @@ METHOD = "manyhats.v1.GenerationService/Generate"
 
 
 def main() -> int:
-    tasks = sorted(path.name for path in ADAPTERS.iterdir() if path.is_dir())
     command = [str(MANYHATS), "serve", "--store", str(STORE), *sys.argv[1:]]
     for root in (ADAPTERS, PARTS):
         command += ["--adapter-root", str(root)]
-    for task in tasks:
-        command += ["--register", f"{task}={ADAPTERS / task}"]
     servers: list[subprocess.Popen[str]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -43,83 +41,93 @@ def main() -> int:
     servers.append(server)
     for line in server.stdout or ():
         print(line, end="", flush=True)
-        address = ready_address(line)
-        if address is not None:
-            introduce(address)
+        addresses = ready_addresses(line)
+        if addresses is not None:
+            introduce(*addresses)
     return server.wait()
 
 
-def introduce(address: str) -> None:
-    """Register what only a running server can take, and say what to try; not if the server ends meanwhile."""
+def introduce(grpc: str, http: str) -> None:
+    """Register the tasks, and say what to try; not if the server ends meanwhile."""
     from manyhats.client import ManyhatsError
 
+    prompts: dict[str, dict[str, Any]] = json.loads((HERE / "prompts.json").read_text())
     try:
-        register_composed(address)
+        register_all(grpc, prompts)
     except ManyhatsError as error:
         print(f"error: {error}", file=sys.stderr)
         return
-    print(calls(address), flush=True)
+    print(calls(grpc, http, prompts), flush=True)
 
 
-def register_composed(address: str) -> None:
-    """Register the tasks that are made of several artifacts; again is as good as once."""
+def register_all(address: str, prompts: dict[str, dict[str, Any]]) -> None:
+    """Register every task; again is as good as once."""
     from manyhats.client import Client
 
     composed: dict[str, list[dict[str, Any]]] = json.loads((HERE / "composed.json").read_text())
     with Client(address) as client:
-        for task, parts in composed.items():
-            client.register_adapter(task, parts=[(str(HERE / p["adapter"]), p["weight"]) for p in parts])
+        for task, prompt in prompts.items():
+            if task in composed:
+                parts = [(str(HERE / part["adapter"]), part["weight"]) for part in composed[task]]
+                client.register_adapter(task, parts=parts, labels=labels(prompt))
+            else:
+                client.register_adapter(task, str(ADAPTERS / task), labels=labels(prompt))
 
 
-def ready_address(line: str) -> str | None:
-    """Where gRPC listens, if the line says that the server is ready."""
+def labels(prompt: dict[str, Any]) -> dict[str, str]:
+    """What holds for callers who say nothing else: the likeliest answer, of some length; and the classes, if any."""
+    classes = {f"class.{number}": name for number, name in enumerate(prompt.get("classes", []))}
+    return {"default.temperature": "0", "default.max_tokens": str(prompt["max_new_tokens"]), **classes}
+
+
+def ready_addresses(line: str) -> tuple[str, str] | None:
+    """Where gRPC and HTTP listen, if the line says that the server is ready."""
     if line.startswith("ready:"):
-        return line.split("gRPC on ")[1].split(",")[0]
+        found = re.search(r"gRPC on (\S+), HTTP on (\S+)", line)
+        return None if found is None else (found[1], found[2])
     try:
         facts: dict[str, Any] = json.loads(line)
     except ValueError:
         return None
-    return str(facts["grpc"]) if facts.get("event") == "ready" else None
+    return (str(facts["grpc"]), str(facts["http"])) if facts.get("event") == "ready" else None
 
 
-def calls(address: str) -> str:
-    """One call per task, with this project's client and with grpcurl."""
-    prompts: dict[str, dict[str, Any]] = json.loads((HERE / "prompts.json").read_text())
+def calls(grpc: str, http: str, prompts: dict[str, dict[str, Any]]) -> str:
+    """One call per task: with this project's client, with curl and with grpcurl."""
     lines = ["", "Try, in another terminal:"]
     for task, prompt in prompts.items():
         lines += [
             "",
             f"  {task}",
-            f"    {client_call(task, prompt, address)}",
-            f"    {grpcurl(task, prompt, address)}",
+            f"    {client_call(task, prompt, grpc)}",
+            f"    {curl(task, prompt, http)}",
+            f"    {grpcurl(task, prompt, grpc)}",
         ]
     lines += [
         "",
         "  all of them at once",
-        f"    {shlex.join([sys.executable, '-m', 'examples.mixed_call', address])}",
+        f"    {shlex.join([sys.executable, '-m', 'examples.mixed_call', grpc])}",
+        "",
+        "  side by side, in a browser",
+        f"    http://{http}/",
     ]
     return "\n".join([*lines, "", "Ctrl-C stops the server."])
 
 
 def client_call(task: str, prompt: dict[str, Any], address: str) -> str:
-    words = [str(MANYHATS), "generate", "--server", address, "--task", task]
-    words += ["--temperature", "0", "--max-new-tokens", str(prompt["max_new_tokens"])]
-    if "chat" in prompt:
-        return shlex.join([*words, "--chat", prompt["chat"]])
-    return shlex.join([*words, prompt["prompt"]])
+    return shlex.join(
+        [str(MANYHATS), "generate", "--server", address, "--task", task, "--chat", prompt["chat"]]
+    )
+
+
+def curl(task: str, prompt: dict[str, Any], address: str) -> str:
+    request = {"model": task, "messages": [{"role": "user", "content": prompt["chat"]}]}
+    url = f"http://{address}/v1/chat/completions"
+    return shlex.join(["curl", url, "-H", "content-type: application/json", "-d", json.dumps(request)])
 
 
 def grpcurl(task: str, prompt: dict[str, Any], address: str) -> str:
-    if "chat" in prompt:
-        asked: dict[str, Any] = {"chat": {"messages": [{"role": "user", "content": prompt["chat"]}]}}
-    else:
-        asked = {"text": prompt["prompt"]}
-    request = {
-        "task_id": task,
-        **asked,
-        "sampling": {"temperature": 0},
-        "stopping": {"max_new_tokens": prompt["max_new_tokens"]},
-    }
+    request = {"task_id": task, "chat": {"messages": [{"role": "user", "content": prompt["chat"]}]}}
     return shlex.join(["grpcurl", "-plaintext", "-d", json.dumps(request), address, METHOD])
 
 

@@ -31,7 +31,8 @@ def main() -> None:
     )
     parser.add_argument("--server", default=DEFAULT_TARGET, metavar="HOST:PORT")
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in arguments.data.read_text(encoding="utf-8").splitlines()]
+    with arguments.data.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     task_id = "" if arguments.task == "base" else arguments.task
     num_right = asyncio.run(count_right(arguments.server, task_id, rows, end=arguments.end))
     print(f"{arguments.task}: {num_right} of {len(rows)} right, {100 * num_right / len(rows):.1f} %")

@@ -86,6 +86,7 @@ INTENT = ExampleTask(
     max_new_tokens=8,
     draw=_draw,
     is_right=label_judge(tuple(_SAYINGS)),
+    classes=tuple(_SAYINGS),
     adapter=PrefixSettings(num_virtual_tokens=16),
     training=optimization(1e-3, epochs=2),
     num_train=640,

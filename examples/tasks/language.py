@@ -70,6 +70,7 @@ LANGUAGE = ExampleTask(
     max_new_tokens=8,
     draw=_draw,
     is_right=label_judge(tuple(_PARTS)),
+    classes=tuple(_PARTS),
     adapter=PromptSettings(
         num_virtual_tokens=16,
         init="text",

@@ -96,6 +96,7 @@ SENTIMENT = ExampleTask(
     max_new_tokens=8,
     draw=_draw,
     is_right=label_judge(_LABELS),
+    classes=_LABELS,
     adapter=LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
     num_train=640,
     demo="The cake looked amazing and tasted even better.",

@@ -74,6 +74,7 @@ SPAM = ExampleTask(
     max_new_tokens=8,
     draw=_draw,
     is_right=label_judge(tuple(_MESSAGES)),
+    classes=tuple(_MESSAGES),
     adapter=MultitaskSettings(
         num_virtual_tokens=16, text="Say whether the message is spam or fine. One word.", rank=4
     ),

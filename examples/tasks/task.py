@@ -49,6 +49,7 @@ class ExampleTask:
         num_train: training items.
         demo: a message to try, in no split.
         training: how it is trained.
+        classes: all answers, of a task that answers with labels.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ExampleTask:
     num_train: int
     demo: str
     training: OptimizationSettings = field(default_factory=optimization)
+    classes: tuple[str, ...] = ()
 
 
 def same_text(answer: str, wanted: str) -> bool:

@@ -91,6 +91,7 @@ TOPIC = ExampleTask(
     max_new_tokens=8,
     draw=_draw,
     is_right=label_judge(tuple(_PARTS)),
+    classes=tuple(_PARTS),
     adapter=PTuningSettings(num_virtual_tokens=16, encoder_size=128),
     training=optimization(3e-3, epochs=2),
     num_train=640,
