@@ -50,7 +50,8 @@ async def test_grpc_says_the_same_in_fewer_pieces(real: Served) -> None:
     pieces = [piece async for piece in real.generation.GenerateStream(message(speculation=EIGHT))]
     assert [token for piece in pieces for token in piece.tokens] == list(plain.tokens)
     assert "".join(piece.text for piece in pieces) == plain.text
-    assert len(pieces) == 60 - guessed.usage.accepted_draft_tokens
+    # A reader that falls behind gets what several steps brought as one piece.
+    assert len(pieces) <= 60 - guessed.usage.accepted_draft_tokens
     assert pieces[-1].usage.accepted_draft_tokens == guessed.usage.accepted_draft_tokens
 
 

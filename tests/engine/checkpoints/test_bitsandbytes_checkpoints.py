@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import quantize_4bit
 from torch import Tensor, nn
 
 from manyhats.engine.backends.cpu.kernels import CpuKernels
@@ -20,6 +20,7 @@ from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4
 from manyhats.engine.model.weights import Linear
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint, save_tokenizer
 from support.harnesses.engine import Prompt, Runner, load_tiny, random_ids
+from support.oracles.bitsandbytes import dequantized, with_dense_linears
 from support.oracles.transformers import full_logits
 
 TOLERANCE = 1e-4
@@ -61,7 +62,7 @@ PACKINGS = [
 
 
 def save_quantized(directory: Path, packing: Packing) -> nn.Module:
-    """Quantize a tiny model, save it, and load it again; all by transformers."""
+    """Quantize a tiny model, save it, and load it again, all by transformers; then dequantize it."""
     import transformers
 
     fields: dict[str, Any] = {"hidden_size": 256, "num_layers": 2} if packing.family == "phi3" else {}
@@ -88,7 +89,7 @@ def save_quantized(directory: Path, packing: Packing) -> nn.Module:
             parameter.data = parameter.data.float()  # transformers keeps the dtype it was saved in
         else:
             state.dtype = torch.float32  # else bitsandbytes rounds what it dequantizes
-    return loaded.eval()
+    return with_dense_linears(loaded).eval()
 
 
 def largest_difference(checkpoint: Path, quantization: Any, theirs: nn.Module) -> float:
@@ -155,7 +156,7 @@ def saved_matrix(
         quant_storage=storage,
     )
     tensors = {"w": packed, **{f"w.{key}": value for key, value in state.as_dict(packed=True).items()}}
-    return tensors, dequantize_4bit(packed, state)
+    return tensors, dequantized(packed, state)
 
 
 FORMS = list(
