@@ -36,6 +36,7 @@ PART_OF = {
     col.SILU: "gate",
     col.GELU_TANH: "gate",
     col.SOFTCAP: "head",
+    col.REFINE: "head",
     col.ROTATE: "rotation",
     col.ATTENTION: "attention",
     col.RESCALED: "deltas",

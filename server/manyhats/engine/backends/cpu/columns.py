@@ -13,6 +13,9 @@ from __future__ import annotations
     SOFTCAP,
     GATHER,
     QUANTIZE,
+    REFINE,
+    REFINE_ALLOWED,
+    EXACT_LOGITS,
     NORM_HEADS,
     ROTATE,
     ATTENTION,
@@ -20,7 +23,7 @@ from __future__ import annotations
     RESCALED,
     DELTAS,
     BOTTLENECK,
-) = range(16)
+) = range(19)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -32,16 +35,20 @@ QUERY_WEIGHT, QUERY_NORMED, QUERY_SIZE, KEY_WEIGHT, KEY_NORMED, KEY_SIZE = range
 # Of the rotation and of attention; SIZE is that of a whole row.
 LAYER, COS, SIN, HALF, NUM_HEADS = range(5, 10)
 OUT_SIZE, WINDOW = 6, 7
-# Of linears and deltas; SIZE is the number of inputs, and LAYER is where it is for the rotation.
+# Of linears, deltas and what makes logits exact; SIZE is the number of inputs, and LAYER is where it is for the
+# rotation. WHICH is the buffer that says which logits.
 KIND, NUM_OUT, GROUP = 6, 7, 8
+WHICH = 8
 PANEL_ROWS, WEIGHTS, ABSMAX, ROW_BLOCK, ROW_OFFSET, NESTED, NESTED_CODE, BIAS = range(9, 17)
 NUM_COLUMNS = 17
-# Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones, NF4 for inputs in integers.
-NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16 = range(5)
+# Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones; NF4 and int8 for inputs in
+# integers.
+NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
 
 # Columns of the frame, which holds a step's counts and the addresses of its arrays. The last ones belong to the call:
-# instructions and their numbers, the buffers' addresses, counters [2, instructions] that start at zero, scratch, and
-# where the clock goes, [instructions + 1, 2]: seconds and nanoseconds at the start and after each; 0 for nowhere.
+# instructions and their numbers, the buffers' addresses, counters [2, instructions] that start at zero, scratch,
+# where the clock goes, [instructions + 1, 2]: seconds and nanoseconds at the start and after each; 0 for nowhere; and
+# the C functions that carry out a share of an instruction: one that reads neither cache nor adapters, the cache, them.
 (
     NUM_ROWS,
     NUM_LOGIT_ROWS,
@@ -84,8 +91,11 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16 = range(5)
     SCRATCH,
     SCRATCH_SIZE,
     TIMES,
-) = range(41)
-FRAME_SIZE = 41
+    PLAIN_SHARE,
+    CACHE_SHARE,
+    ADAPTER_SHARE,
+) = range(44)
+FRAME_SIZE = 44
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

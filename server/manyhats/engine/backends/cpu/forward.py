@@ -9,6 +9,7 @@ from torch import Tensor
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import Layout
 from manyhats.engine.backends.cpu.kernels import CpuKernels
+from manyhats.engine.backends.cpu.logits import PackedHead
 from manyhats.engine.backends.cpu.packing import CpuLinear
 from manyhats.engine.backends.cpu.program import Program
 from manyhats.engine.errors import ModelError
@@ -57,8 +58,10 @@ class Forward:
             following = (*befores, last)[index + 1]
             hidden = self._block(index, block, weights.blocks[index], norms[index], hidden, following)
         self.program.gather(hidden, LAST, size)
-        self.head = kernels.pack([weights.head])
-        self._product(self.head, LAST, LOGITS, col.NUM_LOGIT_ROWS)
+        self.head = PackedHead(*kernels.pack_head(weights.head), architecture.head)
+        self._product(self.head.fast or self.head.own, LAST, LOGITS, col.NUM_LOGIT_ROWS)
+        if self.head.fast:
+            self.program.refine(LAST, LOGITS, self.head.own)
 
     def _begin(self, norm: NormWeight | None) -> int:
         """Norms the stream as it begins, if the family does; returns the buffer of the first block's input."""

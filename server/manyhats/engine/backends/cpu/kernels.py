@@ -22,7 +22,9 @@ from manyhats.engine.backends.cpu.packing import (
     Array,
     CpuLinear,
     pack_for_int16,
+    pack_int8,
     pack_linear,
+    takes_int8,
     takes_int16,
 )
 from manyhats.engine.backends.cpu.program import Instructions, Program
@@ -43,7 +45,7 @@ class CpuKernels:
 
     Attributes:
         num_threads: of the kernels.
-        uses_int16: whether NF4 linears do.
+        uses_int16: whether NF4 linears do, and the head's unlikely logits are made so.
         timed: None, or what each run appends its instructions to and, [instructions + 1] int64, the nanoseconds of a
             monotonic clock at its start and after each of them.
     """
@@ -53,8 +55,6 @@ class CpuKernels:
         self.uses_int16 = not is_exact and instructions.has_instructions()
         numba.set_num_threads(self.num_threads)
         self._scratch = torch.empty((self.num_threads, 0))
-        dtype = torch.float32 if is_exact else torch.bfloat16
-        self._dtypes = dtype, dtype
         self._chooser = TokenChooser(self.num_threads)
         self._num_used = self.num_threads
         self.timed: list[tuple[Array, Array]] | None = None
@@ -91,6 +91,11 @@ class CpuKernels:
             return pack_for_int16(parts)
         return pack_linear(parts)
 
+    def pack_head(self, head: Linear) -> tuple[CpuLinear, CpuLinear | None]:
+        """Lays out an output head, and, if it may be used, the same in eight bits."""
+        own = self.pack([head])
+        return own, pack_int8(head) if self.uses_int16 and takes_int8(head) else None
+
     def linear(self, x: Tensor, packed: CpuLinear) -> Tensor:
         """``x Wᵀ + b``."""
         y = torch.empty((x.shape[0], packed.out_features))
@@ -116,15 +121,14 @@ class CpuKernels:
         """Runs a program on rows that belong to no step; the buffers are [N, …] float32."""
         frame = np.zeros(col.FRAME_SIZE, dtype=np.int64)
         frame[col.NUM_ROWS] = buffers[0].shape[0]
-        # These instructions know neither dtype: those of the last step, for which the kernel is compiled already.
-        self.run(program.arrays(), frame, buffers, self._dtypes, program.num_scratch_values)
+        self.run(program.arrays(), frame, buffers, None, program.num_scratch_values)
 
     def run(
         self,
         instructions: Instructions,
         frame: Array,
         buffers: Sequence[Tensor],
-        dtypes: tuple[torch.dtype, torch.dtype],
+        dtypes: tuple[torch.dtype, torch.dtype] | None,
         num_scratch_values: int,
     ) -> None:
         """Runs instructions.
@@ -133,14 +137,13 @@ class CpuKernels:
             instructions: all or some of a program's.
             frame: the step's; the call's columns are filled in here.
             buffers: by number.
-            dtypes: of the cache, and of adapters.
+            dtypes: of the cache, and of adapters; None if no instruction reads either.
             num_scratch_values: float32 values, on each thread.
         """
         if self._scratch.shape[1] < num_scratch_values:
             # Whole cache lines for each thread, as torch's memory begins with one.
             size = -(-num_scratch_values // 16) * 16
             self._scratch = torch.empty((self.num_threads, size))
-        self._dtypes = dtypes
         rows, numbers = instructions
         addresses = np.array([buffer.data_ptr() for buffer in buffers], dtype=np.int64)
         counters = np.zeros((2, len(rows)), dtype=np.int64)
@@ -154,8 +157,8 @@ class CpuKernels:
         frame[col.SCRATCH_SIZE] = self._scratch.shape[1]
         times = None if self.timed is None else np.zeros((len(rows) + 1, 2), dtype=np.int64)
         frame[col.TIMES] = 0 if times is None else times.ctypes.data
-        part = step.part_for(*(dtype.itemsize for dtype in dtypes))
-        step.run(part.address, frame.ctypes.data, self._num_used)
+        step.describe_shares(frame, dtypes and (dtypes[0].itemsize, dtypes[1].itemsize))
+        step.run(frame.ctypes.data, self._num_used)
         if self.timed is not None and times is not None:
             self.timed.append((rows, times[:, 0] * 1_000_000_000 + times[:, 1]))
 

@@ -317,7 +317,7 @@ def linear(op, num_rows, first, last, buffers, panel, at):
         buffers: of the step.
         panel: from ``at`` on, scratch for decoded weights.
     """
-    if op[col.KIND] == col.NF4_BY_INT16:
+    if op[col.KIND] in (col.NF4_BY_INT16, col.INT8):
         linear_by_int16(op, num_rows, first, last, buffers, panel, at)
         return
     x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])

@@ -16,8 +16,8 @@ from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
 from manyhats.engine.backends.cpu.compile import counted_compilation
 from manyhats.engine.backends.cpu.forward import LAST, LOGITS, Forward
 from manyhats.engine.backends.cpu.kernels import CpuKernels
+from manyhats.engine.backends.cpu.logits import CpuLogits
 from manyhats.engine.backends.cpu.units import Units
-from manyhats.engine.backends.logits import HostLogits
 from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.backends.warmup import run_one
 from manyhats.engine.model.architecture import Architecture
@@ -63,7 +63,7 @@ class CpuModel:
             run_one(self, cache, adapters, slot, before_choosing=wait)
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan, cache: CpuKVCache, adapters: CpuAdapterSlots) -> HostLogits:
+    def forward(self, plan: StepPlan, cache: CpuKVCache, adapters: CpuAdapterSlots) -> CpuLogits:
         """Runs a step and writes its keys and values."""
         cache.copy_blocks(plan.block_copies)
         batch = Batch.of(plan)
@@ -86,7 +86,9 @@ class CpuModel:
         dtypes = cache.dtype, adapters.dtype
         self._kernels.run(self.instructions, frame, buffers, dtypes, num_scratch_values)
         del described  # the frame had its addresses
-        return HostLogits(self._logits(buffers[LAST], buffers[LOGITS], batch, adapters), self._kernels)
+        logits = CpuLogits(self._forward.head, buffers[LAST], buffers[LOGITS], self._kernels)
+        logits.change(adapters, batch.logit_adapter_rows)
+        return logits
 
     def _buffers(self, batch: Batch, adapters: CpuAdapterSlots) -> list[Tensor]:
         """A step's buffers by number; those that no one sees afterwards stay for the next step."""
@@ -97,7 +99,7 @@ class CpuModel:
             if self._memory[buffer].numel() < count * size:
                 self._memory[buffer] = torch.empty(count * size)
             buffers.append(self._memory[buffer][: count * size].view(count, size))
-        buffers.append(torch.empty((num_logit_rows, self._forward.head.out_features)))
+        buffers.append(torch.empty((num_logit_rows, self._forward.head.own.out_features)))
         return buffers
 
     def _embedded(self, batch: Batch, adapters: CpuAdapterSlots) -> Tensor:
@@ -112,14 +114,3 @@ class CpuModel:
             rows, values = batch.embeddings
             x[rows] = values
         return x
-
-    def _logits(self, hidden: Tensor, logits: Tensor, batch: Batch, adapters: CpuAdapterSlots) -> Tensor:
-        """Logits [M, V] float32 of normed rows [M, D], as adapters and the family change them."""
-        if batch.logit_adapter_rows.num_adapters:
-            adapters.change_logits(hidden, logits, batch.logit_adapter_rows)
-        head = self.architecture.head
-        if head.divisor != 1.0:
-            logits.div_(head.divisor)
-        if head.softcap is not None:
-            self._kernels.softcap(logits, head.softcap)
-        return logits

@@ -16,6 +16,7 @@ from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
 from manyhats.engine.model.weights import Linear, Matrix
 
 Array = NDArray[np.generic]
+Floats = NDArray[np.float32]
 LANES = 8
 DEPTH = 16
 """A linear's inputs are a multiple of it: the most lanes that the ``linear`` kernel works with."""
@@ -30,6 +31,9 @@ GROUPS = 3
 CODE_STEPS = 4075
 """NF4's values are whole numbers of these: of all that leave room for a block's sum, those with the least error."""
 _SCALE_STEPS = 2**15 - 1
+_INT8_STEPS = 2**7 - 1
+_ROWS_AT_ONCE = 2**12
+"""Of a dense matrix that is quantized, so that little of it is float32 at a time; a multiple of panels."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,8 +41,8 @@ class CpuLinear:
     """One or more linears over the same input, as the ``linear`` kernel takes them.
 
     ``absmax`` and what follows are empty unless the weights are NF4, and what follows ``row_block`` too where
-    ``absmax`` is float32 rather than uint8. Where the weights are 32-bit words, ``absmax`` is int16, in units of the
-    rows' ``row_offset``, and the other three are empty.
+    ``absmax`` is float32 rather than uint8. Where the weights are for inputs in 16-bit integers, NF4 in 32-bit words or
+    int8, ``absmax`` is int16, in units of the rows' ``row_offset``, and the other three are empty.
     """
 
     in_features: int
@@ -61,7 +65,7 @@ class CpuLinear:
     @property
     def takes_int16(self) -> bool:
         """Whether its inputs are 16-bit integers."""
-        return self.weights.dtype == np.uint32
+        return self.weights.dtype in (np.uint32, np.int8)
 
     @property
     def quantized_size(self) -> int:
@@ -161,20 +165,68 @@ def pack_for_int16(parts: Sequence[Linear]) -> CpuLinear:
     """Lays out NF4 linears over the same input, of a multiple of sixteen outputs each, as ``int16.tile`` reads them."""
     weights = [part.matrix for part in parts if isinstance(part.matrix, Nf4Weight)]
     size, out = parts[0].in_features, sum(part.out_features for part in parts)
-    num_groups = -(-out // (GROUPS * GROUP_ROWS)) * GROUPS
+    num_groups = _num_groups(out)
     scales = np.zeros((num_groups * GROUP_ROWS, size // BLOCK_SIZE), dtype=np.float32)
     scales[:out] = torch.cat([weight.block_scales() for weight in weights]).view(out, -1).numpy()
+    steps, units = _fixed_point(scales)
+    words = _words_of_groups(torch.cat([weight.packed for weight in weights]), num_groups, size)
+    return _of_integers((size, out), words, _bias(parts), steps, units / np.float32(CODE_STEPS))
+
+
+def takes_int8(part: Linear) -> bool:
+    """Whether ``pack_int8`` can lay a linear out."""
+    is_dense = isinstance(part.matrix, Tensor)
+    return is_dense and part.in_features % BLOCK_SIZE == 0 and part.out_features % GROUP_ROWS == 0
+
+
+def pack_int8(part: Linear) -> CpuLinear:
+    """Lays out a dense linear in int8 with a scale for each 64 inputs, as ``int16.tile`` reads it."""
+    assert isinstance(part.matrix, Tensor)
+    size, out = part.in_features, part.out_features
+    num_groups = _num_groups(out)
+    num_rows = num_groups * GROUP_ROWS
+    # In torch's memory, which begins with a cache line: a vector then never lies in two of them.
+    words = torch.zeros((num_groups, size // 4, GROUP_ROWS, 4), dtype=torch.int8)
+    steps = np.zeros((num_rows, size // BLOCK_SIZE), dtype=np.int16)
+    units = np.zeros(num_rows, dtype=np.float32)
+    for first in range(0, out, _ROWS_AT_ONCE):
+        last = min(first + _ROWS_AT_ONCE, out)
+        blocks = part.matrix[first:last].float().view(last - first, -1, BLOCK_SIZE)
+        largest = blocks.abs().amax(2)
+        steps[first:last], units[first:last] = _fixed_point((largest / _INT8_STEPS).numpy())
+        scales = torch.from_numpy(steps[first:last].astype(np.float32) * units[first:last, None])
+        inverse = torch.where(scales > 0, 1 / scales, 0)[:, :, None]
+        codes = (blocks * inverse).round_().clamp_(-_INT8_STEPS, _INT8_STEPS).to(torch.int8)
+        # The bytes of a word are inputs 0, 2, 1 and 3 of four: the low bytes of its two halves are a pair.
+        codes = codes.view(-1, GROUP_ROWS, size // 4, 2, 2).permute(0, 2, 1, 4, 3)
+        words[first // GROUP_ROWS : last // GROUP_ROWS] = codes.reshape(-1, size // 4, GROUP_ROWS, 4)
+    return _of_integers((size, out), words.view(-1).numpy(), _bias([part]), steps, units)
+
+
+def _num_groups(out_features: int) -> int:
+    """Groups of whole panels."""
+    return -(-out_features // (GROUPS * GROUP_ROWS)) * GROUPS
+
+
+def _fixed_point(scales: Floats) -> tuple[Array, Floats]:
+    """Scales [rows, blocks] as int16 steps of a unit [rows] float32, that of the row's largest."""
     units = np.abs(scales).max(axis=1) / np.float32(_SCALE_STEPS)
-    steps = np.rint(scales / np.where(units > 0, units, np.float32(1))[:, None]).astype(np.int16)
+    return np.rint(scales / np.where(units > 0, units, np.float32(1))[:, None]).astype(np.int16), units
+
+
+def _of_integers(
+    sizes: tuple[int, int], weights: Array, bias: Array, steps: Array, units: Array
+) -> CpuLinear:
+    """A linear for inputs in 16-bit integers, with its scales [rows, blocks] laid out as tiles read them."""
     empty = np.empty(0, dtype=np.float32)
     return CpuLinear(
-        in_features=size,
-        out_features=out,
-        weights=_words_of_groups(torch.cat([weight.packed for weight in weights]), num_groups, size),
-        bias=_bias(parts),
-        absmax=steps.reshape(num_groups, GROUP_ROWS, -1).transpose(0, 2, 1).reshape(-1),
+        in_features=sizes[0],
+        out_features=sizes[1],
+        weights=weights,
+        bias=bias,
+        absmax=steps.reshape(-1, GROUP_ROWS, steps.shape[1]).transpose(0, 2, 1).reshape(-1),
         row_block=np.empty(0, dtype=np.int32),
-        row_offset=units / np.float32(CODE_STEPS),
+        row_offset=units,
         nested=empty,
         nested_code=empty,
     )

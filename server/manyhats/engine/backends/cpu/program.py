@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
+from manyhats.engine.backends.cpu.head import NUM_PLACES
 from manyhats.engine.backends.cpu.packing import RESCALED_ROWS, Array, CpuLinear, as_array
 
 Instructions = tuple[Array, Array]
@@ -137,6 +138,20 @@ class Program:
             source = quantized
         self._add(col.LINEAR, source, target, self._linear(packed, 0, 0), rows=rows)
 
+    def refine(self, source: int, target: int, head: CpuLinear) -> None:
+        """Makes the logits of each row's likeliest tokens what a dense head gives, those of target being near that."""
+        self._need(NUM_PLACES)
+        self._add(col.REFINE, source, target, self._linear(head, 0, 0), rows=col.NUM_LOGIT_ROWS)
+
+    def refine_allowed(self, allowed: int, source: int, target: int, head: CpuLinear) -> None:
+        """The same for the rows and tokens in ``allowed``, [R, 1 + ⌈V / 32⌉] int32: rows of target, then masks."""
+        self._need(NUM_PLACES)
+        self._add(col.REFINE_ALLOWED, source, target, self._linear(head, allowed, 0))
+
+    def exact_logits(self, pairs: int, source: int, target: int, head: CpuLinear) -> None:
+        """target [P] = what a dense head gives for ``pairs`` of row and token, [P, 2] int64."""
+        self._add(col.EXACT_LOGITS, source, target, self._linear(head, pairs, 0))
+
     def rescaled(self, source: int, target: int, packed: CpuLinear, group: int, layer: int) -> None:
         """The linear again, for rows whose adapters rescale its input."""
         self._need(packed.num_scratch_values + RESCALED_ROWS * (2 * packed.in_features + packed.panel_rows))
@@ -181,7 +196,7 @@ class Program:
 
 def _kind(packed: CpuLinear) -> int:
     if packed.takes_int16:
-        return col.NF4_BY_INT16
+        return col.INT8 if packed.weights.dtype == np.int8 else col.NF4_BY_INT16
     if packed.weights.dtype == np.uint8:
         return col.NESTED_NF4 if packed.absmax.dtype == np.uint8 else col.PLAIN_NF4
     return col.BFLOAT16 if packed.weights.dtype == np.uint16 else col.FLOAT32

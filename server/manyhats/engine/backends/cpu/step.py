@@ -21,7 +21,9 @@ from manyhats.engine.backends.cpu.adapters.deltas import (
 from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_at, signed_bytes_at
 from manyhats.engine.backends.cpu.attention import attend
 from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.head import exact_logits, refine, refine_allowed
 from manyhats.engine.backends.cpu.linear import linear
+from manyhats.engine.backends.cpu.packing import Array
 from manyhats.engine.backends.cpu.rowwise import norm_heads, rotate_and_store, rowwise
 from manyhats.engine.backends.cpu.team import next_share, wait_for_all
 
@@ -59,18 +61,160 @@ def num_shares(op, frame, num_threads):
 
 
 @inner
-def take_part(thread, frame_address, cached, packed):
+def _instruction(frame, index):
+    """An instruction's columns and its numbers."""
+    op = longs_at(frame[col.INSTRUCTIONS] + 8 * col.NUM_COLUMNS * index)
+    return op, floats_at(frame[col.NUMBERS] + 8 * index)
+
+
+@inner
+def _rows_of_share(num_rows, share, count):
+    """The first row of a share, and one past its last."""
+    return num_rows * share // count, num_rows * (share + 1) // count
+
+
+@inner
+def _column_of(instruction):
+    """The frame's column with the address of what carries out its shares."""
+    if instruction in (col.ROTATE, col.ATTENTION):
+        return col.CACHE_SHARE
+    return col.ADAPTER_SHARE if instruction in (col.DELTAS, col.BOTTLENECK) else col.PLAIN_SHARE
+
+
+@inner
+def plain_share(frame_address, index, share, count, at):
+    """A share of an instruction that reads neither the cache nor adapters' matrices.
+
+    Args:
+        frame_address: of the frame, the call's columns included.
+        index: of the instruction.
+        share: of ``count``.
+        count: of all shares.
+        at: where the thread's own scratch begins.
+    """
+    frame = longs_at(frame_address)
+    op, numbers = _instruction(frame, index)
+    buffers, scratch = longs_at(frame[col.BUFFERS]), floats_at(frame[col.SCRATCH])
+    kind = op[col.INSTRUCTION]
+    num_rows = frame[op[col.ROWS]]
+    first, last = _rows_of_share(num_rows, share, count)
+    if kind == col.LINEAR:
+        size = panels_of_share(op, frame[col.NUM_THREADS]) * op[col.PANEL_ROWS]
+        linear(op, num_rows, share * size, min((share + 1) * size, op[col.NUM_OUT]), buffers, scratch, at)
+    elif kind == col.RESCALED:
+        rescaled(op, share, frame, buffers, scratch, at)
+    elif kind == col.NORM_HEADS:
+        norm_heads(op, numbers, first, last, buffers)
+    elif kind == col.REFINE:
+        refine(op, first, last, buffers, scratch, at)
+    elif kind == col.REFINE_ALLOWED:
+        refine_allowed(op, first, last, buffers, scratch, at)
+    elif kind == col.EXACT_LOGITS:
+        exact_logits(op, first, last, buffers)
+    else:
+        rowwise(op, numbers, first, last, frame, buffers)
+
+
+@inner
+def cache_share(frame_address, index, share, count, at, like):
+    """The same of an instruction that reads or writes the cache, whose dtype is that of the array ``like``."""
+    frame = longs_at(frame_address)
+    op, numbers = _instruction(frame, index)
+    buffers, scratch = longs_at(frame[col.BUFFERS]), floats_at(frame[col.SCRATCH])
+    if op[col.INSTRUCTION] == col.ATTENTION:
+        attend(op, numbers, share, frame, buffers, like, scratch, at)
+    else:
+        first, last = _rows_of_share(frame[op[col.ROWS]], share, count)
+        rotate_and_store(op, first, last, frame, buffers, like)
+
+
+@inner
+def adapter_share(frame_address, index, share, at, like):
+    """The same of an instruction that reads adapters' matrices, whose dtype is that of the array ``like``."""
+    frame = longs_at(frame_address)
+    op, _ = _instruction(frame, index)
+    buffers, scratch = longs_at(frame[col.BUFFERS]), floats_at(frame[col.SCRATCH])
+    if op[col.INSTRUCTION] == col.DELTAS:
+        deltas(op, share, frame, buffers, like, scratch, at)
+    else:
+        bottleneck(op, share, frame, buffers, like, scratch, at)
+
+
+def _plain(frame_address, index, share, count, at):
+    plain_share(frame_address, index, share, count, at)
+
+
+def _cache_of_floats(frame_address, index, share, count, at):
+    cache_share(frame_address, index, share, count, at, floats_at(0))
+
+
+def _cache_of_halves(frame_address, index, share, count, at):
+    cache_share(frame_address, index, share, count, at, halves_at(0))
+
+
+def _cache_of_bytes(frame_address, index, share, count, at):
+    cache_share(frame_address, index, share, count, at, signed_bytes_at(0))
+
+
+def _adapters_of_floats(frame_address, index, share, count, at):
+    adapter_share(frame_address, index, share, at, floats_at(0))
+
+
+def _adapters_of_halves(frame_address, index, share, count, at):
+    adapter_share(frame_address, index, share, at, halves_at(0))
+
+
+_OF_CACHE = {4: _cache_of_floats, 2: _cache_of_halves, 1: _cache_of_bytes}
+_OF_ADAPTERS = {4: _adapters_of_floats, 2: _adapters_of_halves}
+
+
+@functools.cache
+def _compiled(function):
+    """A C function, compiled or loaded from disk."""
+    kind = types.void(types.int64, types.int64, types.int64, types.int64, types.int64)
+    return cfunc(kind, cache=True, nopython=True, error_model="numpy")(function)
+
+
+def describe_shares(frame: Array, value_bytes: tuple[int, int] | None) -> None:
+    """Enters the addresses of what carries out shares into a step's frame.
+
+    They are called by address so that each is compiled once, whatever the dtypes of a step: Numba would compile it
+    again with each pair of them, and several times as a part of a loop on all threads.
+
+    Args:
+        frame: the step's.
+        value_bytes: of a value in the KV cache, 4 for float32, 2 for bfloat16, 1 for int8, and of one in adapters, 4
+            or 2; None if no instruction reads either.
+    """
+    frame[col.PLAIN_SHARE] = _compiled(_plain).address
+    if value_bytes is not None:
+        frame[col.CACHE_SHARE] = _compiled(_OF_CACHE[value_bytes[0]]).address
+        frame[col.ADAPTER_SHARE] = _compiled(_OF_ADAPTERS[value_bytes[1]]).address
+
+
+@intrinsic
+def _call(typingctx, address, frame_address, index, share, count, at):
+    """Calls the C function at an address."""
+
+    def codegen(context, builder, signature, args):
+        integer = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [integer] * 5)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+@inner
+def take_part(thread, frame_address):
     """One thread's part in a program; returns when all of the program is done.
 
     Args:
         thread: its number in this call.
         frame_address: of the frame, the call's columns included.
-        cached: an array of the KV cache's dtype.
-        packed: an array of the adapters' dtype.
     """
     frame = longs_at(frame_address)
     num_threads = frame[col.NUM_THREADS]
-    buffers, scratch = longs_at(frame[col.BUFFERS]), floats_at(frame[col.SCRATCH])
     at = thread * frame[col.SCRATCH_SIZE]
     taken = longs_at(frame[col.COUNTERS])
     done = longs_at(frame[col.COUNTERS] + 8 * frame[col.NUM_INSTRUCTIONS])
@@ -78,35 +222,13 @@ def take_part(thread, frame_address, cached, packed):
     if times != 0:
         _clock_gettime(_CLOCK, times)
     for index in range(frame[col.NUM_INSTRUCTIONS]):
-        op = longs_at(frame[col.INSTRUCTIONS] + 8 * col.NUM_COLUMNS * index)
-        numbers = floats_at(frame[col.NUMBERS] + 8 * index)
-        kind = op[col.INSTRUCTION]
-        num_rows = frame[op[col.ROWS]]
+        op, _ = _instruction(frame, index)
         count = num_shares(op, frame, num_threads)
+        address = frame[_column_of(op[col.INSTRUCTION])]
         num_mine = 0
         share = next_share(taken, index) if count else 0
         while share < count:
-            first = num_rows * share // count
-            last = num_rows * (share + 1) // count
-            if kind == col.LINEAR:
-                size = panels_of_share(op, num_threads) * op[col.PANEL_ROWS]
-                linear(
-                    op, num_rows, share * size, min((share + 1) * size, op[col.NUM_OUT]), buffers, scratch, at
-                )
-            elif kind == col.ATTENTION:
-                attend(op, numbers, share, frame, buffers, cached, scratch, at)
-            elif kind == col.DELTAS:
-                deltas(op, share, frame, buffers, packed, scratch, at)
-            elif kind == col.RESCALED:
-                rescaled(op, share, frame, buffers, scratch, at)
-            elif kind == col.BOTTLENECK:
-                bottleneck(op, share, frame, buffers, packed, scratch, at)
-            elif kind == col.ROTATE:
-                rotate_and_store(op, first, last, frame, buffers, cached)
-            elif kind == col.NORM_HEADS:
-                norm_heads(op, numbers, first, last, buffers)
-            else:
-                rowwise(op, numbers, first, last, frame, buffers)
+            _call(address, frame_address, index, share, count, at)
             num_mine += 1
             share = next_share(taken, index)
         wait_for_all(done, index, num_mine, count)
@@ -115,74 +237,13 @@ def take_part(thread, frame_address, cached, packed):
             _clock_gettime(_CLOCK, times)
 
 
-def _floats_and_floats(thread, frame_address):
-    take_part(thread, frame_address, floats_at(0), floats_at(0))
-
-
-def _floats_and_halves(thread, frame_address):
-    take_part(thread, frame_address, floats_at(0), halves_at(0))
-
-
-def _halves_and_floats(thread, frame_address):
-    take_part(thread, frame_address, halves_at(0), floats_at(0))
-
-
-def _halves_and_halves(thread, frame_address):
-    take_part(thread, frame_address, halves_at(0), halves_at(0))
-
-
-def _bytes_and_floats(thread, frame_address):
-    take_part(thread, frame_address, signed_bytes_at(0), floats_at(0))
-
-
-def _bytes_and_halves(thread, frame_address):
-    take_part(thread, frame_address, signed_bytes_at(0), halves_at(0))
-
-
-_PARTS = {
-    (4, 4): _floats_and_floats,
-    (4, 2): _floats_and_halves,
-    (2, 4): _halves_and_floats,
-    (2, 2): _halves_and_halves,
-    (1, 4): _bytes_and_floats,
-    (1, 2): _bytes_and_halves,
-}
-
-
-@functools.cache
-def part_for(cached_bytes, packed_bytes):
-    """``take_part`` as a C function, compiled or loaded from disk.
-
-    Args:
-        cached_bytes: of a value in the KV cache: 4 for float32, 2 for bfloat16, 1 for int8.
-        packed_bytes: likewise, in adapters; 4 or 2.
-    """
-    part = _PARTS[cached_bytes, packed_bytes]
-    return cfunc(types.void(types.int64, types.int64), cache=True, nopython=True, error_model="numpy")(part)
-
-
-@intrinsic
-def _call(typingctx, address, thread, frame_address):
-    """Calls the C function at an address."""
-
-    def codegen(context, builder, signature, args):
-        integer = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [integer, integer])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
 @kernel
-def run(address, frame_address, num_threads):
+def run(frame_address, num_threads):
     """Runs instructions one after another, each on all threads.
 
     Args:
-        address: of each thread's part, from ``part_for``. It is called by address because Numba would compile it
-            again, several times, as a part of this loop.
         frame_address: of [FRAME_SIZE] int64.
         num_threads: to use.
     """
     for thread in prange(num_threads):
-        _call(address, np.int64(thread), frame_address)
+        take_part(np.int64(thread), frame_address)

@@ -18,33 +18,44 @@ import numpy as np
 from numba import njit
 from manyhats.engine.backends.cpu.int16 import instructions
 from manyhats.engine.backends.cpu.int16.quantize import quantize_row
-from manyhats.engine.backends.cpu.int16.tile import decode_words, nf4_tile
+from manyhats.engine.backends.cpu.int16.tile import make_decoder, make_tile
 
-SIZE, WORD = 128, 16
-WORDS = SIZE // 8 * WORD
-packed_tile, decoded_tile = nf4_tile(2, 1, is_decoded=False), nf4_tile(3, 1, is_decoded=True)
+SIZE = 128
+OCTETS = SIZE // 8
 
 
-@njit
-def run(x, q, codes, panel, scales, units, bias, y):
-    for row in range(5):
-        quantize_row(x, row * SIZE, SIZE, q, row)
-    for word in range(0, WORDS, WORD):
-        decode_words(codes, word, panel, 4 * word)
-    packed_tile(codes, codes, scales, units, bias, q, y, 0, 0, 0, 1, 0, 5, SIZE, 16)
-    decoded_tile(panel, codes, scales, units, bias, q, y, 0, 0, 0, 1, 2, 5, SIZE, 16)
+def runner(codes):
+    stride = 16 * codes.num_words
+    decode = make_decoder(codes)
+    packed_tile, decoded_tile = make_tile(codes, 2, 1, is_decoded=False), make_tile(codes, 3, 1, is_decoded=True)
+
+    @njit
+    def run(x, q, weights, panel, scales, units, bias, y):
+        for row in range(5):
+            quantize_row(x, row * SIZE, SIZE, q, row)
+        for octet in range(OCTETS):
+            decode(weights, octet * stride, panel, 64 * octet)
+        packed_tile(weights, weights, scales, units, bias, q, y, 0, 0, 0, 1, 0, 5, SIZE, 16)
+        decoded_tile(panel, weights, scales, units, bias, q, y, 0, 0, 0, 1, 2, 5, SIZE, 16)
+
+    return run
 
 
 generator = np.random.default_rng(5)
 x = generator.standard_normal(5 * SIZE, dtype=np.float32)
 x[3 * SIZE] = 1e4
-codes = generator.integers(-(2**31), 2**31, WORDS, dtype=np.int64).astype(np.int32)
+weights = generator.integers(-(2**31), 2**31, 32 * OCTETS, dtype=np.int64).astype(np.int32)
 scales = generator.integers(1, 2**15, SIZE // 64 * 16).astype(np.uint16)
 units, bias = (generator.standard_normal(16, dtype=np.float32) for _ in range(2))
-q, panel, y = np.zeros(5 * (SIZE // 2 + SIZE // 64), np.int32), np.zeros(4 * WORDS, np.int32), np.zeros(80, np.float32)
-run(x, q, codes, panel, scales, units, bias, y)
-assert np.abs(y).min() > 0
-print(instructions.has_instructions(), hashlib.sha256(b"".join(each.tobytes() for each in (q, panel, y))).hexdigest())
+digest = hashlib.sha256()
+for codes in (instructions.NF4, instructions.INT8):
+    q, panel = np.zeros(5 * (SIZE // 2 + SIZE // 64), np.int32), np.zeros(64 * OCTETS, np.int32)
+    y = np.zeros(80, np.float32)
+    runner(codes)(x, q, weights, panel, scales, units, bias, y)
+    assert np.abs(y).min() > 0
+    for each in (q, panel, y):
+        digest.update(each.tobytes())
+print(instructions.has_instructions(), digest.hexdigest())
 """
 
 

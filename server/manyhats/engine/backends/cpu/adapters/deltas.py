@@ -8,7 +8,7 @@ from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
-from manyhats.engine.backends.cpu.int16.linear import multiply_rows
+from manyhats.engine.backends.cpu.int16.linear import multiply_nf4
 from manyhats.engine.backends.cpu.int16.quantize import quantize_row
 from manyhats.engine.backends.cpu.linear import decode, tile_4x3
 from manyhats.engine.backends.cpu.packing import GROUP_ROWS, RESCALED_ROWS
@@ -190,7 +190,7 @@ def rescale_by_int16(op, member, first, count, table, frame, buffers, at):
             scale_input(op, member, start + i, table, frame, x, scratch, scaled)
             quantize_row(scratch, scaled, k, words, i)
         groups = first // GROUP_ROWS, (first + count) // GROUP_ROWS
-        multiply_rows(op, words, rows, groups, out, width, scratch, at)
+        multiply_nf4(op, words, rows, groups, out, width, scratch, at)
         for i in range(rows):
             row = np.int64(ints_at(frame[col.RESCALED_ROWS])[start + i])
             copy_row(scratch, result + i * width, count, y, row * op[col.NUM_OUT] + first)

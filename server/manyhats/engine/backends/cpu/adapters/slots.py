@@ -243,6 +243,13 @@ class CpuAdapterSlots:
                 for change in self.placed[slot].embeddings:
                     change.apply(hidden, indices, token_ids[indices], self._linear)
 
+    def rows_with_heads(self, rows: AdapterRows) -> Array:
+        """The rows whose adapter changes the output head, int64."""
+        if not self._has_heads:
+            return np.empty(0, dtype=np.int64)
+        found = [own.numpy() for slot, own in rows_by_slot(rows) if self.placed[slot].heads]
+        return np.concatenate([np.empty(0, dtype=np.int64), *found])
+
     def change_logits(self, hidden: Tensor, logits: Tensor, rows: AdapterRows) -> None:
         """Gives each row its own adapter's output head.
 

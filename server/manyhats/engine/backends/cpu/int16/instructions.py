@@ -9,6 +9,8 @@ Vectors have sixteen 32-bit lanes: one register, or two of half the width. A lan
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ _HALVES = ir.VectorType(I16, 2 * LANES)
 _BYTES = ir.VectorType(I8, 4 * LANES)
 
 INPUT_STEPS = 2**13 - 1
-"""Of a block of inputs, in each direction. 64 · INPUT_STEPS · CODE_STEPS < 2³¹."""
+"""Of a block of inputs, in each direction. 64 · INPUT_STEPS · CODE_STEPS < 2³¹, and int8 has fewer steps."""
 
 HAS_WIDE = has_feature("avx512bw")
 """Whether a vector of sixteen lanes is one register."""
@@ -73,15 +75,28 @@ def add_products(builder: Any, total: Any, a: Any, b: Any) -> Any:
     return builder.add(total, products)
 
 
-def decode(builder: Any, words: Any) -> list[Any]:
-    """The NF4 values, in steps, of eight inputs' codes in each lane: four times a pair in each.
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """How weights of eight inputs, an *octet*, lie in each lane.
+
+    Attributes:
+        num_words: 32-bit words of an octet.
+        decode: the words' vectors → four vectors with a pair of the octet's 16-bit values in each lane.
+    """
+
+    num_words: int
+    decode: Callable[[Any, list[Any]], list[Any]]
+
+
+def _decode_nf4(builder: Any, words: list[Any]) -> list[Any]:
+    """The NF4 values, in steps.
 
     The sixteen bytes of four lanes belong to the same four lanes of the results. A byte's low code is an input of the
     first two results, its high code of the others; the first eight bytes are pairs of one result, the last eight of
     the next.
     """
-    low = builder.and_(words, splat(WORDS, 0x0F0F0F0F))
-    high = builder.and_(builder.lshr(words, splat(WORDS, 4)), splat(WORDS, 0x0F0F0F0F))
+    low = builder.and_(words[0], splat(WORDS, 0x0F0F0F0F))
+    high = builder.and_(builder.lshr(words[0], splat(WORDS, 4)), splat(WORDS, 0x0F0F0F0F))
     pairs = []
     for codes in (low, high):
         lower, upper = (_look_up(builder, table, builder.bitcast(codes, _BYTES)) for table in _TABLES)
@@ -95,6 +110,20 @@ def decode(builder: Any, words: Any) -> list[Any]:
             mask = ir.Constant(ir.VectorType(I32, 4 * LANES), places)
             pairs.append(builder.bitcast(builder.shuffle_vector(lower, upper, mask), WORDS))
     return pairs
+
+
+def _decode_int8(builder: Any, words: list[Any]) -> list[Any]:
+    """The low bytes of a word's two halves are a pair, and the high ones the next."""
+    pairs = []
+    eight = splat(_HALVES, 8)
+    for word in words:
+        halves = builder.bitcast(word, _HALVES)
+        for half in (builder.shl(halves, eight), halves):
+            pairs.append(builder.bitcast(builder.ashr(half, eight), WORDS))
+    return pairs
+
+
+NF4, INT8 = Codes(1, _decode_nf4), Codes(2, _decode_int8)
 
 
 def _look_up(builder: Any, table: list[int], indices: Any) -> Any:

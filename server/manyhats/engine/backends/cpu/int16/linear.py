@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b for NF4 weights and inputs in 16-bit integers, whatever the number of rows.
+"""y = x Wᵀ + b for weights in codes and inputs in 16-bit integers, whatever the number of rows.
 
 Inputs have a step for each block of 64, and weights' scales are 16-bit fixed point in a unit of each output row. One or
 two rows multiply weights that are decoded in registers. For more, a group of sixteen output rows is decoded into a
@@ -7,15 +7,14 @@ thread's own scratch once, and read for a tile of rows at a time. The arithmetic
 
 from __future__ import annotations
 
+from typing import Any
+
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, ints_at
 from manyhats.engine.backends.cpu.compile import inner
-from manyhats.engine.backends.cpu.int16.instructions import HAS_WIDE, LANES
-from manyhats.engine.backends.cpu.int16.tile import PAIRS_OF_WORD, decode_words, nf4_tile
+from manyhats.engine.backends.cpu.int16.instructions import HAS_WIDE, INT8, LANES, NF4, Codes
+from manyhats.engine.backends.cpu.int16.tile import OCTET, PAIRS, make_decoder, make_tile
 from manyhats.engine.backends.cpu.packing import GROUPS
-
-_WORD = 2 * PAIRS_OF_WORD
-"""Inputs of a word of codes."""
 
 _TALL = 8 if HAS_WIDE else 4
 """Rows whose sums, of a group each, fit the registers beside what they are made of."""
@@ -25,59 +24,71 @@ _ABREAST = GROUPS if HAS_WIDE else 1
 _AHEAD = 1024
 """Words of codes that are asked for before they are read, where they are decoded in registers."""
 
-_one_row, _two_rows = nf4_tile(1, _ABREAST, is_decoded=False), nf4_tile(2, _ABREAST, is_decoded=False)
-_four_rows, _tall_rows = nf4_tile(4, 1, is_decoded=True), nf4_tile(_TALL, 1, is_decoded=True)
 
+def _multiplier(codes: Codes) -> Any:
+    """The function that multiplies with weights in such codes."""
+    one_row, two_rows = (make_tile(codes, rows, _ABREAST, is_decoded=False) for rows in (1, 2))
+    four_rows, tall_rows = (make_tile(codes, rows, 1, is_decoded=True) for rows in (4, _TALL))
+    decode = make_decoder(codes)
+    stride = codes.num_words * LANES
 
-@inner
-def multiply_rows(op, x, num_rows, groups, y, out, panel, at):
-    """y[:, group · 16 …] = x Wᵀ + b for a panel or less.
+    @inner
+    def multiply(op, x, num_rows, groups, y, out, panel, at):
+        """y[:, group · 16 …] = x Wᵀ + b for a panel or less.
 
-    Args:
-        op: a linear's instruction.
-        x: [num_rows, size / 2 + size / 64], rows of integers with their steps.
-        num_rows: of x and y.
-        groups: the first, and the last, exclusive.
-        y: [num_rows, out] float32.
-        out: of a row of y.
-        panel: from ``at`` on, scratch for a decoded group.
-    """
-    weights, scales = ints_at(op[col.WEIGHTS]), halves_at(op[col.ABSMAX])
-    units, bias = floats_at(op[col.ROW_OFFSET]), floats_at(op[col.BIAS])
-    size = op[col.SIZE]
-    words = size // _WORD * LANES
-    first, last = groups
-    # A rest of one or two rows is decoded in registers.
-    rest = num_rows % _TALL
-    tall = num_rows - rest if rest <= 2 else num_rows
-    if tall:
-        for group in range(first, last):
-            start, ahead = group * words, (group + 1) * words
-            for word in range(0, words, LANES):
-                decode_words(weights, start + word, panel, at + PAIRS_OF_WORD * word)
-            row = 0
-            while row < tall:
-                if tall - row > 4 and _TALL > 4:
-                    _tall_rows(
-                        panel, weights, scales, units, bias, x, y, at, ahead, group, 1, row, tall, size, out
-                    )
-                    row += _TALL
+        Args:
+            op: a linear's instruction.
+            x: [num_rows, size / 2 + size / 64], rows of integers with their steps.
+            num_rows: of x and y.
+            groups: the first, and the last, exclusive.
+            y: [num_rows, out] float32.
+            out: of a row of y.
+            panel: from ``at`` on, scratch for a decoded group.
+        """
+        weights, scales = ints_at(op[col.WEIGHTS]), halves_at(op[col.ABSMAX])
+        units, bias = floats_at(op[col.ROW_OFFSET]), floats_at(op[col.BIAS])
+        size = op[col.SIZE]
+        octets = size // OCTET
+        first, last = groups
+        # A rest of one or two rows is decoded in registers.
+        rest = num_rows % _TALL
+        tall = num_rows - rest if rest <= 2 else num_rows
+        if tall:
+            for group in range(first, last):
+                start, ahead = group * octets * stride, (group + 1) * octets * stride
+                for octet in range(octets):
+                    decode(weights, start + octet * stride, panel, at + octet * PAIRS * LANES)
+                row = 0
+                while row < tall:
+                    if tall - row > 4 and _TALL > 4:
+                        tall_rows(
+                            panel, weights, scales, units, bias, x, y, at, ahead, group, 1, row, tall, size, out
+                        )  # fmt: skip
+                        row += _TALL
+                    else:
+                        four_rows(
+                            panel, weights, scales, units, bias, x, y, at, ahead, group, 1, row, tall, size, out
+                        )  # fmt: skip
+                        row += 4
+        if num_rows > tall:
+            for group in range(first, last, _ABREAST):
+                start, count = group * octets * stride, last - group
+                ahead = start + _ABREAST * octets * stride
+                if num_rows - tall == 2:
+                    two_rows(
+                        weights, weights, scales, units, bias, x, y, start, ahead, group, count, tall, num_rows, size,
+                        out,
+                    )  # fmt: skip
                 else:
-                    _four_rows(
-                        panel, weights, scales, units, bias, x, y, at, ahead, group, 1, row, tall, size, out
-                    )
-                    row += 4
-    if num_rows > tall:
-        for group in range(first, last, _ABREAST):
-            start, count, ahead = group * words, last - group, group * words + _AHEAD
-            if num_rows - tall == 2:
-                _two_rows(
-                    weights, weights, scales, units, bias, x, y, start, ahead, group, count, tall, num_rows, size, out
-                )  # fmt: skip
-            else:
-                _one_row(
-                    weights, weights, scales, units, bias, x, y, start, ahead, group, count, tall, num_rows, size, out
-                )  # fmt: skip
+                    one_row(
+                        weights, weights, scales, units, bias, x, y, start, ahead, group, count, tall, num_rows, size,
+                        out,
+                    )  # fmt: skip
+
+    return multiply
+
+
+multiply_nf4, multiply_int8 = _multiplier(NF4), _multiplier(INT8)
 
 
 @inner
@@ -94,4 +105,8 @@ def linear_by_int16(op, num_rows, first, last, buffers, panel, at):
     x, y = ints_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
     end = last // LANES
     for group in range(first // LANES, end, GROUPS):
-        multiply_rows(op, x, num_rows, (group, min(group + GROUPS, end)), y, op[col.NUM_OUT], panel, at)
+        groups = group, min(group + GROUPS, end)
+        if op[col.KIND] == col.NF4_BY_INT16:
+            multiply_nf4(op, x, num_rows, groups, y, op[col.NUM_OUT], panel, at)
+        else:
+            multiply_int8(op, x, num_rows, groups, y, op[col.NUM_OUT], panel, at)

@@ -1,6 +1,6 @@
-"""Tiles of the product of rows of 16-bit integers and NF4 weights, unrolled in registers.
+"""Tiles of the product of rows of 16-bit integers and weights in codes, unrolled in registers.
 
-Sixteen output rows, a *group*, are the lanes; ``instructions.decode`` says how codes lie.
+Sixteen output rows, a *group*, are the lanes; ``instructions.Codes`` says how codes lie.
 
 A row of inputs is integers q, then a step s for each block of 64 of them: x = s · q. Of each output, a block's products
 are summed exactly, in integers; the weights' scale times the block's step times that sum is added to the output's. The
@@ -24,17 +24,18 @@ from manyhats.engine.backends.cpu.int16.instructions import (
     LANES,
     SHORTS,
     WORDS,
+    Codes,
     add_products,
-    decode,
     fma,
     splat,
 )
 from manyhats.engine.backends.cpu.simd import ask_ahead, element, spread
 from manyhats.engine.model.nf4 import BLOCK_SIZE
 
-PAIRS_OF_WORD = 4
-"""Pairs of codes in a 32-bit lane."""
-_WORDS_OF_BLOCK = BLOCK_SIZE // 2 // PAIRS_OF_WORD
+OCTET = 8
+"""Inputs whose codes are decoded at a time."""
+PAIRS = OCTET // 2
+_OCTETS_OF_BLOCK = BLOCK_SIZE // OCTET
 
 
 def _integer(value: int) -> ir.Constant:
@@ -69,10 +70,13 @@ class _Memory:
 
 
 class _Tile:
-    """The code of a tile, whose operands are the arguments of ``nf4_tile``'s intrinsic."""
+    """A tile's instructions, whose operands are the arguments of ``make_tile``'s intrinsic."""
 
-    def __init__(self, builder: Any, arrays: tuple[_Memory, ...], numbers: tuple[Any, ...]) -> None:
+    def __init__(
+        self, builder: Any, codes: Codes, arrays: tuple[_Memory, ...], numbers: tuple[Any, ...]
+    ) -> None:
         self._builder = builder
+        self._codes = codes
         self._weights, self._packed, self._scales, self._units, self._bias, self._x, self._y = arrays
         self._at, self._ahead, self._group, self._num_stored, *rest = numbers
         self._row, self._num_rows, self._size, self._out = rest
@@ -120,34 +124,38 @@ class _Tile:
         b = self._builder
         for total in (total for of_row in sums for total in of_row):
             b.store(splat(WORDS, 0), total)
-        stride = (PAIRS_OF_WORD if is_decoded else 1) * LANES
-        num_words = b.mul(num_blocks, _integer(_WORDS_OF_BLOCK))
-        first = b.mul(block, _integer(_WORDS_OF_BLOCK))
+        stride = self._stride(is_decoded)
+        num_octets = b.mul(num_blocks, _integer(_OCTETS_OF_BLOCK))
+        first = b.mul(block, _integer(_OCTETS_OF_BLOCK))
         groups = [
-            b.add(self._at, b.mul(b.add(b.mul(num_words, _integer(g)), first), _integer(stride)))
+            b.add(self._at, b.mul(b.add(b.mul(num_octets, _integer(g)), first), _integer(stride)))
             for g in range(len(sums[0]))
         ]
-        in_block = b.mul(first, _integer(PAIRS_OF_WORD))
+        in_block = b.mul(first, _integer(PAIRS))
         inputs = [b.add(self._start(row, num_blocks), in_block) for row in rows]
-        with cgutils.for_range(b, _integer(_WORDS_OF_BLOCK)) as loop:
+        with cgutils.for_range(b, _integer(_OCTETS_OF_BLOCK)) as loop:
             in_group = b.mul(loop.index, _integer(stride))
-            in_row = b.mul(loop.index, _integer(PAIRS_OF_WORD))
+            in_row = b.mul(loop.index, _integer(PAIRS))
             for g in range(len(groups)):
-                word = b.add(b.add(b.mul(num_words, _integer(g)), first), loop.index)
-                self._packed.ask_ahead(b.add(self._ahead, b.mul(word, _integer(LANES))))
+                octet = b.add(b.add(b.mul(num_octets, _integer(g)), first), loop.index)
+                place = b.add(self._ahead, b.mul(octet, _integer(self._stride(is_decoded=False))))
+                for word in range(self._codes.num_words):
+                    self._packed.ask_ahead(b.add(place, _integer(word * LANES)))
             values = [self._values(b.add(at, in_group), is_decoded) for at in groups]
-            for pair in range(PAIRS_OF_WORD):
+            for pair in range(PAIRS):
                 for of_row, at in zip(sums, inputs, strict=True):
                     x = self._x.spread(b.add(b.add(at, in_row), _integer(pair)))
                     for total, of_group in zip(of_row, values, strict=True):
                         b.store(add_products(b, b.load(total), of_group[pair], x), total)
 
+    def _stride(self, is_decoded: bool) -> int:
+        """32-bit words of a group's octet."""
+        return (PAIRS if is_decoded else self._codes.num_words) * LANES
+
     def _values(self, at: Any, is_decoded: bool) -> list[Any]:
-        """The NF4 values of a word's pairs of codes."""
-        if is_decoded:
-            places = [self._builder.add(at, _integer(pair * LANES)) for pair in range(PAIRS_OF_WORD)]
-            return [self._weights.load(place, WORDS) for place in places]
-        return decode(self._builder, self._weights.load(at, WORDS))
+        """The values of an octet, pair by pair."""
+        vectors = _load_vectors(self._builder, self._weights, at, self._stride(is_decoded) // LANES)
+        return vectors if is_decoded else self._codes.decode(self._builder, vectors)
 
     def _scale(self, block: Any, num_blocks: Any, group: int) -> Any:
         """The scales of a group's block, in units."""
@@ -157,13 +165,18 @@ class _Tile:
         return b.sitofp(b.sext(raw, WORDS), FLOATS)
 
 
-def nf4_tile(num_rows: int, num_groups: int, *, is_decoded: bool) -> Any:
+def _load_vectors(builder: Any, memory: _Memory, at: Any, count: int) -> list[Any]:
+    return [memory.load(builder.add(at, _integer(index * LANES)), WORDS) for index in range(count)]
+
+
+def make_tile(codes: Codes, num_rows: int, num_groups: int, *, is_decoded: bool) -> Any:
     """A tile as an intrinsic.
 
     Args:
+        codes: of the weights.
         num_rows: of the input.
         num_groups: of the weights.
-        is_decoded: whether the weights are NF4's values already, a pair in each 32-bit lane, or packed codes.
+        is_decoded: whether the weights are values already, a pair in each 32-bit lane, or packed codes.
     """
 
     @intrinsic
@@ -210,7 +223,7 @@ def nf4_tile(num_rows: int, num_groups: int, *, is_decoded: bool) -> Any:
                 _Memory(context, builder, kind, array)
                 for kind, array in zip(signature.args[:7], args[:7], strict=True)
             )
-            _Tile(builder, arrays, tuple(args[7:])).emit(num_rows, num_groups, is_decoded)
+            _Tile(builder, codes, arrays, tuple(args[7:])).emit(num_rows, num_groups, is_decoded)
             return context.get_dummy_value()
 
         return types.void(weights, packed, scales, units, bias, x, y, *[types.int64] * 8), codegen
@@ -218,14 +231,20 @@ def nf4_tile(num_rows: int, num_groups: int, *, is_decoded: bool) -> Any:
     return tile
 
 
-@intrinsic
-def decode_words(typingctx, weights, at, panel, target):
-    """panel[target : target + 64] = the NF4 values of the sixteen words at weights[at:], as tiles read them."""
+def make_decoder(codes: Codes) -> Any:
+    """An intrinsic that decodes an octet of a group, as tiles read it."""
 
-    def codegen(context, builder, signature, args):
-        codes, values = (_Memory(context, builder, signature.args[index], args[index]) for index in (0, 2))
-        for pair, decoded in enumerate(decode(builder, codes.load(args[1], WORDS))):
-            values.store(builder.add(args[3], _integer(pair * LANES)), decoded)
-        return context.get_dummy_value()
+    @intrinsic
+    def decode(typingctx, weights, at, panel, target):
+        """panel[target : target + 64] = the values of the octet whose words begin at weights[at]."""
 
-    return types.void(weights, types.int64, panel, types.int64), codegen
+        def codegen(context, builder, signature, args):
+            packed, values = (_Memory(context, builder, signature.args[i], args[i]) for i in (0, 2))
+            words = _load_vectors(builder, packed, args[1], codes.num_words)
+            for pair, decoded in enumerate(codes.decode(builder, words)):
+                values.store(builder.add(args[3], _integer(pair * LANES)), decoded)
+            return context.get_dummy_value()
+
+        return types.void(weights, types.int64, panel, types.int64), codegen
+
+    return decode

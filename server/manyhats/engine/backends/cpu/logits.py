@@ -1,0 +1,142 @@
+"""A step's logits on the CPU, of which those that matter are exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
+from manyhats.engine.backends.cpu.kernels import CpuKernels
+from manyhats.engine.backends.cpu.packing import LANES, CpuLinear
+from manyhats.engine.backends.cpu.program import Program
+from manyhats.engine.backends.logits import Finished, HostLogits
+from manyhats.engine.backends.plan import AdapterRows
+from manyhats.engine.backends.wants import Array, Choices, Targets, TokenLogprob, Wants
+from manyhats.engine.model import architecture
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedHead:
+    """An output head.
+
+    Attributes:
+        own: its weights.
+        fast: the same in eight bits, for logits that are nearly right; None to compute all from ``own``.
+        shape: what follows the product.
+    """
+
+    own: CpuLinear
+    fast: CpuLinear | None
+    shape: architecture.Head
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes."""
+        return self.own.num_bytes + (self.fast.num_bytes if self.fast else 0)
+
+
+class CpuLogits(HostLogits):
+    """Logits of a forward; where the head has fast weights, ``Program.refine`` made each row's likeliest tokens exact.
+
+    Here become exact, too: tokens whose log-probabilities are wanted, those that a request edits, the likeliest of the
+    others that it allows, and rows that are wanted whole or whose adapter changes the head. What stays nearly right are
+    the logits of tokens that are far from likely, where they share in a sum.
+
+    Args:
+        head: what computed the logits.
+        hidden: the head's inputs, [M, D].
+        values: the product's outputs, [M, V], which are changed.
+        kernels: to compute with.
+    """
+
+    def __init__(self, head: PackedHead, hidden: Tensor, values: Tensor, kernels: CpuKernels) -> None:
+        super().__init__(values, kernels)
+        self._head = head
+        self._hidden = hidden
+        self._kernels = kernels
+        self._exact_rows = np.empty(0, dtype=np.int64)
+
+    def change(self, adapters: CpuAdapterSlots, rows: AdapterRows) -> None:
+        """Gives rows the output heads of their adapters."""
+        if not rows.num_adapters:
+            return
+        self._make_rows_exact(adapters.rows_with_heads(rows))
+        adapters.change_logits(self._hidden, self.values, rows)
+
+    @torch.inference_mode()
+    def finish(self, wants: Wants) -> Finished:
+        """Compute everything at once."""
+        choices = wants.choices
+        self._make_rows_exact(wants.whole)
+        if choices.edit_ids.size or choices.masks.size:
+            self._refine_allowed(choices)
+        self._finish_head(self.values)
+        if choices.edit_ids.size:
+            self._make_exact(np.repeat(choices.rows, np.diff(choices.edit_start)), choices.edit_ids)
+        return super().finish(wants)
+
+    def _found(self, targets: Targets) -> list[TokenLogprob]:
+        self._make_exact(targets.rows, targets.ids)
+        return super()._found(targets)
+
+    def _finish_head(self, logits: Tensor) -> None:
+        """Carries out what follows the product, in place."""
+        shape = self._head.shape
+        if shape.divisor != 1.0:
+            logits.div_(shape.divisor)
+        if shape.softcap is not None:
+            self._kernels.softcap(logits, shape.softcap)
+
+    def _make_rows_exact(self, rows: Array) -> None:
+        """Makes all logits of some rows exact."""
+        rows = rows[~self._is_exact(rows)]
+        if self._head.fast is not None and rows.size:
+            at = torch.from_numpy(rows).long()
+            self.values[at] = self._kernels.linear(self._hidden[at], self._head.own)
+            self._exact_rows = np.concatenate((self._exact_rows, rows))
+
+    def _refine_allowed(self, choices: Choices) -> None:
+        """Makes the likeliest exact among the tokens that may come and are not edited, in rows that say which."""
+        if self._head.fast is None:
+            return
+        num_edits = np.diff(choices.edit_start)
+        places = np.flatnonzero(((num_edits > 0) | (choices.mask_rows >= 0)) & ~self._is_exact(choices.rows))
+        if not places.size:
+            return
+        num_words = -(-self.values.shape[1] // 32)
+        allowed = np.full((places.size, 1 + num_words), -1, dtype=np.int32)
+        for index, place in enumerate(places):
+            allowed[index, 0] = choices.rows[place]
+            mask = allowed[index, 1:]
+            if choices.mask_rows[place] >= 0:
+                mask[:] = choices.masks[choices.mask_rows[place]]
+            edits = choices.edit_ids[choices.edit_start[place] : choices.edit_start[place + 1]]
+            np.bitwise_and.at(
+                mask, edits // 32, ~(np.uint32(1) << (edits % 32).astype(np.uint32)).view(np.int32)
+            )
+        program = Program()
+        program.refine_allowed(0, 1, 2, self._head.own)
+        self._kernels.run_alone(program, [torch.from_numpy(allowed), self._hidden, self.values])
+
+    def _make_exact(self, rows: Array, ids: Array) -> None:
+        """Makes the logits of some tokens exact; the ids are in the vocabulary."""
+        is_open = ~self._is_exact(rows)
+        if self._head.fast is None or not is_open.any():
+            return
+        rows, ids = rows[is_open].astype(np.int64), ids[is_open].astype(np.int64)
+        # The kernels cap rows of whole vectors.
+        found = torch.zeros(1, -(-len(ids) // LANES) * LANES)
+        program = Program()
+        program.exact_logits(0, 1, 2, self._head.own)
+        pairs = torch.from_numpy(np.stack((rows, ids), axis=1))
+        self._kernels.run_alone(program, [pairs, self._hidden, found])
+        self._finish_head(found)
+        found.nan_to_num_(0.0, 0.0, 0.0)  # of bad rows, which are finite by now, or bad elsewhere too
+        self.values.numpy()[rows, ids] = found.numpy()[0, : len(ids)]
+
+    def _is_exact(self, rows: Array) -> Array:
+        """Which of some rows are exact as a whole."""
+        return np.isin(rows, self._exact_rows)
