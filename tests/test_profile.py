@@ -93,6 +93,8 @@ def test_costs_are_those_counted_by_hand() -> None:
         "gate": Cost(cached_bytes=2 * 4 * 4 * 3 * 128),
         CHOOSING: Cost(2 * 400),
     }
+    in_eight_bits = step_costs(ARCHITECTURE, plan(0, 0, 0, 0), rank=2, head_bytes=1.25)
+    assert in_eight_bits["head"] == Cost(1.25 * 6400 + 2 * 400, 2 * 2 * 6400)
 
 
 @pytest.mark.parametrize(

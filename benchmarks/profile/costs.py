@@ -26,7 +26,7 @@ NF4_BYTES = 1 / 2 + 1 / BLOCK_SIZE + 4 / (BLOCK_SIZE * NESTED_BLOCK_SIZE)
 """Of a weight: its code, and its part of a scale in a byte, and of that one's in a float32."""
 FLOAT32 = 4
 STORED = 2
-"""Bytes of a value of the head, the cells and the adapters, in bfloat16."""
+"""Bytes of a value of the cells and the adapters, and of the head where it has no fast weights, in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,22 @@ class Cost:
         return max(self.num_bytes / read_rate, self.flops / flop_rate)
 
 
-def step_costs(architecture: Architecture, plan: StepPlan, rank: int) -> Mapping[str, Cost]:
+def step_costs(
+    architecture: Architecture, plan: StepPlan, rank: int, *, head_bytes: float = STORED
+) -> Mapping[str, Cost]:
     """Part → what it costs in one step.
 
     Args:
         architecture: the model's.
         plan: the step's; rows with a slot have a LoRA on all linears.
         rank: of each.
+        head_bytes: of a weight of the head.
     """
     num_rows, num_logit_rows = plan.num_rows, len(plan.logit_rows)
     hidden, vocabulary = architecture.hidden_size, architecture.vocab_size
     logits = FLOAT32 * num_logit_rows * vocabulary
     costs = dict.fromkeys((*KERNELS, CHOOSING), Cost())
-    costs["head"] = Cost(STORED * hidden * vocabulary + logits, 2 * num_logit_rows * hidden * vocabulary)
+    costs["head"] = Cost(head_bytes * hidden * vocabulary + logits, 2 * num_logit_rows * hidden * vocabulary)
     costs[CHOOSING] = Cost(logits)
     costs["norms"] = _moved(2 * num_logit_rows * hidden)
     if architecture.blocks[0].around_attention.before is not None:

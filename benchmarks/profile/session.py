@@ -78,7 +78,7 @@ class ProfileSession:
         return Profile(
             parts={part: median(each[part] for each in parts) for part in PARTS},
             step_s=median(interval_s for (interval_s, _), _ in steps),
-            costs=step_costs(self._session.architecture, plan, rank),
+            costs=step_costs(self._session.architecture, plan, rank, head_bytes=self._backend.head_bytes),
             num_left=round(median(step.num_left for _, step in steps)),
             num_steps=len(steps),
         )

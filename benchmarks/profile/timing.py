@@ -88,18 +88,23 @@ class TimedBackend(CpuBackend):
 
     Attributes:
         steps: of decodes alone, in order.
+        head_bytes: of a weight of the head that steps read.
     """
 
     def __init__(self, num_threads: int, *, is_exact: bool = False) -> None:
         super().__init__(num_threads, is_exact=is_exact)
         self.steps: list[TimedStep] = []
         self.num_left = 0
+        self.head_bytes = 0.0
 
     def prepare(  # type: ignore[override]  # the engine asks no more of a model than ``Model`` says
         self, architecture: Architecture, weights: Weights, progress: Progress = no_progress
     ) -> TimedModel:
         """Packs the weights."""
-        return TimedModel(super().prepare(architecture, weights, progress), self._kernels, self)
+        model = super().prepare(architecture, weights, progress)
+        head = model.head.fast or model.head.own
+        self.head_bytes = head.num_bytes / (head.in_features * head.out_features)
+        return TimedModel(model, self._kernels, self)
 
     def new_cache(
         self, architecture: Architecture, block_size: int, dtype: str, num_bytes: int

@@ -79,7 +79,9 @@ async def test_greedy_answers_equal_transformers(model: LoadedModel, directory: 
         assert answer.finish_reason is FinishReason.LENGTH
         assert answer.text == model.tokenizer.decode(answer.token_ids)
         assert answer.usage.generated_tokens == 8
-        assert [len(output.tokens) for output in answer.outputs] == [1] * 8
+        # An output for each step, unless the reader falls behind.
+        num_tokens = [len(output.tokens) for output in answer.outputs]
+        assert (sum(num_tokens), min(num_tokens)) == (8, 1)
         assert all(output.finish_reason is None for output in answer.outputs[:-1])
 
 

@@ -25,8 +25,7 @@ from manyhats.adapters.sites import BaseDescription, Site
 from manyhats.engine.backends.backend import Backend
 from manyhats.engine.backends.dtypes import block_bytes
 from manyhats.engine.backends.plan import int32
-from manyhats.engine.backends.wants import Wants
-from manyhats.engine.backends.warmup import NO_TARGETS
+from manyhats.engine.backends.wants import NO_TARGETS, Wants
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.config import EngineConfig, resolve
 from manyhats.engine.engine import Engine

@@ -79,7 +79,7 @@ class Operations(CpuKernels):
         self, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: Any, layer: int, num_heads: int
     ) -> None:
         """Rotates queries and keys by each row's angles, in place; writes keys and values into the cache."""
-        program, rows = Program(), torch.arange(qkv.shape[0])
+        program, rows = Program(), torch.arange(qkv.shape[0], dtype=torch.int32)
         program.rotate(0, qkv.shape[1], layer, (cos.contiguous(), sin.contiguous()), num_heads)
         frame = self._frame(batch, cache)
         frame[columns.POSITIONS] = rows.data_ptr()

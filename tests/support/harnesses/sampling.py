@@ -11,8 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from manyhats.engine.backends.logits import HostLogits
-from manyhats.engine.backends.wants import TokenLogprob, Wants
-from manyhats.engine.backends.warmup import NO_TARGETS
+from manyhats.engine.backends.wants import NO_TARGETS, TokenLogprob, Wants
 from manyhats.engine.errors import NoTokenAllowedError
 from manyhats.engine.sampling.sampler import SamplingRow, check_row, choices_of
 

@@ -38,8 +38,12 @@ class HostLogits:
     @torch.inference_mode()
     def finish(self, wants: Wants) -> Finished:
         """Compute everything at once."""
-        whole = self.values.numpy()[wants.whole]
-        bad = non_finite_rows(self.values)
+        return self._finish(wants)
+
+    def _finish(self, wants: Wants) -> Finished:
+        values = self.values.numpy()
+        whole = values[wants.whole] if wants.whole.size else values[:0]
+        bad = self._non_finite_rows()
         if bad:
             self.values[bad] = 0.0  # the kernels require finite ones
         return Finished(
@@ -51,6 +55,9 @@ class HostLogits:
             )
         )
 
+    def _non_finite_rows(self) -> list[int]:
+        return non_finite_rows(self.values)
+
     def _chosen(self, choices: Choices) -> list[Token]:
         if not choices.num_rows:
             return []
@@ -59,15 +66,18 @@ class HostLogits:
             token_ids = logits.numpy().argmax(axis=1)
         else:
             token_ids = self._chooser.choose(logits, choices).numpy()
-        asking = np.flatnonzero((choices.num_logprobs >= 0) & (token_ids >= 0))
-        if not asking.size:
+        wanted = choices.num_logprobs >= 0
+        if not wanted.any():
             return [Token(token_id) for token_id in token_ids.tolist()]
+        asking = np.flatnonzero(wanted & (token_ids >= 0))
         found = self._found(Targets(choices.rows[asking], token_ids[asking], choices.num_logprobs[asking]))
         logprobs = dict(zip(asking.tolist(), found, strict=True))
         return [Token(token_id, logprobs.get(index)) for index, token_id in enumerate(token_ids.tolist())]
 
     def _found(self, targets: Targets) -> list[TokenLogprob]:
         """The log-probability of each target; those with the same ``num_top`` are computed together."""
+        if not targets.ids.size:
+            return []
         found: dict[int, TokenLogprob] = {}
         for num_top in np.unique(targets.num_top).tolist():
             places = np.flatnonzero(targets.num_top == num_top)
@@ -78,6 +88,8 @@ class HostLogits:
 
     def _rows(self, rows: Array) -> Tensor:
         """Some rows of the logits; not copied if they are contiguous."""
+        if len(rows) == self.values.shape[0] == 1:
+            return self.values
         first, last = int(rows[0]), int(rows[-1])
         if last - first + 1 == len(rows) and bool((np.diff(rows) == 1).all()):
             return self.values[first : last + 1]

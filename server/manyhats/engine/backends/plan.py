@@ -30,11 +30,15 @@ class AdapterRows:
     @classmethod
     def of(cls, row_slots: Ints) -> AdapterRows:
         """The rows with an adapter, given the slots of all rows, [N] int32."""
+        if not row_slots.any():
+            return NO_ADAPTER_ROWS
         rows = np.flatnonzero(row_slots).astype(np.int32)
         rows = rows[np.argsort(row_slots[rows], kind="stable")]
         slots = row_slots[rows]
-        num_adapters = int(np.count_nonzero(np.diff(slots))) + 1 if slots.size else 0
-        return cls(rows, slots, num_adapters)
+        return cls(rows, slots, int(np.count_nonzero(np.diff(slots))) + 1)
+
+
+NO_ADAPTER_ROWS = AdapterRows(np.empty(0, np.int32), np.empty(0, np.int32), 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -81,6 +81,10 @@ class Targets:
     num_top: Array
 
 
+NO_TARGETS = Targets(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
+"""None."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Wants:
     """What is wanted from the logits [M, V] of a step.

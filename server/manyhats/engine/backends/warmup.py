@@ -12,12 +12,9 @@ from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, Lo
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.backend import Model
 from manyhats.engine.backends.plan import StepPlan, int32
-from manyhats.engine.backends.wants import Choices, Targets, Wants
+from manyhats.engine.backends.wants import NO_TARGETS, Choices, Wants
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture
-
-NO_TARGETS = Targets(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
-"""None."""
 
 
 def run_one(

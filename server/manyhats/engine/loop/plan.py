@@ -13,32 +13,36 @@ from manyhats.engine.scheduling.schedule import Chunk, Schedule
 def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
     """The rows of a schedule that has chunks, in their order."""
     chunks = schedule.chunks
-    counts = [chunk.num_rows for chunk in chunks]
-    starts = np.zeros(len(chunks) + 1, dtype=np.int32)
-    np.cumsum(counts, out=starts[1:])
+    # Lists of numbers: for the few rows of most steps, NumPy's operations would take longer.
+    starts = [0]
     token_ids: list[int] = []
+    positions: list[int] = []
+    cells: list[int] = []
+    slots: list[int] = []
     logit_rows: list[int] = []
-    for chunk, end in zip(chunks, starts[1:].tolist(), strict=True):
-        token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
+    for chunk in chunks:
+        sequence, rows = chunk.sequence, range(chunk.start, chunk.start + chunk.num_rows)
+        table, offset = sequence.block_table, sequence.position_offset
+        token_ids += sequence.token_ids[chunk.start : chunk.end]
         token_ids += chunk.drafts
-        logit_rows += range(end - chunk.num_logit_rows, end)
+        positions += [row + offset for row in rows]
+        cells += [table[row // block_size] * block_size + row % block_size for row in rows]
+        slots += [sequence.slot] * len(rows)
+        starts.append(starts[-1] + len(rows))
+        logit_rows += range(starts[-1] - chunk.num_logit_rows, starts[-1])
     tables = np.zeros((len(chunks), max(len(c.sequence.block_table) for c in chunks)), dtype=np.int32)
     for index, chunk in enumerate(chunks):
         tables[index, : len(chunk.sequence.block_table)] = chunk.sequence.block_table
-    owner = np.repeat(np.arange(len(chunks)), counts)
-    first = np.array([chunk.start for chunk in chunks])
-    index = np.arange(starts[-1]) - starts[owner] + first[owner]
-    offsets = np.array([chunk.sequence.position_offset for chunk in chunks])
     return StepPlan(
         token_ids=int32(token_ids),
-        positions=int32(index + offsets[owner]),
-        cells=tables[owner, index // block_size].astype(np.int64) * block_size + index % block_size,
-        query_start=starts,
-        context_len=int32(first + counts),
+        positions=int32(positions),
+        cells=np.array(cells, dtype=np.int64),
+        query_start=int32(starts),
+        context_len=int32([chunk.start + chunk.num_rows for chunk in chunks]),
         block_tables=tables,
-        row_slots=int32([chunk.sequence.slot for chunk in chunks])[owner],
+        row_slots=int32(slots),
         logit_rows=int32(logit_rows),
-        embeddings=_embeddings(chunks, starts.tolist()),
+        embeddings=_embeddings(chunks, starts),
         block_copies=schedule.block_copies,
     )
 

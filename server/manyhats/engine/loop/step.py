@@ -18,7 +18,7 @@ import structlog
 from manyhats.adapters.primitives import KVPrefix
 from manyhats.engine.backends.backend import AdapterSlots, KVCache, Model
 from manyhats.engine.backends.plan import int32
-from manyhats.engine.backends.wants import Outcome, Targets, Wants, check_ids
+from manyhats.engine.backends.wants import NO_TARGETS, Outcome, Targets, Wants, check_ids
 from manyhats.engine.errors import (
     DeadlineExceededError,
     EngineError,
@@ -217,14 +217,9 @@ class Step:
         live = list(self._live(parts))
         samples = [row for part in live for row in part.want.samples]
         choosing_rows = [at for part in live for at in part.choosing_rows]
-        num_targets = [len(part.want.target_ids) for part in live]
         return Wants(
             choices=choices_of(samples, choosing_rows, self._vocab_size),
-            targets=Targets(
-                rows=_int64(part.first + row for part in live for row in part.want.target_rows),
-                ids=_int64(token_id for part in live for token_id in part.want.target_ids),
-                num_top=np.repeat(_int64(part.want.num_top for part in live), num_targets),
-            ),
+            targets=_targets([part for part in live if part.want.target_ids]),
             whole=int32([row for part in live if part.want.whole for row in range(part.first, part.end)]),
         )
 
@@ -306,6 +301,19 @@ class Step:
         for fill in schedule.prefix_fills:
             self.scheduler.forget(fill.virtual)  # it may not have got that far
         self.scheduler.commit(schedule)  # all its sequences are finished, and their blocks become free
+
+
+def _targets(parts: Seq[_Part]) -> Targets:
+    """Those of parts that have some."""
+    if not parts:
+        return NO_TARGETS
+    return Targets(
+        rows=_int64(part.first + row for part in parts for row in part.want.target_rows),
+        ids=_int64(token_id for part in parts for token_id in part.want.target_ids),
+        num_top=np.repeat(
+            _int64(part.want.num_top for part in parts), [len(part.want.target_ids) for part in parts]
+        ),
+    )
 
 
 def _answers(parts: Iterable[_Part], outcome: Outcome) -> list[tuple[_Part, Answer]]:

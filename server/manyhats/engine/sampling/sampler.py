@@ -5,6 +5,8 @@ A row's token depends only on that row's logits, parameters, seed and step, not 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -84,7 +86,7 @@ def choices_of(rows: Seq[SamplingRow], logit_rows: Seq[int], vocab_size: int) ->
         np.cumsum([each.ids.size for each in edits], out=edit_start[1:])
     return Choices(
         rows=np.array(logit_rows, dtype=np.int32),
-        **_parameters([row.params for row in rows], vocab_size),
+        **_parameters(_Same(row.params for row in rows), vocab_size),
         point=_array(
             np.float64, [0.0 if row.params.is_greedy else uniform(row.seed, row.step) for row in rows]
         ),
@@ -104,8 +106,24 @@ def _edits(row: SamplingRow) -> Edits:
     return joined((row.edits, forbidding(row.forbid))) if row.forbid else row.edits
 
 
-def _parameters(params: Seq[SamplingParams], vocab_size: int) -> dict[str, Array]:
-    """The arrays of ``Choices`` that hold one number of each row's parameters: one conversion for all."""
+class _Same:
+    """Parameters that are equal only to themselves: rows that go on have theirs from step to step."""
+
+    def __init__(self, params: Iterable[SamplingParams]) -> None:
+        self.params = tuple(params)
+        self._ids = tuple(map(id, self.params))  # of objects that live as long as this one
+
+    def __hash__(self) -> int:
+        return hash(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._ids == other._ids
+
+
+@functools.lru_cache(maxsize=4)
+def _parameters(same: _Same, vocab_size: int) -> Mapping[str, Array]:
+    """The arrays of ``Choices`` that hold one number of each row's parameters, not to be written to."""
+    params = same.params
     numbers = np.array(
         [
             (

@@ -18,8 +18,7 @@ from manyhats.engine.backends.cpu.logits import CpuLogits, PackedHead
 from manyhats.engine.backends.cpu.packing import pack_int8, pack_linear
 from manyhats.engine.backends.cpu.program import Program
 from manyhats.engine.backends.logits import HostLogits
-from manyhats.engine.backends.wants import Outcome, Targets, Wants
-from manyhats.engine.backends.warmup import NO_TARGETS
+from manyhats.engine.backends.wants import NO_TARGETS, Outcome, Targets, Wants
 from manyhats.engine.model import architecture
 from manyhats.engine.model.nf4 import BLOCK_SIZE
 from manyhats.engine.model.weights import Linear

@@ -17,14 +17,14 @@ class Batch:
     """One step as a forward on the host reads it; N tokens of B sequences.
 
     Attributes:
-        token_ids: [N] int64.
-        positions: [N] int64.
+        token_ids: [N] int32.
+        positions: [N] int32.
         cells: [N] int64.
         query_start: [B + 1] int32.
         context_len: [B] int32.
         block_tables: [B, longest] int32.
         adapter_rows: rows with an adapter.
-        logit_rows: [M] int64.
+        logit_rows: [M] int32.
         logit_adapter_rows: those of them with an adapter, as indices into ``logit_rows``.
         embeddings: (rows [E] int64, values [E, D]); None for none.
     """
@@ -48,14 +48,14 @@ class Batch:
             rows, values = plan.embeddings
             embeddings = torch.from_numpy(rows).long(), torch.from_numpy(values)
         return cls(
-            token_ids=torch.from_numpy(plan.token_ids).long(),
-            positions=torch.from_numpy(plan.positions).long(),
-            cells=torch.from_numpy(plan.cells).contiguous(),
-            query_start=torch.from_numpy(plan.query_start).contiguous(),
-            context_len=torch.from_numpy(plan.context_len).contiguous(),
-            block_tables=torch.from_numpy(plan.block_tables).contiguous(),
+            token_ids=torch.from_numpy(plan.token_ids),
+            positions=torch.from_numpy(plan.positions),
+            cells=torch.from_numpy(plan.cells),
+            query_start=torch.from_numpy(plan.query_start),
+            context_len=torch.from_numpy(plan.context_len),
+            block_tables=torch.from_numpy(plan.block_tables),
             adapter_rows=AdapterRows.of(plan.row_slots),
-            logit_rows=torch.from_numpy(plan.logit_rows).long(),
+            logit_rows=torch.from_numpy(plan.logit_rows),
             logit_adapter_rows=AdapterRows.of(plan.row_slots[plan.logit_rows]),
             embeddings=embeddings,
         )

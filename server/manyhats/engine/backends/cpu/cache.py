@@ -37,6 +37,24 @@ class CpuKVCache:
         self.dtype = dtype
         self.num_blocks = num_blocks
         self.block_size = block_size
+        columns = self._columns()
+        self._described = np.array(list(columns)), np.array(list(columns.values()), dtype=np.int64)
+
+    def _columns(self) -> dict[int, int]:
+        """What every frame says of it."""
+        num_kv_heads, num_blocks, head_dim, block_size = self._keys.shape[1:]
+        return {
+            col.NUM_KV_HEADS: num_kv_heads,
+            col.HEAD_DIM: head_dim,
+            col.BLOCK_SIZE: block_size,
+            col.NUM_BLOCKS: num_blocks,
+            col.LAYER_BYTES: self._keys[0].nbytes,
+            col.KEYS: self._keys.ctypes.data,
+            col.VALUES: self._values.ctypes.data,
+            col.LAYER_SCALES: self._scales[0, 0].size,
+            col.KEY_SCALES: self._scales[0].ctypes.data,
+            col.VALUE_SCALES: self._scales[1].ctypes.data,
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -45,17 +63,8 @@ class CpuKVCache:
 
     def describe(self, frame: Array) -> None:
         """Enters into a step's frame where keys and values lie."""
-        num_kv_heads, num_blocks, head_dim, block_size = self._keys.shape[1:]
-        frame[col.NUM_KV_HEADS] = num_kv_heads
-        frame[col.HEAD_DIM] = head_dim
-        frame[col.BLOCK_SIZE] = block_size
-        frame[col.NUM_BLOCKS] = num_blocks
-        frame[col.LAYER_BYTES] = self._keys[0].nbytes
-        frame[col.KEYS] = self._keys.ctypes.data
-        frame[col.VALUES] = self._values.ctypes.data
-        frame[col.LAYER_SCALES] = self._scales[0, 0].size
-        frame[col.KEY_SCALES] = self._scales[0].ctypes.data
-        frame[col.VALUE_SCALES] = self._scales[1].ctypes.data
+        columns, values = self._described
+        frame[columns] = values
 
     def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copies block source to block target in every layer."""

@@ -60,6 +60,7 @@ class Forward:
         self.program.gather(hidden, LAST, size)
         self.head = PackedHead(*kernels.pack_head(weights.head), architecture.head)
         self._product(self.head.fast or self.head.own, LAST, LOGITS, col.NUM_LOGIT_ROWS)
+        self.sizes[LOGITS] = self.head.own.out_features
         if self.head.fast:
             self.program.refine(LAST, LOGITS, self.head.own)
 

@@ -157,7 +157,8 @@ class CpuKernels:
         frame[col.SCRATCH_SIZE] = self._scratch.shape[1]
         times = None if self.timed is None else np.zeros((len(rows) + 1, 2), dtype=np.int64)
         frame[col.TIMES] = 0 if times is None else times.ctypes.data
-        step.describe_shares(frame, dtypes and (dtypes[0].itemsize, dtypes[1].itemsize))
+        shares = step.addresses_of_shares(dtypes and (dtypes[0].itemsize, dtypes[1].itemsize))
+        frame[col.PLAIN_SHARE : col.PLAIN_SHARE + len(shares)] = shares
         step.run(frame.ctypes.data, self._num_used)
         if self.timed is not None and times is not None:
             self.timed.append((rows, times[:, 0] * 1_000_000_000 + times[:, 1]))

@@ -17,6 +17,9 @@ from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.backends.wants import Array, Choices, Targets, TokenLogprob, Wants
 from manyhats.engine.model import architecture
 
+_HARMLESS = 1e20
+"""Smaller inputs than this, times weights that ``takes_int8`` lets pass, do not add up to infinity."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedHead:
@@ -50,41 +53,51 @@ class CpuLogits(HostLogits):
         hidden: the head's inputs, [M, D].
         values: the product's outputs, [M, V], which are changed.
         kernels: to compute with.
+
+    Attributes:
+        head, hidden: the same.
     """
 
     def __init__(self, head: PackedHead, hidden: Tensor, values: Tensor, kernels: CpuKernels) -> None:
         super().__init__(values, kernels)
-        self._head = head
-        self._hidden = hidden
+        self.head = head
+        self.hidden = hidden
         self._kernels = kernels
         self._exact_rows = np.empty(0, dtype=np.int64)
 
     def change(self, adapters: CpuAdapterSlots, rows: AdapterRows) -> None:
         """Gives rows the output heads of their adapters."""
-        if not rows.num_adapters:
-            return
         self._make_rows_exact(adapters.rows_with_heads(rows))
-        adapters.change_logits(self._hidden, self.values, rows)
+        adapters.change_logits(self.hidden, self.values, rows)
 
-    @torch.inference_mode()
     def finish(self, wants: Wants) -> Finished:
         """Compute everything at once."""
         choices = wants.choices
-        self._make_rows_exact(wants.whole)
+        if wants.whole.size:
+            self._make_rows_exact(wants.whole)
         if choices.edit_ids.size or choices.masks.size:
             self._refine_allowed(choices)
         self._finish_head(self.values)
         if choices.edit_ids.size:
             self._make_exact(np.repeat(choices.rows, np.diff(choices.edit_start)), choices.edit_ids)
-        return super().finish(wants)
+        return self._finish(wants)
+
+    def _non_finite_rows(self) -> list[int]:
+        if self.head.fast is not None and not self._exact_rows.size:
+            # Such inputs give finite logits, and a look at them is a small part of one at all logits.
+            sizes = np.abs(self.hidden.numpy())
+            if not sizes.size or sizes.max() < _HARMLESS:
+                return []
+        return super()._non_finite_rows()
 
     def _found(self, targets: Targets) -> list[TokenLogprob]:
-        self._make_exact(targets.rows, targets.ids)
+        if targets.ids.size:
+            self._make_exact(targets.rows, targets.ids)
         return super()._found(targets)
 
     def _finish_head(self, logits: Tensor) -> None:
         """Carries out what follows the product, in place."""
-        shape = self._head.shape
+        shape = self.head.shape
         if shape.divisor != 1.0:
             logits.div_(shape.divisor)
         if shape.softcap is not None:
@@ -93,14 +106,14 @@ class CpuLogits(HostLogits):
     def _make_rows_exact(self, rows: Array) -> None:
         """Makes all logits of some rows exact."""
         rows = rows[~self._is_exact(rows)]
-        if self._head.fast is not None and rows.size:
+        if self.head.fast is not None and rows.size:
             at = torch.from_numpy(rows).long()
-            self.values[at] = self._kernels.linear(self._hidden[at], self._head.own)
+            self.values[at] = self._kernels.linear(self.hidden[at], self.head.own)
             self._exact_rows = np.concatenate((self._exact_rows, rows))
 
     def _refine_allowed(self, choices: Choices) -> None:
         """Makes the likeliest exact among the tokens that may come and are not edited, in rows that say which."""
-        if self._head.fast is None:
+        if self.head.fast is None:
             return
         num_edits = np.diff(choices.edit_start)
         places = np.flatnonzero(((num_edits > 0) | (choices.mask_rows >= 0)) & ~self._is_exact(choices.rows))
@@ -118,21 +131,21 @@ class CpuLogits(HostLogits):
                 mask, edits // 32, ~(np.uint32(1) << (edits % 32).astype(np.uint32)).view(np.int32)
             )
         program = Program()
-        program.refine_allowed(0, 1, 2, self._head.own)
-        self._kernels.run_alone(program, [torch.from_numpy(allowed), self._hidden, self.values])
+        program.refine_allowed(0, 1, 2, self.head.own)
+        self._kernels.run_alone(program, [torch.from_numpy(allowed), self.hidden, self.values])
 
     def _make_exact(self, rows: Array, ids: Array) -> None:
         """Makes the logits of some tokens exact; the ids are in the vocabulary."""
         is_open = ~self._is_exact(rows)
-        if self._head.fast is None or not is_open.any():
+        if self.head.fast is None or not is_open.any():
             return
         rows, ids = rows[is_open].astype(np.int64), ids[is_open].astype(np.int64)
         # The kernels cap rows of whole vectors.
         found = torch.zeros(1, -(-len(ids) // LANES) * LANES)
         program = Program()
-        program.exact_logits(0, 1, 2, self._head.own)
+        program.exact_logits(0, 1, 2, self.head.own)
         pairs = torch.from_numpy(np.stack((rows, ids), axis=1))
-        self._kernels.run_alone(program, [pairs, self._hidden, found])
+        self._kernels.run_alone(program, [pairs, self.hidden, found])
         self._finish_head(found)
         found.nan_to_num_(0.0, 0.0, 0.0)  # of bad rows, which are finite by now, or bad elsewhere too
         self.values.numpy()[rows, ids] = found.numpy()[0, : len(ids)]

@@ -14,9 +14,10 @@ from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
 from manyhats.engine.backends.cpu.compile import counted_compilation
-from manyhats.engine.backends.cpu.forward import LAST, LOGITS, Forward
+from manyhats.engine.backends.cpu.forward import LAST, LOGITS, STREAM, Forward
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.logits import CpuLogits
+from manyhats.engine.backends.cpu.packing import as_array
 from manyhats.engine.backends.cpu.units import Units
 from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.backends.warmup import run_one
@@ -32,6 +33,7 @@ class CpuModel:
 
     Attributes:
         instructions: of a forward.
+        head: packed.
 
     Raises:
         ModelError: the kernel does not know what a block computes.
@@ -40,20 +42,22 @@ class CpuModel:
     def __init__(self, architecture: Architecture, weights: Weights, kernels: CpuKernels) -> None:
         self.architecture = architecture
         self._kernels = kernels
-        self._embed = weights.embedding
+        self._embedding = as_array(weights.embedding)
         self._num_norm_values = sum(norm.weight.numel() for norm in weights.norms())
         self._forward = Forward(architecture, weights, kernels)
+        self.head = self._forward.head
         self._memory = {buffer: torch.empty(0) for buffer in self._forward.sizes}
+        self._views = torch.empty((0, 0)), torch.empty((0, 0))
         self.instructions = self._forward.program.arrays()
 
     @property
     def num_bytes(self) -> Mapping[str, int]:
         """Resident bytes: the layers' linears, and embedding, head and norms."""
         is_tied = self.architecture.head.is_tied
-        embed = 0 if is_tied else self._embed.numel() * self._embed.element_size()
+        embed = 0 if is_tied else self._embedding.nbytes
         return {
             "base": self._forward.num_bytes,
-            "embeddings": int(embed + self._forward.head.num_bytes + 4 * self._num_norm_values),
+            "embeddings": int(embed + self.head.num_bytes + 4 * self._num_norm_values),
         }
 
     def warm_up(self, cache: CpuKVCache, adapters: CpuAdapterSlots, slot: int, progress: Progress) -> None:
@@ -62,7 +66,6 @@ class CpuModel:
         with counted_compilation(compiled), choosing_compiled_ahead(compiled.again) as wait:
             run_one(self, cache, adapters, slot, before_choosing=wait)
 
-    @torch.inference_mode()
     def forward(self, plan: StepPlan, cache: CpuKVCache, adapters: CpuAdapterSlots) -> CpuLogits:
         """Runs a step and writes its keys and values."""
         cache.copy_blocks(plan.block_copies)
@@ -86,31 +89,48 @@ class CpuModel:
         dtypes = cache.dtype, adapters.dtype
         self._kernels.run(self.instructions, frame, buffers, dtypes, num_scratch_values)
         del described  # the frame had its addresses
-        logits = CpuLogits(self._forward.head, buffers[LAST], buffers[LOGITS], self._kernels)
-        logits.change(adapters, batch.logit_adapter_rows)
+        logits = CpuLogits(self.head, *self._last(plan.logit_rows.size), self._kernels)
+        if batch.logit_adapter_rows.num_adapters:
+            logits.change(adapters, batch.logit_adapter_rows)
         return logits
 
     def _buffers(self, batch: Batch, adapters: CpuAdapterSlots) -> list[Tensor]:
-        """A step's buffers by number; those that no one sees afterwards stay for the next step."""
+        """A step's buffers by number, of at least the size that it needs; all but the stream stay for the next step."""
         num_rows, num_logit_rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
         buffers = [self._embedded(batch, adapters)]
-        for buffer, size in list(self._forward.sizes.items())[1:]:
-            count = num_logit_rows if buffer == LAST else num_rows
-            if self._memory[buffer].numel() < count * size:
-                self._memory[buffer] = torch.empty(count * size)
-            buffers.append(self._memory[buffer][: count * size].view(count, size))
-        buffers.append(torch.empty((num_logit_rows, self._forward.head.own.out_features)))
+        for buffer in range(STREAM + 1, LOGITS + 1):
+            count = num_logit_rows if buffer in (LAST, LOGITS) else num_rows
+            num_values = count * self._forward.sizes[buffer]
+            if self._memory[buffer].numel() < num_values:
+                self._memory[buffer] = torch.empty(num_values)
+            buffers.append(self._memory[buffer])
         return buffers
+
+    def _last(self, count: int) -> tuple[Tensor, Tensor]:
+        """The head's inputs and the logits, [M, D] and [M, V]."""
+        if self._views[0].shape[0] != count or self._views[1].data_ptr() != self._memory[LOGITS].data_ptr():
+            inputs, outputs = (
+                self._memory[buffer][: count * self._forward.sizes[buffer]].view(
+                    count, self._forward.sizes[buffer]
+                )
+                for buffer in (LAST, LOGITS)
+            )
+            self._views = inputs, outputs
+        return self._views
 
     def _embedded(self, batch: Batch, adapters: CpuAdapterSlots) -> Tensor:
         """The residual stream as it begins, [N, D]."""
-        x = self._embed.index_select(0, batch.token_ids).float()
+        # By NumPy, since a step of few rows comes with cold caches to this, and torch's way is longer.
+        rows = np.take(self._embedding, batch.token_ids.numpy(), axis=0)
+        if rows.dtype == np.uint16:
+            rows = (rows.astype(np.uint32) << 16).view(np.float32)
+        x = torch.from_numpy(rows)
         if batch.adapter_rows.num_adapters:
             adapters.change_embeddings(batch.token_ids, x, batch.adapter_rows)
         scale = self.architecture.embedding.scale
         if scale != 1.0:
             x.mul_(scale)
         if batch.embeddings is not None:
-            rows, values = batch.embeddings
-            x[rows] = values
+            own_rows, values = batch.embeddings
+            x[own_rows] = values
         return x

@@ -32,6 +32,7 @@ CODE_STEPS = 4075
 """NF4's values are whole numbers of these: of all that leave room for a block's sum, those with the least error."""
 _SCALE_STEPS = 2**15 - 1
 _INT8_STEPS = 2**7 - 1
+_LARGEST_FOR_INT8 = 1e15
 _ROWS_AT_ONCE = 2**12
 """Of a dense matrix that is quantized, so that little of it is float32 at a time; a multiple of panels."""
 
@@ -174,9 +175,10 @@ def pack_for_int16(parts: Sequence[Linear]) -> CpuLinear:
 
 
 def takes_int8(part: Linear) -> bool:
-    """Whether ``pack_int8`` can lay a linear out."""
-    is_dense = isinstance(part.matrix, Tensor)
-    return is_dense and part.in_features % BLOCK_SIZE == 0 and part.out_features % GROUP_ROWS == 0
+    """Whether ``pack_int8`` can lay a linear out: it is dense, of fitting sizes, and of moderate weights."""
+    matrix = part.matrix
+    fits = part.in_features % BLOCK_SIZE == 0 and part.out_features % GROUP_ROWS == 0
+    return fits and isinstance(matrix, Tensor) and float(matrix.abs().max()) < _LARGEST_FOR_INT8
 
 
 def pack_int8(part: Linear) -> CpuLinear:

@@ -133,7 +133,7 @@ def rowwise(op, numbers, first, last, frame, buffers):
         elif kind == col.GELU_TANH:
             gelu_tanh_row(source, 2 * at, size, target, at)
         elif kind == col.GATHER:
-            chosen = longs_at(frame[col.LOGIT_ROWS])[row] * size
+            chosen = np.int64(ints_at(frame[col.LOGIT_ROWS])[row]) * size
             copy_row(source, chosen, size, target, at)
         elif kind == col.QUANTIZE:
             words = ints_at(buffers[op[col.TARGET]])
@@ -188,7 +188,7 @@ def rotate_and_store(op, first, last, frame, buffers, like):
     )
     for row in range(first, last):
         start = row * op[col.SIZE]
-        angle = longs_at(frame[col.POSITIONS])[row] * half
+        angle = np.int64(ints_at(frame[col.POSITIONS])[row]) * half
         for head in range(num_heads + num_kv_heads):
             rotate(x, start + head * head_dim, cos, sin, angle, half)
         cell = longs_at(frame[col.CELLS])[row]

@@ -175,21 +175,21 @@ def _compiled(function):
     return cfunc(kind, cache=True, nopython=True, error_model="numpy")(function)
 
 
-def describe_shares(frame: Array, value_bytes: tuple[int, int] | None) -> None:
-    """Enters the addresses of what carries out shares into a step's frame.
+@functools.cache
+def addresses_of_shares(value_bytes: tuple[int, int] | None) -> Array:
+    """The addresses of what carries out shares, in the order of a frame's columns.
 
     They are called by address so that each is compiled once, whatever the dtypes of a step: Numba would compile it
     again with each pair of them, and several times as a part of a loop on all threads.
 
     Args:
-        frame: the step's.
         value_bytes: of a value in the KV cache, 4 for float32, 2 for bfloat16, 1 for int8, and of one in adapters, 4
             or 2; None if no instruction reads either.
     """
-    frame[col.PLAIN_SHARE] = _compiled(_plain).address
+    needed = [_plain]
     if value_bytes is not None:
-        frame[col.CACHE_SHARE] = _compiled(_OF_CACHE[value_bytes[0]]).address
-        frame[col.ADAPTER_SHARE] = _compiled(_OF_ADAPTERS[value_bytes[1]]).address
+        needed += [_OF_CACHE[value_bytes[0]], _OF_ADAPTERS[value_bytes[1]]]
+    return np.array([_compiled(function).address for function in needed], dtype=np.int64)
 
 
 @intrinsic

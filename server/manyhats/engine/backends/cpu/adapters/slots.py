@@ -212,6 +212,8 @@ class CpuAdapterSlots:
         Returns:
             Arrays whose addresses the frame has, to be kept until the step is over.
         """
+        if not rows.rows.size:  # no instruction then looks at a table
+            return ()
         own = self._rescaling[rows.slots]
         rescaled_rows, rescaled_slots = rows.rows[own], rows.slots[own]
         tables, used = self._linear_rows.copy(), []
