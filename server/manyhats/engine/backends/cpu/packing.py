@@ -27,14 +27,14 @@ RESCALED_ROWS = 4
 GROUP_ROWS = 16
 """Rows of NF4 weights for inputs in 16-bit integers that are the lanes of a vector."""
 GROUPS = 3
-"""Of a panel of them: enough sums at once to keep the processor's multipliers busy for one row, too."""
+"""Of a panel of them."""
 CODE_STEPS = 4075
 """NF4's values are whole numbers of these: of all that leave room for a block's sum, those with the least error."""
 _SCALE_STEPS = 2**15 - 1
 _INT8_STEPS = 2**7 - 1
 _LARGEST_FOR_INT8 = 1e15
 _ROWS_AT_ONCE = 2**12
-"""Of a dense matrix that is quantized, so that little of it is float32 at a time; a multiple of panels."""
+"""Of a dense matrix that is quantized, so that little of it is float32 at a time; a multiple of groups."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,11 +166,9 @@ def pack_for_int16(parts: Sequence[Linear]) -> CpuLinear:
     """Lays out NF4 linears over the same input, of a multiple of sixteen outputs each, as ``int16.tile`` reads them."""
     weights = [part.matrix for part in parts if isinstance(part.matrix, Nf4Weight)]
     size, out = parts[0].in_features, sum(part.out_features for part in parts)
-    num_groups = _num_groups(out)
-    scales = np.zeros((num_groups * GROUP_ROWS, size // BLOCK_SIZE), dtype=np.float32)
-    scales[:out] = torch.cat([weight.block_scales() for weight in weights]).view(out, -1).numpy()
-    steps, units = _fixed_point(scales)
-    words = _words_of_groups(torch.cat([weight.packed for weight in weights]), num_groups, size)
+    scales = torch.cat([weight.block_scales() for weight in weights]).view(out, -1)
+    steps, units = _fixed_point(scales.numpy())
+    words = _words_of_groups(torch.cat([weight.packed for weight in weights]), size)
     return _of_integers((size, out), words, _bias(parts), steps, units / np.float32(CODE_STEPS))
 
 
@@ -185,12 +183,10 @@ def pack_int8(part: Linear) -> CpuLinear:
     """Lays out a dense linear in int8 with a scale for each 64 inputs, as ``int16.tile`` reads it."""
     assert isinstance(part.matrix, Tensor)
     size, out = part.in_features, part.out_features
-    num_groups = _num_groups(out)
-    num_rows = num_groups * GROUP_ROWS
     # In torch's memory, which begins with a cache line: a vector then never lies in two of them.
-    words = torch.zeros((num_groups, size // 4, GROUP_ROWS, 4), dtype=torch.int8)
-    steps = np.zeros((num_rows, size // BLOCK_SIZE), dtype=np.int16)
-    units = np.zeros(num_rows, dtype=np.float32)
+    words = torch.empty((out // GROUP_ROWS, size // 4, GROUP_ROWS, 4), dtype=torch.int8)
+    steps = np.empty((out, size // BLOCK_SIZE), dtype=np.int16)
+    units = np.empty(out, dtype=np.float32)
     for first in range(0, out, _ROWS_AT_ONCE):
         last = min(first + _ROWS_AT_ONCE, out)
         blocks = part.matrix[first:last].float().view(last - first, -1, BLOCK_SIZE)
@@ -203,11 +199,6 @@ def pack_int8(part: Linear) -> CpuLinear:
         codes = codes.view(-1, GROUP_ROWS, size // 4, 2, 2).permute(0, 2, 1, 4, 3)
         words[first // GROUP_ROWS : last // GROUP_ROWS] = codes.reshape(-1, size // 4, GROUP_ROWS, 4)
     return _of_integers((size, out), words.view(-1).numpy(), _bias([part]), steps, units)
-
-
-def _num_groups(out_features: int) -> int:
-    """Groups of whole panels."""
-    return -(-out_features // (GROUPS * GROUP_ROWS)) * GROUPS
 
 
 def _fixed_point(scales: Floats) -> tuple[Array, Floats]:
@@ -260,12 +251,10 @@ def _zeros(size: int) -> Array:
     return np.zeros(size, dtype=np.float32)
 
 
-def _words_of_groups(packed: Tensor, num_groups: int, size: int) -> Array:
-    """Codes as [groups, size / 8, 16] uint32; see ``int16.tile``. Rows past the last are codes of any value."""
-    codes = np.zeros((num_groups * GROUP_ROWS * size // 2), dtype=np.uint8)
-    codes[: packed.numel()] = packed.numpy()
+def _words_of_groups(packed: Tensor, size: int) -> Array:
+    """Codes as [groups, size / 8, 16] uint32; see ``int16.tile``."""
     # bitsandbytes keeps the even one of two inputs in the high nibble; here byte j of a pair of inputs j and 4 + j.
-    pairs = codes.reshape(num_groups, 4, GROUP_ROWS // 4, size // 8, 4)
+    pairs = packed.numpy().reshape(-1, 4, GROUP_ROWS // 4, size // 8, 4)
     inputs = np.stack((pairs >> 4, pairs & 15), axis=-1)  # [groups, quarters, rows, words, pairs, 2]
     low, high = inputs[..., :2, :], inputs[..., 2:, :]
     words = (low | high << 4).transpose(0, 3, 1, 4, 2, 5)  # [groups, words, quarters, pairs, rows, 2]

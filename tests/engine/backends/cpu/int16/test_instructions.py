@@ -27,7 +27,7 @@ OCTETS = SIZE // 8
 def runner(codes):
     stride = 16 * codes.num_words
     decode = make_decoder(codes)
-    packed_tile, decoded_tile = make_tile(codes, 2, 1, is_decoded=False), make_tile(codes, 3, 1, is_decoded=True)
+    packed_tile, decoded_tile = make_tile(codes, 2, is_decoded=False), make_tile(codes, 3, is_decoded=True)
 
     @njit
     def run(x, q, weights, panel, scales, units, bias, y):
@@ -35,8 +35,8 @@ def runner(codes):
             quantize_row(x, row * SIZE, SIZE, q, row)
         for octet in range(OCTETS):
             decode(weights, octet * stride, panel, 64 * octet)
-        packed_tile(weights, weights, scales, units, bias, q, y, 0, 0, 0, 1, 0, 5, SIZE, 16)
-        decoded_tile(panel, weights, scales, units, bias, q, y, 0, 0, 0, 1, 2, 5, SIZE, 16)
+        packed_tile(weights, weights, scales, units, bias, q, y, 0, 0, 0, 0, 5, SIZE, 16)
+        decoded_tile(panel, weights, scales, units, bias, q, y, 0, 0, 0, 2, 5, SIZE, 16)
 
     return run
 

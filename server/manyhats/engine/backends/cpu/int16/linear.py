@@ -18,17 +18,18 @@ from manyhats.engine.backends.cpu.packing import GROUPS
 
 _TALL = 8 if HAS_WIDE else 4
 """Rows whose sums, of a group each, fit the registers beside what they are made of."""
-_ABREAST = GROUPS if HAS_WIDE else 1
-"""Groups whose sums of one row or two do."""
 
 _AHEAD = 1024
-"""Words of codes that are asked for before they are read, where they are decoded in registers."""
+"""Words of codes that are asked for before they are read, where they are decoded in registers.
+
+One group after another, as they lie in memory: processors read ahead along one such stream best.
+"""
 
 
 def _multiplier(codes: Codes) -> Any:
     """The function that multiplies with weights in such codes."""
-    one_row, two_rows = (make_tile(codes, rows, _ABREAST, is_decoded=False) for rows in (1, 2))
-    four_rows, tall_rows = (make_tile(codes, rows, 1, is_decoded=True) for rows in (4, _TALL))
+    one_row, two_rows = (make_tile(codes, rows, is_decoded=False) for rows in (1, 2))
+    four_rows, tall_rows = (make_tile(codes, rows, is_decoded=True) for rows in (4, _TALL))
     decode = make_decoder(codes)
     stride = codes.num_words * LANES
 
@@ -62,27 +63,25 @@ def _multiplier(codes: Codes) -> Any:
                 while row < tall:
                     if tall - row > 4 and _TALL > 4:
                         tall_rows(
-                            panel, weights, scales, units, bias, x, y, at, ahead, group, 1, row, tall, size, out
+                            panel, weights, scales, units, bias, x, y, at, ahead, group, row, tall, size, out
                         )  # fmt: skip
                         row += _TALL
                     else:
                         four_rows(
-                            panel, weights, scales, units, bias, x, y, at, ahead, group, 1, row, tall, size, out
+                            panel, weights, scales, units, bias, x, y, at, ahead, group, row, tall, size, out
                         )  # fmt: skip
                         row += 4
         if num_rows > tall:
-            for group in range(first, last, _ABREAST):
-                start, count = group * octets * stride, last - group
-                ahead = start + _ABREAST * octets * stride
+            for group in range(first, last):
+                start = group * octets * stride
+                ahead = start + _AHEAD
                 if num_rows - tall == 2:
                     two_rows(
-                        weights, weights, scales, units, bias, x, y, start, ahead, group, count, tall, num_rows, size,
-                        out,
+                        weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
                     )  # fmt: skip
                 else:
                     one_row(
-                        weights, weights, scales, units, bias, x, y, start, ahead, group, count, tall, num_rows, size,
-                        out,
+                        weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
                     )  # fmt: skip
 
     return multiply

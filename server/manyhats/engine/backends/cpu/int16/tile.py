@@ -9,6 +9,7 @@ blocks are in the same order in every tile, so an output does not depend on the 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from llvmlite import ir
@@ -36,6 +37,8 @@ OCTET = 8
 """Inputs whose codes are decoded at a time."""
 PAIRS = OCTET // 2
 _OCTETS_OF_BLOCK = BLOCK_SIZE // OCTET
+_CHAINS = 4
+"""Sums that a tile of few rows has."""
 
 
 def _integer(value: int) -> ir.Constant:
@@ -78,35 +81,30 @@ class _Tile:
         self._builder = builder
         self._codes = codes
         self._weights, self._packed, self._scales, self._units, self._bias, self._x, self._y = arrays
-        self._at, self._ahead, self._group, self._num_stored, *rest = numbers
-        self._row, self._num_rows, self._size, self._out = rest
+        self._at, self._ahead, self._group, self._row, self._num_rows, self._size, self._out = numbers
 
-    def emit(self, num_rows: int, num_groups: int, is_decoded: bool) -> None:
+    def emit(self, num_rows: int, is_decoded: bool) -> None:
         """The loop over blocks, and the stores behind it."""
         b = self._builder
-        zero = splat(FLOATS, 0.0)
-        totals = [[cgutils.alloca_once_value(b, zero) for _ in range(num_groups)] for _ in range(num_rows)]
+        totals = [cgutils.alloca_once_value(b, splat(FLOATS, 0.0)) for _ in range(num_rows)]
         rows = self._rows(num_rows)
         num_blocks = b.sdiv(self._size, _integer(BLOCK_SIZE))
-        sums = [[cgutils.alloca_once(b, WORDS) for _ in of_row] for of_row in totals]
+        # Sums are exact, so a row may have several; the products of one must wait for each other.
+        num_chains = max(1, _CHAINS // num_rows)
+        sums = [[cgutils.alloca_once(b, WORDS) for _ in range(num_chains)] for _ in range(num_rows)]
         with cgutils.for_range(b, num_blocks) as loop:
             self._block(loop.index, num_blocks, rows, sums, is_decoded)
-            for g in range(num_groups):
-                scale = self._scale(loop.index, num_blocks, g)
-                for r in range(num_rows):
-                    in_row = b.add(b.mul(num_blocks, _integer(BLOCK_SIZE // 2)), loop.index)
-                    step = self._x.spread(b.add(self._start(rows[r], num_blocks), in_row))
-                    factor = b.fmul(scale, b.bitcast(step, FLOATS))
-                    total = b.sitofp(b.load(sums[r][g]), FLOATS)
-                    b.store(fma(b, total, factor, b.load(totals[r][g])), totals[r][g])
-        for g in range(num_groups):
-            with b.if_then(b.icmp_signed("<", _integer(g), self._num_stored)):
-                column = b.mul(b.add(self._group, _integer(g)), _integer(LANES))
-                unit = self._units.load(column, FLOATS)
-                bias = self._bias.load(column, FLOATS)
-                for r in range(num_rows):
-                    place = b.add(b.mul(rows[r], self._out), column)
-                    self._y.store(place, fma(b, b.load(totals[r][g]), unit, bias))
+            scale = self._scale(loop.index, num_blocks)
+            for row, chains, total in zip(rows, sums, totals, strict=True):
+                in_row = b.add(b.mul(num_blocks, _integer(BLOCK_SIZE // 2)), loop.index)
+                step = self._x.spread(b.add(self._start(row, num_blocks), in_row))
+                factor = b.fmul(scale, b.bitcast(step, FLOATS))
+                of_block = functools.reduce(b.add, [b.load(chain) for chain in chains])
+                b.store(fma(b, b.sitofp(of_block, FLOATS), factor, b.load(total)), total)
+        column = b.mul(self._group, _integer(LANES))
+        unit, bias = self._units.load(column, FLOATS), self._bias.load(column, FLOATS)
+        for row, total in zip(rows, totals, strict=True):
+            self._y.store(b.add(b.mul(row, self._out), column), fma(b, b.load(total), unit, bias))
 
     def _rows(self, count: int) -> list[Any]:
         """The rows of the tile; past the end, the last one again."""
@@ -120,33 +118,27 @@ class _Tile:
         return self._builder.mul(row, self._builder.mul(num_blocks, _integer(BLOCK_SIZE // 2 + 1)))
 
     def _block(self, block: Any, num_blocks: Any, rows: list[Any], sums: Any, is_decoded: bool) -> None:
-        """The sums of a block's products, for each row and group."""
+        """The sums of a block's products, for each row."""
         b = self._builder
-        for total in (total for of_row in sums for total in of_row):
-            b.store(splat(WORDS, 0), total)
-        stride = self._stride(is_decoded)
-        num_octets = b.mul(num_blocks, _integer(_OCTETS_OF_BLOCK))
+        for chain in (chain for chains in sums for chain in chains):
+            b.store(splat(WORDS, 0), chain)
         first = b.mul(block, _integer(_OCTETS_OF_BLOCK))
-        groups = [
-            b.add(self._at, b.mul(b.add(b.mul(num_octets, _integer(g)), first), _integer(stride)))
-            for g in range(len(sums[0]))
-        ]
         in_block = b.mul(first, _integer(PAIRS))
         inputs = [b.add(self._start(row, num_blocks), in_block) for row in rows]
         with cgutils.for_range(b, _integer(_OCTETS_OF_BLOCK)) as loop:
-            in_group = b.mul(loop.index, _integer(stride))
+            octet = b.add(first, loop.index)
+            ahead = b.add(self._ahead, b.mul(octet, _integer(self._stride(is_decoded=False))))
+            for word in range(self._codes.num_words):
+                self._packed.ask_ahead(b.add(ahead, _integer(word * LANES)))
+            values = self._values(
+                b.add(self._at, b.mul(octet, _integer(self._stride(is_decoded)))), is_decoded
+            )
             in_row = b.mul(loop.index, _integer(PAIRS))
-            for g in range(len(groups)):
-                octet = b.add(b.add(b.mul(num_octets, _integer(g)), first), loop.index)
-                place = b.add(self._ahead, b.mul(octet, _integer(self._stride(is_decoded=False))))
-                for word in range(self._codes.num_words):
-                    self._packed.ask_ahead(b.add(place, _integer(word * LANES)))
-            values = [self._values(b.add(at, in_group), is_decoded) for at in groups]
-            for pair in range(PAIRS):
-                for of_row, at in zip(sums, inputs, strict=True):
+            for pair, value in enumerate(values):
+                for chains, at in zip(sums, inputs, strict=True):
                     x = self._x.spread(b.add(b.add(at, in_row), _integer(pair)))
-                    for total, of_group in zip(of_row, values, strict=True):
-                        b.store(add_products(b, b.load(total), of_group[pair], x), total)
+                    chain = chains[pair % len(chains)]
+                    b.store(add_products(b, b.load(chain), value, x), chain)
 
     def _stride(self, is_decoded: bool) -> int:
         """32-bit words of a group's octet."""
@@ -157,10 +149,10 @@ class _Tile:
         vectors = _load_vectors(self._builder, self._weights, at, self._stride(is_decoded) // LANES)
         return vectors if is_decoded else self._codes.decode(self._builder, vectors)
 
-    def _scale(self, block: Any, num_blocks: Any, group: int) -> Any:
-        """The scales of a group's block, in units."""
+    def _scale(self, block: Any, num_blocks: Any) -> Any:
+        """The scales of a block, in units."""
         b = self._builder
-        at = b.add(b.mul(b.add(self._group, _integer(group)), num_blocks), block)
+        at = b.add(b.mul(self._group, num_blocks), block)
         raw = self._scales.load(b.mul(at, _integer(LANES)), SHORTS)
         return b.sitofp(b.sext(raw, WORDS), FLOATS)
 
@@ -169,13 +161,12 @@ def _load_vectors(builder: Any, memory: _Memory, at: Any, count: int) -> list[An
     return [memory.load(builder.add(at, _integer(index * LANES)), WORDS) for index in range(count)]
 
 
-def make_tile(codes: Codes, num_rows: int, num_groups: int, *, is_decoded: bool) -> Any:
+def make_tile(codes: Codes, num_rows: int, *, is_decoded: bool) -> Any:
     """A tile as an intrinsic.
 
     Args:
         codes: of the weights.
         num_rows: of the input.
-        num_groups: of the weights.
         is_decoded: whether the weights are values already, a pair in each 32-bit lane, or packed codes.
     """
 
@@ -192,16 +183,15 @@ def make_tile(codes: Codes, num_rows: int, num_groups: int, *, is_decoded: bool)
         at,
         ahead,
         group,
-        num_stored,
         row,
         rows,
         size,
         out,
     ):
-        """y[row …, group …] = x Wᵀ + b.
+        """y[row …, group] = x Wᵀ + b.
 
         Args:
-            weights: of ``size`` inputs times the tile's groups, from ``at`` on; 32-bit words.
+            weights: of ``size`` inputs, from ``at`` on; 32-bit words.
             packed: all codes.
             scales: [groups, size / 64, 16] int16, in units of the output row.
             units: [groups · 16] float32, of scales and of codes.
@@ -210,8 +200,7 @@ def make_tile(codes: Codes, num_rows: int, num_groups: int, *, is_decoded: bool)
             y: [rows, out] float32.
             at: where the tile's weights begin.
             ahead: where as many codes begin that are read next: they are asked for meanwhile.
-            group: its first.
-            num_stored: how many of its groups there are; others are padding.
+            group: of sixteen outputs.
             row: its first; past the last of all, that one is computed again.
             rows: of x and y.
             size: of a row of x, a multiple of 64.
@@ -223,10 +212,10 @@ def make_tile(codes: Codes, num_rows: int, num_groups: int, *, is_decoded: bool)
                 _Memory(context, builder, kind, array)
                 for kind, array in zip(signature.args[:7], args[:7], strict=True)
             )
-            _Tile(builder, codes, arrays, tuple(args[7:])).emit(num_rows, num_groups, is_decoded)
+            _Tile(builder, codes, arrays, tuple(args[7:])).emit(num_rows, is_decoded)
             return context.get_dummy_value()
 
-        return types.void(weights, packed, scales, units, bias, x, y, *[types.int64] * 8), codegen
+        return types.void(weights, packed, scales, units, bias, x, y, *[types.int64] * 7), codegen
 
     return tile
 
