@@ -18,7 +18,7 @@ from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
 from manyhats.engine.backends.cpu.program import Program
-from manyhats.engine.backends.cpu.units import Units
+from manyhats.engine.backends.cpu.attention.units import Units
 from manyhats.engine.backends.dtypes import cache_dtype, torch_dtype
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.model.architecture import SUBLAYERS, Architecture

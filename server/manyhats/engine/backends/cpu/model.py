@@ -16,9 +16,9 @@ from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
 from manyhats.engine.backends.cpu.compile import counted_compilation
 from manyhats.engine.backends.cpu.forward import LAST, LOGITS, STREAM, Forward
 from manyhats.engine.backends.cpu.kernels import CpuKernels
-from manyhats.engine.backends.cpu.logits import CpuLogits
+from manyhats.engine.backends.cpu.head.logits import CpuLogits
 from manyhats.engine.backends.cpu.packing import as_array
-from manyhats.engine.backends.cpu.units import Units
+from manyhats.engine.backends.cpu.attention.units import Units
 from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.backends.warmup import run_one
 from manyhats.engine.model.architecture import Architecture

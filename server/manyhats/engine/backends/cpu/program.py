@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.head import NUM_PLACES
+from manyhats.engine.backends.cpu.head.exact import NUM_PLACES
 from manyhats.engine.backends.cpu.packing import RESCALED_ROWS, Array, CpuLinear, as_array
 
 Instructions = tuple[Array, Array]

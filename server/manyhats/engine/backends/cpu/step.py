@@ -19,9 +19,9 @@ from manyhats.engine.backends.cpu.adapters.deltas import (
     rescaled,
 )
 from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_at, signed_bytes_at
-from manyhats.engine.backends.cpu.attention import attend
+from manyhats.engine.backends.cpu.attention.attend import attend
 from manyhats.engine.backends.cpu.compile import inner, kernel
-from manyhats.engine.backends.cpu.head import exact_logits, refine, refine_allowed
+from manyhats.engine.backends.cpu.head.exact import exact_logits, refine, refine_allowed
 from manyhats.engine.backends.cpu.linear import linear
 from manyhats.engine.backends.cpu.packing import Array
 from manyhats.engine.backends.cpu.rowwise import norm_heads, rotate_and_store, rowwise

@@ -33,6 +33,9 @@ from manyhats.engine.backends.cpu.simd import add, load, load_address, mul, stor
 ) = range(12)
 NUM_COLUMNS = 12
 
+ROWS_OF_THREAD = 4
+"""With adapters: from so many on, a row is one share, whatever the number of members."""
+
 
 @inner
 def table_of(op, frame):
@@ -42,13 +45,23 @@ def table_of(op, frame):
 
 @inner
 def num_delta_shares(op, frame):
-    """A share is a row at a member."""
-    if frame[col.NUM_ADAPTER_ROWS] == 0:
+    """A share is a row at all members of a group, or at one of them if there are few rows.
+
+    An adapter's matrices lie in the order of members, so that a whole row is read in one go.
+    """
+    num_rows = frame[col.NUM_ADAPTER_ROWS]
+    if num_rows == 0:
         return 0
     table = table_of(op, frame)
     if not bytes_at(table[HAS_DELTAS])[op[col.LAYER]]:
         return 0
-    return frame[col.NUM_ADAPTER_ROWS] * table[NUM_MEMBERS]
+    return num_rows if has_whole_rows(frame) else num_rows * table[NUM_MEMBERS]
+
+
+@inner
+def has_whole_rows(frame):
+    """Whether there are enough rows with an adapter for each to be one share."""
+    return frame[col.NUM_ADAPTER_ROWS] >= ROWS_OF_THREAD * frame[col.NUM_THREADS]
 
 
 @inner
@@ -67,22 +80,31 @@ def shift_span(y, at, size, address, like):
 
 @inner
 def deltas(op, share, frame, buffers, like, scratch, at):
-    """y = y · scale + offset, then y += scale · (x Aᵀ) B, for one row at one member.
+    """y = y · scale + offset, then y += scale · (x Aᵀ) B, for one row at one member or at all of them.
 
     Args:
         op: source holds x, target y; [N, d_in] and [N, d_out of all members].
-        share: index among the rows with an adapter · members + member.
+        share: index among the rows with an adapter, or that · members + member.
         frame, buffers: of the step.
         like: an array of the adapters' dtype.
         scratch: from ``at`` on, as many values as the largest rank.
     """
+    members = table_of(op, frame)[NUM_MEMBERS]
+    if has_whole_rows(frame):
+        for member in range(members):
+            change_row(op, share, member, frame, buffers, like, scratch, at)
+    else:
+        index = share // members
+        change_row(op, index, share - index * members, frame, buffers, like, scratch, at)
+
+
+@inner
+def change_row(op, index, member, frame, buffers, like, scratch, at):
+    """``deltas`` for the row ``index`` of those with an adapter, at one member."""
     table = table_of(op, frame)
-    members = table[NUM_MEMBERS]
-    index = share // members
-    member = share - index * members
     row = np.int64(ints_at(frame[col.ADAPTER_ROWS])[index])
     slot = ints_at(frame[col.ADAPTER_SLOTS])[index]
-    entry = (op[col.LAYER] * frame[col.NUM_SLOTS] + slot) * members + member
+    entry = (op[col.LAYER] * frame[col.NUM_SLOTS] + slot) * table[NUM_MEMBERS] + member
     x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
     start = row * op[col.NUM_OUT] + ints_at(table[STARTS])[member]
     size = np.int64(ints_at(table[SIZES])[member])

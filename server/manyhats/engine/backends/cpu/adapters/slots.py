@@ -21,6 +21,7 @@ from manyhats.adapters.primitives import (
     InputScale,
     LoweredAdapter,
     LowRank,
+    site_of,
 )
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters import deltas
@@ -74,6 +75,11 @@ class Layout:
             {group.name: tuple(member.d_out for member in group.members) for group in groups},
             {name: (group.name, member) for group in groups for member, name in enumerate(group.names)},
         )
+
+    def order(self, delta: Delta) -> tuple[int, int]:
+        """Deltas sorted by it, those of one site as they were, are in the order in which a step reads them."""
+        site, names = site_of(delta), list(self.places)
+        return site.layer, names.index(site.name) if site.name in names else len(names)
 
     def group_index(self, name: str) -> int:
         """A group's row in the kernel's table."""
@@ -169,7 +175,7 @@ class CpuAdapterSlots:
         """Copies the adapter's numbers into a memory of its own."""
         num_values = sum(_num_matrix_values(delta) for delta in adapter.deltas)
         packed = PackedAdapter(self._layout, num_values, self.dtype)
-        for delta in adapter.deltas:
+        for delta in sorted(adapter.deltas, key=self._layout.order):
             packed.add(delta)
         return packed
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.attention import num_scratch_values, part_cells, record_size
+from manyhats.engine.backends.cpu.attention.attend import num_scratch_values, part_cells, record_size
 from manyhats.engine.backends.cpu.packing import Array
 from manyhats.engine.backends.plan import Ints
 

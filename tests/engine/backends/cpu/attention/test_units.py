@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.units import QUERY_TILE, Units
+from manyhats.engine.backends.cpu.attention.units import QUERY_TILE, Units
 
 SIZE = 256
 

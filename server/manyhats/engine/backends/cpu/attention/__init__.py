@@ -1,0 +1,1 @@
+"""Attention over the paged cache, and how it is divided among threads."""
