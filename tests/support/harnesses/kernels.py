@@ -13,12 +13,12 @@ from torch import Tensor
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.engine.backends.cpu import columns
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
+from manyhats.engine.backends.cpu.attention.units import Units
 from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
 from manyhats.engine.backends.cpu.program import Program
-from manyhats.engine.backends.cpu.attention.units import Units
 from manyhats.engine.backends.dtypes import cache_dtype, torch_dtype
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.model.architecture import SUBLAYERS, Architecture

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import Layout
-from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.head.logits import PackedHead
+from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
 from manyhats.engine.backends.cpu.program import Program
 from manyhats.engine.errors import ModelError

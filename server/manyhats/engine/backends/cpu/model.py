@@ -10,15 +10,15 @@ from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
+from manyhats.engine.backends.cpu.attention.units import Units
 from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
 from manyhats.engine.backends.cpu.compile import counted_compilation
 from manyhats.engine.backends.cpu.forward import LAST, LOGITS, STREAM, Forward
-from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.head.logits import CpuLogits
+from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import as_array
-from manyhats.engine.backends.cpu.attention.units import Units
 from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.backends.warmup import run_one
 from manyhats.engine.model.architecture import Architecture

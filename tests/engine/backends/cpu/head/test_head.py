@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.head.logits import CpuLogits, PackedHead
+from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import pack_int8, pack_linear
 from manyhats.engine.backends.cpu.program import Program
 from manyhats.engine.backends.logits import HostLogits

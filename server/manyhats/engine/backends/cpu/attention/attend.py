@@ -14,9 +14,10 @@ import numpy as np
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.addresses import array_at, floats_at, ints_at, longs_at
+from manyhats.engine.backends.cpu.attention.products import ROWS, rows_at_once, score_rows, sum_rows
+from manyhats.engine.backends.cpu.attention.tiles import WIDTH
 from manyhats.engine.backends.cpu.compile import inner
 from manyhats.engine.backends.cpu.int8 import scale_cells
-from manyhats.engine.backends.cpu.attention.products import ROWS, rows_at_once, score_rows, sum_rows
 from manyhats.engine.backends.cpu.rowwise import scale_row
 from manyhats.engine.backends.cpu.simd import (
     add,
@@ -35,7 +36,6 @@ from manyhats.engine.backends.cpu.simd import (
     zero,
 )
 from manyhats.engine.backends.cpu.team import next_share
-from manyhats.engine.backends.cpu.attention.tiles import WIDTH
 
 PART = 256
 """Positions of a part, less if blocks do not fill it, more if a block is larger."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from manyhats.engine.backends.cpu.attention.tiles import IS_WIDE, WIDTH, keys_product, values_product
 from manyhats.engine.backends.cpu.compile import inner
 from manyhats.engine.backends.cpu.simd import store, zero
-from manyhats.engine.backends.cpu.attention.tiles import IS_WIDE, WIDTH, keys_product, values_product
 
 ROWS = 6
 """Query rows at a time, at most."""
