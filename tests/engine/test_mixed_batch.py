@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
@@ -128,9 +129,15 @@ async def test_through_the_engine_each_request_gets_what_it_gets_alone(
     adapters = {f"task-{slot}": random_lora(model.description, slot) for slot in range(1, NUM_ADAPTERS + 1)}
     requests = requests_of(population)
     steps: list[StepStats] = []
+
+    def note(stats: StepStats) -> None:
+        steps.append(stats)
+        time.sleep(0.005)  # else a request would be over before the next one comes
+
     async with running_engine(model, adapters, max_num_batched_tokens=32) as engine:
-        engine.loop.on_step = steps.append
+        engine.loop.on_step = note
         together = await joined_one_by_one(engine, requests)
+        engine.loop.on_step = steps.append
         alone = [await collect(engine, request) for request in requests]
         await until(lambda: engine.stats.kv_blocks_used == 0)
     async with running_engine(model, adapters) as fresh:
