@@ -1,7 +1,7 @@
 """y = x Wᵀ + b for weights in codes and inputs in 16-bit integers, whatever the number of rows.
 
-Inputs have a step for each block of 64, and weights' scales are 16-bit fixed point in a unit of each output row. One or
-two rows multiply weights that are decoded in registers. For more, a group of sixteen output rows is decoded into a
+Inputs have a step for each block of 64, and weights' scales are 16-bit fixed point in a unit of each output row. A few
+rows multiply weights that are decoded in registers. For more, a group of sixteen output rows is decoded into a
 thread's own scratch once, and read for a tile of rows at a time. The arithmetic is the same.
 """
 
@@ -19,6 +19,11 @@ from manyhats.engine.backends.cpu.packing import GROUPS
 _TALL = 8 if HAS_WIDE else 4
 """Rows whose sums, of a group each, fit the registers beside what they are made of."""
 
+_FEW = 8 if HAS_WIDE else 2
+"""Rows that multiply weights decoded in registers, if there are no more."""
+_REST = 2
+"""The same behind whole tiles of tall ones."""
+
 _AHEAD = 1024
 """Words of codes that are asked for before they are read, where they are decoded in registers.
 
@@ -28,7 +33,8 @@ One group after another, as they lie in memory: processors read ahead along one 
 
 def _multiplier(codes: Codes) -> Any:
     """The function that multiplies with weights in such codes."""
-    one_row, two_rows = (make_tile(codes, rows, is_decoded=False) for rows in (1, 2))
+    one_row, two_rows, all_few = (make_tile(codes, rows, is_decoded=False) for rows in (1, 2, _FEW))
+    half_few = make_tile(codes, max(_FEW // 2, 1), is_decoded=False)
     four_rows, tall_rows = (make_tile(codes, rows, is_decoded=True) for rows in (4, _TALL))
     decode = make_decoder(codes)
     stride = codes.num_words * LANES
@@ -51,9 +57,10 @@ def _multiplier(codes: Codes) -> Any:
         size = op[col.SIZE]
         octets = size // OCTET
         first, last = groups
-        # A rest of one or two rows is decoded in registers.
-        rest = num_rows % _TALL
-        tall = num_rows - rest if rest <= 2 else num_rows
+        tall = 0
+        if num_rows > _FEW:
+            tall = num_rows - num_rows % _TALL if num_rows % _TALL <= _REST else num_rows
+        rest = num_rows - tall
         if tall:
             for group in range(first, last):
                 start, ahead = group * octets * stride, (group + 1) * octets * stride
@@ -75,12 +82,20 @@ def _multiplier(codes: Codes) -> Any:
             for group in range(first, last):
                 start = group * octets * stride
                 ahead = start + _AHEAD
-                if num_rows - tall == 2:
+                if rest == 1:
+                    one_row(
+                        weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
+                    )  # fmt: skip
+                elif rest == 2:
                     two_rows(
                         weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
                     )  # fmt: skip
+                elif rest <= _FEW // 2:
+                    half_few(
+                        weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
+                    )  # fmt: skip
                 else:
-                    one_row(
+                    all_few(
                         weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
                     )  # fmt: skip
 
