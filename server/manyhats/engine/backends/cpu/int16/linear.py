@@ -33,9 +33,10 @@ One group after another, as they lie in memory: processors read ahead along one 
 
 def _multiplier(codes: Codes) -> Any:
     """The function that multiplies with weights in such codes."""
-    one_row, two_rows, all_few = (make_tile(codes, rows, is_decoded=False) for rows in (1, 2, _FEW))
-    half_few = make_tile(codes, max(_FEW // 2, 1), is_decoded=False)
-    four_rows, tall_rows = (make_tile(codes, rows, is_decoded=True) for rows in (4, _TALL))
+    one_row, two_rows, four_rows, eight_rows = (
+        make_tile(codes, rows, is_decoded=False) for rows in (1, 2, 4, 8)
+    )
+    four_decoded, tall_decoded = (make_tile(codes, rows, is_decoded=True) for rows in (4, _TALL))
     decode = make_decoder(codes)
     stride = codes.num_words * LANES
 
@@ -69,12 +70,12 @@ def _multiplier(codes: Codes) -> Any:
                 row = 0
                 while row < tall:
                     if tall - row > 4 and _TALL > 4:
-                        tall_rows(
+                        tall_decoded(
                             panel, weights, scales, units, bias, x, y, at, ahead, group, row, tall, size, out
                         )  # fmt: skip
                         row += _TALL
                     else:
-                        four_rows(
+                        four_decoded(
                             panel, weights, scales, units, bias, x, y, at, ahead, group, row, tall, size, out
                         )  # fmt: skip
                         row += 4
@@ -86,16 +87,16 @@ def _multiplier(codes: Codes) -> Any:
                     one_row(
                         weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
                     )  # fmt: skip
-                elif rest == 2:
+                elif rest == 2 or _FEW == 2:
                     two_rows(
                         weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
                     )  # fmt: skip
-                elif rest <= _FEW // 2:
-                    half_few(
+                elif rest <= 4:
+                    four_rows(
                         weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
                     )  # fmt: skip
                 else:
-                    all_few(
+                    eight_rows(
                         weights, weights, scales, units, bias, x, y, start, ahead, group, tall, num_rows, size, out
                     )  # fmt: skip
 
