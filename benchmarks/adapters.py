@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.workload import Adapter, Settings
+from manyhats.adapters.formats.peft.tensors import find_target
 from manyhats.adapters.sites import BaseDescription
 
 _B_SCALE = 0.02
@@ -46,10 +47,11 @@ def _lora(base: BaseDescription, settings: Settings, generator: torch.Generator)
     """On all linears."""
     rank = settings.adapter_rank
     tensors = {}
-    for module, site in base.modules.items():
-        if site.name not in base.linears:
-            continue  # the embedding or the head
-        d_in, d_out = base.linears[site.name]
+    for module in base.modules:
+        target = find_target(module, base)
+        if target is None or target.is_head:
+            continue
+        d_in, d_out = target.d_in, target.d_out
         a = torch.randn(rank, d_in, generator=generator) * d_in**-0.5
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
         b = torch.randn(d_out, rank, generator=generator) * _B_SCALE

@@ -69,7 +69,8 @@ def _dense_model(base: LoadedModel) -> Any:
     directory = locate_model(BASE_ALIAS, default_home()).directory
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     modules = dict(model.named_modules())
-    for path, site in base.description.modules.items():
+    for path, (part, *_) in base.description.modules.items():
+        site = part.site
         linear = base.weights.blocks[site.layer].linears.get(site.name) if site.layer >= 0 else None
         if linear is not None and isinstance(linear.matrix, Nf4Weight):
             modules[path].weight.data.copy_(linear.matrix.dequantize())

@@ -54,10 +54,10 @@ def block(window: int | None) -> Block:
 ARCHITECTURE = Architecture(
     model_type="llama",
     max_context_length=64,
-    embedding=Embedding(num_tokens=100),
+    embedding=Embedding(num_tokens=100, size=64),
     blocks=(block(None), block(4)),
     final_norm=Norm(1e-5),
-    head=Head(is_tied=True),
+    head=Head(is_tied=True, size=64),
 )
 
 
@@ -122,10 +122,10 @@ def test_biases_are_read() -> None:
     own = Architecture(
         model_type="llama",
         max_context_length=64,
-        embedding=Embedding(100),
+        embedding=Embedding(100, 64),
         blocks=(biased,),
         final_norm=Norm(1e-5),
-        head=Head(is_tied=True),
+        head=Head(is_tied=True, size=64),
     )
     costs = step_costs(own, plan(0, 0, 0, 0), rank=2)
     assert [costs[part].num_bytes for part in ("qkv", "o", "down")] == [4226 + 4 * 64, 2113, 4226 + 4 * 64]

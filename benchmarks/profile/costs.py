@@ -17,7 +17,7 @@ from manyhats.engine.model.architecture import Architecture, Attention, Block, G
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 LINEARS = ("qkv", "o", "gate_up", "down")
-"""The groups of a block's linears."""
+"""The groups of a block's linears, in its order; of a feed-forward without a gate, up alone."""
 KERNELS = (*LINEARS, "head", "attention", "deltas", "norms", "rotation", "gate")
 """The parts of a step that kernels run; norms include sums, scales, and the copy of the rows that need logits."""
 CHOOSING = "choosing"
@@ -70,13 +70,13 @@ def step_costs(
     if architecture.blocks[0].around_attention.before is not None:
         costs["norms"] += _moved(2 * num_rows * hidden)
     for block in architecture.blocks:
-        for group in block.groups():
-            costs[group.name] += _linear(group, num_rows)
+        for part, group in zip(LINEARS, block.groups(), strict=True):
+            costs[part] += _linear(group, num_rows)
             costs["deltas"] += _deltas(group, plan, rank)
         costs["attention"] += _attention(block.attention, plan)
         costs["norms"] += _moved(num_rows * _normed_values(block))
         costs["rotation"] += _rotation(block.attention, num_rows)
-        costs["gate"] += _moved(3 * num_rows * block.feed_forward.width)
+        costs["gate"] += _moved((2 + block.feed_forward.is_gated) * num_rows * block.feed_forward.width)
     return costs
 
 

@@ -27,14 +27,17 @@ from manyhats.engine.model.weights import Weights
 from manyhats.engine.progress import Progress, no_progress
 
 PART_OF = {
-    col.RMS_NORM: "norms",
+    col.NORM: "norms",
     col.ADD: "norms",
-    col.ADD_RMS_NORM: "norms",
+    col.ADD_NORM: "norms",
+    col.LOCATE: "norms",
     col.SCALE: "norms",
     col.NORM_HEADS: "norms",
     col.GATHER: "norms",
     col.SILU: "gate",
     col.GELU_TANH: "gate",
+    col.GELU: "gate",
+    col.RELU: "gate",
     col.SOFTCAP: "head",
     col.REFINE: "head",
     col.ROTATE: "rotation",

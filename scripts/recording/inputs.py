@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.adapters.sites import BaseDescription, Part, Site
 from support.factories.adapterhub import make_adapterhub
 from support.factories.adapters import (
     PREFIX,
@@ -124,11 +125,19 @@ def _describe(family: str, shape: Mapping[str, Any]) -> BaseDescription:
     fused = {}
     for layer in range(base.num_layers):
         path = f"model.layers.{layer}"
-        fused[f"{path}.self_attn.qkv_proj"] = tuple(Site(layer, f"{part}_proj") for part in "qkv")
-        fused[f"{path}.mlp.gate_up_proj"] = (Site(layer, "gate_proj"), Site(layer, "up_proj"))
-    parts = {site for sites in fused.values() for site in sites}
-    modules = {module: site for module, site in base.modules.items() if site not in parts}
-    return replace(base, model_type=family, modules=modules, fused_modules=fused)
+        fused[f"{path}.self_attn.qkv_proj"] = _joined(base, layer, ("q_proj", "k_proj", "v_proj"))
+        fused[f"{path}.mlp.gate_up_proj"] = _joined(base, layer, ("gate_proj", "up_proj"))
+    inside = {part.site for parts in fused.values() for part in parts}
+    modules = {module: parts for module, parts in base.modules.items() if parts[0].site not in inside}
+    return replace(base, model_type=family, modules={**modules, **fused})
+
+
+def _joined(base: BaseDescription, layer: int, names: Sequence[str]) -> tuple[Part, ...]:
+    """Linears that are one below the other in one module."""
+    sizes = [base.linears[name][1] for name in names]
+    ends = itertools.accumulate(sizes)
+    rows = (range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+    return tuple(Part(Site(layer, name), own) for name, own in zip(names, rows, strict=True))
 
 
 def _some_methods(directory: Path, base: BaseDescription) -> dict[str, str]:

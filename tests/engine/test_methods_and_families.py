@@ -26,7 +26,7 @@ from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.request import ResponseOptions
-from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, linears_of, make_checkpoint
 from support.harnesses.engine import Answer, collect, load_tiny, make_request, random_ids, running_engine
 from support.oracles.peft import make_peft, save_peft
 from support.oracles.transformers import load_transformers
@@ -39,6 +39,7 @@ IDS = random_ids(2, 37, TINY_VOCAB_SIZE)
 NUM_VIRTUAL = 7
 WINDOW = {"sliding_window": 20}
 """Shorter than the prompt."""
+ALL_HEADS = {"kv_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": WINDOW,
@@ -50,15 +51,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {},
     "olmo2": {},
     "smollm3": {**WINDOW, "num_layers": 3},
+    "gemma": {},
+    "gpt2": ALL_HEADS,
+    "gptj": ALL_HEADS,
+    "starcoder2": WINDOW,
+    "gpt_neox": ALL_HEADS,
+    "opt": ALL_HEADS,
+    "opt-350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32, **ALL_HEADS},
+    "phi": {},
+    "falcon": {"multi_query": False, "num_kv_heads": 4, **ALL_HEADS},
+    "cohere": {"use_qk_norm": True},
+    "cohere2": WINDOW,
 }
-LINEARS = ("q_proj", "v_proj", "up_proj", "down_proj")
 METHODS: Mapping[AdapterMethod, Callable[[list[str]], Any]] = {
     AdapterMethod.LORA: lambda linears: LoraConfig(r=5, lora_alpha=8, target_modules=linears),
     AdapterMethod.DORA: lambda linears: LoraConfig(r=3, use_dora=True, target_modules=linears),
     AdapterMethod.ADALORA: lambda linears: AdaLoraConfig(init_r=4, total_step=9, target_modules=linears),
     AdapterMethod.VERA: lambda linears: VeraConfig(r=16, target_modules=linears),
     AdapterMethod.IA3: lambda linears: IA3Config(
-        target_modules=linears, feedforward_modules=["down_proj"], init_ia3_weights=True
+        target_modules=linears, feedforward_modules=linears[-1:], init_ia3_weights=True
     ),
     AdapterMethod.PREFIX_TUNING: lambda linears: PrefixTuningConfig(num_virtual_tokens=NUM_VIRTUAL),
     AdapterMethod.PROMPT_TUNING: lambda linears: PromptTuningConfig(num_virtual_tokens=NUM_VIRTUAL),
@@ -73,10 +84,6 @@ Found = Mapping[AdapterMethod | None, tuple[Answer, Tensor]]
 """By method, or of the base: what the engine answered, and the logits of PEFT, [T, V]."""
 
 
-def linears_of(family: str) -> list[str]:
-    return ["qkv_proj", "gate_up_proj", "down_proj"] if family == "phi3" else list(LINEARS)
-
-
 @torch.no_grad()
 def logits_of(model: Any, **fields: Any) -> Tensor:
     logits: Tensor = model(input_ids=torch.tensor([IDS]), **fields).logits[0, -len(IDS) :]
@@ -87,12 +94,15 @@ def logits_of(model: Any, **fields: Any) -> Tensor:
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """All methods on one family, in one engine's batches."""
     directory = tmp_path_factory.mktemp("family")
-    checkpoint = make_checkpoint(directory / "model", request.param, seed=8, **FAMILIES[request.param])
+    family = request.param.removesuffix("-350m")
+    checkpoint = make_checkpoint(directory / "model", family, seed=8, **FAMILIES[request.param])
     reference = load_transformers(checkpoint)
     expected: dict[AdapterMethod | None, Tensor] = {None: logits_of(reference)}
     for method, make_config in METHODS.items():
-        config = make_config(linears_of(request.param))
+        config = make_config(linears_of(family))
         config.task_type = "CAUSAL_LM"
+        if hasattr(config, "token_dim") and method is not AdapterMethod.PREFIX_TUNING:
+            config.token_dim = reference.get_input_embeddings().embedding_dim
         peft = make_peft(reference, config, size=0.3)
         save_peft(peft, directory / method.value, save_embedding_layers=False)
         fields = {"task_ids": torch.tensor([0])} if method is AdapterMethod.MULTITASK_PROMPT_TUNING else {}

@@ -121,7 +121,6 @@ SPOILT: list[tuple[Callable[[Draft], object], type[AdapterError], str]] = [
     (config_with(trainable_token_indices=[1]), Invalid, "trainable_token_indices"),
     (config_with(target_parameters=["experts"]), Unsupported, "target_parameters"),
     (config_with(alora_invocation_tokens=[1]), Unsupported, "alora_invocation_tokens"),
-    (config_with(fan_in_fan_out=True), Unsupported, "fan_in_fan_out"),
     (config_with(new_and_unknown=1), Unsupported, "new_and_unknown"),
     (config_with(new_and_unknown=0), Unsupported, "new_and_unknown"),
     # Tasks, methods and formats.

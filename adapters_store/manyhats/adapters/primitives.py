@@ -148,17 +148,22 @@ class EmbeddingRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadRows:
-    """Rows that replace the output head's: logit ``ids[i]`` is ``rows[i] · h``; ids [n], rows [n, D]."""
+    """Rows that replace the output head's: logit ``ids[i]`` is ``rows[i] · h + bias[i]``; ids, bias [n], rows [n, E].
+
+    The bias is None for none.
+    """
 
     ids: Tensor
     rows: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadWeight:
-    """An output head that replaces the base's: [V, D]."""
+    """An output head that replaces the base's: weight [V, E], and bias [V], None for none."""
 
     weight: Tensor
+    bias: Tensor | None = None
 
 
 Delta = LowRank | Affine | InputScale | Bottleneck | EmbeddingLowRank | EmbeddingRows | HeadRows | HeadWeight

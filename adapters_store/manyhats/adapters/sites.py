@@ -55,6 +55,18 @@ TextCheck = Callable[[Mapping[str, bytes | bytearray]], TextFacts]
 """Says what text files, name → content, mean on a base; raises ``ArtifactError``, ``subject`` the file."""
 
 
+Rows = range | tuple[int, ...]
+"""Rows of a stored matrix, in the order in which they are computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A linear, or a table, and which of a module's output rows are its own."""
+
+    site: Site
+    rows: Rows
+
+
 @dataclass(frozen=True, slots=True)
 class BaseDescription:
     """What an adapter is checked against: names, shapes and module paths of the resident base.
@@ -67,12 +79,17 @@ class BaseDescription:
         hidden_size: D.
         vocab_size: V.
         linears: site name → (in features, out features); the same in every layer.
-        modules: Hugging Face module path (``model.layers.0.self_attn.q_proj``) → site.
-        fused_modules: path of a module that the decoder runs as several linears → their sites, in row order.
+        modules: path of a module as transformers has it (``model.layers.0.self_attn.q_proj``) → what it computes: one
+            linear, or several whose rows it holds; the embedding, or the output head.
+        prefix: what the paths of modules begin with, but the head's; files may leave it out.
+        aliases: other paths of modules → theirs.
         num_kv_heads: Hkv.
         head_dim: K.
+        key_order: the order of a head's values, as indices of a file's; None if it is the same.
+        embedding_size: E, of a row of the embedding and of the output head; D unless a base projects between them.
         embedding_scale: what the architecture multiplies embeddings by.
         is_tied: whether the output head is the embedding.
+        has_head_bias: whether the output head adds a bias.
         has_sliding_window: whether some layer attends only to the latest positions.
         weights: the base's own weights; None if only the description is available.
         check_text: says what an artifact's text files mean on this base; None if its tokenizer is not available.
@@ -85,12 +102,28 @@ class BaseDescription:
     hidden_size: int
     vocab_size: int
     linears: Mapping[str, tuple[int, int]]
-    modules: Mapping[str, Site]
-    fused_modules: Mapping[str, tuple[Site, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    modules: Mapping[str, tuple[Part, ...]]
+    prefix: str = "model."
+    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     num_kv_heads: int = 0
     head_dim: int = 0
+    key_order: tuple[int, ...] | None = None
+    embedding_size: int = 0
     embedding_scale: float = 1.0
     is_tied: bool = True
+    has_head_bias: bool = False
     has_sliding_window: bool = False
     weights: WeightSource | None = None
     check_text: TextCheck | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "embedding_size", self.embedding_size or self.hidden_size)
+
+    def module_of(self, path: str) -> str | None:
+        """The path under which ``modules`` has a module that a file names; None if it is none of this base's."""
+        known = (path, self.aliases.get(path), self.prefix + path)
+        return next((each for each in known if each in self.modules), None)
+
+    def path_of(self, site: Site) -> str:
+        """The path of the embedding or of the output head."""
+        return next(path for path, parts in self.modules.items() if parts[0].site == site)

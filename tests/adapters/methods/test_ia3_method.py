@@ -110,7 +110,6 @@ def test_equations() -> None:
         ({"feedforward_modules": ["q_proj"]}, AdapterInvalidError, Q_PROJ),
         ({"feedforward_modules": 3}, AdapterInvalidError, "feedforward_modules"),
         ({"feedforward_modules": [3]}, AdapterInvalidError, "feedforward_modules"),
-        ({"fan_in_fan_out": True}, AdapterUnsupportedError, "fan_in_fan_out"),
         ({"modules_to_save": ["norm"]}, AdapterUnsupportedError, "modules_to_save"),
         ({"surprise": 1}, AdapterUnsupportedError, "surprise"),
     ],

@@ -123,7 +123,6 @@ def test_vectors_rescale_the_shared_projections() -> None:
         ({"projection_prng_key": 2**63}, AdapterInvalidError, "projection_prng_key"),
         ({"projection_prng_key": 0.5}, AdapterInvalidError, "projection_prng_key"),
         ({"bias": "lora_only"}, AdapterInvalidError, "bias"),
-        ({"fan_in_fan_out": True}, AdapterUnsupportedError, "fan_in_fan_out"),
         ({"trainable_token_indices": [1]}, AdapterUnsupportedError, "trainable_token_indices"),
         ({"surprise": 1}, AdapterUnsupportedError, "surprise"),
     ],

@@ -15,7 +15,6 @@ from manyhats.adapters.sites import BaseDescription, Site
 from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.errors import ModelError
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.engine import Prompt, Ran, Runner, digest_of, load_tiny, random_ids
 from support.oracles.transformers import full_logits, load_transformers
@@ -77,6 +76,60 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "gemma": {"family": "gemma", "tie": True},
+    "gpt2": {"family": "gpt2", "tie": True, "kv_heads": 4},
+    "gpt2, scores divided by layer, own head": {
+        "family": "gpt2",
+        "kv_heads": 4,
+        "num_layers": 3,
+        "scale_attn_by_inverse_layer_idx": True,
+    },
+    "gptj": {"family": "gptj", "kv_heads": 4},
+    "starcoder2": {"family": "starcoder2", "sliding_window": 20},
+    "starcoder2, no biases, tied": {"family": "starcoder2", "use_bias": False, "tie": True},
+    "gpt_neox": {"family": "gpt_neox", "kv_heads": 4},
+    "gpt_neox, one after the other, an odd half of a head": {
+        "family": "gpt_neox",
+        "kv_heads": 4,
+        "use_parallel_residual": False,
+        "hidden_size": 192,
+        "rope": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    },
+    "gpt_neox, no biases in the attention": {"family": "gpt_neox", "kv_heads": 4, "attention_bias": False},
+    "opt": {"family": "opt", "tie": True, "kv_heads": 4},
+    "opt, norms behind, projections": {
+        "family": "opt",
+        "tie": True,
+        "kv_heads": 4,
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 32,
+    },
+    "opt, bare norms, no biases": {
+        "family": "opt",
+        "kv_heads": 4,
+        "layer_norm_elementwise_affine": False,
+        "enable_bias": False,
+    },
+    "opt, no final norm": {"family": "opt", "kv_heads": 4, "_remove_final_layer_norm": True},
+    "phi": {"family": "phi"},
+    "phi, norms of heads": {"family": "phi", "kv_heads": 4, "qk_layernorm": True},
+    "falcon, one head of keys": {"family": "falcon", "multi_query": True, "tie": True},
+    "falcon, all heads, one after the other": {
+        "family": "falcon",
+        "multi_query": False,
+        "parallel_attn": False,
+        "num_kv_heads": 4,
+        "bias": True,
+    },
+    "falcon, new": {"family": "falcon", "new_decoder_architecture": True, "bias": True},
+    "falcon, new, one norm": {
+        "family": "falcon",
+        "new_decoder_architecture": True,
+        "num_ln_in_parallel_attn": 1,
+    },
+    "cohere": {"family": "cohere", "tie": True},
+    "cohere, norms of heads, biases": {"family": "cohere", "use_qk_norm": True, "attention_bias": True},
+    "cohere2": {"family": "cohere2", "sliding_window": 20, "tie": True},
 }
 LORAS: dict[str, dict[str, Any]] = {
     "qwen3": {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]},
@@ -86,7 +139,18 @@ LORAS: dict[str, dict[str, Any]] = {
     "granite": {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]},
     "olmo2": {"target_modules": "all-linear"},
     "smollm3": {"target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True},
+    "gemma": {"target_modules": "all-linear"},
+    "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    "gptj": {"target_modules": ["q_proj", "k_proj", "fc_in", "fc_out"]},
+    "starcoder2": {"target_modules": ["q_proj", "c_fc", "c_proj"]},
+    "gpt_neox": {"target_modules": ["query_key_value", "dense", "dense_h_to_4h"]},
+    "opt": {"target_modules": ["q_proj", "v_proj", "fc2"]},
+    "phi": {"target_modules": ["q_proj", "v_proj", "fc1", "dense"]},
+    "falcon": {"target_modules": "all-linear"},
+    "cohere": {"target_modules": ["q_proj", "k_proj", "up_proj"]},
+    "cohere2": {"target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj"]},
 }
+WINDOWED = {"qwen3", "gemma2", "gemma3_text", "smollm3", "starcoder2", "cohere2"}
 
 
 @pytest.fixture(scope="module", params=list(MODELS.values()), ids=list(MODELS))
@@ -151,13 +215,11 @@ def lowered(peft: PeftModel, base: BaseDescription) -> LoweredAdapter:
     deltas = []
     for name, module in peft.named_modules():
         path = name.removeprefix("base_model.model.")
-        sites = base.fused_modules.get(path) or tuple(filter(None, [base.modules.get(path)]))
-        if not sites or not hasattr(module, "lora_A"):
+        if path not in base.modules or not hasattr(module, "lora_A"):
             continue
         a, b = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
-        parts = b.split([base.linears[site.name][1] for site in sites])
         scale = module.scaling["default"]
-        deltas += [LowRank(site, a, part, scale) for site, part in zip(sites, parts, strict=True)]
+        deltas += [LowRank(part.site, a, b[list(part.rows)], scale) for part in base.modules[path]]
     return LoweredAdapter(digest_of("peft"), tuple(deltas))
 
 
@@ -174,7 +236,10 @@ def make_peft(model: nn.Module, config: dict[str, Any]) -> PeftModel:
 
 @pytest.mark.parametrize("family", LORAS)
 def test_lora_equals_peft_s(family: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = PHI3 if family == "phi3" else {"family": family, "sliding_window": 20}
+    windowed = family in WINDOWED
+    options: dict[str, Any] = {"family": family, **({"sliding_window": 20} if windowed else {"kv_heads": 4})}
+    if family == "phi3":
+        options = PHI3
     checkpoint = make_checkpoint(tmp_path / "model", seed=6, **options)
     model = load_tiny(checkpoint)
     peft = make_peft(load_transformers(checkpoint), LORAS[family])
@@ -190,13 +255,15 @@ def test_lora_equals_peft_s(family: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def with_fused_weights(model: nn.Module, loaded: LoadedModel) -> nn.Module:
-    """Give transformers' Phi-3 the weights that a loaded one stands for, joined again."""
-    for path, sites in loaded.description.fused_modules.items():
-        model.get_parameter(f"{path}.weight").copy_(torch.cat([weight_of(loaded, site) for site in sites]))
-    for path, site in loaded.description.modules.items():
-        if site.layer >= 0:
-            model.get_parameter(f"{path}.weight").copy_(weight_of(loaded, site))
+def with_stored_weights(model: nn.Module, loaded: LoadedModel) -> nn.Module:
+    """Give transformers' model the weights that a loaded one stands for, in the order of its matrices' rows."""
+    for path, parts in loaded.description.modules.items():
+        if parts[0].site.layer >= 0:
+            weight = model.get_parameter(f"{path}.weight")
+            if loaded.architecture.model_type == "gpt2":
+                weight = weight.T  # type: ignore[assignment]
+            for part in parts:
+                weight[list(part.rows)] = weight_of(loaded, part.site)
     return model
 
 
@@ -205,21 +272,26 @@ def weight_of(loaded: LoadedModel, site: Site) -> Tensor:
     return loaded.description.weights.linear(site)[0]
 
 
-def test_nf4_of_fused_weights_equals_the_dequantized_model(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(
-        tmp_path / "model", dtype=torch.bfloat16, kv_heads=4, intermediate_size=256, **PHI3
-    )
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**PHI3, "kv_heads": 4},
+        {**PHI3, "kv_heads": 1},  # cut inside a group of 256 blocks
+        {"family": "gpt2", "kv_heads": 4},
+        {"family": "gpt_neox", "kv_heads": 4},
+        {"family": "falcon", "new_decoder_architecture": True},
+        {"family": "gptj", "kv_heads": 4},
+        {"family": "cohere2"},
+    ],
+    ids=["phi3", "phi3, one head of keys", "gpt2", "gpt_neox", "falcon", "gptj", "cohere2"],
+)
+def test_nf4_of_stored_matrices_equals_the_dequantized_model(options: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16, intermediate_size=256, **options)
     loaded = load_tiny(checkpoint, "nf4")
     runs = Runner(loaded).run(prompts_of(), all_logits=True)
-    assert_equals(runs, with_fused_weights(load_transformers(checkpoint), loaded))
-    # A second load takes the cached weights: the fused ones, as bitsandbytes quantizes them.
+    assert_equals(runs, with_stored_weights(load_transformers(checkpoint), loaded))
+    # A second load takes the cached weights: the stored ones, as bitsandbytes quantizes them.
     assert_same_bits(runs, Runner(load_tiny(checkpoint, "nf4")).run(prompts_of(), all_logits=True))
-
-
-def test_fused_nf4_weights_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16, kv_heads=1, **PHI3)
-    with pytest.raises(ModelError, match=r"qkv_proj\.weight: NF4 rows of 128 values can be cut only"):
-        load_tiny(checkpoint, "nf4")
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "olmo2"])

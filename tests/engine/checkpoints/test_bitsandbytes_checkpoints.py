@@ -224,7 +224,7 @@ def test_rows_of_a_matrix_with_plain_absmaxes_can_be_cut_anywhere() -> None:
         (9, 64), block_size=64, double=False, quant_type="nf4", storage=torch.uint8
     )
     weight = read_quantized("w", tensors, (9, 64)).nf4()
-    assert torch.equal(weight.rows(4, 7).dequantize(), expected[4:7])
+    assert torch.equal(weight.select(range(4, 7)).dequantize(), expected[4:7])
 
 
 MALFORMED: dict[str, tuple[dict[str, Tensor | None], str]] = {

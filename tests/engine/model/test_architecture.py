@@ -11,6 +11,7 @@ import pytest
 from manyhats.adapters.sites import Site
 from manyhats.engine.checkpoints.checkpoint import expected_shapes
 from manyhats.engine.model.architecture import Architecture
+from manyhats.engine.model.families.fields import OWN_NAMES
 from manyhats.engine.model.families.reading import FAMILIES, read_family
 
 SIZES: dict[str, Any] = {
@@ -38,12 +39,35 @@ GROUPS = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-PRE_NORMS = {"attention_before": 64, "feed_forward_before": 64}
+# Of families whose heads share no keys and leave no choice of their size, and whose feed-forward has no gate.
+OF_ALL_HEADS = {
+    "q_proj": (192, 192),
+    "k_proj": (192, 192),
+    "v_proj": (192, 192),
+    "o_proj": (192, 192),
+    "up_proj": (192, 96),
+    "down_proj": (96, 192),
+}
+UNGATED = {**{name: group for name, group in GROUPS.items() if name != "gate_up"}, "up": ("up_proj",)}
+WITHOUT_GATE = ("falcon", "gpt2", "gpt_neox", "gptj", "opt", "phi", "starcoder2")
+WITH_ALL_HEADS = ("falcon", "gpt2", "gpt_neox", "gptj", "opt")
+OUTPUT_NORMS = {"attention_output": (64,), "feed_forward_output": (64,)}
+PRE_NORMS = {"attention_before": (64,), "feed_forward_before": (64,)}
+HEAD_NORMS = {"query": (32,), "key": (32,)}
 NORMS = {
-    "gemma2": {**PRE_NORMS, "attention_output": 64, "feed_forward_output": 64},
-    "gemma3_text": {**PRE_NORMS, "attention_output": 64, "feed_forward_output": 64, "query": 32, "key": 32},
-    "olmo2": {"query": 192, "key": 64, "attention_output": 64, "feed_forward_output": 64},
-    "qwen3": {**PRE_NORMS, "query": 32, "key": 32},
+    "gemma2": {**PRE_NORMS, **OUTPUT_NORMS},
+    "gemma3_text": {**PRE_NORMS, **OUTPUT_NORMS, **HEAD_NORMS},
+    "olmo2": {"query": (192,), "key": (64,), **OUTPUT_NORMS},
+    "qwen3": {**PRE_NORMS, **HEAD_NORMS},
+    "cohere": {"attention_before": (64,)},
+    "cohere2": {"attention_before": (64,)},
+    "phi": {"attention_before": (64,)},
+    "falcon": {"attention_before": (192,)},
+    "gptj": {"attention_before": (192,)},
+    **{
+        name: {"attention_before": (192,), "feed_forward_before": (192,)}
+        for name in ("gpt2", "gpt_neox", "opt")
+    },
 }
 ORDER_OF_NORMS = (
     "attention_before",
@@ -106,33 +130,52 @@ TENSORS = {
 }
 
 
+def config_of(family: str) -> dict[str, Any]:
+    """The sizes by the names that a family's files have for them; a hidden size that its heads divide."""
+    names = {standard: own for own, standard in OWN_NAMES.get(family, {}).items()}
+    hidden_size = {"hidden_size": 192} if family in WITH_ALL_HEADS else {}
+    fields = {names.get(name, name): value for name, value in {**SIZES, **hidden_size}.items()}
+    return {**fields, "model_type": family, "multi_query": False, "rotary_dim": 16}
+
+
 def read(family: str) -> Architecture:
-    return read_family({**SIZES, "model_type": family}).architecture
+    return read_family(config_of(family)).architecture
+
+
+def linears_of(family: str) -> dict[str, tuple[int, int]]:
+    if family in WITH_ALL_HEADS:
+        return OF_ALL_HEADS
+    return {
+        name: sizes for name, sizes in LINEARS.items() if name != "gate_proj" or family not in WITHOUT_GATE
+    }
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_linears_and_their_groups_are_those_of_every_family_in_the_order_of_the_forward(family: str) -> None:
+    linears = linears_of(family)
+    names = ("qkv", "o", "up", "down") if family in WITHOUT_GATE else GROUPS
+    members = {**GROUPS, **UNGATED}
     for block in read(family).blocks:
         shapes = {linear.name: (linear.d_in, linear.d_out) for linear in block.linears()}
-        assert list(shapes.items()) == list(LINEARS.items())
-        assert [(group.name, group.names) for group in block.groups()] == list(GROUPS.items())
+        assert list(shapes.items()) == list(linears.items())
+        assert [(group.name, group.names) for group in block.groups()] == [(n, members[n]) for n in names]
         for group in block.groups():
-            assert {LINEARS[name][0] for name in group.names} == {group.d_in}
-            assert sum(LINEARS[name][1] for name in group.names) == group.d_out
+            assert {linears[name][0] for name in group.names} == {group.d_in}
+            assert sum(linears[name][1] for name in group.names) == group.d_out
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_norms_are_those_of_the_family_in_the_order_of_the_forward(family: str) -> None:
     expected = NORMS.get(family, PRE_NORMS)
     for block in read(family).blocks:
-        found = {shape.name: shape.size for shape in block.norms()}
+        found = {shape.name: shape.shape for shape in block.norms()}
         assert list(found) == [name for name in ORDER_OF_NORMS if name in expected]
         assert found == expected
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_family_s_files_have_a_place_for_each_linear_and_norm(family: str) -> None:
-    found = read_family({**SIZES, "model_type": family})
+    found = read_family(config_of(family))
     block = found.architecture.blocks[0]
     stored = [name for each in found.layout.modules.values() for name in each.members]
     assert sorted(stored) == sorted(linear.name for linear in block.linears())

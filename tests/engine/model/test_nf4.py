@@ -152,3 +152,13 @@ def check_against_golden(weight: Nf4Weight, expected: dict[str, Any], name: str)
         assert sha256(weight.absmax) == expected["nf4_absmax_u8"], name
         assert sha256(weight.nested_absmax) == expected["nf4_absmax2"], name
         assert sha256(weight.dequantize()) == expected["nf4_dequant_fp32"], name
+
+
+@pytest.mark.parametrize("columns", [64, 192, 1600 // 25 * 64])
+def test_any_rows_in_any_order_stand_for_the_same_values(columns: int) -> None:
+    """Rows of 25 blocks, as GPT-2 XL's, are no multiple of 256, where a cut by range is possible."""
+    weight = quantize_nf4(torch.randn(48, columns, generator=torch.Generator().manual_seed(1)))
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(2))[:31]
+    chosen = weight.select(tuple(order.tolist()))
+    assert chosen.shape == (31, columns)
+    assert torch.equal(chosen.dequantize(), weight.dequantize()[order])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyhats.adapters.sites import BaseDescription, Site, WeightSource
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Part, Site, WeightSource
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -52,7 +52,13 @@ def make_base(
         "up_proj": (hidden_size, intermediate_size),
         "down_proj": (intermediate_size, hidden_size),
     }
-    modules = {module_path(layer, name): Site(layer, name) for layer in range(num_layers) for name in linears}
+    modules = {
+        module_path(layer, name): (Part(Site(layer, name), range(d_out)),)
+        for layer in range(num_layers)
+        for name, (_, d_out) in linears.items()
+    }
+    tokens = range(vocab_size)
+    modules |= {"model.embed_tokens": (Part(EMBEDDING, tokens),), "lm_head": (Part(HEAD, tokens),)}
     return BaseDescription(
         model_type="llama",
         names=frozenset(names),
@@ -83,11 +89,10 @@ def targets(
     base: BaseDescription, sites: Collection[str], layers: Collection[int] | None = None
 ) -> list[Target]:
     """The modules that hold linears of these names, in these layers (None: all), ordered by site."""
-    modules = {module: (site,) for module, site in base.modules.items()} | dict(base.fused_modules)
     found = []
-    for module, parts in sorted(modules.items(), key=lambda item: item[1]):
-        names = [site.name for site in parts]
-        if not set(names) & set(sites) or (layers is not None and parts[0].layer not in layers):
+    for module, parts in sorted(base.modules.items(), key=lambda item: [part.site for part in item[1]]):
+        names = [part.site.name for part in parts]
+        if not set(names) & set(sites) or (layers is not None and parts[0].site.layer not in layers):
             continue
         d_out = sum(base.linears[name][1] for name in names)
         found.append(Target(module, names[0], base.linears[names[0]][0], d_out))

@@ -36,10 +36,10 @@ def make_architecture(
     return Architecture(
         model_type="llama",
         max_context_length=max_context_length,
-        embedding=Embedding(vocab_size),
+        embedding=Embedding(vocab_size, hidden_size),
         blocks=(block,) * num_layers,
         final_norm=norm,
-        head=Head(is_tied=False),
+        head=Head(is_tied=False, size=hidden_size),
     )
 
 

@@ -12,6 +12,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
+from manyhats.engine.model.families.fields import OWN_NAMES
+
 TINY_VOCAB_SIZE = 320
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS_TOKEN_ID = 2
@@ -20,6 +22,18 @@ CHAT_TEMPLATE = (
     "'<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_LINEARS = {
+    "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+    "gptj": ["q_proj", "v_proj", "fc_in", "fc_out"],
+    "starcoder2": ["q_proj", "v_proj", "c_fc", "c_proj"],
+    "gpt_neox": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
+    "falcon": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
+    "opt": ["q_proj", "v_proj", "fc1", "fc2"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+}
+_RENAMED = ("intermediate_size",)
+"""Fields whose other names transformers' config classes don't know themselves."""
 _MERGES = (
     ("t", "h"),
     ("th", "e"),
@@ -119,6 +133,7 @@ def make_checkpoint(
         **_family_fields(family, hidden_size // heads),
         **overrides,
     }
+    fields = {_own_name(family, name): value for name, value in fields.items()}
     with torch.random.fork_rng():
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(family, **fields), dtype=dtype
@@ -134,7 +149,20 @@ def make_checkpoint(
     return directory
 
 
+def linears_of(family: str) -> list[str]:
+    """Names of some linears of a family, of attention and feed-forward; the last is behind the activation."""
+    return list(_LINEARS.get(family, ("q_proj", "v_proj", "up_proj", "down_proj")))
+
+
+def _own_name(family: str, name: str) -> str:
+    """What a family's config calls a field."""
+    names = {standard: own for own, standard in OWN_NAMES.get(family, {}).items()}
+    return names.get(name, name) if name in _RENAMED else name
+
+
 def _rope_fields(family: str, rope: dict[str, Any]) -> dict[str, Any]:
+    if family in ("gpt_neox", "phi"):
+        return {"partial_rotary_factor": 0.5, **rope}
     if family != "gemma3_text":
         return rope
     return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
@@ -164,6 +192,11 @@ def _family_fields(family: str, head_dim: int) -> dict[str, Any]:
             "logits_scaling": 1.7,
         },
         "smollm3": {"no_rope_layer_interval": 2},
+        "gptj": {"rotary_dim": head_dim // 2},
+        "gemma": {"head_dim": head_dim},
+        "opt": {"word_embed_proj_dim": head_dim * 4},
+        "falcon": {"num_kv_heads": 2},
+        "cohere2": {"head_dim": head_dim, "layer_types": ["sliding_attention", "full_attention"]},
     }
     return fields.get(family, {})
 
@@ -173,16 +206,19 @@ def _randomize(model: nn.Module, seed: int) -> None:
     """Weights of a size at which every part of the model shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     norm_centre = 0.0 if "Gemma" in type(model).__name__ else 1.0
+    norms = tuple(
+        f"{name}.weight" for name, module in model.named_modules() if "Norm" in type(module).__name__
+    )
 
     def random(parameter: Tensor) -> Tensor:
         return torch.randn(parameter.shape, generator=generator)
 
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if name in norms:
             parameter.copy_(norm_centre + 0.2 * random(parameter))
         elif name.endswith("bias"):
             parameter.copy_(0.3 * random(parameter))
-        elif "embed_tokens" in name:
+        elif "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
             parameter.copy_(0.5 * random(parameter))
         else:
             parameter.copy_(1.5 * random(parameter) / parameter.shape[-1] ** 0.5)

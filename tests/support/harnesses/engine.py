@@ -210,7 +210,8 @@ def random_lora(
     """A LoRA that changes the logits clearly; about a third of the sites are left out unless they are named."""
     generator = torch.Generator().manual_seed(seed)
     deltas = []
-    for index, site in enumerate(sorted(s for s in base.modules.values() if s.name in base.linears)):
+    sites_of_linears = (part.site for parts in base.modules.values() for part in parts)
+    for index, site in enumerate(sorted(s for s in sites_of_linears if s.name in base.linears)):
         if site.name not in sites if sites is not None else (seed + index) % 3 == 0:
             continue
         d_in, d_out = base.linears[site.name]

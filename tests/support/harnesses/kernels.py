@@ -16,12 +16,14 @@ from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
 from manyhats.engine.backends.cpu.attention.units import Units
 from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.backends.cpu.cache import CpuKVCache
+from manyhats.engine.backends.cpu.forward import ACTIVATIONS
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
-from manyhats.engine.backends.cpu.program import Program
+from manyhats.engine.backends.cpu.program import PackedNorm, Program
 from manyhats.engine.backends.dtypes import cache_dtype, torch_dtype
 from manyhats.engine.backends.plan import AdapterRows
-from manyhats.engine.model.architecture import SUBLAYERS, Architecture
+from manyhats.engine.model.architecture import SUBLAYERS, Architecture, Norm
+from manyhats.engine.model.weights import NormWeight
 from support.oracles.operations import ReferenceKVCache, ReferenceSlots
 
 
@@ -38,33 +40,38 @@ def from_python(inner: Any) -> Any:
 class Operations(CpuKernels):
     """Each instruction as a call, on tensors [N, …] float32."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def norm(self, x: Tensor, norm: Norm, weights: NormWeight) -> Tensor:
         """The norm of each row."""
         out, program = torch.empty_like(x), Program()
-        program.rms_norm(0, 1, weight, eps)
+        program.norm(0, 1, PackedNorm.of(norm, weights))
         self.run_alone(program, [x, out])
         return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The RMS norm of each row."""
+        return self.norm(x, Norm(eps), NormWeight(weight))
 
     def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Residual += delta; the norm of residual."""
         out, program = torch.empty_like(residual), Program()
-        program.add_rms_norm(0, 1, 2, weight, eps)
+        program.add_norm(0, 1, 2, PackedNorm.of(Norm(eps), NormWeight(weight)))
         self.run_alone(program, [delta, residual, out])
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """SiLU(gate) · up."""
-        return self._gated(columns.SILU, gate_up)
+        return self.activate("silu", gate_up, is_gated=True)
 
     def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
         """GELU(gate) · up, in the tanh approximation."""
-        return self._gated(columns.GELU_TANH, gate_up)
+        return self.activate("gelu_pytorch_tanh", gate_up, is_gated=True)
 
-    def _gated(self, instruction: int, gate_up: Tensor) -> Tensor:
-        size, program = gate_up.shape[1] // 2, Program()
-        out = torch.empty((gate_up.shape[0], size))
-        program.gate(instruction, 0, 1, size)
-        self.run_alone(program, [gate_up, out])
+    def activate(self, name: str, x: Tensor, is_gated: bool) -> Tensor:
+        """An activation of each row, or of its first half times the second."""
+        size, program = x.shape[1] // (1 + is_gated), Program()
+        out = torch.empty((x.shape[0], size))
+        program.activate(ACTIVATIONS[name], 0, 1, size, is_gated)
+        self.run_alone(program, [x, out])
         return out
 
     def norm_queries_and_keys(
@@ -72,7 +79,8 @@ class Operations(CpuKernels):
     ) -> None:
         """Norms of queries and keys, in place."""
         program = Program()
-        program.norm_heads(0, qkv.shape[1], (q_weight, num_queries), (k_weight, num_keys), eps)
+        queries, keys = (PackedNorm.of(Norm(eps), NormWeight(weight)) for weight in (q_weight, k_weight))
+        program.norm_heads(0, qkv.shape[1], (queries, num_queries), (keys, num_keys))
         self.run_alone(program, [qkv])
 
     def rotate_and_store(

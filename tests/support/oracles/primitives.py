@@ -7,6 +7,7 @@ family works whose layers have ``self_attn`` and ``mlp``, fused projections and 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from manyhats.adapters.primitives import (
     LowRank,
     PromptEmbeddings,
 )
-from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.adapters.sites import BaseDescription, Part, Site
 
 P = TypeVar("P")
 
@@ -146,27 +147,25 @@ class TransformersWeights:
 def describe_model(model: Any, names: Collection[str] = ("test/tiny",)) -> BaseDescription:
     """The base that a transformers model is, weights included; read from its modules alone."""
     config = model.config
-    modules: dict[str, Site] = {
-        "model.embed_tokens": Site(-1, "embed_tokens"),
-        "lm_head": Site(-1, "lm_head"),
+    vocab_size, hidden_size = model.model.embed_tokens.weight.shape
+    modules = {
+        "model.embed_tokens": (Part(Site(-1, "embed_tokens"), range(vocab_size)),),
+        "lm_head": (Part(Site(-1, "lm_head"), range(vocab_size)),),
     }
-    fused: dict[str, tuple[Site, ...]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     weights: dict[Site, tuple[Tensor, Tensor | None]] = {Site(-1, "lm_head"): (model.lm_head.weight, None)}
     for index, layer in enumerate(model.model.layers):
         for path, module, parts in linears_of(layer):
             sites = tuple(Site(index, name) for name, _ in parts)
-            full_path = f"model.layers.{index}.{path}"
-            if len(sites) == 1:
-                modules[full_path] = sites[0]
-            else:
-                fused[full_path] = sites
             rows = [size for _, size in parts]
+            ends = itertools.accumulate(rows)
+            modules[f"model.layers.{index}.{path}"] = tuple(
+                Part(site, range(end - size, end)) for site, size, end in zip(sites, rows, ends, strict=True)
+            )
             biases = [None] * len(rows) if module.bias is None else module.bias.split(rows)
             for site, weight, bias in zip(sites, module.weight.split(rows), biases, strict=True):
                 shapes[site.name] = (weight.shape[1], weight.shape[0])
                 weights[site] = (weight, bias)
-    vocab_size, hidden_size = model.model.embed_tokens.weight.shape
     heads = config.num_attention_heads
     return BaseDescription(
         model_type=config.model_type,
@@ -177,7 +176,6 @@ def describe_model(model: Any, names: Collection[str] = ("test/tiny",)) -> BaseD
         vocab_size=vocab_size,
         linears=shapes,
         modules=modules,
-        fused_modules=fused,
         num_kv_heads=config.num_key_value_heads or heads,
         head_dim=getattr(config, "head_dim", None) or hidden_size // heads,
         embedding_scale=float(getattr(model.model.embed_tokens, "embed_scale", 1.0)),

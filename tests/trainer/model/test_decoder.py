@@ -48,11 +48,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {},
     "olmo2": {},
     "smollm3": {**WINDOW, "num_layers": 3},
+    "gemma": {},
+    "gpt2": {"kv_heads": 4},
+    "gptj": {"kv_heads": 4},
+    "starcoder2": WINDOW,
+    "gpt_neox": {"kv_heads": 4},
+    "opt": {"kv_heads": 4},
+    "opt, norms behind and projections": {
+        "kv_heads": 4,
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 32,
+    },
+    "phi": {},
+    "falcon": {},
+    "cohere": {"use_qk_norm": True},
+    "cohere2": WINDOW,
 }
 
 
 def load(directory: Path, family: str) -> tuple[LoadedModel, Any]:
-    checkpoint = make_checkpoint(directory / "model", family.split()[0], seed=4, **FAMILIES[family])
+    checkpoint = make_checkpoint(
+        directory / "model", family.split()[0].rstrip(","), seed=4, **FAMILIES[family]
+    )
     return load_tiny(checkpoint), load_transformers(checkpoint)
 
 

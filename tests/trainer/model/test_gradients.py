@@ -39,7 +39,7 @@ from manyhats.trainer.data.batch import TokenizedRow, collate
 from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.settings.methods import LoraSettings
 from support.factories.adapterhub import make_adapterhub
-from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
+from support.factories.tiny_models import TINY_VOCAB_SIZE, linears_of, make_checkpoint
 from support.factories.trainables import move, tiny_base
 from support.harnesses.engine import load_tiny
 from support.harnesses.training import (
@@ -59,6 +59,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 NUM_VIRTUAL = 6
 WINDOW = {"sliding_window": 20}
+ALL_HEADS = {"kv_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie": True},
     "mistral": WINDOW,
@@ -70,21 +71,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {},
     "olmo2": {},
     "smollm3": {"num_layers": 3},
+    "gpt2": ALL_HEADS,
+    "gptj": ALL_HEADS,
+    "gpt_neox": ALL_HEADS,
+    "opt": ALL_HEADS,
+    "phi": {},
+    "falcon": {"multi_query": False, "num_kv_heads": 4, **ALL_HEADS},
+    "cohere": {"use_qk_norm": True},
 }
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FUSED_LINEARS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3")
 
 
 def config_of(method: str, family: str) -> Any:
-    linears = FUSED_LINEARS if family == "phi3" else LINEARS
+    linears = LINEARS if family in LLAMA_LIKE else linears_of(family)
     configs = {
         "lora": LoraConfig(r=5, lora_alpha=8, target_modules=linears),
         "rslora": LoraConfig(
-            r=4, lora_alpha=6, use_rslora=True, target_modules=linears, rank_pattern={"down_proj": 2}
+            r=4, lora_alpha=6, use_rslora=True, target_modules=linears, rank_pattern={linears[-1]: 2}
         ),
         "head lora": LoraConfig(r=3, lora_alpha=4, target_modules=["o_proj", "lm_head"]),
         "dora": LoraConfig(r=3, use_dora=True, target_modules=linears),
-        "ia3": IA3Config(target_modules=linears, feedforward_modules=["down_proj"], init_ia3_weights=True),
+        "ia3": IA3Config(target_modules=linears, feedforward_modules=linears[-1:], init_ia3_weights=True),
         "prefix": PrefixTuningConfig(num_virtual_tokens=NUM_VIRTUAL),
         "projected prefix": PrefixTuningConfig(
             num_virtual_tokens=NUM_VIRTUAL, prefix_projection=True, encoder_hidden_size=9
@@ -112,6 +120,11 @@ CASES = [
     *(("qwen2", method) for method in EVERY_METHOD),
     *((family, method) for family in FAMILIES if family != "qwen2" for method in ("lora", "prefix")),
     *((family, "prompt") for family in ("mistral", "gemma2", "granite")),
+    *(
+        (family, method)
+        for family in ("gpt2", "gpt_neox", "opt", "cohere")
+        for method in ("dora", "ia3", "prompt")
+    ),
     *((family, "dora") for family in ("phi3", "gemma3_text")),
     ("gemma2", "head lora"),
     ("llama", "ia3"),

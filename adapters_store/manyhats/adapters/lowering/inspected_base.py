@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
-from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Part, Site
 
 Shape = tuple[int, ...]
 
@@ -64,25 +64,29 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
         shapes: tensor name → shape.
         base_model: what the artifact names as its base.
     """
-    modules = {path: Site(layer, name) for path, layer, name, _, _ in _parts(shapes)}
     widths = _infer_widths(shapes)
     hidden_size = _infer_hidden_size(config, shapes, widths)
     num_layers, num_kv_heads, head_dim = _infer_attention(config, shapes)
     # VeRA's modules share one A, which is as wide as the widest.
     shared_in = _first(shapes, "base_model.vera_A", 1) or hidden_size
     linears = {name: (d_in or shared_in, d_out or hidden_size) for name, (d_in, d_out) in widths.items()}
+    modules = {
+        path: (Part(Site(layer, name), range(linears[name][1])),)
+        for path, layer, name, _, _ in _parts(shapes)
+    }
+    vocab_size = _infer_vocab_size(shapes)
     return BaseDescription(
         model_type=str(config.get("model_type", "llama")),
         names=frozenset([base_model]),
         digest="",
         num_layers=num_layers,
         hidden_size=hidden_size,
-        vocab_size=_infer_vocab_size(shapes),
+        vocab_size=vocab_size,
         linears=linears,
         modules={
             **modules,
-            "model.embed_tokens": EMBEDDING,
-            "lm_head": HEAD,
+            "model.embed_tokens": (Part(EMBEDDING, range(vocab_size)),),
+            "lm_head": (Part(HEAD, range(vocab_size)),),
         },
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

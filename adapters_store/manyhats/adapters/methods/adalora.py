@@ -133,8 +133,8 @@ def _place(
     for tensors in modules:
         tensors.require((_A, _B, _E))
     misfits = [found for tensors in modules if (found := _find_misfit(tensors, config, base)) is not None]
-    raise_misfits(misfits, len(modules), base, candidate.base_model)
-    saved.check_modules({tensors.module for tensors in modules})
+    raise_misfits(misfits, modules, base, candidate.base_model)
+    saved.check_modules({tensors.module for tensors in modules}, base)
     placed = [(target, each) for each in modules if (target := find_target(each.module, base)) is not None]
     return sorted(placed, key=lambda pair: pair[0].parts[0].site), saved
 

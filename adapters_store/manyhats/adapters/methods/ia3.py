@@ -73,8 +73,8 @@ def _place(
     saved = find_saved_modules(candidate.config, candidate.shapes, base)
     modules = group_tensors(saved.others(candidate.shapes), (_VECTOR,))
     misfits = [found for tensors in modules if (found := _find_misfit(tensors, base)) is not None]
-    raise_misfits(misfits, len(modules), base, candidate.base_model)
-    saved.check_modules({tensors.module for tensors in modules})
+    raise_misfits(misfits, modules, base, candidate.base_model)
+    saved.check_modules({tensors.module for tensors in modules}, base)
     placed = [(target, each) for each in modules if (target := find_target(each.module, base)) is not None]
     for target, tensors in placed:
         if target.is_head:

@@ -157,4 +157,4 @@ def _check(
     check_prompt(config.prompt, shapes[PROMPT_EMBEDDINGS], base, base_model)
     tasks, ranks = config.num_tasks, config.num_ranks
     check_shape(_COLUMNS, shapes[_COLUMNS], (tasks, config.prompt.num_virtual_tokens, ranks))
-    check_shape(_ROWS, shapes[_ROWS], (tasks, ranks, base.hidden_size))
+    check_shape(_ROWS, shapes[_ROWS], (tasks, ranks, base.embedding_size))

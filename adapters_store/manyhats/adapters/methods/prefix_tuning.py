@@ -103,6 +103,8 @@ class PrefixTuningMethod:
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         _check_prefix(_parse(artifact.config), shapes, base, artifact.base_model)
         keys, values = split_prefix(artifact.tensors[PROMPT_EMBEDDINGS], base.num_layers, base.num_kv_heads)
+        if base.key_order is not None:
+            keys = keys[..., list(base.key_order)]
         prefix = KVPrefix(keys=keys.contiguous(), values=values.contiguous(), position_offset=0)
         return LoweredAdapter(digest=artifact.digest, deltas=(), prefix=prefix)
 

@@ -121,11 +121,11 @@ def check_prompt(
         BaseMismatchError: they are another base's.
         AdapterInvalidError: they contradict their config, or the base that they name.
     """
-    as_first_layer_reads(torch.empty(0, base.hidden_size), base)
+    as_first_layer_reads(torch.empty(0, base.embedding_size), base)
     if len(shape) != 2:
         raise AdapterInvalidError(PROMPT_EMBEDDINGS, f"has {len(shape)} dimensions; expected 2")
-    check_fits("token_dim", config.token_dim, base.hidden_size, base, base_model)
+    check_fits("token_dim", config.token_dim, base.embedding_size, base, base_model)
     check_fits("num_layers", config.num_layers, base.num_layers, base, base_model)
     if config.token_dim is None:
-        check_fits(PROMPT_EMBEDDINGS, shape[1], base.hidden_size, base, base_model)
-    check_shape(PROMPT_EMBEDDINGS, shape, (config.num_virtual_tokens, base.hidden_size))
+        check_fits(PROMPT_EMBEDDINGS, shape[1], base.embedding_size, base, base_model)
+    check_shape(PROMPT_EMBEDDINGS, shape, (config.num_virtual_tokens, base.embedding_size))

@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from manyhats.adapters.sites import Rows
 from manyhats.engine.checkpoints.nf4_format import is_quantized, quantized_keys, read_quantized
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import Block
+from manyhats.engine.model.architecture import Block, Norm, NormShape
 from manyhats.engine.model.layout import Family, Layout, Stored
 from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, NormWeight, Weights
 from manyhats.engine.progress import Progress
@@ -116,26 +117,41 @@ def check_quantization_config(config: Mapping[str, Any]) -> bool:
 
 
 def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor a dense checkpoint must have; [out, in] for linears."""
+    """Name and shape of every tensor a dense checkpoint must have; [out, in] for linears unless they are transposed."""
     architecture, layout = family.architecture, family.layout
-    hidden = (architecture.hidden_size,)
-    table = (architecture.vocab_size, *hidden)
+    embedding, head, hidden = architecture.embedding, architecture.head, architecture.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
-        _weight(layout.embedding): table,
-        _weight(layout.final_norm): hidden,
+        _weight(layout.outer(layout.embedding)): (embedding.num_tokens, embedding.size)
     }
-    if not architecture.head.is_tied:
-        shapes[_weight(layout.head)] = table
+    if embedding.positions is not None:
+        shapes[_weight(layout.outer(layout.positions))] = (embedding.positions.num_rows, hidden)
+    if embedding.size != hidden:
+        shapes[_weight(layout.outer(layout.embedding_projection))] = (hidden, embedding.size)
+    if head.size != hidden:
+        shapes[_weight(layout.outer(layout.head_projection))] = (head.size, hidden)
+    if architecture.final_norm is not None:
+        shapes |= _norm_shapes(layout.outer(layout.final_norm), architecture.final_norm, (hidden,))
+    if not head.is_tied:
+        shapes[_weight(layout.head)] = (embedding.num_tokens, head.size)
+    if head.has_bias:
+        shapes[_bias(layout.head)] = (embedding.num_tokens,)
     for layer, block in enumerate(architecture.blocks):
-        sizes = {shape.name: shape.size for shape in block.norms()}
+        norms = {norm.name: norm for norm in block.norms()}
         for name, path in layout.norms.items():
-            shapes[_weight(layout.path(layer, path))] = (sizes[name],)
+            shapes |= _norm_shapes(layout.path(layer, path), norms[name].norm, norms[name].shape)
         for path, stored in layout.modules.items():
-            shape = stored_shape(block, stored)
-            shapes[_weight(layout.path(layer, path))] = shape
+            d_out, d_in = stored_shape(block, stored)
+            shapes[_weight(layout.path(layer, path))] = (
+                (d_in, d_out) if stored.is_transposed else (d_out, d_in)
+            )
             if _is_biased(block, stored):
-                shapes[_bias(layout.path(layer, path))] = shape[:1]
+                shapes[_bias(layout.path(layer, path))] = (d_out,)
     return shapes
+
+
+def _norm_shapes(path: str, norm: Norm, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    has = ((_weight(path), norm.has_weight), (_bias(path), norm.has_bias))
+    return {name: shape for name, is_there in has if is_there}
 
 
 def stored_shape(block: Block, stored: Stored) -> tuple[int, int]:
@@ -162,6 +178,7 @@ def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
     Raises:
         ModelError: names the tensor.
     """
+    family = family.of_files(tensors)
     expected = expected_shapes(family)
     known = set(expected)
     for name, shape in expected.items():
@@ -185,7 +202,8 @@ def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
 
 def _check_tied_head(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
     """Names of a head that repeats the embedding."""
-    embedding, head = _weight(family.layout.embedding), _weight(family.layout.head)
+    layout = family.layout
+    embedding, head = _weight(layout.outer(layout.embedding)), _weight(layout.head)
     if not family.architecture.head.is_tied or head not in tensors:
         return set()
     if not torch.equal(tensors[head], tensors[embedding]):
@@ -215,6 +233,7 @@ def assemble_weights(
     Raises:
         ModelError: a linear's NF4 tensors are malformed, or NF4 is to be kept but no linear has it.
     """
+    family = family.of_files(tensors)
     reader = _Reader(tensors, family, dtype, keep_nf4)
     if keep_nf4 and not any(key.endswith(".absmax") for key in tensors):
         raise ModelError("no linear of the checkpoint is NF4, though its config says so")
@@ -223,12 +242,17 @@ def assemble_weights(
     for index, block in enumerate(architecture.blocks):
         blocks.append(reader.block(index, block))
         progress("load", index + 1, architecture.num_layers)
-    is_tied = architecture.head.is_tied
+    embedding = _aligned(reader.dense(_weight(layout.outer(layout.embedding))))
+    positions = architecture.embedding.positions
+    final_norm = architecture.final_norm
     return Weights(
-        embedding=_aligned(reader.table(layout.embedding)),
+        embedding=embedding,
         blocks=tuple(blocks),
-        final_norm=reader.norm(layout.final_norm),
-        outer={} if is_tied else {"lm_head": Linear(_aligned(reader.table(layout.head)))},
+        final_norm=None
+        if final_norm is None
+        else reader.norm(layout.outer(layout.final_norm), final_norm, (architecture.hidden_size,)),
+        outer=reader.outer(embedding),
+        positions=None if positions is None else reader.dense(_weight(layout.outer(layout.positions))),
     )
 
 
@@ -247,50 +271,74 @@ class _Reader:
         self, tensors: Mapping[str, Tensor], family: Family, dtype: torch.dtype, keep_nf4: bool
     ) -> None:
         self._tensors = tensors
-        self._architecture = family.architecture
+        self._family = family
         self._layout: Layout = family.layout
         self._dtype = dtype
         self._keep_nf4 = keep_nf4
+        self._shapes = expected_shapes(family)
 
     def block(self, index: int, block: Block) -> BlockWeights:
         """Block ``index``."""
         linears: dict[str, Linear] = {}
         for path, stored in self._layout.modules.items():
             linears |= self._members(self._layout.path(index, path), block, stored)
-        norms = {
-            shape.name: self.norm(self._layout.path(index, self._layout.norms[shape.name]))
-            for shape in block.norms()
-        }
+        norms = {each.name: self._block_norm(index, block, each) for each in block.norms()}
         return BlockWeights({shape.name: linears[shape.name] for shape in block.linears()}, norms)
 
-    def norm(self, path: str) -> NormWeight:
+    def _block_norm(self, index: int, block: Block, shape: NormShape) -> NormWeight:
+        """A norm of a block; of heads whose values have another order in files, in ours."""
+        found = self.norm(self._layout.path(index, self._layout.norms[shape.name]), shape.norm, shape.shape)
+        order = self._family.key_order
+        if order is None or shape.name not in ("query", "key"):
+            return found
+        at = torch.tensor(order)
+        return NormWeight(found.weight[..., at], None if found.bias is None else found.bias[..., at])
+
+    def norm(self, path: str, norm: Norm, shape: tuple[int, ...]) -> NormWeight:
         """A norm, with the offset its stored weight lacks."""
-        return NormWeight(self._tensors[_weight(path)].float() + self._layout.norm_offset)
+        offset = self._layout.norm_offset
+        weight = self._tensors[_weight(path)].float() + offset if norm.has_weight else torch.ones(shape)
+        return NormWeight(weight, self._tensors[_bias(path)].float() if norm.has_bias else None)
 
-    def table(self, path: str) -> Tensor:
-        """The embedding or the output head, [V, D]."""
-        return self._dense(_weight(path), (self._architecture.vocab_size, self._architecture.hidden_size))
-
-    def _members(self, path: str, block: Block, stored: Stored) -> dict[str, Linear]:
-        """The linears in one stored matrix, stacked by rows."""
-        matrix = self._matrix(_weight(path), stored_shape(block, stored))
-        bias = self._tensors[_bias(path)].to(self._dtype) if _is_biased(block, stored) else None
-        if len(stored.members) == 1:
-            return {stored.members[0]: Linear(matrix, bias)}
-        sizes = {linear.name: linear.d_out for linear in block.linears()}
-        linears: dict[str, Linear] = {}
-        start = 0
-        for name in stored.members:
-            stop = start + sizes[name]
-            part = _rows(_weight(path), matrix, start, stop)
-            linears[name] = Linear(part, None if bias is None else bias[start:stop])
-            start = stop
+    def outer(self, embedding: Tensor) -> dict[str, Linear]:
+        """The linears outside the blocks; the head is among them unless it is the embedding alone."""
+        architecture, layout = self._family.architecture, self._layout
+        head, linears = architecture.head, {}
+        if architecture.embedding.size != architecture.hidden_size:
+            path = layout.outer(layout.embedding_projection)
+            linears["embedding_projection"] = Linear(self.dense(_weight(path)))
+        if head.size != architecture.hidden_size:
+            linears["head_projection"] = Linear(self.dense(_weight(layout.outer(layout.head_projection))))
+        if not head.is_tied or head.has_bias:
+            matrix = embedding if head.is_tied else _aligned(self.dense(_weight(layout.head)))
+            bias = self._tensors[_bias(layout.head)].to(self._dtype) if head.has_bias else None
+            linears["lm_head"] = Linear(matrix, bias)
         return linears
 
-    def _matrix(self, key: str, shape: tuple[int, int]) -> Matrix:
+    def dense(self, key: str) -> Tensor:
+        """A table or matrix outside the blocks."""
+        rows, columns = self._shapes[key]
+        return self._dense(key, (rows, columns))
+
+    def _members(self, path: str, block: Block, stored: Stored) -> dict[str, Linear]:
+        """The linears in one stored matrix, by their rows."""
+        matrix = self._matrix(_weight(path), block, stored)
+        bias = self._tensors[_bias(path)].to(self._dtype) if _is_biased(block, stored) else None
+        return {
+            name: Linear(
+                _picked(matrix, rows) if isinstance(matrix, Tensor) else matrix.select(rows),
+                None if bias is None else _picked(bias, rows),
+            )
+            for name, rows in self._family.rows_of(block, stored).items()
+        }
+
+    def _matrix(self, key: str, block: Block, stored: Stored) -> Matrix:
+        shape = stored_shape(block, stored)  # a quantized matrix always has this one
         if self._keep_nf4 and is_quantized(self._tensors, key):
             return read_quantized(key, self._tensors, shape).nf4()
-        return self._dense(key, shape)
+        if is_quantized(self._tensors, key) or not stored.is_transposed:
+            return self._dense(key, shape)
+        return self._tensors[key].T.to(self._dtype).contiguous()
 
     def _dense(self, key: str, shape: tuple[int, int]) -> Tensor:
         if not is_quantized(self._tensors, key):
@@ -298,11 +346,5 @@ class _Reader:
         return read_quantized(key, self._tensors, shape).dequantize().to(self._dtype)
 
 
-def _rows(key: str, weight: Matrix, start: int, stop: int) -> Matrix:
-    """Some rows of a stored matrix, as a view."""
-    if isinstance(weight, Tensor):
-        return weight[start:stop]
-    try:
-        return weight.rows(start, stop)
-    except ModelError as error:
-        raise ModelError(f"{key}: {error}; --quantization none serves it") from error
+def _picked(values: Tensor, rows: Rows) -> Tensor:
+    return values[rows.start : rows.stop] if isinstance(rows, range) else values[torch.tensor(rows)]

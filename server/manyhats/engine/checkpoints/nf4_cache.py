@@ -123,13 +123,18 @@ def quantize_checkpoint(
         ModelError: a tensor is missing or has the wrong shape, or a linear's width is not a multiple of 64.
     """
     check_tensors(tensors, family)
+    family = family.of_files(tensors)
     layout, layers = family.layout, range(family.architecture.num_layers)
-    linears = [f"{layout.path(layer, path)}.weight" for layer in layers for path in layout.modules]
+    linears = {
+        f"{layout.path(layer, path)}.weight": stored
+        for layer in layers
+        for path, stored in layout.modules.items()
+    }
     dense = set(expected_shapes(family)) - set(linears)
     quantized = {name: tensors[name] for name in sorted(dense)}
-    for done, name in enumerate(linears):
+    for done, (name, stored) in enumerate(linears.items()):
         progress("quantize", done, len(linears))
-        weight = tensors[name]
+        weight = tensors[name].T if stored.is_transposed else tensors[name]
         try:
             quantized |= nf4_to_tensors(name, quantize_nf4(weight), weight.dtype)
         except ModelError as error:

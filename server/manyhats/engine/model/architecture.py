@@ -17,15 +17,24 @@ SUBLAYERS = ("attention", "feed_forward")
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """An RMS norm: ``x / √(mean(x²) + eps) · weight``.
+    """A norm: ``x / √(mean(x²) + eps) · weight`` or, of kind ``layer``, the same of ``x − mean(x)``, plus a bias.
 
     Attributes:
         eps: added to the mean square.
-        span: what the mean is over: a ``row``, or each ``head`` separately, with one weight for all heads.
+        span: what the means are over: a ``row``, or each ``head`` separately, with one weight for all heads, or with
+            each head's ``own_head``.
+        kind: ``rms`` or ``layer``.
+        has_weight: whether files have the weight; it is 1 otherwise.
+        has_bias: whether something is added afterwards.
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467); Ba et al. 2016 (arXiv:1607.06450).
     """
 
     eps: float
-    span: Literal["row", "head"] = "row"
+    span: Literal["row", "head", "own_head"] = "row"
+    kind: Literal["rms", "layer"] = "rms"
+    has_weight: bool = True
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +104,26 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """A gated feed-forward: ``down(activation(gate(x)) · up(x))``.
+    """A feed-forward: ``down(activation(gate(x)) · up(x))``, or without a gate ``down(activation(up(x)))``.
 
     Attributes:
         width: of gate and up.
         activation: a name in ``manyhats.adapters.activations.ACTIVATIONS``.
+        is_gated: whether there is a gate.
     """
 
     width: int
     activation: str
+    is_gated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """The norms around a sub-layer f, which adds to the residual stream: ``r += output(f(before(r)))``."""
+    """The norms around a sub-layer f, which adds to the residual stream: ``r = stream(r + output(f(before(r))))``."""
 
     before: Norm | None = None
     output: Norm | None = None
+    stream: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +161,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class NormShape:
-    """One norm of a block, and the size of its weight."""
+    """One norm of a block, and the shape of its weight."""
 
     name: str
     norm: Norm
-    size: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +176,8 @@ class Block:
         hidden_size: D, width of the residual stream.
         residual_scale: multiplies a sub-layer's output before it is added to the stream.
         biased: names of the linears that have a bias.
+        is_parallel: whether the feed-forward reads the stream as it was before the attention, through a norm of its
+            own or, if it has none, through the attention's.
     """
 
     hidden_size: int
@@ -173,15 +187,17 @@ class Block:
     around_feed_forward: Around
     residual_scale: float = 1.0
     biased: frozenset[str] = frozenset()
+    is_parallel: bool = False
 
     def groups(self) -> tuple[Group, ...]:
         """The linears grouped by input, in forward order; their names are the same in every family."""
         hidden, query, key = self.hidden_size, self.attention.query_size, self.attention.key_size
         inner = self.feed_forward.width
+        gate = {"gate_proj": inner} if self.feed_forward.is_gated else {}
         return (
             self._group("qkv", hidden, q_proj=query, k_proj=key, v_proj=key),
             self._group("o", query, o_proj=hidden),
-            self._group("gate_up", hidden, gate_proj=inner, up_proj=inner),
+            self._group("gate_up" if gate else "up", hidden, **gate, up_proj=inner),
             self._group("down", inner, down_proj=hidden),
         )
 
@@ -198,9 +214,17 @@ class Block:
             *self._norm("query", query, self.attention.query_size),
             *self._norm("key", key, self.attention.key_size),
             *self._norm("attention_output", attention.output, self.hidden_size),
+            *self._norm("attention_stream", attention.stream, self.hidden_size),
             *self._norm("feed_forward_before", feed_forward.before, self.hidden_size),
             *self._norm("feed_forward_output", feed_forward.output, self.hidden_size),
+            *self._norm("feed_forward_stream", feed_forward.stream, self.hidden_size),
         )
+
+    def norm_before(self, sublayer: str) -> NormShape | None:
+        """The norm through which a sub-layer reads the stream; None if it reads that itself."""
+        norms = {shape.name: shape for shape in self.norms()}
+        own = norms.get(f"{sublayer}_before")
+        return norms.get("attention_before") if own is None and self.is_parallel else own
 
     def _group(self, name: str, d_in: int, **sizes: int) -> Group:
         members = (LinearShape(each, d_in, d_out, each in self.biased) for each, d_out in sizes.items())
@@ -209,7 +233,17 @@ class Block:
     def _norm(self, name: str, norm: Norm | None, width: int) -> tuple[NormShape, ...]:
         if norm is None:
             return ()
-        return (NormShape(name, norm, self.attention.head_dim if norm.span == "head" else width),)
+        head_dim = self.attention.head_dim
+        shapes = {"row": (width,), "head": (head_dim,), "own_head": (width // head_dim, head_dim)}
+        return (NormShape(name, norm, shapes[norm.span]),)
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Learned vectors of the positions: that of position p, row ``p + offset`` of a table, is added to the stream."""
+
+    num_rows: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +252,15 @@ class Embedding:
 
     Attributes:
         num_tokens: V.
+        size: E, of an embedding; a linear, ``embedding_projection``, makes D of it where that differs.
         scale: multiplies the embeddings.
+        positions: added to the stream; None if the layers see positions in another way.
     """
 
     num_tokens: int
+    size: int
     scale: float = 1.0
+    positions: Learned | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,11 +269,15 @@ class Head:
 
     Attributes:
         is_tied: whether its matrix is the embedding.
+        size: E, of its input; a linear, ``head_projection``, makes it of the normed stream where D differs.
+        has_bias: whether its linear has a bias.
         divisor: divides the logits.
         softcap: c in ``c · tanh(logit / c)``, after ``divisor``; None for no cap.
     """
 
     is_tied: bool
+    size: int
+    has_bias: bool = False
     divisor: float = 1.0
     softcap: float | None = None
 
@@ -248,14 +290,14 @@ class Architecture:
         model_type: Hugging Face ``model_type``, such as ``llama``.
         max_context_length: the maximum of prompt and output tokens together.
         blocks: L of them; windows, RoPE and norms may differ, widths and heads do not.
-        final_norm: of the stream, after the last block.
+        final_norm: of the stream, after the last block; None for none.
     """
 
     model_type: str
     max_context_length: int
     embedding: Embedding
     blocks: tuple[Block, ...]
-    final_norm: Norm
+    final_norm: Norm | None
     head: Head
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site, TextCheck, WeightSource
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Part, Site, TextCheck, WeightSource
 from manyhats.engine.model.layout import Family
 
 
@@ -26,15 +26,16 @@ def describe(
         check_text: determines what an adapter's text files mean on this base.
     """
     architecture, layout = family.architecture, family.layout
-    modules = {layout.embedding: EMBEDDING, layout.head: HEAD}
-    fused: dict[str, tuple[Site, ...]] = {}
+    tokens = range(architecture.vocab_size)
+    modules: dict[str, tuple[Part, ...]] = {
+        layout.outer(layout.embedding): (Part(EMBEDDING, tokens),),
+        layout.head: (Part(HEAD, tokens),),
+    }
+    rows = {path: family.rows_of(architecture.blocks[0], stored) for path, stored in layout.modules.items()}
     for layer in range(architecture.num_layers):
-        for path, stored in layout.modules.items():
-            sites = tuple(Site(layer, name) for name in stored.members)
-            if len(sites) == 1:
-                modules[layout.path(layer, path)] = sites[0]
-            else:
-                fused[layout.path(layer, path)] = sites
+        for path, members in rows.items():
+            parts = tuple(Part(Site(layer, name), own) for name, own in members.items())
+            modules[layout.path(layer, path)] = parts
     return BaseDescription(
         model_type=architecture.model_type,
         names=frozenset(names),
@@ -44,11 +45,15 @@ def describe(
         vocab_size=architecture.vocab_size,
         linears={each.name: (each.d_in, each.d_out) for each in architecture.blocks[0].linears()},
         modules=modules,
-        fused_modules=fused,
+        prefix=layout.prefix,
+        aliases=dict.fromkeys(layout.other_heads, layout.head),
         num_kv_heads=architecture.attention.num_kv_heads,
         head_dim=architecture.attention.head_dim,
+        key_order=family.key_order,
+        embedding_size=architecture.embedding.size,
         embedding_scale=architecture.embedding.scale,
         is_tied=architecture.head.is_tied,
+        has_head_bias=architecture.head.has_bias,
         has_sliding_window=any(block.attention.window is not None for block in architecture.blocks),
         weights=weights,
         check_text=check_text,

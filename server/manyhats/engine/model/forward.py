@@ -14,12 +14,13 @@ from torch import Tensor
 
 from manyhats.adapters.sites import Site
 from manyhats.engine.model.architecture import (
-    Around,
+    Architecture,
     Block,
     Embedding,
     FeedForward,
     Group,
     Head,
+    Learned,
     Norm,
     Rope,
 )
@@ -30,7 +31,15 @@ class Maths(Protocol):
     """The operations of one pass over N rows."""
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Rows of the embedding, as the rows' adapters have them: [N] → [N, D]."""
+        """Rows of the embedding, as the rows' adapters have them: [N] → [N, E]."""
+        ...
+
+    def locate(self, learned: Learned) -> Tensor:
+        """The learned vectors of the rows' positions: [N, D]."""
+        ...
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """A linear outside the blocks, by its name in ``Weights.outer``: [N, d_in] → [N, d_out]."""
         ...
 
     def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
@@ -38,7 +47,7 @@ class Maths(Protocol):
         ...
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
-        """The norm of an input of linears or heads: [..., size of the weight] → the same shape."""
+        """The norm of an input of linears or heads: [..., shape of the weight] → the same shape."""
         ...
 
     def output_norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
@@ -54,7 +63,7 @@ class Maths(Protocol):
         ...
 
     def activate(self, gate_up: Tensor, feed_forward: FeedForward) -> Tensor:
-        """The activation of the first half times the second: [N, 2·I] → [N, I]."""
+        """The activation, if there is a gate that of the first half times the second: [N, I or 2·I] → [N, I]."""
         ...
 
     def join(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
@@ -67,16 +76,36 @@ class Maths(Protocol):
 
 
 def embedded(maths: Maths, embedding: Embedding, token_ids: Tensor) -> Tensor:
-    """The initial stream: [N] → [N, D]."""
+    """The tokens' vectors: [N] → [N, E]; virtual tokens have theirs from adapters."""
     x = maths.embed(token_ids)
     return x if embedding.scale == 1.0 else x * embedding.scale
+
+
+def entered(maths: Maths, architecture: Architecture, x: Tensor) -> Tensor:
+    """The initial stream, from the vectors of all tokens, virtual ones included: [N, E] → [N, D]."""
+    embedding = architecture.embedding
+    if embedding.size != architecture.hidden_size:
+        x = maths.project("embedding_projection", x)
+    return x if embedding.positions is None else x + maths.locate(embedding.positions)
+
+
+def left(maths: Maths, architecture: Architecture, weights: NormWeight | None, stream: Tensor) -> Tensor:
+    """What the output head reads: [N, D] → [N, E]."""
+    if architecture.final_norm is not None and weights is not None:
+        stream = maths.output_norm(stream, architecture.final_norm, weights)
+    return (
+        stream
+        if architecture.head.size == architecture.hidden_size
+        else maths.project("head_projection", stream)
+    )
 
 
 def block(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
     """The stream after one block: [N, D] → [N, D]."""
     output = _attention(maths, spec, weights, layer, stream)
+    beside = _feed_forward(maths, spec, weights, layer, stream) if spec.is_parallel else None
     stream = _joined(maths, spec, weights, Site(layer, "attention"), stream, output)
-    output = _feed_forward(maths, spec, weights, layer, stream)
+    output = _feed_forward(maths, spec, weights, layer, stream) if beside is None else beside
     return _joined(maths, spec, weights, Site(layer, "feed_forward"), stream, output)
 
 
@@ -97,9 +126,7 @@ def scaled_logits(x: Tensor, head: Head) -> Tensor:
 def _attention(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
     attention, groups = spec.attention, {group.name: group for group in spec.groups()}
     sizes = [member.d_out for member in groups["qkv"].members]
-    qkv = maths.linears(
-        layer, groups["qkv"], _read(maths, spec.around_attention, "attention", weights, stream)
-    )
+    qkv = maths.linears(layer, groups["qkv"], _read(maths, spec, "attention", weights, stream))
     queries, keys, values = qkv.split(sizes, dim=1)
     if attention.query_norm is not None:
         queries = _grouped_norm(maths, queries, attention.query_norm, weights.norms["query"])
@@ -113,23 +140,20 @@ def _attention(maths: Maths, spec: Block, weights: BlockWeights, layer: int, str
 
 
 def _feed_forward(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
-    groups = {group.name: group for group in spec.groups()}
-    gate_up = maths.linears(
-        layer, groups["gate_up"], _read(maths, spec.around_feed_forward, "feed_forward", weights, stream)
-    )
-    return maths.linears(layer, groups["down"], maths.activate(gate_up, spec.feed_forward))
+    _, _, first, down = spec.groups()
+    inside = maths.linears(layer, first, _read(maths, spec, "feed_forward", weights, stream))
+    return maths.linears(layer, down, maths.activate(inside, spec.feed_forward))
 
 
-def _read(maths: Maths, around: Around, sublayer: str, weights: BlockWeights, stream: Tensor) -> Tensor:
+def _read(maths: Maths, spec: Block, sublayer: str, weights: BlockWeights, stream: Tensor) -> Tensor:
     """What a sub-layer reads from the stream."""
-    if around.before is None:
-        return stream
-    return maths.norm(stream, around.before, weights.norms[f"{sublayer}_before"])
+    shape = spec.norm_before(sublayer)
+    return stream if shape is None else maths.norm(stream, shape.norm, weights.norms[shape.name])
 
 
 def _grouped_norm(maths: Maths, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
-    """The norm over as many values at a time as the weight has: a head, or the whole row."""
-    return maths.norm(x.unflatten(1, (-1, weight.weight.numel())), norm, weight).flatten(1)
+    """The norm over as many values at a time as the weight has: a head, each with its own or not, or the whole row."""
+    return maths.norm(x.unflatten(1, (-1, *weight.weight.shape[-1:])), norm, weight).flatten(1)
 
 
 def _joined(
@@ -140,4 +164,7 @@ def _joined(
         output = maths.output_norm(output, around.output, weights.norms[f"{site.name}_output"])
     if spec.residual_scale != 1.0:
         output = output.float() * spec.residual_scale
-    return maths.join(site, stream, output)
+    stream = maths.join(site, stream, output)
+    if around.stream is not None:
+        stream = maths.output_norm(stream, around.stream, weights.norms[f"{site.name}_stream"])
+    return stream

@@ -10,7 +10,8 @@ Source: Dettmers et al. 2023 (arXiv:2305.14314), section 3; bitsandbytes 0.50.2 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,28 +93,37 @@ class Nf4Weight:
         values = unpacked(self.packed, self.code).view(-1, BLOCK_SIZE)
         return values.mul_(self.block_scales().unsqueeze(1)).view(self.shape)
 
-    def rows(self, start: int, stop: int) -> Nf4Weight:
-        """Rows start … stop as a separate matrix that shares this one's memory.
+    def select(self, rows: Sequence[int]) -> Nf4Weight:
+        """Some rows, in any order, as a separate matrix of the same values.
 
-        Raises:
-            ModelError: the cut is inside a group of 256 blocks.
+        Those that begin with a group of 256 blocks and follow one another share this one's memory; of others the
+        absmaxes are plain.
         """
         per_row = self.shape[1] // BLOCK_SIZE
-        first, last = start * per_row, stop * per_row
-        if self.is_nested and first % NESTED_BLOCK_SIZE:
-            raise ModelError(
-                f"NF4 rows of {self.shape[1]} values can be cut only at multiples of "
-                f"{NESTED_BLOCK_SIZE * BLOCK_SIZE} values, not at row {start}"
-            )
+        if isinstance(rows, range) and rows.step == 1:
+            first, last = rows.start * per_row, rows.stop * per_row
+            if not self.is_nested or first % NESTED_BLOCK_SIZE == 0:
+                return self._cut(first, last)
+        at, empty = torch.tensor(rows), torch.empty(0)
+        return replace(
+            self,
+            packed=self.packed.view(self.shape[0], -1)[at].reshape(-1),
+            absmax=self.block_scales().view(self.shape[0], -1)[at].reshape(-1),
+            nested_absmax=empty,
+            offset=0.0,
+            nested_code=empty,
+            shape=(len(rows), self.shape[1]),
+        )
+
+    def _cut(self, first: int, last: int) -> Nf4Weight:
+        """Blocks first … last, of whole rows; the first begins a group."""
         groups = slice(first // NESTED_BLOCK_SIZE, -(-last // NESTED_BLOCK_SIZE))
-        return Nf4Weight(
+        return replace(
+            self,
             packed=self.packed[first * BLOCK_SIZE // 2 : last * BLOCK_SIZE // 2],
             absmax=self.absmax[first:last],
             nested_absmax=self.nested_absmax[groups],
-            offset=self.offset,
-            code=self.code,
-            nested_code=self.nested_code,
-            shape=(stop - start, self.shape[1]),
+            shape=((last - first) * BLOCK_SIZE // self.shape[1], self.shape[1]),
         )
 
 

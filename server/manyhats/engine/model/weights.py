@@ -33,9 +33,10 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NormWeight:
-    """A norm's factors, float32."""
+    """A norm's factors, and what is added afterwards, or None; float32, of one shape."""
 
     weight: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,16 +52,19 @@ class Weights:
     """A whole model.
 
     Attributes:
-        embedding: [V, D].
+        embedding: [V, E].
         blocks: L of them.
-        final_norm: [D].
-        outer: linears outside the blocks, by site name: ``lm_head`` [V, D] if the head is not tied.
+        final_norm: [D]; None for none.
+        outer: linears outside the blocks, by name: ``lm_head`` [V, E] if the head is not the embedding alone, and the
+            projections [D, E] and [E, D] that an architecture has where E is not D.
+        positions: learned vectors [rows, D]; None for none.
     """
 
     embedding: Tensor
     blocks: tuple[BlockWeights, ...]
-    final_norm: NormWeight
+    final_norm: NormWeight | None
     outer: Mapping[str, Linear]
+    positions: Tensor | None = None
 
     @property
     def head(self) -> Linear:
@@ -74,4 +78,5 @@ class Weights:
     def norms(self) -> Iterator[NormWeight]:
         """The norms of all blocks, and the final one."""
         yield from (norm for block in self.blocks for norm in block.norms.values())
-        yield self.final_norm
+        if self.final_norm is not None:
+            yield self.final_norm

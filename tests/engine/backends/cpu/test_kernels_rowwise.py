@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from manyhats.adapters.activations import ACTIVATIONS
 from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.loop.plan import step_plan
+from manyhats.engine.model.architecture import Norm
+from manyhats.engine.model.weights import NormWeight
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.sequence import Sequence
 from support.factories.architectures import make_architecture, make_attention
@@ -17,6 +20,7 @@ from support.harnesses.kernels import Operations, new_cache
 from support.oracles.operations import ReferenceKernels
 
 ONE_THREAD, TWO_THREADS, REFERENCE = Operations(1), Operations(2), ReferenceKernels()
+GENERATOR = torch.Generator().manual_seed(0)
 sizes = st.integers(1, 40).map(lambda n: 8 * n)
 
 
@@ -35,6 +39,48 @@ def test_norms_equal_the_reference(rows: int, size: int, seed: int, scale: float
     actual = TWO_THREADS.add_rms_norm(residual, delta, weight, 1e-5)
     torch.testing.assert_close(actual, REFERENCE.add_rms_norm(expected_residual, delta, weight, 1e-5))
     assert torch.equal(residual, expected_residual)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(0, 20), size=sizes, seed=st.integers(0, 2**16), scale=st.sampled_from([1e-3, 1.0, 1e6])
+)
+def test_layer_norms_equal_torch_s(rows: int, size: int, seed: int, scale: float) -> None:
+    x, weight, bias = random(seed, rows, size) * scale + scale, random(seed + 1, size), random(seed + 2, size)
+    for own in (bias, None):
+        weights = NormWeight(weight, own)
+        expected = torch.nn.functional.layer_norm(x.double(), (size,), weight.double(), _double(own), 1e-5)
+        for kernels in (ONE_THREAD, TWO_THREADS):
+            actual = kernels.norm(x, Norm(1e-5, kind="layer"), weights)
+            torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def _double(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.double()
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu", "relu"])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_activations_equal_torch_s(name: str, is_gated: bool) -> None:
+    x = torch.linspace(-20, 20, 4 * 2 * 4096).view(4, -1)[:, torch.randperm(8192, generator=GENERATOR)]
+    actual = TWO_THREADS.activate(name, x.contiguous(), is_gated)
+    values = x.double()
+    if is_gated:
+        gate, up = values.chunk(2, dim=1)
+        expected = ACTIVATIONS[name](gate) * up
+    else:
+        expected = ACTIVATIONS[name](values)
+    torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=2e-6)
+    for row in range(4):
+        assert torch.equal(ONE_THREAD.activate(name, x[row : row + 1].contiguous(), is_gated)[0], actual[row])
+
+
+def test_an_activation_keeps_what_is_not_a_number_where_it_is() -> None:
+    x = random(0, 3, 64)
+    x[1, 7] = torch.nan
+    for name in ("silu", "gelu_pytorch_tanh", "gelu", "relu"):
+        bad = TWO_THREADS.activate(name, x, is_gated=False).isnan()
+        assert bad.nonzero().tolist() == [[1, 7]]
 
 
 @settings(max_examples=20, deadline=None)
@@ -104,7 +150,7 @@ def batch_of(lengths: list[int]) -> Batch:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2), ("int8", 5e-2)])
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 16), (64, 64), (48, 32)])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 16), (64, 64), (48, 32), (96, 24), (16, 2)])
 def test_rotation_equals_the_reference_and_each_row_alone(
     dtype: str, tolerance: float, head_dim: int, rotary_dim: int
 ) -> None:

@@ -30,6 +30,15 @@ FAMILIES = {
     "gemma2: norms of outputs, caps, GELU": {"family": "gemma2", "sliding_window": 20},
     "olmo2: no norm ahead": {"family": "olmo2"},
     "granite: scaled outputs": {"family": "granite"},
+    "gpt2: learned positions, no gate": {"family": "gpt2", "kv_heads": 4},
+    "gpt_neox: two norms ahead, side by side": {"family": "gpt_neox", "kv_heads": 4},
+    "opt: norms of the stream, projections": {
+        "family": "opt",
+        "kv_heads": 4,
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 32,
+    },
+    "cohere: one norm ahead, norms of each head": {"family": "cohere", "use_qk_norm": True},
 }
 
 
@@ -174,7 +183,7 @@ def test_adapters_that_come_and_go_beside_a_step_do_not_disturb_it(
     expected = [each.stacked for each in runner.run(prompts, all_logits=True)]
     scales: list[Delta] = [
         InputScale(Site(layer, name), torch.full((base.linears[name][0],), 2.0))
-        for layer, name in ((0, "q_proj"), (0, "gate_proj"), (0, "o_proj"), (1, "k_proj"), (1, "down_proj"))
+        for layer, name in ((0, "q_proj"), (0, "up_proj"), (0, "o_proj"), (1, "k_proj"), (1, "down_proj"))
     ]
     others = [LoweredAdapter(digest_of("elsewhere"), tuple(scales)), random_lora(base, 9, rank=200)]
     packed = [runner.slots.pack(each) for each in others]

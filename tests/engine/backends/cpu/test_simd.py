@@ -28,6 +28,12 @@ def power_of_two(x, out):  # type: ignore[no-untyped-def]
 
 
 @njit
+def error_function(x, out):  # type: ignore[no-untyped-def]
+    for i in range(0, x.size, 8):
+        store(out, i, simd.erf(load(x, i)))
+
+
+@njit
 def copy(x, out):  # type: ignore[no-untyped-def]
     for i in range(0, x.size, 8):
         store(out, i, load(x, i))
@@ -90,6 +96,27 @@ def test_exp2_at_its_ends() -> None:
     out = np.empty_like(x)
     power_of_two(x, out)
     assert np.array_equal(out, [1, 1, 0.5, 2.0**-126, 0, 0, 0, np.nan], equal_nan=True)
+
+
+def test_erf_is_within_1_1_units_in_the_last_place() -> None:
+    x = np.concatenate([np.linspace(-6, 6, 200_001), np.geomspace(1e-30, 1, 4001), [0.0] * 6]).astype(
+        np.float32
+    )
+    y = np.empty_like(x)
+    error_function(x, y)
+    expected = torch.special.erf(torch.from_numpy(x).double()).numpy()
+    error = np.abs(y - expected)
+    assert error.max() < 7e-8
+    assert (error / np.spacing(np.maximum(np.abs(expected), 1e-30).astype(np.float32))).max() < 1.2
+
+
+def test_erf_at_its_ends() -> None:
+    x = np.array([-np.inf, -1e30, -4.0, -0.0, 0.0, 4.0, np.inf, np.nan], dtype=np.float32)
+    y = np.empty_like(x)
+    error_function(x, y)
+    assert y[:7].tolist() == [-1.0, -1.0, y[2], 0.0, 0.0, y[5], 1.0]
+    assert y[5] == pytest.approx(1.0, abs=1e-7)
+    assert np.isnan(y[7])
 
 
 def test_exp_never_decreases() -> None:

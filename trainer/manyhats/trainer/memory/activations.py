@@ -64,6 +64,11 @@ class Step:
         """The linears that share one input."""
         return next(group for group in self.block.groups() if group.name == name)
 
+    @property
+    def inner(self) -> str:
+        """The group of the feed-forward's first linears, gate and up or up alone."""
+        return self.block.groups()[2].name
+
     def width(self, fused: str) -> tuple[int, int, int]:
         """(d_in, Σ d_out, ΣR) of the linears that share one input."""
         group = self.group(fused)
@@ -119,13 +124,15 @@ def attention_kept(step: Step) -> int:
 def feed_forward_kept(step: Step) -> int:
     """One layer keeps the stream 4 · N · D, gate and up e · N · 2I (4 if rescaled), and what its linears keep.
 
+    Without a gate it is half as much.
+
     A bottleneck of width b keeps another 4 · N · (2b + D), with D only if nothing else keeps its input.
     """
     block, tokens = step.block, step.num_tokens
     read = block.hidden_size if step.adapter.keeps_bottleneck_input else 0
     of_bottlenecks = sum(_FLOAT * tokens * (2 * width + read) for width in step.adapter.bottlenecks)
-    gate_up = 2 * step.output_bytes("gate_up") * tokens * block.feed_forward.width
-    linears = kept_by_linears(step, "gate_up") + kept_by_linears(step, "down")
+    gate_up = step.output_bytes(step.inner) * tokens * step.width(step.inner)[1]
+    linears = kept_by_linears(step, step.inner) + kept_by_linears(step, "down")
     return residual_bytes(step) + gate_up + linears + of_bottlenecks
 
 
@@ -170,8 +177,9 @@ def layer_backward(step: Step) -> int:
     inner, hidden = block.feed_forward.width, block.hidden_size
     query, key, num_heads = block.attention.query_size, block.attention.key_size, block.attention.num_heads
     down = weights_for_product(step, "down") + e * tokens * (inner + step.width("down")[2])
-    gate_up = weights_for_product(step, "gate_up") + tokens * (
-        2 * step.output_bytes("gate_up") * inner + e * (hidden + step.width("gate_up")[2])
+    _, num_inside, ranks = step.width(step.inner)
+    gate_up = weights_for_product(step, step.inner) + tokens * (
+        step.output_bytes(step.inner) * num_inside + e * (hidden + ranks)
     )
     scores = min(BLOCK, batch.longest) * (step.num_before + batch.longest)
     attention = 4 * _FLOAT * step.num_keys * key + (_FLOAT + e) * batch.num_padded * query

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from manyhats.adapters.formats.peft.tensors import HEAD_MODULE, Target, find_target
+from manyhats.adapters.formats.peft.tensors import Target, find_target
 from manyhats.adapters.sites import BaseDescription
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.settings.methods import ALL_LINEARS, AdapterSettings, LoraSettings
@@ -57,7 +57,7 @@ def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) ->
     chosen: set[str] = set()
     for name in names:
         if name == ALL_LINEARS:
-            chosen |= {_last(path) for path in known if path != HEAD_MODULE}
+            chosen |= {_last(path) for path, target in known.items() if not target.is_head}
         elif any(matches(path, name) for path in known):
             chosen.add(name)
         elif name in fused:
@@ -79,7 +79,7 @@ def matches(path: str, name: str) -> bool:
 
 def _known_modules(base: BaseDescription) -> dict[str, Target]:
     """Path → module, for every module of linears."""
-    found = ((path, find_target(path, base)) for path in (*base.modules, *base.fused_modules))
+    found = ((path, find_target(path, base)) for path in base.modules)
     return {path: target for path, target in found if target is not None}
 
 

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.model.architecture import Architecture
-from manyhats.engine.model.forward import block, embedded, logits
+from manyhats.engine.model.forward import block, embedded, entered, left, logits
 from manyhats.engine.model.rotary import RotaryTables
-from manyhats.engine.model.weights import BlockWeights, NormWeight, Weights
+from manyhats.engine.model.weights import BlockWeights, Linear, NormWeight, Weights
 from manyhats.trainer.data.batch import TrainingBatch
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.model.deltas import place_deltas
@@ -40,7 +40,8 @@ class TrainingDecoder:
         self._checkpoints = gradient_checkpointing
         self._base = _frozen(model.architecture, model.weights, dtype, device)
         self._blocks = [_with_norms_on(device, weights) for weights in model.weights.blocks]
-        self._final_norm = NormWeight(model.weights.final_norm.weight.to(device))
+        final_norm = model.weights.final_norm
+        self._final_norm = None if final_norm is None else _on(device, final_norm)
         self._rotary = RotaryTables(model.architecture)
         self._sites = frozenset(model.architecture.sites())
 
@@ -50,7 +51,7 @@ class TrainingDecoder:
         return sum(linears.num_bytes for groups in self._base.linears for linears in groups.values())
 
     def hidden(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
-        """Hidden states after the final norm.
+        """Hidden states as the output head reads them.
 
         Args:
             batch: N tokens.
@@ -58,25 +59,25 @@ class TrainingDecoder:
             dropout: of the input of low-rank deltas, drawn from torch's global generator.
 
         Returns:
-            [N, D] float32.
+            [N, E] float32.
 
         Raises:
             BaseError: the base has no place for a delta, or a row is longer than its context.
         """
         maths = self._begin(batch, adapter, dropout)
-        return self._normed(maths, self._stream(maths, batch, adapter))
+        return self._left(maths, self._stream(maths, batch, adapter))
 
     def loss(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
         """The sum of the cross-entropies of ``batch.targets``, a float32 scalar; arguments as for ``hidden``."""
         maths = self._begin(batch, adapter, dropout)
         stream = self._stream(maths, batch, adapter)
-        hidden = self._normed(maths, stream.index_select(0, batch.predictors.to(self._device)))
+        hidden = self._left(maths, stream.index_select(0, batch.predictors.to(self._device)))
         return self._base.head.loss(hidden, batch.targets.to(self._device), maths.deltas, dropout)
 
     def logits(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
         """Logits of every token, [N, V] float32; arguments as for ``hidden``."""
         maths = self._begin(batch, adapter, dropout)
-        hidden = self._normed(maths, self._stream(maths, batch, adapter))
+        hidden = self._left(maths, self._stream(maths, batch, adapter))
         return logits(maths, self.architecture.head, hidden)
 
     def _begin(self, batch: TrainingBatch, adapter: LoweredAdapter | None, dropout: float) -> TrainingMaths:
@@ -96,6 +97,7 @@ class TrainingDecoder:
             deltas=deltas,
             prefix=kv_prefix,
             dropout=dropout,
+            positions=positions.to(self._device),
             angles={
                 rope: (cos.to(self._device), sin.to(self._device)) for rope, (cos, sin) in angles.items()
             },
@@ -112,9 +114,10 @@ class TrainingDecoder:
 
     def _stream(self, maths: TrainingMaths, batch: TrainingBatch, adapter: LoweredAdapter | None) -> Tensor:
         """The residual stream after the last layer, [N, D], without virtual tokens."""
-        stream = embedded(maths, self.architecture.embedding, batch.token_ids.to(self._device))
+        x = embedded(maths, self.architecture.embedding, batch.token_ids.to(self._device))
         if adapter is not None and isinstance(adapter.prefix, PromptEmbeddings):
-            stream = torch.cat((adapter.prefix.embeddings.float(), stream))
+            x = torch.cat((adapter.prefix.embeddings.float(), x))
+        stream = entered(maths, self.architecture, x)
         checkpoints = self._checkpoints and torch.is_grad_enabled()
         inputs = LayerInputs(len(self._blocks), stream) if checkpoints else None
         for layer, (spec, weights) in enumerate(zip(self.architecture.blocks, self._blocks, strict=True)):
@@ -133,8 +136,8 @@ class TrainingDecoder:
                 )
         return stream[_num_virtual(adapter) :]
 
-    def _normed(self, maths: TrainingMaths, stream: Tensor) -> Tensor:
-        return maths.output_norm(stream, self.architecture.final_norm, self._final_norm)
+    def _left(self, maths: TrainingMaths, stream: Tensor) -> Tensor:
+        return left(maths, self.architecture, self._final_norm, stream)
 
 
 def _num_virtual(adapter: LoweredAdapter | None) -> int:
@@ -147,8 +150,7 @@ def _frozen(
     architecture: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device
 ) -> FrozenBase:
     embedding = weights.embedding.to(device)
-    head = embedding if architecture.head.is_tied else weights.head.matrix
-    assert isinstance(head, Tensor)  # NF4 is for the blocks' linears
+    tied = Linear(embedding)
     linears = [
         {
             group.name: FrozenLinears([of_block.linears[name] for name in group.names], dtype, device)
@@ -156,12 +158,27 @@ def _frozen(
         }
         for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True)
     ]
-    return FrozenBase(architecture, dtype, embedding, linears, Head(head, architecture.head, dtype, device))
+    return FrozenBase(
+        architecture=architecture,
+        dtype=dtype,
+        embedding=embedding,
+        positions=None if weights.positions is None else weights.positions.to(device),
+        linears=linears,
+        outer={
+            name: FrozenLinears([linear], torch.float32, device)
+            for name, linear in weights.outer.items()
+            if name != "lm_head"
+        },
+        head=Head(weights.outer.get("lm_head", tied), architecture.head, dtype, device),
+    )
 
 
 def _with_norms_on(device: torch.device, weights: BlockWeights) -> BlockWeights:
-    norms = {name: NormWeight(norm.weight.to(device)) for name, norm in weights.norms.items()}
-    return replace(weights, norms=norms)
+    return replace(weights, norms={name: _on(device, norm) for name, norm in weights.norms.items()})
+
+
+def _on(device: torch.device, norm: NormWeight) -> NormWeight:
+    return NormWeight(norm.weight.to(device), None if norm.bias is None else norm.bias.to(device))
 
 
 class LayerInputs:

@@ -36,12 +36,17 @@ class Head:
     """
 
     def __init__(
-        self, weight: Tensor, spec: architecture.Head, dtype: torch.dtype, device: torch.device
+        self, linear: Linear, spec: architecture.Head, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._linear = FrozenLinears([Linear(weight)], dtype, device)
+        weight, bias = linear.matrix, linear.bias
+        assert isinstance(weight, Tensor)  # NF4 is for the blocks' linears
+        self._linear = FrozenLinears([linear], dtype, device)
         # In parts, so that the whole head is never copied in float32.
-        blocks = weight.split(weight.shape[0] if weight.dtype == torch.float32 else EXACT_ROWS)
-        self._exact = FrozenLinears([Linear(block) for block in blocks], torch.float32, device)
+        size = weight.shape[0] if weight.dtype == torch.float32 else EXACT_ROWS
+        blocks = weight.split(size)
+        biases = [None] * len(blocks) if bias is None else bias.split(size)
+        parts = [Linear(*pair) for pair in zip(blocks, biases, strict=True)]
+        self._exact = FrozenLinears(parts, torch.float32, device)
         self._spec = spec
         self._chunk_rows = max(1, CHUNK_VALUES // weight.shape[0])
 
@@ -99,12 +104,17 @@ class Head:
 def _adapted(x: Tensor, outputs: Tensor, deltas: PlacedDeltas, dropout: float) -> Tensor:
     """The base's outputs as the adapter changes them; the adapter's own head comes before its deltas."""
     for own in deltas.at(HEAD, HeadWeight):
-        outputs = x @ own.weight.to(x.dtype).T
+        outputs = functional.linear(x, own.weight.to(x.dtype), _in_dtype(own.bias, x))
     for replaced in deltas.at(HEAD, HeadRows):
-        outputs = outputs.index_copy(1, replaced.ids.to(x.device), x @ replaced.rows.to(x.dtype).T)
+        columns = functional.linear(x, replaced.rows.to(x.dtype), _in_dtype(replaced.bias, x))
+        outputs = outputs.index_copy(1, replaced.ids.to(x.device), columns)
     for low_rank in deltas.at(HEAD, LowRank):
         outputs = outputs + low_rank_update(x, low_rank, dropout)
     return outputs
+
+
+def _in_dtype(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.device, x.dtype)
 
 
 def _tensors(delta: Delta) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from manyhats.adapters import equations
 from manyhats.adapters.activations import ACTIVATIONS
@@ -22,7 +23,7 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.adapters.sites import EMBEDDING, Site
-from manyhats.engine.model.architecture import Architecture, FeedForward, Group, Norm, Rope
+from manyhats.engine.model.architecture import Architecture, FeedForward, Group, Learned, Norm, Rope
 from manyhats.engine.model.rotary import Angles
 from manyhats.engine.model.weights import NormWeight
 from manyhats.trainer.model.attention import attend
@@ -41,13 +42,17 @@ class FrozenBase:
 
     Attributes:
         dtype: of the products, and of the outputs of norms, activations and attention.
+        positions: learned vectors [rows, D]; None for none.
         linears: for each layer, its groups by name.
+        outer: linears outside the layers, but the head, by name; float32.
     """
 
     architecture: Architecture
     dtype: torch.dtype
     embedding: Tensor
+    positions: Tensor | None
     linears: list[dict[str, FrozenLinears]]
+    outer: Mapping[str, FrozenLinears]
     head: Head
 
 
@@ -58,13 +63,15 @@ class TrainingMaths:
     Attributes:
         prefix: keys and values before every row, or None.
         dropout: of the input of low-rank deltas.
-        angles: the rows', on the device.
+        positions: the rows', [N] int64 on the device.
+        angles: of the positions.
     """
 
     base: FrozenBase
     deltas: PlacedDeltas
     prefix: KVPrefix | None
     dropout: float
+    positions: Tensor
     angles: Mapping[Rope | None, Angles]
     layout: RowLayout
 
@@ -76,6 +83,15 @@ class TrainingMaths:
         for replaced in self.deltas.at(EMBEDDING, EmbeddingRows):
             x = equations.embedding(replaced, token_ids, x)
         return x
+
+    def locate(self, learned: Learned) -> Tensor:
+        """Float32."""
+        assert self.base.positions is not None
+        return self.base.positions.index_select(0, self.positions + learned.offset).float()
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """Float32."""
+        return frozen_product(self.base.outer[name], x, 0)
 
     def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
         """The compute dtype, or float32 if outputs are rescaled; keeps x if a delta is trained on it."""
@@ -100,12 +116,12 @@ class TrainingMaths:
         return y
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
-        """The compute dtype; keeps x and one number per row."""
-        return rms_norm(x, weight.weight, norm.eps, self.base.dtype)
+        """The compute dtype; keeps x and one number per row, or two."""
+        return normed(x, norm, weight, self.base.dtype)
 
     def output_norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
         """Float32; keeps the same."""
-        return rms_norm(x, weight.weight, norm.eps)
+        return normed(x, norm, weight)
 
     def rotate(self, heads: Tensor, rope: Rope) -> Tensor:
         """The compute dtype; keeps the angles."""
@@ -119,8 +135,9 @@ class TrainingMaths:
         return attend(queries, (keys, values), prefix, self.layout, spec)
 
     def activate(self, gate_up: Tensor, feed_forward: FeedForward) -> Tensor:
-        """The compute dtype; keeps gate and up."""
-        return gated(gate_up, feed_forward.activation, self.base.dtype)
+        """The compute dtype; keeps its input."""
+        apply = gated if feed_forward.is_gated else activated
+        return apply(gate_up, feed_forward.activation, self.base.dtype)
 
     def join(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
         """Float32."""
@@ -131,6 +148,21 @@ class TrainingMaths:
     def head(self, hidden: Tensor) -> Tensor:
         """Float32 throughout; the loss is ``Head.loss``."""
         return self.base.head.outputs(hidden, self.deltas)
+
+
+def normed(x: Tensor, norm: Norm, weight: NormWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The norm of x [..., shape of the weight], computed in float32, as ``dtype``."""
+    if norm.kind == "rms" and weight.bias is None:
+        return rms_norm(x, weight.weight, norm.eps, dtype)
+    x = x.float()
+    if norm.kind == "layer" and weight.weight.dim() == 1:
+        size = weight.weight.shape
+        return functional.layer_norm(x, size, weight.weight, weight.bias, norm.eps).to(dtype)
+    if norm.kind == "layer":  # each head with its own weight
+        y = functional.layer_norm(x, x.shape[-1:], eps=norm.eps) * weight.weight
+    else:
+        y = rms_norm(x, weight.weight, norm.eps)
+    return (y if weight.bias is None else y + weight.bias).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -219,6 +251,40 @@ def gated(gate_up: Tensor, activation: str, dtype: torch.dtype = torch.float32) 
     """
     product: Tensor = _GatedProduct.apply(gate_up, activation, dtype)  # type: ignore[no-untyped-call]
     return product
+
+
+def activated(x: Tensor, activation: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``activation(x)``, computed in float32.
+
+    Args:
+        x: [N, I].
+        activation: a name in ``ACTIVATIONS``.
+        dtype: of the result.
+    """
+    result: Tensor = _Activation.apply(x, activation, dtype)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Activation(torch.autograd.Function):
+    """``act(x)``; its gradient is ``act'(x) · grad``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.activation = activation
+        out = x.new_empty(x.shape, dtype=dtype)
+        for rows in _row_blocks(x):
+            out[rows] = ACTIVATIONS[activation](x[rows].float())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            result = ACTIVATIONS[ctx.activation](leaf)
+        return torch.autograd.grad(result, leaf, grad.to(x.dtype))[0], None, None
 
 
 class _GatedProduct(torch.autograd.Function):

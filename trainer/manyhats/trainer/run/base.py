@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.engine.model.weights import Matrix, Weights
+from manyhats.engine.model.weights import Matrix, NormWeight, Weights
 from manyhats.engine.progress import Progress, no_progress
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.memory.peak import forget_peak
@@ -109,10 +109,22 @@ def _tensors(weights: Weights) -> Iterator[Tensor]:
             yield from _matrix_tensors(linear.matrix)
             if linear.bias is not None:
                 yield linear.bias
-        yield from (norm.weight for norm in block.norms.values())
-    yield weights.final_norm.weight
+        yield from _norm_tensors(block.norms.values())
+    if weights.final_norm is not None:
+        yield from _norm_tensors([weights.final_norm])
     for linear in weights.outer.values():
         yield from _matrix_tensors(linear.matrix)
+        if linear.bias is not None:
+            yield linear.bias
+    if weights.positions is not None:
+        yield weights.positions
+
+
+def _norm_tensors(norms: Iterable[NormWeight]) -> Iterator[Tensor]:
+    for norm in norms:
+        yield norm.weight
+        if norm.bias is not None:
+            yield norm.bias
 
 
 def _matrix_tensors(matrix: Matrix) -> Iterator[Tensor]:

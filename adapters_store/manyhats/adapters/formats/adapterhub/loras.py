@@ -134,14 +134,20 @@ def find_linears(
     linears = []
     for module, found_parts in parts.items():
         tensor = names.names(next(iter(found_parts.values())))[0]
-        site = base.modules.get(full_path(module))
-        if site is None or site.name not in base.linears:
+        site = _site_of(full_path(module), base)
+        if site is None:
             raise AdapterInvalidError(
                 tensor, f"acts on {shown(full_path(module))}, which is not a linear of the base"
             )
         _check_place(config, site, tensor)
         linears.append(AdaptedLinear(site, found_parts))
     return sorted(linears, key=lambda linear: linear.site)
+
+
+def _site_of(path: str, base: BaseDescription) -> Site | None:
+    """The linear that is a module by itself; None if there is none."""
+    parts = base.modules.get(path, ())
+    return parts[0].site if len(parts) == 1 and parts[0].site.name in base.linears else None
 
 
 def _check_place(config: LorasConfig, site: Site, tensor: str) -> None:

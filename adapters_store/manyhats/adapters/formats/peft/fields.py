@@ -18,6 +18,8 @@ _HARMLESS = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "exclude_modules",
+        # PEFT sets it by the module itself; what it saves has one orientation.
+        "fan_in_fan_out",
         "inference_mode",
         "layers_pattern",
         "layers_to_transform",
@@ -28,7 +30,6 @@ _HARMLESS = frozenset(
         "task_type",
     )
 )
-_REFUSED = {"fan_in_fan_out": "transposed base weights"}
 
 
 def check_fields(
@@ -46,7 +47,7 @@ def check_fields(
     Raises:
         AdapterUnsupportedError: names the field.
     """
-    refusals = {field: f"asks for {what}" for field, what in {**_REFUSED, **refused}.items()}
+    refusals = {field: f"asks for {what}" for field, what in refused.items()}
     refuse_fields(config, _HARMLESS.union(own_fields), refusals)
 
 

@@ -10,8 +10,6 @@ from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, 
 from manyhats.adapters.formats.peft.lora_config import LoraConfig
 from manyhats.adapters.formats.peft.saved_modules import SavedModules
 from manyhats.adapters.formats.peft.tensors import (
-    EMBEDDING_MODULE,
-    HEAD_MODULE,
     Misfit,
     ModuleTensors,
     Shape,
@@ -19,11 +17,12 @@ from manyhats.adapters.formats.peft.tensors import (
     find_misfit,
     find_target,
     group_tensors,
+    is_embedding,
     missing_module,
     raise_misfits,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription
 
 A = "lora_A.weight"
 B = "lora_B.weight"
@@ -99,10 +98,10 @@ def place_lora(
     """
     modules = group_tensors(saved.others(shapes), (A, B, BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B))
     for tensors in modules:
-        tensors.require(_expected_suffixes(tensors, config))
+        tensors.require(_expected_suffixes(tensors, config, base))
     misfits = [misfit for tensors in modules if (misfit := _find_misfit(tensors, base)) is not None]
-    raise_misfits(misfits, len(modules), base, base_model)
-    saved.check_modules({tensors.module for tensors in modules})
+    raise_misfits(misfits, modules, base, base_model)
+    saved.check_modules({tensors.module for tensors in modules}, base)
     _check_tying(modules, config, base)
     linears: list[LinearPlacement] = []
     embedding = None
@@ -116,8 +115,9 @@ def place_lora(
     return LoraPlacements(tuple(sorted(linears, key=lambda each: each.target.parts[0].site)), embedding)
 
 
-def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig) -> set[str]:
-    if tensors.module == EMBEDDING_MODULE:
+def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig, base: BaseDescription) -> set[str]:
+    target = find_target(tensors.module, base)
+    if is_embedding(tensors.module, base):
         if config.use_dora:
             raise AdapterUnsupportedError(tensors.any_name, "is part of DoRA on the embedding")
         expected = {EMBEDDING_A, EMBEDDING_B}
@@ -127,7 +127,7 @@ def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig) -> set[str]:
             expected.add(BIAS)
         if config.use_dora:
             expected.add(MAGNITUDE)
-    if tensors.module == HEAD_MODULE and (config.use_dora or config.lora_bias):
+    if target is not None and target.is_head and (config.use_dora or config.lora_bias):
         raise AdapterUnsupportedError(
             tensors.any_name, "is part of DoRA or lora_bias on the head; only plain LoRA is served there"
         )
@@ -137,10 +137,10 @@ def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig) -> set[str]:
 def _find_misfit(tensors: ModuleTensors, base: BaseDescription) -> Misfit | None:
     """The tensor of a module that does not fit the base; None if all do."""
     target = find_target(tensors.module, base)
-    if tensors.module == EMBEDDING_MODULE:
+    if is_embedding(tensors.module, base):
         expected: dict[str, Sequence[int | str]] = {
             EMBEDDING_A: ("rank", base.vocab_size),
-            EMBEDDING_B: (base.hidden_size, "rank"),
+            EMBEDDING_B: (base.embedding_size, "rank"),
         }
     elif target is None:
         return missing_module(tensors)
@@ -170,7 +170,8 @@ def _rank_and_scale(tensors: ModuleTensors, a: str, b: str, config: LoraConfig) 
 
 def _check_tying(modules: Sequence[ModuleTensors], config: LoraConfig, base: BaseDescription) -> None:
     """If embedding and head are adapted as one, both must have their tensors."""
-    adapted = {tensors.module for tensors in modules} & {EMBEDDING_MODULE, HEAD_MODULE}
+    ends = {base.path_of(EMBEDDING), base.path_of(HEAD)}
+    adapted = {base.module_of(tensors.module) for tensors in modules} & ends
     if base.is_tied and config.ensure_weight_tying and len(adapted) == 1:
         raise AdapterInvalidError(
             "ensure_weight_tying", f"asks for LoRA on embedding and head; only {adapted.pop()} has it"

@@ -25,22 +25,16 @@ from torch import Tensor
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, BaseMismatchError, shown
 from manyhats.adapters.formats.config_fields import parse_flag
 from manyhats.adapters.formats.peft.tensors import (
-    EMBEDDING_MODULE,
-    HEAD_MODULE,
     PREFIX,
     Shape,
     unusable,
 )
 from manyhats.adapters.primitives import Delta, EmbeddingRows, HeadRows, HeadWeight
-from manyhats.adapters.sites import HEAD, BaseDescription
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site
 
 SAVED_FIELDS = frozenset(("modules_to_save", "trainable_token_indices", "ensure_weight_tying"))
 """Config fields that this file reads."""
 
-EMBEDDING_WEIGHT = f"{PREFIX}{EMBEDDING_MODULE}.weight"
-HEAD_WEIGHT = f"{PREFIX}{HEAD_MODULE}.weight"
-
-_MODULES = {"embed_tokens": EMBEDDING_MODULE, EMBEDDING_MODULE: EMBEDDING_MODULE, HEAD_MODULE: HEAD_MODULE}
 # Relative, for values that were rounded to bfloat16 on one side only.
 _BF16_ROUNDING = 2.0**-7
 _ROW_SUFFIXES = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
@@ -60,40 +54,41 @@ class SavedModules:
 
     Attributes:
         embedding, head: names of tensors that replace the whole weight; None if it is the base's.
+        head_bias: name of the tensor that replaces the head's bias, if it has one.
         embedding_rows, head_rows: the same for single rows.
-        copies: module path → name of an adapted module's own weight, saved alongside.
+        copies: embedding or head → name of an adapted module's own weight, saved alongside.
         names: all these tensors.
-        must_be_equal: whether ``embedding`` and ``head`` are one weight saved twice.
+        equal: names of one weight saved twice.
     """
 
     embedding: str | None
     head: str | None
+    head_bias: str | None
     embedding_rows: TokenRows | None
     head_rows: TokenRows | None
-    copies: Mapping[str, str]
+    copies: Mapping[Site, str]
     names: frozenset[str]
-    must_be_equal: bool = False
+    equal: tuple[str, ...] = ()
 
     def others(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """All other tensors."""
         return {name: shape for name, shape in shapes.items() if name not in self.names}
 
-    def check_modules(self, adapted: Collection[str]) -> None:
-        """Check these tensors against the modules that the method adapts.
+    def check_modules(self, modules: Collection[str], base: BaseDescription) -> None:
+        """Check these tensors against the modules that the method adapts, by the paths in the file.
 
         Raises:
             AdapterInvalidError: a module is adapted and replaced as well, which PEFT itself does not allow.
             AdapterUnsupportedError: the weight of a module that is not adapted was saved as if it were.
         """
-        replaced = {
-            EMBEDDING_MODULE: self.embedding or self.embedding_rows,
-            HEAD_MODULE: self.head or self.head_rows,
-        }
-        for module, by in replaced.items():
-            if module in adapted and by is not None:
-                raise AdapterInvalidError(module, "is adapted, and also replaced by trained rows or weights")
-        for module, name in self.copies.items():
-            if module not in adapted:
+        adapted = {base.module_of(module) for module in modules}
+        replaced = {EMBEDDING: self.embedding or self.embedding_rows, HEAD: self.head or self.head_rows}
+        for site, by in replaced.items():
+            path = base.path_of(site)
+            if path in adapted and by is not None:
+                raise AdapterInvalidError(path, "is adapted, and also replaced by trained rows or weights")
+        for site, name in self.copies.items():
+            if base.path_of(site) not in adapted:
                 raise unusable(name)
 
     def lower(self, tensors: Mapping[str, Tensor], base: BaseDescription) -> tuple[Delta, ...]:
@@ -104,8 +99,8 @@ class SavedModules:
             BaseMismatchError: a weight that was saved alongside is not the base's.
         """
         self._check_copies(tensors, base)
-        if self.must_be_equal and not torch.equal(tensors[EMBEDDING_WEIGHT], tensors[HEAD_WEIGHT]):
-            raise AdapterInvalidError(HEAD_WEIGHT, "differs from the embedding that it is tied to")
+        if self.equal and not torch.equal(*(tensors[name] for name in self.equal)):
+            raise AdapterInvalidError(self.equal[1], "differs from the embedding that it is tied to")
         deltas: list[Delta] = []
         if self.embedding is not None:
             weight = tensors[self.embedding]
@@ -114,16 +109,19 @@ class SavedModules:
             rows = self.embedding_rows
             deltas.append(EmbeddingRows(torch.tensor(rows.ids), tensors[rows.tensor]))
         if self.head is not None:
-            deltas.append(HeadWeight(tensors[self.head]))
+            bias = None if self.head_bias is None else tensors[self.head_bias]
+            deltas.append(HeadWeight(tensors[self.head], bias))
         if self.head_rows is not None:
-            rows = self.head_rows
-            deltas.append(HeadRows(torch.tensor(rows.ids), tensors[rows.tensor]))
+            ids = torch.tensor(self.head_rows.ids)
+            own = base.weights.linear(HEAD)[1] if base.has_head_bias and base.weights is not None else None
+            bias = None if own is None else own[ids]
+            deltas.append(HeadRows(ids, tensors[self.head_rows.tensor], bias))
         return tuple(deltas)
 
     def _check_copies(self, tensors: Mapping[str, Tensor], base: BaseDescription) -> None:
         """Compare values where the base's are available: those of the head, and so of a tied embedding."""
-        for module, name in self.copies.items():
-            if base.weights is None or not (base.is_tied or module == HEAD_MODULE):
+        for site, name in self.copies.items():
+            if base.weights is None or not (base.is_tied or site == HEAD):
                 continue
             own, _ = base.weights.linear(HEAD)
             if not torch.allclose(tensors[name].float(), own, rtol=_BF16_ROUNDING, atol=1e-6):
@@ -139,90 +137,122 @@ def find_saved_modules(
         AdapterUnsupportedError: a module that is neither embedding nor head.
         AdapterInvalidError: a tensor is missing, or has another shape than the base's.
     """
-    listed = _listed_modules(config)
-    whole = {module: f"{PREFIX}{module}.weight" for module in (EMBEDDING_MODULE, HEAD_MODULE)}
-    present = {module: name for module, name in whole.items() if name in shapes}
-    for module in listed:
-        if module not in present:
-            raise AdapterInvalidError("modules_to_save", f"names {module}, but {whole[module]} is missing")
-    copies = {module: f"{PREFIX}{module}.base_layer.weight" for module in whole}
-    copies = {module: name for module, name in copies.items() if name in shapes}
+    listed = _listed_modules(config, base)
+    paths = {site: f"{PREFIX}{base.path_of(site)}" for site in (EMBEDDING, HEAD)}
+    present = {site: f"{path}.weight" for site, path in paths.items() if f"{path}.weight" in shapes}
+    for site in listed:
+        if site not in present:
+            raise AdapterInvalidError(
+                "modules_to_save", f"names {base.path_of(site)}, but {paths[site]}.weight is missing"
+            )
+    copies = {site: f"{path}.base_layer.weight" for site, path in paths.items()}
+    copies = {site: name for site, name in copies.items() if name in shapes}
     for name in (*present.values(), *copies.values()):
-        _check_shape(name, shapes[name], (base.vocab_size, base.hidden_size))
+        _check_shape(name, shapes[name], (base.vocab_size, base.embedding_size))
+    head_bias = _find_head_bias(paths[HEAD], present, shapes, base)
     rows = _find_rows(config, shapes, base)
-    for module, found in rows.items():
-        for other in (EMBEDDING_MODULE, HEAD_MODULE) if base.is_tied else (module,):
+    for site, found in rows.items():
+        for other in (EMBEDDING, HEAD) if base.is_tied else (site,):
             if other in present:
                 raise AdapterInvalidError(found.tensor, f"and {present[other]} both replace the same rows")
     is_one = base.is_tied and _acts_on_both(config, present, listed)
     first = next(iter(present.values()), None)
-    embedding_rows, head_rows = rows.get(EMBEDDING_MODULE), rows.get(HEAD_MODULE)
-    if base.is_tied and head_rows is None and HEAD_MODULE not in present:
+    embedding_rows, head_rows = rows.get(EMBEDDING), rows.get(HEAD)
+    if base.is_tied and head_rows is None and HEAD not in present:
         head_rows = embedding_rows
+    tensors = (*present.values(), *copies.values(), *(found.tensor for found in rows.values()))
     return SavedModules(
-        embedding=first if is_one else present.get(EMBEDDING_MODULE),
-        head=first if is_one else present.get(HEAD_MODULE),
+        embedding=first if is_one else present.get(EMBEDDING),
+        head=first if is_one else present.get(HEAD),
+        head_bias=head_bias,
         embedding_rows=embedding_rows,
         head_rows=head_rows,
         copies=copies,
-        names=frozenset((*present.values(), *copies.values(), *(found.tensor for found in rows.values()))),
-        must_be_equal=is_one and len(present) == 2,
+        names=frozenset((*tensors, *(() if head_bias is None else (head_bias,)))),
+        equal=tuple(present.values()) if is_one and len(present) == 2 else (),
     )
 
 
-def _acts_on_both(config: Mapping[str, Any], present: Collection[str], listed: Collection[str]) -> bool:
+def _find_head_bias(
+    path: str, present: Mapping[Site, str], shapes: Mapping[str, Shape], base: BaseDescription
+) -> str | None:
+    """The name of a whole head's bias; None if there is no such head, or the base's has no bias."""
+    if HEAD not in present or not base.has_head_bias:
+        return None
+    name = f"{path}.bias"
+    if name not in shapes:
+        raise AdapterInvalidError(present[HEAD], f"its partner {name} is missing")
+    _check_shape(name, shapes[name], (base.vocab_size,))
+    return name
+
+
+def _acts_on_both(config: Mapping[str, Any], present: Collection[Site], listed: Collection[Site]) -> bool:
     """Whether a tied base's embedding and head stay one weight."""
     is_ensured = parse_flag("ensure_weight_tying", config.get("ensure_weight_tying"))
     return bool(present) and (is_ensured or not set(present) <= set(listed))
 
 
-def _listed_modules(config: Mapping[str, Any]) -> frozenset[str]:
-    """``modules_to_save`` as module paths."""
+def _listed_modules(config: Mapping[str, Any], base: BaseDescription) -> frozenset[Site]:
+    """``modules_to_save``, as sites."""
     names = config.get("modules_to_save") or ()
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise AdapterInvalidError("modules_to_save", "must be a list of module names")
+    known = _names_of_ends(base)
     for name in names:
-        if name not in _MODULES:
+        if name not in known:
             raise AdapterUnsupportedError(
                 "modules_to_save",
-                f"'{shown(name)}' is trained as a whole; only lm_head and embed_tokens are served",
+                f"'{shown(name)}' is trained as a whole; only {_last_name(HEAD, base)} and "
+                f"{_last_name(EMBEDDING, base)} are served",
             )
-    return frozenset(_MODULES[name] for name in names)
+    return frozenset(known[name] for name in names)
+
+
+def _names_of_ends(base: BaseDescription) -> dict[str, Site]:
+    """What a config may call embedding and head: their paths, or the last part of these."""
+    paths = {site: base.path_of(site) for site in (EMBEDDING, HEAD)}
+    return {name: site for site, path in paths.items() for name in (path, _last_name(site, base))}
+
+
+def _last_name(site: Site, base: BaseDescription) -> str:
+    return base.path_of(site).rpartition(".")[2]
 
 
 def _find_rows(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], base: BaseDescription
-) -> dict[str, TokenRows]:
-    """Module path → its trained rows, for each tensor that the config makes PEFT save."""
+) -> dict[Site, TokenRows]:
+    """Embedding or head → its trained rows, for each tensor that the config makes PEFT save."""
     wanted = _parse_indices(config.get("trainable_token_indices"), base)
-    if base.is_tied and wanted.get(HEAD_MODULE) == wanted.get(EMBEDDING_MODULE):
+    if base.is_tied and wanted.get(HEAD) == wanted.get(EMBEDDING):
         # PEFT ties equal rows, and saves them once.
-        wanted.pop(HEAD_MODULE, None)
-    found: dict[str, TokenRows] = {}
-    for module, ids in wanted.items():
-        names = [f"{PREFIX}{module}.{suffix}" for suffix in _ROW_SUFFIXES]
+        wanted.pop(HEAD, None)
+    found: dict[Site, TokenRows] = {}
+    for site, ids in wanted.items():
+        names = [f"{PREFIX}{base.path_of(site)}.{suffix}" for suffix in _ROW_SUFFIXES]
         name = next((name for name in names if name in shapes), None)
         if name is None:
             raise AdapterInvalidError("trainable_token_indices", f"its rows, {names[0]}, are missing")
-        _check_shape(name, shapes[name], (len(ids), base.hidden_size))
-        found[module] = TokenRows(name, ids)
+        _check_shape(name, shapes[name], (len(ids), base.embedding_size))
+        found[site] = TokenRows(name, ids)
     return found
 
 
-def _parse_indices(value: Any, base: BaseDescription) -> dict[str, tuple[int, ...]]:
-    """Module path → token ids; a bare list is the embedding's."""
+def _parse_indices(value: Any, base: BaseDescription) -> dict[Site, tuple[int, ...]]:
+    """Embedding or head → token ids; a bare list is the embedding's."""
     if not value:
         return {}
-    by_name = value if isinstance(value, dict) else {"embed_tokens": value}
-    parsed: dict[str, tuple[int, ...]] = {}
+    by_name = value if isinstance(value, dict) else {base.path_of(EMBEDDING): value}
+    known = _names_of_ends(base)
+    parsed: dict[Site, tuple[int, ...]] = {}
     for name, ids in by_name.items():
-        if name not in _MODULES:
+        if name not in known:
             raise AdapterUnsupportedError(
-                "trainable_token_indices", f"'{shown(name)}' is neither embed_tokens nor lm_head"
+                "trainable_token_indices",
+                f"'{shown(name)}' is neither {_last_name(EMBEDDING, base)} nor {_last_name(HEAD, base)}",
             )
-        if _MODULES[name] in parsed:
-            raise AdapterInvalidError("trainable_token_indices", f"names {_MODULES[name]} twice")
-        parsed[_MODULES[name]] = _parse_ids(ids, base)
+        if known[name] in parsed:
+            raise AdapterInvalidError("trainable_token_indices", f"names {base.path_of(known[name])} twice")
+        parsed[known[name]] = _parse_ids(ids, base)
     return parsed
 
 

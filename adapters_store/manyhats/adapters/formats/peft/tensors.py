@@ -17,11 +17,9 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.formats.base_name import is_known_name
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.sites import HEAD, BaseDescription, Site
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Part
 
 PREFIX = "base_model.model."
-EMBEDDING_MODULE = "model.embed_tokens"
-HEAD_MODULE = "lm_head"
 
 Shape = tuple[int, ...]
 
@@ -41,25 +39,19 @@ _FOREIGN_TENSORS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One linear of a module, and how many of the module's output rows are its own."""
-
-    site: Site
-    d_out: int
-
-
-@dataclass(frozen=True, slots=True)
 class Target:
-    """A module that an adapter acts on: one linear, or those that a fused module computes, in row order."""
+    """A module that an adapter acts on: one linear, or those that a fused module computes.
+
+    Attributes:
+        module: its path in the base.
+        parts: the linears.
+        d_in, d_out: of the whole module.
+    """
 
     module: str
     parts: tuple[Part, ...]
     d_in: int
-
-    @property
-    def d_out(self) -> int:
-        """Rows of the whole module."""
-        return sum(part.d_out for part in self.parts)
+    d_out: int
 
     @property
     def is_head(self) -> bool:
@@ -68,21 +60,32 @@ class Target:
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """A tensor of the module's output rows ([d_out] or [d_out, n]), part by part."""
-        if len(self.parts) == 1:
-            return (tensor,)
-        return tuple(torch.split(tensor, [part.d_out for part in self.parts]))
+        return tuple(
+            tensor[part.rows.start : part.rows.stop]
+            if isinstance(part.rows, range)
+            else tensor[list(part.rows)]
+            for part in self.parts
+        )
 
 
 def find_target(module: str, base: BaseDescription) -> Target | None:
     """The linear or linears behind a module path; None if the base has none there."""
-    if module == HEAD_MODULE:
-        return Target(module, (Part(HEAD, base.vocab_size),), base.hidden_size)
-    site = base.modules.get(module)
-    sites = base.fused_modules.get(module, ()) if site is None else (site,)
-    if not sites or any(site.name not in base.linears for site in sites):
+    path = base.module_of(module)
+    if path is None:
         return None
-    parts = tuple(Part(site, base.linears[site.name][1]) for site in sites)
-    return Target(module, parts, base.linears[sites[0].name][0])
+    parts = base.modules[path]
+    if parts[0].site == HEAD:
+        return Target(path, parts, base.embedding_size, base.vocab_size)
+    if any(part.site.name not in base.linears for part in parts):
+        return None
+    d_out = sum(base.linears[part.site.name][1] for part in parts)
+    return Target(path, parts, base.linears[parts[0].site.name][0], d_out)
+
+
+def is_embedding(module: str, base: BaseDescription) -> bool:
+    """Whether a module path is the embedding's."""
+    path = base.module_of(module)
+    return path is not None and base.modules[path][0].site == EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,28 +181,37 @@ def missing_module(tensors: ModuleTensors) -> Misfit:
 
 
 def raise_misfits(
-    misfits: Sequence[Misfit], num_modules: int, base: BaseDescription, base_model: str
+    misfits: Sequence[Misfit], modules: Sequence[ModuleTensors], base: BaseDescription, base_model: str
 ) -> None:
-    """Refuse an artifact with misfits.
+    """Refuse an artifact with misfits, or with two modules that are one of the base's.
 
     Args:
         misfits: at most one per module.
-        num_modules: of the artifact.
+        modules: of the artifact.
         base: the resident one.
         base_model: what the artifact names as its own.
 
     Raises:
         BaseMismatchError: none of several modules fits, and the artifact does not name this base.
-        AdapterInvalidError: only some do not.
+        AdapterInvalidError: only some do not, or two modules are one.
     """
     if not misfits:
+        _check_distinct(modules, base)
         return
     first = misfits[0]
-    if len(misfits) == num_modules > 1 and not is_known_name(base_model, base):
+    if len(misfits) == len(modules) > 1 and not is_known_name(base_model, base):
         raise BaseMismatchError(
             first.tensor, f"no tensor fits this server's base; this one {first.description}"
         )
     raise AdapterInvalidError(first.tensor, first.description)
+
+
+def _check_distinct(modules: Sequence[ModuleTensors], base: BaseDescription) -> None:
+    found: dict[str | None, ModuleTensors] = {}
+    for tensors in modules:
+        other = found.setdefault(base.module_of(tensors.module), tensors)
+        if other is not tensors:
+            raise AdapterInvalidError(tensors.any_name, f"acts on the same module as {shown(other.any_name)}")
 
 
 def candidate_of(artifact: AdapterArtifact) -> Candidate:

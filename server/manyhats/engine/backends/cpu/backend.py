@@ -49,12 +49,10 @@ class CpuBackend:
             ModelError: the block size or the head is not a multiple of 16.
         """
         head_dim = architecture.attention.head_dim
-        rotary_dims = [block.attention.rotary_dim for block in architecture.blocks]
-        if any(size % _VECTOR_PAIR for size in (block_size, head_dim, *rotary_dims)):
-            rotated = max(rotary_dims)
+        if block_size % _VECTOR_PAIR or head_dim % _VECTOR_PAIR:
             raise ModelError(
-                f"the CPU kernels need a block size (here {block_size}), a head size (here {head_dim}) "
-                f"and a rotated part of it (here {rotated}) that are multiples of {_VECTOR_PAIR}"
+                f"the CPU kernels need a block size (here {block_size}) and a head size (here {head_dim}) that are "
+                f"multiples of {_VECTOR_PAIR}"
             )
         num_blocks = num_bytes // block_bytes(architecture, block_size, dtype)
         return CpuKVCache(architecture, num_blocks, block_size, cache_dtype(dtype))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 # Instructions.
 (
-    RMS_NORM,
+    NORM,
     ADD,
-    ADD_RMS_NORM,
+    ADD_NORM,
+    LOCATE,
     SCALE,
     SILU,
     GELU_TANH,
+    GELU,
+    RELU,
     SOFTCAP,
     GATHER,
     QUANTIZE,
@@ -23,15 +26,21 @@ from __future__ import annotations
     RESCALED,
     DELTAS,
     BOTTLENECK,
-) = range(19)
+) = range(22)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
 INSTRUCTION, ROWS, SOURCE, TARGET, SIZE = range(5)
-# Of norms and sums; STREAM is the buffer that is added to.
-WEIGHT, STREAM = 5, 6
-# Of norms over heads; SIZE is that of a whole row.
-QUERY_WEIGHT, QUERY_NORMED, QUERY_SIZE, KEY_WEIGHT, KEY_NORMED, KEY_SIZE = range(5, 11)
+# Of norms and sums; STREAM is the buffer that is added to, IS_LAYER whether the mean is taken off. Of learned positions
+# WEIGHT is the address of the table, where row OFFSET is that of position 0.
+WEIGHT, NORM_BIAS, IS_LAYER, STREAM = range(5, 9)
+OFFSET = 6
+# Of activations: whether a row holds a gate, then what it multiplies.
+IS_GATED = 5
+# Of norms over heads; SIZE is that of a whole row, IS_LAYER where it is for other norms. HEAD_STRIDE is how far the
+# weights of two heads are apart, 0 where they share them.
+QUERY_WEIGHT, QUERY_BIAS = 5, 6
+QUERY_NORMED, QUERY_SIZE, KEY_WEIGHT, KEY_BIAS, KEY_NORMED, KEY_SIZE, HEAD_STRIDE = range(8, 15)
 # Of the rotation and of attention; SIZE is that of a whole row.
 LAYER, COS, SIN, HALF, NUM_HEADS = range(5, 10)
 OUT_SIZE, WINDOW = 6, 7

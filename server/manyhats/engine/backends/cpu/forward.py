@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import Layout
 from manyhats.engine.backends.cpu.head.logits import PackedHead
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
-from manyhats.engine.backends.cpu.program import Program
+from manyhats.engine.backends.cpu.program import PackedNorm, Program
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import Architecture, Attention, Block, FeedForward
+from manyhats.engine.model.architecture import SUBLAYERS, Architecture, Attention, Block
 from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 
-# Buffers of N rows: the stream, its norm, queries with keys and values (or gate with up), what attention (or the gate)
-# makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm and the logits.
-STREAM, NORMED, WIDE, MIXED, OUTPUT, QUANTIZED, LAST, LOGITS = range(8)
-_GATES = {"silu": col.SILU, "gelu_pytorch_tanh": col.GELU_TANH}
-
-NormWeight = tuple[Tensor, float]
-"""Weight and eps."""
+# Buffers of N rows: the tokens' vectors, where they are not the stream at once; the stream, its norm, and that for a
+# feed-forward beside the attention; queries with keys and values (or gate with up), what attention (or the activation)
+# makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm, where that is
+# not what the head reads; what it reads, and the logits.
+EMBEDDED, STREAM, NORMED, BESIDE, WIDE, MIXED, OUTPUT, QUANTIZED, FINAL, LAST, LOGITS = range(11)
+OF_LOGIT_ROWS = (FINAL, LAST, LOGITS)
+ACTIVATIONS = {
+    "silu": col.SILU,
+    "gelu_pytorch_tanh": col.GELU_TANH,
+    "gelu": col.GELU,
+    "relu": col.RELU,
+}
+"""The activations that the kernel knows, and their instructions."""
 
 
 class Forward:
@@ -31,8 +35,10 @@ class Forward:
 
     Attributes:
         program: its instructions.
+        first: the buffer that holds the tokens' vectors when it begins.
         sizes: buffer → the largest size of its rows.
         num_bytes: resident bytes of the blocks' linears.
+        num_outer_bytes: of what lies outside the blocks, but embedding, head and norms.
         head: packed.
 
     Raises:
@@ -41,34 +47,67 @@ class Forward:
 
     def __init__(self, architecture: Architecture, weights: Weights, kernels: CpuKernels) -> None:
         self.program = Program()
-        self.num_bytes = 0
-        size = architecture.hidden_size
-        self.sizes = {STREAM: size, NORMED: size, WIDE: 0, MIXED: 0, OUTPUT: size, QUANTIZED: 0, LAST: size}
+        self.num_bytes = self.num_outer_bytes = 0
+        size, embedding, head = architecture.hidden_size, architecture.embedding, architecture.head
+        self.sizes = {
+            **dict.fromkeys((EMBEDDED, BESIDE, WIDE, MIXED, QUANTIZED, FINAL), 0),
+            STREAM: size,
+            NORMED: size,
+            OUTPUT: size,
+            LAST: head.size,
+        }
         self._kernels = kernels
         self._layout = Layout.of(architecture)
         self._rotary = RotaryTables(architecture)
+        self.first = STREAM
+        if embedding.size != size:
+            self.first = EMBEDDED
+            self._outer(weights.outer["embedding_projection"], EMBEDDED, STREAM, col.NUM_ROWS)
+        if embedding.positions is not None and weights.positions is not None:
+            table = weights.positions.float()
+            self.num_outer_bytes += table.nbytes
+            self.program.locate(STREAM, table, embedding.positions.offset)
         norms = [
             _norms(block, of_block)
             for block, of_block in zip(architecture.blocks, weights.blocks, strict=True)
         ]
         befores = [of_block.get("attention_before") for of_block in norms]
-        last = weights.final_norm.weight, architecture.final_norm.eps
+        final = architecture.final_norm
+        last = (
+            None if final is None or weights.final_norm is None else PackedNorm.of(final, weights.final_norm)
+        )
         hidden = self._begin(befores[0])
         for index, block in enumerate(architecture.blocks):
             following = (*befores, last)[index + 1]
             hidden = self._block(index, block, weights.blocks[index], norms[index], hidden, following)
-        self.program.gather(hidden, LAST, size)
-        self.head = PackedHead(*kernels.pack_head(weights.head), architecture.head)
+        self._end(hidden, weights, architecture)
+
+    def _end(self, hidden: int, weights: Weights, architecture: Architecture) -> None:
+        """From the last block's output to the logits."""
+        size, head = architecture.hidden_size, architecture.head
+        if head.size == size:
+            self.program.gather(hidden, LAST, size)
+        else:
+            self.program.gather(hidden, FINAL, size)
+            self._outer(weights.outer["head_projection"], FINAL, LAST, col.NUM_LOGIT_ROWS)
+        self.head = PackedHead(*self._kernels.pack_head(weights.head), head)
         self._product(self.head.fast or self.head.own, LAST, LOGITS, col.NUM_LOGIT_ROWS)
         self.sizes[LOGITS] = self.head.own.out_features
         if self.head.fast:
             self.program.refine(LAST, LOGITS, self.head.own)
 
-    def _begin(self, norm: NormWeight | None) -> int:
+    def _outer(self, linear: Linear, source: int, target: int, rows: int) -> None:
+        """A linear outside the blocks, which no adapter changes."""
+        packed = self._kernels.pack([linear])
+        self.num_outer_bytes += packed.num_bytes
+        self.sizes[source] = max(self.sizes[source], packed.in_features)
+        self._product(packed, source, target, rows)
+
+    def _begin(self, norm: PackedNorm | None) -> int:
         """Norms the stream as it begins, if the family does; returns the buffer of the first block's input."""
         if norm is None:
             return STREAM
-        self.program.rms_norm(STREAM, NORMED, *norm)
+        self.program.norm(STREAM, NORMED, norm)
         return NORMED
 
     def _block(
@@ -76,31 +115,39 @@ class Forward:
         layer: int,
         block: Block,
         weights: BlockWeights,
-        norms: dict[str, NormWeight],
+        norms: dict[str, PackedNorm],
         hidden: int,
-        following: NormWeight | None,
+        following: PackedNorm | None,
     ) -> int:
         """One block, whose input is in the buffer ``hidden``; returns the buffer of the next block's input."""
         linears = {group.name: [weights.linears[name] for name in group.names] for group in block.groups()}
+        early = self._beside(norms.get("feed_forward_before"), hidden) if block.is_parallel else None
         self._attention(layer, block.attention, linears, norms, hidden)
-        outputs = norms.get("attention_output"), norms.get("feed_forward_output")
-        hidden = self._join(0, layer, block.residual_scale, outputs[0], norms.get("feed_forward_before"))
-        self._feed_forward(layer, block.feed_forward, linears, hidden)
-        return self._join(1, layer, block.residual_scale, outputs[1], following)
+        between = None if block.is_parallel else norms.get("feed_forward_before")
+        hidden = self._join("attention", layer, block.residual_scale, norms, between)
+        self._feed_forward(layer, block, linears, hidden if early is None else early)
+        return self._join("feed_forward", layer, block.residual_scale, norms, following)
+
+    def _beside(self, norm: PackedNorm | None, hidden: int) -> int:
+        """The buffer of a feed-forward's input that is read beside the attention, whose input is ``hidden``."""
+        if norm is None:
+            return hidden
+        self.sizes[BESIDE] = self.sizes[STREAM]
+        self.program.norm(STREAM, BESIDE, norm)
+        return BESIDE
 
     def _attention(
         self,
         layer: int,
         attention: Attention,
         linears: dict[str, list[Linear]],
-        norms: dict[str, NormWeight],
+        norms: dict[str, PackedNorm],
         hidden: int,
     ) -> None:
         size = self._linear("qkv", layer, linears["qkv"], hidden, WIDE)
         if "query" in norms and "key" in norms:
-            (query, eps), (key, _) = norms["query"], norms["key"]
-            queries, keys = (query, attention.query_size), (key, attention.key_size)
-            self.program.norm_heads(WIDE, size, queries, keys, eps)
+            queries, keys = (norms["query"], attention.query_size), (norms["key"], attention.key_size)
+            self.program.norm_heads(WIDE, size, queries, keys)
         angles = self._rotary.tables[attention.rope]
         self.program.rotate(WIDE, size, layer, angles, attention.num_heads)
         sizes = size, attention.query_size
@@ -109,37 +156,42 @@ class Forward:
         )
         self._linear("o", layer, linears["o"], MIXED, OUTPUT)
 
-    def _feed_forward(
-        self, layer: int, feed_forward: FeedForward, linears: dict[str, list[Linear]], hidden: int
-    ) -> None:
-        if feed_forward.activation not in _GATES:
-            known = ", ".join(sorted(_GATES))
+    def _feed_forward(self, layer: int, block: Block, linears: dict[str, list[Linear]], hidden: int) -> None:
+        feed_forward = block.feed_forward
+        if feed_forward.activation not in ACTIVATIONS:
+            known = ", ".join(sorted(ACTIVATIONS))
             raise ModelError(
                 f"the CPU kernels do not know the activation {feed_forward.activation!r}; they know {known}"
             )
-        size = self._linear("gate_up", layer, linears["gate_up"], hidden, WIDE)
-        self.program.gate(_GATES[feed_forward.activation], WIDE, MIXED, size // 2)
-        self._linear("down", layer, linears["down"], MIXED, OUTPUT)
+        _, _, first, down = block.groups()
+        self._linear(first.name, layer, linears[first.name], hidden, WIDE)
+        instruction = ACTIVATIONS[feed_forward.activation]
+        self.program.activate(instruction, WIDE, MIXED, feed_forward.width, feed_forward.is_gated)
+        self._linear(down.name, layer, linears[down.name], MIXED, OUTPUT)
 
     def _join(
         self,
-        sublayer: int,
+        sublayer: str,
         layer: int,
         scale: float,
-        norm: NormWeight | None,
-        following: NormWeight | None,
+        norms: dict[str, PackedNorm],
+        following: PackedNorm | None,
     ) -> int:
         """Adds a sub-layer's output to the stream; returns the buffer of the next sub-layer's input."""
         size = self.sizes[STREAM]
-        if norm is not None:
-            self.program.rms_norm(OUTPUT, OUTPUT, *norm)
+        output, stream = norms.get(f"{sublayer}_output"), norms.get(f"{sublayer}_stream")
+        if output is not None:
+            self.program.norm(OUTPUT, OUTPUT, output)
         if scale != 1.0:
             self.program.scale(OUTPUT, size, scale)
-        self.program.bottleneck(STREAM, OUTPUT, size, sublayer, layer)
+        self.program.bottleneck(STREAM, OUTPUT, size, SUBLAYERS.index(sublayer), layer)
+        if stream is not None:
+            self.program.add_norm(OUTPUT, STREAM, STREAM, stream)
+            return self._begin(following)
         if following is None:
             self.program.add(OUTPUT, STREAM, size)
             return STREAM
-        self.program.add_rms_norm(OUTPUT, STREAM, NORMED, *following)
+        self.program.add_norm(OUTPUT, STREAM, NORMED, following)
         return NORMED
 
     def _linear(self, group: str, layer: int, parts: Sequence[Linear], source: int, target: int) -> int:
@@ -161,6 +213,6 @@ class Forward:
         self.program.linear(source, target, packed, QUANTIZED, rows)
 
 
-def _norms(block: Block, weights: BlockWeights) -> dict[str, NormWeight]:
+def _norms(block: Block, weights: BlockWeights) -> dict[str, PackedNorm]:
     """The norms that a block has, by name."""
-    return {shape.name: (weights.norms[shape.name].weight, shape.norm.eps) for shape in block.norms()}
+    return {shape.name: PackedNorm.of(shape.norm, weights.norms[shape.name]) for shape in block.norms()}

@@ -15,7 +15,7 @@ from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
 from manyhats.engine.backends.cpu.compile import counted_compilation
-from manyhats.engine.backends.cpu.forward import LAST, LOGITS, STREAM, Forward
+from manyhats.engine.backends.cpu.forward import EMBEDDED, LAST, LOGITS, OF_LOGIT_ROWS, Forward
 from manyhats.engine.backends.cpu.head.logits import CpuLogits
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import as_array
@@ -43,7 +43,9 @@ class CpuModel:
         self.architecture = architecture
         self._kernels = kernels
         self._embedding = as_array(weights.embedding)
-        self._num_norm_values = sum(norm.weight.numel() for norm in weights.norms())
+        self._num_norm_values = sum(
+            norm.weight.numel() * (1 if norm.bias is None else 2) for norm in weights.norms()
+        )
         self._forward = Forward(architecture, weights, kernels)
         self.head = self._forward.head
         self._memory = {buffer: torch.empty(0) for buffer in self._forward.sizes}
@@ -55,9 +57,10 @@ class CpuModel:
         """Resident bytes: the layers' linears, and embedding, head and norms."""
         is_tied = self.architecture.head.is_tied
         embed = 0 if is_tied else self._embedding.nbytes
+        outer = embed + self.head.num_bytes + self._forward.num_outer_bytes
         return {
             "base": self._forward.num_bytes,
-            "embeddings": int(embed + self.head.num_bytes + 4 * self._num_norm_values),
+            "embeddings": int(outer + 4 * self._num_norm_values),
         }
 
     def warm_up(self, cache: CpuKVCache, adapters: CpuAdapterSlots, slot: int, progress: Progress) -> None:
@@ -95,11 +98,14 @@ class CpuModel:
         return logits
 
     def _buffers(self, batch: Batch, adapters: CpuAdapterSlots) -> list[Tensor]:
-        """A step's buffers by number, of at least the size that it needs; all but the stream stay for the next step."""
+        """A step's buffers by number, of at least the size that it needs; all but the first stay for the next step."""
         num_rows, num_logit_rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
-        buffers = [self._embedded(batch, adapters)]
-        for buffer in range(STREAM + 1, LOGITS + 1):
-            count = num_logit_rows if buffer in (LAST, LOGITS) else num_rows
+        buffers = []
+        for buffer in range(EMBEDDED, LOGITS + 1):
+            if buffer == self._forward.first:
+                buffers.append(self._embedded(batch, adapters))
+                continue
+            count = num_logit_rows if buffer in OF_LOGIT_ROWS else num_rows
             num_values = count * self._forward.sizes[buffer]
             if self._memory[buffer].numel() < num_values:
                 self._memory[buffer] = torch.empty(num_values)
@@ -119,7 +125,7 @@ class CpuModel:
         return self._views
 
     def _embedded(self, batch: Batch, adapters: CpuAdapterSlots) -> Tensor:
-        """The residual stream as it begins, [N, D]."""
+        """The tokens' vectors, [N, E]."""
         # By NumPy, since a step of few rows comes with cold caches to this, and torch's way is longer.
         rows = np.take(self._embedding, batch.token_ids.numpy(), axis=0)
         if rows.dtype == np.uint16:

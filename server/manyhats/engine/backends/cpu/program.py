@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.head.exact import NUM_PLACES
 from manyhats.engine.backends.cpu.packing import RESCALED_ROWS, Array, CpuLinear, as_array
+from manyhats.engine.model.architecture import Norm
+from manyhats.engine.model.weights import NormWeight
 
 Instructions = tuple[Array, Array]
 """[n, columns] int64, and [n, 2] float32."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedNorm:
+    """A norm as the kernel takes it: weight and bias, of one shape, and whether the mean is taken off first."""
+
+    weight: Tensor
+    bias: Tensor
+    is_layer: bool
+    eps: float
+
+    @classmethod
+    def of(cls, norm: Norm, weights: NormWeight) -> PackedNorm:
+        """A norm with its weights."""
+        bias = torch.zeros_like(weights.weight) if weights.bias is None else weights.bias
+        return cls(weights.weight, bias, norm.kind == "layer", norm.eps)
 
 
 class Program:
@@ -41,25 +61,29 @@ class Program:
             np.array(self._numbers, dtype=np.float32).reshape(-1, 2),
         )
 
-    def rms_norm(self, source: int, target: int, weight: Tensor, eps: float) -> None:
-        """``target = source / √(mean(source²) + eps) · weight``."""
-        self._add(col.RMS_NORM, source, target, [weight.numel(), self._address(weight)], eps)
+    def norm(self, source: int, target: int, norm: PackedNorm) -> None:
+        """``target`` is the norm of ``source``, which may be the same."""
+        self._add(col.NORM, source, target, self._norm(norm), norm.eps)
 
     def add(self, source: int, stream: int, size: int) -> None:
         """``stream += source``."""
         self._add(col.ADD, source, stream, [size])
 
-    def add_rms_norm(self, source: int, stream: int, target: int, weight: Tensor, eps: float) -> None:
-        """``stream += source``; target is the norm of stream."""
-        self._add(col.ADD_RMS_NORM, source, target, [weight.numel(), self._address(weight), stream], eps)
+    def add_norm(self, source: int, stream: int, target: int, norm: PackedNorm) -> None:
+        """``stream += source``; target, which may be stream, is the norm of it."""
+        self._add(col.ADD_NORM, source, target, [*self._norm(norm), stream], norm.eps)
+
+    def locate(self, target: int, table: Tensor, offset: int) -> None:
+        """Adds to each row what a table [rows, size] float32 has for its position."""
+        self._add(col.LOCATE, target, target, [table.shape[1], self._address(table), offset])
 
     def scale(self, target: int, size: int, factor: float) -> None:
         """``target *= factor``."""
         self._add(col.SCALE, target, target, [size], factor)
 
-    def gate(self, instruction: int, source: int, target: int, size: int) -> None:
-        """``target = activation(gate) · up``; source holds gate, then up."""
-        self._add(instruction, source, target, [size])
+    def activate(self, instruction: int, source: int, target: int, size: int, is_gated: bool) -> None:
+        """``target = activation(source)``; source holds a gate, then what it multiplies, if it is gated."""
+        self._add(instruction, source, target, [size, int(is_gated)])
 
     def softcap(self, target: int, size: int, limit: float) -> None:
         """``target = limit · tanh(target / limit)``."""
@@ -70,23 +94,28 @@ class Program:
         self._add(col.GATHER, source, target, [size], rows=col.NUM_LOGIT_ROWS)
 
     def norm_heads(
-        self, target: int, size: int, queries: tuple[Tensor, int], keys: tuple[Tensor, int], eps: float
+        self, target: int, size: int, queries: tuple[PackedNorm, int], keys: tuple[PackedNorm, int]
     ) -> None:
-        """RMS norms of queries and keys, in place, over as many values at a time as a weight has.
+        """Norms of queries and keys, in place, over as many values at a time as a head's weight has.
 
         Args:
             target: queries, keys, values.
             size: of a row.
-            queries: weight, and the number of values of a row's queries.
-            keys: the same for keys.
-            eps: of both.
+            queries: the norm, and the number of values of a row's queries.
+            keys: the same for keys; its norm is of the queries' kind and eps.
         """
+        (query, query_size), (key, key_size) = queries, keys
         own = [
-            part
-            for weight, count in (queries, keys)
-            for part in (self._address(weight), weight.numel(), count)
+            size,
+            self._address(query.weight),
+            self._address(query.bias),
+            int(query.is_layer),
+            *(query.weight.shape[-1], query_size),
+            *(self._address(key.weight), self._address(key.bias)),
+            *(key.weight.shape[-1], key_size),
+            query.weight.shape[-1] if query.weight.dim() > 1 else 0,
         ]
-        self._add(col.NORM_HEADS, target, target, [size, *own], eps)
+        self._add(col.NORM_HEADS, target, target, own, query.eps)
 
     def rotate(
         self, target: int, size: int, layer: int, angles: tuple[Tensor, Tensor], num_heads: int
@@ -170,6 +199,10 @@ class Program:
         addresses = [self._address(array) for array in (*arrays, packed.nested_code, packed.bias)]
         kind = _kind(packed)
         return [packed.in_features, layer, kind, packed.out_features, group, packed.panel_rows, *addresses]
+
+    def _norm(self, norm: PackedNorm) -> list[int]:
+        addresses = self._address(norm.weight), self._address(norm.bias)
+        return [norm.weight.numel(), *addresses, int(norm.is_layer)]
 
     def _need(self, num_values: int) -> None:
         self.num_scratch_values = max(self.num_scratch_values, num_values)

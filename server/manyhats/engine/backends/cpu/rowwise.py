@@ -1,4 +1,4 @@
-"""What acts on each row by itself: RMS norms, gating, rotary embedding with the write into the KV cache.
+"""What acts on each row by itself: norms, activations, rotary embedding with the write into the KV cache.
 
 Rows are float32; a share of an instruction is some of them.
 """
@@ -17,9 +17,11 @@ from manyhats.engine.backends.cpu.int16.quantize import quantize_row
 from manyhats.engine.backends.cpu.simd import (
     add,
     div,
+    erf,
     exp,
     fma,
     load,
+    maximum,
     mul,
     splat,
     store,
@@ -30,25 +32,34 @@ from manyhats.engine.backends.cpu.simd import (
 )
 
 _SQRT_8_OVER_PI = math.sqrt(8.0 / math.pi)
+_SQRT_HALF = math.sqrt(0.5)
 
 
 @inner
-def norm_row(x, at, weight, size, eps, out, out_at):
-    """out[out_at:] = x[at:] / √(mean(x²) + eps) · weight."""
+def norm_row(x, at, weight, bias, first, size, is_layer, eps, out, out_at):
+    """out[out_at:] = x[at:] / √(mean(x²) + eps) · weight[first:] + bias[first:], of x less its mean if ``is_layer``."""
+    mean = np.float32(0.0)
+    if is_layer:
+        total = zero()
+        for i in range(0, size, 8):
+            total = add(total, load(x, at + i))
+        mean = sum_lanes(total) / np.float32(size)
+    means = splat(mean)
     total = zero()
     for i in range(0, size, 8):
-        v = load(x, at + i)
+        v = sub(load(x, at + i), means)
         total = fma(v, v, total)
     scale = splat(np.float32(1.0 / math.sqrt(sum_lanes(total) / np.float32(size) + eps)))
     for i in range(0, size, 8):
-        store(out, out_at + i, mul(mul(load(x, at + i), scale), load(weight, i)))
+        v = mul(mul(sub(load(x, at + i), means), scale), load(weight, first + i))
+        store(out, out_at + i, add(v, load(bias, first + i)))
 
 
 @inner
-def add_row(x, at, size, delta):
-    """x[at : at + size] += delta[at : at + size]."""
-    for i in range(at, at + size, 8):
-        store(x, i, add(load(x, i), load(delta, i)))
+def add_row(x, at, size, delta, delta_at):
+    """x[at : at + size] += delta[delta_at : delta_at + size]."""
+    for i in range(0, size, 8):
+        store(x, at + i, add(load(x, at + i), load(delta, delta_at + i)))
 
 
 @inner
@@ -60,29 +71,53 @@ def scale_row(x, at, size, factor):
 
 
 @inner
-def silu_row(x, at, size, out, out_at):
-    """out[out_at:] = SiLU(gate) · up; x[at:] holds gate, then up."""
-    one = splat(np.float32(1.0))
-    for i in range(0, size, 8):
-        g = load(x, at + i)
-        activated = div(g, add(one, exp(sub(zero(), g))))
-        store(out, out_at + i, mul(activated, load(x, at + size + i)))
+def silu(v):
+    """Each lane as v / (1 + e⁻ᵛ)."""
+    return div(v, add(splat(np.float32(1.0)), exp(sub(zero(), v))))
 
 
 @inner
-def gelu_tanh_row(x, at, size, out, out_at):
-    """out[out_at:] = GELU(gate) · up, in the tanh approximation; x[at:] holds gate, then up.
+def gelu_tanh(v):
+    """Each lane as GELU in the tanh approximation.
 
-    ``½ · g · (1 + tanh y)`` is ``g / (1 + e⁻²ʸ)``, which loses nothing where tanh is near −1.
+    ``½ · v · (1 + tanh y)`` is ``v / (1 + e⁻²ʸ)``, which loses nothing where tanh is near −1.
     """
-    one = splat(np.float32(1.0))
     cubic = splat(np.float32(0.044715))
-    factor = splat(np.float32(-_SQRT_8_OVER_PI))
+    power = mul(splat(np.float32(-_SQRT_8_OVER_PI)), fma(mul(mul(v, v), cubic), v, v))
+    return div(v, add(splat(np.float32(1.0)), exp(power)))
+
+
+@inner
+def gelu(v):
+    """Each lane as ``½ · v · (1 + erf(v / √2))``."""
+    half = mul(v, splat(np.float32(0.5)))
+    return fma(half, erf(mul(v, splat(np.float32(_SQRT_HALF)))), half)
+
+
+@inner
+def relu(v):
+    """Each lane or 0, whichever is larger; NaN stays NaN."""
+    return maximum(zero(), v)
+
+
+@inner
+def activated(kind, v):
+    """Each lane through the activation that an instruction names."""
+    if kind == col.SILU:
+        return silu(v)
+    if kind == col.GELU_TANH:
+        return gelu_tanh(v)
+    return gelu(v) if kind == col.GELU else relu(v)
+
+
+@inner
+def activate_row(kind, x, at, size, is_gated, out, out_at):
+    """out[out_at:] = activation(x[at:]), times what follows the first ``size`` values if these are a gate."""
     for i in range(0, size, 8):
-        g = load(x, at + i)
-        power = mul(factor, fma(mul(mul(g, g), cubic), g, g))
-        activated = div(g, add(one, exp(power)))
-        store(out, out_at + i, mul(activated, load(x, at + size + i)))
+        v = activated(kind, load(x, at + i))
+        if is_gated:
+            v = mul(v, load(x, at + size + i))
+        store(out, out_at + i, v)
 
 
 @inner
@@ -118,53 +153,76 @@ def rowwise(op, numbers, first, last, frame, buffers):
     target = floats_at(buffers[op[col.TARGET]])
     for row in range(first, last):
         at = row * size
-        if kind == col.RMS_NORM:
-            norm_row(source, at, floats_at(op[col.WEIGHT]), size, numbers[0], target, at)
+        if kind == col.NORM:
+            norm(op, numbers, source, at, target)
         elif kind == col.ADD:
-            add_row(target, at, size, source)
-        elif kind == col.ADD_RMS_NORM:
+            add_row(target, at, size, source, at)
+        elif kind == col.ADD_NORM:
             stream = floats_at(buffers[op[col.STREAM]])
-            add_row(stream, at, size, source)
-            norm_row(stream, at, floats_at(op[col.WEIGHT]), size, numbers[0], target, at)
+            add_row(stream, at, size, source, at)
+            norm(op, numbers, stream, at, target)
+        elif kind == col.LOCATE:
+            place = np.int64(ints_at(frame[col.POSITIONS])[row]) + op[col.OFFSET]
+            add_row(target, at, size, floats_at(op[col.WEIGHT]), place * size)
         elif kind == col.SCALE:
             scale_row(target, at, size, numbers[0])
-        elif kind == col.SILU:
-            silu_row(source, 2 * at, size, target, at)
-        elif kind == col.GELU_TANH:
-            gelu_tanh_row(source, 2 * at, size, target, at)
         elif kind == col.GATHER:
             chosen = np.int64(ints_at(frame[col.LOGIT_ROWS])[row]) * size
             copy_row(source, chosen, size, target, at)
         elif kind == col.QUANTIZE:
             words = ints_at(buffers[op[col.TARGET]])
             quantize_row(source, at, size, words, row)
-        else:
+        elif kind == col.SOFTCAP:
             cap_row(target, at, size, numbers[0])
+        else:
+            is_gated = op[col.IS_GATED]
+            activate_row(kind, source, at * (1 + is_gated), size, is_gated, target, at)
+
+
+@inner
+def norm(op, numbers, x, at, target):
+    """A norm of one row; it may be in place."""
+    weight, bias = floats_at(op[col.WEIGHT]), floats_at(op[col.NORM_BIAS])
+    norm_row(x, at, weight, bias, 0, op[col.SIZE], op[col.IS_LAYER], numbers[0], target, at)
 
 
 @inner
 def norm_heads(op, numbers, first, last, buffers):
-    """RMS norms of rows' queries and keys, in place, over as many values at a time as a weight has."""
+    """Norms of rows' queries and keys, in place, over as many values at a time as a head's weight has."""
     x = floats_at(buffers[op[col.TARGET]])
     for row in range(first, last):
         start = row * op[col.SIZE]
-        middle = start + op[col.QUERY_SIZE]
-        for at in range(start, middle, op[col.QUERY_NORMED]):
-            norm_row(x, at, floats_at(op[col.QUERY_WEIGHT]), op[col.QUERY_NORMED], numbers[0], x, at)
-        for at in range(middle, middle + op[col.KEY_SIZE], op[col.KEY_NORMED]):
-            norm_row(x, at, floats_at(op[col.KEY_WEIGHT]), op[col.KEY_NORMED], numbers[0], x, at)
+        queries = op[col.QUERY_WEIGHT], op[col.QUERY_BIAS], op[col.QUERY_NORMED], op[col.QUERY_SIZE]
+        norm_each_head(op, numbers, x, start, queries)
+        keys = op[col.KEY_WEIGHT], op[col.KEY_BIAS], op[col.KEY_NORMED], op[col.KEY_SIZE]
+        norm_each_head(op, numbers, x, start + op[col.QUERY_SIZE], keys)
+
+
+@inner
+def norm_each_head(op, numbers, x, start, parts):
+    """Norms of a row's queries, or keys; ``parts`` are addresses of weight and bias, and sizes of a head and of all."""
+    weight, bias, size, total = parts
+    own = 0
+    for at in range(start, start + total, size):
+        norm_row(x, at, floats_at(weight), floats_at(bias), own, size, op[col.IS_LAYER], numbers[0], x, at)
+        own += op[col.HEAD_STRIDE]
 
 
 @inner
 def rotate(x, at, cos, sin, angle, half):
     """Rotates the pairs (x[i], x[i + half]) at ``at`` by the row's angles, in place."""
-    for i in range(0, half, 8):
+    whole = half - half % 8
+    for i in range(0, whole, 8):
         first = load(x, at + i)
         second = load(x, at + half + i)
         c = load(cos, angle + i)
         s = load(sin, angle + i)
         store(x, at + i, sub(mul(first, c), mul(second, s)))
         store(x, at + half + i, add(mul(second, c), mul(first, s)))
+    for i in range(whole, half):
+        one, other = x[at + i], x[at + half + i]
+        x[at + i] = one * cos[angle + i] - other * sin[angle + i]
+        x[at + half + i] = other * cos[angle + i] + one * sin[angle + i]
 
 
 @inner

@@ -39,6 +39,27 @@ _EXP2_COEFFICIENTS = (0.0013264727, 0.0096715130, 0.0555073358, 0.2402224243, 0.
 _TANH_COEFFICIENTS = (-0.0057049775, 0.0206390787, -0.0537397116, 0.1333144158, -0.3333328068)
 _TANH_NEAR = 0.625
 
+# Of erf x / x − 1 in x² over |x| < 1, of least error: 1.2e-9. Of log erfc x over 1 ≤ x ≤ 4, least error of erfc: 2e-11.
+_ERF_COEFFICIENTS = (
+    7.88911955e-05,
+    -0.000802084128,
+    0.00518953534,
+    -0.0268544446,
+    0.112836002,
+    -0.376126271,
+    0.128379166,
+)
+_LOG_ERFC_COEFFICIENTS = (
+    -2.16868499e-05,
+    0.000441336377,
+    -0.00420456187,
+    0.0252082567,
+    -0.108418577,
+    -0.633219893,
+    -1.12957842,
+    0.00018804023,
+)
+
 
 def has_feature(name: str) -> bool:
     """Whether this is an x86 processor with a feature of that name, as LLVM calls it."""
@@ -382,6 +403,29 @@ def tanh(typingctx, value):
         cube = builder.fmul(square, x)
         near = _fma(builder, cube, _polynomial(builder, _TANH_COEFFICIENTS, square), x)
         return builder.select(builder.fcmp_ordered("<", size, _splat_const(_TANH_NEAR)), near, far)
+
+    return vector(vector), codegen
+
+
+@intrinsic
+def erf(typingctx, value):
+    """Lane-wise erf x: 1 − e^Q(|x|) with the sign put back, below 1 x + x · P(x²); error 1.1 ulp, and 6.5e-8 at most.
+
+    NaN stays NaN.
+    """
+
+    def codegen(context, builder, signature, args):
+        x = args[0]
+        bits = builder.bitcast(x, _IVEC)
+        sign = builder.and_(bits, _splat_int(-0x80000000))
+        size = builder.bitcast(builder.and_(bits, _splat_int(0x7FFFFFFF)), _VEC)
+        four = _splat_const(4.0)
+        bounded = builder.select(builder.fcmp_unordered("<", size, four), size, four)
+        power = _exp(builder, _polynomial(builder, _LOG_ERFC_COEFFICIENTS, bounded))
+        far = builder.fsub(_splat_const(1.0), power)
+        far = builder.bitcast(builder.or_(builder.bitcast(far, _IVEC), sign), _VEC)
+        near = _fma(builder, x, _polynomial(builder, _ERF_COEFFICIENTS, builder.fmul(x, x)), x)
+        return builder.select(builder.fcmp_ordered("<", size, _splat_const(1.0)), near, far)
 
     return vector(vector), codegen
 

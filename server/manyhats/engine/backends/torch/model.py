@@ -30,8 +30,16 @@ from manyhats.engine.backends.torch.adapters import TorchAdapterSlots
 from manyhats.engine.backends.torch.cache import TorchKVCache
 from manyhats.engine.backends.torch.choosing import TorchChooser
 from manyhats.engine.backends.warmup import run_one
-from manyhats.engine.model.architecture import Architecture, Attention, FeedForward, Group, Norm, Rope
-from manyhats.engine.model.forward import block, embedded, logits
+from manyhats.engine.model.architecture import (
+    Architecture,
+    Attention,
+    FeedForward,
+    Group,
+    Learned,
+    Norm,
+    Rope,
+)
+from manyhats.engine.model.forward import block, embedded, entered, left, logits
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.rotary import Angles, RotaryTables
 from manyhats.engine.model.weights import Linear, Matrix, NormWeight, Weights
@@ -76,7 +84,9 @@ class TorchModel:
             }
             for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True)
         ]
-        self.head = self._dense([weights.head])
+        self.outer = {name: self._dense([linear]) for name, linear in weights.outer.items()}
+        self.head = self.outer.get("lm_head") or self._dense([weights.head])
+        self.positions = None if weights.positions is None else weights.positions.float().to(device)
         self.tables = RotaryTables(architecture)
 
     def _dense(self, linears: list[Linear]) -> _Dense:
@@ -92,9 +102,10 @@ class TorchModel:
     def num_bytes(self) -> Mapping[str, int]:
         """Resident bytes: the layers' linears, and embedding, head and norms."""
         norms = sum(norm.weight.nbytes for norm in self.weights.norms())
+        positions = 0 if self.positions is None else self.positions.nbytes
         return {
             "base": sum(dense.num_bytes for layer in self.linears for dense in layer.values()),
-            "embeddings": self.embedding.nbytes + self.head.num_bytes + norms,
+            "embeddings": self.embedding.nbytes + self.head.num_bytes + positions + norms,
         }
 
     def warm_up(
@@ -108,14 +119,16 @@ class TorchModel:
         """Runs a step and writes its keys and values."""
         cache.copy_blocks(plan)
         maths = _Step(self, plan, cache, adapters)
-        stream = embedded(maths, self.architecture.embedding, maths.tensor(plan.token_ids).long())
+        x = embedded(maths, self.architecture.embedding, maths.tensor(plan.token_ids).long())
         if plan.embeddings is not None:
             rows, values = plan.embeddings
-            stream[maths.tensor(rows).long()] = maths.tensor(values)
+            x[maths.tensor(rows).long()] = maths.tensor(values)
+        stream = entered(maths, self.architecture, x)
         for layer, spec in enumerate(self.architecture.blocks):
             stream = block(maths, spec, self.weights.blocks[layer], layer, stream)
-        hidden = maths.norm(stream, self.architecture.final_norm, self.weights.final_norm)
-        found = logits(maths, self.architecture.head, hidden[maths.tensor(plan.logit_rows).long()])
+        last = stream[maths.tensor(plan.logit_rows).long()]
+        hidden = left(maths, self.architecture, self.weights.final_norm, last)
+        found = logits(maths, self.architecture.head, hidden)
         return HostLogits(found.cpu(), TorchChooser())
 
 
@@ -130,6 +143,7 @@ class _Step:
         self._cache = cache
         self._adapters = adapters
         self._cells = self.tensor(plan.cells)
+        self._positions = self.tensor(plan.positions).long()
         self._angles = model.tables.at(torch.from_numpy(plan.positions).long())
         self._one_by_one = model.device.type == "cpu"
         self._rows = list(self._rows_by_slot(plan.row_slots))
@@ -147,6 +161,13 @@ class _Step:
             x[rows] = equations.embedding(replaced, token_ids[rows], x[rows])
         return x
 
+    def locate(self, learned: Learned) -> Tensor:
+        assert self._model.positions is not None
+        return self._model.positions[self._positions + learned.offset]
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        return self._product(x, self._model.outer[name])
+
     def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
         dense = self._model.linears[layer][group.name]
         y, start = self._product(x, dense), 0
@@ -162,7 +183,10 @@ class _Step:
         return y
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight.weight.to(x.device)
+        if norm.kind == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * weight.weight.to(x.device)
+        return y if weight.bias is None else y + weight.bias.to(x.device)
 
     output_norm = norm
 
@@ -185,8 +209,11 @@ class _Step:
         return out
 
     def activate(self, gate_up: Tensor, feed_forward: FeedForward) -> Tensor:
+        activation = ACTIVATIONS[feed_forward.activation]
+        if not feed_forward.is_gated:
+            return activation(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return ACTIVATIONS[feed_forward.activation](gate) * up
+        return activation(gate) * up
 
     def join(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
         for rows, delta in self._deltas(site, Bottleneck):
@@ -197,9 +224,10 @@ class _Step:
         """A head of the adapter's own comes before what changes it."""
         found = self._product(hidden, self._model.head)
         for rows, own in self._deltas(HEAD, HeadWeight, self._logit_rows):
-            found[rows] = self._product(hidden[rows], _Dense(own.weight, None))
+            found[rows] = self._product(hidden[rows], _Dense(own.weight, own.bias))
         for rows, replaced in self._deltas(HEAD, HeadRows, self._logit_rows):
-            found[rows.unsqueeze(1), replaced.ids] = self._product(hidden[rows], _Dense(replaced.rows, None))
+            dense = _Dense(replaced.rows, replaced.bias)
+            found[rows.unsqueeze(1), replaced.ids] = self._product(hidden[rows], dense)
         for rows, low_rank in self._deltas(HEAD, LowRank, self._logit_rows):
             found[rows] += equations.low_rank(hidden[rows], low_rank.a, low_rank.b, low_rank.scale)
         return found

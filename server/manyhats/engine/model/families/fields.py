@@ -10,6 +10,33 @@ from manyhats.engine.errors import ModelError
 RawConfig = Mapping[str, Any]
 """A parsed ``config.json``."""
 
+_GPT_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "activation_function": "hidden_act",
+    "layer_norm_epsilon": "layer_norm_eps",
+}
+OWN_NAMES: Mapping[str, Mapping[str, str]] = {
+    "falcon": {
+        "n_embed": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_head_kv": "num_kv_heads",
+        "ffn_hidden_size": "intermediate_size",
+        "activation": "hidden_act",
+        "layer_norm_epsilon": "layer_norm_eps",
+    },
+    "gpt2": _GPT_NAMES,
+    "gpt_neox": {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+    "gptj": _GPT_NAMES,
+    "opt": {"ffn_dim": "intermediate_size", "activation_function": "hidden_act"},
+    "starcoder2": {"norm_epsilon": "layer_norm_eps"},
+}
+"""``model_type`` → what its files call a field → what that is called elsewhere."""
+
 _COMMON_DEFAULTS: RawConfig = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
@@ -23,9 +50,19 @@ _COMMON_DEFAULTS: RawConfig = {
 }
 
 
+def standard_names(config: RawConfig) -> RawConfig:
+    """A config with the names that most families have for its fields."""
+    names = OWN_NAMES.get(str(config.get("model_type")), {})
+    return {names.get(name, name): value for name, value in config.items()}
+
+
 def with_defaults(config: RawConfig, **defaults: Any) -> dict[str, Any]:
     """A config with a family's defaults, and the common ones, for the fields it leaves out."""
     return {**_COMMON_DEFAULTS, **defaults, **config}
+
+
+ALL_HEADS: RawConfig = {"num_key_value_heads": None, "head_dim": None}
+"""What a family's files cannot ask for whose heads all have their own keys, and the size that is left to each."""
 
 
 def biased_groups(full: RawConfig, *, feed_forward: bool = True) -> tuple[str, ...]:

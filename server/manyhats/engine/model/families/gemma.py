@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.families.fields import RawConfig, biased_groups, refuse, windows_of, with_defaults
-from manyhats.engine.model.families.llama_like import (
+from manyhats.engine.model.families.decoder import (
     LLAMA,
     NORMS_AFTER,
     QK_NORMS,
     Scales,
     Softcaps,
-    llama_like,
+    decoder,
 )
+from manyhats.engine.model.families.fields import RawConfig, biased_groups, refuse, windows_of, with_defaults
 from manyhats.engine.model.layout import Family, Layout
 from manyhats.engine.model.rope import rope_parameters
 
@@ -40,6 +40,33 @@ _LAYOUT = replace(
     norm_offset=1.0,
     stores_embedding_scale=True,
 )
+
+
+def gemma(config: RawConfig, max_context_length: int | None) -> Family:
+    """Gemma 1: Llama with norms of weight 1 + w, and embeddings times √D."""
+    full = with_defaults(
+        config,
+        vocab_size=256000,
+        hidden_size=3072,
+        intermediate_size=24576,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=256,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        hidden_act="gelu_pytorch_tanh",
+    )
+    refuse(full, "use_bidirectional_attention")
+    # Its files say "gelu" where they mean the tanh form.
+    asked = full.get("hidden_activation") or full["hidden_act"]
+    return decoder(
+        {**full, "hidden_act": "gelu_pytorch_tanh" if asked == "gelu" else asked},
+        max_context_length,
+        layout=replace(LLAMA, norm_offset=1.0, stores_embedding_scale=True),
+        biased=biased_groups(full, feed_forward=False),
+        scales=Scales(embedding=full["hidden_size"] ** 0.5),
+    )
 
 
 def gemma2(config: RawConfig, max_context_length: int | None) -> Family:
@@ -96,7 +123,7 @@ def _gemma(
 ) -> Family:
     """What Gemma 2 and 3 share: norms around each sub-layer, of weight 1 + w; embeddings times √D."""
     refuse(full, "use_bidirectional_attention")
-    return llama_like(
+    return decoder(
         {**full, "hidden_act": full["hidden_activation"]},
         max_context_length,
         layout=layout,

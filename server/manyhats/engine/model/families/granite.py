@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from manyhats.engine.model.families.decoder import Scales, decoder
 from manyhats.engine.model.families.fields import RawConfig, biased_groups, with_defaults
-from manyhats.engine.model.families.llama_like import Scales, llama_like
 from manyhats.engine.model.layout import Family
 
 
@@ -19,7 +19,7 @@ def granite(config: RawConfig, max_context_length: int | None) -> Family:
         residual_multiplier=1.0,
         attention_multiplier=1.0,
     )
-    return llama_like(
+    return decoder(
         full,
         max_context_length,
         biased=biased_groups(full),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from manyhats.engine.errors import ModelError
+from manyhats.engine.model.families.decoder import decoder
 from manyhats.engine.model.families.fields import RawConfig, biased_groups, with_defaults
-from manyhats.engine.model.families.llama_like import llama_like
 from manyhats.engine.model.layout import Family
 
 
 def llama(config: RawConfig, max_context_length: int | None) -> Family:
     """Llama 1 to 3, SmolLM2 and others of their shape: no windows, biases if the config says so."""
     full = with_defaults(config, vocab_size=32000, intermediate_size=11008, max_position_embeddings=2048)
-    return llama_like(full, max_context_length, biased=biased_groups(full))
+    return decoder(full, max_context_length, biased=biased_groups(full))
 
 
 def mistral(config: RawConfig, max_context_length: int | None) -> Family:
@@ -27,4 +27,4 @@ def mistral(config: RawConfig, max_context_length: int | None) -> Family:
     if "full_attention" in set(full.get("layer_types") or ()):
         raise ModelError("config.json: mistral with layer_types is ministral, which is not supported")
     windows = (full["sliding_window"],) * full["num_hidden_layers"]
-    return llama_like(full, max_context_length, windows=windows)
+    return decoder(full, max_context_length, windows=windows)

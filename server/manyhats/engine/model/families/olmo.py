@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from manyhats.engine.model.architecture import Norm
+from manyhats.engine.model.families.decoder import LLAMA, NORMS_AFTER, QK_NORMS, Kind, decoder
 from manyhats.engine.model.families.fields import RawConfig, biased_groups, with_defaults
-from manyhats.engine.model.families.llama_like import LLAMA, NORMS_AFTER, QK_NORMS, llama_like
 from manyhats.engine.model.layout import Family
 
 
@@ -14,10 +15,10 @@ def olmo2(config: RawConfig, max_context_length: int | None) -> Family:
     full = with_defaults(
         config, vocab_size=50304, intermediate_size=11008, max_position_embeddings=2048, rms_norm_eps=1e-5
     )
-    return llama_like(
+    return decoder(
         full,
         max_context_length,
         layout=replace(LLAMA, norms={**NORMS_AFTER, **QK_NORMS}),
         biased=biased_groups(full, feed_forward=False),
-        qk_span="row",
+        kind=Kind(qk_norm=Norm(full["rms_norm_eps"], "row")),
     )

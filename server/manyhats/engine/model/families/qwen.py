@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from manyhats.engine.model.families.decoder import LLAMA, NORMS_BEFORE, QK_NORMS, decoder
 from manyhats.engine.model.families.fields import RawConfig, biased_groups, windows_of, with_defaults
-from manyhats.engine.model.families.llama_like import LLAMA, NORMS_BEFORE, QK_NORMS, llama_like
 from manyhats.engine.model.layout import Family
 
 _DEFAULTS: RawConfig = {
@@ -22,13 +22,13 @@ _DEFAULTS: RawConfig = {
 def qwen2(config: RawConfig, max_context_length: int | None) -> Family:
     """Qwen2 and 2.5: biases on q, k and v; a window in some layers if ``use_sliding_window``."""
     full = with_defaults(config, **_DEFAULTS)
-    return llama_like(full, max_context_length, biased=("qkv",), windows=_windows(full))
+    return decoder(full, max_context_length, biased=("qkv",), windows=_windows(full))
 
 
 def qwen3(config: RawConfig, max_context_length: int | None) -> Family:
     """Qwen3 (dense): a norm of each head's queries and keys."""
     full = with_defaults(config, **_DEFAULTS, head_dim=128)
-    return llama_like(
+    return decoder(
         full,
         max_context_length,
         layout=replace(LLAMA, norms={**NORMS_BEFORE, **QK_NORMS}),

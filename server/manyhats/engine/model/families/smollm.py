@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from manyhats.engine.errors import ModelError
+from manyhats.engine.model.families.decoder import decoder
 from manyhats.engine.model.families.fields import RawConfig, biased_groups, windows_of, with_defaults
-from manyhats.engine.model.families.llama_like import llama_like
 from manyhats.engine.model.layout import Family
 from manyhats.engine.model.rope import rope_parameters
 
@@ -36,7 +36,7 @@ def smollm3(config: RawConfig, max_context_length: int | None) -> Family:
             "config.json: layer_types names sliding_attention, but use_sliding_window is not set"
         )
     rope = rope_parameters(full)
-    return llama_like(
+    return decoder(
         full,
         max_context_length,
         biased=biased_groups(full),

@@ -31,8 +31,8 @@ from support.harnesses.sampling import mask_of
 SIZE = 192
 KERNELS = CpuKernels(2, is_exact=False)
 KERNELS.uses_int16 = True
-PLAIN = architecture.Head(is_tied=True)
-CAPPED = architecture.Head(is_tied=True, divisor=2.5, softcap=8.0)
+PLAIN = architecture.Head(is_tied=True, size=64)
+CAPPED = architecture.Head(is_tied=True, size=64, divisor=2.5, softcap=8.0)
 
 
 def random(*shape: int, seed: int) -> Tensor:

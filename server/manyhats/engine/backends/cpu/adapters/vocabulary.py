@@ -21,11 +21,11 @@ from manyhats.engine.model.weights import Linear
 RunLinear = Callable[[Tensor, CpuLinear], Tensor]
 
 
-def pack_dense(weight: Tensor, dtype: torch.dtype) -> CpuLinear:
-    """A dense [out, in] matrix for the ``linear`` kernel; columns are padded with zeros to whole lanes."""
+def pack_dense(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> CpuLinear:
+    """A dense [out, in] matrix for the ``linear`` kernel, with a bias; columns are padded with zeros to whole lanes."""
     missing = -weight.shape[1] % DEPTH
     padded = torch.nn.functional.pad(weight.to(dtype), (0, missing))
-    return pack_linear([Linear(padded.contiguous())])
+    return pack_linear([Linear(padded.contiguous(), bias)])
 
 
 def pad_columns(x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class HeadDelta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadColumns:
-    """``logits[:, ids[i]] = rows[i] · h``."""
+    """``logits[:, ids[i]] = rows[i] · h + bias[i]``."""
 
     ids: Tensor
     rows: CpuLinear
@@ -115,7 +115,7 @@ class HeadColumns:
     @classmethod
     def of(cls, delta: HeadRows, dtype: torch.dtype) -> HeadColumns:
         """The delta, packed."""
-        return cls(delta.ids, pack_dense(delta.rows, dtype))
+        return cls(delta.ids, pack_dense(delta.rows, dtype, delta.bias))
 
     @property
     def num_bytes(self) -> int:
@@ -129,14 +129,14 @@ class HeadColumns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OtherHead:
-    """``logits = W h`` with a head of the adapter's own."""
+    """``logits = W h + b`` with a head of the adapter's own."""
 
     weight: CpuLinear
 
     @classmethod
     def of(cls, delta: HeadWeight, dtype: torch.dtype) -> OtherHead:
         """The delta, packed."""
-        return cls(pack_dense(delta.weight, dtype))
+        return cls(pack_dense(delta.weight, dtype, delta.bias))
 
     @property
     def num_bytes(self) -> int:

@@ -1,11 +1,10 @@
-"""What Llama and its relatives share: RMS norms, rotary embeddings, a gated feed-forward, and files named alike."""
+"""What all decoders share, from Llama, whose kind is the default, to those that descend from GPT-2."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from manyhats.adapters.activations import ALIASES
 from manyhats.engine.errors import ModelError
@@ -17,6 +16,7 @@ from manyhats.engine.model.architecture import (
     Embedding,
     FeedForward,
     Head,
+    Learned,
     Norm,
 )
 from manyhats.engine.model.families.fields import RawConfig
@@ -47,7 +47,11 @@ LLAMA = Layout(
     norms=NORMS_BEFORE,
 )
 
-_ACTIVATIONS = {name: ALIASES.get(name, name) for name in ("silu", "swish", "gelu_pytorch_tanh")}
+_FUNCTIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
+_ACTIVATIONS = {
+    **{name: name for name in _FUNCTIONS},
+    **{alias: name for alias, name in ALIASES.items() if name in _FUNCTIONS},
+}
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -76,30 +80,58 @@ class Softcaps:
     logits: float | None = None
 
 
-def llama_like(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What a family's blocks and ends are made of.
+
+    Attributes:
+        norm: of the stream; None for an RMS norm with the config's eps.
+        qk_norm: of queries and keys; None for the same as ``norm``, over each head.
+        is_gated: of the feed-forward.
+        is_parallel: whether the feed-forward runs beside the attention.
+        embedding_size: E; None for D.
+        positions: learned ones; None for none.
+        has_final_norm: whether the stream is normed at its end.
+        has_head_bias: of the output head.
+    """
+
+    norm: Norm | None = None
+    qk_norm: Norm | None = None
+    is_gated: bool = True
+    is_parallel: bool = False
+    embedding_size: int | None = None
+    positions: Learned | None = None
+    has_final_norm: bool = True
+    has_head_bias: bool = False
+
+
+LLAMA_KIND = Kind()
+
+
+def decoder(
     full: RawConfig,
     max_context_length: int | None,
     *,
+    kind: Kind = LLAMA_KIND,
     layout: Layout = LLAMA,
     biased: Collection[str] = (),
     windows: Sequence[int | None] | None = None,
     ropes: Sequence[RawConfig | None] | None = None,
     rotates_part: bool = False,
-    qk_span: Literal["row", "head"] = "head",
     scales: Scales = Scales(),
     softcaps: Softcaps = Softcaps(),
 ) -> Family:
-    """A model that is like Llama except for the arguments.
+    """A decoder, Llama's kind except for the arguments.
 
     Args:
         full: the config with a family's defaults.
         max_context_length: prompt and output tokens together; None for the model's own maximum.
+        kind: what it is made of.
         layout: has paths for the norms that exist.
         biased: groups of linears that have a bias.
         windows: per layer, the sliding window; None for none.
         ropes: per layer, the RoPE's parameters, None for a layer without; by default the same in all of them.
         rotates_part: whether ``partial_rotary_factor`` is supported.
-        qk_span: of the norms of queries and keys.
         scales, softcaps: if they are not Llama's.
 
     Raises:
@@ -111,8 +143,9 @@ def llama_like(
     parameters = (rope_parameters(full),) * num_layers if ropes is None else ropes
     sources = _rope_sources(full, parameters, head_dim, rotates_part)
     length = _context_length(full, sources, max_context_length)
-    norm = Norm(float(full["rms_norm_eps"]))
-    norms = {name: replace(norm, span=qk_span) if name in QK_NORMS else norm for name in layout.norms}
+    norm = Norm(float(full["rms_norm_eps"])) if kind.norm is None else kind.norm
+    of_heads = replace(norm, span="head") if kind.qk_norm is None else kind.qk_norm
+    norms = {name: of_heads if name in QK_NORMS else norm for name in layout.norms}
     attention = Attention(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -125,26 +158,34 @@ def llama_like(
     block = Block(
         hidden_size=full["hidden_size"],
         attention=attention,
-        around_attention=Around(norms.get("attention_before"), norms.get("attention_output")),
-        feed_forward=FeedForward(full["intermediate_size"], _ACTIVATIONS[activation]),
-        around_feed_forward=Around(norms.get("feed_forward_before"), norms.get("feed_forward_output")),
+        around_attention=_around("attention", norms),
+        feed_forward=FeedForward(full["intermediate_size"], _ACTIVATIONS[activation], kind.is_gated),
+        around_feed_forward=_around("feed_forward", norms),
         residual_scale=float(scales.residual),
+        is_parallel=kind.is_parallel,
     )
     names = (name for group in block.groups() if group.name in biased for name in group.names)
     block = replace(block, biased=frozenset(names))
+    size = full["hidden_size"] if kind.embedding_size is None else kind.embedding_size
     architecture = Architecture(
         model_type=full["model_type"],
         max_context_length=length,
-        embedding=Embedding(full["vocab_size"], float(scales.embedding)),
+        embedding=Embedding(full["vocab_size"], size, float(scales.embedding), kind.positions),
         blocks=_stack(block, sources, windows, length),
-        final_norm=norm,
+        final_norm=norm if kind.has_final_norm else None,
         head=Head(
             is_tied=bool(full["tie_word_embeddings"]),
+            size=size,
+            has_bias=kind.has_head_bias,
             divisor=float(scales.logit_divisor),
             softcap=softcaps.logits,
         ),
     )
     return Family(architecture, layout)
+
+
+def _around(sublayer: str, norms: Mapping[str, Norm]) -> Around:
+    return Around(*(norms.get(f"{sublayer}_{place}") for place in ("before", "output", "stream")))
 
 
 def _check(full: RawConfig, activation: str) -> None:
