@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from manyhats.engine.threads.openmp import sleep_soon
 from support.servers.postgres import PostgresServer
 from support.servers.s3 import Bucket, S3Server
 
 sleep_soon()  # before any test imports torch: on a busy machine the tests would take ten times as long
+settings.register_profile("untimed", deadline=None)  # how long an example takes depends on what else runs
+settings.load_profile("untimed")
 if "PYTEST_XDIST_WORKER" in os.environ:
     import torch
 

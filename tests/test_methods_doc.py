@@ -10,7 +10,6 @@ import pytest
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.formats.adapterhub import bottleneck as adapterhub_bottleneck
 from manyhats.adapters.formats.adapterhub import loras as adapterhub_loras
-from manyhats.adapters.formats.peft import fields as peft_fields
 from manyhats.adapters.formats.peft import format as peft_format
 from manyhats.adapters.formats.peft import prompt_config
 from manyhats.adapters.formats.peft.lora_config import LORA_REFUSED
@@ -20,7 +19,6 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 REFUSED = {
     *LORA_REFUSED,
-    *peft_fields._REFUSED,
     *prompt_config._REFUSED,
     *adapterhub_bottleneck._REFUSED,
     *adapterhub_loras._REFUSED,

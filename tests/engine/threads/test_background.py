@@ -121,8 +121,20 @@ def test_a_call_that_waits_for_the_engine_gets_its_error(background: Background)
     assert not background.is_busy
 
 
+class Awaited(Future[int]):
+    """Says when somebody has begun to wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_awaited = threading.Event()
+
+    def add_done_callback(self, fn: Callable[[Future[int]], object]) -> None:
+        super().add_done_callback(fn)
+        self.is_awaited.set()
+
+
 def test_work_goes_on_from_when_the_engine_is_done_with_it(background: Background) -> None:
-    result: Future[int] = Future()
+    result = Awaited()
 
     def work() -> None:
         background.wait_for(result)
@@ -130,7 +142,8 @@ def test_work_goes_on_from_when_the_engine_is_done_with_it(background: Backgroun
 
     with background.threads(1, "test") as threads:
         call = threads.submit(work)
-        wait_until(lambda: not background.is_busy)
+        assert result.is_awaited.wait(60)
+        assert not background.is_busy
         # Before the thread that waits has woken up: the engine must know before its next step.
         result.add_done_callback(lambda _: busy_at_once.append(background.is_busy))
         busy_at_once: list[bool] = []

@@ -200,5 +200,5 @@ def test_an_activation_without_a_kernel_is_refused_by_name(tmp_path: Path) -> No
         replace(block, feed_forward=replace(block.feed_forward, activation="relu6"))
         for block in model.architecture.blocks
     ]
-    with pytest.raises(ModelError, match="activation 'relu6'; they know gelu_pytorch_tanh, silu"):
+    with pytest.raises(ModelError, match="activation 'relu6'; they know gelu, gelu_pytorch_tanh, relu, silu"):
         CpuBackend(1).prepare(replace(model.architecture, blocks=tuple(blocks)), model.weights)
