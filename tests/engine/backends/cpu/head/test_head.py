@@ -18,7 +18,7 @@ from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import pack_int8, pack_linear
 from manyhats.engine.backends.cpu.program import Program
 from manyhats.engine.backends.logits import HostLogits
-from manyhats.engine.backends.wants import NO_TARGETS, Outcome, Targets, Wants
+from manyhats.engine.backends.wants import NO_TARGETS, Array, Outcome, Targets, TokenLogprob, Wants
 from manyhats.engine.model import architecture
 from manyhats.engine.model.nf4 import BLOCK_SIZE
 from manyhats.engine.model.weights import Linear
@@ -218,6 +218,43 @@ def test_targets_rows_that_are_wanted_whole_and_sampled_tokens_are_exact(shape: 
     for row, token in enumerate(fast.tokens):
         assert token.logprob is not None
         assert token.logprob.logprob == pytest.approx(float(logprobs[row, token.id]), abs=0.005)
+
+
+@pytest.mark.parametrize("shape", [PLAIN, CAPPED])
+def test_a_token_s_logprob_does_not_depend_on_the_others_that_are_asked_for(shape: architecture.Head) -> None:
+    head, hidden = make_head(800, 3, shape), random(1, SIZE, seed=4)
+    ids = exact(head, hidden)[0].argsort()[:400].numpy()
+    together = targets_of_one_row(head, hidden, ids)
+    for place in (0, 100, 399):
+        assert targets_of_one_row(head, hidden, ids[place : place + 1]) == together[place : place + 1]
+
+
+def targets_of_one_row(head: PackedHead, hidden: Tensor, ids: Array) -> list[TokenLogprob]:
+    zeros = np.zeros(len(ids), np.int64)
+    wants = wants_of([], head.own.out_features, targets=Targets(zeros, ids, zeros))
+    fast, _ = finish_both(head, hidden, wants)
+    return list(fast.targets)
+
+
+@pytest.mark.parametrize("num_top", [20, 64, 100])
+def test_as_many_of_the_likeliest_tokens_as_may_be_wanted_are_exact(num_top: int) -> None:
+    head, hidden = make_head(1600, 3), random(12, SIZE, seed=4)
+    rows = [SamplingRow(params=SamplingParams(), num_logprobs=num_top) for _ in range(12)]
+    targets = Targets(np.arange(12), np.arange(12), np.full(12, num_top))
+    for wants in (wants_of(rows, 1600), wants_of([], 1600, targets=targets)):
+        fast, true = finish_both(head, hidden, wants)
+        found = [token.logprob for token in fast.tokens if token.logprob] or fast.targets
+        expected = [token.logprob for token in true.tokens if token.logprob] or true.targets
+        assert [each.top_ids for each in found] == [each.top_ids for each in expected]
+
+
+def test_a_row_that_is_not_finite_is_told_if_its_every_token_is_edited() -> None:
+    head, hidden = make_head(64, 3), random(3, SIZE, seed=4)
+    hidden[1, 7] = torch.nan
+    bias = SamplingParams(temperature=0.0, logit_bias=dict.fromkeys(range(64), 1.0))
+    rows = [SamplingRow(params=bias, edits=LogitChanges(bias).edits) for _ in range(3)]
+    fast, true = finish_both(head, hidden, wants_of(rows, 64))
+    assert fast.bad_rows == true.bad_rows == {1}
 
 
 def test_rows_that_are_not_finite_are_told_and_touch_no_other() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
+from manyhats.engine.backends.cpu.head.exact import NUM_CANDIDATES
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import LANES, CpuLinear
 from manyhats.engine.backends.cpu.program import Program
@@ -19,6 +20,8 @@ from manyhats.engine.model import architecture
 
 _HARMLESS = 1e20
 """Smaller inputs than this, times weights that ``takes_int8`` lets pass, do not add up to infinity."""
+_MANY_TOP = NUM_CANDIDATES // 2
+"""As many of a row's likeliest tokens are among its candidates for certain, whatever the errors."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,8 +48,9 @@ class CpuLogits(HostLogits):
     """Logits of a forward; where the head has fast weights, ``Program.refine`` made each row's likeliest tokens exact.
 
     Here become exact, too: tokens whose log-probabilities are wanted, those that a request edits, the likeliest of the
-    others that it allows, and rows that are wanted whole or whose adapter changes the head. What stays nearly right are
-    the logits of tokens that are far from likely, where they share in a sum.
+    others that it allows, and rows that are wanted whole or with very many of their likeliest tokens, whose adapter
+    changes the head, or whose inputs are huge or not finite. What stays nearly right are the logits of tokens that are
+    far from likely, where they share in a sum or a rank.
 
     Args:
         head: what computed the logits.
@@ -73,8 +77,10 @@ class CpuLogits(HostLogits):
     def finish(self, wants: Wants) -> Finished:
         """Compute everything at once."""
         choices = wants.choices
-        if wants.whole.size:
-            self._make_rows_exact(wants.whole)
+        self._make_rows_exact(self._rows_in_doubt())
+        self._make_rows_exact(wants.whole)
+        self._make_rows_exact(wants.targets.rows[wants.targets.num_top > _MANY_TOP])
+        self._make_rows_exact(choices.rows[choices.num_logprobs > _MANY_TOP])
         if choices.edit_ids.size or choices.masks.size:
             self._refine_allowed(choices)
         self._finish_head(self.values)
@@ -84,16 +90,32 @@ class CpuLogits(HostLogits):
 
     def _non_finite_rows(self) -> list[int]:
         if self.head.fast is not None and not self._exact_rows.size:
-            # Such inputs give finite logits, and a look at them is a small part of one at all logits.
-            sizes = np.abs(self.hidden.numpy())
-            if not sizes.size or sizes.max() < _HARMLESS:
-                return []
+            return []
         return super()._non_finite_rows()
 
+    def _rows_in_doubt(self) -> Array:
+        """The rows whose inputs do not promise finite logits; to look at inputs takes far less than at logits."""
+        if self.head.fast is None:
+            return np.empty(0, dtype=np.int64)
+        sizes = np.abs(self.hidden.numpy())
+        if not sizes.size or sizes.max() < _HARMLESS:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(~(sizes.max(axis=1) < _HARMLESS))
+
     def _found(self, targets: Targets) -> list[TokenLogprob]:
-        if targets.ids.size:
-            self._make_exact(targets.rows, targets.ids)
-        return super()._found(targets)
+        found = super()._found(targets)
+        if self.head.fast is None:
+            return found
+        places = np.flatnonzero(~self._is_exact(targets.rows))
+        if not places.size:
+            return found
+        rows, ids = targets.rows[places], targets.ids[places]
+        # The logits stay as they are: in the sum, they would change what is found for a row's other tokens.
+        missing = self._exact(rows, ids).astype(np.float64) - self.values.numpy()[rows, ids]
+        for place, difference in zip(places.tolist(), missing.tolist(), strict=True):
+            if difference:
+                found[place] = replace(found[place], logprob=found[place].logprob + difference)
+        return found
 
     def _finish_head(self, logits: Tensor) -> None:
         """Carries out what follows the product, in place."""
@@ -105,8 +127,10 @@ class CpuLogits(HostLogits):
 
     def _make_rows_exact(self, rows: Array) -> None:
         """Makes all logits of some rows exact."""
-        rows = rows[~self._is_exact(rows)]
-        if self.head.fast is not None and rows.size:
+        if self.head.fast is None or not rows.size:
+            return
+        rows = np.unique(rows[~self._is_exact(rows)])
+        if rows.size:
             at = torch.from_numpy(rows).long()
             self.values[at] = self._kernels.linear(self.hidden[at], self.head.own)
             self._exact_rows = np.concatenate((self._exact_rows, rows))
@@ -137,18 +161,20 @@ class CpuLogits(HostLogits):
     def _make_exact(self, rows: Array, ids: Array) -> None:
         """Makes the logits of some tokens exact; the ids are in the vocabulary."""
         is_open = ~self._is_exact(rows)
-        if self.head.fast is None or not is_open.any():
-            return
-        rows, ids = rows[is_open].astype(np.int64), ids[is_open].astype(np.int64)
+        if self.head.fast is not None and is_open.any():
+            rows, ids = rows[is_open], ids[is_open]
+            self.values.numpy()[rows, ids] = self._exact(rows, ids)
+
+    def _exact(self, rows: Array, ids: Array) -> Array:
+        """The exact logits of some tokens, with what follows the product; there is at least one."""
         # The kernels cap rows of whole vectors.
         found = torch.zeros(1, -(-len(ids) // LANES) * LANES)
         program = Program()
         program.exact_logits(0, 1, 2, self.head.own)
-        pairs = torch.from_numpy(np.stack((rows, ids), axis=1))
+        pairs = torch.from_numpy(np.stack((rows.astype(np.int64), ids.astype(np.int64)), axis=1))
         self._kernels.run_alone(program, [pairs, self.hidden, found])
         self._finish_head(found)
-        found.nan_to_num_(0.0, 0.0, 0.0)  # of bad rows, which are finite by now, or bad elsewhere too
-        self.values.numpy()[rows, ids] = found.numpy()[0, : len(ids)]
+        return found.numpy()[0, : len(ids)]
 
     def _is_exact(self, rows: Array) -> Array:
         """Which of some rows are exact as a whole."""
