@@ -53,18 +53,57 @@ def limit_of(places, at):
 
 
 @inner
-def exact_three(op, x, x_at, tokens, y, y_at):
-    """y[y_at + token] = the logit of each of three tokens of a row, which may be the same."""
+def exact_three(op, x, x_at, tokens, y, places):
+    """y[places] = the logits of three tokens of a row, which may be the same."""
     k = op[col.SIZE]
     bias = floats_at(op[col.BIAS])
     first, second, third = tokens
     w0, w1, w2 = first * k, second * k, third * k
-    place, o1, o2 = y_at + first, second - first, third - first
+    place, o1, o2 = places[0], places[1] - places[0], places[2] - places[0]
     b0, b1, b2 = bias[first], bias[second], bias[third]
     if op[col.KIND] == col.BFLOAT16:
         tile_1x3(x, x_at, halves_at(op[col.WEIGHTS]), w0, w1, w2, k, y, place, o1, o2, b0, b1, b2, 0, 0)
     else:
         tile_1x3(x, x_at, floats_at(op[col.WEIGHTS]), w0, w1, w2, k, y, place, o1, o2, b0, b1, b2, 0, 0)
+
+
+@inner
+def exact_if_over(op, x, x_at, y, y_at, token, limit, held):
+    """Makes a token's logit exact, if it reaches the limit, together with the two before it.
+
+    Args:
+        op, x, x_at: as for ``exact_three``.
+        y: from ``y_at`` on, the row's logits.
+        token: of the row.
+        limit: what its logit reaches, or not.
+        held: how many tokens wait for others to join them, and which.
+
+    Returns:
+        The same afterwards.
+    """
+    count, first, second = held
+    if y[y_at + token] >= limit:
+        if count == 2:
+            places = y_at + first, y_at + second, y_at + token
+            exact_three(op, x, x_at, (first, second, token), y, places)
+            return 0, first, second
+        return count + 1, (first if count else token), token
+    return held
+
+
+@inner
+def exact_rest(op, x, x_at, y, y_at, held):
+    """Makes the logits exact of the tokens that still wait."""
+    count, first, second = held
+    if count:
+        exact_three(op, x, x_at, (first, second, second), y, (y_at + first, y_at + second, y_at + second))
+
+
+@inner
+def raise_places(y, at, count, places, places_at):
+    """Makes ``count`` places the larger of what they are and of as many logits."""
+    for i in range(0, count, 8):
+        store(places, places_at + i, maximum(load(y, at + i), load(places, places_at + i)))
 
 
 @inner
@@ -83,25 +122,21 @@ def refine(op, first, last, buffers, scratch, place):
         at = row * size
         clear_places(scratch, place)
         for start in range(0, size, NUM_PLACES):
-            for i in range(0, min(NUM_PLACES, size - start), 8):
-                largest = maximum(load(y, at + start + i), load(scratch, place + i))
-                store(scratch, place + i, largest)
+            raise_places(y, at + start, min(NUM_PLACES, size - start), scratch, place)
         limit = limit_of(scratch, place)
-        held = 0
-        c0 = c1 = 0
-        for start in range(at, at + size, 16):
-            if max_lanes(maximum(load(y, start), load(y, start + 8))) >= limit:
-                for i in range(start, start + 16):
-                    if y[i] >= limit:
-                        token = i - at
-                        if held == 2:
-                            exact_three(op, x, row * k, (c0, c1, token), y, at)
-                            held = 0
-                        else:
-                            c0, c1 = (c0, token) if held else (token, token)
-                            held += 1
-        if held:
-            exact_three(op, x, row * k, (c0, c1, c1), y, at)
+        held = 0, 0, 0
+        for start in range(0, size, 16):
+            if max_lanes(maximum(load(y, at + start), load(y, at + start + 8))) >= limit:
+                for token in range(start, start + 16):
+                    held = exact_if_over(op, x, row * k, y, at, token, limit, held)
+        exact_rest(op, x, row * k, y, at, held)
+
+
+@inner
+def largest_of_word(y, at):
+    """The largest of 32 logits."""
+    first = maximum(load(y, at), load(y, at + 8))
+    return max_lanes(maximum(first, maximum(load(y, at + 16), load(y, at + 24))))
 
 
 @inner
@@ -127,14 +162,24 @@ def refine_allowed(op, first, last, buffers, scratch, at):
         row = np.int64(masks[mask - 1])
         y_at = row * size
         clear_places(scratch, at)
-        for token in range(size):
-            if masks[mask + token // 32] >> (token % 32) & 1:
-                place = at + token % NUM_PLACES
-                scratch[place] = max(scratch[place], y[y_at + token])
+        for word in range(num_words):
+            bits, start = masks[mask + word], 32 * word
+            if bits == -1 and start + 32 <= size:
+                raise_places(y, y_at + start, 32, scratch, at + start % NUM_PLACES)
+            elif bits != 0:
+                for token in range(start, min(start + 32, size)):
+                    if bits >> (token - start) & 1:
+                        place = at + token % NUM_PLACES
+                        scratch[place] = max(scratch[place], y[y_at + token])
         limit = limit_of(scratch, at)
-        for token in range(size):
-            if masks[mask + token // 32] >> (token % 32) & 1 and y[y_at + token] >= limit:
-                exact_three(op, x, row * k, (token, token, token), y, y_at)
+        held = 0, 0, 0
+        for word in range(num_words):
+            bits, start = masks[mask + word], 32 * word
+            if bits != 0 and (start + 32 > size or largest_of_word(y, y_at + start) >= limit):
+                for token in range(start, min(start + 32, size)):
+                    if bits >> (token - start) & 1:
+                        held = exact_if_over(op, x, row * k, y, y_at, token, limit, held)
+        exact_rest(op, x, row * k, y, y_at, held)
 
 
 @inner
@@ -149,6 +194,13 @@ def exact_logits(op, first, last, buffers):
     """
     x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
     pairs = longs_at(buffers[op[col.WHICH]])
-    for pair in range(first, last):
-        token = pairs[2 * pair + 1]
-        exact_three(op, x, pairs[2 * pair] * op[col.SIZE], (token, token, token), y, pair - token)
+    p0 = first
+    while p0 < last:
+        row = pairs[2 * p0]
+        p1 = min(p0 + 1, last - 1)
+        p1 = p1 if pairs[2 * p1] == row else p0
+        p2 = min(p1 + 1, last - 1)
+        p2 = p2 if pairs[2 * p2] == row else p1
+        tokens = pairs[2 * p0 + 1], pairs[2 * p1 + 1], pairs[2 * p2 + 1]
+        exact_three(op, x, row * op[col.SIZE], tokens, y, (p0, p1, p2))
+        p0 = p2 + 1
