@@ -220,6 +220,39 @@ def test_targets_rows_that_are_wanted_whole_and_sampled_tokens_are_exact(shape: 
         assert token.logprob.logprob == pytest.approx(float(logprobs[row, token.id]), abs=0.005)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    num_allowed=st.lists(st.sampled_from([0, 1, 63, 64, 65, 400, 720]), min_size=1, max_size=5),
+    num_edits=st.integers(0, 70),
+    seed=st.integers(0, 2**16),
+)
+def test_edited_tokens_and_the_likeliest_that_a_mask_allows_become_exact(
+    num_allowed: list[int], num_edits: int, seed: int
+) -> None:
+    """In a vocabulary that ends in the middle of a mask's word, whose other bits may be anything."""
+    vocab_size = 720
+    head, hidden = make_head(vocab_size, seed), random(len(num_allowed), SIZE, seed=seed + 1)
+    generator = np.random.default_rng(seed)
+    rows, edited, allowed = [], [], []
+    for count in num_allowed:
+        bits = np.zeros(vocab_size, dtype=np.bool_)
+        bits[generator.choice(vocab_size, count, replace=False)] = True
+        mask = mask_of(bits.tolist())
+        mask.view(np.uint16)[-1] = generator.integers(2**16)
+        edited.append(generator.choice(vocab_size, num_edits, replace=False))
+        params = SamplingParams(logit_bias=dict.fromkeys(edited[-1].tolist(), 1.0))
+        rows.append(SamplingRow(params=params, edits=LogitChanges(params).edits, allowed=mask))
+        bits[edited[-1]] = False
+        allowed.append(torch.from_numpy(np.flatnonzero(bits)))
+    logits = CpuLogits(head, hidden, refined(head, hidden), KERNELS)
+    logits.finish(wants_of(rows, vocab_size))
+    true = exact(head, hidden)
+    for row, (own, others) in enumerate(zip(edited, allowed, strict=True)):
+        likeliest = others[true[row, others].argsort(descending=True)[:20]]
+        for ids in (torch.from_numpy(own), likeliest):
+            assert torch.equal(logits.values[row, ids], true[row, ids])
+
+
 @pytest.mark.parametrize("shape", [PLAIN, CAPPED])
 def test_a_token_s_logprob_does_not_depend_on_the_others_that_are_asked_for(shape: architecture.Head) -> None:
     head, hidden = make_head(800, 3, shape), random(1, SIZE, seed=4)
