@@ -79,7 +79,17 @@ CASES = [
     *(
         _typed(name, {pattern: 4}, Unsupported)
         for name in ("rank_pattern", "alpha_pattern")
-        for pattern in ("(x+x+)+y", "(a|aa)+$", "(?=a)", "[a-z]+", r"(\w+\s?)*", "(?P<a>x)(?P=a)", ".*" * 50)
+        for pattern in ("(?=a)", "(?<!a)b", r"(\w+\s?)*+", "(?P<a>x)(?P=a)", "(?>a|b)", "(?i)q_proj", "ä")
+    ),
+    *(
+        _typed(name, {pattern: 4}, error)
+        for name in ("rank_pattern", "alpha_pattern")
+        for pattern, error in (
+            ("(a{1000}){1000}", TooLarge),
+            ("q_proj{1001}", TooLarge),
+            ("(q", Invalid),
+            ("*", Invalid),
+        )
     ),
     _typed("auto_map", {"AutoModel": "evil.py--Evil"}, Unsupported),
     _typed("_target_", "os.system", Unsupported),

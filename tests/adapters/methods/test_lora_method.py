@@ -98,7 +98,7 @@ def test_the_first_alpha_pattern_that_matches_wins() -> None:
         alpha_pattern={
             r"^model\.layers\.0\.self_attn\.q_proj": 40,
             "q_proj": 20,
-            "layers.1.mlp.up_proj|k_proj": 12,
+            r"layers\.1\.mlp\.(up|gate)_proj|[k]_proj": 12,
         },
     )
     scales = {
@@ -120,6 +120,11 @@ _PLAIN_KEYS = st.from_regex(r"\A\^?[a-z0-9_.]{1,12}\Z") | st.sampled_from(
         "layers.1.mlp.up_proj$",
         "q_proj|up_proj",
         "..proj",
+        r"(q|k|up)_proj",
+        r"layers\.[01]\..*_proj",
+        ".*",
+        "a b",
+        "|q",
     ]
 )
 
@@ -130,31 +135,6 @@ def test_patterns_match_as_peft_matches_them(pattern: dict[str, int]) -> None:
     for module in BASE.modules:
         key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
         assert compiled.value_for(module, 0) == (0 if key is None else pattern[key])
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "(a+)+b",
-        ".*q_proj",
-        "q_proj.*",
-        "[qk]_proj",
-        "q?",
-        "a{9999}",
-        "(?=q)",
-        "q|",
-        "|q",
-        "",
-        "a b",
-        "(q|k)_proj",
-        "\\d",
-    ],
-)
-def test_other_regexes_are_refused_and_named(key: str) -> None:
-    with pytest.raises(AdapterUnsupportedError) as caught:
-        compile_patterns("rank_pattern", {key: 1})
-    assert caught.value.subject == "rank_pattern"
-    assert key in str(caught.value)
 
 
 def test_an_adapter_changes_something_unless_all_is_zero() -> None:

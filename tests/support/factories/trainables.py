@@ -36,7 +36,7 @@ PEFT_CASES: dict[str, AdapterSettings] = {
         alpha=6,
         use_rslora=True,
         target_modules=("o_proj", "down_proj"),
-        rank_pattern={"layers.1.mlp.down_proj": 2, "down_proj": 5},
+        rank_pattern={r"layers\.[1-9]\.mlp\..*": 2, "down_proj": 5},
         alpha_pattern={"o_proj": 2.5},
     ),
     "lora on the head": LoraSettings(rank=3, alpha=5, target_modules=("o_proj", "lm_head")),

@@ -60,10 +60,25 @@ REFUSED: dict[str, tuple[AdapterSettings, str, str]] = {
         "alpha_pattern",
         "'layers.0.self_attn.q_proj' has no effect after the keys before it; put it first",
     ),
-    "pattern that is a regex": (
-        LoraSettings(target_modules=Q, rank_pattern={".*q_proj": 4}),
+    "regex of nothing": (
+        LoraSettings(target_modules=Q, rank_pattern={"[kv]_proj": 4}),
         "rank_pattern",
-        "regular expression",
+        "'[kv]_proj' matches none of the trained modules",
+    ),
+    "regex behind another": (
+        LoraSettings(target_modules=Q, rank_pattern={".*_proj": 4, r"layers\.[0-9]+\..*": 2}),
+        "rank_pattern",
+        r"'layers\\.[0-9]+\\..*' has no effect after the keys before it; put it first",
+    ),
+    "regex that is none": (
+        LoraSettings(target_modules=Q, alpha_pattern={"(q_proj": 4}),
+        "alpha_pattern",
+        "the key '(q_proj' is not a regular expression: a group is not closed",
+    ),
+    "regex that needs a lookahead": (
+        LoraSettings(target_modules=Q, rank_pattern={"(?!k)._proj": 4}),
+        "rank_pattern",
+        "the key '(?!k)._proj' uses a lookahead, which is not supported",
     ),
     "dora on the head": (
         LoraSettings(target_modules=("q_proj", "lm_head"), use_dora=True),

@@ -41,7 +41,7 @@ def _check_activation(name: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
-    """LoRA, or DoRA with ``use_dora``. A pattern's key is a module's full name, or its end.
+    """LoRA, or DoRA with ``use_dora``. A pattern's key is a module's full name or its end, or a regex of these.
 
     Source: Hu et al. 2021 (arXiv:2106.09685); Liu et al. 2024 (arXiv:2402.09353); Kalajdzievski 2023
     (arXiv:2312.03732); Hayou et al. 2024 (arXiv:2402.12354).
@@ -63,10 +63,16 @@ class LoraSettings:
     use_rslora: bool = setting(False, group=LORA, help="Scale by A / √R instead.")
     use_dora: bool = False
     rank_pattern: dict[str, int] = setting(
-        factory=dict, group=LORA, metavar="NAME=NUMBER", help="A module's own rank. Repeatable."
+        factory=dict,
+        group=LORA,
+        metavar="NAME=NUMBER",
+        help="A module's own rank; NAME may be a regex. Repeatable.",
     )
     alpha_pattern: dict[str, float] = setting(
-        factory=dict, group=LORA, metavar="NAME=NUMBER", help="A module's own alpha. Repeatable."
+        factory=dict,
+        group=LORA,
+        metavar="NAME=NUMBER",
+        help="A module's own alpha; NAME may be a regex. Repeatable.",
     )
     lora_plus_ratio: float = setting(
         1.0, at_least=1, group=LORA, help="LoRA+: B learns this many times faster."

@@ -1,21 +1,17 @@
-r"""Keys of PEFT's ``rank_pattern`` and ``alpha_pattern``, matched as PEFT does, but in bounded time.
+r"""Keys of PEFT's ``rank_pattern`` and ``alpha_pattern``, matched as PEFT does, but in bounded time and memory.
 
-PEFT takes the first key for which ``re.match(rf"(.*\.)?({key})$", module)`` holds. A key may be any regex there. Here
-it may hold letters, digits, ``_ - .``, an escaped dot, ``^``, ``$`` and ``|``: no repetition and no groups, so matching
-takes time in proportion to key and module. PEFT, its EVA initialisation and hand-written configs use no more than that.
+PEFT takes the first key for which ``re.match(rf"(.*\.)?({key})$", module)`` holds; ``regex`` says what a key may be.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError, shown
+from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError
+from manyhats.adapters.formats.peft.regex import Regex, RegexSet, translate_ending
 
-_ALTERNATIVE = r"\^?(?:[A-Za-z0-9_.-]|\\\.)+\$?"
-_PLAIN_KEY = re.compile(rf"{_ALTERNATIVE}(?:\|{_ALTERNATIVE})*")
 _MAX_KEYS = 4096
 _MAX_KEY_LENGTH = 512
 
@@ -26,23 +22,29 @@ V = TypeVar("V", int, float)
 class ModulePatterns(Generic[V]):
     """Values for the modules that a key matches; the first key that matches wins."""
 
-    _patterns: tuple[tuple[re.Pattern[str], V], ...]
+    _keys: RegexSet
+    _values: tuple[V, ...]
 
     def value_for(self, module: str, default: V) -> V:
         """The value for ``module``, a dotted path such as ``model.layers.0.self_attn.q_proj``."""
-        return next((value for pattern, value in self._patterns if pattern.match(module)), default)
+        if not self._values:
+            return default
+        first = self._keys.first_match(module)
+        return default if first is None else self._values[first]
 
 
 def compile_patterns(field: str, values: Mapping[str, V]) -> ModulePatterns[V]:
     """Compile the keys of a pattern field.
 
     Raises:
+        AdapterInvalidError: a key is not a regular expression.
         AdapterUnsupportedError: a key uses regex syntax that is not supported here.
-        AdapterTooLargeError: over 4096 keys, or a key over 512 characters.
+        AdapterTooLargeError: over 4096 keys, a key over 512 characters, or what takes too much memory to match.
     """
     if len(values) > _MAX_KEYS:
         raise AdapterTooLargeError(field, f"has {len(values)} keys; the limit is {_MAX_KEYS}")
-    return ModulePatterns(tuple((_compile(field, key), value) for key, value in values.items()))
+    keys = RegexSet(field, (_translate(field, key) for key in values))
+    return ModulePatterns(keys, tuple(values.values()))
 
 
 def check_pattern_field(field: str, value: Any) -> Mapping[str, Any]:
@@ -58,14 +60,9 @@ def check_pattern_field(field: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _compile(field: str, key: str) -> re.Pattern[str]:
+def _translate(field: str, key: str) -> Regex:
     if len(key) > _MAX_KEY_LENGTH:
         raise AdapterTooLargeError(
             field, f"has a key of {len(key)} characters; the limit is {_MAX_KEY_LENGTH}"
         )
-    if _PLAIN_KEY.fullmatch(key) is None:
-        raise AdapterUnsupportedError(
-            field,
-            f"the key '{shown(key)}' uses more regular expression syntax than is supported: names, dots, ^, $ and |",
-        )
-    return re.compile(rf"(.*\.)?({key})$")
+    return translate_ending(key, field, "the key")
