@@ -174,6 +174,16 @@ SPOILT: list[tuple[Callable[[Draft], object], type[AdapterError], str]] = [
     (config_with(base_model_name_or_path=7), Invalid, "base_model_name_or_path"),
     (config_with(base_model_name_or_path="a\nb"), Invalid, "base_model_name_or_path"),
     (config_with(target_modules=["x" * 30_000]), TooLarge, CONFIG),
+    (config_with(target_modules=7), Invalid, "target_modules"),
+    (config_with(exclude_modules=[["q_proj"]]), Invalid, "exclude_modules"),
+    (config_with(layers_to_transform="1"), Invalid, "layers_to_transform"),
+    (config_with(layers_to_transform=[True]), Invalid, "layers_to_transform"),
+    (config_with(layers_to_transform=[0], layers_pattern={"a": 1}), Invalid, "layers_pattern"),
+    # PEFT would not use these tensors.
+    (config_with(target_modules=["v_proj"]), Invalid, "lora_A.weight"),
+    (config_with(target_modules="all-linear", exclude_modules=["q_proj"]), Invalid, "lora_A.weight"),
+    (config_with(target_modules=r".*layers\.[1-9]\..*"), Invalid, "lora_A.weight"),
+    (config_with(layers_to_transform=[7], target_modules=["lm_head", "q_proj"]), Invalid, "lora_A.weight"),
     # Ranks and shapes.
     (config_with(r=8), Invalid, "lora_A.weight"),
     (config_with(rank_pattern={"layers.0.self_attn.q_proj": 5}), Invalid, f"{PREFIX}.lora_A.weight"),

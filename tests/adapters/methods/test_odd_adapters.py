@@ -52,7 +52,8 @@ def test_adapters_over_the_size_limit_are_refused_together(tmp_path: Path, sourc
         {
             "lora_dropout": 0.3,
             "revision": "main",
-            "layers_to_transform": [0],
+            "layers_to_transform": [0, 1],
+            "layers_pattern": ["layers"],
             "megatron_core": "megatron.core",
         },
         {"new_and_unknown": None, "another": False, "third": {}, "fourth": [], "fifth": ""},

@@ -23,6 +23,7 @@ from manyhats.adapters.formats.peft.lora_config import (
     LORA_REFUSED,
     check_initialisation,
 )
+from manyhats.adapters.formats.peft.module_selection import check_selected
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
 from manyhats.adapters.formats.peft.tensors import (
     Misfit,
@@ -95,6 +96,7 @@ class AdaLoraMethod:
         """Refuse what cannot be served exactly: every tensor must be used, fit, and keep to the limits."""
         config = _parse_config(candidate.config)
         placed, _ = _place(config, candidate, base)
+        check_selected(candidate.config, [tensors for _, tensors in placed], base)
         for _, tensors in placed:
             rank = config.rank_of(tensors.module)
             if rank > limits.max_rank:

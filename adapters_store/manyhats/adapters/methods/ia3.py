@@ -17,6 +17,7 @@ from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedErro
 from manyhats.adapters.formats.adapterhub.loras import LorasConfig, find_linears, read_config
 from manyhats.adapters.formats.adapterhub.tensors import TensorNames
 from manyhats.adapters.formats.peft.fields import check_fields
+from manyhats.adapters.formats.peft.module_selection import LAYERS, LAYERS_PATTERN, check_selected
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
 from manyhats.adapters.formats.peft.tensors import (
     Misfit,
@@ -49,7 +50,9 @@ class Ia3Method:
 
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
         """Refuse what cannot be served exactly: every tensor must be used, and fit."""
-        _place(candidate, base)
+        placed, _ = _place(candidate, base)
+        modules = [names for _, names in placed]
+        check_selected(candidate.config, modules, base, unread=(LAYERS, LAYERS_PATTERN))
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """An ``Affine`` or an ``InputScale`` per linear, float32, ordered by site."""

@@ -30,6 +30,7 @@ from manyhats.adapters.formats.peft.lora_tensors import (
     LoraPlacements,
     place_lora,
 )
+from manyhats.adapters.formats.peft.module_selection import check_selected
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
 from manyhats.adapters.formats.peft.tensors import candidate_of
 from manyhats.adapters.limits import AdapterLimits
@@ -40,7 +41,7 @@ from manyhats.adapters.sites import BaseDescription
 
 @dataclass(frozen=True, slots=True)
 class LoraMethod:
-    """LoRA from a PEFT directory; its tensors say which modules it acts on, never ``target_modules``."""
+    """LoRA from a PEFT directory; its tensors say which modules it acts on, and its config must not say otherwise."""
 
     @property
     def method(self) -> AdapterMethod:
@@ -66,7 +67,9 @@ def check_lora(candidate: Candidate, base: BaseDescription, limits: AdapterLimit
     rank = parse_lora_config(candidate.config).rank
     if rank > limits.max_rank:
         raise AdapterTooLargeError("r", f"is {rank}; the limit is {limits.max_rank}")
-    place(candidate, base)[0].check_ranks(limits)
+    placements, _ = place(candidate, base)
+    placements.check_ranks(limits)
+    check_selected(candidate.config, placements.modules, base)
 
 
 def place(candidate: Candidate, base: BaseDescription) -> tuple[LoraPlacements, SavedModules]:

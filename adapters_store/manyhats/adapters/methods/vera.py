@@ -20,6 +20,7 @@ from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError
 from manyhats.adapters.formats.config_fields import parse_flag
 from manyhats.adapters.formats.peft.fields import check_bias_field, check_fields, parse_rank
+from manyhats.adapters.formats.peft.module_selection import EXCLUDED, check_selected
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
 from manyhats.adapters.formats.peft.tensors import (
     Misfit,
@@ -97,6 +98,7 @@ class VeraMethod:
         if config.rank > limits.max_rank:
             raise AdapterTooLargeError("r", f"is {config.rank}; the limit is {limits.max_rank}")
         placed, _ = _place(config, candidate, base)
+        check_selected(candidate.config, [names for _, names in placed], base, unread=(EXCLUDED,))
         # A small file may expand to much more: each linear gets its own B.
         size = _FLOAT32_BYTES * config.rank * sum(target.d_out for target, _ in placed)
         if size > limits.max_size_bytes:

@@ -58,6 +58,12 @@ class LoraPlacements:
     linears: tuple[LinearPlacement, ...]
     embedding: EmbeddingPlacement | None
 
+    @property
+    def modules(self) -> tuple[ModuleTensors, ...]:
+        """The tensors of each module."""
+        linears = tuple(placement.tensors for placement in self.linears)
+        return linears if self.embedding is None else (*linears, self.embedding.tensors)
+
     def check_ranks(self, limits: AdapterLimits) -> None:
         """Check every rank against the limit.
 
