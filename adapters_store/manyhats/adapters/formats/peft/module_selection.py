@@ -17,8 +17,8 @@ from typing import Any
 from manyhats.adapters.errors import AdapterInvalidError, ArtifactError
 from manyhats.adapters.formats.config_fields import parse_flag
 from manyhats.adapters.formats.peft.regex import Regex, RegexSet, translate, translate_ending
-from manyhats.adapters.formats.peft.tensors import EMBEDDING_MODULE, HEAD_MODULE, ModuleTensors
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.formats.peft.tensors import ModuleTensors
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription
 
 TARGETS = "target_modules"
 EXCLUDED = "exclude_modules"
@@ -53,11 +53,10 @@ def check_selected(
     left_out = [tensors for tensors in modules if selection.field_without(tensors.module) is not None]
     if base.is_tied and parse_flag("ensure_weight_tying", config.get("ensure_weight_tying")):
         # To select one of the two is to select both.
-        tied = (EMBEDDING_MODULE, HEAD_MODULE)
+        tied = (base.path_of(EMBEDDING), base.path_of(HEAD))
         if any(selection.field_without(module) is None for module in tied):
-            left_out = [tensors for tensors in left_out if tensors.module not in tied]
-    of_base = (*base.modules, *base.fused_modules, EMBEDDING_MODULE, HEAD_MODULE)
-    if left_out and any(selection.field_without(module) is None for module in of_base):
+            left_out = [tensors for tensors in left_out if base.module_of(tensors.module) not in tied]
+    if left_out and any(selection.field_without(module) is None for module in base.modules):
         first = left_out[0]
         field = selection.field_without(first.module)
         raise AdapterInvalidError(
