@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from manyhats.adapters.errors import AdapterInvalidError
 from manyhats.adapters.formats.peft.module_selection import check_selected
-from manyhats.adapters.formats.peft.tensors import EMBEDDING_MODULE, HEAD_MODULE, ModuleTensors
+from manyhats.adapters.formats.peft.tensors import ModuleTensors
 from manyhats.adapters.lowering.lowering import lower
 from support.factories.adapters import make_base
 from support.oracles.peft import (
@@ -36,7 +36,7 @@ from support.oracles.primitives import describe_model
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 BASE = make_base(num_layers=12)
-PATHS = [*BASE.modules, EMBEDDING_MODULE, HEAD_MODULE]
+PATHS = list(BASE.modules)
 NAMES = st.lists(
     st.sampled_from(
         [
@@ -271,7 +271,7 @@ def test_tensors_decide_where_the_config_says_nothing(fields: dict[str, Any], tm
 @pytest.mark.parametrize("ensure", [False, True])
 def test_tied_modules_are_selected_together(ensure: bool) -> None:
     config = {"target_modules": ["embed_tokens"], "ensure_weight_tying": ensure}
-    modules = [tensors_of(EMBEDDING_MODULE), tensors_of(HEAD_MODULE)]
+    modules = [tensors_of("model.embed_tokens"), tensors_of("lm_head")]
     if ensure:
         check_selected(config, modules, BASE)
         return

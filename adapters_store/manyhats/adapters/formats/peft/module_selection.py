@@ -49,7 +49,8 @@ def check_selected(
         AdapterInvalidError: the config leaves a module out, which names a tensor and the field; or a field has the
             wrong type.
     """
-    selection = _parse_selection({field: value for field, value in config.items() if field not in unread})
+    read = {field: value for field, value in config.items() if field not in unread}
+    selection = _parse_selection(read, base)
     left_out = [tensors for tensors in modules if selection.field_without(tensors.module) is not None]
     if base.is_tied and parse_flag("ensure_weight_tying", config.get("ensure_weight_tying")):
         # To select one of the two is to select both.
@@ -81,14 +82,14 @@ class _ModuleSelection:
         return None if self.is_in_layers(module) else LAYERS
 
 
-def _parse_selection(config: Mapping[str, Any]) -> _ModuleSelection:
+def _parse_selection(config: Mapping[str, Any], base: BaseDescription) -> _ModuleSelection:
     targets = _parse_names(TARGETS, config.get(TARGETS))
     excluded = _parse_names(EXCLUDED, config.get(EXCLUDED))
     is_in_layers = _parse_layers(config)
     # PEFT asks for the layer where a name is the end of a path, not where it is the whole, nor with a pattern.
     whole = frozenset(targets or ())
     return _ModuleSelection(
-        is_target=_all if targets is None else _targets(targets),
+        is_target=_all if targets is None else _targets(targets, base),
         is_excluded=_matching(EXCLUDED, excluded, unclear=False) if excluded else _none,
         is_in_layers=_all
         if isinstance(targets, str)
@@ -96,9 +97,10 @@ def _parse_selection(config: Mapping[str, Any]) -> _ModuleSelection:
     )
 
 
-def _targets(names: str | list[str]) -> Matches:
+def _targets(names: str | list[str], base: BaseDescription) -> Matches:
     if isinstance(names, str) and names.lower() == _ALL_LINEARS:
-        return lambda module: module not in (EMBEDDING_MODULE, HEAD_MODULE)
+        ends = (base.path_of(EMBEDDING), base.path_of(HEAD))
+        return lambda module: base.module_of(module) not in ends
     return _matching(TARGETS, names, unclear=True)
 
 
