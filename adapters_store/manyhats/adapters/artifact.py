@@ -9,6 +9,8 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from manyhats.adapters.heads import TaskKind
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -72,6 +74,7 @@ class AdapterRecord:
         registered_for: digest and names of the base that it was registered for; empty if they were not recorded.
         effect: how far it moves the base's logits, as measured at registration; None if not measured.
         notes: what the operator should know about it, such as an unnamed base.
+        kind: what its task does with a text.
         text: names what its text files mean, as ``TextFacts.fingerprint`` does; empty if they mean what the base's do.
     """
 
@@ -91,6 +94,7 @@ class AdapterRecord:
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     effect: float | None = None
     notes: tuple[str, ...] = ()
+    kind: TaskKind = TaskKind.GENERATE
     text: str = ""
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from manyhats.adapters.heads import TaskHead
 from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 
 if TYPE_CHECKING:
@@ -229,8 +230,12 @@ class PromptEmbeddings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoweredAdapter:
-    """One adapter as primitives, ready for the engine; ``digest`` names the artifact it came from."""
+    """One adapter as primitives, ready for the engine; ``digest`` names the artifact it came from.
+
+    ``head`` is what its task reads texts with; None if it generates.
+    """
 
     digest: str
     deltas: tuple[Delta, ...]
     prefix: KVPrefix | PromptEmbeddings | None = None
+    head: TaskHead | None = None

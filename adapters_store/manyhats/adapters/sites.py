@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
+from manyhats.adapters.heads import Pooling
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -90,6 +92,8 @@ class BaseDescription:
         embedding_scale: what the architecture multiplies embeddings by.
         is_tied: whether the output head is the embedding.
         has_head_bias: whether the output head adds a bias.
+        pooling: of a text's hidden values, unless a task says otherwise.
+        pad_token_id: that of its config; None for none.
         has_sliding_window: whether some layer attends only to the latest positions.
         weights: the base's own weights; None if only the description is available.
         check_text: says what an artifact's text files mean on this base; None if its tokenizer is not available.
@@ -112,6 +116,8 @@ class BaseDescription:
     embedding_scale: float = 1.0
     is_tied: bool = True
     has_head_bias: bool = False
+    pooling: Pooling = Pooling.LAST
+    pad_token_id: int | None = None
     has_sliding_window: bool = False
     weights: WeightSource | None = None
     check_text: TextCheck | None = field(default=None, compare=False)

@@ -17,15 +17,22 @@ from manyhats.engine.errors import (
     EngineDeadError,
 )
 from manyhats.engine.loop.backlog import Backlog
+from manyhats.engine.loop.encoding import Encoding
 from manyhats.engine.loop.generation import Generation
 from manyhats.engine.loop.job import Job
 from manyhats.engine.loop.probe import AdapterProbe
 from manyhats.engine.loop.scoring import Scoring
-from manyhats.engine.loop.serving import ServingModel, check_generation, check_length, check_scoring
+from manyhats.engine.loop.serving import (
+    ServingModel,
+    check_encoding,
+    check_generation,
+    check_length,
+    check_scoring,
+)
 from manyhats.engine.loop.streams import Stream
 from manyhats.engine.loop.thread import Loop
-from manyhats.engine.output import EngineStats, ScoreOutput, StepOutput, joined
-from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.output import EncodeOutput, EngineStats, ScoreOutput, StepOutput, joined
+from manyhats.engine.request import EncodeRequest, Request, ScoreRequest
 from manyhats.engine.residency.lease import Lease
 from manyhats.engine.residency.loading import AdapterLoading
 from manyhats.engine.residency.residency import ResidencyStats
@@ -234,9 +241,33 @@ class Engine:
         assert isinstance(output, ScoreOutput)
         return output
 
+    async def encode(self, request: EncodeRequest) -> EncodeOutput:
+        """Run one encoding; cancelling it frees its blocks within one step.
+
+        Raises:
+            RequestError: it can never be served.
+            EngineError: anything else that ended it.
+            AdapterError: its adapter cannot be loaded.
+        """
+        check_encoding(request, self._model.vocab_size)
+        stream = await self._submit(
+            request, lambda job_id, lease, matcher: self._encoding(job_id, request, lease)
+        )
+        try:
+            (output,) = await stream.take()
+        finally:
+            self._leave(stream)
+        assert isinstance(output, EncodeOutput)
+        return output
+
+    def _encoding(self, job_id: str, request: EncodeRequest, lease: Lease) -> Encoding:
+        own = lease.head
+        pooling = request.pooling or (self._model.pooling if own is None else own.pooling)
+        return Encoding(job_id, request, lease, self._model, own if request.applies_head else None, pooling)
+
     async def _submit(
         self,
-        request: Request | ScoreRequest,
+        request: Request | ScoreRequest | EncodeRequest,
         make_job: Callable[[str, Lease, Matcher | None], Job[Any]],
     ) -> Stream:
         """The stream of a request's job, which is on its way to the engine's thread."""
@@ -262,7 +293,7 @@ class Engine:
         if not stream.is_over:
             self.loop.submit(lambda: self.loop.step.cancel(stream.job_id))
 
-    async def _lease(self, request: Request | ScoreRequest) -> Lease:
+    async def _lease(self, request: Request | ScoreRequest | EncodeRequest) -> Lease:
         """Lease a request's adapter; returns once it is loaded."""
         adapter = request.adapter
         if adapter is None:
@@ -304,7 +335,7 @@ class Engine:
 
 
 @asynccontextmanager
-async def _by_deadline(request: Request | ScoreRequest, awaited: str) -> AsyncIterator[None]:
+async def _by_deadline(request: Request | ScoreRequest | EncodeRequest, awaited: str) -> AsyncIterator[None]:
     """End this block at a request's deadline.
 
     Raises:

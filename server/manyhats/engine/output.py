@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import overload
 
+import numpy as np
+import numpy.typing as npt
+
 _OUTPUT_BYTES = 500
 _TOKEN_BYTES = 500
 _TOP_BYTES = 16
@@ -147,6 +150,14 @@ class ScoreOutput:
     """One scored continuation per requested one, in order."""
 
     scores: Seq[ScoredContinuation]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodeOutput:
+    """For each text, in order, its pooled values, or what a head makes of them: [1, n]; [tokens, n] if not pooled."""
+
+    values: Seq[npt.NDArray[np.float32]]
     usage: Usage
 
 

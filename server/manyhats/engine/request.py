@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.heads import Pooling
 from manyhats.engine.constraint import Constraint
 from manyhats.engine.errors import FieldInvalidError
 
@@ -24,6 +25,7 @@ MAX_STOP_SEQUENCE_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_CONTINUATIONS = 1024
+MAX_INPUTS = 1024
 MAX_CACHE_SALT_LENGTH = 256
 MAX_DRAFT_TOKENS = 16
 
@@ -225,6 +227,38 @@ class Request:
     def __post_init__(self) -> None:
         _check_salt(self.cache_salt)
         _check_priority(self.priority)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeRequest:
+    """A request for what is read in texts.
+
+    Attributes:
+        inputs: token ids of each text.
+        pooling: of its hidden rows; None for the task's head's, or else the base's.
+        applies_head: whether the task's head is applied.
+
+    The other fields are as in ``Request``.
+    """
+
+    id: str
+    inputs: tuple[tuple[int, ...], ...]
+    pooling: Pooling | None = None
+    applies_head: bool = True
+    adapter: AdapterRecord | None = None
+    priority: int = 0
+    deadline_s: float | None = None
+    cache_salt: str = ""
+    accepted_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_salt(self.cache_salt)
+        _check_priority(self.priority)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all texts together."""
+        return sum(len(token_ids) for token_ids in self.inputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from manyhats.adapters.artifact import AdapterArtifact, AdapterRecord
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError
 from manyhats.adapters.formats.base_name import check_base_name, is_registered_for
 from manyhats.adapters.formats.recognition import base_name_key
+from manyhats.adapters.heads import TaskHead
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.combined_deltas import NotCombinableError, combine_deltas
 from manyhats.adapters.lowering.lowering import lower
@@ -106,6 +107,7 @@ def compose(parts: Sequence[AdapterPart], limits: AdapterLimits) -> LoweredAdapt
         digest=composed_digest((part.adapter.digest, part.weight) for part in parts),
         deltas=tuple(delta for deltas in combined for delta in deltas),
         prefix=_only_prefix(parts),
+        head=_only_head(parts),
     )
 
 
@@ -134,6 +136,15 @@ def _only_prefix(parts: Sequence[AdapterPart]) -> KVPrefix | PromptEmbeddings | 
             prefixed[1].name, f"has virtual tokens, and so has {prefixed[0].name}; at most one part may"
         )
     return prefixed[0].adapter.prefix if prefixed else None
+
+
+def _only_head(parts: Sequence[AdapterPart]) -> TaskHead | None:
+    headed = [part for part in parts if part.adapter.head is not None]
+    if len(headed) > 1:
+        raise AdapterUnsupportedError(
+            headed[1].name, f"has a head, and so has {headed[0].name}; at most one part may"
+        )
+    return headed[0].adapter.head if headed else None
 
 
 def _weighted(part: AdapterPart, delta: Delta) -> Delta:

@@ -24,7 +24,7 @@ from manyhats.adapters.formats.recognition import base_name_key, recognise, reco
 from manyhats.adapters.formats.text_files import check_text, read_text
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.inspected_base import infer_base, stand_in_weights
-from manyhats.adapters.lowering.lowering import has_effect, method_of
+from manyhats.adapters.lowering.lowering import check, has_effect, method_of
 from manyhats.adapters.lowering.reader import check_finite, parse_artifact
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Delta, KVPrefix, LoweredAdapter, PromptEmbeddings
@@ -209,7 +209,7 @@ class _Inspector:
                 self.facts, compared_with=public_name(base) or min(base.names, default=base.model_type)
             )
         method = method_of(artifact.method, config)
-        method.check(Candidate(config, shapes, artifact.base_model), base, self._limits)
+        check(Candidate(config, shapes, artifact.base_model), method, base, self._limits)
         lowered = method.lower(artifact, base)
         self.facts = replace(
             self.facts, sites=_site_facts(lowered.deltas), num_virtual_tokens=_num_virtual_tokens(lowered)

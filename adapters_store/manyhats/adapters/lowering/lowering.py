@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
-from manyhats.adapters.method import Method
+from manyhats.adapters.formats.peft.task_head import find_head, without_head
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.method import Candidate, Method
 from manyhats.adapters.methods.adalora import AdaLoraMethod
 from manyhats.adapters.methods.bottleneck import BottleneckMethod, can_change_output
 from manyhats.adapters.methods.dora import DoraMethod
@@ -77,14 +79,38 @@ def method_of(method: AdapterMethod, config: Mapping[str, Any]) -> Method:
     return methods[method]
 
 
+def check(candidate: Candidate, method: Method, base: BaseDescription, limits: AdapterLimits) -> None:
+    """Refuse what could not be served exactly, before any tensor is read.
+
+    Raises:
+        ArtifactError, BaseMismatchError: as ``lower``.
+    """
+    head = find_head(candidate.config, candidate.shapes, base)
+    if head is not None:
+        config, shapes = without_head(candidate.config), head.others(candidate.shapes)
+        candidate = replace(candidate, config=config, shapes=shapes)
+    method.check(candidate, base, limits)
+
+
 def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
-    """The artifact as primitives of the base's sites.
+    """The artifact as primitives of the base's sites, and its task's head if it has one.
 
     Raises:
         ArtifactError: it cannot be served exactly; registration refuses it with the same error.
         BaseMismatchError: it was made for another base.
     """
-    return method_of(artifact.method, artifact.config).lower(artifact, base)
+    method = method_of(artifact.method, artifact.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
+    head = find_head(artifact.config, shapes, base)
+    if head is None:
+        return method.lower(artifact, base)
+    config, tensors = without_head(artifact.config), head.others(artifact.tensors)
+    lowered = method.lower(replace(artifact, config=config, tensors=tensors), base)
+    task_head = head.lower(artifact.tensors, base)
+    if isinstance(lowered.prefix, PromptEmbeddings):
+        # Virtual tokens make PEFT's model read embeddings, among which it knows no padding.
+        task_head = replace(task_head, skipped_token_id=None)
+    return replace(lowered, head=task_head)
 
 
 def check_lowered(lowered: LoweredAdapter) -> None:
@@ -97,6 +123,8 @@ def check_lowered(lowered: LoweredAdapter) -> None:
         if not _is_finite(delta):
             place = getattr(delta, "site", "embedding or head")
             raise AdapterInvalidError(str(place), "what it computes here with this base is not finite")
+    if lowered.head is not None and not all(is_finite(tensor) for tensor in lowered.head.tensors):
+        raise AdapterInvalidError("head", "has values that are not finite")
     if lowered.prefix is not None and not _is_finite(lowered.prefix):
         raise AdapterInvalidError("virtual tokens", "the values computed for them are not finite")
 
@@ -117,7 +145,8 @@ def _is_finite(primitive: Delta | KVPrefix | PromptEmbeddings) -> bool:
 
 def has_effect(lowered: LoweredAdapter) -> bool:
     """Whether anything in it can change an output, judging by its own numbers."""
-    return lowered.prefix is not None or any(_can_change(delta) for delta in lowered.deltas)
+    has_head = lowered.head is not None and bool(lowered.head.layers)
+    return has_head or lowered.prefix is not None or any(_can_change(delta) for delta in lowered.deltas)
 
 
 def _can_change(delta: Delta) -> bool:

@@ -25,7 +25,7 @@ from manyhats.adapters.formats.recognition import (
 from manyhats.adapters.formats.safetensors_reader import LENGTH_BYTES, header_size, parse_header, read_tensors
 from manyhats.adapters.formats.text_files import check_text, read_text
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering.lowering import check_lowered, has_effect, is_finite, lower, method_of
+from manyhats.adapters.lowering.lowering import check, check_lowered, has_effect, is_finite, lower, method_of
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription, TextFacts
@@ -74,7 +74,7 @@ def read_adapter(
     notes = check_base_name(base_model, base, base_name_key(config), assume_base=assume_base)
     weights_name = weights_file(config, directory.names())
     with directory.open_file(weights_name, limits.max_size_bytes - len(config_bytes)) as file:
-        method.check(Candidate(config, _read_shapes(file, limits), base_model), base, limits)
+        check(Candidate(config, _read_shapes(file, limits), base_model), method, base, limits)
         weights = file.read()
     files = {CONFIG_FILE: config_bytes, weights_name: weights}
     files |= read_text(directory, limits.max_size_bytes - len(config_bytes) - len(weights))

@@ -129,6 +129,8 @@ def measure(lowered: LoweredAdapter, probe: Probe) -> float:
         AdapterInvalidError: the measure is not finite, or the probe refuses the adapter.
         AdapterNoEffectError: it does not move them.
     """
+    if not lowered.deltas and lowered.prefix is None:
+        return 0.0  # a head alone, which leaves the base as it is
     effect = probe(lowered)
     if not math.isfinite(effect):
         raise AdapterInvalidError("effect", "the logits with this adapter are not finite")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
-from manyhats.adapters.errors import DigestMismatchError, StoreError
+from manyhats.adapters.errors import ArgumentInvalidError, DigestMismatchError, StoreError
+from manyhats.adapters.heads import TaskKind
 from manyhats.adapters.limits import Quotas
 from manyhats.adapters.lowering.validation import ValidVersion, measure
+from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.registration import Registered, Registration
+from manyhats.adapters.reserved_labels import CLASS, listed
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
@@ -67,6 +70,7 @@ class Publisher:
         if registration.expected_digest not in ("", valid.digest):
             raise DigestMismatchError("expected_digest", f"the adapter's digest is {valid.digest}")
         self.check_quotas(registration.task_id, valid.digest, valid.size_bytes)
+        _check_classes(valid.lowered, registration.labels)
         effect = None if probe is None else measure(valid.lowered, probe)
         draft = _draft(valid, registration, effect)
         if registration.validate_only:
@@ -90,6 +94,22 @@ class Publisher:
             raise
 
 
+def _check_classes(lowered: LoweredAdapter, labels: Mapping[str, str]) -> None:
+    """Check that a head has as many labels as the registration names.
+
+    Raises:
+        ArgumentInvalidError: it has more, or fewer.
+    """
+    if lowered.head is None or not lowered.head.layers:
+        return
+    names = listed(labels, CLASS)
+    num_outputs = lowered.head.layers[-1].weight.shape[0]
+    if names and len(names) != num_outputs:
+        raise ArgumentInvalidError(
+            "labels", f"name {len(names)} classes; the adapter's head has {num_outputs}"
+        )
+
+
 def _draft(valid: ValidVersion, registration: Registration, effect: float | None) -> AdapterRecord:
     """The record as it will be, except version and state."""
     return AdapterRecord(
@@ -108,5 +128,6 @@ def _draft(valid: ValidVersion, registration: Registration, effect: float | None
         labels=registration.labels,
         effect=effect,
         notes=valid.notes,
+        kind=TaskKind.GENERATE if valid.lowered.head is None else valid.lowered.head.kind,
         text=valid.text,
     )

@@ -29,10 +29,12 @@ class HostLogits:
     Args:
         values: the logits.
         chooser: what chooses tokens and finds log-probabilities.
+        wanted: hidden values to return, [H, E] float32; None for none.
     """
 
-    def __init__(self, values: Tensor, chooser: Chooser) -> None:
+    def __init__(self, values: Tensor, chooser: Chooser, wanted: Tensor | None = None) -> None:
         self.values = values
+        self._wanted = torch.empty(0, 0) if wanted is None else wanted
         self._chooser = chooser
 
     @torch.inference_mode()
@@ -51,6 +53,7 @@ class HostLogits:
                 tokens=self._chosen(wants.choices),
                 targets=self._found(wants.targets),
                 whole=whole,
+                hidden=self._wanted.numpy().copy(),
                 bad_rows=frozenset(bad),
             )
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class StepPlan:
         logit_rows: [M] int32, rows whose logits are needed, ascending.
         embeddings: (rows [E] int32, values [E, D] float32): rows that enter the model as values; None for none.
         block_copies: (source, target) blocks to copy before anything else.
+        hidden_rows: [H] int32, rows whose final hidden values are wanted, ascending.
     """
 
     token_ids: Ints
@@ -68,6 +69,7 @@ class StepPlan:
     logit_rows: Ints
     embeddings: tuple[Ints, Floats] | None = None
     block_copies: tuple[tuple[int, int], ...] = ()
+    hidden_rows: Ints = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def num_rows(self) -> int:

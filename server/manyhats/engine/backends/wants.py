@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Logits = npt.NDArray[np.float32]
+Hidden = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,12 +142,14 @@ class Outcome:
         targets: T, one for each of ``targets``.
         whole: [W, V] float32, a copy.
         bad_rows: logit rows with a NaN or an infinity; other results for these are meaningless.
+        hidden: [H, E] float32, a copy of the plan's hidden rows, as the output head reads them.
     """
 
     tokens: Sequence[Token]
     targets: Sequence[TokenLogprob]
     whole: Logits
     bad_rows: frozenset[int]
+    hidden: Hidden = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
 
 def check_ids(token_ids: npt.ArrayLike, vocab_size: int) -> None:

@@ -121,6 +121,7 @@ def load_model(
             family,
             names={*located.names, *names, *_recorded_name(found.config)},
             digest=digest,
+            pad_token_id=_pad_token_id(found.config),
             weights=ModelWeightSource(digest, weights),
             check_text=texts.check,
         ),
@@ -189,6 +190,11 @@ def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefau
         ids = ids or _known_token_ids(value if isinstance(value, list) else [value], vocab_size, source)
     own = _known_token_ids([tokenizer.special_token_id("eos_token")], vocab_size, "the tokenizer: eos_token")
     return GenerationDefaults(eos_token_ids=ids | own)
+
+
+def _pad_token_id(config: Mapping[str, Any]) -> int | None:
+    value = config.get("pad_token_id")
+    return value if type(value) is int else None
 
 
 def _known_token_ids(ids: Iterable[object], vocab_size: int, source: str) -> frozenset[int]:

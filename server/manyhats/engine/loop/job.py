@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from manyhats.engine.backends.wants import Logits, Token, TokenLogprob
+import numpy as np
+
+from manyhats.engine.backends.wants import Hidden, Logits, Token, TokenLogprob
 from manyhats.engine.output import TokenOutput, TopTokens
 from manyhats.engine.sampling.sampler import SamplingRow
 from manyhats.engine.scheduling.schedule import Chunk
@@ -50,11 +52,13 @@ class Answer:
         tokens: the chosen tokens, in the order of ``samples``; they end before the first draft whose row is not finite.
         targets: each of ``target_ids`` with its log-probability.
         whole: [rows, V], or no row.
+        hidden: [rows, E], of a sequence that reads hidden values.
     """
 
     tokens: Seq[Token]
     targets: Seq[tuple[int, TokenLogprob]]
     whole: Logits
+    hidden: Hidden = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
 
 OutputT = TypeVar("OutputT", covariant=True)
@@ -86,7 +90,7 @@ class Job(Protocol[OutputT]):
         ...
 
     def take(self, chunk: Chunk, answer: Answer, scheduler: Scheduler, now_s: float) -> OutputT | None:
-        """Called when a chunk with logit rows has run and is committed."""
+        """Called when a chunk with rows that are needed has run and is committed."""
         ...
 
     def drop(self, scheduler: Scheduler) -> None:

@@ -20,6 +20,7 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
     cells: list[int] = []
     slots: list[int] = []
     logit_rows: list[int] = []
+    hidden_rows: list[int] = []
     for chunk in chunks:
         sequence, rows = chunk.sequence, range(chunk.start, chunk.start + chunk.num_rows)
         table, offset = sequence.block_table, sequence.position_offset
@@ -29,7 +30,8 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
         cells += [table[row // block_size] * block_size + row % block_size for row in rows]
         slots += [sequence.slot] * len(rows)
         starts.append(starts[-1] + len(rows))
-        logit_rows += range(starts[-1] - chunk.num_logit_rows, starts[-1])
+        wanted = hidden_rows if sequence.reads_hidden else logit_rows
+        wanted += range(starts[-1] - chunk.num_result_rows, starts[-1])
     tables = np.zeros((len(chunks), max(len(c.sequence.block_table) for c in chunks)), dtype=np.int32)
     for index, chunk in enumerate(chunks):
         tables[index, : len(chunk.sequence.block_table)] = chunk.sequence.block_table
@@ -42,6 +44,7 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
         block_tables=tables,
         row_slots=int32(slots),
         logit_rows=int32(logit_rows),
+        hidden_rows=int32(hidden_rows),
         embeddings=_embeddings(chunks, starts),
         block_copies=schedule.block_copies,
     )

@@ -8,8 +8,9 @@ from collections.abc import Sequence as Seq
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from manyhats.adapters.heads import Pooling
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
-from manyhats.engine.request import MAX_CONTINUATIONS, Request, ScoreRequest
+from manyhats.engine.request import MAX_CONTINUATIONS, MAX_INPUTS, EncodeRequest, Request, ScoreRequest
 from manyhats.engine.residency.lease import Lease
 from manyhats.engine.scheduling.blocks import SharedPrefix
 from manyhats.engine.scheduling.sequence import Sequence
@@ -28,6 +29,7 @@ class ServingModel:
         eos_token_ids: any of them ends a generation, as do those of a request's own tokenizer.
         max_context_length: the maximum of prompt and output tokens together.
         vocab_size: token ids are below.
+        pooling: of texts, unless a task or a request says otherwise.
     """
 
     base_digest: str
@@ -35,6 +37,7 @@ class ServingModel:
     eos_token_ids: frozenset[int]
     max_context_length: int
     vocab_size: int
+    pooling: Pooling = Pooling.LAST
 
     def tokenizer_of(self, request: Request | ScoreRequest) -> Tokenizer:
         """The tokenizer of a request."""
@@ -54,7 +57,7 @@ class ServingModel:
 
 def new_sequence(
     job_id: str,
-    request: Request | ScoreRequest,
+    request: Request | ScoreRequest | EncodeRequest,
     token_ids: Seq[int],
     max_new_tokens: int,
     lease: Lease,
@@ -80,7 +83,7 @@ def new_sequence(
     )
 
 
-def _cache_key(base_digest: str, request: Request | ScoreRequest) -> bytes:
+def _cache_key(base_digest: str, request: Request | ScoreRequest | EncodeRequest) -> bytes:
     """Root of the prefix cache's keys: everything besides the tokens that determines a KV block's content.
 
     The adapter enters by the digest of its bytes, never by name, so a replaced one shares nothing; its virtual tokens
@@ -151,12 +154,36 @@ def check_scoring(request: ScoreRequest, vocab_size: int, max_tokens: int) -> No
             raise FieldInvalidError(f"num_given[{index}]", f"must be from 0 to {len(continuation) - 1}")
 
 
-def check_length(request: Request | ScoreRequest, num_virtual_tokens: int, max_context_length: int) -> None:
+def check_encoding(request: EncodeRequest, vocab_size: int) -> None:
+    """Check that there are texts, and that every token id is valid.
+
+    Raises:
+        FieldInvalidError: there is none, or too many; a text is empty, or an id outside the vocabulary.
+    """
+    if not 1 <= len(request.inputs) <= MAX_INPUTS:
+        raise FieldInvalidError("inputs", f"must be 1 to {MAX_INPUTS}, not {len(request.inputs)}")
+    for index, token_ids in enumerate(request.inputs):
+        if not token_ids:
+            raise FieldInvalidError(f"inputs[{index}]", "is empty")
+        _check_ids(f"inputs[{index}]", token_ids, vocab_size)
+
+
+def check_length(
+    request: Request | ScoreRequest | EncodeRequest, num_virtual_tokens: int, max_context_length: int
+) -> None:
     """Check that the prompt leaves room for what follows: one output token, or the longest continuation.
+
+    Of an encoding, every text must fit.
 
     Raises:
         PromptTooLongError: it does not, counting the adapter's virtual tokens.
     """
+    if isinstance(request, EncodeRequest):
+        limit = max_context_length - num_virtual_tokens
+        for index, token_ids in enumerate(request.inputs):
+            if len(token_ids) > limit:
+                raise PromptTooLongError(f"inputs[{index}]", len(token_ids), max(limit, 0))
+        return
     after = 1
     if isinstance(request, ScoreRequest):
         after = max(len(continuation) for continuation in request.continuations)

@@ -55,18 +55,24 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """A chunk of the step, its logit rows [first, end), and what its job wants from them."""
+    """A chunk of the step, its logit rows [first, end) or hidden rows, and what its job wants from them."""
 
     chunk: Chunk
     job: Job[Any]
     first: int
     end: int
+    hidden: slice
     want: Want
 
     @property
     def own_rows(self) -> range:
         """Those of its sequence's own tokens."""
         return range(self.first, self.end - len(self.chunk.drafts))
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it has rows of either kind; committing the step changes what its chunk says of that."""
+        return self.end > self.first or self.hidden.stop > self.hidden.start
 
     @property
     def choosing_rows(self) -> range:
@@ -191,12 +197,14 @@ class Step:
     def _parts(self, schedule: Schedule, events: list[Event]) -> list[_Part]:
         """The step's chunks, and what their jobs want from each."""
         parts: list[_Part] = []
-        first = 0
+        first = first_hidden = 0
         jobs = [self._jobs[chunk.sequence.id] for chunk in schedule.chunks]
         for chunk, job in zip(schedule.chunks, jobs, strict=True):
             end = first + chunk.num_logit_rows
-            parts.append(_Part(chunk, job, first, end, self._want(job, chunk, events)))
-            first = end
+            end_hidden = first_hidden + chunk.num_result_rows - chunk.num_logit_rows
+            hidden = slice(first_hidden, end_hidden)
+            parts.append(_Part(chunk, job, first, end, hidden, self._want(job, chunk, events)))
+            first, first_hidden = end, end_hidden
         return parts
 
     def _want(self, job: Job[Any], chunk: Chunk, events: list[Event]) -> Want:
@@ -233,7 +241,7 @@ class Step:
         now_s = time.monotonic()
         for part, answer in answers:
             job = part.job
-            if part.end == part.first or job.id not in self._jobs:
+            if not part.has_rows or job.id not in self._jobs:
                 continue
             try:
                 output = job.take(part.chunk, answer, self.scheduler, now_s)
@@ -328,6 +336,7 @@ def _answers(parts: Iterable[_Part], outcome: Outcome) -> list[tuple[_Part, Answ
             tokens=chosen[: _num_finite(part.choosing_rows, outcome.bad_rows)],
             targets=[(token_id, next(targets)) for token_id in part.want.target_ids],
             whole=outcome.whole[num_whole : num_whole + num_rows],
+            hidden=outcome.hidden[part.hidden],
         )
         answers.append((part, answer))
         num_whole += num_rows

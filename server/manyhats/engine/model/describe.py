@@ -13,6 +13,7 @@ def describe(
     *,
     names: Iterable[str],
     digest: str,
+    pad_token_id: int | None = None,
     weights: WeightSource | None = None,
     check_text: TextCheck | None = None,
 ) -> BaseDescription:
@@ -22,6 +23,7 @@ def describe(
         family: the model.
         names: every name this base is known by.
         digest: of weights and quantization.
+        pad_token_id: that of its config.
         weights: the base's own; None if only its description is available.
         check_text: determines what an adapter's text files mean on this base.
     """
@@ -40,6 +42,7 @@ def describe(
         model_type=architecture.model_type,
         names=frozenset(names),
         digest=digest,
+        pad_token_id=pad_token_id,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
+from manyhats.adapters.heads import TaskHead
 from manyhats.engine.residency.tiers import PlacedAdapter
 from manyhats.engine.scheduling.sequence import Placement
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
@@ -23,7 +24,8 @@ class ResidentAdapter:
         placement: of its sequences; None if they run on slot 0, as with virtual tokens only: their rows cost what the
             base's do.
         virtual: the virtual tokens its sequences begin with.
-        num_bytes: of its packed matrices and virtual tokens.
+        head: of its task; None if that generates.
+        num_bytes: of its packed matrices, virtual tokens and head.
         pins: the number of leases, by version name.
         is_forgotten: whether it is dropped with its last lease.
     """
@@ -32,6 +34,7 @@ class ResidentAdapter:
     is_loaded: bool = False
     placement: PlacedAdapter | None = None
     virtual: VirtualTokens | None = None
+    head: TaskHead | None = None
     num_bytes: int = 0
     pins: Counter[str] = field(default_factory=Counter)
     is_forgotten: bool = False
@@ -67,6 +70,11 @@ class Lease:
     def virtual(self) -> VirtualTokens | None:
         """The virtual tokens the request's sequences begin with."""
         return self.adapter.virtual
+
+    @property
+    def head(self) -> TaskHead | None:
+        """The head of the request's task; None if that generates."""
+        return self.adapter.head
 
     @property
     def num_virtual_tokens(self) -> int:

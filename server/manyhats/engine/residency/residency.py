@@ -217,13 +217,16 @@ class AdapterResidency:
                 f"are {prefix.num_virtual_tokens}; the KV cache holds {self._kv_capacity} tokens in total",
             )
         adapter.virtual = None if prefix is None else VirtualTokens(prefix)
-        if prefix is None or lowered.deltas:
+        adapter.head = lowered.head
+        if lowered.deltas or (prefix is None and lowered.head is None):
             adapter.placement = PlacedAdapter(self._device, packed)
         return packed
 
     def _account(self, adapter: ResidentAdapter, packed: Packed, seconds: float) -> None:
         stats, virtual = self._stats, adapter.virtual
+        tensors = () if adapter.head is None else adapter.head.tensors
         adapter.num_bytes = packed.num_bytes + (0 if virtual is None else virtual.num_bytes)
+        adapter.num_bytes += sum(tensor.nbytes for tensor in tensors)
         self._stats = replace(
             stats,
             num_loads=stats.num_loads + 1,

@@ -44,12 +44,17 @@ class Chunk:
         return self.start + self.num_tokens == len(self.sequence.token_ids)
 
     @property
-    def num_logit_rows(self) -> int:
-        """How many of its last rows need logits: drafts, the one that ends the tokens, and those being scored."""
+    def num_result_rows(self) -> int:
+        """How many of its last rows are needed: drafts, the one that ends the tokens, and those that are read."""
         last = self.num_tokens - 1 if self.ends_tokens else self.num_tokens
         scored = self.sequence.logits_from
         first = last if scored is None else min(last, max(0, scored - self.start))
         return self.num_rows - first
+
+    @property
+    def num_logit_rows(self) -> int:
+        """How many of them need logits: none if the sequence reads hidden values."""
+        return 0 if self.sequence.reads_hidden else self.num_result_rows
 
     @property
     def is_decode(self) -> bool:

@@ -54,6 +54,7 @@ class Sequence:
         arrival: among equals, the earlier goes first.
         logits_from: smallest position whose logits are still needed besides the last token's; None if no others are.
             The scheduler advances it as positions are computed, so none comes twice after preemption.
+        reads_hidden: whether final hidden values are needed at these positions, and no logits.
         shared: KV of the first ``shared.num_tokens`` of ``token_ids``; if the scheduler reclaimed it, the sequence
             computes them itself.
         virtual: the virtual tokens it begins with.
@@ -84,6 +85,7 @@ class Sequence:
     priority: int = 0
     arrival: float = 0.0
     logits_from: int | None = None
+    reads_hidden: bool = False
     shared: SharedPrefix | None = None
     virtual: VirtualTokens | None = None
     uses_prefix_cache: bool = True
@@ -134,7 +136,9 @@ class Sequence:
     @property
     def num_scored(self) -> int:
         """Positions whose logits are still needed, besides the last token's."""
-        return 0 if self.logits_from is None else len(self.token_ids) - self.logits_from
+        if self.logits_from is None or self.reads_hidden:
+            return 0
+        return len(self.token_ids) - self.logits_from
 
     @property
     def is_counted(self) -> bool:

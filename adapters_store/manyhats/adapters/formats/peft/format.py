@@ -51,6 +51,7 @@ _REFUSED_TYPES: Mapping[str, str] = MappingProxyType(
         "CPT": "context-aware prompt tuning is not served",
     }
 )
+_TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 def check_directory(directory: SourceDirectory) -> None:
@@ -112,13 +113,11 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
 
 
 def _check_task_type(task_type: Any) -> None:
-    if task_type is None or task_type == "CAUSAL_LM":
+    if task_type is None or task_type in _TASK_TYPES:
         return
-    if task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        raise AdapterUnsupportedError(
-            "task_type", f"{task_type} needs a classification head; only CAUSAL_LM is served"
-        )
-    raise AdapterUnsupportedError("task_type", f"{shown(str(task_type))} is not served; only CAUSAL_LM is")
+    raise AdapterUnsupportedError(
+        "task_type", f"{shown(str(task_type))} is not served; these are: {', '.join(_TASK_TYPES)}"
+    )
 
 
 def _refuse_pickles(names: Sequence[str]) -> None:

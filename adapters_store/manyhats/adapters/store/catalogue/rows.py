@@ -12,6 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, insert
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
 from manyhats.adapters.errors import RequestIdReusedError
+from manyhats.adapters.heads import TaskKind
 from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.store.catalogue.database import WriteTransaction
 from manyhats.adapters.store.catalogue.tables import ANSWERS, ARTIFACTS, CATALOGUE, TASKS, VERSIONS
@@ -185,6 +186,7 @@ def details_document(record: AdapterRecord) -> dict[str, Any]:
         "labels": dict(record.labels),
         "effect": record.effect,
         "notes": list(record.notes),
+        **({} if record.kind is TaskKind.GENERATE else {"kind": record.kind.value}),
         **({"text": record.text} if record.text else {}),
     }
 
@@ -229,6 +231,7 @@ def read_details(
         labels=MappingProxyType(details["labels"]),
         effect=details["effect"],
         notes=tuple(details["notes"]),
+        kind=TaskKind(details.get("kind", TaskKind.GENERATE.value)),
         text=details.get("text", ""),
     )
 

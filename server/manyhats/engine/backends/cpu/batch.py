@@ -25,6 +25,7 @@ class Batch:
         block_tables: [B, longest] int32.
         adapter_rows: rows with an adapter.
         logit_rows: [M] int32.
+        hidden_rows: [H] int32.
         logit_adapter_rows: those of them with an adapter, as indices into ``logit_rows``.
         embeddings: (rows [E] int64, values [E, D]); None for none.
     """
@@ -37,6 +38,7 @@ class Batch:
     block_tables: Tensor
     adapter_rows: AdapterRows
     logit_rows: Tensor
+    hidden_rows: Tensor
     logit_adapter_rows: AdapterRows
     embeddings: tuple[Tensor, Tensor] | None = None
 
@@ -56,6 +58,7 @@ class Batch:
             block_tables=torch.from_numpy(plan.block_tables),
             adapter_rows=AdapterRows.of(plan.row_slots),
             logit_rows=torch.from_numpy(plan.logit_rows),
+            hidden_rows=torch.from_numpy(plan.hidden_rows),
             logit_adapter_rows=AdapterRows.of(plan.row_slots[plan.logit_rows]),
             embeddings=embeddings,
         )
@@ -71,3 +74,5 @@ class Batch:
         frame[col.CONTEXT_LEN] = self.context_len.data_ptr()
         frame[col.BLOCK_TABLES] = self.block_tables.data_ptr()
         frame[col.LOGIT_ROWS] = self.logit_rows.data_ptr()
+        frame[col.NUM_HIDDEN_ROWS] = self.hidden_rows.shape[0]
+        frame[col.HIDDEN_ROWS] = self.hidden_rows.data_ptr()

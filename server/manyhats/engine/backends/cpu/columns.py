@@ -35,6 +35,8 @@ INSTRUCTION, ROWS, SOURCE, TARGET, SIZE = range(5)
 # WEIGHT is the address of the table, where row OFFSET is that of position 0.
 WEIGHT, NORM_BIAS, IS_LAYER, STREAM = range(5, 9)
 OFFSET = 6
+# Of a copy of some rows: the column of the frame with the address of their numbers.
+WHICH_ROWS = 5
 # Of activations: whether a row holds a gate, then what it multiplies.
 IS_GATED = 5
 # Of norms over heads; SIZE is that of a whole row, IS_LAYER where it is for other norms. HEAD_STRIDE is how far the
@@ -61,6 +63,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
 (
     NUM_ROWS,
     NUM_LOGIT_ROWS,
+    NUM_HIDDEN_ROWS,
     NUM_ADAPTER_ROWS,
     NUM_RESCALED_ROWS,
     NUM_UNITS,
@@ -78,6 +81,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     CONTEXT_LEN,
     BLOCK_TABLES,
     LOGIT_ROWS,
+    HIDDEN_ROWS,
     ADAPTER_ROWS,
     ADAPTER_SLOTS,
     RESCALED_ROWS,
@@ -103,8 +107,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     PLAIN_SHARE,
     CACHE_SHARE,
     ADAPTER_SHARE,
-) = range(44)
-FRAME_SIZE = 44
+) = range(46)
+FRAME_SIZE = 46
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

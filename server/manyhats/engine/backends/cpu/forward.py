@@ -18,9 +18,26 @@ from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 # Buffers of N rows: the tokens' vectors, where they are not the stream at once; the stream, its norm, and that for a
 # feed-forward beside the attention; queries with keys and values (or gate with up), what attention (or the activation)
 # makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm, where that is
-# not what the head reads; what it reads, and the logits.
-EMBEDDED, STREAM, NORMED, BESIDE, WIDE, MIXED, OUTPUT, QUANTIZED, FINAL, LAST, LOGITS = range(11)
+# not what the head reads; what it reads, and the logits. Buffers of H rows: the first two of these for rows whose
+# hidden values are wanted.
+(
+    EMBEDDED,
+    STREAM,
+    NORMED,
+    BESIDE,
+    WIDE,
+    MIXED,
+    OUTPUT,
+    QUANTIZED,
+    FINAL,
+    LAST,
+    LOGITS,
+    FINAL_HIDDEN,
+    HIDDEN,
+) = range(13)
+NUM_BUFFERS = 13
 OF_LOGIT_ROWS = (FINAL, LAST, LOGITS)
+OF_HIDDEN_ROWS = (FINAL_HIDDEN, HIDDEN)
 ACTIVATIONS = {
     "silu": col.SILU,
     "gelu_pytorch_tanh": col.GELU_TANH,
@@ -50,11 +67,9 @@ class Forward:
         self.num_bytes = self.num_outer_bytes = 0
         size, embedding, head = architecture.hidden_size, architecture.embedding, architecture.head
         self.sizes = {
-            **dict.fromkeys((EMBEDDED, BESIDE, WIDE, MIXED, QUANTIZED, FINAL), 0),
-            STREAM: size,
-            NORMED: size,
-            OUTPUT: size,
-            LAST: head.size,
+            **dict.fromkeys(range(NUM_BUFFERS), 0),
+            **dict.fromkeys((STREAM, NORMED, OUTPUT), size),
+            **dict.fromkeys((LAST, HIDDEN), head.size),
         }
         self._kernels = kernels
         self._layout = Layout.of(architecture)
@@ -84,17 +99,26 @@ class Forward:
 
     def _end(self, hidden: int, weights: Weights, architecture: Architecture) -> None:
         """From the last block's output to the logits."""
-        size, head = architecture.hidden_size, architecture.head
-        if head.size == size:
-            self.program.gather(hidden, LAST, size)
-        else:
-            self.program.gather(hidden, FINAL, size)
-            self._outer(weights.outer["head_projection"], FINAL, LAST, col.NUM_LOGIT_ROWS)
+        head = architecture.head
+        for between, target, rows in (
+            (FINAL, LAST, col.NUM_LOGIT_ROWS),
+            (FINAL_HIDDEN, HIDDEN, col.NUM_HIDDEN_ROWS),
+        ):
+            self._leave(hidden, between, target, rows, weights)
         self.head = PackedHead(*self._kernels.pack_head(weights.head), head)
         self._product(self.head.fast or self.head.own, LAST, LOGITS, col.NUM_LOGIT_ROWS)
         self.sizes[LOGITS] = self.head.own.out_features
         if self.head.fast:
             self.program.refine(LAST, LOGITS, self.head.own)
+
+    def _leave(self, hidden: int, between: int, target: int, rows: int, weights: Weights) -> None:
+        """Copies some rows of the last block's normed output, as the head reads them."""
+        projection, size = weights.outer.get("head_projection"), self.sizes[STREAM]
+        if projection is None:
+            self.program.gather(hidden, target, size, rows)
+            return
+        self.program.gather(hidden, between, size, rows)
+        self._outer(projection, between, target, rows)
 
     def _outer(self, linear: Linear, source: int, target: int, rows: int) -> None:
         """A linear outside the blocks, which no adapter changes."""

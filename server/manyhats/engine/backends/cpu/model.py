@@ -15,7 +15,15 @@ from manyhats.engine.backends.cpu.batch import Batch
 from manyhats.engine.backends.cpu.cache import CpuKVCache
 from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
 from manyhats.engine.backends.cpu.compile import counted_compilation
-from manyhats.engine.backends.cpu.forward import EMBEDDED, LAST, LOGITS, OF_LOGIT_ROWS, Forward
+from manyhats.engine.backends.cpu.forward import (
+    HIDDEN,
+    LAST,
+    LOGITS,
+    NUM_BUFFERS,
+    OF_HIDDEN_ROWS,
+    OF_LOGIT_ROWS,
+    Forward,
+)
 from manyhats.engine.backends.cpu.head.logits import CpuLogits
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import as_array
@@ -92,20 +100,23 @@ class CpuModel:
         dtypes = cache.dtype, adapters.dtype
         self._kernels.run(self.instructions, frame, buffers, dtypes, num_scratch_values)
         del described  # the frame had its addresses
-        logits = CpuLogits(self.head, *self._last(plan.logit_rows.size), self._kernels)
+        logits = CpuLogits(
+            self.head, *self._last(plan.logit_rows.size), self._kernels, self._wanted(plan.hidden_rows.size)
+        )
         if batch.logit_adapter_rows.num_adapters:
             logits.change(adapters, batch.logit_adapter_rows)
         return logits
 
     def _buffers(self, batch: Batch, adapters: CpuAdapterSlots) -> list[Tensor]:
         """A step's buffers by number, of at least the size that it needs; all but the first stay for the next step."""
-        num_rows, num_logit_rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
+        counts = dict.fromkeys(range(NUM_BUFFERS), batch.token_ids.shape[0])
+        counts |= dict.fromkeys(OF_LOGIT_ROWS, batch.logit_rows.shape[0])
+        counts |= dict.fromkeys(OF_HIDDEN_ROWS, batch.hidden_rows.shape[0])
         buffers = []
-        for buffer in range(EMBEDDED, LOGITS + 1):
+        for buffer, count in counts.items():
             if buffer == self._forward.first:
                 buffers.append(self._embedded(batch, adapters))
                 continue
-            count = num_logit_rows if buffer in OF_LOGIT_ROWS else num_rows
             num_values = count * self._forward.sizes[buffer]
             if self._memory[buffer].numel() < num_values:
                 self._memory[buffer] = torch.empty(num_values)
@@ -123,6 +134,11 @@ class CpuModel:
             )
             self._views = inputs, outputs
         return self._views
+
+    def _wanted(self, count: int) -> Tensor | None:
+        """The hidden values that are wanted, [H, E]."""
+        size = self._forward.sizes[HIDDEN]
+        return self._memory[HIDDEN][: count * size].view(count, size) if count else None
 
     def _embedded(self, batch: Batch, adapters: CpuAdapterSlots) -> Tensor:
         """The tokens' vectors, [N, E]."""

@@ -89,9 +89,10 @@ class Program:
         """``target = limit · tanh(target / limit)``."""
         self._add(col.SOFTCAP, target, target, [size], limit)
 
-    def gather(self, source: int, target: int, size: int) -> None:
-        """Copies the rows whose logits are wanted."""
-        self._add(col.GATHER, source, target, [size], rows=col.NUM_LOGIT_ROWS)
+    def gather(self, source: int, target: int, size: int, rows: int) -> None:
+        """Copies rows whose logits, or whose hidden values, are wanted; ``rows`` is the frame's column of their number."""
+        which = {col.NUM_LOGIT_ROWS: col.LOGIT_ROWS, col.NUM_HIDDEN_ROWS: col.HIDDEN_ROWS}[rows]
+        self._add(col.GATHER, source, target, [size, which], rows=rows)
 
     def norm_heads(
         self, target: int, size: int, queries: tuple[PackedNorm, int], keys: tuple[PackedNorm, int]

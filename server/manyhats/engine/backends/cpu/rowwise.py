@@ -167,7 +167,7 @@ def rowwise(op, numbers, first, last, frame, buffers):
         elif kind == col.SCALE:
             scale_row(target, at, size, numbers[0])
         elif kind == col.GATHER:
-            chosen = np.int64(ints_at(frame[col.LOGIT_ROWS])[row]) * size
+            chosen = np.int64(ints_at(frame[op[col.WHICH_ROWS]])[row]) * size
             copy_row(source, chosen, size, target, at)
         elif kind == col.QUANTIZE:
             words = ints_at(buffers[op[col.TARGET]])

@@ -129,7 +129,9 @@ class TorchModel:
         last = stream[maths.tensor(plan.logit_rows).long()]
         hidden = left(maths, self.architecture, self.weights.final_norm, last)
         found = logits(maths, self.architecture.head, hidden)
-        return HostLogits(found.cpu(), TorchChooser())
+        wanted = stream[maths.tensor(plan.hidden_rows).long()]
+        read = left(maths, self.architecture, self.weights.final_norm, wanted)
+        return HostLogits(found.cpu(), TorchChooser(), read.cpu())
 
 
 class _Step:

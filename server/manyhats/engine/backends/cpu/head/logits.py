@@ -54,16 +54,24 @@ class CpuLogits(HostLogits):
 
     Args:
         head: what computed the logits.
-        hidden: the head's inputs, [M, D].
+        hidden: the head's inputs, [M, E].
         values: the product's outputs, [M, V], which are changed.
         kernels: to compute with.
+        wanted: hidden values to return, [H, E]; None for none.
 
     Attributes:
         head, hidden: the same.
     """
 
-    def __init__(self, head: PackedHead, hidden: Tensor, values: Tensor, kernels: CpuKernels) -> None:
-        super().__init__(values, kernels)
+    def __init__(
+        self,
+        head: PackedHead,
+        hidden: Tensor,
+        values: Tensor,
+        kernels: CpuKernels,
+        wanted: Tensor | None = None,
+    ) -> None:
+        super().__init__(values, kernels, wanted)
         self.head = head
         self.hidden = hidden
         self._kernels = kernels
