@@ -110,7 +110,9 @@ class Tokenizer:
             files=files,
         )
 
-    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None, first: str | None = None
+    ) -> list[int]:
         """Token ids of a text; literals of special tokens in it become those tokens.
 
         The interpreter lock is released meanwhile.
@@ -119,6 +121,7 @@ class Tokenizer:
             text: any.
             add_special_tokens: whether the post-processor adds its own.
             max_tokens: how many the caller accepts.
+            first: a text before it; the post-processor then joins the two as a pair. None for none.
 
         Raises:
             PromptTooLongError: ``text``: there are more; not tokenized if its length already shows that.
@@ -126,11 +129,18 @@ class Tokenizer:
         if max_tokens is not None:
             self.check_length(text, max_tokens)
         # Unlike ``encode``, this releases the interpreter lock, and leaves out the tokens' offsets in the text.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        whole = text if first is None else (first, text)
+        (encoding,) = self._backend.encode_batch_fast([whole], add_special_tokens=add_special_tokens)
         if max_tokens is not None and len(encoding) > max_tokens:
             raise PromptTooLongError("text", len(encoding), max_tokens)
         ids: list[int] = encoding.ids
         return ids
+
+    def offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int]]:
+        """The characters [start, end) that each token of ``encode`` stands for; of special ones, none."""
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        offsets: list[tuple[int, int]] = encoding.offsets
+        return offsets
 
     def check_length(self, text: str, max_tokens: int) -> None:
         """Refuse a text whose length already shows that it has too many tokens.

@@ -85,6 +85,9 @@ class Metrics:
         self._accepted_draft_tokens = self._counter(
             "accepted_draft_tokens", "Those of them that came; part of the tokens generated.", "task"
         )
+        self._encoded_tokens = self._counter(
+            "tokens_encoded", "Tokens of texts that were read, counted when the call ends.", "task"
+        )
         self._of_tokens: dict[str, tuple[Counter, Histogram]] = {}  # label → series that exist
         self._add_engine_metrics()
         self._add_adapter_metrics()
@@ -174,6 +177,11 @@ class Metrics:
     def scored(self, task_id: str, usage: Usage) -> None:
         """Count a scoring that ended."""
         self._began(self._labels.label(task_id), usage)
+
+    def encoded(self, task_id: str, usage: Usage) -> None:
+        """Count an encoding that ended."""
+        self._began(self._labels.label(task_id), usage)
+        self._encoded_tokens.labels(self._labels.label(task_id)).inc(usage.prompt_tokens)
 
     def _began(self, label: str, usage: Usage) -> None:
         self._queue.labels(label).observe(usage.queue_s)

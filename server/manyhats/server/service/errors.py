@@ -7,6 +7,7 @@ ServerError
 │   ├── TooManyCallsError       the limit of running calls is reached
 │   ├── UnreadAnswersError      large answers wait for their callers
 │   └── BodiesError             many bodies are arriving
+├── TaskKindError       a task does something else than what is asked of it
 ├── UnexpectedError     a bug; the log has it
 ├── UploadStalledError  a caller began an upload and stopped sending
 ├── RequestTooLargeError        a message has more bytes than one may have
@@ -17,6 +18,9 @@ ServerError
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from manyhats.adapters.heads import TaskKind
 from manyhats.server.access.errors import ServerError
 
 
@@ -35,6 +39,15 @@ class LoadingError(ServerError):
 
     def __init__(self) -> None:
         super().__init__("the model is being loaded")
+
+
+class TaskKindError(ServerError):
+    """A task does something else than what is asked of it; ``kind`` is what it does."""
+
+    def __init__(self, name: str, kind: TaskKind, asked: Collection[TaskKind]) -> None:
+        wanted = " or ".join(each.value for each in asked)
+        super().__init__(f"{name} does not {wanted}: its kind is {kind.value}")
+        self.kind = kind
 
 
 class BusyError(ServerError):

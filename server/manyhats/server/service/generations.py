@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from manyhats.adapters.heads import TaskKind
 from manyhats.adapters.reserved_labels import read_classes
 from manyhats.engine.errors import FieldInvalidError, ModelError
 from manyhats.engine.request import (
@@ -27,18 +28,19 @@ from manyhats.server.service.classification import (
 )
 from manyhats.server.service.conversations import ChatPrompt
 from manyhats.server.service.merging import each_of, merged
-from manyhats.server.service.prompts import Encoder, Prompt, TextPrompt, TokenPrompt
+from manyhats.server.service.prompts import Prompt, TextPrompt, TokenPrompt
 from manyhats.server.service.task_defaults import Fields, TaskDefaults, read_defaults
+from manyhats.server.service.tasks import check_kind, task_id
 from manyhats.server.service.text_threads import slices
 
 if TYPE_CHECKING:
-    from manyhats.adapters.artifact import AdapterRecord
     from manyhats.engine.constraint import Constraint
     from manyhats.engine.output import ScoreOutput, StepOutput
     from manyhats.engine.text.tokenizer import Tokenizer
     from manyhats.server.observability.metrics import Metrics
     from manyhats.server.service.backend import Backend
     from manyhats.server.service.call import Call
+    from manyhats.server.service.tasks import Tasks
 
 # Limits of Tokenize's answer: tokens, and bytes of their texts.
 MAX_TOKENIZED = 256 * 1024
@@ -53,11 +55,13 @@ class Generations:
 
     Args:
         backend: its engine, store and tokenizers.
+        tasks: resolves what calls name.
         metrics: counts.
     """
 
-    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, backend: Backend, tasks: Tasks, metrics: Metrics) -> None:
         self._backend = backend
+        self._tasks = tasks
         self._metrics = metrics
 
     async def request(
@@ -79,13 +83,14 @@ class Generations:
             AdapterError: there is no such version, or it cannot be used.
             RequestError: the prompt, the salt or another field cannot be served.
         """
-        adapter = self._resolved(call)
+        adapter = self._tasks.resolved(call)
+        check_kind(adapter, TaskKind.GENERATE)
         defaults = TaskDefaults() if adapter is None else read_defaults(adapter.labels)
         sampling_params = SamplingParams(**sampling.over(defaults.sampling))
         stopping_params = StoppingParams(**stopping.over(defaults.stopping))
         speculation_params = SpeculationParams(**speculation.over(defaults.speculation))
-        tokenizer = await self._tokenizer_of(adapter)
-        encoder = self._encoder(tokenizer, self._max_tokens)
+        tokenizer = await self._tasks.tokenizer_of(adapter)
+        encoder = self._tasks.encoder(tokenizer, self._max_tokens)
         prompt_token_ids = await encoder.encode(prompt)
         return Request(
             id=call.id,
@@ -177,9 +182,10 @@ class Generations:
         priority: int,
     ) -> ScoreRequest:
         """``request`` for a scoring of continuations."""
-        adapter = self._resolved(call)
-        tokenizer = await self._tokenizer_of(adapter)
-        tokens = await self._encoder(tokenizer, self._max_tokens).encode_scoring(prompt, continuations)
+        adapter = self._tasks.resolved(call)
+        check_kind(adapter, TaskKind.GENERATE)
+        tokenizer = await self._tasks.tokenizer_of(adapter)
+        tokens = await self._tasks.encoder(tokenizer, self._max_tokens).encode_scoring(prompt, continuations)
         return ScoreRequest(
             id=call.id,
             prompt_token_ids=tokens.prompt_token_ids,
@@ -213,14 +219,14 @@ class Generations:
             FieldInvalidError: ``task_id``: it has no classes; ``texts``, or one of them, cannot be put to it.
             EngineError, AdapterError: it cannot be served.
         """
-        adapter = self._resolved(call)
+        adapter = self._tasks.resolved(call)
         classes = None if adapter is None else read_classes(adapter.labels)
         if adapter is None or classes is None:
             whose = "the base model" if adapter is None else adapter.name
             raise FieldInvalidError("task_id", f"{whose} has no classes (labels class.0, class.1, …)")
         prompts = prompts_of(classes, texts)
-        tokenizer = await self._tokenizer_of(adapter)
-        encoder = self._encoder(tokenizer, self._max_tokens)
+        tokenizer = await self._tasks.tokenizer_of(adapter)
+        encoder = self._tasks.encoder(tokenizer, self._max_tokens)
         try:
             ends = await encoder.ends(self._backend.engine.eos_token_ids(tokenizer))
         except ModelError as error:
@@ -241,8 +247,8 @@ class Generations:
             AdapterError: the task does not exist, or its tokenizer cannot be used.
             RequestError: the prompt is invalid, or over a limit.
         """
-        tokenizer = await self._tokenizer_of(self._resolved(call))
-        ids = await self._encoder(tokenizer, MAX_TOKENIZED).encode(prompt)
+        tokenizer = await self._tasks.tokenizer_of(self._tasks.resolved(call))
+        ids = await self._tasks.encoder(tokenizer, MAX_TOKENIZED).encode(prompt)
         work = partial(_pieces, ids, tokenizer or self._backend.tokenizer, prompt.field)
         return ids, await self._backend.text_threads.run(work, len(ids))
 
@@ -254,7 +260,7 @@ class Generations:
             RequestError: there are too many tokens, or one is outside the vocabulary.
         """
         tokenizer = await self.tokenizer(call)
-        ids = await self._encoder(tokenizer, MAX_TOKENIZED).encode(prompt)
+        ids = await self._tasks.encoder(tokenizer, MAX_TOKENIZED).encode(prompt)
         return await self._backend.text_threads.run(partial(tokenizer.text, ids), len(ids))
 
     async def tokenizer(self, call: Call) -> Tokenizer:
@@ -263,31 +269,7 @@ class Generations:
         Raises:
             AdapterError: the task does not exist, or its tokenizer cannot be used.
         """
-        return await self._tokenizer_of(self._resolved(call)) or self._backend.tokenizer
-
-    def _resolved(self, call: Call) -> AdapterRecord | None:
-        """The version that a call names; None for the base model."""
-        if call.name and call.version is None:
-            call.version = self._backend.store.resolve(call.name)
-        return call.version
-
-    async def _tokenizer_of(self, adapter: AdapterRecord | None) -> Tokenizer | None:
-        """The tokenizer of an adapter's task; None for the base's."""
-        tokenizers = self._backend.task_tokenizers
-        return None if tokenizers is None else await tokenizers.of(adapter)
-
-    def _encoder(self, tokenizer: Tokenizer | None, max_tokens: int) -> Encoder:
-        tokenizers = self._backend.task_tokenizers
-        render = None
-        if tokenizers is not None and tokenizer is not None and tokenizer.has_own_template:
-            render = partial(tokenizers.render, tokenizer)
-        return Encoder(
-            tokenizer or self._backend.tokenizer,
-            self._backend.text_threads,
-            vocab_size=self._backend.info.vocab_size,
-            max_tokens=max_tokens,
-            render=render,
-        )
+        return await self._tasks.tokenizer_of(self._tasks.resolved(call)) or self._backend.tokenizer
 
     @property
     def _max_tokens(self) -> int:
@@ -330,8 +312,3 @@ def _sibling(asked: Request, index: int) -> Request:
         sampling=replace(asked.sampling, seed=None if seed is None else (seed + index) % 2**64),
         response=replace(asked.response, prompt_logprobs=False),
     )
-
-
-def task_id(adapter: AdapterRecord | None) -> str:
-    """The task of an adapter; "" for the base model."""
-    return "" if adapter is None else adapter.task_id

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """Plain text; ``field`` is its name in the request."""
+    """Plain text; ``field`` is its name in the request, ``first`` a text before it that it makes a pair with."""
 
     text: str
     add_special_tokens: bool = True
     field: str = "text"
+    first: str | None = None
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -107,6 +108,18 @@ class Encoder:
             return await self.threads.run(partial(self._ids, prompt), _length(prompt))
         text = await self._text(prompt)
         return (await self.threads.run(partial(self._encode, text), _length(text))).token_ids
+
+    async def read(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens of a text that is read whole: with the special tokens before and after it, alone or in its pair.
+
+        Raises:
+            FieldInvalidError: as ``encode``.
+            PromptTooLongError: likewise.
+        """
+        if not isinstance(prompt, TextPrompt):
+            return await self.encode(prompt)
+        await self._check_length(prompt)
+        return await self.threads.run(partial(self._read, prompt), len(prompt.text) + len(prompt.first or ""))
 
     async def encode_scoring(
         self, prompt: Prompt, continuations: Sequence[TextPrompt | TokenPrompt]
@@ -188,6 +201,18 @@ class Encoder:
         if not text.token_ids:
             raise FieldInvalidError(prompt.field, "has no tokens")
         return text
+
+    def _read(self, prompt: TextPrompt) -> tuple[int, ...]:
+        with _named(prompt):
+            ids = self.tokenizer.encode(
+                prompt.text,
+                add_special_tokens=prompt.add_special_tokens,
+                max_tokens=self.max_tokens,
+                first=prompt.first,
+            )
+        if not ids:
+            raise FieldInvalidError(prompt.field, "has no tokens")
+        return tuple(ids)
 
     def _answered(self, prompt: _Text, answers: Sequence[str], ends: Ends) -> ScoreTokens:
         text = self._encode(prompt)

@@ -49,6 +49,7 @@ REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
         engine.RequestFailedError: _INTERNAL,
         service.UnexpectedError: _INTERNAL,
         service.LoadingError: Reason("LOADING", _UNAVAILABLE),
+        service.TaskKindError: Reason("TASK_KIND_MISMATCH", _PRECONDITION),
         service.BusyError: Reason("QUEUE_FULL", _EXHAUSTED),
         service.RequestTooLargeError: Reason("REQUEST_TOO_LARGE", _INVALID),
         service.UnsupportedMediaTypeError: Reason("UNSUPPORTED_MEDIA_TYPE", _INVALID),

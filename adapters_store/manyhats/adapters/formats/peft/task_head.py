@@ -1,8 +1,8 @@
 """Heads that PEFT saves for tasks that read a text: classes of texts, classes of tokens, spans.
 
 PEFT trains a head as a whole and saves it beside the method's tensors; ``modules_to_save`` lists every name that it
-might have had. With virtual tokens the name in the file has one ``model.`` less. Methods see neither: an artifact is split
-into its head and the rest before they check or lower it.
+might have had. With virtual tokens the name in the file has one ``model.`` less. Methods see neither: an artifact is
+split into its head and the rest before they check or lower it.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class Program:
         self._add(col.SOFTCAP, target, target, [size], limit)
 
     def gather(self, source: int, target: int, size: int, rows: int) -> None:
-        """Copies rows whose logits, or whose hidden values, are wanted; ``rows`` is the frame's column of their number."""
+        """Copies rows whose logits, or hidden values, are wanted; ``rows`` is the frame's column of their number."""
         which = {col.NUM_LOGIT_ROWS: col.LOGIT_ROWS, col.NUM_HIDDEN_ROWS: col.HIDDEN_ROWS}[rows]
         self._add(col.GATHER, source, target, [size, which], rows=rows)
 

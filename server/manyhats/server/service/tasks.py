@@ -1,0 +1,68 @@
+"""The task that a call names: its version, its tokenizer, and how its texts become tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from manyhats.adapters.heads import TaskKind
+from manyhats.server.service.errors import TaskKindError
+from manyhats.server.service.prompts import Encoder
+
+if TYPE_CHECKING:
+    from manyhats.adapters.artifact import AdapterRecord
+    from manyhats.engine.text.tokenizer import Tokenizer
+    from manyhats.server.service.backend import Backend
+    from manyhats.server.service.call import Call
+
+
+class Tasks:
+    """What calls need of their task.
+
+    Args:
+        backend: its store and tokenizers.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def resolved(self, call: Call) -> AdapterRecord | None:
+        """The version that a call names; None for the base model."""
+        if call.name and call.version is None:
+            call.version = self._backend.store.resolve(call.name)
+        return call.version
+
+    async def tokenizer_of(self, adapter: AdapterRecord | None) -> Tokenizer | None:
+        """The tokenizer of an adapter's task; None for the base's."""
+        tokenizers = self._backend.task_tokenizers
+        return None if tokenizers is None else await tokenizers.of(adapter)
+
+    def encoder(self, tokenizer: Tokenizer | None, max_tokens: int) -> Encoder:
+        """Turns texts into tokens with a task's tokenizer; None for the base's."""
+        tokenizers = self._backend.task_tokenizers
+        render = None
+        if tokenizers is not None and tokenizer is not None and tokenizer.has_own_template:
+            render = partial(tokenizers.render, tokenizer)
+        return Encoder(
+            tokenizer or self._backend.tokenizer,
+            self._backend.text_threads,
+            vocab_size=self._backend.info.vocab_size,
+            max_tokens=max_tokens,
+            render=render,
+        )
+
+
+def task_id(adapter: AdapterRecord | None) -> str:
+    """The task of an adapter; "" for the base model."""
+    return "" if adapter is None else adapter.task_id
+
+
+def check_kind(adapter: AdapterRecord | None, *kinds: TaskKind) -> None:
+    """Check that a version does what a call asks of it; the base model generates.
+
+    Raises:
+        TaskKindError: it does something else.
+    """
+    own = TaskKind.GENERATE if adapter is None else adapter.kind
+    if own not in kinds:
+        raise TaskKindError("the base model" if adapter is None else adapter.name, own, kinds)
