@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.run import DEFAULT_MODEL
 from manyhats.engine.backends.cpu.backend import CpuBackend
+from manyhats.engine.backends.cpu.head.logits import CpuLogits
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.plan import StepPlan, int32
 from manyhats.engine.checkpoints.fetch import locate_model
@@ -57,6 +58,7 @@ def heads(loaded: LoadedModel, token_ids: Sequence[int]) -> Iterator[tuple[Tenso
             logit_rows=int32(rows),
         )
         logits = model.forward(plan, cache, slots)
+        assert isinstance(logits, CpuLogits)
         yield logits.values, exact.linear(logits.hidden, logits.head.own)
 
 

@@ -105,6 +105,7 @@ class TimedBackend(CpuBackend):
     ) -> TimedModel:
         """Packs the weights."""
         model = super().prepare(architecture, weights, progress)
+        assert model.head is not None  # of a decoder
         head = model.head.fast or model.head.own
         self.head_bytes = head.num_bytes / (head.in_features * head.out_features)
         return TimedModel(model, self._kernels, self)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from manyhats.adapters.heads import Pooling
+from manyhats.adapters.heads import Pooling, TaskKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +92,7 @@ class BaseDescription:
         embedding_scale: what the architecture multiplies embeddings by.
         is_tied: whether the output head is the embedding.
         has_head_bias: whether the output head adds a bias.
+        kind: what it does with a text by itself: it generates, or it is read.
         pooling: of a text's hidden values, unless a task says otherwise.
         pad_token_id: that of its config; None for none.
         has_sliding_window: whether some layer attends only to the latest positions.
@@ -116,6 +117,7 @@ class BaseDescription:
     embedding_scale: float = 1.0
     is_tied: bool = True
     has_head_bias: bool = False
+    kind: TaskKind = TaskKind.GENERATE
     pooling: Pooling = Pooling.LAST
     pad_token_id: int | None = None
     has_sliding_window: bool = False
@@ -131,5 +133,5 @@ class BaseDescription:
         return next((each for each in known if each in self.modules), None)
 
     def path_of(self, site: Site) -> str:
-        """The path of the embedding or of the output head."""
-        return next(path for path, parts in self.modules.items() if parts[0].site == site)
+        """The path of the embedding or of the output head; empty if the base has none."""
+        return next((path for path, parts in self.modules.items() if parts[0].site == site), "")

@@ -64,6 +64,8 @@ def open_engine(
         eos_token_ids=model.generation.eos_token_ids,
         max_context_length=min(model.architecture.max_context_length, capacity),
         vocab_size=model.architecture.vocab_size,
+        sees_all=model.architecture.attention.sees_all,
+        pooling=model.description.pooling,
     )
     scheduler = Scheduler(config.scheduler, BlockAllocator(cache.num_blocks, cache.block_size))
     step = Step(scheduler, prepared, cache, slots, serving.vocab_size)

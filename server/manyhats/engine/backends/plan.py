@@ -57,6 +57,7 @@ class StepPlan:
         embeddings: (rows [E] int32, values [E, D] float32): rows that enter the model as values; None for none.
         block_copies: (source, target) blocks to copy before anything else.
         hidden_rows: [H] int32, rows whose final hidden values are wanted, ascending.
+        token_types: [N] int32, of models that have them; empty if all are 0.
     """
 
     token_ids: Ints
@@ -70,6 +71,12 @@ class StepPlan:
     embeddings: tuple[Ints, Floats] | None = None
     block_copies: tuple[tuple[int, int], ...] = ()
     hidden_rows: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    token_types: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @property
+    def types_of_tokens(self) -> Ints:
+        """[N] int32."""
+        return self.token_types if self.token_types.size else np.zeros(self.num_rows, np.int32)
 
     @property
     def num_rows(self) -> int:

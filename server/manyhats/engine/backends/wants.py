@@ -101,6 +101,33 @@ class Wants:
     whole: Array
 
 
+NO_WANTS = Wants(
+    Choices(
+        rows=np.empty(0, np.int32),
+        temperature=np.empty(0, np.float32),
+        top_k=np.empty(0, np.int64),
+        top_p=np.empty(0),
+        min_p=np.empty(0),
+        typical_p=np.empty(0),
+        point=np.empty(0),
+        num_logprobs=np.empty(0, np.int32),
+        repetition_penalty=np.empty(0),
+        presence_penalty=np.empty(0),
+        frequency_penalty=np.empty(0),
+        edit_start=np.zeros(1, np.int64),
+        edit_ids=np.empty(0, np.int64),
+        edit_bias=np.empty(0, np.float32),
+        edit_seen=np.empty(0, np.bool_),
+        edit_counts=np.empty(0),
+        mask_rows=np.empty(0, np.int64),
+        masks=np.empty((0, 0), np.int32),
+    ),
+    NO_TARGETS,
+    np.empty(0, np.int32),
+)
+"""Nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One token's log-probability, from raw logits.

@@ -12,7 +12,7 @@ from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, Lo
 from manyhats.adapters.sites import Site
 from manyhats.engine.backends.backend import Model
 from manyhats.engine.backends.plan import StepPlan, int32
-from manyhats.engine.backends.wants import NO_TARGETS, Choices, Wants
+from manyhats.engine.backends.wants import NO_TARGETS, NO_WANTS, Choices, Wants
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture
 
@@ -33,10 +33,15 @@ def run_one(
     """
     adapters.place(slot, adapters.pack(every_primitive(model.architecture)))
     try:
-        logits = model.forward(_one_token(slot), cache, adapters)
+        is_encoder = model.architecture.head is None
+        logits = model.forward(_one_token(slot, is_encoder), cache, adapters)
     finally:
         adapters.clear(slot)
     before_choosing()
+    if is_encoder:
+        if not np.isfinite(logits.finish(NO_WANTS).result().hidden).all():
+            raise ModelError("the model's hidden values are not finite: are its weights intact?")
+        return
     if logits.finish(every_filter()).result().bad_rows:
         raise ModelError("the model's logits are not finite: are its weights intact?")
 
@@ -89,7 +94,7 @@ def every_filter() -> Wants:
     )
 
 
-def _one_token(slot: int) -> StepPlan:
+def _one_token(slot: int, is_encoder: bool) -> StepPlan:
     return StepPlan(
         token_ids=int32([0]),
         positions=int32([0]),
@@ -98,5 +103,7 @@ def _one_token(slot: int) -> StepPlan:
         context_len=int32([1]),
         block_tables=int32([[0]]),
         row_slots=int32([slot]),
-        logit_rows=int32([0]),
+        logit_rows=int32([] if is_encoder else [0]),
+        hidden_rows=int32([0] if is_encoder else []),
+        token_types=int32([0]),
     )

@@ -42,10 +42,12 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
                 handle: Any = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
+            names: list[str] = handle.keys()
+            self._handles.update({_modern_name(name): (handle, name) for name in names})
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._handles[name].get_tensor(name)
+        handle, own_name = self._handles[name]
+        tensor: Tensor = handle.get_tensor(own_name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -56,6 +58,14 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._handles
+
+
+def _modern_name(name: str) -> str:
+    """A tensor's name, of norms in TensorFlow's words too, as files that were converted from it have them."""
+    for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -120,20 +130,27 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor a dense checkpoint must have; [out, in] for linears unless they are transposed."""
     architecture, layout = family.architecture, family.layout
     embedding, head, hidden = architecture.embedding, architecture.head, architecture.hidden_size
+    inside = embedding.size if embedding.norm is not None else hidden
     shapes: dict[str, tuple[int, ...]] = {
         _weight(layout.outer(layout.embedding)): (embedding.num_tokens, embedding.size)
     }
     if embedding.positions is not None:
-        shapes[_weight(layout.outer(layout.positions))] = (embedding.positions.num_rows, hidden)
+        shapes[_weight(layout.outer(layout.positions))] = (embedding.positions.num_rows, inside)
+    if embedding.num_token_types:
+        shapes[_weight(layout.outer(layout.token_types))] = (embedding.num_token_types, inside)
+    if embedding.norm is not None:
+        shapes |= _norm_shapes(layout.outer(layout.embedding_norm), embedding.norm, (inside,))
     if embedding.size != hidden:
         shapes[_weight(layout.outer(layout.embedding_projection))] = (hidden, embedding.size)
-    if head.size != hidden:
-        shapes[_weight(layout.outer(layout.head_projection))] = (head.size, hidden)
+        if embedding.norm is not None:
+            shapes[_bias(layout.outer(layout.embedding_projection))] = (hidden,)
+    if architecture.read_size != hidden:
+        shapes[_weight(layout.outer(layout.head_projection))] = (architecture.read_size, hidden)
     if architecture.final_norm is not None:
         shapes |= _norm_shapes(layout.outer(layout.final_norm), architecture.final_norm, (hidden,))
-    if not head.is_tied:
+    if head is not None and not head.is_tied:
         shapes[_weight(layout.head)] = (embedding.num_tokens, head.size)
-    if head.has_bias:
+    if head is not None and head.has_bias:
         shapes[_bias(layout.head)] = (embedding.num_tokens,)
     for layer, block in enumerate(architecture.blocks):
         norms = {norm.name: norm for norm in block.norms()}
@@ -194,8 +211,13 @@ def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
             raise ModelError(f"{name}: has shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{name}: has dtype {tensor.dtype}; float32, bfloat16 and float16 are supported")
-    known |= _check_tied_head(tensors, family)
-    unused = sorted(n for n in tensors if n not in known and not n.endswith(family.layout.ignored))
+    known |= _check_tied_head(tensors, family) | _pooler(tensors, family)
+    layout = family.layout
+    unused = sorted(
+        name
+        for name in tensors
+        if name not in known and not name.endswith(layout.ignored) and not name.startswith(layout.unused)
+    )
     if unused:
         raise ModelError(f"the checkpoint has {len(unused)} tensors that the model does not use: {unused[0]}")
 
@@ -204,11 +226,19 @@ def _check_tied_head(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
     """Names of a head that repeats the embedding."""
     layout = family.layout
     embedding, head = _weight(layout.outer(layout.embedding)), _weight(layout.head)
-    if not family.architecture.head.is_tied or head not in tensors:
+    own = family.architecture.head
+    if own is None or not own.is_tied or head not in tensors:
         return set()
     if not torch.equal(tensors[head], tensors[embedding]):
         raise ModelError(f"{head}: differs from {embedding}, but the config ties them")
     return {head}
+
+
+def _pooler(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
+    """Names of a pooler, which an encoder's files may have."""
+    path = family.layout.outer(family.layout.pooler)
+    names = {_weight(path), _bias(path)}
+    return names if family.layout.pooler and names <= tensors.keys() else set()
 
 
 def assemble_weights(
@@ -253,6 +283,10 @@ def assemble_weights(
         else reader.norm(layout.outer(layout.final_norm), final_norm, (architecture.hidden_size,)),
         outer=reader.outer(embedding),
         positions=None if positions is None else reader.dense(_weight(layout.outer(layout.positions))),
+        token_types=reader.dense(_weight(layout.outer(layout.token_types)))
+        if architecture.embedding.num_token_types
+        else None,
+        embedding_norm=reader.embedding_norm(),
     )
 
 
@@ -300,24 +334,38 @@ class _Reader:
         weight = self._tensors[_weight(path)].float() + offset if norm.has_weight else torch.ones(shape)
         return NormWeight(weight, self._tensors[_bias(path)].float() if norm.has_bias else None)
 
+    def embedding_norm(self) -> NormWeight | None:
+        """The norm of the embeddings' sum, if there is one."""
+        norm = self._family.architecture.embedding.norm
+        if norm is None:
+            return None
+        return self.norm(self._layout.outer(self._layout.embedding_norm), norm, ())
+
     def outer(self, embedding: Tensor) -> dict[str, Linear]:
         """The linears outside the blocks; the head is among them unless it is the embedding alone."""
         architecture, layout = self._family.architecture, self._layout
         head, linears = architecture.head, {}
         if architecture.embedding.size != architecture.hidden_size:
-            path = layout.outer(layout.embedding_projection)
-            linears["embedding_projection"] = Linear(self.dense(_weight(path)))
-        if head.size != architecture.hidden_size:
-            linears["head_projection"] = Linear(self.dense(_weight(layout.outer(layout.head_projection))))
-        if not head.is_tied or head.has_bias:
+            linears["embedding_projection"] = self._linear(layout.outer(layout.embedding_projection))
+        if architecture.read_size != architecture.hidden_size:
+            linears["head_projection"] = self._linear(layout.outer(layout.head_projection))
+        if _pooler(self._tensors, self._family):
+            linears["pooler"] = self._linear(layout.outer(layout.pooler))
+        if head is not None and (not head.is_tied or head.has_bias):
             matrix = embedding if head.is_tied else _aligned(self.dense(_weight(layout.head)))
             bias = self._tensors[_bias(layout.head)].to(self._dtype) if head.has_bias else None
             linears["lm_head"] = Linear(matrix, bias)
         return linears
 
+    def _linear(self, path: str) -> Linear:
+        """One outside the blocks, with a bias if files have one."""
+        bias = self._tensors.get(_bias(path))
+        return Linear(self.dense(_weight(path)), None if bias is None else bias.to(self._dtype))
+
     def dense(self, key: str) -> Tensor:
         """A table or matrix outside the blocks."""
-        rows, columns = self._shapes[key]
+        hidden = self._family.architecture.hidden_size
+        rows, columns = self._shapes.get(key, (hidden, hidden))
         return self._dense(key, (rows, columns))
 
     def _members(self, path: str, block: Block, stored: Stored) -> dict[str, Linear]:

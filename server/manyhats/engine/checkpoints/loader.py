@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.formats.base_name import has_form_of_path
+from manyhats.adapters.heads import Pooling
 from manyhats.adapters.sites import HEAD, BaseDescription, Site
 from manyhats.engine.checkpoints.checkpoint import (
     SafetensorsDirectory,
@@ -122,6 +124,7 @@ def load_model(
             names={*located.names, *names, *_recorded_name(found.config)},
             digest=digest,
             pad_token_id=_pad_token_id(found.config),
+            pooling=_pooling(found),
             weights=ModelWeightSource(digest, weights),
             check_text=texts.check,
         ),
@@ -190,6 +193,35 @@ def _generation_defaults(found: _Found, tokenizer: Tokenizer) -> GenerationDefau
         ids = ids or _known_token_ids(value if isinstance(value, list) else [value], vocab_size, source)
     own = _known_token_ids([tokenizer.special_token_id("eos_token")], vocab_size, "the tokenizer: eos_token")
     return GenerationDefaults(eos_token_ids=ids | own)
+
+
+def _pooling(found: _Found) -> Pooling:
+    """How texts are pooled: as a sentence-transformers directory says, else the mean, or a decoder's last row."""
+    modules = found.directory / "modules.json"
+    if modules.is_file():
+        for module in json.loads(modules.read_bytes()):
+            if str(module.get("type", "")).rpartition(".")[2] == "Pooling":
+                return read_pooling(read_json(found.directory / str(module["path"]) / "config.json"))
+    return Pooling.LAST if found.family.architecture.head is not None else Pooling.MEAN
+
+
+def read_pooling(config: Mapping[str, Any]) -> Pooling:
+    """The pooling of sentence-transformers' ``1_Pooling/config.json``.
+
+    Raises:
+        ModelError: it is none that is served.
+    """
+    chosen = [name for name, is_on in config.items() if name.startswith("pooling_mode_") and is_on is True]
+    known = {
+        "pooling_mode_cls_token": Pooling.FIRST,
+        "pooling_mode_mean_tokens": Pooling.MEAN,
+        "pooling_mode_max_tokens": Pooling.MAX,
+        "pooling_mode_lasttoken": Pooling.LAST,
+    }
+    if len(chosen) != 1 or chosen[0] not in known:
+        asked, served = ", ".join(chosen) or "no pooling", ", ".join(known)
+        raise ModelError(f"Pooling/config.json: {asked} is not served; one of these is: {served}")
+    return known[chosen[0]]
 
 
 def _pad_token_id(config: Mapping[str, Any]) -> int | None:

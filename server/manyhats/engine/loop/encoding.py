@@ -124,11 +124,14 @@ class Encoding:
     def _sequence(self, token_ids: tuple[int, ...]) -> Sequence:
         sequence = new_sequence(self.id, self._request, token_ids, 0, self._lease, self._model)
         sequence.reads_hidden = True
-        sequence.is_bulk = self._is_bulk
+        sequence.is_whole = self._model.sees_all
+        sequence.is_bulk = self._is_bulk and not self._model.sees_all
         row = _row_of(token_ids, self._head, self._pooling)
         if row != len(token_ids) - 1:
             sequence.logits_from = self._lease.num_virtual_tokens + (0 if row is None else row)
             sequence.uses_prefix_cache = row is not None and row > 0
+        if sequence.is_whole:
+            sequence.uses_prefix_cache = False
         return sequence
 
 

@@ -19,6 +19,7 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
     positions: list[int] = []
     cells: list[int] = []
     slots: list[int] = []
+    token_types: list[int] = []
     logit_rows: list[int] = []
     hidden_rows: list[int] = []
     for chunk in chunks:
@@ -29,6 +30,8 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
         positions += [row + offset for row in rows]
         cells += [table[row // block_size] * block_size + row % block_size for row in rows]
         slots += [sequence.slot] * len(rows)
+        if sequence.is_whole:
+            token_types += sequence.token_types or [0] * len(rows)
         starts.append(starts[-1] + len(rows))
         wanted = hidden_rows if sequence.reads_hidden else logit_rows
         wanted += range(starts[-1] - chunk.num_result_rows, starts[-1])
@@ -45,6 +48,7 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
         row_slots=int32(slots),
         logit_rows=int32(logit_rows),
         hidden_rows=int32(hidden_rows),
+        token_types=int32(token_types),
         embeddings=_embeddings(chunks, starts),
         block_copies=schedule.block_copies,
     )

@@ -29,6 +29,7 @@ class ServingModel:
         eos_token_ids: any of them ends a generation, as do those of a request's own tokenizer.
         max_context_length: the maximum of prompt and output tokens together.
         vocab_size: token ids are below.
+        sees_all: whether tokens of a text see those that follow them.
         pooling: of texts, unless a task or a request says otherwise.
     """
 
@@ -37,6 +38,7 @@ class ServingModel:
     eos_token_ids: frozenset[int]
     max_context_length: int
     vocab_size: int
+    sees_all: bool = False
     pooling: Pooling = Pooling.LAST
 
     def tokenizer_of(self, request: Request | ScoreRequest) -> Tokenizer:

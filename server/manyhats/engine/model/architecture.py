@@ -62,7 +62,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Causal attention.
+    """Attention of each token over those up to it, or over its whole text.
 
     Attributes:
         num_heads: H, query heads.
@@ -74,6 +74,7 @@ class Attention:
         rope: None if positions do not enter.
         query_norm: of the queries before their rotation; None for none.
         key_norm: of the keys, likewise.
+        sees_all: whether tokens see those that follow them, too.
     """
 
     num_heads: int
@@ -85,6 +86,7 @@ class Attention:
     rope: Rope | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+    sees_all: bool = False
 
     @property
     def query_size(self) -> int:
@@ -255,12 +257,16 @@ class Embedding:
         size: E, of an embedding; a linear, ``embedding_projection``, makes D of it where that differs.
         scale: multiplies the embeddings.
         positions: added to the stream; None if the layers see positions in another way.
+        num_token_types: rows of a table from which each token's type adds one; 0 for none.
+        norm: of the sum, before it is projected; None for none.
     """
 
     num_tokens: int
     size: int
     scale: float = 1.0
     positions: Learned | None = None
+    num_token_types: int = 0
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,13 +290,14 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """One decoder.
+    """One model: a decoder, or an encoder, which has no output head.
 
     Attributes:
         model_type: Hugging Face ``model_type``, such as ``llama``.
         max_context_length: the maximum of prompt and output tokens together.
         blocks: L of them; windows, RoPE and norms may differ, widths and heads do not.
         final_norm: of the stream, after the last block; None for none.
+        head: None for an encoder.
     """
 
     model_type: str
@@ -298,7 +305,12 @@ class Architecture:
     embedding: Embedding
     blocks: tuple[Block, ...]
     final_norm: Norm | None
-    head: Head
+    head: Head | None
+
+    @property
+    def read_size(self) -> int:
+        """Values of a row as it leaves the model: E of the head, or D."""
+        return self.hidden_size if self.head is None else self.head.size
 
     @property
     def vocab_size(self) -> int:
@@ -340,10 +352,10 @@ class Architecture:
         return sum(linear.d_in * linear.d_out for block in self.blocks for linear in block.linears())
 
     def sites(self) -> tuple[Site, ...]:
-        """Where adapters may act: embedding, head, each linear, and the output of each sub-layer."""
+        """Where adapters may act: embedding, head if there is one, each linear, and the output of each sub-layer."""
         places = (
             Site(layer, name)
             for layer, block in enumerate(self.blocks)
             for name in (*(linear.name for linear in block.linears()), *SUBLAYERS)
         )
-        return (EMBEDDING, HEAD, *places)
+        return (EMBEDDING, *(() if self.head is None else (HEAD,)), *places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from manyhats.adapters.heads import Pooling, TaskKind
 from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Part, Site, TextCheck, WeightSource
 from manyhats.engine.model.layout import Family
 
@@ -14,6 +15,7 @@ def describe(
     names: Iterable[str],
     digest: str,
     pad_token_id: int | None = None,
+    pooling: Pooling = Pooling.LAST,
     weights: WeightSource | None = None,
     check_text: TextCheck | None = None,
 ) -> BaseDescription:
@@ -24,15 +26,16 @@ def describe(
         names: every name this base is known by.
         digest: of weights and quantization.
         pad_token_id: that of its config.
+        pooling: of texts, unless a task says otherwise.
         weights: the base's own; None if only its description is available.
         check_text: determines what an adapter's text files mean on this base.
     """
     architecture, layout = family.architecture, family.layout
     tokens = range(architecture.vocab_size)
-    modules: dict[str, tuple[Part, ...]] = {
-        layout.outer(layout.embedding): (Part(EMBEDDING, tokens),),
-        layout.head: (Part(HEAD, tokens),),
-    }
+    modules: dict[str, tuple[Part, ...]] = {layout.outer(layout.embedding): (Part(EMBEDDING, tokens),)}
+    head = architecture.head
+    if head is not None:
+        modules[layout.head] = (Part(HEAD, tokens),)
     rows = {path: family.rows_of(architecture.blocks[0], stored) for path, stored in layout.modules.items()}
     for layer in range(architecture.num_layers):
         for path, members in rows.items():
@@ -43,6 +46,7 @@ def describe(
         names=frozenset(names),
         digest=digest,
         pad_token_id=pad_token_id,
+        pooling=pooling,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
@@ -55,8 +59,9 @@ def describe(
         key_order=family.key_order,
         embedding_size=architecture.embedding.size,
         embedding_scale=architecture.embedding.scale,
-        is_tied=architecture.head.is_tied,
-        has_head_bias=architecture.head.has_bias,
+        is_tied=head is not None and head.is_tied,
+        has_head_bias=head is not None and head.has_bias,
+        kind=TaskKind.EMBED if head is None else TaskKind.GENERATE,
         has_sliding_window=any(block.attention.window is not None for block in architecture.blocks),
         weights=weights,
         check_text=check_text,

@@ -24,7 +24,7 @@ from manyhats.engine.model.architecture import (
     Norm,
     Rope,
 )
-from manyhats.engine.model.weights import BlockWeights, NormWeight
+from manyhats.engine.model.weights import BlockWeights, NormWeight, Weights
 
 
 class Maths(Protocol):
@@ -36,6 +36,10 @@ class Maths(Protocol):
 
     def locate(self, learned: Learned) -> Tensor:
         """The learned vectors of the rows' positions: [N, D]."""
+        ...
+
+    def token_types(self) -> Tensor:
+        """The learned vectors of the rows' types: [N, E or D]."""
         ...
 
     def project(self, name: str, x: Tensor) -> Tensor:
@@ -81,23 +85,30 @@ def embedded(maths: Maths, embedding: Embedding, token_ids: Tensor) -> Tensor:
     return x if embedding.scale == 1.0 else x * embedding.scale
 
 
-def entered(maths: Maths, architecture: Architecture, x: Tensor) -> Tensor:
-    """The initial stream, from the vectors of all tokens, virtual ones included: [N, E] → [N, D]."""
+def entered(maths: Maths, architecture: Architecture, weights: Weights, x: Tensor) -> Tensor:
+    """The initial stream, from the vectors of all tokens, virtual ones included: [N, E] → [N, D].
+
+    Where the sum of the embeddings is normed, it is projected afterwards; otherwise before positions are added.
+    """
     embedding = architecture.embedding
-    if embedding.size != architecture.hidden_size:
+    is_projected, norm = embedding.size != architecture.hidden_size, embedding.norm
+    if is_projected and norm is None:
         x = maths.project("embedding_projection", x)
-    return x if embedding.positions is None else x + maths.locate(embedding.positions)
+    if embedding.positions is not None:
+        x = x + maths.locate(embedding.positions)
+    if embedding.num_token_types:
+        x = x + maths.token_types()
+    if norm is not None and weights.embedding_norm is not None:
+        x = maths.output_norm(x, norm, weights.embedding_norm)
+    return maths.project("embedding_projection", x) if is_projected and norm is not None else x
 
 
 def left(maths: Maths, architecture: Architecture, weights: NormWeight | None, stream: Tensor) -> Tensor:
-    """What the output head reads: [N, D] → [N, E]."""
+    """What the output head, or a task's, reads: [N, D] → [N, E]."""
     if architecture.final_norm is not None and weights is not None:
         stream = maths.output_norm(stream, architecture.final_norm, weights)
-    return (
-        stream
-        if architecture.head.size == architecture.hidden_size
-        else maths.project("head_projection", stream)
-    )
+    is_projected = architecture.read_size != architecture.hidden_size
+    return maths.project("head_projection", stream) if is_projected else stream
 
 
 def block(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:

@@ -41,11 +41,13 @@ class Layout:
         is_interleaved: whether the pairs that RoPE rotates are neighbours in files, rather than half a head apart.
         prefix: of all paths but the head's.
         other_prefixes: what files may have in its place.
-        embedding, positions, embedding_projection, head_projection, final_norm: paths below the prefix.
+        embedding, positions, token_types, embedding_norm, embedding_projection, head_projection, final_norm, pooler:
+            paths below the prefix.
         head: path of the output head.
         other_heads: what files may call it.
         layer: path of layer ``{layer}`` below the prefix.
         ignored: endings of the names of tensors that follow from the config.
+        unused: beginnings of the names of tensors that serve another purpose, such as masked language modelling.
     """
 
     modules: Mapping[str, Stored]
@@ -57,13 +59,17 @@ class Layout:
     other_prefixes: tuple[str, ...] = ()
     embedding: str = "embed_tokens"
     positions: str = ""
+    token_types: str = ""
+    embedding_norm: str = ""
     embedding_projection: str = ""
     head_projection: str = ""
     final_norm: str = "norm"
+    pooler: str = ""
     head: str = "lm_head"
     other_heads: tuple[str, ...] = ()
     layer: str = "layers.{layer}"
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    unused: tuple[str, ...] = ()
 
     def path(self, layer: int, below: str) -> str:
         """The path of a module ``below`` a layer, such as ``model.layers.0.self_attn.q_proj``."""

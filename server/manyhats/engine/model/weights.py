@@ -55,9 +55,12 @@ class Weights:
         embedding: [V, E].
         blocks: L of them.
         final_norm: [D]; None for none.
-        outer: linears outside the blocks, by name: ``lm_head`` [V, E] if the head is not the embedding alone, and the
-            projections [D, E] and [E, D] that an architecture has where E is not D.
+        outer: linears outside the blocks, by name: ``lm_head`` [V, E] if the head is not the embedding alone, the
+            projections [D, E] and [E, D] that an architecture has where E is not D, and ``pooler`` [D, D] if an
+            encoder's files have one.
         positions: learned vectors [rows, D]; None for none.
+        token_types: the same for types of tokens.
+        embedding_norm: of the embeddings' sum; None for none.
     """
 
     embedding: Tensor
@@ -65,6 +68,8 @@ class Weights:
     final_norm: NormWeight | None
     outer: Mapping[str, Linear]
     positions: Tensor | None = None
+    token_types: Tensor | None = None
+    embedding_norm: NormWeight | None = None
 
     @property
     def head(self) -> Linear:
@@ -77,6 +82,8 @@ class Weights:
 
     def norms(self) -> Iterator[NormWeight]:
         """The norms of all blocks, and the final one."""
+        if self.embedding_norm is not None:
+            yield self.embedding_norm
         yield from (norm for block in self.blocks for norm in block.norms.values())
         if self.final_norm is not None:
             yield self.final_norm

@@ -55,6 +55,8 @@ class Admissions:
 
     def has_tokens(self, sequence: Sequence, step: Step, *, are_others_waiting: bool) -> bool:
         """Whether the step has tokens for a waiting sequence; a bulk one may be short by what is already computed."""
+        if sequence.is_whole:
+            return step.has_whole_room(sequence)
         if not self._config.is_bulk(sequence, sequence.num_tokens):
             return step.room > 0
         plan = _plan(sequence, self._prefixes.of(sequence), self._allocator)

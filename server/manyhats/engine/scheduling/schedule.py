@@ -133,5 +133,7 @@ class SchedulerConfig:
     def is_bulk(self, sequence: Sequence, num_left: int) -> bool:
         """Whether a sequence with this many tokens to compute is a bulk one (``Step``)."""
         is_long = num_left > self.max_num_batched_tokens
+        if sequence.is_whole:
+            return False
         is_scored = sequence.num_scored > self.max_bulk_tokens
         return sequence.is_bulk or ((is_long or is_scored) and not sequence.is_internal)

@@ -54,6 +54,8 @@ class Sequence:
         arrival: among equals, the earlier goes first.
         logits_from: smallest position whose logits are still needed besides the last token's; None if no others are.
             The scheduler advances it as positions are computed, so none comes twice after preemption.
+        is_whole: whether all of its tokens run in one step, since they see each other.
+        token_types: of its tokens; empty if all are 0.
         reads_hidden: whether final hidden values are needed at these positions, and no logits.
         shared: KV of the first ``shared.num_tokens`` of ``token_ids``; if the scheduler reclaimed it, the sequence
             computes them itself.
@@ -86,6 +88,8 @@ class Sequence:
     arrival: float = 0.0
     logits_from: int | None = None
     reads_hidden: bool = False
+    is_whole: bool = False
+    token_types: tuple[int, ...] = ()
     shared: SharedPrefix | None = None
     virtual: VirtualTokens | None = None
     uses_prefix_cache: bool = True

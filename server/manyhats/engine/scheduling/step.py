@@ -71,6 +71,10 @@ class Step:
 
     def start(self, sequence: Sequence) -> None:
         """Give tokens to a sequence that has blocks for them; bulk ones get theirs in ``run_bulk``."""
+        if sequence.is_whole:
+            if self.has_whole_room(sequence):
+                self._add(sequence, sequence.num_left)
+            return
         if sequence.is_bulk or sequence.is_long:
             if not self._bulk:
                 self._reserved = min(self.max_bulk, max(1, self.budget // 2))
@@ -82,6 +86,10 @@ class Step:
             self._internal_budget -= num_tokens
         if num_tokens > 0:
             self._add(sequence, num_tokens)
+
+    def has_whole_room(self, sequence: Sequence) -> bool:
+        """Whether a sequence that runs whole may do so in this step: it fits, or nothing else runs."""
+        return sequence.num_left <= self.budget or not self.chunks
 
     def has_bulk_room(self, sequence: Sequence, num_left: int, *, are_others_waiting: bool) -> bool:
         """Whether a bulk sequence with this many tokens would get any in this step."""

@@ -66,7 +66,8 @@ class BaseShape:
     def num_table_parameters(self) -> int:
         """Parameters of the embedding, V · D, and of the head unless it is tied."""
         architecture = self.architecture
-        return architecture.vocab_size * architecture.hidden_size * (1 if architecture.head.is_tied else 2)
+        has_own_head = architecture.head is not None and not architecture.head.is_tied
+        return architecture.vocab_size * architecture.hidden_size * (2 if has_own_head else 1)
 
     @property
     def num_parameters(self) -> int:

@@ -38,6 +38,7 @@ class TrainingDecoder:
         self.architecture = model.architecture
         self._device = device
         self._checkpoints = gradient_checkpointing
+        self._weights = model.weights
         self._base = _frozen(model.architecture, model.weights, dtype, device)
         self._blocks = [_with_norms_on(device, weights) for weights in model.weights.blocks]
         final_norm = model.weights.final_norm
@@ -78,7 +79,7 @@ class TrainingDecoder:
         """Logits of every token, [N, V] float32; arguments as for ``hidden``."""
         maths = self._begin(batch, adapter, dropout)
         hidden = self._left(maths, self._stream(maths, batch, adapter))
-        return logits(maths, self.architecture.head, hidden)
+        return logits(maths, self._base.head.spec, hidden)
 
     def _begin(self, batch: TrainingBatch, adapter: LoweredAdapter | None, dropout: float) -> TrainingMaths:
         deltas = place_deltas(adapter, self._sites)
@@ -117,7 +118,7 @@ class TrainingDecoder:
         x = embedded(maths, self.architecture.embedding, batch.token_ids.to(self._device))
         if adapter is not None and isinstance(adapter.prefix, PromptEmbeddings):
             x = torch.cat((adapter.prefix.embeddings.float(), x))
-        stream = entered(maths, self.architecture, x)
+        stream = entered(maths, self.architecture, self._weights, x)
         checkpoints = self._checkpoints and torch.is_grad_enabled()
         inputs = LayerInputs(len(self._blocks), stream) if checkpoints else None
         for layer, (spec, weights) in enumerate(zip(self.architecture.blocks, self._blocks, strict=True)):
@@ -149,6 +150,8 @@ def _num_virtual(adapter: LoweredAdapter | None) -> int:
 def _frozen(
     architecture: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device
 ) -> FrozenBase:
+    if architecture.head is None:
+        raise BaseError(f"{architecture.model_type} is an encoder, and only decoders are trained")
     embedding = weights.embedding.to(device)
     tied = Linear(embedding)
     linears = [

@@ -47,7 +47,7 @@ class Head:
         biases = [None] * len(blocks) if bias is None else bias.split(size)
         parts = [Linear(*pair) for pair in zip(blocks, biases, strict=True)]
         self._exact = FrozenLinears(parts, torch.float32, device)
-        self._spec = spec
+        self.spec = spec
         self._chunk_rows = max(1, CHUNK_VALUES // weight.shape[0])
 
     def outputs(self, hidden: Tensor, deltas: PlacedDeltas) -> Tensor:
@@ -67,7 +67,7 @@ class Head:
         chunks = zip(hidden.split(self._chunk_rows), targets.split(self._chunk_rows), strict=True)
         parts = [
             -functional.cross_entropy(
-                scaled_logits(self.outputs(rows, deltas), self._spec), wanted, reduction="none"
+                scaled_logits(self.outputs(rows, deltas), self.spec), wanted, reduction="none"
             )
             for rows, wanted in chunks
         ]
@@ -94,7 +94,7 @@ class Head:
             x = rows.to(self._linear.dtype)
             base = adapted_product(self._linear, x, ())
             replaced = PlacedDeltas({HEAD: _with_tensors(own, tensors)})
-            return scaled_logits(_adapted(x, base, replaced, dropout), self._spec)
+            return scaled_logits(_adapted(x, base, replaced, dropout), self.spec)
 
         flat = [tensor for delta in own for tensor in _tensors(delta).values()]
         total: Tensor = _ChunkedLoss.apply(logits_of, self._chunk_rows, targets, hidden, *flat)  # type: ignore[no-untyped-call]

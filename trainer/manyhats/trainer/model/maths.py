@@ -89,6 +89,10 @@ class TrainingMaths:
         assert self.base.positions is not None
         return self.base.positions.index_select(0, self.positions + learned.offset).float()
 
+    def token_types(self) -> Tensor:
+        """Of decoders, none has any."""
+        raise NotImplementedError("types of tokens")
+
     def project(self, name: str, x: Tensor) -> Tensor:
         """Float32."""
         return frozen_product(self.base.outer[name], x, 0)

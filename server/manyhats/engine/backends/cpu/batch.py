@@ -26,6 +26,7 @@ class Batch:
         adapter_rows: rows with an adapter.
         logit_rows: [M] int32.
         hidden_rows: [H] int32.
+        token_types: [N] int32.
         logit_adapter_rows: those of them with an adapter, as indices into ``logit_rows``.
         embeddings: (rows [E] int64, values [E, D]); None for none.
     """
@@ -39,6 +40,7 @@ class Batch:
     adapter_rows: AdapterRows
     logit_rows: Tensor
     hidden_rows: Tensor
+    token_types: Tensor
     logit_adapter_rows: AdapterRows
     embeddings: tuple[Tensor, Tensor] | None = None
 
@@ -59,6 +61,7 @@ class Batch:
             adapter_rows=AdapterRows.of(plan.row_slots),
             logit_rows=torch.from_numpy(plan.logit_rows),
             hidden_rows=torch.from_numpy(plan.hidden_rows),
+            token_types=torch.from_numpy(plan.token_types),
             logit_adapter_rows=AdapterRows.of(plan.row_slots[plan.logit_rows]),
             embeddings=embeddings,
         )
@@ -76,3 +79,4 @@ class Batch:
         frame[col.LOGIT_ROWS] = self.logit_rows.data_ptr()
         frame[col.NUM_HIDDEN_ROWS] = self.hidden_rows.shape[0]
         frame[col.HIDDEN_ROWS] = self.hidden_rows.data_ptr()
+        frame[col.TOKEN_TYPES] = self.token_types.data_ptr()

@@ -32,11 +32,11 @@ from __future__ import annotations
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
 INSTRUCTION, ROWS, SOURCE, TARGET, SIZE = range(5)
 # Of norms and sums; STREAM is the buffer that is added to, IS_LAYER whether the mean is taken off. Of learned positions
-# WEIGHT is the address of the table, where row OFFSET is that of position 0.
+# and types of tokens WEIGHT is the address of the table, whose row OFFSET is that of position or type 0.
 WEIGHT, NORM_BIAS, IS_LAYER, STREAM = range(5, 9)
 OFFSET = 6
-# Of a copy of some rows: the column of the frame with the address of their numbers.
-WHICH_ROWS = 5
+# Of these and of a copy of some rows: the column of the frame with the address of the rows' numbers.
+WHICH_ROWS = 7
 # Of activations: whether a row holds a gate, then what it multiplies.
 IS_GATED = 5
 # Of norms over heads; SIZE is that of a whole row, IS_LAYER where it is for other norms. HEAD_STRIDE is how far the
@@ -45,7 +45,7 @@ QUERY_WEIGHT, QUERY_BIAS = 5, 6
 QUERY_NORMED, QUERY_SIZE, KEY_WEIGHT, KEY_BIAS, KEY_NORMED, KEY_SIZE, HEAD_STRIDE = range(8, 15)
 # Of the rotation and of attention; SIZE is that of a whole row.
 LAYER, COS, SIN, HALF, NUM_HEADS = range(5, 10)
-OUT_SIZE, WINDOW = 6, 7
+OUT_SIZE, WINDOW, SEES_ALL = 6, 7, 8
 # Of linears, deltas and what makes logits exact; SIZE is the number of inputs, and LAYER is where it is for the
 # rotation. WHICH is the buffer that says which logits.
 KIND, NUM_OUT, GROUP = 6, 7, 8
@@ -82,6 +82,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     BLOCK_TABLES,
     LOGIT_ROWS,
     HIDDEN_ROWS,
+    TOKEN_TYPES,
     ADAPTER_ROWS,
     ADAPTER_SLOTS,
     RESCALED_ROWS,
@@ -107,8 +108,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     PLAIN_SHARE,
     CACHE_SHARE,
     ADAPTER_SHARE,
-) = range(46)
-FRAME_SIZE = 46
+) = range(47)
+FRAME_SIZE = 47
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import Layout
 from manyhats.engine.backends.cpu.head.logits import PackedHead
@@ -56,7 +58,7 @@ class Forward:
         sizes: buffer → the largest size of its rows.
         num_bytes: resident bytes of the blocks' linears.
         num_outer_bytes: of what lies outside the blocks, but embedding, head and norms.
-        head: packed.
+        head: packed; None for an encoder.
 
     Raises:
         ModelError: the kernel does not know what a block computes.
@@ -65,23 +67,16 @@ class Forward:
     def __init__(self, architecture: Architecture, weights: Weights, kernels: CpuKernels) -> None:
         self.program = Program()
         self.num_bytes = self.num_outer_bytes = 0
-        size, embedding, head = architecture.hidden_size, architecture.embedding, architecture.head
+        size = architecture.hidden_size
         self.sizes = {
             **dict.fromkeys(range(NUM_BUFFERS), 0),
             **dict.fromkeys((STREAM, NORMED, OUTPUT), size),
-            **dict.fromkeys((LAST, HIDDEN), head.size),
+            **dict.fromkeys((LAST, HIDDEN), architecture.read_size),
         }
         self._kernels = kernels
         self._layout = Layout.of(architecture)
         self._rotary = RotaryTables(architecture)
-        self.first = STREAM
-        if embedding.size != size:
-            self.first = EMBEDDED
-            self._outer(weights.outer["embedding_projection"], EMBEDDED, STREAM, col.NUM_ROWS)
-        if embedding.positions is not None and weights.positions is not None:
-            table = weights.positions.float()
-            self.num_outer_bytes += table.nbytes
-            self.program.locate(STREAM, table, embedding.positions.offset)
+        self.first = self._enter(architecture, weights)
         norms = [
             _norms(block, of_block)
             for block, of_block in zip(architecture.blocks, weights.blocks, strict=True)
@@ -99,17 +94,39 @@ class Forward:
 
     def _end(self, hidden: int, weights: Weights, architecture: Architecture) -> None:
         """From the last block's output to the logits."""
-        head = architecture.head
-        for between, target, rows in (
-            (FINAL, LAST, col.NUM_LOGIT_ROWS),
-            (FINAL_HIDDEN, HIDDEN, col.NUM_HIDDEN_ROWS),
-        ):
-            self._leave(hidden, between, target, rows, weights)
-        self.head = PackedHead(*self._kernels.pack_head(weights.head), head)
+        self._leave(hidden, FINAL_HIDDEN, HIDDEN, col.NUM_HIDDEN_ROWS, weights)
+        self.head = None
+        if architecture.head is None:
+            return
+        self._leave(hidden, FINAL, LAST, col.NUM_LOGIT_ROWS, weights)
+        self.head = PackedHead(*self._kernels.pack_head(weights.head), architecture.head)
         self._product(self.head.fast or self.head.own, LAST, LOGITS, col.NUM_LOGIT_ROWS)
         self.sizes[LOGITS] = self.head.own.out_features
         if self.head.fast:
             self.program.refine(LAST, LOGITS, self.head.own)
+
+    def _enter(self, architecture: Architecture, weights: Weights) -> int:
+        """From the tokens' vectors to the stream, as ``model.forward.entered``; returns the buffer of the vectors."""
+        embedding, norm = architecture.embedding, architecture.embedding.norm
+        projection = weights.outer.get("embedding_projection")
+        first = STREAM if projection is None else EMBEDDED
+        summed = STREAM if norm is None else first
+        if projection is not None and norm is None:
+            self._outer(projection, EMBEDDED, STREAM, col.NUM_ROWS)
+        if embedding.positions is not None and weights.positions is not None:
+            self.program.locate(summed, self._table(weights.positions), embedding.positions.offset)
+        if weights.token_types is not None:
+            self.program.locate(summed, self._table(weights.token_types), which=col.TOKEN_TYPES)
+        if norm is not None and weights.embedding_norm is not None:
+            self.program.norm(summed, summed, PackedNorm.of(norm, weights.embedding_norm))
+            if projection is not None:
+                self._outer(projection, EMBEDDED, STREAM, col.NUM_ROWS)
+        return first
+
+    def _table(self, table: Tensor) -> Tensor:
+        table = table.float()
+        self.num_outer_bytes += table.nbytes
+        return table
 
     def _leave(self, hidden: int, between: int, target: int, rows: int, weights: Weights) -> None:
         """Copies some rows of the last block's normed output, as the head reads them."""
@@ -176,7 +193,14 @@ class Forward:
         self.program.rotate(WIDE, size, layer, angles, attention.num_heads)
         sizes = size, attention.query_size
         self.program.attention(
-            WIDE, MIXED, sizes, layer, attention.scale, attention.window, attention.softcap
+            WIDE,
+            MIXED,
+            sizes,
+            layer,
+            attention.scale,
+            attention.window,
+            attention.softcap,
+            attention.sees_all,
         )
         self._linear("o", layer, linears["o"], MIXED, OUTPUT)
 

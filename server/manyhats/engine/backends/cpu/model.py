@@ -27,6 +27,7 @@ from manyhats.engine.backends.cpu.forward import (
 from manyhats.engine.backends.cpu.head.logits import CpuLogits
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import as_array
+from manyhats.engine.backends.logits import HostLogits
 from manyhats.engine.backends.plan import StepPlan
 from manyhats.engine.backends.warmup import run_one
 from manyhats.engine.model.architecture import Architecture
@@ -41,7 +42,7 @@ class CpuModel:
 
     Attributes:
         instructions: of a forward.
-        head: packed.
+        head: packed; None for an encoder.
 
     Raises:
         ModelError: the kernel does not know what a block computes.
@@ -63,9 +64,10 @@ class CpuModel:
     @property
     def num_bytes(self) -> Mapping[str, int]:
         """Resident bytes: the layers' linears, and embedding, head and norms."""
-        is_tied = self.architecture.head.is_tied
+        is_tied = self.architecture.head is not None and self.architecture.head.is_tied
         embed = 0 if is_tied else self._embedding.nbytes
-        outer = embed + self.head.num_bytes + self._forward.num_outer_bytes
+        head = 0 if self.head is None else self.head.num_bytes
+        outer = embed + head + self._forward.num_outer_bytes
         return {
             "base": self._forward.num_bytes,
             "embeddings": int(outer + 4 * self._num_norm_values),
@@ -74,10 +76,14 @@ class CpuModel:
     def warm_up(self, cache: CpuKVCache, adapters: CpuAdapterSlots, slot: int, progress: Progress) -> None:
         """Compiles or loads the kernels, the one that takes longest in a process of its own."""
         compiled = LatestProgress(progress)
-        with counted_compilation(compiled), choosing_compiled_ahead(compiled.again) as wait:
-            run_one(self, cache, adapters, slot, before_choosing=wait)
+        with counted_compilation(compiled):
+            if self.head is None:
+                run_one(self, cache, adapters, slot)
+                return
+            with choosing_compiled_ahead(compiled.again) as wait:
+                run_one(self, cache, adapters, slot, before_choosing=wait)
 
-    def forward(self, plan: StepPlan, cache: CpuKVCache, adapters: CpuAdapterSlots) -> CpuLogits:
+    def forward(self, plan: StepPlan, cache: CpuKVCache, adapters: CpuAdapterSlots) -> HostLogits:
         """Runs a step and writes its keys and values."""
         cache.copy_blocks(plan.block_copies)
         batch = Batch.of(plan)
@@ -87,7 +93,12 @@ class CpuModel:
         attention = self.architecture.attention
         heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
         units = Units.of(
-            plan.query_start, plan.context_len, heads, cache.block_size, self._kernels.num_threads
+            plan.query_start,
+            plan.context_len,
+            heads,
+            cache.block_size,
+            self._kernels.num_threads,
+            sees_all=attention.sees_all,
         )
         units.describe(frame)
         described = adapters.describe(batch.adapter_rows, frame)
@@ -100,6 +111,8 @@ class CpuModel:
         dtypes = cache.dtype, adapters.dtype
         self._kernels.run(self.instructions, frame, buffers, dtypes, num_scratch_values)
         del described  # the frame had its addresses
+        if self.head is None:
+            return HostLogits(torch.empty(0, 0), self._kernels, self._wanted(plan.hidden_rows.size))
         logits = CpuLogits(
             self.head, *self._last(plan.logit_rows.size), self._kernels, self._wanted(plan.hidden_rows.size)
         )

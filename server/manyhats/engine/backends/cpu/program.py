@@ -73,9 +73,9 @@ class Program:
         """``stream += source``; target, which may be stream, is the norm of it."""
         self._add(col.ADD_NORM, source, target, [*self._norm(norm), stream], norm.eps)
 
-    def locate(self, target: int, table: Tensor, offset: int) -> None:
-        """Adds to each row what a table [rows, size] float32 has for its position."""
-        self._add(col.LOCATE, target, target, [table.shape[1], self._address(table), offset])
+    def locate(self, target: int, table: Tensor, offset: int = 0, which: int = col.POSITIONS) -> None:
+        """Adds to each row what a table [rows, size] float32 has for its position, or its token's type."""
+        self._add(col.LOCATE, target, target, [table.shape[1], self._address(table), offset, which])
 
     def scale(self, target: int, size: int, factor: float) -> None:
         """``target *= factor``."""
@@ -92,7 +92,7 @@ class Program:
     def gather(self, source: int, target: int, size: int, rows: int) -> None:
         """Copies rows whose logits, or hidden values, are wanted; ``rows`` is the frame's column of their number."""
         which = {col.NUM_LOGIT_ROWS: col.LOGIT_ROWS, col.NUM_HIDDEN_ROWS: col.HIDDEN_ROWS}[rows]
-        self._add(col.GATHER, source, target, [size, which], rows=rows)
+        self._add(col.GATHER, source, target, [size, 0, 0, which], rows=rows)
 
     def norm_heads(
         self, target: int, size: int, queries: tuple[PackedNorm, int], keys: tuple[PackedNorm, int]
@@ -143,8 +143,9 @@ class Program:
         scale: float,
         window: int | None,
         softcap: float | None,
+        sees_all: bool = False,
     ) -> None:
-        """Causal attention of each row over its sequence's cached positions.
+        """Attention of each row over its sequence's cached positions.
 
         Args:
             source: rotated queries come first in each row.
@@ -154,8 +155,9 @@ class Program:
             scale: of the scores.
             window: positions that a row sees, itself included; None for all.
             softcap: c in ``c · tanh(x / c)``; None for no cap.
+            sees_all: whether a row sees positions behind its own, too.
         """
-        own = [sizes[0], layer, sizes[1], window or 0]
+        own = [sizes[0], layer, sizes[1], window or 0, int(sees_all)]
         self._add(col.ATTENTION, source, target, own, scale, softcap or 0.0)
 
     def linear(

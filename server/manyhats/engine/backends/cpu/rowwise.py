@@ -162,7 +162,7 @@ def rowwise(op, numbers, first, last, frame, buffers):
             add_row(stream, at, size, source, at)
             norm(op, numbers, stream, at, target)
         elif kind == col.LOCATE:
-            place = np.int64(ints_at(frame[col.POSITIONS])[row]) + op[col.OFFSET]
+            place = np.int64(ints_at(frame[op[col.WHICH_ROWS]])[row]) + op[col.OFFSET]
             add_row(target, at, size, floats_at(op[col.WEIGHT]), place * size)
         elif kind == col.SCALE:
             scale_row(target, at, size, numbers[0])

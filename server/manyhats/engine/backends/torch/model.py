@@ -85,8 +85,11 @@ class TorchModel:
             for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True)
         ]
         self.outer = {name: self._dense([linear]) for name, linear in weights.outer.items()}
-        self.head = self.outer.get("lm_head") or self._dense([weights.head])
+        self.head = None
+        if architecture.head is not None:
+            self.head = self.outer.get("lm_head") or self._dense([weights.head])
         self.positions = None if weights.positions is None else weights.positions.float().to(device)
+        self.token_types = None if weights.token_types is None else weights.token_types.float().to(device)
         self.tables = RotaryTables(architecture)
 
     def _dense(self, linears: list[Linear]) -> _Dense:
@@ -102,10 +105,11 @@ class TorchModel:
     def num_bytes(self) -> Mapping[str, int]:
         """Resident bytes: the layers' linears, and embedding, head and norms."""
         norms = sum(norm.weight.nbytes for norm in self.weights.norms())
-        positions = 0 if self.positions is None else self.positions.nbytes
+        tables = sum(table.nbytes for table in (self.positions, self.token_types) if table is not None)
+        head = 0 if self.head is None else self.head.num_bytes
         return {
             "base": sum(dense.num_bytes for layer in self.linears for dense in layer.values()),
-            "embeddings": self.embedding.nbytes + self.head.num_bytes + positions + norms,
+            "embeddings": self.embedding.nbytes + head + tables + norms,
         }
 
     def warm_up(
@@ -123,14 +127,16 @@ class TorchModel:
         if plan.embeddings is not None:
             rows, values = plan.embeddings
             x[maths.tensor(rows).long()] = maths.tensor(values)
-        stream = entered(maths, self.architecture, x)
+        stream = entered(maths, self.architecture, self.weights, x)
         for layer, spec in enumerate(self.architecture.blocks):
             stream = block(maths, spec, self.weights.blocks[layer], layer, stream)
+        wanted = stream[maths.tensor(plan.hidden_rows).long()]
+        read = left(maths, self.architecture, self.weights.final_norm, wanted)
+        if self.architecture.head is None:
+            return HostLogits(torch.empty(0, 0), TorchChooser(), read.cpu())
         last = stream[maths.tensor(plan.logit_rows).long()]
         hidden = left(maths, self.architecture, self.weights.final_norm, last)
         found = logits(maths, self.architecture.head, hidden)
-        wanted = stream[maths.tensor(plan.hidden_rows).long()]
-        read = left(maths, self.architecture, self.weights.final_norm, wanted)
         return HostLogits(found.cpu(), TorchChooser(), read.cpu())
 
 
@@ -166,6 +172,10 @@ class _Step:
     def locate(self, learned: Learned) -> Tensor:
         assert self._model.positions is not None
         return self._model.positions[self._positions + learned.offset]
+
+    def token_types(self) -> Tensor:
+        assert self._model.token_types is not None
+        return self._model.token_types[self.tensor(self._plan.types_of_tokens).long()]
 
     def project(self, name: str, x: Tensor) -> Tensor:
         return self._product(x, self._model.outer[name])
@@ -207,6 +217,7 @@ class _Step:
             for row in range(first, last):
                 end = length - (last - row) + 1
                 begin = 0 if spec.window is None else max(0, end - spec.window)
+                end = length if spec.sees_all else end
                 out[row] = attended(queries[row], *cache.read(layer, cells[begin:end]), spec)
         return out
 
@@ -224,6 +235,7 @@ class _Step:
 
     def head(self, hidden: Tensor) -> Tensor:
         """A head of the adapter's own comes before what changes it."""
+        assert self._model.head is not None
         found = self._product(hidden, self._model.head)
         for rows, own in self._deltas(HEAD, HeadWeight, self._logit_rows):
             found[rows] = self._product(hidden[rows], _Dense(own.weight, own.bias))

@@ -137,8 +137,7 @@ def decoder(
     Raises:
         ModelError: an activation, kind of RoPE, count or context length that is not supported.
     """
-    num_layers, activation = full["num_hidden_layers"], full["hidden_act"]
-    _check(full, activation)
+    num_layers, activation = full["num_hidden_layers"], check_config(full)
     num_heads, num_kv_heads, head_dim = _heads(full)
     parameters = (rope_parameters(full),) * num_layers if ropes is None else ropes
     sources = _rope_sources(full, parameters, head_dim, rotates_part)
@@ -159,7 +158,7 @@ def decoder(
         hidden_size=full["hidden_size"],
         attention=attention,
         around_attention=_around("attention", norms),
-        feed_forward=FeedForward(full["intermediate_size"], _ACTIVATIONS[activation], kind.is_gated),
+        feed_forward=FeedForward(full["intermediate_size"], activation, kind.is_gated),
         around_feed_forward=_around("feed_forward", norms),
         residual_scale=float(scales.residual),
         is_parallel=kind.is_parallel,
@@ -188,14 +187,16 @@ def _around(sublayer: str, norms: Mapping[str, Norm]) -> Around:
     return Around(*(norms.get(f"{sublayer}_{place}") for place in ("before", "output", "stream")))
 
 
-def _check(full: RawConfig, activation: str) -> None:
-    """Refuse unsupported activations and impossible counts."""
+def check_config(full: RawConfig) -> str:
+    """The name of a config's activation; refuses unsupported ones, and impossible counts."""
+    activation = full["hidden_act"]
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise ModelError(f"config.json: hidden_act {activation!r} is not supported; these are: {known}")
     for name in _COUNTS:
         if not isinstance(full[name], int) or full[name] < 1:
             raise ModelError(f"config.json: {name} must be a positive integer, not {full[name]!r}")
+    return _ACTIVATIONS[activation]
 
 
 def _heads(full: RawConfig) -> tuple[int, int, int]:

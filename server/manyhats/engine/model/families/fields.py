@@ -20,6 +20,13 @@ _GPT_NAMES = {
     "layer_norm_epsilon": "layer_norm_eps",
 }
 OWN_NAMES: Mapping[str, Mapping[str, str]] = {
+    "distilbert": {
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "hidden_dim": "intermediate_size",
+        "activation": "hidden_act",
+    },
     "falcon": {
         "n_embed": "hidden_size",
         "n_layer": "num_hidden_layers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from manyhats.engine.errors import ModelError
+from manyhats.engine.model.families.bert import bert, camembert, distilbert, electra, roberta, xlm_roberta
 from manyhats.engine.model.families.cohere import cohere, cohere2
 from manyhats.engine.model.families.fields import RawConfig, standard_names
 from manyhats.engine.model.families.gemma import gemma, gemma2, gemma3_text
@@ -20,8 +21,12 @@ from manyhats.engine.model.families.smollm import smollm3
 from manyhats.engine.model.layout import Family
 
 FAMILIES: Mapping[str, Callable[[RawConfig, int | None], Family]] = {
+    "bert": bert,
+    "camembert": camembert,
     "cohere": cohere,
     "cohere2": cohere2,
+    "distilbert": distilbert,
+    "electra": electra,
     "falcon": falcon,
     "gemma": gemma,
     "gemma2": gemma2,
@@ -38,8 +43,10 @@ FAMILIES: Mapping[str, Callable[[RawConfig, int | None], Family]] = {
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "roberta": roberta,
     "smollm3": smollm3,
     "starcoder2": starcoder2,
+    "xlm-roberta": xlm_roberta,
 }
 """``model_type`` → its function."""
 

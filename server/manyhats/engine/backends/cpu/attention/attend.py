@@ -152,7 +152,7 @@ def attend_rows(queries, start, rows, part, factors, blocks, shape, cached, scra
 
     Args:
         queries: (array, where those of the tile's first token begin, from one token to the next, queries of a token,
-            where the first token's sight ends, its window).
+            where the first token's sight ends, its window, how much further each next token sees: 1, or 0).
         start, rows: the rows within the tile, token by token.
         part: its first position.
         factors: of the queries, and ``weigh_row``'s limit.
@@ -162,10 +162,11 @@ def attend_rows(queries, start, rows, part, factors, blocks, shape, cached, scra
         scratch: from ``at`` on.
         records: written from ``record`` on, one for each row.
     """
-    x, x_at, width, group, end, window = queries
+    x, x_at, width, group, end, window, advance = queries
     head_dim, block_size, size = shape
     keys, values, keys_address, values_address, key_scales, value_scales, first_scale = cached
-    lowest, highest = end + start // group, end + (start + rows - 1) // group
+    lowest = end + start // group * advance
+    highest = end + (start + rows - 1) // group * advance
     first = max(first_seen(lowest, window) - part, 0) // block_size * block_size
     last = min(highest - part, size)
     if first >= last:
@@ -187,7 +188,8 @@ def attend_rows(queries, start, rows, part, factors, blocks, shape, cached, scra
     if start == 0:
         ask_for(values, values_address, table[seen[1]] * factor + offset, block_size * head_dim)
     for row in range(rows):
-        own, place = end + (start + row) // group - part, record + row * _record_size(head_dim) + head_dim
+        own = end + (start + row) // group * advance - part
+        place = record + row * _record_size(head_dim) + head_dim
         records[place], records[place + 1] = weigh_row(
             scratch, at + row * stride, first, padded, first_seen(own + part, window) - part, own, factors[1]
         )
@@ -266,7 +268,7 @@ def attend_parts(parts, tile, head, factors, frame, cached, scratch, at, state, 
 
 @inner
 def attend(op, numbers, share, frame, buffers, like, scratch, at):
-    """Out = softmax(cap(q Kᵀ · scale)) V, causal, of the query rows of one unit at one KV head.
+    """Out = softmax(cap(q Kᵀ · scale)) V, causal or over all, of the query rows of one unit at one KV head.
 
     Args:
         op: source rows are rotated queries, keys, values; target rows [H·K].
@@ -282,10 +284,12 @@ def attend(op, numbers, share, frame, buffers, like, scratch, at):
     group = out_width // head_dim // num_kv_heads
     query_start, sequence = ints_at(frame[col.QUERY_START]), np.int64(unit[col.UNIT_SEQUENCE])
     row = np.int64(query_start[sequence] + unit[col.UNIT_FIRST_ROW])
-    end = ints_at(frame[col.CONTEXT_LEN])[sequence] - query_start[sequence + 1] + row + 1
+    context = np.int64(ints_at(frame[col.CONTEXT_LEN])[sequence])
+    advance = 1 - op[col.SEES_ALL]
+    end = context if op[col.SEES_ALL] else context - query_start[sequence + 1] + row + 1
     first_query, num_rows = head * group * head_dim, np.int64(unit[col.UNIT_ROWS]) * group
     x, out = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
-    queries = x, row * op[col.SIZE] + first_query, op[col.SIZE], group, end, window
+    queries = x, row * op[col.SIZE] + first_query, op[col.SIZE], group, end, window, advance
     target = out, row * out_width + first_query, out_width, group
     tile = queries, target, num_rows, sequence
     factors = numbers[0] * LOG2_E, np.float32(0.0)
@@ -306,7 +310,10 @@ def attend(op, numbers, share, frame, buffers, like, scratch, at):
     size, width = _part_cells(frame[col.BLOCK_SIZE]), _record_size(head_dim)
     own = at + ROWS * (size + WIDTH + head_dim)
     state = own + ROWS * width
-    first_part, last_part = first_seen(end, window) // size, (end + unit[col.UNIT_ROWS] - 2) // size + 1
+    first_part, last_part = (
+        first_seen(end, window) // size,
+        (end + (unit[col.UNIT_ROWS] - 1) * advance - 1) // size + 1,
+    )
     parts = max(np.int64(unit[col.UNIT_FIRST_PART]), first_part), np.int64(unit[col.UNIT_LAST_PART])
     if unit[col.UNIT_COUNT] == 1:
         begin_tile(target, num_rows, head_dim, scratch, state)

@@ -49,6 +49,8 @@ class Units:
         heads: tuple[int, int, int],
         block_size: int,
         num_threads: int,
+        *,
+        sees_all: bool = False,
     ) -> Units:
         """The units of a step.
 
@@ -57,6 +59,7 @@ class Units:
             heads: H, Hkv, K.
             block_size: of the cache.
             num_threads: among which they are shared out.
+            sees_all: whether rows see those that follow them, too.
         """
         num_heads, num_kv_heads, head_dim = heads
         size, num_units = part_cells(block_size), _UNITS * num_threads
@@ -64,7 +67,7 @@ class Units:
             parts = -(-context_len // size)
             table, num_divided, num_records = _divided_rows(parts.astype(np.int32).tobytes(), size, num_units)
         else:
-            table, num_divided, num_records = _divided(query_start, context_len, size, num_units)
+            table, num_divided, num_records = _divided(query_start, context_len, size, num_units, sees_all)
         return cls(
             table,
             torch.empty(num_records * num_heads * record_size(head_dim)),
@@ -80,13 +83,16 @@ class Units:
         frame[col.FINISHED] = self.finished.ctypes.data
 
 
-def _divided(query_start: Ints, context_len: Ints, size: int, num_units: int) -> tuple[Ints, int, int]:
+def _divided(
+    query_start: Ints, context_len: Ints, size: int, num_units: int, sees_all: bool = False
+) -> tuple[Ints, int, int]:
     """The units, how many tiles have several, and how many parts of a row these have together."""
     counts = np.diff(query_start).astype(np.int64)
     sequence, first = _numbered(-(-counts // QUERY_TILE))
     first *= QUERY_TILE
     rows = np.minimum(QUERY_TILE, counts[sequence] - first)
-    parts = -(-(context_len[sequence] - counts[sequence] + first + rows) // size)
+    seen = context_len[sequence] if sees_all else context_len[sequence] - counts[sequence] + first + rows
+    parts = -(-seen // size)
     work = rows * parts
     most = np.maximum(int(work.sum()) // num_units // rows, 1)
     units = -(-parts // most)
