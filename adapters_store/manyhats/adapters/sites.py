@@ -30,6 +30,7 @@ class Site:
 
 EMBEDDING = Site(-1, "embed_tokens")
 HEAD = Site(-1, "lm_head")
+POOLER = Site(-1, "pooler")
 
 
 class WeightSource(Protocol):
@@ -89,8 +90,10 @@ class BaseDescription:
         head_dim: K.
         key_order: the order of a head's values, as indices of a file's; None if it is the same.
         embedding_size: E, of a row of the embedding and of the output head; D unless a base projects between them.
+        read_size: of a row of hidden values as heads read it; 0 is E.
         embedding_scale: what the architecture multiplies embeddings by.
         is_tied: whether the output head is the embedding.
+        has_pooler: whether an encoder's files hold a pooler.
         has_head_bias: whether the output head adds a bias.
         kind: what it does with a text by itself: it generates, or it is read.
         pooling: of a text's hidden values, unless a task says otherwise.
@@ -114,9 +117,11 @@ class BaseDescription:
     head_dim: int = 0
     key_order: tuple[int, ...] | None = None
     embedding_size: int = 0
+    read_size: int = 0
     embedding_scale: float = 1.0
     is_tied: bool = True
     has_head_bias: bool = False
+    has_pooler: bool = False
     kind: TaskKind = TaskKind.GENERATE
     pooling: Pooling = Pooling.LAST
     pad_token_id: int | None = None
@@ -126,6 +131,7 @@ class BaseDescription:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embedding_size", self.embedding_size or self.hidden_size)
+        object.__setattr__(self, "read_size", self.read_size or self.embedding_size)
 
     def module_of(self, path: str) -> str | None:
         """The path under which ``modules`` has a module that a file names; None if it is none of this base's."""

@@ -81,6 +81,7 @@ def open_engine(
         prompt=probe_prompt(model.tokenizer, model.architecture.vocab_size),
         embeddings=model.weights.embedding,
         max_context_length=serving.max_context_length,
+        is_encoder=serving.sees_all,
     )
     num_bytes = {**prepared.num_bytes, "kv": cache.num_bytes}
     return Engine(config, serving, loop, AdapterLoading(residency, background), probe, num_bytes)

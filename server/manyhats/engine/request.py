@@ -235,6 +235,7 @@ class EncodeRequest:
 
     Attributes:
         inputs: token ids of each text.
+        token_types: types of each text's tokens, for bases that have them; empty if all are 0.
         pooling: of its hidden rows; None for the task's head's, or else the base's.
         applies_head: whether the task's head is applied.
 
@@ -243,6 +244,7 @@ class EncodeRequest:
 
     id: str
     inputs: tuple[tuple[int, ...], ...]
+    token_types: tuple[tuple[int, ...], ...] = ()
     pooling: Pooling | None = None
     applies_head: bool = True
     adapter: AdapterRecord | None = None

@@ -138,7 +138,7 @@ def make_checkpoint(
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(family, **fields), dtype=dtype
         )
-    _randomize(model, seed)
+    randomize(model, seed)
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=1, eos_token_id=EOS_TOKEN_ID, pad_token_id=EOS_TOKEN_ID
     )
@@ -202,7 +202,7 @@ def _family_fields(family: str, head_dim: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module, seed: int) -> None:
+def randomize(model: nn.Module, seed: int) -> None:
     """Weights of a size at which every part of the model shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     norm_centre = 0.0 if "Gemma" in type(model).__name__ else 1.0

@@ -15,6 +15,7 @@ from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
 from manyhats.adapters.formats.peft.task_head import find_head, without_head
+from manyhats.adapters.heads import TaskHead, TaskKind
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate, Method
 from manyhats.adapters.methods.adalora import AdaLoraMethod
@@ -103,7 +104,10 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
     shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
     head = find_head(artifact.config, shapes, base)
     if head is None:
-        return method.lower(artifact, base)
+        lowered = method.lower(artifact, base)
+        if base.kind is TaskKind.GENERATE:
+            return lowered
+        return replace(lowered, head=TaskHead(base.kind, base.pooling, ()))
     config, tensors = without_head(artifact.config), head.others(artifact.tensors)
     lowered = method.lower(replace(artifact, config=config, tensors=tensors), base)
     task_head = head.lower(artifact.tensors, base)

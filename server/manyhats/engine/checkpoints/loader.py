@@ -127,6 +127,7 @@ def load_model(
             pooling=_pooling(found),
             weights=ModelWeightSource(digest, weights),
             check_text=texts.check,
+            has_pooler="pooler" in weights.outer,
         ),
         generation=_generation_defaults(found, tokenizer),
         name=located.name,
@@ -278,6 +279,8 @@ class ModelWeightSource:
     def _linear(self, site: Site) -> Linear | None:
         if site == HEAD:
             return self.weights.head
+        if site.layer < 0:
+            return self.weights.outer.get(site.name)
         if not 0 <= site.layer < len(self.weights.blocks):
             return None
         return self.weights.blocks[site.layer].linears.get(site.name)

@@ -109,7 +109,7 @@ class Encoding:
             if self._running and sum(sequence.num_left for sequence in self._running) >= limit:
                 return
             index = self._unqueued.popleft()
-            sequence = self._sequence(self._request.inputs[index])
+            sequence = self._sequence(index)
             if index:
                 sequence.is_continuation = True
             if now_s is not None:
@@ -121,18 +121,30 @@ class Encoding:
             )
             scheduler.add(sequence)
 
-    def _sequence(self, token_ids: tuple[int, ...]) -> Sequence:
+    def _sequence(self, index: int) -> Sequence:
+        token_ids = self._request.inputs[index]
         sequence = new_sequence(self.id, self._request, token_ids, 0, self._lease, self._model)
         sequence.reads_hidden = True
-        sequence.is_whole = self._model.sees_all
-        sequence.is_bulk = self._is_bulk and not self._model.sees_all
+        if self._model.sees_all:
+            self._make_whole(sequence, index)
+        else:
+            sequence.is_bulk = self._is_bulk
         row = _row_of(token_ids, self._head, self._pooling)
         if row != len(token_ids) - 1:
             sequence.logits_from = self._lease.num_virtual_tokens + (0 if row is None else row)
-            sequence.uses_prefix_cache = row is not None and row > 0
-        if sequence.is_whole:
-            sequence.uses_prefix_cache = False
+            sequence.uses_prefix_cache = row is not None and row > 0 and not sequence.is_whole
+        if sequence.leading is not None and self._pooling is Pooling.FIRST:
+            sequence.logits_from = 0  # PEFT's models read the first row, whatever it is
         return sequence
+
+    def _make_whole(self, sequence: Sequence, index: int) -> None:
+        """All tokens in one step: virtual ones that are vectors depend on the text, and are nobody else's prefix."""
+        sequence.is_whole, sequence.uses_prefix_cache = True, False
+        num_virtual, virtual = self._lease.num_virtual_tokens, sequence.virtual
+        if self._request.token_types:
+            sequence.token_types = (0,) * num_virtual + self._request.token_types[index]
+        if virtual is not None and virtual.embeddings is not None:
+            sequence.leading, sequence.virtual = virtual.embeddings, None
 
 
 def _row_of(token_ids: Seq[int], head: TaskHead | None, pooling: Pooling) -> int | None:

@@ -31,7 +31,7 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
         cells += [table[row // block_size] * block_size + row % block_size for row in rows]
         slots += [sequence.slot] * len(rows)
         if sequence.is_whole:
-            token_types += sequence.token_types or [0] * len(rows)
+            token_types += sequence.token_types[chunk.start : chunk.end] or [0] * len(rows)
         starts.append(starts[-1] + len(rows))
         wanted = hidden_rows if sequence.reads_hidden else logit_rows
         wanted += range(starts[-1] - chunk.num_result_rows, starts[-1])
@@ -60,7 +60,7 @@ def _embeddings(chunks: Seq[Chunk], starts: Seq[int]) -> tuple[Ints, Floats] | N
     values: list[Floats] = []
     for chunk, first in zip(chunks, starts, strict=False):
         virtual = chunk.sequence.virtual
-        embeddings = None if virtual is None else virtual.embeddings
+        embeddings = chunk.sequence.leading if virtual is None else virtual.embeddings
         if embeddings is not None and chunk.start < embeddings.shape[0]:
             part = embeddings[chunk.start : chunk.end].numpy()
             rows.append(np.arange(first, first + part.shape[0], dtype=np.int32))

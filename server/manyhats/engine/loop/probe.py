@@ -40,6 +40,7 @@ class AdapterProbe:
         prompt: the fixed token ids.
         embeddings: [V, D], the base's.
         max_context_length: the engine's.
+        is_encoder: whether the base has no logits; hidden values are compared then.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class AdapterProbe:
         prompt: tuple[int, ...],
         embeddings: Tensor,
         max_context_length: int,
+        is_encoder: bool = False,
     ) -> None:
         self._loop = loop
         self._slots = slots
@@ -58,11 +60,14 @@ class AdapterProbe:
         self._prompt = prompt
         self._embeddings = embeddings
         self._max_context_length = max_context_length
+        self._is_encoder = is_encoder
         self._lock = threading.Lock()
         self._prompt_logits: Logits | None = None  # the base's, of ``prompt`` alone
 
     def measure(self, adapter: LoweredAdapter) -> float:
         """The mean, over the prompt's positions, of the largest change of any token's log-probability, in nats.
+
+        On an encoder, of any hidden value, in units of the row's root mean square.
 
         If the adapter changes embeddings, the prompt ends with tokens it changes. A row's logits depend on that row
         alone, bit for bit, so an adapter that changes nothing gives exactly 0.
@@ -75,7 +80,8 @@ class AdapterProbe:
         token_ids = (*self._prompt, *changed_tokens(adapter.deltas, self._embeddings, _MAX_OWN_TOKENS))
         self._check_room(adapter, len(token_ids))
         with self._lock:
-            return effect(self._base_logits(token_ids), self._adapter_logits(adapter, token_ids))
+            before, after = self._base_logits(token_ids), self._adapter_logits(adapter, token_ids)
+        return hidden_effect(before, after) if self._is_encoder else effect(before, after)
 
     def _check_room(self, adapter: LoweredAdapter, num_tokens: int) -> None:
         num_virtual = 0 if adapter.prefix is None else adapter.prefix.num_virtual_tokens
@@ -106,7 +112,8 @@ class AdapterProbe:
             self._slots.clear(self._slot)  # no step uses it any more, however the job ended
 
     def _run(self, token_ids: tuple[int, ...], slot: int = 0, virtual: VirtualTokens | None = None) -> Logits:
-        return self._loop.run(PrivateRun(self._loop.new_id(), token_ids, slot, virtual))
+        run = PrivateRun(self._loop.new_id(), token_ids, slot, virtual, is_whole=self._is_encoder)
+        return self._loop.run(run)
 
 
 def probe_prompt(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
@@ -142,6 +149,13 @@ def effect(before: Logits, after: Logits) -> float:
         shift = _log_total(new) - _log_total(old)
         changes.append(max(float(moved.max()) - shift, shift - float(moved.min())))
     return float(np.mean(changes))
+
+
+def hidden_effect(before: Logits, after: Logits) -> float:
+    """``mean_t max_d |after[t, d] − before[t, d]| / RMS(before[t])`` for hidden values [T, D]."""
+    sizes = np.sqrt(np.square(before.astype(np.float64)).mean(axis=1))
+    changes = np.abs(after.astype(np.float64) - before).max(axis=1)
+    return float(np.mean(changes / np.maximum(sizes, 1e-12)))
 
 
 def _log_total(logits: Logits) -> float:

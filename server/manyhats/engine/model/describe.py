@@ -18,6 +18,7 @@ def describe(
     pooling: Pooling = Pooling.LAST,
     weights: WeightSource | None = None,
     check_text: TextCheck | None = None,
+    has_pooler: bool = False,
 ) -> BaseDescription:
     """What adapters are checked against: every linear of every layer is a site, as are embedding and head.
 
@@ -29,6 +30,7 @@ def describe(
         pooling: of texts, unless a task says otherwise.
         weights: the base's own; None if only its description is available.
         check_text: determines what an adapter's text files mean on this base.
+        has_pooler: whether an encoder's files hold a pooler.
     """
     architecture, layout = family.architecture, family.layout
     tokens = range(architecture.vocab_size)
@@ -58,11 +60,13 @@ def describe(
         head_dim=architecture.attention.head_dim,
         key_order=family.key_order,
         embedding_size=architecture.embedding.size,
+        read_size=architecture.read_size,
         embedding_scale=architecture.embedding.scale,
         is_tied=head is not None and head.is_tied,
         has_head_bias=head is not None and head.has_bias,
         kind=TaskKind.EMBED if head is None else TaskKind.GENERATE,
         has_sliding_window=any(block.attention.window is not None for block in architecture.blocks),
+        has_pooler=has_pooler,
         weights=weights,
         check_text=check_text,
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from manyhats.engine.scheduling.blocks import SharedPrefix
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SequenceStatus(Enum):
@@ -56,6 +59,7 @@ class Sequence:
             The scheduler advances it as positions are computed, so none comes twice after preemption.
         is_whole: whether all of its tokens run in one step, since they see each other.
         token_types: of its tokens; empty if all are 0.
+        leading: vectors [P, E] of its first tokens, which run with the others, whole; None for none.
         reads_hidden: whether final hidden values are needed at these positions, and no logits.
         shared: KV of the first ``shared.num_tokens`` of ``token_ids``; if the scheduler reclaimed it, the sequence
             computes them itself.
@@ -90,6 +94,7 @@ class Sequence:
     reads_hidden: bool = False
     is_whole: bool = False
     token_types: tuple[int, ...] = ()
+    leading: Tensor | None = None
     shared: SharedPrefix | None = None
     virtual: VirtualTokens | None = None
     uses_prefix_cache: bool = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,14 @@ from manyhats.engine.text.vocabulary import bytes_of_token
 __all__ = ["ChatMessage", "Tokenizer"]
 
 _AS_PROMPT = Rendering()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadText:
+    """A text's tokens, and the types of those of a pair; empty if all are 0."""
+
+    token_ids: tuple[int, ...]
+    token_types: tuple[int, ...] = ()
 
 
 class Tokenizer:
@@ -110,9 +119,7 @@ class Tokenizer:
             files=files,
         )
 
-    def encode(
-        self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None, first: str | None = None
-    ) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text; literals of special tokens in it become those tokens.
 
         The interpreter lock is released meanwhile.
@@ -121,11 +128,16 @@ class Tokenizer:
             text: any.
             add_special_tokens: whether the post-processor adds its own.
             max_tokens: how many the caller accepts.
-            first: a text before it; the post-processor then joins the two as a pair. None for none.
 
         Raises:
             PromptTooLongError: ``text``: there are more; not tokenized if its length already shows that.
         """
+        return list(self.read(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens).token_ids)
+
+    def read(
+        self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None, first: str | None = None
+    ) -> ReadText:
+        """The tokens of ``encode`` with their types; ``first`` is a text before it, which it makes a pair with."""
         if max_tokens is not None:
             self.check_length(text, max_tokens)
         # Unlike ``encode``, this releases the interpreter lock, and leaves out the tokens' offsets in the text.
@@ -133,8 +145,7 @@ class Tokenizer:
         (encoding,) = self._backend.encode_batch_fast([whole], add_special_tokens=add_special_tokens)
         if max_tokens is not None and len(encoding) > max_tokens:
             raise PromptTooLongError("text", len(encoding), max_tokens)
-        ids: list[int] = encoding.ids
-        return ids
+        return ReadText(tuple(encoding.ids), () if first is None else tuple(encoding.type_ids))
 
     def offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int]]:
         """The characters [start, end) that each token of ``encode`` stands for; of special ones, none."""

@@ -78,6 +78,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
             slow=background.threads(1, "slow-task-text"),
         ),
         info=ModelInfo(
+            kind=model.description.kind,
             name=model.name,
             digest=model.description.digest,
             quantization=config.quantization,

@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from manyhats.adapters.heads import TaskKind
 from manyhats.server.service.text_threads import TextThreads
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The resident base model, as callers see it; ``names`` are all that it is known by."""
+    """The resident base model, as callers see it; ``names`` are all that it is known by, ``kind`` what it does."""
 
     name: str
     digest: str
@@ -26,6 +27,7 @@ class ModelInfo:
     device: str
     vocab_size: int
     names: frozenset[str] = frozenset()
+    kind: TaskKind = TaskKind.GENERATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from manyhats.server.service.tasks import check_kind, task_id
 if TYPE_CHECKING:
     from manyhats.adapters.artifact import AdapterRecord
     from manyhats.engine.output import EncodeOutput, Usage
+    from manyhats.engine.text.tokenizer import ReadText
     from manyhats.server.observability.metrics import Metrics
     from manyhats.server.service.backend import Backend
     from manyhats.server.service.call import Call
@@ -144,7 +145,7 @@ class Encodings:
         """
         adapter = self._tasks.resolved(call)
         if pooling is None:
-            check_kind(adapter, TaskKind.GENERATE, TaskKind.EMBED)
+            check_kind(adapter, TaskKind.GENERATE, TaskKind.EMBED, base=self._backend.info.kind)
         if pooling is Pooling.ALL:
             raise FieldInvalidError("pooling", "must give one vector a text")
         tokens = await self._tokens(adapter, inputs)
@@ -153,7 +154,7 @@ class Encodings:
         if not 0 <= dimensions <= size:
             raise FieldInvalidError("dimensions", f"must be in [0, {size}], not {dimensions}")
         vectors = tuple(_vector(values[0], dimensions or size, normalize) for values in output.values)
-        return Embeddings(vectors, tuple(map(len, tokens)), output.usage, adapter)
+        return Embeddings(vectors, _lengths(tokens), output.usage, adapter)
 
     async def classify(
         self,
@@ -184,7 +185,7 @@ class Encodings:
         tokens = await self._tokens(adapter, inputs)
         output = await self._encode(call, adapter, tokens, None, True, "", priority)
         results = tuple(_scored(adapter, values[0], raw_scores, top_k) for values in output.values)
-        return Classifications(results, tuple(map(len, tokens)), output.usage, adapter)
+        return Classifications(results, _lengths(tokens), output.usage, adapter)
 
     async def classify_tokens(
         self, call: Call, inputs: Sequence[TextPrompt], *, top_k: int = 0, priority: int = 0
@@ -212,7 +213,7 @@ class Encodings:
                     if end > start
                 )
             )
-        return Tagged(tuple(results), tuple(map(len, tokens)), output.usage, adapter)
+        return Tagged(tuple(results), _lengths(tokens), output.usage, adapter)
 
     async def rerank(
         self,
@@ -254,11 +255,11 @@ class Encodings:
         scores = logits if raw_scores else [_sigmoid(logit) for logit in logits]
         order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
         best = tuple((index, scores[index]) for index in order[: top_n or None])
-        return Ranked(best, tuple(map(len, tokens)), output.usage, adapter)
+        return Ranked(best, _lengths(tokens), output.usage, adapter)
 
     async def _tokens(
         self, adapter: AdapterRecord | None, inputs: Sequence[Prompt], field: str = "inputs"
-    ) -> tuple[tuple[int, ...], ...]:
+    ) -> tuple[ReadText, ...]:
         if not 1 <= len(inputs) <= MAX_INPUTS:
             raise FieldInvalidError(field, f"must have 1 to {MAX_INPUTS}, not {len(inputs)}")
         tokenizer = await self._tasks.tokenizer_of(adapter)
@@ -278,7 +279,7 @@ class Encodings:
         self,
         call: Call,
         adapter: AdapterRecord | None,
-        tokens: tuple[tuple[int, ...], ...],
+        tokens: tuple[ReadText, ...],
         pooling: Pooling | None,
         applies_head: bool,
         cache_salt: str,
@@ -287,7 +288,8 @@ class Encodings:
         output = await self._backend.engine.encode(
             EncodeRequest(
                 id=call.id,
-                inputs=tokens,
+                inputs=tuple(each.token_ids for each in tokens),
+                token_types=_types(tokens),
                 pooling=pooling,
                 applies_head=applies_head,
                 adapter=adapter,
@@ -299,6 +301,17 @@ class Encodings:
         )
         self._metrics.encoded(task_id(adapter), output.usage)
         return output
+
+
+def _lengths(tokens: Sequence[ReadText]) -> tuple[int, ...]:
+    return tuple(len(each.token_ids) for each in tokens)
+
+
+def _types(tokens: Sequence[ReadText]) -> tuple[tuple[int, ...], ...]:
+    """Types of all tokens; empty if all are 0."""
+    if not any(each.token_types for each in tokens):
+        return ()
+    return tuple(each.token_types or (0,) * len(each.token_ids) for each in tokens)
 
 
 def _vector(values: Vector, size: int, normalize: bool) -> Vector:

@@ -84,7 +84,7 @@ class Generations:
             RequestError: the prompt, the salt or another field cannot be served.
         """
         adapter = self._tasks.resolved(call)
-        check_kind(adapter, TaskKind.GENERATE)
+        check_kind(adapter, TaskKind.GENERATE, base=self._backend.info.kind)
         defaults = TaskDefaults() if adapter is None else read_defaults(adapter.labels)
         sampling_params = SamplingParams(**sampling.over(defaults.sampling))
         stopping_params = StoppingParams(**stopping.over(defaults.stopping))
@@ -183,7 +183,7 @@ class Generations:
     ) -> ScoreRequest:
         """``request`` for a scoring of continuations."""
         adapter = self._tasks.resolved(call)
-        check_kind(adapter, TaskKind.GENERATE)
+        check_kind(adapter, TaskKind.GENERATE, base=self._backend.info.kind)
         tokenizer = await self._tasks.tokenizer_of(adapter)
         tokens = await self._tasks.encoder(tokenizer, self._max_tokens).encode_scoring(prompt, continuations)
         return ScoreRequest(

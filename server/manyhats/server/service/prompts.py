@@ -13,6 +13,7 @@ from manyhats.engine.request import MAX_CONTINUATIONS
 from manyhats.engine.text.chat_template import ChatMessage, Rendering
 from manyhats.engine.text.ending import PROBES, Ends, find_ends
 from manyhats.engine.text.prompt_text import TAIL_LENGTH, Continuation, ScoreTokens, score_tokens
+from manyhats.engine.text.tokenizer import ReadText
 from manyhats.server.service.conversations import MAX_TEXT_BYTES, ChatPrompt, check_size
 from manyhats.server.service.text_threads import BRIEF_LENGTH, TextThreads, slices
 
@@ -109,7 +110,7 @@ class Encoder:
         text = await self._text(prompt)
         return (await self.threads.run(partial(self._encode, text), _length(text))).token_ids
 
-    async def read(self, prompt: Prompt) -> tuple[int, ...]:
+    async def read(self, prompt: Prompt) -> ReadText:
         """The tokens of a text that is read whole: with the special tokens before and after it, alone or in its pair.
 
         Raises:
@@ -117,7 +118,8 @@ class Encoder:
             PromptTooLongError: likewise.
         """
         if not isinstance(prompt, TextPrompt):
-            return await self.encode(prompt)
+            token_ids = await self.encode(prompt)
+            return ReadText(token_ids)
         await self._check_length(prompt)
         return await self.threads.run(partial(self._read, prompt), len(prompt.text) + len(prompt.first or ""))
 
@@ -202,17 +204,17 @@ class Encoder:
             raise FieldInvalidError(prompt.field, "has no tokens")
         return text
 
-    def _read(self, prompt: TextPrompt) -> tuple[int, ...]:
+    def _read(self, prompt: TextPrompt) -> ReadText:
         with _named(prompt):
-            ids = self.tokenizer.encode(
+            read = self.tokenizer.read(
                 prompt.text,
                 add_special_tokens=prompt.add_special_tokens,
                 max_tokens=self.max_tokens,
                 first=prompt.first,
             )
-        if not ids:
+        if not read.token_ids:
             raise FieldInvalidError(prompt.field, "has no tokens")
-        return tuple(ids)
+        return read
 
     def _answered(self, prompt: _Text, answers: Sequence[str], ends: Ends) -> ScoreTokens:
         text = self._encode(prompt)

@@ -138,7 +138,7 @@ def find_saved_modules(
         AdapterInvalidError: a tensor is missing, or has another shape than the base's.
     """
     listed = _listed_modules(config, base)
-    paths = {site: f"{PREFIX}{base.path_of(site)}" for site in (EMBEDDING, HEAD)}
+    paths = {site: f"{PREFIX}{path}" for site, path in _paths_of_ends(base).items()}
     present = {site: f"{path}.weight" for site, path in paths.items() if f"{path}.weight" in shapes}
     for site in listed:
         if site not in present:
@@ -149,7 +149,7 @@ def find_saved_modules(
     copies = {site: name for site, name in copies.items() if name in shapes}
     for name in (*present.values(), *copies.values()):
         _check_shape(name, shapes[name], (base.vocab_size, base.embedding_size))
-    head_bias = _find_head_bias(paths[HEAD], present, shapes, base)
+    head_bias = _find_head_bias(paths.get(HEAD, ""), present, shapes, base)
     rows = _find_rows(config, shapes, base)
     for site, found in rows.items():
         for other in (EMBEDDING, HEAD) if base.is_tied else (site,):
@@ -210,8 +210,15 @@ def _listed_modules(config: Mapping[str, Any], base: BaseDescription) -> frozens
 
 def _names_of_ends(base: BaseDescription) -> dict[str, Site]:
     """What a config may call embedding and head: their paths, or the last part of these."""
+    return {
+        name: site for site, path in _paths_of_ends(base).items() for name in (path, _last_name(site, base))
+    }
+
+
+def _paths_of_ends(base: BaseDescription) -> dict[Site, str]:
+    """Paths of the embedding, and of the output head if there is one."""
     paths = {site: base.path_of(site) for site in (EMBEDDING, HEAD)}
-    return {name: site for site, path in paths.items() for name in (path, _last_name(site, base))}
+    return {site: path for site, path in paths.items() if path}
 
 
 def _last_name(site: Site, base: BaseDescription) -> str:

@@ -3,11 +3,14 @@
 PEFT trains a head as a whole and saves it beside the method's tensors; ``modules_to_save`` lists every name that it
 might have had. With virtual tokens the name in the file has one ``model.`` less. Methods see neither: an artifact is
 split into its head and the rest before they check or lower it.
+
+A head's layers are those of transformers' models. BERT's begins with the base's pooler, which PEFT does not save unless
+it is listed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -17,7 +20,7 @@ from torch import Tensor
 from manyhats.adapters.errors import AdapterInvalidError
 from manyhats.adapters.formats.peft.tensors import PREFIX, Shape
 from manyhats.adapters.heads import HeadLayer, Pooling, ScoreActivation, TaskHead, TaskKind
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sites import POOLER, BaseDescription
 
 KINDS: Mapping[str, TaskKind] = MappingProxyType(
     {
@@ -30,14 +33,40 @@ KINDS: Mapping[str, TaskKind] = MappingProxyType(
 """``task_type`` → what the task does; those that are not here generate."""
 
 _PREFIXES = (PREFIX, "base_model.")
-_MODULES = {
-    TaskKind.CLASSIFY: ("score", "classifier"),
-    TaskKind.CLASSIFY_TOKENS: ("classifier", "score"),
-    TaskKind.SPAN: ("qa_outputs",),
-    TaskKind.EMBED: (),
-}
-_NAMES = frozenset(("classifier", "score", "qa_outputs"))
+_LISTED = frozenset(("classifier", "score", "qa_outputs", "pre_classifier", "pooler"))
 V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A layer by its module's path in the model; ``is_base_s`` is whether the base's own serves where none is saved."""
+
+    module: str
+    activation: str | None = None
+    is_base_s: bool = False
+
+
+_TWO_LAYERS = (_Part("classifier.dense", "tanh"), _Part("classifier.out_proj"))
+_OF_TEXTS: Mapping[str, tuple[_Part, ...]] = MappingProxyType(
+    {
+        "bert": (_Part("bert.pooler.dense", "tanh", is_base_s=True), _Part("classifier")),
+        "distilbert": (_Part("pre_classifier", "relu"), _Part("classifier")),
+        "electra": (_Part("classifier.dense", "gelu"), _Part("classifier.out_proj")),
+        "roberta": _TWO_LAYERS,
+        "xlm-roberta": _TWO_LAYERS,
+        "camembert": _TWO_LAYERS,
+    }
+)
+"""The layers that classify a text, of encoders by their ``model_type``; decoders have one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _SavedLayer:
+    """A layer in a file: names of its tensors; of the weight, None if it is the base's pooler."""
+
+    weight: str | None
+    bias: str | None
+    activation: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +75,30 @@ class SavedHead:
 
     Attributes:
         kind: what its task does.
-        weight: name of its tensor [labels, E]; None for an embedding, which has none.
-        bias: name of its tensor [labels]; None for none.
+        pooling: what it reads.
+        layers: one after the other; none for an embedding.
+        names: of all its tensors.
     """
 
     kind: TaskKind
-    weight: str | None
-    bias: str | None
+    pooling: Pooling
+    layers: tuple[_SavedLayer, ...]
+    names: frozenset[str]
 
     def others(self, tensors: Mapping[str, V]) -> dict[str, V]:
         """The tensors, or their shapes, that are not its own."""
-        return {name: value for name, value in tensors.items() if name not in (self.weight, self.bias)}
+        return {name: value for name, value in tensors.items() if name not in self.names}
 
     def lower(self, tensors: Mapping[str, Tensor], base: BaseDescription) -> TaskHead:
         """The head as the engine applies it."""
-        if self.weight is None:
-            return TaskHead(self.kind, base.pooling, ())
-        layer = HeadLayer(tensors[self.weight], None if self.bias is None else tensors[self.bias])
-        is_of_text = self.kind is TaskKind.CLASSIFY
+        layers = tuple(_lowered(layer, tensors, base) for layer in self.layers)
+        num_labels = layers[-1].weight.shape[0] if layers else 0
         return TaskHead(
             kind=self.kind,
-            pooling=Pooling.LAST if is_of_text else Pooling.ALL,
-            layers=(layer,),
-            activation=ScoreActivation.NONE if layer.weight.shape[0] == 1 else ScoreActivation.SOFTMAX,
-            skipped_token_id=base.pad_token_id if is_of_text else None,
+            pooling=self.pooling,
+            layers=layers,
+            activation=ScoreActivation.NONE if num_labels == 1 else ScoreActivation.SOFTMAX,
+            skipped_token_id=base.pad_token_id if self.pooling is Pooling.LAST else None,
         )
 
 
@@ -83,22 +112,18 @@ def find_head(
     """
     task_type = config.get("task_type")
     kind = KINDS.get(task_type) if isinstance(task_type, str) else None
-    if kind is None:
-        return None
-    if kind is TaskKind.EMBED:
-        return SavedHead(kind, None, None)
-    paths = [f"{prefix}{module}" for module in _MODULES[kind] for prefix in _PREFIXES]
-    path = next((path for path in paths if f"{path}.weight" in shapes), None)
-    if path is None:
-        asked = ", ".join(f"{path}.weight" for path in paths)
-        raise AdapterInvalidError("task_type", f"{task_type} needs a head, and the file has none of {asked}")
-    weight, bias = f"{path}.weight", f"{path}.bias"
-    size = base.embedding_size
-    if len(shapes[weight]) != 2 or shapes[weight][1] != size or not shapes[weight][0]:
-        raise AdapterInvalidError(weight, f"has shape {list(shapes[weight])}; expected [labels, {size}]")
-    if bias in shapes and shapes[bias] != shapes[weight][:1]:
-        raise AdapterInvalidError(bias, f"has shape {list(shapes[bias])}; expected [{shapes[weight][0]}]")
-    return SavedHead(kind, weight, bias if bias in shapes else None)
+    if kind is None or kind is TaskKind.EMBED:
+        return None if kind is None else SavedHead(kind, base.pooling, (), frozenset())
+    layers = _find_layers(str(task_type), _alternatives(kind, base), shapes, base)
+    size = base.read_size
+    for layer in layers:
+        size = _check_layer(layer, shapes, size)
+    is_of_text = kind is TaskKind.CLASSIFY
+    pooling = Pooling.ALL
+    if is_of_text:
+        pooling = Pooling.FIRST if base.kind is TaskKind.EMBED else Pooling.LAST
+    names = frozenset(name for layer in layers for name in (layer.weight, layer.bias) if name is not None)
+    return SavedHead(kind, pooling, layers, names)
 
 
 def without_head(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +131,77 @@ def without_head(config: Mapping[str, Any]) -> dict[str, Any]:
     listed = config.get("modules_to_save")
     rest = {key: value for key, value in config.items() if key not in ("task_type", "modules_to_save")}
     if isinstance(listed, list):
-        rest["modules_to_save"] = [name for name in listed if name not in _NAMES] or None
+        rest["modules_to_save"] = [name for name in listed if name not in _LISTED] or None
     elif listed is not None:
         rest["modules_to_save"] = listed
     return rest
+
+
+def _alternatives(kind: TaskKind, base: BaseDescription) -> Sequence[tuple[_Part, ...]]:
+    """The layers that a head may have."""
+    if kind is TaskKind.SPAN:
+        return [(_Part("qa_outputs"),)]
+    if kind is TaskKind.CLASSIFY and base.kind is TaskKind.EMBED:
+        return [_OF_TEXTS.get(base.model_type, (_Part("classifier"),))]
+    names = ("score", "classifier") if kind is TaskKind.CLASSIFY else ("classifier", "score")
+    return [(_Part(name),) for name in names]
+
+
+def _find_layers(
+    task_type: str,
+    alternatives: Sequence[tuple[_Part, ...]],
+    shapes: Mapping[str, Shape],
+    base: BaseDescription,
+) -> tuple[_SavedLayer, ...]:
+    for parts in alternatives:
+        found = [_find(part, shapes) for part in parts]
+        if found[-1] is None:
+            continue
+        for part, layer in zip(parts, found, strict=True):
+            if layer is None and not part.is_base_s:
+                raise AdapterInvalidError(
+                    "task_type", f"{task_type} needs {part.module}, which the file lacks"
+                )
+            if layer is None and not base.has_pooler:
+                raise AdapterInvalidError(
+                    "task_type", f"{task_type} needs {part.module}, which neither the file nor the base has"
+                )
+        return tuple(
+            layer or _SavedLayer(None, None, part.activation)
+            for part, layer in zip(parts, found, strict=True)
+        )
+    asked = [f"{prefix}{parts[-1].module}.weight" for parts in alternatives for prefix in _PREFIXES]
+    raise AdapterInvalidError(
+        "task_type", f"{task_type} needs a head, and the file has none of {', '.join(asked)}"
+    )
+
+
+def _find(part: _Part, shapes: Mapping[str, Shape]) -> _SavedLayer | None:
+    for prefix in _PREFIXES:
+        weight, bias = f"{prefix}{part.module}.weight", f"{prefix}{part.module}.bias"
+        if weight in shapes:
+            return _SavedLayer(weight, bias if bias in shapes else None, part.activation)
+    return None
+
+
+def _check_layer(layer: _SavedLayer, shapes: Mapping[str, Shape], d_in: int) -> int:
+    """Check a layer's shapes; returns how many outputs it has."""
+    if layer.weight is None:
+        return d_in
+    shape = shapes[layer.weight]
+    if len(shape) != 2 or shape[1] != d_in or not shape[0]:
+        raise AdapterInvalidError(layer.weight, f"has shape {list(shape)}; expected [outputs, {d_in}]")
+    if layer.bias is not None and shapes[layer.bias] != shape[:1]:
+        raise AdapterInvalidError(layer.bias, f"has shape {list(shapes[layer.bias])}; expected [{shape[0]}]")
+    return shape[0]
+
+
+def _lowered(layer: _SavedLayer, tensors: Mapping[str, Tensor], base: BaseDescription) -> HeadLayer:
+    if layer.weight is not None:
+        bias = None if layer.bias is None else tensors[layer.bias]
+        return HeadLayer(tensors[layer.weight], bias, layer.activation)
+    if base.weights is None:
+        raise AdapterInvalidError(
+            "task_type", "the head begins with the base's pooler, which is not available"
+        )
+    return HeadLayer(*base.weights.linear(POOLER), layer.activation)

@@ -1,0 +1,66 @@
+"""Tiny random encoders, as transformers saves them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support.factories.tiny_models import randomize, save_tokenizer
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"pad_token_id": 1},
+    "xlm-roberta": {"pad_token_id": 1},
+    "camembert": {"pad_token_id": 1},
+    "distilbert": {},
+    "electra": {"embedding_size": 32},
+}
+"""``model_type`` → fields of its config."""
+LINEARS = {
+    "distilbert": ["q_lin", "v_lin", "lin1", "lin2"],
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "camembert", "electra"),
+        ("query", "value", "intermediate.dense", "output.dense"),
+    ),
+}
+"""Linears to adapt, by family; the last stands behind the activation."""
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 256,
+}
+_DISTILBERT_SIZES = {
+    "vocab_size": 320,
+    "dim": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 128,
+    "max_position_embeddings": 256,
+}
+
+
+def make_encoder(directory: Path, family: str = "bert", *, seed: int = 0, auto: str = "AutoModel") -> Path:
+    """Save a random encoder of a family.
+
+    Args:
+        directory: created if need be.
+        family: its ``model_type``.
+        seed: of the weights.
+        auto: the class that saves it, which decides on its tensors' prefix.
+    """
+    transformers: Any = import_module("transformers")
+    sizes = _DISTILBERT_SIZES if family == "distilbert" else _SIZES
+    config = transformers.AutoConfig.for_model(family, **sizes, **ENCODERS[family])
+    with torch.random.fork_rng():
+        model = getattr(transformers, auto).from_config(config)
+    randomize(model, seed)
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
