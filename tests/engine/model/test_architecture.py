@@ -49,8 +49,9 @@ OF_ALL_HEADS = {
     "down_proj": (96, 192),
 }
 UNGATED = {**{name: group for name, group in GROUPS.items() if name != "gate_up"}, "up": ("up_proj",)}
-WITHOUT_GATE = ("falcon", "gpt2", "gpt_neox", "gptj", "opt", "phi", "starcoder2")
-WITH_ALL_HEADS = ("falcon", "gpt2", "gpt_neox", "gptj", "opt")
+ENCODERS = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+WITHOUT_GATE = (*ENCODERS, "falcon", "gpt2", "gpt_neox", "gptj", "opt", "phi", "starcoder2")
+WITH_ALL_HEADS = (*ENCODERS, "falcon", "gpt2", "gpt_neox", "gptj", "opt")
 OUTPUT_NORMS = {"attention_output": (64,), "feed_forward_output": (64,)}
 PRE_NORMS = {"attention_before": (64,), "feed_forward_before": (64,)}
 HEAD_NORMS = {"query": (32,), "key": (32,)}
@@ -64,6 +65,7 @@ NORMS = {
     "phi": {"attention_before": (64,)},
     "falcon": {"attention_before": (192,)},
     "gptj": {"attention_before": (192,)},
+    **{name: {"attention_stream": (192,), "feed_forward_stream": (192,)} for name in ENCODERS},
     **{
         name: {"attention_before": (192,), "feed_forward_before": (192,)}
         for name in ("gpt2", "gpt_neox", "opt")
@@ -74,8 +76,10 @@ ORDER_OF_NORMS = (
     "query",
     "key",
     "attention_output",
+    "attention_stream",
     "feed_forward_before",
     "feed_forward_output",
+    "feed_forward_stream",
 )
 # Tensors of a layer with their shapes, in the order in which they are looked for.
 SEPARATE = {

@@ -104,7 +104,7 @@ def _roberta(config: RawConfig, max_context_length: int | None, vocab_size: int)
 
 def distilbert(config: RawConfig, max_context_length: int | None) -> Family:
     """DistilBERT: no types of tokens."""
-    full = {**_DEFAULTS, **config, "type_vocab_size": 0, "layer_norm_eps": 1e-12}
+    full = {**_DEFAULTS, "num_hidden_layers": 6, **config, "type_vocab_size": 0, "layer_norm_eps": 1e-12}
     return _encoder(full, max_context_length, _DISTILBERT)
 
 
