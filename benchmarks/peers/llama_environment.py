@@ -63,10 +63,14 @@ def make_llama_cpp(model: str) -> LlamaCpp:
         UnavailableError: it cannot be fetched or built, or no GGUF of the model is known.
     """
     published_as_gguf = [
-        alias for alias, known in KNOWN_MODELS.items() if all(path.endswith(".gguf") for path in known.files.sha256)
+        alias
+        for alias, known in KNOWN_MODELS.items()
+        if all(path.endswith(".gguf") for path in known.files.sha256)
     ]
     if model not in published_as_gguf:
-        raise UnavailableError(f"{_NAME}: there is a GGUF of {', '.join(published_as_gguf)} only, not of {model}")
+        raise UnavailableError(
+            f"{_NAME}: there is a GGUF of {', '.join(published_as_gguf)} only, not of {model}"
+        )
     need_programs(_NAME, "cmake", "c++")
     directory = ENVIRONMENTS / _NAME
     requirements = REQUIREMENTS / f"{_NAME}.txt"

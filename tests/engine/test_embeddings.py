@@ -14,7 +14,12 @@ from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.request import EncodeRequest
 from support.harnesses.engine import running_engine
 
-TEXTS = ("That is a happy person", "That is a happy dog", "That is a very happy person", "Today is a sunny day")
+TEXTS = (
+    "That is a happy person",
+    "That is a happy dog",
+    "That is a very happy person",
+    "Today is a sunny day",
+)
 SIMILARITIES = (0.6945775, 0.9429151, 0.2568761)
 """Of the first text with each other, in sentence-transformers with all-MiniLM-L6-v2 in float32."""
 

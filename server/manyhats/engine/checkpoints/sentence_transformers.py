@@ -74,5 +74,7 @@ def _pooling(config: Mapping[str, Any], folder: str) -> Pooling:
 def _max_length(file: Path) -> int | None:
     length = read_json(file).get("max_seq_length") if file.is_file() else None
     if length is not None and (type(length) is not int or length < 1):
-        raise ModelError(f"{SETTINGS_FILE}: max_seq_length must be a whole number of at least 1, not {length!r}")
+        raise ModelError(
+            f"{SETTINGS_FILE}: max_seq_length must be a whole number of at least 1, not {length!r}"
+        )
     return length
