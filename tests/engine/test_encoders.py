@@ -170,6 +170,23 @@ def test_records_say_what_a_task_does(found: Found) -> None:
         assert record.kind is KINDS.get(name, TaskKind.CLASSIFY)
 
 
+def test_methods_on_the_pooler_are_peft_s(tmp_path: Path) -> None:
+    checkpoint = make_encoder(tmp_path / "model", seed=8)
+    expected = {}
+    for seed, (name, last) in enumerate(
+        (("lora", 1), ("dora", 1), ("adalora", 1), ("vera", 1), ("ia3", 0), ("ia3", 1), ("vectors", 1))
+    ):
+        config = CONFIGS[name](["query", "pooler.dense"][:: 1 if last else -1])
+        peft = make_peft(load_reference(checkpoint, config.task_type, seed), config, size=0.3)
+        task = f"{name}-{last}"
+        save_peft(peft, tmp_path / task)
+        expected[task] = expected_of(peft, name)
+    _, answers = asyncio.run(answer_all(tmp_path, checkpoint, list(expected)))
+    for task, wanted in expected.items():
+        for ours, theirs in zip(answers[task], wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=task)
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_hidden_values_are_transformers_s_on_both_backends(

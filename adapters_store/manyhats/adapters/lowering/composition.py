@@ -139,12 +139,13 @@ def _only_prefix(parts: Sequence[AdapterPart]) -> KVPrefix | PromptEmbeddings | 
 
 
 def _only_head(parts: Sequence[AdapterPart]) -> TaskHead | None:
-    headed = [part for part in parts if part.adapter.head is not None]
+    heads = [part.adapter.head for part in parts if part.adapter.head is not None]
+    headed = [part for part in parts if part.adapter.head is not None and part.adapter.head.layers]
     if len(headed) > 1:
         raise AdapterUnsupportedError(
             headed[1].name, f"has a head, and so has {headed[0].name}; at most one part may"
         )
-    return headed[0].adapter.head if headed else None
+    return headed[0].adapter.head if headed else next(iter(heads), None)
 
 
 def _weighted(part: AdapterPart, delta: Delta) -> Delta:

@@ -39,7 +39,7 @@ from manyhats.adapters.primitives import (
     LowRank,
     PromptEmbeddings,
 )
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sites import POOLER, BaseDescription
 
 
 def _by_name(*methods: Method) -> Mapping[AdapterMethod, Method]:
@@ -104,17 +104,30 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
     shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
     head = find_head(artifact.config, shapes, base)
     if head is None:
-        lowered = method.lower(artifact, base)
+        lowered, _ = _without_pooler(method.lower(artifact, base))
         if base.kind is TaskKind.GENERATE:
             return lowered
         return replace(lowered, head=TaskHead(base.kind, base.pooling, ()))
     config, tensors = without_head(artifact.config), head.others(artifact.tensors)
-    lowered = method.lower(replace(artifact, config=config, tensors=tensors), base)
-    task_head = head.lower(artifact.tensors, base)
+    lowered, of_pooler = _without_pooler(
+        method.lower(replace(artifact, config=config, tensors=tensors), base)
+    )
+    task_head = head.lower(artifact.tensors, base, of_pooler)
     if isinstance(lowered.prefix, PromptEmbeddings):
         # Virtual tokens make PEFT's model read embeddings, among which it knows no padding.
         task_head = replace(task_head, skipped_token_id=None)
     return replace(lowered, head=task_head)
+
+
+def _without_pooler(lowered: LoweredAdapter) -> tuple[LoweredAdapter, tuple[Delta, ...]]:
+    """An adapter, and what it does to the base's pooler: that is part of a head, and of nothing else."""
+    of_pooler = tuple(delta for delta in lowered.deltas if _acts_on_pooler(delta))
+    others = tuple(delta for delta in lowered.deltas if not _acts_on_pooler(delta))
+    return replace(lowered, deltas=others), of_pooler
+
+
+def _acts_on_pooler(delta: Delta) -> bool:
+    return isinstance(delta, LowRank | Affine | InputScale) and delta.site == POOLER
 
 
 def check_lowered(lowered: LoweredAdapter) -> None:

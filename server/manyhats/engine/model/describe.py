@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from manyhats.adapters.heads import Pooling, TaskKind
-from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Part, Site, TextCheck, WeightSource
+from manyhats.adapters.sites import (
+    EMBEDDING,
+    HEAD,
+    POOLER,
+    BaseDescription,
+    Part,
+    Site,
+    TextCheck,
+    WeightSource,
+)
 from manyhats.engine.model.layout import Family
 
 
@@ -38,6 +47,8 @@ def describe(
     head = architecture.head
     if head is not None:
         modules[layout.head] = (Part(HEAD, tokens),)
+    if has_pooler:
+        modules[layout.outer(layout.pooler)] = (Part(POOLER, range(architecture.hidden_size)),)
     rows = {path: family.rows_of(architecture.blocks[0], stored) for path, stored in layout.modules.items()}
     for layer in range(architecture.num_layers):
         for path, members in rows.items():

@@ -11,15 +11,17 @@ it is listed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from manyhats.adapters.equations import affine
 from manyhats.adapters.errors import AdapterInvalidError
 from manyhats.adapters.formats.peft.tensors import PREFIX, Shape
 from manyhats.adapters.heads import HeadLayer, Pooling, ScoreActivation, TaskHead, TaskKind
+from manyhats.adapters.primitives import Affine, Delta, InputScale, LowRank
 from manyhats.adapters.sites import POOLER, BaseDescription
 
 KINDS: Mapping[str, TaskKind] = MappingProxyType(
@@ -89,9 +91,17 @@ class SavedHead:
         """The tensors, or their shapes, that are not its own."""
         return {name: value for name, value in tensors.items() if name not in self.names}
 
-    def lower(self, tensors: Mapping[str, Tensor], base: BaseDescription) -> TaskHead:
-        """The head as the engine applies it."""
-        layers = tuple(_lowered(layer, tensors, base) for layer in self.layers)
+    def lower(
+        self, tensors: Mapping[str, Tensor], base: BaseDescription, deltas: Sequence[Delta]
+    ) -> TaskHead:
+        """The head as the engine applies it.
+
+        Args:
+            tensors: the artifact's.
+            base: whose pooler it may begin with.
+            deltas: of that pooler, which become part of the task's own copy.
+        """
+        layers = tuple(_lowered(layer, tensors, base, deltas) for layer in self.layers)
         num_labels = layers[-1].weight.shape[0] if layers else 0
         return TaskHead(
             kind=self.kind,
@@ -196,7 +206,9 @@ def _check_layer(layer: _SavedLayer, shapes: Mapping[str, Shape], d_in: int) -> 
     return shape[0]
 
 
-def _lowered(layer: _SavedLayer, tensors: Mapping[str, Tensor], base: BaseDescription) -> HeadLayer:
+def _lowered(
+    layer: _SavedLayer, tensors: Mapping[str, Tensor], base: BaseDescription, deltas: Sequence[Delta]
+) -> HeadLayer:
     if layer.weight is not None:
         bias = None if layer.bias is None else tensors[layer.bias]
         return HeadLayer(tensors[layer.weight], bias, layer.activation)
@@ -204,4 +216,22 @@ def _lowered(layer: _SavedLayer, tensors: Mapping[str, Tensor], base: BaseDescri
         raise AdapterInvalidError(
             "task_type", "the head begins with the base's pooler, which is not available"
         )
-    return HeadLayer(*base.weights.linear(POOLER), layer.activation)
+    return HeadLayer(*_with_deltas(*base.weights.linear(POOLER), deltas), layer.activation)
+
+
+def _with_deltas(
+    weight: Tensor, bias: Tensor | None, deltas: Sequence[Delta]
+) -> tuple[Tensor, Tensor | None]:
+    """A linear as its deltas change it, in the order that ``primitives`` states."""
+    for delta in deltas:
+        if isinstance(delta, InputScale):
+            weight = weight * delta.scale.float()
+    for delta in deltas:
+        if isinstance(delta, Affine):
+            zero = weight.new_zeros(weight.shape[0])
+            bias = affine(zero if bias is None else bias, delta)
+            weight = affine(weight.T, replace(delta, offset=None)).T
+    for delta in deltas:
+        if isinstance(delta, LowRank):
+            weight = weight + delta.scale * (delta.b.float() @ delta.a.float())
+    return weight, bias
