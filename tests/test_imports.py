@@ -44,7 +44,7 @@ FORBIDDEN = {
 # Files and folders of a package from the ground up: one may import those before it.
 FLOORS = {
     "adapters": """
-        errors artifact finish_rate limits sites activations disk taskid reserved_labels registration primitives
+        errors heads artifact finish_rate limits sites activations disk taskid reserved_labels registration primitives
         equations method probe formats methods sources lowering store
     """,
     "engine": """

@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda d: (d / CONFIG).write_text("[]"), "ADAPTER_INVALID"),
     "an unknown field": (_with_config(brand_new=True), "ADAPTER_UNSUPPORTED"),
     "an unknown method": (_with_config(peft_type="NEW"), "ADAPTER_UNSUPPORTED"),
-    "a classifier": (_with_config(task_type="SEQ_CLS"), "ADAPTER_UNSUPPORTED"),
+    "a classifier without a head": (_with_config(task_type="SEQ_CLS"), "ADAPTER_INVALID"),
     "a base that is no name": (_with_config(base_model_name_or_path=7), "ADAPTER_INVALID"),
     "a rank of nothing": (_with_config(r=0), "ADAPTER_INVALID"),
     "a rank of another size": (_with_config(r=7), "ADAPTER_INVALID"),

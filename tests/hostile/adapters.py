@@ -66,6 +66,18 @@ def replaced(make: Callable[[Tensor], Tensor], part: str = f"{PREFIX}.lora_A") -
     return named(f"{make.__name__} of {part[-20:]}", replace)
 
 
+def with_head(**tensors: Tensor) -> Callable[[Draft], object]:
+    """A head that classifies texts; tensors named by what follows the model's path."""
+    added = {f"base_model.model.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
+
+    def add(draft: Draft) -> None:
+        draft.config["task_type"] = "SEQ_CLS"
+        draft.tensors.update(added)
+
+    shapes = [(name, *tensor.shape, str(tensor.flatten()[:1])) for name, tensor in tensors.items()]
+    return named(f"head {shapes}", add)
+
+
 def of_base(base: Any, **fields: Any) -> Callable[[Draft], object]:
     def replace(draft: Draft) -> None:
         draft.tensors = lora_tensors(base, rank=4)
@@ -124,8 +136,25 @@ SPOILT: list[tuple[Callable[[Draft], object], type[AdapterError], str]] = [
     (config_with(new_and_unknown=1), Unsupported, "new_and_unknown"),
     (config_with(new_and_unknown=0), Unsupported, "new_and_unknown"),
     # Tasks, methods and formats.
-    (config_with(task_type="SEQ_CLS"), Unsupported, "task_type"),
-    (config_with(task_type="TOKEN_CLS"), Unsupported, "task_type"),
+    (config_with(task_type="SEQ_CLS"), Invalid, "task_type"),
+    (config_with(task_type="TOKEN_CLS"), Invalid, "task_type"),
+    (with_head(score__weight=torch.ones(2, BASE.hidden_size + 1)), Invalid, "score.weight"),
+    (with_head(score__weight=torch.ones(BASE.hidden_size)), Invalid, "score.weight"),
+    (with_head(score__weight=torch.ones(2, BASE.hidden_size, 1)), Invalid, "score.weight"),
+    (with_head(score__weight=torch.ones(0, BASE.hidden_size)), Invalid, "score.weight"),
+    (with_head(score__weight=torch.full((2, BASE.hidden_size), torch.nan)), Invalid, "score.weight"),
+    (with_head(score__weight=torch.ones(2, BASE.hidden_size).long()), Unsupported, "score.weight"),
+    (with_head(score__bias=torch.ones(2)), Invalid, "task_type"),
+    (
+        with_head(score__weight=torch.ones(2, BASE.hidden_size), score__bias=torch.ones(3)),
+        Invalid,
+        "score.bias",
+    ),
+    (
+        with_head(score__weight=torch.ones(2, BASE.hidden_size), classifier__weight=torch.ones(2, 2)),
+        Unsupported,
+        "classifier.weight",
+    ),
     (config_with(task_type="SEQ_2_SEQ_LM"), Unsupported, "task_type"),
     (config_with(task_type=3), Unsupported, "task_type"),
     *(

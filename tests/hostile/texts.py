@@ -98,8 +98,8 @@ CASES = [
     _typed("peft_type", "LoRA", Unsupported),
     _typed("peft_type", ["LORA"], Invalid),
     _typed("peft_type", {"LORA": 1}, Invalid),
-    _typed("task_type", "SEQ_CLS", Unsupported),
-    _typed("task_type", "FEATURE_EXTRACTION", Unsupported),
+    _typed("task_type", "SEQ_CLS", Invalid),
+    _typed("task_type", "SEQ_2_SEQ_LM", Unsupported),
     _typed("base_model_name_or_path", "org/tiny\0", Invalid),
     _typed("base_model_name_or_path", "x" * 2000, Invalid),
 ]

@@ -97,7 +97,7 @@ def test_numbers_that_the_config_leaves_out_are_the_base_s() -> None:
         ({"num_frozen_tokens": 1}, AdapterUnsupportedError, "num_frozen_tokens"),
         ({"rotate_keys": True}, AdapterUnsupportedError, "rotate_keys"),
         ({"task_type": "SEQ_2_SEQ_LM"}, AdapterUnsupportedError, "task_type"),
-        ({"task_type": "SEQ_CLS"}, AdapterUnsupportedError, "task_type"),
+        ({"task_type": "SEQ_CLS"}, AdapterInvalidError, "task_type"),
     ],
 )
 def test_a_config_that_is_not_the_tensor_s_or_the_base_s_is_refused(
