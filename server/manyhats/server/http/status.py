@@ -45,6 +45,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "FIELD_INVALID": Kind(400, "invalid_request_error", "invalid_value"),
         "PROMPT_TOO_LONG": Kind(400, "invalid_request_error", "context_length_exceeded"),
         "NO_TOKEN_ALLOWED": _BAD,
+        "TASK_KIND_MISMATCH": _BAD,
         "ADAPTER_INVALID": _BAD,
         "ADAPTER_UNSUPPORTED": _BAD,
         "ADAPTER_UNSAFE": _BAD,
@@ -102,6 +103,7 @@ PARAMS: Mapping[str, str] = MappingProxyType(
         "stopping.stop_sequences": "stop",
         "num_sequences": "n",
         "texts": "input",
+        "inputs": "input",
     }
 )
 _GROUPS = ("sampling.", "stopping.", "response.", "chat.")
@@ -167,6 +169,11 @@ def param_of(name: str) -> str:
     return name
 
 
+def own_param_of(name: str) -> str:
+    """The name of a field where requests call theirs as the API does; only the task is a model there."""
+    return "model" if name == "task_id" else name.removesuffix(".ids")
+
+
 def _param(error: Exception, name_of: Callable[[str], str]) -> str | None:
     match error:
         case WireFieldError():
@@ -175,7 +182,7 @@ def _param(error: Exception, name_of: Callable[[str], str]) -> str | None:
             return name_of(error.field)
         case adapter.ArgumentInvalidError():
             return name_of(error.subject)
-        case adapter.TaskNotFoundError() | adapter.NoActiveVersionError():
+        case adapter.TaskNotFoundError() | adapter.NoActiveVersionError() | service.TaskKindError():
             return name_of("task_id")
     return None
 
