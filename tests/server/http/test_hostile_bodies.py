@@ -301,7 +301,7 @@ def heads() -> Iterator[tuple[str, bytes, set[int]]]:
     yield "a path upwards", head("/../../etc/passwd", 0, method="GET"), {404}
     yield "a path in code", head("/v1/models/%2e%2e%2f%00", 0, method="GET"), {400, 404}
     yield "bytes in a path", b"GET /\xff\xfe HTTP/1.1\r\nhost: localhost\r\n\r\n", {400, 404}
-    yield "another's route", head("/v1/embeddings", 2) + b"{}", {404}
+    yield "another's route", head("/v1/audio/speech", 2) + b"{}", {404}
     yield "the wrong method", head(CHAT, 0, method="GET"), {405}
     yield "a long request id", head(CHAT, size, "x-request-id: " + "a" * 129) + body, {400}
 

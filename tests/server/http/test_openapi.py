@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 import write_openapi
+from manyhats.adapters.heads import TaskKind
 from manyhats.server.http.app import make_app, operations
 from manyhats.server.http.call import Surroundings
 from manyhats.server.http.status import KINDS
@@ -34,6 +35,9 @@ def make_echo() -> Any:
     metrics, gate = Metrics(max_task_labels=10), Gate(heartbeat_limit_s=5.0)
     store = MemoryStore()
     store.tasks["sql"] = [make_record("sql")]
+    moods = {"class.0": "good", "class.1": "bad"}
+    store.tasks["mood"] = [make_record("mood", labels=moods, kind=TaskKind.CLASSIFY)]
+    store.tasks["relevance"] = [make_record("relevance", kind=TaskKind.CLASSIFY)]
     backend = make_backend(EchoEngine(), store)
     metrics.attach(backend)
     gate.open(backend)
@@ -140,6 +144,9 @@ PROMPT = st.one_of(
     st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=3),
     st.lists(LISTS_OF_IDS, min_size=1, max_size=3),
 )
+TEXT = st.text(min_size=1, max_size=5)
+TEXTS = st.lists(TEXT, min_size=1, max_size=3)
+RANKED = {"model": st.just("relevance"), "query": TEXT}
 GOOD: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "/v1/chat/completions": st.fixed_dictionaries({"messages": messages("text")}, optional=CHAT),
     "/v1/completions": st.fixed_dictionaries({"prompt": PROMPT}, optional=COMPLETION),
@@ -176,6 +183,35 @@ GOOD: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             },
             optional={"apply_softmax": st.booleans(), "item_first": st.booleans()},
         ),
+    ),
+    "/v1/embeddings": st.fixed_dictionaries(
+        {"input": PROMPT},
+        optional={
+            "model": GENERATION["model"],
+            "encoding_format": st.sampled_from(["float", "base64", None]),
+            "dimensions": st.integers(1, 8),
+            "user": GENERATION["user"],
+        },
+    ),
+    "/embed": st.fixed_dictionaries(
+        {"inputs": PROMPT}, optional={"normalize": st.booleans(), "dimensions": st.integers(1, 8)}
+    ),
+    "/v1/classify": st.fixed_dictionaries({"model": st.just("mood"), "input": TEXT | TEXTS}),
+    "/predict": st.fixed_dictionaries(
+        {
+            "model": st.just("mood"),
+            "inputs": TEXT
+            | st.tuples(TEXT, TEXT).map(list)
+            | st.lists(st.lists(TEXT, min_size=1, max_size=2), min_size=1, max_size=3),
+        },
+        optional={"raw_scores": st.booleans()},
+    ),
+    "/v1/rerank": st.fixed_dictionaries(
+        {**RANKED, "documents": st.lists(TEXT | TEXT.map(lambda text: {"text": text}), min_size=1)},
+        optional={"top_n": st.integers(1, 3), "return_documents": st.booleans()},
+    ),
+    "/rerank": st.fixed_dictionaries(
+        {**RANKED, "texts": TEXTS}, optional={"raw_scores": st.booleans(), "return_text": st.booleans()}
     ),
     "/detokenize": st.fixed_dictionaries({"tokens": LISTS_OF_IDS}, optional={"model": GENERATION["model"]}),
 }

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import numpy as np
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo  # type: ignore[import-untyped]
 from grpc_status import rpc_status
@@ -24,6 +25,7 @@ from manyhats.adapters.errors import (
     NoActiveVersionError,
     TaskNotFoundError,
 )
+from manyhats.adapters.heads import TaskKind
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.registration import Parts, Registered, Registration
@@ -31,6 +33,7 @@ from manyhats.adapters.store.catalogue.pages import decode_page_token, encode_pa
 from manyhats.adapters.taskid import parse_name
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.output import (
+    EncodeOutput,
     EngineStats,
     FinishReason,
     ScoredContinuation,
@@ -40,7 +43,7 @@ from manyhats.engine.output import (
     TopToken,
     Usage,
 )
-from manyhats.engine.request import Request, ScoreRequest
+from manyhats.engine.request import EncodeRequest, Request, ScoreRequest
 from manyhats.engine.residency.residency import ResidencyStats
 from manyhats.engine.residency.tiers import Tier
 from manyhats.engine.text.chat_template import Rendering
@@ -118,6 +121,13 @@ class ByteTokenizer:
             "".join(f"{each.role}:{each.content};" for each in messages), max_tokens=max_tokens
         )
 
+    def encode(
+        self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None, first: str | None = None
+    ) -> list[int]:
+        whole = text if first is None else f"{first}\t{text}"
+        prompt = BytePrompt(whole, begins=add_special_tokens, max_tokens=max_tokens)
+        return list(prompt.token_ids)
+
     def check_length(self, text: str, max_tokens: int) -> None:
         if len(text.encode()) > max_tokens:
             raise PromptTooLongError("text", len(text.encode()), max_tokens)
@@ -166,6 +176,7 @@ class EchoEngine:
     waiting_tasks: tuple[str, ...] = ()
     requests: list[Request] = field(default_factory=list)
     score_requests: list[ScoreRequest] = field(default_factory=list)
+    encode_requests: list[EncodeRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     stopped: bool = False
     model_bytes: Mapping[str, int] = field(default_factory=lambda: {"base": 1000, "kv": 500})
@@ -225,6 +236,20 @@ class EchoEngine:
             for ids in request.continuations
         ]
         return ScoreOutput(scores, Usage(prompt_tokens=len(request.prompt_token_ids)))
+
+    async def encode(self, request: EncodeRequest) -> EncodeOutput:
+        """Of each text the shares of its tokens by their ids modulo a head's labels, or else 8."""
+        self.encode_requests.append(request)
+        if self.error is not None:
+            raise self.error
+        await asyncio.sleep(self.step_s)
+        labels = {} if request.adapter is None else request.adapter.labels
+        size = (sum(label.startswith("class.") for label in labels) or 1) if request.applies_head else 8
+        values = [
+            np.bincount(np.array(ids) % size, minlength=size).astype(np.float32)[None] / len(ids)
+            for ids in request.inputs
+        ]
+        return EncodeOutput(values, Usage(prompt_tokens=request.num_tokens))
 
     async def warm_adapter(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
         self.warmed.append(record)
@@ -421,6 +446,7 @@ def make_record(
     uri: str = "a",
     state: AdapterState = AdapterState.ACTIVE,
     labels: Mapping[str, str] | None = None,
+    kind: TaskKind = TaskKind.GENERATE,
 ) -> AdapterRecord:
     """A version of a task."""
     return AdapterRecord(
@@ -436,6 +462,7 @@ def make_record(
         create_time=datetime(2026, 1, 2, tzinfo=UTC),
         labels=labels or {},
         notes=("a note",),
+        kind=kind,
     )
 
 

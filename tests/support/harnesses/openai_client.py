@@ -9,12 +9,12 @@ from typing import Any
 import openai
 
 from support.fakes.server import Running
-from support.harnesses.engine_server import Served
+from support.harnesses.engine_server import Ports, Served
 
 
 @asynccontextmanager
 async def client_of(
-    server: Running | Served, *, is_strict: bool = True, max_retries: int = 0, **options: Any
+    server: Running | Served | Ports, *, is_strict: bool = True, max_retries: int = 0, **options: Any
 ) -> AsyncIterator[openai.AsyncOpenAI]:
     """A client; if it is strict, it takes nothing but what the API's description allows."""
     async with openai.AsyncOpenAI(

@@ -20,15 +20,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from manyhats.server.access.addresses import is_loopback
 from manyhats.server.http import management, page, probes
 from manyhats.server.http.call import Endpoint, Surroundings
-from manyhats.server.http.models import Models
+from manyhats.server.http.classes import Classification, ClassifyBody, PredictBody
+from manyhats.server.http.embeddings import EmbedBody, EmbeddingsBody, Vectors
+from manyhats.server.http.models import TASK_HEADER, Models
 from manyhats.server.http.openai import OpenAI
 from manyhats.server.http.openai_messages import ChatBody, CompletionBody, TokenizeBody
 from manyhats.server.http.openapi import document
 from manyhats.server.http.operation import OF_A_TASK, OF_RUNS, OF_TEXTS, Operation
+from manyhats.server.http.rerank import RerankBody, Reranking
 from manyhats.server.http.responses import Responses
 from manyhats.server.http.responses_messages import ResponsesBody
-from manyhats.server.http.scores import ClassifyBody, ScoreBody, Scores
-from manyhats.server.http.status import ErrorAnswer, ErrorBody, refusal_of
+from manyhats.server.http.scores import ScoreBody, Scores
+from manyhats.server.http.status import ErrorAnswer, ErrorBody, own_param_of, refusal_of
 from manyhats.server.http.tokenization import DetokenizeBody, Tokenization
 from manyhats.server.http.writer import Writer
 from manyhats.server.service.errors import HostNotAllowedError
@@ -159,17 +162,7 @@ def operations(gate: Gate, metrics: Metrics) -> list[Operation[Any]]:
             summary="Give the log-probability of each continuation of a prompt.",
             errors=OF_RUNS,
         ),
-        *(
-            post(
-                path=path,
-                method="Classify",
-                handle=scores.classify,
-                body=ClassifyBody,
-                summary="Give the probability of each of a task's classes for texts.",
-                errors=OF_RUNS,
-            )
-            for path in ("/v1/classify", "/classify")
-        ),
+        *_encodings(gate, metrics),
         post(
             path="/tokenize",
             method="Tokenize",
@@ -195,6 +188,63 @@ def operations(gate: Gate, metrics: Metrics) -> list[Operation[Any]]:
             errors=OF_TEXTS,
         ),
         *management.operations(gate, metrics),
+    ]
+
+
+def _encodings(gate: Gate, metrics: Metrics) -> list[Operation[Any]]:
+    """Calls that read texts and generate nothing."""
+    vectors, classes = Vectors(gate, metrics), Classification(gate, metrics)
+    reranking = Reranking(gate, metrics)
+    post = partial(Operation, verb="POST", errors=OF_RUNS)
+    names_task = {TASK_HEADER: "The task, where `model` does not name it."}
+    return [
+        post(
+            path="/v1/embeddings",
+            method="Embed",
+            handle=vectors.embeddings,
+            body=EmbeddingsBody,
+            summary="Give a vector for each text.",
+        ),
+        *(
+            post(
+                path=path,
+                method="Classify",
+                handle=classes.classify,
+                body=ClassifyBody,
+                summary="Give the probability of each of a task's classes for texts.",
+            )
+            for path in ("/v1/classify", "/classify")
+        ),
+        *(
+            post(
+                path=path,
+                method="Rerank",
+                handle=reranking.rerank,
+                body=RerankBody,
+                summary="Say how relevant texts are to a query.",
+                name_of=own_param_of,
+                headers=names_task,
+            )
+            for path in ("/v1/rerank", "/rerank")
+        ),
+        post(
+            path="/embed",
+            method="Embed",
+            handle=vectors.embed,
+            body=EmbedBody,
+            summary="Give a vector for each text, in the form of Text Embeddings Inference.",
+            name_of=own_param_of,
+            headers=names_task,
+        ),
+        post(
+            path="/predict",
+            method="Classify",
+            handle=classes.predict,
+            body=PredictBody,
+            summary="Give the scores of a task's classes for texts or pairs, in that form.",
+            name_of=own_param_of,
+            headers=names_task,
+        ),
     ]
 
 

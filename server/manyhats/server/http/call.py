@@ -37,11 +37,13 @@ class HttpCall(Call):
     Attributes:
         path: parameters of its path.
         query: of its address, not decoded.
+        given: the headers of its request.
         headers: what its answer says in headers besides its format.
     """
 
     path: Mapping[str, str] = field(default_factory=dict)
     query: bytes = b""
+    given: Headers = field(default_factory=Headers)
     headers: dict[str, str] = field(default_factory=dict)
 
     def renamed(self, request_id: str | None) -> None:
@@ -53,6 +55,11 @@ class HttpCall(Call):
         if request_id:
             self.identify(request_id)
         self.headers["x-request-id"] = self.request_id or self.id
+
+    def show_version(self) -> None:
+        """Say in a header which version answers; nothing for the base model."""
+        if self.version is not None:
+            self.headers["x-manyhats-version"] = self.version.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +129,7 @@ class Endpoint(Generic[Body]):
                     caller=_NOBODY,
                     path=scope.get("path_params", {}),
                     query=scope.get("query_string", b""),
+                    given=Headers(scope=scope),
                     headers=writer.headers,
                 )
                 try:

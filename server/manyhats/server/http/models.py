@@ -107,6 +107,37 @@ def task_name(backend: Backend, model: str | None, *aliases: str | None) -> str:
     return name
 
 
+TASK_HEADER = "X-Task-Id"
+"""Names the task of a request in one of TEI's forms, which have no field for it."""
+
+
+def note_model(
+    call: HttpCall,
+    backend: Backend,
+    model: str | None,
+    request_id: str | None = None,
+    *,
+    reads_header: bool = False,
+) -> str:
+    """Note the id of a request, and the task or version that it names; the model's name in its answer.
+
+    Args:
+        call: the request's.
+        backend: knows the base's names.
+        model, request_id: its fields.
+        reads_header: whether ``TASK_HEADER`` may name the task where ``model`` names the base.
+
+    Raises:
+        FieldInvalidError: the id cannot be one, or ``model`` and the header name different tasks.
+        TaskNotAllowedError: the caller's scope does not cover the task.
+    """
+    call.renamed(request_id)
+    headers = call.given.getlist(TASK_HEADER) if reads_header else ()
+    name = task_name(backend, model, *(task_name(backend, each) for each in headers))
+    call.names(name)
+    return shown_name(backend, name) if headers else model or shown_name(backend, name)
+
+
 def shown_name(backend: Backend, task: str) -> str:
     """The name of a task or version in answers; the base's for ""."""
     return task or backend.info.name

@@ -14,6 +14,7 @@ from manyhats.engine.output import StepOutput
 from manyhats.server.http.call import HttpCall
 from manyhats.server.http.chat import ChatAnswer, ChatChunk, chat_answer, chat_chunks
 from manyhats.server.http.completions import Completion, completion, completion_chunks, of_prompt_only
+from manyhats.server.http.inputs import as_prompts, several
 from manyhats.server.http.models import shown_name, task_name
 from manyhats.server.http.openai_answers import TokenNames
 from manyhats.server.http.openai_messages import ChatBody, CompletionBody, conversation
@@ -21,7 +22,7 @@ from manyhats.server.http.run import Output, Run, collected
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.generations import Generations, check_num_sequences
 from manyhats.server.service.merging import merged
-from manyhats.server.service.prompts import Prompt, TextPrompt, TokenPrompt
+from manyhats.server.service.prompts import Prompt
 from manyhats.server.service.task_defaults import Fields
 from manyhats.server.service.tasks import Tasks
 from manyhats.server.service.text_threads import num_entries
@@ -172,22 +173,10 @@ def prompts_of(body: CompletionBody) -> list[Prompt]:
     Raises:
         FieldInvalidError: there are none, or too many, or they are neither.
     """
-    given, special = body.prompt, body.add_special_tokens is not False
-    if isinstance(given, list) and all(isinstance(each, int) for each in given):
-        given = [given]  # type: ignore[list-item]
-    many = [given] if isinstance(given, str) else given
-    if not 1 <= len(many) <= MAX_PROMPTS:
-        raise FieldInvalidError("prompt", f"must have 1 to {MAX_PROMPTS}, not {len(many)}")
-    prompts: list[Prompt] = []
-    for index, each in enumerate(many):
-        field = f"prompt[{index}]" if len(many) > 1 else "prompt"
-        if isinstance(each, str):
-            prompts.append(TextPrompt(each, add_special_tokens=special, field=field))
-        elif isinstance(each, list):
-            prompts.append(TokenPrompt(each, field=field))
-        else:
-            raise FieldInvalidError(field, "must be a text or a list of token ids")
-    return prompts
+    given = several(body.prompt)
+    if not 1 <= len(given) <= MAX_PROMPTS:
+        raise FieldInvalidError("prompt", f"must have 1 to {MAX_PROMPTS}, not {len(given)}")
+    return as_prompts(given, "prompt", add_special_tokens=body.add_special_tokens is not False)
 
 
 async def _of_prompts_only(outputs: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:

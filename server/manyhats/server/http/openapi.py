@@ -96,6 +96,7 @@ def _operation(operation: Operation[Any], schema_of: Mapping[Any, Any], names: s
     names.add(name)
     parameters = [_parameter(each, "path") for each in re.findall(r"\{(\w+)\}", path)]
     parameters += [_parameter(each, "query", text) for each, text in operation.query.items()]
+    parameters += [_parameter(each, "header", text) for each, text in operation.headers.items()]
     found: dict[str, Any] = {
         "operationId": name,
         "summary": operation.summary,

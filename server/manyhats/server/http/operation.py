@@ -27,7 +27,7 @@ OF_TEXTS = OF_A_TASK | {"PROMPT_TOO_LONG", "ADAPTER_INVALID", "DATA_LOSS"}
 """Of calls that use a task's tokenizer."""
 OF_RUNS = OF_TEXTS | {
     *("ADAPTER_UNSUPPORTED", "ADAPTER_CAPACITY", "SOURCE_UNAVAILABLE", "STREAM_UNREAD"),
-    *("NO_TOKEN_ALLOWED", "NUMERICAL_ERROR", "DEADLINE_EXCEEDED"),
+    *("TASK_KIND_MISMATCH", "NO_TOKEN_ALLOWED", "NUMERICAL_ERROR", "DEADLINE_EXCEEDED"),
 }
 """Of calls that run a task on the engine."""
 OF_AN_UPLOAD = frozenset(
@@ -59,6 +59,7 @@ class Operation(Generic[Body]):
         options: of a form: the struct in its first field.
         name_of: how its fields are called in errors, by the service's names.
         query: name of each parameter of its address → what it is.
+        headers: name of each header that it reads, besides those of every call → what it is.
         errors: words of the reasons for which it fails, besides those of every call and of every body.
     """
 
@@ -71,6 +72,7 @@ class Operation(Generic[Body]):
     options: type[Any] | None = None
     name_of: Callable[[str], str] = param_of
     query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     errors: frozenset[str] = frozenset()
 
     @property

@@ -1,9 +1,8 @@
-"""Log-probabilities of continuations, and classes by them."""
+"""Log-probabilities of continuations."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.server.http.call import HttpCall
-from manyhats.server.http.models import shown_name, task_name
+from manyhats.server.http.models import note_model
 from manyhats.server.http.openai_answers import Spent, TokenLogprob, TokenNames, UsageBody
 from manyhats.server.http.openai_messages import Message, conversation
 from manyhats.server.service.gate import Gate
@@ -80,37 +79,8 @@ class ItemScores(Struct, kw_only=True):
     usage: UsageBody
 
 
-class ClassifyBody(Struct, forbid_unknown_fields=True, kw_only=True):
-    """``POST /v1/classify``: a text, or several."""
-
-    model: str | None = None
-    input: str | list[str]
-    request_id: str | None = None
-    user: Any = None
-
-
-class ClassProbabilities(Struct, kw_only=True):
-    """What the task says of one text: the likeliest class, and the probability of each."""
-
-    index: int
-    label: str
-    probs: list[float]
-    num_classes: int
-
-
-class ClassifyAnswer(Struct, kw_only=True):
-    """Of each text, in order."""
-
-    id: str
-    object: str = "list"
-    created: int
-    model: str
-    data: list[ClassProbabilities]
-    usage: UsageBody
-
-
 class Scores:
-    """Scores and classifies on the backend behind the gate."""
+    """Scores on the backend behind the gate."""
 
     def __init__(self, gate: Gate, metrics: Metrics) -> None:
         self._gate = gate
@@ -118,7 +88,7 @@ class Scores:
 
     async def score(self, call: HttpCall, body: ScoreBody) -> ScoreAnswer | ItemScores:
         """``POST /v1/score``."""
-        model = self._named(call, body)
+        model = note_model(call, self._gate.backend, body.model, body.request_id)
         if body.items is not None:
             return await self._items(call, body, model)
         if body.query is not None or body.label_token_ids is not None:
@@ -130,39 +100,6 @@ class Scores:
         build = partial(_answer, body, output, names, model, spent)
         num_tokens = sum(len(each.tokens) for each in output.scores)
         return await self._gate.backend.text_threads.build(build, num_tokens)
-
-    async def classify(self, call: HttpCall, body: ClassifyBody) -> ClassifyAnswer:
-        """``POST /v1/classify`` and ``/classify``."""
-        model = self._named(call, body)
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        found = await self._generations.classify(call, texts)
-        if call.version is not None:
-            call.headers["x-manyhats-version"] = call.version.name
-        spent = Spent()
-        for each in found:
-            spent.prompt(each.usage)
-        return ClassifyAnswer(
-            id=f"classify-{call.request_id}",
-            created=int(time.time()),
-            model=model,
-            data=[
-                ClassProbabilities(
-                    index=index,
-                    label=each.label,
-                    probs=list(each.probabilities),
-                    num_classes=len(each.classes),
-                )
-                for index, each in enumerate(found)
-            ],
-            usage=spent.body,
-        )
-
-    def _named(self, call: HttpCall, body: ScoreBody | ClassifyBody) -> str:
-        """Note the request's id and task; the model's name in its answer."""
-        call.renamed(body.request_id)
-        name = task_name(self._gate.backend, body.model)
-        call.names(name)
-        return body.model or shown_name(self._gate.backend, name)
 
     async def _scored(
         self,

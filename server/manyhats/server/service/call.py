@@ -28,7 +28,17 @@ MAX_REQUEST_ID_LENGTH = 128
 # A caller whose deadline passes cancels slightly before the deadline by this server's clock.
 _DEADLINE_SLACK_S = 0.1
 _TIMED_METHODS = frozenset(
-    {"Generate", "GenerateStream", "Score", "ChatCompletions", "Completions", "Responses", "Classify"}
+    {
+        "Generate",
+        "GenerateStream",
+        "Score",
+        "ChatCompletions",
+        "Completions",
+        "Responses",
+        "Embed",
+        "Classify",
+        "Rerank",
+    }
 )
 _log = structlog.get_logger("manyhats.calls")
 

@@ -243,6 +243,7 @@ class Encodings:
         adapter = self._tasks.resolved(call)
         check_kind(adapter, TaskKind.CLASSIFY)
         assert adapter is not None
+        TextPrompt(query, field="query")
         pairs = [TextPrompt(text, field=f"texts[{index}]", first=query) for index, text in enumerate(texts)]
         tokens = await self._tokens(adapter, pairs, "texts")
         output = await self._encode(call, adapter, tokens, None, True, "", priority)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
-from manyhats.engine.request import MAX_CONTINUATIONS
+from manyhats.engine.request import MAX_CONTINUATIONS, MAX_INPUTS
 from manyhats.engine.text.chat_template import ChatMessage, Rendering
 from manyhats.engine.text.ending import PROBES, Ends, find_ends
 from manyhats.engine.text.prompt_text import TAIL_LENGTH, Continuation, ScoreTokens, score_tokens
@@ -78,6 +78,16 @@ def check_continuations(texts: Collection[str]) -> None:
         raise FieldInvalidError(
             "continuations", f"have {num_bytes} bytes together; the limit is {MAX_TEXT_BYTES}"
         )
+
+
+def check_num_inputs(num_inputs: int, field: str = "inputs") -> None:
+    """Check how many texts are to be read.
+
+    Raises:
+        FieldInvalidError: ``field``: too many, or none.
+    """
+    if not 1 <= num_inputs <= MAX_INPUTS:
+        raise FieldInvalidError(field, f"must have 1 to {MAX_INPUTS}, not {num_inputs}")
 
 
 @dataclass(frozen=True, slots=True)
