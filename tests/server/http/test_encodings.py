@@ -14,7 +14,7 @@ import openai
 import pytest
 import pytest_asyncio
 import torch
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PromptTuningConfig, TaskType
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.filterwarnin
 
 TOLERANCE = 1e-4
 CONTEXT = 128
+VIRTUAL = 5
 SIZE = 64
 TEXTS = ["the cat and the hat", "a dog", "Es regnet: wo ist mein Hut?"]
 MOODS = ("good", "bad", "so so")
@@ -41,6 +42,7 @@ TASKS = {
     "tags": (TaskType.TOKEN_CLS, 5),
     "vectors": (TaskType.FEATURE_EXTRACTION, 0),
     "plain": (TaskType.CAUSAL_LM, 0),
+    "prompted": (TaskType.SEQ_CLS, 3),
 }
 
 
@@ -56,9 +58,11 @@ class Tasks:
         return await exchange(self.ports.http, request(path, body, *headers), timeout_s=60)
 
     @torch.no_grad()
-    def logits(self, task: str, text: str | tuple[str, str]) -> Any:
+    def logits(self, task: str, text: str | tuple[str, str], limit: int = CONTEXT) -> Any:
         pair = text if isinstance(text, tuple) else (text,)
-        ids = torch.tensor([self.tokenizer.encode(*pair).ids])
+        cutting = Tokenizer.from_str(self.tokenizer.to_str())
+        cutting.enable_truncation(limit)
+        ids = torch.tensor([cutting.encode(*pair).ids])
         return self.models[task](input_ids=ids).logits[0].double().numpy()
 
     @torch.no_grad()
@@ -83,10 +87,12 @@ async def tasks(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Tasks
     save_tokenizer(base, tokenizer)
     models = {"": load_model(base)}
     for name, (kind, num_labels) in TASKS.items():
-        config = LoraConfig(task_type=kind, r=4, target_modules=["q_proj", "down_proj"])
+        config: Any = LoraConfig(task_type=kind, r=4, target_modules=["q_proj", "down_proj"])
+        if name == "prompted":
+            config = PromptTuningConfig(task_type=kind, num_virtual_tokens=VIRTUAL)
         models[name] = make_peft(copy.deepcopy(load_model(base, kind, num_labels)), config, size=0.3)
         save_peft(models[name], directory / name)
-    config = make_config(
+    settings = make_config(
         {
             "model": str(base),
             "base_names": ("small",),
@@ -98,7 +104,7 @@ async def tasks(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Tasks
             "kv_cache_bytes": 4 << 20,
         }
     )
-    async with served_ports(config) as ports:
+    async with served_ports(settings) as ports:
         served = Tasks(ports, tokenizer, models)
         for name in TASKS:
             labels = {f"class.{i}": mood for i, mood in enumerate(MOODS)} if name == "mood" else {}
@@ -229,6 +235,43 @@ async def test_documents_are_ranked_in_both_forms(tasks: Tasks, path: str) -> No
 
 
 LONG = "many words " * CONTEXT
+
+
+async def test_tei_s_truncate_cuts_texts_within_their_special_tokens(tasks: Tasks) -> None:
+    ids = tasks.tokenizer.encode(LONG).ids
+    cut = [*ids[: CONTEXT - 1], ids[-1]]
+    embedded = await tasks.post("/embed", {"model": "vectors", "inputs": ["a", LONG], "truncate": True})
+    np.testing.assert_allclose(embedded.json[1], tasks.vector("vectors", cut), atol=TOLERANCE)
+    pair = ["the cat " * 40, LONG]
+    for task, limit in (("mood", CONTEXT), ("prompted", CONTEXT - VIRTUAL)):
+        for inputs, text in ((LONG, LONG), (pair, (pair[0], pair[1]))):
+            body = {"model": task, "inputs": inputs, "raw_scores": True, "truncate": True}
+            reply = await tasks.post("/predict", {**body, "truncation_direction": "Right"})
+            logits = np.sort(tasks.logits(task, text, limit))[::-1]
+            np.testing.assert_allclose([each["score"] for each in reply.json], logits, atol=TOLERANCE)
+    ranked = await tasks.post(
+        "/rerank",
+        {"model": "relevance", "query": "a cat", "texts": [LONG], "raw_scores": True, "truncate": True},
+    )
+    (score,) = [each["score"] for each in ranked.json]
+    assert score == pytest.approx(float(tasks.logits("relevance", ("a cat", LONG))[0]), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/embed", {"inputs": [[5] * (CONTEXT + 1)], "truncate": True}, "inputs[0]"),
+        ("/predict", {"model": "prompted", "inputs": [["a"], [LONG]]}, "inputs[1]"),
+        ("/rerank", {"model": "relevance", "query": LONG, "texts": ["a"], "truncate": True}, "query"),
+    ],
+)
+async def test_what_is_not_cut_is_refused(tasks: Tasks, path: str, body: Any, param: str) -> None:
+    reply = await tasks.post(path, body)
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (
+        400,
+        "context_length_exceeded",
+        param,
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ BAD: dict[str, dict[str, tuple[Any, ...]]] = {
         "normalize": ("yes", 1),
         "dimensions": (0, -1, 9, "8"),
         "prompt_name": ("query",),
+        "truncate": ("yes", 1),
+        "truncation_direction": ("Left", "", 1),
         "input": ("a",),
     },
     "/v1/classify": {
@@ -98,6 +100,7 @@ BAD: dict[str, dict[str, tuple[Any, ...]]] = {
         "return_documents": ("yes",),
         "raw_scores": (True,),
         "return_text": (False,),
+        "truncate": (True,),
         "rank_fields": (["text"],),
     },
     "/rerank": {

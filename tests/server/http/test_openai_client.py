@@ -273,5 +273,5 @@ async def test_the_clients_request_id_is_the_servers() -> None:
 async def test_routes_that_are_not_served_are_not_found() -> None:
     async with running_server() as server, client_of(server) as client:
         with pytest.raises(openai.NotFoundError) as caught:
-            await client.embeddings.create(model="echo", input="a")
+            await client.moderations.create(model="echo", input="a")
     assert caught.value.code == "not_found"

@@ -204,7 +204,7 @@ GOOD: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             | st.tuples(TEXT, TEXT).map(list)
             | st.lists(st.lists(TEXT, min_size=1, max_size=2), min_size=1, max_size=3),
         },
-        optional={"raw_scores": st.booleans()},
+        optional={"raw_scores": st.booleans(), "truncate": st.booleans()},
     ),
     "/v1/rerank": st.fixed_dictionaries(
         {**RANKED, "documents": st.lists(TEXT | TEXT.map(lambda text: {"text": text}), min_size=1)},

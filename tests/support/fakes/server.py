@@ -122,11 +122,18 @@ class ByteTokenizer:
         )
 
     def encode(
-        self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None, first: str | None = None
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        max_tokens: int | None = None,
+        first: str | None = None,
+        truncates: bool = False,
     ) -> list[int]:
         whole = text if first is None else f"{first}\t{text}"
-        prompt = BytePrompt(whole, begins=add_special_tokens, max_tokens=max_tokens)
-        return list(prompt.token_ids)
+        limit = None if truncates else max_tokens
+        prompt = BytePrompt(whole, begins=add_special_tokens, max_tokens=limit)
+        return list(prompt.token_ids[:max_tokens])
 
     def check_length(self, text: str, max_tokens: int) -> None:
         if len(text.encode()) > max_tokens:

@@ -39,6 +39,7 @@ from manyhats.engine.text.tokenizer_files import (
     single_steps,
 )
 from manyhats.engine.text.tokenizer_parts import read_tokenizer
+from manyhats.engine.text.truncation import kept
 from manyhats.engine.text.vocabulary import bytes_of_token
 
 __all__ = ["ChatMessage", "Tokenizer"]
@@ -135,17 +136,37 @@ class Tokenizer:
         return list(self.read(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens).token_ids)
 
     def read(
-        self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None, first: str | None = None
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        max_tokens: int | None = None,
+        first: str | None = None,
+        truncates: bool = False,
     ) -> ReadText:
-        """The tokens of ``encode`` with their types; ``first`` is a text before it, which it makes a pair with."""
-        if max_tokens is not None:
+        """The tokens of ``encode`` with their types.
+
+        Args:
+            text, add_special_tokens, max_tokens: as for ``encode``.
+            first: a text before it; the post-processor then joins the two as a pair. None for none.
+            truncates: whether a longer text is cut to ``max_tokens``, special tokens apart.
+
+        Raises:
+            PromptTooLongError: as ``encode``; or special tokens alone are too many.
+        """
+        if max_tokens is not None and not truncates:
             self.check_length(text, max_tokens)
         # Unlike ``encode``, this releases the interpreter lock, and leaves out the tokens' offsets in the text.
         whole = text if first is None else (first, text)
         (encoding,) = self._backend.encode_batch_fast([whole], add_special_tokens=add_special_tokens)
         if max_tokens is not None and len(encoding) > max_tokens:
-            raise PromptTooLongError("text", len(encoding), max_tokens)
-        return ReadText(tuple(encoding.ids), () if first is None else tuple(encoding.type_ids))
+            if not truncates:
+                raise PromptTooLongError("text", len(encoding), max_tokens)
+            parts = kept(encoding, max_tokens)
+        else:
+            parts = [slice(None)]
+        token_ids = _joined(encoding.ids, parts)
+        return ReadText(token_ids, () if first is None else _joined(encoding.type_ids, parts))
 
     def offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int]]:
         """The characters [start, end) that each token of ``encode`` stands for; of special ones, none."""
@@ -380,3 +401,7 @@ class Tokenizer:
         """
         pieces = self._pieces if skip_special_tokens else self._literal_pieces
         return exact_stream(pieces) if is_exact else pieces.stream()
+
+
+def _joined(values: Sequence[int], parts: Sequence[slice]) -> tuple[int, ...]:
+    return tuple(value for part in parts for value in values[part])

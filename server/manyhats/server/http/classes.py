@@ -12,6 +12,7 @@ from msgspec import Struct
 from manyhats.adapters.heads import TaskKind
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.server.http.call import HttpCall
+from manyhats.server.http.inputs import RightOnly
 from manyhats.server.http.models import note_model
 from manyhats.server.http.openai_answers import Spent, UsageBody
 from manyhats.server.service.encodings import Encodings
@@ -62,6 +63,8 @@ class PredictBody(Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: str | None = None
     inputs: str | list[str | list[str]]
+    truncate: bool | None = None
+    truncation_direction: RightOnly | None = None
     raw_scores: bool | None = None
 
 
@@ -106,7 +109,9 @@ class Classification:
             _text_or_pair(each, f"inputs[{index}]" if is_batch else "inputs")
             for index, each in enumerate(given)
         ]
-        found = await self._encodings.classify(call, prompts, raw_scores=bool(body.raw_scores))
+        found = await self._encodings.classify(
+            call, prompts, raw_scores=bool(body.raw_scores), truncates=bool(body.truncate)
+        )
         call.show_version()
         predictions = await self._built(_predictions, found.results)
         return predictions if is_batch else predictions[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import Meta, Raw, Struct, json
 
 from manyhats.server.http.call import HttpCall
-from manyhats.server.http.inputs import Input, as_prompts, several
+from manyhats.server.http.inputs import Input, RightOnly, as_prompts, several
 from manyhats.server.http.models import note_model
 from manyhats.server.service.encodings import Encodings
 from manyhats.server.service.gate import Gate
@@ -70,6 +70,8 @@ class EmbedBody(Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: str | None = None
     inputs: Input
+    truncate: bool | None = None
+    truncation_direction: RightOnly | None = None
     normalize: bool | None = None
     dimensions: Dimensions | None = None
     prompt_name: None = None
@@ -116,6 +118,7 @@ class Vectors:
             as_prompts(given, "inputs"),
             normalize=body.normalize is not False,
             dimensions=body.dimensions or 0,
+            truncates=bool(body.truncate),
         )
         call.show_version()
         return await self._each(_written, found.vectors)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.server.service.prompts import Prompt, TextPrompt, TokenPrompt
 
 Input = str | list[str | int | list[int]]
 """A text, the token ids of one, or a list of either."""
+RightOnly = Literal["Right", "right"]
+"""Where TEI's ``truncate`` cuts: a text's beginning is what is read."""
 
 
 def several(given: Input) -> Sequence[str | int | list[int]]:

@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from manyhats.engine.errors import FieldInvalidError, RequestError
 from manyhats.server.http.call import HttpCall
+from manyhats.server.http.inputs import RightOnly
 from manyhats.server.http.models import note_model
 from manyhats.server.http.openai_answers import Spent, UsageBody
 from manyhats.server.service.encodings import Encodings
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from manyhats.server.observability.metrics import Metrics
 
 # The field that tells a form apart → fields of that form alone.
-_FORMS = {"documents": ("top_n", "return_documents"), "texts": ("raw_scores", "return_text")}
+_FORMS = {
+    "documents": ("top_n", "return_documents"),
+    "texts": ("raw_scores", "return_text", "truncate", "truncation_direction"),
+}
 
 
 class Document(Struct, forbid_unknown_fields=True):
@@ -42,6 +46,8 @@ class RerankBody(Struct, forbid_unknown_fields=True, kw_only=True):
     texts: list[str] | None = None
     raw_scores: bool | None = None
     return_text: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: RightOnly | None = None
     priority: int | None = None
     request_id: str | None = None
     user: Any = None
@@ -102,6 +108,7 @@ class Reranking:
                 texts,
                 raw_scores=bool(body.raw_scores),
                 top_n=body.top_n or 0,
+                truncates=bool(body.truncate),
                 priority=-(body.priority or 0),
             )
         call.show_version()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -125,6 +126,7 @@ class Encodings:
         pooling: Pooling | None = None,
         normalize: bool = True,
         dimensions: int = 0,
+        truncates: bool = False,
         cache_salt: str = "",
         priority: int = 0,
     ) -> Embeddings:
@@ -136,6 +138,7 @@ class Encodings:
             pooling: of hidden values; None for the task's, or else the base's. ``ALL`` is refused.
             normalize: whether vectors have length 1.
             dimensions: how many of each vector's first values, before they are normalized; 0 for all.
+            truncates: whether texts that are too long are cut at their ends.
             cache_salt, priority: as for a generation.
 
         Raises:
@@ -148,8 +151,16 @@ class Encodings:
             check_kind(adapter, TaskKind.GENERATE, TaskKind.EMBED, base=self._backend.info.kind)
         if pooling is Pooling.ALL:
             raise FieldInvalidError("pooling", "must give one vector a text")
-        tokens = await self._tokens(adapter, inputs)
-        output = await self._encode(call, adapter, tokens, pooling, False, cache_salt, priority)
+        read = partial(
+            self._encode,
+            call,
+            adapter,
+            pooling=pooling,
+            applies_head=False,
+            cache_salt=cache_salt,
+            priority=priority,
+        )
+        tokens, output = await self._read(adapter, inputs, "inputs", truncates, read)
         size = int(output.values[0].shape[1])
         if not 0 <= dimensions <= size:
             raise FieldInvalidError("dimensions", f"must be in [0, {size}], not {dimensions}")
@@ -163,6 +174,7 @@ class Encodings:
         *,
         raw_scores: bool = False,
         top_k: int = 0,
+        truncates: bool = False,
         priority: int = 0,
     ) -> Classifications:
         """The labels of each text by the task's head.
@@ -172,6 +184,7 @@ class Encodings:
             inputs: the texts.
             raw_scores: whether scores are the logits.
             top_k: how many labels of each, best first; 0 for all.
+            truncates: whether texts that are too long are cut at their ends.
             priority: as for a generation.
 
         Raises:
@@ -182,8 +195,8 @@ class Encodings:
         adapter = self._tasks.resolved(call)
         check_kind(adapter, TaskKind.CLASSIFY)
         assert adapter is not None
-        tokens = await self._tokens(adapter, inputs)
-        output = await self._encode(call, adapter, tokens, None, True, "", priority)
+        read = partial(self._encode, call, adapter, priority=priority)
+        tokens, output = await self._read(adapter, inputs, "inputs", truncates, read)
         results = tuple(_scored(adapter, values[0], raw_scores, top_k) for values in output.values)
         return Classifications(results, _lengths(tokens), output.usage, adapter)
 
@@ -202,7 +215,7 @@ class Encodings:
         assert adapter is not None
         tokenizer = await self._tasks.tokenizer_of(adapter) or self._backend.tokenizer
         tokens = await self._tokens(adapter, inputs)
-        output = await self._encode(call, adapter, tokens, None, True, "", priority)
+        output = await self._encode(call, adapter, tokens, priority=priority)
         results = []
         for each, values in zip(inputs, output.values, strict=True):
             offsets = tokenizer.offsets(each.text, add_special_tokens=each.add_special_tokens)
@@ -223,6 +236,7 @@ class Encodings:
         *,
         raw_scores: bool = False,
         top_n: int = 0,
+        truncates: bool = False,
         priority: int = 0,
     ) -> Ranked:
         """How relevant texts are to a query, by a head with one label: the tokenizer's pair of query and text is read.
@@ -233,6 +247,7 @@ class Encodings:
             texts: what may answer it.
             raw_scores: whether scores are logits, rather than their sigmoid.
             top_n: how many of the best; 0 for all.
+            truncates: whether pairs that are too long are cut; a query that is too long by itself is refused.
             priority: as for a generation.
 
         Raises:
@@ -243,10 +258,12 @@ class Encodings:
         adapter = self._tasks.resolved(call)
         check_kind(adapter, TaskKind.CLASSIFY)
         assert adapter is not None
-        TextPrompt(query, field="query")
+        asked = TextPrompt(query, field="query")
         pairs = [TextPrompt(text, field=f"texts[{index}]", first=query) for index, text in enumerate(texts)]
-        tokens = await self._tokens(adapter, pairs, "texts")
-        output = await self._encode(call, adapter, tokens, None, True, "", priority)
+        if truncates:  # the query is tokenized with each text, so that its own length must be bounded
+            await self._check_fits(adapter, asked)
+        read = partial(self._encode, call, adapter, priority=priority)
+        tokens, output = await self._read(adapter, pairs, "texts", truncates, read)
         if output.values[0].shape[1] != 1:
             raise FieldInvalidError(
                 "task_id",
@@ -258,17 +275,51 @@ class Encodings:
         best = tuple((index, scores[index]) for index in order[: top_n or None])
         return Ranked(best, _lengths(tokens), output.usage, adapter)
 
+    async def _check_fits(self, adapter: AdapterRecord, text: TextPrompt) -> None:
+        tokenizer = await self._tasks.tokenizer_of(adapter)
+        try:
+            await self._tasks.encoder(tokenizer, self._backend.engine.max_context_length).read(text)
+        except PromptTooLongError as error:
+            error.renamed(text.field)
+            raise
+
+    async def _read(
+        self,
+        adapter: AdapterRecord | None,
+        inputs: Sequence[Prompt],
+        field: str,
+        truncates: bool,
+        read: Callable[[tuple[ReadText, ...]], Awaitable[EncodeOutput]],
+    ) -> tuple[tuple[ReadText, ...], EncodeOutput]:
+        """The tokens of texts, and what is read in them; errors call the texts ``field``."""
+        limit = self._backend.engine.max_context_length
+        while True:
+            tokens = await self._tokens(adapter, inputs, field, limit=limit, truncates=truncates)
+            try:
+                return tokens, await read(tokens)
+            except PromptTooLongError as error:
+                error.renamed(error.field.replace("inputs", field, 1))
+                if not truncates or error.limit >= limit:
+                    raise
+                limit = error.limit  # of the context, as much as the adapter's virtual tokens leave
+
     async def _tokens(
-        self, adapter: AdapterRecord | None, inputs: Sequence[Prompt], field: str = "inputs"
+        self,
+        adapter: AdapterRecord | None,
+        inputs: Sequence[Prompt],
+        field: str = "inputs",
+        *,
+        limit: int | None = None,
+        truncates: bool = False,
     ) -> tuple[ReadText, ...]:
         if not 1 <= len(inputs) <= MAX_INPUTS:
             raise FieldInvalidError(field, f"must have 1 to {MAX_INPUTS}, not {len(inputs)}")
         tokenizer = await self._tasks.tokenizer_of(adapter)
-        encoder = self._tasks.encoder(tokenizer, self._backend.engine.max_context_length)
+        encoder = self._tasks.encoder(tokenizer, limit or self._backend.engine.max_context_length)
         found = []
         for index, each in enumerate(inputs):
             try:
-                found.append(await encoder.read(each))
+                found.append(await encoder.read(each, truncates=truncates))
             except PromptTooLongError as error:
                 name = f"{field}[{index}]"
                 raise PromptTooLongError(
@@ -281,10 +332,11 @@ class Encodings:
         call: Call,
         adapter: AdapterRecord | None,
         tokens: tuple[ReadText, ...],
-        pooling: Pooling | None,
-        applies_head: bool,
-        cache_salt: str,
-        priority: int,
+        *,
+        pooling: Pooling | None = None,
+        applies_head: bool = True,
+        cache_salt: str = "",
+        priority: int = 0,
     ) -> EncodeOutput:
         output = await self._backend.engine.encode(
             EncodeRequest(

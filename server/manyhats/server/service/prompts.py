@@ -120,18 +120,23 @@ class Encoder:
         text = await self._text(prompt)
         return (await self.threads.run(partial(self._encode, text), _length(text))).token_ids
 
-    async def read(self, prompt: Prompt) -> ReadText:
+    async def read(self, prompt: Prompt, *, truncates: bool = False) -> ReadText:
         """The tokens of a text that is read whole: with the special tokens before and after it, alone or in its pair.
+
+        Args:
+            prompt: the text.
+            truncates: whether one that is too long is cut; token ids and conversations never are.
 
         Raises:
             FieldInvalidError: as ``encode``.
             PromptTooLongError: likewise.
         """
         if not isinstance(prompt, TextPrompt):
-            token_ids = await self.encode(prompt)
-            return ReadText(token_ids)
-        await self._check_length(prompt)
-        return await self.threads.run(partial(self._read, prompt), len(prompt.text) + len(prompt.first or ""))
+            return ReadText(await self.encode(prompt))
+        if not truncates:
+            await self._check_length(prompt)
+        work = partial(self._read, prompt, truncates)
+        return await self.threads.run(work, len(prompt.text) + len(prompt.first or ""))
 
     async def encode_scoring(
         self, prompt: Prompt, continuations: Sequence[TextPrompt | TokenPrompt]
@@ -214,13 +219,14 @@ class Encoder:
             raise FieldInvalidError(prompt.field, "has no tokens")
         return text
 
-    def _read(self, prompt: TextPrompt) -> ReadText:
+    def _read(self, prompt: TextPrompt, truncates: bool) -> ReadText:
         with _named(prompt):
             read = self.tokenizer.read(
                 prompt.text,
                 add_special_tokens=prompt.add_special_tokens,
                 max_tokens=self.max_tokens,
                 first=prompt.first,
+                truncates=truncates,
             )
         if not read.token_ids:
             raise FieldInvalidError(prompt.field, "has no tokens")
