@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from manyhats.adapters.heads import TaskKind
 from manyhats.engine.output import Usage
 from manyhats.server.service.call import Call
 from manyhats.server.service.classification import Classified
@@ -21,7 +22,9 @@ from support.fakes.server import make_record, running_server
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/http.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-TASKS = ("sql", "pirate", "sentiment")
+TASKS = ("sql", "pirate", "sentiment", "topics")
+# Those with a head, and its classes.
+CLASSIFIERS = {"mood": {"class.0": "good", "class.1": "bad"}, "relevance": {}}
 
 
 def blocks(document: str) -> Iterator[tuple[str, str]]:
@@ -87,6 +90,8 @@ async def test_a_curl_is_answered(document: str, line: str) -> None:
     async with running_server() as server:
         for task in TASKS:
             server.store.tasks[task] = [make_record(task, version) for version in (1, 2)]
+        for task, labels in CLASSIFIERS.items():
+            server.store.tasks[task] = [make_record(task, labels=labels, kind=TaskKind.CLASSIFY)]
         words = shlex.split(line.replace("localhost:8000", server.http))
         done = await asyncio.to_thread(
             subprocess.run,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trustme
 
+from manyhats.adapters.heads import TaskKind
 from manyhats.server.access.tokens import Role, TokenFile
 from manyhats.server.http.app import make_app
 from manyhats.server.http.call import Surroundings
@@ -201,3 +202,36 @@ async def test_with_client_certificates_the_api_needs_one_and_probes_do_not(tmp_
         assert await asyncio.to_thread(ask, with_one, "/v1/models") == 200
         with pytest.raises((urllib.error.URLError, ssl.SSLError, ConnectionError)):
             await asyncio.to_thread(ask, strange, "/v1/models")
+
+
+READINGS: dict[str, dict[str, Any]] = {
+    "/v1/embeddings": {"input": "a"},
+    "/embed": {"inputs": "a"},
+    "/v1/classify": {"input": "a"},
+    "/classify": {"input": "a"},
+    "/predict": {"inputs": "a"},
+    "/v1/rerank": {"query": "a", "documents": ["b"]},
+    "/rerank": {"query": "a", "texts": ["b"]},
+}
+
+
+@pytest.mark.parametrize("path", READINGS)
+async def test_tasks_that_read_texts_are_reached_as_others_are(token_file: Path, path: str) -> None:
+    key = f"api-key: {add_token(token_file, 'one', tasks=['a'])}"
+    manager = f"api-key: {add_token(token_file, 'manager', [Role.MANAGE])}"
+    kind = TaskKind.EMBED if "embed" in path else TaskKind.CLASSIFY
+    async with running_server(tokens=TokenFile(token_file)) as server:
+        for task in ("a", "b"):
+            server.store.tasks[task] = [make_record(task, kind=kind)]
+
+        async def ask(*headers: str, **fields: Any) -> int:
+            return (await exchange(server.http, request(path, READINGS[path] | fields, *headers))).status
+
+        assert await ask(key, model="a") == await ask(key, model="a@1") == 200
+        assert await ask(key, model="b") == await ask(key, model="no") == await ask(key) == 403
+        assert await ask(manager, model="a") == 403
+        assert await ask(model="a") == 401
+        if path not in ("/v1/embeddings", "/v1/classify", "/classify"):
+            assert await ask(key, "x-task-id: a") == 200
+            assert await ask(key, "x-task-id: b") == 403
+            assert await ask(key, "x-task-id: a", "x-task-id: b") == 400

@@ -127,13 +127,24 @@ class ByteTokenizer:
         *,
         add_special_tokens: bool,
         max_tokens: int | None = None,
+    ) -> list[int]:
+        return list(
+            self.read(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens).token_ids
+        )
+
+    def read(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        max_tokens: int | None = None,
         first: str | None = None,
         truncates: bool = False,
-    ) -> list[int]:
+    ) -> ReadText:
         whole = text if first is None else f"{first}\t{text}"
         limit = None if truncates else max_tokens
         prompt = BytePrompt(whole, begins=add_special_tokens, max_tokens=limit)
-        return list(prompt.token_ids[:max_tokens])
+        return ReadText(tuple(prompt.token_ids[:max_tokens]))
 
     def check_length(self, text: str, max_tokens: int) -> None:
         if len(text.encode()) > max_tokens:
