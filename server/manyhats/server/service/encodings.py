@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -325,6 +326,8 @@ class Encodings:
                 raise PromptTooLongError(
                     name, error.num_tokens, error.limit, at_least=error.at_least
                 ) from None
+            # Short texts are tokenized here: others get a turn after each.
+            await asyncio.sleep(0)
         return tuple(found)
 
     async def _encode(
