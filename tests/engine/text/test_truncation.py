@@ -59,26 +59,27 @@ def test_a_cut_is_the_librarys(
     THEIRS[name].enable_truncation(max_tokens)
     pair = (text,) if first is None else (first, text)
     wanted = THEIRS[name].encode(*pair, add_special_tokens=add_special_tokens)
-    found = OURS[name].encode(
+    found = OURS[name].read(
         text, add_special_tokens=add_special_tokens, max_tokens=max_tokens, first=first, truncates=True
     )
-    assert found == wanted.ids
+    assert found.token_ids == tuple(wanted.ids)
+    assert found.token_types == (() if first is None else tuple(wanted.type_ids))
 
 
 def test_special_tokens_must_leave_room() -> None:
     (one,) = OURS["none"].encode("a", add_special_tokens=True)
     ends = OURS["ends"]
-    assert ends.encode("abc", add_special_tokens=True, max_tokens=3, truncates=True) == [1, one, 0]
+    assert ends.read("abc", add_special_tokens=True, max_tokens=3, truncates=True).token_ids == (1, one, 0)
     for truncates, max_tokens in ((True, 2), (False, 3)):
         with pytest.raises(PromptTooLongError):
-            ends.encode("abc", add_special_tokens=True, max_tokens=max_tokens, truncates=truncates)
+            ends.read("abc", add_special_tokens=True, max_tokens=max_tokens, truncates=truncates)
 
 
 def test_long_pairs_take_no_longer_than_their_tokens() -> None:
     begin_s = time.monotonic()
     for name in PROCESSORS:
-        found = OURS[name].encode(
+        found = OURS[name].read(
             "a " * 50_000, add_special_tokens=True, max_tokens=8, first="b " * 50_000, truncates=True
         )
-        assert len(found) == 8
+        assert len(found.token_ids) == 8
     assert time.monotonic() - begin_s < 30  # piece by piece it would not end

@@ -48,7 +48,7 @@ from manyhats.engine.residency.residency import ResidencyStats
 from manyhats.engine.residency.tiers import Tier
 from manyhats.engine.text.chat_template import Rendering
 from manyhats.engine.text.prompt_text import Continuation
-from manyhats.engine.text.tokenizer import ChatMessage
+from manyhats.engine.text.tokenizer import ChatMessage, ReadText
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
@@ -128,9 +128,7 @@ class ByteTokenizer:
         add_special_tokens: bool,
         max_tokens: int | None = None,
     ) -> list[int]:
-        return list(
-            self.read(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens).token_ids
-        )
+        return list(self.read(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens).token_ids)
 
     def read(
         self,

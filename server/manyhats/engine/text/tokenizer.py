@@ -157,8 +157,10 @@ class Tokenizer:
         if max_tokens is not None and not truncates:
             self.check_length(text, max_tokens)
         # Unlike ``encode``, this releases the interpreter lock, and leaves out the tokens' offsets in the text.
-        whole = text if first is None else (first, text)
-        (encoding,) = self._backend.encode_batch_fast([whole], add_special_tokens=add_special_tokens)
+        if first is None:
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        else:  # without a post-processor, the fast one gives no types
+            (encoding,) = self._backend.encode_batch([(first, text)], add_special_tokens=add_special_tokens)
         if max_tokens is not None and len(encoding) > max_tokens:
             if not truncates:
                 raise PromptTooLongError("text", len(encoding), max_tokens)
