@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+from peft import LoraConfig, TaskType
 
 from manyhats.adapters.lowering.inspect import inspect
 from manyhats.adapters.sites import BaseDescription
@@ -19,6 +22,9 @@ from support.factories.adapters import (
     make_vera,
 )
 from support.factories.prefixes import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
+from support.factories.tiny_encoders import ENCODERS, LINEARS, make_encoder
+from support.factories.tiny_models import linears_of
+from support.oracles.peft import make_peft, save_peft, tiny_model
 
 Maker = Callable[[Path, BaseDescription], Path]
 
@@ -59,3 +65,31 @@ def test_every_method_is_shown(tmp_path: Path, method: str, base: BaseDescriptio
     assert {site.operation for site in found.sites} == OPERATIONS[method]
     assert found.num_virtual_tokens == (0 if OPERATIONS[method] else 4)
     assert found.num_parameters > 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gptj", "opt", "falcon", "phi", "cohere"])
+def test_modules_of_every_family_are_found_without_a_base(family: str, tmp_path: Path) -> None:
+    names = linears_of(family)
+    peft = make_peft(tiny_model(family), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names))
+    found = inspect(save_peft(peft, tmp_path / "a"))
+    assert found.refusals == ()
+    assert {site.site.rpartition(".")[2] for site in found.sites} == {name.rpartition(".")[2] for name in names}
+    assert all(site.layers == (0, 1) for site in found.sites)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_heads_of_every_encoder_are_found_without_a_base(family: str, tmp_path: Path) -> None:
+    transformers: Any = import_module("transformers")
+    directory = make_encoder(tmp_path / "model", family)
+    for auto, task_type in (
+        ("AutoModelForSequenceClassification", TaskType.SEQ_CLS),
+        ("AutoModelForTokenClassification", TaskType.TOKEN_CLS),
+        ("AutoModelForQuestionAnswering", TaskType.QUESTION_ANS),
+        ("AutoModel", TaskType.FEATURE_EXTRACTION),
+    ):
+        model = getattr(transformers, auto).from_pretrained(directory)
+        names = [*LINEARS[family], *(["pooler.dense"] if family == "bert" else [])]
+        peft = make_peft(model, LoraConfig(task_type=task_type, r=4, target_modules=names))
+        found = inspect(save_peft(peft, tmp_path / task_type))
+        assert found.refusals == ()
+        assert len(found.sites) == len(LINEARS[family])

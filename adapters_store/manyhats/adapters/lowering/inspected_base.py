@@ -16,15 +16,31 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
-from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Part, Site
+from manyhats.adapters.heads import TaskKind
+from manyhats.adapters.sites import EMBEDDING, HEAD, POOLER, BaseDescription, Part, Site
 
 Shape = tuple[int, ...]
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(0|[1-9]\d{0,3})\.")
-# A module of a layer, and what follows its path in a tensor's name.
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h)\.(0|[1-9]\d{0,3})\.")
+# A module of a layer, and what follows its path in a tensor's name: of Llama's kin any, of others what methods add.
 _LINEAR = re.compile(
-    r"^(?:base_model\.model\.)?(?:model\.)?(?P<module>layers\.\d{1,4}\.(?:self_attn|mlp)\.(?P<name>\w+))\.(?P<part>.+)$"
+    r"^(?:base_model\.model\.)?(?:model\.)?(?P<module>layers\.(?P<layer>\d{1,4})\.(?:self_attn|mlp)\.(?P<name>\w+))"
+    r"\.(?P<part>.+)$"
 )
+_OTHER_LINEAR = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>(?:\w+\.)*?(?:layers?|h)\.(?P<layer>\d{1,4})\.(?P<name>[\w.]+?))"
+    r"\.(?P<part>(?:lora_|vera_|ia3_|loras\.).+)$"
+)
+# Words in the paths of encoders' modules, or of their heads' → the family whose heads it has.
+_ENCODERS: Mapping[str, str] = {
+    "distilbert.": "distilbert",
+    "pre_classifier": "distilbert",
+    "electra.": "electra",
+    "roberta.": "roberta",
+    "classifier.out_proj": "roberta",
+    "encoder.layer.": "bert",
+    "bert.": "bert",
+}
 # End of a tensor's name → which axes of its shape are input and output features.
 _WIDTHS: Mapping[str, tuple[int | None, int | None]] = {
     "lora_A": (1, None),
@@ -35,6 +51,8 @@ _WIDTHS: Mapping[str, tuple[int | None, int | None]] = {
     "vera_lambda_b": (None, 0),
 }
 _IA3 = "ia3_l"
+# What reads hidden rows first, of heads that classify.
+_HEADS = ("classifier.dense", "pre_classifier", "classifier", "score", "qa_outputs")
 _UNKNOWN_WIDTH = 1
 # Any token id fits.
 _UNKNOWN_VOCAB_SIZE = 2**31 - 1
@@ -45,15 +63,16 @@ class _OnesSource:
     """Placeholder weights: ones. Constants computed from them are meaningless, but have the right shape."""
 
     linears: Mapping[str, tuple[int, int]]
+    hidden_size: int
 
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
-        d_in, d_out = self.linears[site.name]
+        d_in, d_out = self.linears.get(site.name, (self.hidden_size, self.hidden_size))
         return torch.ones(d_out, d_in), None
 
 
 def stand_in_weights(base: BaseDescription) -> _OnesSource:
     """A ``WeightSource`` of ones, for a base of which only the description is known."""
-    return _OnesSource(base.linears)
+    return _OnesSource(base.linears, base.hidden_size)
 
 
 def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_model: str) -> BaseDescription:
@@ -75,8 +94,14 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
         for path, layer, name, _, _ in _parts(shapes)
     }
     vocab_size = _infer_vocab_size(shapes)
+    encoder = next((family for word, family in _ENCODERS.items() if any(word in name for name in shapes)), "")
+    is_encoder = bool(encoder)
+    if is_encoder:
+        modules |= {
+            path: (Part(POOLER, range(hidden_size)),) for path in ("pooler.dense", "bert.pooler.dense")
+        }
     return BaseDescription(
-        model_type=str(config.get("model_type", "llama")),
+        model_type=str(config.get("model_type", encoder or "llama")),
         names=frozenset([base_model]),
         digest="",
         num_layers=num_layers,
@@ -90,19 +115,23 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
         },
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        weights=_OnesSource(linears),
+        kind=TaskKind.EMBED if is_encoder else TaskKind.GENERATE,
+        has_pooler=is_encoder,
+        weights=_OnesSource(linears, hidden_size),
     )
 
 
 def _parts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, str, str, Shape]]:
     """Module path, layer, site name, rest of the name and shape of each tensor that belongs to a linear."""
     for tensor, shape in shapes.items():
-        match = _LINEAR.match(tensor)
+        match, prefix = _LINEAR.match(tensor), "model."
+        if match is None:
+            match, prefix = _OTHER_LINEAR.match(tensor), ""
         if match is not None:
-            layer = int(match["module"].split(".")[1])
             # AdapterHub's modules continue with the adapter's own name.
             part = re.sub(r"^loras\.[^.]+\.", "", match["part"])
-            yield f"model.{match['module']}", layer, match["name"], part, shape
+            name = re.sub(r"^(?:self_attn|mlp)\.", "", match["name"])
+            yield f"{prefix}{match['module']}", int(match["layer"]), name, part, shape
 
 
 def _infer_widths(shapes: Mapping[str, Shape]) -> dict[str, tuple[int | None, int | None]]:
@@ -139,8 +168,10 @@ def _infer_hidden_size(
         _first(shapes, "lora_embedding_B", 0),
         _first(shapes, "lm_head.weight", 1),
         _first(shapes, "lm_head.lora_A.weight", 1),
+        *(_first(shapes, f"{name}.weight", 1) for name in _HEADS),
     )
-    return next((width for width in (*fed, *made, *rows) if width), _UNKNOWN_WIDTH)
+    narrowest = min((d_in for d_in, _ in widths.values() if d_in), default=None)
+    return next((width for width in (*fed, *made, *rows, narrowest) if width), _UNKNOWN_WIDTH)
 
 
 def _infer_vocab_size(shapes: Mapping[str, Shape]) -> int:
