@@ -22,6 +22,11 @@ ADAPTERHUB_FIXTURES = {
     "adapterhub_prefix": AdapterMethod.PREFIX_TUNING,
     "adapterhub_prefix_flat": AdapterMethod.PREFIX_TUNING,
 }
+ENCODER_FIXTURES = {
+    "tinygpt2_seq_bn": AdapterMethod.BOTTLENECK,
+    "tinygpt2_lora_merged": AdapterMethod.LORA,
+}
+"""Those in ``encoders``."""
 
 
 def adapterhub_directory(fixture: str, converted: Path) -> Path:

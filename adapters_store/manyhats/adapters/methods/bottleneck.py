@@ -55,7 +55,7 @@ from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput, LayerNorm, LoweredAdapter
 from manyhats.adapters.sites import BaseDescription, Site
 
-_BUILT_IN = frozenset(("llama", "mistral"))
+_BUILT_IN = frozenset(("gpt2", "gptj", "llama", "mistral"))
 _HOOKED = frozenset(("qwen2", "qwen3"))
 _SANDWICHED = frozenset(("gemma2", "gemma3", "gemma3_text"))
 
@@ -121,18 +121,18 @@ def _find_blocks(
     config: BottleneckConfig, name: str, shapes: Mapping[str, tuple[int, ...]], base: BaseDescription
 ) -> tuple[list[Block], TensorNames]:
     """Every adapter that the config asks for, if the tensors match, one to one."""
-    names = TensorNames(shapes, partial(_plain, config))
+    names = TensorNames(shapes, partial(_plain, config, base))
     check_layers(names, base)
-    found = blocks(config, name, base.num_layers, base.hidden_size)
+    found = blocks(config, name, base)
     expected: dict[str, tuple[int, ...]] = {}
     for block in found:
         expected |= _block_shapes(config, block, base.hidden_size)
-    check_shapes(names, shapes, expected)
+    check_shapes(names, shapes, expected, base)
     return found, names
 
 
-def _plain(config: BottleneckConfig, name: str) -> str:
-    return plain_block_name(plain_name(name), config)
+def _plain(config: BottleneckConfig, base: BaseDescription, name: str) -> str:
+    return plain_block_name(plain_name(base, name), config)
 
 
 def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[BottleneckConfig, str]:

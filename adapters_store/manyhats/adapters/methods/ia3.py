@@ -14,8 +14,8 @@ from typing import Any
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
-from manyhats.adapters.formats.adapterhub.loras import LorasConfig, find_linears, read_config
-from manyhats.adapters.formats.adapterhub.tensors import TensorNames
+from manyhats.adapters.formats.adapterhub.loras import AdaptedModule, LorasConfig, find_modules, read_config
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames, plain_names
 from manyhats.adapters.formats.peft.fields import check_fields
 from manyhats.adapters.formats.peft.module_selection import LAYERS, LAYERS_PATTERN, check_selected
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
@@ -33,7 +33,7 @@ from manyhats.adapters.formats.peft.tensors import (
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Affine, InputScale, LoweredAdapter
-from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.adapters.sites import BaseDescription
 
 _VECTOR = "ia3_l"
 _FIELDS = frozenset(("feedforward_modules", "init_ia3_weights", "modules_to_save"))
@@ -120,7 +120,7 @@ class AdapterHubIa3Method:
     """IA3 from an AdapterHub directory: each adapted linear's *output*, bias included, becomes ``y ⊙ (alpha · l)``.
 
     PEFT's IA3 rescales the *input* of feed-forward modules instead; here every module is treated alike. On Llama the
-    default adapts k, v and down_proj.
+    default adapts k, v and down_proj, on BERT k, v and what feeds the activation.
     """
 
     @property
@@ -131,20 +131,20 @@ class AdapterHubIa3Method:
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
         """Refuse what cannot be served exactly: every tensor must be used and fit."""
         config, name = _read_config(candidate.config, base)
-        names = TensorNames(candidate.shapes)
-        for site, plain in _vectors(config, name, names, base):
-            _check_shape(names, plain, candidate.shapes, base.linears[site.name][1])
+        names = plain_names(candidate.shapes, base)
+        for module, plain in _vectors(config, name, names, base):
+            _check_shape(names, plain, candidate.shapes, base.linears[module.site.name][1])
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """One ``Affine`` per linear, ordered by site; vectors are float32."""
         config, name = _read_config(artifact.config, base)
-        names = TensorNames(artifact.tensors)
+        names = plain_names(artifact.tensors, base)
         shapes = {tensor: tuple(value.shape) for tensor, value in artifact.tensors.items()}
         deltas = []
-        for site, plain in _vectors(config, name, names, base):
-            _check_shape(names, plain, shapes, base.linears[site.name][1])
-            vector = names.pick(artifact.tensors, plain).float().reshape(-1)
-            deltas.append(Affine(site=site, scale=vector * config.alpha, offset=None))
+        for module, plain in _vectors(config, name, names, base):
+            _check_shape(names, plain, shapes, base.linears[module.site.name][1])
+            (vector,) = module.split(names.pick(artifact.tensors, plain).float().reshape(-1))
+            deltas.append(Affine(site=module.site, scale=vector * config.alpha, offset=None))
         return LoweredAdapter(digest=artifact.digest, deltas=tuple(deltas))
 
 
@@ -157,14 +157,19 @@ def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[Lora
 
 def _vectors(
     config: LorasConfig, name: str, names: TensorNames, base: BaseDescription
-) -> list[tuple[Site, str]]:
+) -> list[tuple[AdaptedModule, str]]:
     """Each adapted linear, and the plain name of its vector."""
     vectors = []
-    for linear in find_linears(config, name, names, base):
-        if "lora_A" in linear.parts:
-            tensor = names.names(linear.parts["lora_A"])[0]
+    for module in find_modules(config, name, names, base):
+        tensor = names.names(next(iter(module.parts.values())))[0]
+        if "lora_A" in module.parts:
+            tensor = names.names(module.parts["lora_A"])[0]
             raise AdapterInvalidError(tensor, "is not part of IA3, which has only the vector lora_B")
-        vectors.append((linear.site, linear.parts["lora_B"]))
+        if module.is_merged:
+            raise AdapterUnsupportedError(
+                tensor, "rescales a module that computes queries, keys and values, which is not served"
+            )
+        vectors.append((module, module.parts["lora_B"]))
     return vectors
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, shown
-from manyhats.adapters.formats.adapterhub.loras import AdaptedLinear, find_linears, read_config
-from manyhats.adapters.formats.adapterhub.tensors import TensorNames, full_path
+from manyhats.adapters.formats.adapterhub.loras import AdaptedModule, find_modules, read_config
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames, full_path, plain_name, plain_names
 from manyhats.adapters.formats.peft.lora_config import parse_lora_config
 from manyhats.adapters.formats.peft.lora_tensors import (
     BIAS,
@@ -111,7 +111,8 @@ class AdapterHubLoraMethod:
     """LoRA from an AdapterHub directory: ``y += alpha / R · (x Aᵀ) Bᵀ``, on the linears that the tensors name.
 
     On Llama the library calls down_proj *intermediate* and up_proj *output*, elsewhere the other way round, so the
-    tensors' names decide. Versions before 1.1 did not scale at all.
+    tensors' names decide. Versions before 1.1 did not scale at all. GPT-2's queries, keys and values are one module,
+    with the LoRAs of those that the config names below each other: A [n · R, d_in] and B [n · d_out, R].
     """
 
     @property
@@ -124,37 +125,43 @@ class AdapterHubLoraMethod:
         config, name = read_config(candidate.config, base)
         if config.rank > limits.max_rank:
             raise AdapterTooLargeError("r", f"is {config.rank}; the limit is {limits.max_rank}")
-        names = TensorNames(candidate.shapes)
-        for linear in find_linears(config, name, names, base):
-            _check_pair(linear, config.rank, names, candidate.shapes, base)
+        names = plain_names(candidate.shapes, base)
+        for module in find_modules(config, name, names, base):
+            _check_pair(module, config.rank, names, candidate.shapes, base)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """One ``LowRank`` per linear, ordered by site; the matrices keep their stored dtype."""
         config, name = read_config(artifact.config, base)
-        names = TensorNames(artifact.tensors)
+        names = plain_names(artifact.tensors, base)
         shapes = {tensor: tuple(value.shape) for tensor, value in artifact.tensors.items()}
         deltas = []
-        for linear in find_linears(config, name, names, base):
-            _check_pair(linear, config.rank, names, shapes, base)
-            a, b = (names.pick(artifact.tensors, linear.parts[part]) for part in ("lora_A", "lora_B"))
-            deltas.append(LowRank(linear.site, a, b, config.alpha / config.rank))
+        for module in find_modules(config, name, names, base):
+            _check_pair(module, config.rank, names, shapes, base)
+            a, b = (names.pick(artifact.tensors, module.parts[part]) for part in ("lora_A", "lora_B"))
+            deltas += [
+                LowRank(linear.site, own_a, own_b, config.alpha / config.rank)
+                for linear, own_a, own_b in zip(
+                    module.linears, a.split(config.rank), module.split(b), strict=True
+                )
+            ]
         return LoweredAdapter(digest=artifact.digest, deltas=tuple(deltas))
 
 
 def _check_pair(
-    linear: AdaptedLinear,
+    module: AdaptedModule,
     rank: int,
     names: TensorNames,
     shapes: Mapping[str, tuple[int, ...]],
     base: BaseDescription,
 ) -> None:
-    d_in, d_out = base.linears[linear.site.name]
-    present = names.names(next(iter(linear.parts.values())))[0]
-    for part, expected in (("lora_A", (rank, d_in)), ("lora_B", (d_out, rank))):
-        if part not in linear.parts:
-            module = full_path(present.rpartition(".")[0].removeprefix("model."))
-            raise AdapterInvalidError(present, f"its partner {shown(f'{module}.{part}')} is missing")
-        for tensor in names.names(linear.parts[part]):
+    d_in, count = base.linears[module.site.name][0], len(module.linears)
+    d_out = sum(base.linears[linear.site.name][1] for linear in module.linears)
+    present = names.names(next(iter(module.parts.values())))[0]
+    for part, expected in (("lora_A", (count * rank, d_in)), ("lora_B", (d_out, rank))):
+        if part not in module.parts:
+            path = full_path(base, plain_name(base, present).rpartition(".")[0])
+            raise AdapterInvalidError(present, f"its partner {shown(f'{path}.{part}')} is missing")
+        for tensor in names.names(module.parts[part]):
             if shapes[tensor] != expected:
                 raise AdapterInvalidError(
                     tensor, f"has shape {list(shapes[tensor])}; expected {list(expected)}"

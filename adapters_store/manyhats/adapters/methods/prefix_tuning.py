@@ -5,8 +5,9 @@ Source: Li and Liang 2021 (arXiv:2101.00190).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -190,12 +191,12 @@ class AdapterHubPrefixMethod:
                 "prefix_length",
                 f"is {config.num_virtual_tokens}; the limit is {limits.max_virtual_tokens}",
             )
-        _check_tensors(config, TensorNames(candidate.shapes, _plain), candidate.shapes, base)
+        _check_tensors(config, _names(candidate.shapes, base), candidate.shapes, base)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """A ``KVPrefix``; a flat table keeps its stored dtype, a computed one is float32."""
         config = _read_config(artifact.config, base)
-        names = TensorNames(artifact.tensors, _plain)
+        names = _names(artifact.tensors, base)
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         _check_tensors(config, names, shapes, base)
         count = config.num_virtual_tokens
@@ -239,8 +240,12 @@ def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
     )
 
 
-def _plain(name: str) -> str:
-    plain = plain_name(name)
+def _names(tensors: Iterable[str], base: BaseDescription) -> TensorNames:
+    return TensorNames(tensors, partial(_plain, base))
+
+
+def _plain(base: BaseDescription, name: str) -> str:
+    plain = plain_name(base, name)
     _, is_repeated, rest = plain.partition(_REPEATED)
     return f"prefix_tuning.prefix_tunings.{rest}" if is_repeated else plain
 
@@ -259,7 +264,7 @@ def _check_tensors(
             "control_trans.2.weight": (columns, config.bottleneck_size),
             "control_trans.2.bias": (columns,),
         }
-    check_shapes(names, shapes, {config.module + part: shape for part, shape in expected.items()})
+    check_shapes(names, shapes, {config.module + part: shape for part, shape in expected.items()}, base)
 
 
 def _table(config: _Config, names: TensorNames, tensors: Mapping[str, Tensor]) -> Tensor:

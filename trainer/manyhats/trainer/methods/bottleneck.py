@@ -14,7 +14,7 @@ from typing import Any
 from torch import Generator, nn
 
 from manyhats.adapters.artifact import AdapterMethod
-from manyhats.adapters.formats.adapterhub.bottleneck import MODULES
+from manyhats.adapters.formats.adapterhub.places import places_of
 from manyhats.adapters.formats.adapterhub.tensors import full_path
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.errors import SettingError
@@ -27,6 +27,8 @@ _VERSION = "adapters.1.3.0"
 # The transformers classes that the library records, for the families that it and the server share.
 _MODEL_CLASSES: Mapping[str, str] = MappingProxyType(
     {
+        "gpt2": "GPT2LMHeadModel",
+        "gptj": "GPTJForCausalLM",
         "llama": "LlamaForCausalLM",
         "mistral": "MistralForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
@@ -59,10 +61,11 @@ def make_bottleneck(
     size = bottleneck_size(settings, hidden_size)
     name = _adapter_name(task)
     inner = _method_config(settings)
+    base, places = model.description, places_of(model.architecture.model_type)
     parameters: dict[str, nn.Parameter] = {}
     for layer in range(model.architecture.num_layers):
         for sub_layer in ("attention", "feed_forward") if inner["mh_adapter"] else ("feed_forward",):
-            module = full_path(f"layers.{layer}.{MODULES[sub_layer]}.adapters.{name}.")
+            module = full_path(base, f"{places.module(layer, sub_layer)}.adapters.{name}.")
             parameters[f"{module}adapter_down.0.weight"] = kaiming_uniform(size, hidden_size, generator)
             parameters[f"{module}adapter_down.0.bias"] = zeros(size)
             parameters[f"{module}adapter_up.weight"] = zeros(hidden_size, size)
@@ -71,7 +74,7 @@ def make_bottleneck(
         method=AdapterMethod.BOTTLENECK,
         config=_config(inner, name, model),
         parameters=parameters,
-        base=model.description,
+        base=base,
     )
 
 

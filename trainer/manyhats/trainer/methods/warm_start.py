@@ -101,9 +101,11 @@ def _renamed(artifact: AdapterArtifact, adapter: ParametrizedAdapter) -> Mapping
     """
     if not (is_adapterhub(artifact.config) and is_adapterhub(adapter.config)):
         return {name: value for name, value in artifact.tensors.items() if not name.endswith(_SAVED_ALONG)}
+    base = adapter.base
     old, new = (f".adapters.{adapter_name(config)}." for config in (artifact.config, adapter.config))
     return {
-        full_path(plain_name(name).replace(old, new, 1)): value for name, value in artifact.tensors.items()
+        full_path(base, plain_name(base, name).replace(old, new, 1)): value
+        for name, value in artifact.tensors.items()
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from manyhats.adapters.activations import activation_name
@@ -16,11 +15,8 @@ from manyhats.adapters.formats.adapterhub.fields import (
     read_leave_out,
     refuse_unserved,
 )
-
-# Sub-layer → the name of its adapters' module in a layer.
-MODULES: Mapping[str, str] = MappingProxyType(
-    {"attention": "attention_adapters", "feed_forward": "output_adapters"}
-)
+from manyhats.adapters.formats.adapterhub.places import places_of
+from manyhats.adapters.sites import BaseDescription
 
 _KNOWN = frozenset(
     (
@@ -234,24 +230,24 @@ class Block:
     size: int
 
 
-def blocks(config: BottleneckConfig, name: str, num_layers: int, hidden_size: int) -> list[Block]:
+def blocks(config: BottleneckConfig, name: str, base: BaseDescription) -> list[Block]:
     """Every adapter of the config, ordered by layer and sub-layer.
 
     Args:
         config: parsed.
         name: the adapter's own, inside its tensors' names.
-        num_layers: L of the base.
-        hidden_size: D of the base.
+        base: whose layers they lie in.
     """
+    places = places_of(base.model_type)
     return [
         Block(
             layer=layer,
             sub_layer=sub_layer,
-            module=f"layers.{layer}.{MODULES[sub_layer]}.adapters.{name}.",
+            module=f"{places.module(layer, sub_layer)}.adapters.{name}.",
             shared=f"shared_parameters.{name}.",
-            size=config.size(layer, hidden_size),
+            size=config.size(layer, base.hidden_size),
         )
-        for layer in range(num_layers)
+        for layer in range(base.num_layers)
         if layer not in config.leave_out
         for sub_layer in config.sub_layers
     ]

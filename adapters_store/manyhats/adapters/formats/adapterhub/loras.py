@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from manyhats.adapters.errors import AdapterInvalidError, shown
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
 from manyhats.adapters.formats.adapterhub.fields import (
@@ -18,7 +20,7 @@ from manyhats.adapters.formats.adapterhub.fields import (
     refuse_unserved,
 )
 from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_layers, full_path, refuse_tensor
-from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.adapters.sites import BaseDescription, Part, Site
 
 _KNOWN = frozenset(
     (
@@ -47,6 +49,8 @@ _REFUSED = {
 _ATTENTION: Mapping[str, str] = MappingProxyType({"q_proj": "q", "k_proj": "k", "v_proj": "v"})
 # Of the attention, and yet with no letter.
 _OUTPUT = "o_proj"
+# Where the library adapts some of a module's queries, keys and values in one LoRA.
+_MERGED = frozenset(("gpt2",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +74,30 @@ class LorasConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class AdaptedLinear:
-    """One linear of the base that the file holds tensors for: part (``lora_B``) → its plain name."""
+class AdaptedModule:
+    """A module of the base that the file holds tensors for.
 
-    site: Site
+    Attributes:
+        linears: those that are adapted: one, or some of the queries, keys and values that the module computes.
+        is_merged: whether the module computes queries, keys and values.
+        parts: part (``lora_B``) → its plain name.
+    """
+
+    linears: tuple[Part, ...]
+    is_merged: bool
     parts: Mapping[str, str]
+
+    @property
+    def site(self) -> Site:
+        """Of the first linear."""
+        return self.linears[0].site
+
+    def split(self, b: Tensor) -> tuple[Tensor, ...]:
+        """A tensor of the adapted output rows ([d_out] or [d_out, n]), linear by linear, as they are computed."""
+        (first, *others) = self.linears
+        if others:
+            return b.chunk(len(self.linears))
+        return (b if isinstance(first.rows, range) else b[list(first.rows)],)
 
 
 def parse_loras_config(config: Mapping[str, Any]) -> LorasConfig:
@@ -111,16 +134,16 @@ def read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[Loras
     return parsed, adapterhub_format.adapter_name(config)
 
 
-def find_linears(
+def find_modules(
     config: LorasConfig, name: str, names: TensorNames, base: BaseDescription
-) -> list[AdaptedLinear]:
-    """The adapted linears, ordered by site; every tensor belongs to one.
+) -> list[AdaptedModule]:
+    """The adapted modules, ordered by site; every tensor belongs to one.
 
     The library ignores tensors that its config does not ask for, so these are refused: they would be served although
     they were never used in training.
 
     Raises:
-        AdapterUnsupportedError, AdapterInvalidError: a tensor belongs to no linear, or contradicts the config.
+        AdapterUnsupportedError, AdapterInvalidError: a tensor belongs to no module, or contradicts the config.
         BaseMismatchError: the adapter has more layers than the base.
     """
     check_layers(names, base)
@@ -131,23 +154,27 @@ def find_linears(
         if not found or part not in ("lora_A", "lora_B"):
             refuse_tensor(names.names(plain)[0])
         parts[module][part] = plain
-    linears = []
+    modules = []
     for module, found_parts in parts.items():
-        tensor = names.names(next(iter(found_parts.values())))[0]
-        site = _site_of(full_path(module), base)
-        if site is None:
-            raise AdapterInvalidError(
-                tensor, f"acts on {shown(full_path(module))}, which is not a linear of the base"
-            )
-        _check_place(config, site, tensor)
-        linears.append(AdaptedLinear(site, found_parts))
-    return sorted(linears, key=lambda linear: linear.site)
+        tensor, path = names.names(next(iter(found_parts.values())))[0], full_path(base, module)
+        linears = _linears_of(config, path, base)
+        if not linears:
+            raise AdapterInvalidError(tensor, f"acts on {shown(path)}, which is not a linear of the base")
+        for linear in linears:
+            _check_place(config, linear.site, tensor)
+        modules.append(AdaptedModule(linears, len(base.modules[path]) > 1, found_parts))
+    return sorted(modules, key=lambda module: module.site)
 
 
-def _site_of(path: str, base: BaseDescription) -> Site | None:
-    """The linear that is a module by itself; None if there is none."""
+def _linears_of(config: LorasConfig, path: str, base: BaseDescription) -> tuple[Part, ...]:
+    """What is adapted of a module: the linear that it is, or those of a merged one that the config names."""
     parts = base.modules.get(path, ())
-    return parts[0].site if len(parts) == 1 and parts[0].site.name in base.linears else None
+    if any(part.site.name not in base.linears for part in parts):
+        return ()
+    if len(parts) > 1:
+        is_merged = base.model_type in _MERGED
+        return tuple(part for part in parts if is_merged and _ATTENTION[part.site.name] in config.attention)
+    return parts
 
 
 def _check_place(config: LorasConfig, site: Site, tensor: str) -> None:

@@ -1,14 +1,15 @@
 """Tensors of an AdapterHub artifact, found by the names that the library gives them.
 
-A name begins with ``model.`` or not, as the library saved a model with a head or without one; and the library's
-pickles hold a shared tensor under each of its names. Both are brought to one *plain* name here.
+A name begins with the prefix of the base's modules (``model.``, ``bert.``) or not, as the library saved a model with a
+head or without one; and the library's pickles hold a shared tensor under each of its names. Both are brought to one
+*plain* name here.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,10 +20,8 @@ from manyhats.adapters.errors import (
     BaseMismatchError,
     shown,
 )
+from manyhats.adapters.formats.adapterhub.places import places_of
 from manyhats.adapters.sites import BaseDescription
-
-_PREFIX = "model."
-_LAYER = re.compile(r"layers\.(0|[1-9]\d{0,5})\.(.+)")
 
 # Part of a tensor's name → what it belongs to.
 _UNSERVED: Mapping[str, str] = {
@@ -38,20 +37,14 @@ _UNSERVED: Mapping[str, str] = {
 }
 
 
-def plain_name(name: str) -> str:
-    """A tensor's name without the leading ``model.``."""
-    return name.removeprefix(_PREFIX)
+def plain_name(base: BaseDescription, name: str) -> str:
+    """A tensor's name without the leading prefix of the base's modules."""
+    return name.removeprefix(base.prefix)
 
 
-def full_path(plain: str) -> str:
-    """Path of a module in the causal language model, by its plain name."""
-    return _PREFIX + plain
-
-
-def split_layer(plain: str) -> tuple[int, str] | None:
-    """``layers.3.mlp.x`` as (3, ``mlp.x``); None for a tensor outside the layers."""
-    match = _LAYER.fullmatch(plain)
-    return None if match is None else (int(match[1]), match[2])
+def full_path(base: BaseDescription, plain: str) -> str:
+    """Path of a module in the base with its head, by its plain name."""
+    return base.prefix + plain
 
 
 class TensorNames:
@@ -62,7 +55,7 @@ class TensorNames:
         plain: name → plain name.
     """
 
-    def __init__(self, names: Iterable[str], plain: Callable[[str], str] = plain_name) -> None:
+    def __init__(self, names: Iterable[str], plain: Callable[[str], str]) -> None:
         groups: dict[str, list[str]] = defaultdict(list)
         for name in sorted(names):
             groups[plain(name)].append(name)
@@ -91,8 +84,16 @@ class TensorNames:
         return tensors[first]
 
 
+def plain_names(names: Iterable[str], base: BaseDescription) -> TensorNames:
+    """The names in a file for a base."""
+    return TensorNames(names, partial(plain_name, base))
+
+
 def check_shapes(
-    names: TensorNames, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    names: TensorNames,
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    base: BaseDescription,
 ) -> None:
     """Compare what the file holds with what the config asks for: nothing missing, nothing left over.
 
@@ -100,6 +101,7 @@ def check_shapes(
         names: of the file.
         shapes: by the file's names.
         expected: by plain names.
+        base: whose modules have a prefix.
 
     Raises:
         AdapterUnsupportedError: a tensor of something that is not served.
@@ -110,7 +112,7 @@ def check_shapes(
             refuse_tensor(names.names(plain)[0])
     for plain, shape in expected.items():
         if plain not in names:
-            raise AdapterInvalidError(full_path(plain), "is missing, though the config asks for it")
+            raise AdapterInvalidError(full_path(base, plain), "is missing, though the config asks for it")
         for name in names.names(plain):
             if shapes[name] != shape:
                 raise AdapterInvalidError(name, f"has shape {list(shapes[name])}; expected {list(shape)}")
@@ -135,8 +137,9 @@ def check_layers(names: TensorNames, base: BaseDescription) -> None:
     Raises:
         BaseMismatchError: names the tensor.
     """
+    places = places_of(base.model_type)
     for plain in names:
-        split = split_layer(plain)
+        split = places.split(plain)
         if split is not None and split[0] >= base.num_layers:
             raise BaseMismatchError(
                 names.names(plain)[0], f"acts on layer {split[0]}; the base has {base.num_layers} layers"

@@ -1,0 +1,58 @@
+"""Where AdapterHub's adapters lie in the layers of a family, and what the modules that hold them are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """A family's.
+
+    Attributes:
+        layer: path of a layer, below the prefix of the base's modules, up to its number.
+        attention: the module of a layer that holds the adapters on the attention's output.
+        feed_forward: the same for the feed-forward.
+        is_normed: whether they lie before a norm of the stream: of the sum of sub-layer and residual.
+    """
+
+    layer: str = "layers"
+    attention: str = "attention_adapters"
+    feed_forward: str = "output_adapters"
+    is_normed: bool = False
+
+    def module(self, layer: int, sub_layer: str) -> str:
+        """The module that holds the adapters on a sub-layer's output."""
+        holder = self.attention if sub_layer == "attention" else self.feed_forward
+        return f"{self.layer}.{layer}.{holder}"
+
+    def split(self, plain: str) -> tuple[int, str] | None:
+        """``layers.3.mlp.x`` as (3, ``mlp.x``); None for what lies outside the layers."""
+        match = _pattern(self.layer).fullmatch(plain)
+        return None if match is None else (int(match[1]), match[2])
+
+
+@cache
+def _pattern(layer: str) -> re.Pattern[str]:
+    return re.compile(re.escape(layer) + r"\.(0|[1-9]\d{0,5})\.(.+)")
+
+
+_LLAMA = Places()
+_GPT2 = Places("h")
+_BERT = Places("encoder.layer", "attention.output", "output", is_normed=True)
+_PLACES: Mapping[str, Places] = MappingProxyType(
+    {
+        **dict.fromkeys(("gpt2", "gptj"), _GPT2),
+        **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), _BERT),
+        "distilbert": Places("transformer.layer", is_normed=True),
+    }
+)
+
+
+def places_of(model_type: str) -> Places:
+    """Those of a family by its ``model_type``; Llama's unless another is known."""
+    return _PLACES.get(model_type, _LLAMA)
