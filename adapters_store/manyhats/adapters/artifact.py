@@ -110,7 +110,10 @@ class AdapterRecord:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class AdapterArtifact:
-    """An artifact in memory: validated config and named tensors, as its files hold them."""
+    """An artifact in memory: validated config and named tensors, as its files hold them.
+
+    ``head_config`` and ``head_tensors`` are those of a head in files of its own, as AdapterHub saves it.
+    """
 
     digest: str
     method: AdapterMethod
@@ -119,3 +122,5 @@ class AdapterArtifact:
     base_model: str
     size_bytes: int
     num_parameters: int
+    head_config: Mapping[str, Any] | None = None
+    head_tensors: Mapping[str, Tensor] = field(default_factory=dict)

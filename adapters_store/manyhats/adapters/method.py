@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
@@ -20,11 +20,15 @@ class Candidate:
         config: the parsed ``adapter_config.json``.
         shapes: tensor name → shape.
         base_model: what it names as its base; may be empty.
+        head_config: the parsed ``head_config.json``; None without a head in files of its own.
+        head_shapes: of that head's tensors.
     """
 
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     base_model: str
+    head_config: Mapping[str, Any] | None = None
+    head_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -15,6 +15,8 @@ from manyhats.v1 import adapter_pb2
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_SUFFIX: Final = ".safetensors"
+# AdapterHub's head: its tensors and what describes them.
+HEAD_FILES: Final = ("model_head.safetensors", "head_config.json")
 TEXT_FILES: Final = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -42,7 +44,7 @@ class UploadFile:
 
 
 def read_files(directory: str | os.PathLike[str]) -> tuple[UploadFile, ...]:
-    """The adapter's files in a directory, hashed: its config, safetensors and text files; nothing else is sent.
+    """The adapter's files in a directory, hashed: its configs, safetensors and text files; nothing else is sent.
 
     Raises:
         InvalidRequestError: it contains no adapter, or cannot be read.
@@ -58,8 +60,10 @@ def read_files(directory: str | os.PathLike[str]) -> tuple[UploadFile, ...]:
                 f"{os.fspath(directory)} has no {WEIGHTS_SUFFIX} file;"
                 " `manyhats adapters convert` makes one from a pickle",
             )
-        text = [name for name in TEXT_FILES if name in names]
-        return tuple(_read_file(Path(directory, name)) for name in (CONFIG_FILE, *weights, *text))
+        others: list[str] = [name for name in TEXT_FILES if name in names]
+        if all(name in names for name in HEAD_FILES):
+            others.append(HEAD_FILES[1])
+        return tuple(_read_file(Path(directory, name)) for name in (CONFIG_FILE, *weights, *others))
     except OSError as error:
         raise invalid("directory", f"cannot read {error.filename}: {error.strerror}") from error
 

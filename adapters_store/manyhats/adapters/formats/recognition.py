@@ -57,6 +57,8 @@ def weights_file(config: Mapping[str, Any], names: Sequence[str]) -> str:
     is_adapterhub = adapterhub_format.is_adapterhub(config)
     if is_adapterhub:
         adapterhub_format.check_companions(names)
+    elif head := next((name for name in adapterhub_format.HEAD_FILES if name in names), None):
+        raise AdapterUnsupportedError(head, "would not be used: it is AdapterHub's, and the adapter is not")
     files = (adapterhub_format.WEIGHTS_FILE, peft_format.WEIGHTS_FILE)
     own, other = files if is_adapterhub else reversed(files)
     if own in names and other in names:

@@ -93,8 +93,9 @@ class Conversion:
 def convert(source: Path, target: Path, limits: AdapterLimits | None = None) -> Conversion:
     """Write the adapter of ``source``, a directory with a pickle, to ``target`` as safetensors.
 
-    The config is copied as it is. AdapterHub's pickles hold a shared tensor under many names (a prefix under each
-    layer): the shortest name is kept. PEFT's keep every name, as PEFT reads each.
+    The config is copied as it is. So is that of a head which AdapterHub saved beside it, whose pickle is converted too.
+    AdapterHub's pickles hold a shared tensor under many names (a prefix under each layer): the shortest name is kept.
+    PEFT's keep every name, as PEFT reads each.
 
     Args:
         source: a directory as PEFT or AdapterHub saves it.
@@ -122,10 +123,16 @@ def convert(source: Path, target: Path, limits: AdapterLimits | None = None) -> 
     loaded, notes = _load(pickled, limits)
     tensors = _name_once(loaded) if is_adapterhub else loaded
     name = adapterhub_format.WEIGHTS_FILE if is_adapterhub else peft_format.WEIGHTS_FILE
+    copied = (*_COPIED, adapterhub_format.HEAD_CONFIG_FILE) if is_adapterhub else _COPIED
     copies = {
-        copy: _read(source / copy, limits.max_size_bytes) for copy in _COPIED if (source / copy).is_file()
+        copy: _read(source / copy, limits.max_size_bytes) for copy in copied if (source / copy).is_file()
     }
-    _write(target, name, tensors, {peft_format.CONFIG_FILE: config_bytes, **copies})
+    weights = {name: tensors}
+    if adapterhub_format.HEAD_CONFIG_FILE in copies:
+        head, head_notes = _load(source / adapterhub_format.HEAD_PICKLE_FILE, limits)
+        weights[adapterhub_format.HEAD_WEIGHTS_FILE] = head
+        notes += head_notes
+    _write(target, weights, {peft_format.CONFIG_FILE: config_bytes, **copies})
     return Conversion(
         source=pickled,
         target=target / name,
@@ -160,7 +167,9 @@ def _check_file(path: Path, max_bytes: int) -> None:
 def _find_pickle(source: Path, *, is_adapterhub: bool) -> Path:
     names = os.listdir(source)
     if is_adapterhub:
-        adapterhub_format.check_companions(names)
+        head = (adapterhub_format.HEAD_CONFIG_FILE, adapterhub_format.HEAD_PICKLE_FILE)
+        has_head = all(name in names for name in head)
+        adapterhub_format.check_companions([name for name in names if not has_head or name not in head])
     candidates = _ADAPTERHUB_PICKLES if is_adapterhub else _PEFT_PICKLES
     found = [name for name in candidates if name in names]
     if len(found) > 1:
@@ -244,7 +253,7 @@ def _name_once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in sorted(kept.values())}
 
 
-def _write(target: Path, name: str, tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
+def _write(target: Path, weights: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, bytes]) -> None:
     """Write the directory under a temporary name and move it into place, so that it is complete or absent."""
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -254,11 +263,13 @@ def _write(target: Path, name: str, tensors: Mapping[str, Tensor], files: Mappin
         try:
             for file, content in files.items():
                 (staged / file).write_bytes(content)
-            # Clones: safetensors refuses tensors that share memory.
-            own = {
-                key: tensor.to(_DTYPES[tensor.dtype]).clone().contiguous() for key, tensor in tensors.items()
-            }
-            save_file(own, staged / name, metadata={"format": "pt"})
+            for name, tensors in weights.items():
+                # Clones: safetensors refuses tensors that share memory.
+                own = {
+                    key: tensor.to(_DTYPES[tensor.dtype]).clone().contiguous()
+                    for key, tensor in tensors.items()
+                }
+                save_file(own, staged / name, metadata={"format": "pt"})
             staged.chmod(0o755)
             staged.replace(target)
         finally:

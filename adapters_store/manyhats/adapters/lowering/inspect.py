@@ -24,8 +24,8 @@ from manyhats.adapters.formats.recognition import base_name_key, recognise, reco
 from manyhats.adapters.formats.text_files import check_text, read_text
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.inspected_base import infer_base, stand_in_weights
-from manyhats.adapters.lowering.lowering import check, has_effect, method_of
-from manyhats.adapters.lowering.reader import check_finite, parse_artifact
+from manyhats.adapters.lowering.lowering import check, has_effect, lower, method_of
+from manyhats.adapters.lowering.reader import check_finite, parse_artifact, read_head
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Delta, KVPrefix, LoweredAdapter, PromptEmbeddings
 from manyhats.adapters.sites import BaseDescription
@@ -149,6 +149,7 @@ class _Inspector:
             if config is not None and any(name.endswith(".safetensors") for name in directory.names()):
                 name = weights_file(config, directory.names())
                 files = {CONFIG_FILE: config_bytes, name: _read(directory, name, self._limits.max_size_bytes)}
+                files |= read_head(directory, self._limits, self._limits.max_size_bytes)
                 files |= self._look_at_text(directory)
                 self._look_at_tensors(files, config)
 
@@ -194,6 +195,7 @@ class _Inspector:
         )
         with self._stage():
             check_finite(artifact.tensors)
+            check_finite(artifact.head_tensors)
         self._look_at_method(artifact, config)
 
     def _look_at_method(self, artifact: AdapterArtifact, config: Mapping[str, Any]) -> None:
@@ -209,8 +211,10 @@ class _Inspector:
                 self.facts, compared_with=public_name(base) or min(base.names, default=base.model_type)
             )
         method = method_of(artifact.method, config)
-        check(Candidate(config, shapes, artifact.base_model), method, base, self._limits)
-        lowered = method.lower(artifact, base)
+        head_shapes = {name: tuple(tensor.shape) for name, tensor in artifact.head_tensors.items()}
+        candidate = Candidate(config, shapes, artifact.base_model, artifact.head_config, head_shapes)
+        check(candidate, method, base, self._limits)
+        lowered = lower(artifact, base)
         self.facts = replace(
             self.facts, sites=_site_facts(lowered.deltas), num_virtual_tokens=_num_virtual_tokens(lowered)
         )

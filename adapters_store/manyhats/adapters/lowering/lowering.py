@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
+from manyhats.adapters.formats.adapterhub.task_head import find_head as find_adapterhub_head
 from manyhats.adapters.formats.peft.task_head import find_head, without_head
 from manyhats.adapters.heads import TaskHead, TaskKind
 from manyhats.adapters.limits import AdapterLimits
@@ -86,6 +87,8 @@ def check(candidate: Candidate, method: Method, base: BaseDescription, limits: A
     Raises:
         ArtifactError, BaseMismatchError: as ``lower``.
     """
+    if candidate.head_config is not None:
+        find_adapterhub_head(candidate.head_config, candidate.head_shapes, base)
     head = find_head(candidate.config, candidate.shapes, base)
     if head is not None:
         config, shapes = without_head(candidate.config), head.others(candidate.shapes)
@@ -104,10 +107,8 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
     shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
     head = find_head(artifact.config, shapes, base)
     if head is None:
-        lowered, _ = _without_pooler(method.lower(artifact, base))
-        if base.kind is TaskKind.GENERATE:
-            return lowered
-        return replace(lowered, head=TaskHead(base.kind, base.pooling, ()))
+        lowered, of_pooler = _without_pooler(method.lower(artifact, base))
+        return replace(lowered, head=_own_head(artifact, base, of_pooler))
     config, tensors = without_head(artifact.config), head.others(artifact.tensors)
     lowered, of_pooler = _without_pooler(
         method.lower(replace(artifact, config=config, tensors=tensors), base)
@@ -128,6 +129,17 @@ def _without_pooler(lowered: LoweredAdapter) -> tuple[LoweredAdapter, tuple[Delt
 
 def _acts_on_pooler(delta: Delta) -> bool:
     return isinstance(delta, LowRank | Affine | InputScale) and delta.site == POOLER
+
+
+def _own_head(
+    artifact: AdapterArtifact, base: BaseDescription, of_pooler: Sequence[Delta]
+) -> TaskHead | None:
+    """The head in files of its own, or else what the base does with a text; None if it generates."""
+    if artifact.head_config is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in artifact.head_tensors.items()}
+        head = find_adapterhub_head(artifact.head_config, shapes, base)
+        return head.lower(artifact.head_tensors, base, of_pooler)
+    return None if base.kind is TaskKind.GENERATE else TaskHead(base.kind, base.pooling, ())
 
 
 def check_lowered(lowered: LoweredAdapter) -> None:

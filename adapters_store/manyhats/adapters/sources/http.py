@@ -33,7 +33,12 @@ _FORBIDDEN = (401, 403)
 # Addresses that embed an IPv4 address: they do not say where they lead.
 _TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
 # A web server cannot list files: these are requested one by one.
-_NAMES = (*FILES, *peft_format.PICKLES, *adapterhub_format.COMPANIONS)
+_NAMES = (
+    *FILES,
+    *peft_format.PICKLES,
+    *adapterhub_format.COMPANIONS,
+    adapterhub_format.HEAD_PICKLE_FILE,
+)
 
 
 def resolve_host(host: str, port: int) -> list[str]:

@@ -24,6 +24,7 @@ from manyhats.adapters.errors import (
     SourceUnavailableError,
     StoreConfigError,
 )
+from manyhats.adapters.formats.adapterhub import format as adapterhub_format
 from manyhats.adapters.formats.artifact_files import FILES, max_bytes_of
 from manyhats.adapters.formats.peft import format as peft_format
 from manyhats.adapters.formats.text_files import MAX_BYTES
@@ -186,7 +187,8 @@ class _Download:
             self._fetch(name, size)
 
     def _check_sizes(self, sizes: dict[str, int]) -> None:
-        for name, limit in {peft_format.CONFIG_FILE: self._limits.max_config_bytes, **MAX_BYTES}.items():
+        for name in (peft_format.CONFIG_FILE, adapterhub_format.HEAD_CONFIG_FILE, *MAX_BYTES):
+            limit = max_bytes_of(name, self._limits)
             if sizes.get(name, 0) > limit:
                 raise AdapterTooLargeError(name, f"has {sizes[name]} bytes; the limit is {limit}")
         if (total := sum(sizes.values())) > self._limits.max_size_bytes:

@@ -13,10 +13,12 @@ from manyhats.adapters.limits import Quotas
 from manyhats.adapters.lowering.validation import ValidVersion, measure
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
-from manyhats.adapters.registration import Registered, Registration
-from manyhats.adapters.reserved_labels import CLASS, listed
+from manyhats.adapters.registration import Registered, Registration, check_labels
+from manyhats.adapters.reserved_labels import CLASS, listed, numbered
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
+
+_MIN_CLASSES = 2
 
 
 class Publisher:
@@ -110,6 +112,18 @@ def _check_classes(lowered: LoweredAdapter, labels: Mapping[str, str]) -> None:
         )
 
 
+def _labels(lowered: LoweredAdapter, labels: Mapping[str, str]) -> Mapping[str, str]:
+    """The version's labels: the registration's, with classes as the adapter's own files name them if it names none.
+
+    Raises:
+        ArgumentInvalidError: a class in the files cannot be a label.
+    """
+    names = () if lowered.head is None else lowered.head.labels
+    if len(names) < _MIN_CLASSES or listed(labels, CLASS):
+        return labels
+    return check_labels({**labels, **numbered(CLASS, names)})
+
+
 def _draft(valid: ValidVersion, registration: Registration, effect: float | None) -> AdapterRecord:
     """The record as it will be, except version and state."""
     return AdapterRecord(
@@ -125,7 +139,7 @@ def _draft(valid: ValidVersion, registration: Registration, effect: float | None
         create_time=datetime.now(UTC),
         base_model=valid.base_model,
         registered_for=valid.registered_for,
-        labels=registration.labels,
+        labels=_labels(valid.lowered, registration.labels),
         effect=effect,
         notes=valid.notes,
         kind=TaskKind.GENERATE if valid.lowered.head is None else valid.lowered.head.kind,

@@ -179,8 +179,8 @@ def _check_name(field: str, name: str) -> None:
     if name not in FILES:
         raise ArgumentInvalidError(
             field,
-            f"an upload has {peft_format.CONFIG_FILE} and {_WEIGHTS[0]} or {_WEIGHTS[1]}, and of text files "
-            + ", ".join(MAX_BYTES),
+            f"an upload has {peft_format.CONFIG_FILE} and {_WEIGHTS[0]} or {_WEIGHTS[1]}, and of other files "
+            + ", ".join((*adapterhub_format.HEAD_FILES, *MAX_BYTES)),
         )
 
 

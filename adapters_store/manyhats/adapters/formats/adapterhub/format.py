@@ -22,14 +22,16 @@ from manyhats.adapters.sites import BaseDescription
 
 WEIGHTS_FILE = "adapter.safetensors"
 PICKLE_FILE = "pytorch_adapter.bin"
+HEAD_CONFIG_FILE = "head_config.json"
+HEAD_WEIGHTS_FILE = "model_head.safetensors"
+HEAD_PICKLE_FILE = "pytorch_model_head.bin"
+HEAD_FILES = (HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE)
+"""A head that was saved beside an adapter: both, or neither."""
 BASE_NAME_KEY = "model_name"
 
-# What the library writes alongside an adapter → what it is.
+# What else the library writes alongside an adapter → what it is.
 COMPANIONS: Mapping[str, str] = MappingProxyType(
     {
-        "head_config.json": "a prediction head",
-        "model_head.safetensors": "a prediction head",
-        "pytorch_model_head.bin": "a prediction head",
         "adapter_fusion_config.json": "AdapterFusion",
         "model_adapter_fusion.safetensors": "AdapterFusion",
         "pytorch_model_adapter_fusion.bin": "AdapterFusion",
@@ -57,7 +59,7 @@ def is_adapterhub(config: Mapping[str, Any]) -> bool:
 
 
 def check_companions(names: Collection[str]) -> None:
-    """Refuse a directory that holds more than the adapter; without the rest, its output would differ.
+    """Refuse a directory that holds more than the adapter and its head; without the rest, its output would differ.
 
     Raises:
         AdapterUnsupportedError: names the file.
@@ -66,8 +68,15 @@ def check_companions(names: Collection[str]) -> None:
         if name in names:
             raise AdapterUnsupportedError(
                 name,
-                f"is {what} saved alongside, which is not served; save the adapter alone "
-                "(save_adapter with with_head=False), or remove the file if it was not trained",
+                f"is {what} saved alongside, which is not served; save the adapter alone, or remove the file if it "
+                "was not trained",
+            )
+    for name, other in (HEAD_FILES, HEAD_FILES[::-1], (HEAD_PICKLE_FILE, HEAD_WEIGHTS_FILE)):
+        if name in names and other not in names:
+            raise AdapterUnsupportedError(
+                name,
+                f"is a head without {other}, so it cannot be used; save it as safetensors (save_adapter with "
+                "use_safetensors=True, or manyhats adapters convert), or the adapter alone (with_head=False)",
             )
 
 

@@ -78,7 +78,8 @@ def check_names(names: Sequence[str]) -> None:
     """
     if CONFIG_FILE not in names:
         raise AdapterInvalidError(CONFIG_FILE, "is missing")
-    weights = [name for name in names if name.endswith(".safetensors")]
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    weights = [name for name in tensors if name != adapterhub_format.HEAD_WEIGHTS_FILE]
     if not weights:
         _refuse_pickles(names)
         raise AdapterInvalidError(WEIGHTS_FILE, "is missing")

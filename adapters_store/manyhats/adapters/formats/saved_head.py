@@ -1,0 +1,220 @@
+"""Heads in files, of tasks that read a text: which layers transformers' models have, and where a file has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TypeVar
+
+from torch import Tensor
+
+from manyhats.adapters.equations import affine
+from manyhats.adapters.errors import AdapterInvalidError
+from manyhats.adapters.heads import HeadLayer, Pooling, ScoreActivation, TaskHead, TaskKind
+from manyhats.adapters.primitives import Affine, Delta, InputScale, LowRank
+from manyhats.adapters.sites import POOLER, BaseDescription
+
+Shape = tuple[int, ...]
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A layer by its module's path in the model; ``is_base_s`` is whether the base's own serves where none is saved."""
+
+    module: str
+    activation: str | None = None
+    is_base_s: bool = False
+
+
+_TWO_LAYERS = (Part("classifier.dense", "tanh"), Part("classifier.out_proj"))
+_OF_TEXTS: Mapping[str, tuple[Part, ...]] = MappingProxyType(
+    {
+        "bert": (Part("bert.pooler.dense", "tanh", is_base_s=True), Part("classifier")),
+        "distilbert": (Part("pre_classifier", "relu"), Part("classifier")),
+        "electra": (Part("classifier.dense", "gelu"), Part("classifier.out_proj")),
+        "roberta": _TWO_LAYERS,
+        "xlm-roberta": _TWO_LAYERS,
+        "camembert": _TWO_LAYERS,
+    }
+)
+"""The layers that classify a text, of encoders by their ``model_type``; decoders have one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedLayer:
+    """A layer in a file: names of its tensors; of the weight, None if it is the base's pooler."""
+
+    weight: str | None
+    bias: str | None
+    activation: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SavedHead:
+    """A head in a file.
+
+    Attributes:
+        kind: what its task does.
+        pooling: what it reads.
+        layers: one after the other; none for an embedding.
+        labels: of the last layer's outputs, if the file names them.
+        activation: from these outputs to scores; None for what their number suggests.
+    """
+
+    kind: TaskKind
+    pooling: Pooling
+    layers: tuple[SavedLayer, ...]
+    labels: tuple[str, ...] = ()
+    activation: ScoreActivation | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all its tensors."""
+        names = (name for layer in self.layers for name in (layer.weight, layer.bias))
+        return frozenset(name for name in names if name is not None)
+
+    def others(self, tensors: Mapping[str, V]) -> dict[str, V]:
+        """The tensors, or their shapes, that are not its own."""
+        return {name: value for name, value in tensors.items() if name not in self.names}
+
+    def lower(
+        self, tensors: Mapping[str, Tensor], base: BaseDescription, deltas: Sequence[Delta]
+    ) -> TaskHead:
+        """The head as the engine applies it.
+
+        Args:
+            tensors: the file's.
+            base: whose pooler it may begin with.
+            deltas: of that pooler, which become part of the task's own copy.
+        """
+        layers = tuple(_lowered(layer, tensors, base, deltas) for layer in self.layers)
+        num_labels = layers[-1].weight.shape[0] if layers else 0
+        return TaskHead(
+            kind=self.kind,
+            pooling=self.pooling,
+            layers=layers,
+            labels=self.labels,
+            activation=self.activation
+            or (ScoreActivation.NONE if num_labels == 1 else ScoreActivation.SOFTMAX),
+            skipped_token_id=base.pad_token_id if self.pooling is Pooling.LAST else None,
+        )
+
+
+def pooling_of(kind: TaskKind, base: BaseDescription) -> Pooling:
+    """What a head of transformers' models reads."""
+    if kind is not TaskKind.CLASSIFY:
+        return Pooling.ALL
+    return Pooling.FIRST if base.kind is TaskKind.EMBED else Pooling.LAST
+
+
+def alternatives(kind: TaskKind, base: BaseDescription) -> Sequence[tuple[Part, ...]]:
+    """The layers that a head of transformers' models may have."""
+    if kind is TaskKind.SPAN:
+        return [(Part("qa_outputs"),)]
+    if kind is TaskKind.CLASSIFY and base.kind is TaskKind.EMBED:
+        return [_OF_TEXTS.get(base.model_type, (Part("classifier"),))]
+    names = ("score", "classifier") if kind is TaskKind.CLASSIFY else ("classifier", "score")
+    return [(Part(name),) for name in names]
+
+
+def find_layers(
+    asking: tuple[str, str],
+    prefixes: Sequence[str],
+    choices: Sequence[tuple[Part, ...]],
+    shapes: Mapping[str, Shape],
+    base: BaseDescription,
+) -> tuple[SavedLayer, ...]:
+    """The layers of a head in a file, which fit the base.
+
+    Args:
+        asking: the config's key that asks for a head, and its value.
+        prefixes: what the tensors' names may begin with.
+        choices: the layers that it may have.
+        shapes: tensor name → shape.
+        base: whose rows it reads.
+
+    Raises:
+        AdapterInvalidError: a layer is missing, or does not fit.
+    """
+    key, value = asking
+    for parts in choices:
+        found = [_find(part, prefixes, shapes) for part in parts]
+        if found[-1] is None:
+            continue
+        for part, layer in zip(parts, found, strict=True):
+            if layer is None and not part.is_base_s:
+                raise AdapterInvalidError(key, f"{value} needs {part.module}, which the file lacks")
+            if layer is None and not base.has_pooler:
+                raise AdapterInvalidError(
+                    key, f"{value} needs {part.module}, which neither the file nor the base has"
+                )
+        layers = tuple(
+            layer or SavedLayer(None, None, part.activation) for part, layer in zip(parts, found, strict=True)
+        )
+        check_layers(layers, shapes, base)
+        return layers
+    asked = [f"{prefix}{parts[-1].module}.weight" for parts in choices for prefix in prefixes]
+    raise AdapterInvalidError(key, f"{value} needs a head, and the file has none of {', '.join(asked)}")
+
+
+def check_layers(layers: Sequence[SavedLayer], shapes: Mapping[str, Shape], base: BaseDescription) -> int:
+    """Check that each layer reads what the one before gives, the first the base's rows; returns the last's outputs.
+
+    Raises:
+        AdapterInvalidError: names the tensor.
+    """
+    size = base.read_size
+    for layer in layers:
+        size = _check_layer(layer, shapes, size)
+    return size
+
+
+def _find(part: Part, prefixes: Sequence[str], shapes: Mapping[str, Shape]) -> SavedLayer | None:
+    for prefix in prefixes:
+        weight, bias = f"{prefix}{part.module}.weight", f"{prefix}{part.module}.bias"
+        if weight in shapes:
+            return SavedLayer(weight, bias if bias in shapes else None, part.activation)
+    return None
+
+
+def _check_layer(layer: SavedLayer, shapes: Mapping[str, Shape], d_in: int) -> int:
+    """Check a layer's shapes; returns how many outputs it has."""
+    if layer.weight is None:
+        return d_in
+    shape = shapes[layer.weight]
+    if len(shape) != 2 or shape[1] != d_in or not shape[0]:
+        raise AdapterInvalidError(layer.weight, f"has shape {list(shape)}; expected [outputs, {d_in}]")
+    if layer.bias is not None and shapes[layer.bias] != shape[:1]:
+        raise AdapterInvalidError(layer.bias, f"has shape {list(shapes[layer.bias])}; expected [{shape[0]}]")
+    return shape[0]
+
+
+def _lowered(
+    layer: SavedLayer, tensors: Mapping[str, Tensor], base: BaseDescription, deltas: Sequence[Delta]
+) -> HeadLayer:
+    if layer.weight is not None:
+        bias = None if layer.bias is None else tensors[layer.bias]
+        return HeadLayer(tensors[layer.weight], bias, layer.activation)
+    if base.weights is None:
+        raise AdapterInvalidError("head", "begins with the base's pooler, which is not available")
+    return HeadLayer(*_with_deltas(*base.weights.linear(POOLER), deltas), layer.activation)
+
+
+def _with_deltas(
+    weight: Tensor, bias: Tensor | None, deltas: Sequence[Delta]
+) -> tuple[Tensor, Tensor | None]:
+    """A linear as its deltas change it, in the order that ``primitives`` states."""
+    for delta in deltas:
+        if isinstance(delta, InputScale):
+            weight = weight * delta.scale.float()
+    for delta in deltas:
+        if isinstance(delta, Affine):
+            zero = weight.new_zeros(weight.shape[0])
+            bias = affine(zero if bias is None else bias, delta)
+            weight = affine(weight.T, replace(delta, offset=None)).T
+    for delta in deltas:
+        if isinstance(delta, LowRank):
+            weight = weight + delta.scale * (delta.b.float() @ delta.a.float())
+    return weight, bias
