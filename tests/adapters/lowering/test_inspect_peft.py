@@ -73,7 +73,9 @@ def test_modules_of_every_family_are_found_without_a_base(family: str, tmp_path:
     peft = make_peft(tiny_model(family), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names))
     found = inspect(save_peft(peft, tmp_path / "a"))
     assert found.refusals == ()
-    assert {site.site.rpartition(".")[2] for site in found.sites} == {name.rpartition(".")[2] for name in names}
+    assert {site.site.rpartition(".")[2] for site in found.sites} == {
+        name.rpartition(".")[2] for name in names
+    }
     assert all(site.layers == (0, 1) for site in found.sites)
 
 
