@@ -7,14 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhats.adapters.errors import ArgumentInvalidError
+from manyhats.adapters.heads import ScoreActivation
 from manyhats.adapters.registration import Registration, Uri
-from manyhats.adapters.reserved_labels import MAX_CLASSES, Classes, listed, numbered, read_classes
+from manyhats.adapters.reserved_labels import (
+    MAX_CLASSES,
+    Classes,
+    class_names,
+    listed,
+    numbered,
+    read_activation,
+    read_classes,
+)
 
 TWO = {"class.0": "a", "class.1": "b"}
 texts = st.text(st.characters(codec="utf-8", categories=["L", "N", "Zs"]), min_size=1, max_size=20)
 
 
-@given(st.lists(texts, min_size=2, max_size=12, unique=True), st.booleans(), texts | st.just(""))
+@given(st.lists(texts, min_size=1, max_size=12, unique=True), st.booleans(), texts | st.just(""))
 def test_labels_say_what_the_classes_are(answers: list[str], is_chat: bool, system: str) -> None:
     classes = Classes(tuple(answers), is_chat, system if is_chat else "")
     assert read_classes({**classes.labels(), "team": "a", "default.top_k": "1"}) == classes
@@ -32,7 +41,6 @@ def test_a_list_is_read_as_it_was_written(values: list[str]) -> None:
 @pytest.mark.parametrize(
     ("labels", "subject"),
     [
-        ({"class.0": "a"}, "labels"),
         ({f"class.{number}": str(number) for number in range(MAX_CLASSES + 1)}, "labels"),
         ({"class.1": "a", "class.2": "b"}, "labels[class.2]"),
         ({**TWO, "class.3": "c"}, "labels[class.3]"),
@@ -49,6 +57,8 @@ def test_a_list_is_read_as_it_was_written(values: list[str]) -> None:
         ({**TWO, "classify.system": "x" * 4097}, "labels[classify.system]"),
         ({"classify.system": "x"}, "labels[classify.system]"),
         ({"classify.prompt": "chat"}, "labels[classify.prompt]"),
+        ({"classify.activation": "Sigmoid"}, "labels[classify.activation]"),
+        ({**TWO, "classify.activation": ""}, "labels[classify.activation]"),
         ({f"l{number}": "" for number in range(65)}, "labels"),
         (
             {f"class.{number}": f"{number:03}" + "\N{TOP HAT}" * 253 for number in range(MAX_CLASSES)},
@@ -60,6 +70,20 @@ def test_what_is_wrong_is_refused_by_its_name(labels: dict[str, str], subject: s
     with pytest.raises(ArgumentInvalidError) as caught:
         Registration("sql", Uri("a"), labels=labels)
     assert caught.value.subject == subject
+
+
+def test_labels_say_how_logits_become_scores() -> None:
+    for activation in ScoreActivation:
+        labels = {"classify.activation": activation.value}
+        assert Registration("sql", Uri("a"), labels=labels).labels == labels
+        assert read_activation(labels) is activation
+    assert read_activation({}) is None
+
+
+def test_outputs_of_a_head_have_names() -> None:
+    assert class_names(TWO, 2) == ("a", "b")
+    assert class_names({}, 2) == ("LABEL_0", "LABEL_1")
+    assert class_names({}, 0) == ()
 
 
 def test_labels_at_the_limits() -> None:

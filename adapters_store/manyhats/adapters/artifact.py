@@ -9,7 +9,8 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from manyhats.adapters.heads import TaskKind
+from manyhats.adapters.heads import Pooling, TaskKind
+from manyhats.adapters.reserved_labels import class_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +76,8 @@ class AdapterRecord:
         effect: how far it moves the base's logits, as measured at registration; None if not measured.
         notes: what the operator should know about it, such as an unnamed base.
         kind: what its task does with a text.
+        num_classes: the outputs of its head; 0 if it has none.
+        pooling: what its head reads of a text; None if it has none.
         text: names what its text files mean, as ``TextFacts.fingerprint`` does; empty if they mean what the base's do.
     """
 
@@ -95,12 +98,19 @@ class AdapterRecord:
     effect: float | None = None
     notes: tuple[str, ...] = ()
     kind: TaskKind = TaskKind.GENERATE
+    num_classes: int = 0
+    pooling: Pooling | None = None
     text: str = ""
 
     @property
     def name(self) -> str:
         """``task@version``."""
         return f"{self.task_id}@{self.version}"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of its head's outputs, or else of the answers that its task tells apart; empty for none."""
+        return class_names(self.labels, self.num_classes)
 
     @property
     def is_composed(self) -> bool:

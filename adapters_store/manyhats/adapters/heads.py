@@ -78,3 +78,8 @@ class TaskHead:
         """All of its numbers."""
         parts = (part for layer in self.layers for part in (layer.weight, layer.bias))
         return tuple(part for part in parts if part is not None)
+
+    @property
+    def num_outputs(self) -> int:
+        """How many values its last layer has; 0 without layers."""
+        return int(self.layers[-1].weight.shape[0]) if self.layers else 0

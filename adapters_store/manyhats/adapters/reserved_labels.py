@@ -1,7 +1,7 @@
 """Labels of a version that the server reads.
 
 ``default.*`` says what holds for fields that callers leave out, ``class.0``, ``class.1``, … are the classes that its
-task tells apart, and ``classify.*`` how a text is put to it.
+task tells apart, and ``classify.*`` how a text is put to it, or how its head's logits become scores.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from manyhats.adapters.errors import ArgumentInvalidError
+from manyhats.adapters.heads import ScoreActivation
 
 DEFAULT = "default."
 STOP = "default.stop."
 CLASS = "class."
 SYSTEM = "classify.system"
+ACTIVATION = "classify.activation"
 MAX_CLASSES = 256
 
 _CLASSIFY = "classify."
@@ -50,12 +52,13 @@ def read_classes(labels: Mapping[str, str]) -> Classes | None:
     """The classes among a version's labels; None if it has none.
 
     Raises:
-        ArgumentInvalidError: they are not numbered in order, fewer than two, too many, empty or the same, or it is not
-            known how a text is put; names the label.
+        ArgumentInvalidError: they are not numbered in order, too many, empty or the same, or it is not known how a text
+            is put or how scores are made; names the label.
     """
     for key in labels:
-        if key.startswith(_CLASSIFY) and key not in (_PROMPT, SYSTEM):
-            raise label_error(key, f"is not known; these are: {_PROMPT}, {SYSTEM}")
+        if key.startswith(_CLASSIFY) and key not in (_PROMPT, SYSTEM, ACTIVATION):
+            raise label_error(key, f"is not known; these are: {_PROMPT}, {SYSTEM}, {ACTIVATION}")
+    read_activation(labels)
     texts = listed(labels, CLASS)
     prompt, system = labels.get(_PROMPT, _CHAT), labels.get(SYSTEM, "")
     if prompt not in (_CHAT, _TEXT):
@@ -71,9 +74,27 @@ def read_classes(labels: Mapping[str, str]) -> Classes | None:
     return Classes(texts, prompt == _CHAT, system)
 
 
+def read_activation(labels: Mapping[str, str]) -> ScoreActivation | None:
+    """How a version's labels say that logits become scores; None if they do not.
+
+    Raises:
+        ArgumentInvalidError: it is not known; names the label.
+    """
+    given = labels.get(ACTIVATION)
+    known = {each.value: each for each in ScoreActivation}
+    if given is not None and given not in known:
+        raise label_error(ACTIVATION, f"must be one of {', '.join(known)}, not {given!r}")
+    return None if given is None else known[given]
+
+
+def class_names(labels: Mapping[str, str], count: int) -> tuple[str, ...]:
+    """The names of a head's outputs: ``LABEL_0``, ``LABEL_1``, … unless a version's labels give them others."""
+    return listed(labels, CLASS) or tuple(f"LABEL_{index}" for index in range(count))
+
+
 def _check_classes(texts: tuple[str, ...]) -> None:
-    if not 2 <= len(texts) <= MAX_CLASSES:
-        raise ArgumentInvalidError("labels", f"must have 2 to {MAX_CLASSES} classes, not {len(texts)}")
+    if len(texts) > MAX_CLASSES:
+        raise ArgumentInvalidError("labels", f"must have at most {MAX_CLASSES} classes, not {len(texts)}")
     seen: dict[str, int] = {}
     for number, text in enumerate(texts):
         if not text:

@@ -14,7 +14,7 @@ from manyhats.adapters.lowering.validation import ValidVersion, measure
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.registration import Registered, Registration, check_labels
-from manyhats.adapters.reserved_labels import CLASS, listed, numbered
+from manyhats.adapters.reserved_labels import ACTIVATION, CLASS, label_error, listed, numbered
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
@@ -97,16 +97,21 @@ class Publisher:
 
 
 def _check_classes(lowered: LoweredAdapter, labels: Mapping[str, str]) -> None:
-    """Check that a head has as many labels as the registration names.
+    """Check what a registration says of classes against what the adapter has: a head's outputs, or none.
 
     Raises:
-        ArgumentInvalidError: it has more, or fewer.
+        ArgumentInvalidError: a head has more outputs, or fewer; without one, a single class is named, or how logits
+            become scores.
     """
-    if lowered.head is None or not lowered.head.layers:
-        return
     names = listed(labels, CLASS)
-    num_outputs = lowered.head.layers[-1].weight.shape[0]
-    if names and len(names) != num_outputs:
+    if lowered.head is None:
+        if len(names) == 1:
+            raise ArgumentInvalidError("labels", "name one class; a task without a head needs at least two")
+        if ACTIVATION in labels:
+            raise label_error(ACTIVATION, "needs a head, which the adapter does not have")
+        return
+    num_outputs = lowered.head.num_outputs
+    if names and num_outputs and len(names) != num_outputs:
         raise ArgumentInvalidError(
             "labels", f"name {len(names)} classes; the adapter's head has {num_outputs}"
         )
@@ -119,13 +124,14 @@ def _labels(lowered: LoweredAdapter, labels: Mapping[str, str]) -> Mapping[str, 
         ArgumentInvalidError: a class in the files cannot be a label.
     """
     names = () if lowered.head is None else lowered.head.labels
-    if len(names) < _MIN_CLASSES or listed(labels, CLASS):
+    if not names or listed(labels, CLASS):
         return labels
     return check_labels({**labels, **numbered(CLASS, names)})
 
 
 def _draft(valid: ValidVersion, registration: Registration, effect: float | None) -> AdapterRecord:
     """The record as it will be, except version and state."""
+    head = valid.lowered.head
     return AdapterRecord(
         task_id=registration.task_id,
         version=0,
@@ -142,6 +148,8 @@ def _draft(valid: ValidVersion, registration: Registration, effect: float | None
         labels=_labels(valid.lowered, registration.labels),
         effect=effect,
         notes=valid.notes,
-        kind=TaskKind.GENERATE if valid.lowered.head is None else valid.lowered.head.kind,
+        kind=TaskKind.GENERATE if head is None else head.kind,
+        num_classes=0 if head is None else head.num_outputs,
+        pooling=None if head is None else head.pooling,
         text=valid.text,
     )

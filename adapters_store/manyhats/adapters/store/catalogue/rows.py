@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, insert
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState, ArtifactPart
 from manyhats.adapters.errors import RequestIdReusedError
-from manyhats.adapters.heads import TaskKind
+from manyhats.adapters.heads import Pooling, TaskKind
 from manyhats.adapters.registration import Registered, Registration
 from manyhats.adapters.store.catalogue.database import WriteTransaction
 from manyhats.adapters.store.catalogue.tables import ANSWERS, ARTIFACTS, CATALOGUE, TASKS, VERSIONS
@@ -187,6 +187,8 @@ def details_document(record: AdapterRecord) -> dict[str, Any]:
         "effect": record.effect,
         "notes": list(record.notes),
         **({} if record.kind is TaskKind.GENERATE else {"kind": record.kind.value}),
+        **({"num_classes": record.num_classes} if record.num_classes else {}),
+        **({} if record.pooling is None else {"pooling": record.pooling.value}),
         **({"text": record.text} if record.text else {}),
     }
 
@@ -232,6 +234,8 @@ def read_details(
         effect=details["effect"],
         notes=tuple(details["notes"]),
         kind=TaskKind(details.get("kind", TaskKind.GENERATE.value)),
+        num_classes=details.get("num_classes", 0),
+        pooling=Pooling(details["pooling"]) if "pooling" in details else None,
         text=details.get("text", ""),
     )
 
