@@ -44,7 +44,7 @@ FORBIDDEN = {
 # Files and folders of a package from the ground up: one may import those before it.
 FLOORS = {
     "adapters": """
-        errors heads artifact finish_rate limits sites activations disk taskid reserved_labels registration primitives
+        errors heads reserved_labels artifact finish_rate limits sites activations disk taskid registration primitives
         equations method probe formats methods sources lowering store
     """,
     "engine": """
@@ -86,7 +86,7 @@ ONLY_IN = {
 # What takes seconds to import, and what does without; a folder stands for all its files.
 SLOW = {"torch", "transformers", "numba", "bitsandbytes"}
 WITHOUT_SLOW = """
-    adapters.errors adapters.artifact adapters.finish_rate adapters.limits adapters.sites
+    adapters.errors adapters.heads adapters.artifact adapters.finish_rate adapters.limits adapters.sites
     adapters.taskid adapters.primitives adapters.method adapters.probe adapters.reserved_labels adapters.registration
     engine.errors engine.home engine.output engine.progress engine.constraint engine.request engine.config
     engine.scheduling

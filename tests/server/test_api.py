@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import EnumDescriptor, FileDescriptor
 
-from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
+from manyhats.v1 import adapter_pb2, encoding_pb2, generation_pb2, server_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES: tuple[FileDescriptor, ...] = (
     generation_pb2.DESCRIPTOR,
+    encoding_pb2.DESCRIPTOR,
     adapter_pb2.DESCRIPTOR,
     server_pb2.DESCRIPTOR,
 )
 
 SERVICES = {
     "GenerationService": "Generate GenerateStream Score Tokenize",
+    "EncodingService": "Embed Classify ClassifyTokens Rerank",
     "AdapterService": "RegisterAdapter UploadAdapter GetAdapter ListAdapters ActivateAdapter DeleteAdapter",
     "ServerService": "GetServerInfo",
 }
@@ -43,8 +45,25 @@ FIELDS = {
     "ScoredContinuation": "logprob num_tokens tokens",
     "TokenizeRequest": "task_id text token_ids chat",
     "TokenizeResponse": "ids pieces",
+    "TextInput": "text token_ids chat text_pair",
+    "EmbedRequest": "request_id task_id inputs pooling normalize dimensions truncation add_special_tokens cache_salt"
+    " priority",
+    "Embedding": "values num_tokens",
+    "EmbedResponse": "request_id embeddings usage adapter base_digest",
+    "ClassifyRequest": "request_id task_ids inputs raw_scores top_k truncation priority",
+    "ClassScore": "label index score logit",
+    "Classification": "classes num_tokens adapter",
+    "ClassifyResponse": "request_id results usage",
+    "ClassifyTokensRequest": "request_id task_id inputs aggregation top_k truncation priority",
+    "TokenClass": "token_index start end classes",
+    "Entity": "label start end text score",
+    "TaggedText": "tokens entities num_tokens",
+    "ClassifyTokensResponse": "request_id results usage adapter",
+    "RerankRequest": "request_id task_id query texts raw_scores return_texts top_n truncation",
+    "RankedText": "index score text",
+    "RerankResponse": "request_id results usage adapter",
     "Adapter": "task_id version digest method state state_reason size_bytes num_parameters source create_time"
-    " base_model labels effect residency parts",
+    " base_model labels effect residency parts kind class_labels pooling",
     "ArtifactPart": "digest weight source",
     "RegisterAdapterRequest": "task_id uri validate_only activate expected_digest request_id labels parts",
     "AdapterPart": "uri weight",
@@ -58,7 +77,7 @@ FIELDS = {
     "ListAdaptersRequest": "task_id page_size page_token",
     "ListAdaptersResponse": "adapters next_page_token",
     "GetServerInfoResponse": "version base_model base_digest quantization dtype device max_context_length"
-    " vocab_size limits",
+    " vocab_size limits attention embedding_size default_pooling services",
     "ServerLimits": "max_request_bytes max_sequences max_waiting max_adapters max_continuations max_artifact_bytes"
     " max_adapter_rank max_virtual_tokens max_parts max_transfers max_tasks max_versions_per_task max_bytes_per_task"
     " max_bytes",
@@ -69,6 +88,10 @@ ENUMS = {
     " MULTITASK_PROMPT_TUNING COMPOSED",
     "AdapterState": "CREATING ACTIVE INACTIVE FAILED DELETING",
     "AdapterResidency": "DEVICE HOST DISK",
+    "TaskKind": "GENERATE EMBED CLASSIFY CLASSIFY_TOKENS SPAN",
+    "Pooling": "FIRST LAST MEAN MAX",
+    "Truncation": "END",
+    "Aggregation": "SIMPLE FIRST MAX",
 }
 
 
@@ -122,13 +145,13 @@ def test_check_of_generated_code_finds_a_difference(tmp_path: Path) -> None:
     copy.write_text((ROOT / "scripts" / "generate_proto.py").read_text())
     package = tmp_path / "proto" / "manyhats" / "v1"
     package.mkdir(parents=True)
-    (package / "server.proto").write_text((ROOT / "proto/manyhats/v1/server.proto").read_text())
-    (package / "server_pb2.py").write_text("stale\n")
+    (package / "adapter.proto").write_text((ROOT / "proto/manyhats/v1/adapter.proto").read_text())
+    (package / "adapter_pb2.py").write_text("stale\n")
     command = [sys.executable, str(copy), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "-stale" in result.stdout
-    assert (package / "server_pb2.py").read_text() == "stale\n"
+    assert (package / "adapter_pb2.py").read_text() == "stale\n"
 
 
 def test_proto_files_pass_the_linter() -> None:

@@ -144,6 +144,74 @@ ADAPTER_RESIDENCY_DISK: AdapterResidency.ValueType  # 3
 """Only in the store; the next request loads it."""
 Global___AdapterResidency: _TypeAlias = AdapterResidency  # noqa: Y015
 
+class _TaskKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TaskKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TASK_KIND_UNSPECIFIED: _TaskKind.ValueType  # 0
+    """Not set."""
+    TASK_KIND_GENERATE: _TaskKind.ValueType  # 1
+    """Continues it."""
+    TASK_KIND_EMBED: _TaskKind.ValueType  # 2
+    """Makes a vector of it."""
+    TASK_KIND_CLASSIFY: _TaskKind.ValueType  # 3
+    """Tells its class."""
+    TASK_KIND_CLASSIFY_TOKENS: _TaskKind.ValueType  # 4
+    """Tells the class of each of its tokens."""
+    TASK_KIND_SPAN: _TaskKind.ValueType  # 5
+    """Finds a span in it."""
+
+class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper):
+    """What a task does with a text."""
+
+TASK_KIND_UNSPECIFIED: TaskKind.ValueType  # 0
+"""Not set."""
+TASK_KIND_GENERATE: TaskKind.ValueType  # 1
+"""Continues it."""
+TASK_KIND_EMBED: TaskKind.ValueType  # 2
+"""Makes a vector of it."""
+TASK_KIND_CLASSIFY: TaskKind.ValueType  # 3
+"""Tells its class."""
+TASK_KIND_CLASSIFY_TOKENS: TaskKind.ValueType  # 4
+"""Tells the class of each of its tokens."""
+TASK_KIND_SPAN: TaskKind.ValueType  # 5
+"""Finds a span in it."""
+Global___TaskKind: _TypeAlias = TaskKind  # noqa: Y015
+
+class _Pooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
+    """Not set."""
+    POOLING_FIRST: _Pooling.ValueType  # 1
+    """The first token's."""
+    POOLING_LAST: _Pooling.ValueType  # 2
+    """The last token's."""
+    POOLING_MEAN: _Pooling.ValueType  # 3
+    """Their mean."""
+    POOLING_MAX: _Pooling.ValueType  # 4
+    """The greatest of each value."""
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
+    """What is read of a text's hidden values, which the model has for each token."""
+
+POOLING_UNSPECIFIED: Pooling.ValueType  # 0
+"""Not set."""
+POOLING_FIRST: Pooling.ValueType  # 1
+"""The first token's."""
+POOLING_LAST: Pooling.ValueType  # 2
+"""The last token's."""
+POOLING_MEAN: Pooling.ValueType  # 3
+"""Their mean."""
+POOLING_MAX: Pooling.ValueType  # 4
+"""The greatest of each value."""
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
+
 @_typing.final
 class AdapterRef(_message.Message):
     """Which adapter version served a request. Absent in an answer of the base model."""
@@ -254,6 +322,9 @@ class Adapter(_message.Message):
     RESIDENCY_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    CLASS_LABELS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task id, without a version."""
     version: _builtins.int
@@ -282,6 +353,10 @@ class Adapter(_message.Message):
     """
     residency: Global___AdapterResidency.ValueType
     """The fastest memory that holds it now."""
+    kind: Global___TaskKind.ValueType
+    """What its task does with a text."""
+    pooling: Global___Pooling.ValueType
+    """What its head reads of a text; unset if it has none, or reads each token by itself."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When this version was made."""
@@ -297,6 +372,12 @@ class Adapter(_message.Message):
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArtifactPart]:
         """The artifacts it is made of: one of weight 1, or the parts of a composed task."""
+
+    @_builtins.property
+    def class_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The classes that its task tells apart, in order: those of its labels class.0, class.1, …, or LABEL_0, LABEL_1, … for the
+        outputs of a head without them.
+        """
 
     def __init__(
         self,
@@ -317,10 +398,13 @@ class Adapter(_message.Message):
         residency: Global___AdapterResidency.ValueType = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
         parts: _abc.Iterable[Global___ArtifactPart] | None = ...,
+        kind: Global___TaskKind.ValueType = ...,
+        class_labels: _abc.Iterable[_builtins.str] | None = ...,
+        pooling: Global___Pooling.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_effect", b"_effect", "create_time", b"create_time", "effect", b"effect"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effect", b"_effect", "base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "effect", b"effect", "labels", b"labels", "method", b"method", "notes", b"notes", "num_parameters", b"num_parameters", "parts", b"parts", "residency", b"residency", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "state_reason", b"state_reason", "task_id", b"task_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effect", b"_effect", "base_model", b"base_model", "class_labels", b"class_labels", "create_time", b"create_time", "digest", b"digest", "effect", b"effect", "kind", b"kind", "labels", b"labels", "method", b"method", "notes", b"notes", "num_parameters", b"num_parameters", "parts", b"parts", "pooling", b"pooling", "residency", b"residency", "size_bytes", b"size_bytes", "source", b"source", "state", b"state", "state_reason", b"state_reason", "task_id", b"task_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__effect: _TypeAlias = _typing.Literal["effect"]  # noqa: Y015
     _WhichOneofArgType__effect: _TypeAlias = _typing.Literal["_effect", b"_effect"]  # noqa: Y015

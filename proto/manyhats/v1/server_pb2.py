@@ -22,21 +22,22 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from manyhats.v1 import adapter_pb2 as manyhats_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18manyhats/v1/server.proto\x12\x0bmanyhats.v1\"\x16\n\x14GetServerInfoRequest\"\xe1\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x1a\n\x12max_context_length\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12)\n\x06limits\x18\t \x01(\x0b\x32\x19.manyhats.v1.ServerLimits\"\xc4\x03\n\x0cServerLimits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\x04\x12\x15\n\rmax_sequences\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\x12\x14\n\x0cmax_adapters\x18\x04 \x01(\r\x12\x19\n\x11max_continuations\x18\x05 \x01(\r\x12\x1a\n\x12max_artifact_bytes\x18\x06 \x01(\x04\x12\x18\n\x10max_adapter_rank\x18\x07 \x01(\r\x12\x1a\n\x12max_virtual_tokens\x18\x08 \x01(\r\x12\x11\n\tmax_parts\x18\t \x01(\r\x12\x15\n\rmax_transfers\x18\n \x01(\r\x12\x16\n\tmax_tasks\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\"\n\x15max_versions_per_task\x18\x0c \x01(\rH\x01\x88\x01\x01\x12\x1f\n\x12max_bytes_per_task\x18\r \x01(\x04H\x02\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x0e \x01(\x04H\x03\x88\x01\x01\x42\x0c\n\n_max_tasksB\x18\n\x16_max_versions_per_taskB\x15\n\x13_max_bytes_per_taskB\x0c\n\n_max_bytes2g\n\rServerService\x12V\n\rGetServerInfo\x12!.manyhats.v1.GetServerInfoRequest\x1a\".manyhats.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18manyhats/v1/server.proto\x12\x0bmanyhats.v1\x1a\x19manyhats/v1/adapter.proto\"\x16\n\x14GetServerInfoRequest\"\xcd\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x1a\n\x12max_context_length\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12)\n\x06limits\x18\t \x01(\x0b\x32\x19.manyhats.v1.ServerLimits\x12\x11\n\tattention\x18\n \x01(\t\x12\x16\n\x0e\x65mbedding_size\x18\x0b \x01(\r\x12-\n\x0f\x64\x65\x66\x61ult_pooling\x18\x0c \x01(\x0e\x32\x14.manyhats.v1.Pooling\x12\x10\n\x08services\x18\r \x03(\t\"\xc4\x03\n\x0cServerLimits\x12\x19\n\x11max_request_bytes\x18\x01 \x01(\x04\x12\x15\n\rmax_sequences\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\x12\x14\n\x0cmax_adapters\x18\x04 \x01(\r\x12\x19\n\x11max_continuations\x18\x05 \x01(\r\x12\x1a\n\x12max_artifact_bytes\x18\x06 \x01(\x04\x12\x18\n\x10max_adapter_rank\x18\x07 \x01(\r\x12\x1a\n\x12max_virtual_tokens\x18\x08 \x01(\r\x12\x11\n\tmax_parts\x18\t \x01(\r\x12\x15\n\rmax_transfers\x18\n \x01(\r\x12\x16\n\tmax_tasks\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\"\n\x15max_versions_per_task\x18\x0c \x01(\rH\x01\x88\x01\x01\x12\x1f\n\x12max_bytes_per_task\x18\r \x01(\x04H\x02\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x0e \x01(\x04H\x03\x88\x01\x01\x42\x0c\n\n_max_tasksB\x18\n\x16_max_versions_per_taskB\x15\n\x13_max_bytes_per_taskB\x0c\n\n_max_bytes2g\n\rServerService\x12V\n\rGetServerInfo\x12!.manyhats.v1.GetServerInfoRequest\x1a\".manyhats.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'manyhats.v1.server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=41
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=63
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=66
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=291
-  _globals['_SERVERLIMITS']._serialized_start=294
-  _globals['_SERVERLIMITS']._serialized_end=746
-  _globals['_SERVERSERVICE']._serialized_start=748
-  _globals['_SERVERSERVICE']._serialized_end=851
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=68
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=90
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=93
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=426
+  _globals['_SERVERLIMITS']._serialized_start=429
+  _globals['_SERVERLIMITS']._serialized_end=881
+  _globals['_SERVERSERVICE']._serialized_start=883
+  _globals['_SERVERSERVICE']._serialized_end=986
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from manyhats.v1 import adapter_pb2 as _adapter_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -48,6 +51,10 @@ class GetServerInfoResponse(_message.Message):
     MAX_CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    EMBEDDING_SIZE_FIELD_NUMBER: _builtins.int
+    DEFAULT_POOLING_FIELD_NUMBER: _builtins.int
+    SERVICES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The server's version, such as "0.1.0"."""
     base_model: _builtins.str
@@ -64,9 +71,19 @@ class GetServerInfoResponse(_message.Message):
     """Prompt and output together, in tokens."""
     vocab_size: _builtins.int
     """Number of token ids."""
+    attention: _builtins.str
+    """What a token attends to: "causal" for itself and those before it, "bidirectional" for all."""
+    embedding_size: _builtins.int
+    """How many values an embedding has."""
+    default_pooling: _adapter_pb2.Pooling.ValueType
+    """What is read of a text's hidden values, unless its task or its request says otherwise."""
     @_builtins.property
     def limits(self) -> Global___ServerLimits:
         """The most that a caller may ask for."""
+
+    @_builtins.property
+    def services(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The full names of the services that answer on this base model, such as "manyhats.v1.GenerationService"."""
 
     def __init__(
         self,
@@ -80,10 +97,14 @@ class GetServerInfoResponse(_message.Message):
         max_context_length: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
         limits: Global___ServerLimits | None = ...,
+        attention: _builtins.str = ...,
+        embedding_size: _builtins.int = ...,
+        default_pooling: _adapter_pb2.Pooling.ValueType = ...,
+        services: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "device", b"device", "dtype", b"dtype", "limits", b"limits", "max_context_length", b"max_context_length", "quantization", b"quantization", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "base_digest", b"base_digest", "base_model", b"base_model", "default_pooling", b"default_pooling", "device", b"device", "dtype", b"dtype", "embedding_size", b"embedding_size", "limits", b"limits", "max_context_length", b"max_context_length", "quantization", b"quantization", "services", b"services", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

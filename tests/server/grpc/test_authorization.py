@@ -24,6 +24,7 @@ from manyhats.server.access.tokens import Role, new_token
 from manyhats.server.grpc.interceptor import OPEN_METHODS
 from manyhats.server.observability.logs import configure_logs
 from manyhats.v1 import adapter_pb2 as apb
+from manyhats.v1 import encoding_pb2 as epb
 from manyhats.v1 import generation_pb2 as gpb
 from manyhats.v1 import server_pb2 as spb
 from support.fakes.server import Running, refused
@@ -32,6 +33,7 @@ from support.servers.secure import BOTH, add_token, bearer, secured_server
 Call = Callable[[Running, Any], Awaitable[Any]]
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
 GENERATION = "/manyhats.v1.GenerationService/"
+ENCODING = "/manyhats.v1.EncodingService/"
 ADAPTERS = "/manyhats.v1.AdapterService/"
 
 
@@ -60,6 +62,8 @@ def score(task: str) -> gpb.ScoreRequest:
     return gpb.ScoreRequest(task_id=task, text="a", continuations=[gpb.Continuation(text="b")])
 
 
+INPUTS = [epb.TextInput(text="a")]
+
 # How each method is called about a task; the key is its full name.
 CALLS: dict[str, Callable[[Running, Any, str], Awaitable[Any]]] = {
     f"{GENERATION}Generate": lambda server, md, task: server.generation.Generate(
@@ -69,6 +73,18 @@ CALLS: dict[str, Callable[[Running, Any, str], Awaitable[Any]]] = {
     f"{GENERATION}Score": lambda server, md, task: server.generation.Score(score(task), metadata=md),
     f"{GENERATION}Tokenize": lambda server, md, task: server.generation.Tokenize(
         gpb.TokenizeRequest(task_id=task, text="a"), metadata=md
+    ),
+    f"{ENCODING}Embed": lambda server, md, task: server.encoding.Embed(
+        epb.EmbedRequest(task_id=task, inputs=INPUTS), metadata=md
+    ),
+    f"{ENCODING}Classify": lambda server, md, task: server.encoding.Classify(
+        epb.ClassifyRequest(task_ids=[task] if task else [], inputs=INPUTS), metadata=md
+    ),
+    f"{ENCODING}ClassifyTokens": lambda server, md, task: server.encoding.ClassifyTokens(
+        epb.ClassifyTokensRequest(task_id=task, inputs=INPUTS), metadata=md
+    ),
+    f"{ENCODING}Rerank": lambda server, md, task: server.encoding.Rerank(
+        epb.RerankRequest(task_id=task, query="a", texts=["b"]), metadata=md
     ),
     f"{ADAPTERS}RegisterAdapter": lambda server, md, task: server.adapters.RegisterAdapter(
         apb.RegisterAdapterRequest(task_id=task, uri="b"), metadata=md
@@ -92,7 +108,9 @@ CALLS: dict[str, Callable[[Running, Any, str], Awaitable[Any]]] = {
     f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": lambda server, md, task: reflect(server, md),
 }
 READ_ONLY = {name for name in CALLS if name.endswith(("GetAdapter", "ListAdapters", "Info"))}
-PROMPTED = {name for name in CALLS if name.startswith(GENERATION)}
+PROMPTED = {name for name in CALLS if name.startswith((GENERATION, ENCODING))}
+# Those that the base model and a task that generates have an answer to.
+ANSWERED = {name for name in CALLS if name.startswith(GENERATION)} | {f"{ENCODING}Embed"}
 MANAGED = CALLS.keys() - READ_ONLY - PROMPTED
 ALLOWED = {Role.GENERATE: PROMPTED | READ_ONLY, Role.MANAGE: MANAGED | READ_ONLY}
 NAMING = [name for name in CALLS if not name.endswith("Info")]
@@ -114,7 +132,7 @@ async def code_of(call: Awaitable[Any]) -> grpc.StatusCode:
 def test_every_method_of_every_service_has_a_rule_or_is_open() -> None:
     services: list[ServiceDescriptor] = [
         service
-        for file in (gpb, apb, spb, health_pb2, reflection_pb2)
+        for file in (gpb, epb, apb, spb, health_pb2, reflection_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
     ]
     methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
@@ -193,8 +211,17 @@ async def test_base_model_is_a_scope_of_its_own(method: str, token_file: Path) -
         server.store.register(Registration("hats", Uri("a")))
         refusal = await refused(CALLS[method](server, without, ""))
         assert (refusal.reason, dict(refusal.info.metadata)) == ("TASK_NOT_ALLOWED", {"task": "_base"})
-        assert await code_of(CALLS[method](server, with_base, "")) is grpc.StatusCode.OK
+        code = await code_of(CALLS[method](server, with_base, ""))
+        assert code is (grpc.StatusCode.OK if method in ANSWERED else grpc.StatusCode.FAILED_PRECONDITION)
         assert await code_of(CALLS[method](server, with_base, "hats")) is DENIED
+
+
+async def test_every_task_of_a_call_is_checked(token_file: Path) -> None:
+    metadata = bearer(add_token(token_file, "one", [Role.GENERATE], ["mine"]))
+    async with secured_server(token_file=token_file) as server:
+        request = epb.ClassifyRequest(task_ids=["mine", "mine@2", "hats@1"], inputs=INPUTS)
+        refusal = await refused(server.encoding.Classify(request, metadata=metadata))
+        assert (refusal.reason, dict(refusal.info.metadata)) == ("TASK_NOT_ALLOWED", {"task": "hats"})
 
 
 async def test_a_second_header_of_an_upload_is_checked_too(token_file: Path) -> None:
@@ -353,12 +380,12 @@ async def test_refused_calls_are_counted_and_not_as_the_base_models(token_file: 
             for sample in metric.samples
             if sample.name == "manyhats_requests_total"
         ]
-    methods = ("Generate", "GenerateStream", "Score", "Tokenize")
+    methods = sorted(name.rpartition("/")[2] for name in PROMPTED)
     assert sorted(counted) == [(method, "", "UNAUTHENTICATED", 1.0) for method in methods]
 
 
 async def test_without_a_token_file_everybody_may_do_everything() -> None:
     async with secured_server() as server:
         server.store.register(Registration("hats", Uri("a")))
-        codes = await asyncio.gather(*(code_of(CALLS[name](server, (), "hats")) for name in sorted(PROMPTED)))
+        codes = await asyncio.gather(*(code_of(CALLS[name](server, (), "hats")) for name in sorted(ANSWERED)))
     assert set(codes) == {grpc.StatusCode.OK}

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterState
 from manyhats.adapters.errors import AdapterInvalidError
+from manyhats.adapters.heads import Pooling, TaskKind
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.residency.tiers import Tier
 from manyhats.server.access.tokens import Role
@@ -121,6 +122,9 @@ records = st.builds(
     st.builds(make_record, st.just("hats"), st.integers(0, 2**32 - 1)),
     method=st.sampled_from(AdapterMethod),
     state=st.sampled_from(AdapterState),
+    kind=st.sampled_from(TaskKind),
+    num_classes=st.integers(0, 3),
+    pooling=st.none() | st.sampled_from(Pooling),
     state_reason=words,
     size_bytes=st.integers(0, 2**64 - 1),
     num_parameters=st.integers(0, 2**64 - 1),

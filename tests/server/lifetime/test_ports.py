@@ -126,6 +126,7 @@ async def test_reflection_lists_every_service() -> None:
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
         "manyhats.v1.AdapterService",
+        "manyhats.v1.EncodingService",
         "manyhats.v1.GenerationService",
         "manyhats.v1.ServerService",
     }

@@ -22,6 +22,8 @@ from grpc_status import rpc_status
 from manyhats.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
+    encoding_pb2,
+    encoding_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     server_pb2,
@@ -79,6 +81,9 @@ def make_adapter(task_id: str, version: int) -> adapter_pb2.Adapter:
         residency=adapter_pb2.ADAPTER_RESIDENCY_DEVICE,
         notes=["names no base"],
         parts=[adapter_pb2.ArtifactPart(digest="sha256:aa", weight=0.5, source=f"/adapters/{task_id}")],
+        kind=adapter_pb2.TASK_KIND_CLASSIFY,
+        class_labels=["good", "bad"],
+        pooling=adapter_pb2.POOLING_LAST,
     )
     adapter.create_time.FromDatetime(CREATE_TIME)
     return adapter
@@ -231,6 +236,70 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.TokenizeResponse(ids=[1, 2], pieces=["a", "b"])
 
 
+def _scores(*labels: str) -> list[encoding_pb2.ClassScore]:
+    return [
+        encoding_pb2.ClassScore(label=label, index=index, score=0.75 / 3**index, logit=1.5 - index)
+        for index, label in enumerate(labels)
+    ]
+
+
+class _Encoding(encoding_pb2_grpc.EncodingServiceServicer):
+    def __init__(self, fake: FakeServer) -> None:
+        self._fake = fake
+
+    def Embed(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        return encoding_pb2.EmbedResponse(
+            request_id=request.request_id or "made-by-server",
+            embeddings=[
+                encoding_pb2.Embedding(values=[index, 0.5], num_tokens=3)
+                for index in range(len(request.inputs))
+            ],
+            usage=_usage(0),
+            adapter=_ref(request.task_id),
+            base_digest="sha256:ba5e",
+        )
+
+    def Classify(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        results = [
+            encoding_pb2.Classification(
+                classes=_scores("good", "bad")[: request.top_k or None], num_tokens=3, adapter=_ref(task)
+            )
+            for _ in request.inputs
+            for task in request.task_ids
+        ]
+        return encoding_pb2.ClassifyResponse(request_id="made-by-server", results=results, usage=_usage(0))
+
+    def ClassifyTokens(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        results = []
+        for each in request.inputs:
+            tagged = encoding_pb2.TaggedText(num_tokens=3)
+            if request.aggregation:
+                tagged.entities.add(label="PER", start=0, end=4, text=each.text[:4], score=0.75)
+            else:
+                classes = _scores("B-PER", "O")
+                tagged.tokens.add(token_index=1, start=0, end=4, classes=classes)
+            results.append(tagged)
+        return encoding_pb2.ClassifyTokensResponse(
+            request_id="made-by-server", results=results, usage=_usage(0), adapter=_ref(request.task_id)
+        )
+
+    def Rerank(self, request: Any, context: Any) -> Any:
+        self._fake.see(request, context)
+        order = list(range(len(request.texts)))[::-1][: request.top_n or None]
+        results = [
+            encoding_pb2.RankedText(
+                index=index, score=0.25 * index, text=request.texts[index] if request.return_texts else ""
+            )
+            for index in order
+        ]
+        return encoding_pb2.RerankResponse(
+            request_id="made-by-server", results=results, usage=_usage(0), adapter=_ref(request.task_id)
+        )
+
+
 class _Adapters(adapter_pb2_grpc.AdapterServiceServicer):
     def __init__(self, fake: FakeServer) -> None:
         self._fake = fake
@@ -320,6 +389,12 @@ class _Server(server_pb2_grpc.ServerServiceServicer):
             max_context_length=8192,
             vocab_size=49152,
             limits=None if self._fake.is_old else LIMITS,
+            attention="" if self._fake.is_old else "causal",
+            embedding_size=0 if self._fake.is_old else 576,
+            default_pooling=adapter_pb2.POOLING_UNSPECIFIED
+            if self._fake.is_old
+            else adapter_pb2.POOLING_LAST,
+            services=[] if self._fake.is_old else ["manyhats.v1.EncodingService"],
         )
 
 
@@ -340,6 +415,7 @@ def running_server(credentials: grpc.ServerCredentials | None = None) -> Iterato
     with ThreadPoolExecutor(max_workers=8) as pool:
         server = grpc.server(pool, interceptors=[_SeesTokens(fake)])
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(fake), server)
+        encoding_pb2_grpc.add_EncodingServiceServicer_to_server(_Encoding(fake), server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(_Adapters(fake), server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(_Server(fake), server)
         health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)

@@ -48,7 +48,7 @@ from manyhats.engine.residency.residency import ResidencyStats
 from manyhats.engine.residency.tiers import Tier
 from manyhats.engine.text.chat_template import Rendering
 from manyhats.engine.text.prompt_text import Continuation
-from manyhats.engine.text.tokenizer import ChatMessage, ReadText
+from manyhats.engine.text.tokenizer import ChatMessage, ReadText, TokenSpan
 from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.grpc.port import GrpcLimits, GrpcPort
@@ -64,11 +64,13 @@ from manyhats.server.service.backend import Backend, ModelInfo
 from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
 from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
+from manyhats.v1.encoding_pb2_grpc import EncodingServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from manyhats.v1.server_pb2_grpc import ServerServiceStub
 
 if TYPE_CHECKING:
     from manyhats.v1.adapter_pb2_grpc import AdapterServiceAsyncStub
+    from manyhats.v1.encoding_pb2_grpc import EncodingServiceAsyncStub
     from manyhats.v1.generation_pb2_grpc import GenerationServiceAsyncStub
     from manyhats.v1.server_pb2_grpc import ServerServiceAsyncStub
 
@@ -143,6 +145,15 @@ class ByteTokenizer:
         limit = None if truncates else max_tokens
         prompt = BytePrompt(whole, begins=add_special_tokens, max_tokens=limit)
         return ReadText(tuple(prompt.token_ids[:max_tokens]))
+
+    def spans(self, text: str, *, add_special_tokens: bool, max_tokens: int) -> list[TokenSpan]:
+        begun = [TokenSpan(0, 0, None)] if add_special_tokens else []
+        spans = begun + [
+            TokenSpan(index, index + 1, len(text[:index].split(" ")))
+            for index, character in enumerate(text)
+            for _ in character.encode()
+        ]
+        return spans[:max_tokens]
 
     def check_length(self, text: str, max_tokens: int) -> None:
         if len(text.encode()) > max_tokens:
@@ -254,18 +265,13 @@ class EchoEngine:
         return ScoreOutput(scores, Usage(prompt_tokens=len(request.prompt_token_ids)))
 
     async def encode(self, request: EncodeRequest) -> EncodeOutput:
-        """Of each text the shares of its tokens by their ids modulo a head's labels, or else 8."""
+        """Of each text what ``_encoded`` says, which stands for hidden values and heads."""
         self.encode_requests.append(request)
         if self.error is not None:
             raise self.error
         await asyncio.sleep(self.step_s)
-        labels = {} if request.adapter is None else request.adapter.labels
-        size = (sum(label.startswith("class.") for label in labels) or 1) if request.applies_head else 8
-        values = [
-            np.bincount(np.array(ids) % size, minlength=size).astype(np.float32)[None] / len(ids)
-            for ids in request.inputs
-        ]
-        return EncodeOutput(values, Usage(prompt_tokens=request.num_tokens))
+        usage = Usage(prompt_tokens=request.num_tokens, queue_s=0.001, prefill_s=0.002)
+        return EncodeOutput([_encoded(request, ids) for ids in request.inputs], usage)
 
     async def warm_adapter(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
         self.warmed.append(record)
@@ -295,6 +301,21 @@ class EchoEngine:
 
     def in_use(self, record: AdapterRecord) -> bool:
         return record.name in self.pinned
+
+
+def _encoded(request: EncodeRequest, ids: Sequence[int]) -> Any:
+    """For a head of so many classes, 1, 2, … times a hundredth of the last token's id, or of each token's.
+
+    Otherwise the shares of the tokens by their ids modulo the number of the labels, or of 8.
+    """
+    adapter = request.adapter
+    if request.applies_head and adapter is not None and adapter.num_classes:
+        is_of_tokens = adapter.kind is TaskKind.CLASSIFY_TOKENS
+        read = np.array([[each] for each in (ids if is_of_tokens else ids[-1:])], dtype=np.float32)
+        return read / 100 * np.arange(1, adapter.num_classes + 1, dtype=np.float32)
+    labels = {} if adapter is None else adapter.labels
+    size = (sum(label.startswith("class.") for label in labels) or 1) if request.applies_head else 8
+    return np.bincount(np.array(ids) % size, minlength=size).astype(np.float32)[None] / len(ids)
 
 
 @dataclass(frozen=True)
@@ -331,11 +352,13 @@ class FakeUpload:
 class MemoryStore:
     """Every uri is an adapter whose digest is its name. Errors for chosen uris are in ``errors``.
 
-    ``others_changed`` are the tasks that the next ``refresh`` tells of, ``refresh_error`` makes it fail.
+    ``facts`` are other fields of records by uri. ``others_changed`` are the tasks that the next ``refresh`` tells of,
+    ``refresh_error`` makes it fail.
     """
 
     tasks: dict[str, list[AdapterRecord]] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
+    facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     uploads: list[FakeUpload] = field(default_factory=list)
     may_open: threading.Event = field(default_factory=threading.Event)
     may_write: threading.Event = field(default_factory=threading.Event)
@@ -360,6 +383,7 @@ class MemoryStore:
         record = make_record(
             task_id, 0 if registration.validate_only else len(versions) + 1, uri, state, registration.labels
         )
+        record = replace(record, **self.facts.get(uri, {}))
         if probe is not None:
             record = replace(record, effect=probe(LoweredAdapter(record.digest, ())))
         if parts:
@@ -523,6 +547,10 @@ class Running:
     @property
     def generation(self) -> GenerationServiceAsyncStub:
         return GenerationServiceStub(self.channel)
+
+    @property
+    def encoding(self) -> EncodingServiceAsyncStub:
+        return EncodingServiceStub(self.channel)
 
     @property
     def adapters(self) -> AdapterServiceAsyncStub:

@@ -24,11 +24,13 @@ from manyhats.server.service.answers import Answers
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.call import Calls
 from manyhats.server.service.gate import Gate
+from manyhats.v1.encoding_pb2_grpc import EncodingServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from support.fakes.server import INFO, SMALL_WINDOW, MemoryStore, make_backend
 from support.harnesses.engine import running_engine
 
 if TYPE_CHECKING:
+    from manyhats.v1.encoding_pb2_grpc import EncodingServiceAsyncStub
     from manyhats.v1.generation_pb2_grpc import GenerationServiceAsyncStub
 
 
@@ -38,25 +40,32 @@ class Served:
 
     engine: Engine
     generation: GenerationServiceAsyncStub
+    encoding: EncodingServiceAsyncStub
     address: str
     http: str
     metrics: Metrics
 
 
 @asynccontextmanager
-async def served_engine(model: LoadedModel, **config: Any) -> AsyncIterator[Served]:
-    """Serves a tiny model; ``config`` is the engine's."""
-    async with running_engine(model, **config) as engine:
+async def served_engine(model: LoadedModel, store: Any = None, **config: Any) -> AsyncIterator[Served]:
+    """Serves a tiny model; ``config`` is the engine's, ``store`` an open one, instead of one without tasks."""
+    async with running_engine(model, None if store is None else store.lower, **config) as engine:
         backend = replace(
-            make_backend(cast(Any, engine), MemoryStore(), model.tokenizer),
-            info=replace(INFO, vocab_size=model.architecture.vocab_size),
+            make_backend(cast(Any, engine), store or MemoryStore(), model.tokenizer),
+            info=replace(
+                INFO,
+                digest=model.description.digest,
+                vocab_size=model.architecture.vocab_size,
+                embedding_size=model.description.read_size,
+            ),
         )
         metrics = Metrics(max_task_labels=4)
         async with (
             _ports(backend, metrics, unread_limit_s=engine.config.unread_limit_s) as (address, http),
             grpc.aio.insecure_channel(address, options=SMALL_WINDOW) as channel,
         ):
-            yield Served(engine, GenerationServiceStub(channel), address, http, metrics)
+            generation, encoding = GenerationServiceStub(channel), EncodingServiceStub(channel)
+            yield Served(engine, generation, encoding, address, http, metrics)
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import ArgumentInvalidError, DigestMismatchError, StoreError
-from manyhats.adapters.heads import TaskKind
+from manyhats.adapters.heads import ScoreActivation, TaskKind
 from manyhats.adapters.limits import Quotas
 from manyhats.adapters.lowering.validation import ValidVersion, measure
 from manyhats.adapters.primitives import LoweredAdapter
@@ -18,7 +18,6 @@ from manyhats.adapters.reserved_labels import ACTIVATION, CLASS, label_error, li
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
-_MIN_CLASSES = 2
 
 
 class Publisher:
@@ -118,15 +117,18 @@ def _check_classes(lowered: LoweredAdapter, labels: Mapping[str, str]) -> None:
 
 
 def _labels(lowered: LoweredAdapter, labels: Mapping[str, str]) -> Mapping[str, str]:
-    """The version's labels: the registration's, with classes as the adapter's own files name them if it names none.
+    """The version's labels: the registration's, and of its classes and scores what only the adapter's own files say.
 
     Raises:
         ArgumentInvalidError: a class in the files cannot be a label.
     """
-    names = () if lowered.head is None else lowered.head.labels
-    if not names or listed(labels, CLASS):
-        return labels
-    return check_labels({**labels, **numbered(CLASS, names)})
+    head = lowered.head
+    own: dict[str, str] = {}
+    if head is not None and head.labels and not listed(labels, CLASS):
+        own |= numbered(CLASS, head.labels)
+    if head is not None and head.activation is ScoreActivation.SIGMOID:
+        own[ACTIVATION] = head.activation.value
+    return check_labels({**own, **labels}) if own else labels
 
 
 def _draft(valid: ValidVersion, registration: Registration, effect: float | None) -> AdapterRecord:

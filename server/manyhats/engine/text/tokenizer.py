@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -42,9 +42,22 @@ from manyhats.engine.text.tokenizer_parts import read_tokenizer
 from manyhats.engine.text.truncation import kept
 from manyhats.engine.text.vocabulary import bytes_of_token
 
-__all__ = ["ChatMessage", "Tokenizer"]
+__all__ = ["ChatMessage", "TokenSpan", "Tokenizer"]
 
 _AS_PROMPT = Rendering()
+
+
+class TokenSpan(NamedTuple):
+    """What a token stands for in its text.
+
+    Attributes:
+        start, end: its characters, [start, end); none of a special token.
+        word: which of the words that the tokenizer splits texts into it belongs to; None of a special token.
+    """
+
+    start: int
+    end: int
+    word: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +183,15 @@ class Tokenizer:
         token_ids = _joined(encoding.ids, parts)
         return ReadText(token_ids, () if first is None else _joined(encoding.type_ids, parts))
 
-    def offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int]]:
-        """The characters [start, end) that each token of ``encode`` stands for; of special ones, none."""
+    def spans(self, text: str, *, add_special_tokens: bool, max_tokens: int) -> list[TokenSpan]:
+        """What each token of ``encode`` stands for in the text, which is cut to ``max_tokens`` if it has more."""
         (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
-        offsets: list[tuple[int, int]] = encoding.offsets
-        return offsets
+        spans = [
+            TokenSpan(start, end, word)
+            for (start, end), word in zip(encoding.offsets, encoding.word_ids, strict=True)
+        ]
+        parts = [slice(None)] if len(spans) <= max_tokens else kept(encoding, max_tokens)
+        return [span for part in parts for span in spans[part]]
 
     def check_length(self, text: str, max_tokens: int) -> None:
         """Refuse a text whose length already shows that it has too many tokens.

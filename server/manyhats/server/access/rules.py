@@ -43,6 +43,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Responses": _GENERATES,
         "Embed": _GENERATES,
         "Classify": _GENERATES,
+        "ClassifyTokens": _GENERATES,
         "Rerank": _GENERATES,
         "ListModels": _READS,
         "GetModel": Rule(frozenset(Role), runs_model=True),

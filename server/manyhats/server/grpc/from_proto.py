@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence, Sized
+from enum import Enum
+from typing import Any, TypeVar, cast
 
+from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.struct_pb2 import Struct, Value
 
+from manyhats.adapters.heads import Pooling
 from manyhats.adapters.registration import OPTIONS, Files, Part, Registration, Source, UploadFile, source_of
 from manyhats.engine.constraint import Constraint
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.request import ResponseOptions
+from manyhats.engine.request import MAX_INPUTS, ResponseOptions
 from manyhats.engine.text.chat_template import ChatMessage
 from manyhats.server.service.conversations import ChatPrompt, json_object
+from manyhats.server.service.entities import Aggregation
 from manyhats.server.service.prompts import Prompt, TextPrompt, TokenPrompt, check_continuations
 from manyhats.server.service.task_defaults import Fields
-from manyhats.v1 import adapter_pb2, generation_pb2
+from manyhats.v1 import adapter_pb2, encoding_pb2, generation_pb2
 
+E = TypeVar("E", bound=Enum)
 PromptMessage = generation_pb2.GenerateRequest | generation_pb2.ScoreRequest | generation_pb2.TokenizeRequest
 
 
@@ -36,8 +42,107 @@ def prompt(message: PromptMessage) -> Prompt:
     raise FieldInvalidError("prompt", "exactly one of text, token_ids and chat must be set")
 
 
-def _chat(message: generation_pb2.ChatMessages) -> ChatPrompt:
-    begins = message.add_generation_prompt if message.HasField("add_generation_prompt") else None
+def text_inputs(
+    messages: Sequence[encoding_pb2.TextInput], *, add_special_tokens: bool = True
+) -> tuple[Prompt, ...]:
+    """The texts to read; errors name them as in ``inputs[3]``.
+
+    Raises:
+        FieldInvalidError: there are none or too many, or one is missing, empty or over a limit.
+    """
+    _check_number("inputs", messages)
+    return tuple(
+        _text_input(f"inputs[{index}]", each, add_special_tokens) for index, each in enumerate(messages)
+    )
+
+
+def plain_texts(messages: Sequence[encoding_pb2.TextInput]) -> tuple[TextPrompt, ...]:
+    """``text_inputs`` whose characters are known: texts alone.
+
+    Raises:
+        FieldInvalidError: as ``text_inputs``; or one is something else.
+    """
+    texts = text_inputs(messages)
+    for index, each in enumerate(texts):
+        if not isinstance(each, TextPrompt) or each.first is not None:
+            raise FieldInvalidError(f"inputs[{index}]", "must be a text, without a pair")
+    return cast(tuple[TextPrompt, ...], texts)
+
+
+def reranked(message: encoding_pb2.RerankRequest) -> Sequence[str]:
+    """The texts to sort.
+
+    Raises:
+        FieldInvalidError: there are none or too many.
+    """
+    _check_number("texts", message.texts)
+    return message.texts
+
+
+def _check_number(field: str, values: Sized) -> None:
+    if not 1 <= len(values) <= MAX_INPUTS:
+        raise FieldInvalidError(field, f"must have 1 to {MAX_INPUTS}, not {len(values)}")
+
+
+def _text_input(field: str, message: encoding_pb2.TextInput, special: bool) -> Prompt:
+    kind = message.WhichOneof("content")
+    if message.text_pair and kind != "text":
+        raise FieldInvalidError(f"{field}.text_pair", "needs text")
+    match kind:
+        case "text" if message.text_pair:
+            first = TextPrompt(message.text, field=f"{field}.text")
+            return TextPrompt(message.text_pair, special, f"{field}.text_pair", first.text)
+        case "text":
+            return TextPrompt(message.text, special, f"{field}.text")
+        case "token_ids":
+            return TokenPrompt(message.token_ids.ids, f"{field}.token_ids")
+        case "chat":
+            try:
+                return _chat(message.chat, begins=False)
+            except FieldInvalidError as error:
+                error.renamed(f"{field}.{error.field}")
+                raise
+    raise FieldInvalidError(field, "exactly one of text, token_ids and chat must be set")
+
+
+def pooling(value: adapter_pb2.Pooling.ValueType) -> Pooling | None:
+    """What to read of hidden values; None where that is not said.
+
+    Raises:
+        FieldInvalidError: it is a value that this server does not know.
+    """
+    return _member(Pooling, "pooling", adapter_pb2.Pooling.DESCRIPTOR, value)
+
+
+def aggregation(value: encoding_pb2.Aggregation.ValueType) -> Aggregation | None:
+    """How classes of tokens become entities; None if they do not. Raises as ``pooling``."""
+    return _member(Aggregation, "aggregation", encoding_pb2.Aggregation.DESCRIPTOR, value)
+
+
+def truncates(value: encoding_pb2.Truncation.ValueType) -> bool:
+    """Whether texts that are too long are cut at their ends.
+
+    Raises:
+        FieldInvalidError: it is a value that this server does not know.
+    """
+    if value not in encoding_pb2.Truncation.values():
+        raise FieldInvalidError("truncation", f"{value} is not known")
+    return value == encoding_pb2.TRUNCATION_END
+
+
+def _member(kind: type[E], field: str, enum: EnumDescriptor, value: int) -> E | None:
+    """The member of ``kind`` that has the name of an enum's value; its zero stands for None."""
+    if not value:
+        return None
+    known = enum.values_by_number.get(value)
+    if known is None:
+        raise FieldInvalidError(field, f"{value} is not known")
+    return kind[known.name.removeprefix(f"{field.upper()}_")]
+
+
+def _chat(message: generation_pb2.ChatMessages, *, begins: bool | None = None) -> ChatPrompt:
+    if message.HasField("add_generation_prompt"):
+        begins = message.add_generation_prompt
     return ChatPrompt.of(
         message.messages,
         _turn,

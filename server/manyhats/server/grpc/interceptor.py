@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -157,7 +157,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 def _read(request: Any, call: Call) -> None:
     check_readable(request)
-    call.names(getattr(request, "task_id", None))
+    for name in _names(request):
+        call.names(name)
+
+
+def _names(request: Any) -> Sequence[str | None]:
+    """The tasks that a message names; "" where it could, and names none."""
+    if hasattr(request, "task_ids"):
+        return list(request.task_ids) or [""]
+    return [getattr(request, "task_id", None)]
 
 
 async def _named(messages: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:

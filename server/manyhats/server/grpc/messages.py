@@ -24,7 +24,14 @@ MIB = 1024 * 1024
 # A text of the greatest length, or ids of the longest context, with everything else at its limit.
 _MAX_BYTES = 2 * MIB
 _MAX_BYTES_OF: Mapping[str, int] = MappingProxyType(
-    {"manyhats.v1.ScoreRequest": 4 * MIB, "manyhats.v1.UploadAdapterRequest": 8 * MIB}
+    {
+        "manyhats.v1.ScoreRequest": 4 * MIB,
+        "manyhats.v1.EmbedRequest": 4 * MIB,
+        "manyhats.v1.ClassifyRequest": 4 * MIB,
+        "manyhats.v1.ClassifyTokensRequest": 4 * MIB,
+        "manyhats.v1.RerankRequest": 4 * MIB,
+        "manyhats.v1.UploadAdapterRequest": 8 * MIB,
+    }
 )
 # Fields, including those of nested messages: ten times as many as the largest conversation or scoring has.
 _MAX_PARTS = 32_768

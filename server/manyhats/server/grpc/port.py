@@ -20,6 +20,7 @@ from manyhats.server.access.tls import ServerTls
 from manyhats.server.access.tokens import TokenFile
 from manyhats.server.grpc import to_proto
 from manyhats.server.grpc.adapters import AdapterService
+from manyhats.server.grpc.encoding import EncodingService
 from manyhats.server.grpc.generation import GenerationService
 from manyhats.server.grpc.interceptor import CallInterceptor
 from manyhats.server.service.answers import MAX_ANSWER_BYTES, Answers
@@ -29,6 +30,8 @@ from manyhats.server.service.gate import Gate, ServingState
 from manyhats.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
+    encoding_pb2,
+    encoding_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     server_pb2,
@@ -37,7 +40,7 @@ from manyhats.v1 import (
 
 SERVICES = tuple(
     service.full_name
-    for file in (generation_pb2, adapter_pb2, server_pb2)
+    for file in (generation_pb2, encoding_pb2, adapter_pb2, server_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
@@ -100,9 +103,11 @@ class GrpcPort:
         )
         # The interceptor passes them a call instead of gRPC's context.
         generation: Any = GenerationService(gate, metrics)
+        encoding: Any = EncodingService(gate, metrics)
         adapters: Any = AdapterService(gate, metrics)
         info: Any = ServerService(gate, MAX_REQUEST_BYTES)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
+        encoding_pb2_grpc.add_EncodingServiceServicer_to_server(encoding, self._server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(info, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self._server)

@@ -50,6 +50,8 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"field": error.field}
         case engine.QueueFullError() | engine.AdapterCapacityError() | service.BusyError():
             return {"limit": str(error.limit)}
+        case service.TaskKindError():
+            return {"kind": error.kind.value}
         case engine.StreamUnreadError():
             return {"limit_s": f"{error.limit_s:g}"}
         case engine.RequestFailedError() | service.UnexpectedError():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from manyhats.adapters.artifact import AdapterMethod, AdapterRecord, AdapterState
+from manyhats.adapters.heads import Pooling, TaskKind
 from manyhats.engine.output import (
     FinishReason,
     ScoreOutput,
@@ -17,13 +18,26 @@ from manyhats.engine.output import (
 )
 from manyhats.engine.request import MAX_CONTINUATIONS
 from manyhats.engine.residency.tiers import Tier
+from manyhats.server.service.encodings import together
 from manyhats.server.service.text_threads import ENTRY_WEIGHT, paced, paced_tokens, slices
-from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
+from manyhats.v1 import adapter_pb2, encoding_pb2, generation_pb2, server_pb2
 
 if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
     from manyhats.server.service.backend import Backend
+    from manyhats.server.service.class_scores import Scored
+    from manyhats.server.service.encodings import (
+        Classifications,
+        Embeddings,
+        Ranked,
+        Tagged,
+        TaggedToken,
+    )
+    from manyhats.server.service.entities import Entity
+
+# How many of a vector's values take the time of a token to add to an answer.
+VALUES_PER_ENTRY = 64
 
 
 def generate_response(
@@ -84,6 +98,84 @@ def score_response(
     return response
 
 
+def embed_response(request_id: str, found: Embeddings, base_digest: str) -> encoding_pb2.EmbedResponse:
+    """The vectors of one request, in slices: other threads run in between."""
+    response = encoding_pb2.EmbedResponse(
+        request_id=request_id,
+        usage=prompt_usage(found.usage),
+        adapter=adapter_ref(found.adapter),
+        base_digest=base_digest,
+    )
+    pairs = zip(found.vectors, found.num_tokens, strict=True)
+    for vector, num_tokens in paced(pairs, lambda pair: len(pair[0]) // VALUES_PER_ENTRY):
+        response.embeddings.add(values=vector.tolist(), num_tokens=num_tokens)
+    return response
+
+
+def classify_response(request_id: str, found: Sequence[Classifications]) -> encoding_pb2.ClassifyResponse:
+    """What each of a request's tasks says of its texts, in slices: other threads run in between."""
+    usages = [each.usage for each in found]
+    response = encoding_pb2.ClassifyResponse(request_id=request_id, usage=prompt_usage(together(usages)))
+    of_tasks = [zip(each.results, each.num_tokens, strict=True) for each in found]
+    for of_text in paced(
+        zip(*of_tasks, strict=True), lambda each: sum(ENTRY_WEIGHT * len(one[0].classes) for one in each)
+    ):
+        for each, (scored, num_tokens) in zip(found, of_text, strict=True):
+            result = response.results.add(num_tokens=num_tokens, adapter=adapter_ref(each.adapter))
+            _add_classes(result.classes, scored)
+    return response
+
+
+def tagged_response(request_id: str, found: Tagged[TaggedToken]) -> encoding_pb2.ClassifyTokensResponse:
+    """The classes of texts' tokens, in slices: other threads run in between."""
+    response = _tagged_texts(request_id, found)
+    pairs = zip(response.results, found.results, strict=True)
+    each_token = ((result, token) for result, tokens in pairs for token in tokens)
+    for result, token in paced(each_token, lambda pair: ENTRY_WEIGHT * len(pair[1].scored.classes)):
+        added = result.tokens.add(token_index=token.index, start=token.start, end=token.end)
+        _add_classes(added.classes, token.scored)
+    return response
+
+
+def entities_response(request_id: str, found: Tagged[Entity]) -> encoding_pb2.ClassifyTokensResponse:
+    """The entities in texts, in slices: other threads run in between."""
+    response = _tagged_texts(request_id, found)
+    pairs = zip(response.results, found.results, strict=True)
+    each_entity = ((result, entity) for result, entities in pairs for entity in entities)
+    for result, entity in paced(each_entity, lambda pair: ENTRY_WEIGHT):
+        result.entities.add(
+            label=entity.label, start=entity.start, end=entity.end, text=entity.text, score=entity.score
+        )
+    return response
+
+
+def rerank_response(
+    request_id: str, found: Ranked, texts: Sequence[str] | None
+) -> encoding_pb2.RerankResponse:
+    """The order of texts; ``texts`` are those to repeat, None for none."""
+    response = encoding_pb2.RerankResponse(
+        request_id=request_id, usage=prompt_usage(found.usage), adapter=adapter_ref(found.adapter)
+    )
+    for index, score in found.results:
+        response.results.add(index=index, score=score, text="" if texts is None else texts[index])
+    return response
+
+
+def _tagged_texts(request_id: str, found: Tagged[Any]) -> encoding_pb2.ClassifyTokensResponse:
+    """An answer whose texts are still empty."""
+    response = encoding_pb2.ClassifyTokensResponse(
+        request_id=request_id, usage=prompt_usage(found.usage), adapter=adapter_ref(found.adapter)
+    )
+    for num_tokens in found.num_tokens:
+        response.results.add(num_tokens=num_tokens)
+    return response
+
+
+def _add_classes(messages: RepeatedCompositeFieldContainer[encoding_pb2.ClassScore], scored: Scored) -> None:
+    for each in scored.classes:
+        messages.add(label=each.label, index=each.index, score=each.score, logit=each.logit)
+
+
 def tokenize_response(ids: Sequence[int], pieces: Sequence[str]) -> generation_pb2.TokenizeResponse:
     """Token ids and the text of each, in slices: other threads run in between."""
     response = generation_pb2.TokenizeResponse()
@@ -135,12 +227,21 @@ _RESIDENCIES = {
     Tier.HOST: adapter_pb2.ADAPTER_RESIDENCY_HOST,
     None: adapter_pb2.ADAPTER_RESIDENCY_DISK,
 }
+_KINDS = {kind: adapter_pb2.TaskKind.Value(f"TASK_KIND_{kind.name}") for kind in TaskKind}
+_POOLINGS = {
+    each: adapter_pb2.Pooling.Value(f"POOLING_{each.name}") for each in Pooling if each is not Pooling.ALL
+}
 _STATES = {state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState}
 
 
 def finish_reason(reason: FinishReason | None) -> generation_pb2.FinishReason.ValueType:
     """Why a generation ended; unspecified while it continues."""
     return generation_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_REASONS[reason]
+
+
+def pooling(value: Pooling | None) -> adapter_pb2.Pooling.ValueType:
+    """What is read of hidden values; unspecified for nothing, and for each token by itself."""
+    return adapter_pb2.POOLING_UNSPECIFIED if value in (None, Pooling.ALL) else _POOLINGS[value]
 
 
 def adapter_ref(record: AdapterRecord | None) -> adapter_pb2.AdapterRef | None:
@@ -176,6 +277,9 @@ def adapter(record: AdapterRecord, tier: Tier | None) -> adapter_pb2.Adapter:
             )
             for part in record.parts
         ],
+        kind=_KINDS[record.kind],
+        class_labels=record.class_names,
+        pooling=pooling(record.pooling),
     )
 
 
@@ -198,4 +302,8 @@ def server_info(backend: Backend, version: str, max_request_bytes: int) -> serve
         max_context_length=backend.engine.max_context_length,
         vocab_size=info.vocab_size,
         limits=limits,
+        attention=info.attention,
+        embedding_size=info.embedding_size,
+        default_pooling=pooling(info.pooling),
+        services=info.services,
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UNSET, Struct, UnsetType
 
 from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.heads import Pooling
 from manyhats.adapters.registration import OPTIONS, Part, Registration, source_of
 from manyhats.engine.request import MAX_CONTINUATIONS
 from manyhats.engine.residency.tiers import Tier
@@ -93,6 +94,9 @@ class AdapterBody(Struct, rename="camel", kw_only=True):
     residency: str
     notes: tuple[str, ...]
     parts: list[ArtifactPartBody]
+    kind: str
+    class_labels: tuple[str, ...]
+    pooling: str
 
 
 class AdapterAnswer(Struct):
@@ -133,6 +137,10 @@ class ServerInfo(Struct, rename="camel"):
     max_context_length: int
     vocab_size: int
     limits: dict[str, int | str]
+    attention: str
+    embedding_size: int
+    default_pooling: str
+    services: tuple[str, ...]
 
 
 def adapter_body(record: AdapterRecord, tiers: Mapping[str, Tier]) -> AdapterBody:
@@ -157,7 +165,15 @@ def adapter_body(record: AdapterRecord, tiers: Mapping[str, Tier]) -> AdapterBod
         parts=[
             ArtifactPartBody(part.digest, part.weight, part.source, part.text_files) for part in record.parts
         ],
+        kind=f"TASK_KIND_{record.kind.name}",
+        class_labels=record.class_names,
+        pooling=_pooling(record.pooling),
     )
+
+
+def _pooling(pooling: Pooling | None) -> str:
+    """Nothing is pooled if each token is read by itself."""
+    return f"POOLING_{'UNSPECIFIED' if pooling is None or pooling is Pooling.ALL else pooling.name}"
 
 
 def server_info(backend: Backend, version: str, max_request_bytes: int) -> ServerInfo:
@@ -182,6 +198,10 @@ def server_info(backend: Backend, version: str, max_request_bytes: int) -> Serve
             for name, value in limits.items()
             if value is not None
         },
+        attention=info.attention,
+        embedding_size=info.embedding_size,
+        default_pooling=_pooling(info.pooling),
+        services=info.services,
     )
 
 

@@ -24,7 +24,7 @@ from manyhats.server.service.text_threads import paced
 
 if TYPE_CHECKING:
     from manyhats.server.observability.metrics import Metrics
-    from manyhats.server.service.encodings import Scored
+    from manyhats.server.service.class_scores import Scored
 
 T = TypeVar("T")
 

@@ -86,6 +86,8 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
             device=device,
             vocab_size=model.architecture.vocab_size,
             names=model.description.names,
+            embedding_size=model.description.read_size,
+            pooling=model.description.pooling,
         ),
         limits=limits(config),
     )

@@ -6,7 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from manyhats.adapters.heads import TaskKind
+from manyhats.adapters.heads import Pooling, TaskKind
 from manyhats.server.service.text_threads import TextThreads
 
 if TYPE_CHECKING:
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The resident base model, as callers see it; ``names`` are all that it is known by, ``kind`` what it does."""
+    """The resident base model, as callers see it.
+
+    Attributes:
+        names: all that it is known by.
+        kind: what it does with a text by itself.
+        embedding_size: of a text's vector.
+        pooling: of texts' hidden values, unless a task or a request says otherwise.
+    """
 
     name: str
     digest: str
@@ -28,6 +35,19 @@ class ModelInfo:
     vocab_size: int
     names: frozenset[str] = frozenset()
     kind: TaskKind = TaskKind.GENERATE
+    embedding_size: int = 0
+    pooling: Pooling = Pooling.LAST
+
+    @property
+    def attention(self) -> str:
+        """What its tokens attend to: those before them (``causal``), or all (``bidirectional``)."""
+        return "causal" if self.kind is TaskKind.GENERATE else "bidirectional"
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Full names of the API's services that answer on it."""
+        own = ("Generation",) if self.kind is TaskKind.GENERATE else ()
+        return tuple(f"manyhats.v1.{name}Service" for name in (*own, "Encoding", "Adapter", "Server"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

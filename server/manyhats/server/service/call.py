@@ -37,6 +37,7 @@ _TIMED_METHODS = frozenset(
         "Responses",
         "Embed",
         "Classify",
+        "ClassifyTokens",
         "Rerank",
     }
 )

@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from manyhats.adapters.heads import Pooling, ScoreActivation, TaskKind
-from manyhats.adapters.reserved_labels import CLASS, listed
+from manyhats.adapters.heads import Pooling, TaskKind
+from manyhats.adapters.reserved_labels import class_names
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
+from manyhats.engine.output import Usage
 from manyhats.engine.request import MAX_INPUTS, EncodeRequest
+from manyhats.server.service.class_scores import Scored, activated, num_scores, scored_rows, sigmoid
+from manyhats.server.service.entities import Aggregation, Entity, entities
+from manyhats.server.service.merging import each_of
 from manyhats.server.service.prompts import Prompt, TextPrompt
 from manyhats.server.service.tasks import check_kind, task_id
+from manyhats.server.service.text_threads import ENTRY_WEIGHT, paced
 
 if TYPE_CHECKING:
     from manyhats.adapters.artifact import AdapterRecord
-    from manyhats.engine.output import EncodeOutput, Usage
-    from manyhats.engine.text.tokenizer import ReadText
+    from manyhats.engine.output import EncodeOutput
+    from manyhats.engine.text.tokenizer import ReadText, Tokenizer, TokenSpan
     from manyhats.server.observability.metrics import Metrics
     from manyhats.server.service.backend import Backend
     from manyhats.server.service.call import Call
     from manyhats.server.service.tasks import Tasks
 
+MAX_TASKS = 16
+"""How many tasks one call puts its texts to."""
+MAX_TOKEN_SCORES = 1024 * 1024
+"""How many labels of tokens one answer tells."""
+
+# How many of a vector's values take the time of a character to tokenize.
+_VALUES_PER_CHARACTER = 16
+
 Vector = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,23 +61,6 @@ class Embeddings:
     num_tokens: tuple[int, ...]
     usage: Usage
     adapter: AdapterRecord | None
-
-
-@dataclass(frozen=True, slots=True)
-class ClassScore:
-    """One label's score, and the logit that it comes from."""
-
-    label: str
-    index: int
-    score: float
-    logit: float
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """The labels of one text, or of one token, best first."""
-
-    classes: tuple[ClassScore, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +84,10 @@ class TaggedToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Tagged:
-    """The labels of each text's tokens, special ones left out, in order."""
+class Tagged(Generic[T]):
+    """What is found in each text, in order: its tokens, special ones left out, or the entities that they make."""
 
-    results: tuple[tuple[TaggedToken, ...], ...]
+    results: tuple[tuple[T, ...], ...]
     num_tokens: tuple[int, ...]
     usage: Usage
     adapter: AdapterRecord
@@ -165,7 +163,10 @@ class Encodings:
         size = int(output.values[0].shape[1])
         if not 0 <= dimensions <= size:
             raise FieldInvalidError("dimensions", f"must be in [0, {size}], not {dimensions}")
-        vectors = tuple(_vector(values[0], dimensions or size, normalize) for values in output.values)
+        vectors = await self._backend.text_threads.run(
+            partial(_vectors, output, dimensions or size, normalize),
+            size * len(inputs) // _VALUES_PER_CHARACTER,
+        )
         return Embeddings(vectors, _lengths(tokens), output.usage, adapter)
 
     async def classify(
@@ -193,41 +194,92 @@ class Encodings:
             FieldInvalidError: a text cannot be read.
             EngineError, AdapterError: it cannot be served.
         """
-        adapter = self._tasks.resolved(call)
-        check_kind(adapter, TaskKind.CLASSIFY)
-        assert adapter is not None
-        read = partial(self._encode, call, adapter, priority=priority)
-        tokens, output = await self._read(adapter, inputs, "inputs", truncates, read)
-        results = tuple(_scored(adapter, values[0], raw_scores, top_k) for values in output.values)
-        return Classifications(results, _lengths(tokens), output.usage, adapter)
+        _check_most("top_k", top_k)
+        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY)
+        return await self._classified(call, call.id, adapter, inputs, raw_scores, top_k, truncates, priority)
+
+    async def classify_by_each(
+        self,
+        call: Call,
+        task_ids: Sequence[str],
+        inputs: Sequence[Prompt],
+        *,
+        raw_scores: bool = False,
+        top_k: int = 0,
+        truncates: bool = False,
+        priority: int = 0,
+    ) -> tuple[Classifications, ...]:
+        """The labels of each text by the head of each task; the tasks run together.
+
+        Args:
+            call: it may use them all.
+            task_ids: their names, or their versions'.
+            inputs, raw_scores, top_k, truncates, priority: as for ``classify``.
+
+        Raises:
+            TaskKindError: one of the tasks has no head for texts.
+            FieldInvalidError: there are too many tasks, or none; or as for ``classify``.
+            EngineError, AdapterError: likewise.
+        """
+        _check_most("top_k", top_k)
+        if not 1 <= len(task_ids) <= MAX_TASKS:
+            raise FieldInvalidError("task_ids", f"must have 1 to {MAX_TASKS}, not {len(task_ids)}")
+        adapters = [self._of_kind(self._tasks.version(name), TaskKind.CLASSIFY) for name in task_ids]
+
+        async def one(index: int) -> Classifications:
+            return await self._classified(
+                call, f"{call.id}-{index}", adapters[index], inputs, raw_scores, top_k, truncates, priority
+            )
+
+        return tuple(await each_of(one, len(adapters), at_once=len(adapters)))
 
     async def classify_tokens(
-        self, call: Call, inputs: Sequence[TextPrompt], *, top_k: int = 0, priority: int = 0
-    ) -> Tagged:
+        self,
+        call: Call,
+        inputs: Sequence[TextPrompt],
+        *,
+        top_k: int = 0,
+        truncates: bool = False,
+        priority: int = 0,
+    ) -> Tagged[TaggedToken]:
         """The labels of each text's tokens by the task's head; arguments as for ``classify``.
 
         Raises:
             TaskKindError: the task has no head for tokens.
-            FieldInvalidError: a text cannot be read.
+            FieldInvalidError: a text cannot be read; or there would be too many scores.
             EngineError, AdapterError: it cannot be served.
         """
-        adapter = self._tasks.resolved(call)
-        check_kind(adapter, TaskKind.CLASSIFY_TOKENS)
-        assert adapter is not None
-        tokenizer = await self._tasks.tokenizer_of(adapter) or self._backend.tokenizer
-        tokens = await self._tokens(adapter, inputs)
-        output = await self._encode(call, adapter, tokens, priority=priority)
-        results = []
-        for each, values in zip(inputs, output.values, strict=True):
-            offsets = tokenizer.offsets(each.text, add_special_tokens=each.add_special_tokens)
-            results.append(
-                tuple(
-                    TaggedToken(index, start, end, _scored(adapter, row, False, top_k))
-                    for index, ((start, end), row) in enumerate(zip(offsets, values, strict=True))
-                    if end > start
-                )
+        _check_most("top_k", top_k)
+        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY_TOKENS)
+
+        def tagged(text: str, spans: Sequence[TokenSpan], logits: Vector) -> tuple[TaggedToken, ...]:
+            rows = scored_rows(adapter, logits, False, top_k)
+            return tuple(
+                TaggedToken(index, span.start, span.end, scored)
+                for index, (span, scored) in enumerate(zip(spans, rows, strict=True))
+                if span.end > span.start
             )
-        return Tagged(tuple(results), _lengths(tokens), output.usage, adapter)
+
+        return await self._found(call, adapter, inputs, tagged, top_k, truncates, priority)
+
+    async def entities(
+        self,
+        call: Call,
+        inputs: Sequence[TextPrompt],
+        aggregation: Aggregation,
+        *,
+        truncates: bool = False,
+        priority: int = 0,
+    ) -> Tagged[Entity]:
+        """The entities that the labels of each text's tokens make; otherwise as ``classify_tokens``."""
+        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY_TOKENS)
+
+        def found(text: str, spans: Sequence[TokenSpan], logits: Vector) -> tuple[Entity, ...]:
+            names = class_names(adapter.labels, logits.shape[1])
+            scores = activated(logits.astype(np.float64), adapter)
+            return tuple(entities(text, spans, scores, names, aggregation))
+
+        return await self._found(call, adapter, inputs, found, 1, truncates, priority)
 
     async def rerank(
         self,
@@ -256,25 +308,80 @@ class Encodings:
             FieldInvalidError: its head has several labels, or a text cannot be read.
             EngineError, AdapterError: it cannot be served.
         """
-        adapter = self._tasks.resolved(call)
-        check_kind(adapter, TaskKind.CLASSIFY)
-        assert adapter is not None
+        _check_most("top_n", top_n)
+        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY)
         asked = TextPrompt(query, field="query")
         pairs = [TextPrompt(text, field=f"texts[{index}]", first=query) for index, text in enumerate(texts)]
         if truncates:  # the query is tokenized with each text, so that its own length must be bounded
             await self._check_fits(adapter, asked)
         read = partial(self._encode, call, adapter, priority=priority)
         tokens, output = await self._read(adapter, pairs, "texts", truncates, read)
-        if output.values[0].shape[1] != 1:
+        num_classes = output.values[0].shape[1]
+        if num_classes != 1:
             raise FieldInvalidError(
-                "task_id",
-                f"{adapter.name} has {output.values[0].shape[1]} labels; relevance needs a head with one",
+                "task_id", f"{adapter.name} has {num_classes} classes; relevance needs a head with one"
             )
         logits = [float(values[0, 0]) for values in output.values]
-        scores = logits if raw_scores else [_sigmoid(logit) for logit in logits]
+        scores = logits if raw_scores else sigmoid(np.array(logits)).tolist()
         order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
         best = tuple((index, scores[index]) for index in order[: top_n or None])
         return Ranked(best, _lengths(tokens), output.usage, adapter)
+
+    def _of_kind(self, adapter: AdapterRecord | None, kind: TaskKind) -> AdapterRecord:
+        check_kind(adapter, kind, base=self._backend.info.kind)
+        assert adapter is not None  # the base model has no head
+        return adapter
+
+    async def _classified(
+        self,
+        call: Call,
+        request_id: str,
+        adapter: AdapterRecord,
+        inputs: Sequence[Prompt],
+        raw_scores: bool,
+        top_k: int,
+        truncates: bool,
+        priority: int,
+    ) -> Classifications:
+        read = partial(self._encode, call, adapter, request_id=request_id, priority=priority)
+        tokens, output = await self._read(adapter, inputs, "inputs", truncates, read)
+        logits = np.concatenate(output.values)
+        results = await self._backend.text_threads.build(
+            partial(scored_rows, adapter, logits, raw_scores, top_k), num_scores(output, top_k)
+        )
+        return Classifications(results, _lengths(tokens), output.usage, adapter)
+
+    async def _found(
+        self,
+        call: Call,
+        adapter: AdapterRecord,
+        inputs: Sequence[TextPrompt],
+        find: Callable[[str, list[TokenSpan], Vector], tuple[T, ...]],
+        top_k: int,
+        truncates: bool,
+        priority: int,
+    ) -> Tagged[T]:
+        """What ``find`` finds by the logits of each text's tokens."""
+        tokenizer = await self._tasks.tokenizer_of(adapter) or self._backend.tokenizer
+        encode = partial(self._encode, call, adapter, priority=priority)
+        tokens, output = await self._read(adapter, inputs, "inputs", truncates, encode)
+        count = num_scores(output, top_k)
+        if count > MAX_TOKEN_SCORES:
+            raise FieldInvalidError(
+                "top_k", f"leaves {count} scores of all tokens together; the limit is {MAX_TOKEN_SCORES}"
+            )
+
+        def work() -> tuple[tuple[T, ...], ...]:
+            texts = paced(
+                zip(inputs, tokens, output.values, strict=True), lambda each: ENTRY_WEIGHT * len(each[2])
+            )
+            return tuple(
+                find(each.text, _spans(tokenizer, each, len(read.token_ids)), values)
+                for each, read, values in texts
+            )
+
+        results = await self._backend.text_threads.build(work, count)
+        return Tagged(results, _lengths(tokens), output.usage, adapter)
 
     async def _check_fits(self, adapter: AdapterRecord, text: TextPrompt) -> None:
         tokenizer = await self._tasks.tokenizer_of(adapter)
@@ -319,13 +426,8 @@ class Encodings:
         encoder = self._tasks.encoder(tokenizer, limit or self._backend.engine.max_context_length)
         found = []
         for index, each in enumerate(inputs):
-            try:
+            with _named(f"{field}[{index}]"):
                 found.append(await encoder.read(each, truncates=truncates))
-            except PromptTooLongError as error:
-                name = f"{field}[{index}]"
-                raise PromptTooLongError(
-                    name, error.num_tokens, error.limit, at_least=error.at_least
-                ) from None
             # Short texts are tokenized here: others get a turn after each.
             await asyncio.sleep(0)
         return tuple(found)
@@ -336,27 +438,38 @@ class Encodings:
         adapter: AdapterRecord | None,
         tokens: tuple[ReadText, ...],
         *,
+        request_id: str = "",
         pooling: Pooling | None = None,
         applies_head: bool = True,
         cache_salt: str = "",
         priority: int = 0,
     ) -> EncodeOutput:
-        output = await self._backend.engine.encode(
-            EncodeRequest(
-                id=call.id,
-                inputs=tuple(each.token_ids for each in tokens),
-                token_types=_types(tokens),
-                pooling=pooling,
-                applies_head=applies_head,
-                adapter=adapter,
-                priority=priority,
-                deadline_s=call.deadline_s,
-                cache_salt=cache_salt,
-                accepted_s=call.received_s,
-            )
+        request = EncodeRequest(
+            id=request_id or call.id,
+            inputs=tuple(each.token_ids for each in tokens),
+            token_types=_types(tokens),
+            pooling=pooling,
+            applies_head=applies_head,
+            adapter=adapter,
+            priority=priority,
+            deadline_s=call.deadline_s,
+            cache_salt=cache_salt,
+            accepted_s=call.received_s,
         )
+        output = await self._backend.engine.encode(request)
         self._metrics.encoded(task_id(adapter), output.usage)
         return output
+
+
+def together(usages: Sequence[Usage]) -> Usage:
+    """What requests cost that ran together: all of their tokens, and the time of the slowest."""
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        cached_prompt_tokens=sum(usage.cached_prompt_tokens for usage in usages),
+        queue_s=max(usage.queue_s for usage in usages),
+        prefill_s=max(usage.prefill_s for usage in usages),
+        adapter_load_s=max(usage.adapter_load_s for usage in usages),
+    )
 
 
 def _lengths(tokens: Sequence[ReadText]) -> tuple[int, ...]:
@@ -370,34 +483,35 @@ def _types(tokens: Sequence[ReadText]) -> tuple[tuple[int, ...], ...]:
     return tuple(each.token_types or (0,) * len(each.token_ids) for each in tokens)
 
 
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the text that is too long, or the conversation at fault; other texts have names of their own."""
+    try:
+        yield
+    except PromptTooLongError as error:
+        error.renamed(name)
+        raise
+    except FieldInvalidError as error:
+        if error.field.partition(".")[0] == "chat":
+            error.renamed(f"{name}.{error.field}")
+        raise
+
+
+def _check_most(field: str, count: int) -> None:
+    if count < 0:
+        raise FieldInvalidError(field, f"must be 0 (all) or more, not {count}")
+
+
+def _spans(tokenizer: Tokenizer, text: TextPrompt, num_tokens: int) -> list[TokenSpan]:
+    return tokenizer.spans(text.text, add_special_tokens=text.add_special_tokens, max_tokens=num_tokens)
+
+
+def _vectors(output: EncodeOutput, size: int, normalize: bool) -> tuple[Vector, ...]:
+    pooled = paced(output.values, lambda values: values.shape[1] // _VALUES_PER_CHARACTER)
+    return tuple(_vector(values[0], size, normalize) for values in pooled)
+
+
 def _vector(values: Vector, size: int, normalize: bool) -> Vector:
     cut = values[:size].astype(np.float64)
     length = math.sqrt(float(cut @ cut))
     return (cut / length if normalize and length else cut).astype(np.float32)
-
-
-def _scored(adapter: AdapterRecord, logits: Vector, raw_scores: bool, top_k: int) -> Scored:
-    """The labels of one row of logits, best first; of equal ones the first."""
-    names = listed(adapter.labels, CLASS) or tuple(f"LABEL_{index}" for index in range(len(logits)))
-    values = logits.astype(np.float64)
-    scores = values if raw_scores else _activated(values, adapter)
-    order = np.argsort(-values, kind="stable")[: top_k or None].tolist()
-    return Scored(
-        tuple(ClassScore(names[index], index, float(scores[index]), float(values[index])) for index in order)
-    )
-
-
-def _activated(logits: npt.NDArray[np.float64], adapter: AdapterRecord) -> npt.NDArray[np.float64]:
-    own = ScoreActivation.NONE if len(logits) == 1 else ScoreActivation.SOFTMAX
-    activation = ScoreActivation(adapter.labels.get("classify.activation", own.value))
-    if activation is ScoreActivation.NONE:
-        return logits
-    if activation is ScoreActivation.SIGMOID:
-        return np.array([_sigmoid(float(logit)) for logit in logits])
-    weights = np.exp(logits - logits.max())
-    shares: npt.NDArray[np.float64] = weights / weights.sum()
-    return shares
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -29,8 +29,16 @@ class Tasks:
     def resolved(self, call: Call) -> AdapterRecord | None:
         """The version that a call names; None for the base model."""
         if call.name and call.version is None:
-            call.version = self._backend.store.resolve(call.name)
+            call.version = self.version(call.name)
         return call.version
+
+    def version(self, name: str) -> AdapterRecord | None:
+        """The version that a task's name stands for; None for the base model, whose name is empty.
+
+        Raises:
+            AdapterError: there is none, or it cannot be used.
+        """
+        return self._backend.store.resolve(name) if name else None
 
     async def tokenizer_of(self, adapter: AdapterRecord | None) -> Tokenizer | None:
         """The tokenizer of an adapter's task; None for the base's."""
