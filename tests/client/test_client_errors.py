@@ -36,6 +36,7 @@ CASES = [
     Case(CODE.FAILED_PRECONDITION, "ADAPTER_IN_USE", public.AdapterInUseError),
     Case(CODE.FAILED_PRECONDITION, "BASE_MISMATCH", public.BaseMismatchError),
     Case(CODE.FAILED_PRECONDITION, "NO_ACTIVE_VERSION", public.NoActiveVersionError),
+    Case(CODE.FAILED_PRECONDITION, "TASK_KIND_MISMATCH", public.TaskKindError),
     Case(CODE.NOT_FOUND, "SOURCE_NOT_FOUND", public.SourceNotFoundError),
     Case(CODE.PERMISSION_DENIED, "SOURCE_NOT_ALLOWED", public.SourceNotAllowedError),
     Case(CODE.INVALID_ARGUMENT, "DIGEST_MISMATCH", public.DigestMismatchError),

@@ -80,6 +80,9 @@ def adapter_info(adapter: adapter_pb2.Adapter) -> AdapterInfo:
             )
             for part in adapter.parts
         ),
+        kind=enum_name(adapter_pb2.TaskKind.Name, adapter.kind, "TASK_KIND_"),
+        class_labels=tuple(adapter.class_labels),
+        pooling=enum_name(adapter_pb2.Pooling.Name, adapter.pooling, "POOLING_"),
     )
 
 

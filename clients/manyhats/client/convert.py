@@ -1,6 +1,7 @@
 """Plain values to request messages, and response messages to results. Pure; both clients use it.
 
-``prompt_convert`` has what a prompt becomes, ``adapter_convert`` the calls that manage adapters.
+``prompt_convert`` has what a prompt becomes, ``encoding_convert`` the calls that read texts, ``adapter_convert`` those
+that manage adapters.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from manyhats.client.fields import assign, enum_name, invalid
 from manyhats.client.prompt_convert import CHAT_OPTIONS, set_chat_option, set_prompt
@@ -29,7 +30,7 @@ from manyhats.client.results import (
     TopToken,
     Usage,
 )
-from manyhats.v1 import generation_pb2, server_pb2
+from manyhats.v1 import adapter_pb2, generation_pb2, server_pb2
 
 _PROMPT_OPTIONS = ("request_id", "add_special_tokens", "cache_salt", "priority")
 _CONSTRAINTS = tuple(
@@ -144,8 +145,8 @@ def generation(response: generation_pb2.GenerateResponse) -> Generation:
         text=response.text,
         tokens=_tokens(response.tokens),
         finish_reason=_finish_reason(response.finish_reason),
-        usage=_usage(response.usage),
-        adapter=_adapter_ref(response),
+        usage=usage(response.usage),
+        adapter=adapter_ref(response),
         prompt_tokens=_tokens(response.prompt_tokens),
         request_id=response.request_id,
     )
@@ -155,7 +156,7 @@ def generation(response: generation_pb2.GenerateResponse) -> Generation:
             text=each.text,
             tokens=_tokens(each.tokens),
             finish_reason=_finish_reason(each.finish_reason),
-            usage=_usage(each.usage),
+            usage=usage(each.usage),
             prompt_tokens=(),
         )
         for each in response.more_sequences
@@ -170,8 +171,8 @@ def generation_chunk(response: generation_pb2.GenerateStreamResponse) -> Generat
         text=response.text,
         tokens=_tokens(response.tokens),
         finish_reason=_finish_reason(response.finish_reason) if ended else None,
-        usage=_usage(response.usage) if response.HasField("usage") else None,
-        adapter=_adapter_ref(response),
+        usage=usage(response.usage) if response.HasField("usage") else None,
+        adapter=adapter_ref(response),
         prompt_tokens=_tokens(response.prompt_tokens),
         request_id=response.request_id,
         sequence_index=response.sequence_index,
@@ -185,8 +186,8 @@ def score_result(response: generation_pb2.ScoreResponse) -> ScoreResult:
             Score(logprob=score.logprob, num_tokens=score.num_tokens, tokens=_tokens(score.tokens))
             for score in response.scores
         ),
-        usage=_usage(response.usage),
-        adapter=_adapter_ref(response),
+        usage=usage(response.usage),
+        adapter=adapter_ref(response),
         request_id=response.request_id,
     )
 
@@ -208,6 +209,10 @@ def server_info(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
         max_context_length=response.max_context_length,
         vocab_size=response.vocab_size,
         limits=_limits(response.limits) if response.HasField("limits") else None,
+        attention=response.attention,
+        embedding_size=response.embedding_size,
+        default_pooling=enum_name(adapter_pb2.Pooling.Name, response.default_pooling, "POOLING_"),
+        services=tuple(response.services),
     )
 
 
@@ -255,25 +260,30 @@ def _tokens(tokens: Iterable[generation_pb2.TokenInfo]) -> tuple[Token, ...]:
     )
 
 
-def _usage(usage: generation_pb2.Usage) -> Usage:
+def usage(spent: generation_pb2.Usage) -> Usage:
+    """What a request cost."""
     return Usage(
-        prompt_tokens=usage.prompt_tokens,
-        cached_prompt_tokens=usage.cached_prompt_tokens,
-        generated_tokens=usage.generated_tokens,
-        queue_ms=usage.queue_ms,
-        prefill_ms=usage.prefill_ms,
-        decode_ms=usage.decode_ms,
-        adapter_load_ms=usage.adapter_load_ms,
-        draft_tokens=usage.draft_tokens,
-        accepted_draft_tokens=usage.accepted_draft_tokens,
+        prompt_tokens=spent.prompt_tokens,
+        cached_prompt_tokens=spent.cached_prompt_tokens,
+        generated_tokens=spent.generated_tokens,
+        queue_ms=spent.queue_ms,
+        prefill_ms=spent.prefill_ms,
+        decode_ms=spent.decode_ms,
+        adapter_load_ms=spent.adapter_load_ms,
+        draft_tokens=spent.draft_tokens,
+        accepted_draft_tokens=spent.accepted_draft_tokens,
     )
 
 
-def _adapter_ref(
-    response: generation_pb2.GenerateResponse
-    | generation_pb2.GenerateStreamResponse
-    | generation_pb2.ScoreResponse,
-) -> AdapterRef | None:
+class NamesAdapter(Protocol):
+    """A response that says which adapter answered."""
+
+    @property
+    def adapter(self) -> adapter_pb2.AdapterRef:
+        """It."""
+
+
+def adapter_ref(response: NamesAdapter) -> AdapterRef | None:
     """None for the base model, whether the server omits the field or sends it empty."""
     ref = response.adapter
     return AdapterRef(task_id=ref.task_id, version=ref.version, digest=ref.digest) if ref.task_id else None

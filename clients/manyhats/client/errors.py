@@ -14,6 +14,7 @@ ManyhatsError
 │   ├── AdapterInUseError           requests run on it; delete with ``force``
 │   ├── BaseMismatchError           made for another base model
 │   ├── NoActiveVersionError        the task exists, but none of its versions is active
+│   ├── TaskKindError               the task does something else than what is asked of it
 │   ├── SourceNotFoundError         nothing at the uri
 │   ├── SourceNotAllowedError       the uri is outside the server's allowed roots
 │   └── DigestMismatchError         the files are not those that were expected
@@ -132,6 +133,10 @@ class BaseMismatchError(AdapterError):
 
 class NoActiveVersionError(AdapterError):
     """The task exists, but none of its versions is active; name one as ``task@version``."""
+
+
+class TaskKindError(AdapterError):
+    """The task does something else than what is asked of it: it reads texts, say, and does not generate."""
 
 
 class SourceNotFoundError(AdapterError):

@@ -32,6 +32,25 @@ def invalid(path: str, description: str) -> InvalidRequestError:
     return InvalidRequestError(f"{path}: {description}", violations={path: description})
 
 
+def enum_value(enum: Any, prefix: str, name: object, path: str) -> int:
+    """``mean`` → ``POOLING_MEAN``'s number.
+
+    Args:
+        enum: the generated enum.
+        prefix: what the names of its values begin with.
+        name: of the value, in lower case; "none" for the unspecified one.
+        path: the field, for errors.
+
+    Raises:
+        InvalidRequestError: there is no such value; names the field and the values.
+    """
+    numbers: dict[str, int] = {key.removeprefix(prefix).lower(): number for key, number in enum.items()}
+    known = {"none" if number == 0 else key: number for key, number in numbers.items()}
+    if not isinstance(name, str) or name not in known:
+        raise invalid(path, f"must be one of {', '.join(known)}, not {name!r}")
+    return known[name]
+
+
 def enum_name(name_of: Callable[[Any], str], value: int, prefix: str) -> str:
     """``ADAPTER_STATE_ACTIVE`` → ``active``; a value newer than this client → its number; zero → empty."""
     if value == 0:

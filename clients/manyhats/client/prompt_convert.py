@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from manyhats.client.fields import assign, invalid
 from manyhats.client.requests import ChatMessage, Prompt
-from manyhats.v1 import generation_pb2
+from manyhats.v1 import encoding_pb2, generation_pb2
 
 PromptRequest: TypeAlias = (
     generation_pb2.GenerateRequest | generation_pb2.ScoreRequest | generation_pb2.TokenizeRequest
@@ -19,8 +19,8 @@ CHAT_OPTIONS = ("tools", "template_arguments", "continue_final_message", "add_ge
 _MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
 
 
-def set_prompt(request: PromptRequest, prompt: Prompt) -> None:
-    """Set what a request is about.
+def set_prompt(request: PromptRequest | encoding_pb2.TextInput, prompt: Prompt, path: str = "") -> None:
+    """Set what a request is about, or one of its texts, which errors name by ``path``.
 
     Raises:
         InvalidRequestError: it is no prompt; names the field.
@@ -28,16 +28,19 @@ def set_prompt(request: PromptRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         request.text = prompt
         return
+    within = f"{path}." if path else ""
     if not isinstance(prompt, Iterable):
-        raise invalid("prompt", f"must be text, token ids or chat messages, not {type(prompt).__name__}")
+        raise invalid(
+            path or "prompt", f"must be text, token ids or chat messages, not {type(prompt).__name__}"
+        )
     items = list(prompt)
     if items and isinstance(items[0], ChatMessage | Mapping):
         request.chat.SetInParent()
         for index, message in enumerate(items):
-            _add_message(request.chat, message, f"chat.messages[{index}]")
+            _add_message(request.chat, message, f"{within}chat.messages[{index}]")
     else:
         request.token_ids.SetInParent()
-        assign(request.token_ids, "ids", items, "token_ids")
+        assign(request.token_ids, "ids", items, f"{within}token_ids")
 
 
 def set_chat_option(request: PromptRequest, name: str, value: Any) -> None:

@@ -33,6 +33,11 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mappi
 Continuation: TypeAlias = str | Sequence[int]
 """What ``score`` scores: text, or token ids."""
 
+TextToRead: TypeAlias = (
+    str | tuple[str, str] | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, Any]]
+)
+"""What ``embed`` and ``classify`` read: text, a pair of texts, token ids, or a conversation."""
+
 Progress: TypeAlias = Callable[[int, int], None]
 """Called, as an upload progresses, with how many bytes are sent and how many there are."""
 
@@ -146,6 +151,81 @@ class GenerateOptions(PromptOptions, total=False):
     top_logprobs: int | None
     prompt_logprobs: bool | None
     skip_special_tokens: bool | None
+
+
+class EmbedOptions(TypedDict, total=False):
+    """Keyword arguments of ``embed``; None is the same as leaving one out.
+
+    Keys:
+        pooling: what is read of each text's hidden values: ``first``, ``last``, ``mean`` or ``max``; by default as the
+            task says, else as the base model does. A task that classifies needs it.
+        normalize: whether vectors are divided by their length; true by default.
+        dimensions: how many of a vector's first values are kept, before it is divided by its length; all by default.
+        truncation: ``end`` cuts the end off texts that are too long; by default they are refused.
+        request_id, add_special_tokens, cache_salt, priority: as in ``PromptOptions``.
+    """
+
+    pooling: str | None
+    normalize: bool | None
+    dimensions: int | None
+    truncation: str | None
+    request_id: str | None
+    add_special_tokens: bool | None
+    cache_salt: str | None
+    priority: int | None
+
+
+class ClassifyOptions(TypedDict, total=False):
+    """Keyword arguments of ``classify``; None is the same as leaving one out.
+
+    Keys:
+        raw_scores: whether scores are the logits, instead of what the task makes of them.
+        top_k: how many classes to tell, best first; all by default.
+        truncation: ``end`` cuts the end off texts that are too long; by default they are refused.
+        request_id, priority: as in ``PromptOptions``.
+    """
+
+    raw_scores: bool | None
+    top_k: int | None
+    truncation: str | None
+    request_id: str | None
+    priority: int | None
+
+
+class TagOptions(TypedDict, total=False):
+    """Keyword arguments of ``tag``; None is the same as leaving one out, but for ``aggregation``.
+
+    Keys:
+        aggregation: how classes of tokens become entities: each token has its own (``simple``, the default), or a word
+            has that of its first token (``first``) or of its surest (``max``). ``none`` or None gives the tokens.
+        top_k: of how many classes each token tells, best first; all by default.
+        truncation: ``end`` cuts the end off texts that are too long; by default they are refused.
+        request_id, priority: as in ``PromptOptions``.
+    """
+
+    aggregation: str | None
+    top_k: int | None
+    truncation: str | None
+    request_id: str | None
+    priority: int | None
+
+
+class RerankOptions(TypedDict, total=False):
+    """Keyword arguments of ``rerank``; None is the same as leaving one out.
+
+    Keys:
+        raw_scores: whether scores are the logits, instead of their sigmoid.
+        return_texts: whether the answer repeats the texts.
+        top_n: how many of the best texts to tell; all by default.
+        truncation: ``end`` cuts the end off texts that are too long; by default they are refused.
+        request_id: as in ``PromptOptions``.
+    """
+
+    raw_scores: bool | None
+    return_texts: bool | None
+    top_n: int | None
+    truncation: str | None
+    request_id: str | None
 
 
 class RegisterOptions(TypedDict, total=False):

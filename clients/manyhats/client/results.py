@@ -180,6 +180,11 @@ class AdapterInfo:
         create_time: when it was registered, UTC; None if the server does not say.
         notes: what an operator should know about it, such as files that name no base model.
         parts: the artifacts it is made of; more than one, or one with a weight, if the task is composed.
+        kind: what its task does with a text: ``generate``, ``embed``, ``classify``, ``classify_tokens`` or ``span``;
+            empty if the server does not say.
+        class_labels: the classes that its task tells apart, in order.
+        pooling: what its head reads of a text: ``first``, ``last``, ``mean`` or ``max``; empty if it has none, or reads
+            each token by itself.
     """
 
     task_id: str
@@ -198,6 +203,9 @@ class AdapterInfo:
     residency: str = ""
     notes: tuple[str, ...] = ()
     parts: tuple[ArtifactPart, ...] = ()
+    kind: str = ""
+    class_labels: tuple[str, ...] = ()
+    pooling: str = ""
 
     @property
     def name(self) -> str:
@@ -249,7 +257,15 @@ class ServerLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """What a server says about itself; ``limits`` is None if the server does not report them."""
+    """What a server says about itself; what it does not report is empty, or None.
+
+    Attributes:
+        limits: the most that callers may ask for.
+        attention: what a token attends to: ``causal`` or ``bidirectional``.
+        embedding_size: how many values an embedding has.
+        default_pooling: what is read of a text's hidden values, unless its task or its request says otherwise.
+        services: full names of what answers on this base model, such as ``manyhats.v1.GenerationService``.
+    """
 
     version: str
     base_model: str
@@ -260,3 +276,7 @@ class ServerInfo:
     max_context_length: int
     vocab_size: int
     limits: ServerLimits | None = None
+    attention: str = ""
+    embedding_size: int = 0
+    default_pooling: str = ""
+    services: tuple[str, ...] = ()

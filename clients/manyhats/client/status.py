@@ -92,6 +92,7 @@ _BY_REASON: dict[str, _Make] = {
     "ADAPTER_IN_USE": _plain(errors.AdapterInUseError),
     "BASE_MISMATCH": _plain(errors.BaseMismatchError),
     "NO_ACTIVE_VERSION": _plain(errors.NoActiveVersionError),
+    "TASK_KIND_MISMATCH": _plain(errors.TaskKindError),
     "SOURCE_NOT_FOUND": _plain(errors.SourceNotFoundError),
     "SOURCE_NOT_ALLOWED": _plain(errors.SourceNotAllowedError),
     "DIGEST_MISMATCH": _plain(errors.DigestMismatchError),

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
 
 import grpc
 from grpc_health.v1 import health_pb2
 
-from manyhats.client import adapter_convert, convert
+from manyhats.client import adapter_convert, convert, encoding_convert
 from manyhats.client.channel import DEFAULT_TARGET, open_channel
 from manyhats.client.credentials import Credentials
+from manyhats.client.encoding_results import ClassifyResult, Embeddings, RerankResult, TagResult
 from manyhats.client.errors import ManyhatsError
 from manyhats.client.readiness import HEALTH_CHECK_METHOD, POLL_INTERVAL_S, ReadinessWait
 from manyhats.client.requests import (
     ChatOptions,
+    ClassifyOptions,
     Continuation,
+    EmbedOptions,
     GenerateOptions,
     Progress,
     Prompt,
     PromptOptions,
     RegisterOptions,
+    RerankOptions,
+    TagOptions,
+    TextToRead,
 )
 from manyhats.client.results import (
     AdapterInfo,
@@ -39,6 +45,7 @@ from manyhats.client.upload import UploadMessages, read_files
 from manyhats.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
+    encoding_pb2_grpc,
     generation_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
@@ -80,6 +87,7 @@ class Client:
         if channel is None:
             channel = self._own_channel = open_channel(target, credentials)
         self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
+        self._encoding = encoding_pb2_grpc.EncodingServiceStub(channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
         self._server = server_pb2_grpc.ServerServiceStub(channel)
         self._check_health = channel.unary_unary(
@@ -160,6 +168,64 @@ class Client:
         """Return the tokens the prompt becomes; computes nothing on the model."""
         request = convert.tokenize_request(prompt, task_id, add_special_tokens, options)
         return convert.tokenization(self._call(self._generation.Tokenize, request, timeout_s))
+
+    # Encoding.
+
+    def embed(
+        self,
+        texts: Iterable[TextToRead],
+        *,
+        task_id: str = "",
+        timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Return a vector of each text.
+
+        Args:
+            texts: each a text, a pair of texts, token ids, or a conversation.
+            task_id: ``task`` for its active version, ``task@3`` for that version, empty for the base model.
+            timeout_s: as above.
+            options: see ``EmbedOptions``.
+        """
+        request = encoding_convert.embed_request(texts, task_id, options)
+        return encoding_convert.embeddings(self._call(self._encoding.Embed, request, timeout_s))
+
+    def classify(
+        self,
+        texts: Iterable[TextToRead],
+        *,
+        task_id: str | Sequence[str],
+        timeout_s: float | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> ClassifyResult:
+        """Return the classes of each text by a task with a head, or by each of several; otherwise as ``embed``."""
+        request = encoding_convert.classify_request(texts, task_id, options)
+        return encoding_convert.classify_result(self._call(self._encoding.Classify, request, timeout_s))
+
+    def tag(
+        self,
+        texts: Iterable[str],
+        *,
+        task_id: str,
+        timeout_s: float | None = None,
+        **options: Unpack[TagOptions],
+    ) -> TagResult:
+        """Return the entities in each text, or the classes of its tokens, by a task with a head for tokens."""
+        request = encoding_convert.tag_request(texts, task_id, options)
+        return encoding_convert.tag_result(self._call(self._encoding.ClassifyTokens, request, timeout_s))
+
+    def rerank(
+        self,
+        query: str,
+        texts: Iterable[str],
+        *,
+        task_id: str,
+        timeout_s: float | None = None,
+        **options: Unpack[RerankOptions],
+    ) -> RerankResult:
+        """Return the texts by their relevance to the query, by a task whose head has one class."""
+        request = encoding_convert.rerank_request(query, texts, task_id, options)
+        return encoding_convert.rerank_result(self._call(self._encoding.Rerank, request, timeout_s))
 
     # Adapters.
 
