@@ -310,6 +310,7 @@ def test_show(fake: FakeServer) -> None:
     lines = succeed(fake, "adapters", "show", "sql").splitlines()
     assert {"task: sql@2", "size: 1.2 MB", "parameters: 300 k", "labels: team=a"} <= set(lines)
     assert "created: 2026-03-01 12:30:00 UTC" in lines
+    assert {"kind: classify", "classes: good, bad", "pooling: last"} <= set(lines)
     assert {"effect: 0.25 nats", "part 0: 0.5 × /adapters/sql (sha256:aa)"} <= set(lines)
     assert succeed_json(fake, "adapters", "show", "sql@2")["version"] == 2
 
@@ -323,6 +324,7 @@ def test_delete(fake: FakeServer) -> None:
 def test_info(fake: FakeServer) -> None:
     lines = succeed(fake, "info").splitlines()
     assert "context: 8192 tokens" in lines
+    assert {"attention: causal", "embeddings: 576 values, pooling last"} <= set(lines)
     assert (
         "requests: 32 run at once, 256 wait, with at most 1024 continuations; no message may exceed 7.629 MiB"
         in lines

@@ -18,6 +18,10 @@ from support.servers.secure import make_pki
 COMMANDS = [
     ["generate", "hi"],
     ["score", "2+2=", " 4"],
+    ["embed", "hi"],
+    ["classify", "--task", "mood", "hi"],
+    ["tag", "--task", "ner", "hi"],
+    ["rerank", "--task", "docs", "q", "hi"],
     ["info"],
     ["adapters", "list"],
     ["adapters", "show", "sql"],

@@ -166,6 +166,9 @@ def _fields(info: AdapterInfo) -> dict[str, str]:
     return {
         "task": info.name,
         "method": info.method,
+        "kind": info.kind,
+        "classes": ", ".join(info.class_labels),
+        "pooling": info.pooling,
         "state": info.state + (f" ({info.state_reason})" if info.state_reason else ""),
         "in": _WHERE.get(info.residency, info.residency),
         "size": human_bytes(info.size_bytes),

@@ -9,7 +9,7 @@ from manyhats.cli.connection import Connection, connect, takes_connection
 from manyhats.cli.output import print_fields, print_json
 
 if TYPE_CHECKING:
-    from manyhats.client import ServerLimits
+    from manyhats.client import ServerInfo, ServerLimits
 
 HELP = """Show a server's version, base model and limits.
 
@@ -39,9 +39,16 @@ def info(*, connection: Connection, as_json: opt.Json = False) -> None:
             "device": found.device,
             "context": f"{found.max_context_length} tokens",
             "vocabulary": f"{found.vocab_size} tokens",
+            "attention": found.attention,
+            "embeddings": _embeddings(found),
             **({} if found.limits is None else _limits(found.limits)),
         }
     )
+
+
+def _embeddings(found: ServerInfo) -> str:
+    """Nothing if the server is too old to say."""
+    return f"{found.embedding_size} values, pooling {found.default_pooling}" if found.embedding_size else ""
 
 
 def _limits(limits: ServerLimits) -> dict[str, str]:

@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from manyhats.cli import adapters, chat, generate, info, model, score, serve, token, train
+from manyhats.cli import (
+    adapters,
+    chat,
+    classify,
+    embed,
+    generate,
+    info,
+    model,
+    rerank,
+    score,
+    serve,
+    tag,
+    token,
+    train,
+)
 from manyhats.cli.failures import Commands, help_without_command
 
 HELP = """Many fine-tuned tasks on one resident 4-bit base model.
@@ -73,6 +87,10 @@ app.command(help=train.HELP, rich_help_panel=_TRAINER)(train.train)
 app.command(help=generate.HELP, rich_help_panel=_CLIENT)(generate.generate)
 app.command(help=chat.HELP, rich_help_panel=_CLIENT)(chat.chat)
 app.command(help=score.HELP, rich_help_panel=_CLIENT)(score.score)
+app.command(help=embed.HELP, rich_help_panel=_CLIENT)(embed.embed)
+app.command(help=classify.HELP, rich_help_panel=_CLIENT)(classify.classify)
+app.command(help=tag.HELP, rich_help_panel=_CLIENT)(tag.tag)
+app.command(help=rerank.HELP, rich_help_panel=_CLIENT)(rerank.rerank)
 app.add_typer(adapters.app, name="adapters", rich_help_panel=_CLIENT)
 app.command(help=info.HELP, rich_help_panel=_CLIENT)(info.info)
 
