@@ -19,7 +19,6 @@ from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
 
-
 class Publisher:
     """Publishes valid versions. Thread-safe; several processes may publish to one store.
 
