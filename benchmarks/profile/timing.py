@@ -45,6 +45,7 @@ PART_OF = {
     col.RESCALED: "deltas",
     col.DELTAS: "deltas",
     col.BOTTLENECK: "deltas",
+    col.UNNORMED: "deltas",
 }
 """Kind of instruction → the part of a step that it belongs to; a linear's is that of its group."""
 _FILLED_BLOCKS = 64

@@ -21,7 +21,7 @@ from manyhats.client import (
     Registration,
     UnavailableError,
 )
-from manyhats.client.upload import CHUNK_BYTES, TEXT_FILES, read_files
+from manyhats.client.upload import CHUNK_BYTES, HEAD_FILES, TEXT_FILES, read_files
 from support.fakes.client import FakeServer, make_status
 
 Upload = Callable[[str, Path, Progress | None], Registration]
@@ -61,6 +61,8 @@ def upload(request: pytest.FixtureRequest) -> Upload:
 
 def test_the_client_sends_every_file_that_the_store_keeps(adapter: Path) -> None:
     (adapter / "adapter.safetensors").write_bytes(b"weights")
+    for name in HEAD_FILES:
+        (adapter / name).write_bytes(b"head")
     assert {file.info.name for file in read_files(adapter)} == set(FILES)
 
 

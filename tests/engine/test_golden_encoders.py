@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.heads import Pooling
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.backends.open import open_backend
-from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.checkpoints.fetch import KNOWN_MODELS, locate_model
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.engine import Engine
+from manyhats.engine.home import default_home
 from manyhats.engine.request import EncodeRequest, ResponseOptions
 from support.factories.tiny_models import save_tokenizer
 from support.harnesses.engine import collect, load_tiny, make_request, running_engine
@@ -30,6 +33,9 @@ pytestmark = needs_golden
 
 NUM_INPUTS = 3
 ENCODERS = GOLDEN / "encoders"
+MINILM = "all-minilm-l6-v2"
+MINILM_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+OF_MINILM = [name for name in ENCODER_FIXTURES if name.startswith("minilm")]
 SMALL = [name for name in ENCODER_FIXTURES if name.startswith("tiny")]
 
 
@@ -60,7 +66,9 @@ class Found:
     logprobs: dict[tuple[str, int], Any] = field(default_factory=dict)
 
 
-async def read_all(model: LoadedModel, fixtures: Sequence[str], directory: Path, backend: str) -> Found:
+async def read_all(
+    model: LoadedModel, fixtures: Sequence[str], directory: Path, backend: str = "cpu"
+) -> Found:
     """Everything that is compared, all fixtures in one batch; each input alone has the same bits."""
     found, calls = Found(), [(name, index) for name in fixtures for index in range(NUM_INPUTS)]
     roots = [directory, GOLDEN]
@@ -152,3 +160,33 @@ def test_tiny_bases_give_the_librarys_values(
     fixture: str, backend: str, small: Callable[[str, str], Found]
 ) -> None:
     assert_is_the_librarys(small(fixture.partition("_")[0], backend), fixture, "dense", 1e-4)
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
+    """What is found of all of MiniLM's fixtures, by variant; run once each."""
+    if MINILM not in KNOWN_MODELS:
+        pytest.skip(f"{MINILM} is not fetched yet")
+
+    @cache
+    def run(variant: str) -> Found:
+        source = locate_model(MINILM, default_home()).directory
+        quantization: Any = "none" if variant == "dense" else variant
+        model = load_model(str(source), quantization=quantization, dtype=torch.float32, names=[MINILM_NAME])
+        return asyncio.run(read_all(model, OF_MINILM, tmp_path_factory.mktemp(variant)))
+
+    return run
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("variant", "tolerance"), [("dense", 1e-4), ("nf4", 1e-3)])
+@pytest.mark.parametrize("fixture", OF_MINILM)
+def test_minilm_gives_the_librarys_values(
+    fixture: str, variant: str, tolerance: float, minilm: Callable[[str], Found]
+) -> None:
+    assert_is_the_librarys(minilm(variant), fixture, variant, tolerance)
+
+
+def test_every_fixture_beside_the_checkout_is_compared_with() -> None:
+    found = {path.parent.name for path in ENCODERS.glob("*/adapter")}
+    assert found == set(ENCODER_FIXTURES)

@@ -5,6 +5,8 @@ The torch backend and the trainer run these; kernels are tested against them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -44,18 +46,25 @@ def affine(y: Tensor, delta: Affine) -> Tensor:
     return y
 
 
-def bottleneck(delta: Bottleneck, r: Tensor, m: Tensor) -> Tensor:
-    """``m' = keep · m + carry · r + (f, or norm_after(f + norm_residual))``; see ``Bottleneck``.
+def bottleneck(
+    delta: Bottleneck, r: Tensor, m: Tensor, norm: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """``m' = keep · m + carry · r + carry_normed · N(r + m) + (f, or norm_after(f + norm_residual))``.
+
+    See ``Bottleneck``.
 
     Args:
         delta: one sub-layer's.
         r: [..., D]; the residual stream that enters the sub-layer.
         m: [..., D]; the sub-layer's output, which is added to the stream without the adapter.
+        norm: N, of the stream behind the sub-layer; None if the base has none.
 
     Returns:
         [..., D]: what is added to the stream instead of m.
     """
     sources = {BottleneckInput.OUTPUT: m, BottleneckInput.SUM: r + m, BottleneckInput.RESIDUAL: r}
+    if norm is not None:
+        sources[BottleneckInput.NORMED] = norm(r + m)
     x = sources[delta.input]
     if delta.norm_before is not None:
         x = _layer_norm(x, delta.norm_before)
@@ -64,7 +73,8 @@ def bottleneck(delta: Bottleneck, r: Tensor, m: Tensor) -> Tensor:
     if delta.norm_after is not None:
         f = f if delta.norm_residual is None else f + sources[delta.norm_residual]
         f = _layer_norm(f, delta.norm_after)
-    return delta.keep * m + delta.carry * r + f
+    changed = delta.keep * m + delta.carry * r + f
+    return changed + delta.carry_normed * sources[BottleneckInput.NORMED] if delta.carry_normed else changed
 
 
 def embedding(delta: EmbeddingLowRank | EmbeddingRows, token_ids: Tensor, embedded: Tensor) -> Tensor:

@@ -72,11 +72,15 @@ class InputScale:
 
 
 class BottleneckInput(Enum):
-    """What a bottleneck reads, of the residual stream r entering a sub-layer and the sub-layer's output m."""
+    """What a bottleneck reads, of the residual stream r entering a sub-layer and the sub-layer's output m.
+
+    N is the norm of the stream that follows the sub-layer, on bases that have one.
+    """
 
     OUTPUT = "m"
     SUM = "r + m"
     RESIDUAL = "r"
+    NORMED = "N(r + m)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,9 +96,10 @@ class LayerNorm:
 class Bottleneck:
     """A bottleneck adapter on a sub-layer's output m, r being the residual stream that entered it.
 
-    ``f = scale · (U · act(D · norm_before(input) + b_d) + b_u)``, then ``m' = keep · m + carry · r + (f, or
-    norm_after(f + norm_residual))``, and the stream continues as ``r + m'``. For seq_bn, double_seq_bn and par_bn keep
-    is 1, carry 0 and there are no norms.
+    ``f = scale · (U · act(D · norm_before(input) + b_d) + b_u)``, then ``m' = keep · m + carry · r + carry_normed ·
+    N(r + m) + (f, or norm_after(f + norm_residual))``. The stream continues as ``r + m'``, or as ``N(r + m')`` where
+    the base norms it, unless the adapter ``skips_norm``. For seq_bn, double_seq_bn and par_bn keep is 1, nothing is
+    carried, and there are no norms of the adapter's own.
 
     Attributes:
         site: ``attention`` or ``feed_forward`` of a layer.
@@ -107,6 +112,8 @@ class Bottleneck:
         norm_residual: what is added to f inside ``norm_after``; None for nothing.
         keep: factor of m outside ``norm_after``.
         carry: factor of r.
+        carry_normed: factor of N(r + m).
+        skips_norm: whether the stream continues without the base's norm of it.
 
     Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005.00247); He et al. 2022
     (arXiv:2110.04366).
@@ -125,6 +132,8 @@ class Bottleneck:
     norm_residual: BottleneckInput | None = None
     keep: float = 1.0
     carry: float = 0.0
+    carry_normed: float = 0.0
+    skips_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -307,6 +307,7 @@ def test_a_pickled_head_is_converted_with_its_adapter(store: AdapterStore, tmp_p
 
 def test_an_inspection_says_what_is_wrong_with_a_head(tmp_path: Path) -> None:
     assert inspect(make_headed(tmp_path / "a"), BASE).refusals == ()
+    assert inspect(tmp_path / "a").refusals == ()
     found = inspect(make_headed(tmp_path / "b", head_type="causal_lm"), BASE)
     assert [refusal.subject for refusal in found.refusals] == ["head_type"]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.equations import bottleneck
@@ -18,16 +20,34 @@ from manyhats.adapters.formats.adapterhub.bottleneck import parse_bottleneck_con
 from manyhats.adapters.lowering.lowering import lower
 from manyhats.adapters.methods.bottleneck import Flow, resolve_flow
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput
-from manyhats.adapters.sites import Site
-from support.factories.adapterhub import NAME, PRESETS, adapterhub_config, adapterhub_tensors
+from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.engine.model.describe import describe
+from manyhats.engine.model.families.reading import read_family
+from support.factories.adapterhub import PRESETS, adapterhub_config, adapterhub_tensors
 from support.factories.adapters import make_base
+from support.oracles.adapterhub import LibraryBlock
 from support.oracles.primitives import bottleneck_output
 
 BASE = make_base(num_layers=2, hidden_size=16, num_heads=2, num_kv_heads=1, intermediate_size=24)
-MODULES = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
+# Its layers norm the stream behind each sub-layer.
+NORMED = describe(
+    read_family(
+        {
+            "model_type": "bert",
+            "num_hidden_layers": 2,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+        }
+    ),
+    names=["test/tiny"],
+    digest="sha256:" + "0" * 64,
+)
 
 
-def lowered_blocks(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Bottleneck]:
+def lowered_blocks(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseDescription = BASE
+) -> list[Bottleneck]:
     artifact = AdapterArtifact(
         digest="sha256:0",
         method=AdapterMethod.BOTTLENECK,
@@ -37,88 +57,9 @@ def lowered_blocks(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         size_bytes=0,
         num_parameters=0,
     )
-    blocks = lower(artifact, BASE).deltas
+    blocks = lower(artifact, base).deltas
     assert all(isinstance(block, Bottleneck) for block in blocks)
     return [block for block in blocks if isinstance(block, Bottleneck)]
-
-
-class LibraryBlock:
-    """One adapter, and how the library runs it inside a Llama layer: before, inside, after the adapter."""
-
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], site: Site) -> None:
-        self.config = config
-        self.tensors = tensors
-        self.prefix = f"model.layers.{site.layer}.{MODULES[site.name]}.adapters.{NAME}."
-
-    def stream_after(self, m: Tensor, r: Tensor) -> Tensor:
-        """The layer's hidden states after the sub-layer, of its output m and of r that entered it."""
-        x, residual = self.before(m, r)
-        output = self.inside(x, residual)
-        if self.config["is_parallel"]:
-            output = output + m
-        if self.config["original_ln_after"]:
-            output = output + r
-        return output
-
-    def before(self, m: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        if self.config["is_parallel"]:
-            return r, r
-        x = m
-        if self.config["original_ln_before"]:
-            x = x + r
-        return x, (m if self.config["residual_before_ln"] else x)
-
-    def inside(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self.config["ln_before"]:
-            x = self.norm("adapter_norm_before", x)
-        hidden = self.project(f"adapter_down.{int(self.config['ln_before'])}", "down", x)
-        hidden = import_module("transformers.activations").get_activation(self.config["non_linearity"])(
-            hidden
-        )
-        output = self.project("adapter_up", "up", hidden)
-        scaling = self.config["scaling"]
-        output = output * (self.tensor("scaling") if isinstance(scaling, str) else scaling)
-        is_sequential = not self.config["is_parallel"]
-        if is_sequential and self.config["adapter_residual_before_ln"]:
-            output = output + residual
-        if self.config["ln_after"]:
-            output = self.norm("adapter_norm_after", output)
-        if is_sequential and not self.config["adapter_residual_before_ln"]:
-            output = output + residual
-        return output
-
-    def tensor(self, name: str) -> Tensor:
-        return self.tensors[self.prefix + name]
-
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        norm = nn.LayerNorm(x.shape[-1])
-        norm.load_state_dict({part: self.tensor(f"{name}.{part}") for part in ("weight", "bias")})
-        normed: Tensor = norm(x)
-        return normed
-
-    def project(self, module: str, direction: str, x: Tensor) -> Tensor:
-        if not self.config["phm_layer"]:
-            return x @ self.tensor(f"{module}.weight").T + self.tensor(f"{module}.bias")
-        w = self.factors(module, f"W_{direction}", "W", "shared_W_phm", "factorized_phm_W")
-        rule = self.factors(module, "phm_rule", "phm_rule", "shared_phm_rule", "factorized_phm_rule")
-        y = sum(x @ torch.kron(rule[i], w[i]) for i in range(self.config["phm_dim"]))
-        assert isinstance(y, Tensor)
-        return y + self.tensor(f"{module}.b") if self.config["phm_bias"] else y
-
-    def factors(self, module: str, shared: str, own: str, is_shared: str, is_factorized: str) -> Tensor:
-        name = f"{self.prefix}{module}.{own}"
-        if self.config[is_shared]:
-            name = f"model.shared_parameters.{NAME}.{shared}"
-        if self.config[is_factorized]:
-            return torch.stack(
-                [
-                    left @ right
-                    for left, right in zip(
-                        self.tensors[f"{name}_left"], self.tensors[f"{name}_right"], strict=True
-                    )
-                ]
-            )
-        return self.tensors[name]
 
 
 FLAGS = (
@@ -148,26 +89,39 @@ VARIANTS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize("base", [BASE, NORMED], ids=["llama", "bert"])
 @settings(max_examples=150, deadline=None)
-@given(variant=VARIANTS, seed=st.integers(0, 2**31))
-def test_lowered_block_is_the_librarys_forward(variant: dict[str, Any], seed: int) -> None:
-    attention, feed_forward = variant.pop("places")
-    if variant["phm_layer"] and variant["shared_W_phm"]:
-        variant["reduction_factor"] = 4  # shared factors have one size
-    fields = variant | {"phm_dim": 2, "phm_rank": 2, "mh_adapter": attention, "output_adapter": feed_forward}
-    config = adapterhub_config(BASE, "seq_bn", **fields)
-    tensors = adapterhub_tensors(BASE, config, seed=seed, scale=0.5)
-    blocks = lowered_blocks(config, tensors)
-    layers = [layer for layer in range(2) if layer not in variant["leave_out"]]
+@given(variant=VARIANTS, sums=st.booleans(), seed=st.integers(0, 2**31))
+def test_lowered_block_is_the_librarys_forward(
+    base: BaseDescription, variant: Mapping[str, Any], sums: bool, seed: int
+) -> None:
+    fields = dict(variant)
+    attention, feed_forward = fields.pop("places")
+    if fields["phm_layer"] and fields["shared_W_phm"]:
+        fields["reduction_factor"] = 4  # shared factors have one size
+    if sums and base is NORMED and fields["original_ln_before"]:
+        fields["residual_before_ln"] = "post_add"
+    fields |= {"phm_dim": 2, "phm_rank": 2, "mh_adapter": attention, "output_adapter": feed_forward}
+    config = adapterhub_config(base, "seq_bn", **fields)
+    tensors = adapterhub_tensors(base, config, seed=seed, scale=0.5)
+    blocks = lowered_blocks(config, tensors, base)
+    layers = [layer for layer in range(2) if layer not in fields["leave_out"]]
     names = [name for name, used in (("attention", attention), ("feed_forward", feed_forward)) if used]
     assert [block.site for block in blocks] == [Site(layer, name) for layer in layers for name in names]
     generator = torch.Generator().manual_seed(seed)
     m, r = torch.randn(2, 5, 16, generator=generator)
+    weight, bias = torch.randn(2, 16, generator=generator)
+    norm = partial(functional.layer_norm, normalized_shape=(16,), weight=weight, bias=bias)
     for block in blocks:
+        own = norm if base is NORMED else None
         with torch.no_grad():
-            expected = LibraryBlock(config["config"], tensors, block.site).stream_after(m, r)
-        for run in (bottleneck, bottleneck_output):
-            torch.testing.assert_close(r + run(block, r, m), expected, atol=2e-4, rtol=2e-4)
+            expected = LibraryBlock(config["config"], tensors, block.site, base, own).stream_after(m, r)
+        stream = r + bottleneck(block, r, m, own)
+        if own is not None and not block.skips_norm:
+            stream = own(stream)
+        torch.testing.assert_close(stream, expected, atol=2e-4, rtol=2e-4)
+        if own is None:
+            torch.testing.assert_close(r + bottleneck_output(block, r, m), expected, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +133,10 @@ def test_lowered_block_is_the_librarys_forward(variant: dict[str, Any], seed: in
     ],
 )
 def test_well_known_variants_only_add_to_the_sub_layers_output(preset: str, flow: Flow) -> None:
-    assert resolve_flow(parse_bottleneck_config(PRESETS[preset])) == flow
+    config = parse_bottleneck_config(PRESETS[preset])
+    assert resolve_flow(config, has_norm=False) == flow
+    read = BottleneckInput.NORMED if flow.input is BottleneckInput.SUM else flow.input
+    assert resolve_flow(config, has_norm=True) == replace(flow, input=read)
 
 
 def test_adapter_plus_reads_the_sum_and_adds_to_the_output() -> None:
@@ -190,8 +147,10 @@ def test_adapter_plus_reads_the_sum_and_adds_to_the_output() -> None:
         "stochastic_depth": 0.1,
         "init_weights": "houlsby",
     }
-    flow = resolve_flow(parse_bottleneck_config(fields))
-    assert flow == Flow(BottleneckInput.SUM, None, 1.0, 0.0)
+    config = parse_bottleneck_config(fields)
+    assert resolve_flow(config, has_norm=False) == Flow(BottleneckInput.SUM, None, 1.0, 0.0)
+    normed = Flow(BottleneckInput.NORMED, None, 0.0, -1.0, carry_normed=1.0, skips_norm=True)
+    assert resolve_flow(config, has_norm=True) == normed
 
 
 @pytest.mark.parametrize("duplicate", ["adapter_down.0", None])

@@ -1,4 +1,4 @@
-"""AdapterHub directories of random weights for any base of the Llama family, written without ``adapters``."""
+"""AdapterHub directories of random weights for Llama's family and BERT's, written without ``adapters``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ NAME = "task"
 VERSION = "adapters.1.3.0"
 
 _LORA_LETTERS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
-_MODULES = {"mh_adapter": "attention_adapters", "output_adapter": "output_adapters"}
+_ADAPTERS = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
+_BERT_ADAPTERS = {"attention": "attention.output", "feed_forward": "output"}
+_LAYERS = {
+    **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), ("encoder.layer", _BERT_ADAPTERS)),
+    "distilbert": ("transformer.layer", _ADAPTERS),
+    "gpt2": ("h", _ADAPTERS),
+}
 _BOTTLENECK_DEFAULTS: dict[str, Any] = {
     "adapter_residual_before_ln": False,
     "cross_adapter": False,
@@ -104,6 +110,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "prefix": _PREFIX_DEFAULTS,
     "prefix_flat": _PREFIX_DEFAULTS | {"flat": True},
 }
+
+
+def holder_path(base: BaseDescription, layer: int, sub_layer: str) -> str:
+    """What the names of the tensors on a sub-layer's output begin with."""
+    layers, holders = _LAYERS.get(base.model_type, ("layers", _ADAPTERS))
+    return f"{base.prefix}{layers}.{layer}.{holders[sub_layer]}.adapters.{NAME}."
 
 
 def adapterhub_config(base: BaseDescription, preset: str, **overrides: Any) -> dict[str, Any]:
@@ -203,7 +215,7 @@ def _lora_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker)
 
 
 def _prefix_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
-    prefix = f"model.prefix_tuning.prefix_tunings.{NAME}.self_prefix."
+    prefix = f"{base.prefix}prefix_tuning.prefix_tunings.{NAME}.self_prefix."
     columns = 2 * len(_layers(base, inner["leave_out"])) * base.num_kv_heads * base.head_dim
     if inner["flat"]:
         return {prefix + "control_trans": make(inner["prefix_length"] * columns)}
@@ -221,14 +233,15 @@ def _bottleneck_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _
     hidden = base.hidden_size
     tensors: dict[str, Tensor] = {}
     for layer in _layers(base, inner["leave_out"]):
-        for flag, module in _MODULES.items():
+        for flag in ("mh_adapter", "output_adapter"):
             if inner[flag]:
-                prefix = f"model.layers.{layer}.{module}.adapters.{NAME}."
+                sub_layer = "attention" if flag == "mh_adapter" else "feed_forward"
+                prefix = holder_path(base, layer, sub_layer)
                 size = max(1, int(hidden // _factor(inner["reduction_factor"], layer)))
                 tensors |= _block_tensors(inner, prefix, hidden, size, make)
     if inner["phm_layer"]:
         size = max(1, int(hidden // _factor(inner["reduction_factor"], 0)))
-        tensors |= _shared_phm_tensors(inner, hidden, size, make)
+        tensors |= _shared_phm_tensors(base, inner, hidden, size, make)
     return tensors
 
 
@@ -268,8 +281,10 @@ def _phm_tensors(
     return tensors
 
 
-def _shared_phm_tensors(inner: Mapping[str, Any], hidden: int, size: int, make: _Maker) -> dict[str, Tensor]:
-    prefix = f"model.shared_parameters.{NAME}."
+def _shared_phm_tensors(
+    base: BaseDescription, inner: Mapping[str, Any], hidden: int, size: int, make: _Maker
+) -> dict[str, Tensor]:
+    prefix = f"{base.prefix}shared_parameters.{NAME}."
     tensors: dict[str, Tensor] = {}
     if inner["shared_W_phm"]:
         tensors |= _factors(inner, f"{prefix}W_down", hidden, size, make)

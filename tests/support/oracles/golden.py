@@ -25,6 +25,13 @@ ADAPTERHUB_FIXTURES = {
 ENCODER_FIXTURES = {
     "tinygpt2_seq_bn": AdapterMethod.BOTTLENECK,
     "tinygpt2_lora_merged": AdapterMethod.LORA,
+    "tinyroberta_seq_bn": AdapterMethod.BOTTLENECK,
+    "minilm_seq_bn": AdapterMethod.BOTTLENECK,
+    "minilm_double_seq_bn": AdapterMethod.BOTTLENECK,
+    "minilm_par_bn": AdapterMethod.BOTTLENECK,
+    "minilm_lora": AdapterMethod.LORA,
+    "minilm_ia3": AdapterMethod.IA3,
+    "minilm_prefix": AdapterMethod.PREFIX_TUNING,
 }
 """Those in ``encoders``."""
 

@@ -157,7 +157,7 @@ def _weighted(part: AdapterPart, delta: Delta) -> Delta:
             return replace(delta, scale=delta.scale * part.weight)
         case Affine(scale=None, offset=Tensor() as offset):
             return replace(delta, offset=offset.float() * part.weight)
-        case Bottleneck(norm_after=None, keep=1.0, carry=0.0):
+        case Bottleneck(norm_after=None, keep=1.0, carry=0.0, carry_normed=0.0, skips_norm=False):
             return replace(delta, scale=delta.scale.float() * part.weight)
     raise _refuse_weight(part, f"for {_kind(delta)} at {site_of(delta)}")
 

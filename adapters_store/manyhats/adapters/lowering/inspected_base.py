@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
+from manyhats.adapters.formats.adapterhub.places import places_of
 from manyhats.adapters.heads import TaskKind
 from manyhats.adapters.sites import EMBEDDING, HEAD, POOLER, BaseDescription, Part, Site
 
@@ -95,13 +96,16 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
     }
     vocab_size = _infer_vocab_size(shapes)
     encoder = next((family for word, family in _ENCODERS.items() if any(word in name for name in shapes)), "")
-    is_encoder = bool(encoder)
+    model_type = str(config.get("model_type", encoder or "llama"))
+    places = places_of(model_type)
+    is_encoder = bool(encoder) or places.is_normed
     if is_encoder:
         modules |= {
             path: (Part(POOLER, range(hidden_size)),) for path in ("pooler.dense", "bert.pooler.dense")
         }
     return BaseDescription(
-        model_type=str(config.get("model_type", encoder or "llama")),
+        model_type=model_type,
+        prefix=places.prefix,
         names=frozenset([base_model]),
         digest="",
         num_layers=num_layers,

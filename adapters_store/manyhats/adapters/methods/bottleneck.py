@@ -1,11 +1,12 @@
 """Bottleneck adapters: a small network on a sub-layer's output, as AdapterHub saves it.
 
-Every variant of the library's config that a causal decoder can run is one ``Bottleneck`` primitive. In the
-library's terms, with r the residual stream that enters the sub-layer, m the sub-layer's output, no norm after a
-sub-layer (Llama's layers have none to pass), and ``f(x) = scale · (U · act(D · norm_before(x) + b_d) + b_u)``:
+Every variant of the library's config that a model here can run is one ``Bottleneck`` primitive. In the library's
+terms, with r the residual stream that enters the sub-layer, m the sub-layer's output, N the norm of their sum that
+follows it (BERT's; Llama's and GPT-2's layers have none to pass, and N(x) is x), and ``f(x) = scale · (U · act(D ·
+norm_before(x) + b_d) + b_u)``:
 
-Sequential. The input is ``x = r + m`` with ``original_ln_before``, else ``x = m``. The residual around the
-bottleneck is ``ρ = x`` without ``residual_before_ln``, and ``ρ = m`` with it. Then
+Sequential. The input is ``x = N(r + m)`` with ``original_ln_before``, else ``x = m``. The residual around the
+bottleneck is ``ρ = x`` without ``residual_before_ln``, ``ρ = m`` with it, and ``ρ = r + m`` if it is ``post_add``. Then
 
     o = f(x) + ρ                        without ``ln_after``
     o = norm_after(f(x)) + ρ            with ``ln_after``
@@ -14,11 +15,13 @@ bottleneck is ``ρ = x`` without ``residual_before_ln``, and ``ρ = m`` with it.
 Parallel (``is_parallel``). ``x = r``, whatever the other flags say, and ``o = m + f(x)``, or
 ``o = m + norm_after(f(x))`` with ``ln_after``.
 
-The layer's output is ``o + r`` with ``original_ln_after`` and ``o`` without. The primitive's stream continues as ``r +
-m'``, so ``m' = o`` or ``m' = o − r``. With ``m' = keep · m + carry · r + (f, or norm_after(f + ρ))``:
+The layer's output is ``N(r + o)`` with ``original_ln_after`` and ``o`` without. The primitive's stream continues as
+``N(r + m')``, or ``r + m'`` if it skips the norm, so ``m' = o`` or ``m' = o − r``. With ``m' = keep · m + carry · r +
+carry_normed · N(r + m) + (f, or norm_after(f + ρ))``:
 
-    keep   0 where ρ is inside ``norm_after``, else 1 (ρ holds m once)
-    carry  1 where ρ = r + m is outside ``norm_after``, else 0; less 1 without ``original_ln_after``
+    keep          1 where ρ is m or r + m outside ``norm_after``, and in parallel; else 0
+    carry         1 where ρ is r + m outside ``norm_after``, else 0; less 1 without ``original_ln_after``
+    carry_normed  1 where ρ is N(r + m) outside ``norm_after``, else 0
 
 Two things depend on the base. Where the library hooks into the layers (qwen2, qwen3), it refuses ``original_ln_after =
 false``, and so does this. On Gemma 2 and 3 its adapters lie before the norm that follows a sub-layer, and some use the
@@ -49,13 +52,16 @@ from manyhats.adapters.formats.adapterhub.bottleneck import (
     plain_block_name,
 )
 from manyhats.adapters.formats.adapterhub.phm import phm_matrix, phm_shapes
+from manyhats.adapters.formats.adapterhub.places import places_of
 from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_layers, check_shapes, plain_name
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput, LayerNorm, LoweredAdapter
 from manyhats.adapters.sites import BaseDescription, Site
 
-_BUILT_IN = frozenset(("gpt2", "gptj", "llama", "mistral"))
+_BUILT_IN = frozenset(
+    ("bert", "distilbert", "electra", "gpt2", "gptj", "llama", "mistral", "roberta", "xlm-roberta")
+)
 _HOOKED = frozenset(("qwen2", "qwen3"))
 _SANDWICHED = frozenset(("gemma2", "gemma3", "gemma3_text"))
 
@@ -64,9 +70,13 @@ _NORM_PARTS = ("weight", "bias")
 
 def can_change_output(delta: Bottleneck) -> bool:
     """Whether m' can differ from m; a parallel adapter, for example, is initialised so that it does not."""
-    is_added = delta.keep == 1 and delta.carry == 0 and delta.norm_after is None
+    is_added = delta.keep == 1 and delta.carry == delta.carry_normed == 0 and delta.norm_after is None
     parts = (delta.up, delta.up_bias)
-    return not is_added or (bool(delta.scale.any()) and any(bool(part.any()) for part in parts))
+    return (
+        not is_added
+        or delta.skips_norm
+        or (bool(delta.scale.any()) and any(bool(part.any()) for part in parts))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +87,31 @@ class Flow:
     norm_residual: BottleneckInput | None
     keep: float
     carry: float
+    carry_normed: float = 0.0
+    skips_norm: bool = False
 
 
-def resolve_flow(config: BottleneckConfig) -> Flow:
-    """The flow of a variant; this module's docstring derives it."""
+def resolve_flow(config: BottleneckConfig, has_norm: bool) -> Flow:
+    """The flow of a variant, on a base that norms the stream behind its sub-layers or not; derived above."""
     lost = 0.0 if config.original_ln_after else -1.0
+    skips_norm = has_norm and not config.original_ln_after
     if config.is_parallel:
-        return Flow(BottleneckInput.RESIDUAL, None, keep=1.0, carry=lost)
-    source = BottleneckInput.SUM if config.original_ln_before else BottleneckInput.OUTPUT
+        return Flow(BottleneckInput.RESIDUAL, None, keep=1.0, carry=lost, skips_norm=skips_norm)
+    summed = BottleneckInput.NORMED if has_norm else BottleneckInput.SUM
+    source = summed if config.original_ln_before else BottleneckInput.OUTPUT
     residual = BottleneckInput.OUTPUT if config.residual_before_ln else source
+    if config.residual_is_sum:
+        residual = BottleneckInput.SUM
     if config.ln_after and config.adapter_residual_before_ln:
-        return Flow(source, residual, keep=0.0, carry=lost)
-    held = 1.0 if residual is BottleneckInput.SUM else 0.0
-    return Flow(source, None, keep=1.0, carry=held + lost)
+        return Flow(source, residual, keep=0.0, carry=lost, skips_norm=skips_norm)
+    return Flow(
+        source,
+        None,
+        keep=0.0 if residual is BottleneckInput.NORMED else 1.0,
+        carry=lost + (residual is BottleneckInput.SUM),
+        carry_normed=float(residual is BottleneckInput.NORMED),
+        skips_norm=skips_norm,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +133,10 @@ class BottleneckMethod:
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         config, name = _read_config(artifact.config, base)
         found, names = _find_blocks(config, name, shapes, base)
+        flow = resolve_flow(config, places_of(base.model_type).is_normed)
         read = partial(names.pick, artifact.tensors)
         return LoweredAdapter(
-            digest=artifact.digest, deltas=tuple(_lower_block(config, block, read) for block in found)
+            digest=artifact.digest, deltas=tuple(_lower_block(config, flow, block, read) for block in found)
         )
 
 
@@ -155,6 +178,11 @@ def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[Bott
         raise AdapterUnsupportedError(
             "original_ln_after", f"must be true on {base.model_type}, where the library allows nothing else"
         )
+    if parsed.residual_is_sum and not places_of(base.model_type).is_normed:
+        raise AdapterUnsupportedError(
+            "residual_before_ln",
+            "'post_add' needs a norm after the sub-layer; on a base without one the library itself fails",
+        )
     return parsed, adapterhub_format.adapter_name(config)
 
 
@@ -186,8 +214,9 @@ def _block_shapes(config: BottleneckConfig, block: Block, hidden_size: int) -> d
     return shapes
 
 
-def _lower_block(config: BottleneckConfig, block: Block, read: Callable[[str], Tensor]) -> Bottleneck:
-    flow = resolve_flow(config)
+def _lower_block(
+    config: BottleneckConfig, flow: Flow, block: Block, read: Callable[[str], Tensor]
+) -> Bottleneck:
     down, down_bias = _projection(config, block, _down_module(config, block), "down", read)
     up, up_bias = _projection(config, block, _up_module(block), "up", read)
     is_learned = isinstance(config.scaling, str)
@@ -207,6 +236,8 @@ def _lower_block(config: BottleneckConfig, block: Block, read: Callable[[str], T
         norm_residual=flow.norm_residual,
         keep=flow.keep,
         carry=flow.carry,
+        carry_normed=flow.carry_normed,
+        skips_norm=flow.skips_norm,
     )
 
 

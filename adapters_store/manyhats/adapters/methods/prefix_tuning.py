@@ -38,7 +38,7 @@ from manyhats.adapters.sites import BaseDescription
 _PREFIX_FIELDS = frozenset(("encoder_hidden_size", "init_weights", "prefix_projection"))
 _CARTRIDGE_FIELDS = frozenset(("num_frozen_tokens",))
 
-_MODEL_TYPES = ("llama", "mistral")
+_MODEL_TYPES = ("bert", "electra", "llama", "mistral", "roberta", "xlm-roberta")
 _KNOWN = frozenset(
     (
         "architecture",
@@ -216,7 +216,7 @@ def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
     if base.model_type not in _MODEL_TYPES:
         raise AdapterUnsupportedError(
             "model_type",
-            f"AdapterHub has no prefix tuning on {shown(base.model_type)}; it is served on "
+            f"AdapterHub's prefix tuning is not served on {shown(base.model_type)}; it is served on "
             + ", ".join(_MODEL_TYPES),
         )
     if base.has_sliding_window:

@@ -26,6 +26,9 @@ from manyhats.engine.model.architecture import (
 )
 from manyhats.engine.model.weights import BlockWeights, NormWeight, Weights
 
+StreamNorm = tuple[Norm, NormWeight]
+"""The norm of the stream behind a sub-layer."""
+
 
 class Maths(Protocol):
     """The operations of one pass over N rows."""
@@ -70,8 +73,8 @@ class Maths(Protocol):
         """The activation, if there is a gate that of the first half times the second: [N, I or 2·I] → [N, I]."""
         ...
 
-    def join(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
-        """Stream + output, as the rows' bottlenecks change it: [N, D] twice → [N, D]."""
+    def join(self, site: Site, stream: Tensor, output: Tensor, norm: StreamNorm | None) -> Tensor:
+        """Stream + output as the rows' bottlenecks change it, normed if there is a norm: [N, D] twice → [N, D]."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -175,7 +178,7 @@ def _joined(
         output = maths.output_norm(output, around.output, weights.norms[f"{site.name}_output"])
     if spec.residual_scale != 1.0:
         output = output.float() * spec.residual_scale
-    stream = maths.join(site, stream, output)
-    if around.stream is not None:
-        stream = maths.output_norm(stream, around.stream, weights.norms[f"{site.name}_stream"])
-    return stream
+    norm = around.stream
+    return maths.join(
+        site, stream, output, None if norm is None else (norm, weights.norms[f"{site.name}_stream"])
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from manyhats.adapters.primitives import (
 )
 from manyhats.adapters.sites import EMBEDDING, Site
 from manyhats.engine.model.architecture import Architecture, FeedForward, Group, Learned, Norm, Rope
+from manyhats.engine.model.forward import StreamNorm
 from manyhats.engine.model.rotary import Angles
 from manyhats.engine.model.weights import NormWeight
 from manyhats.trainer.model.attention import attend
@@ -143,11 +145,15 @@ class TrainingMaths:
         apply = gated if feed_forward.is_gated else activated
         return apply(gate_up, feed_forward.activation, self.base.dtype)
 
-    def join(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
+    def join(self, site: Site, stream: Tensor, output: Tensor, norm: StreamNorm | None) -> Tensor:
         """Float32."""
+        normed = None if norm is None else partial(self.output_norm, norm=norm[0], weight=norm[1])
+        skips_norm = False
         for delta in self.deltas.at(site, Bottleneck):
-            output = equations.bottleneck(delta, stream, output.float())
-        return stream + output
+            output = equations.bottleneck(delta, stream, output.float(), normed)
+            skips_norm |= delta.skips_norm
+        stream = stream + output
+        return stream if normed is None or skips_norm else normed(stream)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Float32 throughout; the loss is ``Head.loss``."""

@@ -54,6 +54,7 @@ _KNOWN = frozenset(
         "hypercomplex_nonlinearity",
     )
 )
+_SUM = "post_add"
 _REFUSED = {
     "use_gating": "a gate, which averages over the whole sequence",
     "inv_adapter": "an invertible adapter on the embedding",
@@ -95,6 +96,7 @@ class BottleneckConfig:
         default_reduction_factor: of the other layers; None if the mapping has no default.
         activation: a name in ``ACTIVATIONS``.
         scaling: a constant, ``learned`` (one number) or ``channel`` (one per channel).
+        residual_is_sum: whether ``residual_before_ln`` is ``post_add``.
         leave_out: layers without adapters.
         phm: None for plain matrices.
     """
@@ -107,6 +109,7 @@ class BottleneckConfig:
     original_ln_before: bool
     original_ln_after: bool
     residual_before_ln: bool
+    residual_is_sum: bool
     adapter_residual_before_ln: bool
     ln_before: bool
     ln_after: bool
@@ -150,7 +153,9 @@ def parse_bottleneck_config(config: Mapping[str, Any]) -> BottleneckConfig:
         is_parallel=is_parallel,
         original_ln_before=read_flag(config, "original_ln_before", False),
         original_ln_after=read_flag(config, "original_ln_after", True),
-        residual_before_ln=_read_residual(config, is_parallel),
+        residual_before_ln=config.get("residual_before_ln") == _SUM
+        or read_flag(config, "residual_before_ln", True),
+        residual_is_sum=_is_residual_the_sum(config, is_parallel),
         adapter_residual_before_ln=read_flag(config, "adapter_residual_before_ln", False),
         ln_before=read_flag(config, "ln_before", False),
         ln_after=read_flag(config, "ln_after", False),
@@ -160,16 +165,14 @@ def parse_bottleneck_config(config: Mapping[str, Any]) -> BottleneckConfig:
     )
 
 
-def _read_residual(config: Mapping[str, Any], is_parallel: bool) -> bool:
-    value = config.get("residual_before_ln", True)
-    if value == "post_add":
-        if is_parallel:
-            return True  # not checked there
+def _is_residual_the_sum(config: Mapping[str, Any], is_parallel: bool) -> bool:
+    if config.get("residual_before_ln") != _SUM or is_parallel:  # where it is not read
+        return False
+    if not read_flag(config, "original_ln_before", False):
         raise AdapterUnsupportedError(
-            "residual_before_ln",
-            "'post_add' needs a norm after the sub-layer; on a base without one the library itself fails",
+            "residual_before_ln", "'post_add' needs original_ln_before; without it the library itself fails"
         )
-    return read_flag(config, "residual_before_ln", True)
+    return True
 
 
 def _read_reduction(value: Any) -> tuple[Mapping[int, float], float | None]:

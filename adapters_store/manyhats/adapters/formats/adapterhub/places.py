@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
@@ -18,12 +18,14 @@ class Places:
         attention: the module of a layer that holds the adapters on the attention's output.
         feed_forward: the same for the feed-forward.
         is_normed: whether they lie before a norm of the stream: of the sum of sub-layer and residual.
+        prefix: of the base's modules, where only its ``model_type`` is known.
     """
 
     layer: str = "layers"
     attention: str = "attention_adapters"
     feed_forward: str = "output_adapters"
     is_normed: bool = False
+    prefix: str = "model."
 
     def module(self, layer: int, sub_layer: str) -> str:
         """The module that holds the adapters on a sub-layer's output."""
@@ -42,13 +44,16 @@ def _pattern(layer: str) -> re.Pattern[str]:
 
 
 _LLAMA = Places()
-_GPT2 = Places("h")
-_BERT = Places("encoder.layer", "attention.output", "output", is_normed=True)
+_GPT2 = Places("h", prefix="transformer.")
+_BERT = Places("encoder.layer", "attention.output", "output", is_normed=True, prefix="bert.")
+_ROBERTA = replace(_BERT, prefix="roberta.")
 _PLACES: Mapping[str, Places] = MappingProxyType(
     {
         **dict.fromkeys(("gpt2", "gptj"), _GPT2),
-        **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), _BERT),
-        "distilbert": Places("transformer.layer", is_normed=True),
+        "bert": _BERT,
+        "electra": replace(_BERT, prefix="electra."),
+        **dict.fromkeys(("roberta", "xlm-roberta"), _ROBERTA),
+        "distilbert": Places("transformer.layer", is_normed=True, prefix="distilbert."),
     }
 )
 

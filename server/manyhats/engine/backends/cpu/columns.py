@@ -26,7 +26,8 @@ from __future__ import annotations
     RESCALED,
     DELTAS,
     BOTTLENECK,
-) = range(22)
+    UNNORMED,
+) = range(23)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -51,6 +52,9 @@ OUT_SIZE, WINDOW, SEES_ALL = 6, 7, 8
 KIND, NUM_OUT, GROUP = 6, 7, 8
 WHICH = 8
 PANEL_ROWS, WEIGHTS, ABSMAX, ROW_BLOCK, ROW_OFFSET, NESTED, NESTED_CODE, BIAS = range(9, 17)
+# Of bottlenecks, whose GROUP is the sub-layer: the norm of the stream behind them, whose weight has the address 0 if
+# there is none.
+STREAM_WEIGHT, STREAM_BIAS, IS_STREAM_LAYER = range(9, 12)
 NUM_COLUMNS = 17
 # Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones; NF4 and int8 for inputs in
 # integers.

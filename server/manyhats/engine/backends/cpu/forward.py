@@ -232,9 +232,11 @@ class Forward:
             self.program.norm(OUTPUT, OUTPUT, output)
         if scale != 1.0:
             self.program.scale(OUTPUT, size, scale)
-        self.program.bottleneck(STREAM, OUTPUT, size, SUBLAYERS.index(sublayer), layer)
+        place = size, SUBLAYERS.index(sublayer), layer
+        self.program.bottleneck(STREAM, OUTPUT, *place, stream)
         if stream is not None:
             self.program.add_norm(OUTPUT, STREAM, STREAM, stream)
+            self.program.unnormed(OUTPUT, STREAM, *place)
             return self._begin(following)
         if following is None:
             self.program.add(OUTPUT, STREAM, size)

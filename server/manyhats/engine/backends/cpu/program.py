@@ -193,9 +193,20 @@ class Program:
         """Each row's own scales, offsets and low-rank deltas; sizes are the linears' inputs and outputs."""
         self._add(col.DELTAS, source, target, [sizes[0], layer, 0, sizes[1], group])
 
-    def bottleneck(self, stream: int, target: int, size: int, sublayer: int, layer: int) -> None:
-        """Each row's own bottleneck on a sub-layer's output."""
-        self._add(col.BOTTLENECK, stream, target, [size, layer, 0, 0, sublayer])
+    def bottleneck(
+        self, stream: int, target: int, size: int, sublayer: int, layer: int, norm: PackedNorm | None
+    ) -> None:
+        """Each row's own bottleneck on a sub-layer's output, which the norm of the stream follows, if any."""
+        own = [size, layer, 0, 0, sublayer]
+        if norm is None:
+            self._add(col.BOTTLENECK, stream, target, own)
+            return
+        own += [self._address(norm.weight), self._address(norm.bias), int(norm.is_layer)]
+        self._add(col.BOTTLENECK, stream, target, own, norm.eps)
+
+    def unnormed(self, source: int, stream: int, size: int, sublayer: int, layer: int) -> None:
+        """``stream = source`` for rows whose bottlenecks, which left their streams in source, skip its norm."""
+        self._add(col.UNNORMED, source, stream, [size, layer, 0, 0, sublayer])
 
     def _linear(self, packed: CpuLinear, group: int, layer: int) -> list[int]:
         arrays = (packed.weights, packed.absmax, packed.row_block, packed.row_offset, packed.nested)

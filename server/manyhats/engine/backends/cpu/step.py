@@ -11,7 +11,12 @@ from numba import cfunc, prange, types
 from numba.core.extending import intrinsic
 
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.adapters.bottleneck import bottleneck, num_bottleneck_shares
+from manyhats.engine.backends.cpu.adapters.bottleneck import (
+    bottleneck,
+    num_bottleneck_shares,
+    num_unnormed_shares,
+    unnormed,
+)
 from manyhats.engine.backends.cpu.adapters.deltas import (
     deltas,
     num_delta_shares,
@@ -56,6 +61,8 @@ def num_shares(op, frame, num_threads):
         return num_rescaled_shares(op, frame)
     if kind == col.BOTTLENECK:
         return num_bottleneck_shares(op, frame)
+    if kind == col.UNNORMED:
+        return num_unnormed_shares(op, frame)
     # One thread finishes a row or two before another would notice them.
     return min(num_rows, _SHARES * num_threads) if num_rows > 2 else min(num_rows, 1)
 
@@ -103,6 +110,8 @@ def plain_share(frame_address, index, share, count, at):
         linear(op, num_rows, share * size, min((share + 1) * size, op[col.NUM_OUT]), buffers, scratch, at)
     elif kind == col.RESCALED:
         rescaled(op, share, frame, buffers, scratch, at)
+    elif kind == col.UNNORMED:
+        unnormed(op, share, frame, buffers)
     elif kind == col.NORM_HEADS:
         norm_heads(op, numbers, first, last, buffers)
     elif kind == col.REFINE:
@@ -132,12 +141,12 @@ def cache_share(frame_address, index, share, count, at, like):
 def adapter_share(frame_address, index, share, at, like):
     """The same of an instruction that reads adapters' matrices, whose dtype is that of the array ``like``."""
     frame = longs_at(frame_address)
-    op, _ = _instruction(frame, index)
+    op, numbers = _instruction(frame, index)
     buffers, scratch = longs_at(frame[col.BUFFERS]), floats_at(frame[col.SCRATCH])
     if op[col.INSTRUCTION] == col.DELTAS:
         deltas(op, share, frame, buffers, like, scratch, at)
     else:
-        bottleneck(op, share, frame, buffers, like, scratch, at)
+        bottleneck(op, numbers, share, frame, buffers, like, scratch, at)
 
 
 def _plain(frame_address, index, share, count, at):

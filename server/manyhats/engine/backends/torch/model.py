@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -39,7 +40,7 @@ from manyhats.engine.model.architecture import (
     Norm,
     Rope,
 )
-from manyhats.engine.model.forward import block, embedded, entered, left, logits
+from manyhats.engine.model.forward import StreamNorm, block, embedded, entered, left, logits
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.rotary import Angles, RotaryTables
 from manyhats.engine.model.weights import Linear, Matrix, NormWeight, Weights
@@ -228,10 +229,19 @@ class _Step:
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate) * up
 
-    def join(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
+    def join(self, site: Site, stream: Tensor, output: Tensor, norm: StreamNorm | None) -> Tensor:
+        normed = None if norm is None else partial(self.output_norm, norm=norm[0], weight=norm[1])
+        unnormed = []
         for rows, delta in self._deltas(site, Bottleneck):
-            output[rows] = equations.bottleneck(delta, stream[rows], output[rows])
-        return stream + output
+            output[rows] = equations.bottleneck(delta, stream[rows], output[rows], normed)
+            unnormed += [rows] if delta.skips_norm else []
+        joined = stream + output
+        if normed is None:
+            return joined
+        found = normed(joined)
+        for rows in unnormed:
+            found[rows] = joined[rows]
+        return found
 
     def head(self, hidden: Tensor) -> Tensor:
         """A head of the adapter's own comes before what changes it."""

@@ -13,6 +13,7 @@ from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.rowwise import copy_row, norm_row
 from manyhats.engine.backends.cpu.simd import (
     add,
     fma,
@@ -30,16 +31,17 @@ from manyhats.engine.backends.cpu.simd import (
 DOWN, DOWN_BIAS, UP, UP_BIAS, SCALE, BEFORE_WEIGHT, BEFORE_BIAS, AFTER_WEIGHT, AFTER_BIAS = range(9)
 NUM_ADDRESSES = 9
 # Columns of the integer table; a size of 0 is a slot without an adapter here.
-SIZE, ACTIVATION, INPUT, NORM_RESIDUAL = range(4)
-NUM_INTEGERS = 4
+SIZE, ACTIVATION, INPUT, NORM_RESIDUAL, SKIPS_NORM = range(5)
+NUM_INTEGERS = 5
 # Columns of the number table.
-KEEP, CARRY, BEFORE_EPS, AFTER_EPS = range(4)
-NUM_NUMBERS = 4
-# Columns of the table of sub-layers: which layers have bottlenecks, and per layer and slot, the rows of those tables.
-HAS_BOTTLENECKS, ADDRESSES, INTEGERS, NUMBERS = range(4)
-NUM_TABLE_COLUMNS = 4
+KEEP, CARRY, CARRY_NORMED, BEFORE_EPS, AFTER_EPS = range(5)
+NUM_NUMBERS = 5
+# Columns of the table of sub-layers: which layers have bottlenecks, and which have some that skip the norm of the
+# stream; and per layer and slot, the rows of those tables.
+HAS_BOTTLENECKS, HAS_SKIPS, ADDRESSES, INTEGERS, NUMBERS = range(5)
+NUM_TABLE_COLUMNS = 5
 # Values of INPUT and NORM_RESIDUAL.
-NOTHING, OUTPUT, SUM, RESIDUAL = range(4)
+NOTHING, OUTPUT, SUM, RESIDUAL, NORMED = range(5)
 
 ACTIVATIONS = (
     "linear",
@@ -128,8 +130,8 @@ def layer_norm(x, at, size, weight, bias, eps, f32):
 
 
 @inner
-def pick(kind, residual, output, start, size, scratch, at):
-    """scratch[at : at + size] = what a bottleneck reads of a row: m, r + m, or r."""
+def pick(kind, residual, output, start, size, op, op_numbers, scratch, at):
+    """scratch[at : at + size] = what a bottleneck reads of a row: m, r + m, r, or the norm of r + m."""
     for i in range(0, size, 8):
         if kind == OUTPUT:
             v = load(output, start + i)
@@ -138,14 +140,20 @@ def pick(kind, residual, output, start, size, scratch, at):
         else:
             v = add(load(residual, start + i), load(output, start + i))
         store(scratch, at + i, v)
+    if kind == NORMED and op[col.STREAM_WEIGHT] != 0:
+        weight, bias = floats_at(op[col.STREAM_WEIGHT]), floats_at(op[col.STREAM_BIAS])
+        is_layer, eps = op[col.IS_STREAM_LAYER], op_numbers[0]
+        norm_row(scratch, at, weight, bias, 0, size, is_layer, eps, scratch, at)
 
 
 @inner
-def row_delta(residual, output, start, size, addresses, integers, numbers, like, f32, scratch, at):
+def row_delta(
+    residual, output, start, size, op, op_numbers, addresses, integers, numbers, like, f32, scratch, at
+):
     """Leaves f, or norm_after(f + norm_residual), in scratch[at : at + size]."""
     source = at + size
     inside = source + size
-    pick(integers[INPUT], residual, output, start, size, scratch, source)
+    pick(integers[INPUT], residual, output, start, size, op, op_numbers, scratch, source)
     if addresses[BEFORE_WEIGHT] != 0:
         layer_norm(
             scratch, source, size, addresses[BEFORE_WEIGHT], addresses[BEFORE_BIAS], numbers[BEFORE_EPS], f32
@@ -164,7 +172,7 @@ def row_delta(residual, output, start, size, addresses, integers, numbers, like,
         store(scratch, at + i, mul(load(scratch, at + i), load_address(addresses[SCALE] + 4 * i, f32)))
     if addresses[AFTER_WEIGHT] != 0:
         if integers[NORM_RESIDUAL] != NOTHING:
-            pick(integers[NORM_RESIDUAL], residual, output, start, size, scratch, source)
+            pick(integers[NORM_RESIDUAL], residual, output, start, size, op, op_numbers, scratch, source)
             for i in range(0, size, 8):
                 store(scratch, at + i, add(load(scratch, at + i), load(scratch, source + i)))
         layer_norm(scratch, at, size, addresses[AFTER_WEIGHT], addresses[AFTER_BIAS], numbers[AFTER_EPS], f32)
@@ -180,11 +188,12 @@ def num_bottleneck_shares(op, frame):
 
 
 @inner
-def bottleneck(op, share, frame, buffers, like, scratch, at):
-    """Output = keep · m + carry · r + the row's bottleneck, for one row, if it has one.
+def bottleneck(op, op_numbers, share, frame, buffers, like, scratch, at):
+    """Output = keep · m + carry · r + carry_normed · N(r + m) + the row's bottleneck, for one row, if it has one.
 
     Args:
-        op: source is the stream r that entered the sub-layer, target its output m.
+        op: source is the stream r that entered the sub-layer, target its output m; and the norm N behind it.
+        op_numbers: its eps.
         share: index among the rows with an adapter.
         frame, buffers: of the step.
         like: an array of the adapters' dtype.
@@ -200,9 +209,50 @@ def bottleneck(op, share, frame, buffers, like, scratch, at):
     residual, output = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
     size = op[col.SIZE]
     start = np.int64(ints_at(frame[col.ADAPTER_ROWS])[share]) * size
-    row_delta(residual, output, start, size, addresses, integers, numbers, like, scratch, scratch, at)
+    row_delta(
+        residual,
+        output,
+        start,
+        size,
+        op,
+        op_numbers,
+        addresses,
+        integers,
+        numbers,
+        like,
+        scratch,
+        scratch,
+        at,
+    )
+    if numbers[CARRY_NORMED] != 0.0:
+        normed = at + size
+        pick(NORMED, residual, output, start, size, op, op_numbers, scratch, normed)
+        factor = splat(numbers[CARRY_NORMED])
+        for i in range(0, size, 8):
+            store(scratch, at + i, fma(load(scratch, normed + i), factor, load(scratch, at + i)))
     keep = splat(numbers[KEEP])
     carry = splat(numbers[CARRY])
     for i in range(0, size, 8):
         v = fma(load(output, start + i), keep, load(scratch, at + i))
         store(output, start + i, fma(load(residual, start + i), carry, v))
+
+
+@inner
+def num_unnormed_shares(op, frame):
+    """A share is a row."""
+    if frame[col.NUM_ADAPTER_ROWS] == 0:
+        return 0
+    table = longs_at(frame[col.SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[col.GROUP])
+    return frame[col.NUM_ADAPTER_ROWS] if bytes_at(table[HAS_SKIPS])[op[col.LAYER]] else 0
+
+
+@inner
+def unnormed(op, share, frame, buffers):
+    """Target = source, for one row, if its bottleneck skips the norm of the stream."""
+    table = longs_at(frame[col.SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[col.GROUP])
+    entry = op[col.LAYER] * frame[col.NUM_SLOTS] + ints_at(frame[col.ADAPTER_SLOTS])[share]
+    if ints_at(table[INTEGERS] + 4 * NUM_INTEGERS * entry)[SKIPS_NORM] == 0:
+        return
+    start = np.int64(ints_at(frame[col.ADAPTER_ROWS])[share]) * op[col.SIZE]
+    source, target = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
+    copy_row(source, start, op[col.SIZE], target, start)

@@ -194,6 +194,7 @@ _INPUTS = {
     BottleneckInput.OUTPUT: bottleneck.OUTPUT,
     BottleneckInput.SUM: bottleneck.SUM,
     BottleneckInput.RESIDUAL: bottleneck.RESIDUAL,
+    BottleneckInput.NORMED: bottleneck.NORMED,
 }
 
 
@@ -244,10 +245,13 @@ class SublayerEntries:
                 addresses[weight + 1] = memory.add_vector(norm.bias)
                 numbers[eps] = norm.eps
         numbers[bottleneck.KEEP] = delta.keep
-        numbers[bottleneck.CARRY] = delta.carry
+        # Where the norm of the stream is skipped, the kernel leaves the stream itself, r + m'.
+        numbers[bottleneck.CARRY] = delta.carry + float(delta.skips_norm)
+        numbers[bottleneck.CARRY_NORMED] = delta.carry_normed
         integers[bottleneck.ACTIVATION] = bottleneck.ACTIVATIONS.index(delta.activation)
         integers[bottleneck.INPUT] = _INPUTS[delta.input]
         integers[bottleneck.NORM_RESIDUAL] = _INPUTS[delta.norm_residual]
+        integers[bottleneck.SKIPS_NORM] = delta.skips_norm
         integers[bottleneck.SIZE] = int(delta.down.shape[0])
 
 
@@ -262,12 +266,15 @@ class SublayerTable(SlotTable):
     def __init__(self, num_layers: int, num_slots: int, hidden_size: int) -> None:
         super().__init__(SublayerEntries(num_layers, hidden_size).fields, num_slots)
         self._has_bottlenecks = np.zeros(num_layers, dtype=np.uint8)
+        self._has_skips = np.zeros(num_layers, dtype=np.uint8)
         self.largest_size = 0
         self.row = self._addresses(
-            bottleneck.NUM_TABLE_COLUMNS, {bottleneck.HAS_BOTTLENECKS: self._has_bottlenecks}
+            bottleneck.NUM_TABLE_COLUMNS,
+            {bottleneck.HAS_BOTTLENECKS: self._has_bottlenecks, bottleneck.HAS_SKIPS: self._has_skips},
         )
 
     def _note_used(self) -> None:
         sizes = self._fields[bottleneck.INTEGERS][:, :, bottleneck.SIZE]
         self.largest_size = max(self.largest_size, int(sizes.max()))
         self._has_bottlenecks[:] = sizes.any(axis=1)
+        self._has_skips[:] = self._fields[bottleneck.INTEGERS][:, :, bottleneck.SKIPS_NORM].any(axis=1)

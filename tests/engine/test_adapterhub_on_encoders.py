@@ -1,0 +1,195 @@
+"""AdapterHub's bottlenecks, LoRA and IA3 on encoders, against the library's own steps in transformers' models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from manyhats.adapters.artifact import AdapterRecord
+from manyhats.adapters.heads import Pooling
+from manyhats.adapters.registration import Registration, Uri
+from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.adapters.store.opening import open_store
+from manyhats.engine.backends.open import open_backend
+from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.request import EncodeRequest
+from support.factories.adapterhub import (
+    adapterhub_config,
+    adapterhub_tensors,
+    write_adapterhub,
+)
+from support.factories.tiny_encoders import make_encoder
+from support.factories.tiny_models import TINY_VOCAB_SIZE
+from support.harnesses.engine import load_tiny, random_ids, running_engine
+from support.oracles.adapterhub import LibraryBlock
+
+TOLERANCE = 1e-4
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+TEXTS = tuple(tuple(random_ids(length, length, TINY_VOCAB_SIZE)) for length in (1, 9, 40, 70))
+PLUS = {"original_ln_after": False, "residual_before_ln": False, "scaling": "channel"}
+VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "seq-bn": ("seq_bn", {}),
+    "double-seq-bn": ("double_seq_bn", {}),
+    "par-bn": ("par_bn", {}),
+    "compacter": ("compacter", {"phm_dim": 2}),
+    "plus": ("seq_bn", PLUS),
+    "plus-twice": ("seq_bn", {**PLUS, "mh_adapter": True, "leave_out": [1]}),
+    "normed-twice": ("seq_bn", {"residual_before_ln": False, "mh_adapter": True}),
+    "sum": ("seq_bn", {"residual_before_ln": "post_add"}),
+    "own-norms": ("seq_bn", {"ln_before": True, "ln_after": True, "residual_before_ln": False}),
+    "inside": (
+        "seq_bn",
+        {"ln_after": True, "adapter_residual_before_ln": True, "residual_before_ln": False},
+    ),
+    "unnormed": ("par_bn", {"original_ln_after": False}),
+}
+# Without the base's norm values grow, and so do errors of rounding.
+SCALES = {"unnormed": 0.05}
+# Linears of a layer that AdapterHub adapts, by what its configs call them.
+_LINEARS = {"q": "attention.self.query", "v": "attention.self.value"}
+_LINEARS |= {"intermediate": "intermediate.dense", "output": "output.dense"}
+_DISTILBERT_LINEARS = {"q": "attention.q_lin", "v": "attention.v_lin"}
+_DISTILBERT_LINEARS |= {"intermediate": "ffn.lin1", "output": "ffn.lin2"}
+# Where a layer of transformers' model makes m, and norms r + m.
+_BERT = {"attention": ("attention.output.dense", "attention.output.LayerNorm")}
+_BERT["feed_forward"] = ("output.dense", "output.LayerNorm")
+_DISTILBERT = {"attention": ("attention.out_lin", "sa_layer_norm")}
+_DISTILBERT["feed_forward"] = ("ffn.lin2", "output_layer_norm")
+
+
+@contextmanager
+def adapted(model: Any, base: BaseDescription, config: Mapping[str, Any], tensors: Any) -> Iterator[None]:
+    """The model with an adapter behind its sub-layers."""
+    layers = model.transformer.layer if base.model_type == "distilbert" else model.encoder.layer
+    places = _DISTILBERT if base.model_type == "distilbert" else _BERT
+    inner = config["config"]
+    used = [
+        name
+        for name, flag in (("attention", "mh_adapter"), ("feed_forward", "output_adapter"))
+        if inner[flag]
+    ]
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            for name in used if index not in inner["leave_out"] else ():
+                dense, norm = (layer.get_submodule(path) for path in places[name])
+                block = LibraryBlock(inner, tensors, Site(index, name), base, norm.forward)
+                seen: dict[str, Tensor] = {}
+                hooks.callback(dense.register_forward_hook(_remember(seen)).remove)
+                hooks.callback(norm.register_forward_hook(_replace(block, seen)).remove)
+        yield
+
+
+def _remember(seen: dict[str, Tensor]) -> Callable[..., None]:
+    return lambda module, args, output: seen.update(m=output)
+
+
+def _replace(block: LibraryBlock, seen: dict[str, Tensor]) -> Callable[..., Tensor]:
+    return lambda module, args, output: block.stream_after(seen["m"], args[0] - seen["m"])
+
+
+@torch.no_grad()
+def hidden_values(model: Any) -> list[np.ndarray]:
+    return [model(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy() for ids in TEXTS]
+
+
+async def read_all(
+    model: LoadedModel, directory: Path, names: Collection[str], backend: str
+) -> dict[str, list[np.ndarray]]:
+    """Hidden values of every text by task, all tasks and the base in one batch; each row alone has the same bits."""
+    with closing(open_store(directory / backend, model.description, [directory])) as store:
+        opened = open_backend(backend, dtype="float32", num_threads=1)
+        async with running_engine(model, store.lower, backend=opened, max_num_batched_tokens=128) as engine:
+            records: dict[str, AdapterRecord | None] = {"": None}
+            for name in names:
+                registration = Registration(name, Uri(str(directory / name)))
+                registered = await asyncio.to_thread(store.register, registration, probe=engine.probe)
+                records[name] = registered.record
+
+            def asked(name: str, texts: tuple[tuple[int, ...], ...]) -> EncodeRequest:
+                return EncodeRequest(id="a", inputs=texts, pooling=Pooling.ALL, adapter=records[name])
+
+            outputs = await asyncio.gather(*(engine.encode(asked(name, TEXTS)) for name in records))
+            found = {name: list(output.values) for name, output in zip(records, outputs, strict=True)}
+            for name, values in found.items():
+                for text, together in zip(TEXTS, values, strict=True):
+                    alone = await engine.encode(asked(name, (text,)))
+                    assert np.array_equal(alone.values[0], together)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_variant_on_every_encoder_is_the_librarys(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=4)
+    loaded = load_tiny(checkpoint)
+    base = loaded.description
+    transformers: Any = import_module("transformers")
+    reference = transformers.AutoModel.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    )
+    reference.train(False)
+    expected = {"": hidden_values(reference)}
+    for seed, (name, (preset, fields)) in enumerate(VARIANTS.items()):
+        config = adapterhub_config(base, preset, **fields)
+        tensors = adapterhub_tensors(base, config, seed=seed, scale=SCALES.get(name, 0.3))
+        write_adapterhub(tmp_path / name, config, tensors)
+        with adapted(reference, base, config, tensors):
+            expected[name] = hidden_values(reference)
+    found = asyncio.run(read_all(loaded, tmp_path, VARIANTS, "cpu"))
+    plain = asyncio.run(read_all(loaded, tmp_path, VARIANTS, "torch"))
+    for name, wanted in expected.items():
+        for ours, slow, theirs in zip(found[name], plain[name], wanted, strict=True):
+            for values in (ours, slow):
+                np.testing.assert_allclose(values, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+    for name in VARIANTS:
+        assert max(np.abs(a - b).max() for a, b in zip(expected[name], expected[""], strict=True)) > 0.05
+
+
+@torch.no_grad()
+def merge(model: Any, base: BaseDescription, config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+    """Changes the model's weights as a LoRA or IA3 would its outputs; returns the adapter's tensors."""
+    generator, tensors, inner = torch.Generator().manual_seed(seed), {}, config["config"]
+    is_distilbert = base.model_type == "distilbert"
+    path = "transformer.layer" if is_distilbert else "encoder.layer"
+    for index in range(base.num_layers):
+        for below in (_DISTILBERT_LINEARS if is_distilbert else _LINEARS).values():
+            linear = model.get_submodule(f"{path}.{index}.{below}")
+            name = f"{base.prefix}{path}.{index}.{below}.loras.{config['name']}"
+            d_out, d_in = linear.weight.shape
+            if inner["composition_mode"] == "scale":
+                factors = 1 + 0.2 * torch.randn(d_out, 1, generator=generator)
+                tensors[f"{name}.lora_B"] = factors
+                linear.weight.mul_(factors)
+                linear.bias.mul_(factors[:, 0])
+                continue
+            a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((4, d_in), (d_out, 4)))
+            tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+            linear.weight.add_(b @ a * (inner["alpha"] / inner["r"]))
+    return tensors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_and_ia3_are_those_merged_into_the_weights(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=4)
+    loaded = load_tiny(checkpoint)
+    transformers: Any = import_module("transformers")
+    expected = {}
+    for seed, preset in enumerate(("lora", "ia3")):
+        model = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+        model.train(False)
+        fields = {"attn_matrices": ["q", "v"], "intermediate_lora": True, "output_lora": True}
+        config = adapterhub_config(loaded.description, preset, **fields)
+        write_adapterhub(tmp_path / preset, config, merge(model, loaded.description, config, seed))
+        expected[preset] = hidden_values(model)
+    found = asyncio.run(read_all(loaded, tmp_path, expected, "cpu"))
+    for name, wanted in expected.items():
+        for ours, theirs in zip(found[name], wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
