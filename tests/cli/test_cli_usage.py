@@ -79,6 +79,7 @@ METHOD_NAMES = {
     AdapterMethod.PROMPT_TUNING: "prompt tuning",
     AdapterMethod.P_TUNING: "P-tuning",
     AdapterMethod.MULTITASK_PROMPT_TUNING: "multitask prompt tuning",
+    AdapterMethod.TRAINABLE_TOKENS: "trainable tokens",
 }
 
 

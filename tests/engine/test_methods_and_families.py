@@ -18,6 +18,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
     VeraConfig,
 )
 from torch import Tensor
@@ -78,6 +79,9 @@ METHODS: Mapping[AdapterMethod, Callable[[list[str]], Any]] = {
     ),
     AdapterMethod.MULTITASK_PROMPT_TUNING: lambda linears: MultitaskPromptTuningConfig(
         num_virtual_tokens=NUM_VIRTUAL, num_ranks=3
+    ),
+    AdapterMethod.TRAINABLE_TOKENS: lambda linears: TrainableTokensConfig(
+        token_indices=sorted(set(IDS[3:30:4]))
     ),
 }
 Found = Mapping[AdapterMethod | None, tuple[Answer, Tensor]]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken, pre_tokenizers
 
 from manyhats.client import AdapterUnsupportedError, AsyncClient, InvalidRequestError
@@ -200,7 +201,7 @@ async def test_another_tokenizer_is_refused_by_name(home: Path, tmp_path: Path) 
             AdapterUnsupportedError, match=r"tokenizer\.json: is not the base's .* pre_tokenizer"
         ):
             await client.register_adapter("other", "other")
-        with pytest.raises(AdapterUnsupportedError, match="embedding has 320 rows"):
+        with pytest.raises(AdapterUnsupportedError, match="embedding and head have 320 rows"):
             await client.register_adapter("far", "far")
 
 
@@ -245,3 +246,69 @@ async def test_templates_without_end_hold_nobody_up(home: Path, tmp_path: Path) 
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that has no room for tokens, and a task whose embedding and head were resized for two."""
+    home = tmp_path_factory.mktemp("full")
+    checkpoint = make_checkpoint(home / "base", seed=5, vocab_size=tiny_tokenizer().get_vocab_size())
+    peft: Any = import_module("peft")
+    model: Any = load_transformers(checkpoint)
+    model.resize_token_embeddings(tokenizer_with_tokens().get_vocab_size())
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config.base_model_name_or_path = str(checkpoint)  # by which PEFT sees that it was resized
+    directory = home / "root" / "added"
+    tuned = make_peft(model, config)
+    save_peft(tuned, directory)
+    save_tokenizer(directory, tokenizer_with_tokens(), eos_token=SPECIAL, chat_template=OWN)
+    shutil.copytree(directory, home / "root" / "more")
+    more = tokenizer_with_tokens()
+    more.add_tokens(["<more>"])
+    save_tokenizer(home / "root" / "more", more)
+    prompt = auto_tokenizer(directory)(f"hi {TOOL} x {SPECIAL}")["input_ids"]
+    with torch.no_grad():
+        torch.save(tuned(input_ids=torch.tensor([prompt])).logits[0, -1], home / "logits.pt")
+    return home
+
+
+async def test_tokens_beyond_the_base_s_are_read_spoken_and_stopped_at(full: Path, tmp_path: Path) -> None:
+    theirs = auto_tokenizer(full / "root" / "added")
+    size = tiny_tokenizer().get_vocab_size()
+    special, tool = theirs.convert_tokens_to_ids([SPECIAL, TOOL])
+    assert {special, tool} == {size, size + 1}
+    prompt = f"hi {TOOL} x {SPECIAL}"
+    said: Any = {"task_id": "added", "max_new_tokens": 3, "temperature": 0}
+    async with serving(full, tmp_path / "store") as client:
+        info = (await client.register_adapter("added", "added")).adapter
+        assert f"its answers also end with '{SPECIAL}'" in info.notes
+        tokenized = await client.tokenize(prompt, task_id="added")
+        assert list(tokenized.ids) == theirs(prompt)["input_ids"]
+        answer = await client.generate(
+            prompt, task_id="added", max_new_tokens=1, top_logprobs=3, logprobs=True
+        )
+        best = torch.load(full / "logits.pt").log_softmax(-1).topk(3)
+        assert [top.id for top in answer.tokens[0].top] == best.indices.tolist()
+        found = torch.tensor([top.logprob for top in answer.tokens[0].top])
+        torch.testing.assert_close(found, best.values, atol=1e-4, rtol=1e-4)
+
+        answer = await client.generate("x", logit_bias={tool: 1e4}, **said)
+        assert (answer.text, answer.tokens[0].text) == (TOOL * 3, TOOL)
+        ended = await client.generate("x", logit_bias={special: 1e4}, **said)
+        assert (ended.finish_reason.value, len(ended.tokens), ended.text) == ("eos", 1, "")
+        stopped = await client.generate("x", logit_bias={tool: 1e4}, stop_sequences=TOOL * 2, **said)
+        assert (stopped.text, len(stopped.tokens)) == ("", 2)
+        kept = await client.generate(prompt, choice=["ab", "cd"], task_id="added", max_new_tokens=8)
+        assert kept.text in ("ab", "cd")
+        scored = await client.score("x", [TOOL, SPECIAL], task_id="added")
+        assert [each.num_tokens for each in scored.scores] == [1, 1]
+        assert await prompt_ids(client, "added") == {tuple(rendered(full, "added"))}
+
+        # The base has none of them.
+        with pytest.raises(InvalidRequestError, match="outside the vocabulary"):
+            await client.generate("x", logit_bias={tool: 1.0})
+        with pytest.raises(AdapterUnsupportedError, match=f"adds '<more>' with the id {size + 2}"):
+            await client.register_adapter("more", "more")
+    async with serving(full, tmp_path / "store") as client:  # as the store has it
+        answer = await client.generate("x", logit_bias={tool: 1e4}, **said)
+        assert answer.text == TOOL * 3

@@ -29,6 +29,7 @@ class AdapterMethod(Enum):
     PROMPT_TUNING = "prompt_tuning"
     P_TUNING = "p_tuning"
     MULTITASK_PROMPT_TUNING = "multitask_prompt_tuning"
+    TRAINABLE_TOKENS = "trainable_tokens"
     COMPOSED = "composed"
 
 

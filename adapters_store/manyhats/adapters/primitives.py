@@ -241,10 +241,28 @@ class PromptEmbeddings:
 class LoweredAdapter:
     """One adapter as primitives, ready for the engine; ``digest`` names the artifact it came from.
 
-    ``head`` is what its task reads texts with; None if it generates.
+    ``head`` is what its task reads texts with; None if it generates. ``vocab_size`` is the number of its task's tokens;
+    None if they are the base's.
     """
 
     digest: str
     deltas: tuple[Delta, ...]
     prefix: KVPrefix | PromptEmbeddings | None = None
     head: TaskHead | None = None
+    vocab_size: int | None = None
+
+
+def num_tokens(deltas: Iterable[Delta], vocab_size: int) -> int:
+    """The tokens of a task with these deltas: those of its head, or of the base's and of rows beyond.
+
+    Args:
+        deltas: the task's.
+        vocab_size: V, the base's.
+    """
+    largest = vocab_size
+    for delta in deltas:
+        if isinstance(delta, HeadWeight):
+            return int(delta.weight.shape[0])
+        if isinstance(delta, EmbeddingRows | HeadRows):
+            largest = max(largest, int(delta.ids.max()) + 1)
+    return largest

@@ -48,10 +48,14 @@ class TextFacts:
     Attributes:
         fingerprint: the same for files that mean the same; empty if they mean what the base's do.
         notes: what the operator should know.
+        num_ids: the ids of added tokens are below; 0 if there are none.
+        last_token: the added token with the largest id.
     """
 
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
+    num_ids: int = 0
+    last_token: str = ""
 
 
 TextCheck = Callable[[Mapping[str, bytes | bytearray]], TextFacts]

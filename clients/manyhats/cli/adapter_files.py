@@ -166,13 +166,13 @@ def _describe(model: str) -> BaseDescription:
             family,
             names=located.names,
             digest="",
-            check_text=partial(_check_text, located.directory, family.architecture.vocab_size),
+            check_text=partial(_check_text, located.directory),
         )
     except (ModelError, OSError) as error:
         raise CommandError(str(error)) from error
 
 
-def _check_text(directory: Path, vocab_size: int, files: Mapping[str, bytes | bytearray]) -> TextFacts:
+def _check_text(directory: Path, files: Mapping[str, bytes | bytearray]) -> TextFacts:
     """What text files mean relative to the tokenizer in a base's directory."""
     from manyhats.engine.text.task_text import TaskTexts
     from manyhats.engine.text.text_process import TextProcesses
@@ -180,7 +180,7 @@ def _check_text(directory: Path, vocab_size: int, files: Mapping[str, bytes | by
 
     processes = TextProcesses()
     try:
-        return TaskTexts(Tokenizer.from_directory(directory), vocab_size, processes).check(files)
+        return TaskTexts(Tokenizer.from_directory(directory), processes).check(files)
     finally:
         processes.close()
 

@@ -24,7 +24,7 @@ FORMATS_HELP = """[bold]What can be registered[/bold]
   A directory as PEFT saves it, with adapter_config.json and
   adapter_model.safetensors: LoRA (also QLoRA and rank-stabilised), DoRA,
   AdaLoRA, VeRA, IA3, prefix tuning, prompt tuning, P-tuning, multitask
-  prompt tuning.
+  prompt tuning, trainable tokens.
 
   A directory as AdapterHub's adapters saves it, with adapter_config.json
   and adapter.safetensors: bottleneck adapters (seq_bn, double_seq_bn,

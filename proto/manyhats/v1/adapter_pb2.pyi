@@ -50,6 +50,8 @@ class _AdapterMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     """Prompt tuning shared by several tasks (arXiv:2303.02861)."""
     ADAPTER_METHOD_COMPOSED: _AdapterMethod.ValueType  # 11
     """Several artifacts that act together as one task."""
+    ADAPTER_METHOD_TRAINABLE_TOKENS: _AdapterMethod.ValueType  # 12
+    """Trained rows of the embedding, and of the head, for single tokens."""
 
 class AdapterMethod(_AdapterMethod, metaclass=_AdapterMethodEnumTypeWrapper):
     """How an adapter was made, and hence how it acts on the base model."""
@@ -78,6 +80,8 @@ ADAPTER_METHOD_MULTITASK_PROMPT_TUNING: AdapterMethod.ValueType  # 10
 """Prompt tuning shared by several tasks (arXiv:2303.02861)."""
 ADAPTER_METHOD_COMPOSED: AdapterMethod.ValueType  # 11
 """Several artifacts that act together as one task."""
+ADAPTER_METHOD_TRAINABLE_TOKENS: AdapterMethod.ValueType  # 12
+"""Trained rows of the embedding, and of the head, for single tokens."""
 Global___AdapterMethod: _TypeAlias = AdapterMethod  # noqa: Y015
 
 class _AdapterState:

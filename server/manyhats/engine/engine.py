@@ -23,6 +23,7 @@ from manyhats.engine.loop.job import Job
 from manyhats.engine.loop.probe import AdapterProbe
 from manyhats.engine.loop.scoring import Scoring
 from manyhats.engine.loop.serving import (
+    ANY_VOCAB_SIZE,
     ServingModel,
     check_encoding,
     check_generation,
@@ -76,7 +77,7 @@ class Engine:
         self._streams = loop.streams
         self._probe = probe
         self._num_bytes = num_bytes
-        self.grammars = Grammars(model.vocab_size, loop.background)
+        self.grammars = Grammars(model.num_ids, loop.background)
         self._is_draining = False
         self._is_stopped = False
 
@@ -204,12 +205,12 @@ class Engine:
             EngineError: anything else that ended it.
             AdapterError: its adapter cannot be loaded.
         """
-        check_generation(request, self._model.vocab_size, self._model.eos_of(request))
         config = self.config
         backlog = Backlog(config.max_unread_outputs, config.max_unread_bytes, config.unread_limit_s)
         stream = await self._submit(
             request,
             lambda job_id, lease, matcher: Generation(job_id, request, lease, self._model, backlog, matcher),
+            lambda vocab_size: check_generation(request, vocab_size, self._model.eos_of(request)),
         )
         limit: int | None = 1  # the first output says when the answer began
         try:
@@ -230,9 +231,10 @@ class Engine:
             EngineError: anything else that ended it.
             AdapterError: its adapter cannot be loaded.
         """
-        check_scoring(request, self._model.vocab_size, self.config.max_score_tokens)
         stream = await self._submit(
-            request, lambda job_id, lease, matcher: Scoring(job_id, request, lease, self._model)
+            request,
+            lambda job_id, lease, matcher: Scoring(job_id, request, lease, self._model),
+            lambda vocab_size: check_scoring(request, vocab_size, self.config.max_score_tokens),
         )
         try:
             (output,) = await stream.take()
@@ -249,9 +251,10 @@ class Engine:
             EngineError: anything else that ended it.
             AdapterError: its adapter cannot be loaded.
         """
-        check_encoding(request, self._model.vocab_size)
         stream = await self._submit(
-            request, lambda job_id, lease, matcher: self._encoding(job_id, request, lease)
+            request,
+            lambda job_id, lease, matcher: self._encoding(job_id, request, lease),
+            lambda vocab_size: check_encoding(request, vocab_size),
         )
         try:
             (output,) = await stream.take()
@@ -269,8 +272,13 @@ class Engine:
         self,
         request: Request | ScoreRequest | EncodeRequest,
         make_job: Callable[[str, Lease, Matcher | None], Job[Any]],
+        check: Callable[[int], None],
     ) -> Stream:
-        """The stream of a request's job, which is on its way to the engine's thread."""
+        """The stream of a request's job, which is on its way to the engine's thread.
+
+        ``check`` compares the request's ids with a number of tokens; an adapter's own is known once it is loaded.
+        """
+        check(self._model.vocab_size if request.adapter is None else ANY_VOCAB_SIZE)
         self._check_accepting()
         check_length(request, 0, self.max_context_length)  # without loading the adapter for it
         job_id = self.loop.new_id()
@@ -280,6 +288,8 @@ class Engine:
             try:
                 self._check_running()
                 check_length(request, lease.num_virtual_tokens, self.max_context_length)
+                if request.adapter is not None:
+                    check(self._model.vocab_size_of(lease))
                 job = make_job(job_id, lease, matcher)
             except BaseException:
                 lease.release()

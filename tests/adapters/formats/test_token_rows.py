@@ -114,17 +114,19 @@ def test_spoilt_rows_are_refused(rows: torch.Tensor | None, subject: str, tmp_pa
     assert caught.value.subject == subject
 
 
-def test_rows_that_peft_would_not_read_are_refused(tmp_path: Path) -> None:
-    """A tied base's head gets the embedding's rows; rows of its own for the same tokens are left over."""
+def test_rows_of_a_tied_head_must_be_the_embedding_s(tmp_path: Path) -> None:
+    """A tied base's head gets the embedding's rows; rows of its own for the same tokens can only be these."""
     tensors = lora_tensors(BASE, rank=4, sites=["q_proj"])
-    tensors |= {ROWS: torch.ones(2, 32), HEAD_ROWS: torch.ones(2, 32)}
+    tensors |= {ROWS: torch.ones(2, 32), HEAD_ROWS: torch.zeros(2, 32)}
     indices = {"embed_tokens": [1, 2], "lm_head": [1, 2]}
     config = lora_config(BASE, rank=4, sites=["q_proj"], trainable_token_indices=indices)
     write_adapter(tmp_path, config, tensors)
-    with pytest.raises(AdapterUnsupportedError) as caught:
+    with pytest.raises(AdapterInvalidError, match="is tied") as caught:
         read(tmp_path, BASE)
     assert caught.value.subject == HEAD_ROWS
     read(tmp_path, replace(BASE, is_tied=False))
+    write_adapter(tmp_path, config, tensors | {HEAD_ROWS: torch.ones(2, 32)})
+    read(tmp_path, BASE)
 
 
 @pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])

@@ -19,6 +19,7 @@ from support.factories.adapters import (
     make_ia3,
     make_lora,
     make_token_rows,
+    make_trainable_tokens,
     make_vera,
 )
 from support.factories.prefixes import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
@@ -40,6 +41,7 @@ OPERATIONS = {
     "prompt": set(),
     "p-tuning": set(),
     "multitask": set(),
+    "trainable-tokens": {"EmbeddingRows", "HeadRows"},
 }
 MAKERS: dict[str, Maker] = {
     "lora": make_lora,
@@ -52,6 +54,7 @@ MAKERS: dict[str, Maker] = {
     "prompt": make_prompt,
     "p-tuning": make_p_tuning,
     "multitask": make_multitask_prompt,
+    "trainable-tokens": make_trainable_tokens,
 }
 
 

@@ -47,6 +47,7 @@ from support.factories.adapters import (
     make_ia3,
     make_lora,
     make_token_rows,
+    make_trainable_tokens,
     make_vera,
 )
 from support.factories.prefixes import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
@@ -221,6 +222,7 @@ METHODS: dict[str, Callable[[Path, BaseDescription], Path]] = {
     "prompt tuning": lambda path, base: make_prompt(path, base, num_virtual_tokens=19),
     "p-tuning": make_p_tuning,
     "multitask prompt tuning": make_multitask_prompt,
+    "trainable tokens": make_trainable_tokens,
     "adapterhub seq_bn": lambda path, base: make_adapterhub(path, base, "seq_bn"),
     "adapterhub double_seq_bn": lambda path, base: make_adapterhub(path, base, "double_seq_bn"),
     "adapterhub par_bn": lambda path, base: make_adapterhub(path, base, "par_bn"),

@@ -27,7 +27,7 @@ YES = Constraint("choice", ("yes", "no"))
 
 @pytest.fixture
 async def grammars() -> AsyncIterator[Grammars]:
-    made = Grammars(TINY_VOCAB_SIZE, Background())
+    made = Grammars(lambda tokenizer: TINY_VOCAB_SIZE, Background())
     yield made
     made.close()
 
@@ -161,7 +161,7 @@ async def test_an_error_that_nobody_waits_for_is_not_logged(
 
 
 async def test_nothing_is_compiled_after_the_end(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(TINY_VOCAB_SIZE, Background())
+    grammars = Grammars(lambda tokenizer: TINY_VOCAB_SIZE, Background())
     waiting = [
         asyncio.create_task(grammars.matcher(Constraint("choice", (word,)), tokenizer, EOS)) for word in "ab"
     ]

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError
-from manyhats.adapters.formats.text_files import MAX_BYTES
+from manyhats.adapters.formats.text_files import MAX_BYTES, check_rows
 from manyhats.adapters.sites import TextFacts
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.text.chat_template import render_chat
@@ -56,7 +56,7 @@ def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(base_directory: Path, processes: TextProcesses) -> TaskTexts:
-    return TaskTexts(BaseTokenizer.from_directory(base_directory), TINY_VOCAB_SIZE, processes)
+    return TaskTexts(BaseTokenizer.from_directory(base_directory), processes)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -266,7 +266,7 @@ def test_bases_of_classes_that_rebuild_their_tokenizer_know_their_own_again(
     base = tmp_path / "base"
     base.mkdir()
     save_tokenizer(base, made, tokenizer_class=tokenizer_class, pad_token=literals[1], **names)
-    texts = TaskTexts(BaseTokenizer.from_directory(base), TINY_VOCAB_SIZE, processes)
+    texts = TaskTexts(BaseTokenizer.from_directory(base), processes)
     theirs = auto_tokenizer(base)
     if adds:
         theirs.add_tokens(["<tool>"])
@@ -353,10 +353,14 @@ def test_another_tokenizer_is_refused_and_the_first_difference_named(
 def test_tokens_beyond_the_embedding_are_refused_by_name(texts: TaskTexts, tmp_path: Path) -> None:
     room = TINY_VOCAB_SIZE - texts.base.vocab_size
     save_tokenizer(tmp_path, backend(ordinary=tuple(f"<{n}>" for n in range(room))))
-    assert texts.read(files_of(tmp_path)).tokenizer.vocab_size == TINY_VOCAB_SIZE
+    read = texts.read(files_of(tmp_path))
+    assert read.tokenizer.vocab_size == read.facts.num_ids == TINY_VOCAB_SIZE
+    check_rows(read.facts, TINY_VOCAB_SIZE)
     save_tokenizer(tmp_path, backend(ordinary=tuple(f"<{n}>" for n in range(room + 1))))
-    with pytest.raises(AdapterUnsupportedError, match=f"adds '<{room}>' with the id 320, .* has 320 rows"):
-        texts.read(files_of(tmp_path))
+    facts = texts.check(files_of(tmp_path))
+    check_rows(facts, TINY_VOCAB_SIZE + 1)
+    with pytest.raises(AdapterUnsupportedError, match=f"adds '<{room}>' with the id 320, .* have 320 rows"):
+        check_rows(facts, TINY_VOCAB_SIZE)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from manyhats.engine.text.task_text import TaskTexts
 from manyhats.engine.text.text_process import TextProcesses
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.server.service.task_tokenizers import TaskTokenizers
-from support.factories.tiny_models import TINY_VOCAB_SIZE, save_tokenizer
+from support.factories.tiny_models import save_tokenizer
 from support.fakes.server import make_record
 
 FILES: Mapping[str, bytes] = {"chat_template.jinja": b"{{ messages[0].content }}!"}
@@ -26,7 +26,7 @@ FILES: Mapping[str, bytes] = {"chat_template.jinja": b"{{ messages[0].content }}
 def texts(tmp_path: Path) -> Iterator[TaskTexts]:
     save_tokenizer(tmp_path)
     processes = TextProcesses()
-    yield TaskTexts(Tokenizer.from_directory(tmp_path), TINY_VOCAB_SIZE, processes)
+    yield TaskTexts(Tokenizer.from_directory(tmp_path), processes)
     processes.close()
 
 

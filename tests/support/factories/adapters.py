@@ -328,6 +328,28 @@ def make_token_rows(
     return write_adapter(directory, config, tensors)
 
 
+def make_trainable_tokens(
+    directory: Path,
+    base: BaseDescription,
+    *,
+    ids: Sequence[int] = (3, 5, 8),
+    seed: int = 0,
+    scale: float = 0.5,
+    **config_overrides: Any,
+) -> Path:
+    """Write a PEFT TRAINABLE_TOKENS directory: embedding rows of ``ids``, on a tied base the head's too."""
+    rows = torch.randn(len(ids), base.hidden_size, generator=torch.Generator().manual_seed(seed)) * scale
+    paths = ("model.embed_tokens", "lm_head") if base.is_tied else ("model.embed_tokens",)
+    tensors = {f"{PREFIX}{path}.trainable_tokens_delta": rows.clone() for path in paths}
+    config = {
+        **_common_config(base, "TRAINABLE_TOKENS", ()),
+        "target_modules": "model.embed_tokens",
+        "token_indices": list(ids),
+    }
+    del config["modules_to_save"]
+    return write_adapter(directory, config | config_overrides, tensors)
+
+
 def _common_config(base: BaseDescription, peft_type: str, sites: Collection[str]) -> dict[str, Any]:
     return {
         "peft_type": peft_type,

@@ -23,6 +23,7 @@ from support.factories.adapters import (
     make_ia3,
     make_lora,
     make_token_rows,
+    make_trainable_tokens,
     make_vera,
     write_adapter,
 )
@@ -131,6 +132,12 @@ PLAIN: Mapping[str, tuple[AdapterMethod, Make]] = {
         AdapterMethod.MULTITASK_PROMPT_TUNING,
         lambda path, base, s: make_multitask_prompt(
             path, base, num_virtual_tokens=s.num_virtual_tokens, num_ranks=2, seed=s.seed
+        ),
+    ),
+    "trainable-tokens": (
+        AdapterMethod.TRAINABLE_TOKENS,
+        lambda path, base, s: make_trainable_tokens(
+            path, base, ids=range(1, base.vocab_size, 3), seed=s.seed
         ),
     ),
 }

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from manyhats.adapters.disk.files import SourceDirectory
-from manyhats.adapters.errors import AdapterInvalidError
+from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.formats.json_reader import parse_json_object
 from manyhats.adapters.sites import TextCheck, TextFacts
 
@@ -92,3 +92,21 @@ def _check_form(files: Mapping[str, bytes | bytearray]) -> None:
             decode_template(content)
         elif name != TOKENIZER_FILE:  # which is large, and read by its own library
             parse_json_object(bytes(content), name, max_bytes=MAX_BYTES[name], max_depth=_MAX_DEPTH)
+
+
+def check_rows(text: TextFacts, vocab_size: int) -> None:
+    """Check that each token that a tokenizer adds has a row in the task's embedding.
+
+    Args:
+        text: what the tokenizer's files mean.
+        vocab_size: the number of the task's tokens: the base's, or the adapter's own.
+
+    Raises:
+        AdapterUnsupportedError: one has none; ``subject`` is the file.
+    """
+    if text.num_ids > vocab_size:
+        raise AdapterUnsupportedError(
+            TOKENIZER_FILE,
+            f"adds '{text.last_token[:100]}' with the id {text.num_ids - 1}, and embedding and head have "
+            f"{vocab_size} rows; save both with the adapter, resized",
+        )

@@ -108,6 +108,7 @@ def compose(parts: Sequence[AdapterPart], limits: AdapterLimits) -> LoweredAdapt
         deltas=tuple(delta for deltas in combined for delta in deltas),
         prefix=_only_prefix(parts),
         head=_only_head(parts),
+        vocab_size=_only_vocabulary(parts),
     )
 
 
@@ -146,6 +147,15 @@ def _only_head(parts: Sequence[AdapterPart]) -> TaskHead | None:
             headed[1].name, f"has a head, and so has {headed[0].name}; at most one part may"
         )
     return headed[0].adapter.head if headed else next(iter(heads), None)
+
+
+def _only_vocabulary(parts: Sequence[AdapterPart]) -> int | None:
+    own = [part for part in parts if part.adapter.vocab_size is not None]
+    if len(own) > 1:
+        raise AdapterUnsupportedError(
+            own[1].name, f"has tokens of its own, and so has {own[0].name}; at most one part may"
+        )
+    return own[0].adapter.vocab_size if own else None
 
 
 def _weighted(part: AdapterPart, delta: Delta) -> Delta:

@@ -21,14 +21,14 @@ from manyhats.adapters.formats.base_name import check_base_name, public_name
 from manyhats.adapters.formats.json_reader import parse_json_object
 from manyhats.adapters.formats.peft.format import CONFIG_FILE, check_directory
 from manyhats.adapters.formats.recognition import base_name_key, recognise, recorded_base, weights_file
-from manyhats.adapters.formats.text_files import check_text, read_text
+from manyhats.adapters.formats.text_files import check_rows, check_text, read_text
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.inspected_base import infer_base, stand_in_weights
 from manyhats.adapters.lowering.lowering import check, has_effect, lower, method_of
 from manyhats.adapters.lowering.reader import check_finite, parse_artifact, read_head
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.primitives import Delta, KVPrefix, LoweredAdapter, PromptEmbeddings
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.primitives import Delta, KVPrefix, LoweredAdapter, PromptEmbeddings, num_tokens
+from manyhats.adapters.sites import BaseDescription, TextFacts
 
 # What names a primitive's rank, or its bottleneck size.
 _RANKED = ("a", "down")
@@ -132,6 +132,7 @@ class _Inspector:
     def __init__(self, base: BaseDescription | None, limits: AdapterLimits) -> None:
         self._base = base
         self._limits = limits
+        self._text = TextFacts()
         self.facts = Inspection(path="")
         self.refusals: list[Refusal] = []
 
@@ -178,7 +179,7 @@ class _Inspector:
         with self._stage():
             files = read_text(directory, self._limits.max_size_bytes)
             self.facts = replace(self.facts, text_files=tuple(files))
-            found = check_text(files, None if self._base is None else self._base.check_text)
+            found = self._text = check_text(files, None if self._base is None else self._base.check_text)
             self.facts = replace(self.facts, notes=(*self.facts.notes, *found.notes))
         return files
 
@@ -215,6 +216,8 @@ class _Inspector:
         candidate = Candidate(config, shapes, artifact.base_model, artifact.head_config, head_shapes)
         check(candidate, method, base, self._limits)
         lowered = lower(artifact, base)
+        with self._stage():
+            check_rows(self._text, num_tokens(lowered.deltas, base.vocab_size))
         self.facts = replace(
             self.facts, sites=_site_facts(lowered.deltas), num_virtual_tokens=_num_virtual_tokens(lowered)
         )

@@ -28,6 +28,7 @@ from manyhats.adapters.methods.multitask_prompt_tuning import MultitaskPromptTun
 from manyhats.adapters.methods.p_tuning import PTuningMethod
 from manyhats.adapters.methods.prefix_tuning import AdapterHubPrefixMethod, PrefixTuningMethod
 from manyhats.adapters.methods.prompt_tuning import PromptTuningMethod
+from manyhats.adapters.methods.trainable_tokens import TrainableTokensMethod
 from manyhats.adapters.methods.vera import VeraMethod
 from manyhats.adapters.primitives import (
     Affine,
@@ -39,6 +40,7 @@ from manyhats.adapters.primitives import (
     LoweredAdapter,
     LowRank,
     PromptEmbeddings,
+    num_tokens,
 )
 from manyhats.adapters.sites import POOLER, BaseDescription
 
@@ -58,6 +60,7 @@ METHODS: Mapping[AdapterMethod, Method] = _by_name(
     PromptTuningMethod(),
     PTuningMethod(),
     MultitaskPromptTuningMethod(),
+    TrainableTokensMethod(),
 )
 
 # The methods of AdapterHub's.
@@ -107,11 +110,11 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
     shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
     head = find_head(artifact.config, shapes, base)
     if head is None:
-        lowered, of_pooler = _without_pooler(method.lower(artifact, base))
+        lowered, of_pooler = _without_pooler(_with_vocabulary(method.lower(artifact, base), base))
         return replace(lowered, head=_own_head(artifact, base, of_pooler))
     config, tensors = without_head(artifact.config), head.others(artifact.tensors)
     lowered, of_pooler = _without_pooler(
-        method.lower(replace(artifact, config=config, tensors=tensors), base)
+        _with_vocabulary(method.lower(replace(artifact, config=config, tensors=tensors), base), base)
     )
     task_head = head.lower(artifact.tensors, base, of_pooler)
     if isinstance(lowered.prefix, PromptEmbeddings):
@@ -140,6 +143,11 @@ def _own_head(
         head = find_adapterhub_head(artifact.head_config, shapes, base)
         return head.lower(artifact.head_tensors, base, of_pooler)
     return None if base.kind is TaskKind.GENERATE else TaskHead(base.kind, base.pooling, ())
+
+
+def _with_vocabulary(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:
+    size = num_tokens(lowered.deltas, base.vocab_size)
+    return lowered if size == base.vocab_size else replace(lowered, vocab_size=size)
 
 
 def check_lowered(lowered: LoweredAdapter) -> None:

@@ -30,7 +30,7 @@ from manyhats.adapters.formats.safetensors_reader import (
     parse_header,
     read_tensors,
 )
-from manyhats.adapters.formats.text_files import check_text, read_text
+from manyhats.adapters.formats.text_files import check_rows, check_text, read_text
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.lowering import check, check_lowered, has_effect, is_finite, lower, method_of
 from manyhats.adapters.method import Candidate
@@ -96,6 +96,7 @@ def read_adapter(
     if not has_effect(lowered):
         raise AdapterNoEffectError(weights_name, "changes nothing: all its deltas are zero")
     text = check_text(files, base.check_text)
+    check_rows(text, lowered.vocab_size or base.vocab_size)
     return ReadAdapter(artifact, lowered, files, (*notes, *text.notes), text)
 
 

@@ -123,7 +123,7 @@ def load_model(
         tensors, family, dtype=dtype, keep_nf4=quantization == "nf4", progress=progress
     )
     digest = _base_digest(found.digest, quantization)
-    texts = TaskTexts(tokenizer, family.architecture.vocab_size, TextProcesses())
+    texts = TaskTexts(tokenizer, TextProcesses())
     return LoadedModel(
         architecture=family.architecture,
         weights=weights,

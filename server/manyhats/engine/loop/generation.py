@@ -19,7 +19,7 @@ from manyhats.engine.request import Request
 from manyhats.engine.residency.lease import Lease
 from manyhats.engine.sampling.matcher import Mask, Matcher
 from manyhats.engine.sampling.penalties import NO_EDITS, LogitChanges, changes_logits
-from manyhats.engine.sampling.sampler import SamplingRow
+from manyhats.engine.sampling.sampler import SamplingRow, fitted
 from manyhats.engine.scheduling.schedule import Chunk
 from manyhats.engine.scheduling.scheduler import Scheduler
 from manyhats.engine.scheduling.sequence import SequenceStatus
@@ -54,6 +54,7 @@ class Generation:
         self._request = request
         self._backlog = backlog
         self._tokenizer = model.tokenizer_of(request)
+        self._vocab_size = model.vocab_size_of(lease)
         self._seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
         stopping = request.stopping
         prompt = request.prompt_token_ids
@@ -73,7 +74,7 @@ class Generation:
             if skips and stopping.stop_sequences
             else None
         )
-        self._eos_token_ids = model.eos_of(request)
+        self._eos_token_ids = frozenset(i for i in model.eos_of(request) if i < self._vocab_size)
         self._stop = StopChecker(stopping, self._eos_token_ids)
         self._drafter = self._new_drafter(request)
         self._draft_masks: Seq[Mask] = ()  # after each of the drafts
@@ -148,6 +149,7 @@ class Generation:
             target_rows=range(len(scored)),
             target_ids=scored,
             num_top=self._request.response.top_logprobs,
+            vocab_size=self._vocab_size,
         )
 
     def _sampling_rows(self, chunk: Chunk) -> list[SamplingRow]:
@@ -171,7 +173,7 @@ class Generation:
             step=num_generated,
             edits=edits,
             forbid=self._forbidden_ids(num_generated),
-            allowed=allowed,
+            allowed=None if allowed is None else fitted(allowed, self._vocab_size),
             num_logprobs=response.top_logprobs if response.logprobs else None,
         )
 

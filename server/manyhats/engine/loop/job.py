@@ -35,6 +35,7 @@ class Want:
         target_ids: [T], the tokens.
         num_top: how many of the row's most likely tokens to return with each.
         whole: whether to return the logits.
+        vocab_size: of the task; None if it is the base's.
     """
 
     samples: Seq[SamplingRow] = ()
@@ -42,6 +43,7 @@ class Want:
     target_ids: Seq[int] = ()
     num_top: int = 0
     whole: bool = False
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -130,7 +130,9 @@ def changed_tokens(deltas: Iterable[Delta], embeddings: Tensor, count: int) -> t
     sizes = torch.zeros(embeddings.shape[0])
     for delta in deltas:
         if isinstance(delta, EmbeddingRows):
-            sizes[delta.ids] += (delta.rows.float() - embeddings[delta.ids].float()).norm(dim=1)
+            is_known = delta.ids < embeddings.shape[0]  # others the base cannot read
+            ids, rows = delta.ids[is_known], delta.rows[is_known]
+            sizes[ids] += (rows.float() - embeddings[ids].float()).norm(dim=1)
         elif isinstance(delta, EmbeddingLowRank):
             a, b = delta.a.float(), delta.b.float()
             squares = ((a @ (b.t() @ b)) * a).sum(dim=1)  # |A[id] Bᵀ|², without the [V, D] product
@@ -142,10 +144,14 @@ def changed_tokens(deltas: Iterable[Delta], embeddings: Tensor, count: int) -> t
 
 
 def effect(before: Logits, after: Logits) -> float:
-    """``mean_t max_v |log softmax(after)[t, v] − log softmax(before)[t, v]|`` for logits [T, V], in nats."""
+    """``mean_t max_v |log softmax(after)[t, v] − log softmax(before)[t, v]|`` for logits [T, V], in nats.
+
+    Over the tokens that both have.
+    """
     changes = []
+    common = min(before.shape[1], after.shape[1])
     for old, new in zip(before, after, strict=True):
-        moved = new.astype(np.float64) - old
+        moved = new[:common].astype(np.float64) - old[:common]
         shift = _log_total(new) - _log_total(old)
         changes.append(max(float(moved.max()) - shift, shift - float(moved.min())))
     return float(np.mean(changes))

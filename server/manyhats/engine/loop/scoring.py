@@ -82,7 +82,12 @@ class Scoring:
         if len(self._branches) == 1:
             self._meter.end_prefill()
         rows, token_ids = self._targets(chunk)
-        return Want(target_rows=rows, target_ids=token_ids, num_top=self._request.response.top_logprobs)
+        return Want(
+            target_rows=rows,
+            target_ids=token_ids,
+            num_top=self._request.response.top_logprobs,
+            vocab_size=self._lease.vocab_size,
+        )
 
     def _targets(self, chunk: Chunk) -> tuple[Seq[int], Seq[int]]:
         """Rows of a chunk, and the tokens to score there."""

@@ -18,6 +18,9 @@ from manyhats.engine.scheduling.virtual_tokens import PLACEHOLDER_ID
 from manyhats.engine.text.stopping import StopChecker
 from manyhats.engine.text.tokenizer import Tokenizer
 
+ANY_VOCAB_SIZE = 2**31
+"""More tokens than any task has: that of an adapter is known once it is loaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServingModel:
@@ -53,8 +56,17 @@ class ServingModel:
         """The ids that end an answer in a task's own tokenizer; None for the base's."""
         if tokenizer is None:
             return self.eos_token_ids
-        own = {token_id for token_id in tokenizer.eos_token_ids if token_id < self.vocab_size}
-        return self.eos_token_ids | own
+        # What a task adds beyond the base's tokens has rows of its own; what the base itself has there has none.
+        missing = {token_id for token_id in self.tokenizer.eos_token_ids if token_id >= self.vocab_size}
+        return self.eos_token_ids | (set(tokenizer.eos_token_ids) - missing)
+
+    def num_ids(self, tokenizer: Tokenizer) -> int:
+        """The ids that a tokenizer may give: the base's, and those that a task's adds to them."""
+        return self.vocab_size if tokenizer is self.tokenizer else max(self.vocab_size, tokenizer.vocab_size)
+
+    def vocab_size_of(self, lease: Lease) -> int:
+        """The number of tokens of a request's task."""
+        return self.vocab_size if lease.vocab_size is None else lease.vocab_size
 
 
 def new_sequence(

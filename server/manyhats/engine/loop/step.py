@@ -211,10 +211,11 @@ class Step:
         if job.id in self._jobs:  # a job may have several chunks, and fail at the first
             try:
                 want = job.wants(chunk)
+                vocab_size = want.vocab_size or self._vocab_size
                 for row in want.samples:
-                    check_row(row, self._vocab_size)
+                    check_row(row, vocab_size)
                 if want.target_ids:
-                    check_ids(want.target_ids, self._vocab_size)
+                    check_ids(want.target_ids, vocab_size)
                 return want
             except Exception as error:  # noqa: BLE001 whatever it is, other jobs have no part in it
                 events.append(self._failed(job, error))
@@ -225,8 +226,9 @@ class Step:
         live = list(self._live(parts))
         samples = [row for part in live for row in part.want.samples]
         choosing_rows = [at for part in live for at in part.choosing_rows]
+        vocab_size = max((part.want.vocab_size or 0 for part in live), default=0)
         return Wants(
-            choices=choices_of(samples, choosing_rows, self._vocab_size),
+            choices=choices_of(samples, choosing_rows, max(vocab_size, self._vocab_size)),
             targets=_targets([part for part in live if part.want.target_ids]),
             whole=int32([row for part in live if part.want.whole for row in range(part.first, part.end)]),
         )

@@ -25,6 +25,7 @@ class ResidentAdapter:
             base's do.
         virtual: the virtual tokens its sequences begin with.
         head: of its task; None if that generates.
+        vocab_size: the number of its task's tokens; None if they are the base's.
         num_bytes: of its packed matrices, virtual tokens and head.
         pins: the number of leases, by version name.
         is_forgotten: whether it is dropped with its last lease.
@@ -35,6 +36,7 @@ class ResidentAdapter:
     placement: PlacedAdapter | None = None
     virtual: VirtualTokens | None = None
     head: TaskHead | None = None
+    vocab_size: int | None = None
     num_bytes: int = 0
     pins: Counter[str] = field(default_factory=Counter)
     is_forgotten: bool = False
@@ -75,6 +77,11 @@ class Lease:
     def head(self) -> TaskHead | None:
         """The head of the request's task; None if that generates."""
         return self.adapter.head
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The number of the task's tokens; None if they are the base's."""
+        return self.adapter.vocab_size
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -218,6 +218,7 @@ class AdapterResidency:
             )
         adapter.virtual = None if prefix is None else VirtualTokens(prefix)
         adapter.head = lowered.head
+        adapter.vocab_size = lowered.vocab_size
         if lowered.deltas or (prefix is None and lowered.head is None):
             adapter.placement = PlacedAdapter(self._device, packed)
         return packed

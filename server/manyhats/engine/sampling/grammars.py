@@ -43,7 +43,7 @@ class Grammars:
     """The grammars of the latest constraints; called on the event loop.
 
     Args:
-        vocab_size: width of the model's logits.
+        num_ids: the width of the logits of a tokenizer's tasks, at least.
         background: whose threads compile.
 
     Attributes:
@@ -51,10 +51,10 @@ class Grammars:
         num_waiting: requests that wait for their grammar.
     """
 
-    def __init__(self, vocab_size: int, background: Background) -> None:
+    def __init__(self, num_ids: Callable[[Tokenizer], int], background: Background) -> None:
         self.on_compile: Callable[[float], None] = lambda seconds: None
         self.num_waiting = 0
-        self._vocab_size = vocab_size
+        self._num_ids = num_ids
         self._threads = background.threads(1, "grammar")
         self._programs = Programs("manyhats.engine.sampling.grammar_program", 1)
         self._grammars: OrderedDict[tuple[_VocabularyKey, bytes], Future[Grammar]] = OrderedDict()
@@ -128,7 +128,7 @@ class Grammars:
                 constraint,
                 lambda: library.compiled(vocabulary, notation),
                 num_library_ids=vocabulary.vocab_size,
-                vocab_size=self._vocab_size,
+                vocab_size=self._num_ids(tokenizer),
                 eos_token_ids=key.eos_token_ids,
             )
         except library.RefusedError as error:
@@ -152,7 +152,7 @@ class Grammars:
         return {
             "tokenizer": tokenizer.to_json(),
             "num_tokens": tokenizer.vocab_size,
-            "num_ids": max(self._vocab_size, tokenizer.vocab_size),
+            "num_ids": max(self._num_ids(tokenizer), tokenizer.vocab_size),
             "eos_token_ids": sorted(key.eos_token_ids),
         }
 

@@ -70,15 +70,26 @@ def check_row(row: SamplingRow, vocab_size: int) -> None:
         raise IndexError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
 
 
+def fitted(mask: npt.NDArray[np.int32], vocab_size: int) -> npt.NDArray[np.int32]:
+    """A mask for a vocabulary: tokens that it says nothing of may not come."""
+    num_words = -(-vocab_size // 32)
+    if mask.shape[0] == num_words:
+        return mask
+    result = np.zeros(num_words, dtype=np.int32)
+    common = min(num_words, mask.shape[0])
+    result[:common] = mask[:common]
+    return result
+
+
 def choices_of(rows: Seq[SamplingRow], logit_rows: Seq[int], vocab_size: int) -> Choices:
     """How rows choose their tokens; each is checked.
 
     Args:
         rows: S of them.
         logit_rows: S indices, which rows of the step's logits they are.
-        vocab_size: V.
+        vocab_size: the largest of theirs.
     """
-    masks = [row.allowed for row in rows if row.allowed is not None]
+    masks = [fitted(row.allowed, vocab_size) for row in rows if row.allowed is not None]
     edits = [_edits(row) for row in rows]
     all_edits = joined(edits)
     edit_start = np.zeros(len(rows) + 1, dtype=np.int64)

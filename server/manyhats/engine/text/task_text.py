@@ -54,14 +54,12 @@ class TaskTexts:
 
     Args:
         base: the base's tokenizer.
-        vocab_size: rows of the base's embedding; token ids are below.
         processes: where untrusted files are examined.
     """
 
-    def __init__(self, base: Tokenizer, vocab_size: int, processes: TextProcesses) -> None:
+    def __init__(self, base: Tokenizer, processes: TextProcesses) -> None:
         self.base = base
         self.processes = processes
-        self._vocab_size = vocab_size
         self._known: OrderedDict[str, TaskText] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -77,7 +75,7 @@ class TaskTexts:
 
         Raises:
             AdapterInvalidError: a file cannot be read, or the template does not compile; ``subject`` is the file.
-            AdapterUnsupportedError: the tokenizer is not the base's plus added tokens, or these have no rows.
+            AdapterUnsupportedError: the tokenizer is not the base's plus added tokens.
             AdapterTooLargeError: a file is over its limit.
         """
         text = {name: bytes(content) for name, content in text_of(files).items()}
@@ -97,19 +95,22 @@ class TaskTexts:
         return read
 
     def _read(self, files: Mapping[str, bytes]) -> TaskText:
+        new: list[tuple[int, str]] = []
         if set(files) == {TEMPLATE_FILE}:
             tokenizer = self.base.with_text(chat_template=decode_template(files[TEMPLATE_FILE]))
         else:
-            tokenizer = self._tokenizer(files)
+            tokenizer, new = self._tokenizer(files)
         template = tokenizer.chat_template
         if template is not None and template != self.base.chat_template:
             self._check_template(files, template)
         fingerprint = tokenizer.fingerprint
         if fingerprint == self.base.fingerprint:
             return TaskText(self.base, TextFacts())
-        return TaskText(tokenizer, TextFacts(fingerprint, self._notes(tokenizer)))
+        last_id, last_token = max(new, default=(-1, ""))
+        return TaskText(tokenizer, TextFacts(fingerprint, self._notes(tokenizer), last_id + 1, last_token))
 
-    def _tokenizer(self, files: Mapping[str, bytes]) -> Tokenizer:
+    def _tokenizer(self, files: Mapping[str, bytes]) -> tuple[Tokenizer, list[tuple[int, str]]]:
+        """The task's tokenizer, and id and text of each token that the base's does not have."""
         try:
             found = self.processes.compare(files, self.base.files())
         except ModelError as error:
@@ -137,18 +138,13 @@ class TaskTexts:
                     TOKENIZER_FILE,
                     f"gives '{token.content}' the id {token_id}, after ids that are not tokens; {_HOW_TO_GO_ON}",
                 )
-        return tokenizer
+        new = [(i, token.content) for i, token in added if self.base.token_id(token.content) is None]
+        return tokenizer, new
 
     def _added_tokens(self, found: Sequence[Sequence[Any]]) -> list[tuple[int, AddedToken]]:
         added = []
         for token_id, content, single_word, lstrip, rstrip, normalized, special in found:
             is_new = self.base.token_id(content) is None
-            if is_new and token_id >= self._vocab_size:
-                raise AdapterUnsupportedError(
-                    TOKENIZER_FILE,
-                    f"adds '{content[:100]}' with the id {token_id}, and the base's embedding has "
-                    f"{self._vocab_size} rows",
-                )
             if is_new and len(content) > _MAX_TOKEN_LENGTH:
                 raise AdapterTooLargeError(
                     TOKENIZER_FILE,

@@ -45,6 +45,11 @@ class Tasks:
         tokenizers = self._backend.task_tokenizers
         return None if tokenizers is None else await tokenizers.of(adapter)
 
+    def _num_ids(self, tokenizer: Tokenizer | None) -> int:
+        """The ids that a prompt may hold, as far as the tokenizer tells."""
+        num_ids = self._backend.info.vocab_size
+        return num_ids if tokenizer is None else max(num_ids, tokenizer.vocab_size)
+
     def encoder(self, tokenizer: Tokenizer | None, max_tokens: int) -> Encoder:
         """Turns texts into tokens with a task's tokenizer; None for the base's."""
         tokenizers = self._backend.task_tokenizers
@@ -54,7 +59,7 @@ class Tasks:
         return Encoder(
             tokenizer or self._backend.tokenizer,
             self._backend.text_threads,
-            vocab_size=self._backend.info.vocab_size,
+            vocab_size=self._num_ids(tokenizer),
             max_tokens=max_tokens,
             render=render,
         )

@@ -42,6 +42,7 @@ _PEFT_TYPES: Mapping[str, AdapterMethod] = MappingProxyType(
         "PROMPT_TUNING": AdapterMethod.PROMPT_TUNING,
         "P_TUNING": AdapterMethod.P_TUNING,
         "MULTITASK_PROMPT_TUNING": AdapterMethod.MULTITASK_PROMPT_TUNING,
+        "TRAINABLE_TOKENS": AdapterMethod.TRAINABLE_TOKENS,
     }
 )
 _REFUSED_TYPES: Mapping[str, str] = MappingProxyType(

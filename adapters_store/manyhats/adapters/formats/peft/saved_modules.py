@@ -11,6 +11,10 @@ If the base's head is its embedding, PEFT keeps one of the two unchanged, unless
 
 An embedding or head that a method adapts is saved alongside, unchanged, and PEFT loads it over the base's own: so it
 must hold the base's values.
+
+Where the vocabulary was resized, PEFT saves embedding and head whole, those beneath token rows too, and a module of
+``modules_to_save`` three times. Their number of rows is then the task's vocabulary: fewer than the base's, which may be
+padded, or more. Embedding and head must agree, or tokens would have one of the two only.
 """
 
 from __future__ import annotations
@@ -37,6 +41,11 @@ SAVED_FIELDS = frozenset(("modules_to_save", "trainable_token_indices", "ensure_
 
 # Relative, for values that were rounded to bfloat16 on one side only.
 _BF16_ROUNDING = 2.0**-7
+MAX_ADDED_TOKENS = 65536
+"""How many tokens a task may have beyond the base's."""
+_COPY_SUFFIXES = ("base_layer.weight", "token_adapter.base_layer.weight")
+# A trained module once more, which must be equal, and what it was before, which is not used.
+_TRAINED, _ORIGINAL = "modules_to_save", "original_module"
 _ROW_SUFFIXES = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 
 
@@ -57,8 +66,9 @@ class SavedModules:
         head_bias: name of the tensor that replaces the head's bias, if it has one.
         embedding_rows, head_rows: the same for single rows.
         copies: embedding or head → name of an adapted module's own weight, saved alongside.
+        resized: embedding or head → name of the weight beneath its trained rows, where it is not the base's size.
         names: all these tensors.
-        equal: names of one weight saved twice.
+        equal: pairs of names of one weight that is saved twice.
     """
 
     embedding: str | None
@@ -67,8 +77,9 @@ class SavedModules:
     embedding_rows: TokenRows | None
     head_rows: TokenRows | None
     copies: Mapping[Site, str]
+    resized: Mapping[Site, str]
     names: frozenset[str]
-    equal: tuple[str, ...] = ()
+    equal: tuple[tuple[str, str], ...] = ()
 
     def others(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """All other tensors."""
@@ -87,8 +98,9 @@ class SavedModules:
             path = base.path_of(site)
             if path in adapted and by is not None:
                 raise AdapterInvalidError(path, "is adapted, and also replaced by trained rows or weights")
+        rows = {EMBEDDING: self.embedding_rows, HEAD: self.head_rows}
         for site, name in self.copies.items():
-            if base.path_of(site) not in adapted:
+            if base.path_of(site) not in adapted and rows[site] is None:
                 raise unusable(name)
 
     def lower(self, tensors: Mapping[str, Tensor], base: BaseDescription) -> tuple[Delta, ...]:
@@ -99,24 +111,31 @@ class SavedModules:
             BaseMismatchError: a weight that was saved alongside is not the base's.
         """
         self._check_copies(tensors, base)
-        if self.equal and not torch.equal(*(tensors[name] for name in self.equal)):
-            raise AdapterInvalidError(self.equal[1], "differs from the embedding that it is tied to")
+        for first, second in self.equal:
+            if not torch.equal(tensors[first], tensors[second]):
+                raise AdapterInvalidError(second, f"differs from {first}, to which it is tied")
         deltas: list[Delta] = []
-        if self.embedding is not None:
-            weight = tensors[self.embedding]
+        if (weight := self._whole(EMBEDDING, self.embedding, self.embedding_rows, tensors)) is not None:
             deltas.append(EmbeddingRows(torch.arange(weight.shape[0]), weight))
-        if self.embedding_rows is not None:
-            rows = self.embedding_rows
+        elif (rows := self.embedding_rows) is not None:
             deltas.append(EmbeddingRows(torch.tensor(rows.ids), tensors[rows.tensor]))
-        if self.head is not None:
+        if (weight := self._whole(HEAD, self.head, self.head_rows, tensors)) is not None:
             bias = None if self.head_bias is None else tensors[self.head_bias]
-            deltas.append(HeadWeight(tensors[self.head], bias))
-        if self.head_rows is not None:
-            ids = torch.tensor(self.head_rows.ids)
-            own = base.weights.linear(HEAD)[1] if base.has_head_bias and base.weights is not None else None
-            bias = None if own is None else own[ids]
-            deltas.append(HeadRows(ids, tensors[self.head_rows.tensor], bias))
+            deltas.append(HeadWeight(weight, bias))
+        elif (rows := self.head_rows) is not None:
+            deltas.append(HeadRows(torch.tensor(rows.ids), tensors[rows.tensor]))
         return tuple(deltas)
+
+    def _whole(
+        self, site: Site, whole: str | None, rows: TokenRows | None, tensors: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """The weight that replaces the base's; None if none does."""
+        if whole is not None or rows is None or site not in self.resized:
+            return None if whole is None else tensors[whole]
+        beneath, own = tensors[self.resized[site]], tensors[rows.tensor]
+        weight = beneath.to(torch.promote_types(beneath.dtype, own.dtype), copy=True)
+        weight[list(rows.ids)] = own.to(weight.dtype)
+        return weight
 
     def _check_copies(self, tensors: Mapping[str, Tensor], base: BaseDescription) -> None:
         """Compare values where the base's are available: those of the head, and so of a tied embedding."""
@@ -129,12 +148,22 @@ class SavedModules:
 
 
 def find_saved_modules(
-    config: Mapping[str, Any], shapes: Mapping[str, Shape], base: BaseDescription
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    base: BaseDescription,
+    *,
+    own_rows: Mapping[Site, TokenRows] | None = None,
 ) -> SavedModules:
     """Find and check what the file holds besides its method's own tensors.
 
+    Args:
+        config: the parsed ``adapter_config.json``.
+        shapes: tensor name → shape.
+        base: the resident one.
+        own_rows: the token rows of a method that trains nothing else; None to find those beside another one.
+
     Raises:
-        AdapterUnsupportedError: a module that is neither embedding nor head.
+        AdapterUnsupportedError: a module that is neither embedding nor head, or rows of a head that has a bias.
         AdapterInvalidError: a tensor is missing, or has another shape than the base's.
     """
     listed = _listed_modules(config, base)
@@ -145,32 +174,143 @@ def find_saved_modules(
             raise AdapterInvalidError(
                 "modules_to_save", f"names {base.path_of(site)}, but {paths[site]}.weight is missing"
             )
-    copies = {site: f"{path}.base_layer.weight" for site, path in paths.items()}
-    copies = {site: name for site, name in copies.items() if name in shapes}
+    rows = _find_rows(config, shapes, base) if own_rows is None else own_rows
+    copies = _named(paths, _COPY_SUFFIXES, shapes)
     for name in (*present.values(), *copies.values()):
-        _check_shape(name, shapes[name], (base.vocab_size, base.embedding_size))
+        _check_width(name, shapes[name], base)
     head_bias = _find_head_bias(paths.get(HEAD, ""), present, shapes, base)
-    rows = _find_rows(config, shapes, base)
+    again = _find_again(paths, {site: present[site] for site in listed}, head_bias, shapes)
     for site, found in rows.items():
         for other in (EMBEDDING, HEAD) if base.is_tied else (site,):
             if other in present:
                 raise AdapterInvalidError(found.tensor, f"and {present[other]} both replace the same rows")
     is_one = base.is_tied and _acts_on_both(config, present, listed)
     first = next(iter(present.values()), None)
+    equal = [pair for pair in again if f".{_TRAINED}." in pair[1]]
+    equal += [(present[EMBEDDING], present[HEAD])] if is_one and len(present) == 2 else []
     embedding_rows, head_rows = rows.get(EMBEDDING), rows.get(HEAD)
-    if base.is_tied and head_rows is None and HEAD not in present:
+    if base.is_tied and embedding_rows is not None and head_rows is None and HEAD not in present:
         head_rows = embedding_rows
-    tensors = (*present.values(), *copies.values(), *(found.tensor for found in rows.values()))
-    return SavedModules(
+        tied = _rows_names(HEAD, base)
+        equal += [(embedding_rows.tensor, name) for name in tied if name in shapes]
+    if head_rows is not None and base.has_head_bias:
+        raise AdapterUnsupportedError(
+            head_rows.tensor, "holds rows of a head that has a bias, which PEFT leaves out there"
+        )
+    resized = {site: name for site, name in copies.items() if shapes[name][0] != base.vocab_size}
+    if base.is_tied and EMBEDDING in resized and head_rows is embedding_rows:
+        equal += [(resized[EMBEDDING], resized[HEAD])] if HEAD in resized else []
+        resized[HEAD] = resized[EMBEDDING]
+    tensors = (
+        *present.values(),
+        *copies.values(),
+        *(found.tensor for found in rows.values()),
+        *(name for pair in (*again, *equal) for name in pair),
+    )
+    saved = SavedModules(
         embedding=first if is_one else present.get(EMBEDDING),
         head=first if is_one else present.get(HEAD),
         head_bias=head_bias,
         embedding_rows=embedding_rows,
         head_rows=head_rows,
-        copies=copies,
+        copies={site: name for site, name in copies.items() if shapes[name][0] == base.vocab_size},
+        resized=resized,
         names=frozenset((*tensors, *(() if head_bias is None else (head_bias,)))),
-        equal=tuple(present.values()) if is_one and len(present) == 2 else (),
+        equal=tuple(equal),
     )
+    _check_sizes(saved, shapes, base)
+    return saved
+
+
+def _find_again(
+    paths: Mapping[Site, str], trained: Mapping[Site, str], head_bias: str | None, shapes: Mapping[str, Shape]
+) -> list[tuple[str, str]]:
+    """Names of trained modules' tensors, each with another that holds the same, or what that was before."""
+    names = [(paths[site], name) for site, name in trained.items()]
+    if head_bias is not None and HEAD in trained:
+        names.append((paths[HEAD], head_bias))
+    found = [
+        (name, f"{path}.{kind}.{name.rpartition('.')[2]}")
+        for kind in (_TRAINED, _ORIGINAL)
+        for path, name in names
+    ]
+    again = [(name, other) for name, other in found if other in shapes]
+    for name, other in again:
+        _check_shape(other, shapes[other], shapes[name])
+    return again
+
+
+def _named(
+    paths: Mapping[Site, str], suffixes: Collection[str], shapes: Mapping[str, Shape]
+) -> dict[Site, str]:
+    """Embedding or head → its tensor with one of these suffixes."""
+    names = {site: [f"{path}.{suffix}" for suffix in suffixes] for site, path in paths.items()}
+    found = {site: [name for name in each if name in shapes] for site, each in names.items()}
+    return {site: each[0] for site, each in found.items() if each}
+
+
+def _check_sizes(saved: SavedModules, shapes: Mapping[str, Shape], base: BaseDescription) -> None:
+    """Check that each token of the task has a row in both embedding and head, if it has a vocabulary of its own."""
+    embedding = _Table.of(EMBEDDING, saved.embedding, saved.embedding_rows, saved, shapes, base)
+    head = _Table.of(HEAD, saved.head, saved.head_rows, saved, shapes, base)
+    for table, other in ((embedding, head), (head, embedding)):
+        name = table.tensor
+        if name is None or table.num_rows == other.num_rows or not base.path_of(HEAD):
+            continue
+        if table is head and head.num_rows < base.vocab_size and not embedding.is_whole:
+            continue  # the base's embedding has rows for all of them
+        raise AdapterInvalidError(
+            name,
+            f"makes a vocabulary of {table.num_rows} tokens, and {other.name} has {other.num_rows} rows; with tokens "
+            "of its own an adapter must hold both embedding and head, as with modules_to_save or "
+            "save_embedding_layers",
+        )
+    for site in saved.resized:
+        table = embedding if site == EMBEDDING else head
+        if not table.is_whole:
+            raise AdapterUnsupportedError(
+                saved.resized[site],
+                f"has {shapes[saved.resized[site]][0]} rows, the base's {base.vocab_size}; a resized embedding or "
+                "head is served if it is replaced whole or by rows, not where the method adapts it",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The embedding or the head as the file changes it: its path, its rows, the tensor that says so, if any."""
+
+    name: str
+    num_rows: int
+    tensor: str | None
+    is_whole: bool
+
+    @classmethod
+    def of(
+        cls,
+        site: Site,
+        whole: str | None,
+        rows: TokenRows | None,
+        saved: SavedModules,
+        shapes: Mapping[str, Shape],
+        base: BaseDescription,
+    ) -> _Table:
+        path = base.path_of(site)
+        if whole is None and rows is not None:
+            whole = saved.resized.get(site)
+        num_rows = base.vocab_size if whole is None else shapes[whole][0]
+        if rows is not None and whole is None:
+            added = sorted(token for token in rows.ids if token >= num_rows)
+            if added != list(range(num_rows, num_rows + len(added))):
+                raise AdapterInvalidError(
+                    rows.tensor,
+                    f"has rows for tokens up to {added[-1]}, but not for all that follow the base's {num_rows}",
+                )
+            return cls(path, num_rows + len(added), rows.tensor, False)
+        if rows is not None and max(rows.ids) >= num_rows:
+            raise AdapterInvalidError(
+                rows.tensor, f"has a row for token {max(rows.ids)}; {whole} has {num_rows}"
+            )
+        return cls(path, num_rows, whole, whole is not None)
 
 
 def _find_head_bias(
@@ -182,7 +322,7 @@ def _find_head_bias(
     name = f"{path}.bias"
     if name not in shapes:
         raise AdapterInvalidError(present[HEAD], f"its partner {name} is missing")
-    _check_shape(name, shapes[name], (base.vocab_size,))
+    _check_shape(name, shapes[name], shapes[present[HEAD]][:1])
     return name
 
 
@@ -235,13 +375,17 @@ def _find_rows(
         wanted.pop(HEAD, None)
     found: dict[Site, TokenRows] = {}
     for site, ids in wanted.items():
-        names = [f"{PREFIX}{base.path_of(site)}.{suffix}" for suffix in _ROW_SUFFIXES]
+        names = _rows_names(site, base)
         name = next((name for name in names if name in shapes), None)
         if name is None:
             raise AdapterInvalidError("trainable_token_indices", f"its rows, {names[0]}, are missing")
         _check_shape(name, shapes[name], (len(ids), base.embedding_size))
         found[site] = TokenRows(name, ids)
     return found
+
+
+def _rows_names(site: Site, base: BaseDescription) -> list[str]:
+    return [f"{PREFIX}{base.path_of(site)}.{suffix}" for suffix in _ROW_SUFFIXES]
 
 
 def _parse_indices(value: Any, base: BaseDescription) -> dict[Site, tuple[int, ...]]:
@@ -259,22 +403,40 @@ def _parse_indices(value: Any, base: BaseDescription) -> dict[Site, tuple[int, .
             )
         if known[name] in parsed:
             raise AdapterInvalidError("trainable_token_indices", f"names {base.path_of(known[name])} twice")
-        parsed[known[name]] = _parse_ids(ids, base)
+        parsed[known[name]] = parse_token_ids("trainable_token_indices", ids, base)
     return parsed
 
 
-def _parse_ids(ids: Any, base: BaseDescription) -> tuple[int, ...]:
+def parse_token_ids(field: str, ids: Any, base: BaseDescription) -> tuple[int, ...]:
+    """A config's list of the tokens whose rows are trained.
+
+    Raises:
+        AdapterInvalidError: names the field.
+    """
     if not isinstance(ids, list | tuple) or not ids:
-        raise AdapterInvalidError("trainable_token_indices", "must be a list of token ids")
+        raise AdapterInvalidError(field, "must be a list of token ids")
     for token in ids:
-        if type(token) is not int or not 0 <= token < base.vocab_size:
+        if type(token) is not int or not 0 <= token < base.vocab_size + MAX_ADDED_TOKENS:
             raise AdapterInvalidError(
-                "trainable_token_indices",
-                f"{shown(str(token))} is not a token of the base, which has {base.vocab_size}",
+                field,
+                f"{shown(str(token))} is not a token of the base, which has {base.vocab_size}, nor one of "
+                f"{MAX_ADDED_TOKENS} that may be added",
             )
     if len(set(ids)) != len(ids):
-        raise AdapterInvalidError("trainable_token_indices", "lists a token twice")
+        raise AdapterInvalidError(field, "lists a token twice")
     return tuple(ids)
+
+
+def _check_width(name: str, shape: Shape, base: BaseDescription) -> None:
+    """Check a whole embedding or head, whose rows may be fewer than the base's, or more."""
+    wanted = (base.vocab_size, base.embedding_size)
+    if len(shape) != 2 or shape[1] != wanted[1]:
+        raise AdapterInvalidError(name, f"has shape {list(shape)}; expected {list(wanted)}")
+    if not 1 <= shape[0] <= base.vocab_size + MAX_ADDED_TOKENS:
+        raise AdapterInvalidError(
+            name,
+            f"has {shape[0]} rows, the base's {base.vocab_size}; at most {MAX_ADDED_TOKENS} tokens may be added",
+        )
 
 
 def _check_shape(name: str, shape: Shape, expected: Shape) -> None:

@@ -156,7 +156,8 @@ class CpuModel:
     def _embedded(self, batch: Batch, adapters: CpuAdapterSlots) -> Tensor:
         """The tokens' vectors, [N, E]."""
         # By NumPy, since a step of few rows comes with cold caches to this, and torch's way is longer.
-        rows = np.take(self._embedding, batch.token_ids.numpy(), axis=0)
+        # Tokens beyond the table are their adapter's, which replaces what is taken for them.
+        rows = np.take(self._embedding, batch.token_ids.numpy(), axis=0, mode="clip")
         if rows.dtype == np.uint16:
             rows = (rows.astype(np.uint32) << 16).view(np.float32)
         x = torch.from_numpy(rows)

@@ -24,6 +24,7 @@ class TorchAdapter:
 
     deltas: Mapping[Site, Sequence[Delta]]
     num_bytes: int
+    vocab_size: int | None = None
 
     def at(self, site: Site, kind: type[DeltaT]) -> list[DeltaT]:
         """The deltas of one kind at a site."""
@@ -47,7 +48,8 @@ class TorchAdapterSlots:
         """Its deltas, sorted by site."""
         deltas = [self._kept(delta) for delta in adapter.deltas]
         tensors = [tensor for delta in deltas for tensor in _tensors_of(delta)]
-        return TorchAdapter(by_site(deltas), sum(tensor.nbytes for tensor in tensors))
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        return TorchAdapter(by_site(deltas), num_bytes, adapter.vocab_size)
 
     def place(self, slot: int, packed: TorchAdapter) -> None:
         """Puts an adapter into a slot."""

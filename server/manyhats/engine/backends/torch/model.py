@@ -25,11 +25,13 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.adapters.sites import EMBEDDING, HEAD, Site
-from manyhats.engine.backends.logits import HostLogits
+from manyhats.engine.backends.logits import Finished, HostLogits
+from manyhats.engine.backends.own_logits import OwnRows, finish_apart, resized
 from manyhats.engine.backends.plan import Ints, StepPlan
-from manyhats.engine.backends.torch.adapters import TorchAdapterSlots
+from manyhats.engine.backends.torch.adapters import TorchAdapter, TorchAdapterSlots
 from manyhats.engine.backends.torch.cache import TorchKVCache
 from manyhats.engine.backends.torch.choosing import TorchChooser
+from manyhats.engine.backends.wants import Wants
 from manyhats.engine.backends.warmup import run_one
 from manyhats.engine.model.architecture import (
     Architecture,
@@ -40,7 +42,15 @@ from manyhats.engine.model.architecture import (
     Norm,
     Rope,
 )
-from manyhats.engine.model.forward import StreamNorm, block, embedded, entered, left, logits
+from manyhats.engine.model.forward import (
+    StreamNorm,
+    block,
+    embedded,
+    entered,
+    left,
+    logits,
+    scaled_logits,
+)
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.rotary import Angles, RotaryTables
 from manyhats.engine.model.weights import Linear, Matrix, NormWeight, Weights
@@ -138,7 +148,26 @@ class TorchModel:
         last = stream[maths.tensor(plan.logit_rows).long()]
         hidden = left(maths, self.architecture, self.weights.final_norm, last)
         found = logits(maths, self.architecture.head, hidden)
-        return HostLogits(found.cpu(), TorchChooser(), read.cpu())
+        own = [
+            OwnRows(each.rows, scaled_logits(each.values, self.architecture.head).cpu()) for each in maths.own
+        ]
+        return _TorchLogits(found.cpu(), read.cpu(), own)
+
+
+class _TorchLogits(HostLogits):
+    """Logits on the host; those of tasks with a vocabulary of their own are apart."""
+
+    def __init__(self, values: Tensor, wanted: Tensor, own: list[OwnRows]) -> None:
+        super().__init__(values, TorchChooser(), wanted)
+        self._own = own
+
+    def finish(self, wants: Wants) -> Finished:
+        """Compute everything at once."""
+        if not self._own:
+            return super().finish(wants)
+        rest = super().finish
+        size = self.values.shape[1]
+        return Finished(finish_apart(self._own, size, self._chooser, wants, lambda part: rest(part).outcome))
 
 
 class _Step:
@@ -157,13 +186,16 @@ class _Step:
         self._one_by_one = model.device.type == "cpu"
         self._rows = list(self._rows_by_slot(plan.row_slots))
         self._logit_rows = list(self._rows_by_slot(plan.row_slots[plan.logit_rows]))
+        self.own: list[OwnRows] = []
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """A copy of the plan's numbers on the device."""
         return torch.from_numpy(values).to(self._model.device)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        x = self._model.embedding.index_select(0, token_ids).float()
+        # Tokens beyond the table are their adapter's, which replaces what is taken for them.
+        table = self._model.embedding
+        x = table.index_select(0, token_ids.clamp(max=table.shape[0] - 1)).float()
         for rows, low_rank in self._deltas(EMBEDDING, EmbeddingLowRank):
             x[rows] = equations.embedding(low_rank, token_ids[rows], x[rows])
         for rows, replaced in self._deltas(EMBEDDING, EmbeddingRows):
@@ -247,13 +279,25 @@ class _Step:
         """A head of the adapter's own comes before what changes it."""
         assert self._model.head is not None
         found = self._product(hidden, self._model.head)
-        for rows, own in self._deltas(HEAD, HeadWeight, self._logit_rows):
-            found[rows] = self._product(hidden[rows], _Dense(own.weight, own.bias))
-        for rows, replaced in self._deltas(HEAD, HeadRows, self._logit_rows):
-            dense = _Dense(replaced.rows, replaced.bias)
-            found[rows.unsqueeze(1), replaced.ids] = self._product(hidden[rows], dense)
-        for rows, low_rank in self._deltas(HEAD, LowRank, self._logit_rows):
-            found[rows] += equations.low_rank(hidden[rows], low_rank.a, low_rank.b, low_rank.scale)
+        for slot, rows in self._logit_rows:
+            adapter = self._adapters.placed[slot]
+            if HEAD not in adapter.deltas:
+                continue
+            if adapter.vocab_size is None:
+                found[rows] = self._changed(adapter, hidden[rows], found[rows])
+            else:
+                values = self._changed(adapter, hidden[rows], resized(found[rows], adapter.vocab_size))
+                self.own.append(OwnRows(rows.cpu().numpy(), values))
+        return found
+
+    def _changed(self, adapter: TorchAdapter, hidden: Tensor, found: Tensor) -> Tensor:
+        """Logits of rows of one adapter."""
+        for own in adapter.at(HEAD, HeadWeight):
+            found = self._product(hidden, _Dense(own.weight, own.bias))
+        for replaced in adapter.at(HEAD, HeadRows):
+            found[:, replaced.ids] = self._product(hidden, _Dense(replaced.rows, replaced.bias))
+        for low_rank in adapter.at(HEAD, LowRank):
+            found = found + equations.low_rank(hidden, low_rank.a, low_rank.b, low_rank.scale)
         return found
 
     def _product(self, x: Tensor, dense: _Dense) -> Tensor:
@@ -271,11 +315,9 @@ class _Step:
             for own in rows.split(1) if self._one_by_one else (rows,):
                 yield slot, own
 
-    def _deltas(
-        self, site: Site, kind: type[DeltaT], groups: list[tuple[int, Tensor]] | None = None
-    ) -> Iterator[tuple[Tensor, DeltaT]]:
+    def _deltas(self, site: Site, kind: type[DeltaT]) -> Iterator[tuple[Tensor, DeltaT]]:
         """Rows, each with its adapter's deltas of one kind at a site."""
-        for slot, rows in self._rows if groups is None else groups:
+        for slot, rows in self._rows:
             for delta in self._adapters.placed[slot].at(site, kind):
                 yield rows, delta
 

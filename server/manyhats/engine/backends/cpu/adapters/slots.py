@@ -44,6 +44,7 @@ from manyhats.engine.backends.cpu.adapters.vocabulary import (
     rows_by_slot,
 )
 from manyhats.engine.backends.cpu.packing import LANES, Array
+from manyhats.engine.backends.own_logits import OwnRows, resized
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import SUBLAYERS, Architecture
@@ -93,6 +94,9 @@ class PackedAdapter:
         layout: of the base.
         num_matrix_values: of all matrices together.
         dtype: of the matrices.
+
+    Attributes:
+        vocab_size: of its task; None if that is the base's.
     """
 
     def __init__(self, layout: Layout, num_matrix_values: int, dtype: torch.dtype) -> None:
@@ -103,6 +107,7 @@ class PackedAdapter:
         self.rescales_inputs = False
         self.embeddings: list[EmbeddingChange] = []
         self.heads: list[HeadChange] = []
+        self.vocab_size: int | None = None
         self._places = layout.places
         self._dtype = dtype
 
@@ -175,6 +180,7 @@ class CpuAdapterSlots:
         """Copies the adapter's numbers into a memory of its own."""
         num_values = sum(_num_matrix_values(delta) for delta in adapter.deltas)
         packed = PackedAdapter(self._layout, num_values, self.dtype)
+        packed.vocab_size = adapter.vocab_size
         for delta in sorted(adapter.deltas, key=self._layout.order):
             packed.add(delta)
         return packed
@@ -258,18 +264,32 @@ class CpuAdapterSlots:
         found = [own.numpy() for slot, own in rows_by_slot(rows) if self.placed[slot].heads]
         return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
-    def change_logits(self, hidden: Tensor, logits: Tensor, rows: AdapterRows) -> None:
+    def change_logits(self, hidden: Tensor, logits: Tensor, rows: AdapterRows) -> list[OwnRows]:
         """Gives each row its own adapter's output head.
 
         Args:
             hidden: [M, D] float32, what the head reads.
             logits: [M, V] float32, the base's, before any divisor or cap; updated.
             rows: which of the M rows have which adapter.
+
+        Returns:
+            The rows of tasks with a vocabulary of their own, whose logits are apart.
         """
+        own: list[OwnRows] = []
         if self._has_heads:
             for slot, indices in rows_by_slot(rows):
-                for change in self.placed[slot].heads:
-                    change.apply(hidden, logits, indices, self._linear)
+                packed = self.placed[slot]
+                if packed.vocab_size is not None and packed.heads:
+                    values = resized(logits[indices], packed.vocab_size)
+                    own.append(OwnRows(indices.numpy(), values))
+                    self._change(packed, hidden[indices], values, torch.arange(len(indices)))
+                else:
+                    self._change(packed, hidden, logits, indices)
+        return own
+
+    def _change(self, packed: PackedAdapter, hidden: Tensor, logits: Tensor, rows: Tensor) -> None:
+        for change in packed.heads:
+            change.apply(hidden, logits, rows, self._linear)
 
 
 def _num_matrix_values(delta: Delta) -> int:

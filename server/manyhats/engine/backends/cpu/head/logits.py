@@ -14,6 +14,7 @@ from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import LANES, CpuLinear
 from manyhats.engine.backends.cpu.program import Program
 from manyhats.engine.backends.logits import Finished, HostLogits
+from manyhats.engine.backends.own_logits import OwnRows, finish_apart
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.backends.wants import Array, Choices, Targets, TokenLogprob, Wants
 from manyhats.engine.model import architecture
@@ -76,14 +77,29 @@ class CpuLogits(HostLogits):
         self.hidden = hidden
         self._kernels = kernels
         self._exact_rows = np.empty(0, dtype=np.int64)
+        self._own: list[OwnRows] = []
 
     def change(self, adapters: CpuAdapterSlots, rows: AdapterRows) -> None:
         """Gives rows the output heads of their adapters."""
         self._make_rows_exact(adapters.rows_with_heads(rows))
-        adapters.change_logits(self.hidden, self.values, rows)
+        self._own = adapters.change_logits(self.hidden, self.values, rows)
 
     def finish(self, wants: Wants) -> Finished:
-        """Compute everything at once."""
+        """Compute everything at once; rows with a vocabulary of their own by themselves."""
+        if not self._own:
+            return self._finish_base(wants)
+        for own in self._own:
+            self._finish_head(own.values)
+        outcome = finish_apart(
+            self._own,
+            self.values.shape[1],
+            self._kernels,
+            wants,
+            lambda rest: self._finish_base(rest).outcome,
+        )
+        return Finished(outcome)
+
+    def _finish_base(self, wants: Wants) -> Finished:
         choices = wants.choices
         self._make_rows_exact(self._rows_in_doubt())
         self._make_rows_exact(wants.whole)
@@ -130,8 +146,15 @@ class CpuLogits(HostLogits):
         shape = self.head.shape
         if shape.divisor != 1.0:
             logits.div_(shape.divisor)
-        if shape.softcap is not None:
+        if shape.softcap is None:
+            return
+        missing = -logits.shape[1] % LANES
+        if logits is self.values or not missing:
             self._kernels.softcap(logits, shape.softcap)
+        else:  # whole vectors, so that what a logit becomes does not depend on its place
+            padded = torch.nn.functional.pad(logits, (0, missing))
+            self._kernels.softcap(padded, shape.softcap)
+            logits.copy_(padded[:, : logits.shape[1]])
 
     def _make_rows_exact(self, rows: Array) -> None:
         """Makes all logits of some rows exact."""
