@@ -1,4 +1,4 @@
-"""AdapterHub directories of random weights for Llama's family and BERT's, written without ``adapters``."""
+"""AdapterHub directories of random weights for Llama's, GPT-2's and BERT's families, written without ``adapters``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BERT_ADAPTERS = {"attention": "attention.output", "feed_forward": "output"}
 _LAYERS = {
     **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), ("encoder.layer", _BERT_ADAPTERS)),
     "distilbert": ("transformer.layer", _ADAPTERS),
-    "gpt2": ("h", _ADAPTERS),
+    **dict.fromkeys(("gpt2", "gptj"), ("h", _ADAPTERS)),
 }
 _BOTTLENECK_DEFAULTS: dict[str, Any] = {
     "adapter_residual_before_ln": False,

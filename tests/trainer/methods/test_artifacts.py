@@ -37,6 +37,7 @@ from manyhats.trainer.settings.methods import (
     PromptSettings,
     PTuningSettings,
 )
+from support.factories.tiny_models import make_checkpoint
 from support.factories.trainables import (
     ALL_CASES,
     ALL_LINEARS,
@@ -47,6 +48,7 @@ from support.factories.trainables import (
     save,
     tiny_base,
 )
+from support.harnesses.engine import load_tiny
 from support.oracles.golden import ADAPTERHUB_FIXTURES, GOLDEN, needs_golden
 from support.oracles.peft import IDS, base_logits, make_peft, peft_logits, save_peft
 from support.oracles.primitives import logits_with
@@ -255,6 +257,15 @@ def test_bottlenecks_are_laid_out_as_adapterhub_s(family: str) -> None:
     assert config["name"] == "my_task"
     assert config["model_type"] == family
     assert config["model_class"].lower() == f"{family}forcausallm"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_bottlenecks_lie_where_the_family_s_layers_do(family: str, tmp_path: Path) -> None:
+    model = load_tiny(make_checkpoint(tmp_path / "model", family))
+    files = make_adapter(BottleneckSettings(variant="double_seq"), "task", model, seed=0).files("float32")
+    names = {name.partition(".adapters.")[0] for name in load(files["adapter.safetensors"])}
+    places = ("attention_adapters", "output_adapters")
+    assert names == {f"transformer.h.{layer}.{place}" for layer in (0, 1) for place in places}
 
 
 @pytest.mark.parametrize("task", ["type", "keys", "training"])

@@ -14,7 +14,14 @@ from manyhats.adapters.lowering.validation import ValidVersion, measure
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare, Probe
 from manyhats.adapters.registration import Registered, Registration, check_labels
-from manyhats.adapters.reserved_labels import ACTIVATION, CLASS, label_error, listed, numbered
+from manyhats.adapters.reserved_labels import (
+    ACTIVATION,
+    CLASS,
+    MAX_CLASSES,
+    label_error,
+    listed,
+    numbered,
+)
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
 
@@ -123,7 +130,7 @@ def _labels(lowered: LoweredAdapter, labels: Mapping[str, str]) -> Mapping[str, 
     """
     head = lowered.head
     own: dict[str, str] = {}
-    if head is not None and head.labels and not listed(labels, CLASS):
+    if head is not None and len(head.labels) <= MAX_CLASSES and not listed(labels, CLASS):
         own |= numbered(CLASS, head.labels)
     if head is not None and head.activation is ScoreActivation.SIGMOID:
         own[ACTIVATION] = head.activation.value

@@ -1,4 +1,4 @@
-"""AdapterHub's bottlenecks, LoRA and IA3 on encoders, against the library's own steps in transformers' models."""
+"""AdapterHub's bottlenecks, LoRA and IA3 on encoders and GPT-2's kin, against the library's steps in transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support.factories.adapterhub import (
     write_adapterhub,
 )
 from support.factories.tiny_encoders import make_encoder
-from support.factories.tiny_models import TINY_VOCAB_SIZE
+from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.engine import load_tiny, random_ids, running_engine
 from support.oracles.adapterhub import LibraryBlock
 
@@ -193,3 +193,83 @@ def test_lora_and_ia3_are_those_merged_into_the_weights(tmp_path: Path, family: 
     for name, wanted in expected.items():
         for ours, theirs in zip(found[name], wanted, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+
+
+# Decoders without such a norm
+
+
+@contextmanager
+def adapted_decoder(
+    model: Any, base: BaseDescription, config: Mapping[str, Any], tensors: Any
+) -> Iterator[None]:
+    """The model with an adapter behind its sub-layers; what the second adds to is what the first left."""
+    with ExitStack() as hooks:
+        for index, layer in enumerate(model.h):
+            seen: dict[str, Tensor] = {}
+            hooks.callback(layer.register_forward_pre_hook(_remember_stream(seen)).remove)
+            for name, module in (("attention", layer.attn), ("feed_forward", layer.mlp)):
+                is_used = config["config"]["mh_adapter" if name == "attention" else "output_adapter"]
+                block = LibraryBlock(config["config"], tensors, Site(index, name), base) if is_used else None
+                hooks.callback(module.register_forward_hook(_join(block, seen)).remove)
+        yield
+
+
+def _remember_stream(seen: dict[str, Tensor]) -> Callable[..., None]:
+    return lambda module, args: seen.update(r=args[0])
+
+
+def _join(block: LibraryBlock | None, seen: dict[str, Tensor]) -> Callable[..., Any]:
+    def replace(module: Any, args: Any, output: Any) -> Any:
+        m, r = output[0] if isinstance(output, tuple) else output, seen["r"]
+        seen["r"] = r + m if block is None else block.stream_after(m, r)
+        changed = seen["r"] - r
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return replace
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_bottlenecks_on_decoders_read_the_stream_of_either_sub_layer(tmp_path: Path, family: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", family, seed=4)
+    loaded = load_tiny(checkpoint)
+    base, names = loaded.description, ("seq-bn", "double-seq-bn", "par-bn", "plus")
+    transformers: Any = import_module("transformers")
+    model = transformers.AutoModel.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    )
+    model.train(False)
+    expected = {"": hidden_values(model)}
+    for seed, name in enumerate(names):
+        preset, fields = VARIANTS[name]
+        config = adapterhub_config(base, preset, **fields)
+        tensors = adapterhub_tensors(base, config, seed=seed, scale=0.3)
+        write_adapterhub(tmp_path / name, config, tensors)
+        with adapted_decoder(model, base, config, tensors):
+            expected[name] = hidden_values(model)
+    found = asyncio.run(read_all(loaded, tmp_path, names, "cpu"))
+    for name, wanted in expected.items():
+        for ours, theirs in zip(found[name], wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+
+
+@torch.no_grad()
+def test_a_lora_on_heads_whose_rows_are_computed_in_another_order(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", "gptj", seed=4)
+    loaded = load_tiny(checkpoint)
+    transformers: Any = import_module("transformers")
+    model = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    model.train(False)
+    config = adapterhub_config(loaded.description, "lora", attn_matrices=["q", "k", "v"], output_lora=True)
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for index in range(2):
+        for below in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_out"):
+            linear = model.get_submodule(f"h.{index}.{below}")
+            d_out, d_in = linear.weight.shape
+            a, b = (torch.randn(shape, generator=generator) * 0.2 for shape in ((4, d_in), (d_out, 4)))
+            name = f"transformer.h.{index}.{below}.loras.{config['name']}"
+            tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+            linear.weight.add_(b @ a * 2)
+    write_adapterhub(tmp_path / "lora", config, tensors)
+    found = asyncio.run(read_all(loaded, tmp_path, ["lora"], "cpu"))
+    for ours, theirs in zip(found["lora"], hidden_values(model), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
