@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -23,7 +24,7 @@ from manyhats.adapters.formats.adapterhub.task_head import find_head
 from manyhats.adapters.heads import Pooling, ScoreActivation, TaskKind
 from manyhats.adapters.lowering.convert import convert
 from manyhats.adapters.lowering.inspect import inspect
-from manyhats.adapters.registration import Registration, Uri
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
@@ -240,6 +241,10 @@ def test_a_config_that_does_not_say_whether_it_reads_the_pooler_is_refused() -> 
 
 def make_headed(directory: Path, **fields: Any) -> Path:
     make_adapterhub(directory, BASE)
+    return add_head(directory, **fields)
+
+
+def add_head(directory: Path, **fields: Any) -> Path:
     (directory / "head_config.json").write_text(json.dumps(flexible(**fields)))
     save_file(tensors_of(TWO), directory / "model_head.safetensors")
     return directory
@@ -278,6 +283,22 @@ def test_labels_in_the_files_are_the_versions_unless_the_registration_names_othe
     assert store.register(Registration("b", uri, labels=others)).record.labels == others
     with pytest.raises(ArgumentInvalidError, match="3"):
         store.register(Registration("c", uri, labels={"class.0": "ja", "class.1": "nein"}))
+
+
+def test_of_several_parts_one_may_have_a_head(store: AdapterStore, tmp_path: Path) -> None:
+    make_adapterhub(tmp_path / "first", BASE, leave_out=[1])
+    make_adapterhub(tmp_path / "second", BASE, leave_out=[0])
+
+    def compose(*names: str) -> AdapterRecord:
+        parts = Parts(tuple(Part(str(tmp_path / name)) for name in names))
+        return store.register(Registration("-".join(names), parts)).record
+
+    assert compose("first", "second").kind is TaskKind.EMBED
+    add_head(tmp_path / "second")
+    assert compose("first", "second").kind is TaskKind.CLASSIFY
+    add_head(tmp_path / "first")
+    with pytest.raises(AdapterUnsupportedError, match="at most one part"):
+        compose("first", "second")
 
 
 def test_an_upload_takes_the_head_along(store: AdapterStore, tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def _only_prefix(parts: Sequence[AdapterPart]) -> KVPrefix | PromptEmbeddings | 
 
 
 def _only_head(parts: Sequence[AdapterPart]) -> TaskHead | None:
+    """The head that a part brings, or else what parts without a head of their own do with texts."""
     heads = [part.adapter.head for part in parts if part.adapter.head is not None]
     headed = [part for part in parts if part.adapter.head is not None and part.adapter.head.layers]
     if len(headed) > 1:
