@@ -62,7 +62,7 @@ def test_text_files_are_named_and_compared_with_the_bases_tokenizer(tmp_path: Pa
     save_tokenizer(tmp_path / "a", other)
     result = run(str(tmp_path / "a"), "--model", str(tmp_path / "model"))
     assert (
-        "would be refused: ADAPTER_UNSUPPORTED tokenizer.json: adds '<53>' with the id 320" in result.stdout
+        "would be refused: ADAPTER_UNSUPPORTED tokenizer.json: adds '<99>' with the id 366" in result.stdout
     )
 
 

@@ -133,6 +133,7 @@ class _Inspector:
         self._base = base
         self._limits = limits
         self._text = TextFacts()
+        self._vocab_size = None if base is None else base.vocab_size
         self.facts = Inspection(path="")
         self.refusals: list[Refusal] = []
 
@@ -153,6 +154,9 @@ class _Inspector:
                 files |= read_head(directory, self._limits, self._limits.max_size_bytes)
                 files |= self._look_at_text(directory)
                 self._look_at_tensors(files, config)
+        with self._stage():
+            if self._vocab_size is not None:
+                check_rows(self._text, self._vocab_size)
 
     def _look_at_config(self, content: bytearray) -> dict[str, Any]:
         limits = self._limits
@@ -216,8 +220,7 @@ class _Inspector:
         candidate = Candidate(config, shapes, artifact.base_model, artifact.head_config, head_shapes)
         check(candidate, method, base, self._limits)
         lowered = lower(artifact, base)
-        with self._stage():
-            check_rows(self._text, num_tokens(lowered.deltas, base.vocab_size))
+        self._vocab_size = num_tokens(lowered.deltas, base.vocab_size)
         self.facts = replace(
             self.facts, sites=_site_facts(lowered.deltas), num_virtual_tokens=_num_virtual_tokens(lowered)
         )
