@@ -162,7 +162,6 @@ SPOILT: list[tuple[Callable[[Draft], object], type[AdapterError], str]] = [
         for name in (
             "HIRA",
             "BOFT",
-            "TRAINABLE_TOKENS",
             "LOHA",
             "XLORA",
             "lora",

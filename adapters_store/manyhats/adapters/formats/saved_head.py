@@ -80,7 +80,7 @@ class SavedHead:
         return {name: value for name, value in tensors.items() if name not in self.names}
 
     def lower(
-        self, tensors: Mapping[str, Tensor], base: BaseDescription, deltas: Sequence[Delta]
+        self, tensors: Mapping[str, Tensor], base: BaseDescription, deltas: Sequence[Delta] = ()
     ) -> TaskHead:
         """The head as the engine applies it.
 
