@@ -483,6 +483,7 @@ async def test_a_model_whose_logits_are_not_finite_does_not_start(model: LoadedM
         generation=model.generation,
         name="broken",
         reference="broken",
+        quantization=model.quantization,
         texts=model.texts,
     )
     engine = open_engine(broken, EngineConfig(dtype="float32", num_threads=1), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]

@@ -101,6 +101,7 @@ def byte_ids(text: str) -> tuple[int, ...]:
 class ByteTokenizer:
     """Of such prompts."""
 
+    vocab_size = VOCAB_SIZE
     special_tokens: Mapping[str, str] = {"bos_token": "", "eos_token": "\x00"}
     chat_template = "{% for message in messages %}{{ message.role }}:{{ message.content }};{% endfor %}"
 

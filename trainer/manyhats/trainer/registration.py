@@ -117,6 +117,8 @@ def why_no_classes(evaluation: Evaluation | None) -> str:
         return ""
     if evaluation.form is None:
         return "its prompts are made in several ways, or of more than one text"
+    if len(evaluation.labels) == 1:
+        return "labels: there is only one"
     try:
         check_labels(_classes(evaluation))
     except ArgumentInvalidError as error:
