@@ -29,6 +29,7 @@ from manyhats.adapters.heads import Pooling, TaskKind
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.backends.torch.backend import TorchBackend
+from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.request import EncodeRequest
 from support.factories.tiny_encoders import ENCODERS, LINEARS, make_encoder
 from support.factories.tiny_models import TINY_VOCAB_SIZE
@@ -210,6 +211,21 @@ def test_hidden_values_are_transformers_s_on_both_backends(
             with torch.no_grad():
                 rows = reference(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
             np.testing.assert_allclose(fast, rows, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_padding_is_refused_where_positions_do_not_count_it(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=3)
+
+    async def encode(padding_id: int) -> None:
+        async with running_engine(load_tiny(checkpoint)) as engine:
+            await engine.encode(EncodeRequest(id="a", inputs=((5, 6), (5, padding_id, 6))))
+
+    if family == "bert":
+        asyncio.run(encode(0))
+        return
+    with pytest.raises(FieldInvalidError, match=r"inputs\[1\]: has the token 1, which is padding"):
+        asyncio.run(encode(1))
 
 
 def test_pairs_have_types_of_tokens(tmp_path: Path) -> None:

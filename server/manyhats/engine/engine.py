@@ -254,7 +254,7 @@ class Engine:
         stream = await self._submit(
             request,
             lambda job_id, lease, matcher: self._encoding(job_id, request, lease),
-            lambda vocab_size: check_encoding(request, vocab_size),
+            lambda vocab_size: check_encoding(request, vocab_size, self._model.padding_id),
         )
         try:
             (output,) = await stream.take()

@@ -34,6 +34,7 @@ class ServingModel:
         vocab_size: token ids are below.
         sees_all: whether tokens of a text see those that follow them.
         pooling: of texts, unless a task or a request says otherwise.
+        padding_id: a token that no text may have; None for none. RoBERTa's kin do not count it in positions.
     """
 
     base_digest: str
@@ -43,6 +44,7 @@ class ServingModel:
     vocab_size: int
     sees_all: bool = False
     pooling: Pooling = Pooling.LAST
+    padding_id: int | None = None
 
     def tokenizer_of(self, request: Request | ScoreRequest) -> Tokenizer:
         """The tokenizer of a request."""
@@ -168,11 +170,11 @@ def check_scoring(request: ScoreRequest, vocab_size: int, max_tokens: int) -> No
             raise FieldInvalidError(f"num_given[{index}]", f"must be from 0 to {len(continuation) - 1}")
 
 
-def check_encoding(request: EncodeRequest, vocab_size: int) -> None:
+def check_encoding(request: EncodeRequest, vocab_size: int, padding_id: int | None) -> None:
     """Check that there are texts, and that every token id is valid.
 
     Raises:
-        FieldInvalidError: there is none, or too many; a text is empty, or an id outside the vocabulary.
+        FieldInvalidError: there is none, or too many; a text is empty, or has padding, or an id outside the vocabulary.
     """
     if not 1 <= len(request.inputs) <= MAX_INPUTS:
         raise FieldInvalidError("inputs", f"must be 1 to {MAX_INPUTS}, not {len(request.inputs)}")
@@ -180,6 +182,10 @@ def check_encoding(request: EncodeRequest, vocab_size: int) -> None:
         if not token_ids:
             raise FieldInvalidError(f"inputs[{index}]", "is empty")
         _check_ids(f"inputs[{index}]", token_ids, vocab_size)
+        if padding_id in token_ids:
+            raise FieldInvalidError(
+                f"inputs[{index}]", f"has the token {padding_id}, which is padding in this model, and no text"
+            )
 
 
 def check_length(
