@@ -64,6 +64,16 @@ const checks = {
     assert.equal(text, (await client.completions.create(asked)).choices[0].text);
   },
 
+  async embeddings() {
+    const answer = await client.embeddings.create({ model, input: ["a cat", "a dog"] });
+    assert.deepEqual(answer.data.map((each) => each.index), [0, 1]);
+    for (const { embedding } of answer.data) {
+      assert.ok(Math.abs(Math.hypot(...embedding) - 1) < 1e-5);
+    }
+    const { data } = await client.embeddings.create({ model, input: "a cat", encoding_format: "float" });
+    assert.deepEqual(data[0].embedding.map(Math.fround), answer.data[0].embedding);
+  },
+
   async models() {
     const ids = [];
     for await (const each of client.models.list()) {
@@ -93,7 +103,7 @@ const checks = {
     await refused(OpenAI.BadRequestError, { nonsense: 1 }, { code: "invalid_value", param: "nonsense" });
     await refused(OpenAI.BadRequestError, { messages: [] }, { code: "invalid_value", param: "messages" });
     await refused(OpenAI.BadRequestError, { stream: true, n: 99 }, { code: "invalid_value", param: "n" });
-    await assert.rejects(client.embeddings.create({ model, input: "a" }), OpenAI.NotFoundError);
+    await assert.rejects(client.images.generate({ model, prompt: "a" }), OpenAI.NotFoundError);
   },
 };
 
