@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -59,18 +60,8 @@ def make_adapters(directory: Path, target: Path) -> Any:
     return model.eval()
 
 
-def rate(run: Callable[[], object]) -> float:
-    """Texts per second of the median run, after one that does not count."""
-    times = []
-    for _ in range(_REPEATS + 1):
-        begin_s = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin_s)
-    return _NUM_TEXTS / statistics.median(times[1:])
-
-
 async def rate_of(run: Callable[[], Awaitable[object]]) -> float:
-    """The same of something that is awaited."""
+    """Texts per second of the median run, after one that does not count."""
     times = []
     for _ in range(_REPEATS + 1):
         begin_s = time.perf_counter()
@@ -79,13 +70,16 @@ async def rate_of(run: Callable[[], Awaitable[object]]) -> float:
     return _NUM_TEXTS / statistics.median(times[1:])
 
 
-def measure_libraries(figures: Figures, directory: Path, peft: Any, texts: Texts) -> None:
+async def measure_libraries(figures: Figures, directory: Path, peft: Any, texts: Texts) -> None:
     """Transformers' model in two dtypes, and PEFT's."""
     transformers: Any = import_module("transformers")
     ids = torch.tensor(texts)
     share = _NUM_TEXTS // _NUM_TASKS
 
-    def all_tasks() -> None:
+    async def base(model: Any) -> None:
+        model(input_ids=ids).last_hidden_state.mean(1)
+
+    async def all_tasks() -> None:
         for number in range(_NUM_TASKS):
             peft.set_adapter(f"t{number}")
             peft(input_ids=ids[share * number : share * (number + 1)]).last_hidden_state.mean(1)
@@ -94,8 +88,8 @@ def measure_libraries(figures: Figures, directory: Path, peft: Any, texts: Texts
         for dtype in (torch.float32, torch.bfloat16):
             model = transformers.AutoModel.from_pretrained(directory, dtype=dtype).eval()
             name = f"transformers, {str(dtype).removeprefix('torch.')}: base"
-            figures[name].append(rate(lambda model=model: model(input_ids=ids).last_hidden_state.mean(1)))  # type: ignore[misc]
-        figures["PEFT, float32: 8 tasks"].append(rate(all_tasks))
+            figures[name].append(await rate_of(partial(base, model)))
+        figures["PEFT, float32: 8 tasks"].append(await rate_of(all_tasks))
 
 
 async def measure_engine(
@@ -151,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as adapters:
         peft = make_adapters(directory, Path(adapters))
         for _ in range(options.rounds):
-            measure_libraries(figures, directory, peft, texts)
+            asyncio.run(measure_libraries(figures, directory, peft, texts))
             for form in forms:
                 asyncio.run(measure_engine(figures, options.model, texts, Path(adapters), *form))
     for name, found in figures.items():

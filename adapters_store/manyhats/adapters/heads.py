@@ -43,8 +43,8 @@ class HeadLayer:
     """``y = activation(x Wᵀ + b)``.
 
     Attributes:
-        weight: [out, in].
-        bias: [out], or None.
+        weight: [out, in], float32.
+        bias: [out], float32, or None.
         activation: a name in ``manyhats.adapters.activations.ACTIVATIONS``, or None.
     """
 

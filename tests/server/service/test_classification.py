@@ -31,7 +31,6 @@ from manyhats.server.service.classification import Classified, classified
 from manyhats.server.service.conversations import ChatPrompt
 from manyhats.server.service.generations import Generations
 from manyhats.server.service.prompts import Encoder, TextPrompt
-from manyhats.server.service.tasks import Tasks
 from manyhats.server.service.text_threads import TextThreads
 from manyhats.trainer.data.labels import labelled_items
 from manyhats.trainer.data.task_data import read_task_data
@@ -50,7 +49,7 @@ def generations(engine: Any, store: MemoryStore, model: LoadedModel | None = Non
     backend = make_backend(engine, store, None if model is None else model.tokenizer)
     if model is not None:
         backend = replace(backend, info=replace(INFO, vocab_size=model.architecture.vocab_size))
-    return Generations(backend, Tasks(backend), Metrics(max_task_labels=4))
+    return Generations(backend, Metrics(max_task_labels=4))
 
 
 def call(name: str = "colour") -> Call:
@@ -222,7 +221,7 @@ def classifier(labels: Mapping[str, str], engine: EchoEngine | None = None) -> G
     tokenizer = TOKENIZER.with_text(special_tokens=special)
     backend = make_backend(engine or WithEnds(), store, tokenizer)
     backend = replace(backend, info=replace(INFO, vocab_size=tokenizer.vocab_size))
-    return Generations(backend, Tasks(backend), Metrics(max_task_labels=4))
+    return Generations(backend, Metrics(max_task_labels=4))
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,8 @@ def _lowered(
     layer: SavedLayer, tensors: Mapping[str, Tensor], base: BaseDescription, deltas: Sequence[Delta]
 ) -> HeadLayer:
     if layer.weight is not None:
-        bias = None if layer.bias is None else tensors[layer.bias]
-        return HeadLayer(tensors[layer.weight], bias, layer.activation)
+        bias = None if layer.bias is None else tensors[layer.bias].float()
+        return HeadLayer(tensors[layer.weight].float(), bias, layer.activation)
     if base.weights is None:
         raise AdapterInvalidError("head", "begins with the base's pooler, which is not available")
     return HeadLayer(*_with_deltas(*base.weights.linear(POOLER), deltas), layer.activation)

@@ -109,19 +109,16 @@ class Encoding:
             if self._running and sum(sequence.num_left for sequence in self._running) >= limit:
                 return
             index = self._unqueued.popleft()
-            sequence = self._sequence(index)
+            row = _row_of(self._request.inputs[index], self._head, self._pooling)
+            sequence = self._sequence(index, row)
             if index:
                 sequence.is_continuation = True
             if now_s is not None:
                 sequence.arrival = now_s
-            token_ids = self._request.inputs[index]
-            self._running[sequence] = (
-                index,
-                Pooled(self._pooling, _row_of(token_ids, self._head, self._pooling)),
-            )
+            self._running[sequence] = index, Pooled(self._pooling, row)
             scheduler.add(sequence)
 
-    def _sequence(self, index: int) -> Sequence:
+    def _sequence(self, index: int, row: int | None) -> Sequence:
         token_ids = self._request.inputs[index]
         sequence = new_sequence(self.id, self._request, token_ids, 0, self._lease, self._model)
         sequence.reads_hidden = True
@@ -129,7 +126,6 @@ class Encoding:
             self._make_whole(sequence, index)
         else:
             sequence.is_bulk = self._is_bulk
-        row = _row_of(token_ids, self._head, self._pooling)
         if row != len(token_ids) - 1:
             sequence.logits_from = self._lease.num_virtual_tokens + (0 if row is None else row)
             sequence.uses_prefix_cache = row is not None and row > 0 and not sequence.is_whole
@@ -205,9 +201,9 @@ def applied(head: TaskHead | None, rows: Hidden) -> Hidden:
 
 def _one(layers: Seq[HeadLayer], x: Tensor) -> Tensor:
     for layer in layers:
-        x = layer.weight.float() @ x
+        x = layer.weight @ x
         if layer.bias is not None:
-            x = x + layer.bias.float()
+            x = x + layer.bias
         if layer.activation is not None:
             x = ACTIVATIONS[layer.activation](x)
     return x

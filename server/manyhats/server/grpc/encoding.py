@@ -9,7 +9,6 @@ from manyhats.server.grpc import from_proto, to_proto
 from manyhats.server.service.call import Call
 from manyhats.server.service.encodings import Encodings
 from manyhats.server.service.gate import Gate
-from manyhats.server.service.tasks import Tasks
 from manyhats.v1 import encoding_pb2
 
 if TYPE_CHECKING:
@@ -101,4 +100,4 @@ class EncodingService:
 
     @property
     def _encodings(self) -> Encodings:
-        return Encodings(self._gate.backend, Tasks(self._gate.backend), self._metrics)
+        return Encodings(self._gate.backend, self._metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, TypeVar, cast
 
@@ -13,11 +13,17 @@ from manyhats.adapters.heads import Pooling
 from manyhats.adapters.registration import OPTIONS, Files, Part, Registration, Source, UploadFile, source_of
 from manyhats.engine.constraint import Constraint
 from manyhats.engine.errors import FieldInvalidError
-from manyhats.engine.request import MAX_INPUTS, ResponseOptions
+from manyhats.engine.request import ResponseOptions
 from manyhats.engine.text.chat_template import ChatMessage
 from manyhats.server.service.conversations import ChatPrompt, json_object
 from manyhats.server.service.entities import Aggregation
-from manyhats.server.service.prompts import Prompt, TextPrompt, TokenPrompt, check_continuations
+from manyhats.server.service.prompts import (
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+    check_continuations,
+    check_num_inputs,
+)
 from manyhats.server.service.task_defaults import Fields
 from manyhats.v1 import adapter_pb2, encoding_pb2, generation_pb2
 
@@ -50,7 +56,7 @@ def text_inputs(
     Raises:
         FieldInvalidError: there are none or too many, or one is missing, empty or over a limit.
     """
-    _check_number("inputs", messages)
+    check_num_inputs(len(messages))
     return tuple(
         _text_input(f"inputs[{index}]", each, add_special_tokens) for index, each in enumerate(messages)
     )
@@ -75,13 +81,8 @@ def reranked(message: encoding_pb2.RerankRequest) -> Sequence[str]:
     Raises:
         FieldInvalidError: there are none or too many.
     """
-    _check_number("texts", message.texts)
+    check_num_inputs(len(message.texts), "texts")
     return message.texts
-
-
-def _check_number(field: str, values: Sized) -> None:
-    if not 1 <= len(values) <= MAX_INPUTS:
-        raise FieldInvalidError(field, f"must have 1 to {MAX_INPUTS}, not {len(values)}")
 
 
 def _text_input(field: str, message: encoding_pb2.TextInput, special: bool) -> Prompt:

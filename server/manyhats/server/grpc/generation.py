@@ -12,7 +12,6 @@ from manyhats.server.grpc import from_proto, to_proto
 from manyhats.server.service.call import Call
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.generations import Generations
-from manyhats.server.service.tasks import Tasks
 from manyhats.server.service.text_threads import num_entries
 from manyhats.v1 import generation_pb2
 
@@ -108,7 +107,7 @@ class GenerationService:
 
     @property
     def _generations(self) -> Generations:
-        return Generations(self._gate.backend, Tasks(self._gate.backend), self._metrics)
+        return Generations(self._gate.backend, self._metrics)
 
 
 def _num_sequences(message: generation_pb2.GenerateRequest) -> int:

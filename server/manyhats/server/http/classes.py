@@ -86,7 +86,7 @@ class Classification:
         """``POST /v1/classify`` and ``/classify``: by the task's head, or by the scores of its classes as answers."""
         model = note_model(call, self._gate.backend, body.model, body.request_id)
         texts = [body.input] if isinstance(body.input, str) else body.input
-        adapter = self._tasks.resolved(call)
+        adapter = Tasks(self._gate.backend).resolved(call)
         generates = adapter is None or adapter.kind is TaskKind.GENERATE
         spent, data = await (self._by_answers if generates else self._by_head)(call, texts)
         call.show_version()
@@ -127,7 +127,7 @@ class Classification:
     async def _by_answers(
         self, call: HttpCall, texts: Sequence[str]
     ) -> tuple[Spent, list[ClassProbabilities]]:
-        generations = Generations(self._gate.backend, self._tasks, self._metrics)
+        generations = Generations(self._gate.backend, self._metrics)
         found = await generations.classify(call, texts)
         spent = Spent()
         for each in found:
@@ -151,11 +151,7 @@ class Classification:
 
     @property
     def _encodings(self) -> Encodings:
-        return Encodings(self._gate.backend, self._tasks, self._metrics)
-
-    @property
-    def _tasks(self) -> Tasks:
-        return Tasks(self._gate.backend)
+        return Encodings(self._gate.backend, self._metrics)
 
 
 def _text_or_pair(given: str | list[str], field: str) -> TextPrompt:

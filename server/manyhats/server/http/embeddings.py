@@ -15,7 +15,6 @@ from manyhats.server.http.models import note_model
 from manyhats.server.service.encodings import Encodings
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.prompts import check_num_inputs
-from manyhats.server.service.tasks import Tasks
 from manyhats.server.service.text_threads import paced
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ class Vectors:
 
     @property
     def _encodings(self) -> Encodings:
-        return Encodings(self._gate.backend, Tasks(self._gate.backend), self._metrics)
+        return Encodings(self._gate.backend, self._metrics)
 
 
 def _all(write: Callable[[Vector], Any], vectors: Sequence[Vector]) -> list[Any]:

@@ -24,7 +24,6 @@ from manyhats.server.service.generations import Generations, check_num_sequences
 from manyhats.server.service.merging import merged
 from manyhats.server.service.prompts import Prompt
 from manyhats.server.service.task_defaults import Fields
-from manyhats.server.service.tasks import Tasks
 from manyhats.server.service.text_threads import num_entries
 from manyhats.server.service.tool_calls import call_reader
 
@@ -159,7 +158,7 @@ class OpenAI:
 
     @property
     def _generations(self) -> Generations:
-        return Generations(self._gate.backend, Tasks(self._gate.backend), self._metrics)
+        return Generations(self._gate.backend, self._metrics)
 
     async def _built(self, build: Callable[[], T], outputs: Sequence[Sequence[StepOutput]]) -> T:
         """Build an answer; a large one is built in pieces off the event loop."""

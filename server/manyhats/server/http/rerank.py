@@ -17,7 +17,6 @@ from manyhats.server.http.openai_answers import Spent, UsageBody
 from manyhats.server.service.encodings import Encodings
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.prompts import check_num_inputs
-from manyhats.server.service.tasks import Tasks
 
 if TYPE_CHECKING:
     from manyhats.server.observability.metrics import Metrics
@@ -125,7 +124,7 @@ class Reranking:
 
     @property
     def _encodings(self) -> Encodings:
-        return Encodings(self._gate.backend, Tasks(self._gate.backend), self._metrics)
+        return Encodings(self._gate.backend, self._metrics)
 
 
 def _ranked_documents(

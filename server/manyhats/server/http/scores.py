@@ -19,7 +19,6 @@ from manyhats.server.service.gate import Gate
 from manyhats.server.service.generations import Generations
 from manyhats.server.service.merging import each_of
 from manyhats.server.service.prompts import Prompt, TextPrompt, TokenPrompt, check_continuations
-from manyhats.server.service.tasks import Tasks
 
 if TYPE_CHECKING:
     from manyhats.engine.output import ScoredContinuation, ScoreOutput
@@ -138,7 +137,7 @@ class Scores:
 
     @property
     def _generations(self) -> Generations:
-        return Generations(self._gate.backend, Tasks(self._gate.backend), self._metrics)
+        return Generations(self._gate.backend, self._metrics)
 
 
 def _prompt(body: ScoreBody) -> Prompt:

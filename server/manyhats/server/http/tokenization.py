@@ -15,7 +15,6 @@ from manyhats.server.service.conversations import ChatPrompt
 from manyhats.server.service.gate import Gate
 from manyhats.server.service.generations import Generations
 from manyhats.server.service.prompts import TextPrompt, TokenPrompt
-from manyhats.server.service.tasks import Tasks
 
 if TYPE_CHECKING:
     from manyhats.server.observability.metrics import Metrics
@@ -100,4 +99,4 @@ class Tokenization:
 
     @property
     def _generations(self) -> Generations:
-        return Generations(self._gate.backend, Tasks(self._gate.backend), self._metrics)
+        return Generations(self._gate.backend, self._metrics)

@@ -17,12 +17,12 @@ from manyhats.adapters.heads import Pooling, TaskKind
 from manyhats.adapters.reserved_labels import class_names
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.output import Usage
-from manyhats.engine.request import MAX_INPUTS, EncodeRequest
+from manyhats.engine.request import EncodeRequest
 from manyhats.server.service.class_scores import Scored, activated, num_scores, scored_rows, sigmoid
 from manyhats.server.service.entities import Aggregation, Entity, entities
 from manyhats.server.service.merging import each_of
-from manyhats.server.service.prompts import Prompt, TextPrompt
-from manyhats.server.service.tasks import check_kind, task_id
+from manyhats.server.service.prompts import Prompt, TextPrompt, check_num_inputs
+from manyhats.server.service.tasks import Tasks, check_kind, task_id
 from manyhats.server.service.text_threads import ENTRY_WEIGHT, paced
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from manyhats.server.observability.metrics import Metrics
     from manyhats.server.service.backend import Backend
     from manyhats.server.service.call import Call
-    from manyhats.server.service.tasks import Tasks
 
 MAX_TASKS = 16
 """How many tasks one call puts its texts to."""
@@ -108,13 +107,12 @@ class Encodings:
 
     Args:
         backend: its engine and store.
-        tasks: resolves what calls name.
         metrics: counts.
     """
 
-    def __init__(self, backend: Backend, tasks: Tasks, metrics: Metrics) -> None:
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
-        self._tasks = tasks
+        self._tasks = Tasks(backend)
         self._metrics = metrics
 
     async def embed(
@@ -402,7 +400,7 @@ class Encodings:
         """The tokens of texts, and what is read in them; errors call the texts ``field``."""
         limit = self._backend.engine.max_context_length
         while True:
-            tokens = await self._tokens(adapter, inputs, field, limit=limit, truncates=truncates)
+            tokens = await self._tokens(adapter, inputs, field, truncates, limit)
             try:
                 return tokens, await read(tokens)
             except PromptTooLongError as error:
@@ -415,15 +413,12 @@ class Encodings:
         self,
         adapter: AdapterRecord | None,
         inputs: Sequence[Prompt],
-        field: str = "inputs",
-        *,
-        limit: int | None = None,
-        truncates: bool = False,
+        field: str,
+        truncates: bool,
+        limit: int,
     ) -> tuple[ReadText, ...]:
-        if not 1 <= len(inputs) <= MAX_INPUTS:
-            raise FieldInvalidError(field, f"must have 1 to {MAX_INPUTS}, not {len(inputs)}")
-        tokenizer = await self._tasks.tokenizer_of(adapter)
-        encoder = self._tasks.encoder(tokenizer, limit or self._backend.engine.max_context_length)
+        check_num_inputs(len(inputs), field)
+        encoder = self._tasks.encoder(await self._tasks.tokenizer_of(adapter), limit)
         found = []
         for index, each in enumerate(inputs):
             with _named(f"{field}[{index}]"):

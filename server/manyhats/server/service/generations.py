@@ -30,7 +30,7 @@ from manyhats.server.service.conversations import ChatPrompt
 from manyhats.server.service.merging import each_of, merged
 from manyhats.server.service.prompts import Prompt, TextPrompt, TokenPrompt
 from manyhats.server.service.task_defaults import Fields, TaskDefaults, read_defaults
-from manyhats.server.service.tasks import check_kind, task_id
+from manyhats.server.service.tasks import Tasks, check_kind, task_id
 from manyhats.server.service.text_threads import slices
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from manyhats.server.observability.metrics import Metrics
     from manyhats.server.service.backend import Backend
     from manyhats.server.service.call import Call
-    from manyhats.server.service.tasks import Tasks
 
 # Limits of Tokenize's answer: tokens, and bytes of their texts.
 MAX_TOKENIZED = 256 * 1024
@@ -55,13 +54,12 @@ class Generations:
 
     Args:
         backend: its engine, store and tokenizers.
-        tasks: resolves what calls name.
         metrics: counts.
     """
 
-    def __init__(self, backend: Backend, tasks: Tasks, metrics: Metrics) -> None:
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
-        self._tasks = tasks
+        self._tasks = Tasks(backend)
         self._metrics = metrics
 
     async def request(
