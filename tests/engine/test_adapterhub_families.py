@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyhats.adapters.artifact import AdapterRecord
-from manyhats.adapters.heads import Pooling
-from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.sites import BaseDescription, Site
-from manyhats.adapters.store.opening import open_store
-from manyhats.engine.backends.open import open_backend
-from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.request import EncodeRequest
 from support.factories.adapterhub import (
     adapterhub_config,
     adapterhub_tensors,
     write_adapterhub,
 )
 from support.factories.tiny_encoders import make_encoder
-from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
-from support.harnesses.engine import load_tiny, random_ids, running_engine
+from support.factories.tiny_models import make_checkpoint
+from support.harnesses.encoding import assert_close, hidden_values, read_all, transformers_model
+from support.harnesses.engine import load_tiny
 from support.oracles.adapterhub import LibraryBlock
 
 TOLERANCE = 1e-4
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
-TEXTS = tuple(tuple(random_ids(length, length, TINY_VOCAB_SIZE)) for length in (1, 9, 40, 70))
 PLUS = {"original_ln_after": False, "residual_before_ln": False, "scaling": "channel"}
 VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "seq-bn": ("seq_bn", {}),
@@ -96,46 +88,12 @@ def _replace(block: LibraryBlock, seen: dict[str, Tensor]) -> Callable[..., Tens
     return lambda module, args, output: block.stream_after(seen["m"], args[0] - seen["m"])
 
 
-@torch.no_grad()
-def hidden_values(model: Any) -> list[np.ndarray]:
-    return [model(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy() for ids in TEXTS]
-
-
-async def read_all(
-    model: LoadedModel, directory: Path, names: Collection[str], backend: str
-) -> dict[str, list[np.ndarray]]:
-    """Hidden values of every text by task, all tasks and the base in one batch; each row alone has the same bits."""
-    with closing(open_store(directory / backend, model.description, [directory])) as store:
-        opened = open_backend(backend, dtype="float32", num_threads=1)
-        async with running_engine(model, store.lower, backend=opened, max_num_batched_tokens=128) as engine:
-            records: dict[str, AdapterRecord | None] = {"": None}
-            for name in names:
-                registration = Registration(name, Uri(str(directory / name)))
-                registered = await asyncio.to_thread(store.register, registration, probe=engine.probe)
-                records[name] = registered.record
-
-            def asked(name: str, texts: tuple[tuple[int, ...], ...]) -> EncodeRequest:
-                return EncodeRequest(id="a", inputs=texts, pooling=Pooling.ALL, adapter=records[name])
-
-            outputs = await asyncio.gather(*(engine.encode(asked(name, TEXTS)) for name in records))
-            found = {name: list(output.values) for name, output in zip(records, outputs, strict=True)}
-            for name, values in found.items():
-                for text, together in zip(TEXTS, values, strict=True):
-                    alone = await engine.encode(asked(name, (text,)))
-                    assert np.array_equal(alone.values[0], together)
-    return found
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_variant_on_every_encoder_is_the_librarys(tmp_path: Path, family: str) -> None:
     checkpoint = make_encoder(tmp_path / "model", family, seed=4)
     loaded = load_tiny(checkpoint)
     base = loaded.description
-    transformers: Any = import_module("transformers")
-    reference = transformers.AutoModel.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager"
-    )
-    reference.train(False)
+    reference = transformers_model(checkpoint)
     expected = {"": hidden_values(reference)}
     for seed, (name, (preset, fields)) in enumerate(VARIANTS.items()):
         config = adapterhub_config(base, preset, **fields)
@@ -146,9 +104,8 @@ def test_every_variant_on_every_encoder_is_the_librarys(tmp_path: Path, family: 
     found = asyncio.run(read_all(loaded, tmp_path, VARIANTS, "cpu"))
     plain = asyncio.run(read_all(loaded, tmp_path, VARIANTS, "torch"))
     for name, wanted in expected.items():
-        for ours, slow, theirs in zip(found[name], plain[name], wanted, strict=True):
-            for values in (ours, slow):
-                np.testing.assert_allclose(values, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+        for values in (found[name], plain[name]):
+            assert_close(values, wanted, name, TOLERANCE)
     for name in VARIANTS:
         assert max(np.abs(a - b).max() for a, b in zip(expected[name], expected[""], strict=True)) > 0.05
 
@@ -180,19 +137,16 @@ def merge(model: Any, base: BaseDescription, config: Mapping[str, Any], seed: in
 def test_lora_and_ia3_are_those_merged_into_the_weights(tmp_path: Path, family: str) -> None:
     checkpoint = make_encoder(tmp_path / "model", family, seed=4)
     loaded = load_tiny(checkpoint)
-    transformers: Any = import_module("transformers")
     expected = {}
     for seed, preset in enumerate(("lora", "ia3")):
-        model = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
-        model.train(False)
+        model = transformers_model(checkpoint)
         fields = {"attn_matrices": ["q", "v"], "intermediate_lora": True, "output_lora": True}
         config = adapterhub_config(loaded.description, preset, **fields)
         write_adapterhub(tmp_path / preset, config, merge(model, loaded.description, config, seed))
         expected[preset] = hidden_values(model)
     found = asyncio.run(read_all(loaded, tmp_path, expected, "cpu"))
     for name, wanted in expected.items():
-        for ours, theirs in zip(found[name], wanted, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+        assert_close(found[name], wanted, name, TOLERANCE)
 
 
 # Decoders without such a norm
@@ -233,11 +187,7 @@ def test_bottlenecks_on_decoders_read_the_stream_of_either_sub_layer(tmp_path: P
     checkpoint = make_checkpoint(tmp_path / "model", family, seed=4)
     loaded = load_tiny(checkpoint)
     base, names = loaded.description, ("seq-bn", "double-seq-bn", "par-bn", "plus")
-    transformers: Any = import_module("transformers")
-    model = transformers.AutoModel.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.train(False)
+    model = transformers_model(checkpoint)
     expected = {"": hidden_values(model)}
     for seed, name in enumerate(names):
         preset, fields = VARIANTS[name]
@@ -248,17 +198,14 @@ def test_bottlenecks_on_decoders_read_the_stream_of_either_sub_layer(tmp_path: P
             expected[name] = hidden_values(model)
     found = asyncio.run(read_all(loaded, tmp_path, names, "cpu"))
     for name, wanted in expected.items():
-        for ours, theirs in zip(found[name], wanted, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+        assert_close(found[name], wanted, name, TOLERANCE)
 
 
 @torch.no_grad()
 def test_a_lora_on_heads_whose_rows_are_computed_in_another_order(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "model", "gptj", seed=4)
     loaded = load_tiny(checkpoint)
-    transformers: Any = import_module("transformers")
-    model = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
-    model.train(False)
+    model = transformers_model(checkpoint)
     config = adapterhub_config(loaded.description, "lora", attn_matrices=["q", "k", "v"], output_lora=True)
     generator, tensors = torch.Generator().manual_seed(1), {}
     for index in range(2):
@@ -271,5 +218,4 @@ def test_a_lora_on_heads_whose_rows_are_computed_in_another_order(tmp_path: Path
             linear.weight.add_(b @ a * 2)
     write_adapterhub(tmp_path / "lora", config, tensors)
     found = asyncio.run(read_all(loaded, tmp_path, ["lora"], "cpu"))
-    for ours, theirs in zip(found["lora"], hidden_values(model), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+    assert_close(found["lora"], hidden_values(model), "lora", TOLERANCE)

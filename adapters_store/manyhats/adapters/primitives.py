@@ -222,14 +222,27 @@ class KVPrefix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptEmbeddings:
-    """Virtual tokens before the sequence, at positions 0 … P − 1: [P, D], as the decoder's first layer reads them.
+    """Virtual tokens before the sequence, which the engine runs with the adapter's own deltas.
 
-    The engine runs them with the adapter's own deltas, and keeps their keys and values while there is room.
+    Of a decoder it keeps their keys and values while there is room; an encoder runs them with each text.
+
+    Attributes:
+        embeddings: [P, E]. They are what the embedding gives for a token, and have positions 0 … P − 1.
+        are_normed: whether they enter behind the norm of an encoder's embeddings, with neither position nor type. Then
+            real token t has position t.
+        are_read: whether what reads a text's first row reads the first of them.
 
     Source: Lester et al. 2021 (arXiv:2104.08691).
     """
 
     embeddings: Tensor
+    are_normed: bool = False
+    are_read: bool = True
+
+    @property
+    def position_offset(self) -> int:
+        """Real token t has position ``P + t + position_offset``."""
+        return -self.num_virtual_tokens if self.are_normed else 0
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -29,27 +29,12 @@ from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.client.upload import read_files
-from manyhats.engine.model.describe import describe
-from manyhats.engine.model.families.reading import read_family
 from support.factories.adapterhub import NAME, make_adapterhub
 from support.factories.adapters import make_base
+from support.factories.tiny_encoders import HIDDEN, make_encoder_base
 from support.factories.uploads import content_of, send
 
-HIDDEN = 16
 LABELS = {"no": 1, "yes": 0, "perhaps": 2}
-
-
-def make_encoder_base(model_type: str = "bert", **fields: Any) -> BaseDescription:
-    config = {
-        "model_type": model_type,
-        "num_hidden_layers": 2,
-        "hidden_size": HIDDEN,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-    }
-    if model_type == "distilbert":
-        config = {"model_type": model_type, "n_layers": 2, "dim": HIDDEN, "n_heads": 2, "hidden_dim": 24}
-    return describe(read_family(config), names=["org/tiny"], digest="sha256:" + "0" * 64, **fields)
 
 
 BASE = make_encoder_base()

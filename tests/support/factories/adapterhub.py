@@ -92,6 +92,14 @@ _PREFIX_DEFAULTS: dict[str, Any] = {
     "shared_gating": True,
     "use_gating": False,
 }
+_PROMPT_DEFAULTS: dict[str, Any] = {
+    "architecture": "prompt_tuning",
+    "combine": "prefix",
+    "init_weights_seed": None,
+    "prompt_init": "random_uniform",
+    "prompt_init_text": None,
+    "prompt_length": 5,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "seq_bn": _BOTTLENECK_DEFAULTS | {"original_ln_before": True},
     "double_seq_bn": _BOTTLENECK_DEFAULTS | {"mh_adapter": True, "non_linearity": "swish"},
@@ -110,6 +118,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "prefix": _PREFIX_DEFAULTS,
     "prefix_flat": _PREFIX_DEFAULTS | {"flat": True},
 }
+ENCODER_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "prompt": _PROMPT_DEFAULTS,
+    "prompt_after_bos": _PROMPT_DEFAULTS | {"combine": "prefix_after_bos"},
+}
+"""Those that decoders do not have."""
 
 
 def holder_path(base: BaseDescription, layer: int, sub_layer: str) -> str:
@@ -121,7 +134,7 @@ def holder_path(base: BaseDescription, layer: int, sub_layer: str) -> str:
 def adapterhub_config(base: BaseDescription, preset: str, **overrides: Any) -> dict[str, Any]:
     """A whole ``adapter_config.json``; ``overrides`` replace or add fields of the method's own config."""
     return {
-        "config": dict(PRESETS[preset]) | overrides,
+        "config": dict(({**PRESETS, **ENCODER_PRESETS})[preset]) | overrides,
         "hidden_size": base.hidden_size,
         "model_class": "LlamaForCausalLM",
         "model_name": min(base.names, default=""),
@@ -142,6 +155,9 @@ def adapterhub_tensors(
         return _lora_tensors(base, inner, make)
     if architecture == "prefix_tuning":
         return _prefix_tensors(base, inner, make)
+    if architecture == "prompt_tuning":
+        name = f"{base.prefix}prompt_tuning.prompt_tunings.{NAME}.prompt_embedding.weight"
+        return {name: make(inner["prompt_length"], base.embedding_size)}
     return _bottleneck_tensors(base, inner, make)
 
 
@@ -160,7 +176,7 @@ def make_adapterhub(
     Args:
         directory: made if it is missing.
         base: the model it fits; its first name is recorded.
-        preset: a name in ``PRESETS``.
+        preset: a name in ``PRESETS`` or ``ENCODER_PRESETS``.
         seed: the same arguments and seed give the same bytes.
         scale: standard deviation of the weights.
         dtype: that the tensors are stored in.

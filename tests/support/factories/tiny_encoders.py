@@ -1,4 +1,4 @@
-"""Tiny random encoders, as transformers saves them."""
+"""Tiny random encoders, as transformers saves them, and their descriptions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from manyhats.adapters.sites import BaseDescription
+from manyhats.engine.model.describe import describe
+from manyhats.engine.model.families.reading import read_family
 from support.factories.tiny_models import randomize, save_tokenizer
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -43,6 +46,27 @@ _DISTILBERT_SIZES = {
     "hidden_dim": 128,
     "max_position_embeddings": 256,
 }
+
+
+HIDDEN = 16
+"""Hidden size of ``make_encoder_base``."""
+
+
+def make_encoder_base(
+    model_type: str = "bert", embedding_size: int = HIDDEN, **fields: Any
+) -> BaseDescription:
+    """The description of a small encoder of two layers; ``fields`` are of ``describe``."""
+    config = {
+        "model_type": model_type,
+        "num_hidden_layers": 2,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "embedding_size": embedding_size,
+    }
+    if model_type == "distilbert":
+        config = {"model_type": model_type, "n_layers": 2, "dim": HIDDEN, "n_heads": 2, "hidden_dim": 24}
+    return describe(read_family(config), names=["org/tiny"], digest="sha256:" + "0" * 64, **fields)
 
 
 def make_encoder(directory: Path, family: str = "bert", *, seed: int = 0, auto: str = "AutoModel") -> Path:

@@ -119,6 +119,8 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
         },
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        # Of AdapterHub's; PEFT's prompts are as wide as the hidden size, or refused.
+        embedding_size=_first(shapes, ".prompt_embedding.weight", 1) or hidden_size,
         kind=TaskKind.EMBED if is_encoder else TaskKind.GENERATE,
         has_pooler=is_encoder,
         weights=_OnesSource(linears, hidden_size),

@@ -27,7 +27,7 @@ from manyhats.adapters.methods.lora import AdapterHubLoraMethod, LoraMethod
 from manyhats.adapters.methods.multitask_prompt_tuning import MultitaskPromptTuningMethod
 from manyhats.adapters.methods.p_tuning import PTuningMethod
 from manyhats.adapters.methods.prefix_tuning import AdapterHubPrefixMethod, PrefixTuningMethod
-from manyhats.adapters.methods.prompt_tuning import PromptTuningMethod
+from manyhats.adapters.methods.prompt_tuning import AdapterHubPromptMethod, PromptTuningMethod
 from manyhats.adapters.methods.trainable_tokens import TrainableTokensMethod
 from manyhats.adapters.methods.vera import VeraMethod
 from manyhats.adapters.primitives import (
@@ -69,6 +69,7 @@ ADAPTERHUB_METHODS: Mapping[AdapterMethod, Method] = _by_name(
     AdapterHubLoraMethod(),
     AdapterHubIa3Method(),
     AdapterHubPrefixMethod(),
+    AdapterHubPromptMethod(),
 )
 
 

@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings of virtual tokens before the sequence, from a PEFT directory.
+"""Prompt tuning: trained embeddings of virtual tokens before the sequence, as PEFT and AdapterHub save it.
 
 Source: Lester et al. 2021 (arXiv:2104.08691), section 2.
 """
@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
-from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, shown
+from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError, shown
+from manyhats.adapters.formats.adapterhub import format as adapterhub_format
+from manyhats.adapters.formats.adapterhub.fields import read_count, refuse_unserved
+from manyhats.adapters.formats.adapterhub.places import check_encoder
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_shapes, plain_names
 from manyhats.adapters.formats.peft.prompt_config import (
     PROMPT_EMBEDDINGS,
     PromptConfig,
@@ -37,6 +41,20 @@ INITIALISATION_FIELDS = frozenset(
 # embedding module, before the decoder's forward.
 _MULTIPLIES_IN_EMBEDDING = frozenset(("gemma", "gemma2", "gemma3", "gemma3_text"))
 _MULTIPLIES_IN_FORWARD = frozenset(("granite",))
+
+_COMBINATIONS = ("prefix", "prefix_after_bos")
+_KNOWN = frozenset(
+    (
+        "architecture",
+        "prompt_length",
+        "combine",
+        # How the embeddings were initialised; they are saved as trained.
+        "prompt_init",
+        "prompt_init_text",
+        "random_uniform_scale",
+        "init_weights_seed",
+    )
+)
 
 
 def as_first_layer_reads(prompt: Tensor, base: BaseDescription) -> Tensor:
@@ -80,6 +98,75 @@ class PromptTuningMethod:
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """The embeddings."""
         return lower_plain_prompt(artifact, base, INITIALISATION_FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterHubPromptMethod:
+    """Prompt tuning from an AdapterHub directory, on encoders.
+
+    The vectors enter behind the norm of the embeddings, with neither position nor type; real token t has position t.
+    With ``combine`` "prefix" the first of them is the first row, which heads read; with "prefix_after_bos" that is the
+    text's own. Otherwise it does not matter to an encoder where they stand, as every row sees all others.
+    """
+
+    @property
+    def method(self) -> AdapterMethod:
+        """PROMPT_TUNING."""
+        return AdapterMethod.PROMPT_TUNING
+
+    def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
+        """Refuse what cannot be served exactly: no tensor missing, left over or of another shape."""
+        config = _read_config(candidate.config, base)
+        if config.num_virtual_tokens > limits.max_virtual_tokens:
+            raise AdapterTooLargeError(
+                "prompt_length", f"is {config.num_virtual_tokens}; the limit is {limits.max_virtual_tokens}"
+            )
+        _check_tensor(config, candidate.shapes, base)
+
+    def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
+        """The embeddings, in their stored dtype."""
+        config = _read_config(artifact.config, base)
+        shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
+        names = _check_tensor(config, shapes, base)
+        prompt = PromptEmbeddings(
+            names.pick(artifact.tensors, config.tensor), are_normed=True, are_read=config.is_first
+        )
+        return LoweredAdapter(digest=artifact.digest, deltas=(), prefix=prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """The fields that determine the maths; ``tensor`` is the plain name of the one tensor."""
+
+    num_virtual_tokens: int
+    is_first: bool
+    tensor: str
+
+
+def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
+    adapterhub_format.check_base(outer, base)
+    config = adapterhub_format.method_config(outer)
+    check_encoder(base, "architecture", "AdapterHub's prompt tuning, which its decoders do not have")
+    refuse_unserved(config, known=_KNOWN, refused={})
+    combine = config.get("combine", _COMBINATIONS[0])
+    if combine not in _COMBINATIONS:
+        raise AdapterUnsupportedError(
+            "combine", f"is '{shown(str(combine))}'; these are served: {', '.join(_COMBINATIONS)}"
+        )
+    name = adapterhub_format.adapter_name(outer)
+    return _Config(
+        num_virtual_tokens=read_count(config, "prompt_length", 10),
+        is_first=combine == _COMBINATIONS[0],
+        tensor=f"prompt_tuning.prompt_tunings.{name}.prompt_embedding.weight",
+    )
+
+
+def _check_tensor(
+    config: _Config, shapes: Mapping[str, tuple[int, ...]], base: BaseDescription
+) -> TensorNames:
+    names = plain_names(shapes, base)
+    check_shapes(names, shapes, {config.tensor: (config.num_virtual_tokens, base.embedding_size)}, base)
+    return names
 
 
 def check_plain_prompt(

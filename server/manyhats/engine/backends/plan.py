@@ -55,6 +55,8 @@ class StepPlan:
         row_slots: [N] int32, the adapter slot of each row.
         logit_rows: [M] int32, rows whose logits are needed, ascending.
         embeddings: (rows [E] int32, values [E, D] float32): rows that enter the model as values; None for none.
+        normed: the same of rows that enter behind the norm of the embeddings, which has no use for their ids and
+            positions.
         block_copies: (source, target) blocks to copy before anything else.
         hidden_rows: [H] int32, rows whose final hidden values are wanted, ascending.
         token_types: [N] int32, of models that have them; empty if all are 0.
@@ -69,6 +71,7 @@ class StepPlan:
     row_slots: Ints
     logit_rows: Ints
     embeddings: tuple[Ints, Floats] | None = None
+    normed: tuple[Ints, Floats] | None = None
     block_copies: tuple[tuple[int, int], ...] = ()
     hidden_rows: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     token_types: Ints = field(default_factory=lambda: np.empty(0, np.int32))

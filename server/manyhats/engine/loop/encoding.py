@@ -129,8 +129,8 @@ class Encoding:
         if row != len(token_ids) - 1:
             sequence.logits_from = self._lease.num_virtual_tokens + (0 if row is None else row)
             sequence.uses_prefix_cache = row is not None and row > 0 and not sequence.is_whole
-        if sequence.leading is not None and self._pooling is Pooling.FIRST:
-            sequence.logits_from = 0  # PEFT's models read the first row, whatever it is
+        if self._pooling is Pooling.FIRST and sequence.leading is not None and sequence.leading.are_read:
+            sequence.logits_from = 0
         return sequence
 
     def _make_whole(self, sequence: Sequence, index: int) -> None:
@@ -140,7 +140,7 @@ class Encoding:
         if self._request.token_types:
             sequence.token_types = (0,) * num_virtual + self._request.token_types[index]
         if virtual is not None and virtual.embeddings is not None:
-            sequence.leading, sequence.virtual = virtual.embeddings, None
+            sequence.leading, sequence.virtual = virtual, None
 
 
 def _row_of(token_ids: Seq[int], head: TaskHead | None, pooling: Pooling) -> int | None:

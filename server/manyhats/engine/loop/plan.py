@@ -27,7 +27,7 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
         table, offset = sequence.block_table, sequence.position_offset
         token_ids += sequence.token_ids[chunk.start : chunk.end]
         token_ids += chunk.drafts
-        positions += [row + offset for row in rows]
+        positions += [max(row + offset, 0) for row in rows]  # virtual tokens may have none
         cells += [table[row // block_size] * block_size + row % block_size for row in rows]
         slots += [sequence.slot] * len(rows)
         if sequence.is_whole:
@@ -49,18 +49,21 @@ def step_plan(schedule: Schedule, block_size: int) -> StepPlan:
         logit_rows=int32(logit_rows),
         hidden_rows=int32(hidden_rows),
         token_types=int32(token_types),
-        embeddings=_embeddings(chunks, starts),
+        embeddings=_embeddings(chunks, starts, are_normed=False),
+        normed=_embeddings(chunks, starts, are_normed=True),
         block_copies=schedule.block_copies,
     )
 
 
-def _embeddings(chunks: Seq[Chunk], starts: Seq[int]) -> tuple[Ints, Floats] | None:
-    """The rows that are virtual tokens, and their embeddings."""
+def _embeddings(chunks: Seq[Chunk], starts: Seq[int], *, are_normed: bool) -> tuple[Ints, Floats] | None:
+    """The rows that are virtual tokens of one sort, and their embeddings."""
     rows: list[Ints] = []
     values: list[Floats] = []
     for chunk, first in zip(chunks, starts, strict=False):
-        virtual = chunk.sequence.virtual
-        embeddings = chunk.sequence.leading if virtual is None else virtual.embeddings
+        virtual = chunk.sequence.leading or chunk.sequence.virtual
+        if virtual is None or virtual.are_normed != are_normed:
+            continue
+        embeddings = virtual.embeddings
         if embeddings is not None and chunk.start < embeddings.shape[0]:
             part = embeddings[chunk.start : chunk.end].numpy()
             rows.append(np.arange(first, first + part.shape[0], dtype=np.int32))

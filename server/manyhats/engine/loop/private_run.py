@@ -51,7 +51,7 @@ class PrivateRun:
             reads_hidden=is_whole,
         )
         if is_whole and virtual is not None and virtual.embeddings is not None:
-            self._sequence.leading, self._sequence.virtual = virtual.embeddings, None
+            self._sequence.leading, self._sequence.virtual = virtual, None
 
     def next(self, scheduler: Scheduler, now_s: float) -> None:
         """Queue the prompt, once."""

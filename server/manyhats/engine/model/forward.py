@@ -45,6 +45,10 @@ class Maths(Protocol):
         """The learned vectors of the rows' types: [N, E or D]."""
         ...
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Normed embeddings, with what else enters behind their norm: [N, E] → [N, E]."""
+        ...
+
     def project(self, name: str, x: Tensor) -> Tensor:
         """A linear outside the blocks, by its name in ``Weights.outer``: [N, d_in] → [N, d_out]."""
         ...
@@ -102,7 +106,7 @@ def entered(maths: Maths, architecture: Architecture, weights: Weights, x: Tenso
     if embedding.num_token_types:
         x = x + maths.token_types()
     if norm is not None and weights.embedding_norm is not None:
-        x = maths.output_norm(x, norm, weights.embedding_norm)
+        x = maths.enter(maths.output_norm(x, norm, weights.embedding_norm))
     return maths.project("embedding_projection", x) if is_projected and norm is not None else x
 
 

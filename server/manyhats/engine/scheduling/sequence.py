@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from manyhats.engine.scheduling.blocks import SharedPrefix
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class SequenceStatus(Enum):
@@ -59,7 +56,7 @@ class Sequence:
             The scheduler advances it as positions are computed, so none comes twice after preemption.
         is_whole: whether all of its tokens run in one step, since they see each other.
         token_types: of its tokens; empty if all are 0.
-        leading: vectors [P, E] of its first tokens, which run with the others, whole; None for none.
+        leading: virtual tokens that it begins with and that run with the others, whole; None for none.
         reads_hidden: whether final hidden values are needed at these positions, and no logits.
         shared: KV of the first ``shared.num_tokens`` of ``token_ids``; if the scheduler reclaimed it, the sequence
             computes them itself.
@@ -94,7 +91,7 @@ class Sequence:
     reads_hidden: bool = False
     is_whole: bool = False
     token_types: tuple[int, ...] = ()
-    leading: Tensor | None = None
+    leading: VirtualTokens | None = None
     shared: SharedPrefix | None = None
     virtual: VirtualTokens | None = None
     uses_prefix_cache: bool = True
@@ -125,7 +122,8 @@ class Sequence:
     @property
     def position_offset(self) -> int:
         """The position of token i is i + position_offset."""
-        return 0 if self.virtual is None else self.virtual.position_offset
+        virtual = self.leading or self.virtual
+        return 0 if virtual is None else virtual.position_offset
 
     @property
     def num_tokens(self) -> int:

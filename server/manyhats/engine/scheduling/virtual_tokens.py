@@ -44,7 +44,17 @@ class VirtualTokens:
     @property
     def position_offset(self) -> int:
         """Real token t has position ``P + t + position_offset``."""
-        return self.source.position_offset if isinstance(self.source, KVPrefix) else 0
+        return self.source.position_offset
+
+    @property
+    def are_normed(self) -> bool:
+        """Whether the embeddings enter behind the norm of an encoder's."""
+        return isinstance(self.source, PromptEmbeddings) and self.source.are_normed
+
+    @property
+    def are_read(self) -> bool:
+        """Whether what reads a text's first row reads the first of them."""
+        return isinstance(self.source, PromptEmbeddings) and self.source.are_read
 
     @property
     def num_bytes(self) -> int:

@@ -95,6 +95,10 @@ class TrainingMaths:
         """Of decoders, none has any."""
         raise NotImplementedError("types of tokens")
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Of decoders, nothing enters there."""
+        return x
+
     def project(self, name: str, x: Tensor) -> Tensor:
         """Float32."""
         return frozen_product(self.base.outer[name], x, 0)

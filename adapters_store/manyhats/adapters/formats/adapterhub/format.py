@@ -41,7 +41,6 @@ COMPANIONS: Mapping[str, str] = MappingProxyType(
 _UNSERVED: Mapping[str, str] = MappingProxyType(
     {
         "union": "a union of several methods",
-        "prompt_tuning": "AdapterHub's prompt tuning, which its decoders do not have",
         "reft": "ReFT, which acts on chosen positions",
         "mtl_lora": "multi-task LoRA",
     }
@@ -93,6 +92,8 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
         return AdapterMethod.BOTTLENECK
     if architecture == "prefix_tuning":
         return AdapterMethod.PREFIX_TUNING
+    if architecture == "prompt_tuning":
+        return AdapterMethod.PROMPT_TUNING
     if architecture == "lora":
         return AdapterMethod.IA3 if inner.get("composition_mode") == "scale" else AdapterMethod.LORA
     if not isinstance(architecture, str):

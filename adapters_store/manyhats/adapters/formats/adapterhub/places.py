@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
+from manyhats.adapters.errors import AdapterUnsupportedError, shown
+from manyhats.adapters.sites import BaseDescription
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -56,6 +59,27 @@ _PLACES: Mapping[str, Places] = MappingProxyType(
         "distilbert": Places("transformer.layer", is_normed=True, prefix="distilbert."),
     }
 )
+
+ENCODERS = tuple(sorted(model_type for model_type, places in _PLACES.items() if places.is_normed))
+"""The encoders that the library knows."""
+
+
+def check_encoder(base: BaseDescription, key: str, what: str) -> None:
+    """Refuse what is only served on encoders.
+
+    Args:
+        base: the resident one.
+        key: the config's field that asks for it.
+        what: how the error names it, and why decoders cannot have it.
+
+    Raises:
+        AdapterUnsupportedError: the base is none of them.
+    """
+    if base.model_type not in ENCODERS:
+        raise AdapterUnsupportedError(
+            key,
+            f"asks for {what}; it is served on {', '.join(ENCODERS)}, and not on {shown(base.model_type)}",
+        )
 
 
 def places_of(model_type: str) -> Places:

@@ -33,7 +33,6 @@ _UNSERVED: Mapping[str, str] = {
     ".vera_": "VeRA",
     ".m.weight": "use_dora, DoRA as AdapterHub computes it",
     ".refts.": "ReFT",
-    ".prompt_tunings.": "AdapterHub's prompt tuning",
 }
 
 

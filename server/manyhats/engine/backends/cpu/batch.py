@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class Batch:
         hidden_rows: [H] int32.
         token_types: [N] int32.
         logit_adapter_rows: those of them with an adapter, as indices into ``logit_rows``.
+        normed_rows: [E] int32, rows that enter behind the norm of the embeddings.
+        normed: [E, D], what enters there.
         embeddings: (rows [E] int64, values [E, D]); None for none.
     """
 
@@ -42,6 +45,8 @@ class Batch:
     hidden_rows: Tensor
     token_types: Tensor
     logit_adapter_rows: AdapterRows
+    normed_rows: Tensor
+    normed: Tensor
     embeddings: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -51,6 +56,7 @@ class Batch:
         if plan.embeddings is not None:
             rows, values = plan.embeddings
             embeddings = torch.from_numpy(rows).long(), torch.from_numpy(values)
+        normed_rows, normed = plan.normed or (np.empty(0, np.int32), np.empty(0, np.float32))
         return cls(
             token_ids=torch.from_numpy(plan.token_ids),
             positions=torch.from_numpy(plan.positions),
@@ -63,6 +69,8 @@ class Batch:
             hidden_rows=torch.from_numpy(plan.hidden_rows),
             token_types=torch.from_numpy(plan.token_types),
             logit_adapter_rows=AdapterRows.of(plan.row_slots[plan.logit_rows]),
+            normed_rows=torch.from_numpy(normed_rows),
+            normed=torch.from_numpy(normed),
             embeddings=embeddings,
         )
 
@@ -79,4 +87,6 @@ class Batch:
         frame[col.LOGIT_ROWS] = self.logit_rows.data_ptr()
         frame[col.NUM_HIDDEN_ROWS] = self.hidden_rows.shape[0]
         frame[col.HIDDEN_ROWS] = self.hidden_rows.data_ptr()
+        frame[col.NUM_NORMED_ROWS] = self.normed_rows.shape[0]
+        frame[col.NORMED_ROWS] = self.normed_rows.data_ptr()
         frame[col.TOKEN_TYPES] = self.token_types.data_ptr()

@@ -15,6 +15,7 @@ from __future__ import annotations
     RELU,
     SOFTCAP,
     GATHER,
+    SCATTER,
     QUANTIZE,
     REFINE,
     REFINE_ALLOWED,
@@ -27,7 +28,7 @@ from __future__ import annotations
     DELTAS,
     BOTTLENECK,
     UNNORMED,
-) = range(23)
+) = range(24)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -68,6 +69,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     NUM_ROWS,
     NUM_LOGIT_ROWS,
     NUM_HIDDEN_ROWS,
+    NUM_NORMED_ROWS,
     NUM_ADAPTER_ROWS,
     NUM_RESCALED_ROWS,
     NUM_UNITS,
@@ -86,6 +88,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     BLOCK_TABLES,
     LOGIT_ROWS,
     HIDDEN_ROWS,
+    NORMED_ROWS,
     TOKEN_TYPES,
     ADAPTER_ROWS,
     ADAPTER_SLOTS,
@@ -112,8 +115,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     PLAIN_SHARE,
     CACHE_SHARE,
     ADAPTER_SHARE,
-) = range(47)
-FRAME_SIZE = 47
+) = range(49)
+FRAME_SIZE = 49
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

@@ -21,7 +21,7 @@ from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 # feed-forward beside the attention; queries with keys and values (or gate with up), what attention (or the activation)
 # makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm, where that is
 # not what the head reads; what it reads, and the logits. Buffers of H rows: the first two of these for rows whose
-# hidden values are wanted.
+# hidden values are wanted. And one of what enters behind the norm of the embeddings.
 (
     EMBEDDED,
     STREAM,
@@ -36,8 +36,9 @@ from manyhats.engine.model.weights import BlockWeights, Linear, Weights
     LOGITS,
     FINAL_HIDDEN,
     HIDDEN,
-) = range(13)
-NUM_BUFFERS = 13
+    NORMED_EMBEDDED,
+) = range(14)
+NUM_BUFFERS = 14
 OF_LOGIT_ROWS = (FINAL, LAST, LOGITS)
 OF_HIDDEN_ROWS = (FINAL_HIDDEN, HIDDEN)
 ACTIVATIONS = {
@@ -119,6 +120,7 @@ class Forward:
             self.program.locate(summed, self._table(weights.token_types), which=col.TOKEN_TYPES)
         if norm is not None and weights.embedding_norm is not None:
             self.program.norm(summed, summed, PackedNorm.of(norm, weights.embedding_norm))
+            self.program.scatter(NORMED_EMBEDDED, summed, embedding.size)
             if projection is not None:
                 self._outer(projection, EMBEDDED, STREAM, col.NUM_ROWS)
         return first

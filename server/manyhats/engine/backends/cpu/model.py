@@ -19,6 +19,7 @@ from manyhats.engine.backends.cpu.forward import (
     HIDDEN,
     LAST,
     LOGITS,
+    NORMED_EMBEDDED,
     NUM_BUFFERS,
     OF_HIDDEN_ROWS,
     OF_LOGIT_ROWS,
@@ -121,7 +122,7 @@ class CpuModel:
         return logits
 
     def _buffers(self, batch: Batch, adapters: CpuAdapterSlots) -> list[Tensor]:
-        """A step's buffers by number, of at least the size that it needs; all but the first stay for the next step."""
+        """A step's buffers by number, of at least the size that it needs; all but what is the step's own stay."""
         counts = dict.fromkeys(range(NUM_BUFFERS), batch.token_ids.shape[0])
         counts |= dict.fromkeys(OF_LOGIT_ROWS, batch.logit_rows.shape[0])
         counts |= dict.fromkeys(OF_HIDDEN_ROWS, batch.hidden_rows.shape[0])
@@ -129,6 +130,9 @@ class CpuModel:
         for buffer, count in counts.items():
             if buffer == self._forward.first:
                 buffers.append(self._embedded(batch, adapters))
+                continue
+            if buffer == NORMED_EMBEDDED:
+                buffers.append(batch.normed)
                 continue
             num_values = count * self._forward.sizes[buffer]
             if self._memory[buffer].numel() < num_values:

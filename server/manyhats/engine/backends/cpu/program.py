@@ -94,6 +94,11 @@ class Program:
         which = {col.NUM_LOGIT_ROWS: col.LOGIT_ROWS, col.NUM_HIDDEN_ROWS: col.HIDDEN_ROWS}[rows]
         self._add(col.GATHER, source, target, [size, 0, 0, which], rows=rows)
 
+    def scatter(self, source: int, target: int, size: int) -> None:
+        """Copies the vectors that enter behind the norm of the embeddings to their rows."""
+        own = [size, 0, 0, col.NORMED_ROWS]
+        self._add(col.SCATTER, source, target, own, rows=col.NUM_NORMED_ROWS)
+
     def norm_heads(
         self, target: int, size: int, queries: tuple[PackedNorm, int], keys: tuple[PackedNorm, int]
     ) -> None:

@@ -169,6 +169,9 @@ def rowwise(op, numbers, first, last, frame, buffers):
         elif kind == col.GATHER:
             chosen = np.int64(ints_at(frame[op[col.WHICH_ROWS]])[row]) * size
             copy_row(source, chosen, size, target, at)
+        elif kind == col.SCATTER:
+            chosen = np.int64(ints_at(frame[op[col.WHICH_ROWS]])[row]) * size
+            copy_row(source, at, size, target, chosen)
         elif kind == col.QUANTIZE:
             words = ints_at(buffers[op[col.TARGET]])
             quantize_row(source, at, size, words, row)

@@ -210,6 +210,12 @@ class _Step:
         assert self._model.token_types is not None
         return self._model.token_types[self.tensor(self._plan.types_of_tokens).long()]
 
+    def enter(self, x: Tensor) -> Tensor:
+        if self._plan.normed is not None:
+            rows, values = self._plan.normed
+            x[self.tensor(rows).long()] = self.tensor(values)
+        return x
+
     def project(self, name: str, x: Tensor) -> Tensor:
         return self._product(x, self._model.outer[name])
 
