@@ -13,7 +13,6 @@ from manyhats.adapters.formats.adapterhub import loras as adapterhub_loras
 from manyhats.adapters.formats.peft import format as peft_format
 from manyhats.adapters.formats.peft import prompt_config
 from manyhats.adapters.formats.peft.lora_config import LORA_REFUSED
-from manyhats.adapters.methods import prefix_tuning
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -22,7 +21,7 @@ REFUSED = {
     *prompt_config._REFUSED,
     *adapterhub_bottleneck._REFUSED,
     *adapterhub_loras._REFUSED,
-    *prefix_tuning._REFUSED,
+    "use_gating",
 }
 
 

@@ -34,6 +34,7 @@ PART_OF = {
     col.SCALE: "norms",
     col.NORM_HEADS: "norms",
     col.GATHER: "norms",
+    col.SCATTER: "norms",
     col.SILU: "gate",
     col.GELU_TANH: "gate",
     col.GELU: "gate",
@@ -46,6 +47,9 @@ PART_OF = {
     col.DELTAS: "deltas",
     col.BOTTLENECK: "deltas",
     col.UNNORMED: "deltas",
+    col.GATE_LINEARS: "deltas",
+    col.GATE_SUBLAYER: "deltas",
+    col.GATE_PREFIX: "deltas",
 }
 """Kind of instruction → the part of a step that it belongs to; a linear's is that of its group."""
 _FILLED_BLOCKS = 64

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from manyhats.adapters.heads import Pooling
-from support.factories.adapterhub import adapterhub_config, adapterhub_tensors, write_adapterhub
+from manyhats.adapters.primitives import KVPrefix, PrefixGate
+from manyhats.adapters.registration import Registration, Uri
+from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.store.opening import open_store
+from support.factories.adapterhub import (
+    adapterhub_config,
+    adapterhub_tensors,
+    make_adapterhub,
+    write_adapterhub,
+)
 from support.factories.tiny_encoders import make_encoder
-from support.harnesses.encoding import assert_close, hidden_values, read_all, transformers_model
+from support.harnesses.encoding import TEXTS, assert_close, hidden_values, read_all, transformers_model
 from support.harnesses.engine import load_tiny
+from support.oracles.adapterhub import gate_of
 
 TOLERANCE = 1e-4
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
@@ -60,3 +73,112 @@ def test_prompts_enter_behind_the_norm_of_the_embeddings(tmp_path: Path, family:
         for name, wanted in first.items():
             assert_close(found[name], wanted, name, TOLERANCE)
     assert abs(first["prompt"][1] - expected["prompt"][1][0]).max() > 0.05
+
+
+@contextmanager
+def gated_linears(
+    model: Any, base: BaseDescription, config: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """The model with the LoRA or IA3 at its linears."""
+    is_scale = config["config"]["composition_mode"] == "scale"
+    with ExitStack() as hooks:
+        for name, b in tensors.items():
+            if not name.endswith("lora_B"):
+                continue
+            path = name.removesuffix("lora_B")
+            gate = tensors[f"{path}gate.weight"], tensors[f"{path}gate.bias"]
+            a = None if is_scale else tensors[f"{path}lora_A"]
+            linear = model.get_submodule(path.removeprefix(base.prefix).partition(".loras.")[0])
+            hooks.callback(linear.register_forward_hook(partial(_gate_linear, a, b, gate)).remove)
+        yield
+
+
+def _gate_linear(
+    a: Tensor | None, b: Tensor, gate: tuple[Tensor, Tensor], module: Any, args: Any, output: Tensor
+) -> Tensor:
+    factor = gate_of(*gate, args[0])
+    return output * (b[:, 0] * factor) if a is None else output + args[0] @ a.T @ b.T * factor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_of_lora_and_ia3_are_means_over_the_text(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=4)
+    loaded, reference = load_tiny(checkpoint), transformers_model(checkpoint)
+    expected = {}
+    for seed, preset in enumerate(("gated_lora", "gated_ia3")):
+        config = adapterhub_config(loaded.description, preset)
+        tensors = adapterhub_tensors(loaded.description, config, seed=seed, scale=0.3)
+        write_adapterhub(tmp_path / preset, config, tensors)
+        with gated_linears(reference, loaded.description, config, tensors):
+            expected[preset] = hidden_values(reference)
+    for backend in BACKENDS:
+        found = asyncio.run(read_all(loaded, tmp_path, expected, backend))
+        for name, wanted in expected.items():
+            assert_close(found[name], wanted, name, TOLERANCE)
+
+
+@torch.no_grad()
+def with_prefix(model: Any, prefix: KVPrefix, gates: list[tuple[Tensor, Tensor]]) -> list[np.ndarray]:
+    """Hidden values of an eager BERT whose layers see a prefix times their gates; real tokens begin at position 0."""
+    seen: dict[int, Tensor] = {}
+
+    class Gated(DynamicCache):
+        def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
+            factors = gate_of(*gates[layer], seen[layer])[0, 0]
+            own = (prefix.keys[layer] * factors[0], prefix.values[layer] * factors[-1])
+            first, second = (part.transpose(0, 1)[None] for part in own)
+            return torch.cat((first, keys), dim=2), torch.cat((second, values), dim=2)
+
+    found = []
+    with ExitStack() as hooks:
+        for index, layer in enumerate(model.encoder.layer):
+            remember = partial(_remember, seen, index)
+            hooks.callback(layer.register_forward_pre_hook(remember).remove)
+        for ids in TEXTS:
+            positions = torch.arange(len(ids))[None] + (2 if "oberta" in type(model).__name__ else 0)
+            output = model(
+                input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=Gated(), use_cache=True
+            )
+            found.append(output.last_hidden_state[0].numpy())
+    return found
+
+
+def _remember(seen: dict[int, Tensor], index: int, module: Any, args: Any) -> None:
+    seen[index] = args[0]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_gates_of_prefixes_scale_each_layer_s_keys_and_values(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=4)
+    loaded, reference = load_tiny(checkpoint), transformers_model(checkpoint)
+    expected = {}
+    for seed, preset in enumerate(("gated_prefix", "gated_prefix_flat")):
+        config = adapterhub_config(loaded.description, preset, prefix_length=21)
+        tensors = adapterhub_tensors(loaded.description, config, seed=seed, scale=0.4)
+        write_adapterhub(tmp_path / preset, config, tensors)
+        with closing(open_store(tmp_path / "lowering", loaded.description, [tmp_path])) as store:
+            record = store.register(Registration(preset, Uri(str(tmp_path / preset)))).record
+            lowered = store.lower(record)
+        assert isinstance(lowered.prefix, KVPrefix)
+        gates = [
+            (delta.gate.weight, delta.gate.bias) for delta in lowered.deltas if isinstance(delta, PrefixGate)
+        ]
+        expected[preset] = with_prefix(reference, lowered.prefix, gates)
+    for backend in BACKENDS:
+        found = asyncio.run(read_all(loaded, tmp_path, expected, backend))
+        for name, wanted in expected.items():
+            assert_close(found[name], wanted, name, TOLERANCE)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_gates_of_prefixes_scale_what_the_cache_rounded(tmp_path: Path, kv_dtype: str) -> None:
+    loaded = load_tiny(make_encoder(tmp_path / "model", seed=4))
+    names = ("gated_prefix", "gated_prefix_flat")
+    for preset in names:
+        make_adapterhub(tmp_path / preset, loaded.description, preset, scale=0.4, prefix_length=21)
+    fast, plain = (
+        asyncio.run(read_all(loaded, tmp_path, names, backend, kv_cache_dtype=kv_dtype))
+        for backend in BACKENDS
+    )
+    for name, wanted in plain.items():
+        assert_close(fast[name], wanted, name, 0.02)

@@ -43,14 +43,15 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
         {"ln_after": True, "adapter_residual_before_ln": True, "residual_before_ln": False},
     ),
     "unnormed": ("par_bn", {"original_ln_after": False}),
+    "gated": ("double_seq_bn", {"use_gating": True}),
+    "gated-parallel": ("par_bn", {"use_gating": True, "leave_out": [1]}),
+    "gated-inside": (
+        "seq_bn",
+        {"use_gating": True, "ln_before": True, "ln_after": True, "adapter_residual_before_ln": True},
+    ),
 }
 # Without the base's norm values grow, and so do errors of rounding.
 SCALES = {"unnormed": 0.05}
-# Linears of a layer that AdapterHub adapts, by what its configs call them.
-_LINEARS = {"q": "attention.self.query", "v": "attention.self.value"}
-_LINEARS |= {"intermediate": "intermediate.dense", "output": "output.dense"}
-_DISTILBERT_LINEARS = {"q": "attention.q_lin", "v": "attention.v_lin"}
-_DISTILBERT_LINEARS |= {"intermediate": "ffn.lin1", "output": "ffn.lin2"}
 # Where a layer of transformers' model makes m, and norms r + m.
 _BERT = {"attention": ("attention.output.dense", "attention.output.LayerNorm")}
 _BERT["feed_forward"] = ("output.dense", "output.LayerNorm")
@@ -111,26 +112,20 @@ def test_every_variant_on_every_encoder_is_the_librarys(tmp_path: Path, family: 
 
 
 @torch.no_grad()
-def merge(model: Any, base: BaseDescription, config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """Changes the model's weights as a LoRA or IA3 would its outputs; returns the adapter's tensors."""
-    generator, tensors, inner = torch.Generator().manual_seed(seed), {}, config["config"]
-    is_distilbert = base.model_type == "distilbert"
-    path = "transformer.layer" if is_distilbert else "encoder.layer"
-    for index in range(base.num_layers):
-        for below in (_DISTILBERT_LINEARS if is_distilbert else _LINEARS).values():
-            linear = model.get_submodule(f"{path}.{index}.{below}")
-            name = f"{base.prefix}{path}.{index}.{below}.loras.{config['name']}"
-            d_out, d_in = linear.weight.shape
-            if inner["composition_mode"] == "scale":
-                factors = 1 + 0.2 * torch.randn(d_out, 1, generator=generator)
-                tensors[f"{name}.lora_B"] = factors
-                linear.weight.mul_(factors)
-                linear.bias.mul_(factors[:, 0])
-                continue
-            a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((4, d_in), (d_out, 4)))
-            tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+def merge(
+    model: Any, base: BaseDescription, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Changes the model's weights as a LoRA or IA3 would its outputs."""
+    inner = config["config"]
+    for name, b in tensors.items():
+        module, _, part = name.removeprefix(base.prefix).partition(".loras.")
+        linear = model.get_submodule(module)
+        if inner["composition_mode"] == "scale":
+            linear.weight.mul_(b)
+            linear.bias.mul_(b[:, 0])
+        elif part.endswith("lora_B"):
+            a = tensors[name.removesuffix("lora_B") + "lora_A"]
             linear.weight.add_(b @ a * (inner["alpha"] / inner["r"]))
-    return tensors
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,7 +137,9 @@ def test_lora_and_ia3_are_those_merged_into_the_weights(tmp_path: Path, family: 
         model = transformers_model(checkpoint)
         fields = {"attn_matrices": ["q", "v"], "intermediate_lora": True, "output_lora": True}
         config = adapterhub_config(loaded.description, preset, **fields)
-        write_adapterhub(tmp_path / preset, config, merge(model, loaded.description, config, seed))
+        tensors = adapterhub_tensors(loaded.description, config, seed=seed)
+        write_adapterhub(tmp_path / preset, config, tensors)
+        merge(model, loaded.description, config, tensors)
         expected[preset] = hidden_values(model)
     found = asyncio.run(read_all(loaded, tmp_path, expected, "cpu"))
     for name, wanted in expected.items():

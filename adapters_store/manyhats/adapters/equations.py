@@ -18,18 +18,24 @@ from manyhats.adapters.primitives import (
     BottleneckInput,
     EmbeddingLowRank,
     EmbeddingRows,
+    Gate,
     LayerNorm,
 )
 
 
-def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def gate(delta: Gate, x: Tensor) -> Tensor:
+    """The factors that a text's rows share: [T, d_in] → [n]; see ``Gate``."""
+    return torch.sigmoid(functional.linear(x, delta.weight, delta.bias)).mean(0)
+
+
+def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """``scale · (x Aᵀ) Bᵀ``, added to a linear's output; see ``LowRank``.
 
     Args:
         x: [..., d_in], the linear's input.
         a: [R, d_in], dtype of x.
         b: [d_out, R], dtype of x.
-        scale: dimensionless.
+        scale: dimensionless; with the rows' gate, if there is one.
 
     Returns:
         [..., d_out], dtype of x.
@@ -37,8 +43,10 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return ((x @ a.T) @ b.T) * scale
 
 
-def affine(y: Tensor, delta: Affine) -> Tensor:
-    """``y · scale + offset`` for a linear's output [..., d_out]; see ``Affine``."""
+def affine(y: Tensor, delta: Affine, gate: float | Tensor = 1.0) -> Tensor:
+    """``y · g · scale + offset`` for a linear's output [..., d_out]; see ``Affine``."""
+    if delta.gate is not None:
+        y = y * gate
     if delta.scale is not None:
         y = y * delta.scale.float()
     if delta.offset is not None:
@@ -46,8 +54,24 @@ def affine(y: Tensor, delta: Affine) -> Tensor:
     return y
 
 
-def bottleneck(
+def bottleneck_input(
     delta: Bottleneck, r: Tensor, m: Tensor, norm: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """What a bottleneck and its gate read; the arguments are those of ``bottleneck``."""
+    return _sources(r, m, norm)[delta.input]
+
+
+def _sources(r: Tensor, m: Tensor, norm: Callable[[Tensor], Tensor] | None) -> dict[BottleneckInput, Tensor]:
+    sources = {BottleneckInput.OUTPUT: m, BottleneckInput.SUM: r + m, BottleneckInput.RESIDUAL: r}
+    return sources if norm is None else {**sources, BottleneckInput.NORMED: norm(r + m)}
+
+
+def bottleneck(
+    delta: Bottleneck,
+    r: Tensor,
+    m: Tensor,
+    norm: Callable[[Tensor], Tensor] | None = None,
+    gate: float | Tensor = 1.0,
 ) -> Tensor:
     """``m' = keep · m + carry · r + carry_normed · N(r + m) + (f, or norm_after(f + norm_residual))``.
 
@@ -58,18 +82,17 @@ def bottleneck(
         r: [..., D]; the residual stream that enters the sub-layer.
         m: [..., D]; the sub-layer's output, which is added to the stream without the adapter.
         norm: N, of the stream behind the sub-layer; None if the base has none.
+        gate: g, of the rows' text.
 
     Returns:
         [..., D]: what is added to the stream instead of m.
     """
-    sources = {BottleneckInput.OUTPUT: m, BottleneckInput.SUM: r + m, BottleneckInput.RESIDUAL: r}
-    if norm is not None:
-        sources[BottleneckInput.NORMED] = norm(r + m)
+    sources = _sources(r, m, norm)
     x = sources[delta.input]
     if delta.norm_before is not None:
         x = _layer_norm(x, delta.norm_before)
     hidden = ACTIVATIONS[delta.activation](functional.linear(x, delta.down, delta.down_bias))
-    f = delta.scale * functional.linear(hidden, delta.up, delta.up_bias)
+    f = gate * delta.scale * functional.linear(hidden, delta.up, delta.up_bias)
     if delta.norm_after is not None:
         f = f if delta.norm_residual is None else f + sources[delta.norm_residual]
         f = _layer_norm(f, delta.norm_after)

@@ -20,14 +20,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Gate:
+    """Factors that a whole text shares: ``g = mean over its rows x of σ(x Wᵀ + b)``.
+
+    Only an encoder has all rows of a text at once.
+
+    Attributes:
+        weight: W [n, d_in].
+        bias: b [n].
+
+    Source: Mao et al. 2022 (arXiv:2110.07577), as AdapterHub computes it.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """A low-rank delta of one linear: ``y += scale · (x Aᵀ) Bᵀ``.
+    """A low-rank delta of one linear: ``y += g · scale · (x Aᵀ) Bᵀ``.
 
     Attributes:
         site: the linear; ``lm_head`` too.
         a: [R, d_in].
         b: [d_out, R].
         scale: dimensionless; alpha / R for plain LoRA.
+        gate: g, of the linear's input; None for 1.
 
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
@@ -36,6 +54,7 @@ class LowRank:
     a: Tensor
     b: Tensor
     scale: float
+    gate: Gate | None = None
 
     @property
     def rank(self) -> int:
@@ -45,12 +64,13 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Affine:
-    """A linear's output, bias included, rescaled and shifted: ``y = y · scale + offset``.
+    """A linear's output, bias included, rescaled and shifted: ``y = y · g · scale + offset``.
 
     Attributes:
         site: the linear.
         scale: [d_out], or None for 1.
         offset: [d_out], or None for 0.
+        gate: g, of the linear's input; None for 1.
 
     Source: IA3, Liu et al. 2022 (arXiv:2205.05638); DoRA, Liu et al. 2024 (arXiv:2402.09353).
     """
@@ -58,6 +78,7 @@ class Affine:
     site: Site
     scale: Tensor | None
     offset: Tensor | None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +117,7 @@ class LayerNorm:
 class Bottleneck:
     """A bottleneck adapter on a sub-layer's output m, r being the residual stream that entered it.
 
-    ``f = scale · (U · act(D · norm_before(input) + b_d) + b_u)``, then ``m' = keep · m + carry · r + carry_normed ·
+    ``f = g · scale · (U · act(D · norm_before(input) + b_d) + b_u)``, then ``m' = keep · m + carry · r + carry_normed ·
     N(r + m) + (f, or norm_after(f + norm_residual))``. The stream continues as ``r + m'``, or as ``N(r + m')`` where
     the base norms it, unless the adapter ``skips_norm``. For seq_bn, double_seq_bn and par_bn keep is 1, nothing is
     carried, and there are no norms of the adapter's own.
@@ -114,6 +135,7 @@ class Bottleneck:
         carry: factor of r.
         carry_normed: factor of N(r + m).
         skips_norm: whether the stream continues without the base's norm of it.
+        gate: g, of the input; None for 1.
 
     Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005.00247); He et al. 2022
     (arXiv:2110.04366).
@@ -134,6 +156,7 @@ class Bottleneck:
     carry: float = 0.0
     carry_normed: float = 0.0
     skips_norm: bool = False
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,13 +199,38 @@ class HeadWeight:
     bias: Tensor | None = None
 
 
-Delta = LowRank | Affine | InputScale | Bottleneck | EmbeddingLowRank | EmbeddingRows | HeadRows | HeadWeight
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixGate:
+    """One layer's keys and values of a ``KVPrefix``, times g.
+
+    Attributes:
+        site: ``prefix`` of a layer.
+        gate: g, of the attention's input; n is 1, or 2: of keys, and of values.
+
+    Source: Mao et al. 2022 (arXiv:2110.07577), as AdapterHub computes it.
+    """
+
+    site: Site
+    gate: Gate
+
+
+Delta = (
+    LowRank
+    | Affine
+    | InputScale
+    | Bottleneck
+    | PrefixGate
+    | EmbeddingLowRank
+    | EmbeddingRows
+    | HeadRows
+    | HeadWeight
+)
 
 
 def site_of(delta: Delta) -> Site:
     """Where a delta acts; all that touch the embedding, or the head, meet there."""
     match delta:
-        case LowRank() | Affine() | InputScale() | Bottleneck():
+        case LowRank() | Affine() | InputScale() | Bottleneck() | PrefixGate():
             return delta.site
         case EmbeddingLowRank() | EmbeddingRows():
             return EMBEDDING

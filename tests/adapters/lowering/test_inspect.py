@@ -101,7 +101,7 @@ def test_a_refused_field_leaves_the_rest_to_be_seen(tmp_path: Path, base: BaseDe
     found = inspect(tmp_path / "a", base)
     assert reasons(found) == [("ADAPTER_UNSUPPORTED", "use_gating")]
     assert found.method == "bottleneck"
-    assert len(found.tensors) == 8
+    assert len(found.tensors) == 12
     assert found.config is not None
     assert found.config["config"]["use_gating"] is True
 

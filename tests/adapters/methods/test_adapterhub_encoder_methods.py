@@ -16,8 +16,8 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.primitives import PromptEmbeddings
-from manyhats.adapters.registration import Registration, Uri
+from manyhats.adapters.primitives import Affine, LowRank, PromptEmbeddings
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
@@ -31,11 +31,19 @@ from support.factories.adapterhub import (
 )
 from support.factories.adapters import make_base
 from support.factories.registrations import assert_refused
-from support.factories.tiny_encoders import make_encoder_base
+from support.factories.tiny_encoders import HIDDEN, make_encoder_base
 
 BASE = make_encoder_base()
 DECODER = make_base(names=("org/tiny",))
-METHODS = {"prompt": AdapterMethod.PROMPT_TUNING, "prompt_after_bos": AdapterMethod.PROMPT_TUNING}
+METHODS = {
+    "prompt": AdapterMethod.PROMPT_TUNING,
+    "prompt_after_bos": AdapterMethod.PROMPT_TUNING,
+    "gated_seq_bn": AdapterMethod.BOTTLENECK,
+    "gated_lora": AdapterMethod.LORA,
+    "gated_ia3": AdapterMethod.IA3,
+    "gated_prefix": AdapterMethod.PREFIX_TUNING,
+    "gated_prefix_flat": AdapterMethod.PREFIX_TUNING,
+}
 
 
 def make_store(tmp_path: Path, base: BaseDescription = BASE, **limits: Any) -> AdapterStore:
@@ -52,9 +60,8 @@ def test_every_preset_is_served_on_an_encoder_only(tmp_path: Path, preset: str) 
 @pytest.mark.parametrize("preset", ENCODER_PRESETS)
 def test_none_is_served_on_a_decoder(tmp_path: Path, preset: str) -> None:
     make_adapterhub(tmp_path / "source", DECODER, preset)
-    assert_refused(
-        make_store(tmp_path, DECODER), tmp_path / "source", AdapterUnsupportedError, "architecture"
-    )
+    key = "use_gating" if "gated" in preset else "architecture"
+    assert_refused(make_store(tmp_path, DECODER), tmp_path / "source", AdapterUnsupportedError, key)
 
 
 @pytest.mark.parametrize("preset", ["prompt", "prompt_after_bos"])
@@ -75,6 +82,8 @@ FIELDS: list[tuple[str, dict[str, Any], type[AdapterError], str]] = [
     ("prompt", {"prompt_length": 0}, AdapterInvalidError, "prompt_length"),
     ("prompt", {"prompt_length": 9}, AdapterTooLargeError, "prompt_length"),
     ("prompt", {"a_new_field": 1}, AdapterUnsupportedError, "a_new_field"),
+    ("gated_lora", {"use_gating": 1}, AdapterInvalidError, "use_gating"),
+    ("gated_prefix", {"shared_gating": "yes"}, AdapterInvalidError, "shared_gating"),
 ]
 
 
@@ -90,11 +99,22 @@ def test_fields_that_cannot_be_served_are_refused_by_name(
 
 
 PROMPT = f"bert.prompt_tuning.prompt_tunings.{NAME}.prompt_embedding.weight"
+DOWN = f"bert.encoder.layer.1.output.adapters.{NAME}.gate.bias"
+QUERY = f"bert.encoder.layer.0.attention.self.query.loras.{NAME}"
+PREFIX = f"bert.encoder.layer.1.attention.self.prefix_tuning.prefix_gates.{NAME}"
 
 
 @pytest.mark.parametrize(
     ("preset", "changes", "name"),
     [
+        ("gated_seq_bn", {DOWN: None}, DOWN),
+        ("gated_seq_bn", {DOWN: (2,)}, DOWN),
+        ("gated_lora", {f"{QUERY}.gate.weight": None}, f"{QUERY}.gate.weight"),
+        ("gated_lora", {f"{QUERY}.gate.weight": (3, HIDDEN)}, f"{QUERY}.gate.weight"),
+        ("gated_lora", {f"{QUERY}.lora_A": None, f"{QUERY}.lora_B": None}, f"{QUERY}.gate.bias"),
+        ("gated_ia3", {f"{QUERY}.gate.bias": (1,)}, f"{QUERY}.gate.bias"),
+        ("gated_prefix", {f"{PREFIX}.weight": None}, f"{PREFIX}.weight"),
+        ("gated_prefix_flat", {f"{PREFIX}.weight": (1, HIDDEN)}, f"{PREFIX}.weight"),
         ("prompt", {PROMPT: None}, PROMPT),
         ("prompt", {PROMPT: (5, 17)}, PROMPT),
         ("prompt", {"bert.more.weight": (3,)}, "bert.more.weight"),
@@ -116,3 +136,36 @@ def test_tensors_that_do_not_match_are_refused_by_name(
         AdapterInvalidError,
         name if tensors else "bert.more.weight",
     )
+
+
+@pytest.mark.parametrize("preset", ["gated_seq_bn", "gated_lora", "gated_ia3", "gated_prefix"])
+def test_gates_that_the_config_does_not_ask_for_are_refused(tmp_path: Path, preset: str) -> None:
+    config = adapterhub_config(BASE, preset)
+    tensors = adapterhub_tensors(BASE, config)
+    config["config"]["use_gating"] = False
+    write_adapterhub(tmp_path / "source", config, tensors)
+    assert_refused(make_store(tmp_path), tmp_path / "source", AdapterInvalidError, "gate")
+
+
+def test_a_gate_stands_in_place_of_the_constant_factor(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    for name in ("gated_lora", "gated_ia3"):
+        make_adapterhub(tmp_path / name, BASE, name, scale=0.3)
+        record = store.register(Registration(name, Uri(str(tmp_path / name)))).record
+        for delta in store.lower(record).deltas:
+            assert isinstance(delta, LowRank | Affine)
+            assert delta.gate is not None
+            assert delta.gate.weight.shape[0] == 1
+            if isinstance(delta, LowRank):
+                assert delta.scale == 1.0
+            else:
+                assert delta.scale is not None
+                assert 0.5 < float(delta.scale.mean()) < 1.5
+
+
+def test_gated_deltas_do_not_meet_others(tmp_path: Path) -> None:
+    for name, fields in (("gated_lora", {}), ("lora", {})):
+        make_adapterhub(tmp_path / name, BASE, name, **fields)
+    parts = Parts(tuple(Part(str(tmp_path / name)) for name in ("gated_lora", "lora")))
+    with pytest.raises(AdapterUnsupportedError, match="a gate is one delta's"):
+        make_store(tmp_path).register(Registration("task", parts))

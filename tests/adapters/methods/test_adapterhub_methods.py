@@ -343,7 +343,7 @@ TENSORS: list[tuple[str, Callable[[dict[str, Tensor]], None], type[AdapterError]
     (
         "seq_bn",
         plus(f"model.layers.0.output_adapters.adapters.{NAME}.gate.weight", 1, 32),
-        AdapterUnsupportedError,
+        AdapterInvalidError,
         "gate",
     ),
     (
@@ -398,7 +398,7 @@ TENSORS: list[tuple[str, Callable[[dict[str, Tensor]], None], type[AdapterError]
     (
         "prefix_flat",
         plus(f"model.layers.0.self_attn.prefix_tuning.prefix_gates.{NAME}.weight", 1, 32),
-        AdapterUnsupportedError,
+        AdapterInvalidError,
         "prefix_gates",
     ),
 ]

@@ -16,7 +16,25 @@ from manyhats.adapters.sites import BaseDescription
 NAME = "task"
 VERSION = "adapters.1.3.0"
 
-_LORA_LETTERS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
+# Linears of a layer, by what configs call them; Llama's other two are named the other way round.
+_LLAMA_LINEARS = {
+    **{letter: f"self_attn.{letter}_proj" for letter in "qkv"},
+    "intermediate": "mlp.down_proj",
+    "output": "mlp.up_proj",
+}
+_BERT_LINEARS = {
+    **{name[0]: f"attention.self.{name}" for name in ("query", "key", "value")},
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+_LINEARS = {
+    **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), _BERT_LINEARS),
+    "distilbert": {
+        **{letter: f"attention.{letter}_lin" for letter in "qkv"},
+        "intermediate": "ffn.lin1",
+        "output": "ffn.lin2",
+    },
+}
 _ADAPTERS = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
 _BERT_ADAPTERS = {"attention": "attention.output", "feed_forward": "output"}
 _LAYERS = {
@@ -121,6 +139,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 ENCODER_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "prompt": _PROMPT_DEFAULTS,
     "prompt_after_bos": _PROMPT_DEFAULTS | {"combine": "prefix_after_bos"},
+    "gated_seq_bn": _BOTTLENECK_DEFAULTS | {"original_ln_before": True, "use_gating": True},
+    "gated_lora": _LORA_DEFAULTS | {"use_gating": True, "intermediate_lora": True, "output_lora": True},
+    "gated_ia3": _LORA_DEFAULTS
+    | {
+        "alpha": 3,
+        "attn_matrices": ["k", "v"],
+        "composition_mode": "scale",
+        "init_weights": "ia3",
+        "intermediate_lora": True,
+        "r": 1,
+        "use_gating": True,
+    },
+    "gated_prefix": _PREFIX_DEFAULTS | {"use_gating": True},
+    "gated_prefix_flat": _PREFIX_DEFAULTS | {"use_gating": True, "shared_gating": False, "flat": True},
 }
 """Those that decoders do not have."""
 
@@ -214,29 +246,46 @@ def _layers(base: BaseDescription, leave_out: Collection[int]) -> list[int]:
 
 
 def _lora_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
-    modules = [_LORA_LETTERS[letter] for letter in inner["attn_matrices"] if inner["selfattn_lora"]]
-    modules += ["mlp.down_proj"] if inner["intermediate_lora"] else []
-    modules += ["mlp.up_proj"] if inner["output_lora"] else []
+    names = [letter for letter in inner["attn_matrices"] if inner["selfattn_lora"]]
+    names += [name for name in ("intermediate", "output") if inner[f"{name}_lora"]]
+    layers, linears = (
+        _LAYERS.get(base.model_type, ("layers",))[0],
+        _LINEARS.get(base.model_type, _LLAMA_LINEARS),
+    )
     tensors = {}
     for layer in _layers(base, inner["leave_out"]):
-        for module in modules:
-            d_in, d_out = base.linears[module.split(".")[1]]
-            prefix = f"model.layers.{layer}.{module}.loras.{NAME}."
+        for module in (linears[name] for name in names):
+            path = f"{base.prefix}{layers}.{layer}.{module}"
+            d_in, d_out = base.linears[base.modules[path][0].site.name]
+            prefix = f"{path}.loras.{NAME}."
             if inner["composition_mode"] == "scale":
                 tensors[prefix + "lora_B"] = make(d_out, 1, mean=1.0)
             else:
                 tensors[prefix + "lora_A"] = make(inner["r"], d_in)
                 tensors[prefix + "lora_B"] = make(d_out, inner["r"])
+            if inner["use_gating"]:
+                tensors |= {f"{prefix}gate.weight": make(1, d_in), f"{prefix}gate.bias": make(1)}
     return tensors
 
 
 def _prefix_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
-    prefix = f"{base.prefix}prefix_tuning.prefix_tunings.{NAME}.self_prefix."
+    is_distilbert = base.model_type == "distilbert"
+    holder = "self" if is_distilbert else "self_prefix"
+    prefix = f"{base.prefix}prefix_tuning.prefix_tunings.{NAME}.{holder}."
     columns = 2 * len(_layers(base, inner["leave_out"])) * base.num_kv_heads * base.head_dim
+    gates = {}
+    for layer in _layers(base, []) if inner["use_gating"] else ():
+        module = (
+            f"transformer.layer.{layer}.attention"
+            if is_distilbert
+            else f"encoder.layer.{layer}.attention.self"
+        )
+        gate, count = f"{base.prefix}{module}.prefix_tuning.prefix_gates.{NAME}.", 2 - inner["shared_gating"]
+        gates |= {f"{gate}weight": make(count, base.hidden_size), f"{gate}bias": make(count)}
     if inner["flat"]:
-        return {prefix + "control_trans": make(inner["prefix_length"] * columns)}
+        return gates | {prefix + "control_trans": make(inner["prefix_length"] * columns)}
     hidden = inner["bottleneck_size"]
-    return {
+    return gates | {
         prefix + "wte.weight": make(inner["prefix_length"], base.hidden_size, mean=0.3),
         prefix + "control_trans.0.weight": make(hidden, base.hidden_size),
         prefix + "control_trans.0.bias": make(hidden),
@@ -281,6 +330,8 @@ def _block_tensors(
         if inner[f"ln_{norm}"]:
             tensors[f"{prefix}adapter_norm_{norm}.weight"] = make(hidden, mean=1.0)
             tensors[f"{prefix}adapter_norm_{norm}.bias"] = make(hidden)
+    if inner["use_gating"]:
+        tensors |= {f"{prefix}gate.weight": make(1, hidden), f"{prefix}gate.bias": make(1)}
     if inner["scaling"] in ("learned", "channel"):
         tensors[f"{prefix}scaling"] = make(1 if inner["scaling"] == "learned" else hidden, mean=1.0)
     return tensors

@@ -13,6 +13,11 @@ from manyhats.adapters.sites import BaseDescription, Site
 from support.factories.adapterhub import NAME, holder_path
 
 
+def gate_of(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """The library's gate of whole texts [B, T, D]: [B, 1, n]."""
+    return torch.sigmoid(x @ weight.T + bias).mean(dim=1).unsqueeze(1)
+
+
 class LibraryBlock:
     """One adapter, and how the library runs it inside a layer: before, inside, after the adapter.
 
@@ -37,10 +42,12 @@ class LibraryBlock:
         self.base = base
         self.prefix = holder_path(base, site.layer, site.name)
         self.layer_norm = layer_norm
+        self.read = torch.empty(0)
 
     def stream_after(self, m: Tensor, r: Tensor) -> Tensor:
         """The layer's hidden states after the sub-layer, of its output m and of r that entered it."""
         x, residual = self.before(m, r)
+        self.read = x
         output = self.inside(x, residual)
         if self.config["is_parallel"]:
             output = output + m
@@ -70,6 +77,8 @@ class LibraryBlock:
         output = self.project("adapter_up", "up", hidden)
         scaling = self.config["scaling"]
         output = output * (self.tensor("scaling") if isinstance(scaling, str) else scaling)
+        if self.config["use_gating"]:
+            output = output * gate_of(self.tensor("gate.weight"), self.tensor("gate.bias"), self.read)
         is_sequential = not self.config["is_parallel"]
         if is_sequential and self.config["adapter_residual_before_ln"]:
             output = output + residual

@@ -48,6 +48,8 @@ def combine_deltas(deltas: Sequence[Delta]) -> tuple[Delta, ...]:
     Raises:
         NotCombinableError: some depend on an order.
     """
+    if any(getattr(delta, "gate", None) is not None for delta in deltas):
+        raise NotCombinableError("a gate is one delta's, and would scale all of them")
     for combine in (
         _add_low_ranks,
         _add_embedding_low_ranks,

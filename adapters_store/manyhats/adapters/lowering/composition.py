@@ -33,6 +33,7 @@ from manyhats.adapters.primitives import (
     KVPrefix,
     LoweredAdapter,
     LowRank,
+    PrefixGate,
     PromptEmbeddings,
     site_of,
 )
@@ -186,6 +187,8 @@ def _kind(delta: Delta) -> str:
             return "a rescaling with an offset"
         case Bottleneck():
             return "a bottleneck"
+        case PrefixGate():
+            return "a gate of a prefix"
         case EmbeddingRows() | HeadRows():
             return "rows in place of the base's"
         case HeadWeight():

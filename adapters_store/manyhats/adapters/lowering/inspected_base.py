@@ -99,13 +99,15 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
     model_type = str(config.get("model_type", encoder or "llama"))
     places = places_of(model_type)
     is_encoder = bool(encoder) or places.is_normed
+    # AdapterHub leaves it out where it saved an encoder without a head.
+    is_bare = places.is_normed and not any(name.startswith(places.prefix) for name in shapes)
     if is_encoder:
         modules |= {
             path: (Part(POOLER, range(hidden_size)),) for path in ("pooler.dense", "bert.pooler.dense")
         }
     return BaseDescription(
         model_type=model_type,
-        prefix=places.prefix,
+        prefix="" if is_bare else places.prefix,
         names=frozenset([base_model]),
         digest="",
         num_layers=num_layers,
@@ -197,7 +199,8 @@ def _infer_attention(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> 
     if adapterhub_format.is_adapterhub(config) and isinstance(inner, dict):
         layers += [layer for layer in _left_out(inner) if 0 <= layer < 4096]
         columns = _first(shapes, ".control_trans.2.weight", 0) or _flat_columns(inner, shapes)
-        return max(layers, default=0) + 1, 1, columns // 2
+        num_layers = max(layers, default=0) + 1
+        return num_layers, 1, columns // (2 * num_layers)
     recorded = [config.get(key) for key in ("num_layers", "token_dim", "num_attention_heads")]
     counts = [value for value in recorded if type(value) is int and value > 0]
     if len(counts) == len(recorded):

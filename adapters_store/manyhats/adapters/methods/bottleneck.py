@@ -2,8 +2,8 @@
 
 Every variant of the library's config that a model here can run is one ``Bottleneck`` primitive. In the library's
 terms, with r the residual stream that enters the sub-layer, m the sub-layer's output, N the norm of their sum that
-follows it (BERT's; Llama's and GPT-2's layers have none to pass, and N(x) is x), and ``f(x) = scale · (U · act(D ·
-norm_before(x) + b_d) + b_u)``:
+follows it (BERT's; Llama's and GPT-2's layers have none to pass, and N(x) is x), and ``f(x) = g · scale · (U · act(D ·
+norm_before(x) + b_d) + b_u)``, g the mean of a gate over the rows x of a text, with ``use_gating``, else 1:
 
 Sequential. The input is ``x = N(r + m)`` with ``original_ln_before``, else ``x = m``. The residual around the
 bottleneck is ``ρ = x`` without ``residual_before_ln``, ``ρ = m`` with it, and ``ρ = r + m`` if it is ``post_add``. Then
@@ -51,12 +51,19 @@ from manyhats.adapters.formats.adapterhub.bottleneck import (
     parse_bottleneck_config,
     plain_block_name,
 )
+from manyhats.adapters.formats.adapterhub.fields import check_gating
 from manyhats.adapters.formats.adapterhub.phm import phm_matrix, phm_shapes
 from manyhats.adapters.formats.adapterhub.places import places_of
-from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_layers, check_shapes, plain_name
+from manyhats.adapters.formats.adapterhub.tensors import (
+    TensorNames,
+    check_layers,
+    check_shapes,
+    gate_shapes,
+    plain_name,
+)
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.primitives import Bottleneck, BottleneckInput, LayerNorm, LoweredAdapter
+from manyhats.adapters.primitives import Bottleneck, BottleneckInput, Gate, LayerNorm, LoweredAdapter
 from manyhats.adapters.sites import BaseDescription, Site
 
 _BUILT_IN = frozenset(
@@ -65,7 +72,7 @@ _BUILT_IN = frozenset(
 _HOOKED = frozenset(("qwen2", "qwen3"))
 _SANDWICHED = frozenset(("gemma2", "gemma3", "gemma3_text"))
 
-_NORM_PARTS = ("weight", "bias")
+_PARTS = ("weight", "bias")
 
 
 def can_change_output(delta: Bottleneck) -> bool:
@@ -161,7 +168,9 @@ def _plain(config: BottleneckConfig, base: BaseDescription, name: str) -> str:
 def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[BottleneckConfig, str]:
     """The parsed config and the adapter's name, if the base's layers are as the derivation needs them."""
     adapterhub_format.check_base(config, base)
-    parsed = parse_bottleneck_config(adapterhub_format.method_config(config))
+    inner = adapterhub_format.method_config(config)
+    check_gating(inner, base)
+    parsed = parse_bottleneck_config(inner)
     if base.model_type in _SANDWICHED:
         raise AdapterUnsupportedError(
             "model_type",
@@ -208,10 +217,10 @@ def _block_shapes(config: BottleneckConfig, block: Block, hidden_size: int) -> d
             shapes |= phm_shapes(config.phm, block, module, direction, d_in, d_out)
     for norm, is_used in (("before", config.ln_before), ("after", config.ln_after)):
         if is_used:
-            shapes |= {f"{block.module}adapter_norm_{norm}.{part}": (hidden_size,) for part in _NORM_PARTS}
+            shapes |= {f"{block.module}adapter_norm_{norm}.{part}": (hidden_size,) for part in _PARTS}
     if isinstance(config.scaling, str):
         shapes[f"{block.module}scaling"] = (1,) if config.scaling == "learned" else (hidden_size,)
-    return shapes
+    return shapes | (gate_shapes(f"{block.module}gate.", hidden_size) if config.is_gated else {})
 
 
 def _lower_block(
@@ -238,6 +247,7 @@ def _lower_block(
         carry=flow.carry,
         carry_normed=flow.carry_normed,
         skips_norm=flow.skips_norm,
+        gate=Gate(*(read(f"{block.module}gate.{part}") for part in _PARTS)) if config.is_gated else None,
     )
 
 

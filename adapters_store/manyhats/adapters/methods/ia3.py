@@ -14,8 +14,14 @@ from typing import Any
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
-from manyhats.adapters.formats.adapterhub.loras import AdaptedModule, LorasConfig, find_modules, read_config
-from manyhats.adapters.formats.adapterhub.tensors import TensorNames, plain_names
+from manyhats.adapters.formats.adapterhub.loras import (
+    AdaptedModule,
+    LorasConfig,
+    check_gate,
+    find_modules,
+    read_config,
+)
+from manyhats.adapters.formats.adapterhub.tensors import TensorNames, pick_gate, plain_names
 from manyhats.adapters.formats.peft.fields import check_fields
 from manyhats.adapters.formats.peft.module_selection import LAYERS, LAYERS_PATTERN, check_selected
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
@@ -120,7 +126,8 @@ class AdapterHubIa3Method:
     """IA3 from an AdapterHub directory: each adapted linear's *output*, bias included, becomes ``y ⊙ (alpha · l)``.
 
     PEFT's IA3 rescales the *input* of feed-forward modules instead; here every module is treated alike. On Llama the
-    default adapts k, v and down_proj, on BERT k, v and what feeds the activation.
+    default adapts k, v and down_proj, on BERT k, v and what feeds the activation. A gate, where there is one, stands in
+    place of alpha.
     """
 
     @property
@@ -134,6 +141,7 @@ class AdapterHubIa3Method:
         names = plain_names(candidate.shapes, base)
         for module, plain in _vectors(config, name, names, base):
             _check_shape(names, plain, candidate.shapes, base.linears[module.site.name][1])
+            check_gate(module, names, candidate.shapes, base)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """One ``Affine`` per linear, ordered by site; vectors are float32."""
@@ -143,8 +151,11 @@ class AdapterHubIa3Method:
         deltas = []
         for module, plain in _vectors(config, name, names, base):
             _check_shape(names, plain, shapes, base.linears[module.site.name][1])
+            check_gate(module, names, shapes, base)
+            gate = None if module.gate is None else pick_gate(names, artifact.tensors, module.gate)
             (vector,) = module.split(names.pick(artifact.tensors, plain).float().reshape(-1))
-            deltas.append(Affine(site=module.site, scale=vector * config.alpha, offset=None))
+            scale = vector * config.alpha if gate is None else vector
+            deltas.append(Affine(module.site, scale, None, gate))
         return LoweredAdapter(digest=artifact.digest, deltas=tuple(deltas))
 
 

@@ -16,8 +16,19 @@ from torch import Tensor
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, shown
-from manyhats.adapters.formats.adapterhub.loras import AdaptedModule, find_modules, read_config
-from manyhats.adapters.formats.adapterhub.tensors import TensorNames, full_path, plain_name, plain_names
+from manyhats.adapters.formats.adapterhub.loras import (
+    AdaptedModule,
+    check_gate,
+    find_modules,
+    read_config,
+)
+from manyhats.adapters.formats.adapterhub.tensors import (
+    TensorNames,
+    full_path,
+    pick_gate,
+    plain_name,
+    plain_names,
+)
 from manyhats.adapters.formats.peft.lora_config import parse_lora_config
 from manyhats.adapters.formats.peft.lora_tensors import (
     BIAS,
@@ -112,7 +123,8 @@ class AdapterHubLoraMethod:
 
     On Llama the library calls down_proj *intermediate* and up_proj *output*, elsewhere the other way round, so the
     tensors' names decide. Versions before 1.1 did not scale at all. GPT-2's queries, keys and values are one module,
-    with the LoRAs of those that the config names below each other: A [n · R, d_in] and B [n · d_out, R].
+    with the LoRAs of those that the config names below each other: A [n · R, d_in] and B [n · d_out, R]. A gate, where
+    there is one, stands in place of alpha / R.
     """
 
     @property
@@ -138,8 +150,10 @@ class AdapterHubLoraMethod:
         for module in find_modules(config, name, names, base):
             _check_pair(module, config.rank, names, shapes, base)
             a, b = (names.pick(artifact.tensors, module.parts[part]) for part in ("lora_A", "lora_B"))
+            gate = None if module.gate is None else pick_gate(names, artifact.tensors, module.gate)
+            scale = config.alpha / config.rank if gate is None else 1.0
             deltas += [
-                LowRank(linear.site, own_a, own_b, config.alpha / config.rank)
+                LowRank(linear.site, own_a, own_b, scale, gate)
                 for linear, own_a, own_b in zip(
                     module.linears, a.split(config.rank), module.split(b), strict=True
                 )
@@ -157,6 +171,7 @@ def _check_pair(
     d_in, count = base.linears[module.site.name][0], len(module.linears)
     d_out = sum(base.linears[linear.site.name][1] for linear in module.linears)
     present = names.names(next(iter(module.parts.values())))[0]
+    check_gate(module, names, shapes, base)
     for part, expected in (("lora_A", (count * rank, d_in)), ("lora_B", (d_out, rank))):
         if part not in module.parts:
             path = full_path(base, plain_name(base, present).rpartition(".")[0])

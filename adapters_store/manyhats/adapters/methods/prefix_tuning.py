@@ -17,8 +17,21 @@ from manyhats.adapters.activations import ACTIVATIONS, activation_name
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError, shown
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
-from manyhats.adapters.formats.adapterhub.fields import read_count, read_flag, read_leave_out, refuse_unserved
-from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_shapes, plain_name
+from manyhats.adapters.formats.adapterhub.fields import (
+    check_gating,
+    read_count,
+    read_flag,
+    read_leave_out,
+    refuse_unserved,
+)
+from manyhats.adapters.formats.adapterhub.places import places_of
+from manyhats.adapters.formats.adapterhub.tensors import (
+    TensorNames,
+    check_shapes,
+    gate_shapes,
+    pick_gate,
+    plain_name,
+)
 from manyhats.adapters.formats.peft.prompt_config import (
     PROMPT_EMBEDDINGS,
     PromptConfig,
@@ -30,15 +43,15 @@ from manyhats.adapters.formats.peft.prompt_config import (
 )
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.primitives import KVPrefix, LoweredAdapter
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PrefixGate
+from manyhats.adapters.sites import BaseDescription, Site
 
 # They say how it was trained: what PEFT saves is the projection's result, not what goes into it. A cartridge
 # (num_frozen_tokens) is saved, laid out and read as a prefix is.
 _PREFIX_FIELDS = frozenset(("encoder_hidden_size", "init_weights", "prefix_projection"))
 _CARTRIDGE_FIELDS = frozenset(("num_frozen_tokens",))
 
-_MODEL_TYPES = ("bert", "electra", "llama", "mistral", "roberta", "xlm-roberta")
+_MODEL_TYPES = ("bert", "distilbert", "electra", "llama", "mistral", "roberta", "xlm-roberta")
 _KNOWN = frozenset(
     (
         "architecture",
@@ -47,15 +60,15 @@ _KNOWN = frozenset(
         "bottleneck_size",
         "non_linearity",
         "leave_out",
-        # These matter only in training, or in models with an encoder, or with a gate.
+        "use_gating",
+        "shared_gating",
+        # These matter only in training, or in models with cross-attention.
         "encoder_prefix",
         "cross_prefix",
         "dropout",
-        "shared_gating",
         "init_weights_seed",
     )
 )
-_REFUSED = {"use_gating": "a gate, which averages over the whole sequence"}
 # The library's pickles repeat the table under each layer.
 _REPEATED = ".prefix_tuning.pool.prefix_tunings."
 
@@ -141,13 +154,21 @@ def _check_prefix(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Config:
-    """The config's fields that determine the maths; ``module`` is the table module's plain name, with a dot."""
+    """The config's fields that determine the maths, and where they lie.
+
+    Attributes:
+        module: the table module's plain name, with a dot at its end.
+        gates: those of the layers' gates; none if there are none.
+        num_gates: for keys and values, 1 together or 2.
+    """
 
     num_virtual_tokens: int
     is_flat: bool
     bottleneck_size: int
     activation: str
     module: str
+    gates: tuple[str, ...]
+    num_gates: int
 
 
 def prefix_table(
@@ -175,7 +196,8 @@ class AdapterHubPrefixMethod:
     (``flat``) or computed by a small network, ``W₂ · act(W₁ · E + b₁) + b₂`` with E one row per virtual token, which
     is run once, when the adapter is loaded.
 
-    Keys are never rotated. Real token t has position t: the library does not shift positions, PEFT does.
+    Keys are never rotated. Real token t has position t: the library does not shift positions, PEFT does. With
+    ``use_gating`` each layer's keys and values are multiplied by gates of the text.
     """
 
     @property
@@ -204,15 +226,18 @@ class AdapterHubPrefixMethod:
             count, base.num_layers, 2, base.num_kv_heads, base.head_dim
         )
         keys, values = table.permute(2, 1, 0, 3, 4).contiguous()
+        gates = (pick_gate(names, artifact.tensors, gate) for gate in config.gates)
         return LoweredAdapter(
-            digest=artifact.digest, deltas=(), prefix=KVPrefix(keys, values, position_offset=-count)
+            digest=artifact.digest,
+            deltas=tuple(PrefixGate(Site(layer, "prefix"), gate) for layer, gate in enumerate(gates)),
+            prefix=KVPrefix(keys, values, position_offset=-count),
         )
 
 
 def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
     adapterhub_format.check_base(outer, base)
     config = adapterhub_format.method_config(outer)
-    refuse_unserved(config, known=_KNOWN, refused=_REFUSED)
+    refuse_unserved(config, known=_KNOWN, refused={})
     if base.model_type not in _MODEL_TYPES:
         raise AdapterUnsupportedError(
             "model_type",
@@ -229,6 +254,9 @@ def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
             "leave_out", f"leaves out layer {left_out[0]}; a prefix is served in every layer or not at all"
         )
     is_flat = read_flag(config, "flat", False)
+    name = adapterhub_format.adapter_name(outer)
+    check_gating(config, base)
+    places, is_gated = places_of(base.model_type), read_flag(config, "use_gating", False)
     return _Config(
         num_virtual_tokens=read_count(config, "prefix_length", 30),
         is_flat=is_flat,
@@ -236,7 +264,12 @@ def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
         activation="linear"
         if is_flat
         else activation_name("non_linearity", config.get("non_linearity", "tanh")),
-        module=f"prefix_tuning.prefix_tunings.{adapterhub_format.adapter_name(outer)}.self_prefix.",
+        module=f"prefix_tuning.prefix_tunings.{name}.{places.self_prefix}.",
+        gates=tuple(
+            f"{places.layer}.{layer}.{places.self_attention}.prefix_tuning.prefix_gates.{name}."
+            for layer in range(base.num_layers if is_gated else 0)
+        ),
+        num_gates=1 if read_flag(config, "shared_gating", True) else 2,
     )
 
 
@@ -264,7 +297,10 @@ def _check_tensors(
             "control_trans.2.weight": (columns, config.bottleneck_size),
             "control_trans.2.bias": (columns,),
         }
-    check_shapes(names, shapes, {config.module + part: shape for part, shape in expected.items()}, base)
+    expected = {config.module + part: shape for part, shape in expected.items()}
+    for gate in config.gates:
+        expected |= gate_shapes(gate, base.hidden_size, config.num_gates)
+    check_shapes(names, shapes, expected, base)
 
 
 def _table(config: _Config, names: TensorNames, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -55,5 +55,7 @@ def _check_kind(site: Site, delta: Delta) -> None:
     name = type(delta).__name__
     if isinstance(delta, Bottleneck) != (site.name in SUBLAYERS):
         raise BaseError(f"{site}: {name} does not act there")
+    if getattr(delta, "gate", None) is not None:
+        raise BaseError(f"{site}: gates are not trained")
     if site == HEAD and isinstance(delta, Affine | InputScale):
         raise BaseError(f"{site}: {name} is not trained on the output head")

@@ -34,6 +34,7 @@ _KNOWN = frozenset(
         "residual_before_ln",
         "adapter_residual_before_ln",
         "leave_out",
+        "use_gating",
         "phm_layer",
         "phm_dim",
         "phm_rank",
@@ -56,7 +57,6 @@ _KNOWN = frozenset(
 )
 _SUM = "post_add"
 _REFUSED = {
-    "use_gating": "a gate, which averages over the whole sequence",
     "inv_adapter": "an invertible adapter on the embedding",
     "invertible_adapter": "an invertible adapter on the embedding",
     "cross_adapter": "an adapter after cross-attention, which no decoder here has",
@@ -98,6 +98,7 @@ class BottleneckConfig:
         scaling: a constant, ``learned`` (one number) or ``channel`` (one per channel).
         residual_is_sum: whether ``residual_before_ln`` is ``post_add``.
         leave_out: layers without adapters.
+        is_gated: whether each adapter has a gate.
         phm: None for plain matrices.
     """
 
@@ -115,6 +116,7 @@ class BottleneckConfig:
     ln_after: bool
     scaling: float | str
     leave_out: frozenset[int]
+    is_gated: bool
     phm: PhmConfig | None
 
     def size(self, layer: int, hidden_size: int) -> int:
@@ -161,6 +163,7 @@ def parse_bottleneck_config(config: Mapping[str, Any]) -> BottleneckConfig:
         ln_after=read_flag(config, "ln_after", False),
         scaling=_read_scaling(config.get("scaling", 1.0)),
         leave_out=read_leave_out(config),
+        is_gated=read_flag(config, "use_gating", False),
         phm=_read_phm(config) if read_flag(config, "phm_layer", False) else None,
     )
 

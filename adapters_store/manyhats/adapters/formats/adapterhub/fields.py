@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from manyhats.adapters.errors import AdapterInvalidError, shown
+from manyhats.adapters.formats.adapterhub.places import check_encoder
 from manyhats.adapters.formats.config_fields import parse_flag, refuse_fields
+from manyhats.adapters.sites import BaseDescription
 
 _MAX_LAYERS = 4096
 _MAX_NUMBER = 1e6
@@ -35,6 +37,17 @@ def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
         AdapterInvalidError: it is another type.
     """
     return parse_flag(key, config.get(key, default))
+
+
+def check_gating(config: Mapping[str, Any], base: BaseDescription) -> None:
+    """Refuse gates where there are only beginnings of texts.
+
+    Raises:
+        AdapterInvalidError: ``use_gating`` is not a flag.
+        AdapterUnsupportedError: it is set, and the base is no encoder that the library knows.
+    """
+    if read_flag(config, "use_gating", False):
+        check_encoder(base, "use_gating", "a gate, which averages over a whole text")
 
 
 def read_number(config: Mapping[str, Any], key: str, default: float) -> float:

@@ -13,13 +13,21 @@ from torch import Tensor
 from manyhats.adapters.errors import AdapterInvalidError, shown
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
 from manyhats.adapters.formats.adapterhub.fields import (
+    check_gating,
     read_count,
     read_flag,
     read_leave_out,
     read_number,
     refuse_unserved,
 )
-from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_layers, full_path, refuse_tensor
+from manyhats.adapters.formats.adapterhub.tensors import (
+    TensorNames,
+    check_expected,
+    check_layers,
+    full_path,
+    gate_shapes,
+    refuse_tensor,
+)
 from manyhats.adapters.sites import BaseDescription, Part, Site
 
 _KNOWN = frozenset(
@@ -33,6 +41,7 @@ _KNOWN = frozenset(
         "output_lora",
         "leave_out",
         "composition_mode",
+        "use_gating",
         # These matter only in training, or show in the tensors.
         "dropout",
         "dtype",
@@ -41,11 +50,12 @@ _KNOWN = frozenset(
     )
 )
 _REFUSED = {
-    "use_gating": "a gate, which averages over the whole sequence",
     "use_dora": "DoRA as AdapterHub computes it",
     "vera_d": "VeRA",
     "vera_b": "VeRA",
 }
+_PARTS = ("lora_A", "lora_B")
+_GATE_PARTS = ("gate.weight", "gate.bias")
 _ATTENTION: Mapping[str, str] = MappingProxyType({"q_proj": "q", "k_proj": "k", "v_proj": "v"})
 # Of the attention, and yet with no letter.
 _OUTPUT = "o_proj"
@@ -64,6 +74,7 @@ class LorasConfig:
         is_in_feed_forward: whether the config places any in the feed-forward block. Which linears those are
             differs by architecture, so the tensors decide.
         leave_out: layers without adapters.
+        is_gated: whether each delta has a gate, in place of its constant factor.
     """
 
     rank: int
@@ -71,6 +82,7 @@ class LorasConfig:
     attention: frozenset[str]
     is_in_feed_forward: bool
     leave_out: frozenset[int]
+    is_gated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +93,13 @@ class AdaptedModule:
         linears: those that are adapted: one, or some of the queries, keys and values that the module computes.
         is_merged: whether the module computes queries, keys and values.
         parts: part (``lora_B``) → its plain name.
+        gate: plain name of the gate's module, with a dot at its end; None for none.
     """
 
     linears: tuple[Part, ...]
     is_merged: bool
     parts: Mapping[str, str]
+    gate: str | None
 
     @property
     def site(self) -> Site:
@@ -119,6 +133,7 @@ def parse_loras_config(config: Mapping[str, Any]) -> LorasConfig:
         is_in_feed_forward=read_flag(config, "intermediate_lora", False)
         or read_flag(config, "output_lora", False),
         leave_out=read_leave_out(config),
+        is_gated=read_flag(config, "use_gating", False),
     )
 
 
@@ -130,7 +145,9 @@ def read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[Loras
         BaseMismatchError: the config was made for another base.
     """
     adapterhub_format.check_base(config, base)
-    parsed = parse_loras_config(adapterhub_format.method_config(config))
+    inner = adapterhub_format.method_config(config)
+    check_gating(inner, base)
+    parsed = parse_loras_config(inner)
     return parsed, adapterhub_format.adapter_name(config)
 
 
@@ -149,11 +166,17 @@ def find_modules(
     check_layers(names, base)
     marker = f".loras.{name}."
     parts: dict[str, dict[str, str]] = defaultdict(dict)
+    gates: dict[str, str] = {}
     for plain in names:
         module, found, part = plain.partition(marker)
-        if not found or part not in ("lora_A", "lora_B"):
+        if found and part in _PARTS:
+            parts[module][part] = plain
+        elif found and part in _GATE_PARTS and config.is_gated:
+            gates.setdefault(module, plain)
+        else:
             refuse_tensor(names.names(plain)[0])
-        parts[module][part] = plain
+    for module in gates.keys() - parts.keys():
+        refuse_tensor(names.names(gates[module])[0])
     modules = []
     for module, found_parts in parts.items():
         tensor, path = names.names(next(iter(found_parts.values())))[0], full_path(base, module)
@@ -162,7 +185,8 @@ def find_modules(
             raise AdapterInvalidError(tensor, f"acts on {shown(path)}, which is not a linear of the base")
         for linear in linears:
             _check_place(config, linear.site, tensor)
-        modules.append(AdaptedModule(linears, len(base.modules[path]) > 1, found_parts))
+        gate = f"{module}{marker}gate." if config.is_gated else None
+        modules.append(AdaptedModule(linears, len(base.modules[path]) > 1, found_parts, gate))
     return sorted(modules, key=lambda module: module.site)
 
 
@@ -187,3 +211,15 @@ def _check_place(config: LorasConfig, site: Site, tensor: str) -> None:
         raise AdapterInvalidError(
             tensor, "is in the feed-forward block, and neither intermediate_lora nor output_lora is set"
         )
+
+
+def check_gate(
+    module: AdaptedModule, names: TensorNames, shapes: Mapping[str, tuple[int, ...]], base: BaseDescription
+) -> None:
+    """Check that a gate is there, if the config asks for it, and fits.
+
+    Raises:
+        AdapterInvalidError: names the tensor.
+    """
+    if module.gate is not None:
+        check_expected(names, shapes, gate_shapes(module.gate, base.linears[module.site.name][0]), base)

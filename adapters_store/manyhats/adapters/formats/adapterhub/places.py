@@ -20,6 +20,8 @@ class Places:
         layer: path of a layer, below the prefix of the base's modules, up to its number.
         attention: the module of a layer that holds the adapters on the attention's output.
         feed_forward: the same for the feed-forward.
+        self_attention: the module of a layer that holds the prefixes' gates.
+        self_prefix: what the library calls a prefix of that module.
         is_normed: whether they lie before a norm of the stream: of the sum of sub-layer and residual.
         prefix: of the base's modules, where only its ``model_type`` is known.
     """
@@ -27,6 +29,8 @@ class Places:
     layer: str = "layers"
     attention: str = "attention_adapters"
     feed_forward: str = "output_adapters"
+    self_attention: str = "self_attn"
+    self_prefix: str = "self_prefix"
     is_normed: bool = False
     prefix: str = "model."
 
@@ -48,7 +52,9 @@ def _pattern(layer: str) -> re.Pattern[str]:
 
 _LLAMA = Places()
 _GPT2 = Places("h", prefix="transformer.")
-_BERT = Places("encoder.layer", "attention.output", "output", is_normed=True, prefix="bert.")
+_BERT = Places(
+    "encoder.layer", "attention.output", "output", "attention.self", is_normed=True, prefix="bert."
+)
 _ROBERTA = replace(_BERT, prefix="roberta.")
 _PLACES: Mapping[str, Places] = MappingProxyType(
     {
@@ -56,7 +62,13 @@ _PLACES: Mapping[str, Places] = MappingProxyType(
         "bert": _BERT,
         "electra": replace(_BERT, prefix="electra."),
         **dict.fromkeys(("roberta", "xlm-roberta"), _ROBERTA),
-        "distilbert": Places("transformer.layer", is_normed=True, prefix="distilbert."),
+        "distilbert": Places(
+            "transformer.layer",
+            self_attention="attention",
+            self_prefix="self",
+            is_normed=True,
+            prefix="distilbert.",
+        ),
     }
 )
 

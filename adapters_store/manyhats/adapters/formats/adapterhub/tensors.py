@@ -21,12 +21,11 @@ from manyhats.adapters.errors import (
     shown,
 )
 from manyhats.adapters.formats.adapterhub.places import places_of
+from manyhats.adapters.primitives import Gate
 from manyhats.adapters.sites import BaseDescription
 
 # Part of a tensor's name → what it belongs to.
 _UNSERVED: Mapping[str, str] = {
-    ".gate.": "use_gating, which averages over the whole sequence",
-    ".prefix_gates.": "use_gating, which averages over the whole sequence",
     "invertible_adapters.": "inv_adapter, an invertible adapter on the embedding",
     "cross_attention_adapters.": "cross_adapter",
     ".adapter_fusion_layer.": "AdapterFusion",
@@ -88,6 +87,16 @@ def plain_names(names: Iterable[str], base: BaseDescription) -> TensorNames:
     return TensorNames(names, partial(plain_name, base))
 
 
+def gate_shapes(module: str, size: int, count: int = 1) -> dict[str, tuple[int, ...]]:
+    """The tensors of a gate, by plain name; ``module`` ends with a dot."""
+    return {f"{module}weight": (count, size), f"{module}bias": (count,)}
+
+
+def pick_gate(names: TensorNames, tensors: Mapping[str, Tensor], module: str) -> Gate:
+    """A gate, whose module's plain name ends with a dot."""
+    return Gate(*(names.pick(tensors, f"{module}{part}") for part in ("weight", "bias")))
+
+
 def check_shapes(
     names: TensorNames,
     shapes: Mapping[str, tuple[int, ...]],
@@ -109,6 +118,20 @@ def check_shapes(
     for plain in names:
         if plain not in expected:
             refuse_tensor(names.names(plain)[0])
+    check_expected(names, shapes, expected, base)
+
+
+def check_expected(
+    names: TensorNames,
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    base: BaseDescription,
+) -> None:
+    """Check that tensors are there and have their shapes; the arguments are those of ``check_shapes``.
+
+    Raises:
+        AdapterInvalidError: a tensor is missing, or has another shape.
+    """
     for plain, shape in expected.items():
         if plain not in names:
             raise AdapterInvalidError(full_path(base, plain), "is missing, though the config asks for it")

@@ -22,6 +22,7 @@ class Batch:
         positions: [N] int32.
         cells: [N] int64.
         query_start: [B + 1] int32.
+        text_slots: [B] int32, each sequence's adapter slot.
         context_len: [B] int32.
         block_tables: [B, longest] int32.
         adapter_rows: rows with an adapter.
@@ -38,6 +39,7 @@ class Batch:
     positions: Tensor
     cells: Tensor
     query_start: Tensor
+    text_slots: Tensor
     context_len: Tensor
     block_tables: Tensor
     adapter_rows: AdapterRows
@@ -62,6 +64,7 @@ class Batch:
             positions=torch.from_numpy(plan.positions),
             cells=torch.from_numpy(plan.cells),
             query_start=torch.from_numpy(plan.query_start),
+            text_slots=torch.from_numpy(plan.row_slots[plan.query_start[:-1]]),
             context_len=torch.from_numpy(plan.context_len),
             block_tables=torch.from_numpy(plan.block_tables),
             adapter_rows=AdapterRows.of(plan.row_slots),
@@ -77,6 +80,8 @@ class Batch:
     def describe(self, frame: Array) -> None:
         """Enters its numbers, and the addresses of its arrays, into a step's frame."""
         frame[col.NUM_ROWS] = self.token_ids.shape[0]
+        frame[col.NUM_TEXTS] = self.text_slots.shape[0]
+        frame[col.TEXT_SLOTS] = self.text_slots.data_ptr()
         frame[col.NUM_LOGIT_ROWS] = self.logit_rows.shape[0]
         frame[col.MAX_BLOCKS] = self.block_tables.shape[1]
         frame[col.POSITIONS] = self.positions.data_ptr()

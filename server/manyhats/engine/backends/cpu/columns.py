@@ -28,7 +28,10 @@ from __future__ import annotations
     DELTAS,
     BOTTLENECK,
     UNNORMED,
-) = range(24)
+    GATE_LINEARS,
+    GATE_SUBLAYER,
+    GATE_PREFIX,
+) = range(27)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -56,6 +59,9 @@ PANEL_ROWS, WEIGHTS, ABSMAX, ROW_BLOCK, ROW_OFFSET, NESTED, NESTED_CODE, BIAS = 
 # Of bottlenecks, whose GROUP is the sub-layer: the norm of the stream behind them, whose weight has the address 0 if
 # there is none.
 STREAM_WEIGHT, STREAM_BIAS, IS_STREAM_LAYER = range(9, 12)
+# Of these and of deltas: the buffer of their gates, ``GATES_OF_TEXT`` of each text; 0 if there are none.
+GATES = 12
+GATES_OF_TEXT = 4
 NUM_COLUMNS = 17
 # Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones; NF4 and int8 for inputs in
 # integers.
@@ -67,6 +73,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
 # the C functions that carry out a share of an instruction: one that reads neither cache nor adapters, the cache, them.
 (
     NUM_ROWS,
+    NUM_TEXTS,
     NUM_LOGIT_ROWS,
     NUM_HIDDEN_ROWS,
     NUM_NORMED_ROWS,
@@ -84,6 +91,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     CELLS,
     UNITS,
     QUERY_START,
+    TEXT_SLOTS,
     CONTEXT_LEN,
     BLOCK_TABLES,
     LOGIT_ROWS,
@@ -103,6 +111,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     FINISHED,
     LINEAR_TABLES,
     SUBLAYER_TABLES,
+    PREFIX_TABLE,
     NUM_THREADS,
     NUM_INSTRUCTIONS,
     INSTRUCTIONS,
@@ -115,8 +124,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     PLAIN_SHARE,
     CACHE_SHARE,
     ADAPTER_SHARE,
-) = range(49)
-FRAME_SIZE = 49
+) = range(52)
+FRAME_SIZE = 52
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

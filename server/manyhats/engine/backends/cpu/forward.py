@@ -21,7 +21,7 @@ from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 # feed-forward beside the attention; queries with keys and values (or gate with up), what attention (or the activation)
 # makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm, where that is
 # not what the head reads; what it reads, and the logits. Buffers of H rows: the first two of these for rows whose
-# hidden values are wanted. And one of what enters behind the norm of the embeddings.
+# hidden values are wanted. And what enters behind the norm of the embeddings, and texts' gates.
 (
     EMBEDDED,
     STREAM,
@@ -37,8 +37,9 @@ from manyhats.engine.model.weights import BlockWeights, Linear, Weights
     FINAL_HIDDEN,
     HIDDEN,
     NORMED_EMBEDDED,
-) = range(14)
-NUM_BUFFERS = 14
+    GATES,
+) = range(15)
+NUM_BUFFERS = 15
 OF_LOGIT_ROWS = (FINAL, LAST, LOGITS)
 OF_HIDDEN_ROWS = (FINAL_HIDDEN, HIDDEN)
 ACTIVATIONS = {
@@ -75,6 +76,9 @@ class Forward:
             **dict.fromkeys((LAST, HIDDEN), architecture.read_size),
         }
         self._kernels = kernels
+        # A step has all rows of a text where they see each other.
+        self._gates = GATES if architecture.attention.sees_all else 0
+        self.sizes[GATES] = col.GATES_OF_TEXT if self._gates else 0
         self._layout = Layout.of(architecture)
         self._rotary = RotaryTables(architecture)
         self.first = self._enter(architecture, weights)
@@ -193,6 +197,8 @@ class Forward:
             self.program.norm_heads(WIDE, size, queries, keys)
         angles = self._rotary.tables[attention.rope]
         self.program.rotate(WIDE, size, layer, angles, attention.num_heads)
+        if self._gates:
+            self.program.gate_prefix(hidden, self.sizes[STREAM], layer)
         sizes = size, attention.query_size
         self.program.attention(
             WIDE,
@@ -235,7 +241,7 @@ class Forward:
         if scale != 1.0:
             self.program.scale(OUTPUT, size, scale)
         place = size, SUBLAYERS.index(sublayer), layer
-        self.program.bottleneck(STREAM, OUTPUT, *place, stream)
+        self.program.bottleneck(STREAM, OUTPUT, *place, stream, self._gates)
         if stream is not None:
             self.program.add_norm(OUTPUT, STREAM, STREAM, stream)
             self.program.unnormed(OUTPUT, STREAM, *place)
@@ -254,7 +260,7 @@ class Forward:
         sizes = packed.in_features, packed.out_features
         index = self._layout.group_index(group)
         self.program.rescaled(source, target, packed, index, layer)
-        self.program.deltas(source, target, sizes, index, layer)
+        self.program.deltas(source, target, sizes, index, layer, self._gates)
         for buffer, size in zip((source, target), sizes, strict=True):
             self.sizes[buffer] = max(self.sizes[buffer], size)
         return packed.out_features

@@ -20,6 +20,7 @@ from manyhats.engine.backends.cpu.simd import (
     max_lanes,
     maximum,
     mul,
+    splat,
     store,
     store_scalar,
     sub,
@@ -80,6 +81,56 @@ def store_quantized(out, at, step, x, source, size, scales, scale_at):
 @overload(store_head)
 def _store_head(out, at, step, x, source, size, scales, scale_at):
     return (store_quantized if out.dtype == types.int8 else store_rounded).py_func
+
+
+def scale_keys(keys, at, head_dim, block_size, scales, scale_at, factors, factors_at):
+    """A head's keys in a block, [K, block_size] at ``at``, each cell's times its factor."""
+    raise TypeError("runs only inside a kernel")
+
+
+@inner
+def scale_keys_rounded(keys, at, head_dim, block_size, scales, scale_at, factors, factors_at):
+    """As float32 or bfloat16."""
+    for start in range(at, at + head_dim * block_size, block_size):
+        for i in range(0, block_size, 8):
+            store(keys, start + i, mul(load(keys, start + i), load(factors, factors_at + i)))
+
+
+@inner
+def scale_keys_quantized(keys, at, head_dim, block_size, scales, scale_at, factors, factors_at):
+    """Of int8 the scales."""
+    for i in range(block_size):
+        scales[scale_at + i] *= factors[factors_at + i]
+
+
+@overload(scale_keys)
+def _scale_keys(keys, at, head_dim, block_size, scales, scale_at, factors, factors_at):
+    return (scale_keys_quantized if keys.dtype == types.int8 else scale_keys_rounded).py_func
+
+
+def scale_values(values, at, head_dim, count, scales, scale_at, factor):
+    """A head's values in the first cells of a block, [count, K] at ``at``, times a factor."""
+    raise TypeError("runs only inside a kernel")
+
+
+@inner
+def scale_values_rounded(values, at, head_dim, count, scales, scale_at, factor):
+    """As float32 or bfloat16."""
+    factors = splat(factor)
+    for i in range(at, at + count * head_dim, 8):
+        store(values, i, mul(load(values, i), factors))
+
+
+@inner
+def scale_values_quantized(values, at, head_dim, count, scales, scale_at, factor):
+    """Of int8 the scales."""
+    for i in range(scale_at, scale_at + count):
+        scales[i] *= factor
+
+
+@overload(scale_values)
+def _scale_values(values, at, head_dim, count, scales, scale_at, factor):
+    return (scale_values_quantized if values.dtype == types.int8 else scale_values_rounded).py_func
 
 
 def scale_cells(cached, w, at, stride, rows, first, last, scales, blocks, block_size):

@@ -107,6 +107,7 @@ class CpuModel:
             self._forward.program.num_scratch_values,
             adapters.num_scratch_values,
             units.num_scratch_values,
+            cache.block_size,
         )
         buffers = self._buffers(batch, adapters)
         dtypes = cache.dtype, adapters.dtype

@@ -194,20 +194,40 @@ class Program:
         self._need(packed.num_scratch_values + RESCALED_ROWS * (2 * packed.in_features + packed.panel_rows))
         self._add(col.RESCALED, source, target, self._linear(packed, group, layer))
 
-    def deltas(self, source: int, target: int, sizes: tuple[int, int], group: int, layer: int) -> None:
-        """Each row's own scales, offsets and low-rank deltas; sizes are the linears' inputs and outputs."""
-        self._add(col.DELTAS, source, target, [sizes[0], layer, 0, sizes[1], group])
+    def deltas(
+        self, source: int, target: int, sizes: tuple[int, int], group: int, layer: int, gates: int = 0
+    ) -> None:
+        """Each row's own scales, offsets and low-rank deltas; sizes are the linears' inputs and outputs.
+
+        ``gates`` is the buffer for those of texts; 0 where there are none.
+        """
+        if gates:
+            self._add(col.GATE_LINEARS, source, gates, [sizes[0], layer, 0, sizes[1], group])
+        own = [sizes[0], layer, 0, sizes[1], group, 0, 0, 0, gates]
+        self._add(col.DELTAS, source, target, own)
 
     def bottleneck(
-        self, stream: int, target: int, size: int, sublayer: int, layer: int, norm: PackedNorm | None
+        self,
+        stream: int,
+        target: int,
+        size: int,
+        sublayer: int,
+        layer: int,
+        norm: PackedNorm | None,
+        gates: int = 0,
     ) -> None:
         """Each row's own bottleneck on a sub-layer's output, which the norm of the stream follows, if any."""
-        own = [size, layer, 0, 0, sublayer]
-        if norm is None:
-            self._add(col.BOTTLENECK, stream, target, own)
-            return
-        own += [self._address(norm.weight), self._address(norm.bias), int(norm.is_layer)]
-        self._add(col.BOTTLENECK, stream, target, own, norm.eps)
+        own, eps = [size, layer, 0, 0, sublayer, 0, 0, 0, gates], 0.0
+        if norm is not None:
+            own[5:8] = [self._address(norm.weight), self._address(norm.bias), int(norm.is_layer)]
+            eps = norm.eps
+        if gates:
+            self._add(col.GATE_SUBLAYER, stream, target, own, eps)
+        self._add(col.BOTTLENECK, stream, target, own, eps)
+
+    def gate_prefix(self, source: int, size: int, layer: int) -> None:
+        """Texts' own prefixes times their gates, of the attention's input, in the cache."""
+        self._add(col.GATE_PREFIX, source, source, [size, layer])
 
     def unnormed(self, source: int, stream: int, size: int, sublayer: int, layer: int) -> None:
         """``stream = source`` for rows whose bottlenecks, which left their streams in source, skip its norm."""

@@ -23,6 +23,12 @@ from manyhats.engine.backends.cpu.adapters.deltas import (
     num_rescaled_shares,
     rescaled,
 )
+from manyhats.engine.backends.cpu.adapters.gates import (
+    gate_linears,
+    gate_prefix,
+    gate_sublayer,
+    num_gate_shares,
+)
 from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_at, signed_bytes_at
 from manyhats.engine.backends.cpu.attention.attend import attend
 from manyhats.engine.backends.cpu.compile import inner, kernel
@@ -63,6 +69,8 @@ def num_shares(op, frame, num_threads):
         return num_bottleneck_shares(op, frame)
     if kind == col.UNNORMED:
         return num_unnormed_shares(op, frame)
+    if kind in (col.GATE_LINEARS, col.GATE_SUBLAYER, col.GATE_PREFIX):
+        return num_gate_shares(op, frame)
     # One thread finishes a row or two before another would notice them.
     return min(num_rows, _SHARES * num_threads) if num_rows > 2 else min(num_rows, 1)
 
@@ -83,7 +91,7 @@ def _rows_of_share(num_rows, share, count):
 @inner
 def _column_of(instruction):
     """The frame's column with the address of what carries out its shares."""
-    if instruction in (col.ROTATE, col.ATTENTION):
+    if instruction in (col.ROTATE, col.ATTENTION, col.GATE_PREFIX):
         return col.CACHE_SHARE
     return col.ADAPTER_SHARE if instruction in (col.DELTAS, col.BOTTLENECK) else col.PLAIN_SHARE
 
@@ -112,6 +120,10 @@ def plain_share(frame_address, index, share, count, at):
         rescaled(op, share, frame, buffers, scratch, at)
     elif kind == col.UNNORMED:
         unnormed(op, share, frame, buffers)
+    elif kind == col.GATE_LINEARS:
+        gate_linears(op, share, frame, buffers)
+    elif kind == col.GATE_SUBLAYER:
+        gate_sublayer(op, numbers, share, frame, buffers, scratch, at)
     elif kind == col.NORM_HEADS:
         norm_heads(op, numbers, first, last, buffers)
     elif kind == col.REFINE:
@@ -132,6 +144,8 @@ def cache_share(frame_address, index, share, count, at, like):
     buffers, scratch = longs_at(frame[col.BUFFERS]), floats_at(frame[col.SCRATCH])
     if op[col.INSTRUCTION] == col.ATTENTION:
         attend(op, numbers, share, frame, buffers, like, scratch, at)
+    elif op[col.INSTRUCTION] == col.GATE_PREFIX:
+        gate_prefix(op, share, frame, buffers, like, scratch, at)
     else:
         first, last = _rows_of_share(frame[op[col.ROWS]], share, count)
         rotate_and_store(op, first, last, frame, buffers, like)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from manyhats.adapters.primitives import Delta, LayerNorm, LoweredAdapter, by_site
+from manyhats.adapters.primitives import Delta, Gate, LayerNorm, LoweredAdapter, by_site
 from manyhats.adapters.sites import Site
 
 _MATRICES = frozenset(("a", "b", "rows", "weight", "down", "up"))
@@ -60,14 +60,14 @@ class TorchAdapterSlots:
         self.placed.pop(slot, None)
 
     def _kept(self, part: PartT) -> PartT:
-        """A delta, or a norm in it, on the device."""
+        """A delta, or a norm or gate in it, on the device."""
         changes: dict[str, Any] = {}
         for field in fields(part):
             value = getattr(part, field.name)
-            if isinstance(value, LayerNorm):
+            if isinstance(value, LayerNorm | Gate):
                 changes[field.name] = self._kept(value)
             elif isinstance(value, Tensor):
-                is_matrix = field.name in _MATRICES and not isinstance(part, LayerNorm)
+                is_matrix = field.name in _MATRICES and not isinstance(part, LayerNorm | Gate)
                 value = value.to(self._device, self._dtype if is_matrix else value.dtype)
                 changes[field.name] = value if field.name == "ids" else value.float()
         kept: PartT = replace(part, **changes)
@@ -75,5 +75,9 @@ class TorchAdapterSlots:
 
 
 def _tensors_of(part: Any) -> list[Tensor]:
+    """A delta's tensors, and those of norms and gates in it."""
     values = [getattr(part, field.name) for field in fields(part)]
-    return [value for value in values if isinstance(value, Tensor)]
+    inner = [
+        tensor for value in values if isinstance(value, LayerNorm | Gate) for tensor in _tensors_of(value)
+    ]
+    return [value for value in values if isinstance(value, Tensor)] + inner

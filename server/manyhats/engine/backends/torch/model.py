@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -19,10 +19,12 @@ from manyhats.adapters.primitives import (
     Bottleneck,
     EmbeddingLowRank,
     EmbeddingRows,
+    Gate,
     HeadRows,
     HeadWeight,
     InputScale,
     LowRank,
+    PrefixGate,
 )
 from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 from manyhats.engine.backends.logits import Finished, HostLogits
@@ -186,6 +188,8 @@ class _Step:
         self._one_by_one = model.device.type == "cpu"
         self._rows = list(self._rows_by_slot(plan.row_slots))
         self._logit_rows = list(self._rows_by_slot(plan.row_slots[plan.logit_rows]))
+        self._gates: dict[tuple[int, int], Tensor] = {}
+        self._prefix_gates: dict[int, Tensor] = {}
         self.own: list[OwnRows] = []
 
     def tensor(self, values: np.ndarray) -> Tensor:
@@ -228,10 +232,38 @@ class _Step:
             for rows, rescaling in self._deltas(site, InputScale):
                 y[rows, columns] = self._product(x[rows] * rescaling.scale, dense)[:, columns]
             for rows, delta in self._deltas(site, Affine):
-                y[rows, columns] = equations.affine(y[rows, columns], delta)
+                gate = self._gate(delta.gate, rows, lambda: x)
+                y[rows, columns] = equations.affine(y[rows, columns], delta, gate)
             for rows, low_rank in self._deltas(site, LowRank):
-                y[rows, columns] += equations.low_rank(x[rows], low_rank.a, low_rank.b, low_rank.scale)
+                scale = low_rank.scale * self._gate(low_rank.gate, rows, lambda: x)
+                y[rows, columns] += equations.low_rank(x[rows], low_rank.a, low_rank.b, scale)
+        if group.name == "qkv":
+            self._gate_prefixes(layer, x)
         return y
+
+    def _gate(self, gate: Gate | None, rows: Tensor, read: Callable[[], Tensor]) -> float | Tensor:
+        """The factors of rows' texts, [R, n]; ``read`` gives the inputs of all rows."""
+        if gate is None:
+            return 1.0
+        texts = np.searchsorted(self._plan.query_start, rows.cpu().numpy(), side="right") - 1
+        return torch.stack([self._gate_of_text(gate, text, read) for text in texts.tolist()])
+
+    def _gate_of_text(self, gate: Gate, text: int, read: Callable[[], Tensor]) -> Tensor:
+        """Each gate reads in one place, where its text's rows share what it gives."""
+        key = id(gate), text
+        if key not in self._gates:
+            first, last = self._plan.query_start[text : text + 2].tolist()
+            opened = torch.sigmoid(self._product(read()[first:last], _Dense(gate.weight, gate.bias)))
+            self._gates[key] = opened.double().mean(0).float()
+        return self._gates[key]
+
+    def _gate_prefixes(self, layer: int, x: Tensor) -> None:
+        """Notes by which factors the attention multiplies keys and values of texts' prefixes."""
+        self._prefix_gates = {}
+        for text, first in enumerate(self._plan.query_start[:-1].tolist()):
+            adapter = self._adapters.placed.get(int(self._plan.row_slots[first]))
+            for delta in () if adapter is None else adapter.at(Site(layer, "prefix"), PrefixGate):
+                self._prefix_gates[text] = self._gate_of_text(delta.gate, text, lambda: x)
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
         if norm.kind == "layer":
@@ -257,8 +289,19 @@ class _Step:
                 end = length - (last - row) + 1
                 begin = 0 if spec.window is None else max(0, end - spec.window)
                 end = length if spec.sees_all else end
-                out[row] = attended(queries[row], *cache.read(layer, cells[begin:end]), spec)
+                out[row] = attended(queries[row], *self._read(layer, cells[begin:end], sequence), spec)
         return out
+
+    def _read(self, layer: int, cells: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a text's cells, which begin with those of its prefix, times their gate."""
+        keys, values = self._cache.read(layer, cells)
+        gate = self._prefix_gates.get(text)
+        if gate is not None:
+            first, last = self._plan.query_start[text : text + 2].tolist()
+            num_virtual = len(cells) - (last - first)
+            keys[:num_virtual] *= gate[0]
+            values[:num_virtual] *= gate[-1]
+        return keys, values
 
     def activate(self, gate_up: Tensor, feed_forward: FeedForward) -> Tensor:
         activation = ACTIVATIONS[feed_forward.activation]
@@ -270,8 +313,11 @@ class _Step:
     def join(self, site: Site, stream: Tensor, output: Tensor, norm: StreamNorm | None) -> Tensor:
         normed = None if norm is None else partial(self.output_norm, norm=norm[0], weight=norm[1])
         unnormed = []
+        original = output.clone()  # which the gates of texts' other rows read
         for rows, delta in self._deltas(site, Bottleneck):
-            output[rows] = equations.bottleneck(delta, stream[rows], output[rows], normed)
+            read = partial(equations.bottleneck_input, delta, stream, original, normed)
+            gate = self._gate(delta.gate, rows, read)
+            output[rows] = equations.bottleneck(delta, stream[rows], output[rows], normed, gate)
             unnormed += [rows] if delta.skips_norm else []
         joined = stream + output
         if normed is None:

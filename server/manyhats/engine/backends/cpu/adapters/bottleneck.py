@@ -11,9 +11,10 @@ import numpy as np
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
+from manyhats.engine.backends.cpu.adapters.texts import gate_of
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
-from manyhats.engine.backends.cpu.rowwise import copy_row, norm_row
+from manyhats.engine.backends.cpu.rowwise import copy_row, norm_row, scale_row
 from manyhats.engine.backends.cpu.simd import (
     add,
     fma,
@@ -28,18 +29,18 @@ from manyhats.engine.backends.cpu.simd import (
 )
 
 # Columns of the address table.
-DOWN, DOWN_BIAS, UP, UP_BIAS, SCALE, BEFORE_WEIGHT, BEFORE_BIAS, AFTER_WEIGHT, AFTER_BIAS = range(9)
-NUM_ADDRESSES = 9
+DOWN, DOWN_BIAS, UP, UP_BIAS, SCALE, BEFORE_WEIGHT, BEFORE_BIAS, AFTER_WEIGHT, AFTER_BIAS, GATE = range(10)
+NUM_ADDRESSES = 10
 # Columns of the integer table; a size of 0 is a slot without an adapter here.
 SIZE, ACTIVATION, INPUT, NORM_RESIDUAL, SKIPS_NORM = range(5)
 NUM_INTEGERS = 5
 # Columns of the number table.
 KEEP, CARRY, CARRY_NORMED, BEFORE_EPS, AFTER_EPS = range(5)
 NUM_NUMBERS = 5
-# Columns of the table of sub-layers: which layers have bottlenecks, and which have some that skip the norm of the
-# stream; and per layer and slot, the rows of those tables.
-HAS_BOTTLENECKS, HAS_SKIPS, ADDRESSES, INTEGERS, NUMBERS = range(5)
-NUM_TABLE_COLUMNS = 5
+# Columns of the table of sub-layers: which layers have bottlenecks, which have some that skip the norm of the stream,
+# and which some with gates; and per layer and slot, the rows of those tables.
+HAS_BOTTLENECKS, HAS_SKIPS, HAS_GATES, ADDRESSES, INTEGERS, NUMBERS = range(6)
+NUM_TABLE_COLUMNS = 6
 # Values of INPUT and NORM_RESIDUAL.
 NOTHING, OUTPUT, SUM, RESIDUAL, NORMED = range(5)
 
@@ -148,9 +149,9 @@ def pick(kind, residual, output, start, size, op, op_numbers, scratch, at):
 
 @inner
 def row_delta(
-    residual, output, start, size, op, op_numbers, addresses, integers, numbers, like, f32, scratch, at
+    residual, output, start, size, op, op_numbers, addresses, integers, numbers, gate, like, f32, scratch, at
 ):
-    """Leaves f, or norm_after(f + norm_residual), in scratch[at : at + size]."""
+    """Leaves f, or norm_after(f + norm_residual), in scratch[at : at + size]; ``gate`` is the row's."""
     source = at + size
     inside = source + size
     pick(integers[INPUT], residual, output, start, size, op, op_numbers, scratch, source)
@@ -170,6 +171,8 @@ def row_delta(
     expand(scratch, inside, width, addresses[UP], size, like, np.float32(1.0), scratch, at)
     for i in range(0, size, 8):
         store(scratch, at + i, mul(load(scratch, at + i), load_address(addresses[SCALE] + 4 * i, f32)))
+    if addresses[GATE] != 0:
+        scale_row(scratch, at, size, gate)
     if addresses[AFTER_WEIGHT] != 0:
         if integers[NORM_RESIDUAL] != NOTHING:
             pick(integers[NORM_RESIDUAL], residual, output, start, size, op, op_numbers, scratch, source)
@@ -179,11 +182,17 @@ def row_delta(
 
 
 @inner
+def table_of(op, frame):
+    """The table of an instruction's sub-layer."""
+    return longs_at(frame[col.SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[col.GROUP])
+
+
+@inner
 def num_bottleneck_shares(op, frame):
     """A share is a row."""
     if frame[col.NUM_ADAPTER_ROWS] == 0:
         return 0
-    table = longs_at(frame[col.SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[col.GROUP])
+    table = table_of(op, frame)
     return frame[col.NUM_ADAPTER_ROWS] if bytes_at(table[HAS_BOTTLENECKS])[op[col.LAYER]] else 0
 
 
@@ -199,7 +208,7 @@ def bottleneck(op, op_numbers, share, frame, buffers, like, scratch, at):
         like: an array of the adapters' dtype.
         scratch: from ``at`` on, 2·D + the largest size rounded up to eight.
     """
-    table = longs_at(frame[col.SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[col.GROUP])
+    table = table_of(op, frame)
     entry = op[col.LAYER] * frame[col.NUM_SLOTS] + ints_at(frame[col.ADAPTER_SLOTS])[share]
     integers = ints_at(table[INTEGERS] + 4 * NUM_INTEGERS * entry)
     if integers[SIZE] == 0:
@@ -208,7 +217,11 @@ def bottleneck(op, op_numbers, share, frame, buffers, like, scratch, at):
     numbers = floats_at(table[NUMBERS] + 4 * NUM_NUMBERS * entry)
     residual, output = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
     size = op[col.SIZE]
-    start = np.int64(ints_at(frame[col.ADAPTER_ROWS])[share]) * size
+    row = np.int64(ints_at(frame[col.ADAPTER_ROWS])[share])
+    start = row * size
+    gate = np.float32(1.0)
+    if addresses[GATE] != 0:
+        gate = gate_of(op, row, 0, frame, buffers)
     row_delta(
         residual,
         output,
@@ -219,6 +232,7 @@ def bottleneck(op, op_numbers, share, frame, buffers, like, scratch, at):
         addresses,
         integers,
         numbers,
+        gate,
         like,
         scratch,
         scratch,
@@ -242,14 +256,14 @@ def num_unnormed_shares(op, frame):
     """A share is a row."""
     if frame[col.NUM_ADAPTER_ROWS] == 0:
         return 0
-    table = longs_at(frame[col.SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[col.GROUP])
+    table = table_of(op, frame)
     return frame[col.NUM_ADAPTER_ROWS] if bytes_at(table[HAS_SKIPS])[op[col.LAYER]] else 0
 
 
 @inner
 def unnormed(op, share, frame, buffers):
     """Target = source, for one row, if its bottleneck skips the norm of the stream."""
-    table = longs_at(frame[col.SUBLAYER_TABLES] + 8 * NUM_TABLE_COLUMNS * op[col.GROUP])
+    table = table_of(op, frame)
     entry = op[col.LAYER] * frame[col.NUM_SLOTS] + ints_at(frame[col.ADAPTER_SLOTS])[share]
     if ints_at(table[INTEGERS] + 4 * NUM_INTEGERS * entry)[SKIPS_NORM] == 0:
         return

@@ -6,17 +6,19 @@ import numpy as np
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
+from manyhats.engine.backends.cpu.adapters.texts import gate_of
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
 from manyhats.engine.backends.cpu.int16.linear import multiply_nf4
 from manyhats.engine.backends.cpu.int16.quantize import quantize_row
 from manyhats.engine.backends.cpu.linear import decode, tile_4x3
 from manyhats.engine.backends.cpu.packing import GROUP_ROWS, RESCALED_ROWS
-from manyhats.engine.backends.cpu.rowwise import copy_row
+from manyhats.engine.backends.cpu.rowwise import copy_row, scale_row
 from manyhats.engine.backends.cpu.simd import add, load, load_address, mul, store
 
 # Columns of a group's table: the number of members; where each member's outputs start, and how many there are; the
-# layers that have anything to do; and per layer, slot and member, addresses, ranks and scales, 0 for none.
+# layers that have anything to do; and per layer, slot and member, addresses, ranks and scales, 0 for none. Which layers
+# have gates, and their addresses.
 (
     NUM_MEMBERS,
     STARTS,
@@ -30,8 +32,10 @@ from manyhats.engine.backends.cpu.simd import add, load, load_address, mul, stor
     SCALE_ADDRESS,
     OFFSET_ADDRESS,
     INPUT_SCALE_ADDRESS,
-) = range(12)
-NUM_COLUMNS = 12
+    HAS_GATES,
+    GATE_ADDRESS,
+) = range(14)
+NUM_COLUMNS = 14
 
 ROWS_OF_THREAD = 4
 """With adapters: from so many on, a row is one share, whatever the number of members."""
@@ -80,7 +84,7 @@ def shift_span(y, at, size, address, like):
 
 @inner
 def deltas(op, share, frame, buffers, like, scratch, at):
-    """y = y · scale + offset, then y += scale · (x Aᵀ) B, for one row at one member or at all of them.
+    """y = y · g · scale + offset, then y += g · scale · (x Aᵀ) B, for one row at one member or at all of them.
 
     Args:
         op: source holds x, target y; [N, d_in] and [N, d_out of all members].
@@ -111,14 +115,20 @@ def change_row(op, index, member, frame, buffers, like, scratch, at):
     scale = longs_at(table[SCALE_ADDRESS])[entry]
     offset = longs_at(table[OFFSET_ADDRESS])[entry]
     rank = np.int64(ints_at(table[RANKS])[entry])
+    gate = np.float32(1.0)
+    is_gated = op[col.GATES] != 0 and longs_at(table[GATE_ADDRESS])[entry] != 0
+    if is_gated:
+        gate = gate_of(op, row, member, frame, buffers)
     if scale != 0:
+        if is_gated:
+            scale_row(y, start, size, gate)
         scale_span(y, start, size, scale, scratch)
     if offset != 0:
         shift_span(y, start, size, offset, scratch)
     if rank > 0:
         a, b = longs_at(table[A_ADDRESS])[entry], longs_at(table[B_ADDRESS])[entry]
         shrink(x, row * op[col.SIZE], op[col.SIZE], a, rank, like, scratch, at)
-        expand(scratch, at, rank, b, size, like, floats_at(table[SCALES])[entry], y, start)
+        expand(scratch, at, rank, b, size, like, floats_at(table[SCALES])[entry] * gate, y, start)
 
 
 @inner

@@ -21,6 +21,7 @@ from manyhats.adapters.primitives import (
     InputScale,
     LoweredAdapter,
     LowRank,
+    PrefixGate,
     site_of,
 )
 from manyhats.engine.backends.cpu import columns as col
@@ -29,6 +30,8 @@ from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
     LinearEntries,
     LinearTable,
+    PrefixEntries,
+    PrefixTable,
     SublayerEntries,
     SublayerTable,
 )
@@ -104,6 +107,7 @@ class PackedAdapter:
         self.memory = AdapterMemory(num_matrix_values, dtype)
         self.linears = {group: LinearEntries(num_layers, len(sizes)) for group, sizes in layout.sizes.items()}
         self.sublayers = {name: SublayerEntries(num_layers, layout.hidden_size) for name in SUBLAYERS}
+        self.prefix = PrefixEntries(num_layers)
         self.rescales_inputs = False
         self.embeddings: list[EmbeddingChange] = []
         self.heads: list[HeadChange] = []
@@ -137,6 +141,8 @@ class PackedAdapter:
                 self.rescales_inputs = True
             case Bottleneck():
                 self.sublayers[delta.site.name].add(delta, self.memory)
+            case PrefixGate():
+                self.prefix.add(delta, self.memory)
             case EmbeddingLowRank():
                 self.embeddings.append(LowRankLookup.of(delta, self._dtype))
             case EmbeddingRows():
@@ -165,6 +171,7 @@ class CpuAdapterSlots:
         self._sublayers = {
             name: SublayerTable(layout.num_layers, num_slots, layout.hidden_size) for name in SUBLAYERS
         }
+        self._prefixes = PrefixTable(layout.num_layers, num_slots)
         self._linear_rows = np.stack([table.row for table in self._linears.values()])
         self._sublayer_rows = np.stack([table.row for table in self._sublayers.values()])
         self._rescaling = np.zeros(num_slots, dtype=np.bool_)
@@ -192,6 +199,7 @@ class CpuAdapterSlots:
                 self._linears[group].place(slot, linears.fields)
             for name, sublayers in packed.sublayers.items():
                 self._sublayers[name].place(slot, sublayers.fields)
+            self._prefixes.place(slot, packed.prefix.fields)
             self._rescaling[slot] = packed.rescales_inputs
             self.placed = {**self.placed, slot: packed}
             self._note_rare()
@@ -203,6 +211,7 @@ class CpuAdapterSlots:
                 linear.clear(slot)
             for sublayer in self._sublayers.values():
                 sublayer.clear(slot)
+            self._prefixes.clear(slot)
             self.placed = {other: packed for other, packed in self.placed.items() if other != slot}
             self._note_rare()
 
@@ -236,6 +245,7 @@ class CpuAdapterSlots:
         frame[col.NUM_SLOTS] = self._num_slots
         frame[col.LINEAR_TABLES] = tables.ctypes.data
         frame[col.SUBLAYER_TABLES] = self._sublayer_rows.ctypes.data
+        frame[col.PREFIX_TABLE] = self._prefixes.row.ctypes.data
         frame[col.NUM_ADAPTER_ROWS] = rows.rows.size
         frame[col.ADAPTER_ROWS] = rows.rows.ctypes.data
         frame[col.ADAPTER_SLOTS] = rows.slots.ctypes.data

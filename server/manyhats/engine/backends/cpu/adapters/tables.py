@@ -11,8 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from manyhats.adapters.primitives import Affine, Bottleneck, BottleneckInput, InputScale, LowRank
-from manyhats.engine.backends.cpu.adapters import bottleneck, deltas
+from manyhats.adapters.primitives import (
+    Affine,
+    Bottleneck,
+    BottleneckInput,
+    Gate,
+    InputScale,
+    LowRank,
+    PrefixGate,
+)
+from manyhats.engine.backends.cpu.adapters import bottleneck, deltas, gates
 from manyhats.engine.backends.cpu.packing import LANES, pack_low_rank
 from manyhats.engine.errors import ModelError
 
@@ -63,7 +71,14 @@ _LINEAR_FIELDS = {
     deltas.SCALE_ADDRESS: np.int64,
     deltas.OFFSET_ADDRESS: np.int64,
     deltas.INPUT_SCALE_ADDRESS: np.int64,
+    deltas.GATE_ADDRESS: np.int64,
 }
+
+
+def gate_addresses(gate: Gate, memory: AdapterMemory) -> list[int]:
+    """Where each of a gate's vectors lies, followed by its bias."""
+    parts = zip(gate.weight, gate.bias, strict=True)
+    return [memory.add_vector(torch.cat((weight.float(), bias.float()[None]))) for weight, bias in parts]
 
 
 class LinearEntries:
@@ -94,6 +109,7 @@ class LinearEntries:
         self.fields[deltas.B_ADDRESS][at] = memory.add_matrix(b)
         self.fields[deltas.SCALES][at] = delta.scale
         self.fields[deltas.RANKS][at] = delta.rank
+        self._add_gate(at, delta, memory)
 
     def add_affine(self, member: int, delta: Affine, memory: AdapterMemory) -> None:
         """Enters a scale and an offset.
@@ -108,6 +124,14 @@ class LinearEntries:
             self.fields[deltas.SCALE_ADDRESS][at] = memory.add_vector(delta.scale)
         if delta.offset is not None:
             self.fields[deltas.OFFSET_ADDRESS][at] = memory.add_vector(delta.offset)
+        self._add_gate(at, delta, memory)
+
+    def _add_gate(self, at: tuple[int, int], delta: LowRank | Affine, memory: AdapterMemory) -> None:
+        if delta.gate is None:
+            return
+        if self.fields[deltas.GATE_ADDRESS][at]:
+            raise ModelError(f"{delta.site}: one gate a site, not two")
+        (self.fields[deltas.GATE_ADDRESS][at],) = gate_addresses(delta.gate, memory)
 
     def add_input_scale(self, member: int, delta: InputScale, memory: AdapterMemory) -> None:
         """Enters a scale of the input.
@@ -166,6 +190,7 @@ class LinearTable(SlotTable):
         self._starts = np.array([sum(sizes[:member]) for member in range(len(sizes))], dtype=np.int32)
         self._sizes = np.array(sizes, dtype=np.int32)
         self._has_deltas = np.zeros(num_layers, dtype=np.uint8)
+        self._has_gates = np.zeros(num_layers, dtype=np.uint8)
         self.largest_rank = 0
         self.row = self._addresses(
             deltas.NUM_COLUMNS,
@@ -173,6 +198,7 @@ class LinearTable(SlotTable):
                 deltas.STARTS: self._starts,
                 deltas.SIZES: self._sizes,
                 deltas.HAS_DELTAS: self._has_deltas,
+                deltas.HAS_GATES: self._has_gates,
             },
         )
         self.row[deltas.NUM_MEMBERS] = len(sizes)
@@ -187,6 +213,7 @@ class LinearTable(SlotTable):
         self.largest_rank = max(self.largest_rank, int(fields[deltas.RANKS].max()))
         used = fields[deltas.RANKS] | fields[deltas.SCALE_ADDRESS] | fields[deltas.OFFSET_ADDRESS]
         self._has_deltas[:] = used.any(axis=(1, 2))
+        self._has_gates[:] = fields[deltas.GATE_ADDRESS].any(axis=(1, 2))
 
 
 _INPUTS = {
@@ -244,6 +271,8 @@ class SublayerEntries:
                 addresses[weight] = memory.add_vector(norm.weight)
                 addresses[weight + 1] = memory.add_vector(norm.bias)
                 numbers[eps] = norm.eps
+        if delta.gate is not None:
+            (addresses[bottleneck.GATE],) = gate_addresses(delta.gate, memory)
         numbers[bottleneck.KEEP] = delta.keep
         # Where the norm of the stream is skipped, the kernel leaves the stream itself, r + m'.
         numbers[bottleneck.CARRY] = delta.carry + float(delta.skips_norm)
@@ -267,10 +296,15 @@ class SublayerTable(SlotTable):
         super().__init__(SublayerEntries(num_layers, hidden_size).fields, num_slots)
         self._has_bottlenecks = np.zeros(num_layers, dtype=np.uint8)
         self._has_skips = np.zeros(num_layers, dtype=np.uint8)
+        self._has_gates = np.zeros(num_layers, dtype=np.uint8)
         self.largest_size = 0
         self.row = self._addresses(
             bottleneck.NUM_TABLE_COLUMNS,
-            {bottleneck.HAS_BOTTLENECKS: self._has_bottlenecks, bottleneck.HAS_SKIPS: self._has_skips},
+            {
+                bottleneck.HAS_BOTTLENECKS: self._has_bottlenecks,
+                bottleneck.HAS_SKIPS: self._has_skips,
+                bottleneck.HAS_GATES: self._has_gates,
+            },
         )
 
     def _note_used(self) -> None:
@@ -278,3 +312,40 @@ class SublayerTable(SlotTable):
         self.largest_size = max(self.largest_size, int(sizes.max()))
         self._has_bottlenecks[:] = sizes.any(axis=1)
         self._has_skips[:] = self._fields[bottleneck.INTEGERS][:, :, bottleneck.SKIPS_NORM].any(axis=1)
+        self._has_gates[:] = self._fields[bottleneck.ADDRESSES][:, :, bottleneck.GATE].any(axis=1)
+
+
+class PrefixEntries:
+    """The gates of one adapter's prefix, layer by layer."""
+
+    def __init__(self, num_layers: int) -> None:
+        columns = gates.KEY_GATE, gates.VALUE_GATE
+        self.fields: Fields = {column: np.zeros(num_layers, np.int64) for column in columns}
+
+    def add(self, delta: PrefixGate, memory: AdapterMemory) -> None:
+        """Enters a layer's gate.
+
+        Raises:
+            ModelError: the layer has one already.
+        """
+        if self.fields[gates.KEY_GATE][delta.site.layer]:
+            raise ModelError(f"{delta.site}: one gate a site, not two")
+        addresses = gate_addresses(delta.gate, memory)
+        self.fields[gates.KEY_GATE][delta.site.layer] = addresses[0]
+        self.fields[gates.VALUE_GATE][delta.site.layer] = addresses[-1]
+
+
+class PrefixTable(SlotTable):
+    """Of prefixes in all layers: their gates.
+
+    Attributes:
+        row: [columns] int64, of the kernel's table.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int) -> None:
+        super().__init__(PrefixEntries(num_layers).fields, num_slots)
+        self._has_gates = np.zeros(num_layers, dtype=np.uint8)
+        self.row = self._addresses(gates.NUM_PREFIX_COLUMNS, {gates.HAS_PREFIX_GATES: self._has_gates})
+
+    def _note_used(self) -> None:
+        self._has_gates[:] = self._fields[gates.KEY_GATE].any(axis=1)
