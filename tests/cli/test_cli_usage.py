@@ -80,6 +80,7 @@ METHOD_NAMES = {
     AdapterMethod.P_TUNING: "P-tuning",
     AdapterMethod.MULTITASK_PROMPT_TUNING: "multitask prompt tuning",
     AdapterMethod.TRAINABLE_TOKENS: "trainable tokens",
+    AdapterMethod.UNION: "unions",
 }
 
 

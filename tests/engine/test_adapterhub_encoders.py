@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from manyhats.adapters.heads import Pooling
 from manyhats.adapters.primitives import KVPrefix, PrefixGate
-from manyhats.adapters.registration import Registration, Uri
+from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
 from support.factories.adapterhub import (
@@ -182,3 +182,20 @@ def test_gates_of_prefixes_scale_what_the_cache_rounded(tmp_path: Path, kv_dtype
     )
     for name, wanted in plain.items():
         assert_close(fast[name], wanted, name, 0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_union_is_its_parts_composed(tmp_path: Path, family: str) -> None:
+    loaded = load_tiny(make_encoder(tmp_path / "model", family, seed=4))
+    config = adapterhub_config(loaded.description, "unipelt")
+    tensors = adapterhub_tensors(loaded.description, config, seed=2, scale=0.3)
+    write_adapterhub(tmp_path / "union", config, tensors)
+    parts = []
+    holders = ("prefix", ".adapters.", ".loras.")
+    for index, inner in enumerate(config["config"]["configs"]):
+        own = {name: tensor for name, tensor in tensors.items() if holders[index] in name}
+        parts.append(Part(str(write_adapterhub(tmp_path / f"part{index}", {**config, "config": inner}, own))))
+    sources = {"union": Uri(str(tmp_path / "union")), "composed": Parts(parts)}
+    for backend in BACKENDS:
+        found = asyncio.run(read_all(loaded, tmp_path, sources, backend))
+        assert_close(found["union"], found["composed"], backend, 0.0 if backend == "cpu" else TOLERANCE)

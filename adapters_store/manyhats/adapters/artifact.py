@@ -30,6 +30,7 @@ class AdapterMethod(Enum):
     P_TUNING = "p_tuning"
     MULTITASK_PROMPT_TUNING = "multitask_prompt_tuning"
     TRAINABLE_TOKENS = "trainable_tokens"
+    UNION = "union"
     COMPOSED = "composed"
 
 

@@ -52,6 +52,8 @@ class _AdapterMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     """Several artifacts that act together as one task."""
     ADAPTER_METHOD_TRAINABLE_TOKENS: _AdapterMethod.ValueType  # 12
     """Trained rows of the embedding, and of the head, for single tokens."""
+    ADAPTER_METHOD_UNION: _AdapterMethod.ValueType  # 13
+    """Several methods that were trained together, in one artifact."""
 
 class AdapterMethod(_AdapterMethod, metaclass=_AdapterMethodEnumTypeWrapper):
     """How an adapter was made, and hence how it acts on the base model."""
@@ -82,6 +84,8 @@ ADAPTER_METHOD_COMPOSED: AdapterMethod.ValueType  # 11
 """Several artifacts that act together as one task."""
 ADAPTER_METHOD_TRAINABLE_TOKENS: AdapterMethod.ValueType  # 12
 """Trained rows of the embedding, and of the head, for single tokens."""
+ADAPTER_METHOD_UNION: AdapterMethod.ValueType  # 13
+"""Several methods that were trained together, in one artifact."""
 Global___AdapterMethod: _TypeAlias = AdapterMethod  # noqa: Y015
 
 class _AdapterState:

@@ -59,7 +59,8 @@ def test_every_adapterhub_method_is_shown(tmp_path: Path, preset: str, base: Bas
     assert found.format == "adapterhub"
     assert found.method
     assert found.refusals == ()
-    assert bool(found.sites) != bool(found.num_virtual_tokens)
+    assert bool(found.sites) == (not preset.startswith("prefix"))
+    assert bool(found.num_virtual_tokens) == (preset.startswith("prefix") or preset == "mam")
     store = open_store(tmp_path / "store", BASE, [tmp_path])
     record = store.register(Registration("task", Uri(str(tmp_path / "a")))).record
     assert (found.digest, found.size_bytes) == (record.digest, record.size_bytes)

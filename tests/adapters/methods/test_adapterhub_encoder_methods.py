@@ -16,7 +16,7 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.primitives import Affine, LowRank, PromptEmbeddings
+from manyhats.adapters.primitives import Affine, Bottleneck, KVPrefix, LowRank, PrefixGate, PromptEmbeddings
 from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
@@ -24,6 +24,7 @@ from manyhats.adapters.store.store import AdapterStore
 from support.factories.adapterhub import (
     ENCODER_PRESETS,
     NAME,
+    PRESETS,
     adapterhub_config,
     adapterhub_tensors,
     make_adapterhub,
@@ -43,6 +44,7 @@ METHODS = {
     "gated_ia3": AdapterMethod.IA3,
     "gated_prefix": AdapterMethod.PREFIX_TUNING,
     "gated_prefix_flat": AdapterMethod.PREFIX_TUNING,
+    "unipelt": AdapterMethod.UNION,
 }
 
 
@@ -60,7 +62,7 @@ def test_every_preset_is_served_on_an_encoder_only(tmp_path: Path, preset: str) 
 @pytest.mark.parametrize("preset", ENCODER_PRESETS)
 def test_none_is_served_on_a_decoder(tmp_path: Path, preset: str) -> None:
     make_adapterhub(tmp_path / "source", DECODER, preset)
-    key = "use_gating" if "gated" in preset else "architecture"
+    key = "architecture" if preset.startswith("prompt") else "use_gating"
     assert_refused(make_store(tmp_path, DECODER), tmp_path / "source", AdapterUnsupportedError, key)
 
 
@@ -169,3 +171,28 @@ def test_gated_deltas_do_not_meet_others(tmp_path: Path) -> None:
     parts = Parts(tuple(Part(str(tmp_path / name)) for name in ("gated_lora", "lora")))
     with pytest.raises(AdapterUnsupportedError, match="a gate is one delta's"):
         make_store(tmp_path).register(Registration("task", parts))
+
+
+def test_a_union_has_virtual_tokens_once(tmp_path: Path) -> None:
+    config = adapterhub_config(BASE, "unipelt", configs=[ENCODER_PRESETS["prompt"], PRESETS["prefix"]])
+    write_adapterhub(tmp_path / "source", config, adapterhub_tensors(BASE, config))
+    assert_refused(make_store(tmp_path), tmp_path / "source", AdapterUnsupportedError, "configs")
+
+
+def test_a_union_is_its_parts_together(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    config = adapterhub_config(BASE, "unipelt")
+    tensors = adapterhub_tensors(BASE, config)
+    write_adapterhub(tmp_path / "union", config, tensors)
+    (whole,) = (store.lower(store.register(Registration("u", Uri(str(tmp_path / "union")))).record),)
+    sites = [delta.site for delta in whole.deltas if isinstance(delta, LowRank | Bottleneck | PrefixGate)]
+    assert len(sites) == len(set(sites)) == len(whole.deltas) == 8
+    assert isinstance(whole.prefix, KVPrefix)
+
+
+def test_a_union_with_a_tensor_of_no_part_is_refused(tmp_path: Path) -> None:
+    config = adapterhub_config(BASE, "unipelt")
+    tensors = adapterhub_tensors(BASE, config)
+    config["config"]["configs"] = config["config"]["configs"][:2]
+    write_adapterhub(tmp_path / "source", config, tensors)
+    assert_refused(make_store(tmp_path), tmp_path / "source", AdapterInvalidError, "loras")

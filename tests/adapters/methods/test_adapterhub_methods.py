@@ -51,6 +51,7 @@ METHODS = {
     "ia3": AdapterMethod.IA3,
     "prefix": AdapterMethod.PREFIX_TUNING,
     "prefix_flat": AdapterMethod.PREFIX_TUNING,
+    "mam": AdapterMethod.UNION,
 }
 
 
@@ -93,7 +94,8 @@ def test_store_keeps_and_loads_every_method(tmp_path: Path, preset: str, dtype: 
     (artifact,) = store.load(record).artifacts
     lowered = lower(artifact, BASE)
     assert lowered.digest == record.digest
-    assert bool(lowered.deltas) != (lowered.prefix is not None)
+    assert bool(lowered.deltas) == (not preset.startswith("prefix"))
+    assert (lowered.prefix is not None) == (preset.startswith("prefix") or preset == "mam")
 
 
 def test_lora_is_scaled_by_alpha_over_rank_on_the_linears_it_names() -> None:
@@ -247,7 +249,14 @@ FIELDS: list[tuple[str, dict[str, Any], type[AdapterError], str]] = [
     ("prefix_flat", {"prefix_length": 0}, AdapterInvalidError, "prefix_length"),
     ("lora", {"architecture": "mtl_lora"}, AdapterUnsupportedError, "architecture"),
     ("lora", {"architecture": "reft"}, AdapterUnsupportedError, "architecture"),
-    ("lora", {"architecture": "union"}, AdapterUnsupportedError, "architecture"),
+    ("mam", {"configs": {}}, AdapterInvalidError, "configs"),
+    ("mam", {"configs": []}, AdapterInvalidError, "configs"),
+    ("mam", {"configs": ["lora"]}, AdapterInvalidError, "configs"),
+    ("mam", {"configs": [dict(PRESETS["lora"])] * 2}, AdapterUnsupportedError, "configs"),
+    ("mam", {"configs": [dict(PRESETS["mam"])]}, AdapterUnsupportedError, "configs"),
+    ("mam", {"configs": [{"architecture": "mtl_lora"}]}, AdapterUnsupportedError, "architecture"),
+    ("mam", {"configs": [dict(PRESETS["par_bn"]) | {"a_new_field": 1}]}, AdapterInvalidError, "prefix"),
+    ("mam", {"a_new_field": 1}, AdapterUnsupportedError, "a_new_field"),
     ("lora", {"architecture": "prompt_tuning"}, AdapterUnsupportedError, "architecture"),
     ("lora", {"architecture": ["lora"]}, AdapterInvalidError, "architecture"),
 ]

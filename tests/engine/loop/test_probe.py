@@ -229,6 +229,7 @@ METHODS: dict[str, Callable[[Path, BaseDescription], Path]] = {
     "adapterhub lora": lambda path, base: make_adapterhub(path, base, "lora"),
     "adapterhub ia3": lambda path, base: make_adapterhub(path, base, "ia3"),
     "adapterhub prefix": lambda path, base: make_adapterhub(path, base, "prefix"),
+    "adapterhub union": lambda path, base: make_adapterhub(path, base, "mam"),
 }
 
 

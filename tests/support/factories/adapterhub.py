@@ -135,9 +135,21 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     "prefix": _PREFIX_DEFAULTS,
     "prefix_flat": _PREFIX_DEFAULTS | {"flat": True},
+    "mam": {
+        "architecture": "union",
+        "configs": [_PREFIX_DEFAULTS, _BOTTLENECK_DEFAULTS | {"is_parallel": True}],
+    },
 }
 ENCODER_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "prompt": _PROMPT_DEFAULTS,
+    "unipelt": {
+        "architecture": "union",
+        "configs": [
+            _PREFIX_DEFAULTS | {"use_gating": True},
+            _BOTTLENECK_DEFAULTS | {"original_ln_before": True, "use_gating": True},
+            _LORA_DEFAULTS | {"use_gating": True},
+        ],
+    },
     "prompt_after_bos": _PROMPT_DEFAULTS | {"combine": "prefix_after_bos"},
     "gated_seq_bn": _BOTTLENECK_DEFAULTS | {"original_ln_before": True, "use_gating": True},
     "gated_lora": _LORA_DEFAULTS | {"use_gating": True, "intermediate_lora": True, "output_lora": True},
@@ -182,7 +194,14 @@ def adapterhub_tensors(
     """Random tensors by the library's names, for a config of ``adapterhub_config``."""
     make = _Maker(seed, scale)
     inner = config["config"]
+    return _tensors(base, inner, make)
+
+
+def _tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
     architecture = inner.get("architecture")
+    if architecture == "union":
+        parts = [_tensors(base, each, make) for each in inner["configs"]]
+        return {name: tensor for part in parts for name, tensor in part.items()}
     if architecture == "lora":
         return _lora_tensors(base, inner, make)
     if architecture == "prefix_tuning":

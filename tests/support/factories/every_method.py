@@ -112,6 +112,7 @@ PLAIN: Mapping[str, tuple[AdapterMethod, Make]] = {
     "adapterhub-ia3": (AdapterMethod.IA3, _adapterhub("ia3", 0.5)),
     "adapterhub-prefix": (AdapterMethod.PREFIX_TUNING, _adapterhub("prefix", 1.0)),
     "adapterhub-prefix-flat": (AdapterMethod.PREFIX_TUNING, _adapterhub("prefix_flat", 1.0)),
+    "union": (AdapterMethod.UNION, _adapterhub("mam", 0.3)),
     "prefix": (
         AdapterMethod.PREFIX_TUNING,
         lambda path, base, s: make_prefix(path, base, num_virtual_tokens=s.num_virtual_tokens, seed=s.seed),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.heads import Pooling
 from manyhats.adapters.lowering.inspect import inspect
-from manyhats.adapters.registration import Registration, Uri
+from manyhats.adapters.registration import Parts, Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.backends.open import open_backend
 from manyhats.engine.checkpoints.loader import LoadedModel
@@ -45,22 +45,27 @@ def hidden_values(model: Any, **options: Any) -> list[np.ndarray]:
 async def read_all(
     model: LoadedModel,
     directory: Path,
-    names: Collection[str],
+    sources: Mapping[str, Any] | Collection[str],
     backend: str,
     *,
     pooling: Pooling = Pooling.ALL,
     **engine: Any,
 ) -> dict[str, list[np.ndarray]]:
-    """Values of every text by task, all tasks and the base in one batch; each text alone has the same bits."""
+    """Values of every text by task, all tasks and the base in one batch; each text alone has the same bits.
+
+    Tasks without a source of their own are directories of their names.
+    """
     with closing(open_store(directory / backend, model.description, [directory])) as store:
         opened = open_backend(backend, dtype="float32", num_threads=1)
         options = {"max_num_batched_tokens": 128, **engine}
         async with running_engine(model, store.lower, backend=opened, **options) as running:
             records: dict[str, AdapterRecord | None] = {"": None}
-            for name in names:
-                for base in (None, model.description):
-                    assert inspect(directory / name, base).refusals == ()
-                registration = Registration(name, Uri(str(directory / name)))
+            for name in sources:
+                own = sources[name] if isinstance(sources, Mapping) else None
+                source = own if isinstance(own, Uri | Parts) else Uri(str(directory / name))
+                for base in (None, model.description) if isinstance(source, Uri) else ():
+                    assert inspect(Path(source.uri), base).refusals == ()
+                registration = Registration(name, source)
                 registered = await asyncio.to_thread(store.register, registration, probe=running.probe)
                 records[name] = registered.record
 

@@ -32,6 +32,11 @@ _OTHER_LINEAR = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>(?:\w+\.)*?(?:layers?|h)\.(?P<layer>\d{1,4})\.(?P<name>[\w.]+?))"
     r"\.(?P<part>(?:lora_|vera_|ia3_|loras\.).+)$"
 )
+# What encoders call linears that AdapterHub's configs name by letter → their site.
+_SITES: Mapping[str, str] = {
+    **{name: f"{name[0]}_proj" for name in ("query", "key", "value")},
+    **{f"{letter}_lin": f"{letter}_proj" for letter in "qkv"},
+}
 # Words in the paths of encoders' modules, or of their heads' → the family whose heads it has.
 _ENCODERS: Mapping[str, str] = {
     "distilbert.": "distilbert",
@@ -139,6 +144,8 @@ def _parts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, str, str, Sh
             # AdapterHub's modules continue with the adapter's own name.
             part = re.sub(r"^loras\.[^.]+\.", "", match["part"])
             name = re.sub(r"^(?:self_attn|mlp)\.", "", match["name"])
+            if part != match["part"]:
+                name = _SITES.get(name.rpartition(".")[2], name)
             yield f"{prefix}{match['module']}", int(match["layer"]), name, part, shape
 
 
@@ -195,10 +202,11 @@ def _infer_vocab_size(shapes: Mapping[str, Shape]) -> int:
 def _infer_attention(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> tuple[int, int, int]:
     """L, Hkv and K, as far as layers in names and a prefix's width reveal them."""
     layers = [int(match[1]) for name in shapes if (match := _LAYER.search(name))]
-    inner = config.get("config")
-    if adapterhub_format.is_adapterhub(config) and isinstance(inner, dict):
-        layers += [layer for layer in _left_out(inner) if 0 <= layer < 4096]
-        columns = _first(shapes, ".control_trans.2.weight", 0) or _flat_columns(inner, shapes)
+    if adapterhub_format.is_adapterhub(config):
+        inner_configs = _inner_configs(config)
+        layers += [layer for inner in inner_configs for layer in _left_out(inner) if 0 <= layer < 4096]
+        prefix = next((each for each in inner_configs if each.get("architecture") == "prefix_tuning"), {})
+        columns = _first(shapes, ".control_trans.2.weight", 0) or _flat_columns(prefix, shapes)
         num_layers = max(layers, default=0) + 1
         return num_layers, 1, columns // (2 * num_layers)
     recorded = [config.get(key) for key in ("num_layers", "token_dim", "num_attention_heads")]
@@ -207,6 +215,13 @@ def _infer_attention(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> 
         num_layers, width, heads = counts
         return num_layers, heads, width // heads
     return max(layers, default=0) + 1, 1, 1
+
+
+def _inner_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """AdapterHub's own: one, or a union's."""
+    inner = config["config"]
+    configs = inner.get("configs")
+    return [each for each in configs if isinstance(each, dict)] if isinstance(configs, list) else [inner]
 
 
 def _left_out(inner: Mapping[str, Any]) -> list[int]:

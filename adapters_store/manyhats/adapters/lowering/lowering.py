@@ -29,6 +29,7 @@ from manyhats.adapters.methods.p_tuning import PTuningMethod
 from manyhats.adapters.methods.prefix_tuning import AdapterHubPrefixMethod, PrefixTuningMethod
 from manyhats.adapters.methods.prompt_tuning import AdapterHubPromptMethod, PromptTuningMethod
 from manyhats.adapters.methods.trainable_tokens import TrainableTokensMethod
+from manyhats.adapters.methods.union import UnionMethod
 from manyhats.adapters.methods.vera import VeraMethod
 from manyhats.adapters.primitives import (
     Affine,
@@ -63,14 +64,16 @@ METHODS: Mapping[AdapterMethod, Method] = _by_name(
     TrainableTokensMethod(),
 )
 
-# The methods of AdapterHub's.
-ADAPTERHUB_METHODS: Mapping[AdapterMethod, Method] = _by_name(
+_OF_UNIONS = _by_name(
     BottleneckMethod(),
     AdapterHubLoraMethod(),
     AdapterHubIa3Method(),
     AdapterHubPrefixMethod(),
     AdapterHubPromptMethod(),
 )
+
+# The methods of AdapterHub's.
+ADAPTERHUB_METHODS: Mapping[AdapterMethod, Method] = _by_name(*_OF_UNIONS.values(), UnionMethod(_OF_UNIONS))
 
 
 def method_of(method: AdapterMethod, config: Mapping[str, Any]) -> Method:

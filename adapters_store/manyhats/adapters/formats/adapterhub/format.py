@@ -40,7 +40,6 @@ COMPANIONS: Mapping[str, str] = MappingProxyType(
 )
 _UNSERVED: Mapping[str, str] = MappingProxyType(
     {
-        "union": "a union of several methods",
         "reft": "ReFT, which acts on chosen positions",
         "mtl_lora": "multi-task LoRA",
     }
@@ -92,6 +91,8 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
         return AdapterMethod.BOTTLENECK
     if architecture == "prefix_tuning":
         return AdapterMethod.PREFIX_TUNING
+    if architecture == "union":
+        return AdapterMethod.UNION
     if architecture == "prompt_tuning":
         return AdapterMethod.PROMPT_TUNING
     if architecture == "lora":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def check_expected(
                 raise AdapterInvalidError(name, f"has shape {list(shapes[name])}; expected {list(shape)}")
 
 
-def refuse_tensor(name: str) -> None:
+def refuse_tensor(name: str) -> NoReturn:
     """Say why a tensor cannot be used.
 
     Raises:
