@@ -289,7 +289,12 @@ def strings_with_slash(config: Mapping[str, object]) -> list[str]:
 
 def test_the_examples_are_of_every_method() -> None:
     methods = {task.adapter.method for task in TASKS.values()}
-    others = {AdapterMethod.COMPOSED, AdapterMethod.TRAINABLE_TOKENS, AdapterMethod.UNION}
+    others = {
+        AdapterMethod.COMPOSED,
+        AdapterMethod.TRAINABLE_TOKENS,
+        AdapterMethod.UNION,
+        AdapterMethod.REFT,
+    }
     assert methods | others == set(AdapterMethod)
 
 

@@ -81,6 +81,7 @@ METHOD_NAMES = {
     AdapterMethod.MULTITASK_PROMPT_TUNING: "multitask prompt tuning",
     AdapterMethod.TRAINABLE_TOKENS: "trainable tokens",
     AdapterMethod.UNION: "unions",
+    AdapterMethod.REFT: "ReFT",
 }
 
 

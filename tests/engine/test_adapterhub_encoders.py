@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from manyhats.adapters.heads import Pooling
+from manyhats.adapters.methods.reft import orthonormal_rows
 from manyhats.adapters.primitives import KVPrefix, PrefixGate
 from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.sites import BaseDescription
@@ -199,3 +200,74 @@ def test_a_union_is_its_parts_composed(tmp_path: Path, family: str) -> None:
     for backend in BACKENDS:
         found = asyncio.run(read_all(loaded, tmp_path, sources, backend))
         assert_close(found["union"], found["composed"], backend, 0.0 if backend == "cpu" else TOLERANCE)
+
+
+@contextmanager
+def intervened(
+    model: Any, base: BaseDescription, config: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """The model with ReFT behind its layers."""
+    layers = model.transformer.layer if base.model_type == "distilbert" else model.encoder.layer
+    path = "transformer.layer" if base.model_type == "distilbert" else "encoder.layer"
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            units = [
+                f"{base.prefix}{path}.{index}.reft_layer.refts.{config['name']}.units.{unit}."
+                for unit in ((0, 0) if config["config"]["tied_weights"] else (0, 1))
+            ]
+            change = partial(_intervene, config["config"], units, tensors)
+            hooks.callback(layer.register_forward_hook(change).remove)
+        yield
+
+
+def _intervene(
+    inner: Mapping[str, Any],
+    units: list[str],
+    tensors: Mapping[str, Tensor],
+    module: Any,
+    args: Any,
+    output: Any,
+) -> Any:
+    x = output[0] if isinstance(output, tuple) else output
+    changed, length = x.clone(), x.shape[1]
+    first, last = inner["prefix_positions"], inner["suffix_positions"]
+    for unit, rows in ((units[0], slice(0, first)), (units[1], slice(max(length - last, 0), length))):
+        own = x[:, rows]
+        source = own @ tensors[f"{unit}learned_source.weight"].T + tensors[f"{unit}learned_source.bias"]
+        if inner["non_linearity"] == "relu":
+            source = source.relu()
+        if inner["orthogonality"]:
+            saved = f"{unit}projection.parametrizations.weight."
+            projection = orthonormal_rows(tensors[f"{saved}original"], tensors[f"{saved}0.base"])
+        else:
+            projection = tensors[f"{unit}projection.weight"]
+        if inner.get("subtract_projection", True):
+            source = source - own @ projection.T
+        changed[:, rows] = own + source @ projection
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reft_changes_the_ends_of_a_text_behind_each_layer(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=4)
+    loaded, reference = load_tiny(checkpoint), transformers_model(checkpoint)
+    expected = {}
+    for seed, (preset, fields) in enumerate(
+        (
+            ("loreft", {}),
+            ("loreft", {"suffix_positions": 2}),
+            ("loreft", {"prefix_positions": 0, "suffix_positions": 4, "tied_weights": True}),
+            ("noreft", {"prefix_positions": 1}),
+            ("direft", {"suffix_positions": 1}),
+        )
+    ):
+        config = adapterhub_config(loaded.description, preset, **fields)
+        tensors = adapterhub_tensors(loaded.description, config, seed=seed, scale=0.3)
+        name = f"{preset}-{seed}"
+        write_adapterhub(tmp_path / name, config, tensors)
+        with intervened(reference, loaded.description, config, tensors):
+            expected[name] = hidden_values(reference)
+    for backend in BACKENDS:
+        found = asyncio.run(read_all(loaded, tmp_path, expected, backend))
+        for name, wanted in expected.items():
+            assert_close(found[name], wanted, name, TOLERANCE)

@@ -31,6 +31,7 @@ class AdapterMethod(Enum):
     MULTITASK_PROMPT_TUNING = "multitask_prompt_tuning"
     TRAINABLE_TOKENS = "trainable_tokens"
     UNION = "union"
+    REFT = "reft"
     COMPOSED = "composed"
 
 

@@ -72,6 +72,7 @@ def bottleneck(
     m: Tensor,
     norm: Callable[[Tensor], Tensor] | None = None,
     gate: float | Tensor = 1.0,
+    mask: float | Tensor = 1.0,
 ) -> Tensor:
     """``m' = keep · m + carry · r + carry_normed · N(r + m) + (f, or norm_after(f + norm_residual))``.
 
@@ -83,6 +84,7 @@ def bottleneck(
         m: [..., D]; the sub-layer's output, which is added to the stream without the adapter.
         norm: N, of the stream behind the sub-layer; None if the base has none.
         gate: g, of the rows' text.
+        mask: [..., b], 1 for what a row has of the bottleneck, else 0.
 
     Returns:
         [..., D]: what is added to the stream instead of m.
@@ -91,7 +93,7 @@ def bottleneck(
     x = sources[delta.input]
     if delta.norm_before is not None:
         x = _layer_norm(x, delta.norm_before)
-    hidden = ACTIVATIONS[delta.activation](functional.linear(x, delta.down, delta.down_bias))
+    hidden = mask * ACTIVATIONS[delta.activation](functional.linear(x, delta.down, delta.down_bias))
     f = gate * delta.scale * functional.linear(hidden, delta.up, delta.up_bias)
     if delta.norm_after is not None:
         f = f if delta.norm_residual is None else f + sources[delta.norm_residual]

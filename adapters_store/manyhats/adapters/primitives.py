@@ -113,6 +113,30 @@ class LayerNorm:
     eps: float = 1e-5
 
 
+@dataclass(frozen=True, slots=True)
+class TextEnds:
+    """Which rows of a text pass through a bottleneck: those near its ends.
+
+    Only an encoder knows the last ones.
+
+    Attributes:
+        first: how many of its first rows.
+        last: how many of its last rows; a row that is both is one of these.
+        is_split: whether the first rows have the first half of the bottleneck, and the last rows the second.
+    """
+
+    first: int
+    last: int
+    is_split: bool
+
+    def part(self, row: int, length: int, size: int) -> range:
+        """Which of the bottleneck's values a row has, of a text of so many rows."""
+        half = size // 2 if self.is_split else 0
+        if row >= length - self.last:
+            return range(half, size)
+        return range(size - half) if row < self.first else range(0)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Bottleneck:
     """A bottleneck adapter on a sub-layer's output m, r being the residual stream that entered it.
@@ -120,10 +144,11 @@ class Bottleneck:
     ``f = g · scale · (U · act(D · norm_before(input) + b_d) + b_u)``, then ``m' = keep · m + carry · r + carry_normed ·
     N(r + m) + (f, or norm_after(f + norm_residual))``. The stream continues as ``r + m'``, or as ``N(r + m')`` where
     the base norms it, unless the adapter ``skips_norm``. For seq_bn, double_seq_bn and par_bn keep is 1, nothing is
-    carried, and there are no norms of the adapter's own.
+    carried, and there are no norms of the adapter's own. At a layer's ``output`` r and m are the stream itself, which
+    continues as m'.
 
     Attributes:
-        site: ``attention`` or ``feed_forward`` of a layer.
+        site: ``attention``, ``feed_forward`` or ``output`` of a layer.
         input: what it reads.
         down: D [b, hidden]. down_bias: [b].
         up: U [hidden, b]. up_bias: [hidden].
@@ -136,6 +161,7 @@ class Bottleneck:
         carry_normed: factor of N(r + m).
         skips_norm: whether the stream continues without the base's norm of it.
         gate: g, of the input; None for 1.
+        ends: the rows that it changes; None for all.
 
     Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005.00247); He et al. 2022
     (arXiv:2110.04366).
@@ -157,6 +183,7 @@ class Bottleneck:
     carry_normed: float = 0.0
     skips_norm: bool = False
     gate: Gate | None = None
+    ends: TextEnds | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

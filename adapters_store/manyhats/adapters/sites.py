@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class Site:
     """One place in the decoder's forward: a linear of one layer, such as layer 3's ``q_proj``.
 
-    Besides the linears there are the sub-layers' outputs, ``attention`` and ``feed_forward``, and the ``prefix`` that
-    the attention sees. ``layer`` counts from 0; it is −1 for places outside the layers (``embed_tokens``, ``lm_head``).
+    Besides the linears there are the sub-layers' outputs, ``attention`` and ``feed_forward``, the ``prefix`` that the
+    attention sees, and the layer's ``output``. ``layer`` counts from 0; it is −1 for places outside the layers
+    (``embed_tokens``, ``lm_head``).
     """
 
     layer: int

@@ -29,7 +29,7 @@ FORMATS_HELP = """[bold]What can be registered[/bold]
   A directory as AdapterHub's adapters saves it, with adapter_config.json
   and adapter.safetensors: bottleneck adapters (seq_bn, double_seq_bn,
   par_bn and variants), LoRA, IA3, prefix tuning, unions of them, and on
-  encoders prompt tuning.
+  encoders prompt tuning and ReFT.
 
   `manyhats adapters inspect` tells what in a directory would be refused,
   `manyhats adapters convert` turns a pickle into safetensors.

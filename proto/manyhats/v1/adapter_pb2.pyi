@@ -54,6 +54,8 @@ class _AdapterMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     """Trained rows of the embedding, and of the head, for single tokens."""
     ADAPTER_METHOD_UNION: _AdapterMethod.ValueType  # 13
     """Several methods that were trained together, in one artifact."""
+    ADAPTER_METHOD_REFT: _AdapterMethod.ValueType  # 14
+    """Interventions on the layers' outputs, at the ends of a text."""
 
 class AdapterMethod(_AdapterMethod, metaclass=_AdapterMethodEnumTypeWrapper):
     """How an adapter was made, and hence how it acts on the base model."""
@@ -86,6 +88,8 @@ ADAPTER_METHOD_TRAINABLE_TOKENS: AdapterMethod.ValueType  # 12
 """Trained rows of the embedding, and of the head, for single tokens."""
 ADAPTER_METHOD_UNION: AdapterMethod.ValueType  # 13
 """Several methods that were trained together, in one artifact."""
+ADAPTER_METHOD_REFT: AdapterMethod.ValueType  # 14
+"""Interventions on the layers' outputs, at the ends of a text."""
 Global___AdapterMethod: _TypeAlias = AdapterMethod  # noqa: Y015
 
 class _AdapterState:

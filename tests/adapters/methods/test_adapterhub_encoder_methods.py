@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.errors import (
@@ -16,6 +17,7 @@ from manyhats.adapters.errors import (
     AdapterUnsupportedError,
 )
 from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.methods.reft import orthonormal_rows
 from manyhats.adapters.primitives import Affine, Bottleneck, KVPrefix, LowRank, PrefixGate, PromptEmbeddings
 from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.sites import BaseDescription
@@ -45,6 +47,9 @@ METHODS = {
     "gated_prefix": AdapterMethod.PREFIX_TUNING,
     "gated_prefix_flat": AdapterMethod.PREFIX_TUNING,
     "unipelt": AdapterMethod.UNION,
+    "loreft": AdapterMethod.REFT,
+    "noreft": AdapterMethod.REFT,
+    "direft": AdapterMethod.REFT,
 }
 
 
@@ -62,7 +67,8 @@ def test_every_preset_is_served_on_an_encoder_only(tmp_path: Path, preset: str) 
 @pytest.mark.parametrize("preset", ENCODER_PRESETS)
 def test_none_is_served_on_a_decoder(tmp_path: Path, preset: str) -> None:
     make_adapterhub(tmp_path / "source", DECODER, preset)
-    key = "architecture" if preset.startswith("prompt") else "use_gating"
+    is_gated = preset.startswith("gated") or preset == "unipelt"
+    key = "use_gating" if is_gated else "architecture"
     assert_refused(make_store(tmp_path, DECODER), tmp_path / "source", AdapterUnsupportedError, key)
 
 
@@ -84,6 +90,18 @@ FIELDS: list[tuple[str, dict[str, Any], type[AdapterError], str]] = [
     ("prompt", {"prompt_length": 0}, AdapterInvalidError, "prompt_length"),
     ("prompt", {"prompt_length": 9}, AdapterTooLargeError, "prompt_length"),
     ("prompt", {"a_new_field": 1}, AdapterUnsupportedError, "a_new_field"),
+    ("loreft", {"prefix_positions": 0}, AdapterInvalidError, "prefix_positions"),
+    ("loreft", {"suffix_positions": -1}, AdapterInvalidError, "suffix_positions"),
+    ("loreft", {"suffix_positions": "1"}, AdapterInvalidError, "suffix_positions"),
+    ("loreft", {"layers": "some"}, AdapterInvalidError, "layers"),
+    ("loreft", {"r": 0}, AdapterInvalidError, "r"),
+    ("loreft", {"r": HIDDEN}, AdapterUnsupportedError, "r"),
+    ("noreft", {"r": 5}, AdapterTooLargeError, "r"),
+    ("loreft", {"output_reft": False}, AdapterInvalidError, "output_reft"),
+    ("loreft", {"non_linearity": "relu"}, AdapterUnsupportedError, "non_linearity"),
+    ("direft", {"non_linearity": "prelu"}, AdapterUnsupportedError, "non_linearity"),
+    ("noreft", {"subtract_projection": None}, AdapterUnsupportedError, "subtract_projection"),
+    ("noreft", {"a_new_field": 1}, AdapterUnsupportedError, "a_new_field"),
     ("gated_lora", {"use_gating": 1}, AdapterInvalidError, "use_gating"),
     ("gated_prefix", {"shared_gating": "yes"}, AdapterInvalidError, "shared_gating"),
 ]
@@ -97,18 +115,22 @@ def test_fields_that_cannot_be_served_are_refused_by_name(
     tensors = adapterhub_tensors(BASE, config)
     config["config"] |= fields
     write_adapterhub(tmp_path / "source", config, tensors)
-    assert_refused(make_store(tmp_path, max_virtual_tokens=8), tmp_path / "source", error, key)
+    assert_refused(make_store(tmp_path, max_virtual_tokens=8, max_rank=4), tmp_path / "source", error, key)
 
 
 PROMPT = f"bert.prompt_tuning.prompt_tunings.{NAME}.prompt_embedding.weight"
 DOWN = f"bert.encoder.layer.1.output.adapters.{NAME}.gate.bias"
 QUERY = f"bert.encoder.layer.0.attention.self.query.loras.{NAME}"
+UNIT = f"bert.encoder.layer.0.reft_layer.refts.{NAME}.units.0.projection.parametrizations.weight"
 PREFIX = f"bert.encoder.layer.1.attention.self.prefix_tuning.prefix_gates.{NAME}"
 
 
 @pytest.mark.parametrize(
     ("preset", "changes", "name"),
     [
+        ("loreft", {f"{UNIT}.original": None}, f"{UNIT}.original"),
+        ("loreft", {f"{UNIT}.0.base": (HIDDEN, 2)}, f"{UNIT}.0.base"),
+        ("loreft", {f"{UNIT}.0.base": (HIDDEN, HIDDEN)}, f"{UNIT}.original"),
         ("gated_seq_bn", {DOWN: None}, DOWN),
         ("gated_seq_bn", {DOWN: (2,)}, DOWN),
         ("gated_lora", {f"{QUERY}.gate.weight": None}, f"{QUERY}.gate.weight"),
@@ -196,3 +218,31 @@ def test_a_union_with_a_tensor_of_no_part_is_refused(tmp_path: Path) -> None:
     config["config"]["configs"] = config["config"]["configs"][:2]
     write_adapterhub(tmp_path / "source", config, tensors)
     assert_refused(make_store(tmp_path), tmp_path / "source", AdapterInvalidError, "loras")
+
+
+def test_a_projection_is_what_torch_s_parametrization_gives() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        linear = nn.utils.parametrizations.orthogonal(nn.Linear(9, 4, bias=False))
+    parametrization: Any = linear.parametrizations
+    original, base = parametrization.weight.original, parametrization.weight[0].base
+    with torch.no_grad():
+        original[:, 4:] = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
+        original.diagonal()[1] = -1
+        found = orthonormal_rows(original, base)
+        torch.testing.assert_close(found, linear.weight, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(found @ found.T, torch.eye(4), atol=1e-6, rtol=1e-6)
+
+
+def test_reft_counts_no_rows_from_before_a_prompt(tmp_path: Path) -> None:
+    for preset, is_served in (("prompt", True), ("prompt_after_bos", False)):
+        config = adapterhub_config(
+            BASE, "unipelt", configs=[ENCODER_PRESETS[preset], ENCODER_PRESETS["loreft"]]
+        )
+        source = tmp_path / preset / "source"
+        write_adapterhub(source, config, adapterhub_tensors(BASE, config))
+        store = open_store(tmp_path / preset / "store", BASE, [tmp_path])
+        if is_served:
+            assert store.register(Registration("task", Uri(str(source)))).record.method is AdapterMethod.UNION
+        else:
+            assert_refused(store, source, AdapterUnsupportedError, "combine")

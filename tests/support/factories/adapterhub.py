@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,26 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "configs": [_PREFIX_DEFAULTS, _BOTTLENECK_DEFAULTS | {"is_parallel": True}],
     },
 }
+_REFT_DEFAULTS: dict[str, Any] = {
+    "architecture": "reft",
+    "dropout": 0.05,
+    "dtype": None,
+    "init_weights_seed": None,
+    "layers": "all",
+    "non_linearity": None,
+    "orthogonality": True,
+    "output_reft": True,
+    "prefix_positions": 3,
+    "r": 2,
+    "suffix_positions": 0,
+    "tied_weights": False,
+}
 ENCODER_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "prompt": _PROMPT_DEFAULTS,
+    "loreft": _REFT_DEFAULTS,
+    "noreft": _REFT_DEFAULTS | {"orthogonality": False, "subtract_projection": True, "suffix_positions": 2},
+    "direft": _REFT_DEFAULTS
+    | {"orthogonality": False, "subtract_projection": False, "non_linearity": "relu", "tied_weights": True},
     "unipelt": {
         "architecture": "union",
         "configs": [
@@ -204,6 +223,8 @@ def _tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> d
         return {name: tensor for part in parts for name, tensor in part.items()}
     if architecture == "lora":
         return _lora_tensors(base, inner, make)
+    if architecture == "reft":
+        return _reft_tensors(base, inner, make)
     if architecture == "prefix_tuning":
         return _prefix_tensors(base, inner, make)
     if architecture == "prompt_tuning":
@@ -326,6 +347,27 @@ def _bottleneck_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _
     if inner["phm_layer"]:
         size = max(1, int(hidden // _factor(inner["reduction_factor"], 0)))
         tensors |= _shared_phm_tensors(base, inner, hidden, size, make)
+    return tensors
+
+
+def _reft_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    size, holder = base.hidden_size, _LAYERS.get(base.model_type, ("layers",))[0]
+    layers = range(base.num_layers) if inner["layers"] == "all" else inner["layers"]
+    units = range(1 if inner["tied_weights"] else 2)
+    for layer, unit in product(layers, units):
+        prefix = f"{base.prefix}{holder}.{layer}.reft_layer.refts.{NAME}.units.{unit}."
+        tensors[f"{prefix}learned_source.weight"] = make(inner["r"], size)
+        tensors[f"{prefix}learned_source.bias"] = make(inner["r"])
+        if not inner["orthogonality"]:
+            tensors[f"{prefix}projection.weight"] = make(inner["r"], size)
+            continue
+        # As torch keeps it: reflectors, with signs on the diagonal, and an orthogonal matrix.
+        original = make(inner["r"], size)
+        original.diagonal().copy_(torch.tensor([-1.0, 1.0]).repeat(inner["r"])[: inner["r"]])
+        tensors[f"{prefix}projection.parametrizations.weight.original"] = original
+        rotation = torch.linalg.qr(make(size, size))[0].contiguous()
+        tensors[f"{prefix}projection.parametrizations.weight.0.base"] = rotation
     return tensors
 
 

@@ -28,6 +28,7 @@ from manyhats.adapters.methods.multitask_prompt_tuning import MultitaskPromptTun
 from manyhats.adapters.methods.p_tuning import PTuningMethod
 from manyhats.adapters.methods.prefix_tuning import AdapterHubPrefixMethod, PrefixTuningMethod
 from manyhats.adapters.methods.prompt_tuning import AdapterHubPromptMethod, PromptTuningMethod
+from manyhats.adapters.methods.reft import ReftMethod
 from manyhats.adapters.methods.trainable_tokens import TrainableTokensMethod
 from manyhats.adapters.methods.union import UnionMethod
 from manyhats.adapters.methods.vera import VeraMethod
@@ -70,6 +71,7 @@ _OF_UNIONS = _by_name(
     AdapterHubIa3Method(),
     AdapterHubPrefixMethod(),
     AdapterHubPromptMethod(),
+    ReftMethod(),
 )
 
 # The methods of AdapterHub's.
@@ -159,7 +161,13 @@ def check_lowered(lowered: LoweredAdapter) -> None:
 
     Raises:
         AdapterInvalidError: names the place.
+        AdapterUnsupportedError: what counts a text's rows meets virtual tokens among them.
     """
+    has_inner_prompt = isinstance(lowered.prefix, PromptEmbeddings) and not lowered.prefix.are_read
+    if has_inner_prompt and any(isinstance(each, Bottleneck) and each.ends for each in lowered.deltas):
+        raise AdapterUnsupportedError(
+            "combine", "puts the prompt behind the first token, and ReFT would count its rows from there"
+        )
     for delta in lowered.deltas:
         if not _is_finite(delta):
             place = getattr(delta, "site", "embedding or head")

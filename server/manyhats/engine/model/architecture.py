@@ -6,6 +6,7 @@ and norms a block has, which linears share their input, and where adapters may a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -350,6 +351,14 @@ class Architecture:
     def num_linear_parameters(self) -> int:
         """The number of parameters in the blocks' matrices, without biases."""
         return sum(linear.d_in * linear.d_out for block in self.blocks for linear in block.linears())
+
+    def stream_places(self) -> Mapping[str, tuple[int, int]]:
+        """Where bottlenecks act on the stream: name → in how many layers, and D.
+
+        Besides the sub-layers' outputs, which they change before these are added, it is what leaves an encoder's layer.
+        """
+        names = (*SUBLAYERS, *(("output",) if self.attention.sees_all else ()))
+        return dict.fromkeys(names, (self.num_layers, self.hidden_size))
 
     def sites(self) -> tuple[Site, ...]:
         """Where adapters may act: embedding, head if there is one, each linear, and the output of each sub-layer."""

@@ -81,6 +81,10 @@ class Maths(Protocol):
         """Stream + output as the rows' bottlenecks change it, normed if there is a norm: [N, D] twice → [N, D]."""
         ...
 
+    def output(self, layer: int, stream: Tensor) -> Tensor:
+        """The stream behind an encoder's layer, as the rows' bottlenecks change it: [N, D] → [N, D]."""
+        ...
+
     def head(self, hidden: Tensor) -> Tensor:
         """The output head, as the rows' adapters have it: [M, D] → [M, V]."""
         ...
@@ -124,7 +128,8 @@ def block(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: 
     beside = _feed_forward(maths, spec, weights, layer, stream) if spec.is_parallel else None
     stream = _joined(maths, spec, weights, Site(layer, "attention"), stream, output)
     output = _feed_forward(maths, spec, weights, layer, stream) if beside is None else beside
-    return _joined(maths, spec, weights, Site(layer, "feed_forward"), stream, output)
+    stream = _joined(maths, spec, weights, Site(layer, "feed_forward"), stream, output)
+    return maths.output(layer, stream) if spec.attention.sees_all else stream
 
 
 def logits(maths: Maths, head: Head, hidden: Tensor) -> Tensor:

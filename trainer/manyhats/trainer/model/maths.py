@@ -159,6 +159,10 @@ class TrainingMaths:
         stream = stream + output
         return stream if normed is None or skips_norm else normed(stream)
 
+    def output(self, layer: int, stream: Tensor) -> Tensor:
+        """No adapter is trained there."""
+        return stream
+
     def head(self, hidden: Tensor) -> Tensor:
         """Float32 throughout; the loss is ``Head.loss``."""
         return self.base.head.outputs(hidden, self.deltas)

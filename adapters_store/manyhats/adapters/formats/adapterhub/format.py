@@ -40,7 +40,6 @@ COMPANIONS: Mapping[str, str] = MappingProxyType(
 )
 _UNSERVED: Mapping[str, str] = MappingProxyType(
     {
-        "reft": "ReFT, which acts on chosen positions",
         "mtl_lora": "multi-task LoRA",
     }
 )
@@ -91,6 +90,8 @@ def recognise(config: Mapping[str, Any]) -> AdapterMethod:
         return AdapterMethod.BOTTLENECK
     if architecture == "prefix_tuning":
         return AdapterMethod.PREFIX_TUNING
+    if architecture == "reft":
+        return AdapterMethod.REFT
     if architecture == "union":
         return AdapterMethod.UNION
     if architecture == "prompt_tuning":

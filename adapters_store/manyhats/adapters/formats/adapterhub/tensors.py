@@ -32,7 +32,6 @@ _UNSERVED: Mapping[str, str] = {
     ".adapter_fusion_layer.": "AdapterFusion",
     ".vera_": "VeRA",
     ".m.weight": "use_dora, DoRA as AdapterHub computes it",
-    ".refts.": "ReFT",
 }
 
 

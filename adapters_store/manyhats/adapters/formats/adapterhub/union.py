@@ -19,6 +19,7 @@ _HOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "lora": ("loras",),
         "prefix_tuning": ("prefix_tunings", "prefix_gates"),
         "prompt_tuning": ("prompt_tunings",),
+        "reft": ("refts",),
     }
 )
 

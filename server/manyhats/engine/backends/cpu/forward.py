@@ -13,7 +13,7 @@ from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
 from manyhats.engine.backends.cpu.program import PackedNorm, Program
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import SUBLAYERS, Architecture, Attention, Block
+from manyhats.engine.model.architecture import Architecture, Attention, Block
 from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 
@@ -240,17 +240,23 @@ class Forward:
             self.program.norm(OUTPUT, OUTPUT, output)
         if scale != 1.0:
             self.program.scale(OUTPUT, size, scale)
-        place = size, SUBLAYERS.index(sublayer), layer
+        place = size, self._layout.place_index(sublayer), layer
         self.program.bottleneck(STREAM, OUTPUT, *place, stream, self._gates)
         if stream is not None:
             self.program.add_norm(OUTPUT, STREAM, STREAM, stream)
             self.program.unnormed(OUTPUT, STREAM, *place)
+            self._leave_block(sublayer, size, layer)
             return self._begin(following)
         if following is None:
             self.program.add(OUTPUT, STREAM, size)
             return STREAM
         self.program.add_norm(OUTPUT, STREAM, NORMED, following)
         return NORMED
+
+    def _leave_block(self, sublayer: str, size: int, layer: int) -> None:
+        """What bottlenecks do to the stream behind an encoder's layer."""
+        if self._gates and sublayer == "feed_forward":
+            self.program.bottleneck(STREAM, STREAM, size, self._layout.place_index("output"), layer, None)
 
     def _linear(self, group: str, layer: int, parts: Sequence[Linear], source: int, target: int) -> int:
         """A group of linears with its adapters' deltas; returns the size of its output."""

@@ -25,6 +25,7 @@ from manyhats.adapters.primitives import (
     InputScale,
     LowRank,
     PrefixGate,
+    TextEnds,
 )
 from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 from manyhats.engine.backends.logits import Finished, HostLogits
@@ -312,13 +313,7 @@ class _Step:
 
     def join(self, site: Site, stream: Tensor, output: Tensor, norm: StreamNorm | None) -> Tensor:
         normed = None if norm is None else partial(self.output_norm, norm=norm[0], weight=norm[1])
-        unnormed = []
-        original = output.clone()  # which the gates of texts' other rows read
-        for rows, delta in self._deltas(site, Bottleneck):
-            read = partial(equations.bottleneck_input, delta, stream, original, normed)
-            gate = self._gate(delta.gate, rows, read)
-            output[rows] = equations.bottleneck(delta, stream[rows], output[rows], normed, gate)
-            unnormed += [rows] if delta.skips_norm else []
+        unnormed = self._bottlenecks(site, stream, output, normed)
         joined = stream + output
         if normed is None:
             return joined
@@ -326,6 +321,39 @@ class _Step:
         for rows in unnormed:
             found[rows] = joined[rows]
         return found
+
+    def output(self, layer: int, stream: Tensor) -> Tensor:
+        found = stream.clone()
+        self._bottlenecks(Site(layer, "output"), stream, found, None)
+        return found
+
+    def _bottlenecks(
+        self, site: Site, stream: Tensor, output: Tensor, normed: Callable[[Tensor], Tensor] | None
+    ) -> list[Tensor]:
+        """Changes outputs in place; returns the rows that skip the norm of the stream."""
+        original = output.clone()  # which the gates of texts' other rows read
+        unnormed = []
+        for rows, delta in self._deltas(site, Bottleneck):
+            read = partial(equations.bottleneck_input, delta, stream, original, normed)
+            gate = self._gate(delta.gate, rows, read)
+            mask: float | Tensor = 1.0
+            if delta.ends is not None:
+                mask = self._ends(delta.ends, rows, delta.down.shape[0])
+                rows, mask = (part[mask.any(1)] for part in (rows, mask))
+            output[rows] = equations.bottleneck(delta, stream[rows], output[rows], normed, gate, mask)
+            unnormed += [rows] if delta.skips_norm else []
+        return unnormed
+
+    def _ends(self, ends: TextEnds, rows: Tensor, size: int) -> Tensor:
+        """What rows have of a bottleneck: [R, b], 1 or 0."""
+        mask = torch.zeros(len(rows), size)
+        starts = self._plan.query_start
+        for index, row in enumerate(rows.tolist()):
+            text = int(np.searchsorted(starts, row, side="right")) - 1
+            first, last = starts[text : text + 2].tolist()
+            own = ends.part(row - first, last - first, size)
+            mask[index, own.start : own.stop] = 1.0
+        return mask.to(self._model.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """A head of the adapter's own comes before what changes it."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
-from manyhats.engine.backends.cpu.adapters.texts import gate_of
+from manyhats.engine.backends.cpu.adapters.texts import gate_of, text_of
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
 from manyhats.engine.backends.cpu.rowwise import copy_row, norm_row, scale_row
@@ -32,8 +32,8 @@ from manyhats.engine.backends.cpu.simd import (
 DOWN, DOWN_BIAS, UP, UP_BIAS, SCALE, BEFORE_WEIGHT, BEFORE_BIAS, AFTER_WEIGHT, AFTER_BIAS, GATE = range(10)
 NUM_ADDRESSES = 10
 # Columns of the integer table; a size of 0 is a slot without an adapter here.
-SIZE, ACTIVATION, INPUT, NORM_RESIDUAL, SKIPS_NORM = range(5)
-NUM_INTEGERS = 5
+SIZE, ACTIVATION, INPUT, NORM_RESIDUAL, SKIPS_NORM, HAS_ENDS, FIRST, LAST, IS_SPLIT = range(9)
+NUM_INTEGERS = 9
 # Columns of the number table.
 KEEP, CARRY, CARRY_NORMED, BEFORE_EPS, AFTER_EPS = range(5)
 NUM_NUMBERS = 5
@@ -148,10 +148,36 @@ def pick(kind, residual, output, start, size, op, op_numbers, scratch, at):
 
 
 @inner
+def ends_part(integers, row, frame):
+    """Which values of a bottleneck a row has, from … to; of a text's row between its ends none."""
+    text = np.int64(text_of(row, frame))
+    starts = ints_at(frame[col.QUERY_START])
+    size = np.int64(integers[SIZE])
+    half = size // 2 if integers[IS_SPLIT] else np.int64(0)
+    if row >= starts[text + 1] - integers[LAST]:
+        return half, size
+    return np.int64(0), size - half if row < starts[text] + integers[FIRST] else np.int64(0)
+
+
+@inner
 def row_delta(
-    residual, output, start, size, op, op_numbers, addresses, integers, numbers, gate, like, f32, scratch, at
+    residual,
+    output,
+    start,
+    size,
+    op,
+    op_numbers,
+    addresses,
+    integers,
+    numbers,
+    gate,
+    part,
+    like,
+    f32,
+    scratch,
+    at,
 ):
-    """Leaves f, or norm_after(f + norm_residual), in scratch[at : at + size]; ``gate`` is the row's."""
+    """Leaves f, or norm_after(f + norm_residual), in scratch[at : at + size]; gate and part are the row's."""
     source = at + size
     inside = source + size
     pick(integers[INPUT], residual, output, start, size, op, op_numbers, scratch, source)
@@ -164,8 +190,9 @@ def row_delta(
     for j in range(0, width, 8):  # vectors are padded to eight, and so is this part of the scratch
         biased = add(load(scratch, inside + j), load_address(addresses[DOWN_BIAS] + 4 * j, f32))
         store(scratch, inside + j, biased)
-    for j in range(inside, inside + width):
-        scratch[j] = np.float32(activate(integers[ACTIVATION], np.float64(scratch[j])))
+    for j in range(width):
+        value = activate(integers[ACTIVATION], np.float64(scratch[inside + j]))
+        scratch[inside + j] = np.float32(value) if part[0] <= j < part[1] else np.float32(0.0)
     for i in range(0, size, 8):
         store(scratch, at + i, load_address(addresses[UP_BIAS] + 4 * i, f32))
     expand(scratch, inside, width, addresses[UP], size, like, np.float32(1.0), scratch, at)
@@ -219,6 +246,11 @@ def bottleneck(op, op_numbers, share, frame, buffers, like, scratch, at):
     size = op[col.SIZE]
     row = np.int64(ints_at(frame[col.ADAPTER_ROWS])[share])
     start = row * size
+    part = np.int64(0), np.int64(integers[SIZE])
+    if integers[HAS_ENDS]:
+        part = ends_part(integers, row, frame)
+        if part[0] == part[1]:
+            return
     gate = np.float32(1.0)
     if addresses[GATE] != 0:
         gate = gate_of(op, row, 0, frame, buffers)
@@ -233,6 +265,7 @@ def bottleneck(op, op_numbers, share, frame, buffers, like, scratch, at):
         integers,
         numbers,
         gate,
+        part,
         like,
         scratch,
         scratch,

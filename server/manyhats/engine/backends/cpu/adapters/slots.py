@@ -50,7 +50,7 @@ from manyhats.engine.backends.cpu.packing import LANES, Array
 from manyhats.engine.backends.own_logits import OwnRows, resized
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import SUBLAYERS, Architecture
+from manyhats.engine.model.architecture import Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,14 @@ class Layout:
         hidden_size: D.
         sizes: of each group of linears, the outputs of its members.
         places: linear → its group and its place in it.
+        stream_places: where bottlenecks act → in how many layers, on rows of which size.
     """
 
     num_layers: int
     hidden_size: int
     sizes: Mapping[str, tuple[int, ...]]
     places: Mapping[str, tuple[str, int]]
+    stream_places: Mapping[str, tuple[int, int]]
 
     @classmethod
     def of(cls, architecture: Architecture) -> Layout:
@@ -78,6 +80,7 @@ class Layout:
             architecture.hidden_size,
             {group.name: tuple(member.d_out for member in group.members) for group in groups},
             {name: (group.name, member) for group in groups for member, name in enumerate(group.names)},
+            architecture.stream_places(),
         )
 
     def order(self, delta: Delta) -> tuple[int, int]:
@@ -88,6 +91,10 @@ class Layout:
     def group_index(self, name: str) -> int:
         """A group's row in the kernel's table."""
         return list(self.sizes).index(name)
+
+    def place_index(self, name: str) -> int:
+        """The row of a bottleneck's place in the kernel's table."""
+        return list(self.stream_places).index(name)
 
 
 class PackedAdapter:
@@ -106,7 +113,7 @@ class PackedAdapter:
         num_layers = layout.num_layers
         self.memory = AdapterMemory(num_matrix_values, dtype)
         self.linears = {group: LinearEntries(num_layers, len(sizes)) for group, sizes in layout.sizes.items()}
-        self.sublayers = {name: SublayerEntries(num_layers, layout.hidden_size) for name in SUBLAYERS}
+        self.sublayers = {name: SublayerEntries(*shape) for name, shape in layout.stream_places.items()}
         self.prefix = PrefixEntries(num_layers)
         self.rescales_inputs = False
         self.embeddings: list[EmbeddingChange] = []
@@ -140,6 +147,8 @@ class PackedAdapter:
                 self.linears[group].add_input_scale(member, delta, self.memory)
                 self.rescales_inputs = True
             case Bottleneck():
+                if delta.site.name not in self.sublayers:
+                    raise ModelError(f"{delta.site}: the base has no such place")
                 self.sublayers[delta.site.name].add(delta, self.memory)
             case PrefixGate():
                 self.prefix.add(delta, self.memory)
@@ -169,7 +178,8 @@ class CpuAdapterSlots:
             for group, sizes in layout.sizes.items()
         }
         self._sublayers = {
-            name: SublayerTable(layout.num_layers, num_slots, layout.hidden_size) for name in SUBLAYERS
+            name: SublayerTable(num_layers, num_slots, size)
+            for name, (num_layers, size) in layout.stream_places.items()
         }
         self._prefixes = PrefixTable(layout.num_layers, num_slots)
         self._linear_rows = np.stack([table.row for table in self._linears.values()])
@@ -225,7 +235,8 @@ class CpuAdapterSlots:
         """Float32 values of scratch that the kernel needs on each thread."""
         rank = max(table.largest_rank for table in self._linears.values())
         size = max(table.largest_size for table in self._sublayers.values())
-        return max(rank, 2 * self._layout.hidden_size + size + LANES)
+        widest = max(row for _, row in self._layout.stream_places.values())
+        return max(rank, 2 * widest + size + LANES)
 
     def describe(self, rows: AdapterRows, frame: Array) -> tuple[Array, ...]:
         """Enters into a step's frame where the tables are, and which rows have an adapter.

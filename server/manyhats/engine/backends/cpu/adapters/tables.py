@@ -281,6 +281,10 @@ class SublayerEntries:
         integers[bottleneck.INPUT] = _INPUTS[delta.input]
         integers[bottleneck.NORM_RESIDUAL] = _INPUTS[delta.norm_residual]
         integers[bottleneck.SKIPS_NORM] = delta.skips_norm
+        if delta.ends is not None:
+            integers[bottleneck.HAS_ENDS] = True
+            integers[bottleneck.FIRST], integers[bottleneck.LAST] = delta.ends.first, delta.ends.last
+            integers[bottleneck.IS_SPLIT] = delta.ends.is_split
         integers[bottleneck.SIZE] = int(delta.down.shape[0])
 
 
