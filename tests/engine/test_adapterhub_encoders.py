@@ -22,6 +22,7 @@ from manyhats.adapters.registration import Part, Parts, Registration, Uri
 from manyhats.adapters.sites import BaseDescription
 from manyhats.adapters.store.opening import open_store
 from support.factories.adapterhub import (
+    ENCODER_PRESETS,
     adapterhub_config,
     adapterhub_tensors,
     make_adapterhub,
@@ -271,3 +272,55 @@ def test_reft_changes_the_ends_of_a_text_behind_each_layer(tmp_path: Path, famil
         found = asyncio.run(read_all(loaded, tmp_path, expected, backend))
         for name, wanted in expected.items():
             assert_close(found[name], wanted, name, TOLERANCE)
+
+
+def couple(prefix: str, tensors: Mapping[str, Tensor], module: Any, args: Any, embedded: Tensor) -> Tensor:
+    """The library's NICE block, with relu."""
+
+    def network(name: str, x: Tensor) -> Tensor:
+        first, second = (
+            (tensors[f"{prefix}{name}.{index}.weight"], tensors[f"{prefix}{name}.{index}.bias"])
+            for index in (0, 2)
+        )
+        return (x @ first[0].T + first[1]).relu() @ second[0].T + second[1]
+
+    half = embedded.shape[-1] // 2
+    x1, x2 = embedded[..., :half], embedded[..., half:]
+    y1 = x1 + network("F", x2)
+    return torch.cat((y1, x2 + network("G", y1)), dim=-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_invertible_adapters_change_the_normed_embeddings(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=4)
+    loaded, reference = load_tiny(checkpoint), transformers_model(checkpoint)
+    base = loaded.description
+    config = adapterhub_config(base, "seq_bn_inv", leave_out=[0, 1])
+    tensors = adapterhub_tensors(base, config, seed=3, scale=0.3)
+    write_adapterhub(tmp_path / "inv", config, tensors)
+    hook = partial(couple, f"{base.prefix}invertible_adapters.{config['name']}.", tensors)
+    handle = reference.embeddings.register_forward_hook(hook)
+    expected = hidden_values(reference)
+    handle.remove()
+    for backend in BACKENDS:
+        found = asyncio.run(read_all(loaded, tmp_path, ["inv"], backend))
+        assert_close(found["inv"], expected, backend, TOLERANCE)
+
+
+def test_an_invertible_adapter_leaves_a_prompt_s_vectors_as_they_are(tmp_path: Path) -> None:
+    checkpoint = make_encoder(tmp_path / "model", seed=4)
+    loaded, reference = load_tiny(checkpoint), transformers_model(checkpoint)
+    base = loaded.description
+    inner = dict(ENCODER_PRESETS["seq_bn_inv"]) | {"leave_out": [0, 1]}
+    config = adapterhub_config(base, "unipelt", configs=[ENCODER_PRESETS["prompt"], inner])
+    tensors = adapterhub_tensors(base, config, seed=3, scale=0.3)
+    write_adapterhub(tmp_path / "both", config, tensors)
+    prompt = next(tensor for name, tensor in tensors.items() if "prompt_embedding" in name)
+    hook = partial(couple, f"{base.prefix}invertible_adapters.{config['name']}.", tensors)
+    handle = reference.embeddings.register_forward_hook(hook)
+    with prompted(reference, prompt, 0):
+        expected = [rows[len(prompt) :] for rows in hidden_values(reference)]
+    handle.remove()
+    for backend in BACKENDS:
+        found = asyncio.run(read_all(loaded, tmp_path, ["both"], backend))
+        assert_close(found["both"], expected, backend, TOLERANCE)

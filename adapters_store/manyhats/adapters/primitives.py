@@ -144,11 +144,11 @@ class Bottleneck:
     ``f = g · scale · (U · act(D · norm_before(input) + b_d) + b_u)``, then ``m' = keep · m + carry · r + carry_normed ·
     N(r + m) + (f, or norm_after(f + norm_residual))``. The stream continues as ``r + m'``, or as ``N(r + m')`` where
     the base norms it, unless the adapter ``skips_norm``. For seq_bn, double_seq_bn and par_bn keep is 1, nothing is
-    carried, and there are no norms of the adapter's own. At a layer's ``output`` r and m are the stream itself, which
-    continues as m'.
+    carried, and there are no norms of the adapter's own. At a layer's ``output``, and at the couplings on the
+    embeddings, r and m are the stream itself, which continues as m'.
 
     Attributes:
-        site: ``attention``, ``feed_forward`` or ``output`` of a layer.
+        site: ``attention``, ``feed_forward`` or ``output`` of a layer, or a coupling.
         input: what it reads.
         down: D [b, hidden]. down_bias: [b].
         up: U [hidden, b]. up_bias: [hidden].

@@ -19,7 +19,7 @@ class Site:
 
     Besides the linears there are the sub-layers' outputs, ``attention`` and ``feed_forward``, the ``prefix`` that the
     attention sees, and the layer's ``output``. ``layer`` counts from 0; it is −1 for places outside the layers
-    (``embed_tokens``, ``lm_head``).
+    (``embed_tokens``, ``lm_head``, and ``first_coupling``, ``second_coupling`` on the normed embeddings).
     """
 
     layer: int

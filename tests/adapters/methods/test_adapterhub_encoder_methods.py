@@ -47,6 +47,7 @@ METHODS = {
     "gated_prefix": AdapterMethod.PREFIX_TUNING,
     "gated_prefix_flat": AdapterMethod.PREFIX_TUNING,
     "unipelt": AdapterMethod.UNION,
+    "seq_bn_inv": AdapterMethod.BOTTLENECK,
     "loreft": AdapterMethod.REFT,
     "noreft": AdapterMethod.REFT,
     "direft": AdapterMethod.REFT,
@@ -67,8 +68,8 @@ def test_every_preset_is_served_on_an_encoder_only(tmp_path: Path, preset: str) 
 @pytest.mark.parametrize("preset", ENCODER_PRESETS)
 def test_none_is_served_on_a_decoder(tmp_path: Path, preset: str) -> None:
     make_adapterhub(tmp_path / "source", DECODER, preset)
-    is_gated = preset.startswith("gated") or preset == "unipelt"
-    key = "use_gating" if is_gated else "architecture"
+    keys = {"unipelt": "use_gating", "seq_bn_inv": "inv_adapter"}
+    key = keys.get(preset, "use_gating" if preset.startswith("gated") else "architecture")
     assert_refused(make_store(tmp_path, DECODER), tmp_path / "source", AdapterUnsupportedError, key)
 
 
@@ -90,6 +91,16 @@ FIELDS: list[tuple[str, dict[str, Any], type[AdapterError], str]] = [
     ("prompt", {"prompt_length": 0}, AdapterInvalidError, "prompt_length"),
     ("prompt", {"prompt_length": 9}, AdapterTooLargeError, "prompt_length"),
     ("prompt", {"a_new_field": 1}, AdapterUnsupportedError, "a_new_field"),
+    ("seq_bn_inv", {"inv_adapter": "glow"}, AdapterUnsupportedError, "inv_adapter"),
+    (
+        "seq_bn_inv",
+        {"inv_adapter_reduction_factor": None},
+        AdapterInvalidError,
+        "inv_adapter_reduction_factor",
+    ),
+    ("seq_bn_inv", {"inv_adapter_reduction_factor": 0}, AdapterInvalidError, "inv_adapter_reduction_factor"),
+    ("seq_bn_inv", {"inv_adapter_reduction_factor": 99}, AdapterInvalidError, "inv_adapter_reduction_factor"),
+    ("seq_bn_inv", {"inv_adapter": None}, AdapterInvalidError, "invertible_adapters"),
     ("loreft", {"prefix_positions": 0}, AdapterInvalidError, "prefix_positions"),
     ("loreft", {"suffix_positions": -1}, AdapterInvalidError, "suffix_positions"),
     ("loreft", {"suffix_positions": "1"}, AdapterInvalidError, "suffix_positions"),
@@ -121,6 +132,7 @@ def test_fields_that_cannot_be_served_are_refused_by_name(
 PROMPT = f"bert.prompt_tuning.prompt_tunings.{NAME}.prompt_embedding.weight"
 DOWN = f"bert.encoder.layer.1.output.adapters.{NAME}.gate.bias"
 QUERY = f"bert.encoder.layer.0.attention.self.query.loras.{NAME}"
+COUPLING = f"bert.invertible_adapters.{NAME}"
 UNIT = f"bert.encoder.layer.0.reft_layer.refts.{NAME}.units.0.projection.parametrizations.weight"
 PREFIX = f"bert.encoder.layer.1.attention.self.prefix_tuning.prefix_gates.{NAME}"
 
@@ -128,6 +140,8 @@ PREFIX = f"bert.encoder.layer.1.attention.self.prefix_tuning.prefix_gates.{NAME}
 @pytest.mark.parametrize(
     ("preset", "changes", "name"),
     [
+        ("seq_bn_inv", {f"{COUPLING}.F.2.bias": None}, f"{COUPLING}.F.2.bias"),
+        ("seq_bn_inv", {f"{COUPLING}.G.0.weight": (4, 3)}, f"{COUPLING}.G.0.weight"),
         ("loreft", {f"{UNIT}.original": None}, f"{UNIT}.original"),
         ("loreft", {f"{UNIT}.0.base": (HIDDEN, 2)}, f"{UNIT}.0.base"),
         ("loreft", {f"{UNIT}.0.base": (HIDDEN, HIDDEN)}, f"{UNIT}.original"),

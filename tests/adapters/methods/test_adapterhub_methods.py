@@ -358,7 +358,7 @@ TENSORS: list[tuple[str, Callable[[dict[str, Tensor]], None], type[AdapterError]
     (
         "seq_bn",
         plus(f"model.invertible_adapters.{NAME}.F.0.weight", 8, 16),
-        AdapterUnsupportedError,
+        AdapterInvalidError,
         "invertible_adapters",
     ),
     (

@@ -157,6 +157,8 @@ _REFT_DEFAULTS: dict[str, Any] = {
 }
 ENCODER_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "prompt": _PROMPT_DEFAULTS,
+    "seq_bn_inv": _BOTTLENECK_DEFAULTS
+    | {"original_ln_before": True, "inv_adapter": "nice", "inv_adapter_reduction_factor": 2},
     "loreft": _REFT_DEFAULTS,
     "noreft": _REFT_DEFAULTS | {"orthogonality": False, "subtract_projection": True, "suffix_positions": 2},
     "direft": _REFT_DEFAULTS
@@ -344,9 +346,24 @@ def _bottleneck_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _
                 prefix = holder_path(base, layer, sub_layer)
                 size = max(1, int(hidden // _factor(inner["reduction_factor"], layer)))
                 tensors |= _block_tensors(inner, prefix, hidden, size, make)
+    if inner["inv_adapter"]:
+        tensors |= _coupling_tensors(base, inner, make)
     if inner["phm_layer"]:
         size = max(1, int(hidden // _factor(inner["reduction_factor"], 0)))
         tensors |= _shared_phm_tensors(base, inner, hidden, size, make)
+    return tensors
+
+
+def _coupling_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
+    first = base.embedding_size // 2
+    second, tensors = base.embedding_size - first, {}
+    for network, d_in, d_out in (("F", second, first), ("G", first, second)):
+        prefix, size = (
+            f"{base.prefix}invertible_adapters.{NAME}.{network}",
+            int(d_in // inner["inv_adapter_reduction_factor"]),
+        )
+        tensors |= {f"{prefix}.0.weight": make(size, d_in), f"{prefix}.0.bias": make(size)}
+        tensors |= {f"{prefix}.2.weight": make(d_out, size), f"{prefix}.2.bias": make(d_out)}
     return tensors
 
 

@@ -127,7 +127,7 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         # Of AdapterHub's; PEFT's prompts are as wide as the hidden size, or refused.
-        embedding_size=_first(shapes, ".prompt_embedding.weight", 1) or hidden_size,
+        embedding_size=_first(shapes, ".prompt_embedding.weight", 1) or _coupled(shapes) or hidden_size,
         kind=TaskKind.EMBED if is_encoder else TaskKind.GENERATE,
         has_pooler=is_encoder,
         weights=_OnesSource(linears, hidden_size),
@@ -222,6 +222,12 @@ def _inner_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     inner = config["config"]
     configs = inner.get("configs")
     return [each for each in configs if isinstance(each, dict)] if isinstance(configs, list) else [inner]
+
+
+def _coupled(shapes: Mapping[str, Shape]) -> int:
+    """E, of which an invertible adapter has two halves; 0 without one."""
+    halves = [shape for name, shape in shapes.items() if re.search(r"\.[FG]\.2\.bias$", name)]
+    return sum(math.prod(shape) for shape in halves)
 
 
 def _left_out(inner: Mapping[str, Any]) -> list[int]:

@@ -51,9 +51,10 @@ from manyhats.adapters.formats.adapterhub.bottleneck import (
     parse_bottleneck_config,
     plain_block_name,
 )
+from manyhats.adapters.formats.adapterhub.coupling import coupling_shapes, lower_couplings
 from manyhats.adapters.formats.adapterhub.fields import check_gating
 from manyhats.adapters.formats.adapterhub.phm import phm_matrix, phm_shapes
-from manyhats.adapters.formats.adapterhub.places import places_of
+from manyhats.adapters.formats.adapterhub.places import check_encoder, places_of
 from manyhats.adapters.formats.adapterhub.tensors import (
     TensorNames,
     check_layers,
@@ -136,15 +137,19 @@ class BottleneckMethod:
         _find_blocks(config, name, candidate.shapes, base)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
-        """One ``Bottleneck`` per adapted sub-layer, ordered by layer; matrices keep their stored dtype."""
+        """One ``Bottleneck`` per adapted sub-layer, ordered by layer, then those of an invertible adapter.
+
+        Matrices keep their stored dtype.
+        """
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         config, name = _read_config(artifact.config, base)
         found, names = _find_blocks(config, name, shapes, base)
         flow = resolve_flow(config, places_of(base.model_type).is_normed)
         read = partial(names.pick, artifact.tensors)
-        return LoweredAdapter(
-            digest=artifact.digest, deltas=tuple(_lower_block(config, flow, block, read) for block in found)
-        )
+        deltas = [_lower_block(config, flow, block, read) for block in found]
+        if config.coupling_factor is not None:
+            deltas += lower_couplings(name, base.embedding_size, config.activation, read)
+        return LoweredAdapter(digest=artifact.digest, deltas=tuple(deltas))
 
 
 def _find_blocks(
@@ -157,6 +162,8 @@ def _find_blocks(
     expected: dict[str, tuple[int, ...]] = {}
     for block in found:
         expected |= _block_shapes(config, block, base.hidden_size)
+    if config.coupling_factor is not None:
+        expected |= coupling_shapes(name, base.embedding_size, config.coupling_factor)
     check_shapes(names, shapes, expected, base)
     return found, names
 
@@ -170,6 +177,12 @@ def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[Bott
     adapterhub_format.check_base(config, base)
     inner = adapterhub_format.method_config(config)
     check_gating(inner, base)
+    if inner.get("inv_adapter") is not None:
+        check_encoder(
+            base,
+            "inv_adapter",
+            "an invertible adapter on the embedding, whose inverse a decoder's head would need",
+        )
     parsed = parse_bottleneck_config(inner)
     if base.model_type in _SANDWICHED:
         raise AdapterUnsupportedError(

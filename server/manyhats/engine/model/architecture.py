@@ -14,6 +14,8 @@ from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 
 SUBLAYERS = ("attention", "feed_forward")
 """The sub-layers of a block; their outputs are sites of bottleneck adapters."""
+COUPLINGS = ("first_coupling", "second_coupling")
+"""Sites of bottleneck adapters on normed embeddings, in the order in which they act."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,10 +357,14 @@ class Architecture:
     def stream_places(self) -> Mapping[str, tuple[int, int]]:
         """Where bottlenecks act on the stream: name → in how many layers, and D.
 
-        Besides the sub-layers' outputs, which they change before these are added, it is what leaves an encoder's layer.
+        Besides the sub-layers' outputs, which they change before these are added, it is what leaves an encoder's layer,
+        and, in two steps, its normed embeddings, of size E.
         """
         names = (*SUBLAYERS, *(("output",) if self.attention.sees_all else ()))
-        return dict.fromkeys(names, (self.num_layers, self.hidden_size))
+        places = dict.fromkeys(names, (self.num_layers, self.hidden_size))
+        if self.embedding.norm is None:
+            return places
+        return places | dict.fromkeys(COUPLINGS, (1, self.embedding.size))
 
     def sites(self) -> tuple[Site, ...]:
         """Where adapters may act: embedding, head if there is one, each linear, and the output of each sub-layer."""

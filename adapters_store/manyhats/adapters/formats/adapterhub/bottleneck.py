@@ -35,6 +35,8 @@ _KNOWN = frozenset(
         "adapter_residual_before_ln",
         "leave_out",
         "use_gating",
+        "inv_adapter",
+        "inv_adapter_reduction_factor",
         "phm_layer",
         "phm_dim",
         "phm_rank",
@@ -48,7 +50,6 @@ _KNOWN = frozenset(
         "stochastic_depth",
         "init_weights",
         "init_weights_seed",
-        "inv_adapter_reduction_factor",
         "phm_c_init",
         "phm_init_range",
         "learn_phm",
@@ -57,8 +58,7 @@ _KNOWN = frozenset(
 )
 _SUM = "post_add"
 _REFUSED = {
-    "inv_adapter": "an invertible adapter on the embedding",
-    "invertible_adapter": "an invertible adapter on the embedding",
+    "invertible_adapter": "an invertible adapter as adapter-transformers saved it",
     "cross_adapter": "an adapter after cross-attention, which no decoder here has",
 }
 
@@ -99,6 +99,7 @@ class BottleneckConfig:
         residual_is_sum: whether ``residual_before_ln`` is ``post_add``.
         leave_out: layers without adapters.
         is_gated: whether each adapter has a gate.
+        coupling_factor: half the embedding's size over that of the invertible adapter's networks; None for none.
         phm: None for plain matrices.
     """
 
@@ -117,6 +118,7 @@ class BottleneckConfig:
     scaling: float | str
     leave_out: frozenset[int]
     is_gated: bool
+    coupling_factor: float | None
     phm: PhmConfig | None
 
     def size(self, layer: int, hidden_size: int) -> int:
@@ -164,6 +166,7 @@ def parse_bottleneck_config(config: Mapping[str, Any]) -> BottleneckConfig:
         scaling=_read_scaling(config.get("scaling", 1.0)),
         leave_out=read_leave_out(config),
         is_gated=read_flag(config, "use_gating", False),
+        coupling_factor=_read_coupling_factor(config),
         phm=_read_phm(config) if read_flag(config, "phm_layer", False) else None,
     )
 
@@ -176,6 +179,21 @@ def _is_residual_the_sum(config: Mapping[str, Any], is_parallel: bool) -> bool:
             "residual_before_ln", "'post_add' needs original_ln_before; without it the library itself fails"
         )
     return True
+
+
+def _read_coupling_factor(config: Mapping[str, Any]) -> float | None:
+    kind = config.get("inv_adapter")
+    if kind is None:
+        return None
+    if kind != "nice":
+        raise AdapterUnsupportedError(
+            "inv_adapter",
+            f"is '{shown(str(kind))}'; only nice is served: the library cannot run its other kind",
+        )
+    factor = check_number("inv_adapter_reduction_factor", config.get("inv_adapter_reduction_factor"))
+    if factor < 1e-3:
+        raise AdapterInvalidError("inv_adapter_reduction_factor", f"must be at least 0.001, not {factor:g}")
+    return factor
 
 
 def _read_reduction(value: Any) -> tuple[Mapping[int, float], float | None]:

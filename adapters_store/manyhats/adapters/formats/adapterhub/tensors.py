@@ -27,7 +27,6 @@ from manyhats.adapters.sites import BaseDescription
 
 # Part of a tensor's name → what it belongs to.
 _UNSERVED: Mapping[str, str] = {
-    "invertible_adapters.": "inv_adapter, an invertible adapter on the embedding",
     "cross_attention_adapters.": "cross_adapter",
     ".adapter_fusion_layer.": "AdapterFusion",
     ".vera_": "VeRA",

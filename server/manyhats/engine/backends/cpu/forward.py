@@ -13,7 +13,7 @@ from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import CpuLinear
 from manyhats.engine.backends.cpu.program import PackedNorm, Program
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import Architecture, Attention, Block
+from manyhats.engine.model.architecture import COUPLINGS, Architecture, Attention, Block
 from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 
@@ -124,6 +124,10 @@ class Forward:
             self.program.locate(summed, self._table(weights.token_types), which=col.TOKEN_TYPES)
         if norm is not None and weights.embedding_norm is not None:
             self.program.norm(summed, summed, PackedNorm.of(norm, weights.embedding_norm))
+            for name in COUPLINGS:
+                self.program.bottleneck(
+                    summed, summed, embedding.size, self._layout.place_index(name), 0, None
+                )
             self.program.scatter(NORMED_EMBEDDED, summed, embedding.size)
             if projection is not None:
                 self._outer(projection, EMBEDDED, STREAM, col.NUM_ROWS)

@@ -37,6 +37,7 @@ from manyhats.engine.backends.torch.choosing import TorchChooser
 from manyhats.engine.backends.wants import Wants
 from manyhats.engine.backends.warmup import run_one
 from manyhats.engine.model.architecture import (
+    COUPLINGS,
     Architecture,
     Attention,
     FeedForward,
@@ -216,6 +217,8 @@ class _Step:
         return self._model.token_types[self.tensor(self._plan.types_of_tokens).long()]
 
     def enter(self, x: Tensor) -> Tensor:
+        for name in COUPLINGS:
+            self._bottlenecks(Site(-1, name), x.clone(), x, None)
         if self._plan.normed is not None:
             rows, values = self._plan.normed
             x[self.tensor(rows).long()] = self.tensor(values)
