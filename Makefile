@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run test test-slow test-torch test-store-faults test-restarts test-hostile conformance fuzz check format bench bench-peers profile examples proto openapi clean
+.PHONY: help setup run test test-slow test-torch test-store-faults test-adapterhub test-restarts test-hostile conformance fuzz check format bench bench-peers profile examples proto openapi clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-slow  run the tests that take longest, which make test leaves out"
 	@echo "make test-torch  run the engine's tests on its backend in plain torch"
 	@echo "make test-store-faults  kill the adapter store, and fail its disk, at each of its I/O calls"
+	@echo "make test-adapterhub  compare adapters on encoders with AdapterHub's library, which it installs apart"
 	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
 	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams continue"
 	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
@@ -73,6 +74,10 @@ test-torch: setup
 
 test-store-faults: $(STAMP)
 	cd tests && ../$(BIN)/python -m store_faults
+
+# AdapterHub's library needs another transformers, so it has an environment of its own, made at the first run.
+test-adapterhub: setup
+	ADAPTERHUB=1 TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m pytest tests/engine/test_adapterhub_library.py
 
 test-restarts: setup
 	cd tests && ../$(BIN)/python -m restart_under_load

@@ -50,6 +50,7 @@ def planned(target: str) -> str:
         ("test", ["train", "dev"]),
         ("test-slow", ["train", "dev"]),
         ("test-torch", ["train", "dev"]),
+        ("test-adapterhub", ["train", "dev"]),
         ("check", ["train", "dev"]),
         ("bench", ["train", "dev"]),
         ("profile", ["train", "dev"]),

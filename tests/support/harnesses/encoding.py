@@ -49,6 +49,7 @@ async def read_all(
     backend: str,
     *,
     pooling: Pooling = Pooling.ALL,
+    texts: tuple[tuple[int, ...], ...] = TEXTS,
     **engine: Any,
 ) -> dict[str, list[np.ndarray]]:
     """Values of every text by task, all tasks and the base in one batch; each text alone has the same bits.
@@ -69,13 +70,13 @@ async def read_all(
                 registered = await asyncio.to_thread(store.register, registration, probe=running.probe)
                 records[name] = registered.record
 
-            def asked(name: str, texts: tuple[tuple[int, ...], ...]) -> EncodeRequest:
-                return EncodeRequest(id="a", inputs=texts, pooling=pooling, adapter=records[name])
+            def asked(name: str, inputs: tuple[tuple[int, ...], ...]) -> EncodeRequest:
+                return EncodeRequest(id="a", inputs=inputs, pooling=pooling, adapter=records[name])
 
-            outputs = await asyncio.gather(*(running.encode(asked(name, TEXTS)) for name in records))
+            outputs = await asyncio.gather(*(running.encode(asked(name, texts)) for name in records))
             found = {name: list(output.values) for name, output in zip(records, outputs, strict=True)}
             for name, values in found.items():
-                for text, together in zip(TEXTS, values, strict=True):
+                for text, together in zip(texts, values, strict=True):
                     alone = await running.encode(asked(name, (text,)))
                     assert np.array_equal(alone.values[0], together)
     return found
