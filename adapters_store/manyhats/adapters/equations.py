@@ -18,14 +18,8 @@ from manyhats.adapters.primitives import (
     BottleneckInput,
     EmbeddingLowRank,
     EmbeddingRows,
-    Gate,
     LayerNorm,
 )
-
-
-def gate(delta: Gate, x: Tensor) -> Tensor:
-    """The factors that a text's rows share: [T, d_in] → [n]; see ``Gate``."""
-    return torch.sigmoid(functional.linear(x, delta.weight, delta.bias)).mean(0)
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:

@@ -19,13 +19,11 @@ from manyhats.adapters.primitives import (
     Bottleneck,
     EmbeddingLowRank,
     EmbeddingRows,
-    Gate,
     HeadRows,
     HeadWeight,
     InputScale,
     LowRank,
     PrefixGate,
-    TextEnds,
 )
 from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 from manyhats.engine.backends.logits import Finished, HostLogits
@@ -34,6 +32,7 @@ from manyhats.engine.backends.plan import Ints, StepPlan
 from manyhats.engine.backends.torch.adapters import TorchAdapter, TorchAdapterSlots
 from manyhats.engine.backends.torch.cache import TorchKVCache
 from manyhats.engine.backends.torch.choosing import TorchChooser
+from manyhats.engine.backends.torch.texts import Texts
 from manyhats.engine.backends.wants import Wants
 from manyhats.engine.backends.warmup import run_one
 from manyhats.engine.model.architecture import (
@@ -190,7 +189,9 @@ class _Step:
         self._one_by_one = model.device.type == "cpu"
         self._rows = list(self._rows_by_slot(plan.row_slots))
         self._logit_rows = list(self._rows_by_slot(plan.row_slots[plan.logit_rows]))
-        self._gates: dict[tuple[int, int], Tensor] = {}
+        self._texts = Texts(
+            plan.query_start, lambda x, gate: self._product(x, _Dense(gate.weight, gate.bias))
+        )
         self._prefix_gates: dict[int, Tensor] = {}
         self.own: list[OwnRows] = []
 
@@ -236,30 +237,14 @@ class _Step:
             for rows, rescaling in self._deltas(site, InputScale):
                 y[rows, columns] = self._product(x[rows] * rescaling.scale, dense)[:, columns]
             for rows, delta in self._deltas(site, Affine):
-                gate = self._gate(delta.gate, rows, lambda: x)
+                gate = self._texts.gate(delta.gate, rows, lambda: x)
                 y[rows, columns] = equations.affine(y[rows, columns], delta, gate)
             for rows, low_rank in self._deltas(site, LowRank):
-                scale = low_rank.scale * self._gate(low_rank.gate, rows, lambda: x)
+                scale = low_rank.scale * self._texts.gate(low_rank.gate, rows, lambda: x)
                 y[rows, columns] += equations.low_rank(x[rows], low_rank.a, low_rank.b, scale)
         if group.name == "qkv":
             self._gate_prefixes(layer, x)
         return y
-
-    def _gate(self, gate: Gate | None, rows: Tensor, read: Callable[[], Tensor]) -> float | Tensor:
-        """The factors of rows' texts, [R, n]; ``read`` gives the inputs of all rows."""
-        if gate is None:
-            return 1.0
-        texts = np.searchsorted(self._plan.query_start, rows.cpu().numpy(), side="right") - 1
-        return torch.stack([self._gate_of_text(gate, text, read) for text in texts.tolist()])
-
-    def _gate_of_text(self, gate: Gate, text: int, read: Callable[[], Tensor]) -> Tensor:
-        """Each gate reads in one place, where its text's rows share what it gives."""
-        key = id(gate), text
-        if key not in self._gates:
-            first, last = self._plan.query_start[text : text + 2].tolist()
-            opened = torch.sigmoid(self._product(read()[first:last], _Dense(gate.weight, gate.bias)))
-            self._gates[key] = opened.double().mean(0).float()
-        return self._gates[key]
 
     def _gate_prefixes(self, layer: int, x: Tensor) -> None:
         """Notes by which factors the attention multiplies keys and values of texts' prefixes."""
@@ -267,7 +252,7 @@ class _Step:
         for text, first in enumerate(self._plan.query_start[:-1].tolist()):
             adapter = self._adapters.placed.get(int(self._plan.row_slots[first]))
             for delta in () if adapter is None else adapter.at(Site(layer, "prefix"), PrefixGate):
-                self._prefix_gates[text] = self._gate_of_text(delta.gate, text, lambda: x)
+                self._prefix_gates[text] = self._texts.gate_of_text(delta.gate, text, lambda: x)
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
         if norm.kind == "layer":
@@ -338,25 +323,14 @@ class _Step:
         unnormed = []
         for rows, delta in self._deltas(site, Bottleneck):
             read = partial(equations.bottleneck_input, delta, stream, original, normed)
-            gate = self._gate(delta.gate, rows, read)
+            gate = self._texts.gate(delta.gate, rows, read)
             mask: float | Tensor = 1.0
             if delta.ends is not None:
-                mask = self._ends(delta.ends, rows, delta.down.shape[0])
+                mask = self._texts.ends(delta.ends, rows, delta.down.shape[0])
                 rows, mask = (part[mask.any(1)] for part in (rows, mask))
             output[rows] = equations.bottleneck(delta, stream[rows], output[rows], normed, gate, mask)
             unnormed += [rows] if delta.skips_norm else []
         return unnormed
-
-    def _ends(self, ends: TextEnds, rows: Tensor, size: int) -> Tensor:
-        """What rows have of a bottleneck: [R, b], 1 or 0."""
-        mask = torch.zeros(len(rows), size)
-        starts = self._plan.query_start
-        for index, row in enumerate(rows.tolist()):
-            text = int(np.searchsorted(starts, row, side="right")) - 1
-            first, last = starts[text : text + 2].tolist()
-            own = ends.part(row - first, last - first, size)
-            mask[index, own.start : own.stop] = 1.0
-        return mask.to(self._model.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """A head of the adapter's own comes before what changes it."""

@@ -26,12 +26,11 @@ from manyhats.adapters.primitives import (
 )
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters import deltas
+from manyhats.engine.backends.cpu.adapters.prefix_table import PrefixEntries, PrefixTable
 from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
     LinearEntries,
     LinearTable,
-    PrefixEntries,
-    PrefixTable,
     SublayerEntries,
     SublayerTable,
 )
