@@ -91,7 +91,8 @@ async def all_at_once(
 
 def test_the_tasks_are_of_every_method_there_is(store: AdapterStore) -> None:
     assert len(TASKS) < NUM_ROWS
-    assert {store.resolve(task).method for task in TASKS} == set(AdapterMethod)
+    of_encoders = {AdapterMethod.REFT}
+    assert {store.resolve(task).method for task in TASKS} == set(AdapterMethod) - of_encoders
 
 
 async def test_rows_over_all_methods_in_one_batch_are_each_as_alone(
