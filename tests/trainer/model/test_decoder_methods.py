@@ -25,7 +25,7 @@ from support.oracles.primitives import logits_with
 from support.oracles.transformers import load_transformers
 
 TOLERANCE = 2e-4
-VIRTUAL = ("adapterhub-prefix-flat", "prefix", "prompt", "p-tuning", "multitask")
+VIRTUAL = ("adapterhub-prefix-flat", "union", "prefix", "prompt", "p-tuning", "multitask")
 SERVED = {name: plain for name, plain in PLAIN.items() if name != "adapterhub-prefix"}
 """All but one that is a pickle."""
 
@@ -60,7 +60,7 @@ def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_a_method_gives_the_logits_of_the_oracle(base: Base, wide_base: Base, name: str) -> None:
-    base = wide_base if name == "adapterhub-prefix-flat" else base
+    base = wide_base if name in ("adapterhub-prefix-flat", "union") else base
     lowered, batch = base.lowered(name), make_batch()
     logits = base.decoder.logits(batch, lowered).split(list(batch.segments))
     plain = base.decoder.logits(batch, None)
