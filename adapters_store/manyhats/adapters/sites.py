@@ -40,6 +40,10 @@ class WeightSource(Protocol):
         """Weight [d_out, d_in], dequantized, and bias [d_out] or None, float32."""
         ...
 
+    def pooler_norm(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [D] and bias [D] or None, float32, of the norm behind the pooler."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
@@ -97,7 +101,9 @@ class BaseDescription:
         read_size: of a row of hidden values as heads read it; 0 is E.
         embedding_scale: what the architecture multiplies embeddings by.
         is_tied: whether the output head is the embedding.
-        has_pooler: whether an encoder's files hold a pooler.
+        has_pooler: whether an encoder's files hold a pooler: what is in front of a classifier.
+        pooler_eps: of the norm behind it; None if the family has none.
+        classifier_pooling: what an encoder's classifiers of texts read: the first row, or the mean of all.
         has_head_bias: whether the output head adds a bias.
         kind: what it does with a text by itself: it generates, or it is read.
         pooling: of a text's hidden values, unless a task says otherwise.
@@ -126,6 +132,8 @@ class BaseDescription:
     is_tied: bool = True
     has_head_bias: bool = False
     has_pooler: bool = False
+    pooler_eps: float | None = None
+    classifier_pooling: Pooling = Pooling.FIRST
     kind: TaskKind = TaskKind.GENERATE
     pooling: Pooling = Pooling.LAST
     pad_token_id: int | None = None

@@ -83,7 +83,11 @@ def field_of(theirs: Any, name: str, default: Any = None) -> Any:
 def eps_of(theirs: Any) -> float:
     if theirs.model_type == "distilbert":
         return 1e-12  # in its code, not in its config
-    value: float = field_of(theirs, "layer_norm_eps") or field_of(theirs, "rms_norm_eps", 1e-5)
+    value: float = (
+        getattr(theirs, "norm_eps", None)
+        or field_of(theirs, "layer_norm_eps")
+        or field_of(theirs, "rms_norm_eps", 1e-5)
+    )
     return value
 
 
@@ -105,8 +109,9 @@ def test_fields_left_out_have_the_defaults_of_transformers(family: str) -> None:
         assert ours.embedding.norm is not None
         assert ours.embedding.norm.eps == eps_of(theirs)
         assert ours.embedding.num_token_types == getattr(theirs, "type_vocab_size", 0)
-        assert ours.embedding.positions is not None
-        assert ours.embedding.positions.num_rows == theirs.max_position_embeddings
+        positions = ours.embedding.positions
+        rows = ours.max_context_length if positions is None else positions.num_rows
+        assert rows == theirs.max_position_embeddings
         return
     assert ours.final_norm is not None
     assert ours.final_norm.eps == eps_of(theirs)
@@ -142,6 +147,8 @@ def test_windows_left_out_are_those_of_transformers(family: str) -> None:
     theirs: Any = AutoConfig.for_model(family)
     ours = windows_of({"model_type": family})
     window = getattr(theirs, "sliding_window", None)
+    if family == "modernbert":
+        window += 1  # which counts the token itself
     kinds = getattr(theirs, "layer_types", None)
     slides = [kinds is None or kind == "sliding_attention" for kind in kinds or [None] * len(ours)]
     assert ours == tuple(window if slide else None for slide in slides)
@@ -249,6 +256,24 @@ def test_gemma2_slides_in_every_other_layer_from_the_first() -> None:
     assert windows_of(raw) == (None, None, 100)
 
 
+def test_modernbert_slides_in_two_layers_of_three_each_kind_with_its_own_rotation() -> None:
+    raw = {**TINY, "model_type": "modernbert", "local_attention": 100, "local_rope_theta": 300.0}
+    assert windows_of(raw) == (None, 51, 51)
+    assert windows_of({**raw, "global_attn_every_n_layers": 2}) == (None, 51, None)
+    ropes = [block.attention.rope for block in read(raw).blocks]
+    assert ropes[1] == ropes[2] != ropes[0]
+    newer = {"full_attention": {"rope_theta": 160_000.0}, "sliding_attention": {"rope_theta": 300.0}}
+    assert read({**raw, "local_rope_theta": 1.0, "rope_parameters": newer}) == read(raw)
+    theirs: Any = AutoConfig.for_model("modernbert")
+    found = {
+        kind: 1.0 / (theirs.rope_parameters[kind]["rope_theta"] ** (torch.arange(0, 64, 2).float() / 64))
+        for kind in ("full_attention", "sliding_attention")
+    }
+    for block, kind in zip(read({"model_type": "modernbert"}).blocks, theirs.layer_types, strict=True):
+        assert block.attention.rope is not None
+        assert torch.equal(torch.tensor(block.attention.rope.inv_freq), found[kind])
+
+
 def test_norms_are_named_by_what_they_do() -> None:
     llama, gemma, olmo = (
         read_family({**TINY, "model_type": family}).layout for family in ("llama", "gemma3_text", "olmo2")
@@ -296,6 +321,18 @@ def test_unsupported_model_type_names_those_that_work() -> None:
         ({"num_key_value_heads": "2"}, "wrong type"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 3"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "ministral"),
+        ({"model_type": "modernbert", "num_attention_heads": 5}, "5 heads do not divide a hidden_size of 64"),
+        (
+            {"model_type": "modernbert", "classifier_pooling": "max"},
+            "classifier_pooling 'max' is not one of cls, mean",
+        ),
+        ({"model_type": "modernbert", "classifier_activation": "silu"}, "classifier_activation 'silu'"),
+        ({"model_type": "modernbert", "local_attention": -1}, "local_attention must be at least 0, not -1"),
+        ({"model_type": "modernbert", "global_attn_every_n_layers": 0}, "is 0"),
+        ({"model_type": "modernbert", "global_rope_theta": None}, "wrong type"),
+        ({"model_type": "modernbert", "rope_parameters": {"rope_type": "default"}}, "by layer type"),
+        ({"model_type": "modernbert", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 3"),
+        ({"model_type": "modernbert", "hidden_activation": "mish"}, "hidden_act 'mish'"),
     ],
 )
 def test_config_that_cannot_be_served_is_refused_by_name(fields: dict[str, Any], message: str) -> None:

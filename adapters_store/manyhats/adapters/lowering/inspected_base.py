@@ -34,6 +34,10 @@ _OTHER_LINEAR = re.compile(
 )
 # Words in the paths of encoders' modules, or of their heads' → the family whose heads it has.
 _ENCODERS: Mapping[str, str] = {
+    ".Wqkv.": "modernbert",
+    ".Wi.": "modernbert",
+    ".Wo.": "modernbert",
+    ".head.dense": "modernbert",
     "distilbert.": "distilbert",
     "pre_classifier": "distilbert",
     "electra.": "electra",
@@ -52,6 +56,8 @@ _WIDTHS: Mapping[str, tuple[int | None, int | None]] = {
     "vera_lambda_b": (None, 0),
 }
 _IA3 = "ia3_l"
+# What may be in front of a classifier.
+_POOLERS = ("pooler.dense", "bert.pooler.dense", "head.dense")
 # What reads hidden rows first, of heads that classify.
 _HEADS = ("classifier.dense", "pre_classifier", "classifier", "score", "qa_outputs")
 _UNKNOWN_WIDTH = 1
@@ -69,6 +75,9 @@ class _OnesSource:
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
         d_in, d_out = self.linears.get(site.name, (self.hidden_size, self.hidden_size))
         return torch.ones(d_out, d_in), None
+
+    def pooler_norm(self) -> tuple[Tensor, Tensor | None]:
+        return torch.ones(self.hidden_size), None
 
 
 def stand_in_weights(base: BaseDescription) -> _OnesSource:
@@ -100,9 +109,7 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
     places = places_of(model_type)
     is_encoder = bool(encoder) or places.is_normed
     if is_encoder:
-        modules |= {
-            path: (Part(POOLER, range(hidden_size)),) for path in ("pooler.dense", "bert.pooler.dense")
-        }
+        modules |= {path: (Part(POOLER, range(hidden_size)),) for path in _POOLERS}
     return BaseDescription(
         model_type=model_type,
         prefix=places.prefix,
@@ -121,6 +128,7 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
         head_dim=head_dim,
         kind=TaskKind.EMBED if is_encoder else TaskKind.GENERATE,
         has_pooler=is_encoder,
+        pooler_eps=1e-5 if model_type == "modernbert" else None,
         weights=_OnesSource(linears, hidden_size),
     )
 

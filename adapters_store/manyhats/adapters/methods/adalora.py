@@ -38,7 +38,7 @@ from manyhats.adapters.formats.peft.tensors import (
     raise_misfits,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
+from manyhats.adapters.method import Candidate, OnAnyBase
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription
 
@@ -84,7 +84,7 @@ class _Config:
 
 
 @dataclass(frozen=True, slots=True)
-class AdaLoraMethod:
+class AdaLoraMethod(OnAnyBase):
     """AdaLoRA from a PEFT directory; modules that training left without singular values add nothing."""
 
     @property

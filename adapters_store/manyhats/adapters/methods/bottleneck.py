@@ -123,13 +123,30 @@ class BottleneckMethod:
         """BOTTLENECK."""
         return AdapterMethod.BOTTLENECK
 
+    def check_base(self, base: BaseDescription) -> None:
+        """Refuse a family whose layers are not as the derivation needs them."""
+        if base.model_type in _SANDWICHED:
+            raise AdapterUnsupportedError(
+                "model_type",
+                f"on {base.model_type} AdapterHub's bottlenecks lie before the norm that follows a sub-layer, and "
+                "original_ln_before uses the last layer's norm in every layer; they are not served there",
+            )
+        if base.model_type not in _BUILT_IN | _HOOKED:
+            raise AdapterUnsupportedError(
+                "model_type",
+                f"AdapterHub does not define where its bottlenecks lie on {shown(base.model_type)}; they are served on "
+                + ", ".join(sorted(_BUILT_IN | _HOOKED)),
+            )
+
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
         """Refuse what cannot be served exactly: no tensor missing, left over or of another shape."""
+        self.check_base(base)
         config, name = _read_config(candidate.config, base)
         _find_blocks(config, name, candidate.shapes, base)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """One ``Bottleneck`` per adapted sub-layer, ordered by layer; matrices keep their stored dtype."""
+        self.check_base(base)
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         config, name = _read_config(artifact.config, base)
         found, names = _find_blocks(config, name, shapes, base)
@@ -162,18 +179,6 @@ def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[Bott
     """The parsed config and the adapter's name, if the base's layers are as the derivation needs them."""
     adapterhub_format.check_base(config, base)
     parsed = parse_bottleneck_config(adapterhub_format.method_config(config))
-    if base.model_type in _SANDWICHED:
-        raise AdapterUnsupportedError(
-            "model_type",
-            f"on {base.model_type} AdapterHub's bottlenecks lie before the norm that follows a sub-layer, and "
-            "original_ln_before uses the last layer's norm in every layer; they are not served there",
-        )
-    if base.model_type not in _BUILT_IN | _HOOKED:
-        raise AdapterUnsupportedError(
-            "model_type",
-            f"AdapterHub does not define where its bottlenecks lie on {shown(base.model_type)}; they are served on "
-            + ", ".join(sorted(_BUILT_IN | _HOOKED)),
-        )
     if base.model_type in _HOOKED and not parsed.original_ln_after:
         raise AdapterUnsupportedError(
             "original_ln_after", f"must be true on {base.model_type}, where the library allows nothing else"

@@ -34,13 +34,13 @@ from manyhats.adapters.formats.peft.module_selection import check_selected
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
 from manyhats.adapters.formats.peft.tensors import candidate_of
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
+from manyhats.adapters.method import Candidate, OnAnyBase
 from manyhats.adapters.primitives import Affine, Delta, EmbeddingLowRank, LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription
 
 
 @dataclass(frozen=True, slots=True)
-class LoraMethod:
+class LoraMethod(OnAnyBase):
     """LoRA from a PEFT directory; its tensors say which modules it acts on, and its config must not say otherwise."""
 
     @property
@@ -107,7 +107,7 @@ def _lower_embedding(placement: EmbeddingPlacement, tensors: Mapping[str, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterHubLoraMethod:
+class AdapterHubLoraMethod(OnAnyBase):
     """LoRA from an AdapterHub directory: ``y += alpha / R · (x Aᵀ) Bᵀ``, on the linears that the tensors name.
 
     On Llama the library calls down_proj *intermediate* and up_proj *output*, elsewhere the other way round, so the

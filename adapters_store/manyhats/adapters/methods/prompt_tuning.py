@@ -64,8 +64,16 @@ def as_first_layer_reads(prompt: Tensor, base: BaseDescription) -> Tensor:
     )
 
 
+class Prompts:
+    """What methods share whose virtual tokens are vectors."""
+
+    def check_base(self, base: BaseDescription) -> None:
+        """Refuse a base that multiplies embeddings where that is not known of prompts."""
+        as_first_layer_reads(torch.empty(0, base.embedding_size), base)
+
+
 @dataclass(frozen=True, slots=True)
-class PromptTuningMethod:
+class PromptTuningMethod(Prompts):
     """Prompt tuning from a PEFT directory."""
 
     @property
@@ -121,7 +129,7 @@ def check_prompt(
         BaseMismatchError: they are another base's.
         AdapterInvalidError: they contradict their config, or the base that they name.
     """
-    as_first_layer_reads(torch.empty(0, base.embedding_size), base)
+    Prompts().check_base(base)
     if len(shape) != 2:
         raise AdapterInvalidError(PROMPT_EMBEDDINGS, f"has {len(shape)} dimensions; expected 2")
     check_fits("token_dim", config.token_dim, base.embedding_size, base, base_model)

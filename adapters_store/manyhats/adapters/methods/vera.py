@@ -36,7 +36,7 @@ from manyhats.adapters.formats.peft.tensors import (
     raise_misfits,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
+from manyhats.adapters.method import Candidate, OnAnyBase
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription
 
@@ -84,7 +84,7 @@ class _Config:
 
 
 @dataclass(frozen=True, slots=True)
-class VeraMethod:
+class VeraMethod(OnAnyBase):
     """VeRA from a PEFT directory, with saved projections or those that its key generates."""
 
     @property

@@ -127,7 +127,10 @@ def check_quantization_config(config: Mapping[str, Any]) -> bool:
 
 
 def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor a dense checkpoint must have; [out, in] for linears unless they are transposed."""
+    """Name and shape of every tensor a dense checkpoint has; [out, in] for linears unless they are transposed.
+
+    Of an encoder's pooler, which not every checkpoint has, ``Layout.of_files`` knows.
+    """
     architecture, layout = family.architecture, family.layout
     embedding, head, hidden = architecture.embedding, architecture.head, architecture.hidden_size
     inside = embedding.size if embedding.norm is not None else hidden
@@ -148,6 +151,8 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
         shapes[_weight(layout.outer(layout.head_projection))] = (architecture.read_size, hidden)
     if architecture.final_norm is not None:
         shapes |= _norm_shapes(layout.outer(layout.final_norm), architecture.final_norm, (hidden,))
+    if layout.pooler:
+        shapes |= _pooler_shapes(family)
     if head is not None and not head.is_tied:
         shapes[_weight(layout.head)] = (embedding.num_tokens, head.size)
     if head is not None and head.has_bias:
@@ -155,7 +160,8 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
     for layer, block in enumerate(architecture.blocks):
         norms = {norm.name: norm for norm in block.norms()}
         for name, path in layout.norms.items():
-            shapes |= _norm_shapes(layout.path(layer, path), norms[name].norm, norms[name].shape)
+            if name in norms:
+                shapes |= _norm_shapes(layout.path(layer, path), norms[name].norm, norms[name].shape)
         for path, stored in layout.modules.items():
             d_out, d_in = stored_shape(block, stored)
             shapes[_weight(layout.path(layer, path))] = (
@@ -164,6 +170,14 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
             if _is_biased(block, stored):
                 shapes[_bias(layout.path(layer, path))] = (d_out,)
     return shapes
+
+
+def _pooler_shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    layout, pooler, size = family.layout, family.architecture.pooler, family.architecture.hidden_size
+    shapes = {_weight(layout.pooler_path): (size, size)}
+    bias = {_bias(layout.pooler_path): (size,)} if pooler.has_bias else {}
+    norm = {} if pooler.norm is None else _norm_shapes(layout.pooler_norm, pooler.norm, (size,))
+    return {**shapes, **bias, **norm}
 
 
 def _norm_shapes(path: str, norm: Norm, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -211,7 +225,7 @@ def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
             raise ModelError(f"{name}: has shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{name}: has dtype {tensor.dtype}; float32, bfloat16 and float16 are supported")
-    known |= _check_tied_head(tensors, family) | _pooler(tensors, family)
+    known |= _check_tied_head(tensors, family)
     layout = family.layout
     unused = sorted(
         name
@@ -232,13 +246,6 @@ def _check_tied_head(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
     if not torch.equal(tensors[head], tensors[embedding]):
         raise ModelError(f"{head}: differs from {embedding}, but the config ties them")
     return {head}
-
-
-def _pooler(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
-    """Names of a pooler, which an encoder's files may have."""
-    path = family.layout.outer(family.layout.pooler)
-    names = {_weight(path), _bias(path)}
-    return names if family.layout.pooler and names <= tensors.keys() else set()
 
 
 def assemble_weights(
@@ -287,6 +294,7 @@ def assemble_weights(
         if architecture.embedding.num_token_types
         else None,
         embedding_norm=reader.embedding_norm(),
+        pooler_norm=reader.pooler_norm(),
     )
 
 
@@ -341,6 +349,13 @@ class _Reader:
             return None
         return self.norm(self._layout.outer(self._layout.embedding_norm), norm, ())
 
+    def pooler_norm(self) -> NormWeight | None:
+        """The norm behind the pooler, if there is one."""
+        norm = self._family.architecture.pooler.norm
+        if norm is None or not self._layout.pooler:
+            return None
+        return self.norm(self._layout.pooler_norm, norm, ())
+
     def outer(self, embedding: Tensor) -> dict[str, Linear]:
         """The linears outside the blocks; the head is among them unless it is the embedding alone."""
         architecture, layout = self._family.architecture, self._layout
@@ -349,8 +364,8 @@ class _Reader:
             linears["embedding_projection"] = self._linear(layout.outer(layout.embedding_projection))
         if architecture.read_size != architecture.hidden_size:
             linears["head_projection"] = self._linear(layout.outer(layout.head_projection))
-        if _pooler(self._tensors, self._family):
-            linears["pooler"] = self._linear(layout.outer(layout.pooler))
+        if layout.pooler:
+            linears["pooler"] = self._linear(layout.pooler_path)
         if head is not None and (not head.is_tied or head.has_bias):
             matrix = embedding if head.is_tied else _aligned(self.dense(_weight(layout.head)))
             bias = self._tensors[_bias(layout.head)].to(self._dtype) if head.has_bias else None
@@ -364,8 +379,7 @@ class _Reader:
 
     def dense(self, key: str) -> Tensor:
         """A table or matrix outside the blocks."""
-        hidden = self._family.architecture.hidden_size
-        rows, columns = self._shapes.get(key, (hidden, hidden))
+        rows, columns = self._shapes[key]
         return self._dense(key, (rows, columns))
 
     def _members(self, path: str, block: Block, stored: Stored) -> dict[str, Linear]:

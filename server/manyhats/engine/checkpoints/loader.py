@@ -273,6 +273,17 @@ class ModelWeightSource:
         weight = matrix.dequantize() if isinstance(matrix, Nf4Weight) else matrix.float()
         return weight, None if bias is None else bias.float()
 
+    def pooler_norm(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [D] and bias [D] or None, float32, of the norm behind the pooler.
+
+        Raises:
+            ModelError: this model has none.
+        """
+        norm = self.weights.pooler_norm
+        if norm is None:
+            raise ModelError("this model has no norm behind its pooler")
+        return norm.weight, norm.bias
+
     def _linear(self, site: Site) -> Linear | None:
         if site == HEAD:
             return self.weights.head

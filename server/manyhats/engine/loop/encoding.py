@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.activations import ACTIVATIONS
-from manyhats.adapters.heads import HeadLayer, Pooling, TaskHead
+from manyhats.adapters.equations import layer_norm
+from manyhats.adapters.heads import HeadLayer, Pooling, TaskHead, TaskKind
 from manyhats.engine.backends.wants import Hidden
 from manyhats.engine.errors import NumericalError
 from manyhats.engine.loop.job import Answer, Want
@@ -129,8 +130,9 @@ class Encoding:
         if row != len(token_ids) - 1:
             sequence.logits_from = self._lease.num_virtual_tokens + (0 if row is None else row)
             sequence.uses_prefix_cache = row is not None and row > 0 and not sequence.is_whole
-        if sequence.leading is not None and self._pooling is Pooling.FIRST:
-            sequence.logits_from = 0  # PEFT's models read the first row, whatever it is
+        is_classified = self._head is not None and self._head.kind is TaskKind.CLASSIFY
+        if sequence.leading is not None and (self._pooling is Pooling.FIRST or is_classified):
+            sequence.logits_from = 0  # PEFT's models read the first row, or all, whatever they are
         return sequence
 
     def _make_whole(self, sequence: Sequence, index: int) -> None:
@@ -206,4 +208,6 @@ def _one(layers: Seq[HeadLayer], x: Tensor) -> Tensor:
             x = x + layer.bias
         if layer.activation is not None:
             x = ACTIVATIONS[layer.activation](x)
+        if layer.norm is not None:
+            x = layer_norm(x, layer.norm)
     return x

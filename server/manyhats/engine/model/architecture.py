@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from manyhats.adapters.heads import Pooling
 from manyhats.adapters.sites import EMBEDDING, HEAD, Site
 
 SUBLAYERS = ("attention", "feed_forward")
@@ -69,7 +70,8 @@ class Attention:
         num_kv_heads: Hkv; H is a multiple of it.
         head_dim: K.
         scale: multiplies the scores before the softmax; mostly 1 / √K.
-        window: how many of the latest positions a token attends to, including itself; None for all of them.
+        window: how many of the latest positions a token attends to, including itself; None for all of them. Where it
+            sees those that follow, as many of these, including itself.
         softcap: c in ``c · tanh(score / c)``, after ``scale``; None for no cap.
         rope: None if positions do not enter.
         query_norm: of the queries before their rotation; None for none.
@@ -102,6 +104,12 @@ class Attention:
     def rotary_dim(self) -> int:
         """The number of rotated values per head."""
         return 0 if self.rope is None else self.rope.rotary_dim
+
+    def seen(self, position: int, length: int) -> range:
+        """The positions, of a text that has ``length`` so far, that the token at a position attends to."""
+        window = length if self.window is None else self.window
+        end = position + window if self.sees_all else position + 1
+        return range(max(0, position + 1 - window), min(end, length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +296,21 @@ class Head:
     softcap: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Pooler:
+    """What an encoder's files may have in front of a task's classifier: a linear and an activation.
+
+    Attributes:
+        pooling: what it reads: the first row, or the mean of all rows.
+        has_bias: of its linear.
+        norm: of its output; None for none.
+    """
+
+    pooling: Pooling = Pooling.FIRST
+    has_bias: bool = True
+    norm: Norm | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """One model: a decoder, or an encoder, which has no output head.
@@ -298,6 +321,7 @@ class Architecture:
         blocks: L of them; windows, RoPE and norms may differ, widths and heads do not.
         final_norm: of the stream, after the last block; None for none.
         head: None for an encoder.
+        pooler: of an encoder.
     """
 
     model_type: str
@@ -306,6 +330,7 @@ class Architecture:
     blocks: tuple[Block, ...]
     final_norm: Norm | None
     head: Head | None
+    pooler: Pooler = Pooler()
 
     @property
     def read_size(self) -> int:

@@ -48,7 +48,7 @@ def describe(
     if head is not None:
         modules[layout.head] = (Part(HEAD, tokens),)
     if has_pooler:
-        modules[layout.outer(layout.pooler)] = (Part(POOLER, range(architecture.hidden_size)),)
+        modules[layout.pooler_path] = (Part(POOLER, range(architecture.hidden_size)),)
     rows = {path: family.rows_of(architecture.blocks[0], stored) for path, stored in layout.modules.items()}
     for layer in range(architecture.num_layers):
         for path, members in rows.items():
@@ -78,6 +78,8 @@ def describe(
         kind=TaskKind.EMBED if head is None else TaskKind.GENERATE,
         has_sliding_window=any(block.attention.window is not None for block in architecture.blocks),
         has_pooler=has_pooler,
+        pooler_eps=None if architecture.pooler.norm is None else architecture.pooler.norm.eps,
+        classifier_pooling=architecture.pooler.pooling,
         weights=weights,
         check_text=check_text,
     )

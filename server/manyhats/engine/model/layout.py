@@ -41,8 +41,10 @@ class Layout:
         is_interleaved: whether the pairs that RoPE rotates are neighbours in files, rather than half a head apart.
         prefix: of all paths but the head's.
         other_prefixes: what files may have in its place.
-        embedding, positions, token_types, embedding_norm, embedding_projection, head_projection, final_norm, pooler:
-            paths below the prefix.
+        embedding, positions, token_types, embedding_norm, embedding_projection, head_projection, final_norm: paths
+            below the prefix.
+        pooler: path of what is in front of a task's classifier, after ``{prefix}`` where that is part of it.
+        pooler_norm: path of the norm behind it.
         head: path of the output head.
         other_heads: what files may call it.
         layer: path of layer ``{layer}`` below the prefix.
@@ -65,6 +67,7 @@ class Layout:
     head_projection: str = ""
     final_norm: str = "norm"
     pooler: str = ""
+    pooler_norm: str = ""
     head: str = "lm_head"
     other_heads: tuple[str, ...] = ()
     layer: str = "layers.{layer}"
@@ -79,13 +82,20 @@ class Layout:
         """The path of a module outside the layers, such as ``model.embed_tokens``."""
         return f"{self.prefix}{below}"
 
+    @property
+    def pooler_path(self) -> str:
+        """The path of what is in front of a task's classifier; empty if files have none."""
+        return self.pooler.format(prefix=self.prefix)
+
     def of_files(self, names: Collection[str]) -> Layout:
-        """The same with the prefix, and the name of the head, that a checkpoint's tensors have."""
+        """The same with the prefix, and the name of the head, that a checkpoint's tensors have; a pooler if they do."""
         prefixes = (self.prefix, *self.other_prefixes)
         prefix = next((each for each in prefixes if f"{each}{self.embedding}.weight" in names), self.prefix)
         heads = (self.head, *self.other_heads)
         head = next((each for each in heads if f"{each}.weight" in names), self.head)
-        return replace(self, prefix=prefix, head=head)
+        found = replace(self, prefix=prefix, head=head)
+        parts = (found.pooler_path, *((found.pooler_norm,) if found.pooler_norm else ()))
+        return found if all(f"{each}.weight" in names for each in parts) else replace(found, pooler="")
 
 
 @dataclass(frozen=True, slots=True)

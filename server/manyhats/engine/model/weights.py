@@ -58,6 +58,7 @@ class Weights:
         outer: linears outside the blocks, by name: ``lm_head`` [V, E] if the head is not the embedding alone, the
             projections [D, E] and [E, D] that an architecture has where E is not D, and ``pooler`` [D, D] if an
             encoder's files have one.
+        pooler_norm: of its output; None for none.
         positions: learned vectors [rows, D]; None for none.
         token_types: the same for types of tokens.
         embedding_norm: of the embeddings' sum; None for none.
@@ -70,6 +71,7 @@ class Weights:
     positions: Tensor | None = None
     token_types: Tensor | None = None
     embedding_norm: NormWeight | None = None
+    pooler_norm: NormWeight | None = None
 
     @property
     def head(self) -> Linear:

@@ -248,10 +248,8 @@ class _Step:
             cells = cache.cells_of(torch.from_numpy(plan.block_tables[sequence]), length)
             first, last = plan.query_start[sequence : sequence + 2].tolist()
             for row in range(first, last):
-                end = length - (last - row) + 1
-                begin = 0 if spec.window is None else max(0, end - spec.window)
-                end = length if spec.sees_all else end
-                out[row] = attended(queries[row], *cache.read(layer, cells[begin:end]), spec)
+                seen = spec.seen(length - (last - row), length)
+                out[row] = attended(queries[row], *cache.read(layer, cells[seen.start : seen.stop]), spec)
         return out
 
     def activate(self, gate_up: Tensor, feed_forward: FeedForward) -> Tensor:

@@ -19,7 +19,7 @@ from manyhats.engine.model.architecture import (
     Norm,
 )
 from manyhats.engine.model.families.decoder import check_config
-from manyhats.engine.model.families.fields import RawConfig, refuse
+from manyhats.engine.model.families.fields import RawConfig, check_heads_divide, refuse
 from manyhats.engine.model.layout import Family, Layout, Stored
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -40,7 +40,7 @@ _BERT = Layout(
     token_types="embeddings.token_type_embeddings",
     embedding_norm="embeddings.LayerNorm",
     embedding_projection="embeddings_project",
-    pooler="pooler.dense",
+    pooler="{prefix}pooler.dense",
     layer="encoder.layer.{layer}",
     ignored=("embeddings.position_ids", "embeddings.token_type_ids"),
     unused=("cls.", "lm_head.", "discriminator_predictions.", "generator_predictions.", "generator_lm_head."),
@@ -123,9 +123,8 @@ def _encoder(
         kind = full["position_embedding_type"]
         raise ModelError(f"config.json: position_embedding_type {kind!r} is not supported; absolute is")
     activation = check_config(full)
+    check_heads_divide(full)
     hidden, num_heads = full["hidden_size"], full["num_attention_heads"]
-    if hidden % num_heads:
-        raise ModelError(f"config.json: {num_heads} heads do not divide a hidden_size of {hidden}")
     longest = full["max_position_embeddings"] - offset
     length = longest if max_context_length is None else max_context_length
     if not 1 <= length <= longest:

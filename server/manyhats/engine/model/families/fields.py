@@ -72,6 +72,13 @@ ALL_HEADS: RawConfig = {"num_key_value_heads": None, "head_dim": None}
 """What a family's files cannot ask for whose heads all have their own keys, and the size that is left to each."""
 
 
+def check_heads_divide(full: RawConfig) -> None:
+    """Refuse a hidden size that is no whole number of heads."""
+    hidden, num_heads = full["hidden_size"], full["num_attention_heads"]
+    if hidden % num_heads:
+        raise ModelError(f"config.json: {num_heads} heads do not divide a hidden_size of {hidden}")
+
+
 def biased_groups(full: RawConfig, *, feed_forward: bool = True) -> tuple[str, ...]:
     """Groups of linears that have a bias by the config; ``feed_forward`` is whether it decides for those too."""
     attention = ("qkv", "o") if full["attention_bias"] else ()

@@ -12,6 +12,7 @@ from manyhats.engine.model.families.gemma import gemma, gemma2, gemma3_text
 from manyhats.engine.model.families.gpt2 import gpt2, gptj, starcoder2
 from manyhats.engine.model.families.granite import granite
 from manyhats.engine.model.families.llama import llama, mistral
+from manyhats.engine.model.families.modernbert import modernbert
 from manyhats.engine.model.families.neox import falcon, gpt_neox
 from manyhats.engine.model.families.olmo import olmo2
 from manyhats.engine.model.families.opt import opt
@@ -37,6 +38,7 @@ FAMILIES: Mapping[str, Callable[[RawConfig, int | None], Family]] = {
     "granite": granite,
     "llama": llama,
     "mistral": mistral,
+    "modernbert": modernbert,
     "olmo2": olmo2,
     "opt": opt,
     "phi": phi,
