@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from support.harnesses.engine import load_tiny, random_ids, running_engine
 from support.oracles.adapterhub import LibraryBlock
 
 TOLERANCE = 1e-4
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "albert grouped")
 TEXTS = tuple(tuple(random_ids(length, length, TINY_VOCAB_SIZE)) for length in (1, 9, 40, 70))
 PLUS = {"original_ln_after": False, "residual_before_ln": False, "scaling": "channel"}
 VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -54,23 +55,53 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 # Without the base's norm values grow, and so do errors of rounding.
 SCALES = {"unnormed": 0.05}
-# Linears of a layer that AdapterHub adapts, by what its configs call them.
-_LINEARS = {"q": "attention.self.query", "v": "attention.self.value"}
-_LINEARS |= {"intermediate": "intermediate.dense", "output": "output.dense"}
-_DISTILBERT_LINEARS = {"q": "attention.q_lin", "v": "attention.v_lin"}
-_DISTILBERT_LINEARS |= {"intermediate": "ffn.lin1", "output": "ffn.lin2"}
-# Where a layer of transformers' model makes m, and norms r + m.
-_BERT = {"attention": ("attention.output.dense", "attention.output.LayerNorm")}
-_BERT["feed_forward"] = ("output.dense", "output.LayerNorm")
-_DISTILBERT = {"attention": ("attention.out_lin", "sa_layer_norm")}
-_DISTILBERT["feed_forward"] = ("ffn.lin2", "output_layer_norm")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Paths in transformers' model.
+
+    Attributes:
+        path: of a layer, or of a set of weights, by its number.
+        linears: those of a layer that AdapterHub adapts: queries, values, both of the feed-forward.
+        attention, feed_forward: what makes m, and what norms r + m.
+        is_swapped: whether the library takes the attention's m for r.
+    """
+
+    path: str
+    linears: tuple[str, ...]
+    attention: tuple[str, str]
+    feed_forward: tuple[str, str]
+    is_swapped: bool = False
+
+
+_BERT = Layers(
+    "encoder.layer.{}",
+    ("attention.self.query", "attention.self.value", "intermediate.dense", "output.dense"),
+    ("attention.output.dense", "attention.output.LayerNorm"),
+    ("output.dense", "output.LayerNorm"),
+)
+LAYERS = {
+    "distilbert": Layers(
+        "transformer.layer.{}",
+        ("attention.q_lin", "attention.v_lin", "ffn.lin1", "ffn.lin2"),
+        ("attention.out_lin", "sa_layer_norm"),
+        ("ffn.lin2", "output_layer_norm"),
+    ),
+    "albert": Layers(
+        "encoder.albert_layer_groups.{}.albert_layers.0",
+        ("attention.query", "attention.value", "ffn", "ffn_output"),
+        ("attention.dense", "attention.LayerNorm"),
+        ("ffn_output", "full_layer_layer_norm"),
+        is_swapped=True,
+    ),
+}
 
 
 @contextmanager
 def adapted(model: Any, base: BaseDescription, config: Mapping[str, Any], tensors: Any) -> Iterator[None]:
     """The model with an adapter behind its sub-layers."""
-    layers = model.transformer.layer if base.model_type == "distilbert" else model.encoder.layer
-    places = _DISTILBERT if base.model_type == "distilbert" else _BERT
+    layers = LAYERS.get(base.model_type, _BERT)
     inner = config["config"]
     used = [
         name
@@ -78,13 +109,15 @@ def adapted(model: Any, base: BaseDescription, config: Mapping[str, Any], tensor
         if inner[flag]
     ]
     with ExitStack() as hooks:
-        for index, layer in enumerate(layers):
+        for index in range(base.num_layers):
+            layer = model.get_submodule(layers.path.format(index))
             for name in used if index not in inner["leave_out"] else ():
-                dense, norm = (layer.get_submodule(path) for path in places[name])
+                dense, norm = (layer.get_submodule(path) for path in getattr(layers, name))
                 block = LibraryBlock(inner, tensors, Site(index, name), base, norm.forward)
                 seen: dict[str, Tensor] = {}
                 hooks.callback(dense.register_forward_hook(_remember(seen)).remove)
-                hooks.callback(norm.register_forward_hook(_replace(block, seen)).remove)
+                is_swapped = layers.is_swapped and name == "attention"
+                hooks.callback(norm.register_forward_hook(_replace(block, seen, is_swapped)).remove)
         yield
 
 
@@ -92,8 +125,12 @@ def _remember(seen: dict[str, Tensor]) -> Callable[..., None]:
     return lambda module, args, output: seen.update(m=output)
 
 
-def _replace(block: LibraryBlock, seen: dict[str, Tensor]) -> Callable[..., Tensor]:
-    return lambda module, args, output: block.stream_after(seen["m"], args[0] - seen["m"])
+def _replace(block: LibraryBlock, seen: dict[str, Tensor], is_swapped: bool) -> Callable[..., Tensor]:
+    def replace(module: Any, args: Any, output: Any) -> Tensor:
+        m, r = seen["m"], args[0] - seen["m"]
+        return block.stream_after(r, m) if is_swapped else block.stream_after(m, r)
+
+    return replace
 
 
 @torch.no_grad()
@@ -157,12 +194,11 @@ def test_every_variant_on_every_encoder_is_the_librarys(tmp_path: Path, family: 
 def merge(model: Any, base: BaseDescription, config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
     """Changes the model's weights as a LoRA or IA3 would its outputs; returns the adapter's tensors."""
     generator, tensors, inner = torch.Generator().manual_seed(seed), {}, config["config"]
-    is_distilbert = base.model_type == "distilbert"
-    path = "transformer.layer" if is_distilbert else "encoder.layer"
+    layers = LAYERS.get(base.model_type, _BERT)
     for index in range(base.num_layers):
-        for below in (_DISTILBERT_LINEARS if is_distilbert else _LINEARS).values():
-            linear = model.get_submodule(f"{path}.{index}.{below}")
-            name = f"{base.prefix}{path}.{index}.{below}.loras.{config['name']}"
+        for below in layers.linears:
+            linear = model.get_submodule(f"{layers.path.format(index)}.{below}")
+            name = f"{base.prefix}{layers.path.format(index)}.{below}.loras.{config['name']}"
             d_out, d_in = linear.weight.shape
             if inner["composition_mode"] == "scale":
                 factors = 1 + 0.2 * torch.randn(d_out, 1, generator=generator)

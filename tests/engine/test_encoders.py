@@ -18,8 +18,9 @@ from manyhats.adapters.heads import Pooling
 from manyhats.engine.backends.torch.backend import TorchBackend
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.request import EncodeRequest
-from support.factories.tiny_encoders import AUTO, ENCODERS, LINEARS, POOLERS, make_encoder
+from support.factories.tiny_encoders import AUTO, ENCODERS, LINEARS, POOLERS, PROJECTIONS, make_encoder
 from support.factories.tiny_models import TINY_VOCAB_SIZE
+from support.harnesses.backends import default_backend
 from support.harnesses.engine import load_tiny, random_ids, running_engine
 from support.harnesses.reading import (
     CONFIGS,
@@ -44,6 +45,7 @@ def names_of(family: str) -> list[str]:
     left_out = {
         "distilbert": ("prefix", *PROMPTS),
         "electra": PROMPTS,
+        "albert": ("prefix", *PROMPTS),
         "modernbert": ("prefix",),
     }
     return [name for name in CONFIGS if name not in left_out.get(family.split()[0], ())]
@@ -84,8 +86,9 @@ def test_records_say_what_a_task_does(found: Found) -> None:
     assert_kinds_are_right(found[0])
 
 
-@pytest.mark.parametrize("family", POOLERS)
-def test_methods_on_the_pooler_are_peft_s(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", [*POOLERS, *PROJECTIONS])
+def test_methods_outside_the_layers_are_peft_s(tmp_path: Path, family: str) -> None:
+    outer = {**POOLERS, **PROJECTIONS}[family]
     checkpoint = make_encoder(tmp_path / "model", family, seed=8, auto=AUTO.get(family, "AutoModel"))
     everywhere = CONFIGS["lora"]("all-linear")
     expected = {"all": expected_of(checkpoint, "lora", everywhere, tmp_path / "all", TEXTS, size_of(family))}
@@ -98,7 +101,7 @@ def test_methods_on_the_pooler_are_peft_s(tmp_path: Path, family: str) -> None:
         ("ia3", 1),
         ("tokens", 1),
     ):
-        config = CONFIGS[name]([LINEARS[family][0], POOLERS[family]][:: 1 if last else -1])
+        config = CONFIGS[name]([LINEARS[family][0], outer][:: 1 if last else -1])
         task = f"{name}-{last}"
         expected[task] = expected_of(checkpoint, name, config, tmp_path / task, TEXTS, size_of(family))
     _, answers = asyncio.run(answer_all(tmp_path, checkpoint, expected, TEXTS))
@@ -109,6 +112,7 @@ def test_methods_on_the_pooler_are_peft_s(tmp_path: Path, family: str) -> None:
     ("family", "auto", "module"),
     [
         ("bert", "AutoModelForMaskedLM", "pooler"),
+        ("albert", "AutoModelForMaskedLM", "pooler"),
         ("modernbert", "AutoModel", "head"),
         ("modernbert mean", "AutoModel", "head"),
     ],
@@ -130,15 +134,46 @@ def test_a_classifier_s_front_layer_is_the_artifact_s_where_the_base_lacks_it(
     assert_values_are(answers, expected)
 
 
-@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
+@pytest.mark.parametrize("family", ["albert", "electra"])
+def test_prompts_as_wide_as_the_layers_are_refused_where_embeddings_are_narrower(
+    tmp_path: Path, family: str
+) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=8)
+    with pytest.raises(RuntimeError, match="Expected size 64 but got size 32"):
+        expected_of(checkpoint, "prompt", CONFIGS["prompt"]([]), tmp_path / "prompt", TEXTS)
+    with pytest.raises(AdapterInvalidError, match="token_dim: is 64; the base has 32"):
+        asyncio.run(answer_all(tmp_path, checkpoint, ["prompt"], TEXTS))
+    expected = {}
+    for name in PROMPTS:
+        config = CONFIGS[name]([])
+        config.token_dim = 32
+        expected[name] = expected_of(checkpoint, name, config, tmp_path / f"narrow-{name}", TEXTS)
+    narrow = {f"narrow-{name}": values for name, values in expected.items()}
+    _, answers = asyncio.run(answer_all(tmp_path, checkpoint, narrow, TEXTS))
+    assert_values_are(answers, narrow)
+
+
+@pytest.mark.parametrize("backend", [None, TorchBackend()], ids=["cpu", "torch"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_that_layers_share_are_kept_once(tmp_path: Path, quantization: str, backend: Any) -> None:
+    sizes = []
+    for family in ("albert", "albert grouped"):  # two layers of one set of weights, three of two
+        model = load_tiny(make_encoder(tmp_path / family, family, seed=3), quantization)
+        assert len(model.weights.sets) == model.architecture.num_sets < model.architecture.num_layers
+        prepared = (backend or default_backend()).prepare(model.architecture, model.weights)
+        sizes.append(prepared.num_bytes["base"])
+    assert sizes[1] == 2 * sizes[0]
+
+
+@pytest.mark.parametrize("family", ["albert", "distilbert", "modernbert"])
 def test_a_prefix_is_refused_where_peft_has_none(tmp_path: Path, family: str) -> None:
-    checkpoint = make_encoder(tmp_path / "model", family, seed=8, auto="AutoModelForMaskedLM")
+    checkpoint = make_encoder(tmp_path / "model", family, seed=8, auto=AUTO.get(family, "AutoModel"))
     config = PrefixTuningConfig(
         task_type=TaskType.SEQ_CLS,
         num_virtual_tokens=5,
         token_dim=64,
         num_attention_heads=4,
-        num_layers=2 if family == "distilbert" else 3,
+        num_layers=3 if family == "modernbert" else 2,
     )
     with pytest.raises(ValueError, match="past key values"):
         expected_of(checkpoint, "prefix", config, tmp_path / "prefix", TEXTS)

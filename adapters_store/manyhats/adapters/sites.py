@@ -31,6 +31,7 @@ class Site:
 EMBEDDING = Site(-1, "embed_tokens")
 HEAD = Site(-1, "lm_head")
 POOLER = Site(-1, "pooler")
+PROJECTION = Site(-1, "embedding_projection")
 
 
 class WeightSource(Protocol):
@@ -86,7 +87,8 @@ class BaseDescription:
         model_type: Hugging Face ``model_type``, such as ``llama``.
         names: every name this base is known by (alias, hub id, ``--base-name``).
         digest: identifies weights and quantization; part of every KV block's key.
-        num_layers: L.
+        num_layers: L; where layers share their weights, how many sets of these there are, since files count them.
+        shared: for each layer that a token runs through, which of these it is; empty if each is its own.
         hidden_size: D.
         vocab_size: V.
         linears: site name → (in features, out features); the same in every layer.
@@ -129,6 +131,7 @@ class BaseDescription:
     embedding_size: int = 0
     read_size: int = 0
     embedding_scale: float = 1.0
+    shared: tuple[int, ...] = ()
     is_tied: bool = True
     has_head_bias: bool = False
     has_pooler: bool = False
@@ -144,6 +147,11 @@ class BaseDescription:
     def __post_init__(self) -> None:
         object.__setattr__(self, "embedding_size", self.embedding_size or self.hidden_size)
         object.__setattr__(self, "read_size", self.read_size or self.embedding_size)
+
+    @property
+    def depth(self) -> int:
+        """How many layers a token runs through."""
+        return len(self.shared) or self.num_layers
 
     def module_of(self, path: str) -> str | None:
         """The path under which ``modules`` has a module that a file names; None if it is none of this base's."""

@@ -50,7 +50,7 @@ OF_ALL_HEADS = {
     "down_proj": (96, 192),
 }
 UNGATED = {**{name: group for name, group in GROUPS.items() if name != "gate_up"}, "up": ("up_proj",)}
-POST_NORMED = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+POST_NORMED = ("albert", "bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
 WITHOUT_GATE = (*POST_NORMED, "falcon", "gpt2", "gpt_neox", "gptj", "opt", "phi", "starcoder2")
 WITH_ALL_HEADS = (*POST_NORMED, "falcon", "gpt2", "gpt_neox", "gptj", "modernbert", "opt")
 OUTPUT_NORMS = {"attention_output": (64,), "feed_forward_output": (64,)}

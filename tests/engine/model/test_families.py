@@ -256,6 +256,15 @@ def test_gemma2_slides_in_every_other_layer_from_the_first() -> None:
     assert windows_of(raw) == (None, None, 100)
 
 
+def test_albert_s_layers_share_their_weights_group_by_group() -> None:
+    raw = {**TINY, "model_type": "albert", "num_hidden_layers": 5}
+    assert read(raw).shared == (0, 0, 0, 0, 0)
+    grouped = read({**raw, "num_hidden_groups": 2})
+    assert grouped.shared == (0, 0, 0, 1, 1)
+    assert (grouped.num_layers, grouped.num_sets) == (5, 2)
+    assert grouped.num_linear_parameters() == 2 * read(raw).num_linear_parameters()
+
+
 def test_modernbert_slides_in_two_layers_of_three_each_kind_with_its_own_rotation() -> None:
     raw = {**TINY, "model_type": "modernbert", "local_attention": 100, "local_rope_theta": 300.0}
     assert windows_of(raw) == (None, 51, 51)
@@ -321,6 +330,10 @@ def test_unsupported_model_type_names_those_that_work() -> None:
         ({"num_key_value_heads": "2"}, "wrong type"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 3"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "ministral"),
+        ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num 2 is not supported"),
+        ({"model_type": "albert", "num_hidden_groups": 4}, r"num_hidden_groups 4 is outside \[1, 3\]"),
+        ({"model_type": "albert", "num_hidden_groups": 0}, r"num_hidden_groups 0 is outside \[1, 3\]"),
+        ({"model_type": "albert", "embedding_size": 64}, "embedding_size equal to hidden_size"),
         ({"model_type": "modernbert", "num_attention_heads": 5}, "5 heads do not divide a hidden_size of 64"),
         (
             {"model_type": "modernbert", "classifier_pooling": "max"},

@@ -21,6 +21,13 @@ _ADAPTERS = {"attention": "attention_adapters", "feed_forward": "output_adapters
 _BERT_ADAPTERS = {"attention": "attention.output", "feed_forward": "output"}
 _LAYERS = {
     **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), ("encoder.layer", _BERT_ADAPTERS)),
+    "albert": (
+        "encoder.albert_layer_groups",
+        {
+            "attention": "albert_layers.0.attention.attention_adapters",
+            "feed_forward": "albert_layers.0.output_adapters",
+        },
+    ),
     "distilbert": ("transformer.layer", _ADAPTERS),
     **dict.fromkeys(("gpt2", "gptj"), ("h", _ADAPTERS)),
 }

@@ -23,6 +23,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "camembert": {"pad_token_id": 1},
     "distilbert": {},
     "electra": {"embedding_size": 32},
+    "albert": {"embedding_size": 32},
+    "albert grouped": {"embedding_size": 32, "num_hidden_layers": 3, "num_hidden_groups": 2},
     "modernbert": _MODERNBERT,
     "modernbert mean": {
         **_MODERNBERT,
@@ -41,11 +43,19 @@ LINEARS = {
         ("bert", "roberta", "xlm-roberta", "camembert", "electra"),
         ("query", "value", "intermediate.dense", "output.dense"),
     ),
+    **dict.fromkeys(("albert", "albert grouped"), ("query", "value", "ffn", "ffn_output")),
     **dict.fromkeys(("modernbert", "modernbert mean"), ("Wqkv", "attn.Wo", "Wi", "mlp.Wo")),
 }
 """Linears to adapt, by family; the last stands behind the activation."""
-POOLERS = {"bert": "pooler.dense", "modernbert": "head.dense", "modernbert mean": "head.dense"}
+POOLERS = {
+    "bert": "pooler.dense",
+    "albert": "pooler",
+    "modernbert": "head.dense",
+    "modernbert mean": "head.dense",
+}
 """What adapters may change in front of a classifier."""
+PROJECTIONS = {"electra": "embeddings_project", "albert grouped": "embedding_hidden_mapping_in"}
+"""What makes embeddings as wide as the layers."""
 AUTO = dict.fromkeys(("modernbert", "modernbert mean"), "AutoModelForMaskedLM")
 """The class to save a base with, where the plain one leaves out what is in front of a classifier."""
 _SIZES = {

@@ -39,6 +39,7 @@ _MODERNBERT = Part("head.dense", "gelu", norm="head.norm", is_base_s=True)
 _TWO_LAYERS = (Part("classifier.dense", "tanh"), Part("classifier.out_proj"))
 _OF_TEXTS: Mapping[str, tuple[Part, ...]] = MappingProxyType(
     {
+        "albert": (Part("albert.pooler", "tanh", is_base_s=True), Part("classifier")),
         "bert": (Part("bert.pooler.dense", "tanh", is_base_s=True), Part("classifier")),
         "distilbert": (Part("pre_classifier", "relu"), Part("classifier")),
         "electra": (Part("classifier.dense", "gelu"), Part("classifier.out_proj")),

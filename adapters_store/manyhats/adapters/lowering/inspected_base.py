@@ -22,14 +22,14 @@ from manyhats.adapters.sites import EMBEDDING, HEAD, POOLER, BaseDescription, Pa
 
 Shape = tuple[int, ...]
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h)\.(0|[1-9]\d{0,3})\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|albert_layer_groups)\.(0|[1-9]\d{0,3})\.")
 # A module of a layer, and what follows its path in a tensor's name: of Llama's kin any, of others what methods add.
 _LINEAR = re.compile(
     r"^(?:base_model\.model\.)?(?:model\.)?(?P<module>layers\.(?P<layer>\d{1,4})\.(?:self_attn|mlp)\.(?P<name>\w+))"
     r"\.(?P<part>.+)$"
 )
 _OTHER_LINEAR = re.compile(
-    r"^(?:base_model\.model\.)?(?P<module>(?:\w+\.)*?(?:layers?|h)\.(?P<layer>\d{1,4})\.(?P<name>[\w.]+?))"
+    r"^(?:base_model\.model\.)?(?P<module>(?:\w+\.)*?(?:layers?|h|albert_layer_groups)\.(?P<layer>\d{1,4})\.(?P<name>[\w.]+?))"
     r"\.(?P<part>(?:lora_|vera_|ia3_|loras\.).+)$"
 )
 # Words in the paths of encoders' modules, or of their heads' → the family whose heads it has.
@@ -38,6 +38,7 @@ _ENCODERS: Mapping[str, str] = {
     ".Wi.": "modernbert",
     ".Wo.": "modernbert",
     ".head.dense": "modernbert",
+    "albert": "albert",
     "distilbert.": "distilbert",
     "pre_classifier": "distilbert",
     "electra.": "electra",
@@ -57,7 +58,7 @@ _WIDTHS: Mapping[str, tuple[int | None, int | None]] = {
 }
 _IA3 = "ia3_l"
 # What may be in front of a classifier.
-_POOLERS = ("pooler.dense", "bert.pooler.dense", "head.dense")
+_POOLERS = ("pooler.dense", "bert.pooler.dense", "pooler", "albert.pooler", "head.dense")
 # What reads hidden rows first, of heads that classify.
 _HEADS = ("classifier.dense", "pre_classifier", "classifier", "score", "qa_outputs")
 _UNKNOWN_WIDTH = 1

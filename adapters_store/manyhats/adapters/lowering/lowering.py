@@ -42,7 +42,7 @@ from manyhats.adapters.primitives import (
     PromptEmbeddings,
     num_tokens,
 )
-from manyhats.adapters.sites import POOLER, BaseDescription
+from manyhats.adapters.sites import POOLER, BaseDescription, Site
 
 
 def _by_name(*methods: Method) -> Mapping[AdapterMethod, Method]:
@@ -110,11 +110,11 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
     shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
     head = find_head(artifact.config, shapes, base)
     if head is None:
-        lowered, of_pooler = _without_pooler(_with_vocabulary(method.lower(artifact, base), base))
+        lowered, of_pooler = _without_pooler(_of_base(method.lower(artifact, base), base))
         return replace(lowered, head=_own_head(artifact, base, of_pooler))
     config, tensors = without_head(artifact.config), head.others(artifact.tensors)
     lowered, of_pooler = _without_pooler(
-        _with_vocabulary(method.lower(replace(artifact, config=config, tensors=tensors), base), base)
+        _of_base(method.lower(replace(artifact, config=config, tensors=tensors), base), base)
     )
     task_head = head.lower(artifact.tensors, base, of_pooler)
     if isinstance(lowered.prefix, PromptEmbeddings):
@@ -143,6 +143,24 @@ def _own_head(
         head = find_adapterhub_head(artifact.head_config, shapes, base)
         return head.lower(artifact.head_tensors, base, of_pooler)
     return None if base.kind is TaskKind.GENERATE else TaskHead(base.kind, base.pooling, ())
+
+
+def _of_base(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:
+    """What a method made of an artifact, in every layer that runs the weights it acts on, and with its vocabulary."""
+    return _with_vocabulary(_in_every_layer(lowered, base), base)
+
+
+def _in_every_layer(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:
+    if not base.shared:
+        return lowered
+    deltas: list[Delta] = []
+    for delta in lowered.deltas:
+        if not isinstance(delta, LowRank | Affine | InputScale | Bottleneck) or delta.site.layer < 0:
+            deltas.append(delta)
+            continue
+        layers = (layer for layer, number in enumerate(base.shared) if number == delta.site.layer)
+        deltas += (replace(delta, site=Site(layer, delta.site.name)) for layer in layers)
+    return replace(lowered, deltas=tuple(deltas))
 
 
 def _with_vocabulary(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:

@@ -23,9 +23,11 @@ carry_normed · N(r + m) + (f, or norm_after(f + ρ))``:
     carry         1 where ρ is r + m outside ``norm_after``, else 0; less 1 without ``original_ln_after``
     carry_normed  1 where ρ is N(r + m) outside ``norm_after``, else 0
 
-Two things depend on the base. Where the library hooks into the layers (qwen2, qwen3), it refuses ``original_ln_after =
-false``, and so does this. On Gemma 2 and 3 its adapters lie before the norm that follows a sub-layer, and some use the
-norm of the *last* layer in every layer: these are refused.
+Three things depend on the base. On ALBERT the library swaps the arguments of the attention's adapters: there r is the
+attention's output and m the stream, and ``N(m + o)`` is as above with keep and carry exchanged. Where the library hooks
+into the layers (qwen2, qwen3), it refuses ``original_ln_after = false``, and so does this. On Gemma 2 and 3 its
+adapters lie before the norm that follows a sub-layer, and some use the norm of the *last* layer in every layer: these
+are refused.
 
 Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005.00247); He et al. 2022
 (arXiv:2110.04366); Steitz and Roth 2024 (arXiv:2406.06820).
@@ -34,7 +36,7 @@ Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -60,7 +62,7 @@ from manyhats.adapters.primitives import Bottleneck, BottleneckInput, LayerNorm,
 from manyhats.adapters.sites import BaseDescription, Site
 
 _BUILT_IN = frozenset(
-    ("bert", "distilbert", "electra", "gpt2", "gptj", "llama", "mistral", "roberta", "xlm-roberta")
+    ("albert", "bert", "distilbert", "electra", "gpt2", "gptj", "llama", "mistral", "roberta", "xlm-roberta")
 )
 _HOOKED = frozenset(("qwen2", "qwen3"))
 _SANDWICHED = frozenset(("gemma2", "gemma3", "gemma3_text"))
@@ -89,6 +91,24 @@ class Flow:
     carry: float
     carry_normed: float = 0.0
     skips_norm: bool = False
+
+
+_SWAPPED = {
+    BottleneckInput.OUTPUT: BottleneckInput.RESIDUAL,
+    BottleneckInput.RESIDUAL: BottleneckInput.OUTPUT,
+}
+
+
+def swapped(flow: Flow) -> Flow:
+    """The same flow where the library takes r for m and m for r: ``N(m + o) = N(r + m')``."""
+    residual = flow.norm_residual
+    return replace(
+        flow,
+        input=_SWAPPED.get(flow.input, flow.input),
+        norm_residual=None if residual is None else _SWAPPED.get(residual, residual),
+        keep=flow.carry + 1.0,
+        carry=flow.keep - 1.0,
+    )
 
 
 def resolve_flow(config: BottleneckConfig, has_norm: bool) -> Flow:
@@ -150,11 +170,12 @@ class BottleneckMethod:
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         config, name = _read_config(artifact.config, base)
         found, names = _find_blocks(config, name, shapes, base)
-        flow = resolve_flow(config, places_of(base.model_type).is_normed)
+        places = places_of(base.model_type)
+        flow = resolve_flow(config, places.is_normed)
+        flows = {"attention": swapped(flow) if places.is_swapped else flow, "feed_forward": flow}
         read = partial(names.pick, artifact.tensors)
-        return LoweredAdapter(
-            digest=artifact.digest, deltas=tuple(_lower_block(config, flow, block, read) for block in found)
-        )
+        deltas = tuple(_lower_block(config, flows[block.sub_layer], block, read) for block in found)
+        return LoweredAdapter(digest=artifact.digest, deltas=deltas)
 
 
 def _find_blocks(

@@ -133,7 +133,7 @@ def check_prompt(
     if len(shape) != 2:
         raise AdapterInvalidError(PROMPT_EMBEDDINGS, f"has {len(shape)} dimensions; expected 2")
     check_fits("token_dim", config.token_dim, base.embedding_size, base, base_model)
-    check_fits("num_layers", config.num_layers, base.num_layers, base, base_model)
+    check_fits("num_layers", config.num_layers, base.depth, base, base_model)
     if config.token_dim is None:
         check_fits(PROMPT_EMBEDDINGS, shape[1], base.embedding_size, base, base_model)
     check_shape(PROMPT_EMBEDDINGS, shape, (config.num_virtual_tokens, base.embedding_size))

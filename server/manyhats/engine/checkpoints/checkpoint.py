@@ -161,14 +161,14 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
         norms = {norm.name: norm for norm in block.norms()}
         for name, path in layout.norms.items():
             if name in norms:
-                shapes |= _norm_shapes(layout.path(layer, path), norms[name].norm, norms[name].shape)
+                shapes |= _norm_shapes(family.path(layer, path), norms[name].norm, norms[name].shape)
         for path, stored in layout.modules.items():
             d_out, d_in = stored_shape(block, stored)
-            shapes[_weight(layout.path(layer, path))] = (
+            shapes[_weight(family.path(layer, path))] = (
                 (d_in, d_out) if stored.is_transposed else (d_out, d_in)
             )
             if _is_biased(block, stored):
-                shapes[_bias(layout.path(layer, path))] = (d_out,)
+                shapes[_bias(family.path(layer, path))] = (d_out,)
     return shapes
 
 
@@ -275,16 +275,17 @@ def assemble_weights(
     if keep_nf4 and not any(key.endswith(".absmax") for key in tensors):
         raise ModelError("no linear of the checkpoint is NF4, though its config says so")
     architecture, layout = family.architecture, family.layout
-    blocks = []
+    sets: dict[int, BlockWeights] = {}
     for index, block in enumerate(architecture.blocks):
-        blocks.append(reader.block(index, block))
+        if (number := architecture.set_of(index)) not in sets:
+            sets[number] = reader.block(index, block)
         progress("load", index + 1, architecture.num_layers)
     embedding = _aligned(reader.dense(_weight(layout.outer(layout.embedding))))
     positions = architecture.embedding.positions
     final_norm = architecture.final_norm
     return Weights(
         embedding=embedding,
-        blocks=tuple(blocks),
+        blocks=tuple(sets[architecture.set_of(index)] for index in range(architecture.num_layers)),
         final_norm=None
         if final_norm is None
         else reader.norm(layout.outer(layout.final_norm), final_norm, (architecture.hidden_size,)),
@@ -323,13 +324,13 @@ class _Reader:
         """Block ``index``."""
         linears: dict[str, Linear] = {}
         for path, stored in self._layout.modules.items():
-            linears |= self._members(self._layout.path(index, path), block, stored)
+            linears |= self._members(self._family.path(index, path), block, stored)
         norms = {each.name: self._block_norm(index, block, each) for each in block.norms()}
         return BlockWeights({shape.name: linears[shape.name] for shape in block.linears()}, norms)
 
     def _block_norm(self, index: int, block: Block, shape: NormShape) -> NormWeight:
         """A norm of a block; of heads whose values have another order in files, in ours."""
-        found = self.norm(self._layout.path(index, self._layout.norms[shape.name]), shape.norm, shape.shape)
+        found = self.norm(self._family.path(index, self._layout.norms[shape.name]), shape.norm, shape.shape)
         order = self._family.key_order
         if order is None or shape.name not in ("query", "key"):
             return found

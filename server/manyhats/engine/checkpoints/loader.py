@@ -289,6 +289,5 @@ class ModelWeightSource:
             return self.weights.head
         if site.layer < 0:
             return self.weights.outer.get(site.name)
-        if not 0 <= site.layer < len(self.weights.blocks):
-            return None
-        return self.weights.blocks[site.layer].linears.get(site.name)
+        sets = self.weights.sets
+        return sets[site.layer].linears.get(site.name) if site.layer < len(sets) else None

@@ -126,7 +126,7 @@ def quantize_checkpoint(
     family = family.of_files(tensors)
     layout, layers = family.layout, range(family.architecture.num_layers)
     linears = {
-        f"{layout.path(layer, path)}.weight": stored
+        f"{family.path(layer, path)}.weight": stored
         for layer in layers
         for path, stored in layout.modules.items()
     }

@@ -322,6 +322,8 @@ class Architecture:
         final_norm: of the stream, after the last block; None for none.
         head: None for an encoder.
         pooler: of an encoder.
+        shared: for each layer, which set of weights it runs, counted from 0 in the order of their first use; empty if
+            each has its own.
     """
 
     model_type: str
@@ -331,6 +333,7 @@ class Architecture:
     final_norm: Norm | None
     head: Head | None
     pooler: Pooler = Pooler()
+    shared: tuple[int, ...] = ()
 
     @property
     def read_size(self) -> int:
@@ -351,6 +354,15 @@ class Architecture:
     def num_layers(self) -> int:
         """L."""
         return len(self.blocks)
+
+    def set_of(self, layer: int) -> int:
+        """The number of the set of weights that a layer runs: mostly its own."""
+        return self.shared[layer] if self.shared else layer
+
+    @property
+    def num_sets(self) -> int:
+        """How many sets of weights the layers have: L, unless they share them."""
+        return len(set(self.shared)) or self.num_layers
 
     @property
     def attention(self) -> Attention:
@@ -373,8 +385,9 @@ class Architecture:
         return values * (4 if dtype == "float32" else 2)
 
     def num_linear_parameters(self) -> int:
-        """The number of parameters in the blocks' matrices, without biases."""
-        return sum(linear.d_in * linear.d_out for block in self.blocks for linear in block.linears())
+        """The number of parameters in the blocks' matrices, without biases; shared ones count once."""
+        blocks = self.blocks[: self.num_sets]
+        return sum(linear.d_in * linear.d_out for block in blocks for linear in block.linears())
 
     def sites(self) -> tuple[Site, ...]:
         """Where adapters may act: embedding, head if there is one, each linear, and the output of each sub-layer."""

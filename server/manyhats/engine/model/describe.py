@@ -9,6 +9,7 @@ from manyhats.adapters.sites import (
     EMBEDDING,
     HEAD,
     POOLER,
+    PROJECTION,
     BaseDescription,
     Part,
     Site,
@@ -47,20 +48,26 @@ def describe(
     head = architecture.head
     if head is not None:
         modules[layout.head] = (Part(HEAD, tokens),)
+    embedding = architecture.embedding
+    if embedding.norm is not None and embedding.size != architecture.hidden_size:
+        modules[layout.outer(layout.embedding_projection)] = (
+            Part(PROJECTION, range(architecture.hidden_size)),
+        )
     if has_pooler:
         modules[layout.pooler_path] = (Part(POOLER, range(architecture.hidden_size)),)
     rows = {path: family.rows_of(architecture.blocks[0], stored) for path, stored in layout.modules.items()}
-    for layer in range(architecture.num_layers):
+    for number in range(architecture.num_sets):
         for path, members in rows.items():
-            parts = tuple(Part(Site(layer, name), own) for name, own in members.items())
-            modules[layout.path(layer, path)] = parts
+            parts = tuple(Part(Site(number, name), own) for name, own in members.items())
+            modules[layout.path(number, path)] = parts
     return BaseDescription(
         model_type=architecture.model_type,
         names=frozenset(names),
         digest=digest,
         pad_token_id=pad_token_id,
         pooling=pooling,
-        num_layers=architecture.num_layers,
+        num_layers=architecture.num_sets,
+        shared=architecture.shared,
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
         linears={each.name: (each.d_in, each.d_out) for each in architecture.blocks[0].linears()},

@@ -47,7 +47,7 @@ class Layout:
         pooler_norm: path of the norm behind it.
         head: path of the output head.
         other_heads: what files may call it.
-        layer: path of layer ``{layer}`` below the prefix.
+        layer: path of layer ``{layer}``, or of a set of weights that layers share, below the prefix.
         ignored: endings of the names of tensors that follow from the config.
         unused: beginnings of the names of tensors that serve another purpose, such as masked language modelling.
     """
@@ -108,6 +108,10 @@ class Family:
     def of_files(self, names: Collection[str]) -> Family:
         """The same with the paths that a checkpoint's tensors have."""
         return replace(self, layout=self.layout.of_files(names))
+
+    def path(self, layer: int, below: str) -> str:
+        """The path of a module ``below`` a layer, such as ``model.layers.0.self_attn.q_proj``."""
+        return self.layout.path(self.architecture.set_of(layer), below)
 
     def rows_of(self, block: Block, stored: Stored) -> dict[str, Rows]:
         """Which rows of a stored matrix are whose, in the order in which a linear is computed."""

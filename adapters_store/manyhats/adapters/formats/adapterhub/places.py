@@ -14,10 +14,12 @@ class Places:
     """A family's.
 
     Attributes:
-        layer: path of a layer, below the prefix of the base's modules, up to its number.
+        layer: path of a layer, or of a set of weights that layers share, below the prefix of the base's modules, up to
+            its number.
         attention: the module of a layer that holds the adapters on the attention's output.
         feed_forward: the same for the feed-forward.
         is_normed: whether they lie before a norm of the stream: of the sum of sub-layer and residual.
+        is_swapped: whether the library takes the attention's output for the residual, and the other way round.
         prefix: of the base's modules, where only its ``model_type`` is known.
     """
 
@@ -25,6 +27,7 @@ class Places:
     attention: str = "attention_adapters"
     feed_forward: str = "output_adapters"
     is_normed: bool = False
+    is_swapped: bool = False
     prefix: str = "model."
 
     def module(self, layer: int, sub_layer: str) -> str:
@@ -46,10 +49,19 @@ def _pattern(layer: str) -> re.Pattern[str]:
 _LLAMA = Places()
 _GPT2 = Places("h", prefix="transformer.")
 _BERT = Places("encoder.layer", "attention.output", "output", is_normed=True, prefix="bert.")
+_ALBERT = Places(
+    "encoder.albert_layer_groups",
+    "albert_layers.0.attention.attention_adapters",
+    "albert_layers.0.output_adapters",
+    is_normed=True,
+    is_swapped=True,
+    prefix="albert.",
+)
 _ROBERTA = replace(_BERT, prefix="roberta.")
 _PLACES: Mapping[str, Places] = MappingProxyType(
     {
         **dict.fromkeys(("gpt2", "gptj"), _GPT2),
+        "albert": _ALBERT,
         "bert": _BERT,
         "electra": replace(_BERT, prefix="electra."),
         **dict.fromkeys(("roberta", "xlm-roberta"), _ROBERTA),

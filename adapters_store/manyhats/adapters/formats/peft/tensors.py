@@ -17,7 +17,7 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.formats.base_name import is_known_name
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.sites import EMBEDDING, HEAD, POOLER, BaseDescription, Part
+from manyhats.adapters.sites import EMBEDDING, HEAD, POOLER, PROJECTION, BaseDescription, Part
 
 PREFIX = "base_model.model."
 
@@ -78,6 +78,8 @@ def find_target(module: str, base: BaseDescription) -> Target | None:
         return Target(path, parts, base.embedding_size, base.vocab_size)
     if parts[0].site == POOLER:
         return Target(path, parts, base.hidden_size, base.hidden_size)
+    if parts[0].site == PROJECTION:
+        return Target(path, parts, base.embedding_size, base.hidden_size)
     if any(part.site.name not in base.linears for part in parts):
         return None
     d_out = sum(base.linears[part.site.name][1] for part in parts)

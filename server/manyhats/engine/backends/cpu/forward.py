@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from manyhats.adapters.sites import PROJECTION
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import Layout
 from manyhats.engine.backends.cpu.head.logits import PackedHead
@@ -74,6 +75,7 @@ class Forward:
             **dict.fromkeys((LAST, HIDDEN), architecture.read_size),
         }
         self._kernels = kernels
+        self._packed: dict[tuple[Linear, ...], CpuLinear] = {}
         self._layout = Layout.of(architecture)
         self._rotary = RotaryTables(architecture)
         self.first = self._enter(architecture, weights)
@@ -120,7 +122,7 @@ class Forward:
         if norm is not None and weights.embedding_norm is not None:
             self.program.norm(summed, summed, PackedNorm.of(norm, weights.embedding_norm))
             if projection is not None:
-                self._outer(projection, EMBEDDED, STREAM, col.NUM_ROWS)
+                self._outer(projection, EMBEDDED, STREAM, col.NUM_ROWS, PROJECTION.name)
         return first
 
     def _table(self, table: Tensor) -> Tensor:
@@ -137,12 +139,14 @@ class Forward:
         self.program.gather(hidden, between, size, rows)
         self._outer(projection, between, target, rows)
 
-    def _outer(self, linear: Linear, source: int, target: int, rows: int) -> None:
-        """A linear outside the blocks, which no adapter changes."""
+    def _outer(self, linear: Linear, source: int, target: int, rows: int, name: str = "") -> None:
+        """A linear outside the blocks, and deltas if they are entered under a name."""
         packed = self._kernels.pack([linear])
         self.num_outer_bytes += packed.num_bytes
         self.sizes[source] = max(self.sizes[source], packed.in_features)
         self._product(packed, source, target, rows)
+        if name:
+            self._deltas(name, 0, packed, source, target)
 
     def _begin(self, norm: PackedNorm | None) -> int:
         """Norms the stream as it begins, if the family does; returns the buffer of the first block's input."""
@@ -246,16 +250,21 @@ class Forward:
 
     def _linear(self, group: str, layer: int, parts: Sequence[Linear], source: int, target: int) -> int:
         """A group of linears with its adapters' deltas; returns the size of its output."""
-        packed = self._kernels.pack(parts)
-        self.num_bytes += packed.num_bytes
+        if (key := tuple(parts)) not in self._packed:
+            self._packed[key] = self._kernels.pack(parts)
+            self.num_bytes += self._packed[key].num_bytes
+        packed = self._packed[key]
         self._product(packed, source, target, col.NUM_ROWS)
-        sizes = packed.in_features, packed.out_features
-        index = self._layout.group_index(group)
-        self.program.rescaled(source, target, packed, index, layer)
-        self.program.deltas(source, target, sizes, index, layer)
-        for buffer, size in zip((source, target), sizes, strict=True):
+        self._deltas(group, layer, packed, source, target)
+        for buffer, size in ((source, packed.in_features), (target, packed.out_features)):
             self.sizes[buffer] = max(self.sizes[buffer], size)
         return packed.out_features
+
+    def _deltas(self, group: str, layer: int, packed: CpuLinear, source: int, target: int) -> None:
+        """What adapters change of the outputs of a group of linears."""
+        index = self._layout.group_index(group)
+        self.program.rescaled(source, target, packed, index, layer)
+        self.program.deltas(source, target, (packed.in_features, packed.out_features), index, layer)
 
     def _product(self, packed: CpuLinear, source: int, target: int, rows: int) -> None:
         if packed.takes_int16:

@@ -88,13 +88,14 @@ class TorchModel:
         self.device = device
         self.weights = weights
         self.embedding = weights.embedding.to(device)
-        self.linears = [
-            {
+        self._sets = {
+            of_block: {
                 group.name: self._dense([of_block.linears[name] for name in group.names])
-                for group in spec.groups()
+                for group in architecture.blocks[0].groups()
             }
-            for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True)
-        ]
+            for of_block in weights.sets
+        }
+        self.linears = [self._sets[of_block] for of_block in weights.blocks]
         self.outer = {name: self._dense([linear]) for name, linear in weights.outer.items()}
         self.head = None
         if architecture.head is not None:
@@ -119,7 +120,7 @@ class TorchModel:
         tables = sum(table.nbytes for table in (self.positions, self.token_types) if table is not None)
         head = 0 if self.head is None else self.head.num_bytes
         return {
-            "base": sum(dense.num_bytes for layer in self.linears for dense in layer.values()),
+            "base": sum(dense.num_bytes for groups in self._sets.values() for dense in groups.values()),
             "embeddings": self.embedding.nbytes + head + tables + norms,
         }
 
@@ -211,21 +212,28 @@ class _Step:
         return self._model.token_types[self.tensor(self._plan.types_of_tokens).long()]
 
     def project(self, name: str, x: Tensor) -> Tensor:
-        return self._product(x, self._model.outer[name])
+        dense = self._model.outer[name]
+        y = self._product(x, dense)
+        self._change(Site(-1, name), x, y, dense, slice(None))
+        return y
 
     def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
         dense = self._model.linears[layer][group.name]
         y, start = self._product(x, dense), 0
         for member in group.members:
-            site, columns = Site(layer, member.name), slice(start, start + member.d_out)
+            columns = slice(start, start + member.d_out)
             start = columns.stop
-            for rows, rescaling in self._deltas(site, InputScale):
-                y[rows, columns] = self._product(x[rows] * rescaling.scale, dense)[:, columns]
-            for rows, delta in self._deltas(site, Affine):
-                y[rows, columns] = equations.affine(y[rows, columns], delta)
-            for rows, low_rank in self._deltas(site, LowRank):
-                y[rows, columns] += equations.low_rank(x[rows], low_rank.a, low_rank.b, low_rank.scale)
+            self._change(Site(layer, member.name), x, y, dense, columns)
         return y
+
+    def _change(self, site: Site, x: Tensor, y: Tensor, dense: _Dense, columns: slice) -> None:
+        """Gives each row its own adapter's deltas of one linear, in its columns of y."""
+        for rows, rescaling in self._deltas(site, InputScale):
+            y[rows, columns] = self._product(x[rows] * rescaling.scale, dense)[:, columns]
+        for rows, delta in self._deltas(site, Affine):
+            y[rows, columns] = equations.affine(y[rows, columns], delta)
+        for rows, low_rank in self._deltas(site, LowRank):
+            y[rows, columns] += equations.low_rank(x[rows], low_rank.a, low_rank.b, low_rank.scale)
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
         if norm.kind == "layer":

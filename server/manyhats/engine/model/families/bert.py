@@ -62,6 +62,23 @@ _DISTILBERT = replace(
     layer="transformer.layer.{layer}",
     unused=("vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
 )
+_ALBERT = replace(
+    _BERT,
+    modules={
+        "attention.query": Stored(("q_proj",)),
+        "attention.key": Stored(("k_proj",)),
+        "attention.value": Stored(("v_proj",)),
+        "attention.dense": Stored(("o_proj",)),
+        "ffn": Stored(("up_proj",)),
+        "ffn_output": Stored(("down_proj",)),
+    },
+    norms={"attention_stream": "attention.LayerNorm", "feed_forward_stream": "full_layer_layer_norm"},
+    prefix="albert.",
+    embedding_projection="encoder.embedding_hidden_mapping_in",
+    pooler="{prefix}pooler",
+    layer="encoder.albert_layer_groups.{layer}.albert_layers.0",
+    unused=("predictions.", "sop_classifier."),
+)
 _DEFAULTS: RawConfig = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -113,6 +130,31 @@ def electra(config: RawConfig, max_context_length: int | None) -> Family:
     own = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "embedding_size": 128}
     full = {**_DEFAULTS, **own, **config}
     return _encoder(full, max_context_length, replace(_BERT, prefix="electra.", pooler=""))
+
+
+def albert(config: RawConfig, max_context_length: int | None) -> Family:
+    """ALBERT: layers that share their weights, all of them or group by group, and a narrow embedding."""
+    own = {
+        "vocab_size": 30000,
+        "hidden_size": 4096,
+        "num_attention_heads": 64,
+        "intermediate_size": 16384,
+        "embedding_size": 128,
+        "hidden_act": "gelu_new",
+        "num_hidden_groups": 1,
+        "inner_group_num": 1,
+    }
+    full = {**_DEFAULTS, **own, **config}
+    num_layers, num_groups = full["num_hidden_layers"], full["num_hidden_groups"]
+    if full["inner_group_num"] != 1:
+        raise ModelError(f"config.json: inner_group_num {full['inner_group_num']!r} is not supported; 1 is")
+    if full["embedding_size"] == full["hidden_size"]:
+        raise ModelError("config.json: an embedding_size equal to hidden_size is not supported for albert")
+    family = _encoder(full, max_context_length, _ALBERT)
+    if not 1 <= num_groups <= num_layers:
+        raise ModelError(f"config.json: num_hidden_groups {num_groups} is outside [1, {num_layers}]")
+    shared = tuple(int(layer / (num_layers / num_groups)) for layer in range(num_layers))
+    return replace(family, architecture=replace(family.architecture, shared=shared))
 
 
 def _encoder(

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.families.bert import bert, camembert, distilbert, electra, roberta, xlm_roberta
+from manyhats.engine.model.families.bert import (
+    albert,
+    bert,
+    camembert,
+    distilbert,
+    electra,
+    roberta,
+    xlm_roberta,
+)
 from manyhats.engine.model.families.cohere import cohere, cohere2
 from manyhats.engine.model.families.fields import RawConfig, standard_names
 from manyhats.engine.model.families.gemma import gemma, gemma2, gemma3_text
@@ -22,6 +30,7 @@ from manyhats.engine.model.families.smollm import smollm3
 from manyhats.engine.model.layout import Family
 
 FAMILIES: Mapping[str, Callable[[RawConfig, int | None], Family]] = {
+    "albert": albert,
     "bert": bert,
     "camembert": camembert,
     "cohere": cohere,

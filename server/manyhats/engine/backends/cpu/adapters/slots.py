@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from manyhats.adapters.primitives import (
     LowRank,
     site_of,
 )
+from manyhats.adapters.sites import HEAD, PROJECTION, Site
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters import deltas
 from manyhats.engine.backends.cpu.adapters.tables import (
@@ -68,14 +69,14 @@ class Layout:
 
     @classmethod
     def of(cls, architecture: Architecture) -> Layout:
-        """The layout of a base, whose blocks all have the same shapes."""
+        """The layout of a base, whose blocks all have the same shapes; what is outside them is in the first layer."""
         groups = architecture.blocks[0].groups()
-        return cls(
-            architecture.num_layers,
-            architecture.hidden_size,
-            {group.name: tuple(member.d_out for member in group.members) for group in groups},
-            {name: (group.name, member) for group in groups for member, name in enumerate(group.names)},
-        )
+        sizes = {group.name: tuple(member.d_out for member in group.members) for group in groups}
+        places = {name: (group.name, member) for group in groups for member, name in enumerate(group.names)}
+        if architecture.embedding.size != architecture.hidden_size:
+            sizes[PROJECTION.name] = (architecture.hidden_size,)
+            places[PROJECTION.name] = PROJECTION.name, 0
+        return cls(architecture.num_layers, architecture.hidden_size, sizes, places)
 
     def order(self, delta: Delta) -> tuple[int, int]:
         """Deltas sorted by it, those of one site as they were, are in the order in which a step reads them."""
@@ -123,6 +124,8 @@ class PackedAdapter:
             ModelError: the kernels cannot run it.
         """
         match delta:
+            case LowRank() | Affine() | InputScale() if delta.site == PROJECTION:
+                self.add(replace(delta, site=Site(0, PROJECTION.name)))
             case LowRank() if delta.site.layer >= 0:
                 group, member = self._places[delta.site.name]
                 self.linears[group].add_low_rank(member, delta, self.memory)
@@ -295,7 +298,7 @@ class CpuAdapterSlots:
 def _num_matrix_values(delta: Delta) -> int:
     """Values that go into an adapter's one buffer of matrices."""
     match delta:
-        case LowRank() if delta.site.layer >= 0:
+        case LowRank() if delta.site != HEAD:
             return delta.a.numel() + delta.b.numel()
         case Bottleneck():
             return delta.down.numel() + delta.up.numel()
