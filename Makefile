@@ -29,7 +29,7 @@ help:
 	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams continue"
 	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
-	@echo "make check    set up, lint, types, generated code and docs/openapi.json"
+	@echo "make check    set up, lint, types, generated code, docs/openapi.json and docs/models.md"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
 	@echo "make bench-peers  compare with llama.cpp, vLLM, transformers and PEFT on a quiet machine; PEERS_ARGS=--quick"
 	@echo "make profile  set up, show where a step's time goes, beside what this machine could do"
@@ -93,6 +93,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python scripts/generate_proto.py --check
 	$(BIN)/python scripts/write_openapi.py --check
+	$(BIN)/python scripts/write_models.py --check
 	$(BIN)/buf lint proto
 
 format: $(STAMP)

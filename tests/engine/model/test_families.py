@@ -11,7 +11,7 @@ from manyhats.adapters.activations import ALIASES
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Architecture, Rope
 from manyhats.engine.model.families.fields import OWN_NAMES
-from manyhats.engine.model.families.reading import FAMILIES, read_family
+from manyhats.engine.model.families.reading import FAMILIES, REFUSED, read_family
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -297,12 +297,19 @@ def test_norms_are_named_by_what_they_do() -> None:
 
 def test_unsupported_model_type_names_those_that_work() -> None:
     known = ", ".join(sorted(FAMILIES))
-    with pytest.raises(ModelError, match=f"'mamba' is not supported; these are: {known}"):
-        read_family({**TINY, "model_type": "mamba"})
+    with pytest.raises(ModelError, match=f"'rwkv' is not supported; these are: {known}"):
+        read_family({**TINY, "model_type": "rwkv"})
     with pytest.raises(
-        ModelError, match="'gemma3' is not supported; of gemma3, only the text model, gemma3_text"
+        ModelError, match="'gemma3' is not supported: a model of images as well; its text model"
     ):
         read_family({"model_type": "gemma3", "text_config": {}})
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_families_that_one_might_expect_are_refused_with_the_reason(model_type: str) -> None:
+    assert model_type not in FAMILIES
+    with pytest.raises(ModelError, match=f"{model_type}' is not supported: .+; these are: "):
+        read_family({**TINY, "model_type": model_type})
 
 
 @pytest.mark.parametrize(

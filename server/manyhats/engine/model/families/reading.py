@@ -61,6 +61,24 @@ FAMILIES: Mapping[str, Callable[[RawConfig, int | None], Family]] = {
 }
 """``model_type`` → its function."""
 
+_ENCODER_DECODER = "an encoder-decoder; models of one stack are served"
+_STATES = "layers that keep a state instead of keys and values"
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("bart", "mbart", "mt5", "t5", "umt5"), _ENCODER_DECODER),
+    **dict.fromkeys(("deberta", "deberta-v2"), "attention by relative positions, which adapters change too"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "latent attention, whose keys and values are compressed"),
+    "gemma3": "a model of images as well; its text model, gemma3_text, is served",
+    **dict.fromkeys(
+        ("gemma3n", "gemma4"), "embeddings for each layer, and keys and values shared among layers"
+    ),
+    **dict.fromkeys(("jamba", "mamba", "mamba2", "falcon_mamba", "granitemoehybrid"), _STATES),
+    "lfm2": "convolutions in place of attention",
+    "llama4": "attention in pieces of the text, and experts",
+    "mpnet": "scores that depend on the tokens' distance",
+    **dict.fromkeys(("qwen3_5", "qwen3_next"), "gated delta nets, " + _STATES),
+}
+"""``model_type`` → why it is not served, of models that one might expect."""
+
 
 def read_family(config: RawConfig, max_context_length: int | None = None) -> Family:
     """The model that a ``config.json`` describes.
@@ -75,9 +93,11 @@ def read_family(config: RawConfig, max_context_length: int | None = None) -> Fam
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
-        hint = "; of gemma3, only the text model, gemma3_text, is" if model_type == "gemma3" else ""
+        reason = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
         known = ", ".join(sorted(FAMILIES))
-        raise ModelError(f"config.json: model_type {model_type!r} is not supported{hint}; these are: {known}")
+        raise ModelError(
+            f"config.json: model_type {model_type!r} is not supported{reason}; these are: {known}"
+        )
     try:
         return FAMILIES[model_type](standard_names(config), max_context_length)
     except (TypeError, ZeroDivisionError) as error:
