@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,74 @@ def test_lora_and_ia3_are_those_merged_into_the_weights(tmp_path: Path, family: 
     for name, wanted in expected.items():
         for ours, theirs in zip(found[name], wanted, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+
+
+@contextmanager
+def prefixed(model: Any, keys: Tensor, values: Tensor) -> Iterator[None]:
+    """The model whose layers, in turn, attend to a prefix of their own first; keys and values are [L, H, P, K]."""
+    transformers: Any = import_module("transformers")
+    number = count()
+
+    def attend(
+        module: Any, queries: Tensor, own_keys: Tensor, own_values: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        layer = next(number) % len(keys)
+        all_keys, all_values = (
+            torch.cat((prefix[layer][None], own), dim=2)
+            for prefix, own in ((keys, own_keys), (values, own_values))
+        )
+        weights = torch.softmax(queries @ all_keys.transpose(2, 3) * queries.shape[-1] ** -0.5, dim=-1)
+        return (weights @ all_values).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("prefixed", attend)
+    model.set_attn_implementation("prefixed")
+    yield
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefixes_are_seen_in_every_layer_and_move_no_position(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=4)
+    loaded = load_tiny(checkpoint)
+    base = loaded.description
+    transformers: Any = import_module("transformers")
+    model = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    model.train(False)
+    expected = {"": hidden_values(model)}
+    for seed, name in enumerate(("prefix", "prefix_flat")):
+        config = adapterhub_config(base, name)
+        tensors = adapterhub_tensors(base, config, seed=seed, scale=0.7)
+        write_adapterhub(tmp_path / name.replace("_", "-"), config, tensors)
+        with prefixed(model, *table_of(base, config["config"], tensors)):
+            expected[name.replace("_", "-")] = hidden_values(model)
+    names = [name for name in expected if name]
+    for backend in ("cpu", "torch"):
+        found = asyncio.run(read_all(loaded, tmp_path, names, backend))
+        for name, wanted in expected.items():
+            for ours, theirs in zip(found[name], wanted, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+    for name in names:
+        assert max(np.abs(a - b).max() for a, b in zip(expected[name], expected[""], strict=True)) > 0.05
+
+
+def table_of(
+    base: BaseDescription, inner: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, H, P, K] of a prefix, as the library makes them."""
+    by_end = {
+        name.rpartition("self_prefix.")[2].rpartition("self.")[2]: tensor for name, tensor in tensors.items()
+    }
+    if inner["flat"]:
+        table = by_end["control_trans"]
+    else:
+        hidden = torch.tanh(
+            by_end["wte.weight"] @ by_end["control_trans.0.weight"].T + by_end["control_trans.0.bias"]
+        )
+        table = hidden @ by_end["control_trans.2.weight"].T + by_end["control_trans.2.bias"]
+    table = table.view(inner["prefix_length"], base.num_layers, 2, base.num_kv_heads, base.head_dim)
+    layers = list(base.shared or range(base.num_layers))
+    keys, values = table.permute(2, 1, 3, 0, 4)[:, layers]
+    return keys, values
 
 
 # Decoders without such a norm

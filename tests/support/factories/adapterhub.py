@@ -222,7 +222,8 @@ def _lora_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker)
 
 
 def _prefix_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
-    prefix = f"{base.prefix}prefix_tuning.prefix_tunings.{NAME}.self_prefix."
+    table = "self" if base.model_type == "distilbert" else "self_prefix"
+    prefix = f"{base.prefix}prefix_tuning.prefix_tunings.{NAME}.{table}."
     columns = 2 * len(_layers(base, inner["leave_out"])) * base.num_kv_heads * base.head_dim
     if inner["flat"]:
         return {prefix + "control_trans": make(inner["prefix_length"] * columns)}

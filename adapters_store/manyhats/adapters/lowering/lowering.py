@@ -153,14 +153,20 @@ def _of_base(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:
 def _in_every_layer(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:
     if not base.shared:
         return lowered
+    prefix = lowered.prefix
+    if isinstance(prefix, KVPrefix):
+        layers = list(base.shared)
+        prefix = replace(prefix, keys=prefix.keys[layers], values=prefix.values[layers])
     deltas: list[Delta] = []
     for delta in lowered.deltas:
         if not isinstance(delta, LowRank | Affine | InputScale | Bottleneck) or delta.site.layer < 0:
             deltas.append(delta)
             continue
-        layers = (layer for layer, number in enumerate(base.shared) if number == delta.site.layer)
-        deltas += (replace(delta, site=Site(layer, delta.site.name)) for layer in layers)
-    return replace(lowered, deltas=tuple(deltas))
+        sites = (
+            Site(layer, delta.site.name) for layer, own in enumerate(base.shared) if own == delta.site.layer
+        )
+        deltas += (replace(delta, site=site) for site in sites)
+    return replace(lowered, deltas=tuple(deltas), prefix=prefix)
 
 
 def _with_vocabulary(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:

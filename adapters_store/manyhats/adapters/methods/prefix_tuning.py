@@ -18,6 +18,7 @@ from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError, shown
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
 from manyhats.adapters.formats.adapterhub.fields import read_count, read_flag, read_leave_out, refuse_unserved
+from manyhats.adapters.formats.adapterhub.places import places_of
 from manyhats.adapters.formats.adapterhub.tensors import TensorNames, check_shapes, plain_name
 from manyhats.adapters.formats.peft.prompt_config import (
     PROMPT_EMBEDDINGS,
@@ -40,7 +41,7 @@ _CARTRIDGE_FIELDS = frozenset(("num_frozen_tokens",))
 
 _WITHOUT_PAST = frozenset(("albert", "distilbert", "modernbert"))
 """Families whose models take no keys and values, so that PEFT refuses a prefix."""
-_MODEL_TYPES = ("bert", "electra", "llama", "mistral", "roberta", "xlm-roberta")
+_MODEL_TYPES = ("albert", "bert", "distilbert", "electra", "llama", "mistral", "roberta", "xlm-roberta")
 _KNOWN = frozenset(
     (
         "architecture",
@@ -254,7 +255,7 @@ def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
         activation="linear"
         if is_flat
         else activation_name("non_linearity", config.get("non_linearity", "tanh")),
-        module=f"prefix_tuning.prefix_tunings.{adapterhub_format.adapter_name(outer)}.self_prefix.",
+        module=f"prefix_tuning.prefix_tunings.{adapterhub_format.adapter_name(outer)}.{places_of(base.model_type).keys}.",
     )
 
 

@@ -20,6 +20,7 @@ class Places:
         feed_forward: the same for the feed-forward.
         is_normed: whether they lie before a norm of the stream: of the sum of sub-layer and residual.
         is_swapped: whether the library takes the attention's output for the residual, and the other way round.
+        keys: what a prefix' table is called.
         prefix: of the base's modules, where only its ``model_type`` is known.
     """
 
@@ -28,6 +29,7 @@ class Places:
     feed_forward: str = "output_adapters"
     is_normed: bool = False
     is_swapped: bool = False
+    keys: str = "self_prefix"
     prefix: str = "model."
 
     def module(self, layer: int, sub_layer: str) -> str:
@@ -65,7 +67,7 @@ _PLACES: Mapping[str, Places] = MappingProxyType(
         "bert": _BERT,
         "electra": replace(_BERT, prefix="electra."),
         **dict.fromkeys(("roberta", "xlm-roberta"), _ROBERTA),
-        "distilbert": Places("transformer.layer", is_normed=True, prefix="distilbert."),
+        "distilbert": Places("transformer.layer", is_normed=True, keys="self", prefix="distilbert."),
     }
 )
 
