@@ -131,6 +131,24 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
 
     Of an encoder's pooler, which not every checkpoint has, ``Layout.of_files`` knows.
     """
+    architecture, layout, shapes = family.architecture, family.layout, _outer_shapes(family)
+    for layer, block in enumerate(architecture.blocks):
+        norms = {norm.name: norm for norm in block.norms()}
+        for name, path in layout.norms.items():
+            if name in norms:
+                shapes |= _norm_shapes(family.path(layer, path), norms[name].norm, norms[name].shape)
+        for path, stored in layout.modules.items():
+            d_out, d_in = stored_shape(block, stored)
+            shapes[_weight(family.path(layer, path))] = (
+                (d_in, d_out) if stored.is_transposed else (d_out, d_in)
+            )
+            if _is_biased(block, stored):
+                shapes[_bias(family.path(layer, path))] = (d_out,)
+    return shapes
+
+
+def _outer_shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    """Of what lies outside the layers."""
     architecture, layout = family.architecture, family.layout
     embedding, head, hidden = architecture.embedding, architecture.head, architecture.hidden_size
     inside = embedding.size if embedding.norm is not None else hidden
@@ -157,18 +175,6 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
         shapes[_weight(layout.head)] = (embedding.num_tokens, head.size)
     if head is not None and head.has_bias:
         shapes[_bias(layout.head)] = (embedding.num_tokens,)
-    for layer, block in enumerate(architecture.blocks):
-        norms = {norm.name: norm for norm in block.norms()}
-        for name, path in layout.norms.items():
-            if name in norms:
-                shapes |= _norm_shapes(family.path(layer, path), norms[name].norm, norms[name].shape)
-        for path, stored in layout.modules.items():
-            d_out, d_in = stored_shape(block, stored)
-            shapes[_weight(family.path(layer, path))] = (
-                (d_in, d_out) if stored.is_transposed else (d_out, d_in)
-            )
-            if _is_biased(block, stored):
-                shapes[_bias(family.path(layer, path))] = (d_out,)
     return shapes
 
 

@@ -43,23 +43,14 @@ def describe(
         has_pooler: whether an encoder's files hold a pooler.
     """
     architecture, layout = family.architecture, family.layout
-    tokens = range(architecture.vocab_size)
-    modules: dict[str, tuple[Part, ...]] = {layout.outer(layout.embedding): (Part(EMBEDDING, tokens),)}
     head = architecture.head
-    if head is not None:
-        modules[layout.head] = (Part(HEAD, tokens),)
-    embedding = architecture.embedding
-    if embedding.norm is not None and embedding.size != architecture.hidden_size:
-        modules[layout.outer(layout.embedding_projection)] = (
-            Part(PROJECTION, range(architecture.hidden_size)),
-        )
-    if has_pooler:
-        modules[layout.pooler_path] = (Part(POOLER, range(architecture.hidden_size)),)
+    modules = _outer_modules(family, has_pooler)
     rows = {path: family.rows_of(architecture.blocks[0], stored) for path, stored in layout.modules.items()}
-    for number in range(architecture.num_sets):
+    for layer in range(architecture.num_layers):
         for path, members in rows.items():
-            parts = tuple(Part(Site(number, name), own) for name, own in members.items())
-            modules[layout.path(number, path)] = parts
+            modules[family.path(layer, path)] = tuple(
+                Part(Site(architecture.set_of(layer), name), own) for name, own in members.items()
+            )
     return BaseDescription(
         model_type=architecture.model_type,
         names=frozenset(names),
@@ -90,3 +81,18 @@ def describe(
         weights=weights,
         check_text=check_text,
     )
+
+
+def _outer_modules(family: Family, has_pooler: bool) -> dict[str, tuple[Part, ...]]:
+    """Modules outside the layers, by path."""
+    architecture, layout = family.architecture, family.layout
+    tokens, width = range(architecture.vocab_size), range(architecture.hidden_size)
+    modules: dict[str, tuple[Part, ...]] = {layout.outer(layout.embedding): (Part(EMBEDDING, tokens),)}
+    embedding = architecture.embedding
+    if architecture.head is not None:
+        modules[layout.head] = (Part(HEAD, tokens),)
+    if embedding.norm is not None and embedding.size != architecture.hidden_size:
+        modules[layout.outer(layout.embedding_projection)] = (Part(PROJECTION, width),)
+    if has_pooler:
+        modules[layout.pooler_path] = (Part(POOLER, width),)
+    return modules

@@ -53,7 +53,7 @@ from manyhats.engine.model.forward import (
 )
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.rotary import Angles, RotaryTables
-from manyhats.engine.model.weights import Linear, Matrix, NormWeight, Weights
+from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, NormWeight, Weights
 from manyhats.engine.progress import Progress
 
 DeltaT = TypeVar("DeltaT")
@@ -88,13 +88,13 @@ class TorchModel:
         self.device = device
         self.weights = weights
         self.embedding = weights.embedding.to(device)
-        self._sets = {
-            of_block: {
-                group.name: self._dense([of_block.linears[name] for name in group.names])
-                for group in architecture.blocks[0].groups()
-            }
-            for of_block in weights.sets
-        }
+        self._sets: dict[BlockWeights, dict[str, _Dense]] = {}
+        for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True):
+            if of_block not in self._sets:
+                self._sets[of_block] = {
+                    group.name: self._dense([of_block.linears[name] for name in group.names])
+                    for group in spec.groups()
+                }
         self.linears = [self._sets[of_block] for of_block in weights.blocks]
         self.outer = {name: self._dense([linear]) for name, linear in weights.outer.items()}
         self.head = None
