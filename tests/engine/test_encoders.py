@@ -37,25 +37,24 @@ from support.harnesses.reading import (
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TEXTS = tuple(tuple(random_ids(length, length, TINY_VOCAB_SIZE)) for length in (1, 9, 40, 70, 200))
+PREFIXED = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 Found = tuple[dict[str, AdapterRecord], Values, Values]
 
 
 def names_of(family: str) -> list[str]:
-    """PEFT has no prefix everywhere, and no prompts where it does not know sizes, or the embedding is narrower."""
-    left_out = {
-        "distilbert": ("prefix", *PROMPTS),
-        "electra": PROMPTS,
-        "albert": ("prefix", *PROMPTS),
-        "modernbert": ("prefix",),
-    }
-    return [name for name in CONFIGS if name not in left_out.get(family.split()[0], ())]
+    """PEFT has no prefix everywhere, and prompts of its own size only where the embedding is as wide as the layers."""
+    prefix = () if family in PREFIXED else ("prefix",)
+    left_out = (*prefix, *(PROMPTS if ENCODERS[family].get("embedding_size") else ()))
+    return [name for name in CONFIGS if name not in left_out]
 
 
 def config_of(name: str, family: str, linears: list[str]) -> Any:
-    """PEFT does not save ModernBERT's layer that finds spans, unless it is told to."""
+    """Where PEFT does not know what to do by itself, it is told."""
     config = CONFIGS[name](linears)
     if family.startswith("modernbert") and name == "span":
-        config.modules_to_save = ["classifier"]
+        config.modules_to_save = ["classifier"]  # the layer that finds spans
+    if family == "distilbert" and name in PROMPTS:
+        config.token_dim, config.num_layers, config.num_attention_heads = 64, 2, 4
     return config
 
 
