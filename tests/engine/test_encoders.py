@@ -208,6 +208,28 @@ def test_hidden_values_are_transformers_s_on_both_backends(
             np.testing.assert_allclose(fast, rows, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def test_long_texts_are_transformers_s_where_most_layers_see_a_window(tmp_path: Path) -> None:
+    checkpoint = make_encoder(tmp_path / "model", "modernbert", seed=3)
+    transformers: Any = import_module("transformers")
+    reference = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    reference.train(False)
+    texts = tuple(tuple(random_ids(length, length, TINY_VOCAB_SIZE)) for length in (900, 300, 257))
+
+    async def encode() -> list[np.ndarray]:
+        backend = default_backend(num_threads=2)
+        async with running_engine(load_tiny(checkpoint), backend=backend) as engine:
+            asked = [EncodeRequest(id="a", inputs=(text,), pooling=Pooling.ALL) for text in texts]
+            together = [output.values[0] for output in await asyncio.gather(*map(engine.encode, asked))]
+            for each, values in zip(asked, together, strict=True):
+                assert np.array_equal((await engine.encode(each)).values[0], values)
+            return together
+
+    for ids, ours in zip(texts, asyncio.run(encode()), strict=True):
+        with torch.no_grad():
+            rows = reference(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
+        np.testing.assert_allclose(ours, rows, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_padding_is_refused_where_positions_do_not_count_it(tmp_path: Path, family: str) -> None:
     checkpoint = make_encoder(tmp_path / "model", family, seed=3)

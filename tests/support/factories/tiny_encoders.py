@@ -13,6 +13,7 @@ from support.factories.tiny_models import randomize, save_tokenizer
 _MODERNBERT = {
     "num_hidden_layers": 3,
     "local_attention": 48,
+    "max_position_embeddings": 1024,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 1),
     **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
 }
