@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.request import EncodeRequest
+from manyhats.server.access.rules import check_priority
 from manyhats.server.service.prompts import Prompt, TextPrompt, check_num_inputs
 from manyhats.server.service.tasks import Tasks, task_id
 
@@ -84,7 +85,7 @@ class TextReader:
                 pooling=pooling,
                 applies_head=applies_head,
                 adapter=adapter,
-                priority=priority,
+                priority=check_priority(priority, call.caller),
                 deadline_s=call.deadline_s,
                 cache_salt=cache_salt,
                 accepted_s=call.received_s,
