@@ -85,7 +85,7 @@ class BaseDescription:
         num_layers: L.
         hidden_size: D.
         vocab_size: V.
-        linears: site name → (in features, out features); the same in every layer.
+        linears: site name → (in features, out features); the same in every layer that has it.
         modules: path of a module as transformers has it (``model.layers.0.self_attn.q_proj``) → what it computes: one
             linear, or several whose rows it holds; the embedding, or the output head.
         prefix: what the paths of modules begin with, but the head's; files may leave it out.

@@ -27,6 +27,7 @@ from manyhats.engine.checkpoints.directories import publish_directory, staged_di
 from manyhats.engine.checkpoints.identity import FileDigests, file_sha256
 from manyhats.engine.checkpoints.nf4_format import nf4_to_tensors
 from manyhats.engine.errors import ModelError
+from manyhats.engine.model.architecture import ROUTER
 from manyhats.engine.model.layout import Family
 from manyhats.engine.model.nf4 import quantize_nf4
 from manyhats.engine.progress import Progress
@@ -117,18 +118,19 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def quantize_checkpoint(
     tensors: Mapping[str, Tensor], family: Family, progress: Progress
 ) -> dict[str, Tensor]:
-    """A checkpoint with the linears of its layers in NF4 and everything else unchanged.
+    """A checkpoint with the linears of its layers, but routers, in NF4 and everything else unchanged.
 
     Raises:
         ModelError: a tensor is missing or has the wrong shape, or a linear's width is not a multiple of 64.
     """
     check_tensors(tensors, family)
     family = family.of_files(tensors)
-    layout, layers = family.layout, range(family.architecture.num_layers)
+    layout = family.layout
     linears = {
         f"{layout.path(layer, path)}.weight": stored
-        for layer in layers
-        for path, stored in layout.modules.items()
+        for layer, block in enumerate(family.architecture.blocks)
+        for path, stored in layout.modules_of(block).items()
+        if ROUTER not in stored.members
     }
     dense = set(expected_shapes(family)) - set(linears)
     quantized = {name: tensors[name] for name in sorted(dense)}

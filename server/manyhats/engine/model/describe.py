@@ -49,11 +49,16 @@ def describe(
         modules[layout.head] = (Part(HEAD, tokens),)
     if has_pooler:
         modules[layout.outer(layout.pooler)] = (Part(POOLER, range(architecture.hidden_size)),)
-    rows = {path: family.rows_of(architecture.blocks[0], stored) for path, stored in layout.modules.items()}
-    for layer in range(architecture.num_layers):
-        for path, members in rows.items():
-            parts = tuple(Part(Site(layer, name), own) for name, own in members.items())
-            modules[layout.path(layer, path)] = parts
+    adapted = {
+        linear.name: linear for group in architecture.adapted_groups().values() for linear in group.members
+    }
+    for layer, block in enumerate(architecture.blocks):
+        for path, stored in layout.modules_of(block).items():
+            if stored.members[0] in adapted:
+                rows = family.rows_of(block, stored)
+                modules[layout.path(layer, path)] = tuple(
+                    Part(Site(layer, name), own) for name, own in rows.items()
+                )
     return BaseDescription(
         model_type=architecture.model_type,
         names=frozenset(names),
@@ -63,7 +68,7 @@ def describe(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
-        linears={each.name: (each.d_in, each.d_out) for each in architecture.blocks[0].linears()},
+        linears={name: (linear.d_in, linear.d_out) for name, linear in adapted.items()},
         modules=modules,
         prefix=layout.prefix,
         aliases=dict.fromkeys(layout.other_heads, layout.head),

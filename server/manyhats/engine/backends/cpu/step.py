@@ -26,6 +26,14 @@ from manyhats.engine.backends.cpu.adapters.deltas import (
 from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_at, signed_bytes_at
 from manyhats.engine.backends.cpu.attention.attend import attend
 from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.experts import (
+    combine,
+    expert_linear,
+    num_expert_shares,
+    pair,
+    route,
+    spread,
+)
 from manyhats.engine.backends.cpu.head.exact import exact_logits, refine, refine_allowed
 from manyhats.engine.backends.cpu.linear import linear
 from manyhats.engine.backends.cpu.packing import Array
@@ -53,6 +61,10 @@ def num_shares(op, frame, num_threads):
     if kind == col.LINEAR:
         size = panels_of_share(op, num_threads) * op[col.PANEL_ROWS]
         return (op[col.NUM_OUT] + size - 1) // size if num_rows else 0
+    if kind == col.EXPERT_LINEAR:
+        return num_expert_shares(op, _SHARES * num_threads)
+    if kind == col.PAIR:
+        return min(num_rows, 1)
     if kind == col.ATTENTION:
         return frame[col.NUM_UNITS] * frame[col.NUM_KV_HEADS]
     if kind == col.DELTAS:
@@ -107,13 +119,26 @@ def plain_share(frame_address, index, share, count, at):
     first, last = _rows_of_share(num_rows, share, count)
     if kind == col.LINEAR:
         size = panels_of_share(op, frame[col.NUM_THREADS]) * op[col.PANEL_ROWS]
-        linear(op, num_rows, share * size, min((share + 1) * size, op[col.NUM_OUT]), buffers, scratch, at)
+        source, target = buffers[op[col.SOURCE]], buffers[op[col.TARGET]]
+        linear(
+            op, source, target, num_rows, share * size, min((share + 1) * size, op[col.NUM_OUT]), scratch, at
+        )
+    elif kind == col.EXPERT_LINEAR:
+        expert_linear(op, share, _SHARES * frame[col.NUM_THREADS], buffers, scratch, at)
     elif kind == col.RESCALED:
         rescaled(op, share, frame, buffers, scratch, at)
     elif kind == col.UNNORMED:
         unnormed(op, share, frame, buffers)
     elif kind == col.NORM_HEADS:
         norm_heads(op, numbers, first, last, buffers)
+    elif kind == col.ROUTE:
+        route(op, first, last, buffers)
+    elif kind == col.PAIR:
+        pair(op, num_rows, buffers)
+    elif kind == col.SPREAD:
+        spread(op, first, last, buffers)
+    elif kind == col.COMBINE:
+        combine(op, first, last, buffers)
     elif kind == col.REFINE:
         refine(op, first, last, buffers, scratch, at)
     elif kind == col.REFINE_ALLOWED:

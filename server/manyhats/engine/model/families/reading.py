@@ -12,6 +12,7 @@ from manyhats.engine.model.families.gemma import gemma, gemma2, gemma3_text
 from manyhats.engine.model.families.gpt2 import gpt2, gptj, starcoder2
 from manyhats.engine.model.families.granite import granite
 from manyhats.engine.model.families.llama import llama, mistral
+from manyhats.engine.model.families.mixtral import mixtral, qwen3_moe
 from manyhats.engine.model.families.neox import falcon, gpt_neox
 from manyhats.engine.model.families.olmo import olmo2
 from manyhats.engine.model.families.opt import opt
@@ -37,18 +38,25 @@ FAMILIES: Mapping[str, Callable[[RawConfig, int | None], Family]] = {
     "granite": granite,
     "llama": llama,
     "mistral": mistral,
+    "mixtral": mixtral,
     "olmo2": olmo2,
     "opt": opt,
     "phi": phi,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "roberta": roberta,
     "smollm3": smollm3,
     "starcoder2": starcoder2,
     "xlm-roberta": xlm_roberta,
 }
 """``model_type`` → its function."""
+
+_HINTS = {
+    "gemma3": "; of gemma3, only the text model, gemma3_text, is",
+    "qwen2_moe": "; of Qwen's mixtures, qwen3_moe is",
+}
 
 
 def read_family(config: RawConfig, max_context_length: int | None = None) -> Family:
@@ -64,8 +72,8 @@ def read_family(config: RawConfig, max_context_length: int | None = None) -> Fam
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
-        hint = "; of gemma3, only the text model, gemma3_text, is" if model_type == "gemma3" else ""
         known = ", ".join(sorted(FAMILIES))
+        hint = _HINTS.get(model_type, "")
         raise ModelError(f"config.json: model_type {model_type!r} is not supported{hint}; these are: {known}")
     try:
         return FAMILIES[model_type](standard_names(config), max_context_length)

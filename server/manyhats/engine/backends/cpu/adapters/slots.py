@@ -68,8 +68,8 @@ class Layout:
 
     @classmethod
     def of(cls, architecture: Architecture) -> Layout:
-        """The layout of a base, whose blocks all have the same shapes."""
-        groups = architecture.blocks[0].groups()
+        """The layout of a base; a block may lack some of its groups."""
+        groups = architecture.adapted_groups().values()
         return cls(
             architecture.num_layers,
             architecture.hidden_size,
