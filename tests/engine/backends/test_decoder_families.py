@@ -169,7 +169,7 @@ LORAS: dict[str, dict[str, Any]] = {
     "falcon": {"target_modules": "all-linear"},
     "cohere": {"target_modules": ["q_proj", "k_proj", "up_proj"]},
     "cohere2": {"target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj"]},
-    "mixtral": {"target_modules": "all-linear"},
+    "mixtral": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "qwen3_moe": {"target_modules": ["q_proj", "v_proj", "o_proj"]},
 }
 WINDOWED = {"qwen3", "gemma2", "gemma3_text", "smollm3", "starcoder2", "cohere2"}

@@ -399,8 +399,13 @@ class Architecture:
         return values * (4 if dtype == "float32" else 2)
 
     def num_linear_parameters(self) -> int:
-        """The number of parameters in the blocks' matrices, without biases."""
-        return sum(linear.d_in * linear.d_out for block in self.blocks for linear in block.linears())
+        """The number of parameters in the blocks' matrices, without biases and routers."""
+        return sum(
+            linear.d_in * linear.d_out
+            for block in self.blocks
+            for linear in linears_by_name(block).values()
+            if linear.name != ROUTER
+        )
 
     def adapted_groups(self) -> Mapping[str, Group]:
         """The groups of linears on which adapters may act in some block, by name, in forward order."""

@@ -169,13 +169,20 @@ def _feed_forward(maths: Maths, spec: Block, weights: BlockWeights, layer: int, 
 def _mixture(maths: Maths, spec: Block, experts: Experts, layer: int, x: Tensor) -> Tensor:
     """What each row's experts make of it, times their weights, summed in order: [N, D] → [N, D] float32."""
     chosen, shares = routed(maths.linears(layer, spec.router(experts), x).float(), experts)
-    total = torch.zeros_like(x, dtype=torch.float32)
-    for expert in chosen.unique().tolist():
-        rows, places = (chosen == expert).nonzero(as_tuple=True)
+    pairs = chosen.flatten().argsort(stable=True)  # of a row and one of its experts, by expert
+    used, counts = chosen.unique(return_counts=True)
+    outputs = []
+    for expert, rows in zip(
+        used.tolist(), (pairs // experts.num_per_row).split(counts.tolist()), strict=True
+    ):
         first, down = spec.feed_forward_groups(expert)
-        inside = maths.linears(layer, first, x.index_select(0, rows), rows)
-        output = maths.linears(layer, down, maths.activate(inside, spec.feed_forward), rows)
-        total = total.index_add(0, rows, output.float() * shares[rows, places].unsqueeze(1))
+        inside = maths.activate(maths.linears(layer, first, x[rows], rows), spec.feed_forward)
+        outputs.append(maths.linears(layer, down, inside, rows))
+    places = pairs.argsort()
+    of_rows = torch.cat(outputs)[places].float().unflatten(0, (-1, experts.num_per_row))
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for output, share in zip(of_rows.unbind(1), shares.unbind(1), strict=True):
+        total = total + output * share.unsqueeze(1)
     return total
 
 
