@@ -38,6 +38,10 @@ PART_OF = {
     col.GELU_TANH: "gate",
     col.GELU: "gate",
     col.RELU: "gate",
+    col.ROUTE: "gate",
+    col.PAIR: "gate",
+    col.SPREAD: "gate",
+    col.COMBINE: "gate",
     col.SOFTCAP: "head",
     col.REFINE: "head",
     col.ROTATE: "rotation",
@@ -48,6 +52,8 @@ PART_OF = {
     col.UNNORMED: "deltas",
 }
 """Kind of instruction → the part of a step that it belongs to; a linear's is that of its group."""
+_ACTIVATIONS = (col.SILU, col.GELU_TANH, col.GELU, col.RELU)
+_PRODUCTS = (col.LINEAR, col.QUANTIZE, col.EXPERT_LINEAR)
 _FILLED_BLOCKS = 64
 _NOISE = 0.1
 
@@ -186,7 +192,8 @@ def parts_of(rows: Ints) -> list[str]:
     """The part of a step that each instruction of a program belongs to.
 
     A linear does not say which group it is; the deltas that follow it do, and the head has none. What only prepares a
-    linear's input is part of it.
+    linear's input is part of it. Of experts, the sum of their outputs follows the last, and an activation the first,
+    which the router is counted with.
     """
     parts: list[str] = []
     group = "head"
@@ -194,5 +201,9 @@ def parts_of(rows: Ints) -> list[str]:
         kind = int(row[col.INSTRUCTION])
         if kind == col.DELTAS:
             group = LINEARS[row[col.GROUP]]
-        parts.append(group if kind in (col.LINEAR, col.QUANTIZE) else PART_OF[kind])
+        elif kind == col.COMBINE:
+            group = "down"
+        elif kind in _ACTIVATIONS:
+            group = "gate_up"
+        parts.append(group if kind in _PRODUCTS else PART_OF[kind])
     return parts[::-1]
