@@ -218,15 +218,14 @@ def test_sites_are_the_linears_of_each_layer_the_sub_layers_embedding_and_head()
     assert list(read("phi3").sites()) == [Site(-1, "embed_tokens"), Site(-1, "lm_head"), *layers]
 
 
-def test_adapters_act_on_the_linears_outside_the_experts() -> None:
-    config = {**config_of("qwen3_moe"), "mlp_only_layers": [1]}
-    of_layers = [
-        [site.name for site in read_family(config).architecture.sites() if site.layer == layer]
-        for layer in range(2)
-    ]
-    attention, feed_forward = list(LINEARS)[:4], list(LINEARS)[4:]
+def test_sites_of_a_mixture_are_its_router_and_each_expert_s_linears() -> None:
+    found = read_family({**config_of("qwen3_moe"), "mlp_only_layers": [1]}).architecture
+    of_layers = [[site for site in found.sites() if site.layer == layer] for layer in range(2)]
     sublayers = ["attention", "feed_forward"]
-    assert of_layers == [[*attention, *sublayers], [*attention, *feed_forward, *sublayers]]
+    assert [site.name for site in of_layers[0]] == [*linears_of("qwen3_moe"), *sublayers]
+    assert [site.name for site in of_layers[1]] == [*LINEARS, *sublayers]
+    assert [site.is_of_mixture for site in of_layers[0]] == [False] * 4 + [True] * 10 + [False] * 2
+    assert not any(site.is_of_mixture for site in of_layers[1])
 
 
 def test_checkpoints_of_experts_are_asked_for_the_tensors_of_each_layer_s_kind() -> None:

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from manyhats.adapters.sites import Rows
+from manyhats.adapters.sites import ROUTER, Rows
 from manyhats.engine.checkpoints.nf4_format import is_quantized, quantized_keys, read_quantized
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import ROUTER, Block, Norm, NormShape, linears_by_name
+from manyhats.engine.model.architecture import Block, Norm, NormShape, linears_by_name
 from manyhats.engine.model.layout import Family, Layout, Stored
 from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, NormWeight, Weights
 from manyhats.engine.progress import Progress

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from manyhats.adapters.sites import ROUTER
 from manyhats.engine.checkpoints.checkpoint import (
     WEIGHTS_FILE,
     SafetensorsDirectory,
@@ -27,7 +28,6 @@ from manyhats.engine.checkpoints.directories import publish_directory, staged_di
 from manyhats.engine.checkpoints.identity import FileDigests, file_sha256
 from manyhats.engine.checkpoints.nf4_format import nf4_to_tensors
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import ROUTER
 from manyhats.engine.model.layout import Family
 from manyhats.engine.model.nf4 import quantize_nf4
 from manyhats.engine.progress import Progress

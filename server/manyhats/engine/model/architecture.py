@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from manyhats.adapters.sites import EMBEDDING, HEAD, Site
+from manyhats.adapters.sites import EMBEDDING, HEAD, ROUTER, Site, expert_linear
 
 SUBLAYERS = ("attention", "feed_forward")
 """The sub-layers of a block; their outputs are sites of bottleneck adapters."""
-ROUTER = "router"
-"""The linear that chooses a row's experts; it stays dense, and no adapter acts on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,15 +218,17 @@ class Block:
     def groups(self) -> tuple[Group, ...]:
         """The linears grouped by input, in forward order; their names are the same in every family."""
         experts = self.feed_forward.experts
-        if experts is None:
-            return (*self.attention_groups(), *self.feed_forward_groups())
-        each = (group for expert in range(experts.num) for group in self.feed_forward_groups(expert))
-        return (*self.attention_groups(), self.router(experts), *each)
+        num = 0 if experts is None else experts.num
+        return (
+            *self.shared_groups(),
+            *(group for expert in range(num) for group in self.feed_forward_groups(expert)),
+        )
 
-    def adapted_groups(self) -> tuple[Group, ...]:
-        """Those on which adapters may act."""
+    def shared_groups(self) -> tuple[Group, ...]:
+        """Those that all rows go through: all but the experts'."""
         experts = self.feed_forward.experts
-        return (*self.attention_groups(), *(self.feed_forward_groups() if experts is None else ()))
+        others = self.feed_forward_groups() if experts is None else (self.router(experts),)
+        return (*self.attention_groups(), *others)
 
     def attention_groups(self) -> tuple[Group, Group]:
         """The linears before and behind the attention."""
@@ -245,12 +245,15 @@ class Block:
     def feed_forward_groups(self, expert: int | None = None) -> tuple[Group, Group]:
         """The linears before and behind the activation, of one expert where there are experts."""
         hidden, inner = self.hidden_size, self.feed_forward.width
-        prefix = "" if expert is None else f"experts.{expert}."
-        first = ("gate_proj", "up_proj") if self.feed_forward.is_gated else ("up_proj",)
-        name = "gate_up" if self.feed_forward.is_gated else "up"
+        is_gated = self.feed_forward.is_gated
+
+        def own(name: str) -> str:
+            return name if expert is None else expert_linear(expert, name)
+
+        first = ("gate_proj", "up_proj") if is_gated else ("up_proj",)
         return (
-            self._group(f"{prefix}{name}", hidden, {f"{prefix}{each}": inner for each in first}),
-            self._group(f"{prefix}down", inner, {f"{prefix}down_proj": hidden}),
+            self._group(own("gate_up" if is_gated else "up"), hidden, {own(name): inner for name in first}),
+            self._group(own("down"), inner, {own("down_proj"): hidden}),
         )
 
     def linears(self) -> tuple[LinearShape, ...]:
@@ -407,16 +410,21 @@ class Architecture:
             if linear.name != ROUTER
         )
 
-    def adapted_groups(self) -> Mapping[str, Group]:
-        """The groups of linears on which adapters may act in some block, by name, in forward order."""
-        return {group.name: group for block in dict.fromkeys(self.blocks) for group in block.adapted_groups()}
+    def shared_groups(self) -> Mapping[str, Group]:
+        """The groups of linears, but for experts, that any block has, by name, in forward order."""
+        return {group.name: group for block in dict.fromkeys(self.blocks) for group in block.shared_groups()}
+
+    def linears(self) -> Mapping[str, LinearShape]:
+        """The linears that any block has, by name."""
+        blocks = dict.fromkeys(self.blocks)
+        return {name: linear for block in blocks for name, linear in linears_by_name(block).items()}
 
     def sites(self) -> tuple[Site, ...]:
-        """Where adapters may act: embedding, head if there is one, linears, and the output of each sub-layer."""
+        """Where adapters may act: embedding, head if there is one, each linear, and the output of each sub-layer."""
         places = (
             Site(layer, name)
             for layer, block in enumerate(self.blocks)
-            for name in (*(name for group in block.adapted_groups() for name in group.names), *SUBLAYERS)
+            for name in (*linears_by_name(block), *SUBLAYERS)
         )
         return (EMBEDDING, *(() if self.head is None else (HEAD,)), *places)
 

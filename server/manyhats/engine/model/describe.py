@@ -9,7 +9,9 @@ from manyhats.adapters.sites import (
     EMBEDDING,
     HEAD,
     POOLER,
+    ROUTER,
     BaseDescription,
+    ExpertStack,
     Part,
     Site,
     TextCheck,
@@ -49,16 +51,13 @@ def describe(
         modules[layout.head] = (Part(HEAD, tokens),)
     if has_pooler:
         modules[layout.outer(layout.pooler)] = (Part(POOLER, range(architecture.hidden_size)),)
-    adapted = {
-        linear.name: linear for group in architecture.adapted_groups().values() for linear in group.members
-    }
     for layer, block in enumerate(architecture.blocks):
         for path, stored in layout.modules_of(block).items():
-            if stored.members[0] in adapted:
-                rows = family.rows_of(block, stored)
-                modules[layout.path(layer, path)] = tuple(
-                    Part(Site(layer, name), own) for name, own in rows.items()
-                )
+            rows = family.rows_of(block, stored)
+            modules[layout.path(layer, path)] = tuple(
+                Part(Site(layer, name), own) for name, own in rows.items()
+            )
+    stacks, renamed = _stacks(family)
     return BaseDescription(
         model_type=architecture.model_type,
         names=frozenset(names),
@@ -68,10 +67,11 @@ def describe(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
-        linears={name: (linear.d_in, linear.d_out) for name, linear in adapted.items()},
+        linears={name: (linear.d_in, linear.d_out) for name, linear in architecture.linears().items()},
         modules=modules,
+        stacks=stacks,
         prefix=layout.prefix,
-        aliases=dict.fromkeys(layout.other_heads, layout.head),
+        aliases={**dict.fromkeys(layout.other_heads, layout.head), **renamed},
         num_kv_heads=architecture.attention.num_kv_heads,
         head_dim=architecture.attention.head_dim,
         key_order=family.key_order,
@@ -86,3 +86,25 @@ def describe(
         weights=weights,
         check_text=check_text,
     )
+
+
+def _stacks(family: Family) -> tuple[dict[str, ExpertStack], dict[str, str]]:
+    """The modules that are all experts of a layer, and other paths of modules → theirs."""
+    layout = family.layout
+    stacks: dict[str, ExpertStack] = {}
+    renamed: dict[str, str] = {}
+    for layer, block in enumerate(family.architecture.blocks):
+        experts = block.feed_forward.experts
+        if experts is None:
+            continue
+        parameters: dict[str, dict[str, tuple[str, ...]]] = {}
+        for below, paths in layout.stacked.items():
+            module, _, parameter = layout.path(layer, below).rpartition(".")
+            names = [layout.modules[path.format(expert=0)].members[0] for path in paths]
+            if names == [ROUTER]:
+                renamed[layout.path(layer, below)] = layout.path(layer, paths[0])
+            else:
+                own = tuple(name.rpartition(".")[2] for name in names)
+                parameters.setdefault(module, {})[parameter] = own
+        stacks |= {path: ExpertStack(layer, experts.num, held) for path, held in parameters.items()}
+    return stacks, renamed

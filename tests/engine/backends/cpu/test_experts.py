@@ -28,7 +28,7 @@ def run(kernels: CpuKernels, logits: Tensor, experts: Experts, x: Tensor, linear
     num_rows, count = len(x), experts.num_per_row
     packed = [kernels.pack([linear]) for linear in linears]
     program, source, words = Program(), X, packed[0].quantized_size or D_IN
-    program.route(ROUTER_LOGITS, ROUTES, experts)
+    program.route(ROUTER_LOGITS, ROUTES, logits.shape[1], experts)
     num_used = program.pair(ROUTES, PAIRS, experts)
     if packed[0].takes_int16:
         program.quantize(X, QUANTIZED, packed[0])

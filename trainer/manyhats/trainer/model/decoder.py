@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
+from manyhats.adapters.sites import ROUTER
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.model.architecture import ROUTER, Architecture
+from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.forward import block, embedded, entered, left, logits
 from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import BlockWeights, Linear, NormWeight, Weights

@@ -31,8 +31,9 @@ from __future__ import annotations
     PAIR,
     SPREAD,
     EXPERT_LINEAR,
+    EXPERT_DELTAS,
     COMBINE,
-) = range(28)
+) = range(29)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -67,6 +68,9 @@ STREAM_WEIGHT, STREAM_BIAS, IS_STREAM_LAYER = range(9, 12)
 NUM_EXPERTS, NUM_PER_ROW = 5, 6
 RENORMALIZES = ROUTES = PAIRS = 8
 ROW_WORDS, NUM_USED = 11, 12
+# Of adapters' deltas on experts: which of an expert's linears, and how many, are side by side in the target; whether a
+# row of the source is a pair's.
+FIRST_MEMBER, NUM_MEMBERS, IS_OF_PAIRS = range(9, 12)
 NUM_COLUMNS = 17
 # Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones; NF4 and int8 for inputs in
 # integers.
@@ -113,6 +117,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     FINISHED,
     LINEAR_TABLES,
     SUBLAYER_TABLES,
+    EXPERT_ENTRIES,
+    HAS_EXPERT_ENTRIES,
     NUM_THREADS,
     NUM_INSTRUCTIONS,
     INSTRUCTIONS,
@@ -125,8 +131,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     PLAIN_SHARE,
     CACHE_SHARE,
     ADAPTER_SHARE,
-) = range(48)
-FRAME_SIZE = 48
+) = range(50)
+FRAME_SIZE = 50
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

@@ -42,11 +42,11 @@ def pairs_of(op, buffers):
 @inner
 def route(op, first, last, buffers):
     """The experts of rows first … last, in order, and their weights."""
-    num_experts, count = op[col.SIZE], op[col.NUM_PER_ROW]
+    num_experts, count = op[col.NUM_EXPERTS], op[col.NUM_PER_ROW]
     logits = floats_at(buffers[op[col.SOURCE]])
     chosen, shares = ints_at(buffers[op[col.TARGET]]), floats_at(buffers[op[col.TARGET]])
     for row in range(first, last):
-        start, at = row * num_experts, row * 3 * count
+        start, at = row * op[col.SIZE], row * 3 * count
         choose(logits, start, num_experts, chosen, at, count)
         weigh(logits, start, num_experts, chosen, shares, at, count, op[col.RENORMALIZES])
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import functional
 
+from manyhats.adapters.sites import ROUTER
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.adapters.slots import Layout
+from manyhats.engine.backends.cpu.adapters.slots import Layout, padded_size
 from manyhats.engine.backends.cpu.experts import words_of_pairs, words_of_routes
 from manyhats.engine.backends.cpu.head.logits import PackedHead
 from manyhats.engine.backends.cpu.kernels import CpuKernels
@@ -15,7 +17,6 @@ from manyhats.engine.backends.cpu.packing import Array, CpuLinear
 from manyhats.engine.backends.cpu.program import PackedNorm, Program
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import (
-    ROUTER,
     SUBLAYERS,
     Architecture,
     Attention,
@@ -24,7 +25,7 @@ from manyhats.engine.model.architecture import (
 )
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.rotary import RotaryTables
-from manyhats.engine.model.weights import BlockWeights, Linear, Weights
+from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, Weights
 
 # Buffers of N rows: the tokens' vectors, where they are not the stream at once; the stream, its norm, and that for a
 # feed-forward beside the attention; queries with keys and values (or gate with up), what attention (or the activation)
@@ -228,7 +229,7 @@ class Forward:
             )
         instruction, width = ACTIVATIONS[feed_forward.activation], feed_forward.width
         if feed_forward.experts is not None:
-            self._mixture(block, feed_forward.experts, instruction, linears, hidden)
+            self._mixture(layer, block, feed_forward.experts, instruction, linears, hidden)
             return
         first, down = block.feed_forward_groups()
         self._linear(first.name, layer, linears[first.name], hidden, WIDE)
@@ -236,51 +237,63 @@ class Forward:
         self._linear(down.name, layer, linears[down.name], MIXED, OUTPUT)
 
     def _mixture(
-        self, block: Block, experts: Experts, instruction: int, linears: dict[str, list[Linear]], hidden: int
+        self,
+        layer: int,
+        block: Block,
+        experts: Experts,
+        instruction: int,
+        linears: dict[str, list[Linear]],
+        hidden: int,
     ) -> None:
         """As ``model.forward`` has it, for the pairs of all rows and their experts at once."""
         size, width, count = block.hidden_size, block.feed_forward.width, experts.num_per_row
+        is_gated = block.feed_forward.is_gated
         groups = [block.feed_forward_groups(expert) for expert in range(experts.num)]
         inside, behind = (
             self._pack_alike([linears[group.name] for group in of_experts])
             for of_experts in zip(*groups, strict=True)
         )
-        num_used = self._route(experts, linears[ROUTER], hidden)
-        words = inside[0].quantized_size or size
-        if inside[0].takes_int16:
-            self._need(QUANTIZED, words)
-            self.program.quantize(hidden, QUANTIZED, inside[0])
-            hidden = QUANTIZED
+        num_used = self._route(layer, experts, linears[ROUTER], hidden)
+        num_inside, words = inside[0].out_features, inside[0].quantized_size or size
         self._need(PAIRED, count * max(words, size))
-        self._need(WIDE, count * inside[0].out_features)
+        self._need(WIDE, count * num_inside)
         self._need(MIXED, count * width)
-        self.program.spread(hidden, PAIRED, words, PAIRS, experts)
+        source = self._quantized(inside[0], hidden, col.NUM_ROWS, 1)
+        self.program.spread(source, PAIRED, words, PAIRS, experts)
         self.program.expert_linear(PAIRED, WIDE, inside, PAIRS, num_used)
-        self.program.activate(instruction, WIDE, MIXED, width, block.feed_forward.is_gated, col.NUM_PAIRS)
-        source = MIXED
-        if behind[0].takes_int16:
-            self._need(QUANTIZED, count * behind[0].quantized_size)
-            self.program.quantize(MIXED, QUANTIZED, behind[0], col.NUM_PAIRS)
-            source = QUANTIZED
+        members, sizes = range(1 - is_gated, 2), (size, num_inside)
+        self.program.expert_deltas(hidden, WIDE, sizes, layer, members, False, ROUTES, experts)
+        self.program.activate(instruction, WIDE, MIXED, width, is_gated, col.NUM_PAIRS)
+        source = self._quantized(behind[0], MIXED, col.NUM_PAIRS, count)
         self.program.expert_linear(source, PAIRED, behind, PAIRS, num_used)
+        self.program.expert_deltas(MIXED, PAIRED, (width, size), layer, range(2, 3), True, ROUTES, experts)
         self.program.combine(PAIRED, OUTPUT, size, ROUTES, experts)
 
-    def _route(self, experts: Experts, router: list[Linear], hidden: int) -> Array:
+    def _quantized(self, packed: CpuLinear, source: int, rows: int, count: int) -> int:
+        """The buffer of a linear's inputs, of which there are ``count`` a row, in integers if it takes them so."""
+        if not packed.takes_int16:
+            return source
+        self._need(QUANTIZED, count * packed.quantized_size)
+        self.program.quantize(source, QUANTIZED, packed, rows)
+        return QUANTIZED
+
+    def _route(self, layer: int, experts: Experts, linears: list[Linear], hidden: int) -> Array:
         """Each row's experts, and the pairs of both; returns what holds how many experts have pairs."""
         self.num_per_row = experts.num_per_row
-        self._need(ROUTED, experts.num)
         self._need(ROUTES, words_of_routes(experts.num_per_row))
         self._need(PAIRS, words_of_pairs(experts.num, experts.num_per_row))
-        packed = self._kernels.pack(router)
-        self.num_bytes += packed.num_bytes
-        self._product(packed, hidden, ROUTED, col.NUM_ROWS)
-        self.program.route(ROUTED, ROUTES, experts)
+        padding = padded_size(experts.num) - experts.num
+        router = Linear(functional.pad(_dense(linears[0].matrix), (0, 0, 0, padding)))
+        size = self._linear(ROUTER, layer, [router], hidden, ROUTED)
+        self.program.route(ROUTED, ROUTES, size, experts)
         return self.program.pair(ROUTES, PAIRS, experts)
 
     def _pack_alike(self, of_experts: Sequence[list[Linear]]) -> list[CpuLinear]:
         """The same linears of each expert, so that all take the same inputs."""
         if not all(isinstance(each.matrix, Nf4Weight) for linears in of_experts for each in linears):
-            of_experts = [[_dense(each) for each in linears] for linears in of_experts]
+            of_experts = [
+                [Linear(_dense(each.matrix), each.bias) for each in linears] for linears in of_experts
+            ]
         packed = [self._kernels.pack(linears) for linears in of_experts]
         self.num_bytes += sum(each.num_bytes for each in packed)
         return packed
@@ -338,7 +351,5 @@ def _norms(block: Block, weights: BlockWeights) -> dict[str, PackedNorm]:
     return {shape.name: PackedNorm.of(shape.norm, weights.norms[shape.name]) for shape in block.norms()}
 
 
-def _dense(linear: Linear) -> Linear:
-    """The same with a dense matrix."""
-    matrix = linear.matrix
-    return Linear(matrix.dequantize() if isinstance(matrix, Nf4Weight) else matrix, linear.bias)
+def _dense(matrix: Matrix) -> Tensor:
+    return matrix.dequantize() if isinstance(matrix, Nf4Weight) else matrix

@@ -182,9 +182,9 @@ class Program:
         """``target`` is the source in integers, as these weights take it."""
         self._add(col.QUANTIZE, source, target, [packed.in_features], rows=rows)
 
-    def route(self, source: int, routes: int, experts: Experts) -> None:
-        """``routes`` has each row's experts and their weights, by the router's logits in source."""
-        own = [experts.num, 0, experts.num_per_row, 0, int(experts.renormalizes)]
+    def route(self, source: int, routes: int, size: int, experts: Experts) -> None:
+        """``routes`` has each row's experts and their weights, by the router's logits, which begin a row of source."""
+        own = [size, experts.num, experts.num_per_row, 0, int(experts.renormalizes)]
         self._add(col.ROUTE, source, routes, own)
 
     def pair(self, routes: int, pairs: int, experts: Experts) -> Array:
@@ -216,6 +216,33 @@ class Program:
         own = [first.in_features, len(packed), 0, first.out_features, pairs, first.panel_rows]
         own += [self._address(table), first.quantized_size or first.in_features, self._address(num_used)]
         self._add(col.EXPERT_LINEAR, source, target, own, rows=col.NUM_PAIRS)
+
+    def expert_deltas(
+        self,
+        source: int,
+        target: int,
+        sizes: tuple[int, int],
+        layer: int,
+        members: range,
+        is_of_pairs: bool,
+        routes: int,
+        experts: Experts,
+    ) -> None:
+        """Each row's own low-rank deltas on its experts.
+
+        Args:
+            source: inputs of rows, or of pairs.
+            target: outputs of pairs.
+            sizes: of a row of source, and of target.
+            layer: of the adapters' entries.
+            members: which of an expert's linears target holds side by side.
+            is_of_pairs: whether source does.
+            routes: the buffer of rows' experts.
+            experts: of the layer.
+        """
+        own = [sizes[0], layer, experts.num_per_row, sizes[1], routes]
+        own += [members.start, len(members), int(is_of_pairs)]
+        self._add(col.EXPERT_DELTAS, source, target, own)
 
     def combine(self, source: int, target: int, size: int, routes: int, experts: Experts) -> None:
         """``target`` is the sum of what each row's experts made of it, times their weights."""

@@ -23,6 +23,7 @@ from manyhats.engine.backends.cpu.adapters.deltas import (
     num_rescaled_shares,
     rescaled,
 )
+from manyhats.engine.backends.cpu.adapters.expert_deltas import expert_deltas, num_expert_delta_shares
 from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_at, signed_bytes_at
 from manyhats.engine.backends.cpu.attention.attend import attend
 from manyhats.engine.backends.cpu.compile import inner, kernel
@@ -71,6 +72,8 @@ def num_shares(op, frame, num_threads):
         return num_delta_shares(op, frame)
     if kind == col.RESCALED:
         return num_rescaled_shares(op, frame)
+    if kind == col.EXPERT_DELTAS:
+        return num_expert_delta_shares(op, frame)
     if kind == col.BOTTLENECK:
         return num_bottleneck_shares(op, frame)
     if kind == col.UNNORMED:
@@ -97,7 +100,8 @@ def _column_of(instruction):
     """The frame's column with the address of what carries out its shares."""
     if instruction in (col.ROTATE, col.ATTENTION):
         return col.CACHE_SHARE
-    return col.ADAPTER_SHARE if instruction in (col.DELTAS, col.BOTTLENECK) else col.PLAIN_SHARE
+    of_adapters = (col.DELTAS, col.EXPERT_DELTAS, col.BOTTLENECK)
+    return col.ADAPTER_SHARE if instruction in of_adapters else col.PLAIN_SHARE
 
 
 @inner
@@ -170,6 +174,8 @@ def adapter_share(frame_address, index, share, at, like):
     buffers, scratch = longs_at(frame[col.BUFFERS]), floats_at(frame[col.SCRATCH])
     if op[col.INSTRUCTION] == col.DELTAS:
         deltas(op, share, frame, buffers, like, scratch, at)
+    elif op[col.INSTRUCTION] == col.EXPERT_DELTAS:
+        expert_deltas(op, share, frame, buffers, like, scratch, at)
     else:
         bottleneck(op, numbers, share, frame, buffers, like, scratch, at)
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from manyhats.adapters.sites import ROUTER, expert_linear
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import ROUTER, Experts
+from manyhats.engine.model.architecture import Experts
 from manyhats.engine.model.families.decoder import LLAMA, NORMS_BEFORE, QK_NORMS, Kind, decoder
 from manyhats.engine.model.families.fields import RawConfig, biased_groups, with_defaults
 from manyhats.engine.model.layout import Family, Layout, Stored
@@ -108,7 +109,7 @@ def _layout(norms: Mapping[str, str], experts: Experts, mixture: str, paths: Map
     """Llama's, with a mixture's path below the layer, and the paths of a linear below an expert."""
     below = f"{mixture}.experts"
     matrices = {
-        f"{below}.{expert}.{path}": Stored((f"experts.{expert}.{name}",))
+        f"{below}.{expert}.{path}": Stored((expert_linear(expert, name),))
         for expert in range(experts.num)
         for name, path in paths.items()
     }
