@@ -21,6 +21,7 @@ PACKAGES = {
     "server": ROOT / "server/manyhats/server",
     "trainer": ROOT / "trainer/manyhats/trainer",
     "client": ROOT / "clients/manyhats/client",
+    "load": ROOT / "clients/manyhats/load",
     "cli": ROOT / "clients/manyhats/cli",
 }
 ALLOWED = {
@@ -31,6 +32,7 @@ ALLOWED = {
     "server": {"v1", "engine", "adapters", "settings"},
     "trainer": {"engine", "adapters", "client", "settings"},
     "client": {"v1"},
+    "load": {"client"},
     "cli": set(PACKAGES) - {"cli"},
 }
 # What a package must not know, wherever the import stands.
@@ -39,6 +41,7 @@ FORBIDDEN = {
     "adapters": {"grpc", "prometheus_client"},
     "engine": {"grpc", "prometheus_client", "google"},
     "client": {"torch", "numpy", "transformers", "typer", "rich"},
+    "load": {"torch", "numpy", "grpc", "typer", "rich"},
 }
 
 # Files and folders of a package from the ground up: one may import those before it.

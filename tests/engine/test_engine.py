@@ -536,3 +536,36 @@ async def test_the_kv_pool_is_sized_by_bytes_and_bounds_the_context(model: Loade
         assert caught.value.limit == 159
     with pytest.raises(FieldInvalidError, match="kv_cache_bytes"):
         open_engine(model, EngineConfig(kv_cache_bytes=100), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
+
+
+async def test_a_task_at_its_limit_waits_and_the_engine_is_neither_busy_nor_stuck(model: LoadedModel) -> None:
+    def load(record: AdapterRecord) -> LoweredAdapter:
+        return random_lora(model.description, 1)
+
+    limited = replace(make_record("a"), labels={"limit.tokens_per_second": "60", "limit.concurrency": "1"})
+    async with running_engine(model, load) as engine:
+        alone = await collect(engine, make_request(prompt(1), limited))
+        began_s, turns = time.monotonic(), []
+        engine.loop.on_step = turns.append
+        requests = [make_request(prompt(1), limited) for _ in range(6)]
+        answers = [asyncio.create_task(collect(engine, request)) for request in requests]
+        base = await collect(engine, make_request(prompt(2)))
+        assert not all(task.done() for task in answers)
+        assert base.finish_reason is FinishReason.LENGTH
+        assert [(await task).tokens for task in answers] == [alone.tokens] * 6
+        # 19 tokens each are computed: what is left of a second's at once, and the last begins before all are paid for.
+        assert time.monotonic() - began_s > 0.4
+        assert not engine.loop.is_at_standstill
+        assert len(turns) <= 6 * 9 + 9
+
+
+async def test_what_would_read_its_prompt_past_its_deadline_is_refused_at_once(
+    model: LoadedModel, steps_are_slow: None
+) -> None:
+    async with running_engine(model) as engine:
+        await collect(engine, make_request(prompt(1, 200), new_tokens=1))
+        began_s = time.monotonic()
+        late = make_request(prompt(2, LONG), new_tokens=1, deadline_s=began_s + 0.001)
+        with pytest.raises(DeadlineExceededError):
+            await collect(engine, late)
+        assert is_idle(engine)

@@ -18,14 +18,37 @@ class Site:
     """One place in the decoder's forward: a linear of one layer, such as layer 3's ``q_proj``.
 
     Besides the linears there are the sub-layers' outputs, ``attention`` and ``feed_forward``. ``layer`` counts
-    from 0; it is −1 for places outside the layers (``embed_tokens``, ``lm_head``).
+    from 0; it is −1 for places outside the layers (``embed_tokens``, ``lm_head``). A mixture of experts has its
+    ``router`` and each expert's linears, such as ``experts.3.up_proj``.
     """
 
     layer: int
     name: str
 
+    @property
+    def is_of_mixture(self) -> bool:
+        """Whether it is a router, or an expert's linear: there only low-rank deltas act."""
+        return self.name == ROUTER or self.name.startswith(_EXPERTS)
+
+    @property
+    def kind(self) -> str:
+        """Its name, that of experts' linears without the expert: ``experts.*.up_proj``."""
+        if not self.name.startswith(_EXPERTS):
+            return self.name
+        return f"{_EXPERTS}*.{self.name.rpartition('.')[2]}"
+
     def __str__(self) -> str:
         return self.name if self.layer < 0 else f"layer {self.layer} {self.name}"
+
+
+ROUTER = "router"
+"""The linear that chooses a row's experts."""
+_EXPERTS = "experts."
+
+
+def expert_linear(expert: int, name: str) -> str:
+    """The name of an expert's own ``name``, such as ``experts.3.up_proj``."""
+    return f"{_EXPERTS}{expert}.{name}"
 
 
 EMBEDDING = Site(-1, "embed_tokens")
@@ -80,6 +103,21 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertStack:
+    """A layer's experts as one module, as transformers 5 has them: each parameter has a matrix of every expert.
+
+    Attributes:
+        layer: which.
+        num: E.
+        parameters: name → the linears of an expert that it holds, one below the other; in the module's order.
+    """
+
+    layer: int
+    num: int
+    parameters: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseDescription:
     """What an adapter is checked against: names, shapes and module paths of the resident base.
 
@@ -91,9 +129,10 @@ class BaseDescription:
         shared: for each layer that a token runs through, which of these it is; empty if each is its own.
         hidden_size: D.
         vocab_size: V.
-        linears: site name → (in features, out features); the same in every layer.
+        linears: site name → (in features, out features); the same in every layer that has it.
         modules: path of a module as transformers has it (``model.layers.0.self_attn.q_proj``) → what it computes: one
             linear, or several whose rows it holds; the embedding, or the output head.
+        stacks: path of a module → the experts that it is.
         prefix: what the paths of modules begin with, but the head's; files may leave it out.
         aliases: other paths of modules → theirs.
         num_kv_heads: Hkv.
@@ -123,6 +162,7 @@ class BaseDescription:
     vocab_size: int
     linears: Mapping[str, tuple[int, int]]
     modules: Mapping[str, tuple[Part, ...]]
+    stacks: Mapping[str, ExpertStack] = field(default_factory=lambda: MappingProxyType({}))
     prefix: str = "model."
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     num_kv_heads: int = 0

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from manyhats.adapters.activations import ALIASES
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import Architecture, Rope
+from manyhats.engine.model.architecture import Architecture, Experts, Rope
 from manyhats.engine.model.families.fields import OWN_NAMES
 from manyhats.engine.model.families.reading import FAMILIES, REFUSED, read_family
 
@@ -98,6 +98,13 @@ def num_kv_heads_of(theirs: Any) -> int:
     return value
 
 
+def experts_of(theirs: Any) -> Experts | None:
+    if not hasattr(theirs, "num_experts_per_tok"):
+        return None
+    renormalizes = getattr(theirs, "norm_topk_prob", True)
+    return Experts(theirs.num_local_experts, theirs.num_experts_per_tok, renormalizes)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_fields_left_out_have_the_defaults_of_transformers(family: str) -> None:
     theirs: Any = AutoConfig.for_model(family)
@@ -135,7 +142,9 @@ def test_fields_of_a_block_that_are_left_out_have_the_defaults_of_transformers(f
         scale = getattr(theirs, "attention_multiplier", scalar**-0.5)
         assert ours.attention.scale == pytest.approx(scale)
         assert ours.attention.softcap == getattr(theirs, "attn_logit_softcapping", None)
-        assert ours.feed_forward.width == field_of(theirs, "intermediate_size", 4 * theirs.hidden_size)
+        inner = "intermediate_size" if family != "qwen3_moe" else "moe_intermediate_size"
+        assert ours.feed_forward.width == field_of(theirs, inner, 4 * theirs.hidden_size)
+        assert ours.feed_forward.experts == experts_of(theirs)
         activation = getattr(theirs, "hidden_activation", None) or field_of(theirs, "hidden_act")
         assert ours.feed_forward.activation == ALIASES.get(activation, activation)
         assert ours.residual_scale == getattr(theirs, "residual_multiplier", 1.0)
@@ -353,11 +362,40 @@ def test_families_that_one_might_expect_are_refused_with_the_reason(model_type: 
         ({"model_type": "modernbert", "rope_parameters": {"rope_type": "default"}}, "by layer type"),
         ({"model_type": "modernbert", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 3"),
         ({"model_type": "modernbert", "hidden_activation": "mish"}, "hidden_act 'mish'"),
+        ({"model_type": "mixtral", "num_local_experts": 0}, "num_experts must be a positive integer, not 0"),
+        ({"model_type": "mixtral", "num_local_experts": 10**9}, "1000000000 experts are more than the 1024"),
+        ({"model_type": "mixtral", "num_local_experts": True}, "num_experts must be a positive integer"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9, of only 8"),
+        ({"model_type": "mixtral", "num_experts_per_tok": "2"}, "num_experts_per_tok must be a positive"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step must be a positive"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": "1"}, "mlp_only_layers must be a list of layers"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [[1]]}, "mlp_only_layers must be a list of layers"),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": -64}, "moe_intermediate_size must be a pos"),
+        (
+            {"model_type": "qwen2_moe"},
+            "'qwen2_moe' is not supported: an expert that all tokens share; of Qwen's mixtures, qwen3_moe is",
+        ),
     ],
 )
 def test_config_that_cannot_be_served_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_family({**TINY, **fields})
+
+
+def test_layers_have_experts_where_transformers_has_them() -> None:
+    raw = {
+        **TINY,
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 7,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    raw |= {"decoder_sparse_step": 2, "mlp_only_layers": [3, 20]}
+    blocks = read(raw).blocks
+    assert [block.feed_forward.experts is not None for block in blocks] == [
+        False, True, False, False, False, True, False
+    ]  # fmt: skip
+    assert {block.feed_forward.width for block in blocks} == {128, 768}
 
 
 @pytest.mark.parametrize("length", [0, -1, 513])

@@ -138,7 +138,7 @@ class OperationSlots(CpuAdapterSlots):
         self, architecture: Architecture, num_slots: int, dtype: torch.dtype, kernels: CpuKernels
     ) -> None:
         super().__init__(architecture, num_slots, dtype, kernels.linear)
-        self._groups = [group.name for group in architecture.blocks[0].groups()]
+        self._groups = list(architecture.shared_groups())
         self._kernels = kernels
 
     def add_deltas(

@@ -29,6 +29,7 @@ from manyhats.trainer.memory.activations import (
     layer_backward,
     layer_kept,
     layers_kept,
+    of_largest_layer,
     residual_bytes,
 )
 from manyhats.trainer.memory.adapter_size import adapter_size
@@ -118,10 +119,15 @@ def write_config(directory: Path, content: Mapping[str, Any]) -> Path:
 # What is exact
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "mixtral"])
 def test_the_base_is_counted_exactly_without_its_weights(family: str) -> None:
     model, shape = loaded(family)
-    linears = [linear.matrix for linear in model.weights.linears()]
+    linears = [
+        linear.matrix
+        for block in model.weights.blocks
+        for name, linear in block.linears.items()
+        if name != "router"
+    ]
     assert shape.num_linear_parameters == sum(weight.shape[0] * weight.shape[1] for weight in linears)
     num_bytes = sum(weight.num_bytes for weight in linears if isinstance(weight, Nf4Weight))
     assert shape.nf4_bytes == pytest.approx(num_bytes, rel=1e-3)
@@ -130,7 +136,8 @@ def test_the_base_is_counted_exactly_without_its_weights(family: str) -> None:
     tables = weights.embedding.numel() + sum(head.numel() for head in heads)
     assert shape.num_table_parameters == tables
     norms = sum(norm.weight.numel() for norm in weights.norms())
-    assert shape.num_other_parameters == norms
+    routers = 3 * 4 * 256 if family == "mixtral" else 0
+    assert shape.num_other_parameters == norms + routers
 
 
 @pytest.mark.parametrize("name", ALL_CASES)
@@ -186,7 +193,22 @@ def activation_cases() -> Iterator[Any]:
 def test_activations_are_those_of_the_decoder(
     method: str, rows: str, checkpoints: bool, dtype: torch.dtype
 ) -> None:
-    model, shape = loaded(dtype=dtype)
+    check_activations(*loaded(dtype=dtype), method, rows, checkpoints, dtype)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpoints", [True, False], ids=["checkpoints", "keeps all"])
+@pytest.mark.parametrize(("method", "rows"), [("lora of some", "equal"), ("prefix", "ragged")])
+def test_activations_of_experts_are_those_of_the_decoder(
+    family: str, method: str, rows: str, checkpoints: bool, dtype: torch.dtype
+) -> None:
+    check_activations(*loaded(family, dtype), method, rows, checkpoints, dtype)
+
+
+def check_activations(
+    model: LoadedModel, shape: BaseShape, method: str, rows: str, checkpoints: bool, dtype: torch.dtype
+) -> None:
     decoder = TrainingDecoder(
         model, dtype=dtype, gradient_checkpointing=checkpoints, device=torch.device("cpu")
     )
@@ -212,6 +234,7 @@ def test_activations_are_those_of_the_decoder(
     inputs = (shape.architecture.num_layers + 1) * residual_bytes(step)
     of_layers = 0 if checkpoints else layers_kept(step)
     assert inputs + of_layers == pytest.approx(kept, rel=0.2)
+    step = of_largest_layer(step)
     backward = inputs + (of_layers or layer_kept(step)) + layer_backward(step)
     assert backward == pytest.approx(live.peak - gradients, rel=0.3)
 

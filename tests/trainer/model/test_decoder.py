@@ -63,6 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {},
     "cohere": {"use_qk_norm": True},
     "cohere2": WINDOW,
+    "mixtral": {},
+    "qwen3_moe": {**WINDOW, "num_layers": 3, "mlp_only_layers": [1]},
 }
 
 

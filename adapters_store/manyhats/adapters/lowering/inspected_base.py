@@ -15,23 +15,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
 from manyhats.adapters.formats.adapterhub.places import places_of
+from manyhats.adapters.formats.peft.lora_config import parse_lora_config
 from manyhats.adapters.heads import TaskKind
-from manyhats.adapters.sites import EMBEDDING, HEAD, POOLER, BaseDescription, Part, Site
+from manyhats.adapters.sites import (
+    EMBEDDING,
+    HEAD,
+    POOLER,
+    ROUTER,
+    BaseDescription,
+    ExpertStack,
+    Part,
+    Site,
+    expert_linear,
+)
 
 Shape = tuple[int, ...]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|albert_layer_groups)\.(0|[1-9]\d{0,3})\.")
 # A module of a layer, and what follows its path in a tensor's name: of Llama's kin any, of others what methods add.
 _LINEAR = re.compile(
-    r"^(?:base_model\.model\.)?(?:model\.)?(?P<module>layers\.(?P<layer>\d{1,4})\.(?:self_attn|mlp)\.(?P<name>\w+))"
+    r"^(?:base_model\.model\.)?(?:model\.)?(?P<module>layers\.(?P<layer>\d{1,4})\.(?:self_attn|mlp)\.(?P<name>(?!experts\b)\w+))"
     r"\.(?P<part>.+)$"
 )
 _OTHER_LINEAR = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>(?:\w+\.)*?(?:layers?|h|albert_layer_groups)\.(?P<layer>\d{1,4})\.(?P<name>[\w.]+?))"
     r"\.(?P<part>(?:lora_|vera_|ia3_|loras\.).+)$"
 )
+# All experts of a layer in one module, which PEFT wraps once for each of its parameters.
+_STACK = re.compile(
+    r"^base_model\.model\.(?P<module>(?:\w+\.)*?layers\.(?P<layer>\d{1,4})\.(?:\w+\.)*?experts)"
+    r"(?P<wrappers>(?:\.base_layer)*)\.(?P<part>lora_[AB]\.weight)$"
+)
+_STACKED = ("gate_up_proj", "down_proj")
+_ROUTERS = ("gate", "block_sparse_moe.gate")
 # Words in the paths of encoders' modules, or of their heads' → the family whose heads it has.
 _ENCODERS: Mapping[str, str] = {
     ".Wqkv.": "modernbert",
@@ -104,6 +123,8 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
         path: (Part(Site(layer, name), range(linears[name][1])),)
         for path, layer, name, _, _ in _parts(shapes)
     }
+    stacks, stacked = _infer_stacks(config, shapes)
+    linears |= stacked
     vocab_size = _infer_vocab_size(shapes)
     encoder = next((family for word, family in _ENCODERS.items() if any(word in name for name in shapes)), "")
     model_type = str(config.get("model_type", encoder or "llama"))
@@ -125,6 +146,7 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
             "model.embed_tokens": (Part(EMBEDDING, range(vocab_size)),),
             "lm_head": (Part(HEAD, range(vocab_size)),),
         },
+        stacks=stacks,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         kind=TaskKind.EMBED if is_encoder else TaskKind.GENERATE,
@@ -137,6 +159,8 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
 def _parts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, str, str, Shape]]:
     """Module path, layer, site name, rest of the name and shape of each tensor that belongs to a linear."""
     for tensor, shape in shapes.items():
+        if _STACK.match(tensor) is not None:
+            continue
         match, prefix = _LINEAR.match(tensor), "model."
         if match is None:
             match, prefix = _OTHER_LINEAR.match(tensor), ""
@@ -144,7 +168,39 @@ def _parts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, str, str, Sh
             # AdapterHub's modules continue with the adapter's own name.
             part = re.sub(r"^loras\.[^.]+\.", "", match["part"])
             name = re.sub(r"^(?:self_attn|mlp)\.", "", match["name"])
+            name = ROUTER if name in _ROUTERS else name
             yield f"{prefix}{match['module']}", int(match["layer"]), name, part, shape
+
+
+def _infer_stacks(
+    config: Mapping[str, Any], shapes: Mapping[str, Shape]
+) -> tuple[dict[str, ExpertStack], dict[str, tuple[int, int]]]:
+    """The modules that are all experts of a layer, and the linears of the first expert."""
+    found: dict[str, dict[str, dict[str, Shape]]] = {}
+    layers: dict[str, int] = {}
+    for tensor, shape in shapes.items():
+        match = _STACK.match(tensor)
+        if match is not None and len(shape) == 2:
+            layers[match["module"]] = int(match["layer"])
+            of_wrapper = found.setdefault(match["module"], {}).setdefault(match["wrappers"], {})
+            of_wrapper[match["part"]] = shape
+    try:
+        lora = parse_lora_config(config) if found else None
+    except AdapterError:
+        lora = None  # it is refused for that
+    stacks: dict[str, ExpertStack] = {}
+    linears: dict[str, tuple[int, int]] = {}
+    if lora is None:
+        return stacks, linears
+    for module, wrappers in found.items():
+        chosen = [name for name in _STACKED if lora.selects_parameter(f"{module}.{name}")]
+        num = 1
+        for name, wrapper in zip(reversed(chosen), sorted(wrappers), strict=False):
+            a, b = (wrappers[wrapper].get(f"lora_{part}.weight", (1, 1)) for part in "AB")
+            num = max(1, a[0] // lora.rank_of(f"{module}.{name}"))
+            linears[expert_linear(0, name)] = a[1], b[0]
+        stacks[module] = ExpertStack(layers[module], num, {name: (name,) for name in chosen})
+    return stacks, linears
 
 
 def _infer_widths(shapes: Mapping[str, Shape]) -> dict[str, tuple[int | None, int | None]]:

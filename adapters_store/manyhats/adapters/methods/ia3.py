@@ -94,7 +94,7 @@ def _rescales_input(tensors: ModuleTensors) -> bool:
 def _find_misfit(tensors: ModuleTensors, base: BaseDescription) -> Misfit | None:
     target = find_target(tensors.module, base)
     if target is None:
-        return missing_module(tensors)
+        return missing_module(tensors, base)
     if len(tensors.shapes[_VECTOR]) == 2 and _rescales_input(tensors):
         return find_misfit(tensors, _VECTOR, (1, target.d_in))
     return find_misfit(tensors, _VECTOR, (target.d_out, 1))

@@ -161,7 +161,7 @@ def _place(
 def _find_misfit(tensors: ModuleTensors, config: _Config, base: BaseDescription) -> Misfit | None:
     target = find_target(tensors.module, base)
     if target is None:
-        return missing_module(tensors)
+        return missing_module(tensors, base)
     return find_misfit(tensors, _B_VECTOR, (target.d_out,)) or find_misfit(tensors, _D_VECTOR, (config.rank,))
 
 

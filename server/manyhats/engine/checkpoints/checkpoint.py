@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from manyhats.adapters.sites import Rows
+from manyhats.adapters.sites import ROUTER, Rows
 from manyhats.engine.checkpoints.nf4_format import is_quantized, quantized_keys, read_quantized
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import Block, Norm, NormShape
+from manyhats.engine.model.architecture import Block, Norm, NormShape, linears_by_name
 from manyhats.engine.model.layout import Family, Layout, Stored
 from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, NormWeight, Weights
 from manyhats.engine.progress import Progress
@@ -137,7 +137,7 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
         for name, path in layout.norms.items():
             if name in norms:
                 shapes |= _norm_shapes(family.path(layer, path), norms[name].norm, norms[name].shape)
-        for path, stored in layout.modules.items():
+        for path, stored in layout.modules_of(block).items():
             d_out, d_in = stored_shape(block, stored)
             shapes[_weight(family.path(layer, path))] = (
                 (d_in, d_out) if stored.is_transposed else (d_out, d_in)
@@ -193,7 +193,8 @@ def _norm_shapes(path: str, norm: Norm, shape: tuple[int, ...]) -> dict[str, tup
 
 def stored_shape(block: Block, stored: Stored) -> tuple[int, int]:
     """The shape of a stored matrix, [out of all its linears, in]."""
-    members = [linear for linear in block.linears() if linear.name in stored.members]
+    linears = linears_by_name(block)
+    members = [linears[name] for name in stored.members]
     return sum(member.d_out for member in members), members[0].d_in
 
 
@@ -329,7 +330,7 @@ class _Reader:
     def block(self, index: int, block: Block) -> BlockWeights:
         """Block ``index``."""
         linears: dict[str, Linear] = {}
-        for path, stored in self._layout.modules.items():
+        for path, stored in self._layout.modules_of(block).items():
             linears |= self._members(self._family.path(index, path), block, stored)
         norms = {each.name: self._block_norm(index, block, each) for each in block.norms()}
         return BlockWeights({shape.name: linears[shape.name] for shape in block.linears()}, norms)
@@ -403,11 +404,20 @@ class _Reader:
 
     def _matrix(self, key: str, block: Block, stored: Stored) -> Matrix:
         shape = stored_shape(block, stored)  # a quantized matrix always has this one
+        if ROUTER in stored.members:
+            return self._exact(key, shape)
         if self._keep_nf4 and is_quantized(self._tensors, key):
             return read_quantized(key, self._tensors, shape).nf4()
         if is_quantized(self._tensors, key) or not stored.is_transposed:
             return self._dense(key, shape)
         return self._tensors[key].T.to(self._dtype).contiguous()
+
+    def _exact(self, key: str, shape: tuple[int, int]) -> Tensor:
+        """A dense matrix in a dtype that holds each value of the file's."""
+        if is_quantized(self._tensors, key):
+            return read_quantized(key, self._tensors, shape).dequantize().float()
+        matrix = self._tensors[key]
+        return matrix if matrix.dtype == torch.bfloat16 else matrix.float()
 
     def _dense(self, key: str, shape: tuple[int, int]) -> Tensor:
         if not is_quantized(self._tensors, key):

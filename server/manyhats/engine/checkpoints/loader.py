@@ -27,6 +27,7 @@ from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.checkpoints.identity import FileDigests, content_digest
 from manyhats.engine.checkpoints.nf4_cache import Nf4Cache, quantize_checkpoint
 from manyhats.engine.checkpoints.sentence_transformers import SentenceSettings, read_sentence_settings
+from manyhats.engine.checkpoints.stacked import with_experts_apart
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
 from manyhats.engine.model.architecture import Architecture
@@ -178,14 +179,12 @@ def _read_tensors(
     found: _Found, quantization: Quantization, cache: Nf4Cache, progress: Progress
 ) -> Mapping[str, Tensor]:
     """The checked tensors of a checkpoint: as they are, or with NF4 linears, from the cache if it has them."""
-    is_quantized = check_quantization_config(found.config)
-    tensors: Mapping[str, Tensor] | None
-    if is_quantized or quantization == "none":
-        tensors = SafetensorsDirectory(found.directory)
-    else:
-        tensors = cache.load(found.digest)
-        if tensors is None:
-            tensors = quantize_checkpoint(SafetensorsDirectory(found.directory), found.family, progress)
+    quantizes = quantization == "nf4" and not check_quantization_config(found.config)
+    tensors = cache.load(found.digest) if quantizes else None
+    if tensors is None:
+        tensors = with_experts_apart(SafetensorsDirectory(found.directory), found.family)
+        if quantizes:
+            tensors = quantize_checkpoint(tensors, found.family, progress)
             cache.store(found.digest, tensors, found.config)
     check_tensors(tensors, found.family)
     return tensors

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from manyhats.adapters.sites import Rows
-from manyhats.engine.model.architecture import Architecture, Block
+from manyhats.engine.model.architecture import Architecture, Block, linears_by_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,10 @@ class Layout:
     """Paths of modules as Hugging Face names them; a tensor's name is its module's path and ``.weight`` or ``.bias``.
 
     Attributes:
-        modules: path of a matrix below its layer → what it holds.
+        modules: path of a matrix below its layer → what it holds; a layer has those whose linears it has.
+        stacked: path below a layer of a tensor that some files have in place of matrices of ``modules`` → the paths of
+            these, ``{expert}`` standing for the number of an expert: the tensor has one [out, in] matrix an expert,
+            those of several paths one below the other. A path without that is another name of one.
         norms: name of a block's norm → its path below the layer.
         norm_offset: added to a stored norm weight to get its factor.
         stores_embedding_scale: whether the embedding's multiplier is rounded to the embedding's dtype.
@@ -54,6 +57,7 @@ class Layout:
 
     modules: Mapping[str, Stored]
     norms: Mapping[str, str]
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     norm_offset: float = 0.0
     stores_embedding_scale: bool = False
     is_interleaved: bool = False
@@ -73,6 +77,11 @@ class Layout:
     layer: str = "layers.{layer}"
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     unused: tuple[str, ...] = ()
+
+    def modules_of(self, block: Block) -> Mapping[str, Stored]:
+        """The matrices that a layer has, by path below it."""
+        names = linears_by_name(block)
+        return {path: stored for path, stored in self.modules.items() if stored.members[0] in names}
 
     def path(self, layer: int, below: str) -> str:
         """The path of a module ``below`` a layer, such as ``model.layers.0.self_attn.q_proj``."""
@@ -152,9 +161,10 @@ def halves_first(rotary_dim: int, head_dim: int) -> tuple[int, ...]:
 def _stored_rows(block: Block, stored: Stored) -> dict[str, Rows]:
     """The same as the file has them."""
     attention = block.attention
-    sizes = {linear.name: linear.d_out for linear in block.linears()}
+    linears = linears_by_name(block)
+    sizes = {name: linears[name].d_out for name in stored.members}
     if stored.rows == "blocks":
-        ends = list(itertools.accumulate(sizes[name] for name in stored.members))
+        ends = list(itertools.accumulate(sizes.values()))
         return {name: range(end - sizes[name], end) for name, end in zip(stored.members, ends, strict=True)}
     num_groups = attention.num_heads if stored.rows == "heads" else attention.num_kv_heads
     counts = {name: sizes[name] // num_groups for name in stored.members}

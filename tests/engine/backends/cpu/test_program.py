@@ -39,6 +39,12 @@ FAMILIES = {
         "word_embed_proj_dim": 32,
     },
     "cohere: one norm ahead, norms of each head": {"family": "cohere", "use_qk_norm": True},
+    "qwen3_moe: experts, and one layer without": {
+        "family": "qwen3_moe",
+        "num_layers": 3,
+        "mlp_only_layers": [1],
+        "num_experts": 9,
+    },
 }
 
 

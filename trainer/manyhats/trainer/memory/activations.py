@@ -3,20 +3,22 @@
 All results are in bytes. N tokens go through the layers, virtual ones included; B rows of T tokens are padded if their
 lengths differ, and attend to C positions before their own. e is the size of the compute dtype; float32 takes 4 bytes.
 L is the number of layers, D the hidden size, Q = H · K and KV = Hkv · K the features of queries and of keys, I the
-width of the feed-forward, V the vocabulary size, M the number of learned tokens, R the ranks of low-rank deltas.
+width of the feed-forward, V the vocabulary size, M the number of learned tokens, R the ranks of low-rank deltas. With
+experts, a token goes through k of E.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from manyhats.engine.model.architecture import Architecture, Block, Group
+from manyhats.engine.model.architecture import Architecture, Block, Experts, Group
 from manyhats.trainer.memory.adapter_size import AdapterSize
 from manyhats.trainer.memory.batch_shape import BatchShape
 from manyhats.trainer.model.attention import BLOCK
 from manyhats.trainer.model.head import CACHED_VALUES, CHUNK_VALUES
 
 _FLOAT = 4
+_INDEX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Step:
     Attributes:
         element_bytes: e.
         is_quantized: whether the linears are dequantized for each product.
+        layer: of which one is spoken.
     """
 
     architecture: Architecture
@@ -33,6 +36,11 @@ class Step:
     batch: BatchShape
     element_bytes: int
     is_quantized: bool
+    layer: int = 0
+
+    def layers(self) -> list[Step]:
+        """The same of each layer."""
+        return [replace(self, layer=layer) for layer in range(self.architecture.num_layers)]
 
     @property
     def num_tokens(self) -> int:
@@ -57,17 +65,23 @@ class Step:
 
     @property
     def block(self) -> Block:
-        """The first layer; all layers have the same widths."""
-        return self.architecture.blocks[0]
+        """The layer; all have the same attention."""
+        return self.architecture.blocks[self.layer]
 
     def group(self, name: str) -> Group:
         """The linears that share one input."""
         return next(group for group in self.block.groups() if group.name == name)
 
     @property
-    def inner(self) -> str:
-        """The group of the feed-forward's first linears, gate and up or up alone."""
-        return self.block.groups()[2].name
+    def experts(self) -> Experts | None:
+        """The layer's, if it has any."""
+        return self.block.feed_forward.experts
+
+    @property
+    def feed_forward(self) -> tuple[str, str]:
+        """The groups of the feed-forward's linears, of one expert where there are several: gate and up, and down."""
+        first, down = self.block.feed_forward_groups(None if self.experts is None else 0)
+        return first.name, down.name
 
     def width(self, fused: str) -> tuple[int, int, int]:
         """(d_in, Σ d_out, ΣR) of the linears that share one input."""
@@ -124,15 +138,21 @@ def attention_kept(step: Step) -> int:
 def feed_forward_kept(step: Step) -> int:
     """One layer keeps the stream 4 · N · D, gate and up e · N · 2I (4 if rescaled), and what its linears keep.
 
-    Without a gate it is half as much.
+    Without a gate it is half as much. With experts it is k times as much, and they keep their outputs too,
+    4 · N · k · D, for the gradients of their weights, 4 · N · (E + k), and where their rows are, 3 · 8 · N · k.
 
     A bottleneck of width b keeps another 4 · N · (2b + D), with D only if nothing else keeps its input.
     """
     block, tokens = step.block, step.num_tokens
     read = block.hidden_size if step.adapter.keeps_bottleneck_input else 0
     of_bottlenecks = sum(_FLOAT * tokens * (2 * width + read) for width in step.adapter.bottlenecks)
-    gate_up = step.output_bytes(step.inner) * tokens * step.width(step.inner)[1]
-    linears = kept_by_linears(step, step.inner) + kept_by_linears(step, "down")
+    first, down = step.feed_forward
+    gate_up = step.output_bytes(first) * tokens * step.width(first)[1]
+    if step.experts is not None:
+        count = step.experts.num_per_row
+        of_router = _FLOAT * tokens * (step.experts.num + count) + 3 * _INDEX * tokens * count
+        gate_up = count * (gate_up + residual_bytes(step)) + of_router
+    linears = kept_by_linears(step, first) + kept_by_linears(step, down)
     return residual_bytes(step) + gate_up + linears + of_bottlenecks
 
 
@@ -157,8 +177,14 @@ def weights_for_product(step: Step, fused: str) -> int:
 
 def layers_kept(step: Step) -> int:
     """What all layers keep without gradient checkpointing, not counting their inputs."""
-    not_kept = {"nothing": 0, "attention": attention_kept(step), "layer": layer_kept(step)}
-    return step.architecture.num_layers * layer_kept(step) - not_kept[step.adapter.begins_behind]
+    layers = step.layers()
+    not_kept = {"nothing": 0, "attention": attention_kept(layers[0]), "layer": layer_kept(layers[0])}
+    return sum(layer_kept(each) for each in layers) - not_kept[step.adapter.begins_behind]
+
+
+def of_largest_layer(step: Step) -> Step:
+    """The same of the layer that needs most in its backward pass."""
+    return max(step.layers(), key=lambda each: layer_kept(each) + layer_backward(each))
 
 
 def layer_backward(step: Step) -> int:
@@ -173,23 +199,35 @@ def layer_backward(step: Step) -> int:
       4 · 4 · B·(C+T)·KV, the gradient of the result 4 · B·T·Q and of the queries e · B·T·Q, and for one block of
       queries the scores, their softmax and their gradient, 3 · 4 · B · H · block · (C + T).
     """
-    block, batch, e, tokens = step.block, step.batch, step.element_bytes, step.num_tokens
-    inner, hidden = block.feed_forward.width, block.hidden_size
+    block, batch, e = step.block, step.batch, step.element_bytes
     query, key, num_heads = block.attention.query_size, block.attention.key_size, block.attention.num_heads
-    down = weights_for_product(step, "down") + e * tokens * (inner + step.width("down")[2])
-    _, num_inside, ranks = step.width(step.inner)
-    gate_up = weights_for_product(step, step.inner) + tokens * (
-        step.output_bytes(step.inner) * num_inside + e * (hidden + ranks)
-    )
     scores = min(BLOCK, batch.longest) * (step.num_before + batch.longest)
     attention = 4 * _FLOAT * step.num_keys * key + (_FLOAT + e) * batch.num_padded * query
     attention += 3 * _FLOAT * batch.num_rows * num_heads * scores
-    largest = max(
-        down,
-        gate_up - kept_by_linears(step, "down"),
-        attention - feed_forward_kept(step),
-    )
+    largest = max(feed_forward_backward(step), attention - feed_forward_kept(step))
     return 2 * residual_bytes(step) + largest
+
+
+def feed_forward_backward(step: Step) -> int:
+    """The feed-forward's part of ``layer_backward``.
+
+    Of experts it is one at a time, with half as many rows again as a mean one. The gradients of all outputs take
+    4 · N · k · D. Each one's gradient of its input is [N, D], with zeros for other rows, and is added to that of all:
+    3 · e · N · D.
+    """
+    e, tokens, hidden = step.element_bytes, step.num_tokens, step.block.hidden_size
+    first, down = step.feed_forward
+    shared = 0
+    if step.experts is not None:
+        shared = (3 * e + _FLOAT * step.experts.num_per_row) * tokens * hidden
+        tokens = min(tokens, 3 * tokens * step.experts.num_per_row // (2 * step.experts.num))
+    width, _, down_ranks = step.width(down)
+    _, num_inside, ranks = step.width(first)
+    behind = weights_for_product(step, down) + e * tokens * (width + down_ranks)
+    inside = weights_for_product(step, first) + tokens * (
+        step.output_bytes(first) * num_inside + e * (hidden + ranks)
+    )
+    return shared + max(behind, inside - kept_by_linears(step, down))
 
 
 def head_bytes(step: Step) -> int:

@@ -11,6 +11,7 @@ from manyhats.trainer.memory.activations import (
     layer_backward,
     layer_kept,
     layers_kept,
+    of_largest_layer,
     residual_bytes,
 )
 from manyhats.trainer.memory.adapter_size import AdapterSize
@@ -142,7 +143,10 @@ def passing_bytes(task: TaskSize, shape: BaseShape, machine: Machine) -> dict[st
     are kept with their gradients. Gradients are accumulated at those values, 4 · P, then at the parameters, 4 · P more.
     """
     model, adapter = task.settings.model, task.adapter
-    step = Step(shape.architecture, adapter, task.batch, machine.element_bytes, model.quantization == "nf4")
+    is_quantized = model.quantization == "nf4"
+    step = of_largest_layer(
+        Step(shape.architecture, adapter, task.batch, machine.element_bytes, is_quantized)
+    )
     making = {
         "values made of parameters": 2 * _FLOAT * adapter.num_lowered,
         "gradients": _FLOAT * adapter.num_trained,

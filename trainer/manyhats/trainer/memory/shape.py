@@ -76,7 +76,7 @@ class BaseShape:
 
     @property
     def num_other_parameters(self) -> int:
-        """Parameters of norms and biases."""
+        """Parameters of norms, biases and routers."""
         return self.num_parameters - self.num_linear_parameters - self.num_table_parameters
 
     @property

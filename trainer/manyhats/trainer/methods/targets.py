@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from manyhats.adapters.formats.peft.tensors import Target, find_target
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sites import BaseDescription, Site
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.settings.methods import ALL_LINEARS, AdapterSettings, LoraSettings
 
@@ -29,7 +29,8 @@ def with_named_modules(settings: AdapterSettings, base: BaseDescription) -> Adap
     if not isinstance(settings, LoraSettings):
         return settings
     asked = settings.target_modules
-    names = (each for name in asked for each in (base.linears if name == ALL_LINEARS else (name,)))
+    all_linears = [name for name in base.linears if not Site(0, name).is_of_mixture]
+    names = (each for name in asked for each in (all_linears if name == ALL_LINEARS else (name,)))
     return replace(settings, target_modules=tuple(dict.fromkeys(names)))
 
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
+from manyhats.adapters.sites import ROUTER
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.forward import block, embedded, entered, left, logits
@@ -156,7 +157,11 @@ def _frozen(
     tied = Linear(embedding)
     linears = [
         {
-            group.name: FrozenLinears([of_block.linears[name] for name in group.names], dtype, device)
+            group.name: FrozenLinears(
+                [of_block.linears[name] for name in group.names],
+                torch.float32 if group.name == ROUTER else dtype,
+                device,
+            )
             for group in spec.groups()
         }
         for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True)

@@ -99,9 +99,10 @@ class TrainingMaths:
         """Float32."""
         return frozen_product(self.base.outer[name], x, 0)
 
-    def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
+    def linears(self, layer: int, group: Group, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """The compute dtype, or float32 if outputs are rescaled; keeps x if a delta is trained on it."""
-        linears, x = self.base.linears[layer][group.name], x.to(self.base.dtype)
+        linears = self.base.linears[layer][group.name]
+        x = x.to(linears.dtype)
         sites = [Site(layer, name) for name in group.names]
         if any(self.deltas.at(site, InputScale) or self.deltas.at(site, Affine) for site in sites):
             parts = [self._linear(linears, part, site, x) for part, site in enumerate(sites)]

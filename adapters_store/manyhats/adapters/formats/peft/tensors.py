@@ -68,12 +68,20 @@ class Target:
         )
 
 
-def find_target(module: str, base: BaseDescription) -> Target | None:
-    """The linear or linears behind a module path; None if the base has none there."""
+def find_target(module: str, base: BaseDescription, *, in_mixtures: bool = False) -> Target | None:
+    """The linear or linears behind a module path; None if the base has none there.
+
+    Args:
+        module: its path.
+        base: the resident one.
+        in_mixtures: whether routers and experts' linears count.
+    """
     path = base.module_of(module)
     if path is None:
         return None
     parts = base.modules[path]
+    if parts[0].site.is_of_mixture and not in_mixtures:
+        return None
     if parts[0].site == HEAD:
         return Target(path, parts, base.embedding_size, base.vocab_size)
     if parts[0].site == POOLER:
@@ -179,8 +187,11 @@ def find_misfit(tensors: ModuleTensors, suffix: str, expected: Sequence[int | st
     return Misfit(tensors.name(suffix), f"has shape {list(shape)}; expected [{wanted}]")
 
 
-def missing_module(tensors: ModuleTensors) -> Misfit:
-    """The misfit of tensors whose module the base lacks."""
+def missing_module(tensors: ModuleTensors, base: BaseDescription) -> Misfit:
+    """The misfit of tensors whose module the base lacks, or has where the method is not served."""
+    path = base.module_of(tensors.module)
+    if path is not None and base.modules[path][0].site.is_of_mixture:
+        return Misfit(tensors.any_name, f"acts on {shown(path)}; in mixtures of experts only LoRA is served")
     return Misfit(tensors.any_name, f"acts on {shown(tensors.module)}, which is not a linear of the base")
 
 

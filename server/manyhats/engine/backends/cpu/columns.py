@@ -27,7 +27,13 @@ from __future__ import annotations
     DELTAS,
     BOTTLENECK,
     UNNORMED,
-) = range(23)
+    ROUTE,
+    PAIR,
+    SPREAD,
+    EXPERT_LINEAR,
+    EXPERT_DELTAS,
+    COMBINE,
+) = range(29)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -55,6 +61,16 @@ PANEL_ROWS, WEIGHTS, ABSMAX, ROW_BLOCK, ROW_OFFSET, NESTED, NESTED_CODE, BIAS = 
 # Of bottlenecks, whose GROUP is the sub-layer: the norm of the stream behind them, whose weight has the address 0 if
 # there is none.
 STREAM_WEIGHT, STREAM_BIAS, IS_STREAM_LAYER = range(9, 12)
+# Of what experts do: the buffers of rows' experts and of pairs, and how many experts there are, or a row has; whether
+# weights are divided by their sum. NUM_USED is the address of how many experts have pairs, int64. Of their linears,
+# WEIGHTS is the address of [E, columns], instructions of which nothing but the weights counts, and ROW_WORDS the 32-bit
+# words of a row of the source.
+NUM_EXPERTS, NUM_PER_ROW = 5, 6
+RENORMALIZES = ROUTES = PAIRS = 8
+ROW_WORDS, NUM_USED = 11, 12
+# Of adapters' deltas on experts: which of an expert's linears, and how many, are side by side in the target; whether a
+# row of the source is a pair's.
+FIRST_MEMBER, NUM_MEMBERS, IS_OF_PAIRS = range(9, 12)
 NUM_COLUMNS = 17
 # Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones; NF4 and int8 for inputs in
 # integers.
@@ -68,6 +84,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     NUM_ROWS,
     NUM_LOGIT_ROWS,
     NUM_HIDDEN_ROWS,
+    NUM_PAIRS,
     NUM_ADAPTER_ROWS,
     NUM_RESCALED_ROWS,
     NUM_UNITS,
@@ -100,6 +117,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     FINISHED,
     LINEAR_TABLES,
     SUBLAYER_TABLES,
+    EXPERT_ENTRIES,
+    HAS_EXPERT_ENTRIES,
     NUM_THREADS,
     NUM_INSTRUCTIONS,
     INSTRUCTIONS,
@@ -112,8 +131,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     PLAIN_SHARE,
     CACHE_SHARE,
     ADAPTER_SHARE,
-) = range(47)
-FRAME_SIZE = 47
+) = range(50)
+FRAME_SIZE = 50
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

@@ -306,21 +306,23 @@ def multiply_one(op, x, first, count, y):
 
 
 @inner
-def linear(op, num_rows, first, last, buffers, panel, at):
+def linear(op, source, target, num_rows, first, last, panel, at):
     """target[:, rows first … last of W] = source Wᵀ + bias.
 
     Args:
-        op: source rows have a multiple of 64 values for NF4, of 16 otherwise; they are float32, unless the weights
-            take integers.
+        op: the instruction that has the weights.
+        source: address of rows, of a multiple of 64 values for NF4, of 16 otherwise; they are float32, unless the
+            weights take integers.
+        target: address of rows.
         num_rows: of source and target.
         first, last: rows of the weights.
-        buffers: of the step.
         panel: from ``at`` on, scratch for decoded weights.
     """
+    y = floats_at(target)
     if op[col.KIND] in (col.NF4_BY_INT16, col.INT8):
-        linear_by_int16(op, num_rows, first, last, buffers, panel, at)
+        linear_by_int16(op, ints_at(source), y, num_rows, first, last, panel, at)
         return
-    x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
+    x = floats_at(source)
     if num_rows == 1:
         multiply_one(op, x, first, last - first, y)
         return

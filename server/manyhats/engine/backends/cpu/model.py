@@ -89,6 +89,7 @@ class CpuModel:
         batch = Batch.of(plan)
         frame = np.zeros(col.FRAME_SIZE, dtype=np.int64)
         batch.describe(frame)
+        frame[col.NUM_PAIRS] = frame[col.NUM_ROWS] * self._forward.num_per_row
         cache.describe(frame)
         attention = self.architecture.attention
         heads = attention.num_heads, attention.num_kv_heads, attention.head_dim

@@ -217,23 +217,34 @@ class _Step:
         self._change(Site(-1, name), x, y, dense, slice(None))
         return y
 
-    def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
+    def linears(self, layer: int, group: Group, x: Tensor, rows: Tensor | None = None) -> Tensor:
         dense = self._model.linears[layer][group.name]
         y, start = self._product(x, dense), 0
         for member in group.members:
             columns = slice(start, start + member.d_out)
             start = columns.stop
-            self._change(Site(layer, member.name), x, y, dense, columns)
+            self._change(Site(layer, member.name), x, y, dense, columns, rows)
         return y
 
-    def _change(self, site: Site, x: Tensor, y: Tensor, dense: _Dense, columns: slice) -> None:
-        """Gives each row its own adapter's deltas of one linear, in its columns of y."""
-        for rows, rescaling in self._deltas(site, InputScale):
-            y[rows, columns] = self._product(x[rows] * rescaling.scale, dense)[:, columns]
-        for rows, delta in self._deltas(site, Affine):
-            y[rows, columns] = equations.affine(y[rows, columns], delta)
-        for rows, low_rank in self._deltas(site, LowRank):
-            y[rows, columns] += equations.low_rank(x[rows], low_rank.a, low_rank.b, low_rank.scale)
+    def _change(
+        self,
+        site: Site,
+        x: Tensor,
+        y: Tensor,
+        dense: _Dense,
+        columns: slice,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Gives each row its own adapter's deltas of one linear, in its columns of y.
+
+        ``rows`` says which of the step's rows these are; None for all.
+        """
+        for own, rescaling in self._deltas(site, InputScale, rows):
+            y[own, columns] = self._product(x[own] * rescaling.scale, dense)[:, columns]
+        for own, delta in self._deltas(site, Affine, rows):
+            y[own, columns] = equations.affine(y[own, columns], delta)
+        for own, low_rank in self._deltas(site, LowRank, rows):
+            y[own, columns] += equations.low_rank(x[own], low_rank.a, low_rank.b, low_rank.scale)
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
         if norm.kind == "layer":
@@ -321,11 +332,13 @@ class _Step:
             for own in rows.split(1) if self._one_by_one else (rows,):
                 yield slot, own
 
-    def _deltas(self, site: Site, kind: type[DeltaT]) -> Iterator[tuple[Tensor, DeltaT]]:
-        """Rows, each with its adapter's deltas of one kind at a site."""
+    def _deltas(
+        self, site: Site, kind: type[DeltaT], among: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, DeltaT]]:
+        """Rows, each with its adapter's deltas of one kind at a site; or their places ``among`` some of the rows."""
         for slot, rows in self._rows:
             for delta in self._adapters.placed[slot].at(site, kind):
-                yield rows, delta
+                yield rows if among is None else torch.isin(among, rows).nonzero()[:, 0], delta
 
 
 def rotated(heads: Tensor, angles: Angles) -> Tensor:

@@ -39,7 +39,9 @@ OWN_NAMES: Mapping[str, Mapping[str, str]] = {
     "gpt2": _GPT_NAMES,
     "gpt_neox": {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
     "gptj": _GPT_NAMES,
+    "mixtral": {"num_local_experts": "num_experts"},
     "opt": {"ffn_dim": "intermediate_size", "activation_function": "hidden_act"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
     "starcoder2": {"norm_epsilon": "layer_norm_eps"},
 }
 """``model_type`` → what its files call a field → what that is called elsewhere."""

@@ -20,6 +20,7 @@ from manyhats.engine.model.families.gemma import gemma, gemma2, gemma3_text
 from manyhats.engine.model.families.gpt2 import gpt2, gptj, starcoder2
 from manyhats.engine.model.families.granite import granite
 from manyhats.engine.model.families.llama import llama, mistral
+from manyhats.engine.model.families.mixtral import mixtral, qwen3_moe
 from manyhats.engine.model.families.modernbert import modernbert
 from manyhats.engine.model.families.neox import falcon, gpt_neox
 from manyhats.engine.model.families.olmo import olmo2
@@ -47,6 +48,7 @@ FAMILIES: Mapping[str, Callable[[RawConfig, int | None], Family]] = {
     "granite": granite,
     "llama": llama,
     "mistral": mistral,
+    "mixtral": mixtral,
     "modernbert": modernbert,
     "olmo2": olmo2,
     "opt": opt,
@@ -54,6 +56,7 @@ FAMILIES: Mapping[str, Callable[[RawConfig, int | None], Family]] = {
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "roberta": roberta,
     "smollm3": smollm3,
     "starcoder2": starcoder2,
@@ -75,6 +78,7 @@ REFUSED: Mapping[str, str] = {
     "lfm2": "convolutions in place of attention",
     "llama4": "attention in pieces of the text, and experts",
     "mpnet": "scores that depend on the tokens' distance",
+    "qwen2_moe": "an expert that all tokens share; of Qwen's mixtures, qwen3_moe is served",
     **dict.fromkeys(("qwen3_5", "qwen3_next"), "gated delta nets, " + _STATES),
 }
 """``model_type`` → why it is not served, of models that one might expect."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from manyhats.adapters.primitives import (
     Affine,
@@ -23,11 +24,13 @@ from manyhats.adapters.primitives import (
     LowRank,
     site_of,
 )
-from manyhats.adapters.sites import HEAD, PROJECTION, Site
+from manyhats.adapters.sites import HEAD, PROJECTION, ROUTER, Site
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters import deltas
 from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
+    ExpertEntries,
+    ExpertTable,
     LinearEntries,
     LinearTable,
     SublayerEntries,
@@ -48,7 +51,7 @@ from manyhats.engine.backends.cpu.packing import LANES, Array
 from manyhats.engine.backends.own_logits import OwnRows, resized
 from manyhats.engine.backends.plan import AdapterRows
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import SUBLAYERS, Architecture
+from manyhats.engine.model.architecture import SUBLAYERS, Architecture, LinearShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,32 +63,49 @@ class Layout:
         hidden_size: D.
         sizes: of each group of linears, the outputs of its members.
         places: linear → its group and its place in it.
+        num_experts: E; 0 for none.
     """
 
     num_layers: int
     hidden_size: int
     sizes: Mapping[str, tuple[int, ...]]
     places: Mapping[str, tuple[str, int]]
+    num_experts: int = 0
 
     @classmethod
     def of(cls, architecture: Architecture) -> Layout:
-        """The layout of a base, whose blocks all have the same shapes; what is outside them is in the first layer."""
-        groups = architecture.blocks[0].groups()
-        sizes = {group.name: tuple(member.d_out for member in group.members) for group in groups}
+        """The layout of a base; a block may lack some of its groups, and what is outside them is in the first layer."""
+        groups = architecture.shared_groups().values()
+        sizes = {group.name: tuple(_size(member) for member in group.members) for group in groups}
         places = {name: (group.name, member) for group in groups for member, name in enumerate(group.names)}
         if architecture.embedding.size != architecture.hidden_size:
             sizes[PROJECTION.name] = (architecture.hidden_size,)
             places[PROJECTION.name] = PROJECTION.name, 0
-        return cls(architecture.num_layers, architecture.hidden_size, sizes, places)
+        experts = [block.feed_forward.experts for block in architecture.blocks]
+        num_experts = max((each.num for each in experts if each is not None), default=0)
+        return cls(architecture.num_layers, architecture.hidden_size, sizes, places, num_experts)
 
     def order(self, delta: Delta) -> tuple[int, int]:
         """Deltas sorted by it, those of one site as they were, are in the order in which a step reads them."""
         site, names = site_of(delta), list(self.places)
-        return site.layer, names.index(site.name) if site.name in names else len(names)
+        if site.name in names:
+            return site.layer, names.index(site.name)
+        # An expert's linears are read together.
+        expert = int(site.name.split(".")[1]) if site.is_of_mixture else 0
+        return site.layer, len(names) + expert
 
     def group_index(self, name: str) -> int:
         """A group's row in the kernel's table."""
         return list(self.sizes).index(name)
+
+
+def padded_size(size: int) -> int:
+    """The values of a row of the router's logits: whole lanes, for deltas, whatever the number of experts."""
+    return -(-size // LANES) * LANES
+
+
+def _size(member: LinearShape) -> int:
+    return padded_size(member.d_out) if member.name == ROUTER else member.d_out
 
 
 class PackedAdapter:
@@ -105,6 +125,7 @@ class PackedAdapter:
         self.memory = AdapterMemory(num_matrix_values, dtype)
         self.linears = {group: LinearEntries(num_layers, len(sizes)) for group, sizes in layout.sizes.items()}
         self.sublayers = {name: SublayerEntries(num_layers, layout.hidden_size) for name in SUBLAYERS}
+        self.experts = ExpertEntries(layout.num_experts)
         self.rescales_inputs = False
         self.embeddings: list[EmbeddingChange] = []
         self.heads: list[HeadChange] = []
@@ -115,7 +136,8 @@ class PackedAdapter:
     @property
     def num_bytes(self) -> int:
         """Resident bytes."""
-        return self.memory.num_bytes + sum(change.num_bytes for change in (*self.embeddings, *self.heads))
+        ends = sum(change.num_bytes for change in (*self.embeddings, *self.heads))
+        return self.memory.num_bytes + self.experts.num_bytes + ends
 
     def add(self, delta: Delta) -> None:
         """Copies a delta's numbers.
@@ -126,6 +148,12 @@ class PackedAdapter:
         match delta:
             case LowRank() | Affine() | InputScale() if delta.site == PROJECTION:
                 self.add(replace(delta, site=Site(0, PROJECTION.name)))
+            case LowRank() if delta.site.name == ROUTER:
+                padding = -delta.b.shape[0] % LANES
+                padded = replace(delta, b=functional.pad(delta.b, (0, 0, 0, padding)))
+                self.linears[ROUTER].add_low_rank(0, padded, self.memory)
+            case LowRank() if delta.site.is_of_mixture:
+                self.experts.add(delta, self.memory)
             case LowRank() if delta.site.layer >= 0:
                 group, member = self._places[delta.site.name]
                 self.linears[group].add_low_rank(member, delta, self.memory)
@@ -168,6 +196,7 @@ class CpuAdapterSlots:
         self._sublayers = {
             name: SublayerTable(layout.num_layers, num_slots, layout.hidden_size) for name in SUBLAYERS
         }
+        self._experts = ExpertTable(layout.num_layers, num_slots)
         self._linear_rows = np.stack([table.row for table in self._linears.values()])
         self._sublayer_rows = np.stack([table.row for table in self._sublayers.values()])
         self._rescaling = np.zeros(num_slots, dtype=np.bool_)
@@ -195,6 +224,7 @@ class CpuAdapterSlots:
                 self._linears[group].place(slot, linears.fields)
             for name, sublayers in packed.sublayers.items():
                 self._sublayers[name].place(slot, sublayers.fields)
+            self._experts.place(slot, packed.experts)
             self._rescaling[slot] = packed.rescales_inputs
             self.placed = {**self.placed, slot: packed}
             self._note_rare()
@@ -206,6 +236,7 @@ class CpuAdapterSlots:
                 linear.clear(slot)
             for sublayer in self._sublayers.values():
                 sublayer.clear(slot)
+            self._experts.clear(slot)
             self.placed = {other: packed for other, packed in self.placed.items() if other != slot}
             self._note_rare()
 
@@ -217,7 +248,7 @@ class CpuAdapterSlots:
     @property
     def num_scratch_values(self) -> int:
         """Float32 values of scratch that the kernel needs on each thread."""
-        rank = max(table.largest_rank for table in self._linears.values())
+        rank = max(self._experts.largest_rank, *(table.largest_rank for table in self._linears.values()))
         size = max(table.largest_size for table in self._sublayers.values())
         return max(rank, 2 * self._layout.hidden_size + size + LANES)
 
@@ -239,6 +270,8 @@ class CpuAdapterSlots:
         frame[col.NUM_SLOTS] = self._num_slots
         frame[col.LINEAR_TABLES] = tables.ctypes.data
         frame[col.SUBLAYER_TABLES] = self._sublayer_rows.ctypes.data
+        frame[col.EXPERT_ENTRIES] = self._experts.addresses.ctypes.data
+        frame[col.HAS_EXPERT_ENTRIES] = self._experts.has_entries.ctypes.data
         frame[col.NUM_ADAPTER_ROWS] = rows.rows.size
         frame[col.ADAPTER_ROWS] = rows.rows.ctypes.data
         frame[col.ADAPTER_SLOTS] = rows.slots.ctypes.data
@@ -298,6 +331,8 @@ class CpuAdapterSlots:
 def _num_matrix_values(delta: Delta) -> int:
     """Values that go into an adapter's one buffer of matrices."""
     match delta:
+        case LowRank() if delta.site.name == ROUTER:
+            return delta.a.numel() + padded_size(delta.b.shape[0]) * delta.rank
         case LowRank() if delta.site != HEAD:
             return delta.a.numel() + delta.b.numel()
         case Bottleneck():
