@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from manyhats.adapters.errors import AdapterError, AdapterInvalidError, AdapterUnsupportedError
+from manyhats.adapters.limits import AdapterLimits
+from manyhats.adapters.lowering.composition import compose_parts
 from manyhats.adapters.lowering.inspect import inspect
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import Site
@@ -293,6 +297,25 @@ def test_inspection_shows_files_of_transformers_4(has_base: bool, model: LoadedM
     found = inspect(directory, model.description if has_base else None)
     assert found.refusals == ()
     assert "router" in {site.site for site in found.sites}
+
+
+def test_compositions_add_up_on_experts(mixtral: tuple[LoadedModel, Path], tmp_path: Path) -> None:
+    model, directory = mixtral
+    old = of_transformers_4(model, tmp_path / "old")
+    parts = [read_lowered(each, model.description) for each in (directory, old)]
+    composed = compose_parts(parts, [0.5, 1.25], AdapterLimits())
+    ours, theirs = (run(model, composed, backend, (3,)) for backend in (CpuBackend(2), TorchBackend()))
+    merged = copy.deepcopy(model.weights)
+    for part, weight in zip(parts, (0.5, 1.25), strict=True):
+        for delta in part.deltas:
+            assert isinstance(delta, LowRank)
+            matrix = merged.blocks[delta.site.layer].linears[delta.site.name].matrix
+            assert isinstance(matrix, Tensor)
+            matrix += weight * delta.scale * (delta.b @ delta.a)
+    expected = run(replace(model, weights=merged), composed, TorchBackend(), (0,))
+    for found in (ours, theirs):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_deltas_of_an_expert_are_for_its_rows_alone(mixtral: tuple[LoadedModel, Path]) -> None:

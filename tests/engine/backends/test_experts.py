@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.checkpoints.nf4_format import nf4_to_tensors
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.nf4 import Nf4Weight
+from manyhats.engine.model.nf4 import Nf4Weight, quantize_nf4
 from support.factories.tiny_models import TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.engine import Prompt, Ran, Runner, load_tiny, random_ids
 from support.oracles.transformers import full_logits, load_transformers
@@ -153,6 +154,33 @@ def test_stacks_that_do_not_fit_are_refused_by_name(change: Any, message: str, t
     checkpoint = stacked(checkpoint_of(tmp_path, "mixtral"), tmp_path / "stacked")
     with pytest.raises(ModelError, match=message):
         load_tiny(changed(checkpoint, change))
+
+
+def test_checkpoints_in_four_bits_may_have_a_quantized_router_which_is_served_dense(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, "mixtral", dtype=torch.bfloat16)
+    expected = load_tiny(checkpoint, "nf4")
+    router = "model.layers.1.block_sparse_moe.gate.weight"
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight") or ".experts." in name] + [
+            router
+        ]:
+            tensors |= nf4_to_tensors(name, quantize_nf4(tensors[name]), torch.bfloat16)
+
+    changed(checkpoint, quantize)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    found = load_tiny(checkpoint, "nf4")
+    own, original = (each.weights.blocks[1].linears["router"].matrix for each in (found, expected))
+    assert isinstance(own, Tensor)
+    assert isinstance(original, Tensor)
+    assert torch.equal(own, quantize_nf4(original).dequantize())
+    for name, linear in found.weights.blocks[1].linears.items():
+        kept = expected.weights.blocks[1].linears[name].matrix
+        if isinstance(linear.matrix, Nf4Weight) and isinstance(kept, Nf4Weight):
+            assert torch.equal(linear.matrix.dequantize(), kept.dequantize())
+    assert all(ran.stacked.isfinite().all() for ran in run(found))
 
 
 def test_more_experts_in_the_files_than_in_the_config_are_refused(tmp_path: Path) -> None:

@@ -363,7 +363,11 @@ def test_families_that_one_might_expect_are_refused_with_the_reason(model_type: 
         ({"model_type": "modernbert", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 3"),
         ({"model_type": "modernbert", "hidden_activation": "mish"}, "hidden_act 'mish'"),
         ({"model_type": "mixtral", "num_local_experts": 0}, "num_experts must be a positive integer, not 0"),
-        ({"model_type": "mixtral", "num_local_experts": 10**9}, "1000000000 experts are more than the 1024"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 30_000},
+            "30000 experts in 3 layers are more than the 65536",
+        ),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": 10**12}, "in 1000000000000 layers are more than"),
         ({"model_type": "mixtral", "num_local_experts": True}, "num_experts must be a positive integer"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9, of only 8"),
         ({"model_type": "mixtral", "num_experts_per_tok": "2"}, "num_experts_per_tok must be a positive"),

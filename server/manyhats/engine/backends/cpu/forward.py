@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
-from torch.nn import functional
 
-from manyhats.adapters.sites import PROJECTION, ROUTER
+from manyhats.adapters.sites import PROJECTION
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.adapters.slots import Layout, padded_size
-from manyhats.engine.backends.cpu.experts import words_of_pairs, words_of_routes
-from manyhats.engine.backends.cpu.head.logits import PackedHead
-from manyhats.engine.backends.cpu.kernels import CpuKernels
-from manyhats.engine.backends.cpu.packing import Array, CpuLinear
-from manyhats.engine.backends.cpu.program import PackedNorm, Program
-from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import (
-    SUBLAYERS,
-    Architecture,
-    Attention,
-    Block,
-    Experts,
-)
-from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.engine.model.rotary import RotaryTables
-from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, Weights
-
-# Buffers of N rows: the tokens' vectors, where they are not the stream at once; the stream, its norm, and that for a
-# feed-forward beside the attention; queries with keys and values (or gate with up), what attention (or the activation)
-# makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm, where that is
-# not what the head reads; what it reads, and the logits. Buffers of H rows: the first two of these for rows whose
-# hidden values are wanted. With experts, of N rows too: the router's logits, rows' experts, the pairs of both, and the
-# inputs of pairs, then their outputs; a row of WIDE, MIXED, QUANTIZED and PAIRED is then those of its k pairs.
-(
-    EMBEDDED,
-    STREAM,
-    NORMED,
+from manyhats.engine.backends.cpu.building import (
     BESIDE,
-    WIDE,
-    MIXED,
-    OUTPUT,
-    QUANTIZED,
+    EMBEDDED,
     FINAL,
-    LAST,
-    LOGITS,
     FINAL_HIDDEN,
     HIDDEN,
-    ROUTED,
-    ROUTES,
-    PAIRS,
-    PAIRED,
-) = range(17)
-NUM_BUFFERS = 17
-OF_LOGIT_ROWS = (FINAL, LAST, LOGITS)
-OF_HIDDEN_ROWS = (FINAL_HIDDEN, HIDDEN)
+    LAST,
+    LOGITS,
+    MIXED,
+    NORMED,
+    OUTPUT,
+    STREAM,
+    WIDE,
+    Building,
+)
+from manyhats.engine.backends.cpu.head.logits import PackedHead
+from manyhats.engine.backends.cpu.kernels import CpuKernels
+from manyhats.engine.backends.cpu.mixture import add_mixture
+from manyhats.engine.backends.cpu.program import PackedNorm
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.architecture import SUBLAYERS, Architecture, Attention, Block
+from manyhats.engine.model.rotary import RotaryTables
+from manyhats.engine.model.weights import BlockWeights, Linear, Weights
+
 ACTIVATIONS = {
     "silu": col.SILU,
     "gelu_pytorch_tanh": col.GELU_TANH,
@@ -64,34 +39,21 @@ ACTIVATIONS = {
 """The activations that the kernel knows, and their instructions."""
 
 
-class Forward:
+class Forward(Building):
     """The program of a decoder, and its packed weights.
 
     Attributes:
-        program: its instructions.
         first: the buffer that holds the tokens' vectors when it begins.
-        sizes: buffer → the largest size of its rows.
-        num_bytes: resident bytes of the blocks' linears.
-        num_outer_bytes: of what lies outside the blocks, but embedding, head and norms.
+        num_outer_bytes: resident bytes of what lies outside the blocks, but embedding, head and norms.
         head: packed; None for an encoder.
-        num_per_row: the experts of a row, or 0.
 
     Raises:
         ModelError: the kernel does not know what a block computes.
     """
 
     def __init__(self, architecture: Architecture, weights: Weights, kernels: CpuKernels) -> None:
-        self.program = Program()
-        self.num_bytes = self.num_outer_bytes = self.num_per_row = 0
-        size = architecture.hidden_size
-        self.sizes = {
-            **dict.fromkeys(range(NUM_BUFFERS), 0),
-            **dict.fromkeys((STREAM, NORMED, OUTPUT), size),
-            **dict.fromkeys((LAST, HIDDEN), architecture.read_size),
-        }
-        self._kernels = kernels
-        self._packed: dict[tuple[Linear, ...], CpuLinear] = {}
-        self._layout = Layout.of(architecture)
+        super().__init__(architecture, kernels)
+        self.num_outer_bytes = 0
         self._rotary = RotaryTables(architecture)
         self.first = self._enter(architecture, weights)
         norms = [
@@ -116,8 +78,8 @@ class Forward:
         if architecture.head is None:
             return
         self._leave(hidden, FINAL, LAST, col.NUM_LOGIT_ROWS, weights)
-        self.head = PackedHead(*self._kernels.pack_head(weights.head), architecture.head)
-        self._product(self.head.fast or self.head.own, LAST, LOGITS, col.NUM_LOGIT_ROWS)
+        self.head = PackedHead(*self.kernels.pack_head(weights.head), architecture.head)
+        self.product(self.head.fast or self.head.own, LAST, LOGITS, col.NUM_LOGIT_ROWS)
         self.sizes[LOGITS] = self.head.own.out_features
         if self.head.fast:
             self.program.refine(LAST, LOGITS, self.head.own)
@@ -156,12 +118,12 @@ class Forward:
 
     def _outer(self, linear: Linear, source: int, target: int, rows: int, name: str = "") -> None:
         """A linear outside the blocks, and deltas if they are entered under a name."""
-        packed = self._kernels.pack([linear])
+        packed = self.kernels.pack([linear])
         self.num_outer_bytes += packed.num_bytes
-        self._need(source, packed.in_features)
-        self._product(packed, source, target, rows)
+        self.need(source, packed.in_features)
+        self.product(packed, source, target, rows)
         if name:
-            self._deltas(name, 0, packed, source, target)
+            self.deltas(name, 0, packed, source, target)
 
     def _begin(self, norm: PackedNorm | None) -> int:
         """Norms the stream as it begins, if the family does; returns the buffer of the first block's input."""
@@ -204,7 +166,7 @@ class Forward:
         norms: dict[str, PackedNorm],
         hidden: int,
     ) -> None:
-        size = self._linear("qkv", layer, linears["qkv"], hidden, WIDE)
+        size = self.linear("qkv", layer, linears["qkv"], hidden, WIDE)
         if "query" in norms and "key" in norms:
             queries, keys = (norms["query"], attention.query_size), (norms["key"], attention.key_size)
             self.program.norm_heads(WIDE, size, queries, keys)
@@ -221,7 +183,7 @@ class Forward:
             attention.softcap,
             attention.sees_all,
         )
-        self._linear("o", layer, linears["o"], MIXED, OUTPUT)
+        self.linear("o", layer, linears["o"], MIXED, OUTPUT)
 
     def _feed_forward(self, layer: int, block: Block, linears: dict[str, list[Linear]], hidden: int) -> None:
         feed_forward = block.feed_forward
@@ -232,74 +194,12 @@ class Forward:
             )
         instruction, width = ACTIVATIONS[feed_forward.activation], feed_forward.width
         if feed_forward.experts is not None:
-            self._mixture(layer, block, feed_forward.experts, instruction, linears, hidden)
+            add_mixture(self, layer, block, feed_forward.experts, instruction, linears, hidden)
             return
         first, down = block.feed_forward_groups()
-        self._linear(first.name, layer, linears[first.name], hidden, WIDE)
+        self.linear(first.name, layer, linears[first.name], hidden, WIDE)
         self.program.activate(instruction, WIDE, MIXED, width, feed_forward.is_gated)
-        self._linear(down.name, layer, linears[down.name], MIXED, OUTPUT)
-
-    def _mixture(
-        self,
-        layer: int,
-        block: Block,
-        experts: Experts,
-        instruction: int,
-        linears: dict[str, list[Linear]],
-        hidden: int,
-    ) -> None:
-        """As ``model.forward`` has it, for the pairs of all rows and their experts at once."""
-        size, width, count = block.hidden_size, block.feed_forward.width, experts.num_per_row
-        is_gated = block.feed_forward.is_gated
-        groups = [block.feed_forward_groups(expert) for expert in range(experts.num)]
-        inside, behind = (
-            self._pack_alike([linears[group.name] for group in of_experts])
-            for of_experts in zip(*groups, strict=True)
-        )
-        num_used = self._route(layer, experts, linears[ROUTER], hidden)
-        num_inside, words = inside[0].out_features, inside[0].quantized_size or size
-        self._need(PAIRED, count * max(words, size))
-        self._need(WIDE, count * num_inside)
-        self._need(MIXED, count * width)
-        source = self._quantized(inside[0], hidden, col.NUM_ROWS, 1)
-        self.program.spread(source, PAIRED, words, PAIRS, experts)
-        self.program.expert_linear(PAIRED, WIDE, inside, PAIRS, num_used)
-        members, sizes = range(1 - is_gated, 2), (size, num_inside)
-        self.program.expert_deltas(hidden, WIDE, sizes, layer, members, False, ROUTES, experts)
-        self.program.activate(instruction, WIDE, MIXED, width, is_gated, col.NUM_PAIRS)
-        source = self._quantized(behind[0], MIXED, col.NUM_PAIRS, count)
-        self.program.expert_linear(source, PAIRED, behind, PAIRS, num_used)
-        self.program.expert_deltas(MIXED, PAIRED, (width, size), layer, range(2, 3), True, ROUTES, experts)
-        self.program.combine(PAIRED, OUTPUT, size, ROUTES, experts)
-
-    def _quantized(self, packed: CpuLinear, source: int, rows: int, count: int) -> int:
-        """The buffer of a linear's inputs, of which there are ``count`` a row, in integers if it takes them so."""
-        if not packed.takes_int16:
-            return source
-        self._need(QUANTIZED, count * packed.quantized_size)
-        self.program.quantize(source, QUANTIZED, packed, rows)
-        return QUANTIZED
-
-    def _route(self, layer: int, experts: Experts, linears: list[Linear], hidden: int) -> Array:
-        """Each row's experts, and the pairs of both; returns what holds how many experts have pairs."""
-        self.num_per_row = experts.num_per_row
-        self._need(ROUTES, words_of_routes(experts.num_per_row))
-        self._need(PAIRS, words_of_pairs(experts.num, experts.num_per_row))
-        padding = padded_size(experts.num) - experts.num
-        router = Linear(functional.pad(_dense(linears[0].matrix), (0, 0, 0, padding)))
-        size = self._linear(ROUTER, layer, [router], hidden, ROUTED)
-        self.program.route(ROUTED, ROUTES, size, experts)
-        return self.program.pair(ROUTES, PAIRS, experts)
-
-    def _pack_alike(self, of_experts: Sequence[list[Linear]]) -> list[CpuLinear]:
-        """The same linears of each expert, so that all take the same inputs."""
-        if not all(isinstance(each.matrix, Nf4Weight) for linears in of_experts for each in linears):
-            of_experts = [
-                [Linear(_dense(each.matrix), each.bias) for each in linears] for linears in of_experts
-            ]
-        packed = [self._kernels.pack(linears) for linears in of_experts]
-        self.num_bytes += sum(each.num_bytes for each in packed)
-        return packed
+        self.linear(down.name, layer, linears[down.name], MIXED, OUTPUT)
 
     def _join(
         self,
@@ -328,36 +228,7 @@ class Forward:
         self.program.add_norm(OUTPUT, STREAM, NORMED, following)
         return NORMED
 
-    def _linear(self, group: str, layer: int, parts: Sequence[Linear], source: int, target: int) -> int:
-        """A group of linears with its adapters' deltas; returns the size of its output."""
-        if (key := tuple(parts)) not in self._packed:
-            self._packed[key] = self._kernels.pack(parts)
-            self.num_bytes += self._packed[key].num_bytes
-        packed = self._packed[key]
-        self._product(packed, source, target, col.NUM_ROWS)
-        self._deltas(group, layer, packed, source, target)
-        for buffer, size in ((source, packed.in_features), (target, packed.out_features)):
-            self._need(buffer, size)
-        return packed.out_features
-
-    def _deltas(self, group: str, layer: int, packed: CpuLinear, source: int, target: int) -> None:
-        """What adapters change of the outputs of a group of linears."""
-        index = self._layout.group_index(group)
-        self.program.rescaled(source, target, packed, index, layer)
-        self.program.deltas(source, target, (packed.in_features, packed.out_features), index, layer)
-
-    def _product(self, packed: CpuLinear, source: int, target: int, rows: int) -> None:
-        self._need(QUANTIZED, packed.quantized_size)
-        self.program.linear(source, target, packed, QUANTIZED, rows)
-
-    def _need(self, buffer: int, size: int) -> None:
-        self.sizes[buffer] = max(self.sizes[buffer], size)
-
 
 def _norms(block: Block, weights: BlockWeights) -> dict[str, PackedNorm]:
     """The norms that a block has, by name."""
     return {shape.name: PackedNorm.of(shape.norm, weights.norms[shape.name]) for shape in block.norms()}
-
-
-def _dense(matrix: Matrix) -> Tensor:
-    return matrix.dequantize() if isinstance(matrix, Nf4Weight) else matrix

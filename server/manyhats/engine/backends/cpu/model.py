@@ -12,18 +12,18 @@ from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
 from manyhats.engine.backends.cpu.attention.units import Units
 from manyhats.engine.backends.cpu.batch import Batch
-from manyhats.engine.backends.cpu.cache import CpuKVCache
-from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
-from manyhats.engine.backends.cpu.compile import counted_compilation
-from manyhats.engine.backends.cpu.forward import (
+from manyhats.engine.backends.cpu.building import (
     HIDDEN,
     LAST,
     LOGITS,
     NUM_BUFFERS,
     OF_HIDDEN_ROWS,
     OF_LOGIT_ROWS,
-    Forward,
 )
+from manyhats.engine.backends.cpu.cache import CpuKVCache
+from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
+from manyhats.engine.backends.cpu.compile import counted_compilation
+from manyhats.engine.backends.cpu.forward import Forward
 from manyhats.engine.backends.cpu.head.logits import CpuLogits
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import as_array

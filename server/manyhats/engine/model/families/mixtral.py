@@ -13,8 +13,8 @@ from manyhats.engine.model.families.decoder import LLAMA, NORMS_BEFORE, QK_NORMS
 from manyhats.engine.model.families.fields import RawConfig, biased_groups, with_defaults
 from manyhats.engine.model.layout import Family, Layout, Stored
 
-_MOST_EXPERTS = 1024
-"""More are taken for a mistake in the config: each is several matrices in every layer."""
+_MOST_EXPERTS = 2**16
+"""In all layers; more are taken for a mistake in the config, and would not be described in reasonable memory."""
 
 
 def mixtral(config: RawConfig, max_context_length: int | None) -> Family:
@@ -89,11 +89,13 @@ def _has_experts(full: RawConfig) -> list[bool]:
 
 
 def _experts(full: RawConfig, *, renormalizes: bool) -> Experts:
-    _check_count(full, "num_experts")
-    _check_count(full, "num_experts_per_tok")
-    num, chosen = full["num_experts"], full["num_experts_per_tok"]
-    if num > _MOST_EXPERTS:
-        raise ModelError(f"config.json: {num} experts are more than the {_MOST_EXPERTS} that are supported")
+    for name in ("num_experts", "num_experts_per_tok", "num_hidden_layers"):
+        _check_count(full, name)
+    num, chosen, num_layers = full["num_experts"], full["num_experts_per_tok"], full["num_hidden_layers"]
+    if num * num_layers > _MOST_EXPERTS:
+        raise ModelError(
+            f"config.json: {num} experts in {num_layers} layers are more than the {_MOST_EXPERTS} supported"
+        )
     if chosen > num:
         raise ModelError(f"config.json: num_experts_per_tok is {chosen}, of only {num} experts")
     return Experts(num, chosen, renormalizes)
