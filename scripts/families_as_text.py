@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -18,6 +19,7 @@ _SPANS = {
     "head": "over each head",
     "own_head": "over each head, with weights of its own",
 }
+_OF_EXPERT = re.compile(r"(?<=experts)\.\d+\.")
 _ROWS = {"blocks": "one below the other", "heads": "head by head", "groups": "by groups of heads"}
 
 
@@ -37,7 +39,8 @@ def files(family: Family) -> str:
     """A layer's path, and its modules."""
     layout = family.layout
     path = f"{layout.prefix}{layout.layer.replace('{layer}', '{i}')}"
-    modules = (_module(name, stored) for name, stored in layout.modules.items())
+    named = {_OF_EXPERT.sub(".{e}.", name): stored for name, stored in layout.modules.items()}
+    modules = (_module(name, stored) for name, stored in named.items())
     more = ["RoPE's pairs are neighbours"] if layout.is_interleaved else []
     more += [f"pooler `{layout.pooler_path}`"] if layout.pooler else []
     return "; ".join((f"`{path}`: {', '.join(modules)}", *more))
@@ -58,7 +61,9 @@ def _block(architecture: Architecture) -> Iterator[str]:
         yield f"queries and keys normed {_SPANS[norms['query'].span]}"
     gate = "gated" if block.feed_forward.is_gated else "without a gate"
     beside = ", beside the attention" if block.is_parallel else ""
-    yield f"feed-forward {gate} ({block.feed_forward.activation}){beside}"
+    experts = block.feed_forward.experts
+    chosen = "" if experts is None else f", {experts.num} experts of which a row has {experts.num_per_row}"
+    yield f"feed-forward {gate} ({block.feed_forward.activation}){beside}{chosen}"
     if block.residual_scale != 1.0:
         yield "outputs of sub-layers scaled"
     if architecture.shared:
