@@ -95,6 +95,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help() -> None:
     shown = {each.name: each.show_default for each in command.params if isinstance(each.show_default, str)}
     described = {
         "out": "tasks/T",
+        "pooling": "auto, the base's own",
         "init_from": "fresh values",
         "quantization": "nf4; none for lora",
         "max_length": "the base's own",
@@ -422,7 +423,8 @@ SERVER = ["--register", "127.0.0.1:1"]
         (["--no-activate"], 2, "--no-activate needs --register HOST:PORT"),
         (["--activate-if", "loss < 1"], 2, "--activate-if needs --register HOST:PORT"),
         ([*SERVER, "--no-activate", "--activate-if", "loss < 1"], 2, "contradict each other"),
-        ([*SERVER, "--activate-if", "f1 > 0.9"], 2, "--activate-if: 'f1' is not a metric"),
+        ([*SERVER, "--activate-if", "recall > 0.9"], 2, "--activate-if: 'recall' is not a metric"),
+        ([*SERVER, "--activate-if", "f1 > 0.9"], 2, "--activate-if: f1 is not measured with head none"),
         ([*SERVER, "--activate-if", "loss < 1"], 2, "--activate-if: loss is measured on evaluation data"),
         (
             [*SERVER, "--eval", "eval.jsonl", "--activate-if", "accuracy > 0.9"],

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from manyhats.adapters.errors import ArgumentInvalidError
 from manyhats.adapters.registration import check_labels
-from manyhats.adapters.reserved_labels import ACTIVATION, CLASS, DEFAULT, Classes, numbered
+from manyhats.adapters.reserved_labels import DEFAULT, Classes
 from manyhats.client import Client, Credentials, ManyhatsError, Progress, Registration, ServerInfo
 from manyhats.trainer.data.contents import PromptForm
-from manyhats.trainer.data.head_task import HeadTask, Loss
+from manyhats.trainer.data.head_task import HeadTask
 from manyhats.trainer.errors import RegistrationError, SettingError
 from manyhats.trainer.report.report import Evaluation
 from manyhats.trainer.settings.settings import TrainSettings
@@ -124,25 +124,20 @@ def version_labels(evaluation: Evaluation | None) -> dict[str, str]:
 
 
 def head_labels(task: HeadTask) -> dict[str, str]:
-    """The labels to register a version with a head with: the names of its outputs, and how they become scores.
+    """The labels to register a version with a head with: its outputs' names and how they are scores, or its pooling.
 
     Empty if a server would not take them, see ``why_no_names``.
     """
-    return {} if why_no_names(task) else _names(task)
+    return {} if why_no_names(task) else task.labels
 
 
 def why_no_names(task: HeadTask) -> str:
     """Why the outputs of a head are registered without their names; empty if they are not."""
     try:
-        check_labels(_names(task))
+        check_labels(task.labels)
     except ArgumentInvalidError as error:
         return str(error)
     return ""
-
-
-def _names(task: HeadTask) -> dict[str, str]:
-    named = numbered(CLASS, task.classes)
-    return {**named, ACTIVATION: task.activation.value} if task.loss is Loss.BINARY_CROSS_ENTROPY else named
 
 
 def why_no_classes(evaluation: Evaluation | None) -> str:
@@ -210,17 +205,17 @@ class ActivationRule:
         Raises:
             SettingError: it will not have one.
         """
+        head = settings.head.kind
         for each in self.conditions:
-            if not settings.data.eval:
-                raise SettingError(
-                    _SETTING,
-                    f"{each.metric} is measured on evaluation data, and {settings.task} has none (eval)",
-                )
-            head = settings.head.kind
             if each.metric not in _OF_HEADS[head]:
                 known = ", ".join(sorted(_OF_HEADS[head]))
                 raise SettingError(
                     _SETTING, f"{each.metric} is not measured with head {head}; these are: {known}"
+                )
+            if not settings.data.eval:
+                raise SettingError(
+                    _SETTING,
+                    f"{each.metric} is measured on evaluation data, and {settings.task} has none (eval)",
                 )
             if each.metric == "accuracy" and not (settings.data.labels or settings.head.reads):
                 raise SettingError(

@@ -211,7 +211,7 @@ def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
             raise ModelError(f"{name}: has shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{name}: has dtype {tensor.dtype}; float32, bfloat16 and float16 are supported")
-    known |= _check_tied_head(tensors, family) | _pooler(tensors, family)
+    known |= _check_tied_head(tensors, family) | pooler_names(tensors, family)
     layout = family.layout
     unused = sorted(
         name
@@ -234,7 +234,7 @@ def _check_tied_head(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
     return {head}
 
 
-def _pooler(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
+def pooler_names(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
     """Names of a pooler, which an encoder's files may have."""
     path = family.layout.outer(family.layout.pooler)
     names = {_weight(path), _bias(path)}
@@ -349,7 +349,7 @@ class _Reader:
             linears["embedding_projection"] = self._linear(layout.outer(layout.embedding_projection))
         if architecture.read_size != architecture.hidden_size:
             linears["head_projection"] = self._linear(layout.outer(layout.head_projection))
-        if _pooler(self._tensors, self._family):
+        if pooler_names(self._tensors, self._family):
             linears["pooler"] = self._linear(layout.outer(layout.pooler))
         if head is not None and (not head.is_tied or head.has_bias):
             matrix = embedding if head.is_tied else _aligned(self.dense(_weight(layout.head)))

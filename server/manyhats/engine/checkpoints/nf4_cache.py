@@ -21,6 +21,7 @@ from manyhats.engine.checkpoints.checkpoint import (
     SafetensorsDirectory,
     check_tensors,
     expected_shapes,
+    pooler_names,
     read_json,
 )
 from manyhats.engine.checkpoints.directories import publish_directory, staged_directory
@@ -130,7 +131,7 @@ def quantize_checkpoint(
         for layer in layers
         for path, stored in layout.modules.items()
     }
-    dense = set(expected_shapes(family)) - set(linears)
+    dense = (set(expected_shapes(family)) | pooler_names(tensors, family)) - set(linears)
     quantized = {name: tensors[name] for name in sorted(dense)}
     for done, (name, stored) in enumerate(linears.items()):
         progress("quantize", done, len(linears))

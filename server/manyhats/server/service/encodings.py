@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manyhats.adapters.heads import Pooling, TaskKind
-from manyhats.adapters.reserved_labels import class_names
+from manyhats.adapters.reserved_labels import class_names, read_pooling
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.output import Usage
 from manyhats.engine.request import EncodeRequest
@@ -146,6 +146,7 @@ class Encodings:
         adapter = self._tasks.resolved(call)
         if pooling is None:
             check_kind(adapter, TaskKind.GENERATE, TaskKind.EMBED, base=self._backend.info.kind)
+            pooling = None if adapter is None else read_pooling(adapter.labels)
         if pooling is Pooling.ALL:
             raise FieldInvalidError("pooling", "must give one vector a text")
         read = partial(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from manyhats.adapters.heads import Pooling, ScoreActivation, TaskKind
+from manyhats.adapters.reserved_labels import ACTIVATION, CLASS, POOLING, numbered
 
 
 class Loss(Enum):
@@ -47,3 +48,13 @@ class HeadTask:
             Loss.CROSS_ENTROPY: ScoreActivation.SOFTMAX,
             Loss.BINARY_CROSS_ENTROPY: ScoreActivation.SIGMOID,
         }.get(self.loss, ScoreActivation.NONE)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What a version's labels say of it: its outputs' names and how they are scored, or what makes vectors."""
+        said = numbered(CLASS, self.classes)
+        if self.loss is Loss.BINARY_CROSS_ENTROPY:
+            said[ACTIVATION] = self.activation.value
+        if self.pooling is not None:
+            said[POOLING] = self.pooling.value
+        return said

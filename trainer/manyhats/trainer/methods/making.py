@@ -84,9 +84,10 @@ def make_adapter(
         BaseError: the method cannot be served on the base.
     """
     generator = torch.Generator().manual_seed(seed)
+    if head is not None:
+        check_head(head.kind, settings.method, model.description)
     adapter = _make(settings, task, model, generator, limits)
     if head is not None:
-        check_head(head.kind, adapter.method, model.description)
         adapter = with_head(adapter, head, model.description, generator)
     _check(adapter, limits)
     if init_from:

@@ -29,6 +29,8 @@ from manyhats.trainer.report.metrics import (
 from manyhats.trainer.report.served import SavedAdapter, Told, answers
 
 _PER_REQUEST = 32
+_ROUNDING = 1e-12
+"""Of similarities: those of equal vectors may differ by less."""
 
 Values = NDArray[np.float32]
 
@@ -85,7 +87,7 @@ def ranks(vectors: Values, rows: Sequence[Sequence[int]]) -> list[int]:
     found = []
     for query, answer, *_ in rows:
         scores = candidates @ exact[query]
-        found.append(1 + int((scores > scores[index_of[answer]]).sum()))
+        found.append(1 + int((scores > scores[index_of[answer]] + _ROUNDING).sum()))
     return found
 
 

@@ -11,8 +11,7 @@ from types import MappingProxyType
 
 import yaml
 
-from manyhats.adapters.heads import ScoreActivation, TaskKind
-from manyhats.adapters.reserved_labels import ACTIVATION, CLASS
+from manyhats.adapters.heads import TaskKind
 from manyhats.trainer.data.dataset import counted, sentences
 from manyhats.trainer.data.head_task import HeadTask
 from manyhats.trainer.report.fingerprint import settings_by_name
@@ -99,19 +98,16 @@ manyhats adapters upload {settings.task} .{labels}
 
 
 def _label_flags(head: HeadTask) -> Iterator[str]:
-    """What names the head's outputs to the server."""
-    for index, name in enumerate(head.classes):
-        yield f" \\\n  --label {shlex.quote(f'{CLASS}{index}={name}')}"
-    if head.activation is ScoreActivation.SIGMOID:
-        yield f" \\\n  --label {ACTIVATION}={head.activation.value}"
+    """What tells the server of the head's outputs."""
+    for key, value in head.labels.items():
+        yield f" \\\n  --label {shlex.quote(f'{key}={value}')}"
 
 
 def _call(settings: TrainSettings, head: HeadTask | None) -> str:
     if head is None:
         chat = " --chat" if settings.data.chat else ""
         return f'manyhats generate --task {settings.task} --temperature 0{chat} "…"'
-    pooling = "" if head.pooling is None else f" --pooling {head.pooling.value}"
-    return f'manyhats {_COMMANDS[head.kind]} --task {settings.task}{pooling} "…"'
+    return f'manyhats {_COMMANDS[head.kind]} --task {settings.task} "…"'
 
 
 def _data(report: TrainingReport) -> str:

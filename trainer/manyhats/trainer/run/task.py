@@ -31,6 +31,7 @@ from manyhats.trainer.files.output_directory import (
 )
 from manyhats.trainer.memory.peak import peak_memory
 from manyhats.trainer.methods.adapter import num_trainable
+from manyhats.trainer.methods.head import check_head
 from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.targets import with_named_modules
@@ -71,11 +72,13 @@ _TELL_EVERY_S = 0.2
 
 
 def check_reads(settings: TrainSettings, model: LoadedModel) -> None:
-    """Check that the base can do what the task is to do.
+    """Check that the base, with an adapter of this method, can do what the task is to do.
 
     Raises:
-        BaseError: it is an encoder, which continues no text.
+        BaseError: it is an encoder, which continues no text; or no library has such a head on it.
     """
+    if settings.head.reads:
+        check_head(settings.head.task_kind, settings.adapter.method, model.description)
     if not settings.head.reads and model.architecture.head is None:
         raise BaseError(
             f"{model.architecture.model_type} is an encoder, which continues no text: set `head` to classification, "

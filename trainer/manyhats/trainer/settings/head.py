@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
+from manyhats.adapters.heads import TaskKind
 from manyhats.settings.declaration import setting
 from manyhats.settings.reading import check
 from manyhats.trainer.settings.declaring import HEAD, WORDING, require
 
 NONE = "none"
+_KINDS: Mapping[str, TaskKind] = MappingProxyType(
+    {
+        NONE: TaskKind.GENERATE,
+        "classification": TaskKind.CLASSIFY,
+        "tokens": TaskKind.CLASSIFY_TOKENS,
+        "embedding": TaskKind.EMBED,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +53,8 @@ class HeadSettings:
     def reads(self) -> bool:
         """Whether texts are read."""
         return self.kind != NONE
+
+    @property
+    def task_kind(self) -> TaskKind:
+        """What the task does with a text."""
+        return _KINDS[self.kind]
