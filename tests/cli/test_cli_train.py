@@ -119,6 +119,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help() -> None:
         made = make_settings({"method": method, "task": "t", "data": "d"})
         for section in (made, made.adapter, made.data, made.optimization, made.model):
             defaults |= {each.name: getattr(section, each.name) for each in fields(section)}
+        defaults |= {"head": made.head.kind, "temperature": made.head.temperature}
     plain = shown.keys() - described.keys()
     assert len(plain) > 25
     assert {name: shown[name] for name in plain} == {name: str(defaults[name]) for name in plain}
@@ -462,6 +463,24 @@ def test_the_artifact_is_registered(fake: FakeServer, in_directory: Path) -> Non
     sent = bytes(fake.uploaded["adapter_model.safetensors"])
     assert sent == (in_directory / "tasks/sql/adapter_model.safetensors").read_bytes()
     assert f"registered: sql@3 (active, sha256:{3:064x})" in result.stdout
+
+
+def test_a_head_is_registered_with_the_names_of_its_classes(fake: FakeServer, in_directory: Path) -> None:
+    rows = [{"text": text, "label": label} for text, label in (("x", "dry"), ("y", "wet"))]
+    (in_directory / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 4 * rows))
+    flags = ["--data", "texts.jsonl", "--eval", "texts.jsonl", "--head", "classification", "--activate-if"]
+    result = small("lora", *flags, "f1 >= 0", "--register", fake.target)
+    assert result.exit_code == 0, result.stderr
+    assert dict(fake.last_request.labels) == {"class.0": "dry", "class.1": "wet"}
+    assert fake.last_request.activate
+    assert re.search(r"held out: loss [0-9.]+, accuracy [0-9.]+%, f1 [0-9.]+% \(8 rows\)", result.stdout)
+
+
+def test_a_small_base_in_four_bits_is_said_to_differ_from_what_is_served(in_directory: Path) -> None:
+    (in_directory / "texts.jsonl").write_text('{"query": "x", "positive": "y"}\n' * 4)
+    asked = ["--head", "embedding", "--data", "texts.jsonl"]
+    assert "note: the base is in NF4" in small("qlora", *asked).stderr
+    assert "note: the base is in NF4" not in small("lora", *asked).stderr
 
 
 @pytest.mark.parametrize(

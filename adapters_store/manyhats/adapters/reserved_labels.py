@@ -1,8 +1,8 @@
 """Labels of a version that the server reads.
 
 ``default.*`` says what holds for fields that callers leave out, ``class.0``, ``class.1``, … are the classes that its
-task tells apart, ``classify.*`` how a text is put to it, or how its head's logits become scores. ``embed.pooling`` is what
-makes a text's vector.
+task tells apart, ``classify.*`` how a text is put to it, or how its head's logits become scores, and ``embed.pooling``
+what makes a text's vector.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from manyhats.cli.output import human_bytes, human_count, print_fields, print_js
 from manyhats.cli.progress import shown_progress
 from manyhats.cli.train_server import Server
 from manyhats.client import ManyhatsError, Registration
-from manyhats.engine.checkpoints.loader import LoadedModel, load_model
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model, usual_quantization
 from manyhats.engine.errors import EngineError
 from manyhats.trainer.errors import RegistrationError, TrainerError
 from manyhats.trainer.files.output_directory import holds_artifact, report_file
@@ -138,6 +138,7 @@ def train_one(settings: TrainSettings, registrar: Registrar, resume: bool, as_js
     check_before_loading(settings, resume=resume)
     _tell_what_is_replaced([settings], resume)
     model = _load(settings.model)
+    _tell_of_quantization([settings], model)
     with shown_training() as listener:
         report = train(settings, model, resume=resume, listener=listener)
     ended = _registered(TaskOutcome(settings=settings, report=report), registrar)
@@ -160,6 +161,7 @@ def train_all(tasks: Sequence[TrainSettings], registrar: Registrar, resume: bool
     registrar.look()
     _tell_what_is_replaced(tasks, resume)
     model = _load(common_base(tasks))
+    _tell_of_quantization(tasks, model)
     all_ended: list[Ended] = []
 
     def note(outcome: TaskOutcome) -> None:
@@ -192,6 +194,17 @@ def _load(settings: ModelSettings) -> LoadedModel:
     with prompt_interrupts(), shown_progress() as report:
         return load_model(
             settings.model, quantization=settings.quantization, dtype=computation.dtype, progress=report
+        )
+
+
+def _tell_of_quantization(tasks: Sequence[TrainSettings], model: LoadedModel) -> None:
+    """Say that vectors and classes are those of a base in 4 bits, if a server would keep it dense."""
+    reads = any(settings.head.reads for settings in tasks)
+    if reads and model.quantization == "nf4" and usual_quantization(model.architecture) == "none":
+        typer.echo(
+            "note: the base is in NF4, but a server keeps one of this size dense unless told otherwise: serve it with "
+            "--quantization nf4, or train with --quantization none",
+            err=True,
         )
 
 

@@ -13,6 +13,7 @@ from examples.wordnet import (
     CATEGORIES,
     DATA_FILE,
     Definition,
+    definition_rows,
     distinct,
     even_quotas,
     prompt_of,
@@ -103,6 +104,16 @@ def test_held_out_definitions_are_apart_and_stay_for_any_number_of_training_rows
     assert not prompts & {row["prompt"] for row in large.train}
     assert not any("the same in two" in row["prompt"] for row in [*large.train, *large.eval])
     assert Counter(row["completion"] for row in large.eval)[" motive"] == 1
+
+
+def test_heads_are_given_the_same_definitions(tmp_path: Path) -> None:
+    path = write_wordnet(tmp_path / "data.noun", 12)
+    answers = wordnet_rows(num_train=40, num_eval=20, path=path)
+    classes = definition_rows(num_train=40, num_eval=20, path=path)
+    for ours, others in ((classes.train, answers.train), (classes.eval, answers.eval)):
+        assert [(prompt_of(row["text"]), f" {row['label']}") for row in ours] == [
+            (row["prompt"], row["completion"]) for row in others
+        ]
 
 
 def test_rows_are_the_same_for_a_seed_and_others_for_another(tmp_path: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, TaskType
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 
 from manyhats.adapters.artifact import AdapterMethod
 from manyhats.adapters.heads import Pooling, TaskKind
+from manyhats.engine.checkpoints.loader import load_model
 from manyhats.engine.text.tokenizer import ReadText
 from manyhats.trainer.data.batch import IGNORED, ReadRow, collate_read
 from manyhats.trainer.data.head_task import HeadTask, Loss
@@ -21,12 +24,15 @@ from manyhats.trainer.errors import BaseError
 from manyhats.trainer.methods.head import check_head
 from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
+from manyhats.trainer.methods.targets import matches
 from manyhats.trainer.model.decoder import TrainingDecoder
-from manyhats.trainer.model.head_loss import HeadLoss
+from manyhats.trainer.model.head_loss import HeadLoss, contrastive_loss
+from manyhats.trainer.settings.methods import BottleneckSettings, LoraSettings
 from support.factories.head_tasks import METHODS, HeadBase, head_base
 from support.factories.tiny_encoders import ENCODERS
 from support.factories.trainables import move, save
 from support.oracles.classifiers import load_model as load_reference
+from support.oracles.golden import GOLDEN, needs_golden
 
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -185,3 +191,83 @@ def test_artifacts_load_in_peft_with_the_same_outputs(family: str, method: str, 
         ours = HeadLoss(decoder, task).outputs(collate_read(rows), adapter.lowered())
         theirs = torch.cat([peft_outputs(model, task, text) for row in rows for text in row.texts])
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=f"{family} {method} {name}")
+
+
+# AdapterHub's heads, and what cannot be compared with a library
+
+
+@needs_golden
+@pytest.mark.real_model
+@pytest.mark.parametrize(
+    ("fixture", "settings", "kind", "classes"),
+    [
+        (
+            "minilm_seq_bn",
+            BottleneckSettings(variant="seq", reduction_factor=16),
+            TaskKind.CLASSIFY,
+            ("neg", "neu", "pos"),
+        ),
+        (
+            "minilm_double_seq_bn",
+            BottleneckSettings(variant="double_seq", reduction_factor=32, non_linearity="swish"),
+            TaskKind.CLASSIFY_TOKENS,
+            ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
+        ),
+    ],
+)
+def test_heads_beside_bottlenecks_are_laid_out_as_adapterhub_s(
+    fixture: str, settings: BottleneckSettings, kind: TaskKind, classes: tuple[str, ...]
+) -> None:
+    model = load_model("all-minilm-l6-v2", quantization="none", dtype=torch.float32)
+    golden = GOLDEN / "encoders" / fixture / "adapter"
+    theirs = json.loads((golden / "head_config.json").read_text())
+    task = HeadTask(kind=kind, loss=Loss.CROSS_ENTROPY, classes=classes)
+    files = make_adapter(settings, theirs["name"], model, seed=0, head=task).files("float32")
+    ours = json.loads(files["head_config.json"])
+    assert ours == theirs
+    for name in ("adapter.safetensors", "model_head.safetensors"):
+        saved, made = load((golden / name).read_bytes()), load(files[name])
+        assert {key: value.shape for key, value in made.items()} == {
+            key: value.shape for key, value in saved.items()
+        }
+    config = json.loads((golden / "adapter_config.json").read_text())
+    own = json.loads(files["adapter_config.json"])
+    assert {**own, "config": None} == {**config, "config": None}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_alone_are_those_of_a_batch(task: str) -> None:
+    """Padding, which attention adds, does not show."""
+    base, adapter = made("bert", "prompt", TASKS[task])
+    decoder = TrainingDecoder(
+        base.model, dtype=torch.float32, gradient_checkpointing=False, device=torch.device("cpu")
+    )
+    losses, lowered, rows = HeadLoss(decoder, TASKS[task]), adapter.lowered(), random_rows(TASKS[task])
+    together = losses.outputs(collate_read(rows), lowered)
+    alone = torch.cat([losses.outputs(collate_read([row]), lowered) for row in rows])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_the_contrastive_loss_is_that_of_all_other_texts() -> None:
+    vectors = torch.tensor([[1.0, 0], [3.0, 0], [0, 2.0], [0, 1.0], [1.0, 1.0]])
+    # Queries 0 and 2; answers 1 and 3; 4 is another text of the second row.
+    loss = contrastive_loss(vectors, [(0,), (1,), (2,), (3,), (4,)], (2, 3), 0.5)
+    near = 2 * 0.5**0.5
+    first = torch.tensor([2.0, 0.0, near])
+    second = torch.tensor([0.0, 2.0, near])
+    expected = -first.log_softmax(0)[0] - second.log_softmax(0)[1]
+    assert float(loss) == pytest.approx(float(expected))
+    # A text equal to the first answer is none of the others.
+    same = contrastive_loss(vectors, [(0,), (1,), (2,), (3,), (1,)], (2, 3), 0.5)
+    expected = -first[:2].log_softmax(0)[0] - second.log_softmax(0)[1]
+    assert float(same) == pytest.approx(float(expected))
+
+
+def test_names_of_modules_hit_no_part_of_a_head() -> None:
+    task = TASKS["classes"]
+    for family in ENCODERS:
+        config = make_adapter(LoraSettings(), "t", head_base(family).model, seed=0, head=task).config
+        modules = [*head_base(family).model.description.modules, "classifier.dense", "classifier.out_proj"]
+        hit = {path for path in modules if any(matches(path, name) for name in config["target_modules"])}
+        layers = {path for path in modules if ".layer." in path}
+        assert hit == layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from manyhats.trainer.data.batch import TextBatch, TokenizedRow, TrainingBatch, TrainingRow, batch_of
 from manyhats.trainer.data.dataset import Dataset
@@ -24,7 +24,7 @@ class BatchShape:
         num_rows: B.
         longest: T, the length of the longest row, without what is shared.
         num_shared: S.
-        num_targets: M.
+        num_targets: M, or the rows that a task's head reads.
         data_bytes: size of all rows, which stay in memory.
     """
 
@@ -39,6 +39,15 @@ class BatchShape:
     def num_padded(self) -> int:
         """B · T, the tokens that attention processes."""
         return self.num_rows * self.longest
+
+
+def behind(batch: BatchShape, num_ahead: int) -> BatchShape:
+    """A batch whose texts each have this many virtual tokens ahead of them, which run in the layers."""
+    return replace(
+        batch,
+        num_tokens=batch.num_tokens + num_ahead * batch.num_rows,
+        longest=batch.longest + num_ahead,
+    )
 
 
 def longest_rows(options: OptimizationSettings, length: int) -> BatchShape:
@@ -84,11 +93,11 @@ def _shape_of(batch: TextBatch, data: Dataset | ReadDataset) -> BatchShape:
         num_rows=len(segments),
         longest=max(segments),
         num_shared=batch.num_shared,
-        num_targets=len(batch.targets) if isinstance(batch, TrainingBatch) else 0,
+        num_targets=len(batch.targets) if isinstance(batch, TrainingBatch) else len(batch.token_ids),
         data_bytes=_data_bytes(data),
     )
 
 
 def _data_bytes(data: Dataset | ReadDataset) -> int:
-    """Four bytes per token id and one for whether it is learned; per row its bounds, line and prompt length."""
+    """Four bytes per token id and one for whether it is learned, or its type; per row its bounds, line and the like."""
     return 5 * data.rows.num_tokens + 20 * len(data.rows)

@@ -24,6 +24,7 @@ from manyhats.trainer.data.head_task import HeadTask, Loss
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods.initialization import zeros
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
+from manyhats.trainer.settings.settings import TrainSettings
 
 _DEVIATION = 0.02
 _BEHIND_VIRTUAL_TOKENS = "base_model."
@@ -49,6 +50,21 @@ _WITHOUT: Mapping[TaskKind, frozenset[str]] = MappingProxyType(
 )
 _TOKEN_CLASSIFIERS = frozenset(("falcon", "gpt2", "gpt_neox"))
 """Decoders that call their head of tokens ``classifier``; the others' is ``score``."""
+
+
+def check_reads(settings: TrainSettings, base: BaseDescription) -> None:
+    """Check that the base, with an adapter of this method, can do what the task is to do.
+
+    Raises:
+        BaseError: it is an encoder, which continues no text; or no library has such a head on it.
+    """
+    if settings.head.reads:
+        check_head(settings.head.task_kind, settings.adapter.method, base)
+    elif base.kind is TaskKind.EMBED:
+        raise BaseError(
+            f"{base.model_type} is an encoder, which continues no text: set `head` to classification, tokens or "
+            "embedding"
+        )
 
 
 def check_head(kind: TaskKind, method: AdapterMethod, base: BaseDescription) -> None:
@@ -116,13 +132,8 @@ def with_head(
         return replace(adapter, parameters=parameters, config=config, learning_rate_scales=scales)
     is_virtual = adapter.method in _VIRTUAL
     prefix = _BEHIND_VIRTUAL_TOKENS if is_virtual else PREFIX
-    head = _layers(
-        [prefix + part.module for part in _peft_layers(task.kind, base) if not part.is_base_s],
-        base.read_size,
-        task.num_outputs,
-        generator,
-        has_bias=task.kind is TaskKind.CLASSIFY_TOKENS or base.kind is TaskKind.EMBED,
-    )
+    shapes = head_shapes(task, adapter.method, base)
+    head = _fresh({prefix + name: shape for name, shape in shapes.items()}, generator)
     # PEFT lists every name that a head might have, and with virtual tokens twice.
     config["modules_to_save"] = [*_LISTED, *(_LISTED if is_virtual else ())]
     return replace(adapter, parameters={**parameters, **head}, config=config, head_names=frozenset(head))
@@ -135,33 +146,46 @@ def _peft_layers(kind: TaskKind, base: BaseDescription) -> tuple[Part, ...]:
     return others[0]
 
 
-def _layers(
-    names: list[str], d_in: int, num_outputs: int, generator: Generator, *, has_bias: bool
-) -> dict[str, nn.Parameter]:
-    """Linears one behind the other, all but the last as wide as what they read."""
-    made: dict[str, nn.Parameter] = {}
+def head_shapes(task: HeadTask, method: AdapterMethod, base: BaseDescription) -> dict[str, tuple[int, ...]]:
+    """The tensors of a head behind an adapter of this method: module's name and tensor's → shape; none for vectors."""
+    if task.kind is TaskKind.EMBED:
+        return {}
+    has_bias = True
+    if method is AdapterMethod.BOTTLENECK:
+        # The index counts dropout, linear and activation.
+        names = ["1", "4"] if task.kind is TaskKind.CLASSIFY else ["1"]
+    else:
+        names = [part.module for part in _peft_layers(task.kind, base) if not part.is_base_s]
+        has_bias = task.kind is TaskKind.CLASSIFY_TOKENS or base.kind is TaskKind.EMBED
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
-        d_out = num_outputs if name == names[-1] else d_in
-        made[f"{name}.weight"] = nn.Parameter(torch.randn(d_out, d_in, generator=generator) * _DEVIATION)
+        d_out = task.num_outputs if name == names[-1] else base.read_size
+        shapes[f"{name}.weight"] = (d_out, base.read_size)
         if has_bias:
-            made[f"{name}.bias"] = zeros(d_out)
-    return made
+            shapes[f"{name}.bias"] = (d_out,)
+    return shapes
+
+
+def _fresh(shapes: Mapping[str, tuple[int, ...]], generator: Generator) -> dict[str, nn.Parameter]:
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator) * _DEVIATION)
+        if len(shape) > 1
+        else zeros(*shape)
+        for name, shape in shapes.items()
+    }
 
 
 def _with_flexible_head(
     adapter: ParametrizedAdapter, task: HeadTask, base: BaseDescription, generator: Generator
 ) -> ParametrizedAdapter:
-    name = adapter.config["name"]
-    is_of_texts = task.kind is TaskKind.CLASSIFY
-    # The index counts dropout, linear and activation.
-    indices = (1, 4) if is_of_texts else (1,)
-    names = [f"heads.{name}.{index}" for index in indices]
-    head = _layers(names, base.read_size, task.num_outputs, generator, has_bias=True)
+    shapes = head_shapes(task, adapter.method, base)
+    own = f"heads.{adapter.config['name']}."
+    head = _fresh({own + name: shape for name, shape in shapes.items()}, generator)
     return replace(
         adapter,
         parameters={**adapter.parameters, **head},
         head_names=frozenset(head),
-        head_config=_flexible_config(adapter, task, len(indices)),
+        head_config=_flexible_config(adapter, task, sum(len(shape) > 1 for shape in shapes.values())),
     )
 
 

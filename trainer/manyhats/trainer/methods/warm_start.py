@@ -116,10 +116,10 @@ def _renamed(artifact: AdapterArtifact, adapter: ParametrizedAdapter) -> Mapping
 
 def _check_same(ours: LoweredAdapter, theirs: LoweredAdapter) -> None:
     """With the same tensors both must compute the same; otherwise a scale or an activation differs."""
-    for mine, other in zip(_activations(ours), _activations(theirs), strict=True):
-        if mine != other:
+    for wanted, found in zip(_activations(ours), _activations(theirs), strict=True):
+        if wanted != found:
             raise SettingError(
-                _SETTING, f"a layer of its head has the activation {other}; these settings make {mine}"
+                _SETTING, f"a layer of its head has the activation {found}; these settings make {wanted}"
             )
     for mine, other in zip((*ours.deltas, ours.prefix), (*theirs.deltas, theirs.prefix), strict=True):
         if mine is None or other is None:

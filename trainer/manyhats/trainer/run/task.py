@@ -14,14 +14,13 @@ from pathlib import Path
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
 from manyhats.adapters.heads import TaskKind
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.trainer.data.dataset import Dataset
 from manyhats.trainer.data.head_data import HeadData, read_head_data
 from manyhats.trainer.data.head_rows import ReadDataset
 from manyhats.trainer.data.head_task import HeadTask
 from manyhats.trainer.data.head_tokens import TextReading
 from manyhats.trainer.data.task_data import TaskData, longest_row, read_task_data, with_text_of
-from manyhats.trainer.errors import BaseError, SettingError
+from manyhats.trainer.errors import SettingError
 from manyhats.trainer.files.output_directory import (
     make_output_directory,
     remove_if_empty,
@@ -31,7 +30,7 @@ from manyhats.trainer.files.output_directory import (
 )
 from manyhats.trainer.memory.peak import peak_memory
 from manyhats.trainer.methods.adapter import num_trainable
-from manyhats.trainer.methods.head import check_head
+from manyhats.trainer.methods.head import check_reads
 from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.targets import with_named_modules
@@ -69,21 +68,6 @@ from manyhats.trainer.run.training_run import TrainingRun
 from manyhats.trainer.settings.settings import TrainSettings
 
 _TELL_EVERY_S = 0.2
-
-
-def check_reads(settings: TrainSettings, model: LoadedModel) -> None:
-    """Check that the base, with an adapter of this method, can do what the task is to do.
-
-    Raises:
-        BaseError: it is an encoder, which continues no text; or no library has such a head on it.
-    """
-    if settings.head.reads:
-        check_head(settings.head.task_kind, settings.adapter.method, model.description)
-    if not settings.head.reads and model.architecture.head is None:
-        raise BaseError(
-            f"{model.architecture.model_type} is an encoder, which continues no text: set `head` to classification, "
-            "tokens or embedding"
-        )
 
 
 def _data_report(dataset: Dataset | ReadDataset) -> DataReport:
@@ -132,7 +116,7 @@ class TaskTraining:
         self._out = Path(settings.out)
         self._base = base
         self._listener = listener
-        check_reads(settings, base.model)
+        check_reads(settings, base.model.description)
         self._adapter = self._made()
         self._model, self._text_files = with_text_of(base.model, settings.init_from)
         self._date = (recorded_date(self._out) if resume else None) or datetime.now()
