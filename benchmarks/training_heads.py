@@ -2,8 +2,9 @@
 
 The task is WordNet's: a noun's definition → its category, one of 25 (see ``examples.wordnet``). Both train the same
 LoRA with a fresh head on the same base, with the same rows, batch size, number of steps, learning rate and schedule.
-Here the held-out rows are read by the engine, as a server reads them; there by PEFT's own model. The trainer here drops
-out nothing of the base; PEFT's does, as the base's config says, unless that is set to 0: then the settings are the same.
+Here the held-out rows are read by the engine, as a server reads them; there by PEFT's own model. The trainer here
+drops out nothing of the base; PEFT's does, as the base's config says, unless that is set to 0: then the settings are
+the same.
 """
 
 from __future__ import annotations

@@ -53,6 +53,19 @@ def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) ->
         SettingError: a name is not a module's; lists the valid ones.
     """
     known = _known_modules(base)
+    named, by_site = _selected(names, setting, base, known)
+    chosen = {path for path in known if any(matches(path, name) for name in named)} | by_site
+    targets = [target for path, target in known.items() if path in chosen]
+    return ChosenModules(
+        tuple(sorted(named | _names_of(by_site, chosen, base))),
+        tuple(sorted(targets, key=lambda target: target.parts[0].site)),
+    )
+
+
+def _selected(
+    names: Sequence[str], setting: str, base: BaseDescription, known: Mapping[str, Target]
+) -> tuple[set[str], set[str]]:
+    """The names that are ends of paths, and the paths of modules that the others select."""
     fused = {
         part.site.name: _last(path)
         for path, target in known.items()
@@ -75,12 +88,7 @@ def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) ->
         else:
             listed = ", ".join(sorted(_names_of(known, known, base)))
             raise SettingError(setting, f"{name!r} is not a linear of this base; it has {listed}")
-    chosen = {path for path in known if any(matches(path, name) for name in named)} | by_site
-    targets = [target for path, target in known.items() if path in chosen]
-    return ChosenModules(
-        tuple(sorted(named | _names_of(by_site, chosen, base))),
-        tuple(sorted(targets, key=lambda target: target.parts[0].site)),
-    )
+    return named, by_site
 
 
 def _names_of(paths: Collection[str], chosen: Collection[str], base: BaseDescription) -> set[str]:

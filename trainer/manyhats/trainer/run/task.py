@@ -12,8 +12,6 @@ from datetime import datetime
 from pathlib import Path
 
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
-from manyhats.adapters.heads import TaskKind
-from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.trainer.data.dataset import Dataset
 from manyhats.trainer.data.head_data import HeadData, read_head_data
 from manyhats.trainer.data.head_rows import ReadDataset
@@ -38,31 +36,24 @@ from manyhats.trainer.model.head_loss import HeadLoss
 from manyhats.trainer.report.curves import loss_curve, tensorboard_curves
 from manyhats.trainer.report.events import (
     DataRead,
-    EvaluationProgress,
     Listener,
-    ScoringProgress,
     TokenizingProgress,
     all_of,
     ignore,
 )
-from manyhats.trainer.report.head_scoring import score_head
-from manyhats.trainer.report.label_scoring import score_labels
-from manyhats.trainer.report.metrics import Metrics
 from manyhats.trainer.report.model_card import model_card
 from manyhats.trainer.report.report import (
     ArtifactReport,
     BaseReport,
     DataReport,
-    Evaluation,
-    HeldOut,
     TrainingReport,
 )
 from manyhats.trainer.report.served import SavedAdapter, read_saved
 from manyhats.trainer.run.base import TrainingBase, num_parameters
 from manyhats.trainer.run.checkpoint import open_checkpoints, recorded_date
-from manyhats.trainer.run.evaluation import held_out_loss, in_float32
 from manyhats.trainer.run.gradients import LossModel
 from manyhats.trainer.run.interrupt import TrainingInterrupted
+from manyhats.trainer.run.measuring import Measuring
 from manyhats.trainer.run.state import RunResult
 from manyhats.trainer.run.training_run import TrainingRun
 from manyhats.trainer.settings.settings import TrainSettings
@@ -223,7 +214,10 @@ class TaskTraining:
         files = {**self._adapter.files(self._settings.save_dtype), **self._text_files}
         write_artifact(self._out, files)
         saved = read_saved(self._settings.task, self._out, self._base.model.description)
-        evaluation = self._evaluation(result, saved)
+        measuring = Measuring(
+            self._settings, self._base, self._model, self._losses, self._data, self._listener
+        )
+        evaluation = measuring.evaluation(result, saved)
         report = TrainingReport(
             settings=self._settings,
             base=self._base_report(),
@@ -248,90 +242,6 @@ class TaskTraining:
         title = f"{self._settings.task} ({report.artifact.method.replace('_', ' ')})"
         curve = loss_curve(title, report.steps, report.evaluations, before)
         write_report(self._out, report.to_json(), curve, model_card(report))
-
-    def _evaluation(self, result: RunResult, saved: SavedAdapter) -> Evaluation | None:
-        """The base's results, and the artifact's."""
-        held_out, options = self._data.held_out, self._settings.optimization
-        if held_out is None:
-            return None
-        rows = held_out.rows
-
-        def loss_of(adapter: LoweredAdapter | None) -> float:
-            return held_out_loss(self._losses, adapter, rows, options, self._tell_evaluation)
-
-        losses = {evaluation.step: evaluation.loss for evaluation in result.evaluations}
-        # A float32 file has exactly the parameters that were evaluated last.
-        is_exact = self._settings.save_dtype == "float32"
-        # Without its head the base tells no classes.
-        loss_before = None if self._tells_classes else loss_of(None)
-        loss_after = (
-            losses[result.artifact_step]
-            if is_exact
-            else loss_of(in_float32(saved.lowered, self._base.computation.device))
-        )
-        if isinstance(self._data, HeadData):
-            before, after = self._head_metrics(saved, self._data)
-            return Evaluation(
-                num_items=len(rows),
-                labels=(),
-                before=None if loss_before is None else HeldOut(loss=loss_before, metrics=before or {}),
-                after=HeldOut(loss=loss_after, metrics=after),
-            )
-        num_right = self._num_right(saved, self._data)
-        assert loss_before is not None
-        return Evaluation(
-            num_items=len(rows),
-            labels=self._data.labels,
-            before=HeldOut(loss=loss_before, num_right=num_right[0]),
-            after=HeldOut(loss=loss_after, num_right=num_right[1]),
-            label_tokens=max(
-                (len(label.token_ids) for item in self._data.items for label in item.labels), default=0
-            ),
-            form=None if self._data.held_out is None else self._data.held_out.form,
-        )
-
-    @property
-    def _tells_classes(self) -> bool:
-        return isinstance(self._data, HeadData) and self._data.task.kind is not TaskKind.EMBED
-
-    def _head_metrics(self, saved: SavedAdapter, data: HeadData) -> tuple[Metrics | None, Metrics]:
-        """How good the base and the artifact are, as served."""
-        assert data.held_out is not None
-        return score_head(
-            self._model,
-            saved,
-            data.task,
-            data.held_out,
-            dtype=self._base.computation.dtype_name,
-            num_threads=self._settings.model.num_threads,
-            on_progress=self._tell_scoring,
-        )
-
-    def _tell_scoring(self, done: int, total: int) -> None:
-        self._listener(ScoringProgress(task=self._settings.task, done=done, total=total))
-
-    def _tell_evaluation(self, done: int, total: int) -> None:
-        self._listener(EvaluationProgress(task=self._settings.task, done=done, total=total))
-
-    def _num_right(self, saved: SavedAdapter, data: TaskData) -> tuple[int | None, int | None]:
-        """How many labels the base and the artifact predict correctly."""
-        if not data.items:
-            return None, None
-
-        scores = score_labels(
-            self._model,
-            saved,
-            data.items,
-            dtype=self._base.computation.dtype_name,
-            num_threads=self._settings.model.num_threads,
-            on_progress=self._tell_scoring,
-        )
-        right = [data.labels.index(item.label) for item in data.items]
-
-        def count(predicted: tuple[int, ...]) -> int:
-            return sum(a == b for a, b in zip(predicted, right, strict=True))
-
-        return count(scores.base), count(scores.adapter)
 
     def _base_report(self) -> BaseReport:
         model = self._base.model
