@@ -26,26 +26,9 @@ from hypothesis import strategies as st
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data.reading import read_rows
 from support.factories.default_model import default_model_directory
+from support.factories.wordnet import synset, write_wordnet
 
 ROOT = Path(__file__).parents[3]
-
-
-def synset(number: int, gloss: str, file: int = 5) -> str:
-    return f"{number:08} {file:02} n 01 some_word 0 000 | {gloss}  \n"
-
-
-def write_wordnet(path: Path, per_category: int) -> Path:
-    """A made-up WordNet, so that tests need no package; one definition comes in two categories."""
-    lines = ["  1 A licence.  \n", synset(1, "what everything is", 3), synset(2, "the same in two", 4)]
-    lines.append(synset(3, "the same in two", 5))
-    for file, category in CATEGORIES.items():
-        num = 4 if category == "motive" else per_category
-        lines += [
-            synset(100 * file + index, f'a made-up {category} of kind {index}; "it is said"', file)
-            for index in range(num)
-        ]
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.mark.parametrize(
