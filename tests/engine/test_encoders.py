@@ -230,6 +230,14 @@ def test_long_texts_are_transformers_s_where_most_layers_see_a_window(tmp_path: 
         np.testing.assert_allclose(ours, rows, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def test_a_pooler_is_kept_where_layers_are_quantized(tmp_path: Path) -> None:
+    checkpoint = make_encoder(tmp_path / "model", seed=3)
+    for _ in range(2):  # quantized, then from the cache
+        pooler = load_tiny(checkpoint, "nf4").weights.outer["pooler"]
+        expected = load_tiny(checkpoint).weights.outer["pooler"]
+        assert torch.equal(torch.as_tensor(pooler.matrix), torch.as_tensor(expected.matrix))
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_padding_is_refused_where_positions_do_not_count_it(tmp_path: Path, family: str) -> None:
     checkpoint = make_encoder(tmp_path / "model", family, seed=3)

@@ -1,8 +1,8 @@
 """Labels of a version that the server reads.
 
 ``default.*`` says what holds for fields that callers leave out, ``class.0``, ``class.1``, … are the classes that its
-task tells apart, and ``classify.*`` how a text is put to it, or how its head's logits become scores. ``share`` and
-``limit.*`` say what a task may take of a busy server.
+task tells apart, ``classify.*`` how a text is put to it, or how its head's logits become scores, and ``embed.pooling``
+what makes a text's vector. ``share`` and ``limit.*`` say what a task may take of a busy server.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from manyhats.adapters.errors import ArgumentInvalidError
-from manyhats.adapters.heads import ScoreActivation
+from manyhats.adapters.heads import Pooling, ScoreActivation
 
 DEFAULT = "default."
 STOP = "default.stop."
 CLASS = "class."
 SYSTEM = "classify.system"
 ACTIVATION = "classify.activation"
+POOLING = "embed.pooling"
 SHARE = "share"
 MAX_CONCURRENCY = "limit.concurrency"
 MAX_TOKENS_PER_SECOND = "limit.tokens_per_second"
 MAX_CLASSES = 256
 
+_EMBED = "embed."
 _CLASSIFY = "classify."
 _PROMPT = "classify.prompt"
 _CHAT, _TEXT = "chat", "text"
@@ -110,6 +112,22 @@ def read_activation(labels: Mapping[str, str]) -> ScoreActivation | None:
     known = {each.value: each for each in ScoreActivation}
     if given is not None and given not in known:
         raise label_error(ACTIVATION, f"must be one of {', '.join(known)}, not {given!r}")
+    return None if given is None else known[given]
+
+
+def read_pooling(labels: Mapping[str, str]) -> Pooling | None:
+    """What makes a text's vector, as a version's labels say; None if they do not.
+
+    Raises:
+        ArgumentInvalidError: it is not known; names the label.
+    """
+    for key in labels:
+        if key.startswith(_EMBED) and key != POOLING:
+            raise label_error(key, f"is not known; this is: {POOLING}")
+    given = labels.get(POOLING)
+    known = {each.value: each for each in Pooling if each is not Pooling.ALL}
+    if given is not None and given not in known:
+        raise label_error(POOLING, f"must be one of {', '.join(known)}, not {given!r}")
     return None if given is None else known[given]
 
 

@@ -77,7 +77,9 @@ _DISTILBERT_SIZES = {
 }
 
 
-def make_encoder(directory: Path, family: str = "bert", *, seed: int = 0, auto: str = "AutoModel") -> Path:
+def make_encoder(
+    directory: Path, family: str = "bert", *, seed: int = 0, auto: str = "AutoModel", **sizes: int
+) -> Path:
     """Save a random encoder of a family.
 
     Args:
@@ -85,10 +87,11 @@ def make_encoder(directory: Path, family: str = "bert", *, seed: int = 0, auto: 
         family: one of ``ENCODERS``.
         seed: of the weights.
         auto: the class that saves it, which decides on its tensors' prefix.
+        sizes: of its config, by the family's names.
     """
     transformers: Any = import_module("transformers")
-    sizes = _DISTILBERT_SIZES if family == "distilbert" else _SIZES
-    config = transformers.AutoConfig.for_model(family.split()[0], **{**sizes, **ENCODERS[family]})
+    usual = _DISTILBERT_SIZES if family == "distilbert" else _SIZES
+    config = transformers.AutoConfig.for_model(family.split()[0], **{**usual, **ENCODERS[family], **sizes})
     with torch.random.fork_rng():
         model = getattr(transformers, auto).from_config(config)
     randomize(model, seed)

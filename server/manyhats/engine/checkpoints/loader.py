@@ -41,7 +41,15 @@ from manyhats.engine.text.task_text import TaskTexts
 from manyhats.engine.text.text_process import TextProcesses
 from manyhats.engine.text.tokenizer import Tokenizer
 
-__all__ = ["GenerationDefaults", "LoadedModel", "Progress", "Quantization", "default_home", "load_model"]
+__all__ = [
+    "GenerationDefaults",
+    "LoadedModel",
+    "Progress",
+    "Quantization",
+    "default_home",
+    "load_model",
+    "usual_quantization",
+]
 
 _log = structlog.get_logger(__name__)
 
@@ -79,6 +87,13 @@ class LoadedModel:
     reference: str
     quantization: Quantization
     texts: TaskTexts
+
+    @property
+    def padding_id(self) -> int | None:
+        """The padding of an encoder whose positions begin behind its id, as RoBERTa's do; None for others."""
+        positions = self.architecture.embedding.positions
+        is_counted = positions is None or not positions.offset or not self.architecture.attention.sees_all
+        return None if is_counted else self.description.pad_token_id
 
 
 def load_model(
@@ -172,7 +187,12 @@ def _find(directory: Path, max_context_length: int | None, digests: FileDigests)
 def _auto_quantization(found: _Found) -> Quantization:
     if check_quantization_config(found.config):
         return "nf4"
-    return "nf4" if found.family.architecture.num_linear_parameters() >= _MIN_PARAMETERS_OF_NF4 else "none"
+    return usual_quantization(found.family.architecture)
+
+
+def usual_quantization(architecture: Architecture) -> Quantization:
+    """That of ``auto``, unless the checkpoint itself is in NF4."""
+    return "nf4" if architecture.num_linear_parameters() >= _MIN_PARAMETERS_OF_NF4 else "none"
 
 
 def _read_tensors(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from manyhats.adapters.heads import Pooling, TaskKind
-from manyhats.adapters.reserved_labels import class_names
+from manyhats.adapters.reserved_labels import class_names, read_pooling
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.server.service.class_scores import activated, num_scores, scored_rows, sigmoid
 from manyhats.server.service.entities import Aggregation, Entity, entities
@@ -91,6 +91,7 @@ class Encodings:
         adapter = self._tasks.resolved(call)
         if pooling is None:
             check_kind(adapter, TaskKind.GENERATE, TaskKind.EMBED, base=self._backend.info.kind)
+            pooling = None if adapter is None else read_pooling(adapter.labels)
         if pooling is Pooling.ALL:
             raise FieldInvalidError("pooling", "must give one vector a text")
         size = self._backend.info.embedding_size

@@ -29,6 +29,7 @@ class Step:
         element_bytes: e.
         is_quantized: whether the linears are dequantized for each product.
         layer: of which one is spoken.
+        reads: whether a task's head reads the hidden states, so that there are no logits of tokens.
     """
 
     architecture: Architecture
@@ -37,20 +38,26 @@ class Step:
     element_bytes: int
     is_quantized: bool
     layer: int = 0
+    reads: bool = False
 
     def layers(self) -> list[Step]:
         """The same of each layer."""
         return [replace(self, layer=layer) for layer in range(self.architecture.num_layers)]
 
     @property
+    def num_once(self) -> int:
+        """Virtual tokens that run in the layers before all rows; where they see a text they are tokens of its row."""
+        return 0 if self.architecture.attention.sees_all else self.adapter.num_in_layers
+
+    @property
     def num_tokens(self) -> int:
         """N."""
-        return self.batch.num_tokens + self.adapter.num_in_layers
+        return self.batch.num_tokens + self.num_once
 
     @property
     def num_before(self) -> int:
         """C."""
-        return self.batch.num_shared + self.adapter.num_virtual_tokens
+        return self.batch.num_shared + self.num_once + self.adapter.num_prefix
 
     @property
     def num_keys(self) -> int:
@@ -103,6 +110,16 @@ def residual_bytes(step: Step) -> int:
     return _FLOAT * step.num_tokens * step.block.hidden_size
 
 
+def inputs_kept(step: Step, reads_one: bool) -> int:
+    """What is kept of the stream outside the layers: 4 · N · D each.
+
+    It is each layer's input, the last one's output, unless one row of each text is read of it, and the embeddings' sum
+    if that is normed and trained virtual tokens are in it.
+    """
+    is_normed = step.architecture.embedding.norm is not None and step.adapter.num_in_layers > 0
+    return (step.architecture.num_layers + (not reads_one) + is_normed) * residual_bytes(step)
+
+
 def kept_by_linears(step: Step, fused: str) -> int:
     """What the linears that share one input keep for N tokens; nothing if no adapter changes them.
 
@@ -122,7 +139,7 @@ def attention_kept(step: Step) -> int:
 
     If rows are not padded and nothing comes before them, values are a view of the projections, N · (Q + 2·KV). Tokens
     shared by all rows are views too: on top of the rows' copies they keep the queries, keys and projections of all N;
-    after a prefix the latter two are copies.
+    after a prefix the latter two are copies. A norm of the stream keeps what it norms, 4 · N · D.
     """
     attention, batch, e, tokens = step.block.attention, step.batch, step.element_bytes, step.num_tokens
     query, key = attention.query_size, attention.key_size
@@ -130,9 +147,10 @@ def attention_kept(step: Step) -> int:
     is_view = not step.is_padded and not step.num_before and step.output_bytes("qkv") == e
     values = projections if is_view else step.num_keys * key
     rows = 2 * max(batch.num_padded, batch.num_tokens) * query + step.num_keys * key + values
-    if batch.num_shared or step.adapter.num_in_layers:
+    if batch.num_shared or step.num_once:
         rows += tokens * query + (0 if step.adapter.num_prefix else tokens * key + projections)
-    return e * rows + kept_by_linears(step, "qkv") + kept_by_linears(step, "o")
+    normed = residual_bytes(step) if step.block.around_attention.stream is not None else 0
+    return e * rows + kept_by_linears(step, "qkv") + kept_by_linears(step, "o") + normed
 
 
 def feed_forward_kept(step: Step) -> int:
@@ -235,10 +253,13 @@ def head_bytes(step: Step) -> int:
 
     It needs three float32 tensors [M, D]; the logits of c = min(M, 2²⁴ / V) rows, which their gradient overwrites,
     e · c · V (three times that if the adapter acts on the head); and, unless they are float32, a float32 copy of a few.
-    If there are more rows, each chunk is freed only after the next one has been allocated.
+    If there are more rows, each chunk is freed only after the next one has been allocated. A task's own head needs the
+    three tensors alone, of M rows that it reads.
     """
     vocab_size, e = step.architecture.vocab_size, step.element_bytes
     targets = step.batch.num_targets
+    if step.reads:
+        return 3 * _FLOAT * targets * step.architecture.read_size
     rows = min(targets, max(1, CHUNK_VALUES // vocab_size))
     logits = e * rows * vocab_size * (3 if step.adapter.is_on_head else 1)
     logits += e * rows * vocab_size if targets > rows else 0
