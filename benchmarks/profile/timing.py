@@ -194,5 +194,5 @@ def parts_of(rows: Ints) -> list[str]:
         kind = int(row[col.INSTRUCTION])
         if kind == col.DELTAS:
             group = LINEARS[row[col.GROUP]]
-        parts.append(group if kind in (col.LINEAR, col.QUANTIZE) else PART_OF[kind])
+        parts.append(group if kind in (col.LINEAR, col.QUANTIZE, col.NARROW) else PART_OF[kind])
     return parts[::-1]

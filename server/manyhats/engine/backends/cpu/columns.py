@@ -16,6 +16,7 @@ from __future__ import annotations
     SOFTCAP,
     GATHER,
     QUANTIZE,
+    NARROW,
     REFINE,
     REFINE_ALLOWED,
     EXACT_LOGITS,
@@ -27,7 +28,7 @@ from __future__ import annotations
     DELTAS,
     BOTTLENECK,
     UNNORMED,
-) = range(23)
+) = range(24)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -57,8 +58,18 @@ PANEL_ROWS, WEIGHTS, ABSMAX, ROW_BLOCK, ROW_OFFSET, NESTED, NESTED_CODE, BIAS = 
 STREAM_WEIGHT, STREAM_BIAS, IS_STREAM_LAYER = range(9, 12)
 NUM_COLUMNS = 17
 # Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones; NF4 and int8 for inputs in
-# integers.
-NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
+# integers; dense ones whose outputs are the lanes, of which PAIRS are for inputs in bfloat16.
+(
+    NESTED_NF4,
+    PLAIN_NF4,
+    BFLOAT16,
+    FLOAT32,
+    NF4_BY_INT16,
+    INT8,
+    FLOAT32_GROUPS,
+    BFLOAT16_GROUPS,
+    BFLOAT16_PAIRS,
+) = range(9)
 
 # Columns of the frame, which holds a step's counts and the addresses of its arrays. The last ones belong to the call:
 # instructions and their numbers, the buffers' addresses, counters [2, instructions] that start at zero, scratch,
@@ -69,6 +80,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     NUM_LOGIT_ROWS,
     NUM_HIDDEN_ROWS,
     NUM_ADAPTER_ROWS,
+    NUM_DELTA_TILES,
     NUM_RESCALED_ROWS,
     NUM_UNITS,
     MAX_BLOCKS,
@@ -89,6 +101,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     TOKEN_TYPES,
     ADAPTER_ROWS,
     ADAPTER_SLOTS,
+    DELTA_TILES,
     RESCALED_ROWS,
     RESCALED_SLOTS,
     KEYS,
@@ -112,8 +125,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     PLAIN_SHARE,
     CACHE_SHARE,
     ADAPTER_SHARE,
-) = range(47)
-FRAME_SIZE = 47
+) = range(49)
+FRAME_SIZE = 49
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

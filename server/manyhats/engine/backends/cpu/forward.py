@@ -19,9 +19,9 @@ from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 
 # Buffers of N rows: the tokens' vectors, where they are not the stream at once; the stream, its norm, and that for a
 # feed-forward beside the attention; queries with keys and values (or gate with up), what attention (or the activation)
-# makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm, where that is
-# not what the head reads; what it reads, and the logits. Buffers of H rows: the first two of these for rows whose
-# hidden values are wanted.
+# makes of them, a sub-layer's output, a linear's input in integers or bfloat16. Buffers of M rows: the final norm,
+# where that is not what the head reads; what it reads, and the logits. Buffers of H rows: the first two of these for
+# rows whose hidden values are wanted.
 (
     EMBEDDED,
     STREAM,
@@ -30,7 +30,7 @@ from manyhats.engine.model.weights import BlockWeights, Linear, Weights
     WIDE,
     MIXED,
     OUTPUT,
-    QUANTIZED,
+    CONVERTED,
     FINAL,
     LAST,
     LOGITS,
@@ -258,9 +258,8 @@ class Forward:
         return packed.out_features
 
     def _product(self, packed: CpuLinear, source: int, target: int, rows: int) -> None:
-        if packed.takes_int16:
-            self.sizes[QUANTIZED] = max(self.sizes[QUANTIZED], packed.quantized_size)
-        self.program.linear(source, target, packed, QUANTIZED, rows)
+        self.sizes[CONVERTED] = max(self.sizes[CONVERTED], packed.converted_size)
+        self.program.linear(source, target, packed, CONVERTED, rows)
 
 
 def _norms(block: Block, weights: BlockWeights) -> dict[str, PackedNorm]:
