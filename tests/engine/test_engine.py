@@ -14,7 +14,7 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
 from manyhats.engine import engine as engine_module
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.config import EngineConfig
+from manyhats.engine.config import EngineConfig, scheduler_config
 from manyhats.engine.engine import Engine
 from manyhats.engine.errors import (
     DeadlineExceededError,
@@ -30,6 +30,7 @@ from manyhats.engine.loop.generation import Generation
 from manyhats.engine.opening import open_engine
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest, StoppingParams
+from support.factories.architectures import make_architecture, make_attention
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.backends import default_model
 from support.harnesses.engine import (
@@ -536,3 +537,12 @@ async def test_the_kv_pool_is_sized_by_bytes_and_bounds_the_context(model: Loade
         assert caught.value.limit == 159
     with pytest.raises(FieldInvalidError, match="kv_cache_bytes"):
         open_engine(model, EngineConfig(kv_cache_bytes=100), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
+
+
+def test_a_step_of_an_encoder_has_four_times_the_tokens() -> None:
+    config = EngineConfig(max_num_batched_tokens=100)
+    for sees_all, expected in ((False, 100), (True, 400)):
+        architecture = make_architecture(replace(make_attention(2, 2, 16), sees_all=sees_all))
+        assert scheduler_config(config, architecture) == replace(
+            config.scheduler, max_num_batched_tokens=expected
+        )
