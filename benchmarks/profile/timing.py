@@ -56,7 +56,7 @@ PART_OF = {
 """Kind of instruction → the part of a step that it belongs to; a linear's is that of its group."""
 _NUM_OF_ATTENTION = 2
 _ACTIVATIONS = (col.SILU, col.GELU_TANH, col.GELU, col.RELU)
-_PRODUCTS = (col.LINEAR, col.QUANTIZE, col.EXPERT_LINEAR)
+_PRODUCTS = (col.LINEAR, col.QUANTIZE, col.NARROW, col.EXPERT_LINEAR)
 _FILLED_BLOCKS = 64
 _NOISE = 0.1
 

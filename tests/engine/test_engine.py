@@ -14,7 +14,7 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
 from manyhats.engine import engine as engine_module
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.config import EngineConfig
+from manyhats.engine.config import EngineConfig, scheduler_config
 from manyhats.engine.engine import Engine
 from manyhats.engine.errors import (
     DeadlineExceededError,
@@ -30,6 +30,7 @@ from manyhats.engine.loop.generation import Generation
 from manyhats.engine.opening import open_engine
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest, StoppingParams
+from support.factories.architectures import make_architecture, make_attention
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.backends import default_model
 from support.harnesses.engine import (
@@ -569,3 +570,12 @@ async def test_what_would_read_its_prompt_past_its_deadline_is_refused_at_once(
         with pytest.raises(DeadlineExceededError):
             await collect(engine, late)
         assert is_idle(engine)
+
+
+def test_a_step_of_an_encoder_has_four_times_the_tokens() -> None:
+    config = EngineConfig(max_num_batched_tokens=100)
+    for sees_all, expected in ((False, 100), (True, 400)):
+        architecture = make_architecture(replace(make_attention(2, 2, 16), sees_all=sees_all))
+        assert scheduler_config(config, architecture) == replace(
+            config.scheduler, max_num_batched_tokens=expected
+        )

@@ -7,7 +7,7 @@ from functools import partial
 from manyhats.engine.backends.backend import Backend
 from manyhats.engine.backends.open import open_backend
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.config import EngineConfig, kv_cache_bytes, resolve
+from manyhats.engine.config import EngineConfig, kv_cache_bytes, resolve, scheduler_config
 from manyhats.engine.engine import Engine
 from manyhats.engine.loop.probe import AdapterProbe, probe_prompt
 from manyhats.engine.loop.serving import ServingModel
@@ -68,7 +68,8 @@ def open_engine(
         padding_id=model.padding_id,
         pooling=model.description.pooling,
     )
-    scheduler = Scheduler(config.scheduler, BlockAllocator(cache.num_blocks, cache.block_size))
+    limits = scheduler_config(config, model.architecture)
+    scheduler = Scheduler(limits, BlockAllocator(cache.num_blocks, cache.block_size))
     step = Step(scheduler, prepared, cache, slots, serving.vocab_size)
     warm_up = partial(prepared.warm_up, cache, slots, probe_slot, progress)
     loop = Loop(step, Streams(), backend, background, warm_up)

@@ -178,8 +178,10 @@ class Pooled:
         if self._is_one:
             self._parts = self._parts or [rows[:1].copy()]
         elif self._pooling is Pooling.MEAN:
-            ahead = [] if self._sum is None else [self._sum]
-            self._sum = np.add.reduce(np.stack([*ahead, *rows.astype(np.float64)]), axis=0)
+            values = rows.astype(np.float64)
+            if self._sum is not None:
+                values = np.concatenate((self._sum[None], values))
+            self._sum = np.add.reduce(values, axis=0)
             self._num_rows += rows.shape[0]
         elif self._pooling is Pooling.MAX:
             self._parts = [np.concatenate([*self._parts, rows]).max(axis=0, keepdims=True)]

@@ -20,26 +20,26 @@ from manyhats.engine.model.nf4 import quantize_nf4
 from manyhats.engine.model.weights import Linear
 
 D_IN, D_OUT = 64, 48
-ROUTER_LOGITS, ROUTES, PAIRS, X, QUANTIZED, PAIRED, OUTPUTS, TOTAL = range(8)
+ROUTER_LOGITS, ROUTES, PAIRS, X, CONVERTED, PAIRED, OUTPUTS, TOTAL = range(8)
 
 
 def run(kernels: CpuKernels, logits: Tensor, experts: Experts, x: Tensor, linears: list[Linear]) -> Tensor:
     """Each row's experts' linears of it, weighed: [N, d_in] → [N, d_out]."""
     num_rows, count = len(x), experts.num_per_row
     packed = [kernels.pack([linear]) for linear in linears]
-    program, source, words = Program(), X, packed[0].quantized_size or D_IN
+    program, source, words = Program(), X, packed[0].converted_size or D_IN
     program.route(ROUTER_LOGITS, ROUTES, logits.shape[1], experts)
     num_used = program.pair(ROUTES, PAIRS, experts)
-    if packed[0].takes_int16:
-        program.quantize(X, QUANTIZED, packed[0])
-        source = QUANTIZED
+    if packed[0].converted_size:
+        program.convert(X, CONVERTED, packed[0])
+        source = CONVERTED
     program.spread(source, PAIRED, words, PAIRS, experts)
     program.expert_linear(PAIRED, OUTPUTS, packed, PAIRS, num_used)
     program.combine(OUTPUTS, TOTAL, D_OUT, ROUTES, experts)
     sizes = {
         ROUTES: words_of_routes(count),
         PAIRS: words_of_pairs(experts.num, count),
-        QUANTIZED: words,
+        CONVERTED: words,
         PAIRED: count * words,
         OUTPUTS: count * D_OUT,
         TOTAL: D_OUT,

@@ -14,10 +14,11 @@ from manyhats.engine.model.weights import Linear
 
 # Buffers of N rows: the tokens' vectors, where they are not the stream at once; the stream, its norm, and that for a
 # feed-forward beside the attention; queries with keys and values (or gate with up), what attention (or the activation)
-# makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm, where that is
-# not what the head reads; what it reads, and the logits. Buffers of H rows: the first two of these for rows whose
-# hidden values are wanted. With experts, of N rows too: the router's logits, rows' experts, the pairs of both, and the
-# inputs of pairs, then their outputs; a row of WIDE, MIXED, QUANTIZED and PAIRED is then those of its k pairs.
+# makes of them, a sub-layer's output, a linear's input in integers or bfloat16. Buffers of M rows: the final norm,
+# where that is not what the head reads; what it reads, and the logits. Buffers of H rows: the first two of these for
+# rows whose hidden values are wanted. With experts, of N rows too: the router's logits, rows' experts, the pairs of
+# both, and the inputs of pairs, then their outputs; a row of WIDE, MIXED, CONVERTED and PAIRED is then those of its k
+# pairs.
 (
     EMBEDDED,
     STREAM,
@@ -26,7 +27,7 @@ from manyhats.engine.model.weights import Linear
     WIDE,
     MIXED,
     OUTPUT,
-    QUANTIZED,
+    CONVERTED,
     FINAL,
     LAST,
     LOGITS,
@@ -91,8 +92,8 @@ class Building:
 
     def product(self, packed: CpuLinear, source: int, target: int, rows: int) -> None:
         """A linear by itself, on so many rows as the frame has in the column ``rows``."""
-        self.need(QUANTIZED, packed.quantized_size)
-        self.program.linear(source, target, packed, QUANTIZED, rows)
+        self.need(CONVERTED, packed.converted_size)
+        self.program.linear(source, target, packed, CONVERTED, rows)
 
     def need(self, buffer: int, size: int) -> None:
         """Makes a buffer's rows at least that large."""

@@ -16,6 +16,7 @@ from __future__ import annotations
     SOFTCAP,
     GATHER,
     QUANTIZE,
+    NARROW,
     REFINE,
     REFINE_ALLOWED,
     EXACT_LOGITS,
@@ -33,7 +34,7 @@ from __future__ import annotations
     EXPERT_LINEAR,
     EXPERT_DELTAS,
     COMBINE,
-) = range(29)
+) = range(30)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -73,8 +74,18 @@ ROW_WORDS, NUM_USED = 11, 12
 FIRST_MEMBER, NUM_MEMBERS, IS_OF_PAIRS = range(9, 12)
 NUM_COLUMNS = 17
 # Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones; NF4 and int8 for inputs in
-# integers.
-NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
+# integers; dense ones whose outputs are the lanes, of which PAIRS are for inputs in bfloat16.
+(
+    NESTED_NF4,
+    PLAIN_NF4,
+    BFLOAT16,
+    FLOAT32,
+    NF4_BY_INT16,
+    INT8,
+    FLOAT32_GROUPS,
+    BFLOAT16_GROUPS,
+    BFLOAT16_PAIRS,
+) = range(9)
 
 # Columns of the frame, which holds a step's counts and the addresses of its arrays. The last ones belong to the call:
 # instructions and their numbers, the buffers' addresses, counters [2, instructions] that start at zero, scratch,
@@ -86,6 +97,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     NUM_HIDDEN_ROWS,
     NUM_PAIRS,
     NUM_ADAPTER_ROWS,
+    NUM_DELTA_TILES,
     NUM_RESCALED_ROWS,
     NUM_UNITS,
     MAX_BLOCKS,
@@ -106,6 +118,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     TOKEN_TYPES,
     ADAPTER_ROWS,
     ADAPTER_SLOTS,
+    DELTA_TILES,
     RESCALED_ROWS,
     RESCALED_SLOTS,
     KEYS,
@@ -131,8 +144,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     PLAIN_SHARE,
     CACHE_SHARE,
     ADAPTER_SHARE,
-) = range(50)
-FRAME_SIZE = 50
+) = range(52)
+FRAME_SIZE = 52
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

@@ -11,11 +11,11 @@ from manyhats.adapters.sites import ROUTER
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import padded_size
 from manyhats.engine.backends.cpu.building import (
+    CONVERTED,
     MIXED,
     OUTPUT,
     PAIRED,
     PAIRS,
-    QUANTIZED,
     ROUTED,
     ROUTES,
     WIDE,
@@ -55,17 +55,17 @@ def add_mixture(
         _pack_alike(to, [linears[group.name] for group in of_experts])
         for of_experts in zip(*groups, strict=True)
     )
-    num_inside, words = inside[0].out_features, inside[0].quantized_size or size
+    num_inside, words = inside[0].out_features, inside[0].converted_size or size
     for buffer, values in ((PAIRED, max(words, size)), (WIDE, num_inside), (MIXED, width)):
         to.need(buffer, count * values)
     num_used = _route(to, layer, experts, linears[ROUTER], hidden)
-    source = _quantized(to, inside[0], hidden, col.NUM_ROWS, 1)
+    source = _converted(to, inside[0], hidden, col.NUM_ROWS, 1)
     to.program.spread(source, PAIRED, words, PAIRS, experts)
     to.program.expert_linear(PAIRED, WIDE, inside, PAIRS, num_used)
     members, sizes = range(1 - is_gated, 2), (size, num_inside)
     to.program.expert_deltas(hidden, WIDE, sizes, layer, members, False, ROUTES, experts)
     to.program.activate(activation, WIDE, MIXED, width, is_gated, col.NUM_PAIRS)
-    source = _quantized(to, behind[0], MIXED, col.NUM_PAIRS, count)
+    source = _converted(to, behind[0], MIXED, col.NUM_PAIRS, count)
     to.program.expert_linear(source, PAIRED, behind, PAIRS, num_used)
     to.program.expert_deltas(MIXED, PAIRED, (width, size), layer, range(2, 3), True, ROUTES, experts)
     to.program.combine(PAIRED, OUTPUT, size, ROUTES, experts)
@@ -77,19 +77,19 @@ def _route(to: Building, layer: int, experts: Experts, linears: Sequence[Linear]
     to.need(ROUTES, words_of_routes(experts.num_per_row))
     to.need(PAIRS, words_of_pairs(experts.num, experts.num_per_row))
     padding = padded_size(experts.num) - experts.num
-    router = Linear(functional.pad(_dense(linears[0].matrix), (0, 0, 0, padding)))
+    router = Linear(functional.pad(_dense(linears[0].matrix).float(), (0, 0, 0, padding)))
     size = to.linear(ROUTER, layer, [router], hidden, ROUTED)
     to.program.route(ROUTED, ROUTES, size, experts)
     return to.program.pair(ROUTES, PAIRS, experts)
 
 
-def _quantized(to: Building, packed: CpuLinear, source: int, rows: int, count: int) -> int:
-    """The buffer of a linear's inputs, of which there are ``count`` a row, in integers if it takes them so."""
-    if not packed.takes_int16:
+def _converted(to: Building, packed: CpuLinear, source: int, rows: int, count: int) -> int:
+    """The buffer of a linear's inputs, of which there are ``count`` a row, as it takes them."""
+    if not packed.converted_size:
         return source
-    to.need(QUANTIZED, count * packed.quantized_size)
-    to.program.quantize(source, QUANTIZED, packed, rows)
-    return QUANTIZED
+    to.need(CONVERTED, count * packed.converted_size)
+    to.program.convert(source, CONVERTED, packed, rows)
+    return CONVERTED
 
 
 def _pack_alike(to: Building, of_experts: Sequence[list[Linear]]) -> list[CpuLinear]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.head.exact import NUM_PLACES
-from manyhats.engine.backends.cpu.packing import RESCALED_ROWS, Array, CpuLinear, as_array
+from manyhats.engine.backends.cpu.packing import DEPTH, RESCALED_ROWS, Array, CpuLinear, as_array
+from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import Experts, Norm
 from manyhats.engine.model.weights import NormWeight
 
@@ -90,7 +91,13 @@ class Program:
         is_gated: bool,
         rows: int = col.NUM_ROWS,
     ) -> None:
-        """``target = activation(source)``; source holds a gate, then what it multiplies, if it is gated."""
+        """``target = activation(source)``; source holds a gate, then what it multiplies, if it is gated.
+
+        Raises:
+            ModelError: the rows are no whole vectors.
+        """
+        if size % DEPTH:
+            raise ModelError(f"the CPU kernels activate rows of a multiple of {DEPTH} values, not {size}")
         self._add(instruction, source, target, [size, int(is_gated)], rows=rows)
 
     def softcap(self, target: int, size: int, limit: float) -> None:
@@ -169,18 +176,19 @@ class Program:
         self._add(col.ATTENTION, source, target, own, scale, softcap or 0.0)
 
     def linear(
-        self, source: int, target: int, packed: CpuLinear, quantized: int, rows: int = col.NUM_ROWS
+        self, source: int, target: int, packed: CpuLinear, converted: int, rows: int = col.NUM_ROWS
     ) -> None:
-        """``target = source Wᵀ + b``; ``quantized`` holds the source in integers, if the weights need that."""
+        """``target = source Wᵀ + b``; ``converted`` is for the source in integers or bfloat16, if they need that."""
         self._need(packed.num_scratch_values)
-        if packed.takes_int16:
-            self.quantize(source, quantized, packed, rows)
-            source = quantized
+        if packed.converted_size:
+            self.convert(source, converted, packed, rows)
+            source = converted
         self._add(col.LINEAR, source, target, self._linear(packed, 0, 0), rows=rows)
 
-    def quantize(self, source: int, target: int, packed: CpuLinear, rows: int = col.NUM_ROWS) -> None:
-        """``target`` is the source in integers, as these weights take it."""
-        self._add(col.QUANTIZE, source, target, [packed.in_features], rows=rows)
+    def convert(self, source: int, target: int, packed: CpuLinear, rows: int = col.NUM_ROWS) -> None:
+        """``target`` is the source in integers or bfloat16, as these weights take it."""
+        instruction = col.QUANTIZE if packed.takes_int16 else col.NARROW
+        self._add(instruction, source, target, [packed.in_features], rows=rows)
 
     def route(self, source: int, routes: int, size: int, experts: Experts) -> None:
         """``routes`` has each row's experts and their weights, by the router's logits, which begin a row of source."""
@@ -214,7 +222,7 @@ class Program:
         first = packed[0]
         self._need(first.num_scratch_values)
         own = [first.in_features, len(packed), 0, first.out_features, pairs, first.panel_rows]
-        own += [self._address(table), first.quantized_size or first.in_features, self._address(num_used)]
+        own += [self._address(table), first.converted_size or first.in_features, self._address(num_used)]
         self._add(col.EXPERT_LINEAR, source, target, own, rows=col.NUM_PAIRS)
 
     def expert_deltas(
@@ -290,8 +298,8 @@ class Program:
     def _linear(self, packed: CpuLinear, group: int, layer: int) -> list[int]:
         arrays = (packed.weights, packed.absmax, packed.row_block, packed.row_offset, packed.nested)
         addresses = [self._address(array) for array in (*arrays, packed.nested_code, packed.bias)]
-        kind = _kind(packed)
-        return [packed.in_features, layer, kind, packed.out_features, group, packed.panel_rows, *addresses]
+        sizes = packed.kind, packed.out_features, group, packed.panel_rows
+        return [packed.in_features, layer, *sizes, *addresses]
 
     def _norm(self, norm: PackedNorm) -> list[int]:
         addresses = self._address(norm.weight), self._address(norm.bias)
@@ -318,11 +326,3 @@ class Program:
         row = [instruction, rows, source, target, *own]
         self._rows.append(row + [0] * (col.NUM_COLUMNS - len(row)))
         self._numbers.append((first, second))
-
-
-def _kind(packed: CpuLinear) -> int:
-    if packed.takes_int16:
-        return col.INT8 if packed.weights.dtype == np.int8 else col.NF4_BY_INT16
-    if packed.weights.dtype == np.uint8:
-        return col.NESTED_NF4 if packed.absmax.dtype == np.uint8 else col.PLAIN_NF4
-    return col.BFLOAT16 if packed.weights.dtype == np.uint16 else col.FLOAT32

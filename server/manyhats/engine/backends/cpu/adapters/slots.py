@@ -27,6 +27,7 @@ from manyhats.adapters.primitives import (
 from manyhats.adapters.sites import HEAD, PROJECTION, ROUTER, Site
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters import deltas
+from manyhats.engine.backends.cpu.adapters.row_tiles import TILE_ROWS
 from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
     ExpertEntries,
@@ -49,7 +50,7 @@ from manyhats.engine.backends.cpu.adapters.vocabulary import (
 )
 from manyhats.engine.backends.cpu.packing import LANES, Array
 from manyhats.engine.backends.own_logits import OwnRows, resized
-from manyhats.engine.backends.plan import AdapterRows
+from manyhats.engine.backends.plan import AdapterRows, Ints
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import SUBLAYERS, Architecture, LinearShape
 
@@ -250,7 +251,7 @@ class CpuAdapterSlots:
         """Float32 values of scratch that the kernel needs on each thread."""
         rank = max(self._experts.largest_rank, *(table.largest_rank for table in self._linears.values()))
         size = max(table.largest_size for table in self._sublayers.values())
-        return max(rank, 2 * self._layout.hidden_size + size + LANES)
+        return max(TILE_ROWS * rank, 2 * self._layout.hidden_size + size + LANES)
 
     def describe(self, rows: AdapterRows, frame: Array) -> tuple[Array, ...]:
         """Enters into a step's frame where the tables are, and which rows have an adapter.
@@ -263,6 +264,7 @@ class CpuAdapterSlots:
         own = self._rescaling[rows.slots]
         rescaled_rows, rescaled_slots = rows.rows[own], rows.slots[own]
         tables, used = self._linear_rows.copy(), []
+        tiles = _tiles_of(rows.slots)
         if rescaled_rows.size:
             # Not of all slots: others are placed and cleared beside the step, whose threads must count the same shares.
             used = [table.has_input_scales(rescaled_slots) for table in self._linears.values()]
@@ -275,10 +277,12 @@ class CpuAdapterSlots:
         frame[col.NUM_ADAPTER_ROWS] = rows.rows.size
         frame[col.ADAPTER_ROWS] = rows.rows.ctypes.data
         frame[col.ADAPTER_SLOTS] = rows.slots.ctypes.data
+        frame[col.NUM_DELTA_TILES] = tiles.size - 1
+        frame[col.DELTA_TILES] = tiles.ctypes.data
         frame[col.NUM_RESCALED_ROWS] = rescaled_rows.size
         frame[col.RESCALED_ROWS] = rescaled_rows.ctypes.data
         frame[col.RESCALED_SLOTS] = rescaled_slots.ctypes.data
-        return tables, rescaled_rows, rescaled_slots, *used
+        return tables, tiles, rescaled_rows, rescaled_slots, *used
 
     def change_embeddings(self, token_ids: Tensor, hidden: Tensor, rows: AdapterRows) -> None:
         """Gives each row its own adapter's embedding.
@@ -326,6 +330,13 @@ class CpuAdapterSlots:
     def _change(self, packed: PackedAdapter, hidden: Tensor, logits: Tensor, rows: Tensor) -> None:
         for change in packed.heads:
             change.apply(hidden, logits, rows, self._linear)
+
+
+def _tiles_of(slots: Ints) -> Ints:
+    """Where tiles of at most ``TILE_ROWS`` rows of one slot begin, of rows sorted by it; then their number."""
+    first_of_slot = np.searchsorted(slots, slots)
+    begins = (np.arange(slots.size) - first_of_slot) % TILE_ROWS == 0
+    return np.append(np.flatnonzero(begins), slots.size).astype(np.int32)
 
 
 def _num_matrix_values(delta: Delta) -> int:

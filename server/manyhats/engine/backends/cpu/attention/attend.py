@@ -36,6 +36,11 @@ from manyhats.engine.backends.cpu.simd import (
     zero,
 )
 from manyhats.engine.backends.cpu.team import next_share
+from manyhats.engine.backends.cpu.wide import LANES as WIDE
+from manyhats.engine.backends.cpu.wide import load as load_wide
+from manyhats.engine.backends.cpu.wide import splat as splat_wide
+from manyhats.engine.backends.cpu.wide import store as store_wide
+from manyhats.engine.backends.cpu.wide import zero as zero_wide
 
 PART = 256
 """Positions of a part, less if blocks do not fill it, more if a block is larger."""
@@ -68,7 +73,7 @@ def weigh_row(w, at, first, last, begin, end, limit):
     """Turns a row's scores into weights 2^(score − largest), 0 where it does not see.
 
     Args:
-        w: scores are w[at + first : at + last]; with a limit they are yet to be capped.
+        w: scores are w[at + first : at + last], whole sixteens; with a limit they are yet to be capped.
         begin, end: what the row sees of them.
         limit: c · log₂ e of cap(x) = c · tanh(x / c), or 0.
 
@@ -83,15 +88,15 @@ def weigh_row(w, at, first, last, begin, end, limit):
         w[i] = -np.inf
     for i in range(at + max(end, first), at + last):
         w[i] = -np.inf
-    top = splat(LOWEST)
-    for i in range(at + first, at + last, 8):
-        top = maximum(load(w, i), top)
+    top = splat_wide(LOWEST)
+    for i in range(at + first, at + last, WIDE):
+        top = maximum(load_wide(w, i), top)
     largest = max_lanes(top)
-    shift = splat(largest)
-    total = zero()
-    for i in range(at + first, at + last, 8):
-        weight = exp2(sub(load(w, i), shift))
-        store(w, i, weight)
+    shift = splat_wide(largest)
+    total = zero_wide()
+    for i in range(at + first, at + last, WIDE):
+        weight = exp2(sub(load_wide(w, i), shift))
+        store_wide(w, i, weight)
         total = add(total, weight)
     return largest, sum_lanes(total)
 
@@ -282,6 +287,28 @@ def attend_parts(parts, tile, head, factors, frame, cached, scratch, at, state, 
 
 
 @inner
+def attend_one_part(part, tile, head, factors, frame, cached, scratch, at, record):
+    """A tile whose whole context is one part, at one KV head; the same bits as by merging it with nothing."""
+    queries, target, num_rows, sequence = tile
+    head_dim, block_size = frame[col.HEAD_DIM], frame[col.BLOCK_SIZE]
+    size, span = _part_cells(block_size), block_size * head_dim
+    entry = sequence * frame[col.MAX_BLOCKS] + part * size // block_size
+    blocks = ints_at(frame[col.BLOCK_TABLES]), entry, span, head * frame[col.NUM_BLOCKS] * span
+    start = np.int64(0)
+    while start < num_rows:
+        rows = rows_at_once(num_rows - start)
+        attend_rows(
+            queries, start, rows, part * size, factors, blocks, (head_dim, block_size, size), cached,
+            scratch, at, scratch, record,
+        )  # fmt: skip
+        for row in range(rows):
+            place = record + row * _record_size(head_dim)
+            factor = np.float32(1.0) / scratch[place + head_dim + 1]
+            copy_scaled(scratch, place, head_dim, factor, target[0], place_of(target, start + row, head_dim))
+        start += rows
+
+
+@inner
 def attend(op, numbers, share, frame, buffers, like, scratch, at):
     """Out = softmax(cap(q Kᵀ · scale)) V, causal or over all, of the query rows of one unit at one KV head.
 
@@ -331,6 +358,9 @@ def attend(op, numbers, share, frame, buffers, like, scratch, at):
         max(np.int64(unit[col.UNIT_FIRST_PART]), first_part),
         min(np.int64(unit[col.UNIT_LAST_PART]), last_part),
     )
+    if unit[col.UNIT_COUNT] == 1 and parts[1] - parts[0] == 1:
+        attend_one_part(parts[0], tile, head, factors, frame, cached, scratch, at, own)
+        return
     if unit[col.UNIT_COUNT] == 1:
         begin_tile(target, num_rows, head_dim, scratch, state)
         attend_parts(parts, tile, head, factors, frame, cached, scratch, at, state, scratch, own, True)
