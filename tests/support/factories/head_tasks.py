@@ -58,8 +58,11 @@ class HeadBase:
 def head_base(family: str, quantization: Any = "none") -> HeadBase:
     """A random base of a family, an encoder or a decoder."""
     directory = Path(tempfile.mkdtemp(prefix="manyhats-head-"))
-    make: Any = make_encoder if family in ENCODERS else make_checkpoint
-    checkpoint = make(directory / "model", family, seed=8)
+    if family in ENCODERS:
+        checkpoint = make_encoder(directory / "model", family, seed=8)
+    else:
+        kv_heads = {} if family in ("llama", "qwen2") else {"kv_heads": 4}
+        checkpoint = make_checkpoint(directory / "model", family, seed=8, **kv_heads)
     model = load_model(
         str(checkpoint), quantization=quantization, dtype=torch.float32, home=directory / "home"
     )

@@ -27,6 +27,7 @@ from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.targets import matches
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.model.head_loss import HeadLoss, contrastive_loss
+from manyhats.trainer.report.served import read_saved
 from manyhats.trainer.settings.methods import BottleneckSettings, LoraSettings
 from support.factories.head_tasks import METHODS, HeadBase, head_base
 from support.factories.tiny_encoders import ENCODERS
@@ -191,6 +192,15 @@ def test_artifacts_load_in_peft_with_the_same_outputs(family: str, method: str, 
         ours = HeadLoss(decoder, task).outputs(collate_read(rows), adapter.lowered())
         theirs = torch.cat([peft_outputs(model, task, text) for row in rows for text in row.texts])
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=f"{family} {method} {name}")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "phi", "qwen2"])
+def test_other_decoders_artifacts_load_in_peft_too(family: str, tmp_path: Path) -> None:
+    test_artifacts_load_in_peft_with_the_same_outputs(family, "lora", tmp_path)
+    for name in ("classes", "tags", "vectors"):
+        if (tmp_path / name).is_dir():
+            read_saved("t", tmp_path / name, head_base(family).model.description)
+    assert (tmp_path / "vectors").is_dir()
 
 
 # AdapterHub's heads, and what cannot be compared with a library

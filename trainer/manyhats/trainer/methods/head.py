@@ -116,27 +116,32 @@ def with_head(
         raise SettingError("target_modules", f"{lm_head} is not there where texts are read")
     if is_adapterhub(adapter.config):
         return adapter if task.kind is TaskKind.EMBED else _with_flexible_head(adapter, task, base, generator)
-    parameters = dict(adapter.parameters)
     config = {**adapter.config, "task_type": _TASK_TYPES[task.kind]}
     if task.kind is TaskKind.EMBED:
-        # PEFT's model has no head, so that paths of modules begin within the base's.
-        own = f"{PREFIX}{base.prefix}"
-        parameters = {
-            PREFIX + name.removeprefix(own) if name.startswith(own) else name: value
-            for name, value in parameters.items()
-        }
-        scales = {
-            PREFIX + name.removeprefix(own) if name.startswith(own) else name: scale
-            for name, scale in adapter.learning_rate_scales.items()
-        }
-        return replace(adapter, parameters=parameters, config=config, learning_rate_scales=scales)
+        return _without_head(replace(adapter, config=config), base)
     is_virtual = adapter.method in _VIRTUAL
     prefix = _BEHIND_VIRTUAL_TOKENS if is_virtual else PREFIX
     shapes = head_shapes(task, adapter.method, base)
     head = _fresh({prefix + name: shape for name, shape in shapes.items()}, generator)
     # PEFT lists every name that a head might have, and with virtual tokens twice.
     config["modules_to_save"] = [*_LISTED, *(_LISTED if is_virtual else ())]
-    return replace(adapter, parameters={**parameters, **head}, config=config, head_names=frozenset(head))
+    return replace(
+        adapter, parameters={**adapter.parameters, **head}, config=config, head_names=frozenset(head)
+    )
+
+
+def _without_head(adapter: ParametrizedAdapter, base: BaseDescription) -> ParametrizedAdapter:
+    """The adapter of a model without any head, whose paths of modules begin within what is the base's in others."""
+    outer = f"{PREFIX}{base.prefix.partition('.')[0]}."
+
+    def inner(name: str) -> str:
+        return PREFIX + name.removeprefix(outer) if name.startswith(outer) else name
+
+    return replace(
+        adapter,
+        parameters={inner(name): value for name, value in adapter.parameters.items()},
+        learning_rate_scales={inner(name): scale for name, scale in adapter.learning_rate_scales.items()},
+    )
 
 
 def _peft_layers(kind: TaskKind, base: BaseDescription) -> tuple[Part, ...]:
