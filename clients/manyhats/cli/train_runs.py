@@ -24,7 +24,14 @@ from manyhats.engine.errors import EngineError
 from manyhats.trainer.errors import RegistrationError, TrainerError
 from manyhats.trainer.files.output_directory import holds_artifact, report_file
 from manyhats.trainer.model.computation import resolve_computation
-from manyhats.trainer.registration import ActivationRule, RegistrationServer, version_labels, why_no_classes
+from manyhats.trainer.registration import (
+    ActivationRule,
+    RegistrationServer,
+    head_labels,
+    version_labels,
+    why_no_classes,
+    why_no_names,
+)
 from manyhats.trainer.report.progress import shown_training
 from manyhats.trainer.report.report import Evaluation, TrainingReport
 from manyhats.trainer.settings.settings import ModelSettings, TrainSettings
@@ -91,13 +98,17 @@ class Registrar:
                 settings.task,
                 Path(settings.out),
                 activate=self.activates and not unmet,
-                labels=version_labels(report.evaluation),
+                labels=_labels(report),
             )
         except RegistrationError as error:
             return Ended(settings=settings, report=report, error=error)
-        if why := why_no_classes(report.evaluation):
+        if why := why_no_classes(report.evaluation) if report.head is None else why_no_names(report.head):
             typer.echo(f"note: {settings.task} is registered without classes: {why}", err=True)
         return Ended(settings=settings, report=report, registration=registration, unmet=unmet)
+
+
+def _labels(report: TrainingReport) -> dict[str, str]:
+    return version_labels(report.evaluation) if report.head is None else head_labels(report.head)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,12 +267,12 @@ def _base(settings: ModelSettings) -> str:
 
 
 def _held_out(evaluation: Evaluation) -> str:
-    """Before and after, of the loss and of the accuracy."""
+    """Before and after, of the loss and of what else is measured."""
     before, after = evaluation.before, evaluation.after
-    text = f"loss {before.loss:.4f} to {after.loss:.4f}"
-    right = evaluation.accuracy(before), evaluation.accuracy(after)
-    if right[0] is not None and right[1] is not None:
-        text += f", accuracy {right[0]:.1%} to {right[1]:.1%}"
+    text = f"loss {after.loss:.4f}" if before is None else f"loss {before.loss:.4f} to {after.loss:.4f}"
+    earlier = {} if before is None else evaluation.metrics(before)
+    for name, value in evaluation.metrics(after).items():
+        text += f", {name} {earlier[name]:.1%} to {value:.1%}" if name in earlier else f", {name} {value:.1%}"
     return f"{text} ({evaluation.num_items} rows)"
 
 

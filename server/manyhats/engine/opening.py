@@ -65,7 +65,7 @@ def open_engine(
         max_context_length=min(model.architecture.max_context_length, capacity),
         vocab_size=model.architecture.vocab_size,
         sees_all=model.architecture.attention.sees_all,
-        padding_id=_padding_id(model),
+        padding_id=model.padding_id,
         pooling=model.description.pooling,
     )
     scheduler = Scheduler(config.scheduler, BlockAllocator(cache.num_blocks, cache.block_size))
@@ -86,10 +86,3 @@ def open_engine(
     )
     num_bytes = {**prepared.num_bytes, "kv": cache.num_bytes}
     return Engine(config, serving, loop, AdapterLoading(residency, background), probe, num_bytes)
-
-
-def _padding_id(model: LoadedModel) -> int | None:
-    """The padding of an encoder whose positions begin behind its id, as RoBERTa's do."""
-    positions, token_id = model.architecture.embedding.positions, model.description.pad_token_id
-    is_counted = positions is None or not positions.offset or not model.architecture.attention.sees_all
-    return None if is_counted else token_id

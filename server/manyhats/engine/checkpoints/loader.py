@@ -79,6 +79,13 @@ class LoadedModel:
     quantization: Quantization
     texts: TaskTexts
 
+    @property
+    def padding_id(self) -> int | None:
+        """The padding of an encoder whose positions begin behind its id, as RoBERTa's do; None for others."""
+        positions = self.architecture.embedding.positions
+        is_counted = positions is None or not positions.offset or not self.architecture.attention.sees_all
+        return None if is_counted else self.description.pad_token_id
+
 
 def load_model(
     source: str,

@@ -60,7 +60,9 @@ def _task_size(settings: TrainSettings, shape: BaseShape, tokenizer: Tokenizer |
 def _batch(settings: TrainSettings, room: int, tokenizer: Tokenizer | None, vocab_size: int) -> BatchShape:
     data = settings.data
     if tokenizer is None or data.train == NO_DATA:
-        check_first_rows(data, [source for source in (data.train, data.eval) if source not in (NO_DATA, "")])
+        check_first_rows(
+            settings, [source for source in (data.train, data.eval) if source not in (NO_DATA, "")]
+        )
         return longest_rows(settings.optimization, longest_row(data, room))
     how = Tokenization(
         tokenizer=tokenizer,

@@ -218,8 +218,11 @@ def _check_distinct(modules: Sequence[ModuleTensors], base: BaseDescription) -> 
 
 def candidate_of(artifact: AdapterArtifact) -> Candidate:
     """An artifact in memory as what its checks take."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
-    return Candidate(artifact.config, shapes, artifact.base_model)
+    shapes, head_shapes = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (artifact.tensors, artifact.head_tensors)
+    )
+    return Candidate(artifact.config, shapes, artifact.base_model, artifact.head_config, head_shapes)
 
 
 def check_finite(name: str, derived: Tensor) -> Tensor:
