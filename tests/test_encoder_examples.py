@@ -196,4 +196,3 @@ def test_a_mixed_call_without_a_server_is_one_line() -> None:
     assert result.stderr.startswith("error: cannot reach the server at 127.0.0.1:1")
     assert "make run-encoder" in result.stderr
     assert result.stderr.count("\n") == 1
-
