@@ -16,10 +16,11 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run test test-slow test-torch test-store-faults test-restarts test-hostile conformance fuzz check format bench bench-peers profile examples proto openapi clean
+.PHONY: help setup run run-encoder test test-slow test-torch test-store-faults test-restarts test-hostile conformance fuzz check format bench bench-peers profile examples proto openapi clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
+	@echo "make run-encoder  the same with a small encoder and tasks that read texts"
 	@echo "make setup    install the developers' tools as well, and fetch the default model"
 	@echo "make test     set up, run the tests"
 	@echo "make test-slow  run the tests that take longest, which make test leaves out"
@@ -55,6 +56,9 @@ setup: $(STAMP)
 # The server fetches the model itself.
 run: $(RUN_STAMP)
 	$(BIN)/python examples/serve.py
+
+run-encoder: $(RUN_STAMP)
+	$(BIN)/python -m examples.encoder.serve
 
 test: setup
 	scripts/need_postgresql.sh
@@ -112,6 +116,7 @@ bench-peers: setup
 
 examples: setup
 	$(BIN)/python -m examples.train_examples
+	$(BIN)/python -m examples.encoder.train
 
 proto: $(STAMP)
 	$(BIN)/python scripts/generate_proto.py
