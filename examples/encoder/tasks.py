@@ -82,7 +82,7 @@ ENCODER_TASKS: dict[str, EncoderTask] = {
             adapter=LoraSettings(rank=8, alpha=16, target_modules=("query", "value"), use_dora=True),
             head=HeadSettings(kind="embedding"),
             training=optimization(2e-3, epochs=4),
-            demo="My feet are like ice.",
+            demo="I am shivering in my bed.",
         ),
         EncoderTask(
             name="contact",
@@ -92,7 +92,7 @@ ENCODER_TASKS: dict[str, EncoderTask] = {
             adapter=LoraSettings(rank=4, alpha=8),
             head=HeadSettings(kind="tokens"),
             training=optimization(2e-3),
-            demo=TASKS["contact-json"].demo,
+            demo="Please write to Wendy Marino at wendy.m@example.org or call 555-0147.",
             classes=contact.CLASSES,
         ),
         EncoderTask(
