@@ -16,10 +16,11 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run test test-slow test-torch test-store-faults test-adapterhub test-restarts test-hostile conformance fuzz check format bench bench-peers profile examples proto openapi clean
+.PHONY: help setup run run-encoder test test-slow test-torch test-store-faults test-adapterhub test-restarts test-hostile conformance fuzz check format bench bench-peers profile examples proto openapi clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
+	@echo "make run-encoder  the same with a small encoder and tasks that read texts"
 	@echo "make setup    install the developers' tools as well, and fetch the default model"
 	@echo "make test     set up, run the tests"
 	@echo "make test-slow  run the tests that take longest, which make test leaves out"
@@ -30,7 +31,7 @@ help:
 	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams continue"
 	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
-	@echo "make check    set up, lint, types, generated code and docs/openapi.json"
+	@echo "make check    set up, lint, types, generated code, docs/openapi.json and docs/models.md"
 	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
 	@echo "make bench-peers  compare with llama.cpp, vLLM, transformers and PEFT on a quiet machine; PEERS_ARGS=--quick"
 	@echo "make profile  set up, show where a step's time goes, beside what this machine could do"
@@ -56,6 +57,9 @@ setup: $(STAMP)
 # The server fetches the model itself.
 run: $(RUN_STAMP)
 	$(BIN)/python examples/serve.py
+
+run-encoder: $(RUN_STAMP)
+	$(BIN)/python -m examples.encoder.serve
 
 test: setup
 	scripts/need_postgresql.sh
@@ -98,6 +102,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python scripts/generate_proto.py --check
 	$(BIN)/python scripts/write_openapi.py --check
+	$(BIN)/python scripts/write_models.py --check
 	$(BIN)/buf lint proto
 
 format: $(STAMP)
@@ -116,6 +121,7 @@ bench-peers: setup
 
 examples: setup
 	$(BIN)/python -m examples.train_examples
+	$(BIN)/python -m examples.encoder.train
 
 proto: $(STAMP)
 	$(BIN)/python scripts/generate_proto.py

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Literal
 
 from benchmarks.measure import Sample
-from benchmarks.rows import BUSY, Judge, Pick, Row
+from benchmarks.row import BUSY, Judge, Pick, Row
 
 Verdict = Literal["", "ok", "MISSED", "DOUBTFUL"]
 """DOUBTFUL: other work disturbed the machine, or the figure cannot be true."""

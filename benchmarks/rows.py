@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
+from benchmarks.row import Floor, Pick, Row, at_least, at_most
 from benchmarks.workload import (
     BASE_CASES,
     HELD_COUNTS,
@@ -13,72 +11,6 @@ from benchmarks.workload import (
     VIRTUAL_CASES,
     Case,
 )
-
-Judge = Literal["value", "ratio", "percent over", "difference"]
-"""What is held against the floor: the figure; it over the other's; by how many percent it exceeds that; or by how
-much."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """A figure of one system in one case; of several variants, the one with the highest median is taken."""
-
-    system: str
-    case: str
-    figure: str
-
-
-BUSY = Pick("machine", "busy", "busy_cores")
-"""Not a row: what else ran, taken while all systems were idle."""
-
-
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """What must be reached.
-
-    Attributes:
-        plausible_from: a figure below it shows a disturbed measurement, not a good result.
-    """
-
-    bound: Literal["at least", "at most"]
-    value: float
-    plausible_from: float | None = None
-
-    def is_met(self, value: float) -> bool:
-        """Whether a figure reaches it."""
-        return value >= self.value if self.bound == "at least" else value <= self.value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One line of the table; ``subject`` is what ``--only`` names."""
-
-    subject: str
-    title: str
-    unit: str
-    ours: Pick
-    against: Pick | None = None
-    judge: Judge = "value"
-    floor: Floor | None = None
-
-    @property
-    def is_timed(self) -> bool:
-        """Whether what else the machine does can change it."""
-        return self.unit not in _UNTIMED_UNITS
-
-
-_UNTIMED_UNITS = ("bytes/parameter", "MiB", "blocks")
-
-
-def at_least(value: float) -> Floor:
-    """A lower bound."""
-    return Floor("at least", value)
-
-
-def at_most(value: float, plausible_from: float | None = None) -> Floor:
-    """An upper bound."""
-    return Floor("at most", value, plausible_from)
-
 
 _TOKENS = "tokens/s"
 
@@ -297,6 +229,40 @@ def _registration_rows(case: Case) -> list[Row]:
     return rows
 
 
+def encoding_name(form: str) -> str:
+    """The case in which an encoder runs in some form."""
+    return f"encode/{form}"
+
+
+def _encoder_row(
+    figure: str, title: str, form: str, against: str, against_form: str, floor: Floor | None = None
+) -> Row:
+    library = "PEFT" if against == "peft" else against
+    return Row(
+        subject="encoders",
+        title=f"{title}, {form}, against {library} in {against_form}",
+        unit="texts/s",
+        ours=Pick("engine", encoding_name(form), figure),
+        against=Pick(against, encoding_name(against_form), figure),
+        judge="ratio",
+        floor=floor,
+    )
+
+
+def _encoder_rows() -> list[Row]:
+    base = "base_texts_per_s", "32 texts of 64 tokens"
+    tasks = "tasks_texts_per_s", "32 texts over 8 LoRA"
+    return [
+        _encoder_row(*base, "float32", "transformers", "float32", at_least(1.0)),
+        _encoder_row(*base, "bfloat16", "transformers", "bfloat16", at_least(1.0)),
+        _encoder_row(*base, "nf4", "transformers", "bfloat16"),
+        _encoder_row(*tasks, "float32", "peft", "float32"),
+        _encoder_row(*tasks, "bfloat16", "peft", "float32", at_least(4.0)),
+        _encoder_row(*tasks, "bfloat16", "peft", "bfloat16"),
+        _encoder_row(*tasks, "nf4", "peft", "float32"),
+    ]
+
+
 START_CASES = ("start/many", "start/none")
 """In which the store has very many tasks, and in which it has none."""
 LOOKUP_CASE = "lookup"
@@ -314,6 +280,7 @@ ROWS: tuple[Row, ...] = (
     *_grpc_rows(),
     *_SERVER_ROWS,
     *_store_rows(),
+    *_encoder_rows(),
 )
 """In the table's order."""
 

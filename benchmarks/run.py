@@ -17,13 +17,23 @@ from tempfile import TemporaryDirectory
 from benchmarks import report
 from benchmarks.adapters import make_adapters
 from benchmarks.baselines import PEFT, TRANSFORMERS, Baseline, BaselineSession
+from benchmarks.encoding import FORMS, EncoderSession, LibrariesSession
 from benchmarks.engine import EngineSession, OwnEngine
 from benchmarks.machine import busy_cores, machine_facts
 from benchmarks.many_tasks import LookupSession, fill_store
 from benchmarks.measure import Measurement, Sample, System
 from benchmarks.process import measure_memory, measure_start, serving
 from benchmarks.registrations import RegisteringSession, StreamsSession, measure_registrations
-from benchmarks.rows import BUSY, LOOKUP_CASE, ROWS, START_CASES, SUBJECTS, held_name, registration_name
+from benchmarks.row import BUSY
+from benchmarks.rows import (
+    LOOKUP_CASE,
+    ROWS,
+    START_CASES,
+    SUBJECTS,
+    encoding_name,
+    held_name,
+    registration_name,
+)
 from benchmarks.service import ClientSession, Service
 from benchmarks.worker import Worker
 from benchmarks.workload import (
@@ -48,6 +58,7 @@ from manyhats.engine.model.families.reading import read_family
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_ENCODER = "all-minilm-l6-v2"
 _SYSTEMS = {
     "base": (TRANSFORMERS, "engine"),
     "lora": (PEFT, "engine"),
@@ -73,8 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = datetime.now(UTC)
     machine = {**machine_facts(), "time_utc": started.isoformat(timespec="seconds")}
     with TemporaryDirectory(prefix="manyhats-bench-") as directory:
-        workload = make_workload(options.model, settings, Path(directory), _adapters(options.only))
-        samples = list(measure(workload, options.only))
+        samples: list[Sample] = []
+        if set(options.only) != {"encoders"}:
+            workload = make_workload(options.model, settings, Path(directory), _adapters(options.only))
+            samples += measure(workload, options.only)
+        if "encoders" in options.only:
+            samples += measure_encoders(options.encoder, settings, Path(directory))
     results = report.evaluate([row for row in ROWS if row.subject in options.only], samples)
     print(report.table(results))
     busy = report.disturbance(samples)
@@ -84,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             " all. Run it again on a quiet machine."
         )
     path = options.json or RESULTS / f"{started:%Y%m%dT%H%M%SZ}.json"
-    facts = {"model": options.model, "quick": options.quick, **asdict(settings)}
+    facts = {"model": options.model, "encoder": options.encoder, "quick": options.quick, **asdict(settings)}
     report.write(path, report.document(settings=facts, machine=machine, samples=samples, results=results))
     print(f"\n{machine['cpu']}, {settings.threads} threads; every sample is in {path}")
     return 1 if options.strict and any(result.verdict not in ("", "ok") for result in results) else 0
@@ -94,6 +109,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--model", default=DEFAULT_MODEL, help="alias, directory or hub id (%(default)s)")
+    parser.add_argument("--encoder", default=DEFAULT_ENCODER, help="the same of an encoder (%(default)s)")
     parser.add_argument("--threads", type=int, default=cores, help="of every system (%(default)s)")
     parser.add_argument("--rounds", type=int, default=0, help="runs of every case (3; with --quick 1)")
     parser.add_argument(
@@ -176,6 +192,24 @@ def measure(workload: Workload, subjects: Sequence[str]) -> Iterator[Sample]:
         if server is not None and "memory" in subjects:
             service.measure(LORA_CASES[-1], "", settings.rounds)  # every adapter is loaded
             yield _sample("server", "", "memory", 0, partial(measure_memory, server, workload))
+
+
+def measure_encoders(model: str, settings: Settings, scratch: Path) -> Iterator[Sample]:
+    """Every sample of an encoder, all systems in turn."""
+    directory, adapters = locate_model(model, default_home()).directory, scratch / "encoder-adapters"
+    with (
+        Worker(LibrariesSession, directory, adapters) as libraries,
+        Worker(EncoderSession, model, adapters) as engine,
+    ):
+        libraries.wait_ready()
+        for index in range(settings.rounds):
+            yield from _quiet_check(settings, index)
+            for form in FORMS:
+                case = encoding_name(form)
+                if form != "nf4":
+                    yield _sample("transformers", "", case, index, partial(libraries.call, "base", form))
+                    yield _sample("peft", "", case, index, partial(libraries.call, "tasks", form))
+                yield _sample("engine", "", case, index, partial(engine.call, "measure", form))
 
 
 def _cases(subjects: Sequence[str]) -> list[Case]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.machine import busy_cores, machine_facts
 from benchmarks.measure import Measurement, Sample
-from benchmarks.rows import BUSY, Pick, Row, at_least
+from benchmarks.row import BUSY, Pick, Row, at_least
 from benchmarks.training_cases import CASES, FLOOR, TrainingCase, TrainingWorkload
 from benchmarks.training_systems import OwnTrainer, PeftTrainer
 from benchmarks.worker import Worker

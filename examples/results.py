@@ -68,11 +68,12 @@ def _row(task: str, result: ExampleResult) -> str:
         result.method,
         result.library,
         *shares,
-        _size(result.num_bytes),
+        size(result.num_bytes),
         f"{result.seconds:.0f} s",
     )
     return "| " + " | ".join(cells) + " |"
 
 
-def _size(num_bytes: int) -> str:
+def size(num_bytes: int) -> str:
+    """Of files, for a table."""
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.0f} kB"

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,9 +25,13 @@ METHOD = "manyhats.v1.GenerationService/Generate"
 
 
 def main() -> int:
-    command = [str(MANYHATS), "serve", "--store", str(STORE), *sys.argv[1:]]
-    for root in (ADAPTERS, PARTS):
-        command += ["--adapter-root", str(root)]
+    roots = [argument for root in (ADAPTERS, PARTS) for argument in ("--adapter-root", str(root))]
+    return serve(["--store", str(STORE), *roots, *sys.argv[1:]], introduce)
+
+
+def serve(arguments: Sequence[str], introduce: Callable[[str, str], None]) -> int:
+    """Run ``manyhats serve`` to its end; once it is ready, call ``introduce`` with the addresses of gRPC and HTTP."""
+    command = [str(MANYHATS), "serve", *arguments]
     servers: list[subprocess.Popen[str]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:

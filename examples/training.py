@@ -60,7 +60,7 @@ def train_example(
             out=str(out),
             save_dtype="bfloat16",
         )
-        report = train(settings, base, listener=_print_progress)
+        report = train(settings, base, listener=print_progress)
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         for name in report.artifact.files:
@@ -75,6 +75,7 @@ def recent(losses: Sequence[float]) -> float:
     return sum(last) / len(last)
 
 
-def _print_progress(event: Event) -> None:
+def print_progress(event: Event) -> None:
+    """Show every tenth step."""
     if isinstance(event, StepReport) and (event.step % 10 == 0 or event.step == event.num_steps):
         print(f"{event.task}: step {event.step}/{event.num_steps}, loss {event.loss:.4f}", flush=True)

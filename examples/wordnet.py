@@ -69,7 +69,7 @@ class Definition:
 
 @dataclass(frozen=True, slots=True)
 class WordnetRows:
-    """Rows with ``prompt`` and ``completion``, ready for the trainer."""
+    """Rows with ``prompt`` and ``completion``, or with ``text`` and ``label`` for a head, ready for the trainer."""
 
     train: Sequence[Mapping[str, str]]
     eval: Sequence[Mapping[str, str]]
@@ -84,11 +84,25 @@ def wordnet_rows(
         FileNotFoundError: there is no WordNet here; names the package.
         ValueError: WordNet has not so many definitions.
     """
+    train, held_out = _drawn(num_train, num_eval, seed, path)
+    return WordnetRows(train=_prompts(train), eval=_prompts(held_out))
+
+
+def definition_rows(
+    *, num_train: int = NUM_TRAIN, num_eval: int = NUM_EVAL, seed: int = 0, path: Path = DATA_FILE
+) -> WordnetRows:
+    """The same definitions for a head of classes; arguments and errors as for ``wordnet_rows``."""
+    train, held_out = _drawn(num_train, num_eval, seed, path)
+    return WordnetRows(train=_labelled(train), eval=_labelled(held_out))
+
+
+def _drawn(num_train: int, num_eval: int, seed: int, path: Path) -> tuple[list[Definition], list[Definition]]:
+    """The definitions to train on, and those held out."""
     pools = _by_category(distinct(read_definitions(path)), random.Random(seed))
     held_out = _draw(pools, num_eval, share=_HELD_OUT_SHARE)
     rest = {category: pool[len(held_out[category]) :] for category, pool in pools.items()}
     train = _draw(rest, num_train, share=1)
-    return WordnetRows(train=_rows(train, seed), eval=_rows(held_out, seed))
+    return _shuffled(train, seed), _shuffled(held_out, seed)
 
 
 def read_definitions(path: Path = DATA_FILE) -> list[Definition]:
@@ -167,10 +181,18 @@ def _draw(pools: Mapping[str, list[Definition]], total: int, *, share: int) -> d
     return {category: pool[:quota] for (category, pool), quota in zip(pools.items(), quotas, strict=True)}
 
 
-def _rows(drawn: Mapping[str, list[Definition]], seed: int) -> list[Mapping[str, str]]:
+def _shuffled(drawn: Mapping[str, list[Definition]], seed: int) -> list[Definition]:
     definitions = [each for pool in drawn.values() for each in pool]
     random.Random(seed).shuffle(definitions)
+    return definitions
+
+
+def _prompts(definitions: Iterable[Definition]) -> list[Mapping[str, str]]:
     return [{"prompt": prompt_of(each.text), "completion": f" {each.category}"} for each in definitions]
+
+
+def _labelled(definitions: Iterable[Definition]) -> list[Mapping[str, str]]:
+    return [{"text": each.text, "label": each.category} for each in definitions]
 
 
 def write_rows(rows: Iterable[Mapping[str, str]], path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("adapters_store", "server", "trainer", "clients")
-PACKAGES = ("settings", "adapters", "engine", "server", "trainer", "client", "cli")
+PACKAGES = ("settings", "adapters", "engine", "server", "trainer", "client", "load", "cli")
 PORTS = "import manyhats.server.grpc.port, manyhats.server.http.port"
 _LONG_FUNCTION = 40
 _MANY_ARGUMENTS = 6

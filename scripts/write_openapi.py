@@ -5,12 +5,11 @@ With ``--check`` it writes nothing, shows how the file differs from what it woul
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from generated_file import write_or_check
 from manyhats.server.http.app import operations
 from manyhats.server.http.openapi import document
 from manyhats.server.observability.metrics import Metrics
@@ -19,28 +18,14 @@ from manyhats.server.service.gate import Gate
 FILE = Path(__file__).resolve().parents[1] / "docs/openapi.json"
 
 
-def described() -> bytes:
+def described() -> str:
     """The document; it needs no backend."""
-    return document(operations(Gate(heartbeat_limit_s=5.0), Metrics(max_task_labels=1)))
+    return document(operations(Gate(heartbeat_limit_s=5.0), Metrics(max_task_labels=1))).decode()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write, or check; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Writes the OpenAPI document of the HTTP port.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
-    wanted = described()
-    if not parser.parse_args(arguments).check:
-        FILE.write_bytes(wanted)
-        return 0
-    before = FILE.read_text().splitlines(keepends=True)
-    after = wanted.decode().splitlines(keepends=True)
-    lines = list(difflib.unified_diff(before, after, "committed/openapi.json", "declared/openapi.json"))
-    sys.stdout.writelines(lines)
-    if lines:
-        sys.stderr.write(
-            "docs/openapi.json differs from the calls as declared: run scripts/write_openapi.py\n"
-        )
-    return 1 if lines else 0
+    return write_or_check(FILE, described(), "write_openapi.py", arguments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""Writes the tables of docs/settings.md anew, from the settings as they are declared."""
+"""Writes the tables of docs/settings.md anew, from the settings as they are declared.
+
+With ``--check`` it writes nothing, shows how the page differs from what it would be, and exits 1 if it does.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+from generated_file import write_or_check
 from manyhats.server.lifetime.config import SETTINGS as SERVE
 from manyhats.settings.printing import table
 from manyhats.trainer.settings.settings import SETTINGS as TRAIN
@@ -22,4 +27,4 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(write_or_check(PAGE, with_tables(PAGE.read_text(encoding="utf-8")), "write_settings.py"))

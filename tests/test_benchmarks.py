@@ -17,13 +17,15 @@ import pytest
 from benchmarks.measure import Measurement, Sample, percentile
 from benchmarks.registrations import Gap, summarize
 from benchmarks.report import evaluate, table
-from benchmarks.rows import ROWS, SUBJECTS, Judge, Pick, Row, at_least, at_most
+from benchmarks.row import Judge, Pick, Row, at_least, at_most
+from benchmarks.rows import ROWS, SUBJECTS
 from benchmarks.service import Stream, common_steps
 from benchmarks.speculation import Answers, Message
 from benchmarks.worker import Worker, WorkerError
 from benchmarks.workload import MIXED_CASE, VIRTUAL_CASES, Case, Workload, quick_settings
 
 from support.factories.saying_model import make_saying_checkpoint
+from support.factories.tiny_encoders import make_encoder
 from support.factories.tiny_models import make_checkpoint
 from support.harnesses.engine import load_tiny, running_engine
 
@@ -114,6 +116,8 @@ def test_every_floor_of_the_project_has_its_row() -> None:
         ("store", "at most", 20.0),
         ("store", "at most", 0.5),
         ("store", "at most", 2.0),
+        ("encoders", "at least", 1.0),
+        ("encoders", "at least", 4.0),
     }
 
 
@@ -206,7 +210,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Mapping[str
     directory = tmp_path_factory.mktemp("benchmark")
     model = make_checkpoint(directory / "model")
     path = directory / "new" / "results.json"
-    options = ["--quick", "--threads", "1", "--model", str(model), "--json", str(path)]
+    encoder = make_encoder(directory / "encoder")
+    options = ["--quick", "--threads", "1", "--model", str(model), "--encoder", str(encoder)]
+    options += ["--json", str(path)]
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks", *options], cwd=ROOT, capture_output=True, text=True, timeout=280
     )
@@ -254,6 +260,9 @@ def test_run_writes_the_machine_and_every_sample(finished: tuple[str, Mapping[st
         "registration/1",
         "registration/8",
         "registration/32",
+        "encode/float32",
+        "encode/bfloat16",
+        "encode/nf4",
         "busy",
     }
     for each in document["samples"]:

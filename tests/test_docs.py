@@ -12,7 +12,9 @@ import click
 import pytest
 import typer
 
+import write_models
 from manyhats.cli.main import app
+from manyhats.engine.model.families.reading import FAMILIES, REFUSED
 from manyhats.server.access.errors import ConfigError
 from manyhats.server.lifetime.config import ServeConfig
 from manyhats.server.lifetime.config_file import make_config
@@ -131,3 +133,17 @@ def test_settings_are_listed_as_they_are_declared() -> None:
     text = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
     assert with_tables(text) == text, "python scripts/write_settings.py writes the tables anew"
     assert "| `max_sequences` | `--max-sequences N` | 64 | Sequences that run at once. |" in text
+
+
+def test_models_are_listed_as_they_are_declared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert write_models.main(["--check"]) == 0, "python scripts/write_models.py writes the tables anew"
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    for model_type in (*FAMILIES, *REFUSED):
+        assert f"`{model_type}`" in text
+    changed = tmp_path / "models.md"
+    changed.write_text(text.replace("`distilbert`, ", ""), encoding="utf-8")
+    monkeypatch.setattr(write_models, "PAGE", changed)
+    assert write_models.main(["--check"]) == 1
+    assert "+| prefix tuning | PEFT | every other family | `albert`, `distilbert`" in capsys.readouterr().out

@@ -21,6 +21,7 @@ PACKAGES = {
     "server": ROOT / "server/manyhats/server",
     "trainer": ROOT / "trainer/manyhats/trainer",
     "client": ROOT / "clients/manyhats/client",
+    "load": ROOT / "clients/manyhats/load",
     "cli": ROOT / "clients/manyhats/cli",
 }
 ALLOWED = {
@@ -31,6 +32,7 @@ ALLOWED = {
     "server": {"v1", "engine", "adapters", "settings"},
     "trainer": {"engine", "adapters", "client", "settings"},
     "client": {"v1"},
+    "load": {"client"},
     "cli": set(PACKAGES) - {"cli"},
 }
 # What a package must not know, wherever the import stands.
@@ -39,6 +41,7 @@ FORBIDDEN = {
     "adapters": {"grpc", "prometheus_client"},
     "engine": {"grpc", "prometheus_client", "google"},
     "client": {"torch", "numpy", "transformers", "typer", "rich"},
+    "load": {"torch", "numpy", "grpc", "typer", "rich"},
 }
 
 # Files and folders of a package from the ground up: one may import those before it.
@@ -63,9 +66,11 @@ FORBIDDEN_IN_SERVER = {
 }
 # What devices do knows no request, no sequence and no schedule.
 KNOWN_TO_BACKENDS = {"errors", "home", "output", "progress", "threads", "model", "backends"}
-# What the trainer needs of the engine, whose one use is to score labels, by one file.
+# What the trainer needs of the engine, whose one use is to measure what was trained as it is served: the files that ask
+# it, and the one that opens it.
 KNOWN_TO_TRAINER = {"errors", "home", "progress", "model", "checkpoints", "text"}
-KNOWN_TO_LABEL_SCORING = {"config", "engine", "opening", "request"}
+KNOWN_TO_SCORING = {"label_scoring.py", "head_scoring.py"}, {"config", "engine", "request"}
+KNOWN_TO_SERVED = {"served.py"}, {"config", "engine", "opening"}
 
 KNOWN_TO_MODELS = {"errors", "home", "output", "progress", "request", "model"}
 
@@ -185,10 +190,11 @@ def test_models_know_nothing_but_words() -> None:
         assert not others, f"{path.relative_to(ROOT)} imports {others}"
 
 
-def test_the_trainer_runs_the_engine_to_score_labels_alone() -> None:
+def test_the_trainer_runs_the_engine_to_measure_what_was_trained_alone() -> None:
     for path in sources("trainer"):
-        is_scoring = path == PACKAGES["trainer"] / "report/label_scoring.py"
-        known = KNOWN_TO_TRAINER | (KNOWN_TO_LABEL_SCORING if is_scoring else set())
+        known = set(KNOWN_TO_TRAINER)
+        for files, rooms in (KNOWN_TO_SCORING, KNOWN_TO_SERVED):
+            known |= rooms if path.parent.name == "report" and path.name in files else set()
         others = rooms_imported(path, "engine") - known
         assert not others, f"{path.relative_to(ROOT)} imports {others}"
 

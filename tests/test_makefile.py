@@ -46,6 +46,7 @@ def planned(target: str) -> str:
     ("target", "extras"),
     [
         ("run", ["train"]),
+        ("run-encoder", ["train"]),
         ("setup", ["train", "dev"]),
         ("test", ["train", "dev"]),
         ("test-slow", ["train", "dev"]),
@@ -92,6 +93,7 @@ def test_running_and_training_import_nothing_that_make_run_does_not_install() ->
     folders = [ROOT / folder / "manyhats" for folder in ("adapters_store", "server", "trainer", "clients")]
     files = [path for folder in folders for path in folder.rglob("*.py")]
     files += [ROOT / "examples" / name for name in ("serve.py", "mixed_call.py")]
+    files += [ROOT / "examples/encoder" / name for name in ("serve.py", "mixed_call.py")]
     missing = {
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files

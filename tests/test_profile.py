@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from benchmarks.profile.tables import step_table
 from benchmarks.profile.timing import TimedBackend, TimedModel, parts_of
 from benchmarks.workload import Case
 
-from manyhats.engine.backends.cpu import wide
+from manyhats.engine.backends.cpu import columns, wide
 from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.backends.plan import StepPlan, int32
 from manyhats.engine.model.architecture import (
@@ -29,6 +30,7 @@ from manyhats.engine.model.architecture import (
     Attention,
     Block,
     Embedding,
+    Experts,
     FeedForward,
     Head,
     Norm,
@@ -95,6 +97,19 @@ def test_costs_are_those_counted_by_hand() -> None:
     }
     in_eight_bits = step_costs(ARCHITECTURE, plan(0, 0, 0, 0), rank=2, head_bytes=1.25)
     assert in_eight_bits["head"] == Cost(1.25 * 6400 + 2 * 400, 2 * 2 * 6400)
+
+
+def test_of_experts_as_many_are_read_as_rows_can_have() -> None:
+    mixture = replace(block(None).feed_forward, experts=Experts(7, 2, renormalizes=True))
+    architecture = replace(ARCHITECTURE, blocks=(replace(block(None), feed_forward=mixture),))
+    plain = step_costs(replace(ARCHITECTURE, blocks=(block(None),)), plan(0, 0, 0, 0), rank=2)
+    costs = step_costs(architecture, plan(0, 0, 0, 0), rank=2)
+    # Four rows, two experts each: all seven may be read. The router, of bfloat16, is counted with the first linears.
+    assert costs["gate_up"] == Cost(7 * 4 * 2113 + 2 * 7 * 64, 2 * 2 * 4 * 16384 + 2 * 4 * 7 * 64)
+    assert costs["down"] == Cost(7 * 2 * 2113, 2 * 2 * 4 * 8192)
+    assert costs["gate"] == Cost(cached_bytes=4 * (8 * 3 * 128 + 4 * 8 * 64 + 4 * 64))
+    others = costs.keys() - {"gate_up", "down", "gate"}
+    assert {part: costs[part] for part in others} == {part: plain[part] for part in others}
 
 
 @pytest.mark.parametrize(
@@ -170,6 +185,20 @@ def test_each_linear_is_told_by_its_deltas(tmp_path: Path) -> None:
         **dict.fromkeys(("qkv", "o", "gate_up", "down", "attention"), num_layers),
         "head": 1,
     }
+
+
+def test_each_linear_of_experts_is_told_by_what_is_around_it(tmp_path: Path) -> None:
+    model = load_tiny(make_checkpoint(tmp_path / "model", "qwen3_moe", mlp_only_layers=[1]), "nf4")
+    rows, _ = Runner(model, CpuBackend(1)).model.instructions
+    parts = parts_of(rows)
+    linears = [
+        part
+        for part, row in zip(parts, rows, strict=True)
+        if row[columns.INSTRUCTION] in (columns.LINEAR, columns.EXPERT_LINEAR)
+    ]
+    of_layers = ["qkv", "o", "gate_up", "gate_up", "down", "qkv", "o", "gate_up", "down"]
+    assert linears == [*of_layers, "head"]
+    assert set(parts) == set(KERNELS)
 
 
 def test_a_timed_model_accounts_for_its_steps_and_computes_as_before(tmp_path: Path) -> None:

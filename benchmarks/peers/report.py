@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from benchmarks.measure import Sample
 from benchmarks.peers.rows import PEER_OF
 from benchmarks.report import MAX_BUSY_CORES, Result, busy_moments, table
-from benchmarks.rows import Row
+from benchmarks.row import Row
 
 
 def rows_of(rows: Sequence[Row], peers: Sequence[str]) -> list[Row]:

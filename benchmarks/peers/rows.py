@@ -22,7 +22,7 @@ from benchmarks.peers.peer import (
     busy_case,
     context_case,
 )
-from benchmarks.rows import Floor, Pick, Row, at_least, at_most
+from benchmarks.row import Floor, Pick, Row, at_least, at_most
 from benchmarks.workload import BASE_CASES, Case
 
 PEER_OF: Mapping[str, str] = {

@@ -32,7 +32,7 @@ from benchmarks.peers.report import full_table, rows_of
 from benchmarks.peers.rows import make_rows
 from benchmarks.peers.transformers import TransformersPeer
 from benchmarks.peers.vllm import VllmPeer
-from benchmarks.rows import BUSY
+from benchmarks.row import BUSY
 from benchmarks.run import DEFAULT_MODEL, RESULTS, make_workload
 from benchmarks.worker import WorkerError
 from benchmarks.workload import Settings, quick_settings

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from manyhats.engine.backends.plan import StepPlan
-from manyhats.engine.model.architecture import Architecture, Attention, Block, Group
+from manyhats.engine.model.architecture import Architecture, Attention, Block, Experts, Group
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 LINEARS = ("qkv", "o", "gate_up", "down")
-"""The groups of a block's linears, in its order; of a feed-forward without a gate, up alone."""
+"""The groups of a block's linears, in its order; without a gate, up alone; of experts, those of all together."""
 KERNELS = (*LINEARS, "head", "attention", "deltas", "norms", "rotation", "gate")
 """The parts of a step that kernels run; norms include sums, scales, and the copy of the rows that need logits."""
 CHOOSING = "choosing"
@@ -70,13 +70,32 @@ def step_costs(
     if architecture.blocks[0].around_attention.before is not None:
         costs["norms"] += _moved(2 * num_rows * hidden)
     for block in architecture.blocks:
-        for part, group in zip(LINEARS, block.groups(), strict=True):
+        experts, num_passes = block.feed_forward.experts, num_rows
+        groups = (*block.attention_groups(), *(block.feed_forward_groups() if experts is None else ()))
+        for part, group in zip(LINEARS, groups, strict=experts is None):
             costs[part] += _linear(group, num_rows)
             costs["deltas"] += _deltas(group, plan, rank)
         costs["attention"] += _attention(block.attention, plan)
         costs["norms"] += _moved(num_rows * _normed_values(block))
         costs["rotation"] += _rotation(block.attention, num_rows)
-        costs["gate"] += _moved((2 + block.feed_forward.is_gated) * num_rows * block.feed_forward.width)
+        if experts is not None:
+            num_passes = num_rows * experts.num_per_row
+            for part, cost in _mixture(block, experts, num_rows).items():
+                costs[part] += cost
+        costs["gate"] += _moved((2 + block.feed_forward.is_gated) * num_passes * block.feed_forward.width)
+    return costs
+
+
+def _mixture(block: Block, experts: Experts, num_rows: int) -> Mapping[str, Cost]:
+    """Of experts, as many are read as rows can have; each row's input is copied to them, and their outputs summed."""
+    num_pairs, num_read = num_rows * experts.num_per_row, min(num_rows * experts.num_per_row, experts.num)
+    costs = {}
+    for part, group in zip(LINEARS[2:], block.feed_forward_groups(0), strict=True):
+        each = _linear(group, 1)
+        costs[part] = Cost(num_read * each.num_bytes, num_pairs * each.flops)
+    num_weights = block.hidden_size * experts.num
+    costs["gate_up"] += Cost(STORED * num_weights, 2 * num_rows * num_weights)
+    costs["gate"] = _moved((4 * num_pairs + num_rows) * block.hidden_size)
     return costs
 
 

@@ -61,13 +61,13 @@ def multiply(start, sums, count, num_threads):
             wide.load(start, 11 * wide.LANES),
         )
         for _ in range(count):
-            s0, s1, s2 = wide.fma(s0, a, a), wide.fma(s1, a, a), wide.fma(s2, a, a)
-            s3, s4, s5 = wide.fma(s3, a, a), wide.fma(s4, a, a), wide.fma(s5, a, a)
-            s6, s7, s8 = wide.fma(s6, a, a), wide.fma(s7, a, a), wide.fma(s8, a, a)
-            s9, s10, s11 = wide.fma(s9, a, a), wide.fma(s10, a, a), wide.fma(s11, a, a)
+            s0, s1, s2 = simd.fma(s0, a, a), simd.fma(s1, a, a), simd.fma(s2, a, a)
+            s3, s4, s5 = simd.fma(s3, a, a), simd.fma(s4, a, a), simd.fma(s5, a, a)
+            s6, s7, s8 = simd.fma(s6, a, a), simd.fma(s7, a, a), simd.fma(s8, a, a)
+            s9, s10, s11 = simd.fma(s9, a, a), simd.fma(s10, a, a), simd.fma(s11, a, a)
         total = np.float32(0.0)
         for s in (s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11):
-            total += wide.sum_lanes(s)
+            total += simd.sum_lanes(s)
         sums[thread] = total
 
 

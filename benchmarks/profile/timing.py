@@ -39,12 +39,18 @@ PART_OF = {
     col.GELU_TANH: "gate",
     col.GELU: "gate",
     col.RELU: "gate",
+    col.ROUTE: "gate",
+    col.PAIR: "gate",
+    col.SPREAD: "gate",
+    col.COMBINE: "gate",
     col.SOFTCAP: "head",
     col.REFINE: "head",
     col.ROTATE: "rotation",
     col.ATTENTION: "attention",
     col.RESCALED: "deltas",
     col.DELTAS: "deltas",
+    col.EXPERT_DELTAS: "deltas",
+    col.EXPERT_DELTAS: "deltas",
     col.BOTTLENECK: "deltas",
     col.UNNORMED: "deltas",
     col.GATE_LINEARS: "deltas",
@@ -52,6 +58,9 @@ PART_OF = {
     col.GATE_PREFIX: "deltas",
 }
 """Kind of instruction → the part of a step that it belongs to; a linear's is that of its group."""
+_NUM_OF_ATTENTION = 2
+_ACTIVATIONS = (col.SILU, col.GELU_TANH, col.GELU, col.RELU)
+_PRODUCTS = (col.LINEAR, col.QUANTIZE, col.NARROW, col.EXPERT_LINEAR)
 _FILLED_BLOCKS = 64
 _NOISE = 0.1
 
@@ -189,14 +198,19 @@ class TimedLogits:
 def parts_of(rows: Ints) -> list[str]:
     """The part of a step that each instruction of a program belongs to.
 
-    A linear does not say which group it is; the deltas that follow it do, and the head has none. What only prepares a
-    linear's input is part of it.
+    A linear does not say which group it is. The deltas that follow it do for the attention's, which come first; the
+    head has none. A feed-forward's activation lies between its first linears, the router among them, and the last. What
+    only prepares a linear's input is part of it.
     """
     parts: list[str] = []
-    group = "head"
+    group, is_before = "head", False
     for row in rows[::-1]:
         kind = int(row[col.INSTRUCTION])
-        if kind == col.DELTAS:
-            group = LINEARS[row[col.GROUP]]
-        parts.append(group if kind in (col.LINEAR, col.QUANTIZE) else PART_OF[kind])
+        if kind == col.DELTAS and row[col.GROUP] < _NUM_OF_ATTENTION:
+            group, is_before = LINEARS[row[col.GROUP]], False
+        elif kind in (col.DELTAS, col.COMBINE):
+            group = "gate_up" if is_before else "down"
+        elif kind in _ACTIVATIONS:
+            group, is_before = "gate_up", True
+        parts.append(group if kind in _PRODUCTS else PART_OF[kind])
     return parts[::-1]

@@ -1,4 +1,4 @@
-"""Classes among a version's labels: in order, apart from each other, and bounded."""
+"""Classes, shares and limits among a version's labels: in order, apart from each other, and bounded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from manyhats.adapters.heads import ScoreActivation
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.reserved_labels import (
     MAX_CLASSES,
+    MAX_CONCURRENCY,
+    MAX_TOKENS_PER_SECOND,
+    SHARE,
     Classes,
+    Entitlement,
     class_names,
     listed,
     numbered,
     read_activation,
     read_classes,
+    read_entitlement,
 )
 
 TWO = {"class.0": "a", "class.1": "b"}
@@ -59,6 +64,19 @@ def test_a_list_is_read_as_it_was_written(values: list[str]) -> None:
         ({"classify.prompt": "chat"}, "labels[classify.prompt]"),
         ({"classify.activation": "Sigmoid"}, "labels[classify.activation]"),
         ({**TWO, "classify.activation": ""}, "labels[classify.activation]"),
+        ({"share": ""}, "labels[share]"),
+        ({"share": "0"}, "labels[share]"),
+        ({"share": "-1"}, "labels[share]"),
+        ({"share": "nan"}, "labels[share]"),
+        ({"share": "inf"}, "labels[share]"),
+        ({"share": "1e7"}, "labels[share]"),
+        ({"share": "much"}, "labels[share]"),
+        ({"limit.concurrency": "0"}, "labels[limit.concurrency]"),
+        ({"limit.concurrency": "1.5"}, "labels[limit.concurrency]"),
+        ({"limit.concurrency": "two"}, "labels[limit.concurrency]"),
+        ({"limit.tokens_per_second": "0.5"}, "labels[limit.tokens_per_second]"),
+        ({"limit.tokens_per_second": "-5"}, "labels[limit.tokens_per_second]"),
+        ({"limit.requests": "5"}, "labels[limit.requests]"),
         ({f"l{number}": "" for number in range(65)}, "labels"),
         (
             {f"class.{number}": f"{number:03}" + "\N{TOP HAT}" * 253 for number in range(MAX_CLASSES)},
@@ -90,3 +108,12 @@ def test_labels_at_the_limits() -> None:
     labels = {f"class.{number}": f"{number:03}\n" + "x" * 252 for number in range(MAX_CLASSES)}
     labels |= {f"l{number}": "" for number in range(63)} | {"classify.system": "x\n" * 2048}
     assert Registration("sql", Uri("a"), labels=labels).labels == labels
+
+
+@given(st.none() | st.floats(0.001, 1e6), st.none() | st.integers(1, 10**6), st.none() | st.floats(1.0, 1e6))
+def test_labels_say_what_a_task_may_take(
+    share: float | None, concurrency: int | None, rate: float | None
+) -> None:
+    said = {SHARE: share, MAX_CONCURRENCY: concurrency, MAX_TOKENS_PER_SECOND: rate}
+    labels = {key: repr(value) for key, value in said.items() if value is not None}
+    assert read_entitlement(labels) == Entitlement(1.0 if share is None else share, concurrency, rate)

@@ -87,7 +87,7 @@ def test_every_setting_has_a_flag() -> None:
     kinds = [kind for kind in kinds if isinstance(kind, type)]
     names = {field.name for kind in kinds if hasattr(kind, "__dataclass_fields__") for field in fields(kind)}
     sections = {"adapter", "optimization"}
-    assert names - sections - {"use_dora", "train"} | {"data"} == {each.name for each in SETTINGS}
+    assert names - sections - {"use_dora", "train", "kind"} | {"data"} == {each.name for each in SETTINGS}
 
 
 def test_flags_left_out_take_the_defaults_shown_in_the_help() -> None:
@@ -95,6 +95,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help() -> None:
     shown = {each.name: each.show_default for each in command.params if isinstance(each.show_default, str)}
     described = {
         "out": "tasks/T",
+        "pooling": "auto, the base's own",
         "init_from": "fresh values",
         "quantization": "nf4; none for lora",
         "max_length": "the base's own",
@@ -118,6 +119,7 @@ def test_flags_left_out_take_the_defaults_shown_in_the_help() -> None:
         made = make_settings({"method": method, "task": "t", "data": "d"})
         for section in (made, made.adapter, made.data, made.optimization, made.model):
             defaults |= {each.name: getattr(section, each.name) for each in fields(section)}
+        defaults |= {"head": made.head.kind, "temperature": made.head.temperature}
     plain = shown.keys() - described.keys()
     assert len(plain) > 25
     assert {name: shown[name] for name in plain} == {name: str(defaults[name]) for name in plain}
@@ -422,7 +424,8 @@ SERVER = ["--register", "127.0.0.1:1"]
         (["--no-activate"], 2, "--no-activate needs --register HOST:PORT"),
         (["--activate-if", "loss < 1"], 2, "--activate-if needs --register HOST:PORT"),
         ([*SERVER, "--no-activate", "--activate-if", "loss < 1"], 2, "contradict each other"),
-        ([*SERVER, "--activate-if", "f1 > 0.9"], 2, "--activate-if: 'f1' is not a metric"),
+        ([*SERVER, "--activate-if", "recall > 0.9"], 2, "--activate-if: 'recall' is not a metric"),
+        ([*SERVER, "--activate-if", "f1 > 0.9"], 2, "--activate-if: f1 is not measured with head none"),
         ([*SERVER, "--activate-if", "loss < 1"], 2, "--activate-if: loss is measured on evaluation data"),
         (
             [*SERVER, "--eval", "eval.jsonl", "--activate-if", "accuracy > 0.9"],
@@ -460,6 +463,24 @@ def test_the_artifact_is_registered(fake: FakeServer, in_directory: Path) -> Non
     sent = bytes(fake.uploaded["adapter_model.safetensors"])
     assert sent == (in_directory / "tasks/sql/adapter_model.safetensors").read_bytes()
     assert f"registered: sql@3 (active, sha256:{3:064x})" in result.stdout
+
+
+def test_a_head_is_registered_with_the_names_of_its_classes(fake: FakeServer, in_directory: Path) -> None:
+    rows = [{"text": text, "label": label} for text, label in (("x", "dry"), ("y", "wet"))]
+    (in_directory / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 4 * rows))
+    flags = ["--data", "texts.jsonl", "--eval", "texts.jsonl", "--head", "classification", "--activate-if"]
+    result = small("lora", *flags, "f1 >= 0", "--register", fake.target)
+    assert result.exit_code == 0, result.stderr
+    assert dict(fake.last_request.labels) == {"class.0": "dry", "class.1": "wet"}
+    assert fake.last_request.activate
+    assert re.search(r"held out: loss [0-9.]+, accuracy [0-9.]+%, f1 [0-9.]+% \(8 rows\)", result.stdout)
+
+
+def test_a_small_base_in_four_bits_is_said_to_differ_from_what_is_served(in_directory: Path) -> None:
+    (in_directory / "texts.jsonl").write_text('{"query": "x", "positive": "y"}\n' * 4)
+    asked = ["--head", "embedding", "--data", "texts.jsonl"]
+    assert "note: the base is in NF4" in small("qlora", *asked).stderr
+    assert "note: the base is in NF4" not in small("lora", *asked).stderr
 
 
 @pytest.mark.parametrize(

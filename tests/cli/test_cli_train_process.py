@@ -146,3 +146,18 @@ def test_a_running_server_serves_what_was_trained_as_the_trainer_scored_it(place
             best = max(range(2), key=lambda index: scores[index].logprob)
             num_right += ("even", "odd")[best] == row["completion"]
         assert num_right == printed["report"]["evaluation"]["after"]["right"]
+
+
+def test_a_running_server_classifies_as_the_trainer_s_report_says(place: Path) -> None:
+    texts = [{"text": f"{'x' * (i % 7)} {i}", "label": "odd" if i % 2 else "even"} for i in range(60)]
+    for name, part in (("texts", texts[:40]), ("held", texts[40:])):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    with serving(place) as target, Client(target, timeout_s=60) as client:
+        asked = "--data texts.jsonl --eval held.jsonl --head classification --json --epochs 4"
+        more = [*asked.split(), "--learning-rate", "3e-3", "--register", target]
+        result = run(place, *command("parity-head", *more))
+        assert result.returncode == 0, result.stderr
+        report = json.loads(result.stdout)["report"]
+        answers = client.classify([row["text"] for row in texts[40:]], task_id="parity-head").results
+        right = [answer.label == row["label"] for answer, row in zip(answers, texts[40:], strict=True)]
+        assert sum(right) / 20 == report["evaluation"]["after"]["accuracy"]

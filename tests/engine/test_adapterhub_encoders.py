@@ -34,8 +34,13 @@ from support.harnesses.engine import load_tiny
 from support.oracles.adapterhub import gate_of
 
 TOLERANCE = 1e-4
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "albert grouped")
 BACKENDS = ("cpu", "torch")
+# Paths of transformers' layers by number, or of the sets of weights that these share; of others than BERT's kin.
+LAYERS = {
+    "albert": "encoder.albert_layer_groups.{}.albert_layers.0",
+    "distilbert": "transformer.layer.{}",
+}
 
 
 @contextmanager
@@ -208,12 +213,12 @@ def intervened(
     model: Any, base: BaseDescription, config: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """The model with ReFT behind its layers."""
-    layers = model.transformer.layer if base.model_type == "distilbert" else model.encoder.layer
-    path = "transformer.layer" if base.model_type == "distilbert" else "encoder.layer"
+    path = LAYERS.get(base.model_type, "encoder.layer.{}")
     with ExitStack() as hooks:
-        for index, layer in enumerate(layers):
+        for index in range(base.num_layers):
+            layer = model.get_submodule(path.format(index))
             units = [
-                f"{base.prefix}{path}.{index}.reft_layer.refts.{config['name']}.units.{unit}."
+                f"{base.prefix}{path.format(index)}.reft_layer.refts.{config['name']}.units.{unit}."
                 for unit in ((0, 0) if config["config"]["tied_weights"] else (0, 1))
             ]
             change = partial(_intervene, config["config"], units, tensors)

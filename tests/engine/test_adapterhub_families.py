@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from support.harnesses.engine import load_tiny
 from support.oracles.adapterhub import LibraryBlock
 
 TOLERANCE = 1e-4
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "albert grouped")
 PLUS = {"original_ln_after": False, "residual_before_ln": False, "scaling": "channel"}
 VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "seq-bn": ("seq_bn", {}),
@@ -52,18 +55,53 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 # Without the base's norm values grow, and so do errors of rounding.
 SCALES = {"unnormed": 0.05}
-# Where a layer of transformers' model makes m, and norms r + m.
-_BERT = {"attention": ("attention.output.dense", "attention.output.LayerNorm")}
-_BERT["feed_forward"] = ("output.dense", "output.LayerNorm")
-_DISTILBERT = {"attention": ("attention.out_lin", "sa_layer_norm")}
-_DISTILBERT["feed_forward"] = ("ffn.lin2", "output_layer_norm")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Paths in transformers' model.
+
+    Attributes:
+        path: of a layer, or of a set of weights, by its number.
+        linears: those of a layer that AdapterHub adapts: queries, values, both of the feed-forward.
+        attention, feed_forward: what makes m, and what norms r + m.
+        is_swapped: whether the library takes the attention's m for r.
+    """
+
+    path: str
+    linears: tuple[str, ...]
+    attention: tuple[str, str]
+    feed_forward: tuple[str, str]
+    is_swapped: bool = False
+
+
+_BERT = Layers(
+    "encoder.layer.{}",
+    ("attention.self.query", "attention.self.value", "intermediate.dense", "output.dense"),
+    ("attention.output.dense", "attention.output.LayerNorm"),
+    ("output.dense", "output.LayerNorm"),
+)
+LAYERS = {
+    "distilbert": Layers(
+        "transformer.layer.{}",
+        ("attention.q_lin", "attention.v_lin", "ffn.lin1", "ffn.lin2"),
+        ("attention.out_lin", "sa_layer_norm"),
+        ("ffn.lin2", "output_layer_norm"),
+    ),
+    "albert": Layers(
+        "encoder.albert_layer_groups.{}.albert_layers.0",
+        ("attention.query", "attention.value", "ffn", "ffn_output"),
+        ("attention.dense", "attention.LayerNorm"),
+        ("ffn_output", "full_layer_layer_norm"),
+        is_swapped=True,
+    ),
+}
 
 
 @contextmanager
 def adapted(model: Any, base: BaseDescription, config: Mapping[str, Any], tensors: Any) -> Iterator[None]:
     """The model with an adapter behind its sub-layers."""
-    layers = model.transformer.layer if base.model_type == "distilbert" else model.encoder.layer
-    places = _DISTILBERT if base.model_type == "distilbert" else _BERT
+    layers = LAYERS.get(base.model_type, _BERT)
     inner = config["config"]
     used = [
         name
@@ -71,13 +109,15 @@ def adapted(model: Any, base: BaseDescription, config: Mapping[str, Any], tensor
         if inner[flag]
     ]
     with ExitStack() as hooks:
-        for index, layer in enumerate(layers):
+        for index in range(base.num_layers):
+            layer = model.get_submodule(layers.path.format(index))
             for name in used if index not in inner["leave_out"] else ():
-                dense, norm = (layer.get_submodule(path) for path in places[name])
+                dense, norm = (layer.get_submodule(path) for path in getattr(layers, name))
                 block = LibraryBlock(inner, tensors, Site(index, name), base, norm.forward)
                 seen: dict[str, Tensor] = {}
                 hooks.callback(dense.register_forward_hook(_remember(seen)).remove)
-                hooks.callback(norm.register_forward_hook(_replace(block, seen)).remove)
+                is_swapped = layers.is_swapped and name == "attention"
+                hooks.callback(norm.register_forward_hook(_replace(block, seen, is_swapped)).remove)
         yield
 
 
@@ -85,8 +125,12 @@ def _remember(seen: dict[str, Tensor]) -> Callable[..., None]:
     return lambda module, args, output: seen.update(m=output)
 
 
-def _replace(block: LibraryBlock, seen: dict[str, Tensor]) -> Callable[..., Tensor]:
-    return lambda module, args, output: block.stream_after(seen["m"], args[0] - seen["m"])
+def _replace(block: LibraryBlock, seen: dict[str, Tensor], is_swapped: bool) -> Callable[..., Tensor]:
+    def replace(module: Any, args: Any, output: Any) -> Tensor:
+        m, r = seen["m"], args[0] - seen["m"]
+        return block.stream_after(r, m) if is_swapped else block.stream_after(m, r)
+
+    return replace
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,6 +188,71 @@ def test_lora_and_ia3_are_those_merged_into_the_weights(tmp_path: Path, family: 
     found = asyncio.run(read_all(loaded, tmp_path, expected, "cpu"))
     for name, wanted in expected.items():
         assert_close(found[name], wanted, name, TOLERANCE)
+
+
+@contextmanager
+def prefixed(model: Any, keys: Tensor, values: Tensor) -> Iterator[None]:
+    """The model whose layers, in turn, attend to a prefix of their own first; keys and values are [L, H, P, K]."""
+    transformers: Any = import_module("transformers")
+    number = count()
+
+    def attend(
+        module: Any, queries: Tensor, own_keys: Tensor, own_values: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        layer = next(number) % len(keys)
+        all_keys, all_values = (
+            torch.cat((prefix[layer][None], own), dim=2)
+            for prefix, own in ((keys, own_keys), (values, own_values))
+        )
+        weights = torch.softmax(queries @ all_keys.transpose(2, 3) * queries.shape[-1] ** -0.5, dim=-1)
+        return (weights @ all_values).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("prefixed", attend)
+    model.set_attn_implementation("prefixed")
+    yield
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefixes_are_seen_in_every_layer_and_move_no_position(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=4)
+    loaded = load_tiny(checkpoint)
+    base = loaded.description
+    model = transformers_model(checkpoint)
+    expected = {"": hidden_values(model)}
+    for seed, name in enumerate(("prefix", "prefix_flat")):
+        config = adapterhub_config(base, name)
+        tensors = adapterhub_tensors(base, config, seed=seed, scale=0.7)
+        write_adapterhub(tmp_path / name.replace("_", "-"), config, tensors)
+        with prefixed(model, *table_of(base, config["config"], tensors)):
+            expected[name.replace("_", "-")] = hidden_values(model)
+    names = [name for name in expected if name]
+    for backend in ("cpu", "torch"):
+        found = asyncio.run(read_all(loaded, tmp_path, names, backend))
+        for name, wanted in expected.items():
+            assert_close(found[name], wanted, name, TOLERANCE)
+    for name in names:
+        assert max(np.abs(a - b).max() for a, b in zip(expected[name], expected[""], strict=True)) > 0.05
+
+
+def table_of(
+    base: BaseDescription, inner: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, H, P, K] of a prefix, as the library makes them."""
+    by_end = {
+        name.rpartition("self_prefix.")[2].rpartition("self.")[2]: tensor for name, tensor in tensors.items()
+    }
+    if inner["flat"]:
+        table = by_end["control_trans"]
+    else:
+        hidden = torch.tanh(
+            by_end["wte.weight"] @ by_end["control_trans.0.weight"].T + by_end["control_trans.0.bias"]
+        )
+        table = hidden @ by_end["control_trans.2.weight"].T + by_end["control_trans.2.bias"]
+    table = table.view(inner["prefix_length"], base.num_layers, 2, base.num_kv_heads, base.head_dim)
+    layers = list(base.shared or range(base.num_layers))
+    keys, values = table.permute(2, 1, 3, 0, 4)[:, layers]
+    return keys, values
 
 
 # Decoders without such a norm

@@ -25,7 +25,7 @@ from support.oracles import golden
 
 PROGRAM = Path(golden.__file__).with_name("adapterhub_library.py")
 ENVIRONMENT = Path(__file__).parents[2] / ".adapterhub"
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "albert grouped")
 # None is shorter than the suffixes whose rows change.
 TEXTS = tuple(tuple(random_ids(length, length, TINY_VOCAB_SIZE)) for length in (3, 9, 40, 70))
 SUBTRACTED = {"noreft": True, "direft": False}

@@ -14,7 +14,7 @@ from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.primitives import LoweredAdapter, PromptEmbeddings
 from manyhats.engine import engine as engine_module
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.config import EngineConfig
+from manyhats.engine.config import EngineConfig, scheduler_config
 from manyhats.engine.engine import Engine
 from manyhats.engine.errors import (
     DeadlineExceededError,
@@ -30,6 +30,7 @@ from manyhats.engine.loop.generation import Generation
 from manyhats.engine.opening import open_engine
 from manyhats.engine.output import FinishReason
 from manyhats.engine.request import ResponseOptions, SamplingParams, ScoreRequest, StoppingParams
+from support.factories.architectures import make_architecture, make_attention
 from support.factories.tiny_models import EOS_TOKEN_ID, TINY_VOCAB_SIZE, make_checkpoint
 from support.harnesses.backends import default_model
 from support.harnesses.engine import (
@@ -536,3 +537,45 @@ async def test_the_kv_pool_is_sized_by_bytes_and_bounds_the_context(model: Loade
         assert caught.value.limit == 159
     with pytest.raises(FieldInvalidError, match="kv_cache_bytes"):
         open_engine(model, EngineConfig(kv_cache_bytes=100), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
+
+
+async def test_a_task_at_its_limit_waits_and_the_engine_is_neither_busy_nor_stuck(model: LoadedModel) -> None:
+    def load(record: AdapterRecord) -> LoweredAdapter:
+        return random_lora(model.description, 1)
+
+    limited = replace(make_record("a"), labels={"limit.tokens_per_second": "60", "limit.concurrency": "1"})
+    async with running_engine(model, load) as engine:
+        alone = await collect(engine, make_request(prompt(1), limited))
+        began_s, turns = time.monotonic(), []
+        engine.loop.on_step = turns.append
+        requests = [make_request(prompt(1), limited) for _ in range(6)]
+        answers = [asyncio.create_task(collect(engine, request)) for request in requests]
+        base = await collect(engine, make_request(prompt(2)))
+        assert not all(task.done() for task in answers)
+        assert base.finish_reason is FinishReason.LENGTH
+        assert [(await task).tokens for task in answers] == [alone.tokens] * 6
+        # 19 tokens each are computed: what is left of a second's at once, and the last begins before all are paid for.
+        assert time.monotonic() - began_s > 0.4
+        assert not engine.loop.is_at_standstill
+        assert len(turns) <= 6 * 9 + 9
+
+
+async def test_what_would_read_its_prompt_past_its_deadline_is_refused_at_once(
+    model: LoadedModel, steps_are_slow: None
+) -> None:
+    async with running_engine(model) as engine:
+        await collect(engine, make_request(prompt(1, 200), new_tokens=1))
+        began_s = time.monotonic()
+        late = make_request(prompt(2, LONG), new_tokens=1, deadline_s=began_s + 0.001)
+        with pytest.raises(DeadlineExceededError):
+            await collect(engine, late)
+        assert is_idle(engine)
+
+
+def test_a_step_of_an_encoder_has_four_times_the_tokens() -> None:
+    config = EngineConfig(max_num_batched_tokens=100)
+    for sees_all, expected in ((False, 100), (True, 400)):
+        architecture = make_architecture(replace(make_attention(2, 2, 16), sees_all=sees_all))
+        assert scheduler_config(config, architecture) == replace(
+            config.scheduler, max_num_batched_tokens=expected
+        )

@@ -18,6 +18,7 @@ import torch
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.heads import Pooling
 from manyhats.adapters.registration import Registration, Uri
+from manyhats.adapters.sites import POOLER
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.backends.open import open_backend
 from manyhats.engine.checkpoints.fetch import locate_model
@@ -137,6 +138,15 @@ def assert_is_the_librarys(found: Found, fixture: str, variant: str, tolerance: 
                 )
 
 
+def load_base(base: str, directory: Path) -> LoadedModel:
+    """A tiny base, copied and given a tokenizer."""
+    (directory / base).mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(ENCODERS / "bases" / base / name, directory / base / name)
+    save_tokenizer(directory / base)
+    return load_tiny(directory / base)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Found]:
     """What is found of all fixtures of a tiny base, by backend; run once each."""
@@ -144,12 +154,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Foun
     @cache
     def run(base: str, backend: str) -> Found:
         directory = tmp_path_factory.mktemp(f"{base}-{backend}")
-        (directory / base).mkdir()
-        for name in ("config.json", "model.safetensors"):
-            shutil.copy(ENCODERS / "bases" / base / name, directory / base / name)
-        save_tokenizer(directory / base)
         fixtures = [name for name in SMALL if name.startswith(base)]
-        return asyncio.run(read_all(load_tiny(directory / base), fixtures, directory, backend))
+        return asyncio.run(read_all(load_base(base, directory), fixtures, directory, backend))
 
     return run
 
@@ -160,6 +166,36 @@ def test_tiny_bases_give_the_librarys_values(
     fixture: str, backend: str, small: Callable[[str, str], Found]
 ) -> None:
     assert_is_the_librarys(small(fixture.partition("_")[0], backend), fixture, "dense", 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("base", ["tinyalbert", "tinydistil", "tinyroberta"])
+def test_bare_bases_give_the_librarys_values(tmp_path: Path, base: str, backend: str) -> None:
+    expected, model = Expected(f"bases/{base}"), load_base(base, tmp_path)
+
+    async def read() -> list[Any]:
+        opened = open_backend(backend, dtype="float32", num_threads=1)
+        async with running_engine(model, backend=opened) as engine:
+            asked = [
+                EncodeRequest(id="a", pooling=pooling, **expected.input(index))
+                for index in range(NUM_INPUTS)
+                for pooling in (Pooling.ALL, Pooling.MEAN)
+            ]
+            return [(await engine.encode(each)).values[0] for each in asked]
+
+    found = asyncio.run(read())
+    for index in range(NUM_INPUTS):
+        rows, mean = found[2 * index], found[2 * index + 1][0]
+        np.testing.assert_allclose(rows, expected(index, "hidden"), atol=1e-4, rtol=0)
+        mean = mean / np.linalg.norm(mean)
+        np.testing.assert_allclose(mean, expected(index, "mean"), atol=1e-4, rtol=0)
+        if expected.has("pooled"):
+            assert model.description.weights is not None
+            weight, bias = (
+                part.numpy() for part in model.description.weights.linear(POOLER) if part is not None
+            )
+            pooled = np.tanh(weight @ rows[0] + bias)
+            np.testing.assert_allclose(pooled, expected(index, "pooled"), atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {"multi_query": False, "num_kv_heads": 4, **ALL_HEADS},
     "cohere": {"use_qk_norm": True},
     "cohere2": WINDOW,
+    "mixtral": {},
+    "qwen3_moe": WINDOW,
 }
 METHODS: Mapping[AdapterMethod, Callable[[list[str]], Any]] = {
     AdapterMethod.LORA: lambda linears: LoraConfig(r=5, lora_alpha=8, target_modules=linears),

@@ -36,6 +36,9 @@ class _Weights:
         d_in, d_out = make_base().linears[site.name]
         return torch.linspace(-1, 1, d_out * d_in).reshape(d_out, d_in), None
 
+    def pooler_norm(self) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
 
 BASE = make_base(is_tied=False, weights=_Weights())
 LIMITS = AdapterLimits()

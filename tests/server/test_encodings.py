@@ -103,6 +103,34 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shares
 
 
+async def test_a_label_says_what_makes_a_task_s_vectors(prepared: Prepared) -> None:
+    with pytest.raises(
+        ArgumentInvalidError, match=r"labels\[embed.pooling\]: must be one of first, last, mean, max"
+    ):
+        Registration("x", Uri("x"), labels={"embed.pooling": "all"})
+    with pytest.raises(ArgumentInvalidError, match=r"labels\[embed.dimensions\]: is not known"):
+        Registration("x", Uri("x"), labels={"embed.dimensions": "9"})
+    source = Uri(str(prepared.checkpoint.parent / "docs"))
+    registered = prepared.store.register(
+        Registration("docs-mean", source, labels={"embed.pooling": "mean"})
+    ).record
+    assert registered.pooling is Pooling.MEAN
+    async with served_engine(prepared.model, prepared.store) as served:
+        own = await served.encoding.Embed(pb.EmbedRequest(task_id="docs-mean", inputs=inputs(*TEXTS)))
+        named = await served.encoding.Embed(
+            pb.EmbedRequest(task_id="docs", inputs=inputs(*TEXTS), pooling=apb.POOLING_MEAN)
+        )
+        other = await served.encoding.Embed(
+            pb.EmbedRequest(task_id="docs-mean", inputs=inputs(*TEXTS), pooling=apb.POOLING_LAST)
+        )
+        usual = await served.encoding.Embed(pb.EmbedRequest(task_id="docs", inputs=inputs(*TEXTS)))
+    assert [list(each.values) for each in own.embeddings] == [list(each.values) for each in named.embeddings]
+    assert [list(each.values) for each in other.embeddings] == [
+        list(each.values) for each in usual.embeddings
+    ]
+    assert list(own.embeddings[0].values) != list(usual.embeddings[0].values)
+
+
 async def test_classes_are_peft_s_of_each_task(prepared: Prepared) -> None:
     async with served_engine(prepared.model, prepared.store) as served:
         request = pb.ClassifyRequest(task_ids=["mood", "topic@1"], inputs=inputs(*TEXTS))

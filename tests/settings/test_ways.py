@@ -52,6 +52,8 @@ NEEDS: Mapping[str, dict[str, Any]] = {
     "labels": {"eval": "held-out"},
     "patience": {"eval": "held-out"},
     "init_text": {"init": "text"},
+    "pooling": {"head": "embedding"},
+    "temperature": {"head": "embedding"},
 }
 WAYS = [pytest.param("serve", each, id=f"serve-{each.name}") for each in SERVE]
 WAYS += [pytest.param("train", each, id=f"train-{each.name}") for each in TRAIN]

@@ -12,7 +12,9 @@ import pytest
 from benchmarks.training import rows
 from benchmarks.training_cases import CASES, TrainingWorkload, tokens_per_s
 
+from support.factories.tiny_encoders import make_encoder
 from support.factories.tiny_models import make_checkpoint
+from support.factories.wordnet import write_wordnet
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,3 +58,45 @@ def test_the_first_step_warms_up_and_is_not_counted() -> None:
 
 def test_every_case_has_the_floor() -> None:
     assert [row.floor.value for row in rows(CASES) if row.floor] == [1.2] * len(CASES)
+
+
+@pytest.mark.slow
+def test_heads_are_compared_with_peft_s_on_the_same_rows(tmp_path: Path) -> None:
+    checkpoint = make_encoder(tmp_path / "tiny")
+    wordnet = write_wordnet(tmp_path / "data.noun", 12)
+    sizes = [
+        "--seeds",
+        "1",
+        "--num-train",
+        "100",
+        "--num-eval",
+        "60",
+        "--epochs",
+        "1",
+        "--rank",
+        "2",
+        "--threads",
+        "1",
+    ]
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.training_heads",
+            "--model",
+            str(checkpoint),
+            "--wordnet",
+            str(wordnet),
+            *sizes,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "MANYHATS_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert run.returncode in (0, 1), run.stderr
+    for system in ("manyhats", "PEFT without dropout", "PEFT"):
+        assert f"seed 0, {system}: accuracy " in run.stdout
+    assert " points" in run.stdout.splitlines()[-1]

@@ -86,12 +86,12 @@ def bottleneck(
     sources = _sources(r, m, norm)
     x = sources[delta.input]
     if delta.norm_before is not None:
-        x = _layer_norm(x, delta.norm_before)
+        x = layer_norm(x, delta.norm_before)
     hidden = mask * ACTIVATIONS[delta.activation](functional.linear(x, delta.down, delta.down_bias))
     f = gate * delta.scale * functional.linear(hidden, delta.up, delta.up_bias)
     if delta.norm_after is not None:
         f = f if delta.norm_residual is None else f + sources[delta.norm_residual]
-        f = _layer_norm(f, delta.norm_after)
+        f = layer_norm(f, delta.norm_after)
     changed = delta.keep * m + delta.carry * r + f
     return changed + delta.carry_normed * sources[BottleneckInput.NORMED] if delta.carry_normed else changed
 
@@ -122,5 +122,6 @@ def _row_numbers(ids: Tensor, token_ids: Tensor) -> Tensor:
     return numbers[token_ids]
 
 
-def _layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
+def layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
+    """The norm of each row of x, [..., D]; see ``LayerNorm``."""
     return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from manyhats.adapters.primitives import LayerNorm
+
 
 class Pooling(Enum):
     """What a head reads of a text's hidden rows: the first or last, their mean or maximum, or every row by itself."""
@@ -40,17 +42,25 @@ class ScoreActivation(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadLayer:
-    """``y = activation(x Wᵀ + b)``.
+    """``y = norm(activation(x Wᵀ + b))``.
 
     Attributes:
         weight: [out, in], float32.
         bias: [out], float32, or None.
         activation: a name in ``manyhats.adapters.activations.ACTIVATIONS``, or None.
+        norm: float32, or None.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     activation: str | None = None
+    norm: LayerNorm | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of its numbers."""
+        parts = (self.weight, self.bias, *(() if self.norm is None else (self.norm.weight, self.norm.bias)))
+        return tuple(part for part in parts if part is not None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,8 +86,7 @@ class TaskHead:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of its numbers."""
-        parts = (part for layer in self.layers for part in (layer.weight, layer.bias))
-        return tuple(part for part in parts if part is not None)
+        return tuple(tensor for layer in self.layers for tensor in layer.tensors)
 
     @property
     def num_outputs(self) -> int:

@@ -39,6 +39,14 @@ class Method(Protocol):
         """Its name."""
         ...
 
+    def check_base(self, base: BaseDescription) -> None:
+        """Refuse a base on which no artifact of the method is served.
+
+        Raises:
+            AdapterUnsupportedError: says why.
+        """
+        ...
+
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
         """Refuse what could not be served exactly, before any tensor is read.
 
@@ -55,3 +63,10 @@ class Method(Protocol):
             ArtifactError, BaseMismatchError: as ``check``, for an artifact that never passed it.
         """
         ...
+
+
+class OnAnyBase:
+    """What methods share that are served on every base."""
+
+    def check_base(self, base: BaseDescription) -> None:
+        """Nothing to refuse."""

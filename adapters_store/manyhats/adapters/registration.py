@@ -11,7 +11,15 @@ from typing import TypeAlias
 
 from manyhats.adapters.artifact import AdapterRecord
 from manyhats.adapters.errors import ArgumentInvalidError
-from manyhats.adapters.reserved_labels import CLASS, STOP, SYSTEM, label_error, read_classes
+from manyhats.adapters.reserved_labels import (
+    CLASS,
+    STOP,
+    SYSTEM,
+    label_error,
+    read_classes,
+    read_entitlement,
+    read_pooling,
+)
 from manyhats.adapters.taskid import check_task_id
 
 _MAX_ID_LENGTH = 128
@@ -190,7 +198,7 @@ def check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
 
     Raises:
         ArgumentInvalidError: too many, too long, or not printable, where stop sequences, classes and a system message
-            may have line breaks and tabs; or what they say of the task's classes is wrong.
+            may have line breaks and tabs; or what they say of the task's classes, vectors or share is wrong.
     """
     num_own = sum(not key.startswith(CLASS) for key in labels)
     if num_own > _MAX_LABELS:
@@ -206,4 +214,6 @@ def check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
     if num_bytes > _MAX_BYTES:
         raise ArgumentInvalidError("labels", f"have {num_bytes} bytes together; the limit is {_MAX_BYTES}")
     read_classes(labels)
+    read_entitlement(labels)
+    read_pooling(labels)
     return MappingProxyType(dict(labels))

@@ -12,6 +12,7 @@ import typer
 
 from manyhats.cli import (
     adapters,
+    bench,
     chat,
     classify,
     embed,
@@ -92,6 +93,7 @@ app.command(help=classify.HELP, rich_help_panel=_CLIENT)(classify.classify)
 app.command(help=tag.HELP, rich_help_panel=_CLIENT)(tag.tag)
 app.command(help=rerank.HELP, rich_help_panel=_CLIENT)(rerank.rerank)
 app.add_typer(adapters.app, name="adapters", rich_help_panel=_CLIENT)
+app.command(help=bench.HELP, rich_help_panel=_CLIENT)(bench.bench)
 app.command(help=info.HELP, rich_help_panel=_CLIENT)(info.info)
 
 

@@ -53,6 +53,14 @@ def new(
         list[str] | None,
         typer.Option("--task", metavar="GLOB", help="Tasks it gives access to. Repeatable."),
     ] = None,
+    max_priority: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="The highest priority that its calls may ask for.",
+            show_default="any with the role manage, else 0",
+        ),
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Add a token to a token file, and print it."""
@@ -65,7 +73,7 @@ def new(
     except ValueError:
         raise UsageError("--role must be generate or manage") from None
     try:
-        text = _read(file) + token_entry(name, token, roles, task or ())
+        text = _read(file) + token_entry(name, token, roles, task or (), max_priority)
         parse_tokens(text, str(file))
     except ConfigError as error:
         raise CommandError(str(error).removeprefix(f"{error.setting}: ")) from error

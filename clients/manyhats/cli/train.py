@@ -35,7 +35,9 @@ METHOD is one of
 All but lora use the base in NF4, unless --quantization says otherwise.
 
 Each line of the data is a JSON object with prompt and completion (only the
-completion is learned), with text, or with the messages of a chat.
+completion is learned), with text, or with the messages of a chat. With --head
+texts are read instead of continued, and a line has text and label, or tokens
+and tags, or a query and a positive text.
 
 [bold]Examples[/bold]
 
@@ -47,6 +49,9 @@ completion is learned), with text, or with the messages of a chat.
   $ manyhats train qlora --task mood --data train.jsonl \\
     --eval eval.jsonl --label good --label bad \\
     --register 127.0.0.1:50051 --activate-if "accuracy >= 0.9"
+
+  $ manyhats train lora --head classification --task topic \\
+    --data train.jsonl --model all-minilm-l6-v2
 
   $ manyhats train lora --task sql --data train.jsonl --dry-run
 

@@ -19,12 +19,19 @@ from manyhats.cli.output import human_bytes, human_count, print_fields, print_js
 from manyhats.cli.progress import shown_progress
 from manyhats.cli.train_server import Server
 from manyhats.client import ManyhatsError, Registration
-from manyhats.engine.checkpoints.loader import LoadedModel, load_model
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model, usual_quantization
 from manyhats.engine.errors import EngineError
 from manyhats.trainer.errors import RegistrationError, TrainerError
 from manyhats.trainer.files.output_directory import holds_artifact, report_file
 from manyhats.trainer.model.computation import resolve_computation
-from manyhats.trainer.registration import ActivationRule, RegistrationServer, version_labels, why_no_classes
+from manyhats.trainer.registration import (
+    ActivationRule,
+    RegistrationServer,
+    head_labels,
+    version_labels,
+    why_no_classes,
+    why_no_names,
+)
 from manyhats.trainer.report.progress import shown_training
 from manyhats.trainer.report.report import Evaluation, TrainingReport
 from manyhats.trainer.settings.settings import ModelSettings, TrainSettings
@@ -91,13 +98,17 @@ class Registrar:
                 settings.task,
                 Path(settings.out),
                 activate=self.activates and not unmet,
-                labels=version_labels(report.evaluation),
+                labels=_labels(report),
             )
         except RegistrationError as error:
             return Ended(settings=settings, report=report, error=error)
-        if why := why_no_classes(report.evaluation):
+        if why := why_no_classes(report.evaluation) if report.head is None else why_no_names(report.head):
             typer.echo(f"note: {settings.task} is registered without classes: {why}", err=True)
         return Ended(settings=settings, report=report, registration=registration, unmet=unmet)
+
+
+def _labels(report: TrainingReport) -> dict[str, str]:
+    return version_labels(report.evaluation) if report.head is None else head_labels(report.head)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +138,7 @@ def train_one(settings: TrainSettings, registrar: Registrar, resume: bool, as_js
     check_before_loading(settings, resume=resume)
     _tell_what_is_replaced([settings], resume)
     model = _load(settings.model)
+    _tell_of_quantization([settings], model)
     with shown_training() as listener:
         report = train(settings, model, resume=resume, listener=listener)
     ended = _registered(TaskOutcome(settings=settings, report=report), registrar)
@@ -149,6 +161,7 @@ def train_all(tasks: Sequence[TrainSettings], registrar: Registrar, resume: bool
     registrar.look()
     _tell_what_is_replaced(tasks, resume)
     model = _load(common_base(tasks))
+    _tell_of_quantization(tasks, model)
     all_ended: list[Ended] = []
 
     def note(outcome: TaskOutcome) -> None:
@@ -181,6 +194,17 @@ def _load(settings: ModelSettings) -> LoadedModel:
     with prompt_interrupts(), shown_progress() as report:
         return load_model(
             settings.model, quantization=settings.quantization, dtype=computation.dtype, progress=report
+        )
+
+
+def _tell_of_quantization(tasks: Sequence[TrainSettings], model: LoadedModel) -> None:
+    """Say that vectors and classes are those of a base in 4 bits, if a server would keep it dense."""
+    reads = any(settings.head.reads for settings in tasks)
+    if reads and model.quantization == "nf4" and usual_quantization(model.architecture) == "none":
+        typer.echo(
+            "note: the base is in NF4, but a server keeps one of this size dense unless told otherwise: serve it with "
+            "--quantization nf4, or train with --quantization none",
+            err=True,
         )
 
 
@@ -256,12 +280,12 @@ def _base(settings: ModelSettings) -> str:
 
 
 def _held_out(evaluation: Evaluation) -> str:
-    """Before and after, of the loss and of the accuracy."""
+    """Before and after, of the loss and of what else is measured."""
     before, after = evaluation.before, evaluation.after
-    text = f"loss {before.loss:.4f} to {after.loss:.4f}"
-    right = evaluation.accuracy(before), evaluation.accuracy(after)
-    if right[0] is not None and right[1] is not None:
-        text += f", accuracy {right[0]:.1%} to {right[1]:.1%}"
+    text = f"loss {after.loss:.4f}" if before is None else f"loss {before.loss:.4f} to {after.loss:.4f}"
+    earlier = {} if before is None else evaluation.metrics(before)
+    for name, value in evaluation.metrics(after).items():
+        text += f", {name} {earlier[name]:.1%} to {value:.1%}" if name in earlier else f", {name} {value:.1%}"
     return f"{text} ({evaluation.num_items} rows)"
 
 

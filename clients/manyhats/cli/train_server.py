@@ -34,7 +34,7 @@ ActivateIf: TypeAlias = Annotated[
         "--activate-if",
         metavar="CONDITION",
         help="Make it the active version only if this holds of its held-out results: loss, perplexity or accuracy,"
-        " as in 'accuracy >= 0.9 and loss < 1.5'. It is registered in any case.",
+        " and of a head f1, mrr or pearson, as in 'accuracy >= 0.9 and loss < 1.5'. It is registered in any case.",
     ),
 ]
 RegisterTimeout: TypeAlias = Annotated[

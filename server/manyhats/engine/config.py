@@ -22,13 +22,18 @@ _LIMITS = "Limits"
 _WORDING = Wording(error=lambda name, problem: FieldInvalidError(f"engine.{name}", problem), shows_value=True)
 
 
+_ENCODER_STEP = 4
+"""Times the tokens of a step: enough that what it costs besides them is little, few enough for the caches."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Limits and sizes of one engine.
 
     Attributes:
         dtype: of embeddings, adapters and, by default, the KV cache; ``auto`` is ``bfloat16``. Arithmetic is float32
-            either way, except that with ``bfloat16`` NF4 linears take 16-bit integers where the processor has AVX2.
+            either way, except that with ``bfloat16`` NF4 linears take 16-bit integers where the processor has AVX2, and
+            dense ones bfloat16 where it has AVX512-BF16.
         max_num_batched_tokens: longer prompts are split into chunks.
         max_bulk_tokens: larger values delay other requests' tokens; smaller ones make bulk work take longer.
         max_adapter_bytes: adapters in use are never evicted; while they fill it, requests for others wait.
@@ -45,7 +50,11 @@ class EngineConfig:
         64, name="max_sequences", at_least=1, group=_LIMITS, help="Sequences that run at once."
     )
     max_num_batched_tokens: int = setting(
-        256, name="max_batched_tokens", at_least=1, group=_LIMITS, help="Tokens of one step."
+        256,
+        name="max_batched_tokens",
+        at_least=1,
+        group=_LIMITS,
+        help="Tokens of one step, of an encoder four times as many.",
     )
     kv_cache_bytes: int = setting(
         1024 * MIB, unit="bytes", at_least=1, group=_LIMITS, help="Memory for the KV cache."
@@ -122,6 +131,14 @@ def resolve(config: EngineConfig) -> EngineConfig:
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     kv_cache_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     return replace(config, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+
+
+def scheduler_config(config: EngineConfig, architecture: Architecture) -> SchedulerConfig:
+    """The scheduler's limits. An encoder's steps are larger: there, no other request waits for its next token."""
+    limits = config.scheduler
+    if not architecture.attention.sees_all:
+        return limits
+    return replace(limits, max_num_batched_tokens=_ENCODER_STEP * limits.max_num_batched_tokens)
 
 
 def kv_cache_bytes(config: EngineConfig, architecture: Architecture) -> int:

@@ -312,7 +312,7 @@ class Engine:
         if lease is not None:
             return lease
         started = time.monotonic()
-        self.loop.step.scheduler.check_queue(self._num_preparing)
+        self.loop.step.scheduler.check_queue(adapter.task_id, self._num_preparing)
         async with _by_deadline(request, "the adapter"):
             lease = await self._adapters.lease(adapter)
         lease.load_s, lease.has_waited = time.monotonic() - started, True
@@ -322,7 +322,8 @@ class Engine:
         """The matcher of a request's constraint; returns once that is compiled."""
         if request.constraint is None:
             return None
-        self.loop.step.scheduler.check_queue(self._num_preparing)
+        task = "" if request.adapter is None else request.adapter.task_id
+        self.loop.step.scheduler.check_queue(task, self._num_preparing)
         tokenizer, eos_token_ids = self._model.tokenizer_of(request), self._model.eos_of(request)
         async with _by_deadline(request, "the constraint"):
             return await self.grammars.matcher(request.constraint, tokenizer, eos_token_ids)

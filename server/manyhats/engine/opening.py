@@ -7,7 +7,7 @@ from functools import partial
 from manyhats.engine.backends.backend import Backend
 from manyhats.engine.backends.open import open_backend
 from manyhats.engine.checkpoints.loader import LoadedModel
-from manyhats.engine.config import EngineConfig, kv_cache_bytes, resolve
+from manyhats.engine.config import EngineConfig, kv_cache_bytes, resolve, scheduler_config
 from manyhats.engine.engine import Engine
 from manyhats.engine.loop.probe import AdapterProbe, probe_prompt
 from manyhats.engine.loop.serving import ServingModel
@@ -65,10 +65,11 @@ def open_engine(
         max_context_length=min(model.architecture.max_context_length, capacity),
         vocab_size=model.architecture.vocab_size,
         sees_all=model.architecture.attention.sees_all,
-        padding_id=_padding_id(model),
+        padding_id=model.padding_id,
         pooling=model.description.pooling,
     )
-    scheduler = Scheduler(config.scheduler, BlockAllocator(cache.num_blocks, cache.block_size))
+    limits = scheduler_config(config, model.architecture)
+    scheduler = Scheduler(limits, BlockAllocator(cache.num_blocks, cache.block_size))
     step = Step(scheduler, prepared, cache, slots, serving.vocab_size)
     warm_up = partial(prepared.warm_up, cache, slots, probe_slot, progress)
     loop = Loop(step, Streams(), backend, background, warm_up)
@@ -86,10 +87,3 @@ def open_engine(
     )
     num_bytes = {**prepared.num_bytes, "kv": cache.num_bytes}
     return Engine(config, serving, loop, AdapterLoading(residency, background), probe, num_bytes)
-
-
-def _padding_id(model: LoadedModel) -> int | None:
-    """The padding of an encoder whose positions begin behind its id, as RoBERTa's do."""
-    positions, token_id = model.architecture.embedding.positions, model.description.pad_token_id
-    is_counted = positions is None or not positions.offset or not model.architecture.attention.sees_all
-    return None if is_counted else token_id

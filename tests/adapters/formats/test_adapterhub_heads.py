@@ -153,6 +153,7 @@ def test_a_head_on_the_pooler_begins_with_the_bases_own() -> None:
             ["relu", None],
         ),
         ("BertForSequenceClassification", "bert", static_shapes(classifier=3), ["tanh", None]),
+        ("AlbertForSequenceClassification", "albert", static_shapes(classifier=3), ["tanh", None]),
         ("BertForTokenClassification", "bert", static_shapes(classifier=3), [None]),
         ("BertForQuestionAnswering", "bert", static_shapes(qa_outputs=2), [None]),
     ],
@@ -161,7 +162,7 @@ def test_static_heads_are_those_of_transformers_classes(
     model_class: str, model_type: str, shapes: dict[str, tuple[int, ...]], activations: list[str | None]
 ) -> None:
     num_labels = 2 if "Question" in model_class else 3
-    base = make_encoder_base(model_type, has_pooler=model_type == "bert")
+    base = make_encoder_base(model_type, has_pooler=model_type in ("albert", "bert"))
     head = find_head(static(model_class, model_type, num_labels), shapes, base)
     assert [layer.activation for layer in head.layers] == activations
     assert head.labels == tuple(f"l{index}" for index in range(num_labels))

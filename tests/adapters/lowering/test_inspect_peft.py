@@ -23,7 +23,7 @@ from support.factories.adapters import (
     make_vera,
 )
 from support.factories.prefixes import make_multitask_prompt, make_p_tuning, make_prefix, make_prompt
-from support.factories.tiny_encoders import ENCODERS, LINEARS, make_encoder
+from support.factories.tiny_encoders import ENCODERS, LINEARS, POOLERS, make_encoder
 from support.factories.tiny_models import linears_of
 from support.oracles.peft import make_peft, save_peft, tiny_model
 
@@ -93,10 +93,14 @@ def test_heads_of_every_encoder_are_found_without_a_base(family: str, tmp_path: 
         ("AutoModel", TaskType.FEATURE_EXTRACTION),
     ):
         model = getattr(transformers, auto).from_pretrained(directory)
-        names = [*LINEARS[family], *(["pooler.dense"] if family == "bert" else [])]
-        peft = make_peft(model, LoraConfig(task_type=task_type, r=4, target_modules=names))
+        names = [*LINEARS[family], *([POOLERS[family]] if family in POOLERS else [])]
+        config = LoraConfig(task_type=task_type, r=4, target_modules=names)
+        if task_type == TaskType.QUESTION_ANS and family.startswith("modernbert"):
+            config.modules_to_save = ["classifier"]
+        peft = make_peft(model, config)
         found = inspect(save_peft(peft, tmp_path / task_type))
         assert found.refusals == ()
         sites = {site.site for site in found.sites}
-        assert all(site.endswith(tuple(LINEARS[family])) for site in sites)
-        assert all(any(site.endswith(name) for site in sites) for name in LINEARS[family])
+        ends = [name.removeprefix("mlp.") for name in LINEARS[family]]
+        assert all(site.endswith(tuple(ends)) for site in sites)
+        assert all(any(site.endswith(end) for site in sites) for end in ends)

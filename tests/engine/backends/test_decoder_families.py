@@ -130,6 +130,26 @@ MODELS: dict[str, dict[str, Any]] = {
     "cohere": {"family": "cohere", "tie": True},
     "cohere, norms of heads, biases": {"family": "cohere", "use_qk_norm": True, "attention_bias": True},
     "cohere2": {"family": "cohere2", "sliding_window": 20, "tie": True},
+    "mixtral": {"family": "mixtral"},
+    "mixtral, window, one expert a row, odd numbers": {
+        "family": "mixtral",
+        "sliding_window": 20,
+        "num_local_experts": 7,
+        "num_experts_per_tok": 1,
+        "tie": True,
+        "intermediate_size": 48,
+    },
+    "mixtral, all experts": {"family": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 3},
+    "qwen3_moe": {"family": "qwen3_moe"},
+    "qwen3_moe, dense layers, weights as they are, window, biases": {
+        "family": "qwen3_moe",
+        "num_layers": 5,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+        "norm_topk_prob": False,
+        "sliding_window": 18,
+        "attention_bias": True,
+    },
 }
 LORAS: dict[str, dict[str, Any]] = {
     "qwen3": {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]},
@@ -149,6 +169,8 @@ LORAS: dict[str, dict[str, Any]] = {
     "falcon": {"target_modules": "all-linear"},
     "cohere": {"target_modules": ["q_proj", "k_proj", "up_proj"]},
     "cohere2": {"target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj"]},
+    "mixtral": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "qwen3_moe": {"target_modules": ["q_proj", "v_proj", "o_proj"]},
 }
 WINDOWED = {"qwen3", "gemma2", "gemma3_text", "smollm3", "starcoder2", "cohere2"}
 

@@ -39,19 +39,23 @@ GROUPS = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-# Of families whose heads share no keys and leave no choice of their size, and whose feed-forward has no gate.
+# Of families whose heads share no keys and leave no choice of their size.
 OF_ALL_HEADS = {
     "q_proj": (192, 192),
     "k_proj": (192, 192),
     "v_proj": (192, 192),
     "o_proj": (192, 192),
+    "gate_proj": (192, 96),
     "up_proj": (192, 96),
     "down_proj": (96, 192),
 }
 UNGATED = {**{name: group for name, group in GROUPS.items() if name != "gate_up"}, "up": ("up_proj",)}
-ENCODERS = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
-WITHOUT_GATE = (*ENCODERS, "falcon", "gpt2", "gpt_neox", "gptj", "opt", "phi", "starcoder2")
-WITH_ALL_HEADS = (*ENCODERS, "falcon", "gpt2", "gpt_neox", "gptj", "opt")
+POST_NORMED = ("albert", "bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+# Families of experts: as many, of which a row has two.
+NUM_EXPERTS = 3
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
+WITHOUT_GATE = (*POST_NORMED, "falcon", "gpt2", "gpt_neox", "gptj", "opt", "phi", "starcoder2")
+WITH_ALL_HEADS = (*POST_NORMED, "falcon", "gpt2", "gpt_neox", "gptj", "modernbert", "opt")
 OUTPUT_NORMS = {"attention_output": (64,), "feed_forward_output": (64,)}
 PRE_NORMS = {"attention_before": (64,), "feed_forward_before": (64,)}
 HEAD_NORMS = {"query": (32,), "key": (32,)}
@@ -60,15 +64,16 @@ NORMS = {
     "gemma3_text": {**PRE_NORMS, **OUTPUT_NORMS, **HEAD_NORMS},
     "olmo2": {"query": (192,), "key": (64,), **OUTPUT_NORMS},
     "qwen3": {**PRE_NORMS, **HEAD_NORMS},
+    "qwen3_moe": {**PRE_NORMS, **HEAD_NORMS},
     "cohere": {"attention_before": (64,)},
     "cohere2": {"attention_before": (64,)},
     "phi": {"attention_before": (64,)},
     "falcon": {"attention_before": (192,)},
     "gptj": {"attention_before": (192,)},
-    **{name: {"attention_stream": (192,), "feed_forward_stream": (192,)} for name in ENCODERS},
+    **{name: {"attention_stream": (192,), "feed_forward_stream": (192,)} for name in POST_NORMED},
     **{
         name: {"attention_before": (192,), "feed_forward_before": (192,)}
-        for name in ("gpt2", "gpt_neox", "opt")
+        for name in ("gpt2", "gpt_neox", "modernbert", "opt")
     },
 }
 ORDER_OF_NORMS = (
@@ -139,6 +144,8 @@ def config_of(family: str) -> dict[str, Any]:
     names = {standard: own for own, standard in OWN_NAMES.get(family, {}).items()}
     hidden_size = {"hidden_size": 192} if family in WITH_ALL_HEADS else {}
     fields = {names.get(name, name): value for name, value in {**SIZES, **hidden_size}.items()}
+    if family in WITH_EXPERTS:
+        fields |= {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
     return {**fields, "model_type": family, "multi_query": False, "rotary_dim": 16}
 
 
@@ -147,18 +154,26 @@ def read(family: str) -> Architecture:
 
 
 def linears_of(family: str) -> dict[str, tuple[int, int]]:
-    if family in WITH_ALL_HEADS:
-        return OF_ALL_HEADS
+    linears = OF_ALL_HEADS if family in WITH_ALL_HEADS else LINEARS
+    if family in WITH_EXPERTS:
+        attention, feed_forward = list(LINEARS.items())[:4], list(LINEARS.items())[4:]
+        experts = {f"experts.{e}.{name}": sizes for e in range(NUM_EXPERTS) for name, sizes in feed_forward}
+        return {**dict(attention), "router": (64, NUM_EXPERTS), **experts}
     return {
-        name: sizes for name, sizes in LINEARS.items() if name != "gate_proj" or family not in WITHOUT_GATE
+        name: sizes for name, sizes in linears.items() if name != "gate_proj" or family not in WITHOUT_GATE
     }
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_linears_and_their_groups_are_those_of_every_family_in_the_order_of_the_forward(family: str) -> None:
     linears = linears_of(family)
-    names = ("qkv", "o", "up", "down") if family in WITHOUT_GATE else GROUPS
+    names = ("qkv", "o", "up", "down") if family in WITHOUT_GATE else tuple(GROUPS)
     members = {**GROUPS, **UNGATED}
+    if family in WITH_EXPERTS:
+        members["router"] = ("router",)
+        for expert in (f"experts.{e}." for e in range(NUM_EXPERTS)):
+            members |= {expert + name: tuple(expert + each for each in GROUPS[name]) for name in names[2:]}
+        names = (*names[:2], *list(members)[len({**GROUPS, **UNGATED}) :])
     for block in read(family).blocks:
         shapes = {linear.name: (linear.d_in, linear.d_out) for linear in block.linears()}
         assert list(shapes.items()) == list(linears.items())
@@ -170,8 +185,10 @@ def test_linears_and_their_groups_are_those_of_every_family_in_the_order_of_the_
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_norms_are_those_of_the_family_in_the_order_of_the_forward(family: str) -> None:
-    expected = NORMS.get(family, PRE_NORMS)
-    for block in read(family).blocks:
+    for layer, block in enumerate(read(family).blocks):
+        expected = dict(NORMS.get(family, PRE_NORMS))
+        if family == "modernbert" and not layer:
+            del expected["attention_before"]  # what it reads has been normed: the embeddings
         found = {shape.name: shape.shape for shape in block.norms()}
         assert list(found) == [name for name in ORDER_OF_NORMS if name in expected]
         assert found == expected
@@ -181,9 +198,10 @@ def test_norms_are_those_of_the_family_in_the_order_of_the_forward(family: str) 
 def test_a_family_s_files_have_a_place_for_each_linear_and_norm(family: str) -> None:
     found = read_family(config_of(family))
     block = found.architecture.blocks[0]
-    stored = [name for each in found.layout.modules.values() for name in each.members]
+    stored = [name for each in found.layout.modules_of(block).values() for name in each.members]
     assert sorted(stored) == sorted(linear.name for linear in block.linears())
-    assert found.layout.norms.keys() == {shape.name for shape in block.norms()}
+    norms = {shape.name for block in found.architecture.blocks for shape in block.norms()}
+    assert found.layout.norms.keys() == norms
 
 
 @pytest.mark.parametrize("family", TENSORS)
@@ -201,6 +219,34 @@ def test_sites_are_the_linears_of_each_layer_the_sub_layers_embedding_and_head()
     names = (*LINEARS, "attention", "feed_forward")
     layers = [Site(layer, name) for layer in range(2) for name in names]
     assert list(read("phi3").sites()) == [Site(-1, "embed_tokens"), Site(-1, "lm_head"), *layers]
+
+
+def test_sites_of_a_mixture_are_its_router_and_each_expert_s_linears() -> None:
+    found = read_family({**config_of("qwen3_moe"), "mlp_only_layers": [1]}).architecture
+    of_layers = [[site for site in found.sites() if site.layer == layer] for layer in range(2)]
+    sublayers = ["attention", "feed_forward"]
+    assert [site.name for site in of_layers[0]] == [*linears_of("qwen3_moe"), *sublayers]
+    assert [site.name for site in of_layers[1]] == [*LINEARS, *sublayers]
+    assert [site.is_of_mixture for site in of_layers[0]] == [False] * 4 + [True] * 10 + [False] * 2
+    assert not any(site.is_of_mixture for site in of_layers[1])
+
+
+def test_checkpoints_of_experts_are_asked_for_the_tensors_of_each_layer_s_kind() -> None:
+    config = {**config_of("qwen3_moe"), "mlp_only_layers": [1], "moe_intermediate_size": 32}
+    found = {
+        name.removeprefix("model.layers."): shape
+        for name, shape in expected_shapes(read_family(config)).items()
+        if ".mlp." in name
+    }
+    assert found == {
+        "0.mlp.gate.weight": (NUM_EXPERTS, 64),
+        **{
+            f"0.mlp.experts.{expert}.{name}.weight": shape
+            for expert in range(NUM_EXPERTS)
+            for name, shape in (("gate_proj", (32, 64)), ("up_proj", (32, 64)), ("down_proj", (64, 32)))
+        },
+        **{f"1.{name}": shape for name, shape in SEPARATE.items() if name.startswith("mlp.")},
+    }
 
 
 def test_parameters_of_linears_are_counted_in_all_layers() -> None:

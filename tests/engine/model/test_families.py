@@ -9,9 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from manyhats.adapters.activations import ALIASES
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import Architecture, Rope
+from manyhats.engine.model.architecture import Architecture, Experts, Rope
 from manyhats.engine.model.families.fields import OWN_NAMES
-from manyhats.engine.model.families.reading import FAMILIES, read_family
+from manyhats.engine.model.families.reading import FAMILIES, REFUSED, read_family
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -83,7 +83,11 @@ def field_of(theirs: Any, name: str, default: Any = None) -> Any:
 def eps_of(theirs: Any) -> float:
     if theirs.model_type == "distilbert":
         return 1e-12  # in its code, not in its config
-    value: float = field_of(theirs, "layer_norm_eps") or field_of(theirs, "rms_norm_eps", 1e-5)
+    value: float = (
+        getattr(theirs, "norm_eps", None)
+        or field_of(theirs, "layer_norm_eps")
+        or field_of(theirs, "rms_norm_eps", 1e-5)
+    )
     return value
 
 
@@ -92,6 +96,13 @@ def num_kv_heads_of(theirs: Any) -> int:
         return 1
     value: int = field_of(theirs, "num_key_value_heads", theirs.num_attention_heads)
     return value
+
+
+def experts_of(theirs: Any) -> Experts | None:
+    if not hasattr(theirs, "num_experts_per_tok"):
+        return None
+    renormalizes = getattr(theirs, "norm_topk_prob", True)
+    return Experts(theirs.num_local_experts, theirs.num_experts_per_tok, renormalizes)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -105,8 +116,9 @@ def test_fields_left_out_have_the_defaults_of_transformers(family: str) -> None:
         assert ours.embedding.norm is not None
         assert ours.embedding.norm.eps == eps_of(theirs)
         assert ours.embedding.num_token_types == getattr(theirs, "type_vocab_size", 0)
-        assert ours.embedding.positions is not None
-        assert ours.embedding.positions.num_rows == theirs.max_position_embeddings
+        positions = ours.embedding.positions
+        rows = ours.max_context_length if positions is None else positions.num_rows
+        assert rows == theirs.max_position_embeddings
         return
     assert ours.final_norm is not None
     assert ours.final_norm.eps == eps_of(theirs)
@@ -130,7 +142,9 @@ def test_fields_of_a_block_that_are_left_out_have_the_defaults_of_transformers(f
         scale = getattr(theirs, "attention_multiplier", scalar**-0.5)
         assert ours.attention.scale == pytest.approx(scale)
         assert ours.attention.softcap == getattr(theirs, "attn_logit_softcapping", None)
-        assert ours.feed_forward.width == field_of(theirs, "intermediate_size", 4 * theirs.hidden_size)
+        inner = "intermediate_size" if family != "qwen3_moe" else "moe_intermediate_size"
+        assert ours.feed_forward.width == field_of(theirs, inner, 4 * theirs.hidden_size)
+        assert ours.feed_forward.experts == experts_of(theirs)
         activation = getattr(theirs, "hidden_activation", None) or field_of(theirs, "hidden_act")
         assert ours.feed_forward.activation == ALIASES.get(activation, activation)
         assert ours.residual_scale == getattr(theirs, "residual_multiplier", 1.0)
@@ -142,6 +156,8 @@ def test_windows_left_out_are_those_of_transformers(family: str) -> None:
     theirs: Any = AutoConfig.for_model(family)
     ours = windows_of({"model_type": family})
     window = getattr(theirs, "sliding_window", None)
+    if family == "modernbert":
+        window += 1  # which counts the token itself
     kinds = getattr(theirs, "layer_types", None)
     slides = [kinds is None or kind == "sliding_attention" for kind in kinds or [None] * len(ours)]
     assert ours == tuple(window if slide else None for slide in slides)
@@ -249,6 +265,33 @@ def test_gemma2_slides_in_every_other_layer_from_the_first() -> None:
     assert windows_of(raw) == (None, None, 100)
 
 
+def test_albert_s_layers_share_their_weights_group_by_group() -> None:
+    raw = {**TINY, "model_type": "albert", "num_hidden_layers": 5}
+    assert read(raw).shared == (0, 0, 0, 0, 0)
+    grouped = read({**raw, "num_hidden_groups": 2})
+    assert grouped.shared == (0, 0, 0, 1, 1)
+    assert (grouped.num_layers, grouped.num_sets) == (5, 2)
+    assert grouped.num_linear_parameters() == 2 * read(raw).num_linear_parameters()
+
+
+def test_modernbert_slides_in_two_layers_of_three_each_kind_with_its_own_rotation() -> None:
+    raw = {**TINY, "model_type": "modernbert", "local_attention": 100, "local_rope_theta": 300.0}
+    assert windows_of(raw) == (None, 51, 51)
+    assert windows_of({**raw, "global_attn_every_n_layers": 2}) == (None, 51, None)
+    ropes = [block.attention.rope for block in read(raw).blocks]
+    assert ropes[1] == ropes[2] != ropes[0]
+    newer = {"full_attention": {"rope_theta": 160_000.0}, "sliding_attention": {"rope_theta": 300.0}}
+    assert read({**raw, "local_rope_theta": 1.0, "rope_parameters": newer}) == read(raw)
+    theirs: Any = AutoConfig.for_model("modernbert")
+    found = {
+        kind: 1.0 / (theirs.rope_parameters[kind]["rope_theta"] ** (torch.arange(0, 64, 2).float() / 64))
+        for kind in ("full_attention", "sliding_attention")
+    }
+    for block, kind in zip(read({"model_type": "modernbert"}).blocks, theirs.layer_types, strict=True):
+        assert block.attention.rope is not None
+        assert torch.equal(torch.tensor(block.attention.rope.inv_freq), found[kind])
+
+
 def test_norms_are_named_by_what_they_do() -> None:
     llama, gemma, olmo = (
         read_family({**TINY, "model_type": family}).layout for family in ("llama", "gemma3_text", "olmo2")
@@ -263,12 +306,19 @@ def test_norms_are_named_by_what_they_do() -> None:
 
 def test_unsupported_model_type_names_those_that_work() -> None:
     known = ", ".join(sorted(FAMILIES))
-    with pytest.raises(ModelError, match=f"'mamba' is not supported; these are: {known}"):
-        read_family({**TINY, "model_type": "mamba"})
+    with pytest.raises(ModelError, match=f"'rwkv' is not supported; these are: {known}"):
+        read_family({**TINY, "model_type": "rwkv"})
     with pytest.raises(
-        ModelError, match="'gemma3' is not supported; of gemma3, only the text model, gemma3_text"
+        ModelError, match="'gemma3' is not supported: a model of images as well; its text model"
     ):
         read_family({"model_type": "gemma3", "text_config": {}})
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_families_that_one_might_expect_are_refused_with_the_reason(model_type: str) -> None:
+    assert model_type not in FAMILIES
+    with pytest.raises(ModelError, match=f"{model_type}' is not supported: .+; these are: "):
+        read_family({**TINY, "model_type": model_type})
 
 
 @pytest.mark.parametrize(
@@ -296,11 +346,60 @@ def test_unsupported_model_type_names_those_that_work() -> None:
         ({"num_key_value_heads": "2"}, "wrong type"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 3"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "ministral"),
+        ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num 2 is not supported"),
+        ({"model_type": "albert", "num_hidden_groups": 4}, r"num_hidden_groups 4 is outside \[1, 3\]"),
+        ({"model_type": "albert", "num_hidden_groups": 0}, r"num_hidden_groups 0 is outside \[1, 3\]"),
+        ({"model_type": "albert", "embedding_size": 64}, "embedding_size equal to hidden_size"),
+        ({"model_type": "modernbert", "num_attention_heads": 5}, "5 heads do not divide a hidden_size of 64"),
+        (
+            {"model_type": "modernbert", "classifier_pooling": "max"},
+            "classifier_pooling 'max' is not one of cls, mean",
+        ),
+        ({"model_type": "modernbert", "classifier_activation": "silu"}, "classifier_activation 'silu'"),
+        ({"model_type": "modernbert", "local_attention": -1}, "local_attention must be at least 0, not -1"),
+        ({"model_type": "modernbert", "global_attn_every_n_layers": 0}, "is 0"),
+        ({"model_type": "modernbert", "global_rope_theta": None}, "wrong type"),
+        ({"model_type": "modernbert", "rope_parameters": {"rope_type": "default"}}, "by layer type"),
+        ({"model_type": "modernbert", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 3"),
+        ({"model_type": "modernbert", "hidden_activation": "mish"}, "hidden_act 'mish'"),
+        ({"model_type": "mixtral", "num_local_experts": 0}, "num_experts must be a positive integer, not 0"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 30_000},
+            "30000 experts in 3 layers are more than the 65536",
+        ),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": 10**12}, "in 1000000000000 layers are more than"),
+        ({"model_type": "mixtral", "num_local_experts": True}, "num_experts must be a positive integer"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9, of only 8"),
+        ({"model_type": "mixtral", "num_experts_per_tok": "2"}, "num_experts_per_tok must be a positive"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step must be a positive"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": "1"}, "mlp_only_layers must be a list of layers"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [[1]]}, "mlp_only_layers must be a list of layers"),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": -64}, "moe_intermediate_size must be a pos"),
+        (
+            {"model_type": "qwen2_moe"},
+            "'qwen2_moe' is not supported: an expert that all tokens share; of Qwen's mixtures, qwen3_moe is",
+        ),
     ],
 )
 def test_config_that_cannot_be_served_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_family({**TINY, **fields})
+
+
+def test_layers_have_experts_where_transformers_has_them() -> None:
+    raw = {
+        **TINY,
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 7,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    raw |= {"decoder_sparse_step": 2, "mlp_only_layers": [3, 20]}
+    blocks = read(raw).blocks
+    assert [block.feed_forward.experts is not None for block in blocks] == [
+        False, True, False, False, False, True, False
+    ]  # fmt: skip
+    assert {block.feed_forward.width for block in blocks} == {128, 768}
 
 
 @pytest.mark.parametrize("length", [0, -1, 513])

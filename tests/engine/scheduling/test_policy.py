@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ SEQUENCES = st.lists(
 
 
 def added(drawn: list[tuple[int, int, bool, bool, int]]) -> tuple[Queue, list[Sequence]]:
-    queue, sequences = Queue(SchedulerConfig()), []
+    queue, sequences = Queue(SchedulerConfig(), time.monotonic), []
     for index, (priority, arrival, is_internal, is_bulk, length) in enumerate(drawn):
         sequence = make_sequence(
             str(index),

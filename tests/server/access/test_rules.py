@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from manyhats.server.access.errors import RoleMissingError, TaskNotAllowedError
-from manyhats.server.access.rules import RULES, check_access
+from manyhats.server.access.errors import PriorityNotAllowedError, RoleMissingError, TaskNotAllowedError
+from manyhats.server.access.rules import RULES, check_access, check_priority
 from manyhats.server.access.tokens import EVERYBODY, Caller, Role, Scope
 
 ALL = frozenset(Role)
@@ -49,3 +49,11 @@ def test_no_task_is_the_base_model_only_where_a_model_runs(method: str) -> None:
             check_access(method, "", scoped("*"))
     else:
         check_access(method, "", scoped("mine"))
+
+
+def test_a_priority_is_bounded_from_above_alone() -> None:
+    bounded = Caller(name="ci", roles=ALL, max_priority=2)
+    assert [check_priority(each, bounded) for each in (-9, 2)] == [-9, 2]
+    assert check_priority(2**31 - 1, EVERYBODY) == 2**31 - 1
+    with pytest.raises(PriorityNotAllowedError):
+        check_priority(3, bounded)

@@ -42,7 +42,26 @@ def test_an_entry_is_read_back_as_the_caller_it_was_made_for() -> None:
     assert hashlib.sha256(token.encode()).hexdigest() in text
     caller = parse_tokens(text, "tokens").caller(token)
     scope = Scope(("sql", "team-a.*", "_base"))
-    assert caller == Caller(name="ci", roles=frozenset({Role.GENERATE}), scope=scope)
+    assert caller == Caller(name="ci", roles=frozenset({Role.GENERATE}), scope=scope, max_priority=0)
+
+
+@pytest.mark.parametrize(
+    ("roles", "given", "expected"),
+    [
+        ([Role.GENERATE], None, 0),
+        ([Role.GENERATE], 7, 7),
+        ([Role.GENERATE], -1, -1),
+        ([Role.GENERATE, Role.MANAGE], None, None),
+        ([Role.MANAGE], 3, 3),
+    ],
+)
+def test_a_token_allows_the_priorities_of_its_entry_or_of_its_roles(
+    roles: list[Role], given: int | None, expected: int | None
+) -> None:
+    token = new_token()
+    caller = parse_tokens(token_entry("ci", token, roles, max_priority=given), "tokens").caller(token)
+    assert caller is not None
+    assert caller.max_priority == expected
 
 
 def test_every_token_of_a_file_is_known_and_no_other(tmp_path: Path) -> None:
@@ -85,6 +104,8 @@ def test_an_empty_file_knows_nobody(text: str) -> None:
         (entry(rest="  tasks: ['sql@1']\n"), "ci"),
         (entry(rest="  tasks: ['[ab]']\n"), "ci"),
         (entry(rest="  task: [sql]\n"), "0.task"),
+        (entry(rest="  max_priority: high\n"), "0.max_priority"),
+        (entry(rest="  max_priority: 2147483648\n"), "0.max_priority"),
         (entry(rest="  token: mh_abc\n"), "0.token"),
         (entry() + entry(sha256="cd" * 32), "two tokens with the name ci"),
         (entry() + entry(name="other", sha256=DIGEST.upper()), "has a token twice"),

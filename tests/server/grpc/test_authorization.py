@@ -216,6 +216,27 @@ async def test_base_model_is_a_scope_of_its_own(method: str, token_file: Path) -
         assert await code_of(CALLS[method](server, with_base, "hats")) is DENIED
 
 
+async def test_a_priority_above_the_token_s_is_refused_before_anything_runs(token_file: Path) -> None:
+    metadata = bearer(add_token(token_file, "one", [Role.GENERATE]))
+    async with secured_server(token_file=token_file) as server:
+        for priority, code in ((0, grpc.StatusCode.OK), (-3, grpc.StatusCode.OK), (1, DENIED)):
+            calls = [
+                server.generation.Generate(
+                    gpb.GenerateRequest(text="a", priority=priority), metadata=metadata
+                ),
+                server.encoding.Embed(epb.EmbedRequest(inputs=INPUTS, priority=priority), metadata=metadata),
+            ]
+            assert [await code_of(call) for call in calls] == [code, code]
+        refusal = await refused(
+            server.generation.Generate(gpb.GenerateRequest(text="a", priority=1), metadata=metadata)
+        )
+        assert (refusal.reason, dict(refusal.info.metadata)) == (
+            "PRIORITY_NOT_ALLOWED",
+            {"max_priority": "0"},
+        )
+        assert [each.priority for each in server.engine.requests] == [0, -3]
+
+
 async def test_every_task_of_a_call_is_checked(token_file: Path) -> None:
     metadata = bearer(add_token(token_file, "one", [Role.GENERATE], ["mine"]))
     async with secured_server(token_file=token_file) as server:

@@ -35,7 +35,7 @@ from manyhats.server.service.text_threads import TextThreads
 from manyhats.trainer.data.labels import labelled_items
 from manyhats.trainer.data.task_data import read_task_data
 from manyhats.trainer.registration import version_labels
-from manyhats.trainer.report.label_scoring import read_saved
+from manyhats.trainer.report.served import read_saved
 from manyhats.trainer.train import train
 from support.factories.spaced_tokenizers import KINDS, spaced_tokenizer
 from support.factories.tiny_models import CHAT_TEMPLATE, EOS_TOKEN_ID

@@ -30,6 +30,11 @@ _BERT_LINEARS = {
 }
 _LINEARS = {
     **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), _BERT_LINEARS),
+    "albert": {
+        **{name[0]: f"albert_layers.0.attention.{name}" for name in ("query", "key", "value")},
+        "intermediate": "albert_layers.0.ffn",
+        "output": "albert_layers.0.ffn_output",
+    },
     "distilbert": {
         **{letter: f"attention.{letter}_lin" for letter in "qkv"},
         "intermediate": "ffn.lin1",
@@ -40,9 +45,18 @@ _ADAPTERS = {"attention": "attention_adapters", "feed_forward": "output_adapters
 _BERT_ADAPTERS = {"attention": "attention.output", "feed_forward": "output"}
 _LAYERS = {
     **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), ("encoder.layer", _BERT_ADAPTERS)),
+    "albert": (
+        "encoder.albert_layer_groups",
+        {
+            "attention": "albert_layers.0.attention.attention_adapters",
+            "feed_forward": "albert_layers.0.output_adapters",
+        },
+    ),
     "distilbert": ("transformer.layer", _ADAPTERS),
     **dict.fromkeys(("gpt2", "gptj"), ("h", _ADAPTERS)),
 }
+# Where the gates of prefixes lie in a layer.
+_ATTENTION = {"albert": "albert_layers.0.attention", "distilbert": "attention"}
 _BOTTLENECK_DEFAULTS: dict[str, Any] = {
     "adapter_residual_before_ln": False,
     "cross_adapter": False,
@@ -311,17 +325,12 @@ def _lora_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker)
 
 
 def _prefix_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
-    is_distilbert = base.model_type == "distilbert"
-    holder = "self" if is_distilbert else "self_prefix"
+    holder = "self" if base.model_type == "distilbert" else "self_prefix"
     prefix = f"{base.prefix}prefix_tuning.prefix_tunings.{NAME}.{holder}."
     columns = 2 * len(_layers(base, inner["leave_out"])) * base.num_kv_heads * base.head_dim
     gates = {}
     for layer in _layers(base, []) if inner["use_gating"] else ():
-        module = (
-            f"transformer.layer.{layer}.attention"
-            if is_distilbert
-            else f"encoder.layer.{layer}.attention.self"
-        )
+        module = f"{_LAYERS[base.model_type][0]}.{layer}.{_ATTENTION.get(base.model_type, 'attention.self')}"
         gate, count = f"{base.prefix}{module}.prefix_tuning.prefix_gates.{NAME}.", 2 - inner["shared_gating"]
         gates |= {f"{gate}weight": make(count, base.hidden_size), f"{gate}bias": make(count)}
     if inner["flat"]:
@@ -370,10 +379,11 @@ def _coupling_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Ma
 def _reft_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     size, holder = base.hidden_size, _LAYERS.get(base.model_type, ("layers",))[0]
+    inside = "albert_layers.0." if base.model_type == "albert" else ""
     layers = range(base.num_layers) if inner["layers"] == "all" else inner["layers"]
     units = range(1 if inner["tied_weights"] else 2)
     for layer, unit in product(layers, units):
-        prefix = f"{base.prefix}{holder}.{layer}.reft_layer.refts.{NAME}.units.{unit}."
+        prefix = f"{base.prefix}{holder}.{layer}.{inside}reft_layer.refts.{NAME}.units.{unit}."
         tensors[f"{prefix}learned_source.weight"] = make(inner["r"], size)
         tensors[f"{prefix}learned_source.bias"] = make(inner["r"])
         if not inner["orthogonality"]:

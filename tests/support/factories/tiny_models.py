@@ -31,6 +31,8 @@ _LINEARS = {
     "falcon": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
     "opt": ["q_proj", "v_proj", "fc1", "fc2"],
     "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "mixtral": ["q_proj", "v_proj", "o_proj"],
+    "qwen3_moe": ["k_proj", "v_proj", "o_proj"],
 }
 _RENAMED = ("intermediate_size",)
 """Fields whose other names transformers' config classes don't know themselves."""
@@ -105,8 +107,8 @@ def make_checkpoint(
         seed: of the weights; the global generator is left alone.
         tie: whether the output head is the embedding.
         rope: ``rope_parameters``; None is the plain kind. Those of gemma3_text are for its full attention.
-        sliding_window: of every layer (mistral, phi3), of all but the first (qwen2 and 3), or of the layers that the
-            family itself lets slide.
+        sliding_window: of every layer (mistral, mixtral, phi3, qwen3_moe), of all but the first (qwen2 and 3), or of
+            the layers that the family itself lets slide.
         overrides: other fields of the config, such as ``head_dim`` or ``attention_bias``.
 
     Returns:
@@ -169,7 +171,7 @@ def _rope_fields(family: str, rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _window_fields(family: str, window: int | None) -> dict[str, Any]:
-    if family in ("mistral", "phi3"):
+    if family in ("mistral", "mixtral", "phi3"):
         return {"sliding_window": window}
     if window is None:
         return {}
@@ -196,6 +198,14 @@ def _family_fields(family: str, head_dim: int) -> dict[str, Any]:
         "gemma": {"head_dim": head_dim},
         "opt": {"word_embed_proj_dim": head_dim * 4},
         "falcon": {"num_kv_heads": 2},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "qwen3_moe": {
+            "head_dim": head_dim,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+        },
         "cohere2": {"head_dim": head_dim, "layer_types": ["sliding_attention", "full_attention"]},
     }
     return fields.get(family, {})

@@ -315,7 +315,11 @@ def _encoded(request: EncodeRequest, ids: Sequence[int]) -> Any:
         read = np.array([[each] for each in (ids if is_of_tokens else ids[-1:])], dtype=np.float32)
         return read / 100 * np.arange(1, adapter.num_classes + 1, dtype=np.float32)
     labels = {} if adapter is None else adapter.labels
-    size = (sum(label.startswith("class.") for label in labels) or 1) if request.applies_head else 8
+    size = (
+        (sum(label.startswith("class.") for label in labels) or 1)
+        if request.applies_head
+        else INFO.embedding_size
+    )
     return np.bincount(np.array(ids) % size, minlength=size).astype(np.float32)[None] / len(ids)
 
 
@@ -514,6 +518,7 @@ INFO = ModelInfo(
     dtype="bfloat16",
     device="cpu",
     vocab_size=VOCAB_SIZE,
+    embedding_size=8,
 )
 
 

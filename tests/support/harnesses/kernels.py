@@ -103,19 +103,21 @@ class Operations(CpuKernels):
         scale: float,
         window: int | None,
         softcap: float | None = None,
+        sees_all: bool = False,
     ) -> Tensor:
         """Attention of each row over its sequence's cached positions."""
         frame, program = self._frame(batch, cache), Program()
         head_dim, num_kv_heads = int(frame[columns.HEAD_DIM]), int(frame[columns.NUM_KV_HEADS])
         out = torch.empty((qkv.shape[0], num_heads * head_dim))
         sizes = qkv.shape[1], out.shape[1]
-        program.attention(0, 1, sizes, layer, scale, window, softcap)
+        program.attention(0, 1, sizes, layer, scale, window, softcap, sees_all)
         units = Units.of(
             batch.query_start.numpy(),
             batch.context_len.numpy(),
             (num_heads, num_kv_heads, head_dim),
             cache.block_size,
             self.num_threads,
+            sees_all=sees_all,
         )
         units.describe(frame)
         self.run(program.arrays(), frame, [qkv, out], (cache.dtype, torch.float32), units.num_scratch_values)
@@ -136,7 +138,7 @@ class OperationSlots(CpuAdapterSlots):
         self, architecture: Architecture, num_slots: int, dtype: torch.dtype, kernels: CpuKernels
     ) -> None:
         super().__init__(architecture, num_slots, dtype, kernels.linear)
-        self._groups = [group.name for group in architecture.blocks[0].groups()]
+        self._groups = list(architecture.shared_groups())
         self._kernels = kernels
 
     def add_deltas(

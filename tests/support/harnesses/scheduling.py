@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+from manyhats.adapters.reserved_labels import EQUAL, Entitlement
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
 from manyhats.engine.scheduling.schedule import Chunk, Schedule, SchedulerConfig
 from manyhats.engine.scheduling.scheduler import Scheduler
@@ -21,6 +23,7 @@ def make_scheduler(
     tokens: int = 16,
     waiting: int = 100,
     bulk: int = 16,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Scheduler:
     config = SchedulerConfig(
         max_num_sequences=sequences,
@@ -28,7 +31,7 @@ def make_scheduler(
         max_waiting=waiting,
         max_bulk_tokens=bulk,
     )
-    return Scheduler(config, BlockAllocator(num_blocks, block_size))
+    return Scheduler(config, BlockAllocator(num_blocks, block_size), clock=clock)
 
 
 def make_sequence(
@@ -46,6 +49,9 @@ def make_sequence(
     is_internal: bool = False,
     is_bulk: bool = False,
     placement: Placement | None = None,
+    task: str = "",
+    entitlement: Entitlement = EQUAL,
+    deadline_s: float | None = None,
 ) -> Sequence:
     return Sequence(
         id=name,
@@ -61,6 +67,9 @@ def make_sequence(
         is_internal=is_internal,
         is_bulk=is_bulk,
         placement=placement,
+        task=task,
+        entitlement=entitlement,
+        deadline_s=deadline_s,
     )
 
 

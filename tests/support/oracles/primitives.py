@@ -139,6 +139,9 @@ class TransformersWeights:
 
     linears: Mapping[Site, tuple[Tensor, Tensor | None]]
 
+    def pooler_norm(self) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.linears[site]
         return weight.detach().float(), None if bias is None else bias.detach().float()

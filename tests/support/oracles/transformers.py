@@ -62,8 +62,14 @@ def greedy(model: nn.Module, prompt: Seq[int], num_tokens: int) -> list[int]:
     return token_ids[len(prompt) :]
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float = 0.0
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    cap: float = 0.0,
+    sees_all: bool = False,
 ) -> Tensor:
     """softmax(q kᵀ · scale) v in float64 over one whole sequence.
 
@@ -74,6 +80,7 @@ def causal_attention(
         scale: of the scores.
         window: positions that a row sees, itself included; None for all before it.
         cap: c in ``c · tanh(score / c)``; 0 for none.
+        sees_all: whether a row sees as many behind it, too.
 
     Returns:
         [T, H, K] float64.
@@ -84,8 +91,7 @@ def causal_attention(
     if cap:
         scores = cap * torch.tanh(scores / cap)
     row, column = torch.meshgrid(torch.arange(len(q)), torch.arange(len(q)), indexing="ij")
-    hidden = column > row
-    if window is not None:
-        hidden |= column <= row - window
+    distance = (row - column).abs() if sees_all else row - column
+    hidden = (distance < 0) | (distance >= (len(q) if window is None else window))
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, values)

@@ -13,6 +13,7 @@ from examples.wordnet import (
     CATEGORIES,
     DATA_FILE,
     Definition,
+    definition_rows,
     distinct,
     even_quotas,
     prompt_of,
@@ -25,26 +26,9 @@ from hypothesis import strategies as st
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.trainer.data.reading import read_rows
 from support.factories.default_model import default_model_directory
+from support.factories.wordnet import synset, write_wordnet
 
 ROOT = Path(__file__).parents[3]
-
-
-def synset(number: int, gloss: str, file: int = 5) -> str:
-    return f"{number:08} {file:02} n 01 some_word 0 000 | {gloss}  \n"
-
-
-def write_wordnet(path: Path, per_category: int) -> Path:
-    """A made-up WordNet, so that tests need no package; one definition comes in two categories."""
-    lines = ["  1 A licence.  \n", synset(1, "what everything is", 3), synset(2, "the same in two", 4)]
-    lines.append(synset(3, "the same in two", 5))
-    for file, category in CATEGORIES.items():
-        num = 4 if category == "motive" else per_category
-        lines += [
-            synset(100 * file + index, f'a made-up {category} of kind {index}; "it is said"', file)
-            for index in range(num)
-        ]
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -103,6 +87,16 @@ def test_held_out_definitions_are_apart_and_stay_for_any_number_of_training_rows
     assert not prompts & {row["prompt"] for row in large.train}
     assert not any("the same in two" in row["prompt"] for row in [*large.train, *large.eval])
     assert Counter(row["completion"] for row in large.eval)[" motive"] == 1
+
+
+def test_heads_are_given_the_same_definitions(tmp_path: Path) -> None:
+    path = write_wordnet(tmp_path / "data.noun", 12)
+    answers = wordnet_rows(num_train=40, num_eval=20, path=path)
+    classes = definition_rows(num_train=40, num_eval=20, path=path)
+    for ours, others in ((classes.train, answers.train), (classes.eval, answers.eval)):
+        assert [(prompt_of(row["text"]), f" {row['label']}") for row in ours] == [
+            (row["prompt"], row["completion"]) for row in others
+        ]
 
 
 def test_rows_are_the_same_for_a_seed_and_others_for_another(tmp_path: Path) -> None:

@@ -17,27 +17,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from manyhats.adapters.heads import TaskKind
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import Nf4Weight
-from manyhats.trainer.data.batch import collate
-from manyhats.trainer.errors import DataError, SettingError
+from manyhats.engine.text.tokenizer import ReadText
+from manyhats.trainer.data.batch import ReadRow, collate, collate_read
+from manyhats.trainer.data.head_task import HeadTask, Loss
+from manyhats.trainer.errors import BaseError, DataError, SettingError
 from manyhats.trainer.memory import NO_DATA, MemoryPrediction, predict_memory
 from manyhats.trainer.memory.activations import (
     Step,
     head_bytes,
+    inputs_kept,
     layer_backward,
     layer_kept,
     layers_kept,
-    residual_bytes,
+    of_largest_layer,
 )
 from manyhats.trainer.memory.adapter_size import adapter_size
-from manyhats.trainer.memory.batch_shape import BatchShape, longest_rows
+from manyhats.trainer.memory.batch_shape import BatchShape, behind, longest_rows
 from manyhats.trainer.memory.prediction import Machine, TaskSize, predict
 from manyhats.trainer.memory.runtime import machine_of, resident_bytes
 from manyhats.trainer.memory.shape import BaseShape, read_shape
 from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
+from manyhats.trainer.model.head_loss import HeadLoss
 from manyhats.trainer.run.gradients import LoweredOnce
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
@@ -50,6 +55,9 @@ from manyhats.trainer.settings.methods import (
 )
 from manyhats.trainer.settings.settings import ModelSettings, OptimizationSettings, TrainSettings
 from manyhats.trainer.settings.settings_file import make_settings
+from support.factories.head_tasks import head_rows
+from support.factories.head_tasks import write_rows as write_head_rows
+from support.factories.tiny_encoders import make_encoder
 from support.factories.tiny_models import make_checkpoint
 from support.factories.trainables import ALL_CASES
 from support.harnesses.live_bytes import LiveBytes
@@ -118,10 +126,15 @@ def write_config(directory: Path, content: Mapping[str, Any]) -> Path:
 # What is exact
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "mixtral"])
 def test_the_base_is_counted_exactly_without_its_weights(family: str) -> None:
     model, shape = loaded(family)
-    linears = [linear.matrix for linear in model.weights.linears()]
+    linears = [
+        linear.matrix
+        for block in model.weights.blocks
+        for name, linear in block.linears.items()
+        if name != "router"
+    ]
     assert shape.num_linear_parameters == sum(weight.shape[0] * weight.shape[1] for weight in linears)
     num_bytes = sum(weight.num_bytes for weight in linears if isinstance(weight, Nf4Weight))
     assert shape.nf4_bytes == pytest.approx(num_bytes, rel=1e-3)
@@ -130,7 +143,8 @@ def test_the_base_is_counted_exactly_without_its_weights(family: str) -> None:
     tables = weights.embedding.numel() + sum(head.numel() for head in heads)
     assert shape.num_table_parameters == tables
     norms = sum(norm.weight.numel() for norm in weights.norms())
-    assert shape.num_other_parameters == norms
+    routers = 3 * 4 * 256 if family == "mixtral" else 0
+    assert shape.num_other_parameters == norms + routers
 
 
 @pytest.mark.parametrize("name", ALL_CASES)
@@ -186,7 +200,22 @@ def activation_cases() -> Iterator[Any]:
 def test_activations_are_those_of_the_decoder(
     method: str, rows: str, checkpoints: bool, dtype: torch.dtype
 ) -> None:
-    model, shape = loaded(dtype=dtype)
+    check_activations(*loaded(dtype=dtype), method, rows, checkpoints, dtype)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpoints", [True, False], ids=["checkpoints", "keeps all"])
+@pytest.mark.parametrize(("method", "rows"), [("lora of some", "equal"), ("prefix", "ragged")])
+def test_activations_of_experts_are_those_of_the_decoder(
+    family: str, method: str, rows: str, checkpoints: bool, dtype: torch.dtype
+) -> None:
+    check_activations(*loaded(family, dtype), method, rows, checkpoints, dtype)
+
+
+def check_activations(
+    model: LoadedModel, shape: BaseShape, method: str, rows: str, checkpoints: bool, dtype: torch.dtype
+) -> None:
     decoder = TrainingDecoder(
         model, dtype=dtype, gradient_checkpointing=checkpoints, device=torch.device("cpu")
     )
@@ -209,11 +238,82 @@ def test_activations_are_those_of_the_decoder(
         num_targets=len(batch.targets),
     )
     step = Step(shape.architecture, adapter_size(METHODS[method], shape.family), size, dtype.itemsize, True)
-    inputs = (shape.architecture.num_layers + 1) * residual_bytes(step)
+    inputs = inputs_kept(step, reads_one=False)
+    of_layers = 0 if checkpoints else layers_kept(step)
+    assert inputs + of_layers == pytest.approx(kept, rel=0.2)
+    step = of_largest_layer(step)
+    backward = inputs + (of_layers or layer_kept(step)) + layer_backward(step)
+    assert backward == pytest.approx(live.peak - gradients, rel=0.3)
+
+
+@cache
+def encoder() -> tuple[LoadedModel, BaseShape]:
+    """An encoder whose activations outweigh the few that do not grow with it."""
+    directory = Path(mkdtemp(prefix="manyhats-test-"))
+    make_encoder(
+        directory / "bert",
+        hidden_size=256,
+        num_hidden_layers=3,
+        intermediate_size=1024,
+        vocab_size=VOCAB_SIZE,
+    )
+    model = load_model(
+        str(directory / "bert"), quantization="nf4", dtype=torch.float32, home=directory / "home"
+    )
+    return model, read_shape(str(directory / "bert"))
+
+
+CLASSES = HeadTask(kind=TaskKind.CLASSIFY, loss=Loss.CROSS_ENTROPY, classes=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_activations_of_an_encoder_are_those_of_the_decoder(method: str, checkpoints: bool) -> None:
+    model, shape = encoder()
+    decoder = TrainingDecoder(
+        model, dtype=torch.float32, gradient_checkpointing=checkpoints, device=torch.device("cpu")
+    )
+    settings = METHODS[method]
+    adapter = make_adapter(settings, "t", model, seed=0, head=CLASSES)
+    texts = [tuple(range(3, 3 + length)) for length in (96, 70, 40, 60, 96, 50)]
+    batch = collate_read([ReadRow((ReadText(text),), (1.0,), 1) for text in texts])
+    lowered = LoweredOnce(adapter.lowered())
+    losses = HeadLoss(decoder, CLASSES)
+    with LiveBytes() as live:
+        loss = losses.loss(batch, lowered.adapter, dropout=adapter.dropout)
+        kept = live.now
+        live.peak = live.now
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = live.now
+    adapted = adapter_size(settings, shape.family, CLASSES)
+    assert adapted.num_trained == sum(parameter.numel() for parameter in adapter.parameters.values())
+    size = BatchShape(num_tokens=sum(map(len, texts)), num_rows=6, longest=96, num_targets=6)
+    size = behind(size, adapted.num_in_layers)
+    step = Step(shape.architecture, adapted, size, 4, True, reads=True)
+    inputs = inputs_kept(step, reads_one=True)
     of_layers = 0 if checkpoints else layers_kept(step)
     assert inputs + of_layers == pytest.approx(kept, rel=0.2)
     backward = inputs + (of_layers or layer_kept(step)) + layer_backward(step)
     assert backward == pytest.approx(live.peak - gradients, rel=0.3)
+
+
+def test_the_memory_of_heads_is_predicted(tmp_path: Path) -> None:
+    data = write_head_rows(head_rows("classification", 20, 1), tmp_path / "rows.jsonl")
+    _, shape = encoder()
+    values: dict[str, Any] = {"model": shape.name, "data": str(data), "batch_size": 4, "shuffle": False}
+    task = predicted("lora", head="classification", **values).tasks[0]
+    assert (task.batch.num_rows, task.adapter.num_trained) == (
+        4,
+        adapter_size(LoraSettings(), shape.family, CLASSES).num_trained,
+    )
+    prompted = predicted("prompt", head="classification", num_virtual_tokens=9, **values).tasks[0]
+    assert prompted.batch.longest == task.batch.longest + 9
+    assert prompted.batch.num_tokens == task.batch.num_tokens + 4 * 9
+    notes = predicted("lora", head="tokens", model=shape.name).notes
+    assert "no data is given" in notes[0]
+    assert "held-out rows are read by the engine" in notes[-1]
+    with pytest.raises(BaseError, match="bert is an encoder, which continues no text"):
+        predicted("lora", **values)
 
 
 def test_the_head_holds_some_rows_of_logits_only() -> None:

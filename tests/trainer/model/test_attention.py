@@ -17,10 +17,18 @@ from manyhats.trainer.model.rows import row_layout
 HEAD_DIM = 8
 
 
-def attention(scale: float = 1.0, window: int | None = None, softcap: float | None = None) -> Attention:
+def attention(
+    scale: float = 1.0, window: int | None = None, softcap: float | None = None, sees_all: bool = False
+) -> Attention:
     """The numbers of heads are those of the tensors."""
     return Attention(
-        num_heads=1, num_kv_heads=1, head_dim=HEAD_DIM, scale=scale, window=window, softcap=softcap
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=HEAD_DIM,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sees_all=sees_all,
     )
 
 
@@ -65,6 +73,16 @@ populations = st.builds(
     ),
     seed=st.integers(0, 99),
 )
+two_way = st.builds(
+    Population,
+    num_prefix=st.sampled_from((0, 0, 1, 5)),
+    num_shared=st.just(0),
+    rows=st.lists(lengths, min_size=1, max_size=4).map(tuple),
+    num_kv_heads=st.sampled_from((1, 2)),
+    group=st.sampled_from((1, 3)),
+    spec=st.just(attention(0.35, sees_all=True)),
+    seed=st.integers(0, 99),
+)
 
 
 def by_definition(population: Population, tensors: list[Tensor]) -> Tensor:
@@ -78,7 +96,8 @@ def by_definition(population: Population, tensors: list[Tensor]) -> Tensor:
     out = torch.empty_like(queries)
     for number, row in enumerate(rows):
         for token in row:
-            seen = [*(range(shared) if number else ()), *range(row.start, token + 1)]
+            last = row.stop if spec.sees_all else token + 1
+            seen = [*(range(shared) if number else ()), *range(row.start, last)]
             all_keys = torch.cat((prefix_keys, keys[seen]))
             all_values = torch.cat((prefix_values, values[seen]))
             if spec.window is not None:
@@ -93,7 +112,7 @@ def by_definition(population: Population, tensors: list[Tensor]) -> Tensor:
     return out
 
 
-@given(populations)
+@given(populations | two_way)
 @settings(deadline=None, max_examples=60)
 def test_outputs_and_gradients_are_those_of_the_definition(population: Population) -> None:
     tensors = population.tensors()

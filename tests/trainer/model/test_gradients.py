@@ -78,6 +78,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": {},
     "falcon": {"multi_query": False, "num_kv_heads": 4, **ALL_HEADS},
     "cohere": {"use_qk_norm": True},
+    "mixtral": {},
+    "qwen3_moe": {"num_layers": 3, "mlp_only_layers": [1]},
 }
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3")
@@ -122,7 +124,7 @@ CASES = [
     *((family, "prompt") for family in ("mistral", "gemma2", "granite")),
     *(
         (family, method)
-        for family in ("gpt2", "gpt_neox", "opt", "cohere")
+        for family in ("gpt2", "gpt_neox", "opt", "cohere", "mixtral")
         for method in ("dora", "ia3", "prompt")
     ),
     *((family, "dora") for family in ("phi3", "gemma3_text")),

@@ -12,7 +12,8 @@ from manyhats.trainer.data.labels import LabelledItem
 from manyhats.trainer.errors import OutputError
 from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.model.decoder import TrainingDecoder
-from manyhats.trainer.report.label_scoring import read_saved, score_labels
+from manyhats.trainer.report.label_scoring import score_labels
+from manyhats.trainer.report.served import read_saved
 from manyhats.trainer.settings.methods import (
     AdapterSettings,
     BottleneckSettings,

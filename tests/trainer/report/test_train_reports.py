@@ -21,8 +21,8 @@ from manyhats.trainer.data.task_data import read_task_data
 from manyhats.trainer.errors import CheckpointError, SettingError
 from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.report.events import DataRead, Event, StepReport, TokenizingProgress
-from manyhats.trainer.report.label_scoring import read_saved
 from manyhats.trainer.report.progress import lines_of
+from manyhats.trainer.report.served import read_saved
 from manyhats.trainer.run import task as task_training
 from manyhats.trainer.run.checkpoint import recorded_date
 from manyhats.trainer.run.evaluation import in_float32

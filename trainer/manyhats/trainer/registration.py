@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from manyhats.adapters.errors import ArgumentInvalidError
@@ -15,6 +16,7 @@ from manyhats.adapters.registration import check_labels
 from manyhats.adapters.reserved_labels import DEFAULT, Classes
 from manyhats.client import Client, Credentials, ManyhatsError, Progress, Registration, ServerInfo
 from manyhats.trainer.data.contents import PromptForm
+from manyhats.trainer.data.head_task import HeadTask
 from manyhats.trainer.errors import RegistrationError, SettingError
 from manyhats.trainer.report.report import Evaluation
 from manyhats.trainer.settings.settings import TrainSettings
@@ -23,8 +25,18 @@ _SETTING = "activate_if"
 _METRICS: Mapping[str, Callable[[Evaluation], float | None]] = {
     "loss": lambda evaluation: evaluation.after.loss,
     "perplexity": lambda evaluation: _perplexity(evaluation.after.loss),
-    "accuracy": lambda evaluation: evaluation.accuracy(evaluation.after),
+    **{
+        name: partial(lambda name, evaluation: evaluation.metrics(evaluation.after).get(name), name)
+        for name in ("accuracy", "f1", "mrr", "pearson")
+    },
 }
+_OF_HEADS: Mapping[str, frozenset[str]] = {
+    "none": frozenset(("loss", "perplexity", "accuracy")),
+    "classification": frozenset(("loss", "accuracy", "f1", "pearson")),
+    "tokens": frozenset(("loss", "accuracy", "f1")),
+    "embedding": frozenset(("loss", "accuracy", "mrr")),
+}
+_FRACTIONS = ("accuracy", "f1", "mrr")
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -111,6 +123,23 @@ def version_labels(evaluation: Evaluation | None) -> dict[str, str]:
     }
 
 
+def head_labels(task: HeadTask) -> dict[str, str]:
+    """The labels to register a version with a head with: its outputs' names and how they are scores, or its pooling.
+
+    Empty if a server would not take them, see ``why_no_names``.
+    """
+    return {} if why_no_names(task) else task.labels
+
+
+def why_no_names(task: HeadTask) -> str:
+    """Why the outputs of a head are registered without their names; empty if they are not."""
+    try:
+        check_labels(task.labels)
+    except ArgumentInvalidError as error:
+        return str(error)
+    return ""
+
+
 def why_no_classes(evaluation: Evaluation | None) -> str:
     """Why a task that answers with labels is registered without classes; empty if it is not."""
     if evaluation is None or not evaluation.labels:
@@ -160,7 +189,7 @@ class ActivationRule:
 
     @classmethod
     def parse(cls, text: str) -> ActivationRule:
-        """Parse ``accuracy >= 0.9 and loss < 1.5``. Metrics are loss (nats per token), perplexity and accuracy.
+        """Parse ``accuracy >= 0.9 and loss < 1.5``. See ``_OF_HEADS`` for the metrics.
 
         Raises:
             SettingError: it is not of that form, names another metric, or can never be met.
@@ -176,13 +205,19 @@ class ActivationRule:
         Raises:
             SettingError: it will not have one.
         """
+        head = settings.head.kind
         for each in self.conditions:
+            if each.metric not in _OF_HEADS[head]:
+                known = ", ".join(sorted(_OF_HEADS[head]))
+                raise SettingError(
+                    _SETTING, f"{each.metric} is not measured with head {head}; these are: {known}"
+                )
             if not settings.data.eval:
                 raise SettingError(
                     _SETTING,
                     f"{each.metric} is measured on evaluation data, and {settings.task} has none (eval)",
                 )
-            if each.metric == "accuracy" and not settings.data.labels:
+            if each.metric == "accuracy" and not (settings.data.labels or settings.head.reads):
                 raise SettingError(
                     _SETTING, f"accuracy is measured on labels, and {settings.task} has none (labels)"
                 )
@@ -213,9 +248,9 @@ def _condition(text: str) -> Condition:
         raise SettingError(_SETTING, f"{digits!r} is not a number") from error
     if not math.isfinite(number):
         raise SettingError(_SETTING, f"{digits!r} is too large")
-    if metric == "accuracy" and not 0 <= number <= 1:
+    if metric in _FRACTIONS and not 0 <= number <= 1:
         raise SettingError(
-            _SETTING, f"accuracy is a fraction from 0 to 1, or a percentage with %, not {digits}{percent}"
+            _SETTING, f"{metric} is a fraction from 0 to 1, or a percentage with %, not {digits}{percent}"
         )
     return Condition(metric=metric, operator=sign, number=number)
 

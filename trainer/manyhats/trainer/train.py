@@ -268,4 +268,4 @@ def check_before_loading(settings: TrainSettings, *, resume: bool = False) -> No
     if settings.init_from and not Path(settings.init_from).is_dir():
         raise SettingError("init_from", f"{settings.init_from}: is not a directory")
     data = settings.data
-    check_first_rows(data, [source for source in (data.train, data.eval) if source])
+    check_first_rows(settings, [source for source in (data.train, data.eval) if source])

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from manyhats.adapters.equations import affine
 from manyhats.adapters.errors import AdapterInvalidError
 from manyhats.adapters.heads import HeadLayer, Pooling, ScoreActivation, TaskHead, TaskKind
-from manyhats.adapters.primitives import Affine, Delta, InputScale, LowRank
+from manyhats.adapters.primitives import Affine, Delta, InputScale, LayerNorm, LowRank
 from manyhats.adapters.sites import POOLER, BaseDescription
 
 Shape = tuple[int, ...]
@@ -21,34 +22,59 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A layer by its module's path in the model; ``is_base_s`` is whether the base's own serves where none is saved."""
+    """A layer by its module's path in the model.
+
+    Attributes:
+        norm: path of the norm behind it; None for none.
+        is_base_s: whether the base's own, its pooler, serves where none is saved.
+    """
 
     module: str
     activation: str | None = None
+    norm: str | None = None
     is_base_s: bool = False
 
 
+_MODERNBERT = Part("head.dense", "gelu", norm="head.norm", is_base_s=True)
 _TWO_LAYERS = (Part("classifier.dense", "tanh"), Part("classifier.out_proj"))
 _OF_TEXTS: Mapping[str, tuple[Part, ...]] = MappingProxyType(
     {
+        "albert": (Part("albert.pooler", "tanh", is_base_s=True), Part("classifier")),
         "bert": (Part("bert.pooler.dense", "tanh", is_base_s=True), Part("classifier")),
         "distilbert": (Part("pre_classifier", "relu"), Part("classifier")),
         "electra": (Part("classifier.dense", "gelu"), Part("classifier.out_proj")),
+        "modernbert": (_MODERNBERT, Part("classifier")),
         "roberta": _TWO_LAYERS,
         "xlm-roberta": _TWO_LAYERS,
         "camembert": _TWO_LAYERS,
     }
 )
 """The layers that classify a text, of encoders by their ``model_type``; decoders have one."""
+_IN_FRONT: Mapping[str, tuple[Part, ...]] = MappingProxyType({"modernbert": (_MODERNBERT,)})
+"""What is in front of the one layer of other heads."""
+_OF_SPANS: Mapping[str, str] = MappingProxyType({"modernbert": "classifier"})
+"""What the layer is called that finds a span; ``qa_outputs`` elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedLayer:
-    """A layer in a file: names of its tensors; of the weight, None if it is the base's pooler."""
+    """A layer in a file: names of its tensors.
+
+    Attributes:
+        weight: None if it is the base's pooler, norm included.
+        norm: of the weight and the bias of the norm behind it; None for none.
+    """
 
     weight: str | None
     bias: str | None
     activation: str | None
+    norm: tuple[str, str | None] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all its tensors."""
+        names = (self.weight, self.bias, *(self.norm or ()))
+        return tuple(name for name in names if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +98,7 @@ class SavedHead:
     @property
     def names(self) -> frozenset[str]:
         """Of all its tensors."""
-        names = (name for layer in self.layers for name in (layer.weight, layer.bias))
-        return frozenset(name for name in names if name is not None)
+        return frozenset(name for layer in self.layers for name in layer.names)
 
     def others(self, tensors: Mapping[str, V]) -> dict[str, V]:
         """The tensors, or their shapes, that are not its own."""
@@ -106,17 +131,18 @@ def pooling_of(kind: TaskKind, base: BaseDescription) -> Pooling:
     """What a head of transformers' models reads."""
     if kind is not TaskKind.CLASSIFY:
         return Pooling.ALL
-    return Pooling.FIRST if base.kind is TaskKind.EMBED else Pooling.LAST
+    return base.classifier_pooling if base.kind is TaskKind.EMBED else Pooling.LAST
 
 
 def alternatives(kind: TaskKind, base: BaseDescription) -> Sequence[tuple[Part, ...]]:
     """The layers that a head of transformers' models may have."""
+    first = _IN_FRONT.get(base.model_type, ())
     if kind is TaskKind.SPAN:
-        return [(Part("qa_outputs"),)]
+        return [(*first, Part(_OF_SPANS.get(base.model_type, "qa_outputs")))]
     if kind is TaskKind.CLASSIFY and base.kind is TaskKind.EMBED:
         return [_OF_TEXTS.get(base.model_type, (Part("classifier"),))]
     names = ("score", "classifier") if kind is TaskKind.CLASSIFY else ("classifier", "score")
-    return [(Part(name),) for name in names]
+    return [(*first, Part(name)) for name in names]
 
 
 def find_layers(
@@ -174,8 +200,17 @@ def check_layers(layers: Sequence[SavedLayer], shapes: Mapping[str, Shape], base
 def _find(part: Part, prefixes: Sequence[str], shapes: Mapping[str, Shape]) -> SavedLayer | None:
     for prefix in prefixes:
         weight, bias = f"{prefix}{part.module}.weight", f"{prefix}{part.module}.bias"
-        if weight in shapes:
-            return SavedLayer(weight, bias if bias in shapes else None, part.activation)
+        if weight not in shapes:
+            continue
+        norm = None if part.norm is None else f"{prefix}{part.norm}"
+        return SavedLayer(
+            weight,
+            bias if bias in shapes else None,
+            part.activation,
+            None
+            if norm is None
+            else (f"{norm}.weight", f"{norm}.bias" if f"{norm}.bias" in shapes else None),
+        )
     return None
 
 
@@ -186,8 +221,11 @@ def _check_layer(layer: SavedLayer, shapes: Mapping[str, Shape], d_in: int) -> i
     shape = shapes[layer.weight]
     if len(shape) != 2 or shape[1] != d_in or not shape[0]:
         raise AdapterInvalidError(layer.weight, f"has shape {list(shape)}; expected [outputs, {d_in}]")
-    if layer.bias is not None and shapes[layer.bias] != shape[:1]:
-        raise AdapterInvalidError(layer.bias, f"has shape {list(shapes[layer.bias])}; expected [{shape[0]}]")
+    for name in layer.names[1:]:
+        if name not in shapes:
+            raise AdapterInvalidError(name, f"is missing beside {layer.weight}")
+        if shapes[name] != shape[:1]:
+            raise AdapterInvalidError(name, f"has shape {list(shapes[name])}; expected [{shape[0]}]")
     return shape[0]
 
 
@@ -196,10 +234,20 @@ def _lowered(
 ) -> HeadLayer:
     if layer.weight is not None:
         bias = None if layer.bias is None else tensors[layer.bias].float()
-        return HeadLayer(tensors[layer.weight].float(), bias, layer.activation)
+        weight, offset = layer.norm or (None, None)
+        norm = None if weight is None else _norm(tensors[weight], tensors[offset] if offset else None, base)
+        return HeadLayer(tensors[layer.weight].float(), bias, layer.activation, norm)
     if base.weights is None:
         raise AdapterInvalidError("head", "begins with the base's pooler, which is not available")
-    return HeadLayer(*_with_deltas(*base.weights.linear(POOLER), deltas), layer.activation)
+    norm = None if base.pooler_eps is None else _norm(*base.weights.pooler_norm(), base)
+    return HeadLayer(*_with_deltas(*base.weights.linear(POOLER), deltas), layer.activation, norm)
+
+
+def _norm(weight: Tensor, bias: Tensor | None, base: BaseDescription) -> LayerNorm:
+    """A norm in front of a classifier; its eps is the base's."""
+    assert base.pooler_eps is not None  # families whose heads have a norm have one in front of their own
+    bias = torch.zeros_like(weight) if bias is None else bias
+    return LayerNorm(weight.float(), bias.float(), base.pooler_eps)
 
 
 def _with_deltas(

@@ -57,7 +57,7 @@ class SiteFacts:
     """What the adapter does at one kind of place.
 
     Attributes:
-        site: such as ``q_proj``, ``feed_forward`` or ``embed_tokens``.
+        site: such as ``q_proj``, ``feed_forward``, ``experts.*.up_proj`` or ``embed_tokens``.
         operation: the primitive, such as ``LowRank``.
         layers: the layers in which it does this; empty outside the layers.
         ranks: the low ranks or bottleneck sizes that occur, ascending.
@@ -255,12 +255,12 @@ def _num_virtual_tokens(lowered: LoweredAdapter) -> int:
 
 
 def _site_facts(deltas: Sequence[Delta]) -> tuple[SiteFacts, ...]:
-    """One entry per site name and primitive, in the order of their first layer."""
+    """One entry per kind of site and primitive, in the order of their first layer."""
     groups: dict[tuple[str, str], list[Delta]] = defaultdict(list)
     for delta in deltas:
         site = getattr(delta, "site", None)
         operation = type(delta).__name__
-        place = site.name if site is not None else "lm_head" if "Head" in operation else "embed_tokens"
+        place = site.kind if site is not None else "lm_head" if "Head" in operation else "embed_tokens"
         groups[place, operation].append(delta)
     return tuple(_group_facts(place, operation, group) for (place, operation), group in groups.items())
 
@@ -279,7 +279,7 @@ def _group_facts(place: str, operation: str, group: Sequence[Delta]) -> SiteFact
     return SiteFacts(
         site=place,
         operation=operation,
-        layers=tuple(sorted(site.layer for site in sites if site.layer >= 0)),
+        layers=tuple(sorted({site.layer for site in sites if site.layer >= 0})),
         ranks=tuple(sorted(ranks)),
         shapes={name: tuple(sorted(found)) for name, found in shapes.items()},
     )

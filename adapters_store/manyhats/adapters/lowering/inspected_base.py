@@ -15,21 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
 from manyhats.adapters.formats.adapterhub.places import places_of
+from manyhats.adapters.formats.peft.lora_config import parse_lora_config
 from manyhats.adapters.heads import TaskKind
-from manyhats.adapters.sites import EMBEDDING, HEAD, POOLER, BaseDescription, Part, Site
+from manyhats.adapters.sites import (
+    EMBEDDING,
+    HEAD,
+    POOLER,
+    ROUTER,
+    BaseDescription,
+    ExpertStack,
+    Part,
+    Site,
+    expert_linear,
+)
 
 Shape = tuple[int, ...]
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h)\.(0|[1-9]\d{0,3})\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|albert_layer_groups)\.(0|[1-9]\d{0,3})\.")
 # A module of a layer, and what follows its path in a tensor's name: of Llama's kin any, of others what methods add.
 _LINEAR = re.compile(
-    r"^(?:base_model\.model\.)?(?:model\.)?(?P<module>layers\.(?P<layer>\d{1,4})\.(?:self_attn|mlp)\.(?P<name>\w+))"
+    r"^(?:base_model\.model\.)?(?:model\.)?(?P<module>layers\.(?P<layer>\d{1,4})\.(?:self_attn|mlp)\.(?P<name>(?!experts\b)\w+))"
     r"\.(?P<part>.+)$"
 )
 _OTHER_LINEAR = re.compile(
-    r"^(?:base_model\.model\.)?(?P<module>(?:\w+\.)*?(?:layers?|h)\.(?P<layer>\d{1,4})\.(?P<name>[\w.]+?))"
+    r"^(?:base_model\.model\.)?(?P<module>(?:\w+\.)*?(?:layers?|h|albert_layer_groups)\.(?P<layer>\d{1,4})\.(?P<name>[\w.]+?))"
     r"\.(?P<part>(?:lora_|vera_|ia3_|loras\.).+)$"
 )
 # What encoders call linears that AdapterHub's configs name by letter → their site.
@@ -37,8 +49,20 @@ _SITES: Mapping[str, str] = {
     **{name: f"{name[0]}_proj" for name in ("query", "key", "value")},
     **{f"{letter}_lin": f"{letter}_proj" for letter in "qkv"},
 }
+# All experts of a layer in one module, which PEFT wraps once for each of its parameters.
+_STACK = re.compile(
+    r"^base_model\.model\.(?P<module>(?:\w+\.)*?layers\.(?P<layer>\d{1,4})\.(?:\w+\.)*?experts)"
+    r"(?P<wrappers>(?:\.base_layer)*)\.(?P<part>lora_[AB]\.weight)$"
+)
+_STACKED = ("gate_up_proj", "down_proj")
+_ROUTERS = ("gate", "block_sparse_moe.gate")
 # Words in the paths of encoders' modules, or of their heads' → the family whose heads it has.
 _ENCODERS: Mapping[str, str] = {
+    ".Wqkv.": "modernbert",
+    ".Wi.": "modernbert",
+    ".Wo.": "modernbert",
+    ".head.dense": "modernbert",
+    "albert": "albert",
     "distilbert.": "distilbert",
     "pre_classifier": "distilbert",
     "electra.": "electra",
@@ -57,6 +81,8 @@ _WIDTHS: Mapping[str, tuple[int | None, int | None]] = {
     "vera_lambda_b": (None, 0),
 }
 _IA3 = "ia3_l"
+# What may be in front of a classifier.
+_POOLERS = ("pooler.dense", "bert.pooler.dense", "pooler", "albert.pooler", "head.dense")
 # What reads hidden rows first, of heads that classify.
 _HEADS = ("classifier.dense", "pre_classifier", "classifier", "score", "qa_outputs")
 _UNKNOWN_WIDTH = 1
@@ -74,6 +100,9 @@ class _OnesSource:
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
         d_in, d_out = self.linears.get(site.name, (self.hidden_size, self.hidden_size))
         return torch.ones(d_out, d_in), None
+
+    def pooler_norm(self) -> tuple[Tensor, Tensor | None]:
+        return torch.ones(self.hidden_size), None
 
 
 def stand_in_weights(base: BaseDescription) -> _OnesSource:
@@ -99,6 +128,8 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
         path: (Part(Site(layer, name), range(linears[name][1])),)
         for path, layer, name, _, _ in _parts(shapes)
     }
+    stacks, stacked = _infer_stacks(config, shapes)
+    linears |= stacked
     vocab_size = _infer_vocab_size(shapes)
     encoder = next((family for word, family in _ENCODERS.items() if any(word in name for name in shapes)), "")
     model_type = str(config.get("model_type", encoder or "llama"))
@@ -107,9 +138,7 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
     # AdapterHub leaves it out where it saved an encoder without a head.
     is_bare = places.is_normed and not any(name.startswith(places.prefix) for name in shapes)
     if is_encoder:
-        modules |= {
-            path: (Part(POOLER, range(hidden_size)),) for path in ("pooler.dense", "bert.pooler.dense")
-        }
+        modules |= {path: (Part(POOLER, range(hidden_size)),) for path in _POOLERS}
     return BaseDescription(
         model_type=model_type,
         prefix="" if is_bare else places.prefix,
@@ -124,12 +153,14 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
             "model.embed_tokens": (Part(EMBEDDING, range(vocab_size)),),
             "lm_head": (Part(HEAD, range(vocab_size)),),
         },
+        stacks=stacks,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         # Of AdapterHub's; PEFT's prompts are as wide as the hidden size, or refused.
         embedding_size=_first(shapes, ".prompt_embedding.weight", 1) or _coupled(shapes) or hidden_size,
         kind=TaskKind.EMBED if is_encoder else TaskKind.GENERATE,
         has_pooler=is_encoder,
+        pooler_eps=1e-5 if model_type == "modernbert" else None,
         weights=_OnesSource(linears, hidden_size),
     )
 
@@ -137,6 +168,8 @@ def infer_base(config: Mapping[str, Any], shapes: Mapping[str, Shape], base_mode
 def _parts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, str, str, Shape]]:
     """Module path, layer, site name, rest of the name and shape of each tensor that belongs to a linear."""
     for tensor, shape in shapes.items():
+        if _STACK.match(tensor) is not None:
+            continue
         match, prefix = _LINEAR.match(tensor), "model."
         if match is None:
             match, prefix = _OTHER_LINEAR.match(tensor), ""
@@ -146,7 +179,39 @@ def _parts(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int, str, str, Sh
             name = re.sub(r"^(?:self_attn|mlp)\.", "", match["name"])
             if part != match["part"]:
                 name = _SITES.get(name.rpartition(".")[2], name)
+            name = ROUTER if name in _ROUTERS else name
             yield f"{prefix}{match['module']}", int(match["layer"]), name, part, shape
+
+
+def _infer_stacks(
+    config: Mapping[str, Any], shapes: Mapping[str, Shape]
+) -> tuple[dict[str, ExpertStack], dict[str, tuple[int, int]]]:
+    """The modules that are all experts of a layer, and the linears of the first expert."""
+    found: dict[str, dict[str, dict[str, Shape]]] = {}
+    layers: dict[str, int] = {}
+    for tensor, shape in shapes.items():
+        match = _STACK.match(tensor)
+        if match is not None and len(shape) == 2:
+            layers[match["module"]] = int(match["layer"])
+            of_wrapper = found.setdefault(match["module"], {}).setdefault(match["wrappers"], {})
+            of_wrapper[match["part"]] = shape
+    try:
+        lora = parse_lora_config(config) if found else None
+    except AdapterError:
+        lora = None  # it is refused for that
+    stacks: dict[str, ExpertStack] = {}
+    linears: dict[str, tuple[int, int]] = {}
+    if lora is None:
+        return stacks, linears
+    for module, wrappers in found.items():
+        chosen = [name for name in _STACKED if lora.selects_parameter(f"{module}.{name}")]
+        num = 1
+        for name, wrapper in zip(reversed(chosen), sorted(wrappers), strict=False):
+            a, b = (wrappers[wrapper].get(f"lora_{part}.weight", (1, 1)) for part in "AB")
+            num = max(1, a[0] // lora.rank_of(f"{module}.{name}"))
+            linears[expert_linear(0, name)] = a[1], b[0]
+        stacks[module] = ExpertStack(layers[module], num, {name: (name,) for name in chosen})
+    return stacks, linears
 
 
 def _infer_widths(shapes: Mapping[str, Shape]) -> dict[str, tuple[int | None, int | None]]:

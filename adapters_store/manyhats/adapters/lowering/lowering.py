@@ -41,10 +41,11 @@ from manyhats.adapters.primitives import (
     KVPrefix,
     LoweredAdapter,
     LowRank,
+    PrefixGate,
     PromptEmbeddings,
     num_tokens,
 )
-from manyhats.adapters.sites import POOLER, BaseDescription
+from manyhats.adapters.sites import POOLER, BaseDescription, Site
 
 
 def _by_name(*methods: Method) -> Mapping[AdapterMethod, Method]:
@@ -116,11 +117,11 @@ def lower(artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
     shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
     head = find_head(artifact.config, shapes, base)
     if head is None:
-        lowered, of_pooler = _without_pooler(_with_vocabulary(method.lower(artifact, base), base))
+        lowered, of_pooler = _without_pooler(_of_base(method.lower(artifact, base), base))
         return replace(lowered, head=_own_head(artifact, base, of_pooler))
     config, tensors = without_head(artifact.config), head.others(artifact.tensors)
     lowered, of_pooler = _without_pooler(
-        _with_vocabulary(method.lower(replace(artifact, config=config, tensors=tensors), base), base)
+        _of_base(method.lower(replace(artifact, config=config, tensors=tensors), base), base)
     )
     task_head = head.lower(artifact.tensors, base, of_pooler)
     if isinstance(lowered.prefix, PromptEmbeddings):
@@ -149,6 +150,33 @@ def _own_head(
         head = find_adapterhub_head(artifact.head_config, shapes, base)
         return head.lower(artifact.head_tensors, base, of_pooler)
     return None if base.kind is TaskKind.GENERATE else TaskHead(base.kind, base.pooling, ())
+
+
+def _of_base(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:
+    """What a method made of an artifact, in every layer that runs the weights it acts on, and with its vocabulary."""
+    return _with_vocabulary(_in_every_layer(lowered, base), base)
+
+
+def _in_every_layer(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:
+    if not base.shared:
+        return lowered
+    prefix = lowered.prefix
+    if isinstance(prefix, KVPrefix):
+        layers = list(base.shared)
+        prefix = replace(prefix, keys=prefix.keys[layers], values=prefix.values[layers])
+    deltas: list[Delta] = []
+    for delta in lowered.deltas:
+        if (
+            not isinstance(delta, LowRank | Affine | InputScale | Bottleneck | PrefixGate)
+            or delta.site.layer < 0
+        ):
+            deltas.append(delta)
+            continue
+        sites = (
+            Site(layer, delta.site.name) for layer, own in enumerate(base.shared) if own == delta.site.layer
+        )
+        deltas += (replace(delta, site=site) for site in sites)
+    return replace(lowered, deltas=tuple(deltas), prefix=prefix)
 
 
 def _with_vocabulary(lowered: LoweredAdapter, base: BaseDescription) -> LoweredAdapter:

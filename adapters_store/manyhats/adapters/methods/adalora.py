@@ -21,6 +21,7 @@ from manyhats.adapters.formats.peft.lora_config import (
     DEFAULT_ALPHA,
     LORA_FIELDS,
     LORA_REFUSED,
+    TARGET_PARAMETERS,
     check_initialisation,
 )
 from manyhats.adapters.formats.peft.module_selection import check_selected
@@ -38,7 +39,7 @@ from manyhats.adapters.formats.peft.tensors import (
     raise_misfits,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
+from manyhats.adapters.method import Candidate, OnAnyBase
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription
 
@@ -48,7 +49,7 @@ _DEFAULT_INITIAL_RANK = 12
 _EPSILON = 1e-5
 
 # These include LoRA's fields that AdaLoRA's layers do not read; the others are its schedule.
-_FIELDS = (LORA_FIELDS - {"use_dora", "lora_bias"}) | {
+_FIELDS = (LORA_FIELDS - {"use_dora", "lora_bias", TARGET_PARAMETERS}) | {
     "beta1",
     "beta2",
     "deltaT",
@@ -59,7 +60,11 @@ _FIELDS = (LORA_FIELDS - {"use_dora", "lora_bias"}) | {
     "tinit",
     "total_step",
 }
-_REFUSED = LORA_REFUSED | {"use_dora": "DoRA with AdaLoRA", "lora_bias": "a bias of lora_B with AdaLoRA"}
+_REFUSED = LORA_REFUSED | {
+    "use_dora": "DoRA with AdaLoRA",
+    "lora_bias": "a bias of lora_B with AdaLoRA",
+    TARGET_PARAMETERS: "AdaLoRA on experts",
+}
 
 
 def adalora_scale(alpha: float, initial_rank: int) -> float:
@@ -84,7 +89,7 @@ class _Config:
 
 
 @dataclass(frozen=True, slots=True)
-class AdaLoraMethod:
+class AdaLoraMethod(OnAnyBase):
     """AdaLoRA from a PEFT directory; modules that training left without singular values add nothing."""
 
     @property
@@ -144,7 +149,7 @@ def _place(
 def _find_misfit(tensors: ModuleTensors, config: _Config, base: BaseDescription) -> Misfit | None:
     target = find_target(tensors.module, base)
     if target is None:
-        return missing_module(tensors)
+        return missing_module(tensors, base)
     rank = config.rank_of(tensors.module)
     expected: Mapping[str, Sequence[int]] = {_A: (rank, target.d_in), _B: (target.d_out, rank), _E: (rank, 1)}
     found = (find_misfit(tensors, suffix, shape) for suffix, shape in expected.items())

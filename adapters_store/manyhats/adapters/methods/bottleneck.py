@@ -23,9 +23,11 @@ carry_normed · N(r + m) + (f, or norm_after(f + ρ))``:
     carry         1 where ρ is r + m outside ``norm_after``, else 0; less 1 without ``original_ln_after``
     carry_normed  1 where ρ is N(r + m) outside ``norm_after``, else 0
 
-Two things depend on the base. Where the library hooks into the layers (qwen2, qwen3), it refuses ``original_ln_after =
-false``, and so does this. On Gemma 2 and 3 its adapters lie before the norm that follows a sub-layer, and some use the
-norm of the *last* layer in every layer: these are refused.
+Three things depend on the base. On ALBERT the library swaps the arguments of the attention's adapters: there r is the
+attention's output and m the stream, and ``N(m + o)`` is as above with keep and carry exchanged. Where the library hooks
+into the layers (qwen2, qwen3), it refuses ``original_ln_after = false``, and so does this. On Gemma 2 and 3 its
+adapters lie before the norm that follows a sub-layer, and some use the norm of the *last* layer in every layer: these
+are refused.
 
 Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005.00247); He et al. 2022
 (arXiv:2110.04366); Steitz and Roth 2024 (arXiv:2406.06820).
@@ -34,7 +36,7 @@ Source: Houlsby et al. 2019 (arXiv:1902.00751); Pfeiffer et al. 2021 (arXiv:2005
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +70,7 @@ from manyhats.adapters.primitives import Bottleneck, BottleneckInput, Gate, Laye
 from manyhats.adapters.sites import BaseDescription, Site
 
 _BUILT_IN = frozenset(
-    ("bert", "distilbert", "electra", "gpt2", "gptj", "llama", "mistral", "roberta", "xlm-roberta")
+    ("albert", "bert", "distilbert", "electra", "gpt2", "gptj", "llama", "mistral", "roberta", "xlm-roberta")
 )
 _HOOKED = frozenset(("qwen2", "qwen3"))
 _SANDWICHED = frozenset(("gemma2", "gemma3", "gemma3_text"))
@@ -97,6 +99,24 @@ class Flow:
     carry: float
     carry_normed: float = 0.0
     skips_norm: bool = False
+
+
+_SWAPPED = {
+    BottleneckInput.OUTPUT: BottleneckInput.RESIDUAL,
+    BottleneckInput.RESIDUAL: BottleneckInput.OUTPUT,
+}
+
+
+def swapped(flow: Flow) -> Flow:
+    """The same flow where the library takes r for m and m for r: ``N(m + o) = N(r + m')``."""
+    residual = flow.norm_residual
+    return replace(
+        flow,
+        input=_SWAPPED.get(flow.input, flow.input),
+        norm_residual=None if residual is None else _SWAPPED.get(residual, residual),
+        keep=flow.carry + 1.0,
+        carry=flow.keep - 1.0,
+    )
 
 
 def resolve_flow(config: BottleneckConfig, has_norm: bool) -> Flow:
@@ -131,8 +151,24 @@ class BottleneckMethod:
         """BOTTLENECK."""
         return AdapterMethod.BOTTLENECK
 
+    def check_base(self, base: BaseDescription) -> None:
+        """Refuse a family whose layers are not as the derivation needs them."""
+        if base.model_type in _SANDWICHED:
+            raise AdapterUnsupportedError(
+                "model_type",
+                f"on {base.model_type} AdapterHub's bottlenecks lie before the norm that follows a sub-layer, and "
+                "original_ln_before uses the last layer's norm in every layer; they are not served there",
+            )
+        if base.model_type not in _BUILT_IN | _HOOKED:
+            raise AdapterUnsupportedError(
+                "model_type",
+                f"AdapterHub does not define where its bottlenecks lie on {shown(base.model_type)}; they are served on "
+                + ", ".join(sorted(_BUILT_IN | _HOOKED)),
+            )
+
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
         """Refuse what cannot be served exactly: no tensor missing, left over or of another shape."""
+        self.check_base(base)
         config, name = _read_config(candidate.config, base)
         _find_blocks(config, name, candidate.shapes, base)
 
@@ -141,12 +177,15 @@ class BottleneckMethod:
 
         Matrices keep their stored dtype.
         """
+        self.check_base(base)
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         config, name = _read_config(artifact.config, base)
         found, names = _find_blocks(config, name, shapes, base)
-        flow = resolve_flow(config, places_of(base.model_type).is_normed)
+        places = places_of(base.model_type)
+        flow = resolve_flow(config, places.is_normed)
+        flows = {"attention": swapped(flow) if places.is_swapped else flow, "feed_forward": flow}
         read = partial(names.pick, artifact.tensors)
-        deltas = [_lower_block(config, flow, block, read) for block in found]
+        deltas = [_lower_block(config, flows[block.sub_layer], block, read) for block in found]
         if config.coupling_factor is not None:
             deltas += lower_couplings(name, base.embedding_size, config.activation, read)
         return LoweredAdapter(digest=artifact.digest, deltas=tuple(deltas))
@@ -184,18 +223,6 @@ def _read_config(config: Mapping[str, Any], base: BaseDescription) -> tuple[Bott
             "an invertible adapter on the embedding, whose inverse a decoder's head would need",
         )
     parsed = parse_bottleneck_config(inner)
-    if base.model_type in _SANDWICHED:
-        raise AdapterUnsupportedError(
-            "model_type",
-            f"on {base.model_type} AdapterHub's bottlenecks lie before the norm that follows a sub-layer, and "
-            "original_ln_before uses the last layer's norm in every layer; they are not served there",
-        )
-    if base.model_type not in _BUILT_IN | _HOOKED:
-        raise AdapterUnsupportedError(
-            "model_type",
-            f"AdapterHub does not define where its bottlenecks lie on {shown(base.model_type)}; they are served on "
-            + ", ".join(sorted(_BUILT_IN | _HOOKED)),
-        )
     if base.model_type in _HOOKED and not parsed.original_ln_after:
         raise AdapterUnsupportedError(
             "original_ln_after", f"must be true on {base.model_type}, where the library allows nothing else"

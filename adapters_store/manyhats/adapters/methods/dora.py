@@ -19,7 +19,7 @@ from manyhats.adapters.errors import AdapterUnsupportedError
 from manyhats.adapters.formats.peft.lora_tensors import MAGNITUDE, A, B, LinearPlacement
 from manyhats.adapters.formats.peft.tensors import check_finite
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
+from manyhats.adapters.method import Candidate, OnAnyBase
 from manyhats.adapters.methods.lora import check_lora, place_artifact
 from manyhats.adapters.primitives import Affine, Delta, LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription, WeightSource
@@ -56,7 +56,7 @@ def dora_gain(magnitude: Tensor, lengths: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class DoraMethod:
+class DoraMethod(OnAnyBase):
     """DoRA from a PEFT directory; its gains are computed once, when it is lowered, in float32."""
 
     @property

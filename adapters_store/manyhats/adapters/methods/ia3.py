@@ -37,7 +37,7 @@ from manyhats.adapters.formats.peft.tensors import (
     raise_misfits,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
+from manyhats.adapters.method import Candidate, OnAnyBase
 from manyhats.adapters.primitives import Affine, InputScale, LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 
@@ -46,7 +46,7 @@ _FIELDS = frozenset(("feedforward_modules", "init_ia3_weights", "modules_to_save
 
 
 @dataclass(frozen=True, slots=True)
-class Ia3Method:
+class Ia3Method(OnAnyBase):
     """IA3 from a PEFT directory; a vector's shape says whether it rescales inputs or outputs."""
 
     @property
@@ -100,7 +100,7 @@ def _rescales_input(tensors: ModuleTensors) -> bool:
 def _find_misfit(tensors: ModuleTensors, base: BaseDescription) -> Misfit | None:
     target = find_target(tensors.module, base)
     if target is None:
-        return missing_module(tensors)
+        return missing_module(tensors, base)
     if len(tensors.shapes[_VECTOR]) == 2 and _rescales_input(tensors):
         return find_misfit(tensors, _VECTOR, (1, target.d_in))
     return find_misfit(tensors, _VECTOR, (target.d_out, 1))
@@ -122,7 +122,7 @@ def _check_placement(tensors: ModuleTensors, names: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterHubIa3Method:
+class AdapterHubIa3Method(OnAnyBase):
     """IA3 from an AdapterHub directory: each adapted linear's *output*, bias included, becomes ``y ⊙ (alpha · l)``.
 
     PEFT's IA3 rescales the *input* of feed-forward modules instead; here every module is treated alike. On Llama the

@@ -4,6 +4,9 @@ To a linear's output it adds ``scale · ((x Aᵀ) Bᵀ + bias)``, A [R, d_in] an
 PEFT's ``lora_bias`` is set. To the embedding of a token, before any multiplier of the architecture, it adds ``scale ·
 A[:, id]ᵀ Bᵀ``, A [R, V] and B [D, R]. The scale is ``lora_tensors.lora_scale``.
 
+In mixtures of experts it acts on routers, and on experts' linears: each in a module of its own, or all of a layer in
+one whose parameters ``target_parameters`` names.
+
 Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; rank-stabilised scale: Kalajdzievski 2023 (arXiv:2312.03732).
 """
 
@@ -37,21 +40,23 @@ from manyhats.adapters.formats.peft.lora_tensors import (
     A,
     B,
     EmbeddingPlacement,
+    ExpertsPlacement,
     LinearPlacement,
     LoraPlacements,
+    check_parameters,
     place_lora,
 )
 from manyhats.adapters.formats.peft.module_selection import check_selected
 from manyhats.adapters.formats.peft.saved_modules import SavedModules, find_saved_modules
 from manyhats.adapters.formats.peft.tensors import candidate_of
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
+from manyhats.adapters.method import Candidate, OnAnyBase
 from manyhats.adapters.primitives import Affine, Delta, EmbeddingLowRank, LoweredAdapter, LowRank
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.sites import BaseDescription, Site, expert_linear
 
 
 @dataclass(frozen=True, slots=True)
-class LoraMethod:
+class LoraMethod(OnAnyBase):
     """LoRA from a PEFT directory; its tensors say which modules it acts on, and its config must not say otherwise."""
 
     @property
@@ -68,6 +73,7 @@ class LoraMethod:
         placements, saved = place_artifact(artifact, base)
         tensors = artifact.tensors
         deltas = [delta for each in placements.linears for delta in _lower_linear(each, tensors)]
+        deltas += [delta for each in placements.experts for delta in _lower_experts(each, tensors, base)]
         if placements.embedding is not None:
             deltas.append(_lower_embedding(placements.embedding, tensors))
         return LoweredAdapter(artifact.digest, (*deltas, *saved.lower(tensors, base)))
@@ -75,12 +81,15 @@ class LoraMethod:
 
 def check_lora(candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
     """``check`` for LoRA and the methods that extend it."""
-    rank = parse_lora_config(candidate.config).rank
+    config = parse_lora_config(candidate.config)
+    rank = config.rank
     if rank > limits.max_rank:
         raise AdapterTooLargeError("r", f"is {rank}; the limit is {limits.max_rank}")
     placements, _ = place(candidate, base)
     placements.check_ranks(limits)
-    check_selected(candidate.config, placements.modules, base)
+    check_parameters(config, base)
+    modules = [each for each in placements.modules if not config.selects_parameter(f"{each.module}.weight")]
+    check_selected(candidate.config, modules, base)
 
 
 def place(candidate: Candidate, base: BaseDescription) -> tuple[LoraPlacements, SavedModules]:
@@ -111,6 +120,20 @@ def _lower_linear(placement: LinearPlacement, tensors: Mapping[str, Tensor]) -> 
             yield Affine(part.site, scale=None, offset=offset)
 
 
+def _lower_experts(
+    placement: ExpertsPlacement, tensors: Mapping[str, Tensor], base: BaseDescription
+) -> Iterator[Delta]:
+    """Each expert's own rows of A and columns of B; its linears share A, and have their rows of B."""
+    names, num = placement.tensors, placement.stack.num
+    all_a = tensors[names.name(A)].unflatten(0, (num, placement.rank))
+    all_b = tensors[names.name(B)].unflatten(1, (placement.rank, num))
+    sizes = [base.linears[expert_linear(0, name)][1] for name in placement.linears]
+    for expert in range(num):
+        for name, b in zip(placement.linears, all_b[:, :, expert].split(sizes), strict=True):
+            site = Site(placement.stack.layer, expert_linear(expert, name))
+            yield LowRank(site, all_a[expert], b, placement.scale)
+
+
 def _lower_embedding(placement: EmbeddingPlacement, tensors: Mapping[str, Tensor]) -> EmbeddingLowRank:
     names = placement.tensors
     a, b = tensors[names.name(EMBEDDING_A)], tensors[names.name(EMBEDDING_B)]
@@ -118,7 +141,7 @@ def _lower_embedding(placement: EmbeddingPlacement, tensors: Mapping[str, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterHubLoraMethod:
+class AdapterHubLoraMethod(OnAnyBase):
     """LoRA from an AdapterHub directory: ``y += alpha / R · (x Aᵀ) Bᵀ``, on the linears that the tensors name.
 
     On Llama the library calls down_proj *intermediate* and up_proj *output*, elsewhere the other way round, so the

@@ -29,6 +29,7 @@ from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
 from manyhats.adapters.methods.prompt_tuning import (
     INITIALISATION_FIELDS,
+    Prompts,
     as_first_layer_reads,
     check_prompt,
 )
@@ -79,7 +80,7 @@ class _Config:
 
 
 @dataclass(frozen=True, slots=True)
-class MultitaskPromptTuningMethod:
+class MultitaskPromptTuningMethod(Prompts):
     """Multitask prompt tuning from a PEFT directory.
 
     PEFT is told at each call which of its T tasks to run; here an artifact is one task. With T = 1 there is no

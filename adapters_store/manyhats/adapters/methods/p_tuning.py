@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.methods.prompt_tuning import check_plain_prompt, lower_plain_prompt
+from manyhats.adapters.methods.prompt_tuning import Prompts, check_plain_prompt, lower_plain_prompt
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import BaseDescription
 
@@ -18,7 +18,7 @@ _ENCODER_FIELDS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class PTuningMethod:
+class PTuningMethod(Prompts):
     """P-tuning from a PEFT directory; served as prompt tuning is (see ``prompt_tuning``).
 
     Source: Liu et al. 2021 (arXiv:2103.10385), section 3.

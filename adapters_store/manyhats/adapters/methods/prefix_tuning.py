@@ -51,7 +51,9 @@ from manyhats.adapters.sites import BaseDescription, Site
 _PREFIX_FIELDS = frozenset(("encoder_hidden_size", "init_weights", "prefix_projection"))
 _CARTRIDGE_FIELDS = frozenset(("num_frozen_tokens",))
 
-_MODEL_TYPES = ("bert", "distilbert", "electra", "llama", "mistral", "roberta", "xlm-roberta")
+_WITHOUT_PAST = frozenset(("albert", "distilbert", "modernbert"))
+"""Families whose models take no keys and values, so that PEFT refuses a prefix."""
+_MODEL_TYPES = ("albert", "bert", "distilbert", "electra", "llama", "mistral", "roberta", "xlm-roberta")
 _KNOWN = frozenset(
     (
         "architecture",
@@ -106,14 +108,24 @@ class PrefixTuningMethod:
         """PREFIX_TUNING."""
         return AdapterMethod.PREFIX_TUNING
 
+    def check_base(self, base: BaseDescription) -> None:
+        """Refuse a family on which PEFT has none."""
+        if base.model_type in _WITHOUT_PAST:
+            raise AdapterUnsupportedError(
+                "peft_type",
+                f"PEFT has no prefix tuning on {base.model_type}, whose models take no keys and values",
+            )
+
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
         """Refuse a prefix whose layers, heads or head size are not the base's."""
+        self.check_base(base)
         config = _parse(candidate.config)
         check_num_virtual_tokens(config, limits)
         _check_prefix(config, candidate.shapes, base, candidate.base_model)
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """The prefix, in its stored dtype; real tokens come after it in position too."""
+        self.check_base(base)
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         _check_prefix(_parse(artifact.config), shapes, base, artifact.base_model)
         keys, values = split_prefix(artifact.tensors[PROMPT_EMBEDDINGS], base.num_layers, base.num_kv_heads)
@@ -205,8 +217,24 @@ class AdapterHubPrefixMethod:
         """PREFIX_TUNING."""
         return AdapterMethod.PREFIX_TUNING
 
+    def check_base(self, base: BaseDescription) -> None:
+        """Refuse a family without a reference, and sliding windows."""
+        if base.model_type not in _MODEL_TYPES:
+            raise AdapterUnsupportedError(
+                "model_type",
+                f"AdapterHub's prefix tuning is not served on {shown(base.model_type)}; it is served on "
+                + ", ".join(_MODEL_TYPES),
+            )
+        if base.has_sliding_window:
+            # There every token sees the whole prefix; in our blocks it would count as the first positions of the
+            # window.
+            raise AdapterUnsupportedError(
+                "architecture", "AdapterHub's prefix tuning is not served on a base with sliding windows"
+            )
+
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
         """Refuse what cannot be served exactly: no tensor missing, left over or of another shape."""
+        self.check_base(base)
         config = _read_config(candidate.config, base)
         if config.num_virtual_tokens > limits.max_virtual_tokens:
             raise AdapterTooLargeError(
@@ -217,6 +245,7 @@ class AdapterHubPrefixMethod:
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """A ``KVPrefix``; a flat table keeps its stored dtype, a computed one is float32."""
+        self.check_base(base)
         config = _read_config(artifact.config, base)
         names = _names(artifact.tensors, base)
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
@@ -238,17 +267,6 @@ def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
     adapterhub_format.check_base(outer, base)
     config = adapterhub_format.method_config(outer)
     refuse_unserved(config, known=_KNOWN, refused={})
-    if base.model_type not in _MODEL_TYPES:
-        raise AdapterUnsupportedError(
-            "model_type",
-            f"AdapterHub's prefix tuning is not served on {shown(base.model_type)}; it is served on "
-            + ", ".join(_MODEL_TYPES),
-        )
-    if base.has_sliding_window:
-        # There every token sees the whole prefix; in our blocks it would count as the first positions of the window.
-        raise AdapterUnsupportedError(
-            "architecture", "AdapterHub's prefix tuning is not served on a base with sliding windows"
-        )
     if left_out := sorted(layer for layer in read_leave_out(config) if 0 <= layer < base.num_layers):
         raise AdapterUnsupportedError(
             "leave_out", f"leaves out layer {left_out[0]}; a prefix is served in every layer or not at all"

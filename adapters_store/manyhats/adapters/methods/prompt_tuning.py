@@ -82,8 +82,16 @@ def as_first_layer_reads(prompt: Tensor, base: BaseDescription) -> Tensor:
     )
 
 
+class Prompts:
+    """What methods share whose virtual tokens are vectors."""
+
+    def check_base(self, base: BaseDescription) -> None:
+        """Refuse a base that multiplies embeddings where that is not known of prompts."""
+        as_first_layer_reads(torch.empty(0, base.embedding_size), base)
+
+
 @dataclass(frozen=True, slots=True)
-class PromptTuningMethod:
+class PromptTuningMethod(Prompts):
     """Prompt tuning from a PEFT directory."""
 
     @property
@@ -114,8 +122,13 @@ class AdapterHubPromptMethod:
         """PROMPT_TUNING."""
         return AdapterMethod.PROMPT_TUNING
 
+    def check_base(self, base: BaseDescription) -> None:
+        """Refuse decoders."""
+        check_encoder(base, "architecture", "AdapterHub's prompt tuning, which its decoders do not have")
+
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
         """Refuse what cannot be served exactly: no tensor missing, left over or of another shape."""
+        self.check_base(base)
         config = _read_config(candidate.config, base)
         if config.num_virtual_tokens > limits.max_virtual_tokens:
             raise AdapterTooLargeError(
@@ -125,6 +138,7 @@ class AdapterHubPromptMethod:
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """The embeddings, in their stored dtype."""
+        self.check_base(base)
         config = _read_config(artifact.config, base)
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         names = _check_tensor(config, shapes, base)
@@ -146,7 +160,6 @@ class _Config:
 def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
     adapterhub_format.check_base(outer, base)
     config = adapterhub_format.method_config(outer)
-    check_encoder(base, "architecture", "AdapterHub's prompt tuning, which its decoders do not have")
     refuse_unserved(config, known=_KNOWN, refused={})
     combine = config.get("combine", _COMBINATIONS[0])
     if combine not in _COMBINATIONS:
@@ -208,11 +221,11 @@ def check_prompt(
         BaseMismatchError: they are another base's.
         AdapterInvalidError: they contradict their config, or the base that they name.
     """
-    as_first_layer_reads(torch.empty(0, base.embedding_size), base)
+    Prompts().check_base(base)
     if len(shape) != 2:
         raise AdapterInvalidError(PROMPT_EMBEDDINGS, f"has {len(shape)} dimensions; expected 2")
     check_fits("token_dim", config.token_dim, base.embedding_size, base, base_model)
-    check_fits("num_layers", config.num_layers, base.num_layers, base, base_model)
+    check_fits("num_layers", config.num_layers, base.depth, base, base_model)
     if config.token_dim is None:
         check_fits(PROMPT_EMBEDDINGS, shape[1], base.embedding_size, base, base_model)
     check_shape(PROMPT_EMBEDDINGS, shape, (config.num_virtual_tokens, base.embedding_size))

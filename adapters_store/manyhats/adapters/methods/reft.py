@@ -91,8 +91,13 @@ class ReftMethod:
         """REFT."""
         return AdapterMethod.REFT
 
+    def check_base(self, base: BaseDescription) -> None:
+        """Refuse decoders."""
+        check_encoder(base, "architecture", "ReFT, which acts on the last rows of a text too")
+
     def check(self, candidate: Candidate, base: BaseDescription, limits: AdapterLimits) -> None:
         """Refuse what cannot be served exactly: no tensor missing, left over or of another shape."""
+        self.check_base(base)
         config = _read_config(candidate.config, base)
         if config.rank > limits.max_rank:
             raise AdapterTooLargeError("r", f"is {config.rank}; the limit is {limits.max_rank}")
@@ -100,6 +105,7 @@ class ReftMethod:
 
     def lower(self, artifact: AdapterArtifact, base: BaseDescription) -> LoweredAdapter:
         """One ``Bottleneck`` per layer, of both units that act there, float32."""
+        self.check_base(base)
         config = _read_config(artifact.config, base)
         shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
         names = _check_tensors(config, shapes, base)
@@ -114,7 +120,6 @@ class ReftMethod:
 def _read_config(outer: Mapping[str, Any], base: BaseDescription) -> _Config:
     adapterhub_format.check_base(outer, base)
     config = adapterhub_format.method_config(outer)
-    check_encoder(base, "architecture", "ReFT, which acts on the last rows of a text too")
     refuse_unserved(config, known=_KNOWN, refused={})
     if not read_flag(config, "output_reft", True):
         raise AdapterInvalidError("output_reft", "is not set: there is no adapter")
@@ -175,9 +180,11 @@ def _units(
     layers = config.get("layers", "all")
     if layers != "all" and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
         raise AdapterInvalidError("layers", "must be a list of layer numbers, or all")
-    holder = places_of(base.model_type).layer
+    places = places_of(base.model_type)
     return {
-        layer: tuple(f"{holder}.{layer}.reft_layer.refts.{name}.units.{unit}." for unit in range(count))
+        layer: tuple(
+            f"{places.layer}.{layer}.{places.reft}.refts.{name}.units.{unit}." for unit in range(count)
+        )
         for layer in range(base.num_layers)
         if layers == "all" or layer in layers
     }

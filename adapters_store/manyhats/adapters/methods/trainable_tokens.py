@@ -40,7 +40,7 @@ from manyhats.adapters.formats.peft.tensors import (
     unusable,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
+from manyhats.adapters.method import Candidate, OnAnyBase
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site
 
@@ -52,7 +52,7 @@ _UNREAD = (EXCLUDED, LAYERS, LAYERS_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
-class TrainableTokensMethod:
+class TrainableTokensMethod(OnAnyBase):
     """Token rows from a PEFT directory."""
 
     @property

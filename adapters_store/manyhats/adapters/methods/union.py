@@ -13,13 +13,13 @@ from manyhats.adapters.errors import AdapterUnsupportedError
 from manyhats.adapters.formats.adapterhub import format as adapterhub_format
 from manyhats.adapters.formats.adapterhub.union import split
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate, Method
+from manyhats.adapters.method import Candidate, Method, OnAnyBase
 from manyhats.adapters.primitives import Delta, KVPrefix, LoweredAdapter, PromptEmbeddings
 from manyhats.adapters.sites import BaseDescription
 
 
 @dataclass(frozen=True, slots=True)
-class UnionMethod:
+class UnionMethod(OnAnyBase):
     """All of its parts together, each as if it were alone: no two act at one place.
 
     Attributes:

@@ -36,7 +36,7 @@ from manyhats.adapters.formats.peft.tensors import (
     raise_misfits,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.method import Candidate
+from manyhats.adapters.method import Candidate, OnAnyBase
 from manyhats.adapters.primitives import LoweredAdapter, LowRank
 from manyhats.adapters.sites import BaseDescription
 
@@ -84,7 +84,7 @@ class _Config:
 
 
 @dataclass(frozen=True, slots=True)
-class VeraMethod:
+class VeraMethod(OnAnyBase):
     """VeRA from a PEFT directory, with saved projections or those that its key generates."""
 
     @property
@@ -161,7 +161,7 @@ def _place(
 def _find_misfit(tensors: ModuleTensors, config: _Config, base: BaseDescription) -> Misfit | None:
     target = find_target(tensors.module, base)
     if target is None:
-        return missing_module(tensors)
+        return missing_module(tensors, base)
     return find_misfit(tensors, _B_VECTOR, (target.d_out,)) or find_misfit(tensors, _D_VECTOR, (config.rank,))
 
 

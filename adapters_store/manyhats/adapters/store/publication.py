@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.adapters.errors import ArgumentInvalidError, DigestMismatchError, StoreError
-from manyhats.adapters.heads import ScoreActivation, TaskKind
+from manyhats.adapters.heads import Pooling, ScoreActivation, TaskHead, TaskKind
 from manyhats.adapters.limits import Quotas
 from manyhats.adapters.lowering.validation import ValidVersion, measure
 from manyhats.adapters.primitives import LoweredAdapter
@@ -21,6 +21,7 @@ from manyhats.adapters.reserved_labels import (
     label_error,
     listed,
     numbered,
+    read_pooling,
 )
 from manyhats.adapters.store.artifacts.storage import ArtifactStorage
 from manyhats.adapters.store.catalogue.catalogue import Catalogue
@@ -137,6 +138,13 @@ def _labels(lowered: LoweredAdapter, labels: Mapping[str, str]) -> Mapping[str, 
     return check_labels({**own, **labels}) if own else labels
 
 
+def _pooling(head: TaskHead | None, labels: Mapping[str, str]) -> Pooling | None:
+    """What a task reads of a text: its head's, or of vectors what the labels say."""
+    if head is not None and head.kind is not TaskKind.EMBED:
+        return head.pooling
+    return read_pooling(labels) or (None if head is None else head.pooling)
+
+
 def _draft(valid: ValidVersion, registration: Registration, effect: float | None) -> AdapterRecord:
     """The record as it will be, except version and state."""
     head = valid.lowered.head
@@ -158,6 +166,6 @@ def _draft(valid: ValidVersion, registration: Registration, effect: float | None
         notes=valid.notes,
         kind=TaskKind.GENERATE if head is None else head.kind,
         num_classes=0 if head is None else head.num_outputs,
-        pooling=None if head is None else head.pooling,
+        pooling=_pooling(head, registration.labels),
         text=valid.text,
     )

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from manyhats.adapters.sites import Rows
+from manyhats.adapters.sites import ROUTER, Rows
 from manyhats.engine.checkpoints.nf4_format import is_quantized, quantized_keys, read_quantized
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import Block, Norm, NormShape
+from manyhats.engine.model.architecture import Block, Norm, NormShape, linears_by_name
 from manyhats.engine.model.layout import Family, Layout, Stored
 from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, NormWeight, Weights
 from manyhats.engine.progress import Progress
@@ -127,7 +127,28 @@ def check_quantization_config(config: Mapping[str, Any]) -> bool:
 
 
 def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor a dense checkpoint must have; [out, in] for linears unless they are transposed."""
+    """Name and shape of every tensor a dense checkpoint has; [out, in] for linears unless they are transposed.
+
+    Of an encoder's pooler, which not every checkpoint has, ``Layout.of_files`` knows.
+    """
+    architecture, layout, shapes = family.architecture, family.layout, _outer_shapes(family)
+    for layer, block in enumerate(architecture.blocks):
+        norms = {norm.name: norm for norm in block.norms()}
+        for name, path in layout.norms.items():
+            if name in norms:
+                shapes |= _norm_shapes(family.path(layer, path), norms[name].norm, norms[name].shape)
+        for path, stored in layout.modules_of(block).items():
+            d_out, d_in = stored_shape(block, stored)
+            shapes[_weight(family.path(layer, path))] = (
+                (d_in, d_out) if stored.is_transposed else (d_out, d_in)
+            )
+            if _is_biased(block, stored):
+                shapes[_bias(family.path(layer, path))] = (d_out,)
+    return shapes
+
+
+def _outer_shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    """Of what lies outside the layers."""
     architecture, layout = family.architecture, family.layout
     embedding, head, hidden = architecture.embedding, architecture.head, architecture.hidden_size
     inside = embedding.size if embedding.norm is not None else hidden
@@ -148,22 +169,21 @@ def expected_shapes(family: Family) -> dict[str, tuple[int, ...]]:
         shapes[_weight(layout.outer(layout.head_projection))] = (architecture.read_size, hidden)
     if architecture.final_norm is not None:
         shapes |= _norm_shapes(layout.outer(layout.final_norm), architecture.final_norm, (hidden,))
+    if layout.pooler:
+        shapes |= _pooler_shapes(family)
     if head is not None and not head.is_tied:
         shapes[_weight(layout.head)] = (embedding.num_tokens, head.size)
     if head is not None and head.has_bias:
         shapes[_bias(layout.head)] = (embedding.num_tokens,)
-    for layer, block in enumerate(architecture.blocks):
-        norms = {norm.name: norm for norm in block.norms()}
-        for name, path in layout.norms.items():
-            shapes |= _norm_shapes(layout.path(layer, path), norms[name].norm, norms[name].shape)
-        for path, stored in layout.modules.items():
-            d_out, d_in = stored_shape(block, stored)
-            shapes[_weight(layout.path(layer, path))] = (
-                (d_in, d_out) if stored.is_transposed else (d_out, d_in)
-            )
-            if _is_biased(block, stored):
-                shapes[_bias(layout.path(layer, path))] = (d_out,)
     return shapes
+
+
+def _pooler_shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    layout, pooler, size = family.layout, family.architecture.pooler, family.architecture.hidden_size
+    shapes = {_weight(layout.pooler_path): (size, size)}
+    bias = {_bias(layout.pooler_path): (size,)} if pooler.has_bias else {}
+    norm = {} if pooler.norm is None else _norm_shapes(layout.pooler_norm, pooler.norm, (size,))
+    return {**shapes, **bias, **norm}
 
 
 def _norm_shapes(path: str, norm: Norm, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -173,7 +193,8 @@ def _norm_shapes(path: str, norm: Norm, shape: tuple[int, ...]) -> dict[str, tup
 
 def stored_shape(block: Block, stored: Stored) -> tuple[int, int]:
     """The shape of a stored matrix, [out of all its linears, in]."""
-    members = [linear for linear in block.linears() if linear.name in stored.members]
+    linears = linears_by_name(block)
+    members = [linears[name] for name in stored.members]
     return sum(member.d_out for member in members), members[0].d_in
 
 
@@ -211,7 +232,7 @@ def check_tensors(tensors: Mapping[str, Tensor], family: Family) -> None:
             raise ModelError(f"{name}: has shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"{name}: has dtype {tensor.dtype}; float32, bfloat16 and float16 are supported")
-    known |= _check_tied_head(tensors, family) | _pooler(tensors, family)
+    known |= _check_tied_head(tensors, family)
     layout = family.layout
     unused = sorted(
         name
@@ -232,13 +253,6 @@ def _check_tied_head(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
     if not torch.equal(tensors[head], tensors[embedding]):
         raise ModelError(f"{head}: differs from {embedding}, but the config ties them")
     return {head}
-
-
-def _pooler(tensors: Mapping[str, Tensor], family: Family) -> set[str]:
-    """Names of a pooler, which an encoder's files may have."""
-    path = family.layout.outer(family.layout.pooler)
-    names = {_weight(path), _bias(path)}
-    return names if family.layout.pooler and names <= tensors.keys() else set()
 
 
 def assemble_weights(
@@ -268,16 +282,17 @@ def assemble_weights(
     if keep_nf4 and not any(key.endswith(".absmax") for key in tensors):
         raise ModelError("no linear of the checkpoint is NF4, though its config says so")
     architecture, layout = family.architecture, family.layout
-    blocks = []
+    sets: dict[int, BlockWeights] = {}
     for index, block in enumerate(architecture.blocks):
-        blocks.append(reader.block(index, block))
+        if (number := architecture.set_of(index)) not in sets:
+            sets[number] = reader.block(index, block)
         progress("load", index + 1, architecture.num_layers)
     embedding = _aligned(reader.dense(_weight(layout.outer(layout.embedding))))
     positions = architecture.embedding.positions
     final_norm = architecture.final_norm
     return Weights(
         embedding=embedding,
-        blocks=tuple(blocks),
+        blocks=tuple(sets[architecture.set_of(index)] for index in range(architecture.num_layers)),
         final_norm=None
         if final_norm is None
         else reader.norm(layout.outer(layout.final_norm), final_norm, (architecture.hidden_size,)),
@@ -287,6 +302,7 @@ def assemble_weights(
         if architecture.embedding.num_token_types
         else None,
         embedding_norm=reader.embedding_norm(),
+        pooler_norm=reader.pooler_norm(),
     )
 
 
@@ -314,14 +330,14 @@ class _Reader:
     def block(self, index: int, block: Block) -> BlockWeights:
         """Block ``index``."""
         linears: dict[str, Linear] = {}
-        for path, stored in self._layout.modules.items():
-            linears |= self._members(self._layout.path(index, path), block, stored)
+        for path, stored in self._layout.modules_of(block).items():
+            linears |= self._members(self._family.path(index, path), block, stored)
         norms = {each.name: self._block_norm(index, block, each) for each in block.norms()}
         return BlockWeights({shape.name: linears[shape.name] for shape in block.linears()}, norms)
 
     def _block_norm(self, index: int, block: Block, shape: NormShape) -> NormWeight:
         """A norm of a block; of heads whose values have another order in files, in ours."""
-        found = self.norm(self._layout.path(index, self._layout.norms[shape.name]), shape.norm, shape.shape)
+        found = self.norm(self._family.path(index, self._layout.norms[shape.name]), shape.norm, shape.shape)
         order = self._family.key_order
         if order is None or shape.name not in ("query", "key"):
             return found
@@ -341,6 +357,13 @@ class _Reader:
             return None
         return self.norm(self._layout.outer(self._layout.embedding_norm), norm, ())
 
+    def pooler_norm(self) -> NormWeight | None:
+        """The norm behind the pooler, if there is one."""
+        norm = self._family.architecture.pooler.norm
+        if norm is None or not self._layout.pooler:
+            return None
+        return self.norm(self._layout.pooler_norm, norm, ())
+
     def outer(self, embedding: Tensor) -> dict[str, Linear]:
         """The linears outside the blocks; the head is among them unless it is the embedding alone."""
         architecture, layout = self._family.architecture, self._layout
@@ -349,8 +372,8 @@ class _Reader:
             linears["embedding_projection"] = self._linear(layout.outer(layout.embedding_projection))
         if architecture.read_size != architecture.hidden_size:
             linears["head_projection"] = self._linear(layout.outer(layout.head_projection))
-        if _pooler(self._tensors, self._family):
-            linears["pooler"] = self._linear(layout.outer(layout.pooler))
+        if layout.pooler:
+            linears["pooler"] = self._linear(layout.pooler_path)
         if head is not None and (not head.is_tied or head.has_bias):
             matrix = embedding if head.is_tied else _aligned(self.dense(_weight(layout.head)))
             bias = self._tensors[_bias(layout.head)].to(self._dtype) if head.has_bias else None
@@ -364,8 +387,7 @@ class _Reader:
 
     def dense(self, key: str) -> Tensor:
         """A table or matrix outside the blocks."""
-        hidden = self._family.architecture.hidden_size
-        rows, columns = self._shapes.get(key, (hidden, hidden))
+        rows, columns = self._shapes[key]
         return self._dense(key, (rows, columns))
 
     def _members(self, path: str, block: Block, stored: Stored) -> dict[str, Linear]:
@@ -382,11 +404,20 @@ class _Reader:
 
     def _matrix(self, key: str, block: Block, stored: Stored) -> Matrix:
         shape = stored_shape(block, stored)  # a quantized matrix always has this one
+        if ROUTER in stored.members:
+            return self._exact(key, shape)
         if self._keep_nf4 and is_quantized(self._tensors, key):
             return read_quantized(key, self._tensors, shape).nf4()
         if is_quantized(self._tensors, key) or not stored.is_transposed:
             return self._dense(key, shape)
         return self._tensors[key].T.to(self._dtype).contiguous()
+
+    def _exact(self, key: str, shape: tuple[int, int]) -> Tensor:
+        """A dense matrix in a dtype that holds each value of the file's."""
+        if is_quantized(self._tensors, key):
+            return read_quantized(key, self._tensors, shape).dequantize().float()
+        matrix = self._tensors[key]
+        return matrix if matrix.dtype == torch.bfloat16 else matrix.float()
 
     def _dense(self, key: str, shape: tuple[int, int]) -> Tensor:
         if not is_quantized(self._tensors, key):

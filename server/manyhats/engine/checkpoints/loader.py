@@ -27,6 +27,7 @@ from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.checkpoints.identity import FileDigests, content_digest
 from manyhats.engine.checkpoints.nf4_cache import Nf4Cache, quantize_checkpoint
 from manyhats.engine.checkpoints.sentence_transformers import SentenceSettings, read_sentence_settings
+from manyhats.engine.checkpoints.stacked import with_experts_apart
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
 from manyhats.engine.model.architecture import Architecture
@@ -40,7 +41,15 @@ from manyhats.engine.text.task_text import TaskTexts
 from manyhats.engine.text.text_process import TextProcesses
 from manyhats.engine.text.tokenizer import Tokenizer
 
-__all__ = ["GenerationDefaults", "LoadedModel", "Progress", "Quantization", "default_home", "load_model"]
+__all__ = [
+    "GenerationDefaults",
+    "LoadedModel",
+    "Progress",
+    "Quantization",
+    "default_home",
+    "load_model",
+    "usual_quantization",
+]
 
 _log = structlog.get_logger(__name__)
 
@@ -78,6 +87,13 @@ class LoadedModel:
     reference: str
     quantization: Quantization
     texts: TaskTexts
+
+    @property
+    def padding_id(self) -> int | None:
+        """The padding of an encoder whose positions begin behind its id, as RoBERTa's do; None for others."""
+        positions = self.architecture.embedding.positions
+        is_counted = positions is None or not positions.offset or not self.architecture.attention.sees_all
+        return None if is_counted else self.description.pad_token_id
 
 
 def load_model(
@@ -171,21 +187,24 @@ def _find(directory: Path, max_context_length: int | None, digests: FileDigests)
 def _auto_quantization(found: _Found) -> Quantization:
     if check_quantization_config(found.config):
         return "nf4"
-    return "nf4" if found.family.architecture.num_linear_parameters() >= _MIN_PARAMETERS_OF_NF4 else "none"
+    return usual_quantization(found.family.architecture)
+
+
+def usual_quantization(architecture: Architecture) -> Quantization:
+    """That of ``auto``, unless the checkpoint itself is in NF4."""
+    return "nf4" if architecture.num_linear_parameters() >= _MIN_PARAMETERS_OF_NF4 else "none"
 
 
 def _read_tensors(
     found: _Found, quantization: Quantization, cache: Nf4Cache, progress: Progress
 ) -> Mapping[str, Tensor]:
     """The checked tensors of a checkpoint: as they are, or with NF4 linears, from the cache if it has them."""
-    is_quantized = check_quantization_config(found.config)
-    tensors: Mapping[str, Tensor] | None
-    if is_quantized or quantization == "none":
-        tensors = SafetensorsDirectory(found.directory)
-    else:
-        tensors = cache.load(found.digest)
-        if tensors is None:
-            tensors = quantize_checkpoint(SafetensorsDirectory(found.directory), found.family, progress)
+    quantizes = quantization == "nf4" and not check_quantization_config(found.config)
+    tensors = cache.load(found.digest) if quantizes else None
+    if tensors is None:
+        tensors = with_experts_apart(SafetensorsDirectory(found.directory), found.family)
+        if quantizes:
+            tensors = quantize_checkpoint(tensors, found.family, progress)
             cache.store(found.digest, tensors, found.config)
     check_tensors(tensors, found.family)
     return tensors
@@ -273,11 +292,21 @@ class ModelWeightSource:
         weight = matrix.dequantize() if isinstance(matrix, Nf4Weight) else matrix.float()
         return weight, None if bias is None else bias.float()
 
+    def pooler_norm(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [D] and bias [D] or None, float32, of the norm behind the pooler.
+
+        Raises:
+            ModelError: this model has none.
+        """
+        norm = self.weights.pooler_norm
+        if norm is None:
+            raise ModelError("this model has no norm behind its pooler")
+        return norm.weight, norm.bias
+
     def _linear(self, site: Site) -> Linear | None:
         if site == HEAD:
             return self.weights.head
         if site.layer < 0:
             return self.weights.outer.get(site.name)
-        if not 0 <= site.layer < len(self.weights.blocks):
-            return None
-        return self.weights.blocks[site.layer].linears.get(site.name)
+        sets = self.weights.sets
+        return sets[site.layer].linears.get(site.name) if site.layer < len(sets) else None

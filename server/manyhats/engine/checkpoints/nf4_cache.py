@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from manyhats.adapters.sites import ROUTER
 from manyhats.engine.checkpoints.checkpoint import (
     WEIGHTS_FILE,
     SafetensorsDirectory,
@@ -117,18 +118,19 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def quantize_checkpoint(
     tensors: Mapping[str, Tensor], family: Family, progress: Progress
 ) -> dict[str, Tensor]:
-    """A checkpoint with the linears of its layers in NF4 and everything else unchanged.
+    """A checkpoint with the linears of its layers, but routers, in NF4 and everything else unchanged.
 
     Raises:
         ModelError: a tensor is missing or has the wrong shape, or a linear's width is not a multiple of 64.
     """
     check_tensors(tensors, family)
     family = family.of_files(tensors)
-    layout, layers = family.layout, range(family.architecture.num_layers)
+    layout = family.layout
     linears = {
-        f"{layout.path(layer, path)}.weight": stored
-        for layer in layers
-        for path, stored in layout.modules.items()
+        f"{family.path(layer, path)}.weight": stored
+        for layer, block in enumerate(family.architecture.blocks)
+        for path, stored in layout.modules_of(block).items()
+        if ROUTER not in stored.members
     }
     dense = set(expected_shapes(family)) - set(linears)
     quantized = {name: tensors[name] for name in sorted(dense)}

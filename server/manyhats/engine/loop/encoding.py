@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.activations import ACTIVATIONS
-from manyhats.adapters.heads import HeadLayer, Pooling, TaskHead
+from manyhats.adapters.equations import layer_norm
+from manyhats.adapters.heads import HeadLayer, Pooling, TaskHead, TaskKind
 from manyhats.engine.backends.wants import Hidden
 from manyhats.engine.errors import NumericalError
 from manyhats.engine.loop.job import Answer, Want
@@ -129,8 +130,10 @@ class Encoding:
         if row != len(token_ids) - 1:
             sequence.logits_from = self._lease.num_virtual_tokens + (0 if row is None else row)
             sequence.uses_prefix_cache = row is not None and row > 0 and not sequence.is_whole
-        if self._pooling is Pooling.FIRST and sequence.leading is not None and sequence.leading.are_read:
-            sequence.logits_from = 0
+        is_classified = self._head is not None and self._head.kind is TaskKind.CLASSIFY
+        are_read = sequence.leading is not None and sequence.leading.are_read
+        if are_read and (self._pooling is Pooling.FIRST or is_classified):
+            sequence.logits_from = 0  # the libraries' models read the first row, or all, whatever they are
         return sequence
 
     def _make_whole(self, sequence: Sequence, index: int) -> None:
@@ -176,8 +179,10 @@ class Pooled:
         if self._is_one:
             self._parts = self._parts or [rows[:1].copy()]
         elif self._pooling is Pooling.MEAN:
-            ahead = [] if self._sum is None else [self._sum]
-            self._sum = np.add.reduce(np.stack([*ahead, *rows.astype(np.float64)]), axis=0)
+            values = rows.astype(np.float64)
+            if self._sum is not None:
+                values = np.concatenate((self._sum[None], values))
+            self._sum = np.add.reduce(values, axis=0)
             self._num_rows += rows.shape[0]
         elif self._pooling is Pooling.MAX:
             self._parts = [np.concatenate([*self._parts, rows]).max(axis=0, keepdims=True)]
@@ -206,4 +211,6 @@ def _one(layers: Seq[HeadLayer], x: Tensor) -> Tensor:
             x = x + layer.bias
         if layer.activation is not None:
             x = ACTIVATIONS[layer.activation](x)
+        if layer.norm is not None:
+            x = layer_norm(x, layer.norm)
     return x

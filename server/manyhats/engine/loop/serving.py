@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from manyhats.adapters.heads import Pooling
+from manyhats.adapters.reserved_labels import EQUAL, read_entitlement
 from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
 from manyhats.engine.request import MAX_CONTINUATIONS, MAX_INPUTS, EncodeRequest, Request, ScoreRequest
 from manyhats.engine.residency.lease import Lease
@@ -91,7 +92,10 @@ def new_sequence(
         max_num_tokens=min(num_tokens + max_new_tokens, model.max_context_length),
         cache_key=_cache_key(model.base_digest, request),
         placement=lease.placement,
+        task="" if request.adapter is None else request.adapter.task_id,
+        entitlement=EQUAL if request.adapter is None else read_entitlement(request.adapter.labels),
         priority=request.priority,
+        deadline_s=request.deadline_s,
         arrival=request.accepted_s,
         shared=shared,
         virtual=lease.virtual,

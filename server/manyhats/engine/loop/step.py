@@ -32,6 +32,7 @@ from manyhats.engine.output import StepStats
 from manyhats.engine.sampling.sampler import check_row, choices_of
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
 from manyhats.engine.scheduling.scheduler import Scheduler
+from manyhats.engine.scheduling.sequence import Sequence
 
 _MAX_FAILED_STEPS = 8
 """In a row: if no step succeeds any more, the engine is useless."""
@@ -110,8 +111,8 @@ class Step:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing can run: there is no job, or each waits for its reader."""
-        return self.scheduler.num_paused == len(self._jobs)
+        """Whether nothing can run: there is no job, or each waits for its reader or for its task's limits."""
+        return self.scheduler.num_paused == len(self._jobs) or self.scheduler.is_held_back
 
     def add(self, job: Job[Any]) -> tuple[Event, ...]:
         """Accept a job; if it cannot, the event says why."""
@@ -150,6 +151,7 @@ class Step:
         num_jobs = len(self._jobs)
         self._tick(started, events)
         schedule = self.scheduler.schedule()
+        self._refuse(schedule.hopeless, events)
         if not schedule.chunks:
             is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
             return StepResult(tuple(events), None, is_stuck)
@@ -185,6 +187,11 @@ class Step:
                 events.append(self._fail(job, DeadlineExceededError("the deadline passed")))
                 continue
             self._next(job, now_s, events)
+
+    def _refuse(self, hopeless: Iterable[Sequence], events: list[Event]) -> None:
+        for name in {sequence.id for sequence in hopeless} & self._jobs.keys():
+            error = DeadlineExceededError("the deadline would pass before the prompt is read")
+            events.append(self._fail(self._jobs[name], error))
 
     def _next(self, job: Job[Any], now_s: float, events: list[Event]) -> None:
         try:

@@ -6,11 +6,13 @@ and norms a block has, which linears share their input, and where adapters may a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from manyhats.adapters.sites import EMBEDDING, HEAD, Site
+from manyhats.adapters.heads import Pooling
+from manyhats.adapters.sites import EMBEDDING, HEAD, ROUTER, Site, expert_linear
 
 SUBLAYERS = ("attention", "feed_forward")
 """The sub-layers of a block; their outputs are sites of bottleneck adapters."""
@@ -72,7 +74,8 @@ class Attention:
         num_kv_heads: Hkv; H is a multiple of it.
         head_dim: K.
         scale: multiplies the scores before the softmax; mostly 1 / √K.
-        window: how many of the latest positions a token attends to, including itself; None for all of them.
+        window: how many of the latest positions a token attends to, including itself; None for all of them. Where it
+            sees those that follow, as many of these, including itself.
         softcap: c in ``c · tanh(score / c)``, after ``scale``; None for no cap.
         rope: None if positions do not enter.
         query_norm: of the queries before their rotation; None for none.
@@ -106,20 +109,48 @@ class Attention:
         """The number of rotated values per head."""
         return 0 if self.rope is None else self.rope.rotary_dim
 
+    def seen(self, position: int, length: int) -> range:
+        """The positions, of a text that has ``length`` so far, that the token at a position attends to."""
+        window = length if self.window is None else self.window
+        end = position + window if self.sees_all else position + 1
+        return range(max(0, position + 1 - window), min(end, length))
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A feed-forward as a mixture: ``Σ pₑ · expertₑ(x)`` over the k experts to which the ``router`` sends a row.
+
+    The router is a linear without bias, which gives each expert a logit, in float32. A row goes to the experts with the
+    largest, of equal ones to those of lower index; pₑ are the softmax of all logits. The sum is in order of index.
+
+    Attributes:
+        num: E, of which each is a feed-forward by itself.
+        num_per_row: k.
+        renormalizes: whether the k weights are divided by their sum.
+
+    Source: Jiang et al. 2024 (arXiv:2401.04088).
+    """
+
+    num: int
+    num_per_row: int
+    renormalizes: bool
+
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
     """A feed-forward: ``down(activation(gate(x)) · up(x))``, or without a gate ``down(activation(up(x)))``.
 
     Attributes:
-        width: of gate and up.
+        width: of gate and up; with experts, of each.
         activation: a name in ``manyhats.adapters.activations.ACTIVATIONS``.
         is_gated: whether there is a gate.
+        experts: None for one feed-forward that all rows go through.
     """
 
     width: int
     activation: str
     is_gated: bool = True
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +227,43 @@ class Block:
 
     def groups(self) -> tuple[Group, ...]:
         """The linears grouped by input, in forward order; their names are the same in every family."""
-        hidden, query, key = self.hidden_size, self.attention.query_size, self.attention.key_size
-        inner = self.feed_forward.width
-        gate = {"gate_proj": inner} if self.feed_forward.is_gated else {}
+        experts = self.feed_forward.experts
+        num = 0 if experts is None else experts.num
         return (
-            self._group("qkv", hidden, q_proj=query, k_proj=key, v_proj=key),
-            self._group("o", query, o_proj=hidden),
-            self._group("gate_up" if gate else "up", hidden, **gate, up_proj=inner),
-            self._group("down", inner, down_proj=hidden),
+            *self.shared_groups(),
+            *(group for expert in range(num) for group in self.feed_forward_groups(expert)),
+        )
+
+    def shared_groups(self) -> tuple[Group, ...]:
+        """Those that all rows go through: all but the experts'."""
+        experts = self.feed_forward.experts
+        others = self.feed_forward_groups() if experts is None else (self.router(experts),)
+        return (*self.attention_groups(), *others)
+
+    def attention_groups(self) -> tuple[Group, Group]:
+        """The linears before and behind the attention."""
+        hidden, query, key = self.hidden_size, self.attention.query_size, self.attention.key_size
+        return (
+            self._group("qkv", hidden, {"q_proj": query, "k_proj": key, "v_proj": key}),
+            self._group("o", query, {"o_proj": hidden}),
+        )
+
+    def router(self, experts: Experts) -> Group:
+        """The linear, by itself, that chooses among experts."""
+        return self._group(ROUTER, self.hidden_size, {ROUTER: experts.num})
+
+    def feed_forward_groups(self, expert: int | None = None) -> tuple[Group, Group]:
+        """The linears before and behind the activation, of one expert where there are experts."""
+        hidden, inner = self.hidden_size, self.feed_forward.width
+        is_gated = self.feed_forward.is_gated
+
+        def own(name: str) -> str:
+            return name if expert is None else expert_linear(expert, name)
+
+        first = ("gate_proj", "up_proj") if is_gated else ("up_proj",)
+        return (
+            self._group(own("gate_up" if is_gated else "up"), hidden, {own(name): inner for name in first}),
+            self._group(own("down"), inner, {own("down_proj"): hidden}),
         )
 
     def linears(self) -> tuple[LinearShape, ...]:
@@ -231,7 +291,7 @@ class Block:
         own = norms.get(f"{sublayer}_before")
         return norms.get("attention_before") if own is None and self.is_parallel else own
 
-    def _group(self, name: str, d_in: int, **sizes: int) -> Group:
+    def _group(self, name: str, d_in: int, sizes: Mapping[str, int]) -> Group:
         members = (LinearShape(each, d_in, d_out, each in self.biased) for each, d_out in sizes.items())
         return Group(name, tuple(members))
 
@@ -291,6 +351,21 @@ class Head:
     softcap: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Pooler:
+    """What an encoder's files may have in front of a task's classifier: a linear and an activation.
+
+    Attributes:
+        pooling: what it reads: the first row, or the mean of all rows.
+        has_bias: of its linear.
+        norm: of its output; None for none.
+    """
+
+    pooling: Pooling = Pooling.FIRST
+    has_bias: bool = True
+    norm: Norm | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """One model: a decoder, or an encoder, which has no output head.
@@ -298,9 +373,13 @@ class Architecture:
     Attributes:
         model_type: Hugging Face ``model_type``, such as ``llama``.
         max_context_length: the maximum of prompt and output tokens together.
-        blocks: L of them; windows, RoPE and norms may differ, widths and heads do not.
+        blocks: L of them; windows, RoPE, norms and whether there are experts may differ, heads do not, nor the width
+            of linears of one name.
         final_norm: of the stream, after the last block; None for none.
         head: None for an encoder.
+        pooler: of an encoder.
+        shared: for each layer, which set of weights it runs, counted from 0 in the order of their first use; empty if
+            each has its own.
     """
 
     model_type: str
@@ -309,6 +388,8 @@ class Architecture:
     blocks: tuple[Block, ...]
     final_norm: Norm | None
     head: Head | None
+    pooler: Pooler = Pooler()
+    shared: tuple[int, ...] = ()
 
     @property
     def read_size(self) -> int:
@@ -329,6 +410,15 @@ class Architecture:
     def num_layers(self) -> int:
         """L."""
         return len(self.blocks)
+
+    def set_of(self, layer: int) -> int:
+        """The number of the set of weights that a layer runs: mostly its own."""
+        return self.shared[layer] if self.shared else layer
+
+    @property
+    def num_sets(self) -> int:
+        """How many sets of weights the layers have: L, unless they share them."""
+        return len(set(self.shared)) or self.num_layers
 
     @property
     def attention(self) -> Attention:
@@ -351,8 +441,22 @@ class Architecture:
         return values * (4 if dtype == "float32" else 2)
 
     def num_linear_parameters(self) -> int:
-        """The number of parameters in the blocks' matrices, without biases."""
-        return sum(linear.d_in * linear.d_out for block in self.blocks for linear in block.linears())
+        """The number of parameters in the blocks' matrices, without biases and routers; shared ones count once."""
+        return sum(
+            linear.d_in * linear.d_out
+            for block in self.blocks[: self.num_sets]
+            for linear in linears_by_name(block).values()
+            if linear.name != ROUTER
+        )
+
+    def shared_groups(self) -> Mapping[str, Group]:
+        """The groups of linears, but for experts, that any block has, by name, in forward order."""
+        return {group.name: group for block in dict.fromkeys(self.blocks) for group in block.shared_groups()}
+
+    def linears(self) -> Mapping[str, LinearShape]:
+        """The linears that any block has, by name."""
+        blocks = dict.fromkeys(self.blocks)
+        return {name: linear for block in blocks for name, linear in linears_by_name(block).items()}
 
     def stream_places(self) -> Mapping[str, tuple[int, int]]:
         """Where bottlenecks act on the stream: name → in how many layers, and D.
@@ -371,6 +475,12 @@ class Architecture:
         places = (
             Site(layer, name)
             for layer, block in enumerate(self.blocks)
-            for name in (*(linear.name for linear in block.linears()), *SUBLAYERS)
+            for name in (*linears_by_name(block), *SUBLAYERS)
         )
         return (EMBEDDING, *(() if self.head is None else (HEAD,)), *places)
+
+
+@functools.cache
+def linears_by_name(block: Block) -> Mapping[str, LinearShape]:
+    """A block's linears, of which there may be hundreds."""
+    return {linear.name: linear for linear in block.linears()}

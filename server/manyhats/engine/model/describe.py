@@ -9,7 +9,10 @@ from manyhats.adapters.sites import (
     EMBEDDING,
     HEAD,
     POOLER,
+    PROJECTION,
+    ROUTER,
     BaseDescription,
+    ExpertStack,
     Part,
     Site,
     TextCheck,
@@ -42,31 +45,30 @@ def describe(
         has_pooler: whether an encoder's files hold a pooler.
     """
     architecture, layout = family.architecture, family.layout
-    tokens = range(architecture.vocab_size)
-    modules: dict[str, tuple[Part, ...]] = {layout.outer(layout.embedding): (Part(EMBEDDING, tokens),)}
     head = architecture.head
-    if head is not None:
-        modules[layout.head] = (Part(HEAD, tokens),)
-    if has_pooler:
-        modules[layout.outer(layout.pooler)] = (Part(POOLER, range(architecture.hidden_size)),)
-    rows = {path: family.rows_of(architecture.blocks[0], stored) for path, stored in layout.modules.items()}
-    for layer in range(architecture.num_layers):
-        for path, members in rows.items():
-            parts = tuple(Part(Site(layer, name), own) for name, own in members.items())
-            modules[layout.path(layer, path)] = parts
+    modules = _outer_modules(family, has_pooler)
+    for layer, block in enumerate(architecture.blocks):
+        for path, stored in layout.modules_of(block).items():
+            modules[family.path(layer, path)] = tuple(
+                Part(Site(architecture.set_of(layer), name), own)
+                for name, own in family.rows_of(block, stored).items()
+            )
+    stacks, renamed = _stacks(family)
     return BaseDescription(
         model_type=architecture.model_type,
         names=frozenset(names),
         digest=digest,
         pad_token_id=pad_token_id,
         pooling=pooling,
-        num_layers=architecture.num_layers,
+        num_layers=architecture.num_sets,
+        shared=architecture.shared,
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
-        linears={each.name: (each.d_in, each.d_out) for each in architecture.blocks[0].linears()},
+        linears={name: (linear.d_in, linear.d_out) for name, linear in architecture.linears().items()},
         modules=modules,
+        stacks=stacks,
         prefix=layout.prefix,
-        aliases=dict.fromkeys(layout.other_heads, layout.head),
+        aliases={**dict.fromkeys(layout.other_heads, layout.head), **renamed},
         num_kv_heads=architecture.attention.num_kv_heads,
         head_dim=architecture.attention.head_dim,
         key_order=family.key_order,
@@ -78,6 +80,45 @@ def describe(
         kind=TaskKind.EMBED if head is None else TaskKind.GENERATE,
         has_sliding_window=any(block.attention.window is not None for block in architecture.blocks),
         has_pooler=has_pooler,
+        pooler_eps=None if architecture.pooler.norm is None else architecture.pooler.norm.eps,
+        classifier_pooling=architecture.pooler.pooling,
         weights=weights,
         check_text=check_text,
     )
+
+
+def _outer_modules(family: Family, has_pooler: bool) -> dict[str, tuple[Part, ...]]:
+    """Modules outside the layers, by path."""
+    architecture, layout = family.architecture, family.layout
+    tokens, width = range(architecture.vocab_size), range(architecture.hidden_size)
+    modules: dict[str, tuple[Part, ...]] = {layout.outer(layout.embedding): (Part(EMBEDDING, tokens),)}
+    embedding = architecture.embedding
+    if architecture.head is not None:
+        modules[layout.head] = (Part(HEAD, tokens),)
+    if embedding.norm is not None and embedding.size != architecture.hidden_size:
+        modules[layout.outer(layout.embedding_projection)] = (Part(PROJECTION, width),)
+    if has_pooler:
+        modules[layout.pooler_path] = (Part(POOLER, width),)
+    return modules
+
+
+def _stacks(family: Family) -> tuple[dict[str, ExpertStack], dict[str, str]]:
+    """The modules that are all experts of a layer, and other paths of modules → theirs."""
+    layout = family.layout
+    stacks: dict[str, ExpertStack] = {}
+    renamed: dict[str, str] = {}
+    for layer, block in enumerate(family.architecture.blocks):
+        experts = block.feed_forward.experts
+        if experts is None:
+            continue
+        parameters: dict[str, dict[str, tuple[str, ...]]] = {}
+        for below, paths in layout.stacked.items():
+            module, _, parameter = layout.path(layer, below).rpartition(".")
+            names = [layout.modules[path.format(expert=0)].members[0] for path in paths]
+            if names == [ROUTER]:
+                renamed[layout.path(layer, below)] = layout.path(layer, paths[0])
+            else:
+                own = tuple(name.rpartition(".")[2] for name in names)
+                parameters.setdefault(module, {})[parameter] = own
+        stacks |= {path: ExpertStack(layer, experts.num, held) for path, held in parameters.items()}
+    return stacks, renamed

@@ -17,6 +17,7 @@ from manyhats.engine.model.architecture import (
     Architecture,
     Block,
     Embedding,
+    Experts,
     FeedForward,
     Group,
     Head,
@@ -53,8 +54,11 @@ class Maths(Protocol):
         """A linear outside the blocks, by its name in ``Weights.outer``: [N, d_in] → [N, d_out]."""
         ...
 
-    def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
-        """The outputs of a group's members side by side, with their deltas: [N, d_in] → [N, d_out]."""
+    def linears(self, layer: int, group: Group, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The outputs of a group's members side by side, with their deltas: [N, d_in] → [N, d_out].
+
+        Where ``rows`` are given, int64, x holds the inputs of these rows only.
+        """
         ...
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
@@ -147,9 +151,9 @@ def scaled_logits(x: Tensor, head: Head) -> Tensor:
 
 
 def _attention(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
-    attention, groups = spec.attention, {group.name: group for group in spec.groups()}
-    sizes = [member.d_out for member in groups["qkv"].members]
-    qkv = maths.linears(layer, groups["qkv"], _read(maths, spec, "attention", weights, stream))
+    attention, (inside, behind) = spec.attention, spec.attention_groups()
+    sizes = [member.d_out for member in inside.members]
+    qkv = maths.linears(layer, inside, _read(maths, spec, "attention", weights, stream))
     queries, keys, values = qkv.split(sizes, dim=1)
     if attention.query_norm is not None:
         queries = _grouped_norm(maths, queries, attention.query_norm, weights.norms["query"])
@@ -159,13 +163,46 @@ def _attention(maths: Maths, spec: Block, weights: BlockWeights, layer: int, str
     if attention.rope is not None:
         queries, keys = maths.rotate(queries, attention.rope), maths.rotate(keys, attention.rope)
     mixed = maths.attend(layer, queries, keys, values)
-    return maths.linears(layer, groups["o"], mixed.flatten(1))
+    return maths.linears(layer, behind, mixed.flatten(1))
 
 
 def _feed_forward(maths: Maths, spec: Block, weights: BlockWeights, layer: int, stream: Tensor) -> Tensor:
-    _, _, first, down = spec.groups()
-    inside = maths.linears(layer, first, _read(maths, spec, "feed_forward", weights, stream))
-    return maths.linears(layer, down, maths.activate(inside, spec.feed_forward))
+    x = _read(maths, spec, "feed_forward", weights, stream)
+    experts = spec.feed_forward.experts
+    if experts is not None:
+        return _mixture(maths, spec, experts, layer, x)
+    first, down = spec.feed_forward_groups()
+    return maths.linears(layer, down, maths.activate(maths.linears(layer, first, x), spec.feed_forward))
+
+
+def _mixture(maths: Maths, spec: Block, experts: Experts, layer: int, x: Tensor) -> Tensor:
+    """What each row's experts make of it, times their weights, summed in order: [N, D] → [N, D] float32."""
+    chosen, shares = routed(maths.linears(layer, spec.router(experts), x).float(), experts)
+    pairs = chosen.flatten().argsort(stable=True)  # of a row and one of its experts, by expert
+    used, counts = chosen.unique(return_counts=True)
+    outputs = []
+    for expert, rows in zip(
+        used.tolist(), (pairs // experts.num_per_row).split(counts.tolist()), strict=True
+    ):
+        first, down = spec.feed_forward_groups(expert)
+        inside = maths.activate(maths.linears(layer, first, x[rows], rows), spec.feed_forward)
+        outputs.append(maths.linears(layer, down, inside, rows))
+    places = pairs.argsort()
+    of_rows = torch.cat(outputs)[places].float().unflatten(0, (-1, experts.num_per_row))
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for output, share in zip(of_rows.unbind(1), shares.unbind(1), strict=True):
+        total = total + output * share.unsqueeze(1)
+    return total
+
+
+def routed(router_logits: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
+    """Each row's experts, in order, and their weights: [N, E] float32 → [N, k] int64 and float32."""
+    order = torch.sort(router_logits, dim=1, descending=True, stable=True).indices
+    chosen = order[:, : experts.num_per_row].sort(dim=1).values
+    shares = torch.softmax(router_logits, dim=1).gather(1, chosen)
+    if experts.renormalizes:
+        shares = shares / shares.sum(dim=1, keepdim=True)
+    return chosen, shares
 
 
 def _read(maths: Maths, spec: Block, sublayer: str, weights: BlockWeights, stream: Tensor) -> Tensor:

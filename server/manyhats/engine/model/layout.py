@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from manyhats.adapters.sites import Rows
-from manyhats.engine.model.architecture import Architecture, Block
+from manyhats.engine.model.architecture import Architecture, Block, linears_by_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +34,30 @@ class Layout:
     """Paths of modules as Hugging Face names them; a tensor's name is its module's path and ``.weight`` or ``.bias``.
 
     Attributes:
-        modules: path of a matrix below its layer → what it holds.
+        modules: path of a matrix below its layer → what it holds; a layer has those whose linears it has.
+        stacked: path below a layer of a tensor that some files have in place of matrices of ``modules`` → the paths of
+            these, ``{expert}`` standing for the number of an expert: the tensor has one [out, in] matrix an expert,
+            those of several paths one below the other. A path without that is another name of one.
         norms: name of a block's norm → its path below the layer.
         norm_offset: added to a stored norm weight to get its factor.
         stores_embedding_scale: whether the embedding's multiplier is rounded to the embedding's dtype.
         is_interleaved: whether the pairs that RoPE rotates are neighbours in files, rather than half a head apart.
         prefix: of all paths but the head's.
         other_prefixes: what files may have in its place.
-        embedding, positions, token_types, embedding_norm, embedding_projection, head_projection, final_norm, pooler:
-            paths below the prefix.
+        embedding, positions, token_types, embedding_norm, embedding_projection, head_projection, final_norm: paths
+            below the prefix.
+        pooler: path of what is in front of a task's classifier, after ``{prefix}`` where that is part of it.
+        pooler_norm: path of the norm behind it.
         head: path of the output head.
         other_heads: what files may call it.
-        layer: path of layer ``{layer}`` below the prefix.
+        layer: path of layer ``{layer}``, or of a set of weights that layers share, below the prefix.
         ignored: endings of the names of tensors that follow from the config.
         unused: beginnings of the names of tensors that serve another purpose, such as masked language modelling.
     """
 
     modules: Mapping[str, Stored]
     norms: Mapping[str, str]
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     norm_offset: float = 0.0
     stores_embedding_scale: bool = False
     is_interleaved: bool = False
@@ -65,11 +71,17 @@ class Layout:
     head_projection: str = ""
     final_norm: str = "norm"
     pooler: str = ""
+    pooler_norm: str = ""
     head: str = "lm_head"
     other_heads: tuple[str, ...] = ()
     layer: str = "layers.{layer}"
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     unused: tuple[str, ...] = ()
+
+    def modules_of(self, block: Block) -> Mapping[str, Stored]:
+        """The matrices that a layer has, by path below it."""
+        names = linears_by_name(block)
+        return {path: stored for path, stored in self.modules.items() if stored.members[0] in names}
 
     def path(self, layer: int, below: str) -> str:
         """The path of a module ``below`` a layer, such as ``model.layers.0.self_attn.q_proj``."""
@@ -79,13 +91,20 @@ class Layout:
         """The path of a module outside the layers, such as ``model.embed_tokens``."""
         return f"{self.prefix}{below}"
 
+    @property
+    def pooler_path(self) -> str:
+        """The path of what is in front of a task's classifier; empty if files have none."""
+        return self.pooler.format(prefix=self.prefix)
+
     def of_files(self, names: Collection[str]) -> Layout:
-        """The same with the prefix, and the name of the head, that a checkpoint's tensors have."""
+        """The same with the prefix, and the name of the head, that a checkpoint's tensors have; a pooler if they do."""
         prefixes = (self.prefix, *self.other_prefixes)
         prefix = next((each for each in prefixes if f"{each}{self.embedding}.weight" in names), self.prefix)
         heads = (self.head, *self.other_heads)
         head = next((each for each in heads if f"{each}.weight" in names), self.head)
-        return replace(self, prefix=prefix, head=head)
+        found = replace(self, prefix=prefix, head=head)
+        parts = (found.pooler_path, *((found.pooler_norm,) if found.pooler_norm else ()))
+        return found if all(f"{each}.weight" in names for each in parts) else replace(found, pooler="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +117,10 @@ class Family:
     def of_files(self, names: Collection[str]) -> Family:
         """The same with the paths that a checkpoint's tensors have."""
         return replace(self, layout=self.layout.of_files(names))
+
+    def path(self, layer: int, below: str) -> str:
+        """The path of a module ``below`` a layer, such as ``model.layers.0.self_attn.q_proj``."""
+        return self.layout.path(self.architecture.set_of(layer), below)
 
     def rows_of(self, block: Block, stored: Stored) -> dict[str, Rows]:
         """Which rows of a stored matrix are whose, in the order in which a linear is computed."""
@@ -138,9 +161,10 @@ def halves_first(rotary_dim: int, head_dim: int) -> tuple[int, ...]:
 def _stored_rows(block: Block, stored: Stored) -> dict[str, Rows]:
     """The same as the file has them."""
     attention = block.attention
-    sizes = {linear.name: linear.d_out for linear in block.linears()}
+    linears = linears_by_name(block)
+    sizes = {name: linears[name].d_out for name in stored.members}
     if stored.rows == "blocks":
-        ends = list(itertools.accumulate(sizes[name] for name in stored.members))
+        ends = list(itertools.accumulate(sizes.values()))
         return {name: range(end - sizes[name], end) for name, end in zip(stored.members, ends, strict=True)}
     num_groups = attention.num_heads if stored.rows == "heads" else attention.num_kv_heads
     counts = {name: sizes[name] // num_groups for name in stored.members}

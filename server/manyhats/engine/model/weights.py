@@ -53,11 +53,12 @@ class Weights:
 
     Attributes:
         embedding: [V, E].
-        blocks: L of them.
+        blocks: L of them; layers that share their weights have the same one.
         final_norm: [D]; None for none.
         outer: linears outside the blocks, by name: ``lm_head`` [V, E] if the head is not the embedding alone, the
             projections [D, E] and [E, D] that an architecture has where E is not D, and ``pooler`` [D, D] if an
             encoder's files have one.
+        pooler_norm: of its output; None for none.
         positions: learned vectors [rows, D]; None for none.
         token_types: the same for types of tokens.
         embedding_norm: of the embeddings' sum; None for none.
@@ -70,20 +71,26 @@ class Weights:
     positions: Tensor | None = None
     token_types: Tensor | None = None
     embedding_norm: NormWeight | None = None
+    pooler_norm: NormWeight | None = None
 
     @property
     def head(self) -> Linear:
         """The output head, tied or not."""
         return self.outer.get("lm_head") or Linear(self.embedding)
 
+    @property
+    def sets(self) -> tuple[BlockWeights, ...]:
+        """The blocks, each once where layers share them, in the order of their first use."""
+        return tuple(dict.fromkeys(self.blocks))
+
     def linears(self) -> Iterator[Linear]:
         """The linears of all blocks."""
-        return (linear for block in self.blocks for linear in block.linears.values())
+        return (linear for block in self.sets for linear in block.linears.values())
 
     def norms(self) -> Iterator[NormWeight]:
         """The norms of all blocks, and the final one."""
         if self.embedding_norm is not None:
             yield self.embedding_norm
-        yield from (norm for block in self.blocks for norm in block.norms.values())
+        yield from (norm for block in self.sets for norm in block.norms.values())
         if self.final_norm is not None:
             yield self.final_norm

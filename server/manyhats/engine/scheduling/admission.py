@@ -107,6 +107,7 @@ class Admissions:
             step.prefix_fills.append(PrefixFill(virtual, admission.fill_from, filled))
         sequence.num_registered_blocks = len(admission.borrowed)
         sequence.num_computed_tokens = admission.num_computed
+        sequence.num_charged = max(sequence.num_charged, admission.num_computed)
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = admission.num_hit_tokens
             step.num_hits += admission.num_hit_tokens

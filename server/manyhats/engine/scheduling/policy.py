@@ -1,54 +1,108 @@
-"""Which sequence is next: by (priority, arrival), preempted and resumed ones first within their priority.
+"""Which sequence is next: by priority, then by what its task was served (``Shares``), then by arrival.
+
+Preempted and resumed sequences go first within their priority. Running ones rank by (priority, arrival): what has begun
+is not given up for a task that was served less.
 
 The engine's own sequences (``is_internal``) are few and short, and threads wait for them: they go before every request,
 and neither ``max_waiting`` nor ``max_num_sequences`` applies to them. In return, a step in which others decode takes
 few of their tokens, so that it grows by half at most.
 
 ``max_waiting`` refuses requests on arrival only. It refuses none that has already waited for its adapter, and none of
-the continuations of a scoring that has begun, which steady newcomers could otherwise keep out for good.
+the continuations of a scoring that has begun, which steady newcomers could otherwise keep out for good. A task that has
+many waiting is refused a little earlier than others: the queue's last places are for those.
 """
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from manyhats.engine.scheduling.limits import TaskLimits
 from manyhats.engine.scheduling.schedule import SchedulerConfig
 from manyhats.engine.scheduling.sequence import Sequence, SequenceStatus
+from manyhats.engine.scheduling.shares import PROMPT_COST, Shares
 
 Rank = tuple[int, float, int]
 """(-priority, arrival, order of adding); smaller goes first."""
 
 _INTERNAL_PRIORITY = 2**31
 """Above every request's."""
+_INTERNAL = "\0"
+"""The engine's own sequences are of no task."""
+_WAITING_PER_FREE_PLACE = 8
+"""A task may have this many waiting for each place left free: one alone gets eight ninths of the queue, two alike eight
+seventeenths. Source: Choudhury and Hahne 1998, Dynamic Queue Length Thresholds for Shared-Memory Packet Switches.
+"""
 
 
 class Queue:
     """Ranks every sequence from ``add`` to ``forget``, and holds those that wait, the next one first.
 
+    Args:
+        config: limits.
+        clock: monotonic seconds.
+
     Attributes:
         num_counted: those that wait and count towards ``max_waiting``.
         num_short: those that wait and are not bulk (``Step``).
+        limits: of tasks, on what runs at a time and how much.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float]) -> None:
         self._config = config
         self._ranks: dict[Sequence, Rank] = {}
-        self._waiting: list[Sequence] = []  # sorted by _waiting_rank
+        self._waiting: dict[str, list[Sequence]] = {}  # by task; each sorted by _waiting_rank, and none empty
+        self._shares = Shares()
         self._num_added = 0
+        self._num_waiting = 0
+        self._num_counted_of: dict[str, int] = {}
         self.num_counted = 0
         self.num_short = 0
+        self.limits = TaskLimits(clock)
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._num_waiting
 
     def __iter__(self) -> Iterator[Sequence]:
-        """A snapshot of those that wait, in the order in which they are to start."""
-        return iter(tuple(self._waiting))
+        """Those that wait and that their tasks' limits allow, in the order in which they are to start.
+
+        Each one given counts as if its prompt had been served, so that tasks take turns. It may leave; otherwise the
+        queue must not change meanwhile.
+        """
+        heads: list[tuple[int, bool, float, float, int, Sequence, Iterator[Sequence]]] = []
+        served: dict[str, float] = {}
+
+        def push(task: str, rest: Iterator[Sequence]) -> None:
+            sequence = next(rest, None)
+            if sequence is not None:
+                priority, begins, arrival, order = self._waiting_rank(sequence)
+                counter = served[task] if begins else 0.0
+                heapq.heappush(heads, (priority, begins, counter, arrival, order, sequence, rest))
+
+        for task, waiting in self._waiting.items():
+            served[task] = self._shares.counter(task)
+            push(task, iter(tuple(waiting)))
+        while heads:
+            *_, sequence, rest = heapq.heappop(heads)
+            task = _task(sequence)
+            if sequence.is_internal or self.limits.allow(sequence):
+                yield sequence
+                served[task] += PROMPT_COST * sequence.num_left / sequence.entitlement.share
+            push(task, rest)
 
     def rank(self, sequence: Sequence) -> Rank:
-        """The sequence's place among all unfinished ones."""
+        """The sequence's place among all that run."""
         return self._ranks[sequence]
+
+    def num_counted_of(self, task: str) -> int:
+        """How many of a task wait and count towards ``max_waiting``."""
+        return self._num_counted_of.get(task, 0)
+
+    def has_place(self, task: str, num_elsewhere: int) -> bool:
+        """Whether one more of a task may wait; callable from any thread."""
+        num_free = self._config.max_waiting - self.num_counted - num_elsewhere
+        return num_free > 0 and self.num_counted_of(task) < _WAITING_PER_FREE_PLACE * num_free
 
     def add(self, sequence: Sequence) -> None:
         """Rank a new sequence after its equals; it waits."""
@@ -60,28 +114,60 @@ class Queue:
     def enter(self, sequence: Sequence) -> None:
         """Note that a sequence is waiting, for the first time or again."""
         sequence.status = SequenceStatus.WAITING
+        task = _task(sequence)
+        waiting = self._waiting.get(task)
+        if waiting is None:
+            if not sequence.is_internal:
+                self._shares.begin_waiting(task, (each for each in self._waiting if each != _INTERNAL))
+            waiting = self._waiting[task] = []
+        insort(waiting, sequence, key=self._waiting_rank)
         self._count(sequence, +1)
-        insort(self._waiting, sequence, key=self._waiting_rank)
 
     def leave(self, sequence: Sequence) -> None:
         """Note that a sequence no longer waits; it keeps its rank."""
+        task = _task(sequence)
+        waiting = self._waiting[task]
+        del waiting[bisect_left(waiting, self._waiting_rank(sequence), key=self._waiting_rank)]
+        if not waiting:
+            del self._waiting[task]
+            if not sequence.is_internal:
+                self._shares.end_waiting(task)
         self._count(sequence, -1)
-        del self._waiting[bisect_left(self._waiting, self._waiting_rank(sequence), key=self._waiting_rank)]
+
+    def charge(self, sequence: Sequence, start: int, end: int) -> None:
+        """Count tokens [start, end) of a sequence, which have been computed, for its task."""
+        if not sequence.is_internal:
+            self.limits.spend(sequence, max(0, end - max(start, sequence.num_charged)))
+            self._shares.charge(sequence, start, end)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop the rank of a sequence that has finished, and does not wait. Safe to repeat."""
         self._ranks.pop(sequence, None)
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Forget all of them, but not what tasks were served."""
         self._ranks.clear()
         self._waiting.clear()
-        self.num_counted = self.num_short = 0
+        self._num_counted_of.clear()
+        self._num_waiting = self.num_counted = self.num_short = 0
+        self.limits.clear()
 
     def _count(self, sequence: Sequence, change: int) -> None:
-        self.num_counted += change * sequence.is_counted
+        self._num_waiting += change
         self.num_short += change * (not self._config.is_bulk(sequence, sequence.num_tokens))
+        if not sequence.is_counted:
+            return
+        self.num_counted += change
+        num_of_task = self.num_counted_of(sequence.task) + change
+        if num_of_task:
+            self._num_counted_of[sequence.task] = num_of_task
+        else:
+            del self._num_counted_of[sequence.task]
 
     def _waiting_rank(self, sequence: Sequence) -> tuple[int, bool, float, int]:
         priority, arrival, order = self._ranks[sequence]
         return (priority, sequence.num_preemptions == 0, arrival, order)
+
+
+def _task(sequence: Sequence) -> str:
+    return _INTERNAL if sequence.is_internal else sequence.task

@@ -72,6 +72,7 @@ class Schedule:
         block_copies: (source, destination) blocks, copied whole before anything in the step is computed.
         started: sequences that begin in it, whether or not they have a chunk yet.
         preempted: sequences whose blocks were reclaimed; they wait again.
+        hopeless: sequences that wait, and cannot meet their deadlines if they start now; the caller ends them.
         prefix_cache_queries: prompt tokens looked up for sequences that started.
         prefix_cache_hits: those found.
     """
@@ -81,6 +82,7 @@ class Schedule:
     block_copies: tuple[tuple[int, int], ...] = ()
     started: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
+    hopeless: tuple[Sequence, ...] = ()
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
 

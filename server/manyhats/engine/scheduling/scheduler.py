@@ -1,10 +1,9 @@
 """Picks sequences and token counts for the next step, and reclaims blocks when they run out.
 
-Order: running decodes, running prefills, then waiting sequences in the ``Queue``'s order; ``Step`` says who gets how
-many tokens. A running sequence's blocks cover all its tokens, so only
-decodes ever need more; when none is left, the running sequence that ranks last gives up all its blocks and is
-recomputed later, keeping its output. The one that ranks first is thus never preempted while others run, and so
-finishes.
+Order: running decodes, running prefills, then waiting sequences in the ``Queue``'s order, by which tasks get their
+shares; ``Step`` says who gets how many tokens. A running sequence's blocks cover all its tokens, so only decodes ever
+need more; when none is left, the running sequence that ranks last gives up all its blocks and is recomputed later,
+keeping its output. The one that ranks first is thus never preempted while others run, and so finishes.
 
 Only running sequences are entitled to blocks. Prefixes kept for others to start from, such as virtual tokens, are
 reclaimed if there is no room otherwise: waiting sequences keep nothing, and the first in the queue can always start
@@ -17,7 +16,9 @@ are not held up by it.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from manyhats.adapters.finish_rate import FinishRate
@@ -26,6 +27,7 @@ from manyhats.engine.scheduling.admission import Admissions, check_addable
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
 from manyhats.engine.scheduling.drafts import add_drafts
 from manyhats.engine.scheduling.held_prefixes import HeldPrefixes
+from manyhats.engine.scheduling.pace import Pace
 from manyhats.engine.scheduling.policy import Queue
 from manyhats.engine.scheduling.prefix_cache import register_full_blocks
 from manyhats.engine.scheduling.schedule import Chunk, Schedule, SchedulerConfig
@@ -49,12 +51,24 @@ class Scheduler:
     One turn is ``schedule``, run, then ``append_tokens`` and ``commit`` in either order. Blocks released between
     ``schedule`` and ``commit`` become free at ``commit``, since the step may still write to them. Not thread-safe; it
     belongs to the engine thread.
+
+    Args:
+        config: limits.
+        allocator: of the blocks.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        allocator: BlockAllocator,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.config = config
         self.allocator = allocator
-        self._queue = Queue(config)
+        self._queue = Queue(config, clock)
+        self._pace = Pace(clock)
         self._running: list[Sequence] = []  # sorted by rank
         self._paused: set[Sequence] = set()
         self._prefixes = HeldPrefixes(allocator, self._free)
@@ -62,6 +76,7 @@ class Scheduler:
         self.rate = FinishRate()  # of requests' sequences
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
+        self._is_held_back = False
 
     @property
     def num_running(self) -> int:
@@ -79,22 +94,28 @@ class Scheduler:
         return len(self._paused)
 
     @property
+    def is_held_back(self) -> bool:
+        """Whether none ran in the last schedule, since each that waits is of a task at one of its limits."""
+        return self._is_held_back
+
+    @property
     def has_work(self) -> bool:
         """Whether any sequence is unfinished and not paused."""
         return bool(self._running or self._queue)
 
-    def check_queue(self, num_elsewhere: int = 0) -> None:
+    def check_queue(self, task: str = "", num_elsewhere: int = 0) -> None:
         """Check that one more may wait; callable from any thread.
 
         Args:
+            task: that it is of.
             num_elsewhere: requests that wait elsewhere before they are added.
 
         Raises:
-            QueueFullError: ``max_waiting`` are waiting.
+            QueueFullError: ``max_waiting`` are waiting, or so many that the places left are for other tasks.
         """
-        num_ahead = self._queue.num_counted + num_elsewhere
-        if num_ahead >= self.config.max_waiting:
-            raise QueueFullError(self.config.max_waiting, self.rate.wait_s(num_ahead))
+        if not self._queue.has_place(task, num_elsewhere):
+            num_ahead = self._queue.num_counted + num_elsewhere
+            raise QueueFullError(self.config.max_waiting, self.rate.wait_s(num_ahead), num_ahead)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
@@ -106,7 +127,7 @@ class Scheduler:
             ValueError: it contradicts itself, or was added before.
         """
         if sequence.is_counted and not sequence.has_waited:
-            self.check_queue()
+            self.check_queue(sequence.task)
         check_addable(sequence, self.allocator)
         self._queue.add(sequence)
 
@@ -124,11 +145,14 @@ class Scheduler:
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
+        is_waiting = not self._running and len(self._queue) > 0
+        self._is_held_back = is_waiting and next(iter(self._queue), None) is None
         step.run_bulk()
         add_drafts(step, self.allocator, self.config.max_draft_rows)
         schedule = step.freeze()
         if schedule.chunks:
             self._in_flight = schedule
+            self._pace.begin()
         return schedule
 
     @property
@@ -177,11 +201,13 @@ class Scheduler:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
             sequence.num_computed_tokens += chunk.num_tokens
+            self._queue.charge(sequence, chunk.start, chunk.end)
             self._prefixes.hold_virtual(sequence)
             if sequence.logits_from is not None:
                 sequence.logits_from = max(sequence.logits_from, chunk.end)
             register_full_blocks(sequence, self.allocator)
         if schedule is self._in_flight:
+            self._pace.end(schedule.num_tokens)
             self._in_flight = None
             self.allocator.free(self._freed_in_flight)
             self._freed_in_flight.clear()
@@ -319,6 +345,9 @@ class Scheduler:
                 if sequence.num_passed >= _MAX_PASSED or len(blocked) >= _MAX_BLOCKED:
                     return
                 continue
+            if not self._pace.can_meet(sequence.deadline_s, sequence.num_tokens - admission.num_computed):
+                step.hopeless.append(sequence)
+                continue
             if not self._take_turn(sequence):
                 continue
             for passed in (*blocked, *(step.without_slot if sequence.placement is not None else ())):
@@ -349,6 +378,7 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=self._queue.rank)
         self._queue.leave(sequence)
+        self._queue.limits.started(sequence)
         return True
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
@@ -366,6 +396,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._queue.limits.stopped(sequence)
         if sequence.placement is not None:
             sequence.placement.leave()
         self._free(sequence.block_table)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from manyhats.adapters.reserved_labels import EQUAL, Entitlement
 from manyhats.engine.scheduling.blocks import SharedPrefix
 from manyhats.engine.scheduling.virtual_tokens import VirtualTokens
 
@@ -50,7 +51,10 @@ class Sequence:
             digest, position offset, salt).
         placement: gives it a slot each time it starts to run; None to keep ``slot``.
         slot: adapter slot while it runs, 0 is the base model.
+        task: whose account it is on; empty for the base model.
+        entitlement: of the task.
         priority: higher goes first.
+        deadline_s: on the scheduler's clock; None for none.
         arrival: among equals, the earlier goes first.
         logits_from: smallest position whose logits are still needed besides the last token's; None if no others are.
             The scheduler advances it as positions are computed, so none comes twice after preemption.
@@ -72,6 +76,7 @@ class Sequence:
         block_table: its blocks in order; while it runs, they cover all its tokens.
         num_cached_tokens: prompt tokens the prefix cache saved at its first admission (not ``shared``'s, nor virtual).
         num_preemptions: how often its blocks were reclaimed.
+        num_charged: first tokens that its task was charged for (``Shares``), or that it got without computing them.
         is_long: its prompt takes several steps from where it started, or has many scored rows; see ``Step``.
         num_passed: how many later sequences started while it waited for blocks or a slot.
         block_keys: prefix cache keys of its first blocks, as far as they were needed.
@@ -85,7 +90,10 @@ class Sequence:
     cache_key: bytes = b""
     placement: Placement | None = None
     slot: int = 0
+    task: str = ""
+    entitlement: Entitlement = EQUAL
     priority: int = 0
+    deadline_s: float | None = None
     arrival: float = 0.0
     logits_from: int | None = None
     reads_hidden: bool = False
@@ -105,6 +113,7 @@ class Sequence:
     status: SequenceStatus = field(default=SequenceStatus.NEW, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
+    num_charged: int = field(default=0, init=False)
     is_long: bool = field(default=False, init=False)
     num_passed: int = field(default=0, init=False)
     block_keys: list[bytes] = field(default_factory=list, init=False, repr=False)

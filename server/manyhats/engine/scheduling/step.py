@@ -28,6 +28,7 @@ class Step:
         budget: tokens that are left.
         max_bulk: tokens of bulk sequences in a step with one decode; each two further decodes allow for one more.
         rank: of a sequence.
+        hopeless: waiting sequences that cannot meet their deadlines.
         without_slot: sequences that wait for a slot, by rank.
         are_slots_reserved: whether one of them has waited long enough: nothing after it gets a slot.
     """
@@ -41,6 +42,7 @@ class Step:
     prefixes: set[SharedPrefix] = field(default_factory=set)  # that it starts from
     started: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    hopeless: list[Sequence] = field(default_factory=list)
     without_slot: list[Sequence] = field(default_factory=list)
     are_slots_reserved: bool = False
     num_queries: int = 0
@@ -125,6 +127,7 @@ class Step:
             tuple(self.block_copies),
             tuple(self.started),
             tuple(self.preempted),
+            tuple(self.hopeless),
             self.num_queries,
             self.num_hits,
         )

@@ -34,10 +34,12 @@ _CLASS_OF_MODEL: Mapping[str, str | None] = {
     "granite": "TokenizersBackend",
     "llama": None,
     "mistral": "TokenizersBackend",
+    "mixtral": "TokenizersBackend",
     "olmo2": "TokenizersBackend",
     "phi3": "TokenizersBackend",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer",
     "smollm3": None,
 }
 """``model_type`` → the class that transformers has for it; None if it has none."""

@@ -7,7 +7,8 @@ ServerError
 │   └── CredentialInvalidError  the call has an unknown token
 ├── NotAllowedError
 │   ├── RoleMissingError        the token is not for this method
-│   └── TaskNotAllowedError     the token does not cover this task
+│   ├── TaskNotAllowedError     the token does not cover this task
+│   └── PriorityNotAllowedError the token does not allow this priority
 └── …                   of ports and calls: ``service/errors.py``
 """
 
@@ -66,3 +67,12 @@ class TaskNotAllowedError(NotAllowedError):
     def __init__(self, task: str) -> None:
         super().__init__(f"this token is not for {f'the task {task}' if task else 'the base model'}")
         self.task = task
+
+
+class PriorityNotAllowedError(NotAllowedError):
+    """The call asks for a higher priority than its token allows, ``max_priority``."""
+
+    def __init__(self, priority: int, max_priority: int) -> None:
+        super().__init__("the call asks for a higher priority than this token allows")
+        self.priority = priority
+        self.max_priority = max_priority

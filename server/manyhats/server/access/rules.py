@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from manyhats.adapters.errors import shown
-from manyhats.server.access.errors import RoleMissingError, TaskNotAllowedError
+from manyhats.server.access.errors import PriorityNotAllowedError, RoleMissingError, TaskNotAllowedError
 from manyhats.server.access.tokens import Caller, Role
 
 
@@ -78,3 +78,14 @@ def check_access(method: str, task: str | None, caller: Caller) -> None:
     is_about_none = task is None or not (task or rule.runs_model)
     if not is_about_none and not caller.scope.reaches(task or ""):
         raise TaskNotAllowedError(shown(task or ""))
+
+
+def check_priority(priority: int, caller: Caller) -> int:
+    """The priority that a call asks for, higher first.
+
+    Raises:
+        PriorityNotAllowedError: it is above what the caller may ask for.
+    """
+    if caller.max_priority is not None and priority > caller.max_priority:
+        raise PriorityNotAllowedError(priority, caller.max_priority)
+    return priority

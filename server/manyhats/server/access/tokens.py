@@ -6,6 +6,7 @@ The token file is a YAML list with one entry per token. It has digests, never to
       sha256: 9f86d081884c7d65…      # SHA-256 of the token, in hexadecimal
       roles: [generate]              # generate, manage or both
       tasks: [sql, "team-a.*", _base]  # globs of task ids, and _base for the base model; left out: everything
+      max_priority: 0               # the highest that its calls may ask for; left out: any if it manages, else 0
 
 ``manyhats token new`` makes a token of 256 random bits and its entry. A plain digest is enough: a token that cannot be
 guessed cannot be found from its digest either.
@@ -75,6 +76,8 @@ class Caller:
     name: str
     roles: frozenset[Role]
     scope: Scope = Scope()
+    max_priority: int | None = None
+    """The highest that it may ask for; None for any."""
 
 
 EVERYBODY = Caller(name="", roles=frozenset(Role))
@@ -155,6 +158,7 @@ class _EntryModel(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
     roles: Annotated[tuple[Role, ...], Field(min_length=1)]
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    max_priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
 
 
 _ENTRIES = TypeAdapter(tuple[_EntryModel, ...])
@@ -199,7 +203,13 @@ def _check_distinct(values: Iterable[str], fault: str) -> None:
 
 
 def _caller(entry: _EntryModel) -> Caller:
-    return Caller(name=entry.name, roles=frozenset(entry.roles), scope=Scope(entry.tasks))
+    own = None if Role.MANAGE in entry.roles else 0
+    return Caller(
+        name=entry.name,
+        roles=frozenset(entry.roles),
+        scope=Scope(entry.tasks),
+        max_priority=own if entry.max_priority is None else entry.max_priority,
+    )
 
 
 def _read(path: Path) -> str:
@@ -225,8 +235,14 @@ def token_digest(token: str) -> bytes:
     return hashlib.sha256(token.encode(errors="surrogatepass")).digest()
 
 
-def token_entry(name: str, token: str, roles: Sequence[Role], tasks: Sequence[str] = ()) -> str:
-    """The token file lines for one token; no ``tasks`` means everything.
+def token_entry(
+    name: str,
+    token: str,
+    roles: Sequence[Role],
+    tasks: Sequence[str] = (),
+    max_priority: int | None = None,
+) -> str:
+    """The token file lines for one token; no ``tasks`` means everything, no ``max_priority`` that of its roles.
 
     Raises:
         ConfigError: the name or a task is invalid.
@@ -238,6 +254,8 @@ def token_entry(name: str, token: str, roles: Sequence[Role], tasks: Sequence[st
     }
     if tasks:
         fields["tasks"] = list(tasks)
+    if max_priority is not None:
+        fields["max_priority"] = max_priority
     text = yaml.safe_dump([fields], sort_keys=False, default_flow_style=None, width=10_000)
     parse_tokens(text, name)
     return text

@@ -66,6 +66,8 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"method": error.method, "roles": ",".join(error.roles)}
         case access.TaskNotAllowedError():
             return {"task": error.task or BASE_LABEL}
+        case access.PriorityNotAllowedError():
+            return {"max_priority": str(error.max_priority)}
     return {}
 
 

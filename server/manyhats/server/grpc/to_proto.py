@@ -18,7 +18,7 @@ from manyhats.engine.output import (
 )
 from manyhats.engine.request import MAX_CONTINUATIONS
 from manyhats.engine.residency.tiers import Tier
-from manyhats.server.service.encodings import together
+from manyhats.server.service.readings import together
 from manyhats.server.service.text_threads import ENTRY_WEIGHT, paced, paced_tokens, slices
 from manyhats.v1 import adapter_pb2, encoding_pb2, generation_pb2, server_pb2
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
     from manyhats.server.service.backend import Backend
     from manyhats.server.service.class_scores import Scored
-    from manyhats.server.service.encodings import (
+    from manyhats.server.service.entities import Entity
+    from manyhats.server.service.readings import (
         Classifications,
         Embeddings,
         Ranked,
         Tagged,
         TaggedToken,
     )
-    from manyhats.server.service.entities import Entity
 
 # How many of a vector's values take the time of a token to add to an answer.
 VALUES_PER_ENTRY = 64

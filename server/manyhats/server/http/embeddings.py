@@ -19,7 +19,7 @@ from manyhats.server.service.text_threads import paced
 
 if TYPE_CHECKING:
     from manyhats.server.observability.metrics import Metrics
-    from manyhats.server.service.encodings import Vector
+    from manyhats.server.service.readings import Vector
 
 _FLOATS = 16  # written in the time that a character takes to tokenize
 

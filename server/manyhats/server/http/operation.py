@@ -26,7 +26,13 @@ OF_A_TASK = frozenset({"TASK_NOT_ALLOWED", "TASK_NOT_FOUND", "NO_ACTIVE_VERSION"
 OF_TEXTS = OF_A_TASK | {"PROMPT_TOO_LONG", "ADAPTER_INVALID", "DATA_LOSS"}
 """Of calls that use a task's tokenizer."""
 OF_RUNS = OF_TEXTS | {
-    *("ADAPTER_UNSUPPORTED", "ADAPTER_CAPACITY", "SOURCE_UNAVAILABLE", "STREAM_UNREAD"),
+    *(
+        "PRIORITY_NOT_ALLOWED",
+        "ADAPTER_UNSUPPORTED",
+        "ADAPTER_CAPACITY",
+        "SOURCE_UNAVAILABLE",
+        "STREAM_UNREAD",
+    ),
     *("TASK_KIND_MISMATCH", "NO_TOKEN_ALLOWED", "NUMERICAL_ERROR", "DEADLINE_EXCEEDED"),
 }
 """Of calls that run a task on the engine."""

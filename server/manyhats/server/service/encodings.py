@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from manyhats.adapters.heads import Pooling, TaskKind
-from manyhats.adapters.reserved_labels import class_names
-from manyhats.engine.errors import FieldInvalidError, PromptTooLongError
-from manyhats.engine.output import Usage
-from manyhats.engine.request import EncodeRequest
-from manyhats.server.service.class_scores import Scored, activated, num_scores, scored_rows, sigmoid
+from manyhats.adapters.reserved_labels import class_names, read_pooling
+from manyhats.engine.errors import FieldInvalidError
+from manyhats.server.service.class_scores import activated, num_scores, scored_rows, sigmoid
 from manyhats.server.service.entities import Aggregation, Entity, entities
 from manyhats.server.service.merging import each_of
-from manyhats.server.service.prompts import Prompt, TextPrompt, check_num_inputs
-from manyhats.server.service.tasks import Tasks, check_kind, task_id
+from manyhats.server.service.prompts import Prompt, TextPrompt
+from manyhats.server.service.readings import (
+    Classifications,
+    Embeddings,
+    Ranked,
+    Tagged,
+    TaggedToken,
+    Vector,
+)
+from manyhats.server.service.tasks import Tasks, check_kind
+from manyhats.server.service.text_reader import TextReader
 from manyhats.server.service.text_threads import ENTRY_WEIGHT, paced
 
 if TYPE_CHECKING:
     from manyhats.adapters.artifact import AdapterRecord
     from manyhats.engine.output import EncodeOutput
-    from manyhats.engine.text.tokenizer import ReadText, Tokenizer, TokenSpan
+    from manyhats.engine.text.tokenizer import Tokenizer, TokenSpan
     from manyhats.server.observability.metrics import Metrics
     from manyhats.server.service.backend import Backend
     from manyhats.server.service.call import Call
@@ -41,65 +44,7 @@ MAX_TOKEN_SCORES = 1024 * 1024
 # How many of a vector's values take the time of a character to tokenize.
 _VALUES_PER_CHARACTER = 16
 
-Vector = npt.NDArray[np.float32]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Embeddings:
-    """A vector for each text, in order.
-
-    Attributes:
-        vectors: [n] each, float32.
-        num_tokens: of each text.
-        usage: of all.
-        adapter: the version they were made with; None for the base.
-    """
-
-    vectors: tuple[Vector, ...]
-    num_tokens: tuple[int, ...]
-    usage: Usage
-    adapter: AdapterRecord | None
-
-
-@dataclass(frozen=True, slots=True)
-class Classifications:
-    """The labels of each text, in order; ``num_tokens`` of each."""
-
-    results: tuple[Scored, ...]
-    num_tokens: tuple[int, ...]
-    usage: Usage
-    adapter: AdapterRecord
-
-
-@dataclass(frozen=True, slots=True)
-class TaggedToken:
-    """One token of a text: its index, the characters [start, end) that it stands for, and its labels."""
-
-    index: int
-    start: int
-    end: int
-    scored: Scored
-
-
-@dataclass(frozen=True, slots=True)
-class Tagged(Generic[T]):
-    """What is found in each text, in order: its tokens, special ones left out, or the entities that they make."""
-
-    results: tuple[tuple[T, ...], ...]
-    num_tokens: tuple[int, ...]
-    usage: Usage
-    adapter: AdapterRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """How relevant each text is to a query: (index, score), best first."""
-
-    results: tuple[tuple[int, float], ...]
-    num_tokens: tuple[int, ...]
-    usage: Usage
-    adapter: AdapterRecord
 
 
 class Encodings:
@@ -113,7 +58,7 @@ class Encodings:
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
         self._tasks = Tasks(backend)
-        self._metrics = metrics
+        self._reader = TextReader(backend, self._tasks, metrics)
 
     async def embed(
         self,
@@ -146,26 +91,27 @@ class Encodings:
         adapter = self._tasks.resolved(call)
         if pooling is None:
             check_kind(adapter, TaskKind.GENERATE, TaskKind.EMBED, base=self._backend.info.kind)
+            pooling = None if adapter is None else read_pooling(adapter.labels)
         if pooling is Pooling.ALL:
             raise FieldInvalidError("pooling", "must give one vector a text")
-        read = partial(
-            self._encode,
+        size = self._backend.info.embedding_size
+        if not 0 <= dimensions <= size:
+            raise FieldInvalidError("dimensions", f"must be in [0, {size}], not {dimensions}")
+        num_tokens, output = await self._reader.read(
             call,
             adapter,
+            inputs,
+            truncates=truncates,
             pooling=pooling,
             applies_head=False,
             cache_salt=cache_salt,
             priority=priority,
         )
-        tokens, output = await self._read(adapter, inputs, "inputs", truncates, read)
-        size = int(output.values[0].shape[1])
-        if not 0 <= dimensions <= size:
-            raise FieldInvalidError("dimensions", f"must be in [0, {size}], not {dimensions}")
         vectors = await self._backend.text_threads.run(
             partial(_vectors, output, dimensions or size, normalize),
             size * len(inputs) // _VALUES_PER_CHARACTER,
         )
-        return Embeddings(vectors, _lengths(tokens), output.usage, adapter)
+        return Embeddings(vectors, num_tokens, output.usage, adapter)
 
     async def classify(
         self,
@@ -311,9 +257,10 @@ class Encodings:
         asked = TextPrompt(query, field="query")
         pairs = [TextPrompt(text, field=f"texts[{index}]", first=query) for index, text in enumerate(texts)]
         if truncates:  # the query is tokenized with each text, so that its own length must be bounded
-            await self._check_fits(adapter, asked)
-        read = partial(self._encode, call, adapter, priority=priority)
-        tokens, output = await self._read(adapter, pairs, "texts", truncates, read)
+            await self._reader.check_fits(adapter, asked)
+        num_tokens, output = await self._reader.read(
+            call, adapter, pairs, "texts", truncates=truncates, priority=priority
+        )
         num_classes = output.values[0].shape[1]
         if num_classes != 1:
             raise FieldInvalidError(
@@ -323,7 +270,7 @@ class Encodings:
         scores = logits if raw_scores else sigmoid(np.array(logits)).tolist()
         order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
         best = tuple((index, scores[index]) for index in order[: top_n or None])
-        return Ranked(best, _lengths(tokens), output.usage, adapter)
+        return Ranked(best, num_tokens, output.usage, adapter)
 
     def _of_kind(self, adapter: AdapterRecord | None, kind: TaskKind) -> AdapterRecord:
         check_kind(adapter, kind, base=self._backend.info.kind)
@@ -341,13 +288,14 @@ class Encodings:
         truncates: bool,
         priority: int,
     ) -> Classifications:
-        read = partial(self._encode, call, adapter, request_id=request_id, priority=priority)
-        tokens, output = await self._read(adapter, inputs, "inputs", truncates, read)
+        num_tokens, output = await self._reader.read(
+            call, adapter, inputs, truncates=truncates, request_id=request_id, priority=priority
+        )
         logits = np.concatenate(output.values)
         results = await self._backend.text_threads.build(
             partial(scored_rows, adapter, logits, raw_scores, top_k), num_scores(output, top_k)
         )
-        return Classifications(results, _lengths(tokens), output.usage, adapter)
+        return Classifications(results, num_tokens, output.usage, adapter)
 
     async def _found(
         self,
@@ -361,8 +309,9 @@ class Encodings:
     ) -> Tagged[T]:
         """What ``find`` finds by the logits of each text's tokens."""
         tokenizer = await self._tasks.tokenizer_of(adapter) or self._backend.tokenizer
-        encode = partial(self._encode, call, adapter, priority=priority)
-        tokens, output = await self._read(adapter, inputs, "inputs", truncates, encode)
+        num_tokens, output = await self._reader.read(
+            call, adapter, inputs, truncates=truncates, priority=priority
+        )
         count = num_scores(output, top_k)
         if count > MAX_TOKEN_SCORES:
             raise FieldInvalidError(
@@ -371,125 +320,14 @@ class Encodings:
 
         def work() -> tuple[tuple[T, ...], ...]:
             texts = paced(
-                zip(inputs, tokens, output.values, strict=True), lambda each: ENTRY_WEIGHT * len(each[2])
+                zip(inputs, num_tokens, output.values, strict=True), lambda each: ENTRY_WEIGHT * len(each[2])
             )
             return tuple(
-                find(each.text, _spans(tokenizer, each, len(read.token_ids)), values)
-                for each, read, values in texts
+                find(each.text, _spans(tokenizer, each, count), values) for each, count, values in texts
             )
 
         results = await self._backend.text_threads.build(work, count)
-        return Tagged(results, _lengths(tokens), output.usage, adapter)
-
-    async def _check_fits(self, adapter: AdapterRecord, text: TextPrompt) -> None:
-        tokenizer = await self._tasks.tokenizer_of(adapter)
-        try:
-            await self._tasks.encoder(tokenizer, self._backend.engine.max_context_length).read(text)
-        except PromptTooLongError as error:
-            error.renamed(text.field)
-            raise
-
-    async def _read(
-        self,
-        adapter: AdapterRecord | None,
-        inputs: Sequence[Prompt],
-        field: str,
-        truncates: bool,
-        read: Callable[[tuple[ReadText, ...]], Awaitable[EncodeOutput]],
-    ) -> tuple[tuple[ReadText, ...], EncodeOutput]:
-        """The tokens of texts, and what is read in them; errors call the texts ``field``."""
-        limit = self._backend.engine.max_context_length
-        while True:
-            tokens = await self._tokens(adapter, inputs, field, truncates, limit)
-            try:
-                return tokens, await read(tokens)
-            except PromptTooLongError as error:
-                error.renamed(error.field.replace("inputs", field, 1))
-                if not truncates or error.limit >= limit:
-                    raise
-                limit = error.limit  # of the context, as much as the adapter's virtual tokens leave
-
-    async def _tokens(
-        self,
-        adapter: AdapterRecord | None,
-        inputs: Sequence[Prompt],
-        field: str,
-        truncates: bool,
-        limit: int,
-    ) -> tuple[ReadText, ...]:
-        check_num_inputs(len(inputs), field)
-        encoder = self._tasks.encoder(await self._tasks.tokenizer_of(adapter), limit)
-        found = []
-        for index, each in enumerate(inputs):
-            with _named(f"{field}[{index}]"):
-                found.append(await encoder.read(each, truncates=truncates))
-            # Short texts are tokenized here: others get a turn after each.
-            await asyncio.sleep(0)
-        return tuple(found)
-
-    async def _encode(
-        self,
-        call: Call,
-        adapter: AdapterRecord | None,
-        tokens: tuple[ReadText, ...],
-        *,
-        request_id: str = "",
-        pooling: Pooling | None = None,
-        applies_head: bool = True,
-        cache_salt: str = "",
-        priority: int = 0,
-    ) -> EncodeOutput:
-        request = EncodeRequest(
-            id=request_id or call.id,
-            inputs=tuple(each.token_ids for each in tokens),
-            token_types=_types(tokens),
-            pooling=pooling,
-            applies_head=applies_head,
-            adapter=adapter,
-            priority=priority,
-            deadline_s=call.deadline_s,
-            cache_salt=cache_salt,
-            accepted_s=call.received_s,
-        )
-        output = await self._backend.engine.encode(request)
-        self._metrics.encoded(task_id(adapter), output.usage)
-        return output
-
-
-def together(usages: Sequence[Usage]) -> Usage:
-    """What requests cost that ran together: all of their tokens, and the time of the slowest."""
-    return Usage(
-        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
-        cached_prompt_tokens=sum(usage.cached_prompt_tokens for usage in usages),
-        queue_s=max(usage.queue_s for usage in usages),
-        prefill_s=max(usage.prefill_s for usage in usages),
-        adapter_load_s=max(usage.adapter_load_s for usage in usages),
-    )
-
-
-def _lengths(tokens: Sequence[ReadText]) -> tuple[int, ...]:
-    return tuple(len(each.token_ids) for each in tokens)
-
-
-def _types(tokens: Sequence[ReadText]) -> tuple[tuple[int, ...], ...]:
-    """Types of all tokens; empty if all are 0."""
-    if not any(each.token_types for each in tokens):
-        return ()
-    return tuple(each.token_types or (0,) * len(each.token_ids) for each in tokens)
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Name the text that is too long, or the conversation at fault; other texts have names of their own."""
-    try:
-        yield
-    except PromptTooLongError as error:
-        error.renamed(name)
-        raise
-    except FieldInvalidError as error:
-        if error.field.partition(".")[0] == "chat":
-            error.renamed(f"{name}.{error.field}")
-        raise
+        return Tagged(results, num_tokens, output.usage, adapter)
 
 
 def _check_most(field: str, count: int) -> None:

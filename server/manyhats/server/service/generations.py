@@ -19,6 +19,7 @@ from manyhats.engine.request import (
     SpeculationParams,
     StoppingParams,
 )
+from manyhats.server.access.rules import check_priority
 from manyhats.server.service.classification import (
     Classified,
     class_request,
@@ -100,7 +101,7 @@ class Generations:
             speculation=speculation_params,
             response=response,
             constraint=await self._constraint(prompt, tokenizer, constraint),
-            priority=priority,
+            priority=check_priority(priority, call.caller),
             deadline_s=call.deadline_s,
             cache_salt=cache_salt,
             accepted_s=call.received_s,
@@ -192,7 +193,7 @@ class Generations:
             adapter=adapter,
             tokenizer=tokenizer,
             response=ResponseOptions(logprobs=True),
-            priority=priority,
+            priority=check_priority(priority, call.caller),
             deadline_s=call.deadline_s,
             cache_salt=cache_salt,
             accepted_s=call.received_s,

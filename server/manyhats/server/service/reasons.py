@@ -59,6 +59,7 @@ REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
         access.CredentialInvalidError: Reason("CREDENTIAL_INVALID", "UNAUTHENTICATED"),
         access.RoleMissingError: Reason("ROLE_MISSING", "PERMISSION_DENIED"),
         access.TaskNotAllowedError: Reason("TASK_NOT_ALLOWED", "PERMISSION_DENIED"),
+        access.PriorityNotAllowedError: Reason("PRIORITY_NOT_ALLOWED", "PERMISSION_DENIED"),
         adapter.ArgumentInvalidError: Reason("FIELD_INVALID", _INVALID),
         adapter.TaskNotFoundError: Reason("TASK_NOT_FOUND", "NOT_FOUND"),
         adapter.SourceNotFoundError: Reason("SOURCE_NOT_FOUND", "NOT_FOUND"),

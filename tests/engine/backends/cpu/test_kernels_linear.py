@@ -126,10 +126,10 @@ def test_nf4_takes_little_more_than_half_a_byte_per_parameter() -> None:
     assert ONE_THREAD.pack(parts).num_bytes <= 0.54 * 960 * 576
 
 
-def test_a_single_dense_matrix_is_read_in_place() -> None:
-    """A tied output head must not take the embedding's memory twice."""
+def test_a_dense_head_is_read_in_place() -> None:
+    """One that is tied must not take the embedding's memory twice."""
     weight = random(32, 64).bfloat16()
-    packed = ONE_THREAD.pack([Linear(weight, None)])
+    packed, _ = ONE_THREAD.pack_head(Linear(weight, None))
     x = random(3, 64)
     before = ONE_THREAD.linear(x, packed)
     weight.mul_(2)

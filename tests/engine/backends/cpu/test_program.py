@@ -14,8 +14,10 @@ from torch import Tensor
 
 from manyhats.adapters.primitives import Bottleneck, BottleneckInput, Delta, InputScale, LoweredAdapter
 from manyhats.adapters.sites import BaseDescription, Site
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.backend import CpuBackend
 from manyhats.engine.backends.cpu.compile import counted_compilation
+from manyhats.engine.backends.cpu.dense import instructions as dense
 from manyhats.engine.backends.cpu.int16 import instructions
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.program import Instructions
@@ -39,6 +41,12 @@ FAMILIES = {
         "word_embed_proj_dim": 32,
     },
     "cohere: one norm ahead, norms of each head": {"family": "cohere", "use_qk_norm": True},
+    "qwen3_moe: experts, and one layer without": {
+        "family": "qwen3_moe",
+        "num_layers": 3,
+        "mlp_only_layers": [1],
+        "num_experts": 9,
+    },
 }
 
 
@@ -143,6 +151,24 @@ def test_integers_are_near_the_exact_product(model: LoadedModel, monkeypatch: py
     near = logits(Runner(model, backend, adapters=adapters(model)))
     assert not torch.equal(near, exact)
     assert float((near - exact).abs().median() / exact.abs().mean()) < 0.002
+
+
+@pytest.mark.parametrize("are_pairs", [True, False], ids=["pairs", "widened"])
+def test_dense_bfloat16_is_near_float32_and_a_row_the_same_bits_in_any_batch(
+    are_pairs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "has_pairs", lambda: are_pairs)
+    dense_model = load_tiny(make_checkpoint(tmp_path / "model", seed=5), "none", torch.bfloat16)
+    exact = logits(Runner(dense_model, CpuBackend(2), adapters=adapters(dense_model)))
+    runner = Runner(dense_model, CpuBackend(2, is_exact=False), adapters=adapters(dense_model))
+    kinds = runner.model.instructions[0]
+    kinds = kinds[kinds[:, col.INSTRUCTION] == col.LINEAR][:, col.KIND].tolist()
+    assert (col.BFLOAT16_PAIRS if are_pairs else col.BFLOAT16_GROUPS) in kinds
+    together = [each.stacked for each in runner.run(PROMPTS, max_tokens=64, all_logits=True)]
+    assert float((torch.cat(together) - exact).abs().median() / exact.abs().mean()) < 0.01
+    for prompt, expected in zip(PROMPTS, together, strict=True):
+        (alone,) = runner.run([prompt], max_tokens=5, all_logits=True)
+        assert torch.equal(alone.stacked, expected)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

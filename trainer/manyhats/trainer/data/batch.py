@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
+
+from manyhats.engine.text.tokenizer import ReadText
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,36 +25,121 @@ class TokenizedRow:
     is_target: tuple[bool, ...]
 
     @property
+    def num_tokens(self) -> int:
+        """The number of tokens."""
+        return len(self.token_ids)
+
+    @property
     def num_targets(self) -> int:
         """The number of learned tokens."""
         return sum(self.is_target)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainingBatch:
-    """Rows end to end: N tokens in all, M of them learned.
+@dataclass(frozen=True, slots=True)
+class ReadRow:
+    """One row of the data of a task that reads texts.
 
-    A beginning that all rows share (a chat template's head) may appear once: it is then the first segment, which the
+    Attributes:
+        texts: at least one; a query, its answer and other texts, if vectors are learned.
+        targets: what the head's outputs should be: a class's index, a number, a 0 or 1 for each class, or for each
+            token its class's index or ``IGNORED``. Empty if vectors are learned.
+        num_targets: how many terms of the loss it has.
+    """
+
+    texts: tuple[ReadText, ...]
+    targets: tuple[float, ...]
+    num_targets: int
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of all texts."""
+        return sum(len(text.token_ids) for text in self.texts)
+
+
+IGNORED = -100
+"""The class of tokens that are not learned."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TextBatch:
+    """Texts end to end: N tokens in all.
+
+    A beginning that all texts share (a chat template's head) may appear once: it is then the first segment, which the
     others continue. What it computes is the same for all of them, and so are the gradients.
 
     Attributes:
         token_ids: [N] int64.
-        positions: [N] int64, of each token in its row, from 0; virtual tokens are not counted.
+        positions: [N] int64, of each token in its text, from 0; virtual tokens are not counted.
         segments: the length of each segment, in order; they add up to N.
         num_shared: the length of the first segment if all others continue it; 0 if not.
-        predictors: [M] int64, the places whose next token is learned; the last shared one appears once for each row
-            whose first own token is learned.
-        targets: [M] int64, those tokens.
-        num_row_tokens: tokens of all rows, a shared beginning counted for each; what speed is measured by.
+        num_row_tokens: tokens of all texts, a shared beginning counted for each; what speed is measured by.
+        token_types: [N] int64; None if all are 0.
     """
 
     token_ids: Tensor
     positions: Tensor
     segments: Sequence[int]
     num_shared: int
+    num_row_tokens: int
+    token_types: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TrainingBatch(TextBatch):
+    """Rows of which M tokens are learned.
+
+    Attributes:
+        predictors: [M] int64, the places whose next token is learned; the last shared one appears once for each row
+            whose first own token is learned.
+        targets: [M] int64, those tokens.
+    """
+
     predictors: Tensor
     targets: Tensor
-    num_row_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ReadBatch(TextBatch):
+    """Rows of texts that are read.
+
+    Attributes:
+        num_texts: of each row.
+        targets: float32, of all rows, one after the other.
+    """
+
+    num_texts: tuple[int, ...]
+    targets: Tensor
+
+
+TrainingRow = TokenizedRow | ReadRow
+
+
+def batch_of(rows: Sequence[TrainingRow]) -> TrainingBatch | ReadBatch:
+    """At least one row as a batch, all of one kind."""
+    read = [row for row in rows if isinstance(row, ReadRow)]
+    return collate_read(read) if read else collate([row for row in rows if isinstance(row, TokenizedRow)])
+
+
+def collate_read(rows: Sequence[ReadRow]) -> ReadBatch:
+    """At least one row as a batch; nothing is shared."""
+    texts = [text for row in rows for text in row.texts]
+    segments = tuple(len(text.token_ids) for text in texts)
+    types = None
+    if any(text.token_types for text in texts):
+        all_types = (text.token_types or (0,) * len(text.token_ids) for text in texts)
+        types = torch.tensor(list(chain.from_iterable(all_types)), dtype=torch.int64)
+    return ReadBatch(
+        token_ids=torch.tensor(
+            list(chain.from_iterable(text.token_ids for text in texts)), dtype=torch.int64
+        ),
+        positions=torch.cat([torch.arange(length) for length in segments]),
+        segments=segments,
+        num_shared=0,
+        num_row_tokens=sum(segments),
+        token_types=types,
+        num_texts=tuple(len(row.texts) for row in rows),
+        targets=torch.tensor([target for row in rows for target in row.targets], dtype=torch.float32),
+    )
 
 
 def collate(rows: Sequence[TokenizedRow], *, share_beginning: bool = True) -> TrainingBatch:

@@ -109,13 +109,13 @@ def contents_of(row: Row, system: str) -> Contents:
         case ("text",):
             if variables:
                 raise row.error(f"{next(iter(variables))}: does not apply to a text")
-            return PlainText(_string(row, "text", fields["text"]))
+            return PlainText(checked_text(row, "text", fields["text"]))
         case ("messages",):
             return _conversation(row, fields, variables, system)
         case _:
             return Prompted(
-                prompt=_string(row, "prompt", fields["prompt"]),
-                completion=_string(row, "completion", fields["completion"]),
+                prompt=checked_text(row, "prompt", fields["prompt"]),
+                completion=checked_text(row, "completion", fields["completion"]),
                 system=_system(row, fields) or system,
                 variables=variables,
             )
@@ -166,7 +166,12 @@ def _what_lacks(fields: Mapping[str, object]) -> str:
     return f"{found}; it must have prompt and completion, or text, or messages"
 
 
-def _string(row: Row, name: str, value: object) -> str:
+def checked_text(row: Row, name: str, value: object) -> str:
+    """A field's value as a text that is not empty.
+
+    Raises:
+        DataError: it is none; names the field.
+    """
     if not isinstance(value, str):
         raise row.error(f"{name}: must be a string, not {type(value).__name__}")
     if not value:
@@ -181,14 +186,14 @@ def _string(row: Row, name: str, value: object) -> str:
 
 def _system(row: Row, fields: Mapping[str, object]) -> str:
     value = fields.get("system", "")
-    return value if value == "" else _string(row, "system", value)
+    return value if value == "" else checked_text(row, "system", value)
 
 
 def _variables(row: Row, fields: Mapping[str, object]) -> dict[str, object]:
     """What the template reads besides messages, by the names it has there."""
     variables: dict[str, object] = {}
     for name in LISTS:
-        items = _list(row, name, fields[name]) if name in fields else []
+        items = checked_list(row, name, fields[name]) if name in fields else []
         if items:
             variables[name] = items
     if KWARGS in fields:
@@ -213,7 +218,12 @@ def _value(row: Row, name: str, value: object) -> object:
         raise row.error(f"{name}: must be a list, or JSON of one: {error}") from error
 
 
-def _list(row: Row, name: str, value: object) -> list[object]:
+def checked_list(row: Row, name: str, value: object) -> list[object]:
+    """A field's value as a list; in a table it may be JSON.
+
+    Raises:
+        DataError: it is none; names the field.
+    """
     value = _value(row, name, value)
     if not isinstance(value, list):
         raise row.error(f"{name}: must be a list, not {type(value).__name__}")
@@ -229,7 +239,8 @@ def _conversation(
         default: the system message if there is none.
     """
     read = [
-        _message(row, index, each) for index, each in enumerate(_list(row, "messages", fields["messages"]))
+        _message(row, index, each)
+        for index, each in enumerate(checked_list(row, "messages", fields["messages"]))
     ]
     messages = [message for message, _ in read]
     learned = [index for index, (_, is_learned) in enumerate(read) if is_learned]
@@ -257,7 +268,7 @@ def _message(row: Row, index: int, value: object) -> tuple[Message, bool]:
         raise row.error(f"{name}: must be an object with role and content, not {type(value).__name__}")
     if value.get("role") is None:
         raise row.error(f"{name}: has no role")
-    role = _string(row, f"{name}.role", value["role"])
+    role = checked_text(row, f"{name}.role", value["role"])
     is_learned = _is_learned(row, name, role, value)
     # A Parquet file has every key in every message; a null means that it is absent.
     message = {
@@ -272,7 +283,7 @@ def _message(row: Row, index: int, value: object) -> tuple[Message, bool]:
     if content is None and not says_more:
         raise row.error(f"{name}: has no content")
     if content is not None and (content != "" or (is_learned and not says_more)):
-        _string(row, f"{name}.content", content)
+        checked_text(row, f"{name}.content", content)
     return message, is_learned
 
 

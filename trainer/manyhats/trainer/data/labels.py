@@ -57,12 +57,21 @@ def find_labels(labels: Sequence[str], train: Dataset) -> tuple[str, ...]:
     """
     if tuple(labels) == AUTO:
         return _distinct_completions(train)
+    check_distinct(labels)
+    return tuple(labels)
+
+
+def check_distinct(labels: Sequence[str]) -> None:
+    """Check labels that are given.
+
+    Raises:
+        SettingError: one appears twice, or there are too many.
+    """
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise SettingError("labels", f"{twice[0]!r} appears twice")
     if len(labels) > MAX_LABELS:
         raise SettingError("labels", f"must be at most {MAX_LABELS}, not {len(labels)}")
-    return tuple(labels)
 
 
 def _distinct_completions(train: Dataset) -> tuple[str, ...]:

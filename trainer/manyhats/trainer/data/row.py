@@ -10,7 +10,8 @@ from manyhats.trainer.errors import DataError
 LISTS = ("tools", "functions", "documents")
 KWARGS = "chat_template_kwargs"
 FIELDS = ("prompt", "completion", "text", "messages", "system", *LISTS, KWARGS)
-"""The fields that a row may have."""
+"""The fields that a row may have, if its text is to be continued."""
+_OF_HEADS = ("text_pair", "label", "tokens", "tags", "query", "positive", "negatives")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,15 @@ def check_columns(source: str, columns: Sequence[str]) -> None:
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise DataError(source, None, f"has two columns named {twice[0]!r}")
-    known = [name for name in columns if name in FIELDS]
+    known = [name for name in columns if name in (*FIELDS, *_OF_HEADS)]
     if not known:
         raise DataError(
-            source, None, f"has the columns {', '.join(columns)}, but none of {', '.join(FIELDS)}"
+            source,
+            None,
+            f"has the columns {', '.join(columns)}, but none of {', '.join((*FIELDS, *_OF_HEADS))}",
         )
     lacking = {"prompt", "completion"} - set(known)
-    if len(lacking) == 1 and {"text", "messages"}.isdisjoint(known):
+    if len(lacking) == 1 and {"text", "messages", "tokens", "query"}.isdisjoint(known):
         raise DataError(
             source, None, f"has no column {lacking.pop()!r}; its columns are {', '.join(columns)}"
         )

@@ -12,13 +12,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from manyhats.trainer.data.batch import TokenizedRow
+from manyhats.trainer.data.batch import TrainingRow
 from manyhats.trainer.data.dataset import TokenizedRows
+from manyhats.trainer.data.head_rows import ReadRows
 from manyhats.trainer.settings.settings import OptimizationSettings
+
+TrainingRows = TokenizedRows | ReadRows
+"""Rows in memory, whatever is learned of them."""
+
+RowT = TypeVar("RowT", bound=TrainingRow)
 
 _WINDOW_BATCHES = 16
 
@@ -38,13 +45,13 @@ class _EpochPlan:
         return len(self.sequence)
 
     def micro_batch(self, index: int) -> list[int]:
-        """Row numbers."""
+        """TrainingRow numbers."""
         place = self.sequence[index]
         rows: list[int] = self.order[self.bounds[place] : self.bounds[place + 1]].tolist()
         return rows
 
 
-class BatchSampler:
+class BatchSampler(Generic[RowT]):
     """The steps of a run over some rows.
 
     Every row appears once per epoch. A step never takes rows of two epochs, so an epoch's last step may have fewer
@@ -62,9 +69,7 @@ class BatchSampler:
         steps_per_epoch: of the first epoch; with ``batch_tokens`` others may have a few more or less.
     """
 
-    def __init__(
-        self, rows: Sequence[TokenizedRow], settings: OptimizationSettings, *, shuffle: bool
-    ) -> None:
+    def __init__(self, rows: Sequence[RowT], settings: OptimizationSettings, *, shuffle: bool) -> None:
         self._rows = rows
         self._lengths = _lengths(rows)
         self._settings = settings
@@ -74,7 +79,7 @@ class BatchSampler:
         self._ends = self._epoch_ends()
         self.num_steps = self._ends[-1]
 
-    def step(self, index: int) -> list[list[TokenizedRow]]:
+    def step(self, index: int) -> list[list[RowT]]:
         """The micro-batches of an optimizer step.
 
         Args:
@@ -148,8 +153,8 @@ class BatchSampler:
 
 
 def evaluation_batches(
-    rows: Sequence[TokenizedRow], settings: OptimizationSettings
-) -> Iterator[list[TokenizedRow]]:
+    rows: Sequence[TrainingRow], settings: OptimizationSettings
+) -> Iterator[list[TrainingRow]]:
     """Every row once, in batches of ``batch_size`` rows or ``batch_tokens`` tokens, longest rows first.
 
     So if memory runs out, it does so at the start.
@@ -161,10 +166,10 @@ def evaluation_batches(
         yield [rows[row] for row in order[begin:end].tolist()]
 
 
-def _lengths(rows: Sequence[TokenizedRow]) -> _Integers:
-    if isinstance(rows, TokenizedRows):
+def _lengths(rows: Sequence[TrainingRow]) -> _Integers:
+    if isinstance(rows, TrainingRows):
         return rows.lengths
-    return np.array([len(row.token_ids) for row in rows], dtype=np.int64)
+    return np.array([row.num_tokens for row in rows], dtype=np.int64)
 
 
 def _permutation(length: int, *seeds: int) -> _Integers:

@@ -15,11 +15,12 @@ from manyhats.engine.checkpoints.loader import GenerationDefaults, LoadedModel
 from manyhats.engine.text.ending import find_ends
 from manyhats.trainer.data.contents import Prompted, checked_contents
 from manyhats.trainer.data.dataset import Dataset
+from manyhats.trainer.data.head_contents import head_contents
 from manyhats.trainer.data.labels import LabelledItem, check_label, find_labels, labelled_items
 from manyhats.trainer.data.reading import read_rows
 from manyhats.trainer.data.tokenization import Tokenization, tokenize_rows
 from manyhats.trainer.errors import SettingError
-from manyhats.trainer.settings.settings import DataSettings
+from manyhats.trainer.settings.settings import DataSettings, TrainSettings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,17 +39,21 @@ class TaskData:
     items: Sequence[LabelledItem] = ()
 
 
-def check_first_rows(settings: DataSettings, sources: Iterable[str]) -> None:
+def check_first_rows(settings: TrainSettings, sources: Iterable[str]) -> None:
     """Read the first row of each source, to find errors that need no base before it is loaded.
 
     Raises:
         DataError: a source cannot be read, or its first row cannot be trained on, or has none of the labels.
     """
+    data = settings.data
     for source in sources:
         row = next(read_rows(source, max_rows=1))
-        contents = checked_contents(row, settings)
-        if source == settings.eval and isinstance(contents, Prompted):
-            check_label(row, contents.completion, settings.labels)
+        if settings.head.reads:
+            head_contents(row, settings.head.kind, data)
+            continue
+        contents = checked_contents(row, data)
+        if source == data.eval and isinstance(contents, Prompted):
+            check_label(row, contents.completion, data.labels)
 
 
 def read_task_data(

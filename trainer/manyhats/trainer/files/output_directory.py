@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from manyhats.adapters.formats.adapterhub.format import HEAD_FILES
 from manyhats.adapters.formats.text_files import MAX_BYTES
 from manyhats.trainer.errors import OutputError, SettingError
 from manyhats.trainer.files.durable import remove_staged, sync, write_files
 
 CONFIG_FILE = "adapter_config.json"
 CARD_FILE = "README.md"
-_OTHER_FILES = frozenset({"adapter_model.safetensors", "adapter.safetensors", *MAX_BYTES})
+_OTHER_FILES = frozenset({"adapter_model.safetensors", "adapter.safetensors", *HEAD_FILES, *MAX_BYTES})
 _TRAINING = "training"
 _REPORT_FILE = "report.json"
 _CURVE_FILE = "loss.png"

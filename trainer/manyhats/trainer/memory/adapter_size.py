@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from manyhats.adapters.limits import AdapterLimits
@@ -11,7 +12,9 @@ from manyhats.adapters.sites import BaseDescription
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.describe import describe
 from manyhats.engine.model.layout import Family
+from manyhats.trainer.data.head_task import HeadTask
 from manyhats.trainer.methods.bottleneck import bottleneck_size
+from manyhats.trainer.methods.head import head_shapes
 from manyhats.trainer.methods.lora import plan_lora
 from manyhats.trainer.methods.targets import choose_modules
 from manyhats.trainer.methods.virtual_tokens import check_virtual_token_limit
@@ -66,15 +69,23 @@ class AdapterSize:
         return self.num_in_layers + self.num_prefix
 
 
-def adapter_size(settings: AdapterSettings, family: Family) -> AdapterSize:
+def adapter_size(settings: AdapterSettings, family: Family, head: HeadTask | None = None) -> AdapterSize:
     """The size of an adapter for a base.
+
+    Args:
+        settings: its method's.
+        family: the base's.
+        head: what its task's head learns; None if it has none.
 
     Raises:
         SettingError: a module does not exist in the base, a pattern matches none, or a size exceeds the server's limit.
     """
     size = _size(settings, family)
     check_virtual_token_limit(size.num_virtual_tokens, _LIMITS)
-    return size
+    if head is None:
+        return size
+    shapes = head_shapes(head, settings.method, _description(family))
+    return replace(size, num_trained=size.num_trained + sum(map(math.prod, shapes.values())))
 
 
 def _size(settings: AdapterSettings, family: Family) -> AdapterSize:

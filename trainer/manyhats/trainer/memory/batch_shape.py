@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch, collate
+from manyhats.trainer.data.batch import TextBatch, TokenizedRow, TrainingBatch, TrainingRow, batch_of
 from manyhats.trainer.data.dataset import Dataset
+from manyhats.trainer.data.head_rows import ReadDataset
 from manyhats.trainer.data.sampler import BatchSampler
 from manyhats.trainer.settings.settings import OptimizationSettings
 
@@ -23,7 +24,7 @@ class BatchShape:
         num_rows: B.
         longest: T, the length of the longest row, without what is shared.
         num_shared: S.
-        num_targets: M.
+        num_targets: M, or the rows that a task's head reads.
         data_bytes: size of all rows, which stay in memory.
     """
 
@@ -40,6 +41,15 @@ class BatchShape:
         return self.num_rows * self.longest
 
 
+def behind(batch: BatchShape, num_ahead: int) -> BatchShape:
+    """A batch whose texts each have this many virtual tokens ahead of them, which run in the layers."""
+    return replace(
+        batch,
+        num_tokens=batch.num_tokens + num_ahead * batch.num_rows,
+        longest=batch.longest + num_ahead,
+    )
+
+
 def longest_rows(options: OptimizationSettings, length: int) -> BatchShape:
     """A batch of rows of the same length with every token learned: no data with rows up to that length needs more."""
     num_rows = options.batch_size
@@ -53,36 +63,41 @@ def longest_rows(options: OptimizationSettings, length: int) -> BatchShape:
     )
 
 
-def largest_batch(data: Dataset, options: OptimizationSettings, *, shuffle: bool) -> BatchShape:
+def largest_batch(data: Dataset | ReadDataset, options: OptimizationSettings, *, shuffle: bool) -> BatchShape:
     """The largest micro-batch of up to 1,000 steps: the one with the most tokens, or with the most after padding."""
     sampler = BatchSampler(data.rows, options, shuffle=shuffle)
     steps = range(min(sampler.num_steps, sampler.steps_per_epoch, _MAX_STEPS))
     batches = [rows for step in steps for rows in sampler.step(step)]
     candidates = [max(batches, key=_num_tokens), max(batches, key=_num_padded)]
-    shapes = [_shape_of(collate(rows), data) for rows in candidates]
+    shapes = [_shape_of(batch_of(rows), data) for rows in candidates]
     return max(shapes, key=lambda shape: shape.num_tokens + shape.num_padded)
 
 
-def _num_tokens(rows: Sequence[TokenizedRow]) -> int:
-    return sum(len(row.token_ids) for row in rows)
+def _num_tokens(rows: Sequence[TrainingRow]) -> int:
+    return sum(row.num_tokens for row in rows)
 
 
-def _num_padded(rows: Sequence[TokenizedRow]) -> int:
-    return len(rows) * max(len(row.token_ids) for row in rows)
+def _num_padded(rows: Sequence[TrainingRow]) -> int:
+    lengths = [length for row in rows for length in _lengths(row)]
+    return len(lengths) * max(lengths)
 
 
-def _shape_of(batch: TrainingBatch, data: Dataset) -> BatchShape:
+def _lengths(row: TrainingRow) -> list[int]:
+    return [row.num_tokens] if isinstance(row, TokenizedRow) else [len(text.token_ids) for text in row.texts]
+
+
+def _shape_of(batch: TextBatch, data: Dataset | ReadDataset) -> BatchShape:
     segments = batch.segments[1:] if batch.num_shared else batch.segments
     return BatchShape(
         num_tokens=len(batch.token_ids),
         num_rows=len(segments),
         longest=max(segments),
         num_shared=batch.num_shared,
-        num_targets=len(batch.targets),
+        num_targets=len(batch.targets) if isinstance(batch, TrainingBatch) else len(batch.token_ids),
         data_bytes=_data_bytes(data),
     )
 
 
-def _data_bytes(data: Dataset) -> int:
-    """Four bytes per token id and one for whether it is learned; per row its bounds, line and prompt length."""
+def _data_bytes(data: Dataset | ReadDataset) -> int:
+    """Four bytes per token id and one for whether it is learned, or its type; per row its bounds, line and the like."""
     return 5 * data.rows.num_tokens + 20 * len(data.rows)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from manyhats.trainer.memory.activations import (
     Step,
     head_bytes,
+    inputs_kept,
     layer_backward,
     layer_kept,
     layers_kept,
-    residual_bytes,
+    of_largest_layer,
 )
 from manyhats.trainer.memory.adapter_size import AdapterSize
 from manyhats.trainer.memory.batch_shape import BatchShape
@@ -142,12 +143,21 @@ def passing_bytes(task: TaskSize, shape: BaseShape, machine: Machine) -> dict[st
     are kept with their gradients. Gradients are accumulated at those values, 4 · P, then at the parameters, 4 · P more.
     """
     model, adapter = task.settings.model, task.adapter
-    step = Step(shape.architecture, adapter, task.batch, machine.element_bytes, model.quantization == "nf4")
+    step = of_largest_layer(
+        Step(
+            shape.architecture,
+            adapter,
+            task.batch,
+            machine.element_bytes,
+            is_quantized=model.quantization == "nf4",
+            reads=task.settings.head.reads,
+        )
+    )
     making = {
         "values made of parameters": 2 * _FLOAT * adapter.num_lowered,
         "gradients": _FLOAT * adapter.num_trained,
     }
-    inputs = (shape.architecture.num_layers + 1) * residual_bytes(step)
+    inputs = inputs_kept(step, reads_one=task.settings.head.kind == "classification")
     if model.gradient_checkpointing:
         kept, of_layer = inputs, layer_kept(step)
     else:

@@ -18,6 +18,7 @@ from manyhats.engine.checkpoints.fetch import KNOWN_MODELS
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
 from manyhats.engine.model.architecture import Architecture
+from manyhats.engine.model.families.fields import standard_names
 from manyhats.engine.model.families.reading import FAMILIES, read_family
 from manyhats.engine.model.layout import Family
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
@@ -76,7 +77,7 @@ class BaseShape:
 
     @property
     def num_other_parameters(self) -> int:
-        """Parameters of norms and biases."""
+        """Parameters of norms, biases and routers."""
         return self.num_parameters - self.num_linear_parameters - self.num_table_parameters
 
     @property
@@ -127,6 +128,7 @@ def _check_sizes(raw: Mapping[str, Any]) -> None:
     """
     if raw.get("model_type") not in FAMILIES:
         return  # refused later, by its model_type; its sizes may have other names
+    raw = standard_names(raw)
     for name in _NEEDED:
         if raw.get(name) is None:
             raise ModelError(f"{_CONFIG}: has no {name}")

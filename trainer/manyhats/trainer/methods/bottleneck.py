@@ -33,6 +33,11 @@ _MODEL_CLASSES: Mapping[str, str] = MappingProxyType(
         "mistral": "MistralForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
+        "bert": "BertAdapterModel",
+        "distilbert": "DistilBertAdapterModel",
+        "electra": "ElectraAdapterModel",
+        "roberta": "RobertaAdapterModel",
+        "xlm-roberta": "XLMRobertaAdapterModel",
     }
 )
 

@@ -14,11 +14,13 @@ from torch import Generator, nn
 from manyhats.adapters.errors import AdapterError
 from manyhats.adapters.formats.peft.tensors import candidate_of
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.lowering.lowering import check_lowered, method_of
+from manyhats.adapters.lowering.lowering import check, check_lowered, method_of
 from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.trainer.data.head_task import HeadTask
 from manyhats.trainer.errors import BaseError, SettingError
 from manyhats.trainer.methods.bottleneck import make_bottleneck
 from manyhats.trainer.methods.dora import make_dora
+from manyhats.trainer.methods.head import check_head, with_head
 from manyhats.trainer.methods.ia3 import make_ia3
 from manyhats.trainer.methods.lora import make_lora
 from manyhats.trainer.methods.p_tuning import make_p_tuning
@@ -60,6 +62,7 @@ def make_adapter(
     model: LoadedModel,
     *,
     seed: int,
+    head: HeadTask | None = None,
     init_from: str | Path = "",
     device: torch.device | None = None,
     limits: AdapterLimits = _DEFAULT_LIMITS,
@@ -71,6 +74,7 @@ def make_adapter(
         task: the adapter's name in an AdapterHub artifact.
         model: the base; with DoRA, its weights are read.
         seed: of the initial values, which are the same on every device.
+        head: what a head is to learn; None for a task that continues texts.
         init_from: the directory of an artifact to start from, instead of fresh values.
         device: of the parameters; None for the CPU.
         limits: of the server it is for.
@@ -80,7 +84,11 @@ def make_adapter(
         BaseError: the method cannot be served on the base.
     """
     generator = torch.Generator().manual_seed(seed)
+    if head is not None:
+        check_head(head.kind, settings.method, model.description)
     adapter = _make(settings, task, model, generator, limits)
+    if head is not None:
+        adapter = with_head(adapter, head, model.description, generator)
     _check(adapter, limits)
     if init_from:
         load_artifact(adapter, Path(init_from), limits)
@@ -112,7 +120,8 @@ def _check(adapter: ParametrizedAdapter, limits: AdapterLimits) -> None:
     """Check the adapter as a registration would, so that no training run ends with a refusal."""
     try:
         artifact = adapter.artifact()
-        method_of(adapter.method, adapter.config).check(candidate_of(artifact), adapter.base, limits)
+        method = method_of(adapter.method, adapter.config)
+        check(candidate_of(artifact), method, adapter.base, limits)
         check_lowered(adapter.lowered())
     except AdapterError as error:
         setting = _SETTING_OF.get(error.subject)

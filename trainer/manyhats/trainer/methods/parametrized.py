@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from manyhats.adapters.artifact import AdapterArtifact, AdapterMethod
-from manyhats.adapters.formats.adapterhub.format import is_adapterhub
+from manyhats.adapters.formats.adapterhub.format import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE, is_adapterhub
 from manyhats.adapters.formats.peft.format import CONFIG_FILE
 from manyhats.adapters.formats.recognition import recorded_base, weights_file
 from manyhats.adapters.lowering.lowering import is_finite, lower
@@ -38,6 +38,8 @@ class ParametrizedAdapter:
         reparametrize: makes the file's tensors; None if the parameters are those tensors, by the file's names.
         dropout: of the input of low-rank deltas.
         learning_rate_scales: parameter → its factor, if not 1.
+        head_names: parameters that are its task's head, by the names of the file.
+        head_config: of a head in files of its own, as AdapterHub has them; None if there is none.
     """
 
     method: AdapterMethod
@@ -47,6 +49,8 @@ class ParametrizedAdapter:
     reparametrize: Reparametrization | None = None
     dropout: float = 0.0
     learning_rate_scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    head_names: frozenset[str] = frozenset()
+    head_config: Mapping[str, Any] | None = None
 
     def learning_rate_scale(self, name: str) -> float:
         """The factor on one parameter's learning rate."""
@@ -54,15 +58,21 @@ class ParametrizedAdapter:
 
     def artifact(self) -> AdapterArtifact:
         """The artifact as it stands, with gradient history; its digest is empty, since only files have one."""
-        tensors = self.parameters if self.reparametrize is None else self.reparametrize(self.parameters)
+        head = {name: value for name, value in self.parameters.items() if name in self.head_names}
+        own = {name: value for name, value in self.parameters.items() if name not in self.head_names}
+        made = own if self.reparametrize is None else self.reparametrize(own)
+        is_apart = self.head_config is not None
+        every = {**made, **head}
         return AdapterArtifact(
             digest="",
             method=self.method,
             config=self.config,
-            tensors=tensors,
+            tensors=made if is_apart else every,
             base_model=recorded_base(self.config),
-            size_bytes=sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()),
-            num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+            size_bytes=sum(tensor.numel() * tensor.itemsize for tensor in every.values()),
+            num_parameters=sum(tensor.numel() for tensor in every.values()),
+            head_config=self.head_config,
+            head_tensors=head if is_apart else {},
         )
 
     def lowered(self) -> LoweredAdapter:
@@ -96,13 +106,20 @@ def artifact_files(artifact: AdapterArtifact, save_dtype: str) -> dict[str, byte
     """
     if save_dtype not in _DTYPES:
         raise SettingError("save_dtype", f"must be one of {', '.join(_DTYPES)}, not {save_dtype!r}")
-    tensors = {name: _stored(name, tensor, _DTYPES[save_dtype]) for name, tensor in artifact.tensors.items()}
     # PEFT's loader requires the name of the tensors' library here; AdapterHub writes nothing.
     metadata = None if is_adapterhub(artifact.config) else {"format": "pt"}
-    return {
+    files = {
         CONFIG_FILE: config_bytes(artifact.config),
-        weights_file(artifact.config, ()): save(tensors, metadata=metadata),
+        weights_file(artifact.config, ()): save(_all_stored(artifact.tensors, save_dtype), metadata=metadata),
     }
+    if artifact.head_config is not None:
+        files[HEAD_CONFIG_FILE] = config_bytes(artifact.head_config)
+        files[HEAD_WEIGHTS_FILE] = save(_all_stored(artifact.head_tensors, save_dtype))
+    return files
+
+
+def _all_stored(tensors: Mapping[str, Tensor], save_dtype: str) -> dict[str, Tensor]:
+    return {name: _stored(name, tensor, _DTYPES[save_dtype]) for name, tensor in tensors.items()}
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:

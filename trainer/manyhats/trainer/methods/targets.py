@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from manyhats.adapters.formats.peft.tensors import Target, find_target
-from manyhats.adapters.sites import BaseDescription
+from manyhats.adapters.heads import TaskKind
+from manyhats.adapters.sites import POOLER, BaseDescription, Site
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.settings.methods import ALL_LINEARS, AdapterSettings, LoraSettings
+
+_OF_HEADS = ("pooler.dense", "pre_classifier", "classifier.dense", "classifier.out_proj", "classifier")
+"""Modules of heads on encoders, whose ends may be those of a base's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +33,17 @@ def with_named_modules(settings: AdapterSettings, base: BaseDescription) -> Adap
     if not isinstance(settings, LoraSettings):
         return settings
     asked = settings.target_modules
-    names = (each for name in asked for each in (base.linears if name == ALL_LINEARS else (name,)))
+    all_linears = [name for name in base.linears if not Site(0, name).is_of_mixture]
+    names = (each for name in asked for each in (all_linears if name == ALL_LINEARS else (name,)))
     return replace(settings, target_modules=tuple(dict.fromkeys(names)))
 
 
 def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) -> ChosenModules:
     """Find the modules that a list of names selects.
 
-    A name is a module's path or the end of one, as in PEFT: ``q_proj``, ``layers.3.self_attn.q_proj``, ``lm_head``. If
-    the checkpoint has several linears in one module, as in Phi-3's ``qkv_proj``, together they select that module.
+    A name is a module's path or the end of one, as in PEFT: ``q_proj``, ``layers.3.self_attn.q_proj``, ``lm_head``; or
+    a linear as it is called here, which a family calls otherwise: ``q_proj`` is BERT's ``query``. If the checkpoint has
+    several linears in one module, as in Phi-3's ``qkv_proj``, together they select that module.
 
     Args:
         names: or ``all-linear``.
@@ -48,28 +54,66 @@ def choose_modules(names: Sequence[str], setting: str, base: BaseDescription) ->
         SettingError: a name is not a module's; lists the valid ones.
     """
     known = _known_modules(base)
+    named, by_site = _selected(names, setting, base, known)
+    chosen = {path for path in known if any(matches(path, name) for name in named)} | by_site
+    targets = [target for path, target in known.items() if path in chosen]
+    return ChosenModules(
+        tuple(sorted(named | _names_of(by_site, chosen, base))),
+        tuple(sorted(targets, key=lambda target: target.parts[0].site)),
+    )
+
+
+def _selected(
+    names: Sequence[str], setting: str, base: BaseDescription, known: Mapping[str, Target]
+) -> tuple[set[str], set[str]]:
+    """The names that are ends of paths, and the paths of modules that the others select."""
     fused = {
         part.site.name: _last(path)
         for path, target in known.items()
         if len(target.parts) > 1
         for part in target.parts
     }
-    chosen: set[str] = set()
+    named: set[str] = set()
+    by_site: set[str] = set()
     for name in names:
         if name == ALL_LINEARS:
-            chosen |= {_last(path) for path, target in known.items() if not target.is_head}
+            by_site |= {path for path, target in known.items() if not target.is_head}
         elif any(matches(path, name) for path in known):
-            chosen.add(name)
+            _check_alone(name, setting, base)
+            named.add(name)
         elif name in fused:
             _check_whole(fused[name], names, setting, fused)
-            chosen.add(fused[name])
+            by_site |= {path for path in known if _last(path) == fused[name]}
+        elif name in base.linears:
+            by_site |= {path for path, target in known.items() if target.parts[0].site.name == name}
         else:
-            listed = ", ".join(sorted({_last(path) for path in known}))
+            listed = ", ".join(sorted(_names_of(known, known, base)))
             raise SettingError(setting, f"{name!r} is not a linear of this base; it has {listed}")
-    targets = [target for path, target in known.items() if any(matches(path, name) for name in chosen)]
-    return ChosenModules(
-        tuple(sorted(chosen)), tuple(sorted(targets, key=lambda target: target.parts[0].site))
-    )
+    return named, by_site
+
+
+def _names_of(paths: Collection[str], chosen: Collection[str], base: BaseDescription) -> set[str]:
+    """The shortest ends of some paths that are ends of no module that is not chosen."""
+    others = [path for path in (*base.modules, *_modules_of_heads(base)) if path not in chosen]
+    names = set()
+    for path in paths:
+        parts = path.split(".")
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        names.add(next(end for end in ends if not any(matches(other, end) for other in others)))
+    return names
+
+
+def _modules_of_heads(base: BaseDescription) -> tuple[str, ...]:
+    return _OF_HEADS if base.kind is TaskKind.EMBED else ()
+
+
+def _check_alone(name: str, setting: str, base: BaseDescription) -> None:
+    """Refuse a name that is also a head's: that is trained as a whole."""
+    for path in _modules_of_heads(base):
+        if matches(path, name):
+            raise SettingError(
+                setting, f"{name!r} also names {path}, which is part of heads; name the others by longer ends"
+            )
 
 
 def matches(path: str, name: str) -> bool:
@@ -78,8 +122,10 @@ def matches(path: str, name: str) -> bool:
 
 
 def _known_modules(base: BaseDescription) -> dict[str, Target]:
-    """Path → module, for every module of linears."""
-    found = ((path, find_target(path, base)) for path in base.modules)
+    """Path → module, for every module of linears, but the pooler, which is part of heads."""
+    found = (
+        (path, find_target(path, base)) for path, parts in base.modules.items() if parts[0].site != POOLER
+    )
     return {path: target for path, target in found if target is not None}
 
 

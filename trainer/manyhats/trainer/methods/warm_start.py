@@ -102,15 +102,25 @@ def _renamed(artifact: AdapterArtifact, adapter: ParametrizedAdapter) -> Mapping
     if not (is_adapterhub(artifact.config) and is_adapterhub(adapter.config)):
         return {name: value for name, value in artifact.tensors.items() if not name.endswith(_SAVED_ALONG)}
     base = adapter.base
-    old, new = (f".adapters.{adapter_name(config)}." for config in (artifact.config, adapter.config))
-    return {
-        full_path(base, plain_name(base, name).replace(old, new, 1)): value
+    before, now = (adapter_name(config) for config in (artifact.config, adapter.config))
+    own = {
+        full_path(base, plain_name(base, name).replace(f".adapters.{before}.", f".adapters.{now}.", 1)): value
         for name, value in artifact.tensors.items()
     }
+    head = {
+        name.replace(f"heads.{before}.", f"heads.{now}.", 1): value
+        for name, value in artifact.head_tensors.items()
+    }
+    return own | head
 
 
 def _check_same(ours: LoweredAdapter, theirs: LoweredAdapter) -> None:
     """With the same tensors both must compute the same; otherwise a scale or an activation differs."""
+    for wanted, found in zip(_activations(ours), _activations(theirs), strict=True):
+        if wanted != found:
+            raise SettingError(
+                _SETTING, f"a layer of its head has the activation {found}; these settings make {wanted}"
+            )
     for mine, other in zip((*ours.deltas, ours.prefix), (*theirs.deltas, theirs.prefix), strict=True):
         if mine is None or other is None:
             continue
@@ -122,6 +132,11 @@ def _check_same(ours: LoweredAdapter, theirs: LoweredAdapter) -> None:
                     _SETTING,
                     f"{place}{field.name} is {_told(there)} there, and {_told(here)} by these settings",
                 )
+
+
+def _activations(adapter: LoweredAdapter) -> list[str | None]:
+    """Of its head's layers; without any, both have the base's."""
+    return [] if adapter.head is None else [layer.activation for layer in adapter.head.layers]
 
 
 def _is_equal(here: Any, there: Any) -> bool:

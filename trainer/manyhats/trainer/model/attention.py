@@ -27,7 +27,7 @@ BLOCK = 64
 def attend(
     queries: Tensor, own: KeysAndValues, prefix: KeysAndValues | None, layout: RowLayout, spec: Attention
 ) -> Tensor:
-    """Attention of every token over those before it in its own row.
+    """Attention of every token over those before it in its own row, or, where tokens see all, over its whole row.
 
     A row's positions are the prefix, the shared beginning, and its own tokens, in that order; windows count them all.
 
@@ -35,7 +35,7 @@ def attend(
         queries: [N, H, K], rotated.
         own: [N, Hkv, K] each, of the tokens themselves.
         prefix: [P, Hkv, K] each, before all rows; None for none.
-        layout: of the N tokens.
+        layout: of the N tokens; nothing is shared where tokens see all.
         spec: the layer's.
 
     Returns:
@@ -50,7 +50,9 @@ def attend(
         prefix = beginning if prefix is None else _joined(prefix, beginning)
     if layout.num_rows:
         padded = [layout.padded(part[size:]) for part in (queries, *own)]
-        outputs.append(layout.ragged(_attend_rows(padded[0], padded[1], padded[2], prefix, spec)))
+        # Causal attention never sees the padding, which comes last.
+        lengths = layout.lengths if spec.sees_all else None
+        outputs.append(layout.ragged(_attend_rows(padded[0], padded[1], padded[2], prefix, spec, lengths)))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -59,9 +61,17 @@ def _joined(first: KeysAndValues, second: KeysAndValues) -> KeysAndValues:
 
 
 def _attend_rows(
-    queries: Tensor, keys: Tensor, values: Tensor, before: KeysAndValues | None, spec: Attention
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    before: KeysAndValues | None,
+    spec: Attention,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attention of B rows of T tokens, [B, T, H or Hkv, K], each over ``before`` [C, Hkv, K] and itself."""
+    """Attention of B rows of T tokens, [B, T, H or Hkv, K], each over ``before`` [C, Hkv, K] and itself.
+
+    ``lengths`` [B] are those of the rows without padding; None if there is none, or none that is seen.
+    """
     num_kv_heads = keys.shape[2]
     queries = queries.unflatten(2, (num_kv_heads, -1)).transpose(1, 2)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
@@ -70,22 +80,25 @@ def _attend_rows(
             torch.cat((part.to(whole).transpose(0, 1).expand(keys.shape[0], -1, -1, -1), whole), dim=2)
             for part, whole in zip(before, (keys, values), strict=True)
         )
-    return blocked_attention(queries, keys, values, spec).transpose(1, 2).flatten(2, 3)
+    return blocked_attention(queries, keys, values, spec, lengths).transpose(1, 2).flatten(2, 3)
 
 
-def blocked_attention(queries: Tensor, keys: Tensor, values: Tensor, spec: Attention) -> Tensor:
-    """Causal attention of B rows whose last query and last key are at the same position.
+def blocked_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, spec: Attention, lengths: Tensor | None = None
+) -> Tensor:
+    """Attention of B rows whose last query and last key are at the same position.
 
     Args:
         queries: [B, Hkv, T, G, K]; query head h is head h % G of group h // G.
         keys: [B, Hkv, C + T, K].
         values: the same shape.
-        spec: gives scale, window and cap.
+        spec: gives scale, window and cap, and whether queries see all keys.
+        lengths: [B], how many of the T are tokens, where queries see all keys; None for all of them.
 
     Returns:
         [B, Hkv, T, G, K], dtype of the queries.
     """
-    mixed: Tensor = _BlockedAttention.apply(queries, keys, values, spec)  # type: ignore[no-untyped-call]
+    mixed: Tensor = _BlockedAttention.apply(queries, keys, values, spec, lengths)  # type: ignore[no-untyped-call]
     return mixed
 
 
@@ -93,21 +106,23 @@ class _BlockedAttention(torch.autograd.Function):
     """``O = P V``, ``P = softmax(cap(scale · Q Kᵀ))``; with ``D = rowsum(dO · O)``, ``dS = P · (dO Vᵀ − D)``."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, spec: Attention) -> Tensor:
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, spec: Attention, lengths: Tensor | None
+    ) -> Tensor:
         q, k, v = _as_matrices(queries, keys, values)
         wide_k = k.float()
         out = torch.empty_like(q)
-        for block in _blocks(queries, keys, spec):
+        for block in _blocks(queries, keys, spec, lengths):
             scores, _ = block.scores(q, wide_k, spec)
             out[:, block.rows] = scores.softmax(-1).to(v.dtype) @ v[:, block.seen]
-        ctx.save_for_backward(queries, keys, values, out)
+        ctx.save_for_backward(queries, keys, values, out, lengths)
         ctx.spec = spec
         return out.view(queries.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        queries, keys, values, out = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        queries, keys, values, out, lengths = ctx.saved_tensors
         spec: Attention = ctx.spec
         q, k, v = _as_matrices(queries, keys, values)
         wide_k, wide_v = k.float(), v.float()
@@ -115,7 +130,7 @@ class _BlockedAttention(torch.autograd.Function):
         wide_d_out = d_out.float()
         means = (wide_d_out * out).sum(-1, keepdim=True)
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
-        for block in _blocks(queries, keys, spec):
+        for block in _blocks(queries, keys, spec, lengths):
             rows, seen = block.rows, block.seen
             scores, slope = block.scores(q, wide_k, spec)
             weights = scores.softmax(-1)
@@ -131,6 +146,7 @@ class _BlockedAttention(torch.autograd.Function):
             d_q.mul_(spec.scale).view(queries.shape),
             d_k.mul_(spec.scale).to(k.dtype).view(keys.shape),
             d_v.to(v.dtype).view(values.shape),
+            None,
             None,
         )
 
@@ -149,12 +165,13 @@ class _Block:
     """Some queries, as rows of T · G, and the keys that any of them sees.
 
     Attributes:
-        hidden: [rows, the last keys seen] bool, which of those keys each query does not see.
+        hidden: [rows, the last keys seen] bool, or [B · Hkv, 1, keys]: which of those keys each query does not see;
+            None if it sees all.
     """
 
     rows: slice
     seen: slice
-    hidden: Tensor
+    hidden: Tensor | None
 
     def scores(self, q: Tensor, wide_k: Tensor, spec: Attention) -> tuple[Tensor, Tensor | None]:
         """Capped scores, −∞ where a key is hidden, and the cap's slope ``1 − tanh²`` (None without a cap); float32."""
@@ -165,13 +182,19 @@ class _Block:
             capped = scores.div_(spec.softcap).tanh_()
             slope = 1 - capped.square()
             scores = capped.mul_(spec.softcap)
-        scores[..., scores.shape[-1] - self.hidden.shape[1] :].masked_fill_(self.hidden, float("-inf"))
+        if self.hidden is not None:
+            scores[..., scores.shape[-1] - self.hidden.shape[-1] :].masked_fill_(self.hidden, float("-inf"))
         return scores, slope
 
 
-def _blocks(queries: Tensor, keys: Tensor, spec: Attention) -> Iterator[_Block]:
+def _blocks(
+    queries: Tensor, keys: Tensor, spec: Attention, lengths: Tensor | None = None
+) -> Iterator[_Block]:
     """All queries, block by block; without a window, only the block's own keys can be hidden from them."""
     num_queries, group = queries.shape[2:4]
+    if spec.sees_all:
+        yield from _two_way_blocks(queries, keys, lengths)
+        return
     before = keys.shape[2] - num_queries
     for first in range(0, num_queries, BLOCK):
         last = min(first + BLOCK, num_queries)
@@ -183,3 +206,16 @@ def _blocks(queries: Tensor, keys: Tensor, spec: Attention) -> Iterator[_Block]:
         if spec.window is not None:
             hidden |= masked <= at - spec.window
         yield _Block(slice(first * group, last * group), slice(start, before + last), hidden)
+
+
+def _two_way_blocks(queries: Tensor, keys: Tensor, lengths: Tensor | None) -> Iterator[_Block]:
+    """All queries, which see all keys of their row but the padding at its end."""
+    num_queries, group = queries.shape[2:4]
+    hidden = None
+    if lengths is not None:
+        places = torch.arange(num_queries, device=queries.device)
+        is_padding = places >= lengths.unsqueeze(1)
+        hidden = is_padding.repeat_interleave(queries.shape[1], dim=0).unsqueeze(1)
+    for first in range(0, num_queries, BLOCK):
+        last = min(first + BLOCK, num_queries)
+        yield _Block(slice(first * group, last * group), slice(0, keys.shape[2]), hidden)

@@ -1,7 +1,8 @@
-"""The decoder under autograd, for every family the engine serves: ``engine.model.forward`` under ``TrainingMaths``."""
+"""The base under autograd, for every family the engine serves: ``engine.model.forward`` under ``TrainingMaths``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +11,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from manyhats.adapters.heads import Pooling
 from manyhats.adapters.primitives import KVPrefix, LoweredAdapter, PromptEmbeddings
+from manyhats.adapters.sites import ROUTER
 from manyhats.engine.checkpoints.loader import LoadedModel
 from manyhats.engine.model.architecture import Architecture
 from manyhats.engine.model.forward import block, embedded, entered, left, logits
 from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import BlockWeights, Linear, NormWeight, Weights
-from manyhats.trainer.data.batch import TrainingBatch
+from manyhats.trainer.data.batch import TextBatch, TrainingBatch
 from manyhats.trainer.errors import BaseError
 from manyhats.trainer.model.deltas import place_deltas
 from manyhats.trainer.model.head import Head
 from manyhats.trainer.model.linear import FrozenLinears
 from manyhats.trainer.model.maths import FrozenBase, TrainingMaths
+from manyhats.trainer.model.places import text_places
 from manyhats.trainer.model.rows import row_layout
 
 
@@ -29,7 +33,8 @@ class TrainingDecoder:
     """Token ids in, hidden states or the loss out, differentiable with respect to the adapter's tensors.
 
     The residual stream, norms, softmax and loss are float32; ``dtype`` is that of the linears' products. The decoder
-    holds the base's weights, which it never changes; batch and adapter are arguments.
+    holds the base's weights, which it never changes; batch and adapter are arguments. The base may also be an encoder,
+    which has hidden states alone.
     """
 
     def __init__(
@@ -38,10 +43,12 @@ class TrainingDecoder:
         self.architecture = model.architecture
         self._device = device
         self._checkpoints = gradient_checkpointing
-        self._weights = model.weights
         self._base = _frozen(model.architecture, model.weights, dtype, device)
         self._blocks = [_with_norms_on(device, weights) for weights in model.weights.blocks]
-        final_norm = model.weights.final_norm
+        embedding_norm, final_norm = model.weights.embedding_norm, model.weights.final_norm
+        self._weights = replace(
+            model.weights, embedding_norm=None if embedding_norm is None else _on(device, embedding_norm)
+        )
         self._final_norm = None if final_norm is None else _on(device, final_norm)
         self._rotary = RotaryTables(model.architecture)
         self._sites = frozenset(model.architecture.sites())
@@ -51,8 +58,8 @@ class TrainingDecoder:
         """Resident bytes of the layers' linears."""
         return sum(linears.num_bytes for groups in self._base.linears for linears in groups.values())
 
-    def hidden(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
-        """Hidden states as the output head reads them.
+    def hidden(self, batch: TextBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
+        """Hidden states as heads read them.
 
         Args:
             batch: N tokens.
@@ -65,31 +72,78 @@ class TrainingDecoder:
         Raises:
             BaseError: the base has no place for a delta, or a row is longer than its context.
         """
+        return self.pooled(batch, adapter, Pooling.ALL, dropout=dropout)
+
+    def pooled(
+        self,
+        batch: TextBatch,
+        adapter: LoweredAdapter | None,
+        pooling: Pooling,
+        *,
+        skipped_token_id: int | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """What is pooled of each text's hidden states, as the engine pools them.
+
+        Args:
+            batch: B texts, N tokens; nothing is shared, unless every token is wanted.
+            adapter, dropout: as for ``hidden``.
+            pooling: of each text.
+            skipped_token_id: trailing tokens with this id do not count for ``LAST``.
+
+        Returns:
+            [B, E] float32, or [N, E] with ``ALL``.
+
+        Raises:
+            BaseError: as ``hidden``.
+        """
         maths = self._begin(batch, adapter, dropout)
-        return self._left(maths, self._stream(maths, batch, adapter))
+        stream = self._stream(maths, batch, adapter)
+        places = text_places(batch, _num_ahead(adapter, self.architecture))
+        if pooling in (Pooling.FIRST, Pooling.LAST):
+            rows = places.first if pooling is Pooling.FIRST else places.last(batch, skipped_token_id)
+            return self._left(maths, stream.index_select(0, rows.to(self._device)))
+        if places.num_ahead:
+            stream = stream.index_select(0, places.tokens.to(self._device))
+        hidden = self._left(maths, stream)
+        if pooling is Pooling.ALL:
+            return hidden
+        texts = hidden.split(list(batch.segments))
+        return torch.stack([each.mean(0) if pooling is Pooling.MEAN else each.amax(0) for each in texts])
 
     def loss(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
         """The sum of the cross-entropies of ``batch.targets``, a float32 scalar; arguments as for ``hidden``."""
+        head = self._output_head()
         maths = self._begin(batch, adapter, dropout)
         stream = self._stream(maths, batch, adapter)
         hidden = self._left(maths, stream.index_select(0, batch.predictors.to(self._device)))
-        return self._base.head.loss(hidden, batch.targets.to(self._device), maths.deltas, dropout)
+        return head.loss(hidden, batch.targets.to(self._device), maths.deltas, dropout)
 
-    def logits(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
+    def logits(self, batch: TextBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
         """Logits of every token, [N, V] float32; arguments as for ``hidden``."""
+        head = self._output_head()
         maths = self._begin(batch, adapter, dropout)
         hidden = self._left(maths, self._stream(maths, batch, adapter))
-        return logits(maths, self._base.head.spec, hidden)
+        return logits(maths, head.spec, hidden)
 
-    def _begin(self, batch: TrainingBatch, adapter: LoweredAdapter | None, dropout: float) -> TrainingMaths:
+    def _output_head(self) -> Head:
+        if self._base.head is None:
+            raise BaseError(f"{self.architecture.model_type} is an encoder, which continues no text")
+        return self._base.head
+
+    def _begin(self, batch: TextBatch, adapter: LoweredAdapter | None, dropout: float) -> TrainingMaths:
         deltas = place_deltas(adapter, self._sites)
         prefix = None if adapter is None else adapter.prefix
         kv_prefix = prefix if isinstance(prefix, KVPrefix) else None
-        num_virtual = _num_virtual(adapter)
+        ahead, num_virtual = _num_ahead(adapter, self.architecture), self._num_virtual(adapter)
         first = 0 if prefix is None else prefix.num_virtual_tokens
         if kv_prefix is not None:
             first += kv_prefix.position_offset
-        positions = torch.cat((torch.arange(num_virtual), batch.positions.cpu() + first))
+        positions = _with_ahead(batch.positions.cpu() + first, torch.arange(ahead), batch.segments)
+        positions = torch.cat((torch.arange(num_virtual), positions))
+        types = batch.token_types
+        if types is not None:
+            types = _with_ahead(types, torch.zeros(ahead, dtype=types.dtype), batch.segments).to(self._device)
         self._check_length(positions)
         angles = self._rotary.at(positions)
         segments = batch.segments[1:] if batch.num_shared else batch.segments
@@ -99,10 +153,13 @@ class TrainingDecoder:
             prefix=kv_prefix,
             dropout=dropout,
             positions=positions.to(self._device),
+            types=types,
             angles={
                 rope: (cos.to(self._device), sin.to(self._device)) for rope, (cos, sin) in angles.items()
             },
-            layout=row_layout(segments, num_virtual + batch.num_shared, self._device),
+            layout=row_layout(
+                [length + ahead for length in segments], num_virtual + batch.num_shared, self._device
+            ),
         )
 
     def _check_length(self, positions: Tensor) -> None:
@@ -113,11 +170,13 @@ class TrainingDecoder:
                 f"a row of {length} positions, including virtual tokens, is longer than the base's context of {longest}"
             )
 
-    def _stream(self, maths: TrainingMaths, batch: TrainingBatch, adapter: LoweredAdapter | None) -> Tensor:
-        """The residual stream after the last layer, [N, D], without virtual tokens."""
+    def _stream(self, maths: TrainingMaths, batch: TextBatch, adapter: LoweredAdapter | None) -> Tensor:
+        """The residual stream after the last layer, [N, D], without virtual tokens but those ahead of each text."""
         x = embedded(maths, self.architecture.embedding, batch.token_ids.to(self._device))
         if adapter is not None and isinstance(adapter.prefix, PromptEmbeddings):
-            x = torch.cat((adapter.prefix.embeddings.float(), x))
+            virtual = adapter.prefix.embeddings.float()
+            is_ahead = _num_ahead(adapter, self.architecture) > 0
+            x = _with_ahead(x, virtual, batch.segments) if is_ahead else torch.cat((virtual, x))
         stream = entered(maths, self.architecture, self._weights, x)
         checkpoints = self._checkpoints and torch.is_grad_enabled()
         inputs = LayerInputs(len(self._blocks), stream) if checkpoints else None
@@ -135,28 +194,45 @@ class TrainingDecoder:
                     use_reentrant=False,
                     preserve_rng_state=maths.dropout > 0,
                 )
-        return stream[_num_virtual(adapter) :]
+        return stream[self._num_virtual(adapter) :]
+
+    def _num_virtual(self, adapter: LoweredAdapter | None) -> int:
+        """Virtual tokens that run in the layers once, before all others."""
+        return _num_prompt(adapter) - _num_ahead(adapter, self.architecture)
 
     def _left(self, maths: TrainingMaths, stream: Tensor) -> Tensor:
         return left(maths, self.architecture, self._final_norm, stream)
 
 
-def _num_virtual(adapter: LoweredAdapter | None) -> int:
-    """Virtual tokens that run in the layers, before all others."""
+def _num_prompt(adapter: LoweredAdapter | None) -> int:
     prefix = None if adapter is None else adapter.prefix
     return prefix.num_virtual_tokens if isinstance(prefix, PromptEmbeddings) else 0
+
+
+def _num_ahead(adapter: LoweredAdapter | None, architecture: Architecture) -> int:
+    """Virtual tokens that run in the layers ahead of each text, since they see it."""
+    return _num_prompt(adapter) if architecture.attention.sees_all else 0
+
+
+def _with_ahead(x: Tensor, ahead: Tensor, segments: Sequence[int]) -> Tensor:
+    """Rows of texts, [N, …], each text's behind its own copy of other rows, [P, …]."""
+    if not len(ahead):
+        return x
+    return torch.cat([part for text in x.split(list(segments)) for part in (ahead, text)])
 
 
 def _frozen(
     architecture: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device
 ) -> FrozenBase:
-    if architecture.head is None:
-        raise BaseError(f"{architecture.model_type} is an encoder, and only decoders are trained")
     embedding = weights.embedding.to(device)
     tied = Linear(embedding)
     linears = [
         {
-            group.name: FrozenLinears([of_block.linears[name] for name in group.names], dtype, device)
+            group.name: FrozenLinears(
+                [of_block.linears[name] for name in group.names],
+                torch.float32 if group.name == ROUTER else dtype,
+                device,
+            )
             for group in spec.groups()
         }
         for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True)
@@ -166,13 +242,16 @@ def _frozen(
         dtype=dtype,
         embedding=embedding,
         positions=None if weights.positions is None else weights.positions.to(device),
+        token_types=None if weights.token_types is None else weights.token_types.to(device),
         linears=linears,
         outer={
             name: FrozenLinears([linear], torch.float32, device)
             for name, linear in weights.outer.items()
             if name != "lm_head"
         },
-        head=Head(weights.outer.get("lm_head", tied), architecture.head, dtype, device),
+        head=None
+        if architecture.head is None
+        else Head(weights.outer.get("lm_head", tied), architecture.head, dtype, device),
     )
 
 

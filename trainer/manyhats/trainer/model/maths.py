@@ -45,17 +45,20 @@ class FrozenBase:
     Attributes:
         dtype: of the products, and of the outputs of norms, activations and attention.
         positions: learned vectors [rows, D]; None for none.
+        token_types: the same for types of tokens.
         linears: for each layer, its groups by name.
         outer: linears outside the layers, but the head, by name; float32.
+        head: None for an encoder.
     """
 
     architecture: Architecture
     dtype: torch.dtype
     embedding: Tensor
     positions: Tensor | None
+    token_types: Tensor | None
     linears: list[dict[str, FrozenLinears]]
     outer: Mapping[str, FrozenLinears]
-    head: Head
+    head: Head | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +69,7 @@ class TrainingMaths:
         prefix: keys and values before every row, or None.
         dropout: of the input of low-rank deltas.
         positions: the rows', [N] int64 on the device.
+        types: of the rows' tokens, likewise; None if all are 0.
         angles: of the positions.
     """
 
@@ -74,6 +78,7 @@ class TrainingMaths:
     prefix: KVPrefix | None
     dropout: float
     positions: Tensor
+    types: Tensor | None
     angles: Mapping[Rope | None, Angles]
     layout: RowLayout
 
@@ -92,20 +97,23 @@ class TrainingMaths:
         return self.base.positions.index_select(0, self.positions + learned.offset).float()
 
     def token_types(self) -> Tensor:
-        """Of decoders, none has any."""
-        raise NotImplementedError("types of tokens")
+        """Float32."""
+        assert self.base.token_types is not None
+        types = torch.zeros_like(self.positions) if self.types is None else self.types
+        return self.base.token_types.index_select(0, types).float()
 
     def enter(self, x: Tensor) -> Tensor:
-        """Of decoders, nothing enters there."""
+        """No adapter is trained there."""
         return x
 
     def project(self, name: str, x: Tensor) -> Tensor:
         """Float32."""
         return frozen_product(self.base.outer[name], x, 0)
 
-    def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
+    def linears(self, layer: int, group: Group, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """The compute dtype, or float32 if outputs are rescaled; keeps x if a delta is trained on it."""
-        linears, x = self.base.linears[layer][group.name], x.to(self.base.dtype)
+        linears = self.base.linears[layer][group.name]
+        x = x.to(linears.dtype)
         sites = [Site(layer, name) for name in group.names]
         if any(self.deltas.at(site, InputScale) or self.deltas.at(site, Affine) for site in sites):
             parts = [self._linear(linears, part, site, x) for part, site in enumerate(sites)]
@@ -165,6 +173,7 @@ class TrainingMaths:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Float32 throughout; the loss is ``Head.loss``."""
+        assert self.base.head is not None  # encoders have no logits
         return self.base.head.outputs(hidden, self.deltas)
 
 

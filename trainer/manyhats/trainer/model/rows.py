@@ -20,12 +20,14 @@ class RowLayout:
         num_rows: B.
         max_length: T, the longest row's.
         places: [N − S] int64, the index of each row token in [B · T]; None if all rows have length T.
+        lengths: [B] int64, of the rows; None if all are T.
     """
 
     num_shared: int
     num_rows: int
     max_length: int
     places: Tensor | None
+    lengths: Tensor | None
 
     def padded(self, tokens: Tensor) -> Tensor:
         """The rows' tokens [N − S, …] as [B, T, …], with zeros as padding."""
@@ -46,13 +48,14 @@ class RowLayout:
 def row_layout(segments: Sequence[int], num_shared: int, device: torch.device) -> RowLayout:
     """The layout of rows of these lengths after ``num_shared`` tokens, which the lengths do not include."""
     longest = max(segments, default=0)
-    places = None
+    places = own = None
     if any(length != longest for length in segments):
         lengths = torch.tensor(segments)
         starts = torch.repeat_interleave(torch.arange(len(segments)) * longest, lengths)
         firsts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         places = (starts + torch.arange(int(lengths.sum())) - firsts).to(device)
-    return RowLayout(num_shared, len(segments), longest, places)
+        own = lengths.to(device)
+    return RowLayout(num_shared, len(segments), longest, places, own)
 
 
 class _Scatter(torch.autograd.Function):

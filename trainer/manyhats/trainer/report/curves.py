@@ -50,7 +50,7 @@ def loss_curve(
         )
     if before is not None:
         losses.axhline(before, color="tab:gray", linestyle="--", linewidth=1, label="held out, base")
-    losses.set(title=title, ylabel="loss (nats per token)")
+    losses.set(title=title, ylabel="loss")
     losses.grid(alpha=0.3)
     losses.legend()
     rates.plot(numbers, [step.learning_rate for step in steps], color="tab:green", linewidth=1.2)

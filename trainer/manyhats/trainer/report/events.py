@@ -53,11 +53,11 @@ class StepReport:
     Attributes:
         step: from 1.
         epoch: passes over the data so far, a fraction within one.
-        loss: the mean cross-entropy over the step's target tokens, in nats, before its update.
+        loss: the mean over the step's targets, before its update; of tokens and classes a cross-entropy, in nats.
         learning_rate: of parameters whose scale is 1.
         grad_norm: of all gradients together, before clipping.
         num_tokens: in all its rows.
-        num_targets: how many of those are learned.
+        num_targets: terms of the loss; how many of those are learned, if texts are continued.
         seconds: wall time.
     """
 
@@ -113,7 +113,7 @@ class CheckpointFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringProgress:
-    """How many held-out items the engine has scored, with the base and the adapter together."""
+    """How many requests about held-out rows the engine has answered, with the base and the adapter together."""
 
     task: str
     done: int

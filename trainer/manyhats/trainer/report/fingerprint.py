@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from manyhats.trainer.data.batch import TokenizedRow
+from manyhats.trainer.data.batch import TokenizedRow, TrainingRow
 from manyhats.trainer.errors import CheckpointError
 from manyhats.trainer.settings.settings import TrainSettings
 
@@ -37,8 +37,8 @@ _WITHOUT_INFLUENCE = frozenset(
 
 def fingerprint(
     settings: TrainSettings,
-    train: Sequence[TokenizedRow],
-    held_out: Sequence[TokenizedRow],
+    train: Sequence[TrainingRow],
+    held_out: Sequence[TrainingRow],
     base: Mapping[str, str],
 ) -> Fingerprint:
     """Everything that determines a run's losses.
@@ -81,14 +81,24 @@ def check_same(was: Fingerprint, now: Fingerprint, checkpoint: str) -> None:
         )
 
 
-def rows_digest(rows: Sequence[TokenizedRow]) -> str:
+def rows_digest(rows: Sequence[TrainingRow]) -> str:
     """SHA-256 over the number of rows, and each one's tokens and targets."""
     digest = hashlib.sha256(len(rows).to_bytes(8, "little"))
     for row in rows:
-        digest.update(len(row.token_ids).to_bytes(8, "little"))
-        digest.update(array("q", row.token_ids).tobytes())
-        digest.update(bytes(row.is_target))
+        if isinstance(row, TokenizedRow):
+            _add_tokens(digest, row.token_ids)
+            digest.update(bytes(row.is_target))
+            continue
+        for text in row.texts:
+            _add_tokens(digest, text.token_ids)
+            digest.update(bytes(text.token_types))
+        digest.update(array("d", row.targets).tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _add_tokens(digest: hashlib._Hash, token_ids: Sequence[int]) -> None:
+    digest.update(len(token_ids).to_bytes(8, "little"))
+    digest.update(array("q", token_ids).tobytes())
 
 
 def _difference(name: str, was: Fingerprint, now: Fingerprint) -> str:

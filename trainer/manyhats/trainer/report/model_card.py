@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 
+from manyhats.adapters.heads import TaskKind
 from manyhats.trainer.data.dataset import counted, sentences
+from manyhats.trainer.data.head_task import HeadTask
 from manyhats.trainer.report.fingerprint import settings_by_name
 from manyhats.trainer.report.report import Evaluation, HeldOut, TrainingReport
 from manyhats.trainer.settings.settings import TrainSettings
@@ -17,6 +21,19 @@ from manyhats.trainer.settings.settings import TrainSettings
 # Paths on the training machine mean nothing to a reader elsewhere.
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
+_PIPELINES: Mapping[TaskKind, str] = MappingProxyType(
+    {
+        TaskKind.CLASSIFY: "text-classification",
+        TaskKind.CLASSIFY_TOKENS: "token-classification",
+        TaskKind.EMBED: "feature-extraction",
+    }
+)
+_METRICS: Mapping[str, str] = MappingProxyType(
+    {"accuracy": "accuracy", "f1": "F1", "mrr": "mean reciprocal rank", "pearson": "Pearson's correlation"}
+)
+_COMMANDS: Mapping[TaskKind, str] = MappingProxyType(
+    {TaskKind.CLASSIFY: "classify", TaskKind.CLASSIFY_TOKENS: "tag", TaskKind.EMBED: "embed"}
+)
 _LEFT_OUT = frozenset({"task", "out", "data.train", "data.eval", "model.num_threads"})
 
 
@@ -27,7 +44,7 @@ def model_card(report: TrainingReport) -> str:
         _front_matter(report),
         f"# {settings.task}",
         _summary(report),
-        _serving(settings),
+        _serving(settings, report.head),
         _data(report),
         _results(report),
         _training(report),
@@ -41,10 +58,15 @@ def _front_matter(report: TrainingReport) -> str:
     fields = {
         **({"base_model": report.base.name} if _is_hub_id(report.base.name) else {}),
         "library_name": report.artifact.library,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _pipeline(report.head),
         "tags": [report.artifact.method.replace("_", "-"), "manyhats"],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _pipeline(head: HeadTask | None) -> str:
+    """The hub's name for what the task does."""
+    return "text-generation" if head is None else _PIPELINES[head.kind]
 
 
 def _is_hub_id(name: str) -> bool:
@@ -62,25 +84,35 @@ def _summary(report: TrainingReport) -> str:
     )
 
 
-def _serving(settings: TrainSettings) -> str:
-    chat = " --chat" if settings.data.chat else ""
+def _serving(settings: TrainSettings, head: HeadTask | None) -> str:
+    labels = "" if head is None else "".join(_label_flags(head))
     return f"""\
 ## Serving
 
 On a running manyhats server, from this directory:
 
 ```sh
-manyhats adapters upload {settings.task} .
-manyhats generate --task {settings.task} --temperature 0{chat} "…"
+manyhats adapters upload {settings.task} .{labels}
+{_call(settings, head)}
 ```"""
+
+
+def _label_flags(head: HeadTask) -> Iterator[str]:
+    """What tells the server of the head's outputs."""
+    for key, value in head.labels.items():
+        yield f" \\\n  --label {shlex.quote(f'{key}={value}')}"
+
+
+def _call(settings: TrainSettings, head: HeadTask | None) -> str:
+    if head is None:
+        chat = " --chat" if settings.data.chat else ""
+        return f'manyhats generate --task {settings.task} --temperature 0{chat} "…"'
+    return f'manyhats {_COMMANDS[head.kind]} --task {settings.task} "…"'
 
 
 def _data(report: TrainingReport) -> str:
     data = report.settings.data
-    prompts = "chat messages in the model's template" if data.chat else "plain text"
-    lines = [
-        f"{counted(report.train.num_rows, 'row')} of `{_shown_source(data.train)}`; prompts as {prompts}."
-    ]
+    lines = [f"{counted(report.train.num_rows, 'row')} of `{_shown_source(data.train)}`{_form(report)}."]
     if data.system:
         lines.append(f"System message: {json.dumps(data.system, ensure_ascii=False)}.")
     lines += [f"{sentence}." for sentence in sentences(report.train.counts)]
@@ -88,6 +120,14 @@ def _data(report: TrainingReport) -> str:
         lines.append(f"Held out: {counted(report.held_out.num_rows, 'row')} of `{_shown_source(data.eval)}`.")
         lines += [f"Of the held-out data, {sentence}." for sentence in sentences(report.held_out.counts)]
     return "## Data\n\n" + "\n".join(lines)
+
+
+def _form(report: TrainingReport) -> str:
+    """How a row becomes a prompt; nothing to say where it is read."""
+    if report.head is not None:
+        return ""
+    is_chat = report.settings.data.chat
+    return "; prompts as " + ("chat messages in the model's template" if is_chat else "plain text")
 
 
 def _shown_source(source: str) -> str:
@@ -102,17 +142,25 @@ def _results(report: TrainingReport) -> str:
     if evaluation is None:
         return "## Results\n\nNothing was held out.\n\n![The loss over the steps](training/loss.png)"
     rows = [("base", evaluation.before), (report.settings.task, evaluation.after)]
-    table = "\n".join(_result_row(evaluation, name, held_out) for name, held_out in rows)
-    has_labels = evaluation.before.num_right is not None
-    head = "| | loss (nats per token) |" + (" right labels |" if has_labels else "")
-    rule = "|---|---|" + ("---|" if has_labels else "")
-    labels = f"\n\nLabels: {', '.join(f'`{label}`' for label in evaluation.labels)}." if has_labels else ""
-    return f"## Results\n\n{head}\n{rule}\n{table}{labels}\n\n![The loss over the steps](training/loss.png)"
+    names = list(evaluation.metrics(evaluation.after))
+    unit = " (nats per token)" if report.head is None else ""
+    heads = [f"loss{unit}", *(_METRICS[name] for name in names)]
+    if report.head is None and names:
+        heads[1:] = ["right labels"]
+    table = "\n".join(
+        _result_row(evaluation, name, held_out, names) for name, held_out in rows if held_out is not None
+    )
+    head = f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}"
+    classes = evaluation.labels if report.head is None else report.head.classes
+    what = "Labels" if report.head is None else "Classes"
+    labels = f"\n\n{what}: {', '.join(f'`{label}`' for label in classes)}." if classes else ""
+    return f"## Results\n\n{head}\n{table}{labels}\n\n![The loss over the steps](training/loss.png)"
 
 
-def _result_row(evaluation: Evaluation, name: str, held_out: HeldOut) -> str:
-    accuracy = evaluation.accuracy(held_out)
-    return f"| {name} | {held_out.loss:.4f} |" + ("" if accuracy is None else f" {_percent(accuracy, 1)} |")
+def _result_row(evaluation: Evaluation, name: str, held_out: HeldOut, names: Sequence[str]) -> str:
+    metrics = evaluation.metrics(held_out)
+    cells = [f"{held_out.loss:.4f}", *(_percent(metrics[each], 1) for each in names)]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def _training(report: TrainingReport) -> str:

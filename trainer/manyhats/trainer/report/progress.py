@@ -116,7 +116,7 @@ class _Bars:
             case EvaluationProgress():
                 self._set(f"{event.task}: held-out loss", event.done, event.total, "")
             case ScoringProgress():
-                self._set(f"{event.task}: scoring labels", event.done, event.total, "")
+                self._set(f"{event.task}: scoring", event.done, event.total, "")
             case _:
                 for line in lines_of(event):
                     self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -163,7 +163,7 @@ class PlainLines:
         if event.done != event.total and not self._is_time(name):
             return ""
         self._last_s[name] = time.monotonic()
-        return f"{event.task}: {event.done}/{event.total} items scored, with the base and the adapter"
+        return f"{event.task}: {event.done}/{event.total} scored"
 
     def _is_time(self, name: str) -> bool:
         return time.monotonic() - self._last_s.setdefault(name, time.monotonic()) >= _LINE_EVERY_S

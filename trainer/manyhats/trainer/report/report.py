@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
 from manyhats.trainer.data.contents import PromptForm
 from manyhats.trainer.data.dataset import DataCounts
+from manyhats.trainer.data.head_task import HeadTask
 from manyhats.trainer.memory.peak import PeakMemory
 from manyhats.trainer.report.events import EvaluationReport, StepReport
 from manyhats.trainer.report.fingerprint import settings_by_name
@@ -23,12 +24,14 @@ class HeldOut:
     """How good a model is on the evaluation data.
 
     Attributes:
-        loss: the mean over all target tokens, in nats.
+        loss: the mean over all targets, in nats, except of numbers.
         num_right: items whose label was predicted; None if no labels are scored.
+        metrics: of a head's answers; see ``metrics``.
     """
 
     loss: float
-    num_right: int | None
+    num_right: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +39,27 @@ class Evaluation:
     """The base alone, and with the trained adapter, on the same ``num_items`` rows.
 
     Attributes:
-        labels: those that were scored; empty for none.
+        labels: those that were scored as answers; empty for none.
+        before: None for a head of classes, which the base does not have.
         label_tokens: the most tokens that an answer with one of them takes, its end included.
         form: how every item's prompt is made of one text; None if it is made in several ways, or of more.
     """
 
     num_items: int
     labels: tuple[str, ...]
-    before: HeldOut
+    before: HeldOut | None
     after: HeldOut
     label_tokens: int = 0
     form: PromptForm | None = None
 
+    def metrics(self, held_out: HeldOut) -> Mapping[str, float]:
+        """What is told of a model besides its loss, by name."""
+        right = held_out.num_right
+        return held_out.metrics if right is None else {"accuracy": right / self.num_items}
+
     def accuracy(self, held_out: HeldOut) -> float | None:
         """The share of right labels."""
-        return None if held_out.num_right is None else held_out.num_right / self.num_items
+        return self.metrics(held_out).get("accuracy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +127,7 @@ class TrainingReport:
 
     Attributes:
         date: the one chat templates could write into the rows: the run's start, before any interrupt.
+        head: what a head was to learn; None for a task that continues texts.
         train, held_out: the data; ``held_out`` is None without evaluation data.
         evaluation: None without evaluation data.
         stopped_early: the held-out loss no longer fell.
@@ -129,6 +139,7 @@ class TrainingReport:
     base: BaseReport
     artifact: ArtifactReport
     date: datetime
+    head: HeadTask | None = None
     train: DataReport
     held_out: DataReport | None
     steps: tuple[StepReport, ...]
@@ -167,6 +178,7 @@ class TrainingReport:
             "task": self.settings.task,
             "method": self.artifact.method,
             "settings": settings_by_name(self.settings),
+            "head": None if self.head is None else _head(self.head),
             "base": asdict(self.base),
             "artifact": {
                 **asdict(self.artifact),
@@ -205,14 +217,23 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "items": evaluation.num_items,
         "labels": evaluation.labels,
-        **{
-            name: {
-                "loss": held_out.loss,
-                "right": held_out.num_right,
-                "accuracy": evaluation.accuracy(held_out),
-            }
-            for name, held_out in (("before", evaluation.before), ("after", evaluation.after))
-        },
+        "before": None if evaluation.before is None else _held_out(evaluation, evaluation.before),
+        "after": _held_out(evaluation, evaluation.after),
+    }
+
+
+def _held_out(evaluation: Evaluation, held_out: HeldOut) -> dict[str, Any]:
+    accuracy = evaluation.accuracy(held_out)
+    metrics = evaluation.metrics(held_out)
+    return {"loss": held_out.loss, "right": held_out.num_right, "accuracy": accuracy, **metrics}
+
+
+def _head(task: HeadTask) -> dict[str, Any]:
+    return {
+        "kind": task.kind.value,
+        "loss": task.loss.value,
+        "classes": task.classes,
+        "pooling": None if task.pooling is None else task.pooling.value,
     }
 
 

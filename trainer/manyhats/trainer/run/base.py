@@ -118,6 +118,10 @@ def _tensors(weights: Weights) -> Iterator[Tensor]:
             yield linear.bias
     if weights.positions is not None:
         yield weights.positions
+    if weights.token_types is not None:
+        yield weights.token_types
+    if weights.embedding_norm is not None:
+        yield from _norm_tensors([weights.embedding_norm])
 
 
 def _norm_tensors(norms: Iterable[NormWeight]) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from manyhats.trainer.data.head_data import HeadData
 from manyhats.trainer.data.task_data import TaskData
 from manyhats.trainer.errors import CheckpointError
 from manyhats.trainer.files.durable import remove_directory, remove_staged, write_directory
@@ -21,7 +22,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 def open_checkpoints(
-    settings: TrainSettings, data: TaskData, base: Mapping[str, str], date: datetime | None = None
+    settings: TrainSettings, data: TaskData | HeadData, base: Mapping[str, str], date: datetime | None = None
 ) -> Checkpoints | None:
     """Where a run with these settings and data keeps its checkpoints; None without an output directory.
 

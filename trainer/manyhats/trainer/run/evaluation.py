@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.trainer.data.batch import collate
-from manyhats.trainer.data.dataset import Dataset
-from manyhats.trainer.data.sampler import evaluation_batches
+from manyhats.trainer.data.batch import batch_of
+from manyhats.trainer.data.sampler import TrainingRows, evaluation_batches
 from manyhats.trainer.run.gradients import LossModel
 from manyhats.trainer.settings.settings import OptimizationSettings
 
@@ -23,8 +22,14 @@ if TYPE_CHECKING:
 def in_float32(adapter: LoweredAdapter, device: torch.device) -> LoweredAdapter:
     """An adapter as it was saved, for the training decoder: every value exact, in float32."""
     prefix = None if adapter.prefix is None else _converted(adapter.prefix, device)
+    head = adapter.head
+    if head is not None:
+        head = replace(head, layers=tuple(_converted(layer, device) for layer in head.layers))
     return replace(
-        adapter, deltas=tuple(_converted(delta, device) for delta in adapter.deltas), prefix=prefix
+        adapter,
+        deltas=tuple(_converted(delta, device) for delta in adapter.deltas),
+        prefix=prefix,
+        head=head,
     )
 
 
@@ -47,22 +52,22 @@ def _converted(primitive: Primitive, device: torch.device) -> Primitive:
 def held_out_loss(
     decoder: LossModel,
     adapter: LoweredAdapter | None,
-    held_out: Dataset,
+    held_out: TrainingRows,
     settings: OptimizationSettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """The mean cross-entropy over all target tokens, in nats, without dropout.
+    """The mean loss over all targets, without dropout; of tokens and classes in nats.
 
     Args:
         decoder: the base.
         adapter: None for the base alone.
-        held_out: the rows.
+        held_out: at least one row.
         settings: how large a batch may be.
         on_progress: called after each batch with the number of rows done; an exception from it ends the evaluation.
     """
     total, num_done = 0.0, 0
-    for rows in evaluation_batches(held_out.rows, settings):
-        total += decoder.loss(collate(rows), adapter).item()
+    for rows in evaluation_batches(held_out, settings):
+        total += decoder.loss(batch_of(rows), adapter).item()
         num_done += len(rows)
-        on_progress(num_done, len(held_out.rows))
-    return total / held_out.rows.num_targets
+        on_progress(num_done, len(held_out))
+    return total / held_out.num_targets

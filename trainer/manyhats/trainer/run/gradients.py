@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.primitives import LoweredAdapter
-from manyhats.trainer.data.batch import TokenizedRow, TrainingBatch, collate
+from manyhats.trainer.data.batch import TrainingRow, batch_of
 from manyhats.trainer.methods.adapter import TrainableAdapter
 
 
 class LossModel(Protocol):
-    """What a run needs from ``TrainingDecoder``."""
+    """What a run needs from ``TrainingDecoder``, or from ``HeadLoss``."""
 
-    def loss(self, batch: TrainingBatch, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
-        """The sum of the cross-entropies of the batch's targets."""
+    def loss(self, batch: Any, adapter: LoweredAdapter | None, *, dropout: float = 0.0) -> Tensor:
+        """The sum of the terms of the loss of a batch, which ``batch_of`` made of rows."""
         ...
 
 
@@ -34,17 +34,18 @@ class StepLoss:
 
 
 def accumulate_gradients(
-    decoder: LossModel, adapter: TrainableAdapter, micro_batches: Sequence[Sequence[TokenizedRow]]
+    decoder: LossModel, adapter: TrainableAdapter, micro_batches: Sequence[Sequence[TrainingRow]]
 ) -> StepLoss:
-    """Set the parameters' gradients to those of the mean loss over all target tokens of all micro-batches.
+    """Set the parameters' gradients to those of the mean loss over all targets of all micro-batches.
 
-    So a step split into micro-batches equals one big batch, however the targets are spread over them.
+    So a step split into micro-batches equals one big batch, however the targets are spread over them; but where vectors
+    are learned, a text is compared with those of its micro-batch alone.
     """
     num_targets = sum(row.num_targets for rows in micro_batches for row in rows)
     lowered = LoweredOnce(adapter.lowered())
     total, num_tokens = 0.0, 0
     for rows in micro_batches:
-        batch = collate(rows)
+        batch = batch_of(rows)
         loss = decoder.loss(batch, lowered.adapter, dropout=adapter.dropout)
         (loss / num_targets).backward()
         total += loss.item()

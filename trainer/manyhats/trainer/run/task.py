@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +12,12 @@ from datetime import datetime
 from pathlib import Path
 
 from manyhats.adapters.formats.adapterhub.format import is_adapterhub
-from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.trainer.data.dataset import Dataset
-from manyhats.trainer.data.task_data import read_task_data, with_text_of
+from manyhats.trainer.data.head_data import HeadData, read_head_data
+from manyhats.trainer.data.head_rows import ReadDataset
+from manyhats.trainer.data.head_task import HeadTask
+from manyhats.trainer.data.head_tokens import TextReading
+from manyhats.trainer.data.task_data import TaskData, longest_row, read_task_data, with_text_of
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.files.output_directory import (
     make_output_directory,
@@ -24,32 +28,32 @@ from manyhats.trainer.files.output_directory import (
 )
 from manyhats.trainer.memory.peak import peak_memory
 from manyhats.trainer.methods.adapter import num_trainable
+from manyhats.trainer.methods.head import check_reads
 from manyhats.trainer.methods.making import make_adapter
+from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.targets import with_named_modules
+from manyhats.trainer.model.head_loss import HeadLoss
 from manyhats.trainer.report.curves import loss_curve, tensorboard_curves
 from manyhats.trainer.report.events import (
     DataRead,
-    EvaluationProgress,
     Listener,
-    ScoringProgress,
     TokenizingProgress,
     all_of,
     ignore,
 )
-from manyhats.trainer.report.label_scoring import SavedAdapter, read_saved, score_labels
 from manyhats.trainer.report.model_card import model_card
 from manyhats.trainer.report.report import (
     ArtifactReport,
     BaseReport,
     DataReport,
-    Evaluation,
-    HeldOut,
     TrainingReport,
 )
+from manyhats.trainer.report.served import SavedAdapter, read_saved
 from manyhats.trainer.run.base import TrainingBase, num_parameters
 from manyhats.trainer.run.checkpoint import open_checkpoints, recorded_date
-from manyhats.trainer.run.evaluation import held_out_loss, in_float32
+from manyhats.trainer.run.gradients import LossModel
 from manyhats.trainer.run.interrupt import TrainingInterrupted
+from manyhats.trainer.run.measuring import Measuring
 from manyhats.trainer.run.state import RunResult
 from manyhats.trainer.run.training_run import TrainingRun
 from manyhats.trainer.settings.settings import TrainSettings
@@ -57,7 +61,7 @@ from manyhats.trainer.settings.settings import TrainSettings
 _TELL_EVERY_S = 0.2
 
 
-def _data_report(dataset: Dataset) -> DataReport:
+def _data_report(dataset: Dataset | ReadDataset) -> DataReport:
     return DataReport(num_rows=len(dataset.rows), counts=dataset.counts)
 
 
@@ -103,26 +107,21 @@ class TaskTraining:
         self._out = Path(settings.out)
         self._base = base
         self._listener = listener
-        self._adapter = make_adapter(
-            settings.adapter,
-            settings.task,
-            base.model,
-            seed=settings.optimization.seed,
-            init_from=settings.init_from,
-            device=base.computation.device,
-        )
-        prefix = self._adapter.lowered().prefix
-        num_virtual_tokens = 0 if prefix is None else prefix.num_virtual_tokens
+        check_reads(settings, base.model.description)
+        self._adapter = self._made()
         self._model, self._text_files = with_text_of(base.model, settings.init_from)
         self._date = (recorded_date(self._out) if resume else None) or datetime.now()
-        self._data = read_task_data(
-            settings.data, self._model, num_virtual_tokens, now=self._date, on_row=self._progress_of_reading()
-        )
+        self._data = self._read_data()
         self._tell_of_data()
+        self._losses: LossModel = base.decoder
         made_with = {"base": base.model.description.digest, "model.dtype": base.computation.dtype_name}
+        if isinstance(self._data, HeadData):
+            self._adapter = self._made(self._data.task)
+            self._losses = HeadLoss(base.decoder, self._data.task)
+            made_with["classes"] = json.dumps(self._data.task.classes)
         self.run = TrainingRun(
             settings,
-            base.decoder,
+            self._losses,
             self._adapter,
             self._data,
             listener=listener,
@@ -132,6 +131,39 @@ class TaskTraining:
             self.run.restore_checkpoint()
         else:
             self.run.clear_checkpoints()
+
+    def _made(self, head: HeadTask | None = None) -> ParametrizedAdapter:
+        """The adapter before its first step. One with a head is made twice: its data say what the head is to tell."""
+        settings = self._settings
+        starts_from = settings.init_from if head is not None or not settings.head.reads else ""
+        return make_adapter(
+            settings.adapter,
+            settings.task,
+            self._base.model,
+            seed=settings.optimization.seed,
+            head=head,
+            init_from=starts_from,
+            device=self._base.computation.device,
+        )
+
+    def _read_data(self) -> TaskData | HeadData:
+        """The data; virtual tokens leave less of the base's context for its rows."""
+        settings, model = self._settings, self._model
+        prefix = self._adapter.lowered().prefix
+        num_virtual_tokens = 0 if prefix is None else prefix.num_virtual_tokens
+        on_row = self._progress_of_reading()
+        if not settings.head.reads:
+            return read_task_data(settings.data, model, num_virtual_tokens, now=self._date, on_row=on_row)
+        reading = TextReading(
+            tokenizer=model.tokenizer,
+            head=settings.head.kind,
+            settings=settings.data,
+            max_length=longest_row(settings.data, model.architecture.max_context_length - num_virtual_tokens),
+            vocab_size=model.architecture.vocab_size,
+            padding_id=model.padding_id,
+            on_row=on_row,
+        )
+        return read_head_data(settings.head, reading, model.description.pooling)
 
     def _progress_of_reading(self) -> Callable[[], None]:
         """Report to the listener a few times a second."""
@@ -182,12 +214,16 @@ class TaskTraining:
         files = {**self._adapter.files(self._settings.save_dtype), **self._text_files}
         write_artifact(self._out, files)
         saved = read_saved(self._settings.task, self._out, self._base.model.description)
-        evaluation = self._evaluation(result, saved)
+        measuring = Measuring(
+            self._settings, self._base, self._model, self._losses, self._data, self._listener
+        )
+        evaluation = measuring.evaluation(result, saved)
         report = TrainingReport(
             settings=self._settings,
             base=self._base_report(),
             artifact=self._artifact_report(result, saved, files),
             date=self._date,
+            head=self._data.task if isinstance(self._data, HeadData) else None,
             train=_data_report(self._data.train),
             held_out=None if self._data.held_out is None else _data_report(self._data.held_out),
             steps=result.steps,
@@ -201,66 +237,11 @@ class TaskTraining:
         return report
 
     def _write(self, report: TrainingReport) -> None:
-        before = None if report.evaluation is None else report.evaluation.before.loss
+        evaluation = report.evaluation
+        before = None if evaluation is None or evaluation.before is None else evaluation.before.loss
         title = f"{self._settings.task} ({report.artifact.method.replace('_', ' ')})"
         curve = loss_curve(title, report.steps, report.evaluations, before)
         write_report(self._out, report.to_json(), curve, model_card(report))
-
-    def _evaluation(self, result: RunResult, saved: SavedAdapter) -> Evaluation | None:
-        """The base's results, and the artifact's."""
-        held_out, options = self._data.held_out, self._settings.optimization
-        if held_out is None:
-            return None
-
-        def loss_of(adapter: LoweredAdapter | None) -> float:
-            return held_out_loss(self._base.decoder, adapter, held_out, options, self._tell_evaluation)
-
-        losses = {evaluation.step: evaluation.loss for evaluation in result.evaluations}
-        # A float32 file has exactly the parameters that were evaluated last.
-        is_exact = self._settings.save_dtype == "float32"
-        loss_before = loss_of(None)
-        loss_after = (
-            losses[result.artifact_step]
-            if is_exact
-            else loss_of(in_float32(saved.lowered, self._base.computation.device))
-        )
-        num_right = self._num_right(saved)
-        return Evaluation(
-            num_items=len(held_out.rows),
-            labels=self._data.labels,
-            before=HeldOut(loss=loss_before, num_right=num_right[0]),
-            after=HeldOut(loss=loss_after, num_right=num_right[1]),
-            label_tokens=max(
-                (len(label.token_ids) for item in self._data.items for label in item.labels), default=0
-            ),
-            form=held_out.form,
-        )
-
-    def _tell_evaluation(self, done: int, total: int) -> None:
-        self._listener(EvaluationProgress(task=self._settings.task, done=done, total=total))
-
-    def _num_right(self, saved: SavedAdapter) -> tuple[int | None, int | None]:
-        """How many labels the base and the artifact predict correctly."""
-        data, task = self._data, self._settings.task
-        if not data.items:
-            return None, None
-
-        scores = score_labels(
-            self._model,
-            saved,
-            data.items,
-            dtype=self._base.computation.dtype_name,
-            num_threads=self._settings.model.num_threads,
-            on_progress=lambda done, total: self._listener(
-                ScoringProgress(task=task, done=done, total=total)
-            ),
-        )
-        right = [data.labels.index(item.label) for item in data.items]
-
-        def count(predicted: tuple[int, ...]) -> int:
-            return sum(a == b for a, b in zip(predicted, right, strict=True))
-
-        return count(scores.base), count(scores.adapter)
 
     def _base_report(self) -> BaseReport:
         model = self._base.model

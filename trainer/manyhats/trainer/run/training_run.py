@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from manyhats.trainer.data.head_data import HeadData
 from manyhats.trainer.data.sampler import BatchSampler
 from manyhats.trainer.data.task_data import TaskData
 from manyhats.trainer.errors import CheckpointError, DivergedError, SettingError
@@ -46,7 +47,7 @@ class TrainingRun:
 
     Args:
         settings: of the task.
-        decoder: the base; it may be shared.
+        decoder: the base, or what it computes the loss of a head with; it may be shared.
         adapter: what is trained.
         data: at least one row to train on; the loss is evaluated on those held out, if there are any.
         listener: receives its events.
@@ -61,7 +62,7 @@ class TrainingRun:
         settings: TrainSettings,
         decoder: LossModel,
         adapter: TrainableAdapter,
-        data: TaskData,
+        data: TaskData | HeadData,
         *,
         listener: Listener = ignore,
         checkpoints: Checkpoints | None = None,
@@ -207,7 +208,7 @@ class TrainingRun:
         loss = held_out_loss(
             self._decoder,
             self._adapter.lowered(),
-            self._held_out,
+            self._held_out.rows,
             self._options,
             self._tell_evaluation_progress,
         )

@@ -16,6 +16,7 @@ WORDING = Wording(error=SettingError)
 GROUPS = (
     RUN := "Task and output",
     DATA := "Data",
+    HEAD := "Head",
     LORA := "lora, qlora, dora",
     IA3 := "ia3",
     BOTTLENECK := "bottleneck",

@@ -19,6 +19,7 @@ from manyhats.trainer.settings.declaring import (
     require,
     whole,
 )
+from manyhats.trainer.settings.head import HeadSettings
 from manyhats.trainer.settings.methods import AdapterSettings
 
 _MAX_EPOCHS = 10_000
@@ -37,7 +38,8 @@ class DataSettings:
         name="data",
         group=DATA,
         metavar="FILE|NAME",
-        help="JSONL, CSV or Parquet with prompt and completion, text, or chat messages; or a `datasets` name.",
+        help="JSONL, CSV or Parquet with prompt and completion, text, or chat messages, or what a head reads;"
+        " or a `datasets` name.",
     )
     eval: str = setting(
         "", group=DATA, metavar="FILE|NAME", help="The same for evaluation; never trained on."
@@ -48,7 +50,8 @@ class DataSettings:
         (),
         group=DATA,
         flag="label",
-        help="A possible completion, for accuracy in evaluations; auto takes the data's. Repeatable.",
+        help="A possible completion, for accuracy in evaluations; auto takes the data's. Of a head: a class, in order;"
+        " by default the data's. Repeatable.",
     )
     max_length: int | None = whole(
         None, 2, group=DATA, shown="the base's own", help="The longest row, in tokens."
@@ -68,8 +71,6 @@ class DataSettings:
     def __post_init__(self) -> None:
         check(self, WORDING)
         require(bool(self.train), "train", "must name the training data")
-        is_scored = bool(self.eval) or not self.labels
-        require(is_scored, "labels", "need evaluation data; set `eval`")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +167,7 @@ class TrainSettings:
     adapter: AdapterSettings
     data: DataSettings
     optimization: OptimizationSettings = OptimizationSettings()
+    head: HeadSettings = HeadSettings()
     model: ModelSettings = ModelSettings()
     out: str = setting(
         "",
@@ -189,6 +191,14 @@ class TrainSettings:
         check(self, WORDING)
         is_evaluated = bool(self.data.eval) or not self.optimization.patience
         require(is_evaluated, "patience", "early stopping needs evaluation data (eval)")
+        data, kind = self.data, self.head.kind
+        if self.head.reads:
+            require(not data.chat, "chat", f"does not apply to head {kind}: texts are read as they are")
+            require(not data.system, "system", f"does not apply to head {kind}: texts are read as they are")
+            require(kind != "embedding" or not data.labels, "labels", "do not apply to head embedding")
+        else:
+            is_scored = bool(data.eval) or not data.labels
+            require(is_scored, "labels", "need evaluation data; set `eval`")
 
 
 SETTINGS = grouped(TrainSettings, GROUPS)

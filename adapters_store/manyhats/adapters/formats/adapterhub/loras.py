@@ -193,7 +193,7 @@ def find_modules(
 def _linears_of(config: LorasConfig, path: str, base: BaseDescription) -> tuple[Part, ...]:
     """What is adapted of a module: the linear that it is, or those of a merged one that the config names."""
     parts = base.modules.get(path, ())
-    if any(part.site.name not in base.linears for part in parts):
+    if any(part.site.name not in base.linears or part.site.is_of_mixture for part in parts):
         return ()
     if len(parts) > 1:
         is_merged = base.model_type in _MERGED

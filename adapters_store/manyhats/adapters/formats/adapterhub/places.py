@@ -17,12 +17,15 @@ class Places:
     """A family's.
 
     Attributes:
-        layer: path of a layer, below the prefix of the base's modules, up to its number.
+        layer: path of a layer, or of a set of weights that layers share, below the prefix of the base's modules, up to
+            its number.
         attention: the module of a layer that holds the adapters on the attention's output.
         feed_forward: the same for the feed-forward.
         self_attention: the module of a layer that holds the prefixes' gates.
         self_prefix: what the library calls a prefix of that module.
+        reft: the module of a layer that holds ReFT.
         is_normed: whether they lie before a norm of the stream: of the sum of sub-layer and residual.
+        is_swapped: whether the library takes the attention's output for the residual, and the other way round.
         prefix: of the base's modules, where only its ``model_type`` is known.
     """
 
@@ -31,7 +34,9 @@ class Places:
     feed_forward: str = "output_adapters"
     self_attention: str = "self_attn"
     self_prefix: str = "self_prefix"
+    reft: str = "reft_layer"
     is_normed: bool = False
+    is_swapped: bool = False
     prefix: str = "model."
 
     def module(self, layer: int, sub_layer: str) -> str:
@@ -55,10 +60,21 @@ _GPT2 = Places("h", prefix="transformer.")
 _BERT = Places(
     "encoder.layer", "attention.output", "output", "attention.self", is_normed=True, prefix="bert."
 )
+_ALBERT = Places(
+    "encoder.albert_layer_groups",
+    "albert_layers.0.attention.attention_adapters",
+    "albert_layers.0.output_adapters",
+    "albert_layers.0.attention",
+    reft="albert_layers.0.reft_layer",
+    is_normed=True,
+    is_swapped=True,
+    prefix="albert.",
+)
 _ROBERTA = replace(_BERT, prefix="roberta.")
 _PLACES: Mapping[str, Places] = MappingProxyType(
     {
         **dict.fromkeys(("gpt2", "gptj"), _GPT2),
+        "albert": _ALBERT,
         "bert": _BERT,
         "electra": replace(_BERT, prefix="electra."),
         **dict.fromkeys(("roberta", "xlm-roberta"), _ROBERTA),

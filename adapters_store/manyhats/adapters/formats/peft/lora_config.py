@@ -25,6 +25,8 @@ from manyhats.adapters.formats.peft.saved_modules import SAVED_FIELDS
 _DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
 
+TARGET_PARAMETERS = "target_parameters"
+
 LORA_FIELDS = SAVED_FIELDS | frozenset(
     (
         "alpha_pattern",
@@ -42,6 +44,7 @@ LORA_FIELDS = SAVED_FIELDS | frozenset(
         "r",
         "rank_pattern",
         "runtime_config",
+        TARGET_PARAMETERS,
         "use_dora",
         "use_rslora",
     )
@@ -51,7 +54,6 @@ LORA_FIELDS = SAVED_FIELDS | frozenset(
 LORA_REFUSED = {
     "alora_invocation_tokens": "activated LoRA, which acts on part of the sequence only",
     "layer_replication": "replicated layers, which this base does not have",
-    "target_parameters": "LoRA on bare parameters (experts)",
     "use_qalora": "QA-LoRA, which pools the input",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing",
@@ -76,6 +78,8 @@ class LoraConfig:
         use_rslora: scale alpha / √R instead of alpha / R.
         use_dora: every module has a magnitude vector.
         lora_bias: every linear's B has a bias.
+        target_parameters: parameters that are no module's ``weight``, such as those of experts, or that of a router:
+            each is a path or the end of one.
         ensure_weight_tying: whatever adapts one of two tied modules also adapts the other.
     """
 
@@ -85,8 +89,13 @@ class LoraConfig:
     use_dora: bool
     lora_bias: bool
     ensure_weight_tying: bool
+    target_parameters: tuple[str, ...]
     rank_pattern: ModulePatterns[int]
     alpha_pattern: ModulePatterns[float]
+
+    def selects_parameter(self, path: str) -> bool:
+        """Whether ``target_parameters`` names a parameter."""
+        return any(path == name or path.endswith(f".{name}") for name in self.target_parameters)
 
     def rank_of(self, module: str) -> int:
         """R of one module, by its dotted path."""
@@ -117,6 +126,7 @@ def parse_lora_config(config: Mapping[str, Any]) -> LoraConfig:
         use_dora=parse_flag("use_dora", config.get("use_dora")),
         lora_bias=parse_flag("lora_bias", config.get("lora_bias")),
         ensure_weight_tying=parse_flag("ensure_weight_tying", config.get("ensure_weight_tying")),
+        target_parameters=_parse_parameters(config.get(TARGET_PARAMETERS)),
         rank_pattern=compile_patterns(
             "rank_pattern", {k: parse_rank("rank_pattern", v) for k, v in ranks.items()}
         ),
@@ -127,6 +137,12 @@ def parse_lora_config(config: Mapping[str, Any]) -> LoraConfig:
     if parsed.use_dora and parsed.lora_bias:
         raise AdapterUnsupportedError("lora_bias", "has no meaning with use_dora")
     return parsed
+
+
+def _parse_parameters(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | None) or not all(isinstance(name, str) for name in value or ()):
+        raise AdapterInvalidError(TARGET_PARAMETERS, "must be a list of names")
+    return tuple(value or ())
 
 
 def check_initialisation(value: Any) -> None:

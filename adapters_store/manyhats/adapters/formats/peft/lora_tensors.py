@@ -6,8 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from manyhats.adapters.errors import AdapterInvalidError, AdapterTooLargeError, AdapterUnsupportedError
-from manyhats.adapters.formats.peft.lora_config import LoraConfig
+from manyhats.adapters.errors import (
+    AdapterInvalidError,
+    AdapterTooLargeError,
+    AdapterUnsupportedError,
+    shown,
+)
+from manyhats.adapters.formats.peft.lora_config import TARGET_PARAMETERS, LoraConfig
 from manyhats.adapters.formats.peft.saved_modules import SavedModules
 from manyhats.adapters.formats.peft.tensors import (
     Misfit,
@@ -22,7 +27,7 @@ from manyhats.adapters.formats.peft.tensors import (
     raise_misfits,
 )
 from manyhats.adapters.limits import AdapterLimits
-from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription
+from manyhats.adapters.sites import EMBEDDING, HEAD, ROUTER, BaseDescription, ExpertStack, expert_linear
 
 A = "lora_A.weight"
 B = "lora_B.weight"
@@ -30,6 +35,7 @@ BIAS = "lora_B.bias"
 MAGNITUDE = "lora_magnitude_vector"
 EMBEDDING_A = "lora_embedding_A"
 EMBEDDING_B = "lora_embedding_B"
+_INNER = ".base_layer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +58,35 @@ class EmbeddingPlacement:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsPlacement:
+    """The tensors of one parameter of a stack of experts.
+
+    Attributes:
+        stack: the experts.
+        linears: of each expert, one below the other in the parameter.
+        tensors: A [E · R, d_in], expert by expert, and B [d_out, R · E], in which neighbours are of different experts.
+        rank: R, of each expert.
+        scale: of all of them.
+    """
+
+    stack: ExpertStack
+    linears: tuple[str, ...]
+    tensors: ModuleTensors
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoraPlacements:
-    """All of a file's tensors but those of ``SavedModules``; linears are ordered by site."""
+    """All of a file's tensors but those of ``SavedModules``; linears are ordered by site, experts by layer."""
 
     linears: tuple[LinearPlacement, ...]
     embedding: EmbeddingPlacement | None
+    experts: tuple[ExpertsPlacement, ...] = ()
 
     @property
     def modules(self) -> tuple[ModuleTensors, ...]:
-        """The tensors of each module."""
+        """The tensors of each module, but for stacks of experts."""
         linears = tuple(placement.tensors for placement in self.linears)
         return linears if self.embedding is None else (*linears, self.embedding.tensors)
 
@@ -72,6 +98,8 @@ class LoraPlacements:
         """
         for placement in self.linears:
             _check_rank(placement.tensors.name(A), placement.rank, limits)
+        for experts in self.experts:
+            _check_rank(experts.tensors.name(A), experts.rank, limits)
         if self.embedding is not None:
             _check_rank(self.embedding.tensors.name(EMBEDDING_A), self.embedding.rank, limits)
 
@@ -102,7 +130,8 @@ def place_lora(
         ArtifactError: a tensor is left over, lacks its partner, or contradicts the config.
         BaseMismatchError: the tensors fit another base.
     """
-    modules = group_tensors(saved.others(shapes), (A, B, BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B))
+    grouped = group_tensors(saved.others(shapes), (A, B, BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B))
+    experts, modules = place_experts(grouped, config, base)
     for tensors in modules:
         tensors.require(_expected_suffixes(tensors, config, base))
     misfits = [misfit for tensors in modules if (misfit := _find_misfit(tensors, base)) is not None]
@@ -112,17 +141,18 @@ def place_lora(
     linears: list[LinearPlacement] = []
     embedding = None
     for tensors in modules:
-        target = find_target(tensors.module, base)
+        target = find_target(tensors.module, base, in_mixtures=True)
         if target is not None:
             linears.append(LinearPlacement(target, tensors, *_rank_and_scale(tensors, A, B, config)))
         else:
             found = _rank_and_scale(tensors, EMBEDDING_A, EMBEDDING_B, config)
             embedding = EmbeddingPlacement(tensors, *found)
-    return LoraPlacements(tuple(sorted(linears, key=lambda each: each.target.parts[0].site)), embedding)
+    linears.sort(key=lambda each: each.target.parts[0].site)
+    return LoraPlacements(tuple(linears), embedding, experts)
 
 
 def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig, base: BaseDescription) -> set[str]:
-    target = find_target(tensors.module, base)
+    target = find_target(tensors.module, base, in_mixtures=True)
     if is_embedding(tensors.module, base):
         if config.use_dora:
             raise AdapterUnsupportedError(tensors.any_name, "is part of DoRA on the embedding")
@@ -133,23 +163,25 @@ def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig, base: BaseDes
             expected.add(BIAS)
         if config.use_dora:
             expected.add(MAGNITUDE)
-    if target is not None and target.is_head and (config.use_dora or config.lora_bias):
+    is_plain = not (config.use_dora or config.lora_bias)
+    if target is not None and not is_plain and (target.is_head or target.parts[0].site.is_of_mixture):
+        place = "the head" if target.is_head else "a router or an expert"
         raise AdapterUnsupportedError(
-            tensors.any_name, "is part of DoRA or lora_bias on the head; only plain LoRA is served there"
+            tensors.any_name, f"is part of DoRA or lora_bias on {place}; only plain LoRA is served there"
         )
     return expected
 
 
 def _find_misfit(tensors: ModuleTensors, base: BaseDescription) -> Misfit | None:
     """The tensor of a module that does not fit the base; None if all do."""
-    target = find_target(tensors.module, base)
+    target = find_target(tensors.module, base, in_mixtures=True)
     if is_embedding(tensors.module, base):
         expected: dict[str, Sequence[int | str]] = {
             EMBEDDING_A: ("rank", base.vocab_size),
             EMBEDDING_B: (base.embedding_size, "rank"),
         }
     elif target is None:
-        return missing_module(tensors)
+        return missing_module(tensors, base)
     else:
         d_out = target.d_out
         expected = {A: ("rank", target.d_in), B: (d_out, "rank"), BIAS: (d_out,), MAGNITUDE: (d_out,)}
@@ -157,8 +189,91 @@ def _find_misfit(tensors: ModuleTensors, base: BaseDescription) -> Misfit | None
     return next((misfit for misfit in found if misfit is not None), None)
 
 
-def _rank_and_scale(tensors: ModuleTensors, a: str, b: str, config: LoraConfig) -> tuple[int, float]:
-    """Check the ranks of a pair that fits its module, and compute its scale."""
+def place_experts(
+    grouped: Sequence[ModuleTensors], config: LoraConfig, base: BaseDescription
+) -> tuple[tuple[ExpertsPlacement, ...], list[ModuleTensors]]:
+    """Those of the tensors that act on stacks of experts, and the others.
+
+    PEFT wraps a module once for each of its parameters that ``target_parameters`` selects, in the module's order: the
+    last has the module's own name, and each one before has another ``base_layer`` behind it.
+    """
+    wrappers: dict[str, tuple[ExpertStack, str]] = {}
+    for path, stack in base.stacks.items():
+        chosen = [name for name in stack.parameters if config.selects_parameter(f"{path}.{name}")]
+        for depth, name in enumerate(reversed(chosen)):
+            wrappers[f"{path}{_INNER * depth}"] = stack, name
+    placed, others = [], []
+    for tensors in grouped:
+        if tensors.module in wrappers:
+            placed.append(_place_stack(tensors, *wrappers[tensors.module], config, base))
+        elif tensors.module.removesuffix(_INNER) in base.stacks:
+            raise AdapterInvalidError(
+                tensors.any_name,
+                f"acts on {tensors.module}, which {TARGET_PARAMETERS} leaves out; PEFT would not use it",
+            )
+        else:
+            others.append(tensors)
+    return tuple(placed), others
+
+
+def check_parameters(config: LoraConfig, base: BaseDescription) -> None:
+    """Check that ``target_parameters`` names nothing but parameters of experts, and routers' weights.
+
+    Raises:
+        AdapterUnsupportedError: it does, which PEFT may take as another layout.
+    """
+    routers = {path for path, parts in base.modules.items() if parts[0].site.name == ROUTER}
+    others = {other for other, path in base.aliases.items() if path in routers}
+    known = {f"{path}.weight" for path in routers | others}
+    known |= {f"{path}.{name}" for path, stack in base.stacks.items() for name in stack.parameters}
+    for name in config.target_parameters:
+        if not any(path == name or path.endswith(f".{name}") for path in known):
+            raise AdapterUnsupportedError(
+                TARGET_PARAMETERS, f"names {shown(name)}, which is no parameter of experts on this base"
+            )
+
+
+def _place_stack(
+    tensors: ModuleTensors, stack: ExpertStack, parameter: str, config: LoraConfig, base: BaseDescription
+) -> ExpertsPlacement:
+    """The tensors of one parameter, A [R · E, d_in] and B [d_out, R · E]."""
+    if config.use_dora or config.lora_bias:
+        raise AdapterUnsupportedError(
+            tensors.any_name, "is part of DoRA or lora_bias on experts; only plain LoRA is served there"
+        )
+    tensors.require((A, B))
+    linears = stack.parameters[parameter]
+    sizes = [base.linears[expert_linear(0, name)] for name in linears]
+    expected: dict[str, Sequence[int | str]] = {
+        A: ("rank", sizes[0][0]),
+        B: (sum(d_out for _, d_out in sizes), "rank"),
+    }
+    for suffix, shape in expected.items():
+        misfit = find_misfit(tensors, suffix, shape)
+        if misfit is not None:
+            raise AdapterInvalidError(misfit.tensor, misfit.description)
+    module = f"{tensors.module.removesuffix(_INNER)}.{parameter}"
+    rank, scale = _rank_and_scale(tensors, A, B, config, module, stack.num)
+    return ExpertsPlacement(stack, linears, tensors, rank, scale)
+
+
+def _rank_and_scale(
+    tensors: ModuleTensors,
+    a: str,
+    b: str,
+    config: LoraConfig,
+    module: str | None = None,
+    num_experts: int = 1,
+) -> tuple[int, float]:
+    """Check the ranks of a pair that fits its module, and compute its scale.
+
+    Args:
+        tensors: of the pair.
+        a, b: their suffixes.
+        config: the artifact's.
+        module: what its patterns are matched with; None for the tensors' own.
+        num_experts: each has so many.
+    """
     rank, b_shape = tensors.shapes[a][0], tensors.shapes[b]
     if rank == 0:
         raise AdapterInvalidError(tensors.name(a), "has rank 0")
@@ -167,11 +282,13 @@ def _rank_and_scale(tensors: ModuleTensors, a: str, b: str, config: LoraConfig) 
             tensors.name(b),
             f"has shape {list(b_shape)}; expected [{b_shape[0]}, {rank}] to match its partner",
         )
-    expected = config.rank_of(tensors.module)
-    if rank != expected:
-        raise AdapterInvalidError(tensors.name(a), f"has rank {rank}; the config says {expected}")
-    alpha = config.alpha_of(tensors.module)
-    return rank, lora_scale(alpha, rank, is_rank_stabilised=config.use_rslora)
+    module = tensors.module if module is None else module
+    expected = config.rank_of(module)
+    if rank != expected * num_experts:
+        each = f" for each of {num_experts} experts" if num_experts > 1 else ""
+        raise AdapterInvalidError(tensors.name(a), f"has rank {rank}; the config says {expected}{each}")
+    scale = lora_scale(config.alpha_of(module), expected, is_rank_stabilised=config.use_rslora)
+    return expected, scale
 
 
 def _check_tying(modules: Sequence[ModuleTensors], config: LoraConfig, base: BaseDescription) -> None:

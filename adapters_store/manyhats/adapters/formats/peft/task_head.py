@@ -4,8 +4,8 @@ PEFT trains a head as a whole and saves it beside the method's tensors; ``module
 might have had. With virtual tokens the name in the file has one ``model.`` less. Methods see neither: an artifact is
 split into its head and the rest before they check or lower it.
 
-A head's layers are those of transformers' models. BERT's begins with the base's pooler, which PEFT does not save unless
-it is listed.
+A head's layers are those of transformers' models. BERT's begins with the base's pooler, and ModernBERT's with what
+masked language modelling trained there; PEFT does not save them unless they are listed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS: Mapping[str, TaskKind] = MappingProxyType(
 """``task_type`` → what the task does; those that are not here generate."""
 
 _PREFIXES = (PREFIX, "base_model.")
-_LISTED = frozenset(("classifier", "score", "qa_outputs", "pre_classifier", "pooler"))
+_LISTED = frozenset(("classifier", "score", "qa_outputs", "pre_classifier", "pooler", "head"))
 
 
 def find_head(

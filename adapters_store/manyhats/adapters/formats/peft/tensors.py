@@ -17,7 +17,7 @@ from manyhats.adapters.errors import (
 )
 from manyhats.adapters.formats.base_name import is_known_name
 from manyhats.adapters.method import Candidate
-from manyhats.adapters.sites import EMBEDDING, HEAD, POOLER, BaseDescription, Part
+from manyhats.adapters.sites import EMBEDDING, HEAD, POOLER, PROJECTION, BaseDescription, Part
 
 PREFIX = "base_model.model."
 
@@ -68,16 +68,26 @@ class Target:
         )
 
 
-def find_target(module: str, base: BaseDescription) -> Target | None:
-    """The linear or linears behind a module path; None if the base has none there."""
+def find_target(module: str, base: BaseDescription, *, in_mixtures: bool = False) -> Target | None:
+    """The linear or linears behind a module path; None if the base has none there.
+
+    Args:
+        module: its path.
+        base: the resident one.
+        in_mixtures: whether routers and experts' linears count.
+    """
     path = base.module_of(module)
     if path is None:
         return None
     parts = base.modules[path]
+    if parts[0].site.is_of_mixture and not in_mixtures:
+        return None
     if parts[0].site == HEAD:
         return Target(path, parts, base.embedding_size, base.vocab_size)
     if parts[0].site == POOLER:
         return Target(path, parts, base.hidden_size, base.hidden_size)
+    if parts[0].site == PROJECTION:
+        return Target(path, parts, base.embedding_size, base.hidden_size)
     if any(part.site.name not in base.linears for part in parts):
         return None
     d_out = sum(base.linears[part.site.name][1] for part in parts)
@@ -177,8 +187,11 @@ def find_misfit(tensors: ModuleTensors, suffix: str, expected: Sequence[int | st
     return Misfit(tensors.name(suffix), f"has shape {list(shape)}; expected [{wanted}]")
 
 
-def missing_module(tensors: ModuleTensors) -> Misfit:
-    """The misfit of tensors whose module the base lacks."""
+def missing_module(tensors: ModuleTensors, base: BaseDescription) -> Misfit:
+    """The misfit of tensors whose module the base lacks, or has where the method is not served."""
+    path = base.module_of(tensors.module)
+    if path is not None and base.modules[path][0].site.is_of_mixture:
+        return Misfit(tensors.any_name, f"acts on {shown(path)}; in mixtures of experts only LoRA is served")
     return Misfit(tensors.any_name, f"acts on {shown(tensors.module)}, which is not a linear of the base")
 
 
@@ -218,8 +231,11 @@ def _check_distinct(modules: Sequence[ModuleTensors], base: BaseDescription) -> 
 
 def candidate_of(artifact: AdapterArtifact) -> Candidate:
     """An artifact in memory as what its checks take."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
-    return Candidate(artifact.config, shapes, artifact.base_model)
+    shapes, head_shapes = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (artifact.tensors, artifact.head_tensors)
+    )
+    return Candidate(artifact.config, shapes, artifact.base_model, artifact.head_config, head_shapes)
 
 
 def check_finite(name: str, derived: Tensor) -> Tensor:

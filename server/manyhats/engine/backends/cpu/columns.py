@@ -17,6 +17,7 @@ from __future__ import annotations
     GATHER,
     SCATTER,
     QUANTIZE,
+    NARROW,
     REFINE,
     REFINE_ALLOWED,
     EXACT_LOGITS,
@@ -31,7 +32,13 @@ from __future__ import annotations
     GATE_LINEARS,
     GATE_SUBLAYER,
     GATE_PREFIX,
-) = range(27)
+    ROUTE,
+    PAIR,
+    SPREAD,
+    EXPERT_LINEAR,
+    EXPERT_DELTAS,
+    COMBINE,
+) = range(34)
 
 # Columns of every instruction: its kind, the column of the frame that has its number of rows, and the buffers that it
 # reads and writes. The others differ by kind: sizes, and addresses of weights.
@@ -62,10 +69,30 @@ STREAM_WEIGHT, STREAM_BIAS, IS_STREAM_LAYER = range(9, 12)
 # Of these and of deltas: the buffer of their gates, ``GATES_OF_TEXT`` of each text; 0 if there are none.
 GATES = 12
 GATES_OF_TEXT = 4
+# Of what experts do: the buffers of rows' experts and of pairs, and how many experts there are, or a row has; whether
+# weights are divided by their sum. NUM_USED is the address of how many experts have pairs, int64. Of their linears,
+# WEIGHTS is the address of [E, columns], instructions of which nothing but the weights counts, and ROW_WORDS the 32-bit
+# words of a row of the source.
+NUM_EXPERTS, NUM_PER_ROW = 5, 6
+RENORMALIZES = ROUTES = PAIRS = 8
+ROW_WORDS, NUM_USED = 11, 12
+# Of adapters' deltas on experts: which of an expert's linears, and how many, are side by side in the target; whether a
+# row of the source is a pair's.
+FIRST_MEMBER, NUM_MEMBERS, IS_OF_PAIRS = range(9, 12)
 NUM_COLUMNS = 17
 # Kinds of weights: NF4 whose scales are quantized, NF4 whose scales are not, dense ones; NF4 and int8 for inputs in
-# integers.
-NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
+# integers; dense ones whose outputs are the lanes, of which PAIRS are for inputs in bfloat16.
+(
+    NESTED_NF4,
+    PLAIN_NF4,
+    BFLOAT16,
+    FLOAT32,
+    NF4_BY_INT16,
+    INT8,
+    FLOAT32_GROUPS,
+    BFLOAT16_GROUPS,
+    BFLOAT16_PAIRS,
+) = range(9)
 
 # Columns of the frame, which holds a step's counts and the addresses of its arrays. The last ones belong to the call:
 # instructions and their numbers, the buffers' addresses, counters [2, instructions] that start at zero, scratch,
@@ -77,7 +104,9 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     NUM_LOGIT_ROWS,
     NUM_HIDDEN_ROWS,
     NUM_NORMED_ROWS,
+    NUM_PAIRS,
     NUM_ADAPTER_ROWS,
+    NUM_DELTA_TILES,
     NUM_RESCALED_ROWS,
     NUM_UNITS,
     MAX_BLOCKS,
@@ -100,6 +129,7 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     TOKEN_TYPES,
     ADAPTER_ROWS,
     ADAPTER_SLOTS,
+    DELTA_TILES,
     RESCALED_ROWS,
     RESCALED_SLOTS,
     KEYS,
@@ -112,6 +142,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     LINEAR_TABLES,
     SUBLAYER_TABLES,
     PREFIX_TABLE,
+    EXPERT_ENTRIES,
+    HAS_EXPERT_ENTRIES,
     NUM_THREADS,
     NUM_INSTRUCTIONS,
     INSTRUCTIONS,
@@ -124,8 +156,8 @@ NESTED_NF4, PLAIN_NF4, BFLOAT16, FLOAT32, NF4_BY_INT16, INT8 = range(6)
     PLAIN_SHARE,
     CACHE_SHARE,
     ADAPTER_SHARE,
-) = range(52)
-FRAME_SIZE = 52
+) = range(57)
+FRAME_SIZE = 57
 
 # Columns of a unit of attention: its sequence, its first query row within that, and how many; how many units share
 # this tile of rows; if several do, the tile's number among such tiles, and where the records of its parts begin, in

@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
+from manyhats.adapters.sites import PROJECTION
 from manyhats.engine.backends.cpu import columns as col
-from manyhats.engine.backends.cpu.adapters.slots import Layout
+from manyhats.engine.backends.cpu.building import (
+    BESIDE,
+    EMBEDDED,
+    FINAL,
+    FINAL_HIDDEN,
+    HIDDEN,
+    LAST,
+    LOGITS,
+    MIXED,
+    NORMED,
+    NORMED_EMBEDDED,
+    OUTPUT,
+    STREAM,
+    WIDE,
+    Building,
+)
 from manyhats.engine.backends.cpu.head.logits import PackedHead
 from manyhats.engine.backends.cpu.kernels import CpuKernels
-from manyhats.engine.backends.cpu.packing import CpuLinear
-from manyhats.engine.backends.cpu.program import PackedNorm, Program
+from manyhats.engine.backends.cpu.mixture import add_mixture
+from manyhats.engine.backends.cpu.program import PackedNorm
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.architecture import COUPLINGS, Architecture, Attention, Block
 from manyhats.engine.model.rotary import RotaryTables
 from manyhats.engine.model.weights import BlockWeights, Linear, Weights
 
-# Buffers of N rows: the tokens' vectors, where they are not the stream at once; the stream, its norm, and that for a
-# feed-forward beside the attention; queries with keys and values (or gate with up), what attention (or the activation)
-# makes of them, a sub-layer's output, a linear's input in integers. Buffers of M rows: the final norm, where that is
-# not what the head reads; what it reads, and the logits. Buffers of H rows: the first two of these for rows whose
-# hidden values are wanted. And what enters behind the norm of the embeddings, and texts' gates.
-(
-    EMBEDDED,
-    STREAM,
-    NORMED,
-    BESIDE,
-    WIDE,
-    MIXED,
-    OUTPUT,
-    QUANTIZED,
-    FINAL,
-    LAST,
-    LOGITS,
-    FINAL_HIDDEN,
-    HIDDEN,
-    NORMED_EMBEDDED,
-    GATES,
-) = range(15)
-NUM_BUFFERS = 15
-OF_LOGIT_ROWS = (FINAL, LAST, LOGITS)
-OF_HIDDEN_ROWS = (FINAL_HIDDEN, HIDDEN)
 ACTIVATIONS = {
     "silu": col.SILU,
     "gelu_pytorch_tanh": col.GELU_TANH,
@@ -51,15 +40,12 @@ ACTIVATIONS = {
 """The activations that the kernel knows, and their instructions."""
 
 
-class Forward:
+class Forward(Building):
     """The program of a decoder, and its packed weights.
 
     Attributes:
-        program: its instructions.
         first: the buffer that holds the tokens' vectors when it begins.
-        sizes: buffer → the largest size of its rows.
-        num_bytes: resident bytes of the blocks' linears.
-        num_outer_bytes: of what lies outside the blocks, but embedding, head and norms.
+        num_outer_bytes: resident bytes of what lies outside the blocks, but embedding, head and norms.
         head: packed; None for an encoder.
 
     Raises:
@@ -67,19 +53,8 @@ class Forward:
     """
 
     def __init__(self, architecture: Architecture, weights: Weights, kernels: CpuKernels) -> None:
-        self.program = Program()
-        self.num_bytes = self.num_outer_bytes = 0
-        size = architecture.hidden_size
-        self.sizes = {
-            **dict.fromkeys(range(NUM_BUFFERS), 0),
-            **dict.fromkeys((STREAM, NORMED, OUTPUT), size),
-            **dict.fromkeys((LAST, HIDDEN), architecture.read_size),
-        }
-        self._kernels = kernels
-        # A step has all rows of a text where they see each other.
-        self._gates = GATES if architecture.attention.sees_all else 0
-        self.sizes[GATES] = col.GATES_OF_TEXT if self._gates else 0
-        self._layout = Layout.of(architecture)
+        super().__init__(architecture, kernels)
+        self.num_outer_bytes = 0
         self._rotary = RotaryTables(architecture)
         self.first = self._enter(architecture, weights)
         norms = [
@@ -104,8 +79,8 @@ class Forward:
         if architecture.head is None:
             return
         self._leave(hidden, FINAL, LAST, col.NUM_LOGIT_ROWS, weights)
-        self.head = PackedHead(*self._kernels.pack_head(weights.head), architecture.head)
-        self._product(self.head.fast or self.head.own, LAST, LOGITS, col.NUM_LOGIT_ROWS)
+        self.head = PackedHead(*self.kernels.pack_head(weights.head), architecture.head)
+        self.product(self.head.fast or self.head.own, LAST, LOGITS, col.NUM_LOGIT_ROWS)
         self.sizes[LOGITS] = self.head.own.out_features
         if self.head.fast:
             self.program.refine(LAST, LOGITS, self.head.own)
@@ -130,7 +105,7 @@ class Forward:
                 )
             self.program.scatter(NORMED_EMBEDDED, summed, embedding.size)
             if projection is not None:
-                self._outer(projection, EMBEDDED, STREAM, col.NUM_ROWS)
+                self._outer(projection, EMBEDDED, STREAM, col.NUM_ROWS, PROJECTION.name)
         return first
 
     def _table(self, table: Tensor) -> Tensor:
@@ -147,12 +122,14 @@ class Forward:
         self.program.gather(hidden, between, size, rows)
         self._outer(projection, between, target, rows)
 
-    def _outer(self, linear: Linear, source: int, target: int, rows: int) -> None:
-        """A linear outside the blocks, which no adapter changes."""
-        packed = self._kernels.pack([linear])
+    def _outer(self, linear: Linear, source: int, target: int, rows: int, name: str = "") -> None:
+        """A linear outside the blocks, and deltas if they are entered under a name."""
+        packed = self.kernels.pack([linear])
         self.num_outer_bytes += packed.num_bytes
-        self.sizes[source] = max(self.sizes[source], packed.in_features)
-        self._product(packed, source, target, rows)
+        self.need(source, packed.in_features)
+        self.product(packed, source, target, rows)
+        if name:
+            self.deltas(name, 0, packed, source, target)
 
     def _begin(self, norm: PackedNorm | None) -> int:
         """Norms the stream as it begins, if the family does; returns the buffer of the first block's input."""
@@ -195,7 +172,7 @@ class Forward:
         norms: dict[str, PackedNorm],
         hidden: int,
     ) -> None:
-        size = self._linear("qkv", layer, linears["qkv"], hidden, WIDE)
+        size = self.linear("qkv", layer, linears["qkv"], hidden, WIDE)
         if "query" in norms and "key" in norms:
             queries, keys = (norms["query"], attention.query_size), (norms["key"], attention.key_size)
             self.program.norm_heads(WIDE, size, queries, keys)
@@ -214,7 +191,7 @@ class Forward:
             attention.softcap,
             attention.sees_all,
         )
-        self._linear("o", layer, linears["o"], MIXED, OUTPUT)
+        self.linear("o", layer, linears["o"], MIXED, OUTPUT)
 
     def _feed_forward(self, layer: int, block: Block, linears: dict[str, list[Linear]], hidden: int) -> None:
         feed_forward = block.feed_forward
@@ -223,11 +200,14 @@ class Forward:
             raise ModelError(
                 f"the CPU kernels do not know the activation {feed_forward.activation!r}; they know {known}"
             )
-        _, _, first, down = block.groups()
-        self._linear(first.name, layer, linears[first.name], hidden, WIDE)
-        instruction = ACTIVATIONS[feed_forward.activation]
-        self.program.activate(instruction, WIDE, MIXED, feed_forward.width, feed_forward.is_gated)
-        self._linear(down.name, layer, linears[down.name], MIXED, OUTPUT)
+        instruction, width = ACTIVATIONS[feed_forward.activation], feed_forward.width
+        if feed_forward.experts is not None:
+            add_mixture(self, layer, block, feed_forward.experts, instruction, linears, hidden)
+            return
+        first, down = block.feed_forward_groups()
+        self.linear(first.name, layer, linears[first.name], hidden, WIDE)
+        self.program.activate(instruction, WIDE, MIXED, width, feed_forward.is_gated)
+        self.linear(down.name, layer, linears[down.name], MIXED, OUTPUT)
 
     def _join(
         self,
@@ -261,24 +241,6 @@ class Forward:
         """What bottlenecks do to the stream behind an encoder's layer."""
         if self._gates and sublayer == "feed_forward":
             self.program.bottleneck(STREAM, STREAM, size, self._layout.place_index("output"), layer, None)
-
-    def _linear(self, group: str, layer: int, parts: Sequence[Linear], source: int, target: int) -> int:
-        """A group of linears with its adapters' deltas; returns the size of its output."""
-        packed = self._kernels.pack(parts)
-        self.num_bytes += packed.num_bytes
-        self._product(packed, source, target, col.NUM_ROWS)
-        sizes = packed.in_features, packed.out_features
-        index = self._layout.group_index(group)
-        self.program.rescaled(source, target, packed, index, layer)
-        self.program.deltas(source, target, sizes, index, layer, self._gates)
-        for buffer, size in zip((source, target), sizes, strict=True):
-            self.sizes[buffer] = max(self.sizes[buffer], size)
-        return packed.out_features
-
-    def _product(self, packed: CpuLinear, source: int, target: int, rows: int) -> None:
-        if packed.takes_int16:
-            self.sizes[QUANTIZED] = max(self.sizes[QUANTIZED], packed.quantized_size)
-        self.program.linear(source, target, packed, QUANTIZED, rows)
 
 
 def _norms(block: Block, weights: BlockWeights) -> dict[str, PackedNorm]:

@@ -22,7 +22,7 @@ from manyhats.engine.backends.cpu.simd import (
     mul,
     splat,
     store,
-    store_scalar,
+    store_apart,
     sub,
     sum_lanes,
     zero,
@@ -59,8 +59,8 @@ def store_rounded(out, at, step, x, source, size, scales, scale_at):
         for i in range(0, size, 8):
             store(out, at + i, load(x, source + i))
     else:
-        for i in range(size):
-            store_scalar(out, at + i * step, x[source + i])
+        for i in range(0, size, 8):
+            store_apart(out, at + i * step, step, load(x, source + i))
 
 
 @inner

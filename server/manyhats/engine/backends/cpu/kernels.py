@@ -16,16 +16,15 @@ from manyhats.engine.backends.cpu import step
 from manyhats.engine.backends.cpu.choosing.choosing import TokenChooser
 from manyhats.engine.backends.cpu.choosing.logprobs import score
 from manyhats.engine.backends.cpu.compile import max_threads
+from manyhats.engine.backends.cpu.dense import instructions as dense
+from manyhats.engine.backends.cpu.dense.packing import pack_groups, takes_groups
 from manyhats.engine.backends.cpu.int16 import instructions
+from manyhats.engine.backends.cpu.int16.packing import pack_for_int16, pack_int8, takes_int8, takes_int16
 from manyhats.engine.backends.cpu.packing import (
     LANES,
     Array,
     CpuLinear,
-    pack_for_int16,
-    pack_int8,
     pack_linear,
-    takes_int8,
-    takes_int16,
 )
 from manyhats.engine.backends.cpu.program import Instructions, Program
 from manyhats.engine.backends.wants import Choices
@@ -41,11 +40,13 @@ class CpuKernels:
 
     Args:
         num_threads: None is one per core.
-        is_exact: False lets NF4 linears run in 16-bit integers where the processor has instructions for it.
+        is_exact: False lets NF4 linears run in 16-bit integers, and those in bfloat16 round their inputs to it, where
+            the processor has instructions for it.
 
     Attributes:
         num_threads: of the kernels.
         uses_int16: whether NF4 linears do, and the head's unlikely logits are made so.
+        uses_pairs: whether linears in bfloat16 multiply inputs in bfloat16.
         timed: None, or what each run appends its instructions to and, [instructions + 1] int64, the nanoseconds of a
             monotonic clock at its start and after each of them.
     """
@@ -53,6 +54,7 @@ class CpuKernels:
     def __init__(self, num_threads: int | None = None, *, is_exact: bool = True) -> None:
         self.num_threads = min(num_threads or torch.get_num_threads(), max_threads())
         self.uses_int16 = not is_exact and instructions.has_instructions()
+        self.uses_pairs = not is_exact and dense.has_pairs()
         numba.set_num_threads(self.num_threads)
         self._scratch = torch.empty((self.num_threads, 0))
         self._chooser = TokenChooser(self.num_threads)
@@ -87,22 +89,28 @@ class CpuKernels:
 
     def pack(self, parts: Sequence[Linear]) -> CpuLinear:
         """Lays out linears over the same input as one."""
+        if takes_groups(parts):
+            return pack_groups(parts, are_pairs=self.uses_pairs)
+        return self._pack(parts)
+
+    def _pack(self, parts: Sequence[Linear]) -> CpuLinear:
+        """The same; a single dense matrix is read in place."""
         if self.uses_int16 and takes_int16(parts):
             return pack_for_int16(parts)
         return pack_linear(parts)
 
     def pack_head(self, head: Linear) -> tuple[CpuLinear, CpuLinear | None]:
         """Lays out an output head, and, if it may be used, the same in eight bits."""
-        own = self.pack([head])
+        own = self._pack([head])
         return own, pack_int8(head) if self.uses_int16 and takes_int8(head) else None
 
     def linear(self, x: Tensor, packed: CpuLinear) -> Tensor:
         """``x Wᵀ + b``."""
         y = torch.empty((x.shape[0], packed.out_features))
-        quantized = torch.empty((x.shape[0], packed.quantized_size))
+        converted = torch.empty((x.shape[0], packed.converted_size))
         program = Program()
-        program.linear(0, 1, packed, quantized=2)
-        self.run_alone(program, [x, y, quantized])
+        program.linear(0, 1, packed, converted=2)
+        self.run_alone(program, [x, y, converted])
         return y
 
     def softcap(self, x: Tensor, limit: float) -> None:

@@ -13,9 +13,10 @@ from numba.extending import overload
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, halves_at, ints_at
 from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.dense.linear import linear_dense
 from manyhats.engine.backends.cpu.int16.linear import linear_by_int16
-from manyhats.engine.backends.cpu.simd import decode_nf4, mul, prefetch, splat, store
-from manyhats.engine.backends.cpu.wide import LANES, fma, join, load, sum_lanes, zero
+from manyhats.engine.backends.cpu.simd import decode_nf4, fma, mul, prefetch, splat, store, sum_lanes
+from manyhats.engine.backends.cpu.wide import LANES, join, load, zero
 from manyhats.engine.backends.cpu.wide import store as store_wide
 
 
@@ -306,21 +307,26 @@ def multiply_one(op, x, first, count, y):
 
 
 @inner
-def linear(op, num_rows, first, last, buffers, panel, at):
+def linear(op, source, target, num_rows, first, last, panel, at):
     """target[:, rows first … last of W] = source Wᵀ + bias.
 
     Args:
-        op: source rows have a multiple of 64 values for NF4, of 16 otherwise; they are float32, unless the weights
-            take integers.
+        op: the instruction that has the weights.
+        source: address of rows, of a multiple of 64 values for NF4, of 16 otherwise; they are float32, unless the
+            weights take integers or pairs of bfloat16.
+        target: address of rows.
         num_rows: of source and target.
         first, last: rows of the weights.
-        buffers: of the step.
         panel: from ``at`` on, scratch for decoded weights.
     """
+    y = floats_at(target)
     if op[col.KIND] in (col.NF4_BY_INT16, col.INT8):
-        linear_by_int16(op, num_rows, first, last, buffers, panel, at)
+        linear_by_int16(op, ints_at(source), y, num_rows, first, last, panel, at)
         return
-    x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
+    if op[col.KIND] in (col.FLOAT32_GROUPS, col.BFLOAT16_GROUPS, col.BFLOAT16_PAIRS):
+        linear_dense(op, ints_at(source), y, num_rows, first, last)
+        return
+    x = floats_at(source)
     if num_rows == 1:
         multiply_one(op, x, first, last - first, y)
         return

@@ -12,10 +12,7 @@ from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.slots import CpuAdapterSlots
 from manyhats.engine.backends.cpu.attention.units import Units
 from manyhats.engine.backends.cpu.batch import Batch
-from manyhats.engine.backends.cpu.cache import CpuKVCache
-from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
-from manyhats.engine.backends.cpu.compile import counted_compilation
-from manyhats.engine.backends.cpu.forward import (
+from manyhats.engine.backends.cpu.building import (
     HIDDEN,
     LAST,
     LOGITS,
@@ -23,8 +20,11 @@ from manyhats.engine.backends.cpu.forward import (
     NUM_BUFFERS,
     OF_HIDDEN_ROWS,
     OF_LOGIT_ROWS,
-    Forward,
 )
+from manyhats.engine.backends.cpu.cache import CpuKVCache
+from manyhats.engine.backends.cpu.choosing.ahead import choosing_compiled_ahead
+from manyhats.engine.backends.cpu.compile import counted_compilation
+from manyhats.engine.backends.cpu.forward import Forward
 from manyhats.engine.backends.cpu.head.logits import CpuLogits
 from manyhats.engine.backends.cpu.kernels import CpuKernels
 from manyhats.engine.backends.cpu.packing import as_array
@@ -90,6 +90,7 @@ class CpuModel:
         batch = Batch.of(plan)
         frame = np.zeros(col.FRAME_SIZE, dtype=np.int64)
         batch.describe(frame)
+        frame[col.NUM_PAIRS] = frame[col.NUM_ROWS] * self._forward.num_per_row
         cache.describe(frame)
         attention = self.architecture.attention
         heads = attention.num_heads, attention.num_kv_heads, attention.head_dim

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.errors import ModelError
 from manyhats.engine.model.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Weight
 from manyhats.engine.model.weights import Linear, Matrix
@@ -25,16 +26,13 @@ PANEL_BYTES = 64 * 1024
 RESCALED_ROWS = 4
 """Rows whose input an adapter rescales that are multiplied at a time."""
 GROUP_ROWS = 16
-"""Rows of NF4 weights for inputs in 16-bit integers that are the lanes of a vector."""
+"""Rows of weights that are the lanes of a vector, where the outputs are the lanes."""
 GROUPS = 3
 """Of a panel of them."""
+_BY_INT16 = (col.NF4_BY_INT16, col.INT8)
+_IN_GROUPS = (*_BY_INT16, col.FLOAT32_GROUPS, col.BFLOAT16_GROUPS, col.BFLOAT16_PAIRS)
 CODE_STEPS = 4075
 """NF4's values are whole numbers of these: of all that leave room for a block's sum, those with the least error."""
-_SCALE_STEPS = 2**15 - 1
-_INT8_STEPS = 2**7 - 1
-_LARGEST_FOR_INT8 = 1e15
-_ROWS_AT_ONCE = 2**12
-"""Of a dense matrix that is quantized, so that little of it is float32 at a time; a multiple of groups."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,8 +42,12 @@ class CpuLinear:
     ``absmax`` and what follows are empty unless the weights are NF4, and what follows ``row_block`` too where
     ``absmax`` is float32 rather than uint8. Where the weights are for inputs in 16-bit integers, NF4 in 32-bit words or
     int8, ``absmax`` is int16, in units of the rows' ``row_offset``, and the other three are empty.
+
+    Attributes:
+        kind: of the weights; see ``columns``.
     """
 
+    kind: int
     in_features: int
     out_features: int
     weights: Array
@@ -66,17 +68,19 @@ class CpuLinear:
     @property
     def takes_int16(self) -> bool:
         """Whether its inputs are 16-bit integers."""
-        return self.weights.dtype in (np.uint32, np.int8)
+        return self.kind in _BY_INT16
 
     @property
-    def quantized_size(self) -> int:
-        """32-bit words of a row of inputs as integers: pairs, then a step for each block."""
-        return self.in_features // 2 + self.in_features // BLOCK_SIZE if self.takes_int16 else 0
+    def converted_size(self) -> int:
+        """32-bit words of a row of inputs that are not float32: pairs, of integers also a step a block; else 0."""
+        if self.takes_int16:
+            return self.in_features // 2 + self.in_features // BLOCK_SIZE
+        return self.in_features // 2 if self.kind == col.BFLOAT16_PAIRS else 0
 
     @property
     def panel_rows(self) -> int:
         """Weight rows that are one unit of work."""
-        if self.takes_int16:
+        if self.kind in _IN_GROUPS:
             return GROUPS * GROUP_ROWS
         return max(3, PANEL_BYTES // (4 * self.in_features) // 3 * 3)
 
@@ -85,6 +89,8 @@ class CpuLinear:
         """float32 values of scratch for decoded weights."""
         if self.takes_int16:
             return GROUP_ROWS // 2 * self.in_features
+        if self.kind in _IN_GROUPS:
+            return 0
         return self.panel_rows * self.in_features
 
 
@@ -136,90 +142,29 @@ def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
         raise ModelError(f"a linear with {in_features} inputs: the CPU kernels need a multiple of {DEPTH}")
     weights = _alike([part.matrix for part in parts])
     out_features = sum(part.out_features for part in parts)
-    bias = _bias(parts)
+    bias = joined_bias(parts)
     quantized = [weight for weight in weights if isinstance(weight, Nf4Weight)]
     dense = [weight for weight in weights if isinstance(weight, Tensor)]
     if quantized:
         return _pack_nf4(quantized, in_features, out_features, bias)
-    empty = np.empty(0, dtype=np.float32)
     # A single matrix is read in place: a tied output head shares the embedding's memory.
-    joined = dense[0] if len(dense) == 1 else torch.cat([weight.reshape(-1) for weight in dense])
-    return CpuLinear(
-        in_features=in_features,
-        out_features=out_features,
-        weights=as_array(joined.reshape(-1)),
-        bias=bias,
-        absmax=np.empty(0, dtype=np.uint8),
-        row_block=np.empty(0, dtype=np.int32),
-        row_offset=empty,
-        nested=empty,
-        nested_code=empty,
-    )
+    joined = as_array((dense[0] if len(dense) == 1 else torch.cat(dense)).reshape(-1))
+    kind = col.BFLOAT16 if joined.dtype == np.uint16 else col.FLOAT32
+    return dense_linear(kind, (in_features, out_features), joined, bias)
 
 
-def takes_int16(parts: Sequence[Linear]) -> bool:
-    """Whether ``pack_for_int16`` can lay these linears out."""
-    return all(isinstance(part.matrix, Nf4Weight) and part.out_features % GROUP_ROWS == 0 for part in parts)
-
-
-def pack_for_int16(parts: Sequence[Linear]) -> CpuLinear:
-    """Lays out NF4 linears over the same input, of a multiple of sixteen outputs each, as ``int16.tile`` reads them."""
-    weights = [part.matrix for part in parts if isinstance(part.matrix, Nf4Weight)]
-    size, out = parts[0].in_features, sum(part.out_features for part in parts)
-    scales = torch.cat([weight.block_scales() for weight in weights]).view(out, -1)
-    steps, units = _fixed_point(scales.numpy())
-    words = _words_of_groups(torch.cat([weight.packed for weight in weights]), size)
-    return _of_integers((size, out), words, _bias(parts), steps, units / np.float32(CODE_STEPS))
-
-
-def takes_int8(part: Linear) -> bool:
-    """Whether ``pack_int8`` can lay a linear out: it is dense, of fitting sizes, and of moderate weights."""
-    matrix = part.matrix
-    fits = part.in_features % BLOCK_SIZE == 0 and part.out_features % GROUP_ROWS == 0
-    return fits and isinstance(matrix, Tensor) and float(matrix.abs().max()) < _LARGEST_FOR_INT8
-
-
-def pack_int8(part: Linear) -> CpuLinear:
-    """Lays out a dense linear in int8 with a scale for each 64 inputs, as ``int16.tile`` reads it."""
-    assert isinstance(part.matrix, Tensor)
-    size, out = part.in_features, part.out_features
-    # In torch's memory, which begins with a cache line: a vector then never lies in two of them.
-    words = torch.empty((out // GROUP_ROWS, size // 4, GROUP_ROWS, 4), dtype=torch.int8)
-    steps = np.empty((out, size // BLOCK_SIZE), dtype=np.int16)
-    units = np.empty(out, dtype=np.float32)
-    for first in range(0, out, _ROWS_AT_ONCE):
-        last = min(first + _ROWS_AT_ONCE, out)
-        blocks = part.matrix[first:last].float().view(last - first, -1, BLOCK_SIZE)
-        largest = blocks.abs().amax(2)
-        steps[first:last], units[first:last] = _fixed_point((largest / _INT8_STEPS).numpy())
-        scales = torch.from_numpy(steps[first:last].astype(np.float32) * units[first:last, None])
-        inverse = torch.where(scales > 0, 1 / scales, 0)[:, :, None]
-        codes = (blocks * inverse).round_().clamp_(-_INT8_STEPS, _INT8_STEPS).to(torch.int8)
-        # The bytes of a word are inputs 0, 2, 1 and 3 of four: the low bytes of its two halves are a pair.
-        codes = codes.view(-1, GROUP_ROWS, size // 4, 2, 2).permute(0, 2, 1, 4, 3)
-        words[first // GROUP_ROWS : last // GROUP_ROWS] = codes.reshape(-1, size // 4, GROUP_ROWS, 4)
-    return _of_integers((size, out), words.view(-1).numpy(), _bias([part]), steps, units)
-
-
-def _fixed_point(scales: Floats) -> tuple[Array, Floats]:
-    """Scales [rows, blocks] as int16 steps of a unit [rows] float32, that of the row's largest."""
-    units = np.abs(scales).max(axis=1) / np.float32(_SCALE_STEPS)
-    return np.rint(scales / np.where(units > 0, units, np.float32(1))[:, None]).astype(np.int16), units
-
-
-def _of_integers(
-    sizes: tuple[int, int], weights: Array, bias: Array, steps: Array, units: Array
-) -> CpuLinear:
-    """A linear for inputs in 16-bit integers, with its scales [rows, blocks] laid out as tiles read them."""
+def dense_linear(kind: int, sizes: tuple[int, int], weights: Array, bias: Array) -> CpuLinear:
+    """A linear of that many inputs and outputs whose weights have no scales."""
     empty = np.empty(0, dtype=np.float32)
     return CpuLinear(
+        kind=kind,
         in_features=sizes[0],
         out_features=sizes[1],
         weights=weights,
         bias=bias,
-        absmax=steps.reshape(-1, GROUP_ROWS, steps.shape[1]).transpose(0, 2, 1).reshape(-1),
+        absmax=np.empty(0, dtype=np.uint8),
         row_block=np.empty(0, dtype=np.int32),
-        row_offset=units,
+        row_offset=empty,
         nested=empty,
         nested_code=empty,
     )
@@ -235,7 +180,8 @@ def _alike(weights: Sequence[Matrix]) -> Sequence[Matrix]:
     return dense
 
 
-def _bias(parts: Sequence[Linear]) -> Array:
+def joined_bias(parts: Sequence[Linear]) -> Array:
+    """The biases of linears, one after another; zeros for what has none."""
     if all(part.bias is None for part in parts):
         return _zeros(sum(part.out_features for part in parts))
     return np.concatenate(
@@ -249,19 +195,6 @@ def _bias(parts: Sequence[Linear]) -> Array:
 @functools.cache
 def _zeros(size: int) -> Array:
     return np.zeros(size, dtype=np.float32)
-
-
-def _words_of_groups(packed: Tensor, size: int) -> Array:
-    """Codes as [groups, size / 8, 16] uint32; see ``int16.tile``."""
-    # bitsandbytes keeps the even one of two inputs in the high nibble; here byte j of a pair of inputs j and 4 + j.
-    pairs = packed.numpy().reshape(-1, 4, GROUP_ROWS // 4, size // 8, 4)
-    inputs = np.stack((pairs >> 4, pairs & 15), axis=-1)  # [groups, quarters, rows, words, pairs, 2]
-    low, high = inputs[..., :2, :], inputs[..., 2:, :]
-    words = (low | high << 4).transpose(0, 3, 1, 4, 2, 5)  # [groups, words, quarters, pairs, rows, 2]
-    # In torch's memory, which begins with a cache line: a vector then never lies in two of them.
-    aligned = torch.empty(words.shape, dtype=torch.uint8).numpy()
-    aligned[...] = words
-    return aligned.reshape(-1).view(np.uint32)
 
 
 def _pack_nf4(weights: Sequence[Nf4Weight], in_features: int, out_features: int, bias: Array) -> CpuLinear:
@@ -284,6 +217,7 @@ def _pack_nf4(weights: Sequence[Nf4Weight], in_features: int, out_features: int,
         first += padded.size
     offsets = [np.full(weight.shape[0], weight.offset, dtype=np.float32) for weight in weights]
     return CpuLinear(
+        kind=col.NESTED_NF4,
         in_features=in_features,
         out_features=out_features,
         weights=np.concatenate([interleave_nibbles(weight.packed) for weight in weights]),
@@ -300,6 +234,7 @@ def _pack_plain(weights: Sequence[Nf4Weight], in_features: int, out_features: in
     """NF4 whose absmaxes are float32; those of parts that quantize theirs are dequantized, which is exact."""
     empty = np.empty(0, dtype=np.float32)
     return CpuLinear(
+        kind=col.PLAIN_NF4,
         in_features=in_features,
         out_features=out_features,
         weights=np.concatenate([interleave_nibbles(weight.packed) for weight in weights]),

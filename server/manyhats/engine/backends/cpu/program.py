@@ -12,8 +12,9 @@ from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.head.exact import NUM_PLACES
-from manyhats.engine.backends.cpu.packing import RESCALED_ROWS, Array, CpuLinear, as_array
-from manyhats.engine.model.architecture import Norm
+from manyhats.engine.backends.cpu.packing import DEPTH, RESCALED_ROWS, Array, CpuLinear, as_array
+from manyhats.engine.errors import ModelError
+from manyhats.engine.model.architecture import Experts, Norm
 from manyhats.engine.model.weights import NormWeight
 
 Instructions = tuple[Array, Array]
@@ -81,9 +82,23 @@ class Program:
         """``target *= factor``."""
         self._add(col.SCALE, target, target, [size], factor)
 
-    def activate(self, instruction: int, source: int, target: int, size: int, is_gated: bool) -> None:
-        """``target = activation(source)``; source holds a gate, then what it multiplies, if it is gated."""
-        self._add(instruction, source, target, [size, int(is_gated)])
+    def activate(
+        self,
+        instruction: int,
+        source: int,
+        target: int,
+        size: int,
+        is_gated: bool,
+        rows: int = col.NUM_ROWS,
+    ) -> None:
+        """``target = activation(source)``; source holds a gate, then what it multiplies, if it is gated.
+
+        Raises:
+            ModelError: the rows are no whole vectors.
+        """
+        if size % DEPTH:
+            raise ModelError(f"the CPU kernels activate rows of a multiple of {DEPTH} values, not {size}")
+        self._add(instruction, source, target, [size, int(is_gated)], rows=rows)
 
     def softcap(self, target: int, size: int, limit: float) -> None:
         """``target = limit · tanh(target / limit)``."""
@@ -166,14 +181,86 @@ class Program:
         self._add(col.ATTENTION, source, target, own, scale, softcap or 0.0)
 
     def linear(
-        self, source: int, target: int, packed: CpuLinear, quantized: int, rows: int = col.NUM_ROWS
+        self, source: int, target: int, packed: CpuLinear, converted: int, rows: int = col.NUM_ROWS
     ) -> None:
-        """``target = source Wᵀ + b``; ``quantized`` holds the source in integers, if the weights need that."""
+        """``target = source Wᵀ + b``; ``converted`` is for the source in integers or bfloat16, if they need that."""
         self._need(packed.num_scratch_values)
-        if packed.takes_int16:
-            self._add(col.QUANTIZE, source, quantized, [packed.in_features], rows=rows)
-            source = quantized
+        if packed.converted_size:
+            self.convert(source, converted, packed, rows)
+            source = converted
         self._add(col.LINEAR, source, target, self._linear(packed, 0, 0), rows=rows)
+
+    def convert(self, source: int, target: int, packed: CpuLinear, rows: int = col.NUM_ROWS) -> None:
+        """``target`` is the source in integers or bfloat16, as these weights take it."""
+        instruction = col.QUANTIZE if packed.takes_int16 else col.NARROW
+        self._add(instruction, source, target, [packed.in_features], rows=rows)
+
+    def route(self, source: int, routes: int, size: int, experts: Experts) -> None:
+        """``routes`` has each row's experts and their weights, by the router's logits, which begin a row of source."""
+        own = [size, experts.num, experts.num_per_row, 0, int(experts.renormalizes)]
+        self._add(col.ROUTE, source, routes, own)
+
+    def pair(self, routes: int, pairs: int, experts: Experts) -> Array:
+        """``pairs`` has the pairs of rows and experts in order, routes their places in it.
+
+        Returns:
+            [1] int64, which holds, once a step has come to here, how many experts have pairs.
+        """
+        num_used = np.zeros(1, dtype=np.int64)
+        own = [0, experts.num, experts.num_per_row, 0, pairs, 0, 0, 0, self._address(num_used)]
+        self._add(col.PAIR, routes, pairs, own)
+        return num_used
+
+    def spread(self, source: int, target: int, num_words: int, pairs: int, experts: Experts) -> None:
+        """Copies each row, of so many 32-bit words, to its pairs."""
+        own = [num_words, experts.num, 0, 0, pairs]
+        self._add(col.SPREAD, source, target, own, rows=col.NUM_PAIRS)
+
+    def expert_linear(
+        self, source: int, target: int, packed: Sequence[CpuLinear], pairs: int, num_used: Array
+    ) -> None:
+        """``target = source Wᵀ + b`` for the pairs of each expert with its own weights, all of one shape and kind."""
+        table = np.zeros((len(packed), col.NUM_COLUMNS), dtype=np.int64)
+        for row, each in zip(table, packed, strict=True):
+            weights = self._linear(each, 0, 0)
+            row[col.SIZE : col.SIZE + len(weights)] = weights
+        first = packed[0]
+        self._need(first.num_scratch_values)
+        own = [first.in_features, len(packed), 0, first.out_features, pairs, first.panel_rows]
+        own += [self._address(table), first.converted_size or first.in_features, self._address(num_used)]
+        self._add(col.EXPERT_LINEAR, source, target, own, rows=col.NUM_PAIRS)
+
+    def expert_deltas(
+        self,
+        source: int,
+        target: int,
+        sizes: tuple[int, int],
+        layer: int,
+        members: range,
+        is_of_pairs: bool,
+        routes: int,
+        experts: Experts,
+    ) -> None:
+        """Each row's own low-rank deltas on its experts.
+
+        Args:
+            source: inputs of rows, or of pairs.
+            target: outputs of pairs.
+            sizes: of a row of source, and of target.
+            layer: of the adapters' entries.
+            members: which of an expert's linears target holds side by side.
+            is_of_pairs: whether source does.
+            routes: the buffer of rows' experts.
+            experts: of the layer.
+        """
+        own = [sizes[0], layer, experts.num_per_row, sizes[1], routes]
+        own += [members.start, len(members), int(is_of_pairs)]
+        self._add(col.EXPERT_DELTAS, source, target, own)
+
+    def combine(self, source: int, target: int, size: int, routes: int, experts: Experts) -> None:
+        """``target`` is the sum of what each row's experts made of it, times their weights."""
+        own = [size, 0, experts.num_per_row, 0, routes]
+        self._add(col.COMBINE, source, target, own)
 
     def refine(self, source: int, target: int, head: CpuLinear) -> None:
         """Makes the logits of each row's likeliest tokens what a dense head gives, those of target being near that."""
@@ -236,8 +323,8 @@ class Program:
     def _linear(self, packed: CpuLinear, group: int, layer: int) -> list[int]:
         arrays = (packed.weights, packed.absmax, packed.row_block, packed.row_offset, packed.nested)
         addresses = [self._address(array) for array in (*arrays, packed.nested_code, packed.bias)]
-        kind = _kind(packed)
-        return [packed.in_features, layer, kind, packed.out_features, group, packed.panel_rows, *addresses]
+        sizes = packed.kind, packed.out_features, group, packed.panel_rows
+        return [packed.in_features, layer, *sizes, *addresses]
 
     def _norm(self, norm: PackedNorm) -> list[int]:
         addresses = self._address(norm.weight), self._address(norm.bias)
@@ -264,11 +351,3 @@ class Program:
         row = [instruction, rows, source, target, *own]
         self._rows.append(row + [0] * (col.NUM_COLUMNS - len(row)))
         self._numbers.append((first, second))
-
-
-def _kind(packed: CpuLinear) -> int:
-    if packed.takes_int16:
-        return col.INT8 if packed.weights.dtype == np.int8 else col.NF4_BY_INT16
-    if packed.weights.dtype == np.uint8:
-        return col.NESTED_NF4 if packed.absmax.dtype == np.uint8 else col.PLAIN_NF4
-    return col.BFLOAT16 if packed.weights.dtype == np.uint16 else col.FLOAT32

@@ -12,10 +12,12 @@ import numpy as np
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.addresses import array_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.dense.linear import narrow_row
 from manyhats.engine.backends.cpu.int8 import store_head
 from manyhats.engine.backends.cpu.int16.quantize import quantize_row
 from manyhats.engine.backends.cpu.simd import (
     add,
+    alike,
     div,
     erf,
     exp,
@@ -30,6 +32,9 @@ from manyhats.engine.backends.cpu.simd import (
     tanh,
     zero,
 )
+from manyhats.engine.backends.cpu.wide import LANES
+from manyhats.engine.backends.cpu.wide import load as load_wide
+from manyhats.engine.backends.cpu.wide import store as store_wide
 
 _SQRT_8_OVER_PI = math.sqrt(8.0 / math.pi)
 _SQRT_HALF = math.sqrt(0.5)
@@ -73,7 +78,7 @@ def scale_row(x, at, size, factor):
 @inner
 def silu(v):
     """Each lane as v / (1 + e⁻ᵛ)."""
-    return div(v, add(splat(np.float32(1.0)), exp(sub(zero(), v))))
+    return div(v, add(alike(v, np.float32(1.0)), exp(sub(alike(v, np.float32(0.0)), v))))
 
 
 @inner
@@ -82,22 +87,22 @@ def gelu_tanh(v):
 
     ``½ · v · (1 + tanh y)`` is ``v / (1 + e⁻²ʸ)``, which loses nothing where tanh is near −1.
     """
-    cubic = splat(np.float32(0.044715))
-    power = mul(splat(np.float32(-_SQRT_8_OVER_PI)), fma(mul(mul(v, v), cubic), v, v))
-    return div(v, add(splat(np.float32(1.0)), exp(power)))
+    cubic = alike(v, np.float32(0.044715))
+    power = mul(alike(v, np.float32(-_SQRT_8_OVER_PI)), fma(mul(mul(v, v), cubic), v, v))
+    return div(v, add(alike(v, np.float32(1.0)), exp(power)))
 
 
 @inner
 def gelu(v):
     """Each lane as ``½ · v · (1 + erf(v / √2))``."""
-    half = mul(v, splat(np.float32(0.5)))
-    return fma(half, erf(mul(v, splat(np.float32(_SQRT_HALF)))), half)
+    half = mul(v, alike(v, np.float32(0.5)))
+    return fma(half, erf(mul(v, alike(v, np.float32(_SQRT_HALF)))), half)
 
 
 @inner
 def relu(v):
     """Each lane or 0, whichever is larger; NaN stays NaN."""
-    return maximum(zero(), v)
+    return maximum(alike(v, np.float32(0.0)), v)
 
 
 @inner
@@ -112,12 +117,15 @@ def activated(kind, v):
 
 @inner
 def activate_row(kind, x, at, size, is_gated, out, out_at):
-    """out[out_at:] = activation(x[at:]), times what follows the first ``size`` values if these are a gate."""
-    for i in range(0, size, 8):
-        v = activated(kind, load(x, at + i))
+    """out[out_at:] = activation(x[at:]), times what follows the first ``size`` values if these are a gate.
+
+    The size is a multiple of sixteen.
+    """
+    for i in range(0, size, LANES):
+        v = activated(kind, load_wide(x, at + i))
         if is_gated:
-            v = mul(v, load(x, at + size + i))
-        store(out, out_at + i, v)
+            v = mul(v, load_wide(x, at + size + i))
+        store_wide(out, out_at + i, v)
 
 
 @inner
@@ -175,6 +183,8 @@ def rowwise(op, numbers, first, last, frame, buffers):
         elif kind == col.QUANTIZE:
             words = ints_at(buffers[op[col.TARGET]])
             quantize_row(source, at, size, words, row)
+        elif kind == col.NARROW:
+            narrow_row(source, at, size, ints_at(buffers[op[col.TARGET]]), row)
         elif kind == col.SOFTCAP:
             cap_row(target, at, size, numbers[0])
         else:

@@ -1,8 +1,8 @@
 """Eight float32 lanes as a Numba value, so that kernels say which operations run, and in which order.
 
-A vector is an LLVM ``<8 x float>``: one AVX register, or two NEON ones. Nothing here is reassociated by the
-compiler, so a kernel's result depends on the order its source states and on nothing else: not on how many
-rows it is given, nor on which variant of a loop handles them.
+A vector is an LLVM ``<8 x float>``: one AVX register, or two NEON ones; what takes one takes those of ``wide``, too.
+Nothing here is reassociated by the compiler, so a kernel's result depends on the order its source states and on
+nothing else: not on how many rows it is given, nor on which variant of a loop handles them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 _I8 = ir.IntType(8)
 _VEC = ir.VectorType(_F32, LANES)
-_IVEC = ir.VectorType(_I32, LANES)
 _RAW16 = ir.VectorType(ir.IntType(16), LANES)
 
 # The least relative error over |r| ≤ ln 2 / 2 with 1 + r kept, 3e-9; Taylor's coefficients give 1.2e-7.
@@ -92,12 +91,22 @@ def _const_f32(value: float) -> ir.Constant:
     return ir.Constant(_F32, struct.unpack("f", struct.pack("f", value))[0])
 
 
-def _splat_const(value: float) -> ir.Constant:
-    return ir.Constant(_VEC, [_const_f32(value)] * LANES)
+def _floats(like: Any, value: float) -> ir.Constant:
+    """The float32 nearest to value in as many lanes as another vector has."""
+    return ir.Constant(ir.VectorType(_F32, like.type.count), [_const_f32(value)] * like.type.count)
 
 
-def _splat_int(value: int) -> ir.Constant:
-    return ir.Constant(_IVEC, [value] * LANES)
+def _ints(like: Any, value: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_I32, like.type.count), [value] * like.type.count)
+
+
+def _as_ints(builder: Any, value: Any) -> Any:
+    """A vector's bits."""
+    return builder.bitcast(value, ir.VectorType(_I32, value.type.count))
+
+
+def _as_floats(builder: Any, bits: Any) -> Any:
+    return builder.bitcast(bits, ir.VectorType(_F32, bits.type.count))
 
 
 def _widen(builder: Any, raw: Any, lanes: int) -> Any:
@@ -107,14 +116,16 @@ def _widen(builder: Any, raw: Any, lanes: int) -> Any:
     return builder.bitcast(bits, ir.VectorType(_F32, lanes))
 
 
-def _narrow(builder: Any, value: Any) -> Any:
+def narrow(builder: Any, value: Any) -> Any:
     """float32 to bfloat16 bits, to nearest even; NaN stays NaN."""
-    bits = builder.bitcast(value, _IVEC)
-    odd = builder.and_(builder.lshr(bits, _splat_int(16)), _splat_int(1))
-    rounded = builder.add(bits, builder.add(odd, _splat_int(0x7FFF)))
+    bits = _as_ints(builder, value)
+    odd = builder.and_(builder.lshr(bits, _ints(bits, 16)), _ints(bits, 1))
+    rounded = builder.add(bits, builder.add(odd, _ints(bits, 0x7FFF)))
     is_nan = builder.fcmp_unordered("uno", value, value)
-    rounded = builder.select(is_nan, _splat_int(0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(rounded, _splat_int(16)), _RAW16)
+    rounded = builder.select(is_nan, _ints(bits, 0x7FC00000), rounded)
+    return builder.trunc(
+        builder.lshr(rounded, _ints(bits, 16)), ir.VectorType(ir.IntType(16), bits.type.count)
+    )
 
 
 def load_lanes(builder: Any, ptr: Any, dtype: Any, lanes: int = LANES) -> Any:
@@ -185,7 +196,7 @@ def store(typingctx, array, index, value):
         if array_type.dtype == types.float32:
             builder.store(args[2], builder.bitcast(ptr, _VEC.as_pointer()), align=4)
         else:
-            builder.store(_narrow(builder, args[2]), builder.bitcast(ptr, _RAW16.as_pointer()), align=2)
+            builder.store(narrow(builder, args[2]), builder.bitcast(ptr, _RAW16.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), codegen
@@ -209,11 +220,21 @@ def splat(typingctx, value):
 
 
 @intrinsic
+def alike(typingctx, vector_value, value):
+    """A float32 in as many lanes as another vector has."""
+
+    def codegen(context, builder, signature, args):
+        return spread(builder, args[1], args[0].type.count)
+
+    return vector_value(vector_value, types.float32), codegen
+
+
+@intrinsic
 def zero(typingctx):
     """Zero in every lane."""
 
     def codegen(context, builder, signature, args):
-        return _splat_const(0.0)
+        return ir.Constant(_VEC, [_const_f32(0.0)] * LANES)
 
     return vector(), codegen
 
@@ -223,7 +244,7 @@ def _binary(name: str, emit: Any, doc: str) -> Any:
         def codegen(context, builder, signature, args):
             return emit(builder, args[0], args[1])
 
-        return vector(vector, vector), codegen
+        return a(a, b), codegen
 
     op.__name__ = name
     op.__doc__ = doc
@@ -246,7 +267,7 @@ def at_least(typingctx, a, limit, value):
     """The lanes of value where a ≥ limit, 0 elsewhere."""
 
     def codegen(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], _splat_const(0.0))
+        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], _floats(args[2], 0.0))
 
     return vector(vector, vector, vector), codegen
 
@@ -262,9 +283,9 @@ def fma(typingctx, a, b, c):
     """Lane-wise a · b + c, rounded once."""
 
     def codegen(context, builder, signature, args):
-        return call_llvm(builder, f"llvm.fma.v{LANES}f32", _VEC, list(args))
+        return _fma(builder, *args)
 
-    return vector(vector, vector, vector), codegen
+    return a(a, b, c), codegen
 
 
 def tree(builder: Any, value: Any, combine: Any, lanes: int = LANES) -> Any:
@@ -279,22 +300,20 @@ def tree(builder: Any, value: Any, combine: Any, lanes: int = LANES) -> Any:
 
 
 @intrinsic
-def store_scalar(typingctx, array, index, value):
-    """array[index] = value: float32, or rounded to bfloat16 held as uint16."""
+def store_apart(typingctx, array, index, step, value):
+    """array[index + i · step] = lane i of value: float32, or rounded to bfloat16 held as uint16."""
     check_dtype(array)
 
     def codegen(context, builder, signature, args):
-        array_type = signature.args[0]
-        ptr = element(context, builder, array_type, args[0], args[1])
-        if array_type.dtype == types.float32:
-            builder.store(args[2], ptr)
-        else:
-            first = ir.Constant(_I32, 0)
-            lanes = builder.insert_element(ir.Constant(_VEC, ir.Undefined), args[2], first)
-            builder.store(builder.extract_element(_narrow(builder, lanes), first), ptr)
+        array_type, (array, index, step, value) = signature.args[0], args
+        lanes = value if array_type.dtype == types.float32 else narrow(builder, value)
+        for lane in range(lanes.type.count):
+            one = builder.extract_element(lanes, ir.Constant(_I32, lane))
+            builder.store(one, element(context, builder, array_type, array, index))
+            index = builder.add(index, step)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, types.float32), codegen
+    return types.void(array, types.intp, types.intp, vector), codegen
 
 
 @intrinsic
@@ -302,9 +321,9 @@ def sum_lanes(typingctx, value):
     """The sum of the lanes, by halves: always in the same order."""
 
     def codegen(context, builder, signature, args):
-        return tree(builder, args[0], builder.fadd)
+        return tree(builder, args[0], builder.fadd, args[0].type.count)
 
-    return types.float32(vector), codegen
+    return types.float32(value), codegen
 
 
 @intrinsic
@@ -315,36 +334,36 @@ def max_lanes(typingctx, value):
         def larger(x, y):
             return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
-        return tree(builder, args[0], larger)
+        return tree(builder, args[0], larger, args[0].type.count)
 
-    return types.float32(vector), codegen
+    return types.float32(value), codegen
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return call_llvm(builder, f"llvm.fma.v{LANES}f32", _VEC, [a, b, c])
+    return call_llvm(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
 
 def _polynomial(builder: Any, coefficients: tuple[float, ...], x: Any) -> Any:
     """Horner's rule, the highest power's coefficient first."""
-    value = _splat_const(coefficients[0])
+    value = _floats(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        value = _fma(builder, value, x, _splat_const(coefficient))
+        value = _fma(builder, value, x, _floats(x, coefficient))
     return value
 
 
 def _exp(builder: Any, value: Any) -> Any:
-    low, high = _splat_const(-87.3), _splat_const(88.0)
+    low, high = _floats(value, -87.3), _floats(value, 88.0)
     below = builder.fcmp_ordered("<", value, low)
     x = builder.select(below, low, value)
     x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
-    scaled = builder.fmul(x, _splat_const(1.4426950408889634))
-    n = call_llvm(builder, f"llvm.nearbyint.v{LANES}f32", _VEC, [scaled])
-    r = _fma(builder, n, _splat_const(-0.693359375), x)
-    r = _fma(builder, n, _splat_const(2.12194440e-4), r)
+    scaled = builder.fmul(x, _floats(x, 1.4426950408889634))
+    n = call_llvm(builder, f"llvm.nearbyint.v{x.type.count}f32", x.type, [scaled])
+    r = _fma(builder, n, _floats(x, -0.693359375), x)
+    r = _fma(builder, n, _floats(x, 2.12194440e-4), r)
     poly = _polynomial(builder, _EXP_COEFFICIENTS, r)
-    exponent = builder.add(builder.fptosi(n, _IVEC), _splat_int(127))
-    result = builder.fmul(poly, builder.bitcast(builder.shl(exponent, _splat_int(23)), _VEC))
-    result = builder.select(below, _splat_const(0.0), result)
+    exponent = builder.add(builder.fptosi(n, ir.VectorType(_I32, n.type.count)), _ints(n, 127))
+    result = builder.fmul(poly, _as_floats(builder, builder.shl(exponent, _ints(exponent, 23))))
+    result = builder.select(below, _floats(x, 0.0), result)
     return builder.select(builder.fcmp_unordered("uno", value, value), value, result)
 
 
@@ -358,7 +377,7 @@ def exp(typingctx, value):
     def codegen(context, builder, signature, args):
         return _exp(builder, args[0])
 
-    return vector(vector), codegen
+    return value(value), codegen
 
 
 @intrinsic
@@ -371,16 +390,16 @@ def exp2(typingctx, value):
     def codegen(context, builder, signature, args):
         x = args[0]
         # Adding 1.5 · 2²³ rounds to an integer, and leaves it in the low bits of the sum.
-        magic = _splat_const(12582912.0)
+        magic = _floats(x, 12582912.0)
         shifted = builder.fadd(x, magic)
         r = builder.fsub(x, builder.fsub(shifted, magic))
-        exponent = builder.shl(builder.bitcast(shifted, _IVEC), _splat_int(23))
-        power = builder.bitcast(builder.add(exponent, _splat_int(0x3F800000)), _VEC)
+        exponent = builder.shl(_as_ints(builder, shifted), _ints(x, 23))
+        power = _as_floats(builder, builder.add(exponent, _ints(x, 0x3F800000)))
         result = builder.fmul(_polynomial(builder, _EXP2_COEFFICIENTS, r), power)
-        kept = builder.fcmp_unordered(">=", x, _splat_const(-126.0))
-        return builder.select(kept, result, _splat_const(0.0))
+        kept = builder.fcmp_unordered(">=", x, _floats(x, -126.0))
+        return builder.select(kept, result, _floats(x, 0.0))
 
-    return vector(vector), codegen
+    return value(value), codegen
 
 
 @intrinsic
@@ -392,19 +411,19 @@ def tanh(typingctx, value):
 
     def codegen(context, builder, signature, args):
         x = args[0]
-        bits = builder.bitcast(x, _IVEC)
-        sign = builder.and_(bits, _splat_int(-0x80000000))
-        size = builder.bitcast(builder.and_(bits, _splat_int(0x7FFFFFFF)), _VEC)
-        one = _splat_const(1.0)
+        bits = _as_ints(builder, x)
+        sign = builder.and_(bits, _ints(bits, -0x80000000))
+        size = _as_floats(builder, builder.and_(bits, _ints(bits, 0x7FFFFFFF)))
+        one = _floats(x, 1.0)
         power = _exp(builder, builder.fadd(size, size))
-        far = builder.fsub(one, builder.fdiv(_splat_const(2.0), builder.fadd(power, one)))
-        far = builder.bitcast(builder.or_(builder.bitcast(far, _IVEC), sign), _VEC)
+        far = builder.fsub(one, builder.fdiv(_floats(x, 2.0), builder.fadd(power, one)))
+        far = _as_floats(builder, builder.or_(_as_ints(builder, far), sign))
         square = builder.fmul(x, x)
         cube = builder.fmul(square, x)
         near = _fma(builder, cube, _polynomial(builder, _TANH_COEFFICIENTS, square), x)
-        return builder.select(builder.fcmp_ordered("<", size, _splat_const(_TANH_NEAR)), near, far)
+        return builder.select(builder.fcmp_ordered("<", size, _floats(x, _TANH_NEAR)), near, far)
 
-    return vector(vector), codegen
+    return value(value), codegen
 
 
 @intrinsic
@@ -416,18 +435,18 @@ def erf(typingctx, value):
 
     def codegen(context, builder, signature, args):
         x = args[0]
-        bits = builder.bitcast(x, _IVEC)
-        sign = builder.and_(bits, _splat_int(-0x80000000))
-        size = builder.bitcast(builder.and_(bits, _splat_int(0x7FFFFFFF)), _VEC)
-        four = _splat_const(4.0)
+        bits = _as_ints(builder, x)
+        sign = builder.and_(bits, _ints(bits, -0x80000000))
+        size = _as_floats(builder, builder.and_(bits, _ints(bits, 0x7FFFFFFF)))
+        four = _floats(x, 4.0)
         bounded = builder.select(builder.fcmp_unordered("<", size, four), size, four)
         power = _exp(builder, _polynomial(builder, _LOG_ERFC_COEFFICIENTS, bounded))
-        far = builder.fsub(_splat_const(1.0), power)
-        far = builder.bitcast(builder.or_(builder.bitcast(far, _IVEC), sign), _VEC)
+        far = builder.fsub(_floats(x, 1.0), power)
+        far = _as_floats(builder, builder.or_(_as_ints(builder, far), sign))
         near = _fma(builder, x, _polynomial(builder, _ERF_COEFFICIENTS, builder.fmul(x, x)), x)
-        return builder.select(builder.fcmp_ordered("<", size, _splat_const(1.0)), near, far)
+        return builder.select(builder.fcmp_ordered("<", size, _floats(x, 1.0)), near, far)
 
-    return vector(vector), codegen
+    return value(value), codegen
 
 
 # The 16 values of the NF4 data type (Dettmers et al. 2023, arXiv:2305.14314, appendix E).

@@ -23,6 +23,7 @@ from manyhats.engine.backends.cpu.adapters.deltas import (
     num_rescaled_shares,
     rescaled,
 )
+from manyhats.engine.backends.cpu.adapters.expert_deltas import expert_deltas, num_expert_delta_shares
 from manyhats.engine.backends.cpu.adapters.gates import (
     gate_linears,
     gate_prefix,
@@ -32,6 +33,14 @@ from manyhats.engine.backends.cpu.adapters.gates import (
 from manyhats.engine.backends.cpu.addresses import floats_at, halves_at, longs_at, signed_bytes_at
 from manyhats.engine.backends.cpu.attention.attend import attend
 from manyhats.engine.backends.cpu.compile import inner, kernel
+from manyhats.engine.backends.cpu.experts import (
+    combine,
+    expert_linear,
+    num_expert_shares,
+    pair,
+    route,
+    spread,
+)
 from manyhats.engine.backends.cpu.head.exact import exact_logits, refine, refine_allowed
 from manyhats.engine.backends.cpu.linear import linear
 from manyhats.engine.backends.cpu.packing import Array
@@ -59,12 +68,18 @@ def num_shares(op, frame, num_threads):
     if kind == col.LINEAR:
         size = panels_of_share(op, num_threads) * op[col.PANEL_ROWS]
         return (op[col.NUM_OUT] + size - 1) // size if num_rows else 0
+    if kind == col.EXPERT_LINEAR:
+        return num_expert_shares(op, _SHARES * num_threads)
+    if kind == col.PAIR:
+        return min(num_rows, 1)
     if kind == col.ATTENTION:
         return frame[col.NUM_UNITS] * frame[col.NUM_KV_HEADS]
     if kind == col.DELTAS:
         return num_delta_shares(op, frame)
     if kind == col.RESCALED:
         return num_rescaled_shares(op, frame)
+    if kind == col.EXPERT_DELTAS:
+        return num_expert_delta_shares(op, frame)
     if kind == col.BOTTLENECK:
         return num_bottleneck_shares(op, frame)
     if kind == col.UNNORMED:
@@ -93,7 +108,8 @@ def _column_of(instruction):
     """The frame's column with the address of what carries out its shares."""
     if instruction in (col.ROTATE, col.ATTENTION, col.GATE_PREFIX):
         return col.CACHE_SHARE
-    return col.ADAPTER_SHARE if instruction in (col.DELTAS, col.BOTTLENECK) else col.PLAIN_SHARE
+    of_adapters = (col.DELTAS, col.EXPERT_DELTAS, col.BOTTLENECK)
+    return col.ADAPTER_SHARE if instruction in of_adapters else col.PLAIN_SHARE
 
 
 @inner
@@ -115,7 +131,12 @@ def plain_share(frame_address, index, share, count, at):
     first, last = _rows_of_share(num_rows, share, count)
     if kind == col.LINEAR:
         size = panels_of_share(op, frame[col.NUM_THREADS]) * op[col.PANEL_ROWS]
-        linear(op, num_rows, share * size, min((share + 1) * size, op[col.NUM_OUT]), buffers, scratch, at)
+        source, target = buffers[op[col.SOURCE]], buffers[op[col.TARGET]]
+        linear(
+            op, source, target, num_rows, share * size, min((share + 1) * size, op[col.NUM_OUT]), scratch, at
+        )
+    elif kind == col.EXPERT_LINEAR:
+        expert_linear(op, share, _SHARES * frame[col.NUM_THREADS], buffers, scratch, at)
     elif kind == col.RESCALED:
         rescaled(op, share, frame, buffers, scratch, at)
     elif kind == col.UNNORMED:
@@ -126,6 +147,14 @@ def plain_share(frame_address, index, share, count, at):
         gate_sublayer(op, numbers, share, frame, buffers, scratch, at)
     elif kind == col.NORM_HEADS:
         norm_heads(op, numbers, first, last, buffers)
+    elif kind == col.ROUTE:
+        route(op, first, last, buffers)
+    elif kind == col.PAIR:
+        pair(op, num_rows, buffers)
+    elif kind == col.SPREAD:
+        spread(op, first, last, buffers)
+    elif kind == col.COMBINE:
+        combine(op, first, last, buffers)
     elif kind == col.REFINE:
         refine(op, first, last, buffers, scratch, at)
     elif kind == col.REFINE_ALLOWED:
@@ -159,6 +188,8 @@ def adapter_share(frame_address, index, share, at, like):
     buffers, scratch = longs_at(frame[col.BUFFERS]), floats_at(frame[col.SCRATCH])
     if op[col.INSTRUCTION] == col.DELTAS:
         deltas(op, share, frame, buffers, like, scratch, at)
+    elif op[col.INSTRUCTION] == col.EXPERT_DELTAS:
+        expert_deltas(op, share, frame, buffers, like, scratch, at)
     else:
         bottleneck(op, numbers, share, frame, buffers, like, scratch, at)
 

@@ -63,6 +63,16 @@ def store(typingctx, array, index, value):
 
 
 @intrinsic
+def splat(typingctx, value):
+    """The same float32 in every lane."""
+
+    def codegen(context, builder, signature, args):
+        return simd.spread(builder, args[0], LANES)
+
+    return vector(types.float32), codegen
+
+
+@intrinsic
 def zero(typingctx):
     """Zero in every lane."""
 
@@ -70,26 +80,6 @@ def zero(typingctx):
         return ir.Constant(_VEC, [ir.Constant(_F32, 0.0)] * LANES)
 
     return vector(), codegen
-
-
-@intrinsic
-def fma(typingctx, a, b, c):
-    """Lane-wise a · b + c, rounded once."""
-
-    def codegen(context, builder, signature, args):
-        return simd.call_llvm(builder, f"llvm.fma.v{LANES}f32", _VEC, list(args))
-
-    return vector(vector, vector, vector), codegen
-
-
-@intrinsic
-def sum_lanes(typingctx, value):
-    """The sum of the lanes, by halves: always in the same order."""
-
-    def codegen(context, builder, signature, args):
-        return simd.tree(builder, args[0], builder.fadd, LANES)
-
-    return types.float32(vector), codegen
 
 
 @intrinsic

@@ -56,7 +56,7 @@ from manyhats.engine.model.forward import (
 )
 from manyhats.engine.model.nf4 import Nf4Weight
 from manyhats.engine.model.rotary import Angles, RotaryTables
-from manyhats.engine.model.weights import Linear, Matrix, NormWeight, Weights
+from manyhats.engine.model.weights import BlockWeights, Linear, Matrix, NormWeight, Weights
 from manyhats.engine.progress import Progress
 
 DeltaT = TypeVar("DeltaT")
@@ -91,13 +91,14 @@ class TorchModel:
         self.device = device
         self.weights = weights
         self.embedding = weights.embedding.to(device)
-        self.linears = [
-            {
-                group.name: self._dense([of_block.linears[name] for name in group.names])
-                for group in spec.groups()
-            }
-            for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True)
-        ]
+        self._sets: dict[BlockWeights, dict[str, _Dense]] = {}
+        for spec, of_block in zip(architecture.blocks, weights.blocks, strict=True):
+            if of_block not in self._sets:
+                self._sets[of_block] = {
+                    group.name: self._dense([of_block.linears[name] for name in group.names])
+                    for group in spec.groups()
+                }
+        self.linears = [self._sets[of_block] for of_block in weights.blocks]
         self.outer = {name: self._dense([linear]) for name, linear in weights.outer.items()}
         self.head = None
         if architecture.head is not None:
@@ -122,7 +123,7 @@ class TorchModel:
         tables = sum(table.nbytes for table in (self.positions, self.token_types) if table is not None)
         head = 0 if self.head is None else self.head.num_bytes
         return {
-            "base": sum(dense.num_bytes for layer in self.linears for dense in layer.values()),
+            "base": sum(dense.num_bytes for groups in self._sets.values() for dense in groups.values()),
             "embeddings": self.embedding.nbytes + head + tables + norms,
         }
 
@@ -226,22 +227,18 @@ class _Step:
         return x
 
     def project(self, name: str, x: Tensor) -> Tensor:
-        return self._product(x, self._model.outer[name])
+        dense = self._model.outer[name]
+        y = self._product(x, dense)
+        self._change(Site(-1, name), x, y, dense, slice(None))
+        return y
 
-    def linears(self, layer: int, group: Group, x: Tensor) -> Tensor:
+    def linears(self, layer: int, group: Group, x: Tensor, rows: Tensor | None = None) -> Tensor:
         dense = self._model.linears[layer][group.name]
         y, start = self._product(x, dense), 0
         for member in group.members:
-            site, columns = Site(layer, member.name), slice(start, start + member.d_out)
+            columns = slice(start, start + member.d_out)
             start = columns.stop
-            for rows, rescaling in self._deltas(site, InputScale):
-                y[rows, columns] = self._product(x[rows] * rescaling.scale, dense)[:, columns]
-            for rows, delta in self._deltas(site, Affine):
-                gate = self._texts.gate(delta.gate, rows, lambda: x)
-                y[rows, columns] = equations.affine(y[rows, columns], delta, gate)
-            for rows, low_rank in self._deltas(site, LowRank):
-                scale = low_rank.scale * self._texts.gate(low_rank.gate, rows, lambda: x)
-                y[rows, columns] += equations.low_rank(x[rows], low_rank.a, low_rank.b, scale)
+            self._change(Site(layer, member.name), x, y, dense, columns, rows)
         if group.name == "qkv":
             self._gate_prefixes(layer, x)
         return y
@@ -253,6 +250,28 @@ class _Step:
             adapter = self._adapters.placed.get(int(self._plan.row_slots[first]))
             for delta in () if adapter is None else adapter.at(Site(layer, "prefix"), PrefixGate):
                 self._prefix_gates[text] = self._texts.gate_of_text(delta.gate, text, lambda: x)
+
+    def _change(
+        self,
+        site: Site,
+        x: Tensor,
+        y: Tensor,
+        dense: _Dense,
+        columns: slice,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Gives each row its own adapter's deltas of one linear, in its columns of y.
+
+        ``rows`` says which of the step's rows these are; None for all. Gates are of texts, whose rows are all there.
+        """
+        for own, rescaling in self._deltas(site, InputScale, rows):
+            y[own, columns] = self._product(x[own] * rescaling.scale, dense)[:, columns]
+        for own, delta in self._deltas(site, Affine, rows):
+            gate = self._texts.gate(delta.gate, own, lambda: x)
+            y[own, columns] = equations.affine(y[own, columns], delta, gate)
+        for own, low_rank in self._deltas(site, LowRank, rows):
+            scale = low_rank.scale * self._texts.gate(low_rank.gate, own, lambda: x)
+            y[own, columns] += equations.low_rank(x[own], low_rank.a, low_rank.b, scale)
 
     def norm(self, x: Tensor, norm: Norm, weight: NormWeight) -> Tensor:
         if norm.kind == "layer":
@@ -275,10 +294,10 @@ class _Step:
             cells = cache.cells_of(torch.from_numpy(plan.block_tables[sequence]), length)
             first, last = plan.query_start[sequence : sequence + 2].tolist()
             for row in range(first, last):
-                end = length - (last - row) + 1
-                begin = 0 if spec.window is None else max(0, end - spec.window)
-                end = length if spec.sees_all else end
-                out[row] = attended(queries[row], *self._read(layer, cells[begin:end], sequence), spec)
+                seen = spec.seen(length - (last - row), length)
+                out[row] = attended(
+                    queries[row], *self._read(layer, cells[seen.start : seen.stop], sequence), spec
+                )
         return out
 
     def _read(self, layer: int, cells: Tensor, text: int) -> tuple[Tensor, Tensor]:
@@ -372,11 +391,13 @@ class _Step:
             for own in rows.split(1) if self._one_by_one else (rows,):
                 yield slot, own
 
-    def _deltas(self, site: Site, kind: type[DeltaT]) -> Iterator[tuple[Tensor, DeltaT]]:
-        """Rows, each with its adapter's deltas of one kind at a site."""
+    def _deltas(
+        self, site: Site, kind: type[DeltaT], among: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, DeltaT]]:
+        """Rows, each with its adapter's deltas of one kind at a site; or their places ``among`` some of the rows."""
         for slot, rows in self._rows:
             for delta in self._adapters.placed[slot].at(site, kind):
-                yield rows, delta
+                yield rows if among is None else torch.isin(among, rows).nonzero()[:, 0], delta
 
 
 def rotated(heads: Tensor, angles: Angles) -> Tensor:

@@ -19,7 +19,7 @@ from manyhats.engine.model.architecture import (
     Norm,
 )
 from manyhats.engine.model.families.decoder import check_config
-from manyhats.engine.model.families.fields import RawConfig, refuse
+from manyhats.engine.model.families.fields import RawConfig, check_heads_divide, refuse
 from manyhats.engine.model.layout import Family, Layout, Stored
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -40,7 +40,7 @@ _BERT = Layout(
     token_types="embeddings.token_type_embeddings",
     embedding_norm="embeddings.LayerNorm",
     embedding_projection="embeddings_project",
-    pooler="pooler.dense",
+    pooler="{prefix}pooler.dense",
     layer="encoder.layer.{layer}",
     ignored=("embeddings.position_ids", "embeddings.token_type_ids"),
     unused=("cls.", "lm_head.", "discriminator_predictions.", "generator_predictions.", "generator_lm_head."),
@@ -61,6 +61,23 @@ _DISTILBERT = replace(
     pooler="",
     layer="transformer.layer.{layer}",
     unused=("vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
+)
+_ALBERT = replace(
+    _BERT,
+    modules={
+        "attention.query": Stored(("q_proj",)),
+        "attention.key": Stored(("k_proj",)),
+        "attention.value": Stored(("v_proj",)),
+        "attention.dense": Stored(("o_proj",)),
+        "ffn": Stored(("up_proj",)),
+        "ffn_output": Stored(("down_proj",)),
+    },
+    norms={"attention_stream": "attention.LayerNorm", "feed_forward_stream": "full_layer_layer_norm"},
+    prefix="albert.",
+    embedding_projection="encoder.embedding_hidden_mapping_in",
+    pooler="{prefix}pooler",
+    layer="encoder.albert_layer_groups.{layer}.albert_layers.0",
+    unused=("predictions.", "sop_classifier."),
 )
 _DEFAULTS: RawConfig = {
     "vocab_size": 30522,
@@ -115,6 +132,31 @@ def electra(config: RawConfig, max_context_length: int | None) -> Family:
     return _encoder(full, max_context_length, replace(_BERT, prefix="electra.", pooler=""))
 
 
+def albert(config: RawConfig, max_context_length: int | None) -> Family:
+    """ALBERT: layers that share their weights, all of them or group by group, and a narrow embedding."""
+    own = {
+        "vocab_size": 30000,
+        "hidden_size": 4096,
+        "num_attention_heads": 64,
+        "intermediate_size": 16384,
+        "embedding_size": 128,
+        "hidden_act": "gelu_new",
+        "num_hidden_groups": 1,
+        "inner_group_num": 1,
+    }
+    full = {**_DEFAULTS, **own, **config}
+    num_layers, num_groups = full["num_hidden_layers"], full["num_hidden_groups"]
+    if full["inner_group_num"] != 1:
+        raise ModelError(f"config.json: inner_group_num {full['inner_group_num']!r} is not supported; 1 is")
+    if full["embedding_size"] == full["hidden_size"]:
+        raise ModelError("config.json: an embedding_size equal to hidden_size is not supported for albert")
+    family = _encoder(full, max_context_length, _ALBERT)
+    if not 1 <= num_groups <= num_layers:
+        raise ModelError(f"config.json: num_hidden_groups {num_groups} is outside [1, {num_layers}]")
+    shared = tuple(int(layer / (num_layers / num_groups)) for layer in range(num_layers))
+    return replace(family, architecture=replace(family.architecture, shared=shared))
+
+
 def _encoder(
     full: Mapping[str, Any], max_context_length: int | None, layout: Layout, *, offset: int = 0
 ) -> Family:
@@ -123,9 +165,8 @@ def _encoder(
         kind = full["position_embedding_type"]
         raise ModelError(f"config.json: position_embedding_type {kind!r} is not supported; absolute is")
     activation = check_config(full)
+    check_heads_divide(full)
     hidden, num_heads = full["hidden_size"], full["num_attention_heads"]
-    if hidden % num_heads:
-        raise ModelError(f"config.json: {num_heads} heads do not divide a hidden_size of {hidden}")
     longest = full["max_position_embeddings"] - offset
     length = longest if max_context_length is None else max_context_length
     if not 1 <= length <= longest:

@@ -14,6 +14,7 @@ from manyhats.engine.model.architecture import (
     Attention,
     Block,
     Embedding,
+    Experts,
     FeedForward,
     Head,
     Learned,
@@ -91,6 +92,7 @@ class Kind:
         is_parallel: whether the feed-forward runs beside the attention.
         embedding_size: E; None for D.
         positions: learned ones; None for none.
+        feed_forwards: of each layer, its width and experts; None for the config's ``intermediate_size`` in all.
         has_final_norm: whether the stream is normed at its end.
         has_head_bias: of the output head.
     """
@@ -101,6 +103,7 @@ class Kind:
     is_parallel: bool = False
     embedding_size: int | None = None
     positions: Learned | None = None
+    feed_forwards: tuple[tuple[int, Experts | None], ...] | None = None
     has_final_norm: bool = True
     has_head_bias: bool = False
 
@@ -170,7 +173,7 @@ def decoder(
         model_type=full["model_type"],
         max_context_length=length,
         embedding=Embedding(full["vocab_size"], size, float(scales.embedding), kind.positions),
-        blocks=_stack(block, sources, windows, length),
+        blocks=_stack(block, sources, windows, length, kind.feed_forwards),
         final_norm=norm if kind.has_final_norm else None,
         head=Head(
             is_tied=bool(full["tie_word_embeddings"]),
@@ -229,14 +232,24 @@ def _context_length(full: RawConfig, sources: Sequence[RopeSource | None], asked
 
 
 def _stack(
-    block: Block, sources: Sequence[RopeSource | None], windows: Sequence[int | None] | None, length: int
+    block: Block,
+    sources: Sequence[RopeSource | None],
+    windows: Sequence[int | None] | None,
+    length: int,
+    feed_forwards: Sequence[tuple[int, Experts | None]] | None,
 ) -> tuple[Block, ...]:
-    """The block in each layer, with the layer's RoPE and window."""
+    """The block in each layer, with the layer's RoPE, window, and feed-forward."""
     ropes = [None if source is None else resolve_rope(source, length) for source in sources]
     windows = (None,) * len(sources) if windows is None else windows
     # A window that no context reaches is no window; saying so lets the kernels skip it.
     reached = [window if window is not None and window < length else None for window in windows]
+    own = block.feed_forward
+    inner = [(own.width, own.experts)] * len(sources) if feed_forwards is None else feed_forwards
     return tuple(
-        replace(block, attention=replace(block.attention, rope=rope, window=window))
-        for rope, window in zip(ropes, reached, strict=True)
+        replace(
+            block,
+            attention=replace(block.attention, rope=rope, window=window),
+            feed_forward=replace(own, width=width, experts=experts),
+        )
+        for rope, window, (width, experts) in zip(ropes, reached, inner, strict=True)
     )

@@ -39,7 +39,9 @@ OWN_NAMES: Mapping[str, Mapping[str, str]] = {
     "gpt2": _GPT_NAMES,
     "gpt_neox": {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
     "gptj": _GPT_NAMES,
+    "mixtral": {"num_local_experts": "num_experts"},
     "opt": {"ffn_dim": "intermediate_size", "activation_function": "hidden_act"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
     "starcoder2": {"norm_epsilon": "layer_norm_eps"},
 }
 """``model_type`` → what its files call a field → what that is called elsewhere."""
@@ -70,6 +72,13 @@ def with_defaults(config: RawConfig, **defaults: Any) -> dict[str, Any]:
 
 ALL_HEADS: RawConfig = {"num_key_value_heads": None, "head_dim": None}
 """What a family's files cannot ask for whose heads all have their own keys, and the size that is left to each."""
+
+
+def check_heads_divide(full: RawConfig) -> None:
+    """Refuse a hidden size that is no whole number of heads."""
+    hidden, num_heads = full["hidden_size"], full["num_attention_heads"]
+    if hidden % num_heads:
+        raise ModelError(f"config.json: {num_heads} heads do not divide a hidden_size of {hidden}")
 
 
 def biased_groups(full: RawConfig, *, feed_forward: bool = True) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from manyhats.engine.scheduling.sequence import Sequence
 from support.factories.architectures import make_architecture, make_attention
 from support.harnesses.kernels import Operations, new_cache
 from support.oracles.operations import ReferenceKernels
-from support.oracles.transformers import causal_attention
+from support.oracles.transformers import dense_attention
 
 ONE_THREAD, TWO_THREADS, REFERENCE = Operations(1), Operations(2), ReferenceKernels()
 NUM_BLOCKS = 96
@@ -47,6 +47,7 @@ class Case:
     rows: tuple[Tensor, ...]
     tables: tuple[tuple[int, ...], ...]
     cap: float = 0.0
+    sees_all: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -110,8 +111,9 @@ def attend(
     qkv = torch.cat([case.rows[sequence][start:end] for sequence, start, end in parts])
     still = torch.zeros(qkv.shape[0], case.head_dim // 2)
     kernels.rotate_and_store(qkv, still + 1, still, batch, cache, layer, case.num_heads)
+    both = {"sees_all": True} if case.sees_all else {}
     out = kernels.attention(
-        qkv, batch, cache, layer, case.num_heads, case.scale, case.window, case.cap or None
+        qkv, batch, cache, layer, case.num_heads, case.scale, case.window, case.cap or None, **both
     )
     return list(out.split([end - start for _, start, end in parts]))
 
@@ -133,9 +135,8 @@ def exact(case: Case) -> list[Tensor]:
     out = []
     for rows in case.rows:
         q, k, v = rows.view(len(rows), -1, case.head_dim).split([heads, kv_heads, kv_heads], dim=1)
-        mixed = causal_attention(
-            q, stored(k, case.dtype), stored(v, case.dtype), case.scale, case.window, case.cap
-        )
+        keys, values = stored(k, case.dtype), stored(v, case.dtype)
+        mixed = dense_attention(q, keys, values, case.scale, case.window, case.cap, case.sees_all)
         out.append(mixed.reshape(len(rows), -1))
     return out
 
@@ -173,6 +174,19 @@ def test_contexts_of_several_parts_are_the_same_bits_decoded_or_chunked_by_any_n
     for row in range(ends[0], min(ends[0] + 4, len(case.rows[0]))):
         alone = attend(case, kernels, cache, [(0, row, row + 1)])
         assert torch.equal(alone[0], expected[0][row : row + 1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=cases(SHORT | LONG, st.none() | st.sampled_from([1, 2, 17, 65, 200, 256, 300])))
+def test_rows_that_see_both_ways_equal_dense_attention_and_are_the_same_bits_alone(case: Case) -> None:
+    both = Case(**{**vars(case), "sees_all": True})
+    found = whole(both, TWO_THREADS)
+    for actual, expected in zip(found, exact(both), strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=2e-5, rtol=1e-5)
+    for sequence, rows in enumerate(both.rows):
+        cache = new_cache(ONE_THREAD, both.architecture, NUM_BLOCKS, both.block_size, both.dtype)
+        (alone,) = attend(both, ONE_THREAD, cache, [(sequence, 0, len(rows))])
+        assert torch.equal(alone, found[sequence])
 
 
 @settings(max_examples=6, deadline=None)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.head.logits import CpuLogits, PackedHead
+from manyhats.engine.backends.cpu.int16.packing import pack_int8
 from manyhats.engine.backends.cpu.kernels import CpuKernels
-from manyhats.engine.backends.cpu.packing import pack_int8, pack_linear
+from manyhats.engine.backends.cpu.packing import pack_linear
 from manyhats.engine.backends.cpu.program import Program
 from manyhats.engine.backends.logits import HostLogits
 from manyhats.engine.backends.wants import NO_TARGETS, Array, Outcome, Targets, TokenLogprob, Wants

@@ -55,7 +55,8 @@ def quantized(x: Tensor) -> Tensor:
     """Each block of 64 inputs as whole steps of its largest, in float64."""
     blocks = x.view(x.shape[0], x.shape[1] // BLOCK_SIZE, BLOCK_SIZE)
     steps = blocks.abs().amax(2, keepdim=True).clamp(min=1e-30) / INPUT_STEPS
-    return ((blocks * (1 / steps)).round().double() * steps.double()).view(x.shape)
+    # The kernel rounds the product once, to an integer.
+    return ((blocks.double() * (1 / steps).double()).round() * steps.double()).view(x.shape)
 
 
 def definition(x: Tensor, parts: Sequence[Linear], *, exact: bool = False) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,11 @@ import numpy as np
 
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters.low_rank import expand, shrink
+from manyhats.engine.backends.cpu.adapters.row_tiles import expand_rows, shrink_rows
 from manyhats.engine.backends.cpu.adapters.texts import gate_of
 from manyhats.engine.backends.cpu.addresses import bytes_at, floats_at, ints_at, longs_at
 from manyhats.engine.backends.cpu.compile import inner
+from manyhats.engine.backends.cpu.dense.linear import multiply_dense, narrow_row
 from manyhats.engine.backends.cpu.int16.linear import multiply_nf4
 from manyhats.engine.backends.cpu.int16.quantize import quantize_row
 from manyhats.engine.backends.cpu.linear import decode, tile_4x3
@@ -37,8 +39,8 @@ from manyhats.engine.backends.cpu.simd import add, load, load_address, mul, stor
 ) = range(14)
 NUM_COLUMNS = 14
 
-ROWS_OF_THREAD = 4
-"""With adapters: from so many on, a row is one share, whatever the number of members."""
+TILES_OF_THREAD = 4
+"""With adapters: from so many on, a tile of rows is one share, whatever the number of members."""
 
 
 @inner
@@ -49,23 +51,23 @@ def table_of(op, frame):
 
 @inner
 def num_delta_shares(op, frame):
-    """A share is a row at all members of a group, or at one of them if there are few rows.
+    """A share is a tile of rows at all members of a group, or at one of them if there are few tiles.
 
-    An adapter's matrices lie in the order of members, so that a whole row is read in one go.
+    An adapter's matrices lie in the order of members, so that for a whole row they are read in one go.
     """
-    num_rows = frame[col.NUM_ADAPTER_ROWS]
-    if num_rows == 0:
+    num_tiles = frame[col.NUM_DELTA_TILES]
+    if num_tiles == 0:
         return 0
     table = table_of(op, frame)
     if not bytes_at(table[HAS_DELTAS])[op[col.LAYER]]:
         return 0
-    return num_rows if has_whole_rows(frame) else num_rows * table[NUM_MEMBERS]
+    return num_tiles if has_whole_rows(frame) else num_tiles * table[NUM_MEMBERS]
 
 
 @inner
 def has_whole_rows(frame):
-    """Whether there are enough rows with an adapter for each to be one share."""
-    return frame[col.NUM_ADAPTER_ROWS] >= ROWS_OF_THREAD * frame[col.NUM_THREADS]
+    """Whether there are enough tiles of rows with an adapter for each to be one share."""
+    return frame[col.NUM_DELTA_TILES] >= TILES_OF_THREAD * frame[col.NUM_THREADS]
 
 
 @inner
@@ -84,51 +86,70 @@ def shift_span(y, at, size, address, like):
 
 @inner
 def deltas(op, share, frame, buffers, like, scratch, at):
-    """y = y · g · scale + offset, then y += g · scale · (x Aᵀ) B, for one row at one member or at all of them.
+    """y = y · g · scale + offset, then y += g · scale · (x Aᵀ) B, for a tile of rows at one member or at all of them.
 
     Args:
         op: source holds x, target y; [N, d_in] and [N, d_out of all members].
-        share: index among the rows with an adapter, or that · members + member.
+        share: index of the tile, or that · members + member.
         frame, buffers: of the step.
         like: an array of the adapters' dtype.
-        scratch: from ``at`` on, as many values as the largest rank.
+        scratch: from ``at`` on, as many values for each row of a tile as the largest rank.
     """
     members = table_of(op, frame)[NUM_MEMBERS]
     if has_whole_rows(frame):
         for member in range(members):
-            change_row(op, share, member, frame, buffers, like, scratch, at)
+            change_rows(op, share, member, frame, buffers, like, scratch, at)
     else:
         index = share // members
-        change_row(op, index, share - index * members, frame, buffers, like, scratch, at)
+        change_rows(op, index, share - index * members, frame, buffers, like, scratch, at)
 
 
 @inner
-def change_row(op, index, member, frame, buffers, like, scratch, at):
-    """``deltas`` for the row ``index`` of those with an adapter, at one member."""
+def change_rows(op, index, member, frame, buffers, like, scratch, at):
+    """``deltas`` for the tile ``index``, whose rows have one adapter, at one member."""
     table = table_of(op, frame)
-    row = np.int64(ints_at(frame[col.ADAPTER_ROWS])[index])
-    slot = ints_at(frame[col.ADAPTER_SLOTS])[index]
+    tiles, rows = ints_at(frame[col.DELTA_TILES]), ints_at(frame[col.ADAPTER_ROWS])
+    first, last = np.int64(tiles[index]), np.int64(tiles[index + 1])
+    slot = ints_at(frame[col.ADAPTER_SLOTS])[first]
     entry = (op[col.LAYER] * frame[col.NUM_SLOTS] + slot) * table[NUM_MEMBERS] + member
+    if op[col.GATES] == 0 or longs_at(table[GATE_ADDRESS])[entry] == 0:
+        change_tile(op, first, last, member, entry, np.float32(1.0), False, frame, buffers, like, scratch, at)
+        return
+    # A tile's rows may be of several texts, each with its own gate.
+    for place in range(first, last):
+        gate = gate_of(op, np.int64(rows[place]), member, frame, buffers)
+        change_tile(op, place, place + 1, member, entry, gate, True, frame, buffers, like, scratch, at)
+
+
+@inner
+def change_tile(op, first, last, member, entry, gate, is_gated, frame, buffers, like, scratch, at):
+    """``change_rows`` for the places first … last of rows that have the same entry and gate."""
+    table = table_of(op, frame)
+    rows = ints_at(frame[col.ADAPTER_ROWS])
     x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
-    start = row * op[col.NUM_OUT] + ints_at(table[STARTS])[member]
-    size = np.int64(ints_at(table[SIZES])[member])
+    d_in, out = op[col.SIZE], op[col.NUM_OUT]
+    start, size = np.int64(ints_at(table[STARTS])[member]), np.int64(ints_at(table[SIZES])[member])
     scale = longs_at(table[SCALE_ADDRESS])[entry]
     offset = longs_at(table[OFFSET_ADDRESS])[entry]
     rank = np.int64(ints_at(table[RANKS])[entry])
-    gate = np.float32(1.0)
-    is_gated = op[col.GATES] != 0 and longs_at(table[GATE_ADDRESS])[entry] != 0
-    if is_gated:
-        gate = gate_of(op, row, member, frame, buffers)
-    if scale != 0:
-        if is_gated:
-            scale_row(y, start, size, gate)
-        scale_span(y, start, size, scale, scratch)
-    if offset != 0:
-        shift_span(y, start, size, offset, scratch)
+    for place in range(first, last):
+        row = np.int64(rows[place])
+        if scale != 0:
+            if is_gated:
+                scale_row(y, row * out + start, size, gate)
+            scale_span(y, row * out + start, size, scale, scratch)
+        if offset != 0:
+            shift_span(y, row * out + start, size, offset, scratch)
     if rank > 0:
         a, b = longs_at(table[A_ADDRESS])[entry], longs_at(table[B_ADDRESS])[entry]
-        shrink(x, row * op[col.SIZE], op[col.SIZE], a, rank, like, scratch, at)
-        expand(scratch, at, rank, b, size, like, floats_at(table[SCALES])[entry] * gate, y, start)
+        factor = floats_at(table[SCALES])[entry] * gate
+        if last - first == 1:
+            row = np.int64(rows[first])
+            shrink(x, row * d_in, d_in, a, rank, like, scratch, at)
+            expand(scratch, at, rank, b, size, like, factor, y, row * out + start)
+        else:
+            shrink_rows(x, rows, first, last, d_in, a, rank, like, scratch, at)
+            expand_rows(scratch, at, rank, b, size, like, factor, y, rows, first, last, out, start)
 
 
 @inner
@@ -172,8 +193,8 @@ def rescale_panel(op, member, index, table, frame, buffers, scratch, at):
     within = index * op[col.PANEL_ROWS]
     count = min(op[col.PANEL_ROWS], np.int64(ints_at(table[SIZES])[member]) - within)
     first = ints_at(table[STARTS])[member] + within
-    if op[col.KIND] == col.NF4_BY_INT16:
-        rescale_by_int16(op, member, first, count, table, frame, buffers, at)
+    if op[col.KIND] in (col.NF4_BY_INT16, col.FLOAT32_GROUPS, col.BFLOAT16_GROUPS, col.BFLOAT16_PAIRS):
+        rescale_groups(op, member, first, count, table, frame, buffers, at)
         return
     decode(op, first, count, scratch, at)
     x, y, bias = (
@@ -204,25 +225,35 @@ def rescale_panel(op, member, index, table, frame, buffers, scratch, at):
 
 
 @inner
-def rescale_by_int16(op, member, first, count, table, frame, buffers, at):
-    """``rescaled`` for rows first … first + count of weights that take integers."""
+def rescale_groups(op, member, first, count, table, frame, buffers, at):
+    """``rescaled`` for rows first … first + count of weights whose outputs are the lanes."""
     x, y = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
     scratch = floats_at(frame[col.SCRATCH])
     k, width = op[col.SIZE], op[col.PANEL_ROWS]
-    scaled = at + GROUP_ROWS // 2 * k
-    result = scaled + k
-    quantized = result + RESCALED_ROWS * width
-    words = ints_at(frame[col.SCRATCH] + 4 * quantized)
+    # Behind a decoded group, if there is one: results, inputs as the weights take them, one row's before that.
+    result = at + (GROUP_ROWS // 2 * k if op[col.KIND] == col.NF4_BY_INT16 else 0)
+    converted = result + RESCALED_ROWS * width
+    scaled = converted + RESCALED_ROWS * k
+    words = ints_at(frame[col.SCRATCH] + 4 * converted)
     # As if the panel were the first of a target that is as wide as it.
     out = floats_at(frame[col.SCRATCH] + 4 * (result - first))
     num_rows = frame[col.NUM_RESCALED_ROWS]
     for start in range(0, num_rows, RESCALED_ROWS):
         rows = min(RESCALED_ROWS, num_rows - start)
         for i in range(rows):
-            scale_input(op, member, start + i, table, frame, x, scratch, scaled)
-            quantize_row(scratch, scaled, k, words, i)
+            if op[col.KIND] == col.NF4_BY_INT16:
+                scale_input(op, member, start + i, table, frame, x, scratch, scaled)
+                quantize_row(scratch, scaled, k, words, i)
+            elif op[col.KIND] == col.BFLOAT16_PAIRS:
+                scale_input(op, member, start + i, table, frame, x, scratch, scaled)
+                narrow_row(scratch, scaled, k, words, i)
+            else:
+                scale_input(op, member, start + i, table, frame, x, scratch, converted + i * k)
         groups = first // GROUP_ROWS, (first + count) // GROUP_ROWS
-        multiply_nf4(op, words, rows, groups, out, width, scratch, at)
+        if op[col.KIND] == col.NF4_BY_INT16:
+            multiply_nf4(op, words, rows, groups, out, width, scratch, at)
+        else:
+            multiply_dense(op, words, rows, groups, out, width)
         for i in range(rows):
             row = np.int64(ints_at(frame[col.RESCALED_ROWS])[start + i])
             copy_row(scratch, result + i * width, count, y, row * op[col.NUM_OUT] + first)

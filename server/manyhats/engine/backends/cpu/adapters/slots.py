@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from manyhats.adapters.primitives import (
     Affine,
@@ -24,11 +25,15 @@ from manyhats.adapters.primitives import (
     PrefixGate,
     site_of,
 )
+from manyhats.adapters.sites import HEAD, PROJECTION, ROUTER, Site
 from manyhats.engine.backends.cpu import columns as col
 from manyhats.engine.backends.cpu.adapters import deltas
 from manyhats.engine.backends.cpu.adapters.prefix_table import PrefixEntries, PrefixTable
+from manyhats.engine.backends.cpu.adapters.row_tiles import TILE_ROWS
 from manyhats.engine.backends.cpu.adapters.tables import (
     AdapterMemory,
+    ExpertEntries,
+    ExpertTable,
     LinearEntries,
     LinearTable,
     SublayerEntries,
@@ -47,9 +52,9 @@ from manyhats.engine.backends.cpu.adapters.vocabulary import (
 )
 from manyhats.engine.backends.cpu.packing import LANES, Array
 from manyhats.engine.backends.own_logits import OwnRows, resized
-from manyhats.engine.backends.plan import AdapterRows
+from manyhats.engine.backends.plan import AdapterRows, Ints
 from manyhats.engine.errors import ModelError
-from manyhats.engine.model.architecture import Architecture
+from manyhats.engine.model.architecture import Architecture, LinearShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ class Layout:
         sizes: of each group of linears, the outputs of its members.
         places: linear → its group and its place in it.
         stream_places: where bottlenecks act → in how many layers, on rows of which size.
+        num_experts: E; 0 for none.
     """
 
     num_layers: int
@@ -69,23 +75,36 @@ class Layout:
     sizes: Mapping[str, tuple[int, ...]]
     places: Mapping[str, tuple[str, int]]
     stream_places: Mapping[str, tuple[int, int]]
+    num_experts: int = 0
 
     @classmethod
     def of(cls, architecture: Architecture) -> Layout:
-        """The layout of a base, whose blocks all have the same shapes."""
-        groups = architecture.blocks[0].groups()
+        """The layout of a base; a block may lack some of its groups, and what is outside them is in the first layer."""
+        groups = architecture.shared_groups().values()
+        sizes = {group.name: tuple(_size(member) for member in group.members) for group in groups}
+        places = {name: (group.name, member) for group in groups for member, name in enumerate(group.names)}
+        if architecture.embedding.size != architecture.hidden_size:
+            sizes[PROJECTION.name] = (architecture.hidden_size,)
+            places[PROJECTION.name] = PROJECTION.name, 0
+        experts = [block.feed_forward.experts for block in architecture.blocks]
+        num_experts = max((each.num for each in experts if each is not None), default=0)
         return cls(
             architecture.num_layers,
             architecture.hidden_size,
-            {group.name: tuple(member.d_out for member in group.members) for group in groups},
-            {name: (group.name, member) for group in groups for member, name in enumerate(group.names)},
+            sizes,
+            places,
             architecture.stream_places(),
+            num_experts,
         )
 
     def order(self, delta: Delta) -> tuple[int, int]:
         """Deltas sorted by it, those of one site as they were, are in the order in which a step reads them."""
         site, names = site_of(delta), list(self.places)
-        return site.layer, names.index(site.name) if site.name in names else len(names)
+        if site.name in names:
+            return site.layer, names.index(site.name)
+        # An expert's linears are read together.
+        expert = int(site.name.split(".")[1]) if site.is_of_mixture else 0
+        return site.layer, len(names) + expert
 
     def group_index(self, name: str) -> int:
         """A group's row in the kernel's table."""
@@ -94,6 +113,15 @@ class Layout:
     def place_index(self, name: str) -> int:
         """The row of a bottleneck's place in the kernel's table."""
         return list(self.stream_places).index(name)
+
+
+def padded_size(size: int) -> int:
+    """The values of a row of the router's logits: whole lanes, for deltas, whatever the number of experts."""
+    return -(-size // LANES) * LANES
+
+
+def _size(member: LinearShape) -> int:
+    return padded_size(member.d_out) if member.name == ROUTER else member.d_out
 
 
 class PackedAdapter:
@@ -114,6 +142,7 @@ class PackedAdapter:
         self.linears = {group: LinearEntries(num_layers, len(sizes)) for group, sizes in layout.sizes.items()}
         self.sublayers = {name: SublayerEntries(*shape) for name, shape in layout.stream_places.items()}
         self.prefix = PrefixEntries(num_layers)
+        self.experts = ExpertEntries(layout.num_experts)
         self.rescales_inputs = False
         self.embeddings: list[EmbeddingChange] = []
         self.heads: list[HeadChange] = []
@@ -124,7 +153,8 @@ class PackedAdapter:
     @property
     def num_bytes(self) -> int:
         """Resident bytes."""
-        return self.memory.num_bytes + sum(change.num_bytes for change in (*self.embeddings, *self.heads))
+        ends = sum(change.num_bytes for change in (*self.embeddings, *self.heads))
+        return self.memory.num_bytes + self.experts.num_bytes + ends
 
     def add(self, delta: Delta) -> None:
         """Copies a delta's numbers.
@@ -133,6 +163,14 @@ class PackedAdapter:
             ModelError: the kernels cannot run it.
         """
         match delta:
+            case LowRank() | Affine() | InputScale() if delta.site == PROJECTION:
+                self.add(replace(delta, site=Site(0, PROJECTION.name)))
+            case LowRank() if delta.site.name == ROUTER:
+                padding = -delta.b.shape[0] % LANES
+                padded = replace(delta, b=functional.pad(delta.b, (0, 0, 0, padding)))
+                self.linears[ROUTER].add_low_rank(0, padded, self.memory)
+            case LowRank() if delta.site.is_of_mixture:
+                self.experts.add(delta, self.memory)
             case LowRank() if delta.site.layer >= 0:
                 group, member = self._places[delta.site.name]
                 self.linears[group].add_low_rank(member, delta, self.memory)
@@ -181,6 +219,7 @@ class CpuAdapterSlots:
             for name, (num_layers, size) in layout.stream_places.items()
         }
         self._prefixes = PrefixTable(layout.num_layers, num_slots)
+        self._experts = ExpertTable(layout.num_layers, num_slots)
         self._linear_rows = np.stack([table.row for table in self._linears.values()])
         self._sublayer_rows = np.stack([table.row for table in self._sublayers.values()])
         self._rescaling = np.zeros(num_slots, dtype=np.bool_)
@@ -209,6 +248,7 @@ class CpuAdapterSlots:
             for name, sublayers in packed.sublayers.items():
                 self._sublayers[name].place(slot, sublayers.fields)
             self._prefixes.place(slot, packed.prefix.fields)
+            self._experts.place(slot, packed.experts)
             self._rescaling[slot] = packed.rescales_inputs
             self.placed = {**self.placed, slot: packed}
             self._note_rare()
@@ -221,6 +261,7 @@ class CpuAdapterSlots:
             for sublayer in self._sublayers.values():
                 sublayer.clear(slot)
             self._prefixes.clear(slot)
+            self._experts.clear(slot)
             self.placed = {other: packed for other, packed in self.placed.items() if other != slot}
             self._note_rare()
 
@@ -232,10 +273,10 @@ class CpuAdapterSlots:
     @property
     def num_scratch_values(self) -> int:
         """Float32 values of scratch that the kernel needs on each thread."""
-        rank = max(table.largest_rank for table in self._linears.values())
+        rank = max(self._experts.largest_rank, *(table.largest_rank for table in self._linears.values()))
         size = max(table.largest_size for table in self._sublayers.values())
         widest = max(row for _, row in self._layout.stream_places.values())
-        return max(rank, 2 * widest + size + LANES)
+        return max(TILE_ROWS * rank, 2 * widest + size + LANES)
 
     def describe(self, rows: AdapterRows, frame: Array) -> tuple[Array, ...]:
         """Enters into a step's frame where the tables are, and which rows have an adapter.
@@ -248,6 +289,7 @@ class CpuAdapterSlots:
         own = self._rescaling[rows.slots]
         rescaled_rows, rescaled_slots = rows.rows[own], rows.slots[own]
         tables, used = self._linear_rows.copy(), []
+        tiles = _tiles_of(rows.slots)
         if rescaled_rows.size:
             # Not of all slots: others are placed and cleared beside the step, whose threads must count the same shares.
             used = [table.has_input_scales(rescaled_slots) for table in self._linears.values()]
@@ -256,13 +298,17 @@ class CpuAdapterSlots:
         frame[col.LINEAR_TABLES] = tables.ctypes.data
         frame[col.SUBLAYER_TABLES] = self._sublayer_rows.ctypes.data
         frame[col.PREFIX_TABLE] = self._prefixes.row.ctypes.data
+        frame[col.EXPERT_ENTRIES] = self._experts.addresses.ctypes.data
+        frame[col.HAS_EXPERT_ENTRIES] = self._experts.has_entries.ctypes.data
         frame[col.NUM_ADAPTER_ROWS] = rows.rows.size
         frame[col.ADAPTER_ROWS] = rows.rows.ctypes.data
         frame[col.ADAPTER_SLOTS] = rows.slots.ctypes.data
+        frame[col.NUM_DELTA_TILES] = tiles.size - 1
+        frame[col.DELTA_TILES] = tiles.ctypes.data
         frame[col.NUM_RESCALED_ROWS] = rescaled_rows.size
         frame[col.RESCALED_ROWS] = rescaled_rows.ctypes.data
         frame[col.RESCALED_SLOTS] = rescaled_slots.ctypes.data
-        return tables, rescaled_rows, rescaled_slots, *used
+        return tables, tiles, rescaled_rows, rescaled_slots, *used
 
     def change_embeddings(self, token_ids: Tensor, hidden: Tensor, rows: AdapterRows) -> None:
         """Gives each row its own adapter's embedding.
@@ -312,10 +358,19 @@ class CpuAdapterSlots:
             change.apply(hidden, logits, rows, self._linear)
 
 
+def _tiles_of(slots: Ints) -> Ints:
+    """Where tiles of at most ``TILE_ROWS`` rows of one slot begin, of rows sorted by it; then their number."""
+    first_of_slot = np.searchsorted(slots, slots)
+    begins = (np.arange(slots.size) - first_of_slot) % TILE_ROWS == 0
+    return np.append(np.flatnonzero(begins), slots.size).astype(np.int32)
+
+
 def _num_matrix_values(delta: Delta) -> int:
     """Values that go into an adapter's one buffer of matrices."""
     match delta:
-        case LowRank() if delta.site.layer >= 0:
+        case LowRank() if delta.site.name == ROUTER:
+            return delta.a.numel() + padded_size(delta.b.shape[0]) * delta.rank
+        case LowRank() if delta.site != HEAD:
             return delta.a.numel() + delta.b.numel()
         case Bottleneck():
             return delta.down.numel() + delta.up.numel()

@@ -19,7 +19,7 @@ from manyhats.adapters.primitives import (
     InputScale,
     LowRank,
 )
-from manyhats.engine.backends.cpu.adapters import bottleneck, deltas
+from manyhats.engine.backends.cpu.adapters import bottleneck, deltas, expert_deltas
 from manyhats.engine.backends.cpu.packing import LANES, pack_low_rank
 from manyhats.engine.errors import ModelError
 
@@ -101,9 +101,7 @@ class LinearEntries:
         at = delta.site.layer, member
         if self.fields[deltas.RANKS][at]:
             raise ModelError(f"{delta.site}: one low-rank delta a site, not two")
-        if delta.a.shape[1] % LANES or delta.b.shape[0] % LANES:
-            raise ModelError(f"{delta.site}: the CPU kernels need dimensions that are multiples of {LANES}")
-        a, b = pack_low_rank(delta.a, delta.b)
+        a, b = packed_low_rank(delta)
         self.fields[deltas.A_ADDRESS][at] = memory.add_matrix(a)
         self.fields[deltas.B_ADDRESS][at] = memory.add_matrix(b)
         self.fields[deltas.SCALES][at] = delta.scale
@@ -142,6 +140,81 @@ class LinearEntries:
         if addresses[at]:
             raise ModelError(f"{delta.site}: one scale of the input a site, not two")
         addresses[at] = memory.add_vector(delta.scale)
+
+
+class ExpertEntries:
+    """What one adapter does at experts: entries [E · linears, columns] for each layer that has any.
+
+    Args:
+        num_experts: E.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.layers: dict[int, npt.NDArray[np.int64]] = {}
+        self.largest_rank = 0
+        self._num_rows = num_experts * len(expert_deltas.MEMBERS)
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes."""
+        return sum(entries.nbytes for entries in self.layers.values())
+
+    def add(self, delta: LowRank, memory: AdapterMemory) -> None:
+        """Enters a low-rank delta of an expert's linear.
+
+        Raises:
+            ModelError: the linear has one already, or its dimensions do not fit the kernels' lanes.
+        """
+        _, expert, name = delta.site.name.split(".")
+        entries = self.layers.setdefault(
+            delta.site.layer, np.zeros((self._num_rows, expert_deltas.NUM_COLUMNS), dtype=np.int64)
+        )
+        at = int(expert) * len(expert_deltas.MEMBERS) + expert_deltas.MEMBERS.index(name)
+        if entries[at, expert_deltas.RANK]:
+            raise ModelError(f"{delta.site}: one low-rank delta a site, not two")
+        a, b = packed_low_rank(delta)
+        entries[at, expert_deltas.A_ADDRESS] = memory.add_matrix(a)
+        entries[at, expert_deltas.B_ADDRESS] = memory.add_matrix(b)
+        entries[at, expert_deltas.RANK] = delta.rank
+        entries.view(np.float32)[at, 2 * expert_deltas.SCALE] = delta.scale
+        self.largest_rank = max(self.largest_rank, delta.rank)
+
+
+class ExpertTable:
+    """The addresses of adapters' entries at experts, by layer and slot; 0 for none.
+
+    Attributes:
+        largest_rank: ever placed.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int) -> None:
+        self.addresses = np.zeros((num_layers, num_slots), dtype=np.int64)
+        self.has_entries = np.zeros(num_layers, dtype=np.uint8)
+        self.largest_rank = 0
+
+    def place(self, slot: int, experts: ExpertEntries) -> None:
+        """Enters what an adapter does at experts."""
+        self.largest_rank = max(self.largest_rank, experts.largest_rank)
+        for layer in range(len(self.addresses)):
+            entries = experts.layers.get(layer)
+            self.addresses[layer, slot] = 0 if entries is None else entries.ctypes.data
+        self.has_entries[:] = self.addresses.any(axis=1)
+
+    def clear(self, slot: int) -> None:
+        """Takes a slot's entries out."""
+        self.addresses[:, slot] = 0
+        self.has_entries[:] = self.addresses.any(axis=1)
+
+
+def packed_low_rank(delta: LowRank) -> tuple[Tensor, Tensor]:
+    """Its matrices as the kernels read them.
+
+    Raises:
+        ModelError: its dimensions do not fit the kernels' lanes.
+    """
+    if delta.a.shape[1] % LANES or delta.b.shape[0] % LANES:
+        raise ModelError(f"{delta.site}: the CPU kernels need dimensions that are multiples of {LANES}")
+    return pack_low_rank(delta.a, delta.b)
 
 
 class SlotTable(ABC):

@@ -36,6 +36,11 @@ from manyhats.engine.backends.cpu.simd import (
     zero,
 )
 from manyhats.engine.backends.cpu.team import next_share
+from manyhats.engine.backends.cpu.wide import LANES as WIDE
+from manyhats.engine.backends.cpu.wide import load as load_wide
+from manyhats.engine.backends.cpu.wide import splat as splat_wide
+from manyhats.engine.backends.cpu.wide import store as store_wide
+from manyhats.engine.backends.cpu.wide import zero as zero_wide
 
 PART = 256
 """Positions of a part, less if blocks do not fill it, more if a block is larger."""
@@ -68,7 +73,7 @@ def weigh_row(w, at, first, last, begin, end, limit):
     """Turns a row's scores into weights 2^(score − largest), 0 where it does not see.
 
     Args:
-        w: scores are w[at + first : at + last]; with a limit they are yet to be capped.
+        w: scores are w[at + first : at + last], whole sixteens; with a limit they are yet to be capped.
         begin, end: what the row sees of them.
         limit: c · log₂ e of cap(x) = c · tanh(x / c), or 0.
 
@@ -83,15 +88,15 @@ def weigh_row(w, at, first, last, begin, end, limit):
         w[i] = -np.inf
     for i in range(at + max(end, first), at + last):
         w[i] = -np.inf
-    top = splat(LOWEST)
-    for i in range(at + first, at + last, 8):
-        top = maximum(load(w, i), top)
+    top = splat_wide(LOWEST)
+    for i in range(at + first, at + last, WIDE):
+        top = maximum(load_wide(w, i), top)
     largest = max_lanes(top)
-    shift = splat(largest)
-    total = zero()
-    for i in range(at + first, at + last, 8):
-        weight = exp2(sub(load(w, i), shift))
-        store(w, i, weight)
+    shift = splat_wide(largest)
+    total = zero_wide()
+    for i in range(at + first, at + last, WIDE):
+        weight = exp2(sub(load_wide(w, i), shift))
+        store_wide(w, i, weight)
         total = add(total, weight)
     return largest, sum_lanes(total)
 
@@ -125,9 +130,22 @@ def merge_row(out, at, head_dim, state, index, records, record):
 
 
 @inner
-def first_seen(end, window):
-    """The first position that a row sees whose last one is ``end - 1``; a window of 0 is none."""
-    return max(0, end - window) if window > 0 else 0
+def first_seen(end, span):
+    """The first position that a row sees whose sight ends before ``end``; a span of 0 is none: it sees all."""
+    return max(0, end - span) if span > 0 else 0
+
+
+@inner
+def sight(row, context, window, sees_all):
+    """Where the sight of a tile's first row ends, how long it is at most, and how much further each next row sees.
+
+    A sight may end behind the context, which then ends it.
+    """
+    if not sees_all:
+        return row + 1, window, np.int64(1)
+    if window == 0:
+        return context, window, np.int64(0)
+    return row + window, 2 * window - 1, np.int64(1)
 
 
 @inner
@@ -152,7 +170,8 @@ def attend_rows(queries, start, rows, part, factors, blocks, shape, cached, scra
 
     Args:
         queries: (array, where those of the tile's first token begin, from one token to the next, queries of a token,
-            where the first token's sight ends, its window, how much further each next token sees: 1, or 0).
+            where the first token's sight ends, its span, how much further each next token sees: 1, or 0; and where
+            the context ends).
         start, rows: the rows within the tile, token by token.
         part: its first position.
         factors: of the queries, and ``weigh_row``'s limit.
@@ -162,12 +181,12 @@ def attend_rows(queries, start, rows, part, factors, blocks, shape, cached, scra
         scratch: from ``at`` on.
         records: written from ``record`` on, one for each row.
     """
-    x, x_at, width, group, end, window, advance = queries
+    x, x_at, width, group, end, span, advance, context = queries
     head_dim, block_size, size = shape
     keys, values, keys_address, values_address, key_scales, value_scales, first_scale = cached
     lowest = end + start // group * advance
-    highest = end + (start + rows - 1) // group * advance
-    first = max(first_seen(lowest, window) - part, 0) // block_size * block_size
+    highest = min(end + (start + rows - 1) // group * advance, context)
+    first = max(first_seen(lowest, span) - part, 0) // block_size * block_size
     last = min(highest - part, size)
     if first >= last:
         for row in range(rows):
@@ -191,8 +210,9 @@ def attend_rows(queries, start, rows, part, factors, blocks, shape, cached, scra
         own = end + (start + row) // group * advance - part
         place = record + row * _record_size(head_dim) + head_dim
         records[place], records[place + 1] = weigh_row(
-            scratch, at + row * stride, first, padded, first_seen(own + part, window) - part, own, factors[1]
-        )
+            scratch, at + row * stride, first, padded,
+            first_seen(own + part, span) - part, min(own, context - part), factors[1],
+        )  # fmt: skip
     scale_cells(values, scratch, at, stride, rows, first, padded, value_scales, scales, block_size)
     if start == 0 and highest > part + size:
         ask_for(
@@ -267,6 +287,28 @@ def attend_parts(parts, tile, head, factors, frame, cached, scratch, at, state, 
 
 
 @inner
+def attend_one_part(part, tile, head, factors, frame, cached, scratch, at, record):
+    """A tile whose whole context is one part, at one KV head; the same bits as by merging it with nothing."""
+    queries, target, num_rows, sequence = tile
+    head_dim, block_size = frame[col.HEAD_DIM], frame[col.BLOCK_SIZE]
+    size, span = _part_cells(block_size), block_size * head_dim
+    entry = sequence * frame[col.MAX_BLOCKS] + part * size // block_size
+    blocks = ints_at(frame[col.BLOCK_TABLES]), entry, span, head * frame[col.NUM_BLOCKS] * span
+    start = np.int64(0)
+    while start < num_rows:
+        rows = rows_at_once(num_rows - start)
+        attend_rows(
+            queries, start, rows, part * size, factors, blocks, (head_dim, block_size, size), cached,
+            scratch, at, scratch, record,
+        )  # fmt: skip
+        for row in range(rows):
+            place = record + row * _record_size(head_dim)
+            factor = np.float32(1.0) / scratch[place + head_dim + 1]
+            copy_scaled(scratch, place, head_dim, factor, target[0], place_of(target, start + row, head_dim))
+        start += rows
+
+
+@inner
 def attend(op, numbers, share, frame, buffers, like, scratch, at):
     """Out = softmax(cap(q Kᵀ · scale)) V, causal or over all, of the query rows of one unit at one KV head.
 
@@ -278,18 +320,18 @@ def attend(op, numbers, share, frame, buffers, like, scratch, at):
         like: an array of the cache's dtype.
         scratch: from ``at`` on, as many values as ``num_scratch_values`` says.
     """
-    num_kv_heads, head_dim, window = frame[col.NUM_KV_HEADS], frame[col.HEAD_DIM], op[col.WINDOW]
+    num_kv_heads, head_dim = frame[col.NUM_KV_HEADS], frame[col.HEAD_DIM]
     unit = ints_at(frame[col.UNITS] + 4 * col.UNIT_SIZE * (share // num_kv_heads))
     head, out_width = share % num_kv_heads, op[col.OUT_SIZE]
     group = out_width // head_dim // num_kv_heads
     query_start, sequence = ints_at(frame[col.QUERY_START]), np.int64(unit[col.UNIT_SEQUENCE])
     row = np.int64(query_start[sequence] + unit[col.UNIT_FIRST_ROW])
     context = np.int64(ints_at(frame[col.CONTEXT_LEN])[sequence])
-    advance = 1 - op[col.SEES_ALL]
-    end = context if op[col.SEES_ALL] else context - query_start[sequence + 1] + row + 1
+    position = context - query_start[sequence + 1] + row
+    end, span, advance = sight(position, context, op[col.WINDOW], op[col.SEES_ALL])
     first_query, num_rows = head * group * head_dim, np.int64(unit[col.UNIT_ROWS]) * group
     x, out = floats_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
-    queries = x, row * op[col.SIZE] + first_query, op[col.SIZE], group, end, window, advance
+    queries = x, row * op[col.SIZE] + first_query, op[col.SIZE], group, end, span, advance, context
     target = out, row * out_width + first_query, out_width, group
     tile = queries, target, num_rows, sequence
     factors = numbers[0] * LOG2_E, np.float32(0.0)
@@ -310,11 +352,15 @@ def attend(op, numbers, share, frame, buffers, like, scratch, at):
     size, width = _part_cells(frame[col.BLOCK_SIZE]), _record_size(head_dim)
     own = at + ROWS * (size + WIDTH + head_dim)
     state = own + ROWS * width
-    first_part, last_part = (
-        first_seen(end, window) // size,
-        (end + (unit[col.UNIT_ROWS] - 1) * advance - 1) // size + 1,
+    last = min(end + (unit[col.UNIT_ROWS] - 1) * advance, context)
+    first_part, last_part = first_seen(end, span) // size, (last - 1) // size + 1
+    parts = (
+        max(np.int64(unit[col.UNIT_FIRST_PART]), first_part),
+        min(np.int64(unit[col.UNIT_LAST_PART]), last_part),
     )
-    parts = max(np.int64(unit[col.UNIT_FIRST_PART]), first_part), np.int64(unit[col.UNIT_LAST_PART])
+    if unit[col.UNIT_COUNT] == 1 and parts[1] - parts[0] == 1:
+        attend_one_part(parts[0], tile, head, factors, frame, cached, scratch, at, own)
+        return
     if unit[col.UNIT_COUNT] == 1:
         begin_tile(target, num_rows, head_dim, scratch, state)
         attend_parts(parts, tile, head, factors, frame, cached, scratch, at, state, scratch, own, True)

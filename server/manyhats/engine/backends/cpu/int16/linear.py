@@ -107,17 +107,17 @@ multiply_nf4, multiply_int8 = _multiplier(NF4), _multiplier(INT8)
 
 
 @inner
-def linear_by_int16(op, num_rows, first, last, buffers, panel, at):
-    """target[:, rows first … last of W] = source Wᵀ + bias.
+def linear_by_int16(op, x, y, num_rows, first, last, panel, at):
+    """y[:, rows first … last of W] = x Wᵀ + bias.
 
     Args:
-        op: source rows are integers with their steps; ``first`` is where a panel begins.
-        num_rows: of source and target.
+        op: the instruction that has the weights; ``first`` is where a panel begins.
+        x: rows of integers with their steps.
+        y: float32.
+        num_rows: of both.
         first, last: rows of the weights.
-        buffers: of the step.
         panel: from ``at`` on, scratch for a decoded group.
     """
-    x, y = ints_at(buffers[op[col.SOURCE]]), floats_at(buffers[op[col.TARGET]])
     end = last // LANES
     for group in range(first // LANES, end, GROUPS):
         groups = group, min(group + GROUPS, end)

@@ -19,8 +19,6 @@ from numba.core.extending import intrinsic
 
 from manyhats.engine.backends.cpu.int16.instructions import (
     FLOATS,
-    I8,
-    I32,
     I64,
     LANES,
     SHORTS,
@@ -30,7 +28,7 @@ from manyhats.engine.backends.cpu.int16.instructions import (
     fma,
     splat,
 )
-from manyhats.engine.backends.cpu.simd import ask_ahead, element, spread
+from manyhats.engine.backends.cpu.memory import Memory
 from manyhats.engine.model.nf4 import BLOCK_SIZE
 
 OCTET = 8
@@ -45,38 +43,11 @@ def _integer(value: int) -> ir.Constant:
     return ir.Constant(I64, value)
 
 
-class _Memory:
-    """One array of the kernel, at indices of its elements."""
-
-    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any) -> None:
-        self._builder = builder
-        self._pointer = lambda index: element(context, builder, array_type, array, index)
-        self._align = array_type.dtype.bitwidth // 8
-
-    def load(self, index: Any, kind: Any) -> Any:
-        """A value of an LLVM type."""
-        pointer = self._builder.bitcast(self._pointer(index), kind.as_pointer())
-        return self._builder.load(pointer, align=self._align)
-
-    def store(self, index: Any, value: Any) -> None:
-        """A value of any LLVM type."""
-        pointer = self._builder.bitcast(self._pointer(index), value.type.as_pointer())
-        self._builder.store(value, pointer, align=self._align)
-
-    def ask_ahead(self, index: Any) -> None:
-        """Asks for the cache line of an element, which may lie past the end."""
-        ask_ahead(self._builder, self._builder.bitcast(self._pointer(index), I8.as_pointer()), near=3)
-
-    def spread(self, index: Any) -> Any:
-        """A 32-bit value in every lane."""
-        return spread(self._builder, self.load(index, I32), LANES)
-
-
 class _Tile:
     """A tile's instructions, whose operands are the arguments of ``make_tile``'s intrinsic."""
 
     def __init__(
-        self, builder: Any, codes: Codes, arrays: tuple[_Memory, ...], numbers: tuple[Any, ...]
+        self, builder: Any, codes: Codes, arrays: tuple[Memory, ...], numbers: tuple[Any, ...]
     ) -> None:
         self._builder = builder
         self._codes = codes
@@ -157,7 +128,7 @@ class _Tile:
         return b.sitofp(b.sext(raw, WORDS), FLOATS)
 
 
-def _load_vectors(builder: Any, memory: _Memory, at: Any, count: int) -> list[Any]:
+def _load_vectors(builder: Any, memory: Memory, at: Any, count: int) -> list[Any]:
     return [memory.load(builder.add(at, _integer(index * LANES)), WORDS) for index in range(count)]
 
 
@@ -209,7 +180,7 @@ def make_tile(codes: Codes, num_rows: int, *, is_decoded: bool) -> Any:
 
         def codegen(context, builder, signature, args):
             arrays = tuple(
-                _Memory(context, builder, kind, array)
+                Memory(context, builder, kind, array)
                 for kind, array in zip(signature.args[:7], args[:7], strict=True)
             )
             _Tile(builder, codes, arrays, tuple(args[7:])).emit(num_rows, is_decoded)
@@ -228,7 +199,7 @@ def make_decoder(codes: Codes) -> Any:
         """panel[target : target + 64] = the values of the octet whose words begin at weights[at]."""
 
         def codegen(context, builder, signature, args):
-            packed, values = (_Memory(context, builder, signature.args[i], args[i]) for i in (0, 2))
+            packed, values = (Memory(context, builder, signature.args[i], args[i]) for i in (0, 2))
             words = _load_vectors(builder, packed, args[1], codes.num_words)
             for pair, decoded in enumerate(codes.decode(builder, words)):
                 values.store(builder.add(args[3], _integer(pair * LANES)), decoded)

@@ -1,0 +1,1 @@
+"""Load on a server as its callers make it, and how well they were served: ``manyhats bench``."""

@@ -1,0 +1,1 @@
+"""Example tasks for an encoder: texts are read, not continued."""

@@ -1,0 +1,35 @@
+"""A file of the docs that follows from the code: written anew, or checked."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def write_or_check(file: Path, wanted: str, script: str, arguments: Sequence[str] | None = None) -> int:
+    """Write what the code says; with ``--check`` write nothing, show how the file differs, and return 1 if it does.
+
+    Args:
+        file: below ``docs``.
+        wanted: its whole text.
+        script: the one that is run.
+        arguments: of the command line; None for the process's.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(description=f"Writes docs/{file.name} from the code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
+    if not parser.parse_args(arguments).check:
+        file.write_text(wanted, encoding="utf-8")
+        return 0
+    before = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    after = wanted.splitlines(keepends=True)
+    lines = list(difflib.unified_diff(before, after, f"committed/{file.name}", f"declared/{file.name}"))
+    sys.stdout.writelines(lines)
+    if lines:
+        sys.stderr.write(f"docs/{file.name} differs from the code: run scripts/{script}\n")
+    return 1 if lines else 0

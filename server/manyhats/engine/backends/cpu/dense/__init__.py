@@ -1,0 +1,1 @@
+"""Linears with dense weights, whose outputs are the lanes."""
