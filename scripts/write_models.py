@@ -109,7 +109,7 @@ def _by_reason(refused: Mapping[str, str]) -> dict[str, list[str]]:
     """Families by reason, without what it says of those that are served."""
     families: dict[str, list[str]] = {}
     for model_type, reason in refused.items():
-        why = re.split("; (?:they are|it is) served on", reason)[0]
+        why = re.split("; (?:they are|it is) served on", reason)[0].removeprefix("asks for ")
         families.setdefault(why, []).append(model_type)
     return families
 
