@@ -21,7 +21,7 @@ from manyhats.engine.text.tokenizer import ReadText
 from manyhats.trainer.data.batch import IGNORED, ReadRow, collate_read
 from manyhats.trainer.data.head_task import HeadTask, Loss
 from manyhats.trainer.errors import BaseError
-from manyhats.trainer.methods.head import check_head
+from manyhats.trainer.methods.head import UNTRAINED, check_head
 from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.methods.parametrized import ParametrizedAdapter
 from manyhats.trainer.methods.targets import matches
@@ -38,7 +38,8 @@ from support.oracles.golden import GOLDEN, needs_golden
 # PEFT reads names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FAMILIES = (*ENCODERS, "llama")
+TRAINED = tuple(family for family in ENCODERS if family.split()[0] not in UNTRAINED)
+FAMILIES = (*TRAINED, "llama")
 TASKS = {
     "classes": HeadTask(kind=TaskKind.CLASSIFY, loss=Loss.CROSS_ENTROPY, classes=("a", "b", "c")),
     "sets": HeadTask(kind=TaskKind.CLASSIFY, loss=Loss.BINARY_CROSS_ENTROPY, classes=("a", "b", "c")),
@@ -275,9 +276,17 @@ def test_the_contrastive_loss_is_that_of_all_other_texts() -> None:
 
 def test_names_of_modules_hit_no_part_of_a_head() -> None:
     task = TASKS["classes"]
-    for family in ENCODERS:
+    for family in TRAINED:
         config = make_adapter(LoraSettings(), "t", head_base(family).model, seed=0, head=task).config
         modules = [*head_base(family).model.description.modules, "classifier.dense", "classifier.out_proj"]
         hit = {path for path in modules if any(matches(path, name) for name in config["target_modules"])}
         layers = {path for path in modules if ".layer." in path}
         assert hit == layers
+
+
+@pytest.mark.parametrize("family", [family for family in ENCODERS if family not in TRAINED])
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_encoders_whose_layers_the_trainer_lacks_are_refused_by_name(family: str, task: HeadTask) -> None:
+    base = head_base(family).model.description
+    with pytest.raises(BaseError, match=f"{family.split()[0]} is served, but cannot be trained here"):
+        check_head(task.kind, AdapterMethod.LORA, base)

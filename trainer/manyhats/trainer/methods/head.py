@@ -48,6 +48,13 @@ _WITHOUT: Mapping[TaskKind, frozenset[str]] = MappingProxyType(
         TaskKind.EMBED: frozenset(),
     }
 )
+UNTRAINED: Mapping[str, str] = MappingProxyType(
+    {
+        "albert": "layers that share their weights",
+        "modernbert": "windows to both sides, and a layer of the base's in front of heads",
+    }
+)
+"""Encoders that are served and not trained, and for what the trainer lacks."""
 _TOKEN_CLASSIFIERS = frozenset(("falcon", "gpt2", "gpt_neox"))
 """Decoders that call their head of tokens ``classifier``; the others' is ``score``."""
 
@@ -75,6 +82,10 @@ def check_head(kind: TaskKind, method: AdapterMethod, base: BaseDescription) -> 
     """
     family = base.model_type
     is_encoder = base.kind is TaskKind.EMBED
+    if family in UNTRAINED:
+        raise BaseError(
+            f"{family} is served, but cannot be trained here: the trainer has no {UNTRAINED[family]}"
+        )
     if family in _WITHOUT[kind]:
         what = "texts" if kind is TaskKind.CLASSIFY else "tokens"
         raise BaseError(f"transformers has no {family} model with a head for classes of {what}")

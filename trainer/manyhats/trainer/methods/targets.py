@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from manyhats.adapters.formats.peft.tensors import Target, find_target
 from manyhats.adapters.heads import TaskKind
-from manyhats.adapters.sites import POOLER, BaseDescription, Site
+from manyhats.adapters.sites import POOLER, PROJECTION, BaseDescription, Site
 from manyhats.trainer.errors import SettingError
 from manyhats.trainer.settings.methods import ALL_LINEARS, AdapterSettings, LoraSettings
 
@@ -122,9 +122,14 @@ def matches(path: str, name: str) -> bool:
 
 
 def _known_modules(base: BaseDescription) -> dict[str, Target]:
-    """Path → module, for every module of linears, but the pooler, which is part of heads."""
+    """Path → module, for every module of linears in the layers, and embedding and head.
+
+    The pooler is part of heads, and what widens narrow embeddings is not trained.
+    """
     found = (
-        (path, find_target(path, base)) for path, parts in base.modules.items() if parts[0].site != POOLER
+        (path, find_target(path, base))
+        for path, parts in base.modules.items()
+        if parts[0].site not in (POOLER, PROJECTION)
     )
     return {path: target for path, target in found if target is not None}
 
