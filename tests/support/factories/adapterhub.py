@@ -330,7 +330,8 @@ def _prefix_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Make
     columns = 2 * len(_layers(base, inner["leave_out"])) * base.num_kv_heads * base.head_dim
     gates = {}
     for layer in _layers(base, []) if inner["use_gating"] else ():
-        module = f"{_LAYERS[base.model_type][0]}.{layer}.{_ATTENTION.get(base.model_type, 'attention.self')}"
+        layers = _LAYERS.get(base.model_type, ("layers",))[0]
+        module = f"{layers}.{layer}.{_ATTENTION.get(base.model_type, 'attention.self')}"
         gate, count = f"{base.prefix}{module}.prefix_tuning.prefix_gates.{NAME}.", 2 - inner["shared_gating"]
         gates |= {f"{gate}weight": make(count, base.hidden_size), f"{gate}bias": make(count)}
     if inner["flat"]:
