@@ -71,7 +71,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "loreft": lambda: LoReftConfig(r=2, suffix_positions=2),
     "loreft-tied": lambda: LoReftConfig(
-        r=2, prefix_positions=2, suffix_positions=3, tied_weights=True, layers=[1]
+        r=2, prefix_positions=2, suffix_positions=3, tied_weights=True, layers=[0]
     ),
     "noreft": lambda: NoReftConfig(r=3, suffix_positions=1),
     "direft": lambda: DiReftConfig(r=3, suffix_positions=1, non_linearity="relu"),
