@@ -59,6 +59,7 @@ def planned(target: str) -> str:
         ("examples", ["train", "dev"]),
         ("fuzz", ["train", "dev"]),
         ("conformance", ["train", "dev"]),
+        ("soak", ["train", "dev"]),
     ],
 )
 def test_a_fresh_machine_gets_what_a_target_needs_under_constraints(target: str, extras: list[str]) -> None:

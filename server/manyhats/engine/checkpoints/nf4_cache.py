@@ -35,7 +35,8 @@ from manyhats.engine.progress import Progress
 _LOG = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manyhats.json"
-_FORMAT = 1
+_FORMAT = 2
+"""1 had no poolers."""
 _QUANTIZATION_CONFIG = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
