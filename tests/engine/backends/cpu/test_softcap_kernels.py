@@ -98,7 +98,7 @@ def test_softcap_of_rows_shorter_than_a_vector_is_refused() -> None:
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 9),
-    size=st.sampled_from([8, 24, 64]),
+    size=st.sampled_from([16, 48, 64]),
     seed=st.integers(0, 99),
     scale=st.floats(0.1, 30),
 )
@@ -114,7 +114,7 @@ def test_gelu_equals_float64_and_each_row_alone(rows: int, size: int, seed: int,
 
 
 def test_gelu_of_extreme_values() -> None:
-    gate = torch.tensor([[0.0, -0.0, 1e4, -1e4, 1e20, -1e20, 50.0, -50.0]])
+    gate = torch.tensor([[0.0, -0.0, 1e4, -1e4, 1e20, -1e20, 50.0, -50.0]]).repeat(1, 2)
     y = TWO_THREADS.gelu_tanh_mul(torch.cat((gate, torch.ones_like(gate)), dim=1))
     torch.testing.assert_close(y, gate.clamp(min=0))
 
