@@ -328,7 +328,7 @@ def _prefix_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Make
     holder = "self" if base.model_type == "distilbert" else "self_prefix"
     prefix = f"{base.prefix}prefix_tuning.prefix_tunings.{NAME}.{holder}."
     columns = 2 * len(_layers(base, inner["leave_out"])) * base.num_kv_heads * base.head_dim
-    gates = {}
+    gates: dict[str, Tensor] = {}
     for layer in _layers(base, []) if inner["use_gating"] else ():
         layers = _LAYERS.get(base.model_type, ("layers",))[0]
         module = f"{layers}.{layer}.{_ATTENTION.get(base.model_type, 'attention.self')}"
@@ -366,7 +366,8 @@ def _bottleneck_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _
 
 def _coupling_tensors(base: BaseDescription, inner: Mapping[str, Any], make: _Maker) -> dict[str, Tensor]:
     first = base.embedding_size // 2
-    second, tensors = base.embedding_size - first, {}
+    second = base.embedding_size - first
+    tensors: dict[str, Tensor] = {}
     for network, d_in, d_out in (("F", second, first), ("G", first, second)):
         prefix, size = (
             f"{base.prefix}invertible_adapters.{NAME}.{network}",
