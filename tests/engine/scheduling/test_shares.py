@@ -206,6 +206,20 @@ def test_a_task_at_its_limit_holds_up_no_other() -> None:
     assert scheduler.is_held_back
 
 
+def test_what_is_held_back_is_dropped_and_cleared_like_any_other() -> None:
+    scheduler = make_scheduler(sequences=4, clock=lambda: 0.0)
+    engine = ToyEngine(scheduler)
+    limited = Entitlement(max_concurrency=1)
+    sequences = [make_sequence(str(index), range(3), 9, task="a", entitlement=limited) for index in range(3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    engine.step()
+    assert scheduler.drop("1") == 1
+    scheduler.clear()
+    assert all(each.is_finished for each in sequences)
+    assert not scheduler.has_work
+
+
 def test_the_last_places_of_the_queue_are_for_tasks_that_have_few() -> None:
     scheduler = make_scheduler(waiting=100)
 

@@ -91,6 +91,10 @@ class Queue:
                 served[task] += PROMPT_COST * sequence.num_left / sequence.entitlement.share
             push(task, rest)
 
+    def waiting(self) -> tuple[Sequence, ...]:
+        """All that wait, in no order, whatever state they are in."""
+        return tuple(sequence for waiting in self._waiting.values() for sequence in waiting)
+
     def rank(self, sequence: Sequence) -> Rank:
         """The sequence's place among all that run."""
         return self._ranks[sequence]

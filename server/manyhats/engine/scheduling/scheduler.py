@@ -292,7 +292,7 @@ class Scheduler:
             self._prefixes.release(virtual.held)
 
     def _unfinished(self) -> tuple[Sequence, ...]:
-        return (*self._running, *self._queue, *self._paused)
+        return (*self._running, *self._queue.waiting(), *self._paused)
 
     def _free(self, block_ids: Seq[int]) -> None:
         if self._in_flight is None:
