@@ -69,7 +69,22 @@ def _asked(split: Split) -> Sequence[Row]:
     return [{"query": question, "positive": note} for question, note in questions(split)]
 
 
-_CLASSIFICATION = HeadSettings(kind="classification")
+def _classifier(
+    name: str, summary: str, adapter: AdapterSettings, training: OptimizationSettings
+) -> EncoderTask:
+    """A task with the texts and classes of the one of that name which answers in words."""
+    return EncoderTask(
+        name=name,
+        summary=summary,
+        command="classify",
+        rows=_classified(name),
+        adapter=adapter,
+        head=HeadSettings(kind="classification"),
+        training=training,
+        demo=TASKS[name].demo,
+        classes=TASKS[name].classes,
+    )
+
 
 ENCODER_TASKS: dict[str, EncoderTask] = {
     task.name: task
@@ -95,38 +110,23 @@ ENCODER_TASKS: dict[str, EncoderTask] = {
             demo="Please write to Wendy Marino at wendy.m@example.org or call 555-0147.",
             classes=contact.CLASSES,
         ),
-        EncoderTask(
-            name="intent",
-            summary="Says what a house should do.",
-            command="classify",
-            rows=_classified("intent"),
-            adapter=PrefixSettings(num_virtual_tokens=8, projection_size=0),
-            head=_CLASSIFICATION,
-            training=optimization(2e-2, epochs=4),
-            demo=TASKS["intent"].demo,
-            classes=TASKS["intent"].classes,
+        _classifier(
+            "intent",
+            "Says what a house should do.",
+            PrefixSettings(num_virtual_tokens=8, projection_size=0),
+            optimization(2e-2, epochs=4),
         ),
-        EncoderTask(
-            name="sentiment",
-            summary="Says whether a sentence of a review is positive, negative or neutral.",
-            command="classify",
-            rows=_classified("sentiment"),
-            adapter=BottleneckSettings(reduction_factor=16),
-            head=_CLASSIFICATION,
-            training=optimization(5e-4, epochs=3),
-            demo=TASKS["sentiment"].demo,
-            classes=TASKS["sentiment"].classes,
+        _classifier(
+            "sentiment",
+            "Says whether a sentence of a review is positive, negative or neutral.",
+            BottleneckSettings(reduction_factor=16),
+            optimization(5e-4, epochs=3),
         ),
-        EncoderTask(
-            name="topic",
-            summary="Says where a headline belongs.",
-            command="classify",
-            rows=_classified("topic"),
-            adapter=LoraSettings(rank=4, alpha=8, target_modules=("query", "value")),
-            head=_CLASSIFICATION,
-            training=optimization(2e-3),
-            demo=TASKS["topic"].demo,
-            classes=TASKS["topic"].classes,
+        _classifier(
+            "topic",
+            "Says where a headline belongs.",
+            LoraSettings(rank=4, alpha=8, target_modules=("query", "value")),
+            optimization(2e-3),
         ),
     )
 }
