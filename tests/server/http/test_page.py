@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import Browser, Page, expect
+from playwright.async_api import Browser, Page, Route, expect
 
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.engine.errors import FieldInvalidError, QueueFullError
@@ -98,6 +99,31 @@ async def test_a_version_is_asked_by_its_name(browser: Browser) -> None:
             await page.keyboard.press("Enter")
             await ask(page, "hello")
             await expect(answer(page, "sql@1").locator(".badge")).to_have_text("v1")
+            await expect(answer(page, "sql").locator(".badge")).to_have_text("v2")
+
+
+async def test_what_is_typed_before_the_tasks_are_known_does_not_replace_them(browser: Browser) -> None:
+    async with running_server() as server:
+        await register(server, "sql", "a")
+        await register(server, "sql", "b")
+        async with visiting(browser, server.http) as page:
+            released = asyncio.Event()
+
+            async def late(route: Route) -> None:
+                await released.wait()
+                await route.continue_()
+
+            await page.route("**/v1/tasks?*", late)
+            await page.reload()
+            add = page.get_by_label("Add a task or a version to ask")
+            await page.get_by_label("Prompt").fill("hello")
+            await expect(add).to_be_disabled()
+            await expect(page.locator("#run")).to_be_disabled()
+            released.set()
+            await add.fill("sql@1")
+            await page.keyboard.press("Enter")
+            await expect(page.locator("#chosen li > span")).to_have_text(["echo", "sql", "sql@1"])
+            await page.locator("#run").click()
             await expect(answer(page, "sql").locator(".badge")).to_have_text("v2")
 
 

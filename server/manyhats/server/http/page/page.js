@@ -49,6 +49,8 @@ async function start() {
     base = models.data.some((model) => model.id === server.baseModel) ? server.baseModel : "";
     introduce(server, caller);
     await readTasks();
+    // Not before: a task that is typed while there is nothing to offer would stand in for those that are offered.
+    for (const control of [$("run"), $("add")]) control.disabled = !caller.roles.includes("generate");
     isStarted = true;
     note("");
   } catch (error) {
@@ -80,7 +82,7 @@ function introduce(server, caller) {
   show($("token-change"), Boolean(token.get()));
   tasks.mayManage = mayManage;
   isManager = mayManage;
-  for (const control of [$("prompt"), $("run"), $("add")]) control.disabled = !mayGenerate;
+  $("prompt").disabled = !mayGenerate;
   $("prompt").placeholder = mayGenerate ? "Ask several tasks the same thing" : "This token may not ask.";
 }
 
