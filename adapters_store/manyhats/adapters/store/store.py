@@ -160,6 +160,26 @@ class AdapterStore:
             raise ArgumentInvalidError("task_id", "must name the version to activate, as in 'task@3'")
         return self._catalogue.activate(parsed.task_id, parsed.version)
 
+    def set_pin(self, name: str, *, is_pinned: bool) -> AdapterRecord:
+        """Mark what servers are to keep in memory; those that have this store open see it with ``refresh``.
+
+        Args:
+            name: ``task@3`` for one version; ``task`` for whichever is its active one, now and later.
+            is_pinned: False takes the mark away again: from ``task@3``, or with ``task`` from all that the task has.
+
+        Returns:
+            The version that the name refers to now; it may still be pinned by its task's name.
+
+        Raises:
+            TaskIdInvalidError, TaskNotFoundError, NoActiveVersionError: there is none.
+            StoreError: the catalogue cannot be written.
+        """
+        return self._catalogue.set_pin(parse_name(name), is_pinned=is_pinned)
+
+    def pinned(self) -> list[AdapterRecord]:
+        """The versions that are to stay in memory; a look-up in memory."""
+        return self._catalogue.pinned()
+
     def delete(
         self, name: str, *, in_use: Callable[[AdapterRecord], bool], force: bool = False
     ) -> tuple[AdapterRecord, ...]:

@@ -86,6 +86,19 @@ class AdapterLoading:
         """
         (await self._lease(record, lowered, max_wait_s)).release()
 
+    async def pin(self, record: AdapterRecord, *, max_wait_s: float) -> None:
+        """Load an adapter, and keep it in memory until ``AdapterResidency.unpin``.
+
+        Raises:
+            PinLimitError: the pinned adapters would not fit in memory.
+            AdapterError, AdapterCapacityError, DrainingError: as ``warm``.
+        """
+        lease = await self._lease(record, None, max_wait_s)
+        try:
+            self.residency.pin(record.digest)
+        finally:
+            lease.release()
+
     def close(self) -> None:
         """Start no more loads, and end every wait; loads in progress continue."""
         self._is_closed = True

@@ -42,6 +42,8 @@ _LIVE = (
     "manyhats_model_bytes",
     "manyhats_engine_heartbeat_timestamp_seconds",
     "manyhats_adapter_resident",
+    "manyhats_adapter_pinned",
+    "manyhats_adapter_pinned_bytes",
     "manyhats_adapter_evictions_total",
     "vllm:lora_requests_info",
 )
@@ -258,6 +260,8 @@ class LiveMetrics:
         placed = (record.task_id for record, tier in residents if tier is Tier.DEVICE)
         yield from self._engine_gauges(backend)
         yield self._resident_gauge(residents)
+        pinned = backend.engine.pinned_digests()
+        yield self._pinned_gauge(record for record, _ in residents if record.digest in pinned)
         evictions = CounterMetricFamily(
             "manyhats_adapter_evictions", "Adapters that made room in a tier.", labels=["tier"]
         )
@@ -265,6 +269,7 @@ class LiveMetrics:
         evictions.add_metric([Tier.DEVICE.value], residency.num_slot_evictions)
         evictions.add_metric([Tier.HOST.value], residency.num_evictions)
         yield evictions
+        yield _single("manyhats_adapter_pinned_bytes", "Bytes of pinned adapters.", residency.pinned_bytes)
         waiting = backend.engine.stats.waiting_tasks
         yield self._gateway_info(backend.limits.max_adapters, placed, waiting)
 
@@ -307,6 +312,11 @@ class LiveMetrics:
         counts = Tally((self._labels.label(record.task_id), tier.value) for record, tier in residents)
         values = list(counts.items())
         return _gauge("manyhats_adapter_resident", "Loaded versions, by task.", ["task", "tier"], values)
+
+    def _pinned_gauge(self, pinned: Iterable[AdapterRecord]) -> Metric:
+        counts = Tally(self._labels.label(record.task_id) for record in pinned if record.is_pinned)
+        values = [((label,), count) for label, count in counts.items()]
+        return _gauge("manyhats_adapter_pinned", "Pinned versions in memory, by task.", ["task"], values)
 
     def _gateway_info(self, max_adapters: int, running: Iterable[str], waiting: Iterable[str]) -> Metric:
         """The series that Kubernetes' inference gateway reads to route by adapter affinity."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 
 import structlog
@@ -12,6 +13,8 @@ from manyhats.adapters.errors import AdapterError
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.registrations import Registrations
 
+# How often pinned adapters are tried again that could not be loaded, or for which there was no room.
+_PINS_PERIOD_S = 30.0
 _log = structlog.get_logger("manyhats.store")
 
 
@@ -32,15 +35,28 @@ class StoreFollower:
         self._period_s = period_s
         self._is_reachable = True
         self._loading: set[asyncio.Task[None]] = set()
+        self._pinning: asyncio.Task[None] | None = None
+        self._pins_due_s = 0.0
 
     async def follow(self) -> None:
         """Follow the store; cancel to stop."""
         while True:
             await asyncio.sleep(self._period_s)
-            for record in self._take(await self._changed()):
+            changed = await self._changed()
+            for record in self._take(changed):
                 loading = asyncio.create_task(self._registrations.warm(record))
                 self._loading.add(loading)
                 loading.add_done_callback(self._loading.discard)
+            self._follow_pins(is_changed=bool(changed))
+
+    def _follow_pins(self, *, is_changed: bool) -> None:
+        """Pin what is pinned now: after a change, and once in a while. One at a time, so that they load in turn."""
+        now_s = time.monotonic()
+        if is_changed:
+            self._pins_due_s = now_s
+        if now_s >= self._pins_due_s and (self._pinning is None or self._pinning.done()):
+            self._pins_due_s = now_s + _PINS_PERIOD_S
+            self._pinning = asyncio.create_task(self._registrations.follow_pins())
 
     async def _changed(self) -> Collection[str]:
         """Tasks that changed; none if that cannot be determined."""

@@ -49,7 +49,7 @@ def _carried_through(change: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
 
 
 class Registrations:
-    """Registers, activates and deletes; the store's blocking work runs in worker threads.
+    """Registers, activates, pins and deletes; the store's blocking work runs in worker threads.
 
     Args:
         backend: its store and engine.
@@ -108,7 +108,57 @@ class Registrations:
             await self._load(store.get(name))
         record = await self.run(lambda: store.activate(name))
         self.count(record.task_id)
+        await self.follow_pins()
         return record
+
+    @_carried_through
+    async def pin(self, name: str) -> AdapterRecord:
+        """Keep in memory the version ``task@3``, or whichever is active of ``task``; it is loaded first.
+
+        Raises:
+            AdapterError: there is no such version, or it cannot be served.
+            EngineError: there is no room for it.
+        """
+        store = self._backend.store
+        await self._backend.engine.pin_adapter(store.get(name))
+        try:
+            record = await self.run(lambda: store.set_pin(name, is_pinned=True))
+        finally:
+            await self.follow_pins()
+        self.count(record.task_id)
+        return record
+
+    @_carried_through
+    async def unpin(self, name: str) -> AdapterRecord:
+        """Let a version make room for others again, or all of a task's.
+
+        Raises:
+            AdapterError: there is no such version.
+        """
+        store = self._backend.store
+        record = await self.run(lambda: store.set_pin(name, is_pinned=False))
+        await self.follow_pins()
+        self.count(record.task_id)
+        return record
+
+    async def follow_pins(self) -> None:
+        """Keep in memory what the store says is to stay, as far as there is room, and nothing else."""
+        engine = self._backend.engine
+        for record in self._unpin_others():
+            try:
+                await engine.pin_adapter(record)
+            except (AdapterError, EngineError) as error:
+                _log.warning("pinned adapter not in memory", adapter=record.name, error=str(error))
+            self._unpin_others()  # it may have been unpinned meanwhile
+
+    def _unpin_others(self) -> list[AdapterRecord]:
+        """Unpin in the engine what is not pinned in the store; returns what is only pinned there."""
+        engine = self._backend.engine
+        wanted = {record.digest: record for record in self._backend.store.pinned()}
+        pinned = engine.pinned_digests()
+        for digest in pinned - wanted.keys():
+            engine.unpin_adapter(digest)
+        return [record for digest, record in wanted.items() if digest not in pinned]
 
     @_carried_through
     async def delete(self, name: str, *, force: bool) -> tuple[AdapterRecord, ...]:
@@ -122,6 +172,7 @@ class Registrations:
         self.forget_unneeded()
         for task_id in {record.task_id for record in gone}:
             self.count(task_id)
+        await self.follow_pins()
         return gone
 
     async def warm(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
@@ -193,6 +244,7 @@ class Registrations:
             return registered
         self._metrics.registration("created" if registered.created else "existing")
         self.count(registration.task_id)
+        await self.follow_pins()
         return registered
 
     def _prepare(self) -> Prepare:
