@@ -196,8 +196,10 @@ class BaseDescription:
 
     def module_of(self, path: str) -> str | None:
         """The path under which ``modules`` has a module that a file names; None if it is none of this base's."""
+        if path in self.modules:
+            return path
         outer = self.prefix.partition(".")[0]  # what a model without a head leaves out
-        known = (path, self.aliases.get(path), self.prefix + path, f"{outer}.{path}")
+        known = (self.aliases.get(path), self.prefix + path, f"{outer}.{path}")
         return next((each for each in known if each in self.modules), None)
 
     def path_of(self, site: Site) -> str:

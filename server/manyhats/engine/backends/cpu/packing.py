@@ -113,22 +113,39 @@ def interleave_nibbles(packed: Tensor) -> Array:
     return (codes[:, 0] | (codes[:, 1] << 4)).reshape(-1).numpy()
 
 
-def pack_low_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A low-rank delta's matrices in the order in which the ``low_rank`` kernel reads them, each as one vector.
+def pack_rows(a: Tensor, to: Tensor) -> None:
+    """Write a low-rank delta's A, [R, d_in], as the ``low_rank`` kernel reads it.
+
+    Rows come in fours, eight values of each row in turn, then the remaining rows one by one.
 
     Args:
-        a: [R, d_in]; rows come in fours, eight values of each row in turn, then the remaining rows one by one.
-        b: [d_out, R]; transposed, in blocks of 32 columns, then of eight.
+        a: the matrix.
+        to: [R · d_in], where to, of any dtype.
     """
     rank, d_in = a.shape
     fours = rank - rank % 4
-    rows = a[:fours].view(-1, 4, d_in // LANES, LANES).transpose(1, 2)
-    wide = b.shape[0] - b.shape[0] % 32
-    columns = [b[:wide].view(-1, 32, rank), b[wide:].view(-1, LANES, rank)]
-    return (
-        torch.cat((rows.reshape(-1), a[fours:].reshape(-1))),
-        torch.cat([block.transpose(1, 2).reshape(-1) for block in columns]),
-    )
+    if fours:
+        rows = a[:fours].view(-1, 4, d_in // LANES, LANES)
+        to[: fours * d_in].view(-1, d_in // LANES, 4, LANES).copy_(rows.transpose(1, 2))
+    if fours < rank:
+        to[fours * d_in :].view(-1, d_in).copy_(a[fours:])
+
+
+def pack_columns(b: Tensor, to: Tensor) -> None:
+    """Write a low-rank delta's B, [d_out, R], as the ``low_rank`` kernel reads it.
+
+    It is transposed, in blocks of 32 columns, then of eight.
+
+    Args:
+        b: the matrix.
+        to: [d_out · R], where to, of any dtype.
+    """
+    d_out, rank = b.shape
+    wide = d_out - d_out % 32
+    for begin, end, width in ((0, wide, 32), (wide, d_out, LANES)):
+        if begin < end:
+            blocks = b[begin:end].view(-1, width, rank).transpose(1, 2)
+            to[begin * rank : end * rank].view(-1, rank, width).copy_(blocks)
 
 
 def pack_linear(parts: Sequence[Linear]) -> CpuLinear:
