@@ -176,9 +176,9 @@ class AdapterStore:
         """
         return self._catalogue.set_pin(parse_name(name), is_pinned=is_pinned)
 
-    def pinned(self) -> list[AdapterRecord]:
+    def pinned(self) -> tuple[AdapterRecord, ...]:
         """The versions that are to stay in memory; a look-up in memory."""
-        return self._catalogue.pinned()
+        return tuple(self._catalogue.pinned())
 
     def delete(
         self, name: str, *, in_use: Callable[[AdapterRecord], bool], force: bool = False
@@ -240,6 +240,21 @@ class AdapterStore:
                 raise self._loss(record) from None
             artifacts.append(parse_artifact(files, part.digest, self._limits))
         return LoadedVersion(record, tuple(artifacts))
+
+    @property
+    def is_far(self) -> bool:
+        """Whether ``load`` waits for a network where nothing was fetched."""
+        return self._storage.is_far
+
+    def fetch(self, record: AdapterRecord) -> None:
+        """Bring a version's artifacts from object storage to the local cache, if there is one, for ``load``.
+
+        Raises:
+            DataLossError: its files are not those that were registered.
+            StoreUnavailableError: the storage fails.
+        """
+        for part in record.parts:
+            self._storage.fetch(part.digest)
 
     def read_text(self, record: AdapterRecord) -> tuple[Mapping[str, bytes | bytearray], ...]:
         """The text files of a version, name → content; one mapping for each part that has any.

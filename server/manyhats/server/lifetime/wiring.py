@@ -59,7 +59,14 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     store = open_adapter_store(config, model.description)
     loader = AdapterLoader(store, metrics)
     background = Background()
-    engine = open_engine(model, settings, loader, background=background, progress=progress)
+    engine = open_engine(
+        model,
+        settings,
+        loader,
+        fetch=store.fetch if store.is_far else None,
+        background=background,
+        progress=progress,
+    )
     engine.loop.on_step = metrics.step
     engine.grammars.on_compile = metrics.constraint_compiled
     return Backend(
