@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from manyhats.adapters.primitives import (
     LowRank,
 )
 from manyhats.engine.backends.cpu.adapters import bottleneck, deltas, expert_deltas
-from manyhats.engine.backends.cpu.packing import LANES, pack_columns, pack_rows
+from manyhats.engine.backends.cpu.packing import LANES, Array, as_array, pack_columns, pack_rows
 from manyhats.engine.errors import ModelError
 
 
@@ -33,7 +33,9 @@ class AdapterMemory:
     """
 
     def __init__(self, num_values: int, dtype: torch.dtype) -> None:
-        self._buffer = torch.empty(num_values, dtype=dtype)
+        self._dtype = dtype
+        self._values = as_array(torch.empty(num_values, dtype=dtype))
+        self._address = int(self._values.ctypes.data)
         self._used = 0
         self._vectors: list[Tensor] = []
 
@@ -41,17 +43,17 @@ class AdapterMemory:
     def num_bytes(self) -> int:
         """Resident bytes."""
         vectors = sum(vector.numel() * 4 for vector in self._vectors)
-        return self._buffer.numel() * self._buffer.element_size() + vectors
+        return self._values.nbytes + vectors
 
     def add_low_rank(self, a: Tensor, b: Tensor) -> tuple[int, int]:
         """Packs A [R, d_in] and B [d_out, R] to the next free places, and returns their addresses."""
-        between = self._used + a.numel()
-        end = between + b.numel()
-        to_a, to_b = self._buffer[self._used : between], self._buffer[between:end]
-        pack_rows(a, to_a)
-        pack_columns(b, to_b)
+        return self._add(a, pack_rows), self._add(b, pack_columns)
+
+    def _add(self, matrix: Tensor, pack: Callable[[Array, Array], None]) -> int:
+        begin, end = self._used, self._used + matrix.numel()
+        pack(as_array(matrix.to(self._dtype)), self._values[begin:end])
         self._used = end
-        return to_a.data_ptr(), to_b.data_ptr()
+        return self._address + begin * self._values.itemsize
 
     def add_vector(self, vector: Tensor) -> int:
         """Copies a vector as float32, padded with zeros to whole lanes, and returns its address."""
