@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from manyhats.cli import options as opt
-from manyhats.cli.address import check_address, explain
-from manyhats.cli.failures import CommandError
+from manyhats.cli.options import common as opt
+from manyhats.cli.options.address import check_address, explain
+from manyhats.cli.terminal.failures import CommandError
 
 if TYPE_CHECKING:
     from manyhats.client import Client, Credentials, ManyhatsError

@@ -7,10 +7,10 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from manyhats.cli import options
-from manyhats.cli.address import check_address
-from manyhats.cli.connection import Connection
-from manyhats.cli.failures import UsageError
+from manyhats.cli.options import common as options
+from manyhats.cli.options.address import check_address
+from manyhats.cli.options.connection import Connection
+from manyhats.cli.terminal.failures import UsageError
 
 
 def _register(*names: str, **settings: Any) -> Any:

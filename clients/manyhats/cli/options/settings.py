@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args
 
 import typer
 
-from manyhats.cli.failures import UsageError
+from manyhats.cli.terminal.failures import UsageError
 from manyhats.settings.declaration import Setting
 from manyhats.settings.reading import check_variables, read_variables
 

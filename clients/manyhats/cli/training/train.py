@@ -10,11 +10,11 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from manyhats.cli import options
-from manyhats.cli.extras import needs_extra, quiet_libraries
-from manyhats.cli.failures import EXIT_INTERRUPTED, CommandError, UsageError
-from manyhats.cli.setting_options import Given, refuse_unknown_variables, takes
-from manyhats.cli.train_server import Server
+from manyhats.cli.options import common as options
+from manyhats.cli.options.settings import Given, refuse_unknown_variables, takes
+from manyhats.cli.terminal.extras import needs_extra, quiet_libraries
+from manyhats.cli.terminal.failures import EXIT_INTERRUPTED, CommandError, UsageError
+from manyhats.cli.training.server import Server
 from manyhats.server.lifetime.config import SETTINGS as SERVE_SETTINGS
 from manyhats.trainer.settings.declaring import GROUPS
 from manyhats.trainer.settings.settings import SETTINGS
@@ -133,18 +133,18 @@ def train(
         from manyhats.engine.threads.openmp import sleep_soon
 
         sleep_soon()
-        from manyhats.cli import train_runs, train_settings
+        from manyhats.cli.training import runs, settings
     with trainer_errors(given.places):
-        every = train_settings.read(values, config, tasks, is_dry_run=dry_run)
-        registrar = train_runs.Registrar.of(server, every)
+        every = settings.read(values, config, tasks, is_dry_run=dry_run)
+        registrar = runs.Registrar.of(server, every)
         if print_config:
-            typer.echo(train_settings.text_of(every[0], config, given.places, method), nl=False)
+            typer.echo(settings.text_of(every[0], config, given.places, method), nl=False)
         elif dry_run:
-            train_settings.show_memory(every, as_json)
+            settings.show_memory(every, as_json)
         elif tasks is not None:
-            train_runs.train_all(every, registrar, resume, as_json)
+            runs.train_all(every, registrar, resume, as_json)
         else:
-            train_runs.train_one(every[0], registrar, resume, as_json)
+            runs.train_one(every[0], registrar, resume, as_json)
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def trainer_errors(places: Mapping[str, str]) -> Iterator[None]:
         typer.Exit: with 130, the training was interrupted.
     """
     from manyhats.adapters.errors import AdapterError
-    from manyhats.cli.train_runs import by_flags
+    from manyhats.cli.training.runs import by_flags
     from manyhats.engine.errors import EngineError, ModelError
     from manyhats.trainer.errors import SettingError, TrainerError
     from manyhats.trainer.run.interrupt import TrainingInterrupted

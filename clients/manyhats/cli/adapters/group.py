@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhats.cli import adapter_files, adapter_register, adapter_store
-from manyhats.cli import options as opt
-from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.failures import CommandError, command_group
-from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, print_table
+from manyhats.cli.adapters import files as adapter_files
+from manyhats.cli.adapters import register as adapter_register
+from manyhats.cli.adapters import store as adapter_store
+from manyhats.cli.options import common as opt
+from manyhats.cli.options.connection import Connection, connect, takes_connection
+from manyhats.cli.terminal.failures import CommandError, command_group
+from manyhats.cli.terminal.output import human_bytes, human_count, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
     from manyhats.client import AdapterInfo

@@ -9,7 +9,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from manyhats.cli.failures import UsageError
+from manyhats.cli.terminal.failures import UsageError
 
 # What one call takes at a time; the server would take more, but nothing would be seen until then.
 _MAX_TEXTS = 256

@@ -8,7 +8,7 @@ import ssl
 from contextlib import suppress
 from enum import Enum
 
-from manyhats.cli.failures import UsageError
+from manyhats.cli.terminal.failures import UsageError
 
 # Schemes of gRPC's own name resolution; the rest of such a target is for gRPC to judge.
 _TARGET = re.compile(r"(unix|unix-abstract|dns|ipv4|ipv6|vsock|xds|passthrough):\S+")

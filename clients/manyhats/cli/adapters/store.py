@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhats.cli import options as opt
-from manyhats.cli.extras import needs_extra
-from manyhats.cli.failures import CommandError
-from manyhats.cli.output import human_bytes, print_json, print_table
+from manyhats.cli.options import common as opt
+from manyhats.cli.terminal.extras import needs_extra
+from manyhats.cli.terminal.failures import CommandError
+from manyhats.cli.terminal.output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
     from manyhats.adapters.store.store import AdapterStore

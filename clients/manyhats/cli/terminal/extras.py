@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from manyhats.cli.failures import CommandError
+from manyhats.cli.terminal.failures import CommandError
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 def _how_to_install(extra: str) -> str:
     """How to install an extra: manyhats is not on an index, so it comes from where it was installed from."""
-    checkout = Path(__file__).parents[3]
+    checkout = Path(__file__).parents[4]
     if (checkout / "pyproject.toml").is_file():
         return f"pip install -c constraints.txt --editable '.[{extra}]' in {checkout}"
     return f"install manyhats[{extra}] from the checkout or wheel that it came from"

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhats.cli import options as opt
-from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.output import print_json, print_table
-from manyhats.cli.progress import shown_wait
-from manyhats.cli.texts import TextFile, Texts, Truncate, batches, texts_of, truncation
+from manyhats.cli.options import common as opt
+from manyhats.cli.options.connection import Connection, connect, takes_connection
+from manyhats.cli.tasks.texts import TextFile, Texts, Truncate, batches, texts_of, truncation
+from manyhats.cli.terminal.output import print_json, print_table
+from manyhats.cli.terminal.progress import shown_wait
 
 if TYPE_CHECKING:
     from manyhats.client import TaggedText, TagOptions

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from manyhats.cli import options as opt
-from manyhats.cli.connection import Connection, connect, describe, takes_connection
-from manyhats.cli.failures import print_error
-from manyhats.cli.generate import note_beyond_context, note_cut
-from manyhats.cli.output import print_json
+from manyhats.cli.options import common as opt
+from manyhats.cli.options.connection import Connection, connect, describe, takes_connection
+from manyhats.cli.tasks.generate import note_beyond_context, note_cut
+from manyhats.cli.terminal.failures import print_error
+from manyhats.cli.terminal.output import print_json
 
 if TYPE_CHECKING:
     from manyhats.client import ChatMessage, Client, GenerateOptions

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyhats.cli import options as opt
-from manyhats.cli.adapter_batch import Item, Outcome, parse_items, perform
-from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.failures import CommandError, UsageError
-from manyhats.cli.output import human_bytes, print_json, to_plain
-from manyhats.cli.progress import Report, shown_progress, shown_wait
+from manyhats.cli.adapters.batch import Item, Outcome, parse_items, perform
+from manyhats.cli.options import common as opt
+from manyhats.cli.options.connection import Connection, connect, takes_connection
+from manyhats.cli.terminal.failures import CommandError, UsageError
+from manyhats.cli.terminal.output import human_bytes, print_json, to_plain
+from manyhats.cli.terminal.progress import Report, shown_progress, shown_wait
 
 if TYPE_CHECKING:
     from manyhats.client import Client, RegisterOptions, Registration

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from manyhats.cli import options as opt
-from manyhats.cli.connection import Connection, connect, takes_connection
-from manyhats.cli.output import print_json, print_table
-from manyhats.cli.progress import shown_wait
+from manyhats.cli.options import common as opt
+from manyhats.cli.options.connection import Connection, connect, takes_connection
+from manyhats.cli.terminal.output import print_json, print_table
+from manyhats.cli.terminal.progress import shown_wait
 
 HELP = """Print how likely each continuation is after the prompt, best first.
 

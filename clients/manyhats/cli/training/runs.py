@@ -12,12 +12,12 @@ from typing import Any
 import typer
 
 from manyhats.adapters.errors import AdapterError
-from manyhats.cli.connection import describe
-from manyhats.cli.failures import CommandError, print_error
-from manyhats.cli.interrupts import prompt_interrupts
-from manyhats.cli.output import human_bytes, human_count, print_fields, print_json, to_plain
-from manyhats.cli.progress import shown_progress
-from manyhats.cli.train_server import Server
+from manyhats.cli.options.connection import describe
+from manyhats.cli.terminal.failures import CommandError, print_error
+from manyhats.cli.terminal.interrupts import prompt_interrupts
+from manyhats.cli.terminal.output import human_bytes, human_count, print_fields, print_json, to_plain
+from manyhats.cli.terminal.progress import shown_progress
+from manyhats.cli.training.server import Server
 from manyhats.client import ManyhatsError, Registration
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model, usual_quantization
 from manyhats.engine.errors import EngineError

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import typer
 
-from manyhats.cli.output import human_bytes
+from manyhats.cli.terminal.output import human_bytes
 
 
 class Report(Protocol):

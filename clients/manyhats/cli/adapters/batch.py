@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from manyhats.cli.connection import describe
-from manyhats.cli.failures import UsageError
-from manyhats.cli.progress import Report
+from manyhats.cli.options.connection import describe
+from manyhats.cli.terminal.failures import UsageError
+from manyhats.cli.terminal.progress import Report
 
 if TYPE_CHECKING:
     from manyhats.client import Registration

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from manyhats.cli.output import human_bytes, human_count, print_json, print_table
+from manyhats.cli.terminal.output import human_bytes, human_count, print_json, print_table
 from manyhats.settings.declaration import values_of
 from manyhats.settings.printing import config_text
 from manyhats.trainer.memory import NO_DATA, MemoryPrediction, predict_memory
