@@ -12,7 +12,7 @@ from types import FrameType
 
 import typer
 
-from manyhats.cli.failures import EXIT_INTERRUPTED
+from manyhats.cli.terminal.failures import EXIT_INTERRUPTED
 
 _LIMIT_S = 1.5
 _SHOW_CURSOR = "\x1b[?25h"
@@ -29,13 +29,17 @@ def prompt_interrupts() -> Iterator[None]:
         yield
         return
     has_left = threading.Event()
+    has_word = threading.Lock()  # who says that the command was interrupted
 
     def end() -> None:
-        if not has_left.is_set():
-            typer.echo(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}interrupted", err=True)
-        os._exit(EXIT_INTERRUPTED)
+        with has_word:
+            if not has_left.is_set():
+                typer.echo(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}interrupted", err=True)
+            os._exit(EXIT_INTERRUPTED)
 
     def received(number: int, frame: FrameType | None) -> None:
+        # Python swallows an interrupt that comes in a finalizer or a library's callback, and prints where that was.
+        sys.unraisablehook = lambda unraisable: None
         watch = threading.Timer(_LIMIT_S, end)
         watch.daemon = True
         watch.start()
@@ -49,5 +53,6 @@ def prompt_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        has_left.set()
+        with has_word:
+            has_left.set()
         signal.signal(signal.SIGINT, before)
