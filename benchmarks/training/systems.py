@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.baselines import load_nf4
 from benchmarks.measure import Measurement
-from benchmarks.training_cases import TrainingCase, TrainingWorkload, tokens_per_s
+from benchmarks.training.cases import TrainingCase, TrainingWorkload, tokens_per_s
 from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.trainer.data.dataset import DataCounts, Dataset, TokenizedRows
 from manyhats.trainer.data.task_data import TaskData

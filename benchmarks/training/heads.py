@@ -1,4 +1,4 @@
-"""``python -m benchmarks.training_heads``: a head of classes trained here, beside PEFT and transformers' Trainer.
+"""``python -m benchmarks.training.heads``: a head of classes trained here, beside PEFT and transformers' Trainer.
 
 The task is WordNet's: a noun's definition → its category, one of 25 (see ``examples.wordnet``). Both train the same
 LoRA with a fresh head on the same base, with the same rows, batch size, number of steps, learning rate and schedule.

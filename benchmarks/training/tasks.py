@@ -1,4 +1,4 @@
-"""``python -m benchmarks.training_tasks``: four tasks trained together on one base, against one after another.
+"""``python -m benchmarks.training.tasks``: four tasks trained together on one base, against one after another.
 
 Both on a base that is in memory already, by turns, and with the losses compared. A command for each task would load the
 base each time; how long that takes is told besides.
@@ -132,7 +132,7 @@ def _write_rows(path: Path, seed: str, options: argparse.Namespace) -> Path:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_tasks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training.tasks", description=__doc__)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument(
         "--model", default="smollm2-135m-instruct", help="alias, directory or hub id (%(default)s)"

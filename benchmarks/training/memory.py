@@ -1,4 +1,4 @@
-"""``python -m benchmarks.training_memory``: what ``--dry-run`` predicts, and what a fresh process that trains takes.
+"""``python -m benchmarks.training.memory``: what ``--dry-run`` predicts, and what a fresh process that trains takes.
 
 Models of random weights and two sizes besides the default one, three methods, some batches. A training is the command
 itself; its peak is the most memory that the system saw it hold, its runtime and libraries included.

@@ -15,15 +15,15 @@ from benchmarks import report
 from benchmarks.machine import busy_cores, machine_facts
 from benchmarks.measure import Measurement, Sample
 from benchmarks.row import BUSY, Pick, Row, at_least
-from benchmarks.training_cases import CASES, FLOOR, TrainingCase, TrainingWorkload
-from benchmarks.training_systems import OwnTrainer, PeftTrainer
+from benchmarks.training.cases import CASES, FLOOR, TrainingCase, TrainingWorkload
+from benchmarks.training.systems import OwnTrainer, PeftTrainer
 from benchmarks.worker import Worker
 from manyhats.engine.checkpoints.checkpoint import read_json
 from manyhats.engine.checkpoints.fetch import locate_model
 from manyhats.engine.home import default_home
 from manyhats.engine.model.families.reading import read_family
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 SYSTEMS: dict[str, Callable[[TrainingWorkload], object]] = {"trainer": OwnTrainer, "peft": PeftTrainer}
 _HOPELESS = 1.5
