@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from manyhats.adapters.errors import StoreUnavailableError
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
@@ -140,7 +142,35 @@ async def test_names_that_are_none_are_refused() -> None:
             assert (await refused(call(server, "../x"))).reason == "FIELD_INVALID"
 
 
-async def test_a_pin_for_which_there_was_no_room_is_tried_again(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+async def test_a_pin_without_room_is_no_matter_of_other_tasks_changes() -> None:
+    async with running_server() as server:
+        await register(server, "a")
+        server.store.set_pin("hats", is_pinned=True)
+        server.engine.pin_error = PinLimitError(70, 50, 100)
+        await register(server, "b", "caps")
+        await server.adapters.DeleteAdapter(pb.DeleteAdapterRequest(task_id="caps"))
+        assert server.engine.asked_to_pin == []
+        await server.adapters.ActivateAdapter(pb.ActivateAdapterRequest(task_id="hats@1"))
+        assert server.engine.asked_to_pin == ["hats@1"]
+
+
+async def test_a_start_goes_on_without_what_cannot_be_pinned_and_does_not_ask_a_lost_store_for_each() -> None:
+    async with running_server() as server:
+        for task in ("a", "b", "c"):
+            server.store.register(Registration(task, Uri(task)))
+            server.store.set_pin(task, is_pinned=True)
+        registrations = Registrations(make_backend(server.engine, server.store), server.metrics)
+        for error, num_asked in (
+            (RuntimeError("bug"), 3),
+            (PinLimitError(70, 50, 100), 3),
+            (StoreUnavailableError("store", "cannot be reached"), 1),
+        ):
+            server.engine.pin_error, server.engine.asked_to_pin = error, []
+            await registrations.follow_pins()
+            assert len(server.engine.asked_to_pin) == num_asked
+
+
+async def test_a_pin_for_which_there_was_no_room_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "_PINS_PERIOD_S", 0.05)
     async with running_server() as server:
         server.store.register(Registration("hats", Uri("a")))

@@ -198,6 +198,7 @@ class EchoEngine:
     used: set[str] = field(default_factory=set)
     pinned: set[str] = field(default_factory=set)
     pin_error: Exception | None = None
+    asked_to_pin: list[str] = field(default_factory=list)
     warm_error: Exception | None = None
     warm_s: float = 0.0
     warmed: list[AdapterRecord] = field(default_factory=list)
@@ -320,6 +321,7 @@ class EchoEngine:
         return record.name in self.used
 
     async def pin_adapter(self, record: AdapterRecord) -> None:
+        self.asked_to_pin.append(record.name)
         if self.pin_error is not None:
             raise self.pin_error
         self.resident[record.digest] = record

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
+from typing import Any
 
 import structlog
 
@@ -44,16 +45,19 @@ class StoreFollower:
             await asyncio.sleep(self._period_s)
             changed = await self._changed()
             for record in self._take(changed):
-                loading = asyncio.create_task(self._registrations.warm(record))
-                self._loading.add(loading)
-                loading.add_done_callback(self._loading.discard)
-            self._follow_pins(is_changed=bool(changed))
+                self._begin(self._registrations.warm(record))
+            if changed:
+                self._begin(self._registrations.follow_pins(changed))
+            self._try_pins_again()
 
-    def _follow_pins(self, *, is_changed: bool) -> None:
-        """Pin what is pinned now: after a change, and once in a while. One at a time, so that they load in turn."""
+    def _begin(self, loading: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(loading)
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)
+
+    def _try_pins_again(self) -> None:
+        """Once in a while, pin what was not there, or had no room, when it was to be pinned."""
         now_s = time.monotonic()
-        if is_changed:
-            self._pins_due_s = now_s
         if now_s >= self._pins_due_s and (self._pinning is None or self._pinning.done()):
             self._pins_due_s = now_s + _PINS_PERIOD_S
             self._pinning = asyncio.create_task(self._registrations.follow_pins())
