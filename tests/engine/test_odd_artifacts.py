@@ -249,7 +249,8 @@ def test_spans_are_refused_where_transformers_leaves_out_the_base(tmp_path: Path
     }[method]
     transformers: Any = import_module("transformers")
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(checkpoint)
-    own = load_transformers(checkpoint).get_input_embeddings().weight
+    whole: Any = load_transformers(checkpoint)
+    own = whole.get_input_embeddings().weight
     assert not torch.equal(model.get_input_embeddings().weight, own)
     directory = save_peft(make_peft(model, config), tmp_path / "task")
     with pytest.raises(AdapterUnsupportedError, match="QUESTION_ANS is not served on llama: transformers'"):
@@ -261,3 +262,47 @@ def _change(directory: Path, tensors: Mapping[str, torch.Tensor], *, without: st
     path = directory / "adapter_model.safetensors"
     kept = {name: tensor for name, tensor in load_file(path).items() if not without or without not in name}
     save_file({**kept, **tensors}, path)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "lost"),
+    [
+        ("bert", TaskType.SEQ_CLS, "classifier.bias"),
+        ("bert", TaskType.TOKEN_CLS, "classifier.bias"),
+        ("roberta", TaskType.SEQ_CLS, "classifier.dense.bias"),
+        ("modernbert", TaskType.TOKEN_CLS, "classifier.bias"),
+        ("llama", TaskType.TOKEN_CLS, "score.bias"),
+    ],
+)
+def test_a_head_that_lost_its_bias_is_refused(tmp_path: Path, family: str, kind: TaskType, lost: str) -> None:
+    """PEFT would leave the one there that the model began with, at random."""
+    if family in ENCODERS:
+        checkpoint = make_encoder(tmp_path / "model", family, seed=8, auto=AUTO.get(family, "AutoModel"))
+    else:
+        checkpoint = make_checkpoint(tmp_path / "model", family, seed=8)
+    linear = list(LINEARS.get(family, ["q_proj"]))[:1]
+    peft = make_peft(load_model(checkpoint, kind, 3), LoraConfig(task_type=kind, target_modules=linear))
+    directory = save_peft(peft, tmp_path / "task")
+    description = load_tiny(checkpoint).description
+    assert read_lora(directory, description).head is not None
+    _change(directory, {}, without=lost)
+    with pytest.raises(AdapterInvalidError, match=f"{lost}: is missing beside"):
+        read_lora(directory, description)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_a_span_has_two_ends(tmp_path: Path, family: str) -> None:
+    checkpoint = make_encoder(tmp_path / "model", family, seed=8, auto=AUTO.get(family, "AutoModel"))
+    config = LoraConfig(task_type=TaskType.TOKEN_CLS, target_modules=list(LINEARS[family][:1]))
+    directory = save_peft(make_peft(load_model(checkpoint, TaskType.TOKEN_CLS, 3), config), tmp_path / "task")
+    tensors = load_file(directory / "adapter_model.safetensors")
+    layer = "base_model.model.qa_outputs" if family == "bert" else "base_model.model.classifier"
+    head = {
+        f"{layer}.{part}": tensors[f"base_model.model.classifier.{part}"].clone()
+        for part in ("weight", "bias")
+    }
+    _change(directory, head, without="classifier")
+    path = directory / "adapter_config.json"
+    path.write_text(path.read_text().replace('"TOKEN_CLS"', '"QUESTION_ANS"'))
+    with pytest.raises(AdapterInvalidError, match="has 3 outputs; a span has 2, its start and its end"):
+        read_lora(directory, load_tiny(checkpoint).description)

@@ -27,15 +27,17 @@ class Part:
     Attributes:
         norm: path of the norm behind it; None for none.
         is_base_s: whether the base's own, its pooler, serves where none is saved.
+        is_biased: whether it has a bias in all models.
     """
 
     module: str
     activation: str | None = None
     norm: str | None = None
     is_base_s: bool = False
+    is_biased: bool = True
 
 
-_MODERNBERT = Part("head.dense", "gelu", norm="head.norm", is_base_s=True)
+_MODERNBERT = Part("head.dense", "gelu", norm="head.norm", is_base_s=True, is_biased=False)
 _TWO_LAYERS = (Part("classifier.dense", "tanh"), Part("classifier.out_proj"))
 _OF_TEXTS: Mapping[str, tuple[Part, ...]] = MappingProxyType(
     {
@@ -150,8 +152,9 @@ def alternatives(kind: TaskKind, base: BaseDescription) -> Sequence[tuple[Part, 
         return [(*first, Part(_OF_SPANS.get(base.model_type, "qa_outputs")))]
     if kind is TaskKind.CLASSIFY and base.kind is TaskKind.EMBED:
         return [_OF_TEXTS.get(base.model_type, (Part("classifier"),))]
-    names = ("score", "classifier") if kind is TaskKind.CLASSIFY else ("classifier", "score")
-    return [(*first, Part(name)) for name in names]
+    if kind is TaskKind.CLASSIFY:
+        return [(Part(name, is_biased=False),) for name in ("score", "classifier")]
+    return [(*first, Part(name)) for name in ("classifier", "score")]
 
 
 def find_layers(
@@ -186,12 +189,7 @@ def find_layers(
         if found[-1] is None:
             continue
         for part, layer in zip(parts, found, strict=True):
-            if layer is None and not part.is_base_s:
-                raise AdapterInvalidError(key, f"{value} needs {part.module}, which the file lacks")
-            if part.is_base_s and not base.has_pooler and (missing := _missing(part, layer)):
-                raise AdapterInvalidError(
-                    key, f"{value} needs {missing}, which neither the file nor the base has"
-                )
+            _check_whole(asking, part, layer, base)
         layers = tuple(
             layer or SavedLayer(None, None, part.activation, is_base_s=True)
             for part, layer in zip(parts, found, strict=True)
@@ -200,6 +198,21 @@ def find_layers(
         return layers
     asked = [f"{prefix}{parts[-1].module}.weight" for parts in choices for prefix in prefixes]
     raise AdapterInvalidError(key, f"{value} needs a head, and the file has none of {', '.join(asked)}")
+
+
+def _check_whole(
+    asking: tuple[str, str], part: Part, layer: SavedLayer | None, base: BaseDescription
+) -> None:
+    """Check that the file has all of a layer, or the base has the rest."""
+    key, value = asking
+    missing = _missing(part, layer)
+    if missing is not None and not part.is_base_s:
+        raise AdapterInvalidError(key, f"{value} needs {missing}, which the file lacks")
+    if missing is not None and not base.has_pooler:
+        raise AdapterInvalidError(key, f"{value} needs {missing}, which neither the file nor the base has")
+    if part.is_biased and layer is not None and layer.weight is not None and layer.bias is None:
+        name = layer.weight.removesuffix("weight") + "bias"
+        raise AdapterInvalidError(name, f"is missing beside {layer.weight}")
 
 
 def check_layers(layers: Sequence[SavedLayer], shapes: Mapping[str, Shape], base: BaseDescription) -> int:

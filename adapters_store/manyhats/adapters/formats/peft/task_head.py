@@ -31,6 +31,7 @@ KINDS: Mapping[str, TaskKind] = MappingProxyType(
 """``task_type`` → what the task does; those that are not here generate."""
 
 _PREFIXES = (PREFIX, "base_model.")
+_SPAN_ENDS = 2
 _LISTED = frozenset(("classifier", "score", "qa_outputs", "pre_classifier", "pooler", "head"))
 """What ``modules_to_save`` may name though the task's model has no such module."""
 
@@ -50,6 +51,11 @@ def find_head(
     asking = "task_type", str(task_type)
     choices = alternatives(kind, base)
     layers = find_layers(asking, _PREFIXES, choices, shapes, base)
+    last = layers[-1].weight
+    if kind is TaskKind.SPAN and last is not None and shapes[last][0] != _SPAN_ENDS:
+        raise AdapterInvalidError(
+            last, f"has {shapes[last][0]} outputs; a span has {_SPAN_ENDS}, its start and its end"
+        )
     if layers[0].weight is None:
         _check_unsaved(config, choices[0][0].module)
     return SavedHead(kind, pooling_of(kind, base), layers)
