@@ -20,6 +20,7 @@ from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedErro
 from manyhats.adapters.heads import Pooling
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
+from manyhats.engine.errors import NumericalError
 from manyhats.engine.request import EncodeRequest
 from support.factories.tiny_encoders import AUTO, ENCODERS, LINEARS, make_encoder
 from support.factories.tiny_models import TINY_VOCAB_SIZE, linears_of, make_checkpoint
@@ -306,3 +307,33 @@ def test_a_span_has_two_ends(tmp_path: Path, family: str) -> None:
     path.write_text(path.read_text().replace('"TOKEN_CLS"', '"QUESTION_ANS"'))
     with pytest.raises(AdapterInvalidError, match="has 3 outputs; a span has 2, its start and its end"):
         read_lora(directory, load_tiny(checkpoint).description)
+
+
+def test_outputs_that_overflow_are_an_error_of_their_task_alone(tmp_path: Path) -> None:
+    checkpoint = make_encoder(tmp_path / "model", "bert", seed=8)
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=4, target_modules=["query"])
+    peft = make_peft(load_model(checkpoint, TaskType.SEQ_CLS, 3), config, size=0.1)
+    for name in ("sound", "huge"):
+        save_peft(peft, tmp_path / name)
+    weight = {"base_model.model.classifier.weight": torch.full((3, 64), 3e38)}
+    _change(tmp_path / "huge", weight, without="classifier.weight")
+    model = load_tiny(checkpoint)
+
+    async def encode() -> list[Any]:
+        with closing(open_store(tmp_path / "store", model.description, [tmp_path])) as store:
+            records = [
+                store.register(Registration(name, Uri(str(tmp_path / name)))).record
+                for name in ("sound", "huge")
+            ]
+            async with running_engine(model, store.lower) as engine:
+                asked = [
+                    EncodeRequest(id="a", inputs=tuple(TEXTS), adapter=record)
+                    for record in (*records, *records)
+                ]
+                return await asyncio.gather(*map(engine.encode, asked), return_exceptions=True)
+
+    sound, huge, again, _ = asyncio.run(encode())
+    assert isinstance(huge, NumericalError)
+    assert "the outputs of the task's head are not finite" in str(huge)
+    expected = values_of(peft, TEXTS)
+    assert_equal({"first": sound.values, "last": again.values}, {"first": expected, "last": expected})
