@@ -65,10 +65,10 @@ class BaseShape:
 
     @property
     def num_table_parameters(self) -> int:
-        """Parameters of the embedding, V · D, and of the head unless it is tied."""
+        """Parameters of the embedding, V · E, and of the head unless it is tied."""
         architecture = self.architecture
         has_own_head = architecture.head is not None and not architecture.head.is_tied
-        return architecture.vocab_size * architecture.hidden_size * (2 if has_own_head else 1)
+        return architecture.vocab_size * architecture.embedding.size * (2 if has_own_head else 1)
 
     @property
     def num_parameters(self) -> int:
