@@ -218,6 +218,17 @@ def test_a_text_in_four_bits(tmp_path: Path) -> None:
     assert report.evaluation is None
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_base_is_recorded_as_it_was(quantization: str, tmp_path: Path) -> None:
+    """Settings that leave it to the base say in the report what it was."""
+    settings = head_settings(tmp_path, "classification", max_steps=1)
+    settings = replace(settings, model=replace(settings.model, quantization="auto"))
+    report = train(settings, head_base("bert", quantization).model)
+    assert report.settings.model.quantization == quantization
+    content = json.loads((tmp_path / "out/training/report.json").read_bytes())
+    assert content["settings"]["model.quantization"] == quantization
+
+
 def test_vectors_may_be_pooled_otherwise(tmp_path: Path) -> None:
     report = train(
         head_settings(tmp_path, "embedding", of_head={"pooling": "first"}), head_base("bert").model

@@ -401,6 +401,24 @@ def test_more_work_takes_more_memory(more: dict[str, Any]) -> None:
     assert after.total - runtime[1] > before.total - runtime[0]
 
 
+def test_the_base_is_as_a_server_holds_it_unless_told(tmp_path: Path) -> None:
+    """NF4 from 100 million parameters, or if it is stored so."""
+
+    def of(method: str, **config: Any) -> tuple[int, int]:
+        model = str(write_config(tmp_path, {**LLAMA_33B, **config}))
+        base = predicted(method, model=model, max_length=100, device="cuda").parts["base: linears"]
+        return base, read_shape(model).nf4_bytes
+
+    assert of("prefix")[0] == of("prefix")[1]
+    assert of("lora")[0] > 3 * of("lora")[1]
+    small = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2}
+    assert of("prefix", **small)[0] > 3 * of("prefix", **small)[1]
+    assert of("qlora", **small)[0] == of("qlora", **small)[1]
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    stored = {**stored, "bnb_4bit_use_double_quant": True}
+    assert of("prefix", **small, quantization_config=stored)[0] == of("prefix", **small)[1]
+
+
 def test_an_optimizer_of_8_bits_takes_a_quarter() -> None:
     full = predicted(max_length=100, device="cuda").parts["optimizer"]
     assert predicted(max_length=100, device="cuda", optimizer="adamw_8bit").parts["optimizer"] == (

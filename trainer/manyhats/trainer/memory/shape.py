@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from manyhats.adapters.errors import shown
 from manyhats.engine.checkpoints.checkpoint import check_quantization_config, expected_shapes, read_json
 from manyhats.engine.checkpoints.fetch import KNOWN_MODELS
+from manyhats.engine.checkpoints.loader import Quantization, usual_quantization
 from manyhats.engine.errors import ModelError
 from manyhats.engine.home import default_home
 from manyhats.engine.model.architecture import Architecture
@@ -57,6 +58,11 @@ class BaseShape:
     def architecture(self) -> Architecture:
         """The architecture of its family."""
         return self.family.architecture
+
+    @property
+    def quantization(self) -> Quantization:
+        """How a server stores the linears, unless told otherwise."""
+        return usual_quantization(self.architecture, is_stored_nf4=self.is_stored_nf4)
 
     @property
     def num_linear_parameters(self) -> int:
