@@ -82,14 +82,12 @@ class Encoding:
             NumericalError: they are not finite.
         """
         index, pooled = self._running[chunk.sequence]
-        if not np.isfinite(answer.hidden).all():
-            raise NumericalError("the hidden values are not finite")
-        pooled.add(answer.hidden)
+        pooled.add(_finite(answer.hidden, "the hidden values"))
         if not chunk.ends_tokens:
             return None
+        self._results[index] = _finite(applied(self._head, pooled.rows()), "the outputs of the task's head")
         del self._running[chunk.sequence]
         scheduler.finish(chunk.sequence)
-        self._results[index] = applied(self._head, pooled.rows())
         self._queue(scheduler, now_s)
         if self._running:
             return None
@@ -194,6 +192,12 @@ class Pooled:
         if self._sum is not None:
             return (self._sum / self._num_rows).astype(np.float32)[None]
         return np.concatenate(self._parts)
+
+
+def _finite(values: Hidden, what: str) -> Hidden:
+    if not np.isfinite(values).all():
+        raise NumericalError(f"{what} are not finite")
+    return values
 
 
 def applied(head: TaskHead | None, rows: Hidden) -> Hidden:
