@@ -198,7 +198,6 @@ class EngineStats:
         kv_blocks_total: all.
         heartbeat_s: ``time.time()`` of the loop's last turn.
         waiting_tasks: task ids of requests whose adapter is not loaded or has no slot.
-        is_at_standstill: there are requests, but none has made progress for some seconds.
     """
 
     num_running: int
@@ -208,4 +207,3 @@ class EngineStats:
     kv_blocks_total: int
     heartbeat_s: float
     waiting_tasks: tuple[str, ...] = ()
-    is_at_standstill: bool = False

@@ -33,6 +33,7 @@ from manyhats.server.http.metrics_port import MetricsPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.lifetime.config import ServeConfig
+from manyhats.server.lifetime.hang import end_when_hung
 from manyhats.server.lifetime.system import StopSignals, connection_limits, raise_file_limit, wait_for_either
 from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both, configure_logs
 from manyhats.server.observability.metrics import Metrics
@@ -53,7 +54,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BY_SIGNAL = 128
 """Plus the signal's number: the signal came before the server was ready."""
-# How long loading or compiling may take to end after a signal before it is abandoned.
+# How long loading, compiling or the engine's step may take to end before it is abandoned.
 _STOP_LIMIT_S = 0.8
 _MAX_OTHER_CALLS = 512  # calls without a sequence, or waiting for an adapter or tokenization
 _log = structlog.get_logger("manyhats.process")
@@ -78,7 +79,7 @@ async def serve(
 
     Returns:
         0 after a signal; 1 if the server could not start, or the engine died; 128 and the signal's number if it came
-        before the server was ready.
+        before the server was ready. If the engine hangs, it does not return: the process ends (``hang.py``).
     """
     configure_logs(config.log_format, config.log_level)
     # A text is tokenized on the calling thread (``TextThreads``), not on one thread per processor.
@@ -148,6 +149,7 @@ class _Process:
                 return EXIT_BY_SIGNAL + self._stop.number
             backend, registrations = started.backend, started.registrations
             _leave_to_no_collection()
+            end_when_hung(backend.engine, self._config.hang_limit_s)
             self._gate.open(backend)
             await grpc_port.health.publish()
             self._announce(backend, Addresses(grpc_port.address, http.address))
@@ -226,7 +228,7 @@ class _Process:
             self._store = backend.store
             _loading_log.info("starting the engine", note="the first start on a machine compiles its kernels")
             await backend.engine.start()
-        stack.push_async_callback(backend.engine.stop, 0.0)
+        stack.push_async_callback(backend.engine.stop, 0.0, _STOP_LIMIT_S)
         registrations = Registrations(backend, self._metrics)
         await self._register_all(backend, registrations)
         return Started(backend, registrations)
