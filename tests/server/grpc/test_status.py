@@ -164,6 +164,14 @@ ENGINE_ROWS: list[tuple[Exception, grpc.StatusCode, str]] = [
     (engine_errors.DeadlineExceededError("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     (engine_errors.RequestCancelledError("gone"), grpc.StatusCode.CANCELLED, "CANCELLED"),
     (engine_errors.NumericalError("NaN"), grpc.StatusCode.INTERNAL, "NUMERICAL_ERROR"),
+    (engine_errors.NoMemoryError(), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    (MemoryError("/secret/path"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    (OSError(12, "secret"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: secret"),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "OUT_OF_MEMORY",
+    ),
     (adapter_errors.DataLossError("hats@1", "is damaged"), grpc.StatusCode.DATA_LOSS, "DATA_LOSS"),
     (RuntimeError("/secret/path"), grpc.StatusCode.INTERNAL, "INTERNAL"),
 ]
@@ -197,6 +205,11 @@ async def test_full_queue_says_when_to_come_again() -> None:
         (service_errors.TooManyCallsError(9, 0.25), 0.25),
         (adapter_errors.QuotaExceededError("max_transfers", "are used up", 7.0), 7.0),
         (adapter_errors.QuotaExceededError("max_tasks", "are used up"), None),
+        (engine_errors.NoMemoryError(2.5), 2.5),
+        (engine_errors.DrainingError("going"), 1.0),
+        (engine_errors.EngineDeadError("dead"), 1.0),
+        (adapter_errors.StoreUnavailableError("store", "is gone"), 1.0),
+        (adapter_errors.StoreFullError("store", "is full"), None),
     ],
 )
 def test_what_passes_by_itself_says_when_to_come_again(error: Exception, retry_s: float | None) -> None:

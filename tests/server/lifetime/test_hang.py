@@ -28,14 +28,18 @@ from support.factories.tiny_models import make_checkpoint
 # The engine's next step does what is said on stdin.
 CHILD = """
 import asyncio, sys, threading, time
+from manyhats.adapters.store.store import AdapterStore
 from manyhats.cli.serve import run
 from manyhats.engine.backends.cpu.model import CpuModel
 from manyhats.server.lifetime.config_file import make_config
 
 forward, task, lock = CpuModel.forward, [""], threading.Lock()
+refresh, store_hangs = AdapterStore.refresh, threading.Event()
 
 def read():
     for line in sys.stdin:
+        if line.strip() == "store":
+            store_hangs.set()
         task[0] = line.strip()
 
 def faulty(self, *arguments):
@@ -52,7 +56,12 @@ def faulty(self, *arguments):
             sum(range(10_000))
     return forward(self, *arguments)
 
-CpuModel.forward = faulty
+def hanging(self):
+    if store_hangs.is_set():
+        threading.Event().wait()
+    return refresh(self)
+
+CpuModel.forward, AdapterStore.refresh = faulty, hanging
 threading.Thread(target=read, daemon=True).start()
 config = make_config({
     "model": sys.argv[1], "store": sys.argv[2], "dtype": "float32", "quantization": "none", "num_threads": 1,
@@ -225,3 +234,13 @@ def test_a_second_signal_ends_a_process_at_once_whatever_its_engine_does(base: P
         started = time.monotonic()
         assert serving.process.wait(30) == 0
         assert time.monotonic() - started < 20, "long before the limit of 60 s"
+
+
+def test_a_store_that_hangs_does_not_hold_up_the_end(base: Path, tmp_path: Path) -> None:
+    with server(base, tmp_path / "store", 4.0, 60.0) as serving:
+        serving.tell("store")
+        time.sleep(1)  # a look, by default twice a second
+        assert serving.generate().result(60).text is not None
+        assert serving.is_serving()
+        serving.process.send_signal(signal.SIGTERM)
+        assert serving.process.wait(20) == 0

@@ -68,9 +68,11 @@ class StoreHealth:
 
     def lost(self, use: StoreUse, error: Exception) -> None:
         """Note that it cannot be used, and log that once."""
+        # Anyone may ask for it: the store's own texts name no path and no host.
+        text = str(error) if isinstance(error, AdapterError) else "an unexpected error, which is in the log"
         with self._lock:
             was_lost = use in self._problems
-            self._problems[use] = str(error)
+            self._problems[use] = text
             self._hanging.discard(use)
         if not was_lost:
             bug = None if isinstance(error, AdapterError) else error

@@ -62,6 +62,7 @@ class LocalArtifacts:
         self._artifacts = root / "artifacts"
         self._staging = root / "staging"
         self._claim_file = root / "catalogue-id"
+        self._is_claimed = False
         self._max_size_bytes = limits.max_size_bytes
         self._use = FileLock(root / "lock")
         self._placement = FileLock(root / "placement.lock")
@@ -80,6 +81,7 @@ class LocalArtifacts:
             owner = file.read_text()
         if owner != catalogue_id:
             raise StoreUnavailableError("store", "its artifacts belong to another catalogue")
+        self._is_claimed = True
 
     def check_reads(self) -> None:
         """Whether the directory is there: not only where a file system would be mounted."""
@@ -177,7 +179,7 @@ class LocalArtifacts:
         return self.sweep(named)
 
     def _check_there(self) -> None:
-        if not self._claim_file.exists():
+        if not (self._claim_file if self._is_claimed else self._artifacts).exists():
             raise StoreUnavailableError("store", "its directory is not there")
 
     def _path(self, digest: str) -> Path:

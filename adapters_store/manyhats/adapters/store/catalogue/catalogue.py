@@ -228,7 +228,7 @@ class Catalogue:
                 changed = read_changed_tasks(connection, self._seen_generation if is_same else 0)
             if not is_same:  # by an older copy, perhaps
                 found = {task.task_id for task in changed}
-                changed += [CataloguedTask(task_id) for task_id in self._index.task_ids() - found]
+                changed += [CataloguedTask(task_id=task_id) for task_id in self._index.task_ids() - found]
             for task in changed:
                 self._index.put(task)
             self._seen_generation, self._num_replaced = generation, self._database.num_replaced
