@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -125,15 +126,20 @@ class CatalogueDatabase:
                 raise StoreUnavailableError("catalogue", "its file is not there") from error
             file = (status.st_dev, status.st_ino)
             if self._file is not None and file != self._file:
-                self._reopen()
+                self._reopen(self._path)
             self._file = file
 
-    def _reopen(self) -> None:
-        self._writers.dispose()
-        with _database_errors(), self._readers.begin() as connection:
-            found = connection.execute(select(CATALOGUE.c.catalogue_id)).scalar_one_or_none()
-        if found != self.catalogue_id:
+    def _reopen(self, path: str) -> None:
+        # Not by the pool, which must not have a connection to another catalogue.
+        address = f"{Path(path).absolute().as_uri()}?mode=rw"
+        try:
+            with contextlib.closing(sqlite3.connect(address, uri=True, timeout=_WAIT_S)) as connection:
+                found = connection.execute(f"SELECT catalogue_id FROM {CATALOGUE.name}").fetchall()
+        except sqlite3.Error as error:
+            raise StoreUnavailableError("catalogue", "its file cannot be read") from error
+        if found != [(self.catalogue_id,)]:
             raise StoreUnavailableError("catalogue", "its file is that of another catalogue")
+        self._writers.dispose()
         self.num_replaced += 1
 
 
