@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import sys
-import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -125,8 +124,8 @@ def run(config: ServeConfig) -> int:
     quiet_libraries()
     has_bars = sys.stderr.isatty() and config.log_format == "text"
     code = asyncio.run(serve_process(config, show_progress=_bars if has_bars else None))
-    if code > EXIT_BY_SIGNAL or threading.active_count() > 1:
-        # Threads that load, compile, or wait for a store that hangs may still run, and are not waited for.
+    if code > EXIT_BY_SIGNAL:
+        # Threads that load or compile may still run, and are not waited for.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

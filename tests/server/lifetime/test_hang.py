@@ -21,7 +21,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from manyhats.v1 import adapter_pb2
 from manyhats.v1 import generation_pb2 as pb
+from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from support.factories.tiny_models import make_checkpoint
 
@@ -56,12 +58,12 @@ def faulty(self, *arguments):
             sum(range(10_000))
     return forward(self, *arguments)
 
-def hanging(self):
+def hanging(self, *arguments, **named):
     if store_hangs.is_set():
         threading.Event().wait()
     return refresh(self)
 
-CpuModel.forward, AdapterStore.refresh = faulty, hanging
+CpuModel.forward, AdapterStore.refresh, AdapterStore.delete = faulty, hanging, hanging
 threading.Thread(target=read, daemon=True).start()
 config = make_config({
     "model": sys.argv[1], "store": sys.argv[2], "dtype": "float32", "quantization": "none", "num_threads": 1,
@@ -236,11 +238,19 @@ def test_a_second_signal_ends_a_process_at_once_whatever_its_engine_does(base: P
         assert time.monotonic() - started < 20, "long before the limit of 60 s"
 
 
-def test_a_store_that_hangs_does_not_hold_up_the_end(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_a_store_that_hangs_does_not_hold_up_the_end(base: Path, tmp_path: Path, num_signals: int) -> None:
     with server(base, tmp_path / "store", 4.0, 60.0) as serving:
         serving.tell("store")
         time.sleep(1)  # a look, by default twice a second
+        if num_signals == 2:  # before it is known that the store hangs
+            request = adapter_pb2.DeleteAdapterRequest(task_id="none")
+            deleting = AdapterServiceStub(serving.channel).DeleteAdapter.future(request)
+            time.sleep(0.5)
+            assert not deleting.done()
         assert serving.generate().result(60).text is not None
         assert serving.is_serving()
-        serving.process.send_signal(signal.SIGTERM)
+        for _ in range(num_signals):
+            serving.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
         assert serving.process.wait(20) == 0

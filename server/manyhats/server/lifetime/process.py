@@ -33,7 +33,7 @@ from manyhats.server.http.metrics_port import MetricsPort
 from manyhats.server.http.port import HttpPort
 from manyhats.server.http.probes import make_metrics_app
 from manyhats.server.lifetime.config import ServeConfig
-from manyhats.server.lifetime.hang import end_when_hung
+from manyhats.server.lifetime.hang import end_at_once, end_when_hung
 from manyhats.server.lifetime.system import StopSignals, connection_limits, raise_file_limit, wait_for_either
 from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both, configure_logs
 from manyhats.server.observability.metrics import Metrics
@@ -79,15 +79,19 @@ async def serve(
 
     Returns:
         0 after a signal; 1 if the server could not start, or the engine died; 128 and the signal's number if it came
-        before the server was ready. If the engine hangs, it does not return: the process ends (``hang.py``).
+        before the server was ready. If engine or store hang, it does not return: the process ends (``hang.py``).
     """
     configure_logs(config.log_format, config.log_level)
     # A text is tokenized on the calling thread (``TextThreads``), not on one thread per processor.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Process-wide: a creation time per series would double their number.
     disable_created_metrics()  # type: ignore[no-untyped-call]
+    process = _Process(config, assemble or _open_backend, show_progress)
     try:
-        return await _Process(config, assemble or _open_backend, show_progress).run()
+        code = await process.run()
+        if process.is_held_up:
+            end_at_once(code)
+        return code
     except (ServerError, EngineError, AdapterError) as error:
         _log.error("cannot serve", reason=str(error))
         return EXIT_FAILED
@@ -156,6 +160,11 @@ class _Process:
             follower = StoreFollower(backend, registrations, period_s=self._config.store_poll_s)
             stack.enter_context(running(follower.follow()))
             return await self._serve(grpc_port)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether threads that wait for the store are left, for which Python would wait as the process ends."""
+        return self._gate.is_store_busy
 
     def _close_store(self) -> None:
         """Last: calls that end as the ports close may still use it."""

@@ -169,4 +169,5 @@ def read_from(read: Callable[[AdapterRecord], T], record: AdapterRecord, health:
         AdapterError: it cannot be read, or the store hangs.
     """
     health.check(StoreUse.READ)
-    return health.wait_unless_hanging(in_thread(lambda: read(record), "store-read"), StoreUse.READ)
+    with health.working():
+        return health.wait_unless_hanging(in_thread(lambda: read(record), "store-read"), StoreUse.READ)

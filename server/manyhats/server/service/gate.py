@@ -62,6 +62,11 @@ class Gate:
         return self._backend is not None and self._backend.store_health.is_whole
 
     @property
+    def is_store_busy(self) -> bool:
+        """Whether anything waits for the store."""
+        return self._backend is not None and self._backend.store_health.is_busy
+
+    @property
     def store_problems(self) -> Mapping[StoreUse, str]:
         """What the store cannot be used for, and why."""
         return {} if self._backend is None else self._backend.store_health.problems

@@ -198,7 +198,12 @@ class Registrations:
     def _begun(self, work: Callable[[], T], *, even_if_hanging: bool = False) -> asyncio.Future[T]:
         if not even_if_hanging:
             self._health.check(*StoreUse)
-        return asyncio.get_running_loop().run_in_executor(self._backend.store_threads, work)
+
+        def counted() -> T:
+            with self._health.working():
+                return work()
+
+        return asyncio.get_running_loop().run_in_executor(self._backend.store_threads, counted)
 
     @contextmanager
     def counted_failures(self) -> Iterator[None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from enum import Enum
 from threading import Lock
 from typing import TypeVar
@@ -35,6 +37,7 @@ class StoreHealth:
     def __init__(self) -> None:
         self._problems: dict[StoreUse, str] = {}
         self._hanging: set[StoreUse] = set()
+        self._num_working = 0
         self._lock = Lock()
 
     @property
@@ -57,6 +60,22 @@ class StoreHealth:
         """Whether a look at one of these uses does not return."""
         with self._lock:
             return not self._hanging.isdisjoint(uses)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything waits for the store."""
+        return self._num_working > 0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Count this block, on a thread, as one that waits for the store."""
+        with self._lock:
+            self._num_working += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_working -= 1
 
     def works(self, use: StoreUse) -> None:
         """Note that it can be used."""
