@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from manyhats.engine.loop.watch import Watch
+from manyhats.engine.loop.watch import Allowance, Watch
 
 
 class Turning:
@@ -16,6 +16,7 @@ class Turning:
     def __init__(self) -> None:
         self.heartbeat_s = 0.0
         self.is_stuck = False
+        self.allowed_s = float("inf")
         self.does: Callable[[], None] = lambda: None
         self.ends = threading.Event()
 
@@ -30,7 +31,7 @@ class Turning:
 @contextmanager
 def watched() -> Iterator[tuple[Turning, Watch, list[float]]]:
     turning, hangs = Turning(), list[float]()
-    watch = Watch(lambda: turning.heartbeat_s, lambda: turning.is_stuck)
+    watch = Watch(lambda: turning.heartbeat_s, lambda: turning.is_stuck, lambda: turning.allowed_s)
     watch.call_at(0.8, hangs.append)
     thread = threading.Thread(target=turning.run)
     thread.start()
@@ -97,6 +98,37 @@ def test_a_long_step_that_computes_is_silent_for_a_small_part_of_its_time() -> N
         watch.call_at(0.3, hangs.append)
         until(lambda: len(hangs) == 1)
         computes.set()
+
+
+def test_what_computes_for_longer_than_is_allowed_hangs() -> None:
+    computes = threading.Event()
+
+    def compute() -> None:
+        while not computes.is_set():
+            sum(range(1000))
+
+    with watched() as (turning, watch, hangs):
+        turning.allowed_s, turning.does = 1.0, compute
+        assert until(lambda: len(hangs) == 1) > 1.5
+        computes.set()
+        until(lambda: watch.silent_s < 0.5)
+
+
+def test_a_step_is_allowed_many_times_what_its_rows_take_at_the_slowest_pace() -> None:
+    allowance = Allowance()
+    allowance.begin(1)
+    assert allowance.seconds == float("inf"), "the first says nothing yet"
+    allowance.end(0.01)
+    allowance.begin(512)
+    assert allowance.seconds >= 20 * 0.01 * 512
+    allowance.end(0.5)  # many rows at once take less each
+    allowance.begin(1)
+    assert 0.2 <= allowance.seconds <= 1
+    for _ in range(3000):  # a machine that has become faster
+        allowance.begin(1)
+        allowance.end(0.001)
+    allowance.begin(1)
+    assert allowance.seconds < 0.1
 
 
 def test_turns_in_which_nothing_gets_on_are_silent() -> None:

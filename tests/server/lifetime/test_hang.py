@@ -27,7 +27,7 @@ from manyhats.v1.adapter_pb2_grpc import AdapterServiceStub
 from manyhats.v1.generation_pb2_grpc import GenerationServiceStub
 from support.factories.tiny_models import make_checkpoint
 
-# The engine's next step does what is said on stdin.
+# The engine's next step does what is said on stdin; each row takes some more seconds.
 CHILD = """
 import asyncio, sys, threading, time
 from manyhats.adapters.store.store import AdapterStore
@@ -53,10 +53,14 @@ def faulty(self, *arguments):
     elif word == "die":
         raise SystemExit("the thread ends")
     elif word.startswith("compute"):
-        end = time.monotonic() + float(word.split()[1])
-        while time.monotonic() < end:
-            sum(range(10_000))
+        compute(float(word.split()[1]))
+    compute(float(sys.argv[5]) * arguments[0].token_ids.size)
     return forward(self, *arguments)
+
+def compute(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(10_000))
 
 def hanging(self, *arguments, **named):
     if store_hangs.is_set():
@@ -96,8 +100,8 @@ class Server:
         self.process.stdin.flush()
         time.sleep(0.3)
 
-    def generate(self) -> grpc.Future[pb.GenerateResponse]:
-        request = pb.GenerateRequest(text="hello", stopping=pb.StoppingParams(max_new_tokens=3))
+    def generate(self, text: str = "hello") -> grpc.Future[pb.GenerateResponse]:
+        request = pb.GenerateRequest(text=text, stopping=pb.StoppingParams(max_new_tokens=3))
         return GenerationServiceStub(self.channel).Generate.future(request)
 
     def is_serving(self) -> bool:
@@ -115,9 +119,11 @@ class Server:
 
 
 @contextmanager
-def server(base: Path, store: Path, heartbeat_limit_s: float, hang_limit_s: float) -> Iterator[Server]:
+def server(
+    base: Path, store: Path, heartbeat_limit_s: float, hang_limit_s: float, row_s: float = 0.0
+) -> Iterator[Server]:
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    limits = str(heartbeat_limit_s), str(hang_limit_s)
+    limits = str(heartbeat_limit_s), str(hang_limit_s), str(row_s)
     command = [sys.executable, "-c", CHILD, str(base), str(store), *limits]
     log = store.with_suffix(".log")
     pipe = subprocess.PIPE
@@ -148,7 +154,7 @@ def until(condition: Callable[[], bool], limit_s: float) -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize("how", ["wait", "lock"])
+@pytest.mark.parametrize("how", ["wait", "lock", "compute 1000"])
 def test_a_step_that_never_returns_turns_health_and_ends_the_process(
     base: Path, tmp_path: Path, how: str
 ) -> None:
@@ -189,8 +195,8 @@ def test_a_thread_that_dies_ends_the_process(base: Path, tmp_path: Path) -> None
 
 
 def test_a_long_step_and_a_stopped_process_are_no_hang(base: Path, tmp_path: Path) -> None:
-    """Limits far below both: seconds of computing, as of the longest chunk or of compiling, count little."""
-    with server(base, tmp_path / "store", 1.5, 3.0) as serving:
+    """Limits far below both: on a slow machine the first steps take seconds, and a long prompt's takes longer."""
+    with server(base, tmp_path / "store", 1.5, 3.0, row_s=0.2) as serving:
         states: list[bool] = []
         ends = threading.Event()
 
@@ -200,8 +206,9 @@ def test_a_long_step_and_a_stopped_process_are_no_hang(base: Path, tmp_path: Pat
 
         looking = threading.Thread(target=look)
         looking.start()
-        serving.tell("compute 8")
-        assert serving.generate().result(60).text is not None
+        started = time.monotonic()
+        assert serving.generate("a word " * 15).result(120).text is not None
+        assert time.monotonic() - started > 6, "not long enough to tell"
         ends.set()
         looking.join()
         assert states

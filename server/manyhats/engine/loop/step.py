@@ -30,6 +30,7 @@ from manyhats.engine.errors import (
 )
 from manyhats.engine.loop.job import Answer, Event, Job, Want
 from manyhats.engine.loop.plan import step_plan
+from manyhats.engine.loop.watch import Allowance
 from manyhats.engine.output import StepStats
 from manyhats.engine.sampling.sampler import check_row, choices_of
 from manyhats.engine.scheduling.schedule import Chunk, Schedule
@@ -89,6 +90,9 @@ class Step:
     An exception from a job ends only that job; one from the step as a whole, such as the forward, ends the step's jobs,
     but if there was no memory for it, only the newest.
     One from the scheduler ends all jobs, since it may be in any state: it then starts over.
+
+    Attributes:
+        allowance: how long the step that runs may take.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Step:
         self._vocab_size = vocab_size
         self._jobs: dict[str, Job[Any]] = {}
         self._num_failed_steps = 0  # since the last one that succeeded
+        self.allowance = Allowance()
 
     @property
     def has_work(self) -> bool:
@@ -159,6 +164,7 @@ class Step:
             is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
             return StepResult(tuple(events), None, is_stuck)
         is_computed = False
+        self.allowance.begin(schedule.num_tokens)
         try:
             plan = step_plan(schedule, self._cache.block_size)  # while every sequence has its blocks
             parts = self._parts(schedule, events)
@@ -174,7 +180,9 @@ class Step:
                 self._fail_step(schedule, error, events)
             return StepResult(tuple(events), None)
         self._num_failed_steps = 0
-        return StepResult(tuple(events), _stats(schedule, time.monotonic() - started))
+        elapsed_s = time.monotonic() - started
+        self.allowance.end(elapsed_s)
+        return StepResult(tuple(events), _stats(schedule, elapsed_s))
 
     def _fill_prefixes(self, schedule: Schedule) -> None:
         for fill in schedule.prefix_fills:

@@ -71,7 +71,7 @@ class Loop:
         self._prepared: Future[None] = Future()
         self._is_stopping = False
         self._is_stuck = False
-        self.watch = Watch(lambda: self.heartbeat_s, lambda: self._is_stuck)
+        self.watch = Watch(lambda: self.heartbeat_s, lambda: self._is_stuck, lambda: step.allowance.seconds)
         self.failure: BaseException | None = None
         self.heartbeat_s = 0.0
 

@@ -11,6 +11,35 @@ _COMPUTING = 15.0
 """A long step computes; what waits for something that never comes does not. So a second of computing counts a part."""
 _MIN_CPU_S = 0.001
 """Of a look. What waits with time limits takes less."""
+_GENEROUS = 30.0
+_DECAY = 0.998
+"""A step: after 350 steps the slowest pace counts half."""
+
+
+class Allowance:
+    """How long a step may compute before it is more likely to never end; thread-safe.
+
+    Kernels wait for each other awake, so one that hangs computes as one that takes long does. The rows of a step are
+    known as it begins: it may take many times as long as they would at the slowest pace of late.
+
+    Attributes:
+        seconds: of the step that runs, or ran last; without limit until one has run.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = float("inf")
+        self._slowest_s = 0.0  # per row
+        self._num_rows = 0
+
+    def begin(self, num_rows: int) -> None:
+        """A step of so many rows begins."""
+        self._num_rows = num_rows
+        if self._slowest_s:
+            self.seconds = _GENEROUS * self._slowest_s * num_rows
+
+    def end(self, elapsed_s: float) -> None:
+        """It has run."""
+        self._slowest_s = max(self._slowest_s * _DECAY, elapsed_s / self._num_rows)
 
 
 class Watch:
@@ -23,14 +52,22 @@ class Watch:
     Args:
         heartbeat: the time of the last turn that was one; it counts for nothing but being another than before.
         is_stuck: whether it turns, but nothing gets on.
+        allowed_s: for how long it may compute.
 
     Attributes:
-        silent_s: seconds since its last turn while it waited, and a fifteenth of those in which it computed.
+        silent_s: seconds since its last turn while it waited, or computed longer than allowed; and a fifteenth of those
+            in which it computed before.
     """
 
-    def __init__(self, heartbeat: Callable[[], float], is_stuck: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        heartbeat: Callable[[], float],
+        is_stuck: Callable[[], bool],
+        allowed_s: Callable[[], float] = lambda: float("inf"),
+    ) -> None:
         self._heartbeat = heartbeat
         self._is_stuck = is_stuck
+        self._allowed_s = allowed_s
         self._limit_s = float("inf")
         self._on_hang: Callable[[float], None] = lambda silent_s: None
         self._is_over = threading.Event()
@@ -67,7 +104,8 @@ class Watch:
                 waited_s += look_s
             else:
                 waited_s, computed_s = 0.0, computed_s + look_s
-            self._note(waited_s + computed_s / _COMPUTING)
+            long_s = min(computed_s, self._allowed_s())
+            self._note(waited_s + long_s / _COMPUTING + computed_s - long_s)
 
     def _note(self, silent_s: float) -> None:
         was_hanging = self.silent_s >= self._limit_s
