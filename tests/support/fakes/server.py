@@ -201,7 +201,7 @@ class EchoEngine:
     warmed: list[AdapterRecord] = field(default_factory=list)
     effect: float = 0.25
     probed: list[LoweredAdapter] = field(default_factory=list)
-    waiting_tasks: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
     requests: list[Request] = field(default_factory=list)
     score_requests: list[ScoreRequest] = field(default_factory=list)
     encode_requests: list[EncodeRequest] = field(default_factory=list)
@@ -212,7 +212,16 @@ class EchoEngine:
     @property
     def stats(self) -> EngineStats:
         heartbeat_s = time.time() if self.heartbeat_s is None else self.heartbeat_s
-        return EngineStats(self.running, 2, 3, 4, 10, heartbeat_s, self.waiting_tasks)
+        return EngineStats(
+            self.running,
+            2,
+            3,
+            4,
+            10,
+            heartbeat_s,
+            kv_block_size=16,
+            waiting_adapters=self.waiting_adapters,
+        )
 
     def call_when_silent(self, limit_s: float, on_hang: Callable[[float], None]) -> None:
         self.hang_limit_s = limit_s
