@@ -164,6 +164,8 @@ class Loop:
             elif result.is_stuck:
                 time.sleep(_RETRY_S)
             self._note_stuck(result.is_stuck)
+        else:
+            self._note_stuck(False)
         if not self._is_stuck:
             self.heartbeat_s = time.time()
         if not self.streams.publish(events):

@@ -261,7 +261,7 @@ class LiveMetrics:
         placed = (record for record, tier in residents if tier is Tier.DEVICE)
         yield from self._engine_gauges(backend)
         yield self._resident_gauge(residents)
-        yield _gauge(
+        yield gauge(
             "manyhats_store_usable",
             "Whether the store can be used: its catalogue, and to read and write adapters.",
             ["use"],
