@@ -18,7 +18,7 @@ from manyhats.server.service import errors as service_errors
 from manyhats.server.service.reasons import is_expected, reason_of
 from manyhats.v1 import adapter_pb2, server_pb2
 from manyhats.v1 import generation_pb2 as pb
-from support.fakes.server import Running, refused, running_server
+from support.fakes.server import ByteTokenizer, Running, refused, running_server
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -187,6 +187,24 @@ async def test_fault_of_a_running_request(error: Exception, code: grpc.StatusCod
         assert server.engine.running == 0
     assert (refusal.code, refusal.reason) == (code, reason)
     assert "secret" not in refusal.message
+
+
+async def test_a_text_that_there_is_no_memory_to_read_fails_its_call_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = ByteTokenizer.prompt
+
+    def sometimes(self: ByteTokenizer, text: str, **options: Any) -> Any:
+        if text == "too much":
+            raise MemoryError
+        return read(self, text, **options)
+
+    monkeypatch.setattr(ByteTokenizer, "prompt", sometimes)
+    async with running_server() as server:
+        refusal = await refused(server.generation.Generate(pb.GenerateRequest(text="too much")))
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+        assert refusal.retry_s == 1.0
+        assert (await server.generation.Generate(pb.GenerateRequest(text="a"))).text == "a"
 
 
 async def test_full_queue_says_when_to_come_again() -> None:
