@@ -56,7 +56,7 @@ class Background:
         Its calls count as work, unless ``is_work`` says that they mostly wait, as for a network.
         """
         if not is_work:
-            return ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=_begin)
+            return ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=begin_thread)
         return _Threads(self, num_threads, name)
 
     @contextmanager
@@ -85,7 +85,7 @@ class Background:
 
 class _Threads(ThreadPoolExecutor):
     def __init__(self, background: Background, num_threads: int, name: str) -> None:
-        super().__init__(num_threads, thread_name_prefix=name, initializer=_begin)
+        super().__init__(num_threads, thread_name_prefix=name, initializer=begin_thread)
         self._background = background
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -96,7 +96,8 @@ class _Threads(ThreadPoolExecutor):
         return super().submit(work)
 
 
-def _begin() -> None:
+def begin_thread() -> None:
+    """Have the calling thread yield to the process's others, for good."""
     # Its own OpenMP team would make the engine's threads sleep between loops (``in_own_thread``).
     torch.set_num_threads(1)
     torch.get_num_threads()

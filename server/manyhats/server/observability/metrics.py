@@ -46,6 +46,7 @@ _LIVE = (
     "manyhats_adapter_resident",
     "manyhats_adapter_pinned",
     "manyhats_adapter_pinned_bytes",
+    "manyhats_store_usable",
     "manyhats_adapter_evictions_total",
     *gateway.NAMES,
 )
@@ -264,6 +265,12 @@ class LiveMetrics:
         yield self._resident_gauge(residents)
         pinned = backend.engine.pinned_digests()
         yield self._pinned_gauge(record for record, _ in residents if record.digest in pinned)
+        yield gauge(
+            "manyhats_store_usable",
+            "Whether the store can be used: its catalogue, and to read and write adapters.",
+            ["use"],
+            [((use,), float(is_usable)) for use, is_usable in backend.store_health.usable.items()],
+        )
         evictions = CounterMetricFamily(
             "manyhats_adapter_evictions", "Adapters that made room in a tier.", labels=["tier"]
         )
