@@ -200,6 +200,13 @@ class BaseDescription:
         known = (path, self.aliases.get(path), self.prefix + path, f"{outer}.{path}")
         return next((each for each in known if each in self.modules), None)
 
+    def spellings_of(self, path: str) -> tuple[str, ...]:
+        """All that ``module_of`` takes for this path of ``modules``, itself first."""
+        outer = self.prefix.partition(".")[0]
+        short = (path.removeprefix(self.prefix), path.removeprefix(f"{outer}."))
+        others = (alias for alias, own in self.aliases.items() if own == path)
+        return tuple(dict.fromkeys((path, *short, *others)))
+
     def path_of(self, site: Site) -> str:
         """The path of the embedding or of the output head; empty if the base has none."""
         return next((path for path, parts in self.modules.items() if parts[0].site == site), "")

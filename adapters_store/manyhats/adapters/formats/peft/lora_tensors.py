@@ -13,7 +13,7 @@ from manyhats.adapters.errors import (
     shown,
 )
 from manyhats.adapters.formats.peft.lora_config import TARGET_PARAMETERS, LoraConfig
-from manyhats.adapters.formats.peft.saved_modules import SavedModules
+from manyhats.adapters.formats.peft.saved_modules import SavedModules, keeps_tied
 from manyhats.adapters.formats.peft.tensors import (
     Misfit,
     ModuleTensors,
@@ -293,9 +293,10 @@ def _rank_and_scale(
 
 def _check_tying(modules: Sequence[ModuleTensors], config: LoraConfig, base: BaseDescription) -> None:
     """If embedding and head are adapted as one, both must have their tensors."""
+    modules_adapted = {base.module_of(tensors.module) for tensors in modules}
     ends = {base.path_of(EMBEDDING), base.path_of(HEAD)}
-    adapted = {base.module_of(tensors.module) for tensors in modules} & ends
-    if base.is_tied and config.ensure_weight_tying and len(adapted) == 1:
+    adapted = [path for path in ends if path in modules_adapted]
+    if base.is_tied and config.ensure_weight_tying and len(adapted) == 1 and keeps_tied(adapted[0]):
         raise AdapterInvalidError(
-            "ensure_weight_tying", f"asks for LoRA on embedding and head; only {adapted.pop()} has it"
+            "ensure_weight_tying", f"asks for LoRA on embedding and head; only {adapted[0]} has it"
         )

@@ -5,8 +5,9 @@ embedding, or of the head; the file holds the rows themselves, not differences.
 
 If the base's head is its embedding, PEFT keeps one of the two unchanged, unless told otherwise:
 
-- a module of ``modules_to_save`` is a copy of its own; with ``ensure_weight_tying`` both get it;
-- a weight that is saved without being named there replaces the base's, and so acts on both;
+- a module of ``modules_to_save`` is a copy of its own; with ``ensure_weight_tying`` both get it, but only where PEFT
+  knows the name (``embed_tokens``, ``lm_head``): it leaves a GPT-2's ``wte`` untied;
+- a weight that is saved without being named there replaces the base's, and so acts on both, or on the other of the two;
 - token rows of the embedding act on both, unless the config gives the head other rows.
 
 An embedding or head that a method adapts is saved alongside, unchanged, and PEFT loads it over the base's own: so it
@@ -47,6 +48,7 @@ _COPY_SUFFIXES = ("base_layer.weight", "token_adapter.base_layer.weight")
 # A trained module once more, which must be equal, and what it was before, which is not used.
 _TRAINED, _ORIGINAL = "modules_to_save", "original_module"
 _ROW_SUFFIXES = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
+_TIED_NAMES = frozenset(("embed_tokens", "lm_head"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,31 +169,31 @@ def find_saved_modules(
         AdapterInvalidError: a tensor is missing, or has another shape than the base's.
     """
     listed = _listed_modules(config, base)
-    paths = {site: f"{PREFIX}{path}" for site, path in _paths_of_ends(base).items()}
+    paths = _paths_in(shapes, base)
     present = {site: f"{path}.weight" for site, path in paths.items() if f"{path}.weight" in shapes}
     for site in listed:
         if site not in present:
             raise AdapterInvalidError(
                 "modules_to_save", f"names {base.path_of(site)}, but {paths[site]}.weight is missing"
             )
-    rows = _find_rows(config, shapes, base) if own_rows is None else own_rows
+    rows = _find_rows(config, shapes, base, paths) if own_rows is None else own_rows
     copies = _named(paths, _COPY_SUFFIXES, shapes)
     for name in (*present.values(), *copies.values()):
         _check_width(name, shapes[name], base)
     head_bias = _find_head_bias(paths.get(HEAD, ""), present, shapes, base)
-    again = _find_again(paths, {site: present[site] for site in listed}, head_bias, shapes)
+    again = _find_again(paths, present, head_bias, shapes)
     for site, found in rows.items():
         for other in (EMBEDDING, HEAD) if base.is_tied else (site,):
             if other in present:
                 raise AdapterInvalidError(found.tensor, f"and {present[other]} both replace the same rows")
-    is_one = base.is_tied and _acts_on_both(config, present, listed)
+    is_one = base.is_tied and _acts_on_both(config, present, listed, base)
     first = next(iter(present.values()), None)
     equal = [pair for pair in again if f".{_TRAINED}." in pair[1]]
     equal += [(present[EMBEDDING], present[HEAD])] if is_one and len(present) == 2 else []
     embedding_rows, head_rows = rows.get(EMBEDDING), rows.get(HEAD)
     if base.is_tied and embedding_rows is not None and head_rows is None and HEAD not in present:
         head_rows = embedding_rows
-        tied = _rows_names(HEAD, base)
+        tied = (f"{paths[HEAD]}.{suffix}" for suffix in _ROW_SUFFIXES)
         equal += [(embedding_rows.tensor, name) for name in tied if name in shapes]
     if head_rows is not None and base.has_head_bias:
         raise AdapterUnsupportedError(
@@ -227,7 +229,7 @@ def _find_again(
 ) -> list[tuple[str, str]]:
     """Names of trained modules' tensors, each with another that holds the same, or what that was before."""
     names = [(paths[site], name) for site, name in trained.items()]
-    if head_bias is not None and HEAD in trained:
+    if head_bias is not None:
         names.append((paths[HEAD], head_bias))
     found = [
         (name, f"{path}.{kind}.{name.rpartition('.')[2]}")
@@ -326,10 +328,18 @@ def _find_head_bias(
     return name
 
 
-def _acts_on_both(config: Mapping[str, Any], present: Collection[Site], listed: Collection[Site]) -> bool:
+def _acts_on_both(
+    config: Mapping[str, Any], present: Collection[Site], listed: Collection[Site], base: BaseDescription
+) -> bool:
     """Whether a tied base's embedding and head stay one weight."""
     is_ensured = parse_flag("ensure_weight_tying", config.get("ensure_weight_tying"))
-    return bool(present) and (is_ensured or not set(present) <= set(listed))
+    is_ensured &= any(keeps_tied(base.path_of(site)) for site in listed)
+    return bool(present) and (is_ensured or not listed)
+
+
+def keeps_tied(path: str) -> bool:
+    """Whether PEFT's ``ensure_weight_tying`` has an effect if this module, an embedding or a head, is named."""
+    return path.rpartition(".")[2] in _TIED_NAMES
 
 
 def _listed_modules(config: Mapping[str, Any], base: BaseDescription) -> frozenset[Site]:
@@ -349,10 +359,24 @@ def _listed_modules(config: Mapping[str, Any], base: BaseDescription) -> frozens
 
 
 def _names_of_ends(base: BaseDescription) -> dict[str, Site]:
-    """What a config may call embedding and head: their paths, or the last part of these."""
+    """What a config may call embedding and head: their paths, as files may spell them, or the last part of these."""
     return {
-        name: site for site, path in _paths_of_ends(base).items() for name in (path, _last_name(site, base))
+        name: site
+        for site, path in _paths_of_ends(base).items()
+        for spelling in base.spellings_of(path)
+        for name in (spelling, spelling.rpartition(".")[2])
     }
+
+
+def _paths_in(names: Collection[str], base: BaseDescription) -> dict[Site, str]:
+    """What the tensors of embedding and head begin with; a file may leave out the beginning of the base's paths."""
+    suffixes = ("weight", *_COPY_SUFFIXES, *_ROW_SUFFIXES)
+    found: dict[Site, str] = {}
+    for site, path in _paths_of_ends(base).items():
+        spellings = [f"{PREFIX}{spelling}" for spelling in base.spellings_of(path)]
+        used = (each for each in spellings if any(f"{each}.{suffix}" in names for suffix in suffixes))
+        found[site] = next(used, spellings[0])
+    return found
 
 
 def _paths_of_ends(base: BaseDescription) -> dict[Site, str]:
@@ -366,7 +390,7 @@ def _last_name(site: Site, base: BaseDescription) -> str:
 
 
 def _find_rows(
-    config: Mapping[str, Any], shapes: Mapping[str, Shape], base: BaseDescription
+    config: Mapping[str, Any], shapes: Mapping[str, Shape], base: BaseDescription, paths: Mapping[Site, str]
 ) -> dict[Site, TokenRows]:
     """Embedding or head → its trained rows, for each tensor that the config makes PEFT save."""
     wanted = _parse_indices(config.get("trainable_token_indices"), base)
@@ -375,17 +399,13 @@ def _find_rows(
         wanted.pop(HEAD, None)
     found: dict[Site, TokenRows] = {}
     for site, ids in wanted.items():
-        names = _rows_names(site, base)
+        names = [f"{paths[site]}.{suffix}" for suffix in _ROW_SUFFIXES]
         name = next((name for name in names if name in shapes), None)
         if name is None:
             raise AdapterInvalidError("trainable_token_indices", f"its rows, {names[0]}, are missing")
         _check_shape(name, shapes[name], (len(ids), base.embedding_size))
         found[site] = TokenRows(name, ids)
     return found
-
-
-def _rows_names(site: Site, base: BaseDescription) -> list[str]:
-    return [f"{PREFIX}{base.path_of(site)}.{suffix}" for suffix in _ROW_SUFFIXES]
 
 
 def _parse_indices(value: Any, base: BaseDescription) -> dict[Site, tuple[int, ...]]:
