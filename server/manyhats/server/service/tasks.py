@@ -70,12 +70,14 @@ def task_id(adapter: AdapterRecord | None) -> str:
     return "" if adapter is None else adapter.task_id
 
 
-def check_kind(adapter: AdapterRecord | None, *kinds: TaskKind, base: TaskKind = TaskKind.GENERATE) -> None:
-    """Check that a version, or the base by itself, does what a call asks of it.
+def check_kind(
+    adapter: AdapterRecord | None, *kinds: TaskKind, act: str, base: TaskKind = TaskKind.GENERATE
+) -> None:
+    """Check that a version, or the base by itself, does what a call asks of it: to ``act``.
 
     Raises:
         TaskKindError: it does something else.
     """
     own = base if adapter is None else adapter.kind
     if own not in kinds:
-        raise TaskKindError("the base model" if adapter is None else adapter.name, own, kinds)
+        raise TaskKindError("the base model" if adapter is None else adapter.name, own, act)
