@@ -89,7 +89,7 @@ class Generations:
         stopping_params = StoppingParams(**stopping.over(defaults.stopping))
         speculation_params = SpeculationParams(**speculation.over(defaults.speculation))
         tokenizer = await self._tasks.tokenizer_of(adapter)
-        encoder = self._tasks.encoder(tokenizer, self._max_tokens)
+        encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
         prompt_token_ids = await encoder.encode(prompt)
         return Request(
             id=call.id,
@@ -184,7 +184,8 @@ class Generations:
         adapter = self._tasks.resolved(call)
         check_kind(adapter, TaskKind.GENERATE, act="score continuations", base=self._backend.info.kind)
         tokenizer = await self._tasks.tokenizer_of(adapter)
-        tokens = await self._tasks.encoder(tokenizer, self._max_tokens).encode_scoring(prompt, continuations)
+        encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
+        tokens = await encoder.encode_scoring(prompt, continuations)
         return ScoreRequest(
             id=call.id,
             prompt_token_ids=tokens.prompt_token_ids,

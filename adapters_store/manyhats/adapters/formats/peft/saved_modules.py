@@ -34,6 +34,7 @@ from manyhats.adapters.formats.peft.tensors import (
     Shape,
     unusable,
 )
+from manyhats.adapters.limits import MAX_ADDED_TOKENS
 from manyhats.adapters.primitives import Delta, EmbeddingRows, HeadRows, HeadWeight
 from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site
 
@@ -42,8 +43,6 @@ SAVED_FIELDS = frozenset(("modules_to_save", "trainable_token_indices", "ensure_
 
 # Relative, for values that were rounded to bfloat16 on one side only.
 _BF16_ROUNDING = 2.0**-7
-MAX_ADDED_TOKENS = 65536
-"""How many tokens a task may have beyond the base's."""
 _COPY_SUFFIXES = ("base_layer.weight", "token_adapter.base_layer.weight")
 # A trained module once more, which must be equal, and what it was before, which is not used.
 _TRAINED, _ORIGINAL = "modules_to_save", "original_module"
