@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,15 +32,22 @@ class TaskLimits:
         self._num_running: dict[str, int] = {}
         self._allowances: dict[str, _Allowance] = {}
 
-    def allow(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence may start, as far as its task's limits go; what belongs to a running one may."""
-        if sequence.is_continuation:
-            return True
+    def held_until_s(self, sequence: Sequence) -> float:
+        """Until when its task's limits hold back a waiting sequence.
+
+        Returns:
+            On the clock; infinite until another of the task stops; −∞ if nothing does, as with what belongs to a
+            sequence that has begun.
+        """
+        if sequence.is_continuation or sequence.is_internal:
+            return -math.inf
         most = sequence.entitlement.max_concurrency
         if most is not None and self._num_running.get(sequence.task, 0) >= most:
-            return False
+            return math.inf
         rate = sequence.entitlement.max_tokens_per_second
-        return rate is None or self._allowance(sequence.task, rate).tokens > 0
+        if rate is None or (tokens := self._allowance(sequence.task, rate).tokens) > 0:
+            return -math.inf
+        return self._clock() - tokens / rate
 
     def started(self, sequence: Sequence) -> None:
         """Note that a sequence runs."""

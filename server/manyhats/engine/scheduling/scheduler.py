@@ -378,7 +378,7 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=self._queue.rank)
         self._queue.leave(sequence)
-        self._queue.limits.started(sequence)
+        self._queue.started(sequence)
         return True
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
@@ -396,7 +396,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._queue.limits.stopped(sequence)
+        self._queue.stopped(sequence)
         if sequence.placement is not None:
             sequence.placement.leave()
         self._free(sequence.block_table)
