@@ -29,6 +29,7 @@ def plain_order(queue: Queue) -> Iterator[Sequence]:
     """What ``Queue.__iter__`` says, by looking at everything; none of it starts meanwhile."""
     heads: list[tuple[int, bool, float, float, int, str, int]] = []
     served: dict[str, float] = {}
+    leaves_seats = queue._shares.is_one_alone
 
     def push(task: str, index: int) -> None:
         sequences = queue._lines[task].sequences
@@ -44,7 +45,7 @@ def plain_order(queue: Queue) -> Iterator[Sequence]:
     while heads:
         *_, task, index = heapq.heappop(heads)
         sequence = queue._lines[task].sequences[index]
-        if queue._limits.held_until_s(sequence) < 0:
+        if queue._limits.held_until_s(sequence, leaves_seats=leaves_seats) < 0:
             yield sequence
             served[task] += PROMPT_COST * sequence.num_left / sequence.entitlement.share
         elif not queue._lines[task].num_continuations:
@@ -193,10 +194,10 @@ def test_thousands_of_tasks_at_their_limits_are_looked_at_once() -> None:
     asked = 0
     held_until_s = queue._limits.held_until_s
 
-    def counted(sequence: Sequence) -> float:
+    def counted(sequence: Sequence, **others: bool) -> float:
         nonlocal asked
         asked += 1
-        return held_until_s(sequence)
+        return held_until_s(sequence, **others)
 
     queue._limits.held_until_s = counted  # type: ignore[method-assign]
     assert list(queue) == []

@@ -66,7 +66,7 @@ class Queue:
         self._lines: dict[str, _Line] = {}  # by task
         self._shares = Shares()
         self._turns = Turns(self._first_place, clock)
-        self._limits = TaskLimits(clock)
+        self._limits = TaskLimits(config.max_num_sequences, clock)
         self._num_added = 0
         self._num_waiting = 0
         self.num_counted = 0
@@ -106,7 +106,7 @@ class Queue:
             _, task, index = heapq.heappop(looked_at)
             line = self._lines[task]
             sequence = line.sequences[index]
-            until_s = self._limits.held_until_s(sequence)
+            until_s = self._limits.held_until_s(sequence, leaves_seats=self._shares.is_one_alone)
             if until_s == -math.inf:
                 yield sequence
                 cost = PROMPT_COST * sequence.num_left / sequence.entitlement.share
@@ -152,6 +152,7 @@ class Queue:
         if line is None:
             if not sequence.is_internal:
                 self._shares.begin_waiting(task)
+                self._turns.release()  # one that waited alone does so no longer
             line = self._lines[task] = _Line()
         insort(line.sequences, sequence, key=self._waiting_rank)
         self._turns.moved(task)
@@ -177,7 +178,7 @@ class Queue:
     def stopped(self, sequence: Sequence) -> None:
         """Note that it no longer does."""
         self._limits.stopped(sequence)
-        self._turns.release(sequence.task)
+        self._turns.release()
 
     def charge(self, sequence: Sequence, start: int, end: int) -> None:
         """Count tokens [start, end) of a sequence, which have been computed, for its task."""

@@ -20,6 +20,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import QueueFullError
@@ -43,6 +44,8 @@ _MAX_PASSED = 32
 As many may take a slot before one that waits for it; then nothing after it gets one."""
 _MAX_BLOCKED = 16
 """How many sequences may be tried without fitting in one step; trying each takes time."""
+_MAX_LOOKED_AT = 128
+"""How many that wait are looked at in one step, whatever keeps them from starting; what comes after them waits."""
 
 
 class Scheduler:
@@ -324,7 +327,7 @@ class Scheduler:
         num_bulk_left = 0
         num_short_left = self._queue.num_short  # not considered yet
         are_others_waiting = num_short_left > 0
-        for sequence in self._queue:
+        for sequence in islice(self._queue, _MAX_LOOKED_AT):
             no_more_bulk = num_bulk_left >= _MAX_BLOCKED
             if step.budget <= 0 or self._is_full(sequence) or (no_more_bulk and num_short_left == 0):
                 return

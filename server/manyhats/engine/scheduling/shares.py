@@ -37,6 +37,11 @@ class Shares:
         self._last_waiting = ""
         self._num_kept = 0  # after the last time that some were dropped
 
+    @property
+    def is_one_alone(self) -> bool:
+        """Whether one task waits, and others have lately."""
+        return len(self._waiting) == 1 and len(self._counters) > 1
+
     def counter(self, task: str) -> float:
         """Tokens over share; of a task that is not known, what it would be lifted to."""
         return self._counters.get(task, self._floor)

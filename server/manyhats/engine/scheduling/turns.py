@@ -28,7 +28,8 @@ class Turns:
         self._known: dict[str, Place] = {}
         self._order: list[tuple[Place, str]] = []  # sorted
         self._moved: set[str] = set()
-        self._held: dict[str, float] = {}
+        self._held: dict[str, float] = {}  # by time
+        self._waiting_for_others: set[str] = set()  # held without one
         self._releases: list[
             tuple[float, str]
         ] = []  # a heap; some are of tasks that have been released otherwise
@@ -48,18 +49,21 @@ class Turns:
     def moved(self, task: str) -> None:
         """Note that a task's place may be another, and that it is not held back, as far as is known."""
         self._held.pop(task, None)
+        self._waiting_for_others.discard(task)
         self._moved.add(task)
 
     def hold(self, task: str, until_s: float) -> None:
-        """Leave a task out until then, or until it has moved."""
+        """Leave a task out until then, or until it has moved; if that is never, until ``release``."""
         self._moved.add(task)
-        self._held[task] = until_s
         if until_s < math.inf:
+            self._held[task] = until_s
             heapq.heappush(self._releases, (until_s, task))
+        else:
+            self._waiting_for_others.add(task)
 
-    def release(self, task: str) -> None:
-        """Leave a task out no longer, if it was."""
-        if task in self._held:
+    def release(self) -> None:
+        """Leave out none any longer that wait for others to stop; they are few, since each of these tasks runs some."""
+        for task in tuple(self._waiting_for_others):
             self.moved(task)
 
     def clear(self) -> None:
@@ -68,13 +72,15 @@ class Turns:
         self._order.clear()
         self._moved.clear()
         self._held.clear()
+        self._waiting_for_others.clear()
         self._releases.clear()
 
     def _sort(self, task: str) -> None:
         known = self._known.pop(task, None)
         if known is not None:
             del self._order[bisect_left(self._order, (known, task))]
-        place = None if task in self._held else self._place(task)
+        is_held = task in self._held or task in self._waiting_for_others
+        place = None if is_held else self._place(task)
         if place is not None:
             self._known[task] = place
             insort(self._order, (place, task))
