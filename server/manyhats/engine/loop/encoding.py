@@ -79,7 +79,7 @@ class Encoding:
         """Keep what is pooled of a chunk's rows; answer when the last text has run.
 
         Raises:
-            NumericalError: they are not finite.
+            NumericalError: they are not finite, or what the head makes of them is not.
         """
         index, pooled = self._running[chunk.sequence]
         if not np.isfinite(answer.hidden).all():
@@ -87,16 +87,19 @@ class Encoding:
         pooled.add(answer.hidden)
         if not chunk.ends_tokens:
             return None
+        values = applied(self._head, pooled.rows())
+        if not np.isfinite(values).all():
+            raise NumericalError("the outputs of the task's head are not finite")
         del self._running[chunk.sequence]
         scheduler.finish(chunk.sequence)
-        self._results[index] = applied(self._head, pooled.rows())
+        self._results[index] = values
         self._queue(scheduler, now_s)
         if self._running:
             return None
         self.is_done = True
         self._meter.end_prefill(now_s)
-        values = tuple(self._results[index] for index in range(len(self._request.inputs)))
-        return EncodeOutput(values, self._meter.usage(now_s))
+        found = tuple(self._results[index] for index in range(len(self._request.inputs)))
+        return EncodeOutput(found, self._meter.usage(now_s))
 
     def drop(self, scheduler: Scheduler) -> None:
         """Free every sequence's blocks."""

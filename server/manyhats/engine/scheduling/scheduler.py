@@ -20,6 +20,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import QueueFullError
@@ -43,6 +44,8 @@ _MAX_PASSED = 32
 As many may take a slot before one that waits for it; then nothing after it gets one."""
 _MAX_BLOCKED = 16
 """How many sequences may be tried without fitting in one step; trying each takes time."""
+_MAX_LOOKED_AT = 128
+"""How many that wait are looked at in one step, whatever keeps them from starting; what comes after them waits."""
 
 
 class Scheduler:
@@ -76,7 +79,6 @@ class Scheduler:
         self.rate = FinishRate()  # of requests' sequences
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
-        self._is_held_back = False
 
     @property
     def num_running(self) -> int:
@@ -95,8 +97,9 @@ class Scheduler:
 
     @property
     def is_held_back(self) -> bool:
-        """Whether none ran in the last schedule, since each that waits is of a task at one of its limits."""
-        return self._is_held_back
+        """Whether some wait and none runs, since each that waits is of a task at one of its limits."""
+        is_waiting = not self._running and len(self._queue) > 0
+        return is_waiting and next(iter(self._queue), None) is None
 
     @property
     def has_work(self) -> bool:
@@ -145,8 +148,6 @@ class Scheduler:
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
-        is_waiting = not self._running and len(self._queue) > 0
-        self._is_held_back = is_waiting and next(iter(self._queue), None) is None
         step.run_bulk()
         add_drafts(step, self.allocator, self.config.max_draft_rows)
         schedule = step.freeze()
@@ -324,7 +325,7 @@ class Scheduler:
         num_bulk_left = 0
         num_short_left = self._queue.num_short  # not considered yet
         are_others_waiting = num_short_left > 0
-        for sequence in self._queue:
+        for sequence in islice(self._queue, _MAX_LOOKED_AT):
             no_more_bulk = num_bulk_left >= _MAX_BLOCKED
             if step.budget <= 0 or self._is_full(sequence) or (no_more_bulk and num_short_left == 0):
                 return
@@ -378,7 +379,7 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=self._queue.rank)
         self._queue.leave(sequence)
-        self._queue.limits.started(sequence)
+        self._queue.started(sequence)
         return True
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
@@ -396,7 +397,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._queue.limits.stopped(sequence)
+        self._queue.stopped(sequence)
         if sequence.placement is not None:
             sequence.placement.leave()
         self._free(sequence.block_table)
