@@ -8,7 +8,9 @@ RUN_STAMP := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
 # For pip, while it installs torch: such as an index of CPU builds, which are a tenth of the size.
 TORCH_ARGS ?=
-# For `make bench-peers`, such as --peers llama.cpp --rounds 5.
+# For `make bench`, `make profile` and `make bench-peers`, such as --peers llama.cpp --rounds 5.
+BENCH_ARGS ?=
+PROFILE_ARGS ?=
 PEERS_ARGS ?=
 # Files are compiled when they are first imported, since most never are. Where the environment forbids Python to keep
 # what it compiled, every process would compile torch anew.
@@ -33,9 +35,9 @@ help:
 	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code, docs/openapi.json and docs/models.md"
-	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
+	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table; BENCH_ARGS=--quick"
 	@echo "make bench-peers  compare with llama.cpp, vLLM, transformers and PEFT on a quiet machine; PEERS_ARGS=--quick"
-	@echo "make profile  set up, show where a step's time goes, beside what this machine could do"
+	@echo "make profile  set up, show where a step's time goes, beside what this machine could do; PROFILE_ARGS=--quick"
 	@echo "make examples  train the example tasks again; prints how well they do"
 	@echo "make proto    regenerate the gRPC code"
 	@echo "make openapi  write docs/openapi.json anew"
@@ -114,10 +116,10 @@ format: $(STAMP)
 	$(BIN)/ruff format $(SOURCES)
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 profile: setup
-	$(BIN)/python -m benchmarks.profile
+	$(BIN)/python -m benchmarks.profile $(PROFILE_ARGS)
 
 # Each peer has an environment of its own in .peers, made at the first run; TORCH_ARGS holds for vLLM's.
 bench-peers: setup

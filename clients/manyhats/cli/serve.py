@@ -27,7 +27,7 @@ from manyhats.trainer.settings.settings import SETTINGS as TRAIN_SETTINGS
 if TYPE_CHECKING:
     from manyhats.engine.progress import Progress
 
-HELP = """Serve one base model and any number of tasks on it, over gRPC.
+HELP = """Serve one base model and any number of tasks on it, over gRPC and HTTP.
 
 [bold]Examples[/bold]
 
@@ -75,7 +75,7 @@ PrintConfig: TypeAlias = Annotated[
 
 @takes(flags=SETTINGS)
 def serve(*, flags: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
-    """Serve one base model and any number of tasks on it, over gRPC."""
+    """Serve one base model and any number of tasks on it, over gRPC and HTTP."""
     refuse_unknown_variables(os.environ, SETTINGS, TRAIN_SETTINGS)
     given = Given.of(SETTINGS, flags, os.environ)
     with needs_extra("server"):

@@ -45,7 +45,7 @@ class EngineConfig:
         FieldInvalidError: one is out of its range.
     """
 
-    dtype: Dtype = setting("auto", group="Model", help="The number format to compute in.")
+    dtype: Dtype = setting("auto", group="Model", help="The number format to compute in; auto is bfloat16.")
     max_num_sequences: int = setting(
         64, name="max_sequences", at_least=1, group=_LIMITS, help="Sequences that run at once."
     )

@@ -135,6 +135,42 @@ def test_counters_of_tasks_that_have_gone_are_few() -> None:
     assert len(scheduler._queue._shares._counters) <= 600
 
 
+def test_the_last_seats_are_for_tasks_that_run_few() -> None:
+    scheduler = make_scheduler(num_blocks=400, sequences=34, tokens=100, waiting=1000)
+    engine = ToyEngine(scheduler)
+    for index in range(60):
+        scheduler.add(make_sequence(f"a {index}", range(2), 20, task="a", cache_key=b"a"))
+    engine.step()
+    assert scheduler.num_running == 34  # nobody else is known
+    scheduler.add(make_sequence("b 0", range(2), 2, task="b", cache_key=b"b"))
+    engine.drain()
+    for index in range(60):
+        scheduler.add(make_sequence(f"again {index}", range(2), 20, task="a", cache_key=b"a"))
+    engine.step()
+    assert scheduler.num_running == 31  # more than 8 for each of the three that are left free
+    scheduler.add(make_sequence("late", range(2), 2, task="b", cache_key=b"b"))
+    assert "b" in [each.task for each in engine.step().started]
+    engine.drain()
+
+
+def test_where_two_tasks_wait_all_seats_go_by_turns() -> None:
+    scheduler = make_scheduler(num_blocks=400, sequences=34, tokens=100, waiting=1000)
+    for task, share in (("a", 50.0), ("b", 1.0)):
+        for index in range(60):
+            scheduler.add(
+                make_sequence(
+                    f"{task} {index}",
+                    range(2),
+                    20,
+                    task=task,
+                    cache_key=task.encode(),
+                    entitlement=Entitlement(share=share),
+                )
+            )
+    ToyEngine(scheduler).step()
+    assert [each.task for each in scheduler._running].count("a") >= 32
+
+
 def test_recomputed_tokens_are_charged_once() -> None:
     scheduler = make_scheduler(num_blocks=6, sequences=3)
     engine = ToyEngine(scheduler)

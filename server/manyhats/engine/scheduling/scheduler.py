@@ -20,6 +20,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import QueueFullError
@@ -43,6 +44,8 @@ _MAX_PASSED = 32
 As many may take a slot before one that waits for it; then nothing after it gets one."""
 _MAX_BLOCKED = 16
 """How many sequences may be tried without fitting in one step; trying each takes time."""
+_MAX_LOOKED_AT = 128
+"""How many that wait are looked at in one step, whatever keeps them from starting; what comes after them waits."""
 
 
 class Scheduler:
@@ -353,7 +356,7 @@ class Scheduler:
         num_bulk_left = 0
         num_short_left = self._queue.num_short  # not considered yet
         are_others_waiting = num_short_left > 0
-        for sequence in self._queue:
+        for sequence in islice(self._queue, _MAX_LOOKED_AT):
             no_more_bulk = num_bulk_left >= _MAX_BLOCKED
             if step.budget <= 0 or self._is_full(sequence) or (no_more_bulk and num_short_left == 0):
                 return
@@ -407,7 +410,7 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=self._queue.rank)
         self._queue.leave(sequence)
-        self._queue.limits.started(sequence)
+        self._queue.started(sequence)
         return True
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
@@ -425,7 +428,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._queue.limits.stopped(sequence)
+        self._queue.stopped(sequence)
         if sequence.placement is not None:
             sequence.placement.leave()
         self._free(sequence.block_table)

@@ -18,8 +18,6 @@ ServerError
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from manyhats.adapters.heads import TaskKind
 from manyhats.server.access.errors import ServerError
 
@@ -29,7 +27,8 @@ class AddressError(ServerError):
 
     def __init__(self, purpose: str, address: str) -> None:
         super().__init__(
-            f"cannot listen for {purpose} on {address}: is the port taken, or the host not this machine's?"
+            f"cannot listen for {purpose} on {address}: is the port taken, or the host not this machine's? "
+            f"see --{purpose.lower()}-port and --host"
         )
         self.address = address
 
@@ -44,9 +43,8 @@ class LoadingError(ServerError):
 class TaskKindError(ServerError):
     """A task does something else than what is asked of it; ``kind`` is what it does."""
 
-    def __init__(self, name: str, kind: TaskKind, asked: Collection[TaskKind]) -> None:
-        wanted = " or ".join(each.value for each in asked)
-        super().__init__(f"{name} does not {wanted}: its kind is {kind.value}")
+    def __init__(self, name: str, kind: TaskKind, act: str) -> None:
+        super().__init__(f"{name} does not {act}: its kind is {kind.value}")
         self.kind = kind
 
 
