@@ -82,17 +82,12 @@ class Encoding:
             NumericalError: they are not finite, or what the head makes of them is not.
         """
         index, pooled = self._running[chunk.sequence]
-        if not np.isfinite(answer.hidden).all():
-            raise NumericalError("the hidden values are not finite")
-        pooled.add(answer.hidden)
+        pooled.add(_finite(answer.hidden, "the hidden values"))
         if not chunk.ends_tokens:
             return None
-        values = applied(self._head, pooled.rows())
-        if not np.isfinite(values).all():
-            raise NumericalError("the outputs of the task's head are not finite")
+        self._results[index] = _finite(applied(self._head, pooled.rows()), "the outputs of the task's head")
         del self._running[chunk.sequence]
         scheduler.finish(chunk.sequence)
-        self._results[index] = values
         self._queue(scheduler, now_s)
         if self._running:
             return None
@@ -197,6 +192,12 @@ class Pooled:
         if self._sum is not None:
             return (self._sum / self._num_rows).astype(np.float32)[None]
         return np.concatenate(self._parts)
+
+
+def _finite(values: Hidden, what: str) -> Hidden:
+    if not np.isfinite(values).all():
+        raise NumericalError(f"{what} are not finite")
+    return values
 
 
 def applied(head: TaskHead | None, rows: Hidden) -> Hidden:
