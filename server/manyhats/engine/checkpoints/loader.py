@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manyhats.adapters.formats.base_name import has_form_of_path
 from manyhats.adapters.heads import Pooling
-from manyhats.adapters.sites import HEAD, BaseDescription, Site
+from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site
 from manyhats.engine.checkpoints.checkpoint import (
     SafetensorsDirectory,
     assemble_weights,
@@ -281,7 +281,7 @@ class ModelWeightSource:
     weights: Weights = field(compare=False, repr=False)
 
     def linear(self, site: Site) -> tuple[Tensor, Tensor | None]:
-        """Weight [d_out, d_in] and bias [d_out] or None, float32, of a layer's linear or of ``lm_head``.
+        """Weight [d_out, d_in] and bias [d_out] or None, float32, of a layer's linear, the embedding or ``lm_head``.
 
         Raises:
             ModelError: the site is not a linear of this model.
@@ -305,6 +305,8 @@ class ModelWeightSource:
         return norm.weight, norm.bias
 
     def _linear(self, site: Site) -> Linear | None:
+        if site == EMBEDDING:
+            return Linear(self.weights.embedding)
         if site == HEAD:
             return self.weights.head
         if site.layer < 0:
