@@ -168,7 +168,7 @@ def _check_nothing_left(replica: Replica) -> None:
         "running": scheduler.num_running,
         "waiting": scheduler.num_waiting,
         "blocks": scheduler.allocator.num_used,
-        "leases": len(replica.residency.tasks_without_slot()),
+        "leases": sum(map(replica.residency.in_use, replica.records.values())),
     }
     if any(left.values()):
         raise LeftOverError(f"left when all had ended: {left}")
