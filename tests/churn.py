@@ -110,7 +110,7 @@ class Churn:
         self.ends.watch(engine)
         self._sources = sources
         self._rng = random.Random(seed)
-        self._num_changes = 0
+        self.num_changes = 0
 
     async def run(self, num_requests: int, look: Callable[[], None]) -> None:
         """Let callers ask so many times, and versions change meanwhile."""
@@ -256,7 +256,7 @@ class Churn:
             if self._rng.random() < 0.3:
                 with contextlib.suppress(AdapterError):
                     await self.engine.warm_adapter(self.store.resolve(task))
-            self._num_changes += 1
+            self.num_changes += 1
 
     async def _looking(self, look: Callable[[], None]) -> None:
         while True:
@@ -291,7 +291,6 @@ class Churn:
         left = {
             "running": stats.num_running,
             "waiting": stats.num_waiting,
-            "waiting tasks": len(stats.waiting_tasks),
             "adapters": len(engine.adapter_tiers()),
             "bytes of adapters": engine.residency_stats.resident_bytes,
             **_held(),
@@ -322,7 +321,7 @@ async def _first(stream: AsyncIterator[StepOutput], count: int) -> AsyncIterator
 
 def _held() -> dict[str, int]:
     gc.collect()
-    counts = Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, HELD))
+    counts = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in HELD)
     return dict(counts)
 
 
@@ -387,7 +386,8 @@ async def churn(model: LoadedModel, root: Path, num_requests: int, seed: int) ->
     seen = ", ".join(f"{count} {name}" for name, count in churn.ends.seen.most_common())
     return (
         f"{num_requests} requests: {seen}; {residency.num_loads} loads, {residency.num_evictions} evictions from "
-        f"memory and {residency.num_slot_evictions} from slots; at most {max(rss_bytes):,} bytes; nothing left"
+        f"memory and {residency.num_slot_evictions} from slots, {churn.num_changes} changes of versions; at most "
+        f"{max(rss_bytes):,} bytes; nothing left"
     )
 
 

@@ -210,9 +210,7 @@ class Replica:
             del self._loads[digest]
             while calls:
                 call = calls[0]
-                if not call.outcome and not self._lease(
-                    call, self.records[call.arrival.task], may_load=True
-                ):
+                if not call.outcome and not self._lease(call, self.records[call.arrival.task], may_load=True):
                     self._loads[digest] = calls  # with itself at the head
                     self._loads.move_to_end(digest, last=False)
                     return
