@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-import churn
-from churn import Ends
+from churn.__main__ import churn
+from churn.watching import Ends
 from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.loop.job import Event
 from manyhats.engine.loop.streams import Streams
 from manyhats.engine.residency.lease import Lease
 from support.factories.tiny_models import make_checkpoint
@@ -25,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def test_requests_that_end_in_every_way_leave_nothing(model: LoadedModel, tmp_path: Path) -> None:
     seed = 20
     print(f"seed {seed}")
-    said = asyncio.run(churn.churn(model, tmp_path, 600, seed))
+    said = asyncio.run(churn(model, tmp_path, 600, seed))
     assert said.endswith("nothing left")
     for end in ("read", "left", "given up", "scored", "DeadlineExceededError"):
         assert end in said
@@ -44,7 +45,7 @@ def test_a_lease_that_is_kept_is_found(
 
     monkeypatch.setattr(Lease, "release", forgetful)
     with pytest.raises(Exception, match=r"requests are running on it|left when all had ended"):
-        asyncio.run(churn.churn(model, tmp_path, 60, 1))
+        asyncio.run(churn(model, tmp_path, 60, 1))
 
 
 def test_a_second_end_is_counted() -> None:
@@ -57,7 +58,7 @@ def test_a_second_end_is_counted() -> None:
     ends, engine = Ends(), Engine()
     engine.loop.streams.publish = lambda events: True
     ends.watch(engine)  # type: ignore[arg-type]
-    event = churn.Event("1", None, True)
+    event = Event("1", None, True)
     engine.loop.streams.publish([event])
     engine.loop.streams.publish([event])
     assert (ends.told["ends"], ends.told["after the end"]) == (2, 1)

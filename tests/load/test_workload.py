@@ -16,7 +16,7 @@ TASKS = [f"task {index}" for index in range(20)]
 
 @given(
     st.sampled_from(POPULARITIES),
-    st.floats(0.5, 50),
+    st.floats(0.5, 20),
     st.tuples(st.integers(1, 20), st.integers(20, 40)),
     st.tuples(st.integers(1, 9), st.integers(9, 12)),
     st.floats(0, 1),
@@ -69,7 +69,7 @@ def test_tasks_are_as_popular_as_the_workload_says() -> None:
         )
         return [found[task] for task in TASKS]
 
-    uniform, zipf, skewed, cold, _ = (counts(each) for each in POPULARITIES)
+    uniform, zipf, skewed, cold = (counts(each) for each in POPULARITIES[:4])
     assert max(uniform) < 1.2 * min(uniform)
     assert zipf[0] / zipf[9] == pytest.approx(10, rel=0.2)
     assert skewed[0] / (sum(skewed[1:]) / 19) == pytest.approx(50, rel=0.15)

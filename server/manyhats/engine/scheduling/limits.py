@@ -1,8 +1,8 @@
 """Limits of a task: sequences at a time, tokens a second, and how many of the seats it may take.
 
-The last seats are for tasks that come later: a task that runs more than eight sequences for each seat left free, and more
-than its share of the seats, begins no other. So what a quiet task asks finds a seat at once beside a greedy one. While
-nobody else is there, its share is all seats, unless others have been there lately.
+The last seats are for tasks that come later: a task that runs more than eight sequences for each seat left free, and
+more than its share of the seats, begins no other. So what a quiet task asks finds a seat at once beside a greedy one.
+While nobody else is there, its share is all seats, unless others have been there lately.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class TaskLimits:
         self._num_seats = num_seats
         self._clock = clock
         self._num_seated = 0
-        self._shares: dict[str, tuple[int, float]] = {}  # of tasks with unfinished sequences, and how many these are
+        self._shares: dict[
+            str, tuple[int, float]
+        ] = {}  # of tasks with unfinished sequences, and how many these are
         self._all_shares = 0.0
         self._num_running: dict[str, int] = {}
         self._allowances: dict[str, _Allowance] = {}
