@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run run-encoder test test-slow test-torch test-store-faults test-adapterhub test-restarts test-hostile soak conformance fuzz check format bench bench-peers profile examples proto openapi clean
+.PHONY: help setup run run-encoder test test-slow test-torch test-store-faults test-adapterhub test-restarts test-hostile soak churn simulate conformance fuzz check format bench bench-peers profile examples proto openapi clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
@@ -32,6 +32,8 @@ help:
 	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
 	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams continue"
 	@echo "make soak     keep a server busy with many tasks for ten minutes, and see that it stays as it was; SOAK_MINUTES=30"
+	@echo "make churn    end 100,000 requests in every way, and see that nothing is left of any; CHURN_REQUESTS=1000"
+	@echo "make simulate  a million simulated requests for 10,000 tasks on the real scheduler; SIMULATED_REQUESTS=10000"
 	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code, docs/openapi.json and docs/models.md"
@@ -94,6 +96,12 @@ test-hostile: setup
 
 soak: setup
 	cd tests && ../$(BIN)/python -m soak --minutes $${SOAK_MINUTES:-10}
+
+churn: setup
+	cd tests && ../$(BIN)/python -m churn --requests $${CHURN_REQUESTS:-100000}
+
+simulate: $(STAMP)
+	$(BIN)/python -m benchmarks.simulation --requests $${SIMULATED_REQUESTS:-1000000}
 
 # Each program has an environment of its own in .conformance; TORCH_ARGS holds for the one that needs torch.
 conformance: setup

@@ -122,6 +122,7 @@ class Replica:
         watch: told of what happens.
 
     Attributes:
+        records: as given.
         scheduler, residency: those of the engine.
         scheduling: what the scheduler itself took.
     """
@@ -137,7 +138,7 @@ class Replica:
         watch: Watch | None = None,
     ) -> None:
         self._events = events
-        self._records = records
+        self.records = records
         self._machine = machine
         self._entitlements = entitlements or {}
         self._watch = watch or Watch()
@@ -176,7 +177,7 @@ class Replica:
         if deadline_s is not None:
             heapq.heappush(self._deadlines, (now_s + deadline_s, call.number, call))
             self._events.after(deadline_s, self._wake)
-        record = self._records.get(arrival.task)
+        record = self.records.get(arrival.task)
         call.lease = Lease() if record is None else self.residency.try_lease(record)
         try:
             if call.lease is not None:
@@ -209,9 +210,7 @@ class Replica:
             del self._loads[digest]
             while calls:
                 call = calls[0]
-                if not call.outcome and not self._lease(
-                    call, self._records[call.arrival.task], may_load=True
-                ):
+                if not call.outcome and not self._lease(call, self.records[call.arrival.task], may_load=True):
                     self._loads[digest] = calls  # with itself at the head
                     self._loads.move_to_end(digest, last=False)
                     return

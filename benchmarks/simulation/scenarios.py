@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 
 from benchmarks.simulation.events import Events
 from benchmarks.simulation.machine import Machine
@@ -104,14 +105,14 @@ def run(
     )
     most_waiting = num_asked = 0
 
-    def ask(arrival: Arrival, deadline_s: float | None) -> None:
+    def ask(deadline_s: float | None, arrival: Arrival) -> None:
         nonlocal most_waiting, num_asked
         num_asked += 1
         replica.ask(arrival, deadline_s)
         most_waiting = max(most_waiting, replica.scheduler.num_waiting)
 
     for workload, tasks in loads:
-        _feed(events, arrivals(workload, tasks), lambda arrival, w=workload: ask(arrival, w.deadline_s))  # type: ignore[misc]
+        _feed(events, arrivals(workload, tasks), partial(ask, workload.deadline_s))
     events.run()
     _check_nothing_left(replica)
     if num_asked != answers.outcomes.total():
@@ -168,7 +169,7 @@ def _check_nothing_left(replica: Replica) -> None:
         "running": scheduler.num_running,
         "waiting": scheduler.num_waiting,
         "blocks": scheduler.allocator.num_used,
-        "leases": len(replica.residency.tasks_without_slot()),
+        "leases": sum(map(replica.residency.in_use, replica.records.values())),
     }
     if any(left.values()):
         raise LeftOverError(f"left when all had ended: {left}")
@@ -204,9 +205,11 @@ def quiet_first_ms(neighbour_rate: float, duration_s: float, rate: float = 1.0) 
     return found.answers.first_ms((95,))[0][1][0]
 
 
-def _config(num_slots: int, budget: int, **changes: int) -> EngineConfig:
+def _config(num_slots: int, budget: int, max_waiting: int = 1024) -> EngineConfig:
     return EngineConfig(
-        max_loaded_adapters=num_slots, max_adapter_bytes=budget * MACHINE.adapter_bytes, **changes
+        max_loaded_adapters=num_slots,
+        max_adapter_bytes=budget * MACHINE.adapter_bytes,
+        max_waiting=max_waiting,
     )
 
 

@@ -60,6 +60,23 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """How long first tokens of the other tasks took beside the first task of a greedy load.
+
+    Attributes:
+        normal_ms, greedy_ms: the 95th percentile in its two halves.
+    """
+
+    normal_ms: float
+    greedy_ms: float
+
+    @property
+    def ratio(self) -> float:
+        """What greed made of it."""
+        return self.greedy_ms / self.normal_ms
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Of a load.
 
@@ -68,6 +85,7 @@ class Report:
         seconds: from the beginning to the last end.
         all: all requests.
         tasks: each task's, the most requested first.
+        beside: of a greedy load; None of others, or if too little was answered.
     """
 
     workload: Workload
@@ -75,6 +93,7 @@ class Report:
     seconds: float
     all: Summary
     tasks: Mapping[str, Summary]
+    beside: Beside | None = None
 
     @property
     def goodput(self) -> float:
@@ -109,7 +128,19 @@ def report(workload: Workload, objective: Objective, answers: Sequence[Answer]) 
         max(answer.ended_s for answer in answers),
         _summary(answers, objective),
         {task: _summary(by_task[task], objective) for task in ordered},
+        _beside(workload, [answer for answer in answers if answer.task != ordered[0]]),
     )
+
+
+def _beside(workload: Workload, others: Sequence[Answer]) -> Beside | None:
+    if workload.popularity != "greedy":
+        return None
+    half_s = workload.duration_s / 2
+    normal, greedy = (
+        _percentiles(each.first_s for each in others if each.pieces_s and (each.due_s >= half_s) == is_second)
+        for is_second in (False, True)
+    )
+    return Beside(normal[95], greedy[95]) if normal and greedy else None
 
 
 def _summary(answers: Sequence[Answer], objective: Objective) -> Summary:

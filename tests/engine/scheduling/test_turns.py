@@ -29,7 +29,7 @@ def plain_order(queue: Queue) -> Iterator[Sequence]:
     """What ``Queue.__iter__`` says, by looking at everything; none of it starts meanwhile."""
     heads: list[tuple[int, bool, float, float, int, str, int]] = []
     served: dict[str, float] = {}
-    leaves_seats = queue._shares.is_one_alone
+    may_come = queue._shares.num_tasks > 1
 
     def push(task: str, index: int) -> None:
         sequences = queue._lines[task].sequences
@@ -45,7 +45,7 @@ def plain_order(queue: Queue) -> Iterator[Sequence]:
     while heads:
         *_, task, index = heapq.heappop(heads)
         sequence = queue._lines[task].sequences[index]
-        if queue._limits.held_until_s(sequence, leaves_seats=leaves_seats) < 0:
+        if queue._limits.held_until_s(sequence, may_come=may_come) < 0:
             yield sequence
             served[task] += PROMPT_COST * sequence.num_left / sequence.entitlement.share
         elif not queue._lines[task].num_continuations:

@@ -1,8 +1,8 @@
 """Limits of a task: sequences at a time, tokens a second, and how many of the seats it may take.
 
-The last seats are for tasks that come later: while nobody else waits, a task that runs more than eight sequences for
-each seat left free begins no other. So what a quiet task asks finds a seat at once beside a greedy one. Where two wait,
-all seats go by turns.
+The last seats are for tasks that come later: a task that runs more than eight sequences for each seat left free, and
+more than its share of the seats, begins no other. So what a quiet task asks finds a seat at once beside a greedy one.
+While nobody else is there, its share is all seats, unless others have been there lately.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from manyhats.engine.scheduling.sequence import Sequence
 _BURST_S = 1.0
 """A task that has been idle may be served this many seconds' tokens at once."""
 _RUNNING_PER_FREE_SEAT = 8
-"""A task that waits alone and runs more than this for each seat left free begins no other: it gets eight ninths."""
+"""A task that runs more than this for each seat left free begins no other: one alone gets eight ninths of them."""
 
 
 @dataclass(slots=True)
@@ -39,15 +39,35 @@ class TaskLimits:
         self._num_seats = num_seats
         self._clock = clock
         self._num_seated = 0
+        self._shares: dict[
+            str, tuple[int, float]
+        ] = {}  # of tasks with unfinished sequences, and how many these are
+        self._all_shares = 0.0
         self._num_running: dict[str, int] = {}
         self._allowances: dict[str, _Allowance] = {}
 
-    def held_until_s(self, sequence: Sequence, *, leaves_seats: bool = False) -> float:
+    def added(self, sequence: Sequence) -> None:
+        """Note that a sequence is there until it is ``forgotten``."""
+        if not sequence.is_internal:
+            count, share = self._shares.get(sequence.task, (0, 0.0))
+            self._shares[sequence.task] = (count + 1, sequence.entitlement.share)
+            self._all_shares += sequence.entitlement.share - share
+
+    def forgotten(self, sequence: Sequence) -> None:
+        """Note that it no longer is."""
+        if not sequence.is_internal:
+            count, share = self._shares.pop(sequence.task)
+            if count > 1:
+                self._shares[sequence.task] = (count - 1, share)
+            else:
+                self._all_shares = self._all_shares - share if self._shares else 0.0
+
+    def held_until_s(self, sequence: Sequence, *, may_come: bool = False) -> float:
         """Until when its task's limits hold back a waiting sequence.
 
         Args:
             sequence: waits.
-            leaves_seats: whether its task is to leave some to others.
+            may_come: whether other tasks have been there lately.
 
         Returns:
             On the clock; infinite until another of the task stops; −∞ if nothing does, as with what belongs to a
@@ -59,13 +79,20 @@ class TaskLimits:
         most = sequence.entitlement.max_concurrency
         if most is not None and num_running >= most:
             return math.inf
-        num_free = max(0, self._num_seats - self._num_seated)
-        if leaves_seats and num_running > _RUNNING_PER_FREE_SEAT * num_free:
+        if self._leaves_seats(sequence, num_running, may_come=may_come):
             return math.inf
         rate = sequence.entitlement.max_tokens_per_second
         if rate is None or (tokens := self._allowance(sequence.task, rate).tokens) > 0:
             return -math.inf
         return self._clock() - tokens / rate
+
+    def _leaves_seats(self, sequence: Sequence, num_running: int, *, may_come: bool) -> bool:
+        num_free = max(0, self._num_seats - self._num_seated)
+        if num_running <= _RUNNING_PER_FREE_SEAT * num_free:
+            return False
+        if len(self._shares) == 1:
+            return may_come
+        return num_running * self._all_shares > self._num_seats * sequence.entitlement.share
 
     def started(self, sequence: Sequence) -> None:
         """Note that a sequence runs."""
@@ -88,7 +115,9 @@ class TaskLimits:
             self._allowance(sequence.task, rate).tokens -= num_tokens
 
     def clear(self) -> None:
-        """Note that nothing runs."""
+        """Note that there is none any more."""
+        self._shares.clear()
+        self._all_shares = 0.0
         self._num_running.clear()
         self._num_seated = 0
 

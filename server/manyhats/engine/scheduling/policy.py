@@ -106,7 +106,7 @@ class Queue:
             _, task, index = heapq.heappop(looked_at)
             line = self._lines[task]
             sequence = line.sequences[index]
-            until_s = self._limits.held_until_s(sequence, leaves_seats=self._shares.is_one_alone)
+            until_s = self._limits.held_until_s(sequence, may_come=self._shares.num_tasks > 1)
             if until_s == -math.inf:
                 yield sequence
                 cost = PROMPT_COST * sequence.num_left / sequence.entitlement.share
@@ -142,6 +142,7 @@ class Queue:
         priority = _INTERNAL_PRIORITY if sequence.is_internal else sequence.priority
         self._ranks[sequence] = (-priority, sequence.arrival, self._num_added)
         self._num_added += 1
+        self._limits.added(sequence)
         self.enter(sequence)
 
     def enter(self, sequence: Sequence) -> None:
@@ -152,7 +153,7 @@ class Queue:
         if line is None:
             if not sequence.is_internal:
                 self._shares.begin_waiting(task)
-                self._turns.release()  # one that waited alone does so no longer
+                self._turns.release()  # one that was there alone is so no longer
             line = self._lines[task] = _Line()
         insort(line.sequences, sequence, key=self._waiting_rank)
         self._turns.moved(task)
@@ -188,7 +189,8 @@ class Queue:
 
     def forget(self, sequence: Sequence) -> None:
         """Drop the rank of a sequence that has finished, and does not wait. Safe to repeat."""
-        self._ranks.pop(sequence, None)
+        if self._ranks.pop(sequence, None) is not None:
+            self._limits.forgotten(sequence)
 
     def clear(self) -> None:
         """Forget all of them, but not what tasks were served."""

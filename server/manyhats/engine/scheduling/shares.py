@@ -38,9 +38,9 @@ class Shares:
         self._num_kept = 0  # after the last time that some were dropped
 
     @property
-    def is_one_alone(self) -> bool:
-        """Whether one task waits, and others have lately."""
-        return len(self._waiting) == 1 and len(self._counters) > 1
+    def num_tasks(self) -> int:
+        """How many have waited or run lately."""
+        return len(self._counters)
 
     def counter(self, task: str) -> float:
         """Tokens over share; of a task that is not known, what it would be lifted to."""
