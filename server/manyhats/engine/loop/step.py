@@ -151,8 +151,8 @@ class Step:
         num_jobs = len(self._jobs)
         self._tick(started, events)
         schedule = self.scheduler.schedule()
-        self._refuse(schedule.hopeless, events)
         if not schedule.chunks:
+            self._refuse(schedule.hopeless, events)
             is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
             return StepResult(tuple(events), None, is_stuck)
         try:
@@ -165,6 +165,7 @@ class Step:
         except Exception as error:  # noqa: BLE001 whatever it is, requests beyond this step have no part in it
             self._fail_step(schedule, error, events)
             return StepResult(tuple(events), None)
+        self._refuse(schedule.hopeless, events)  # not before: others of their jobs may be in the step
         self._num_failed_steps = 0
         return StepResult(tuple(events), _stats(schedule, time.monotonic() - started))
 
