@@ -7,9 +7,10 @@ The engine's own sequences (``is_internal``) are few and short, and threads wait
 and neither ``max_waiting`` nor ``max_num_sequences`` applies to them. In return, a step in which others decode takes
 few of their tokens, so that it grows by half at most.
 
-``max_waiting`` refuses requests on arrival only. It refuses none that has already waited for its adapter, and none of
-the continuations of a scoring that has begun, which steady newcomers could otherwise keep out for good. A task that has
-many waiting is refused a little earlier than others: the queue's last places are for those.
+``max_waiting`` and ``max_waiting_tokens`` refuse requests on arrival only. They refuse none that has already waited for
+its adapter, and none of the continuations of a scoring that has begun, which steady newcomers could otherwise keep out
+for good. A task that has many waiting, or many tokens, is refused a little earlier than others: the queue's last places
+are for those.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from manyhats.engine.scheduling.limits import TaskLimits
 from manyhats.engine.scheduling.schedule import SchedulerConfig
@@ -36,6 +38,19 @@ seventeenths. Source: Choudhury and Hahne 1998, Dynamic Queue Length Thresholds 
 """
 
 
+@dataclass(slots=True)
+class Waiting:
+    """How much waits: requests, and tokens of their prompts."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+
+    def add(self, sequence: Sequence, sign: int) -> None:
+        """Count a sequence, or with -1 no longer."""
+        self.num_requests += sign
+        self.num_tokens += sign * sequence.num_tokens
+
+
 class Queue:
     """Ranks every sequence from ``add`` to ``forget``, and holds those that wait, the next one first.
 
@@ -44,7 +59,7 @@ class Queue:
         clock: monotonic seconds.
 
     Attributes:
-        num_counted: those that wait and count towards ``max_waiting``.
+        counted: those that wait and count towards ``max_waiting`` and ``max_waiting_tokens``.
         num_short: those that wait and are not bulk (``Step``).
         limits: of tasks, on what runs at a time and how much.
     """
@@ -56,8 +71,8 @@ class Queue:
         self._shares = Shares()
         self._num_added = 0
         self._num_waiting = 0
-        self._num_counted_of: dict[str, int] = {}
-        self.num_counted = 0
+        self._counted_of: dict[str, Waiting] = {}
+        self.counted = Waiting()
         self.num_short = 0
         self.limits = TaskLimits(clock)
 
@@ -99,14 +114,18 @@ class Queue:
         """The sequence's place among all that run."""
         return self._ranks[sequence]
 
-    def num_counted_of(self, task: str) -> int:
-        """How many of a task wait and count towards ``max_waiting``."""
-        return self._num_counted_of.get(task, 0)
-
     def has_place(self, task: str, num_elsewhere: int) -> bool:
-        """Whether one more of a task may wait; callable from any thread."""
-        num_free = self._config.max_waiting - self.num_counted - num_elsewhere
-        return num_free > 0 and self.num_counted_of(task) < _WAITING_PER_FREE_PLACE * num_free
+        """Whether one more of a task may wait, as far as their number goes; callable from any thread."""
+        num_free = self._config.max_waiting - self.counted.num_requests - num_elsewhere
+        return num_free > 0 and self._of(task).num_requests < _WAITING_PER_FREE_PLACE * num_free
+
+    def has_room(self, task: str, num_tokens: int) -> bool:
+        """Whether so many tokens of a task may wait; a prompt alone may, however long it is."""
+        num_waiting = self.counted.num_tokens
+        num_free = self._config.max_waiting_tokens - num_waiting
+        return num_waiting == 0 or (
+            num_tokens <= num_free and self._of(task).num_tokens < _WAITING_PER_FREE_PLACE * num_free
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Rank a new sequence after its equals; it waits."""
@@ -152,8 +171,9 @@ class Queue:
         """Forget all of them, but not what tasks were served."""
         self._ranks.clear()
         self._waiting.clear()
-        self._num_counted_of.clear()
-        self._num_waiting = self.num_counted = self.num_short = 0
+        self._counted_of.clear()
+        self.counted = Waiting()
+        self._num_waiting = self.num_short = 0
         self.limits.clear()
 
     def _count(self, sequence: Sequence, change: int) -> None:
@@ -161,12 +181,14 @@ class Queue:
         self.num_short += change * (not self._config.is_bulk(sequence, sequence.num_tokens))
         if not sequence.is_counted:
             return
-        self.num_counted += change
-        num_of_task = self.num_counted_of(sequence.task) + change
-        if num_of_task:
-            self._num_counted_of[sequence.task] = num_of_task
-        else:
-            del self._num_counted_of[sequence.task]
+        self.counted.add(sequence, change)
+        of_task = self._counted_of.setdefault(sequence.task, Waiting())
+        of_task.add(sequence, change)
+        if not of_task.num_requests:
+            del self._counted_of[sequence.task]
+
+    def _of(self, task: str) -> Waiting:
+        return self._counted_of.get(task) or Waiting()
 
     def _waiting_rank(self, sequence: Sequence) -> tuple[int, bool, float, int]:
         priority, arrival, order = self._ranks[sequence]

@@ -103,31 +103,37 @@ class Scheduler:
         """Whether any sequence is unfinished and not paused."""
         return bool(self._running or self._queue)
 
-    def check_queue(self, task: str = "", num_elsewhere: int = 0) -> None:
+    def check_queue(self, task: str = "", num_elsewhere: int = 0, num_tokens: int = 0) -> None:
         """Check that one more may wait; callable from any thread.
 
         Args:
             task: that it is of.
             num_elsewhere: requests that wait elsewhere before they are added.
+            num_tokens: of its prompt.
 
         Raises:
-            QueueFullError: ``max_waiting`` are waiting, or so many that the places left are for other tasks.
+            QueueFullError: ``max_waiting`` are waiting, or so many that the places left are for other tasks; or so of
+                tokens.
         """
+        waiting = self._queue.counted
+        num_ahead = waiting.num_requests + num_elsewhere
         if not self._queue.has_place(task, num_elsewhere):
-            num_ahead = self._queue.num_counted + num_elsewhere
             raise QueueFullError(self.config.max_waiting, self.rate.wait_s(num_ahead), num_ahead)
+        if not self._queue.has_room(task, num_tokens):
+            limit, unit = self.config.max_waiting_tokens, "tokens of prompts"
+            raise QueueFullError(limit, self.rate.wait_s(num_ahead), waiting.num_tokens, unit)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
 
         Raises:
-            QueueFullError: ``max_waiting`` sequences are waiting; never if it is internal, a continuation, or has
+            QueueFullError: as ``check_queue``; never if it is internal, a continuation, or has
                 waited.
             FieldInvalidError: it could never run to ``max_num_tokens`` in this pool.
             ValueError: it contradicts itself, or was added before.
         """
         if sequence.is_counted and not sequence.has_waited:
-            self.check_queue(sequence.task)
+            self.check_queue(sequence.task, num_tokens=sequence.num_tokens)
         check_addable(sequence, self.allocator)
         self._queue.add(sequence)
 
