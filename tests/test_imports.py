@@ -56,6 +56,7 @@ FLOORS = {
     """,
     "server": "observability access service grpc http lifetime",
     "trainer": "errors files settings data methods model memory report run registration train",
+    "cli": "terminal options tasks adapters training info model token bench serve main __main__",
 }
 # What a room of the server must not know: what a call comes through is for the two transports alone.
 FORBIDDEN_IN_SERVER = {

@@ -18,7 +18,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from manyhats.cli.main import app
-from manyhats.cli.setting_options import read_entries
+from manyhats.cli.options.settings import read_entries
 from manyhats.trainer.settings import methods
 from manyhats.trainer.settings import settings as trainer_settings
 from manyhats.trainer.settings.settings import SETTINGS
@@ -66,8 +66,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def take(settings: Any, registrar: Any, resume: bool, as_json: bool) -> None:
         given.append((settings, registrar, resume, as_json))
 
-    monkeypatch.setattr("manyhats.cli.train_runs.train_one", take)
-    monkeypatch.setattr("manyhats.cli.train_runs.train_all", take)
+    monkeypatch.setattr("manyhats.cli.training.runs.train_one", take)
+    monkeypatch.setattr("manyhats.cli.training.runs.train_all", take)
     return given
 
 
@@ -437,7 +437,9 @@ SERVER = ["--register", "127.0.0.1:1"]
 def test_what_needs_no_base_is_refused_before_one_is_loaded(
     in_directory: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], code: int, message: str
 ) -> None:
-    monkeypatch.setattr("manyhats.cli.train_runs.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "manyhats.cli.training.runs.load_model", lambda *args, **kwargs: pytest.fail("loaded")
+    )
     (in_directory / "mine").mkdir()
     (in_directory / "mine" / "notes.txt").write_text("keep")
     for name, row in FIRST_ROWS.items():

@@ -431,13 +431,13 @@ async def test_a_slow_load_delays_neither_the_base_nor_loaded_tasks_and_may_be_a
     async with running_engine(model, load) as engine:
         await engine.warm_adapter(make_record("quick"))
         slow = asyncio.create_task(collect(engine, make_request(prompt(1), make_record("slow"))))
-        await until(lambda: engine.stats.waiting_tasks == ("slow",))
+        await until(lambda: engine.stats.waiting_adapters == ("slow@1",))
         for adapter in (None, make_record("quick")):
             assert len((await collect(engine, make_request(prompt(2), adapter))).tokens) == 8
         slow.cancel()
         with pytest.raises(asyncio.CancelledError):
             await slow
-        assert engine.stats.waiting_tasks == ()
+        assert engine.stats.waiting_adapters == ()
         gate.set()
         await until(lambda: digest_of("slow") in engine.resident_digests())
         await until(lambda: not engine.in_use(make_record("slow")))

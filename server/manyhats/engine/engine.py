@@ -120,7 +120,8 @@ class Engine:
             kv_blocks_cached=allocator.num_cached,
             kv_blocks_total=allocator.num_blocks,
             heartbeat_s=self.loop.heartbeat_s,
-            waiting_tasks=tuple(sorted(self._adapters.waiting_tasks | self._residency.tasks_without_slot())),
+            kv_block_size=allocator.block_size,
+            waiting_adapters=tuple(sorted(self._adapters.waiting | self._residency.without_slot())),
             is_at_standstill=self.loop.is_at_standstill,
         )
 

@@ -202,7 +202,7 @@ class EchoEngine:
     warmed: list[AdapterRecord] = field(default_factory=list)
     effect: float = 0.25
     probed: list[LoweredAdapter] = field(default_factory=list)
-    waiting_tasks: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
     requests: list[Request] = field(default_factory=list)
     score_requests: list[ScoreRequest] = field(default_factory=list)
     encode_requests: list[EncodeRequest] = field(default_factory=list)
@@ -214,7 +214,15 @@ class EchoEngine:
     def stats(self) -> EngineStats:
         heartbeat_s = time.time() if self.heartbeat_s is None else self.heartbeat_s
         return EngineStats(
-            self.running, 2, 3, 4, 10, heartbeat_s, self.waiting_tasks, is_at_standstill=self.is_at_standstill
+            self.running,
+            2,
+            3,
+            4,
+            10,
+            heartbeat_s,
+            kv_block_size=16,
+            waiting_adapters=self.waiting_adapters,
+            is_at_standstill=self.is_at_standstill,
         )
 
     async def start(self) -> None:

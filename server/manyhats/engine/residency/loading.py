@@ -39,7 +39,6 @@ class AdapterLoading:
         self.residency = residency
         self._threads = background.threads(MAX_LOADS, "adapter-loader")
         self._queue: OrderedDict[str, dict[_Waiter, None]] = OrderedDict()  # by digest, in order of arrival
-        self._tasks: Counter[str] = Counter()
         self._names: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
@@ -51,9 +50,9 @@ class AdapterLoading:
         return self._names.total()
 
     @property
-    def waiting_tasks(self) -> frozenset[str]:
-        """Their task ids; callable from any thread."""
-        return frozenset(self._tasks)
+    def waiting(self) -> frozenset[str]:
+        """The names of their versions; callable from any thread."""
+        return frozenset(self._names)
 
     def in_use(self, record: AdapterRecord) -> bool:
         """Whether a request for this version is waiting; callable from any thread."""
@@ -98,16 +97,13 @@ class AdapterLoading:
 
     @contextlib.contextmanager
     def _counted(self, record: AdapterRecord) -> Iterator[None]:
-        counters = ((self._tasks, record.task_id), (self._names, record.name))
-        for counter, key in counters:
-            counter[key] += 1
+        self._names[record.name] += 1
         try:
             yield
         finally:
-            for counter, key in counters:
-                counter[key] -= 1
-                if not counter[key]:
-                    del counter[key]
+            self._names[record.name] -= 1
+            if not self._names[record.name]:
+                del self._names[record.name]
 
     async def _lease(
         self, record: AdapterRecord, lowered: LoweredAdapter | None, max_wait_s: float | None

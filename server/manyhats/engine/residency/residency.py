@@ -94,11 +94,11 @@ class AdapterResidency:
                 if adapter.is_loaded and not adapter.is_forgotten
             }
 
-    def tasks_without_slot(self) -> frozenset[str]:
-        """The task ids of requests whose adapter is loaded but has no slot."""
+    def without_slot(self) -> frozenset[str]:
+        """The names of versions that requests hold, and that are loaded but have no slot."""
         with self._lock:
             return frozenset(
-                name.rpartition("@")[0]
+                name
                 for adapter in self._held
                 if adapter.placement is not None and adapter.placement.slot is None
                 for name in adapter.pins
