@@ -88,7 +88,7 @@ class EngineConfig:
         8,
         at_least=1,
         group=_LIMITS,
-        help="Tokens of scorings and long prompts in a step with other requests.",
+        help="Most tokens of scorings and long prompts in a step with other requests; fewer where they take long.",
     )
     max_score_tokens: int = setting(
         65_536, at_least=1, group=_LIMITS, help="Prompt and all continuations of one scoring."

@@ -61,6 +61,11 @@ class Chunk:
         """Whether it is a single output token and drafts, rather than part of a prompt or a recomputation."""
         return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
 
+    @property
+    def is_bulk(self) -> bool:
+        """Whether it is of a bulk sequence's tokens, see ``Step``; a long prompt's answer is not bulk."""
+        return self.sequence.is_bulk or (self.sequence.is_long and not self.is_decode)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:

@@ -25,6 +25,7 @@ from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import QueueFullError
 from manyhats.engine.scheduling.admission import Admissions, check_addable
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
+from manyhats.engine.scheduling.bulk_pace import BulkPace
 from manyhats.engine.scheduling.drafts import add_drafts
 from manyhats.engine.scheduling.held_prefixes import HeldPrefixes
 from manyhats.engine.scheduling.pace import Pace
@@ -69,6 +70,7 @@ class Scheduler:
         self.allocator = allocator
         self._queue = Queue(config, clock)
         self._pace = Pace(clock)
+        self._bulk_pace = BulkPace()
         self._running: list[Sequence] = []  # sorted by rank
         self._paused: set[Sequence] = set()
         self._prefixes = HeldPrefixes(allocator, self._free)
@@ -147,7 +149,10 @@ class Scheduler:
         """
         if self._in_flight is not None:
             raise RuntimeError("the last schedule was not committed")
-        step = Step(self.config.max_num_batched_tokens, self.config.max_bulk_tokens, self._queue.rank)
+        limits = self.config
+        step = Step(
+            limits.max_num_batched_tokens, limits.max_bulk_tokens, self._queue.rank, self._bulk_pace.limit
+        )
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
@@ -202,6 +207,8 @@ class Scheduler:
 
     def commit(self, schedule: Schedule) -> None:
         """Account for a step that has run; sequences that have since finished are ignored."""
+        if schedule is self._in_flight:
+            self._note_pace(schedule, self._pace.end(schedule.num_tokens))
         for chunk in schedule.chunks:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
@@ -213,10 +220,16 @@ class Scheduler:
                 sequence.logits_from = max(sequence.logits_from, chunk.end)
             register_full_blocks(sequence, self.allocator)
         if schedule is self._in_flight:
-            self._pace.end(schedule.num_tokens)
             self._in_flight = None
             self.allocator.free(self._freed_in_flight)
             self._freed_in_flight.clear()
+
+    def _note_pace(self, schedule: Schedule, seconds: float) -> None:
+        """Learn from a step how long bulk tokens take, if there is nothing else in it but decodes."""
+        num_decodes = sum(chunk.is_decode and not chunk.sequence.is_bulk for chunk in schedule.chunks)
+        num_bulk = sum(chunk.num_tokens for chunk in schedule.chunks if chunk.is_bulk)
+        if num_decodes + num_bulk == schedule.num_tokens:
+            self._bulk_pace.note(num_decodes, num_bulk, seconds)
 
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, whatever its state; its full blocks stay in the prefix cache. Safe to repeat."""
