@@ -13,11 +13,15 @@ EngineError
 ├── NumericalError              non-finite logits of one request
 ├── NoTokenAllowedError         bias, penalties or masks left a request no token to choose
 ├── StreamUnreadError           nobody read a request's answer
+├── NoMemoryError               there was no memory for this one request
 ├── RequestFailedError          anything unexpected in one request or step; it is logged
 └── EngineDeadError             the engine thread ended
 """
 
 from __future__ import annotations
+
+import errno
+import re
 
 
 def clipped(text: str, max_bytes: int) -> str:
@@ -117,6 +121,25 @@ class StreamUnreadError(EngineError):
     def __init__(self, limit_s: float) -> None:
         super().__init__(f"the answer was not read for {limit_s:g} s, so it was ended")
         self.limit_s = limit_s
+
+
+class NoMemoryError(EngineError):
+    """There was no memory for this request; ``retry_after_s`` is a hint."""
+
+    def __init__(self, retry_after_s: float = 1.0) -> None:
+        super().__init__("the server has no memory left for this request at the moment; try again soon")
+        self.retry_after_s = retry_after_s
+
+
+# As torch says it, which has no class for it on the CPU, and Python, of a thread.
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|can't start new thread")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an unexpected error says that the system has no memory, or no more threads, to give."""
+    if isinstance(error, RuntimeError):
+        return _NO_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 class RequestFailedError(EngineError):

@@ -199,7 +199,6 @@ class EngineStats:
         heartbeat_s: ``time.time()`` of the loop's last turn.
         kv_block_size: positions in each.
         waiting_adapters: names of versions that requests wait for: they are not loaded, or have no slot.
-        is_at_standstill: there are requests, but none has made progress for some seconds.
     """
 
     num_running: int
@@ -210,4 +209,3 @@ class EngineStats:
     heartbeat_s: float
     kv_block_size: int = 1
     waiting_adapters: tuple[str, ...] = ()
-    is_at_standstill: bool = False

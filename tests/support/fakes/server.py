@@ -192,7 +192,7 @@ class EchoEngine:
     error_after: int = 0
     is_alive: bool = True
     heartbeat_s: float | None = None
-    is_at_standstill: bool = False
+    silent_s: float = 0.0
     running: int = 0
     resident: dict[str, AdapterRecord] = field(default_factory=dict)
     without_slot: set[str] = field(default_factory=set)
@@ -222,13 +222,15 @@ class EchoEngine:
             heartbeat_s,
             kv_block_size=16,
             waiting_adapters=self.waiting_adapters,
-            is_at_standstill=self.is_at_standstill,
         )
+
+    def call_when_silent(self, limit_s: float, on_hang: Callable[[float], None]) -> None:
+        self.hang_limit_s = limit_s
 
     async def start(self) -> None:
         self.is_alive = True
 
-    async def stop(self, drain_s: float) -> None:
+    async def stop(self, drain_s: float, step_limit_s: float | None = None) -> None:
         self.stopped = True
 
     def check_queue(self, adapter: AdapterRecord | None = None, num_tokens: int = 0) -> None:
@@ -382,11 +384,21 @@ class MemoryStore:
     may_write: threading.Event = field(default_factory=threading.Event)
     others_changed: set[str] = field(default_factory=set)
     refresh_error: Exception | None = None
+    read_error: Exception | None = None
+    write_error: Exception | None = None
     is_closed: bool = False
 
     def __post_init__(self) -> None:
         self.may_open.set()
         self.may_write.set()
+
+    def check_reads(self) -> None:
+        if self.read_error is not None:
+            raise self.read_error
+
+    def check_writes(self) -> None:
+        if self.write_error is not None:
+            raise self.write_error
 
     def register(
         self, registration: Registration, *, probe: Probe | None = None, prepare: Prepare | None = None

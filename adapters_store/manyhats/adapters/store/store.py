@@ -204,6 +204,22 @@ class AdapterStore:
         """
         return self._catalogue.refresh()
 
+    def check_reads(self) -> None:
+        """Check, cheaply, that stored artifacts can be read.
+
+        Raises:
+            StoreUnavailableError: none can.
+        """
+        self._storage.check_reads()
+
+    def check_writes(self) -> None:
+        """Check, cheaply, that artifacts can be stored.
+
+        Raises:
+            StoreError: none can.
+        """
+        self._storage.check_writes()
+
     def load(self, record: AdapterRecord) -> LoadedVersion:
         """Read a version's stored artifacts into memory.
 

@@ -80,7 +80,7 @@ class Background:
 
 class _Threads(ThreadPoolExecutor):
     def __init__(self, background: Background, num_threads: int, name: str) -> None:
-        super().__init__(num_threads, thread_name_prefix=name, initializer=_begin)
+        super().__init__(num_threads, thread_name_prefix=name, initializer=begin_thread)
         self._background = background
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -91,7 +91,8 @@ class _Threads(ThreadPoolExecutor):
         return super().submit(work)
 
 
-def _begin() -> None:
+def begin_thread() -> None:
+    """Have the calling thread yield to the process's others, for good."""
     # Its own OpenMP team would make the engine's threads sleep between loops (``in_own_thread``).
     torch.set_num_threads(1)
     torch.get_num_threads()

@@ -45,6 +45,7 @@ _LIVE = (
     "manyhats_model_bytes",
     "manyhats_engine_heartbeat_timestamp_seconds",
     "manyhats_adapter_resident",
+    "manyhats_store_usable",
     "manyhats_adapter_evictions_total",
     *gateway.NAMES,
 )
@@ -270,6 +271,12 @@ class LiveMetrics:
         placed = (record for record, tier in residents if tier is Tier.DEVICE)
         yield from self._engine_gauges(backend)
         yield self._resident_gauge(residents)
+        yield gauge(
+            "manyhats_store_usable",
+            "Whether the store can be used: its catalogue, and to read and write adapters.",
+            ["use"],
+            [((use,), float(is_usable)) for use, is_usable in backend.store_health.usable.items()],
+        )
         evictions = CounterMetricFamily(
             "manyhats_adapter_evictions", "Adapters that made room in a tier.", labels=["tier"]
         )

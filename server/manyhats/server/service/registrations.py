@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import structlog
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
-from manyhats.adapters.errors import AdapterError, TaskNotFoundError
+from manyhats.adapters.errors import AdapterError, StoreUnavailableError, TaskNotFoundError
 from manyhats.adapters.primitives import LoweredAdapter
 from manyhats.adapters.probe import Prepare
 from manyhats.adapters.registration import Registered, Registration
@@ -24,6 +24,7 @@ from manyhats.server.access.tokens import Scope
 from manyhats.server.observability.metrics import Metrics
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.reasons import reason_of
+from manyhats.server.service.store_health import StoreUse
 from manyhats.server.service.task_defaults import read_defaults
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Registrations:
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
+        self._health = backend.store_health
         self._metrics = metrics
 
     @_carried_through
@@ -82,7 +84,22 @@ class Registrations:
         """
         store = self._backend.store
         read_defaults(registration.labels)
-        return await self.run(lambda: store.open_upload(registration))
+        opening = self._begun(lambda: store.open_upload(registration))
+        try:
+            return await self._health.unless_hanging(opening, *StoreUse)
+        except StoreUnavailableError:
+            opening.add_done_callback(self._abort_late)
+            raise
+
+    def _abort_late(self, opening: asyncio.Future[UploadSession]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self._begun(opening.result().abort, even_if_hanging=True)
+
+    async def abort_upload(self, session: UploadSession) -> None:
+        """Remove what has arrived: now, or once the store no longer hangs."""
+        aborting = self._begun(session.abort, even_if_hanging=True)
+        with suppress(StoreUnavailableError):
+            await self._health.unless_hanging(aborting, *StoreUse)
 
     @_carried_through
     async def finish_upload(self, session: UploadSession, registration: Registration) -> Registered:
@@ -166,8 +183,27 @@ class Registrations:
             return ()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run work that blocks on the store in a worker thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._backend.store_threads, work)
+        """Run work that blocks on the store in a worker thread.
+
+        Raises:
+            StoreUnavailableError: the store hangs. What has begun may still be done, once it no longer does.
+        """
+        working = self._begun(work)
+        try:
+            return await self._health.unless_hanging(working, *StoreUse)
+        except BaseException:
+            working.cancel()  # unless it has begun
+            raise
+
+    def _begun(self, work: Callable[[], T], *, even_if_hanging: bool = False) -> asyncio.Future[T]:
+        if not even_if_hanging:
+            self._health.check(*StoreUse)
+
+        def counted() -> T:
+            with self._health.working():
+                return work()
+
+        return asyncio.get_running_loop().run_in_executor(self._backend.store_threads, counted)
 
     @contextmanager
     def counted_failures(self) -> Iterator[None]:

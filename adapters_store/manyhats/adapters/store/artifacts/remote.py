@@ -85,6 +85,14 @@ class RemoteArtifacts:
         if claims != {own}:
             raise StoreUnavailableError("store", "its artifacts belong to another catalogue")
 
+    def check_reads(self) -> None:
+        """Ask for the claim."""
+        if not self._objects.sizes("catalogues"):
+            raise StoreUnavailableError("store", "it holds no artifacts of a store any longer")
+
+    def check_writes(self) -> None:
+        """Does nothing: only writing an object would tell more than ``check_reads``."""
+
     def publishing(self) -> contextlib.AbstractContextManager[None]:
         """Does nothing: see the module."""
         return contextlib.nullcontext()

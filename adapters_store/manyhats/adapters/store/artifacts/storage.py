@@ -45,6 +45,20 @@ class ArtifactStorage(Protocol):
             StoreUnavailableError: it belongs to another catalogue, whose artifacts a sweep would remove.
         """
 
+    def check_reads(self) -> None:
+        """Check, cheaply, that artifacts can be read.
+
+        Raises:
+            StoreUnavailableError: none can.
+        """
+
+    def check_writes(self) -> None:
+        """Check, cheaply and as far as can be told without writing one, that artifacts can be added.
+
+        Raises:
+            StoreError: none can.
+        """
+
     def publishing(self) -> AbstractContextManager[None]:
         """Hold off removals, from before ``publish`` until the rows that name the artifacts are committed."""
 

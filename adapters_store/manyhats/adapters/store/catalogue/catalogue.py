@@ -56,7 +56,7 @@ class Catalogue:
         self._index = CatalogueIndex()
         # This process changes the index in the order in which it reads the tables.
         self._lock = threading.Lock()
-        self._seen_generation = 0
+        self._seen_generation = self._num_replaced = 0
         try:
             with _without_collection():
                 self.refresh()
@@ -222,12 +222,16 @@ class Catalogue:
         with self._lock:
             with self._database.read() as connection:
                 generation = read_generation(connection)
-                if generation == self._seen_generation:
+                is_same = self._database.num_replaced == self._num_replaced
+                if is_same and generation == self._seen_generation:
                     return frozenset()
-                changed = read_changed_tasks(connection, self._seen_generation)
+                changed = read_changed_tasks(connection, self._seen_generation if is_same else 0)
+            if not is_same:  # by an older copy, perhaps
+                found = {task.task_id for task in changed}
+                changed += [CataloguedTask(task_id=task_id) for task_id in self._index.task_ids() - found]
             for task in changed:
                 self._index.put(task)
-            self._seen_generation = generation
+            self._seen_generation, self._num_replaced = generation, self._database.num_replaced
             return frozenset(task.task_id for task in changed)
 
     def generation(self) -> int:

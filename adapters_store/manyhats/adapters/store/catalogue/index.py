@@ -28,6 +28,11 @@ class CatalogueIndex:
         with self._lock:
             return self._tasks.get(task_id) or CataloguedTask(task_id=task_id)
 
+    def task_ids(self) -> frozenset[str]:
+        """The tasks that have versions."""
+        with self._lock:
+            return frozenset(self._tasks)
+
     def resolve(self, name: TaskName) -> AdapterRecord:
         """The version a name refers to."""
         with self._lock:
