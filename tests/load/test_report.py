@@ -46,6 +46,8 @@ def test_a_report_counts_what_was_good_answered_left_and_failed() -> None:
     assert found.all.first_ms == {50: 100.0, 95: 2500.0, 99: 2500.0, 100: 2500.0}
     assert found.all.gap_ms[100] == 700.0
     assert found.all.whole_ms == {50: 800.0, 95: 2500.0, 99: 2500.0, 100: 2500.0}
+    assert found.all.refused_ms == {50: 100.0, 95: 100.0, 99: 100.0, 100: 100.0}
+    assert found.tasks["a"].refused_ms == {}
     json.dumps(found.as_json(), allow_nan=False)
 
 

@@ -233,9 +233,11 @@ def _write(
 
 
 def _totals(found: Report) -> str:
+    refused = found.all.refused_ms
     said = (
         f"{found.all.num_requests} requests in {found.seconds:.1f} s, {len(found.tasks)} tasks: "
         f"{found.goodput:.2f} good answers and {found.tokens_per_s:.0f} tokens a second"
+        + (f"; refusals took {refused[99]:.0f} ms (99 %), {refused[100]:.0f} at most" if refused else "")
     )
     if (beside := found.beside) is not None:
         said += (

@@ -121,9 +121,11 @@ def run(config: ServeConfig) -> int:
     with needs_extra("server"):
         from manyhats.server.lifetime.process import EXIT_BY_SIGNAL
         from manyhats.server.lifetime.process import serve as serve_process
+        from manyhats.server.observability.timed_loop import TimedLoop
     quiet_libraries()
     has_bars = sys.stderr.isatty() and config.log_format == "text"
-    code = asyncio.run(serve_process(config, show_progress=_bars if has_bars else None))
+    with asyncio.Runner(loop_factory=TimedLoop) as runner:
+        code = runner.run(serve_process(config, show_progress=_bars if has_bars else None))
     if code > EXIT_BY_SIGNAL:
         # Threads that load or compile may still run, and are not waited for.
         sys.stdout.flush()

@@ -12,6 +12,7 @@ from manyhats.load.run import LEFT, OK, Answer
 from manyhats.load.workload import Workload
 
 _PERCENTS = (50, 95, 99, 100)
+_REFUSED = "QUEUE_FULL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Summary:
         failures: how many failed, by reason.
         first_ms, gap_ms, whole_ms: percentiles of the time to the first piece, between pieces and to the end, by
             percent; of what was answered, or of what came until a caller left.
+        refused_ms: percentiles of the time until it was refused, of what came while too much waited.
         num_tokens: of all answers.
     """
 
@@ -56,6 +58,7 @@ class Summary:
     first_ms: Mapping[int, float]
     gap_ms: Mapping[int, float]
     whole_ms: Mapping[int, float]
+    refused_ms: Mapping[int, float]
     num_tokens: int
 
 
@@ -146,6 +149,7 @@ def _beside(workload: Workload, others: Sequence[Answer]) -> Beside | None:
 def _summary(answers: Sequence[Answer], objective: Objective) -> Summary:
     ok = [answer for answer in answers if answer.outcome == OK]
     begun = [answer for answer in answers if answer.outcome in (OK, LEFT) and answer.pieces_s]
+    refused = [answer for answer in answers if answer.outcome == _REFUSED]
     outcomes = Counter(answer.outcome for answer in answers)
     return Summary(
         num_requests=len(answers),
@@ -155,6 +159,7 @@ def _summary(answers: Sequence[Answer], objective: Objective) -> Summary:
         first_ms=_percentiles(answer.first_s for answer in begun),
         gap_ms=_percentiles(gap for answer in begun for gap in answer.gaps_s),
         whole_ms=_percentiles(answer.ended_s - answer.due_s for answer in ok),
+        refused_ms=_percentiles(answer.ended_s - answer.due_s for answer in refused),
         num_tokens=sum(answer.num_tokens for answer in answers),
     )
 

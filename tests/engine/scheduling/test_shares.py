@@ -274,6 +274,28 @@ def test_the_last_places_of_the_queue_are_for_tasks_that_have_few() -> None:
     assert first + second + third <= 100
 
 
+def test_tokens_that_wait_are_bounded_and_the_last_room_is_for_tasks_with_few() -> None:
+    scheduler = make_scheduler(waiting=1000, waiting_tokens=900, sequences=1, num_blocks=2000)
+
+    def fill(task: str, length: int) -> int:
+        for count in range(1000):
+            try:
+                scheduler.add(make_sequence(f"{task} {count}", range(length), task=task))
+            except QueueFullError as error:
+                refusals.append((error.limit, "tokens of prompts are waiting" in str(error)))
+                return count
+        raise AssertionError
+
+    refusals: list[tuple[int, bool]] = []
+    assert fill("a", 20) == 40  # eight times the tokens that they leave
+    assert fill("b", 20) == 5
+    assert fill("c", 90) == 0
+    assert scheduler.num_waiting == 45
+    assert set(refusals) == {(900, True)}
+    scheduler.clear()
+    assert fill("d", 2000) == 1  # alone, a prompt may be longer than all the room
+
+
 # Deadlines
 
 

@@ -7,9 +7,10 @@ The engine's own sequences (``is_internal``) are few and short, and threads wait
 and neither ``max_waiting`` nor ``max_num_sequences`` applies to them. In return, a step in which others decode takes
 few of their tokens, so that it grows by half at most.
 
-``max_waiting`` refuses requests on arrival only. It refuses none that has already waited for its adapter, and none of
-the continuations of a scoring that has begun, which steady newcomers could otherwise keep out for good. A task that has
-many waiting is refused a little earlier than others: the queue's last places are for those.
+``max_waiting`` and ``max_waiting_tokens`` refuse requests on arrival only. They refuse none that has already waited for
+its adapter, and none of the continuations of a scoring that has begun, which steady newcomers could otherwise keep out
+for good. A task that has many waiting, or many tokens, is refused a little earlier than others: the queue's last places
+are for those.
 """
 
 from __future__ import annotations
@@ -39,12 +40,25 @@ seventeenths. Source: Choudhury and Hahne 1998, Dynamic Queue Length Thresholds 
 """
 
 
+@dataclass(slots=True)
+class Waiting:
+    """How much waits: requests, and tokens of their prompts."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+
+    def add(self, sequence: Sequence, sign: int) -> None:
+        """Count a sequence, or with -1 no longer."""
+        self.num_requests += sign
+        self.num_tokens += sign * sequence.num_tokens
+
+
 @dataclass(slots=True, eq=False)
 class _Line:
     """The sequences of one task that wait, at least one, sorted by ``Queue._waiting_rank``."""
 
     sequences: list[Sequence] = field(default_factory=list)
-    num_counted: int = 0
+    counted: Waiting = field(default_factory=Waiting)
     num_continuations: int = 0
 
 
@@ -56,7 +70,7 @@ class Queue:
         clock: monotonic seconds.
 
     Attributes:
-        num_counted: those that wait and count towards ``max_waiting``.
+        counted: those that wait and count towards ``max_waiting`` and ``max_waiting_tokens``.
         num_short: those that wait and are not bulk (``Step``).
     """
 
@@ -69,7 +83,7 @@ class Queue:
         self._limits = TaskLimits(config.max_num_sequences, clock)
         self._num_added = 0
         self._num_waiting = 0
-        self.num_counted = 0
+        self.counted = Waiting()
         self.num_short = 0
 
     def __len__(self) -> int:
@@ -127,15 +141,18 @@ class Queue:
         """The sequence's place among all that run."""
         return self._ranks[sequence]
 
-    def num_counted_of(self, task: str) -> int:
-        """How many of a task wait and count towards ``max_waiting``."""
-        line = self._lines.get(task)
-        return 0 if line is None else line.num_counted
-
     def has_place(self, task: str, num_elsewhere: int) -> bool:
-        """Whether one more of a task may wait; callable from any thread."""
-        num_free = self._config.max_waiting - self.num_counted - num_elsewhere
-        return num_free > 0 and self.num_counted_of(task) < _WAITING_PER_FREE_PLACE * num_free
+        """Whether one more of a task may wait, as far as their number goes; callable from any thread."""
+        num_free = self._config.max_waiting - self.counted.num_requests - num_elsewhere
+        return num_free > 0 and self._of(task).num_requests < _WAITING_PER_FREE_PLACE * num_free
+
+    def has_room(self, task: str, num_tokens: int) -> bool:
+        """Whether so many tokens of a task may wait; a prompt alone may, however long it is."""
+        num_waiting = self.counted.num_tokens
+        num_free = self._config.max_waiting_tokens - num_waiting
+        return num_waiting == 0 or (
+            num_tokens <= num_free and self._of(task).num_tokens < _WAITING_PER_FREE_PLACE * num_free
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Rank a new sequence after its equals; it waits."""
@@ -200,15 +217,20 @@ class Queue:
         self._lines.clear()
         self._turns.clear()
         self._limits.clear()
-        self._num_waiting = self.num_counted = self.num_short = 0
+        self._num_waiting = self.num_short = 0
+        self.counted = Waiting()
 
     def _count(self, sequence: Sequence, line: _Line, change: int) -> None:
         self._num_waiting += change
         self.num_short += change * (not self._config.is_bulk(sequence, sequence.num_tokens))
         line.num_continuations += change * sequence.is_continuation
         if sequence.is_counted:
-            self.num_counted += change
-            line.num_counted += change
+            self.counted.add(sequence, change)
+            line.counted.add(sequence, change)
+
+    def _of(self, task: str) -> Waiting:
+        line = self._lines.get(task)
+        return Waiting() if line is None else line.counted
 
     def _first_place(self, task: str) -> Place | None:
         line = self._lines.get(task)

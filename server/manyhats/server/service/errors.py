@@ -6,7 +6,7 @@ ServerError
 ├── BusyError           try again later
 │   ├── TooManyCallsError       the limit of running calls is reached
 │   ├── UnreadAnswersError      large answers wait for their callers
-│   └── BodiesError             many bodies are arriving
+│   └── MessagesError           messages of calls hold much memory
 ├── TaskKindError       a task does something else than what is asked of it
 ├── UnexpectedError     a bug; the log has it
 ├── UploadStalledError  a caller began an upload and stopped sending
@@ -73,11 +73,14 @@ class UnreadAnswersError(BusyError):
         )
 
 
-class BodiesError(BusyError):
-    """There is no room for more of the bodies that are arriving; ``limit`` is in bytes."""
+class MessagesError(BusyError):
+    """There is no room for another message of a call; ``limit`` is in bytes."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"too many requests are arriving; the limit is {limit} bytes", limit, 1.0)
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        what = (
+            f"the messages of the calls that run or wait are too large together; the limit is {limit} bytes"
+        )
+        super().__init__(what, limit, retry_after_s)
 
 
 class UnexpectedError(ServerError):

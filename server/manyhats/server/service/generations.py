@@ -88,6 +88,7 @@ class Generations:
         sampling_params = SamplingParams(**sampling.over(defaults.sampling))
         stopping_params = StoppingParams(**stopping.over(defaults.stopping))
         speculation_params = SpeculationParams(**speculation.over(defaults.speculation))
+        self._backend.engine.check_queue(adapter)  # before texts are tokenized for nothing
         tokenizer = await self._tasks.tokenizer_of(adapter)
         encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
         prompt_token_ids = await encoder.encode(prompt)
@@ -183,6 +184,7 @@ class Generations:
         """``request`` for a scoring of continuations."""
         adapter = self._tasks.resolved(call)
         check_kind(adapter, TaskKind.GENERATE, act="score continuations", base=self._backend.info.kind)
+        self._backend.engine.check_queue(adapter)
         tokenizer = await self._tasks.tokenizer_of(adapter)
         encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
         tokens = await encoder.encode_scoring(prompt, continuations)
