@@ -476,17 +476,8 @@ async def test_a_replaced_adapter_s_keys_and_values_are_never_reused(model: Load
 
 async def test_a_model_whose_logits_are_not_finite_does_not_start(model: LoadedModel) -> None:
     weights = model.weights
-    broken = LoadedModel(
-        architecture=model.architecture,
-        weights=replace(weights, embedding=torch.full_like(weights.embedding, torch.nan)),
-        tokenizer=model.tokenizer,
-        description=model.description,
-        generation=model.generation,
-        name="broken",
-        reference="broken",
-        quantization=model.quantization,
-        texts=model.texts,
-    )
+    embedding = torch.full_like(weights.embedding, torch.nan)
+    broken = replace(model, weights=replace(weights, embedding=embedding))
     engine = open_engine(broken, EngineConfig(dtype="float32", num_threads=1), lambda record: 1 / 0)  # type: ignore[arg-type,return-value]
     with pytest.raises(ModelError, match="not finite"):
         await engine.start()

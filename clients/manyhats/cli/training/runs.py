@@ -19,7 +19,7 @@ from manyhats.cli.terminal.output import human_bytes, human_count, print_fields,
 from manyhats.cli.terminal.progress import shown_progress
 from manyhats.cli.training.server import Server
 from manyhats.client import ManyhatsError, Registration
-from manyhats.engine.checkpoints.loader import LoadedModel, load_model, usual_quantization
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.engine.errors import EngineError
 from manyhats.trainer.errors import RegistrationError, TrainerError
 from manyhats.trainer.files.output_directory import holds_artifact, report_file
@@ -138,7 +138,6 @@ def train_one(settings: TrainSettings, registrar: Registrar, resume: bool, as_js
     check_before_loading(settings, resume=resume)
     _tell_what_is_replaced([settings], resume)
     model = _load(settings.model)
-    _tell_of_quantization([settings], model)
     with shown_training() as listener:
         report = train(settings, model, resume=resume, listener=listener)
     ended = _registered(TaskOutcome(settings=settings, report=report), registrar)
@@ -161,7 +160,6 @@ def train_all(tasks: Sequence[TrainSettings], registrar: Registrar, resume: bool
     registrar.look()
     _tell_what_is_replaced(tasks, resume)
     model = _load(common_base(tasks))
-    _tell_of_quantization(tasks, model)
     all_ended: list[Ended] = []
 
     def note(outcome: TaskOutcome) -> None:
@@ -190,20 +188,24 @@ def _tell_what_is_replaced(tasks: Sequence[TrainSettings], resume: bool) -> None
 def _load(settings: ModelSettings) -> LoadedModel:
     """The base, as the training needs it; with progress bars, which must be gone before the training's."""
     computation = resolve_computation(settings)
-    typer.echo(f"base: {_base(settings)}, computed in {computation.dtype_name}", err=True)
     with prompt_interrupts(), shown_progress() as report:
-        return load_model(
+        model = load_model(
             settings.model, quantization=settings.quantization, dtype=computation.dtype, progress=report
         )
+    base = _base(settings.model, model.quantization)
+    typer.echo(f"base: {base}, computed in {computation.dtype_name}", err=True)
+    _tell_of_quantization(model)
+    return model
 
 
-def _tell_of_quantization(tasks: Sequence[TrainSettings], model: LoadedModel) -> None:
-    """Say that vectors and classes are those of a base in 4 bits, if a server would keep it dense."""
-    reads = any(settings.head.reads for settings in tasks)
-    if reads and model.quantization == "nf4" and usual_quantization(model.architecture) == "none":
+def _tell_of_quantization(model: LoadedModel) -> None:
+    """Say that what is trained is not what is served by default, if a server stores the base otherwise."""
+    served = model.usual_quantization
+    if model.quantization != served:
+        form = {"nf4": "in NF4", "none": "dense"}
         typer.echo(
-            "note: the base is in NF4, but a server keeps one of this size dense unless told otherwise: serve it with "
-            "--quantization nf4, or train with --quantization none",
+            f"note: the base is {form[model.quantization]}, but a server keeps this one {form[served]} unless told "
+            f"otherwise: serve it with --quantization {model.quantization}, or train with --quantization {served}",
             err=True,
         )
 
@@ -255,9 +257,10 @@ def print_report(ended: Ended) -> None:
     if report is None:
         return
     artifact, last = report.artifact, report.steps[-1]
+    base = _base(settings.model.model, report.settings.model.quantization)
     print_fields(
         {
-            "task": f"{settings.task} ({artifact.method.replace('_', ' ')}, on {_base(settings.model)})",
+            "task": f"{settings.task} ({artifact.method.replace('_', ' ')}, on {base})",
             "artifact": f"{settings.out} ({human_bytes(artifact.num_bytes)}, {artifact.digest})",
             "steps": f"{len(report.steps)}{', stopped early' if report.stopped_early else ''}",
             "loss": f"{report.steps[0].loss:.4f} in the first step, {last.loss:.4f} in the last",
@@ -272,11 +275,9 @@ def print_report(ended: Ended) -> None:
     )
 
 
-def _base(settings: ModelSettings) -> str:
+def _base(name: str, quantization: str) -> str:
     """The base, and whether it is in 4 bits."""
-    return (
-        settings.model if settings.quantization == "none" else f"{settings.model} in {settings.quantization}"
-    )
+    return name if quantization == "none" else f"{name} in {quantization}"
 
 
 def _held_out(evaluation: Evaluation) -> str:

@@ -32,7 +32,8 @@ METHOD is one of
   prompt      trained embeddings before the prompt
   ptuning     the same, made by an MLP during training
 
-All but lora use the base in NF4, unless --quantization says otherwise.
+lora is trained on the dense base, qlora on one in NF4, and all others on
+the base as a server holds it, unless --quantization says otherwise.
 
 Each line of the data is a JSON object with prompt and completion (only the
 completion is learned), with text, or with the messages of a chat. With --head
@@ -77,7 +78,7 @@ Method: TypeAlias = Annotated[
     typer.Argument(
         metavar="METHOD",
         help="lora, qlora, dora, ia3, bottleneck, prefix, prompt or ptuning. qlora is LoRA on the base in NF4,"
-        " lora on the dense base unless --quantization nf4 is given; the others take NF4 unless told otherwise.",
+        " lora on the dense base unless --quantization nf4 is given; the others take it as a server does.",
         show_default=False,
     ),
 ]

@@ -79,7 +79,7 @@ class Encoding:
         """Keep what is pooled of a chunk's rows; answer when the last text has run.
 
         Raises:
-            NumericalError: they are not finite.
+            NumericalError: they are not finite, or what the head makes of them is not.
         """
         index, pooled = self._running[chunk.sequence]
         pooled.add(_finite(answer.hidden, "the hidden values"))
@@ -93,8 +93,8 @@ class Encoding:
             return None
         self.is_done = True
         self._meter.end_prefill(now_s)
-        values = tuple(self._results[index] for index in range(len(self._request.inputs)))
-        return EncodeOutput(values, self._meter.usage(now_s))
+        found = tuple(self._results[index] for index in range(len(self._request.inputs)))
+        return EncodeOutput(found, self._meter.usage(now_s))
 
     def drop(self, scheduler: Scheduler) -> None:
         """Free every sequence's blocks."""

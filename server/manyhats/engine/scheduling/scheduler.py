@@ -76,7 +76,6 @@ class Scheduler:
         self.rate = FinishRate()  # of requests' sequences
         self._in_flight: Schedule | None = None
         self._freed_in_flight: list[int] = []
-        self._is_held_back = False
 
     @property
     def num_running(self) -> int:
@@ -95,8 +94,9 @@ class Scheduler:
 
     @property
     def is_held_back(self) -> bool:
-        """Whether none ran in the last schedule, since each that waits is of a task at one of its limits."""
-        return self._is_held_back
+        """Whether some wait and none runs, since each that waits is of a task at one of its limits."""
+        is_waiting = not self._running and len(self._queue) > 0
+        return is_waiting and next(iter(self._queue), None) is None
 
     @property
     def has_work(self) -> bool:
@@ -145,8 +145,6 @@ class Scheduler:
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
-        is_waiting = not self._running and len(self._queue) > 0
-        self._is_held_back = is_waiting and next(iter(self._queue), None) is None
         step.run_bulk()
         add_drafts(step, self.allocator, self.config.max_draft_rows)
         schedule = step.freeze()

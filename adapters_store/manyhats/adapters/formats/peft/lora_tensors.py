@@ -90,6 +90,19 @@ class LoraPlacements:
         linears = tuple(placement.tensors for placement in self.linears)
         return linears if self.embedding is None else (*linears, self.embedding.tensors)
 
+    def check_tying(self, base: BaseDescription) -> None:
+        """Check that embedding and head, adapted as one, both have their tensors, if either has.
+
+        Raises:
+            AdapterInvalidError: only one has.
+        """
+        ends = {base.path_of(EMBEDDING), base.path_of(HEAD)}
+        adapted = {base.module_of(tensors.module) for tensors in self.modules} & ends
+        if len(adapted) == 1:
+            raise AdapterInvalidError(
+                "ensure_weight_tying", f"asks for LoRA on embedding and head; only {adapted.pop()} has it"
+            )
+
     def check_ranks(self, limits: AdapterLimits) -> None:
         """Check every rank against the limit.
 
@@ -133,11 +146,11 @@ def place_lora(
     grouped = group_tensors(saved.others(shapes), (A, B, BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B))
     experts, modules = place_experts(grouped, config, base)
     for tensors in modules:
-        tensors.require(_expected_suffixes(tensors, config, base))
+        if find_target(tensors.module, base, in_mixtures=True) or is_embedding(tensors.module, base):
+            tensors.require(_expected_suffixes(tensors, config, base))
     misfits = [misfit for tensors in modules if (misfit := _find_misfit(tensors, base)) is not None]
     raise_misfits(misfits, modules, base, base_model)
     saved.check_modules({tensors.module for tensors in modules}, base)
-    _check_tying(modules, config, base)
     linears: list[LinearPlacement] = []
     embedding = None
     for tensors in modules:
@@ -204,9 +217,11 @@ def place_experts(
             wrappers[f"{path}{_INNER * depth}"] = stack, name
     placed, others = [], []
     for tensors in grouped:
-        if tensors.module in wrappers:
-            placed.append(_place_stack(tensors, *wrappers[tensors.module], config, base))
-        elif tensors.module.removesuffix(_INNER) in base.stacks:
+        own = base.stack_of(tensors.module.removesuffix(_INNER))
+        wrapper = f"{own}{_INNER if tensors.module.endswith(_INNER) else ''}"
+        if wrapper in wrappers:
+            placed.append(_place_stack(tensors, *wrappers[wrapper], config, base))
+        elif own is not None:
             raise AdapterInvalidError(
                 tensors.any_name,
                 f"acts on {tensors.module}, which {TARGET_PARAMETERS} leaves out; PEFT would not use it",
@@ -289,13 +304,3 @@ def _rank_and_scale(
         raise AdapterInvalidError(tensors.name(a), f"has rank {rank}; the config says {expected}{each}")
     scale = lora_scale(config.alpha_of(module), expected, is_rank_stabilised=config.use_rslora)
     return expected, scale
-
-
-def _check_tying(modules: Sequence[ModuleTensors], config: LoraConfig, base: BaseDescription) -> None:
-    """If embedding and head are adapted as one, both must have their tensors."""
-    ends = {base.path_of(EMBEDDING), base.path_of(HEAD)}
-    adapted = {base.module_of(tensors.module) for tensors in modules} & ends
-    if base.is_tied and config.ensure_weight_tying and len(adapted) == 1:
-        raise AdapterInvalidError(
-            "ensure_weight_tying", f"asks for LoRA on embedding and head; only {adapted.pop()} has it"
-        )

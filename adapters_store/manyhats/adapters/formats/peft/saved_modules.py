@@ -5,7 +5,7 @@ embedding, or of the head; the file holds the rows themselves, not differences.
 
 If the base's head is its embedding, PEFT keeps one of the two unchanged, unless told otherwise:
 
-- a module of ``modules_to_save`` is a copy of its own; with ``ensure_weight_tying`` both get it;
+- a module of ``modules_to_save`` is a copy of its own; with ``ensure_weight_tying`` both get it, where PEFT knows them;
 - a weight that is saved without being named there replaces the base's, and so acts on both;
 - token rows of the embedding act on both, unless the config gives the head other rows.
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError, BaseMismatchError, shown
-from manyhats.adapters.formats.config_fields import parse_flag
+from manyhats.adapters.formats.peft.module_selection import ends_of, is_tying_ensured
 from manyhats.adapters.formats.peft.tensors import (
     PREFIX,
     Shape,
@@ -66,6 +66,7 @@ class SavedModules:
         head_bias: name of the tensor that replaces the head's bias, if it has one.
         embedding_rows, head_rows: the same for single rows.
         copies: embedding or head → name of an adapted module's own weight, saved alongside.
+        bias_copy: the same of the head's own bias; None if there is none.
         resized: embedding or head → name of the weight beneath its trained rows, where it is not the base's size.
         names: all these tensors.
         equal: pairs of names of one weight that is saved twice.
@@ -80,6 +81,7 @@ class SavedModules:
     resized: Mapping[Site, str]
     names: frozenset[str]
     equal: tuple[tuple[str, str], ...] = ()
+    bias_copy: str | None = None
 
     def others(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """All other tensors."""
@@ -138,13 +140,19 @@ class SavedModules:
         return weight
 
     def _check_copies(self, tensors: Mapping[str, Tensor], base: BaseDescription) -> None:
-        """Compare values where the base's are available: those of the head, and so of a tied embedding."""
+        """Compare values where the base's are available."""
         for site, name in self.copies.items():
-            if base.weights is None or not (base.is_tied or site == HEAD):
+            if base.weights is None:
                 continue
-            own, _ = base.weights.linear(HEAD)
-            if not torch.allclose(tensors[name].float(), own, rtol=_BF16_ROUNDING, atol=1e-6):
-                raise BaseMismatchError(name, "was saved alongside, and its values differ from the base's")
+            weight, bias = base.weights.linear(site)
+            _check_copy(name, tensors[name], weight)
+            if site == HEAD and self.bias_copy is not None and bias is not None:
+                _check_copy(self.bias_copy, tensors[self.bias_copy], bias)
+
+
+def _check_copy(name: str, copy: Tensor, own: Tensor) -> None:
+    if not torch.allclose(copy.float(), own, rtol=_BF16_ROUNDING, atol=1e-6):
+        raise BaseMismatchError(name, "was saved alongside, and its values differ from the base's")
 
 
 def find_saved_modules(
@@ -167,31 +175,33 @@ def find_saved_modules(
         AdapterInvalidError: a tensor is missing, or has another shape than the base's.
     """
     listed = _listed_modules(config, base)
-    paths = {site: f"{PREFIX}{path}" for site, path in _paths_of_ends(base).items()}
+    paths = _paths_in_file(shapes, base)
     present = {site: f"{path}.weight" for site, path in paths.items() if f"{path}.weight" in shapes}
     for site in listed:
         if site not in present:
             raise AdapterInvalidError(
                 "modules_to_save", f"names {base.path_of(site)}, but {paths[site]}.weight is missing"
             )
-    rows = _find_rows(config, shapes, base) if own_rows is None else own_rows
+    rows = _find_rows(config, paths, shapes, base) if own_rows is None else own_rows
     copies = _named(paths, _COPY_SUFFIXES, shapes)
     for name in (*present.values(), *copies.values()):
         _check_width(name, shapes[name], base)
     head_bias = _find_head_bias(paths.get(HEAD, ""), present, shapes, base)
+    bias_copy = _find_bias_copy(copies, shapes, base)
     again = _find_again(paths, {site: present[site] for site in listed}, head_bias, shapes)
     for site, found in rows.items():
         for other in (EMBEDDING, HEAD) if base.is_tied else (site,):
             if other in present:
                 raise AdapterInvalidError(found.tensor, f"and {present[other]} both replace the same rows")
-    is_one = base.is_tied and _acts_on_both(config, present, listed)
+    is_one = is_tying_ensured(config, base) or not set(present) <= set(listed)
+    is_one = base.is_tied and bool(present) and is_one
     first = next(iter(present.values()), None)
     equal = [pair for pair in again if f".{_TRAINED}." in pair[1]]
     equal += [(present[EMBEDDING], present[HEAD])] if is_one and len(present) == 2 else []
     embedding_rows, head_rows = rows.get(EMBEDDING), rows.get(HEAD)
     if base.is_tied and embedding_rows is not None and head_rows is None and HEAD not in present:
         head_rows = embedding_rows
-        tied = _rows_names(HEAD, base)
+        tied = _rows_names(paths[HEAD])
         equal += [(embedding_rows.tensor, name) for name in tied if name in shapes]
     if head_rows is not None and base.has_head_bias:
         raise AdapterUnsupportedError(
@@ -215,8 +225,9 @@ def find_saved_modules(
         head_rows=head_rows,
         copies={site: name for site, name in copies.items() if shapes[name][0] == base.vocab_size},
         resized=resized,
-        names=frozenset((*tensors, *(() if head_bias is None else (head_bias,)))),
+        names=frozenset((*tensors, *(name for name in (head_bias, bias_copy) if name is not None))),
         equal=tuple(equal),
+        bias_copy=bias_copy,
     )
     _check_sizes(saved, shapes, base)
     return saved
@@ -326,10 +337,17 @@ def _find_head_bias(
     return name
 
 
-def _acts_on_both(config: Mapping[str, Any], present: Collection[Site], listed: Collection[Site]) -> bool:
-    """Whether a tied base's embedding and head stay one weight."""
-    is_ensured = parse_flag("ensure_weight_tying", config.get("ensure_weight_tying"))
-    return bool(present) and (is_ensured or not set(present) <= set(listed))
+def _find_bias_copy(
+    copies: Mapping[Site, str], shapes: Mapping[str, Shape], base: BaseDescription
+) -> str | None:
+    """The name of an adapted head's own bias, saved alongside its weight."""
+    if HEAD not in copies or not base.has_head_bias:
+        return None
+    name = copies[HEAD].removesuffix("weight") + "bias"
+    if name not in shapes:
+        return None
+    _check_shape(name, shapes[name], (base.vocab_size,))
+    return name
 
 
 def _listed_modules(config: Mapping[str, Any], base: BaseDescription) -> frozenset[Site]:
@@ -342,31 +360,36 @@ def _listed_modules(config: Mapping[str, Any], base: BaseDescription) -> frozens
         if name not in known:
             raise AdapterUnsupportedError(
                 "modules_to_save",
-                f"'{shown(name)}' is trained as a whole; only {_last_name(HEAD, base)} and "
-                f"{_last_name(EMBEDDING, base)} are served",
+                f"'{shown(name)}' is trained as a whole; only {_ends_of(base)} can be here",
             )
     return frozenset(known[name] for name in names)
 
 
 def _names_of_ends(base: BaseDescription) -> dict[str, Site]:
-    """What a config may call embedding and head: their paths, or the last part of these."""
+    """What a config may call embedding and head: their paths, or the ends of these."""
     return {
-        name: site for site, path in _paths_of_ends(base).items() for name in (path, _last_name(site, base))
+        name: site for site in (EMBEDDING, HEAD) for path in base.spellings(site) for name in ends_of(path)
     }
 
 
-def _paths_of_ends(base: BaseDescription) -> dict[Site, str]:
-    """Paths of the embedding, and of the output head if there is one."""
-    paths = {site: base.path_of(site) for site in (EMBEDDING, HEAD)}
-    return {site: path for site, path in paths.items() if path}
+def _paths_in_file(shapes: Mapping[str, Shape], base: BaseDescription) -> dict[Site, str]:
+    """What the tensors' names begin with, of the embedding and of the output head if there is one."""
+    paths = {site: [f"{PREFIX}{path}" for path in base.spellings(site)] for site in (EMBEDDING, HEAD)}
+    return {
+        site: next((path for path in each if any(name.startswith(f"{path}.") for name in shapes)), each[0])
+        for site, each in paths.items()
+        if each
+    }
 
 
-def _last_name(site: Site, base: BaseDescription) -> str:
-    return base.path_of(site).rpartition(".")[2]
+def _ends_of(base: BaseDescription) -> str:
+    """What the embedding is called, and the output head if there is one."""
+    names = (base.path_of(site).rpartition(".")[2] for site in (EMBEDDING, HEAD))
+    return " and ".join(name for name in names if name)
 
 
 def _find_rows(
-    config: Mapping[str, Any], shapes: Mapping[str, Shape], base: BaseDescription
+    config: Mapping[str, Any], paths: Mapping[Site, str], shapes: Mapping[str, Shape], base: BaseDescription
 ) -> dict[Site, TokenRows]:
     """Embedding or head → its trained rows, for each tensor that the config makes PEFT save."""
     wanted = _parse_indices(config.get("trainable_token_indices"), base)
@@ -375,7 +398,7 @@ def _find_rows(
         wanted.pop(HEAD, None)
     found: dict[Site, TokenRows] = {}
     for site, ids in wanted.items():
-        names = _rows_names(site, base)
+        names = _rows_names(paths[site])
         name = next((name for name in names if name in shapes), None)
         if name is None:
             raise AdapterInvalidError("trainable_token_indices", f"its rows, {names[0]}, are missing")
@@ -384,8 +407,8 @@ def _find_rows(
     return found
 
 
-def _rows_names(site: Site, base: BaseDescription) -> list[str]:
-    return [f"{PREFIX}{base.path_of(site)}.{suffix}" for suffix in _ROW_SUFFIXES]
+def _rows_names(path: str) -> list[str]:
+    return [f"{path}.{suffix}" for suffix in _ROW_SUFFIXES]
 
 
 def _parse_indices(value: Any, base: BaseDescription) -> dict[Site, tuple[int, ...]]:
@@ -399,7 +422,7 @@ def _parse_indices(value: Any, base: BaseDescription) -> dict[Site, tuple[int, .
         if name not in known:
             raise AdapterUnsupportedError(
                 "trainable_token_indices",
-                f"'{shown(name)}' is neither {_last_name(EMBEDDING, base)} nor {_last_name(HEAD, base)}",
+                f"'{shown(name)}' has no rows of tokens; only {_ends_of(base)} can be here",
             )
         if known[name] in parsed:
             raise AdapterInvalidError("trainable_token_indices", f"names {base.path_of(known[name])} twice")
