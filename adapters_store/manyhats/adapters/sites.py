@@ -201,6 +201,8 @@ class BaseDescription:
 
     def module_of(self, path: str) -> str | None:
         """The path under which ``modules`` has a module that a file names; None if it is none of this base's."""
+        if path in self.modules:
+            return path
         return next((each for each in self._known_as(path) if each in self.modules), None)
 
     def stack_of(self, path: str) -> str | None:

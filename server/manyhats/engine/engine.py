@@ -188,6 +188,25 @@ class Engine:
         self._check_accepting()
         await self._adapters.warm(record, lowered, max_wait_s=_WARM_WAIT_S)
 
+    async def pin_adapter(self, record: AdapterRecord) -> None:
+        """Load an adapter, and keep it in memory until it is unpinned or forgotten.
+
+        Raises:
+            PinLimitError: the pinned adapters would not fit in memory.
+            AdapterError: it cannot be loaded.
+            AdapterCapacityError: there was no room for some seconds.
+        """
+        self._check_accepting()
+        await self._adapters.pin(record, max_wait_s=_WARM_WAIT_S)
+
+    def unpin_adapter(self, digest: str) -> None:
+        """Let an adapter make room for others again."""
+        self._residency.unpin(digest)
+
+    def pinned_digests(self) -> frozenset[str]:
+        """Digests of the adapters that stay in memory."""
+        return self._residency.pinned()
+
     def forget_adapter(self, digest: str) -> None:
         """Free an adapter's memory once no request runs on it."""
         self._residency.forget(digest)

@@ -7,6 +7,7 @@ EngineError
 ├── ModelError                  a model that cannot be loaded or served, and why
 ├── QueueFullError              try again later
 ├── AdapterCapacityError        no room to preload an adapter
+├── PinLimitError               pinned adapters would not fit in memory
 ├── DrainingError               shutting down; running requests finish
 ├── DeadlineExceededError
 ├── RequestCancelledError
@@ -88,6 +89,17 @@ class AdapterCapacityError(EngineError):
         )
         self.limit = limit
         self.retry_after_s = retry_after_s
+
+
+class PinLimitError(EngineError):
+    """Adapters that are to stay in memory would take more of it than all may; bytes."""
+
+    def __init__(self, num_bytes: int, pinned_bytes: int, limit: int) -> None:
+        super().__init__(
+            f"it takes {num_bytes} bytes in memory, and {pinned_bytes} are pinned; "
+            f"together they exceed the memory for adapters, {limit} bytes"
+        )
+        self.limit = limit
 
 
 class DrainingError(EngineError):

@@ -195,7 +195,10 @@ class EchoEngine:
     running: int = 0
     resident: dict[str, AdapterRecord] = field(default_factory=dict)
     without_slot: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
     pinned: set[str] = field(default_factory=set)
+    pin_error: Exception | None = None
+    asked_to_pin: list[str] = field(default_factory=list)
     warm_error: Exception | None = None
     warm_s: float = 0.0
     warmed: list[AdapterRecord] = field(default_factory=list)
@@ -297,11 +300,17 @@ class EchoEngine:
 
     def forget_adapter(self, digest: str) -> None:
         self.resident.pop(digest, None)
+        self.pinned.discard(digest)
 
     @property
     def residency_stats(self) -> ResidencyStats:
         return ResidencyStats(
-            num_loads=8, num_evictions=5, num_slot_evictions=7, load_seconds=1.0, resident_bytes=10
+            num_loads=8,
+            num_evictions=5,
+            num_slot_evictions=7,
+            load_seconds=1.0,
+            resident_bytes=10,
+            pinned_bytes=len(self.pinned),
         )
 
     def adapter_tiers(self) -> dict[str, Tier]:
@@ -311,7 +320,20 @@ class EchoEngine:
         return frozenset(self.resident)
 
     def in_use(self, record: AdapterRecord) -> bool:
-        return record.name in self.pinned
+        return record.name in self.used
+
+    async def pin_adapter(self, record: AdapterRecord) -> None:
+        self.asked_to_pin.append(record.name)
+        if self.pin_error is not None:
+            raise self.pin_error
+        self.resident[record.digest] = record
+        self.pinned.add(record.digest)
+
+    def unpin_adapter(self, digest: str) -> None:
+        self.pinned.discard(digest)
+
+    def pinned_digests(self) -> frozenset[str]:
+        return frozenset(self.pinned)
 
 
 def _encoded(request: EncodeRequest, ids: Sequence[int]) -> Any:
@@ -470,6 +492,15 @@ class MemoryStore:
             for each in self.tasks[parsed.task_id]
         ]
         return self.resolve(name)
+
+    def set_pin(self, name: str, *, is_pinned: bool) -> AdapterRecord:
+        record = replace(self.resolve(name), is_pinned=is_pinned)
+        versions = self.tasks[record.task_id]
+        self.tasks[record.task_id] = [record if each.version == record.version else each for each in versions]
+        return record
+
+    def pinned(self) -> Sequence[AdapterRecord]:
+        return [record for records in self.tasks.values() for record in records if record.is_pinned]
 
     def refresh(self) -> set[str]:
         if self.refresh_error is not None:

@@ -18,7 +18,7 @@ from manyhats.cli.terminal.output import human_bytes, human_count, print_fields,
 if TYPE_CHECKING:
     from manyhats.client import AdapterInfo
 
-HELP = """Register, list, activate and delete the adapters behind tasks.
+HELP = """Register, list, activate, pin and delete the adapters behind tasks.
 
 A task is a name such as sql. Each adapter registered for it becomes its
 next version. Requests for sql get the active version, requests for
@@ -48,6 +48,23 @@ first, so that no request waits for it.
 [bold]Examples[/bold]
 
   $ manyhats adapters activate sql@2
+"""
+PIN_HELP = """Keep a version in memory, so that no request ever waits for it to load.
+
+It holds for every server of the store, until it is unpinned. Without
+@VERSION it is the task that is pinned: whichever version is active.
+
+[bold]Examples[/bold]
+
+  $ manyhats adapters pin sql
+
+  $ manyhats adapters pin sql@1
+"""
+UNPIN_HELP = """Let a version leave memory again; without @VERSION, all of a task.
+
+[bold]Examples[/bold]
+
+  $ manyhats adapters unpin sql
 """
 DELETE_HELP = """Delete one version, or a task with all its versions.
 
@@ -130,6 +147,42 @@ def activate(
         typer.echo(f"active: {info.name} ({info.method}, {info.digest})")
 
 
+@app.command(help=PIN_HELP, rich_help_panel=_SERVER)
+@takes_connection
+def pin(
+    task: Name,
+    *,
+    connection: Connection,
+    as_json: opt.Json = False,
+) -> None:
+    """Keep a version in memory."""
+    with connect(connection) as client:
+        info = client.pin_adapter(task)
+    if as_json:
+        print_json(info)
+    else:
+        typer.echo(f"pinned: {info.name}" + ("" if "@" in task else f", the active version of {task}"))
+
+
+@app.command(help=UNPIN_HELP, rich_help_panel=_SERVER)
+@takes_connection
+def unpin(
+    task: Name,
+    *,
+    connection: Connection,
+    as_json: opt.Json = False,
+) -> None:
+    """Let a version leave memory again."""
+    with connect(connection) as client:
+        info = client.unpin_adapter(task)
+    if as_json:
+        print_json(info)
+    elif info.pinned:
+        typer.echo(f"{info.name} is still pinned as the active version: unpin {info.task_id}")
+    else:
+        typer.echo(f"unpinned: {task}")
+
+
 @app.command(help=DELETE_HELP, rich_help_panel=_SERVER)
 @takes_connection
 def delete(
@@ -151,13 +204,17 @@ def delete(
 _WHERE = {"device": "memory"}
 
 
+def _where(info: AdapterInfo) -> str:
+    return _WHERE.get(info.residency, info.residency) + (", pinned" if info.pinned else "")
+
+
 def _row(info: AdapterInfo) -> tuple[str, ...]:
     created = f"{info.create_time.astimezone(UTC):%Y-%m-%d %H:%M}" if info.create_time else ""
     return (
         info.name,
         info.method,
         info.state,
-        _WHERE.get(info.residency, info.residency),
+        _where(info),
         human_bytes(info.size_bytes),
         created,
         info.digest.removeprefix("sha256:")[:12],
@@ -172,7 +229,7 @@ def _fields(info: AdapterInfo) -> dict[str, str]:
         "classes": ", ".join(info.class_labels),
         "pooling": info.pooling,
         "state": info.state + (f" ({info.state_reason})" if info.state_reason else ""),
-        "in": _WHERE.get(info.residency, info.residency),
+        "in": _where(info),
         "size": human_bytes(info.size_bytes),
         "parameters": human_count(info.num_parameters),
         "effect": "" if info.effect is None else f"{info.effect:.4g} nats",

@@ -50,8 +50,13 @@ class Background:
         """
         return self._taken.count() + int(self.is_busy)
 
-    def threads(self, num_threads: int, name: str) -> ThreadPoolExecutor:
-        """An executor whose threads yield to the process's others, and whose calls count as work."""
+    def threads(self, num_threads: int, name: str, *, is_work: bool = True) -> ThreadPoolExecutor:
+        """An executor whose threads yield to the process's others.
+
+        Its calls count as work, unless ``is_work`` says that they mostly wait, as for a network.
+        """
+        if not is_work:
+            return ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=begin_thread)
         return _Threads(self, num_threads, name)
 
     @contextmanager

@@ -50,7 +50,12 @@ def _metadata(error: Exception) -> dict[str, str]:
             return {"field": error.field, "num_tokens": str(error.num_tokens), "limit": str(error.limit)}
         case engine.RequestError():
             return {"field": error.field}
-        case engine.QueueFullError() | engine.AdapterCapacityError() | service.BusyError():
+        case (
+            engine.PinLimitError()
+            | engine.QueueFullError()
+            | engine.AdapterCapacityError()
+            | service.BusyError()
+        ):
             return {"limit": str(error.limit)}
         case service.TaskKindError():
             return {"kind": error.kind.value}

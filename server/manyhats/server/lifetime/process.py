@@ -248,6 +248,7 @@ class _Process:
         for task_id, uri in self._config.register.items():
             record = (await registrations.register(Registration(task_id, Uri(uri)))).record
             _log.info("registered", adapter=record.name, digest=record.digest)
+        await registrations.follow_pins()
 
     async def _serve(self, grpc_port: GrpcPort) -> int:
         health = asyncio.create_task(grpc_port.health.follow_until_dead())

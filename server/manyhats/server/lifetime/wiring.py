@@ -66,7 +66,14 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
     health = StoreHealth()
     loader = AdapterLoader(store, health, metrics)
     background = Background()
-    engine = open_engine(model, settings, loader, background=background, progress=progress)
+    engine = open_engine(
+        model,
+        settings,
+        loader,
+        fetch=(lambda record: read_from(store.fetch, record, health)) if store.is_far else None,
+        background=background,
+        progress=progress,
+    )
     engine.loop.on_step = metrics.step
     engine.grammars.on_compile = metrics.constraint_compiled
     return Backend(

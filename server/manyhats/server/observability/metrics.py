@@ -45,6 +45,8 @@ _LIVE = (
     "manyhats_engine_heartbeat_timestamp_seconds",
     "manyhats_adapter_resident",
     "manyhats_store_usable",
+    "manyhats_adapter_pinned",
+    "manyhats_adapter_pinned_bytes",
     "manyhats_adapter_evictions_total",
     *gateway.NAMES,
 )
@@ -267,6 +269,8 @@ class LiveMetrics:
             ["use"],
             [((use,), float(is_usable)) for use, is_usable in backend.store_health.usable.items()],
         )
+        pinned = backend.engine.pinned_digests()
+        yield self._pinned_gauge(record for record, _ in residents if record.digest in pinned)
         evictions = CounterMetricFamily(
             "manyhats_adapter_evictions", "Adapters that made room in a tier.", labels=["tier"]
         )
@@ -274,6 +278,7 @@ class LiveMetrics:
         evictions.add_metric([Tier.DEVICE.value], residency.num_slot_evictions)
         evictions.add_metric([Tier.HOST.value], residency.num_evictions)
         yield evictions
+        yield single("manyhats_adapter_pinned_bytes", "Bytes of pinned adapters.", residency.pinned_bytes)
         yield from gateway.load_gauges(backend)
         waiting = backend.engine.stats.waiting_adapters
         yield gateway.adapter_gauge(backend.limits.max_adapters, placed, waiting, records, self._clock())
@@ -317,3 +322,8 @@ class LiveMetrics:
         counts = Tally((self._labels.label(record.task_id), tier.value) for record, tier in residents)
         values = list(counts.items())
         return gauge("manyhats_adapter_resident", "Loaded versions, by task.", ["task", "tier"], values)
+
+    def _pinned_gauge(self, pinned: Iterable[AdapterRecord]) -> Metric:
+        counts = Tally(self._labels.label(record.task_id) for record in pinned if record.is_pinned)
+        values = [((label,), count) for label, count in counts.items()]
+        return gauge("manyhats_adapter_pinned", "Pinned versions in memory, by task.", ["task"], values)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
-from typing import TypeVar
+import time
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any, TypeVar
 
 from manyhats.adapters.artifact import AdapterRecord, AdapterState
 from manyhats.engine.threads.apart import in_thread
@@ -18,6 +19,8 @@ T = TypeVar("T")
 _HANG_S = 12.0
 # Object storage counts requests.
 _CHECK_S = 5.0
+# How often pinned adapters are tried again that could not be loaded, or for which there was no room.
+_PINS_PERIOD_S = 30.0
 
 
 class StoreFollower:
@@ -50,6 +53,8 @@ class StoreFollower:
         self._check_s = check_s
         self._hang_s = hang_s
         self._loading: set[asyncio.Task[None]] = set()
+        self._pinning: asyncio.Task[None] | None = None
+        self._pins_due_s = 0.0
 
     async def follow(self) -> None:
         """Follow the store; cancel to stop."""
@@ -64,11 +69,24 @@ class StoreFollower:
     async def _follow_catalogue(self) -> None:
         while True:
             await asyncio.sleep(self._period_s)
-            changed = await self._looked(StoreUse.CATALOGUE, self._backend.store.refresh)
-            for record in self._take(changed or ()):
-                loading = asyncio.create_task(self._registrations.warm(record))
-                self._loading.add(loading)
-                loading.add_done_callback(self._loading.discard)
+            changed = await self._looked(StoreUse.CATALOGUE, self._backend.store.refresh) or ()
+            for record in self._take(changed):
+                self._begin(self._registrations.warm(record))
+            if changed:
+                self._begin(self._registrations.follow_pins(changed))
+            self._try_pins_again()
+
+    def _begin(self, loading: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(loading)
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)
+
+    def _try_pins_again(self) -> None:
+        """Once in a while, pin what was not there, or had no room, when it was to be pinned."""
+        now_s = time.monotonic()
+        if now_s >= self._pins_due_s and (self._pinning is None or self._pinning.done()):
+            self._pins_due_s = now_s + _PINS_PERIOD_S
+            self._pinning = asyncio.create_task(self._registrations.follow_pins())
 
     async def _follow_artifacts(self, use: StoreUse, check: Callable[[], None]) -> None:
         while True:

@@ -39,6 +39,7 @@ REASONS: Mapping[type[Exception], Reason] = MappingProxyType(
         engine.PromptTooLongError: Reason("PROMPT_TOO_LONG", _INVALID),
         engine.QueueFullError: Reason("QUEUE_FULL", _EXHAUSTED),
         engine.AdapterCapacityError: Reason("ADAPTER_CAPACITY", _EXHAUSTED),
+        engine.PinLimitError: Reason("QUOTA_EXCEEDED", _EXHAUSTED),
         engine.DrainingError: Reason("DRAINING", _UNAVAILABLE),
         engine.EngineDeadError: Reason("ENGINE_DEAD", _UNAVAILABLE),
         engine.DeadlineExceededError: Reason("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),

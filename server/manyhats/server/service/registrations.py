@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -50,7 +50,7 @@ def _carried_through(change: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
 
 
 class Registrations:
-    """Registers, activates and deletes; the store's blocking work runs in worker threads.
+    """Registers, activates, pins and deletes; the store's blocking work runs in worker threads.
 
     Args:
         backend: its store and engine.
@@ -125,7 +125,67 @@ class Registrations:
             await self._load(store.get(name))
         record = await self.run(lambda: store.activate(name))
         self.count(record.task_id)
+        await self.follow_pins({record.task_id})
         return record
+
+    @_carried_through
+    async def pin(self, name: str) -> AdapterRecord:
+        """Keep in memory the version ``task@3``, or whichever is active of ``task``; it is loaded first.
+
+        Raises:
+            AdapterError: there is no such version, or it cannot be served.
+            EngineError: there is no room for it.
+        """
+        store = self._backend.store
+        await self._backend.engine.pin_adapter(store.get(name))
+        try:
+            record = await self.run(lambda: store.set_pin(name, is_pinned=True))
+        finally:
+            await self.follow_pins({parse_name(name).task_id})
+        self.count(record.task_id)
+        return record
+
+    @_carried_through
+    async def unpin(self, name: str) -> AdapterRecord:
+        """Let a version make room for others again, or all of a task's.
+
+        Raises:
+            AdapterError: there is no such version.
+        """
+        store = self._backend.store
+        record = await self.run(lambda: store.set_pin(name, is_pinned=False))
+        await self.follow_pins({record.task_id})
+        self.count(record.task_id)
+        return record
+
+    async def follow_pins(self, tasks: Collection[str] | None = None) -> None:
+        """Keep in memory what the store says is to stay there, as far as there is room, and nothing else.
+
+        Args:
+            tasks: only of these anything is loaded; None for all.
+        """
+        for record in self._unpin_others():
+            if tasks is not None and record.task_id not in tasks:
+                continue
+            try:
+                await self._backend.engine.pin_adapter(record)
+            except Exception as error:  # noqa: BLE001 - whatever fails there, it is tried again, and others go on
+                bug = None if isinstance(error, AdapterError | EngineError) else error
+                _log.warning(
+                    "pinned adapter not in memory", adapter=record.name, error=str(error), exc_info=bug
+                )
+                if isinstance(error, StoreUnavailableError):
+                    return
+            self._unpin_others()  # it may have been unpinned meanwhile
+
+    def _unpin_others(self) -> list[AdapterRecord]:
+        """Unpin in the engine what is not pinned in the store; returns what is only pinned there."""
+        engine = self._backend.engine
+        wanted = self._backend.store.pinned()
+        pinned = engine.pinned_digests()
+        for digest in pinned - {record.digest for record in wanted}:
+            engine.unpin_adapter(digest)
+        return [record for record in wanted if record.digest not in pinned]
 
     @_carried_through
     async def delete(self, name: str, *, force: bool) -> tuple[AdapterRecord, ...]:
@@ -137,8 +197,10 @@ class Registrations:
         store, engine = self._backend.store, self._backend.engine
         gone = await self.run(lambda: store.delete(name, in_use=engine.in_use, force=force))
         self.forget_unneeded()
-        for task_id in {record.task_id for record in gone}:
+        tasks = {record.task_id for record in gone}
+        for task_id in tasks:
             self.count(task_id)
+        await self.follow_pins(tasks)
         return gone
 
     async def warm(self, record: AdapterRecord, lowered: LoweredAdapter | None = None) -> None:
@@ -229,6 +291,7 @@ class Registrations:
             return registered
         self._metrics.registration("created" if registered.created else "existing")
         self.count(registration.task_id)
+        await self.follow_pins({registration.task_id})
         return registered
 
     def _prepare(self) -> Prepare:

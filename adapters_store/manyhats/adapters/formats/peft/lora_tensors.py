@@ -145,28 +145,30 @@ def place_lora(
     """
     grouped = group_tensors(saved.others(shapes), (A, B, BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B))
     experts, modules = place_experts(grouped, config, base)
-    for tensors in modules:
-        if find_target(tensors.module, base, in_mixtures=True) or is_embedding(tensors.module, base):
-            tensors.require(_expected_suffixes(tensors, config, base))
-    misfits = [misfit for tensors in modules if (misfit := _find_misfit(tensors, base)) is not None]
+    targets = [find_target(tensors.module, base, in_mixtures=True) for tensors in modules]
+    found = list(zip(modules, targets, strict=True))
+    for tensors, target in found:
+        if target is not None or is_embedding(tensors.module, base):
+            tensors.require(_expected_suffixes(tensors, target, config, base))
+    misfits = [misfit for each in found if (misfit := _find_misfit(*each, base)) is not None]
     raise_misfits(misfits, modules, base, base_model)
     saved.check_modules({tensors.module for tensors in modules}, base)
     linears: list[LinearPlacement] = []
     embedding = None
-    for tensors in modules:
-        target = find_target(tensors.module, base, in_mixtures=True)
+    for tensors, target in found:
         if target is not None:
             linears.append(LinearPlacement(target, tensors, *_rank_and_scale(tensors, A, B, config)))
         else:
-            found = _rank_and_scale(tensors, EMBEDDING_A, EMBEDDING_B, config)
-            embedding = EmbeddingPlacement(tensors, *found)
+            rank, scale = _rank_and_scale(tensors, EMBEDDING_A, EMBEDDING_B, config)
+            embedding = EmbeddingPlacement(tensors, rank, scale)
     linears.sort(key=lambda each: each.target.parts[0].site)
     return LoraPlacements(tuple(linears), embedding, experts)
 
 
-def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig, base: BaseDescription) -> set[str]:
-    target = find_target(tensors.module, base, in_mixtures=True)
-    if is_embedding(tensors.module, base):
+def _expected_suffixes(
+    tensors: ModuleTensors, target: Target | None, config: LoraConfig, base: BaseDescription
+) -> set[str]:
+    if target is None and is_embedding(tensors.module, base):
         if config.use_dora:
             raise AdapterUnsupportedError(tensors.any_name, "is part of DoRA on the embedding")
         expected = {EMBEDDING_A, EMBEDDING_B}
@@ -185,10 +187,9 @@ def _expected_suffixes(tensors: ModuleTensors, config: LoraConfig, base: BaseDes
     return expected
 
 
-def _find_misfit(tensors: ModuleTensors, base: BaseDescription) -> Misfit | None:
+def _find_misfit(tensors: ModuleTensors, target: Target | None, base: BaseDescription) -> Misfit | None:
     """The tensor of a module that does not fit the base; None if all do."""
-    target = find_target(tensors.module, base, in_mixtures=True)
-    if is_embedding(tensors.module, base):
+    if target is None and is_embedding(tensors.module, base):
         expected: dict[str, Sequence[int | str]] = {
             EMBEDDING_A: ("rank", base.vocab_size),
             EMBEDDING_B: (base.embedding_size, "rank"),

@@ -57,6 +57,8 @@ class LocalArtifacts:
         StoreError: the directory cannot be created.
     """
 
+    is_far = False
+
     def __init__(self, root: Path, limits: AdapterLimits) -> None:
         self._root = root
         self._artifacts = root / "artifacts"
@@ -118,6 +120,9 @@ class LocalArtifacts:
             with store_errors():
                 # Whoever renamed it may have died before syncing.
                 sync_directory(self._artifacts)
+
+    def fetch(self, digest: str) -> None:
+        """Does nothing: it is near."""
 
     def read(self, digest: str) -> dict[str, bytearray]:
         """The files of an artifact, checked.

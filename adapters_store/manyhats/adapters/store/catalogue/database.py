@@ -223,8 +223,11 @@ def _open_schema(connection: Connection) -> str:
     """Create the tables if missing; returns the catalogue's id."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRESQL_SCHEMA_LOCK})
-    if not inspect(connection).has_table(CATALOGUE.name):
-        METADATA.create_all(connection)
+    is_new = not inspect(connection).has_table(CATALOGUE.name)
+    METADATA.create_all(
+        connection
+    )  # also what earlier versions of this software, which ignore it, did not have
+    if is_new:
         fresh = {"id": 1, "schema_version": SCHEMA_VERSION, "catalogue_id": uuid.uuid4().hex, "generation": 0}
         connection.execute(insert(CATALOGUE), fresh)
     found = connection.execute(select(CATALOGUE.c.schema_version)).scalar_one()
