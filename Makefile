@@ -8,7 +8,9 @@ RUN_STAMP := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
 # For pip, while it installs torch: such as an index of CPU builds, which are a tenth of the size.
 TORCH_ARGS ?=
-# For `make bench-peers`, such as --peers llama.cpp --rounds 5.
+# For `make bench`, `make profile` and `make bench-peers`, such as --peers llama.cpp --rounds 5.
+BENCH_ARGS ?=
+PROFILE_ARGS ?=
 PEERS_ARGS ?=
 # Files are compiled when they are first imported, since most never are. Where the environment forbids Python to keep
 # what it compiled, every process would compile torch anew.
@@ -16,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --progress-bar on --no-compile -c constraints.txt
 SOURCES := proto adapters_store server trainer clients tests benchmarks examples scripts
 
-.PHONY: help setup run run-encoder test test-slow test-torch test-store-faults test-adapterhub test-restarts test-hostile soak conformance fuzz check format bench bench-peers profile examples proto openapi clean
+.PHONY: help setup run run-encoder test test-slow test-torch test-store-faults test-adapterhub test-restarts test-hostile soak churn simulate conformance fuzz check format bench bench-peers profile examples proto openapi clean
 
 help:
 	@echo "make run      install server and trainer, serve the default model with the example tasks, print calls to try"
@@ -30,12 +32,14 @@ help:
 	@echo "make test-restarts  kill a server in the middle of uploads under load, and start it again"
 	@echo "make test-hostile  attack a server for ten minutes while well-behaved streams continue"
 	@echo "make soak     keep a server busy with many tasks for ten minutes, and see that it stays as it was; SOAK_MINUTES=30"
+	@echo "make churn    end 100,000 requests in every way, and see that nothing is left of any; CHURN_REQUESTS=1000"
+	@echo "make simulate  a million simulated requests for 10,000 tasks on the real scheduler; SIMULATED_REQUESTS=10000"
 	@echo "make conformance  run LangChain's tests, lm-eval, guidellm and npm's openai package on a server"
 	@echo "make fuzz     fuzz the readers of config and weights; FUZZ_SECONDS=600"
 	@echo "make check    set up, lint, types, generated code, docs/openapi.json and docs/models.md"
-	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table"
+	@echo "make bench    set up, compare with transformers + bitsandbytes and PEFT; prints a table; BENCH_ARGS=--quick"
 	@echo "make bench-peers  compare with llama.cpp, vLLM, transformers and PEFT on a quiet machine; PEERS_ARGS=--quick"
-	@echo "make profile  set up, show where a step's time goes, beside what this machine could do"
+	@echo "make profile  set up, show where a step's time goes, beside what this machine could do; PROFILE_ARGS=--quick"
 	@echo "make examples  train the example tasks again; prints how well they do"
 	@echo "make proto    regenerate the gRPC code"
 	@echo "make openapi  write docs/openapi.json anew"
@@ -93,6 +97,12 @@ test-hostile: setup
 soak: setup
 	cd tests && ../$(BIN)/python -m soak --minutes $${SOAK_MINUTES:-10}
 
+churn: setup
+	cd tests && ../$(BIN)/python -m churn --requests $${CHURN_REQUESTS:-100000}
+
+simulate: $(STAMP)
+	$(BIN)/python -m benchmarks.simulation --requests $${SIMULATED_REQUESTS:-1000000}
+
 # Each program has an environment of its own in .conformance; TORCH_ARGS holds for the one that needs torch.
 conformance: setup
 	PYTHONPATH=tests TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python -m conformance
@@ -114,10 +124,10 @@ format: $(STAMP)
 	$(BIN)/ruff format $(SOURCES)
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 profile: setup
-	$(BIN)/python -m benchmarks.profile
+	$(BIN)/python -m benchmarks.profile $(PROFILE_ARGS)
 
 # Each peer has an environment of its own in .peers, made at the first run; TORCH_ARGS holds for vLLM's.
 bench-peers: setup

@@ -60,6 +60,8 @@ def planned(target: str) -> str:
         ("fuzz", ["train", "dev"]),
         ("conformance", ["train", "dev"]),
         ("soak", ["train", "dev"]),
+        ("churn", ["train", "dev"]),
+        ("simulate", ["train", "dev"]),
     ],
 )
 def test_a_fresh_machine_gets_what_a_target_needs_under_constraints(target: str, extras: list[str]) -> None:

@@ -37,6 +37,7 @@ def test_method_sites_and_size_are_printed(tmp_path: Path) -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert "method: lora" in lines
+    assert "kind: generate" in lines
     assert "base model: org/tiny" in lines
     assert "q_proj\tLowRank\t0-1\t2\ta [2, 32], b [32, 2]" in lines
     assert "note: nothing was compared with a base model" in result.stdout

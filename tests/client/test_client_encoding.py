@@ -88,7 +88,7 @@ async def test_every_call_of_the_async_client(fake: FakeServer) -> None:
 def test_a_task_of_another_kind_is_an_error_of_its_own(fake: FakeServer) -> None:
     fake.status = make_status(
         grpc.StatusCode.FAILED_PRECONDITION,
-        "sql@2 does not classify: its kind is generate",
+        "sql@2 does not classify texts: its kind is generate",
         reason="TASK_KIND_MISMATCH",
         metadata={"kind": "generate"},
     )

@@ -107,6 +107,27 @@ def test_methods_outside_the_layers_are_peft_s(tmp_path: Path, family: str) -> N
     assert_values_are(answers, expected)
 
 
+@pytest.mark.parametrize("name", ["lora", "vectors"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "albert", "modernbert"])
+def test_trained_tokens_and_embeddings_are_peft_s(tmp_path: Path, family: str, name: str) -> None:
+    """A model without a head has shorter paths, which PEFT's files then have as well."""
+    checkpoint = make_encoder(tmp_path / "model", family, seed=8, auto=AUTO.get(family, "AutoModel"))
+    embedding = "tok_embeddings" if family == "modernbert" else "word_embeddings"
+    linears, tokens = list(LINEARS[family]), sorted({TEXTS[1][2], TEXTS[2][3], 7})
+    expected = {}
+    for task, field, value in (
+        ("rows", "trainable_token_indices", tokens),
+        ("named-rows", "trainable_token_indices", {embedding: tokens}),
+        ("whole", "modules_to_save", [embedding]),
+        ("whole-by-path", "modules_to_save", [f"embeddings.{embedding}"]),
+    ):
+        config = CONFIGS[name](linears)
+        setattr(config, field, value)
+        expected[task] = expected_of(checkpoint, name, config, tmp_path / task, TEXTS, size_of(family))
+    _, answers = asyncio.run(answer_all(tmp_path, checkpoint, expected, TEXTS))
+    assert_values_are(answers, expected)
+
+
 @pytest.mark.parametrize(
     ("family", "auto", "module"),
     [

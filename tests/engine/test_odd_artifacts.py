@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from manyhats.adapters.errors import AdapterInvalidError, AdapterUnsupportedError
 from manyhats.adapters.heads import Pooling
+from manyhats.adapters.primitives import HeadWeight
 from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.engine.errors import NumericalError
@@ -191,6 +192,26 @@ def test_a_head_with_a_bias_is_adapted(tmp_path: Path, family: str) -> None:
     fields: dict[str, Any] = {"kv_heads": 4} if family == "gptj" else {}
     checkpoint = make_checkpoint(tmp_path / "model", family, seed=8, **fields)
     assert_logits_are_peft_s(tmp_path, checkpoint, LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+
+
+def test_a_saved_head_has_the_name_of_older_files_too(tmp_path: Path) -> None:
+    """gpt_neox calls it ``lm_head`` since transformers 5."""
+    checkpoint = make_checkpoint(tmp_path / "model", "gpt_neox", seed=8, kv_heads=4)
+    config = LoraConfig(r=4, target_modules=["query_key_value"], modules_to_save=["lm_head"])
+    assert_logits_are_peft_s(tmp_path, checkpoint, config)
+    directory, base = tmp_path / "task", load_tiny(checkpoint).description
+    before = read_lora(directory, base)
+    saved = load_file(directory / "adapter_model.safetensors")
+    renamed = {name.replace("lm_head", "embed_out"): tensor for name, tensor in saved.items()}
+    assert renamed.keys() != saved.keys()
+    save_file(renamed, directory / "adapter_model.safetensors")
+    path = directory / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lm_head"', '"embed_out"'))
+    for ours, theirs in zip(before.deltas, read_lora(directory, base).deltas, strict=True):
+        assert type(ours) is type(theirs)
+        if isinstance(ours, HeadWeight) and isinstance(theirs, HeadWeight):
+            assert torch.equal(ours.weight, theirs.weight)
+    assert any(isinstance(delta, HeadWeight) for delta in before.deltas)
 
 
 def assert_logits_are_peft_s(directory: Path, checkpoint: Path, config: LoraConfig) -> None:

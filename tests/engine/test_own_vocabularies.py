@@ -39,26 +39,32 @@ ADDED = [V, V + 1, V + 2]
 
 
 def lora(**fields: Any) -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **fields)
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "c_attn"], **fields)
 
 
 TASKS: Mapping[str, tuple[int, Any]] = {
-    "added-whole": (V + 3, lambda: lora(modules_to_save=_ends())),
-    "added-auto": (V + 5, lambda: lora()),
-    "added-rows": (V + 3, lambda: lora(trainable_token_indices=[7, *ADDED])),
-    "fewer-whole": (V - 37, lambda: lora(modules_to_save=_ends())),
-    "fewer-auto": (V - 3, lambda: lora()),
+    "added-whole": (V + 3, lambda ends: lora(modules_to_save=ends)),
+    "added-auto": (V + 5, lambda _: lora()),
+    "added-rows": (V + 3, lambda _: lora(trainable_token_indices=[7, *ADDED])),
+    "fewer-whole": (V - 37, lambda ends: lora(modules_to_save=ends)),
+    "fewer-auto": (V - 3, lambda _: lora()),
 }
-"""Task → its vocabulary, and PEFT's config."""
+"""Task → its vocabulary, and PEFT's config, by the names of embedding and head."""
 TIED_ONLY: Mapping[str, tuple[int, Any]] = {
-    "added-alone": (V + 3, lambda: TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[7, *ADDED])),
+    "added-alone": (V + 3, lambda _: TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[7, *ADDED])),
+    "added-tied": (V + 3, lambda ends: lora(modules_to_save=ends[:1], ensure_weight_tying=True)),
+    "added-tied-head": (V + 3, lambda ends: lora(modules_to_save=ends[1:], ensure_weight_tying=True)),
+    "added-tied-whole": (V + 3, lambda ends: lora(modules_to_save=ends, ensure_weight_tying=True)),
+    "added-embedding": (V + 3, lambda ends: lora(modules_to_save=ends[:1])),
+    "added-head": (V + 3, lambda ends: lora(modules_to_save=ends[1:])),
+    "tied": (V, lambda ends: lora(modules_to_save=ends[:1], ensure_weight_tying=True)),
+    "tied-head": (V, lambda ends: lora(modules_to_save=ends[1:], ensure_weight_tying=True)),
 }
-FAMILIES = {"llama": False, "gemma2": True, "granite": True, "phi": False}
-"""Family → whether its head is its embedding: a plain one, one with a cap, a multiplier and a divisor, a bias."""
+FAMILIES = {"llama": False, "gemma2": True, "granite": True, "phi": False, "gpt2": True}
+"""Family → whether its head is its embedding.
 
-
-def _ends() -> list[str]:
-    return ["embed_tokens", "lm_head"]
+A plain one, one with a cap, a multiplier and a divisor, a bias, and a name that PEFT does not keep tied.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,8 @@ def save_resized(checkpoint: Path, directory: Path, size: int, config: Any) -> A
 def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Home:
     root = tmp_path_factory.mktemp("own")
     is_tied = FAMILIES[request.param]
-    heads = {"kv_heads": 4} if request.param == "phi" else {}
+    ends = ["wte" if request.param == "gpt2" else "embed_tokens", "lm_head"]
+    heads = {"kv_heads": 4} if request.param in ("phi", "gpt2") else {}
     checkpoint = make_checkpoint(root / "model", request.param, seed=8, tie=is_tied, **heads)
     tasks = TASKS | (TIED_ONLY if is_tied else {})
     if request.param == "phi":  # rows of a head with a bias are refused
@@ -97,7 +104,7 @@ def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     prompts: dict[str, list[int]] = {}
     expected: dict[str, Tensor] = {}
     for name, (size, make_config) in tasks.items():
-        peft = save_resized(checkpoint, root / name, size, make_config())
+        peft = save_resized(checkpoint, root / name, size, make_config(ends))
         prompts[name] = [*random_ids(2, 20, min(size, V)), *range(max(7, size - 3), size), 7, 5]
         with torch.no_grad():
             expected[name] = peft(input_ids=torch.tensor([prompts[name]])).logits[0]

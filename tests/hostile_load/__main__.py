@@ -22,7 +22,16 @@ from statistics import median
 import psutil
 
 from hostile_load.attacks import ATTACKS, NUM_TASKS, NUM_VIRTUAL_TASKS
-from hostile_load.watching import Attacked, HostileLoadError, Probe, Server, Watched, counted, scraped
+from hostile_load.watching import (
+    Attacked,
+    HostileLoadError,
+    Probe,
+    Server,
+    Watched,
+    counted,
+    scraped,
+    turns_over,
+)
 from manyhats.client import Client
 from restart_under_load import describe_model, serve_command, serving
 from support.factories.adapters import make_lora
@@ -33,6 +42,8 @@ NUM_SLOTS = 8
 NUM_VIRTUAL_TOKENS = 700
 KV_TOKENS = 8192
 MAX_GROWTH_BYTES = 64 << 20
+MAX_TURN_S = 0.005
+"""What the event loop may take at once."""
 OF_DELETED_TASKS = ("RegisterAdapter OK", "DeleteAdapter OK")
 """What the server counted of a task it forgets with the task, and each that is registered in an attack is deleted."""
 GIVEN_UP = {"CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE"}
@@ -145,12 +156,15 @@ def main() -> None:
             f"quiet: a token every {usual_s * 1000:.1f} ms, largest gap {max(quiet.gaps_s) / usual_s:.1f} medians"
         )
         for kind in kinds if options.each else ():
+            before = turns_over(server.http, MAX_TURN_S)
             seen = server.attack([kind], options.each, options.seed)
+            num_long = turns_over(server.http, MAX_TURN_S) - before
             slowest_s = max(p.metrics_s for p in seen.probes)
             during_s = median(seen.gaps_s)
             print(
                 f"{kind}: largest gap {max(seen.gaps_s) / usual_s:.1f} of the quiet medians, "
                 f"{max(seen.gaps_s) / during_s:.1f} of its own ({during_s * 1000:.1f} ms); "
+                f"{num_long} turns of the event loop over {MAX_TURN_S * 1000:.0f} ms; "
                 f"/metrics {slowest_s * 1000:.0f} ms at most; {seen.codes or 'no calls'}",
                 flush=True,
             )

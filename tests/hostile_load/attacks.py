@@ -9,12 +9,15 @@ import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
+from http.client import HTTPConnection
 from typing import Any
 
 import grpc
 
+from hostile_load.shapes import SHAPES, Shape
 from manyhats.client import Client
 from manyhats.v1 import adapter_pb2, generation_pb2, generation_pb2_grpc
 
@@ -31,6 +34,7 @@ class Attacker:
         self._target = target
         self._http = http
         self._random = random.Random(seed)
+        self._shapes: dict[str, Sequence[Shape]] = {}
         self._channel = grpc.insecure_channel(target, options=[("grpc.max_receive_message_length", 1 << 28)])
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
         with Client(target) as client:
@@ -201,6 +205,25 @@ class Attacker:
             pass
         yield f"GenerateStream {use.code().name}"
 
+    def shapes(self, name: str) -> Iterator[str]:
+        """Requests of one hostile shape, through both ports."""
+        if name not in self._shapes:
+            self._shapes[name] = SHAPES[name]()
+        for shape in self._shapes[name]:
+            yield self._posted(shape) if shape.is_http else self._call(shape.method, shape.body)
+
+    def _posted(self, shape: Shape) -> str:
+        connection = HTTPConnection(self._http, timeout=60.0)
+        try:
+            connection.request("POST", shape.path, shape.body, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+        except ConnectionError:  # a body over the limit is not read to its end
+            return f"{shape.method} UNAVAILABLE"
+        finally:
+            connection.close()
+        return f"{shape.method} {_CODES.get(answer.status, 'UNKNOWN')}"
+
     def _call(
         self, name: str, request: Any, *, service: str = "GenerationService", timeout_s: float = 60.0
     ) -> str:
@@ -220,6 +243,14 @@ class Attacker:
             yield f"Generate {call.code().name}"
 
 
+_CODES = {
+    200: "OK",
+    400: "INVALID_ARGUMENT",
+    413: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
 ATTACKS: Mapping[str, Callable[[Attacker], Iterator[str]]] = {
     "ids that are no token": Attacker.wrong_ids,
     "virtual tokens": Attacker.virtual_tokens,
@@ -233,6 +264,7 @@ ATTACKS: Mapping[str, Callable[[Attacker], Iterator[str]]] = {
     "floods": Attacker.floods,
     "calls given up": Attacker.given_up_calls,
     "tasks of the same bytes": Attacker.same_bytes,
+    **{f"shape {name}": partial(Attacker.shapes, name=name) for name in SHAPES},
 }
 ALLOWED = {
     "OK",

@@ -122,6 +122,17 @@ def counted(http: str) -> Counter[str]:
     return counts
 
 
+def turns_over(http: str, limit_s: float) -> int:
+    """How many turns of the server's event loop took longer than a bucket's bound."""
+    name = "manyhats_event_loop_turn_seconds"
+    counts = {
+        sample.labels.get("le", "all"): sample.value
+        for sample in scraped(http)
+        if sample.name in (f"{name}_bucket", f"{name}_count")
+    }
+    return int(counts["all"] - counts[str(limit_s)])
+
+
 def _get(http: str, path: str) -> str:
     with urllib.request.urlopen(f"http://{http}{path}", timeout=20) as answer:
         return str(answer.read().decode())

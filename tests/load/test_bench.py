@@ -82,6 +82,15 @@ def test_the_table_and_the_files_tell_the_same(fake: FakeServer, tmp_path: Path)
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_greedy_load_says_what_it_did_to_the_others(fake: FakeServer) -> None:
+    result = run(
+        fake, "--preset", "greedy", "--rate", "5", "--duration", "3", "--task", "sql", "--task", "tldr"
+    )
+    assert result.exit_code == 0
+    assert "first tokens of the others, p95: " in result.stdout
+    assert " while it was greedy: " in result.stdout
+
+
 def test_failures_are_counted_by_reason(fake: FakeServer) -> None:
     fake.status = make_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL")
     outcomes = asyncio.run(load(fake, Workload(rate=20, duration_s=0.5)))

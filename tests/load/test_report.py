@@ -46,6 +46,8 @@ def test_a_report_counts_what_was_good_answered_left_and_failed() -> None:
     assert found.all.first_ms == {50: 100.0, 95: 2500.0, 99: 2500.0, 100: 2500.0}
     assert found.all.gap_ms[100] == 700.0
     assert found.all.whole_ms == {50: 800.0, 95: 2500.0, 99: 2500.0, 100: 2500.0}
+    assert found.all.refused_ms == {50: 100.0, 95: 100.0, 99: 100.0, 100: 100.0}
+    assert found.tasks["a"].refused_ms == {}
     json.dumps(found.as_json(), allow_nan=False)
 
 
@@ -56,6 +58,18 @@ def test_the_table_has_all_and_then_the_tasks_that_were_asked_most() -> None:
     assert all(len(row) == len(COLUMNS) for row in table)
     assert table[0][-1] == "1 DEADLINE_EXCEEDED, 1 QUEUE_FULL"
     assert rows(found, 9)[-1] == ("(base)", "1", "0", "0", *"––––––", "1 DEADLINE_EXCEEDED")
+
+
+def test_a_greedy_load_tells_how_long_the_others_took_in_each_half() -> None:
+    answers = [Answer("first", 0.1 * index, [0.1 * index + 9.0], 1, 9.0 + 0.1 * index) for index in range(50)]
+    answers += [Answer("b", 1.0, [1.1], 1, 2.0), Answer("c", 4.9, [5.1], 1, 6.0)]
+    answers += [Answer("b", 5.0, [5.3], 1, 6.0), Answer("c", 6.0, [], 0, 6.1, "QUEUE_FULL")]
+    found = report(Workload(popularity="greedy", duration_s=10.0), Objective(), answers)
+    assert found.beside is not None
+    assert (found.beside.normal_ms, found.beside.greedy_ms) == (200.0, 300.0)
+    assert found.beside.ratio == 1.5
+    assert report(Workload(duration_s=10.0), Objective(), answers).beside is None
+    assert report(Workload(popularity="greedy", duration_s=10.0), Objective(), answers[:52]).beside is None
 
 
 def test_an_answer_without_pieces_was_never_begun() -> None:

@@ -16,7 +16,7 @@ TASKS = [f"task {index}" for index in range(20)]
 
 @given(
     st.sampled_from(POPULARITIES),
-    st.floats(0.5, 50),
+    st.floats(0.5, 20),
     st.tuples(st.integers(1, 20), st.integers(20, 40)),
     st.tuples(st.integers(1, 9), st.integers(9, 12)),
     st.floats(0, 1),
@@ -69,11 +69,22 @@ def test_tasks_are_as_popular_as_the_workload_says() -> None:
         )
         return [found[task] for task in TASKS]
 
-    uniform, zipf, skewed, cold = (counts(each) for each in POPULARITIES)
+    uniform, zipf, skewed, cold = (counts(each) for each in POPULARITIES[:4])
     assert max(uniform) < 1.2 * min(uniform)
     assert zipf[0] / zipf[9] == pytest.approx(10, rel=0.2)
     assert skewed[0] / (sum(skewed[1:]) / 19) == pytest.approx(50, rel=0.15)
     assert max(cold) - min(cold) <= 1
+
+
+def test_the_first_task_becomes_greedy_and_the_others_go_on_as_before() -> None:
+    found = list(arrivals(Workload(rate=10, duration_s=400, popularity="greedy"), TASKS))
+    halves = [[each for each in found if (each.at_s >= 200) == is_second] for is_second in (False, True)]
+    of_first = [sum(each.task == TASKS[0] for each in half) for half in halves]
+    of_others = [len(half) - first for half, first in zip(halves, of_first, strict=True)]
+    assert of_first[0] == pytest.approx(8 * 200, rel=0.1)
+    assert of_first[1] == pytest.approx(50 * 8 * 200, rel=0.05)
+    assert of_others == pytest.approx([2 * 200, 2 * 200], rel=0.2)
+    assert {each.task for half in halves for each in half} == set(TASKS)
 
 
 def test_presets_can_be_made() -> None:

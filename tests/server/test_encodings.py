@@ -22,7 +22,7 @@ from manyhats.adapters.registration import Registration, Uri
 from manyhats.adapters.store.opening import open_store
 from manyhats.adapters.store.store import AdapterStore
 from manyhats.client import AsyncClient, TaskKindError
-from manyhats.engine.checkpoints.loader import LoadedModel
+from manyhats.engine.checkpoints.loader import LoadedModel, load_model
 from manyhats.v1 import adapter_pb2 as apb
 from manyhats.v1 import encoding_pb2 as pb
 from manyhats.v1 import generation_pb2 as gpb
@@ -218,10 +218,27 @@ async def test_the_client_reads_all_of_it(prepared: Prepared) -> None:
         assert [token.classes[0].index for token in tokens] == best.tolist()
         ranked = await client.rerank("a red hat", TEXTS, task_id="rank", return_texts=True)
         assert [TEXTS[each.index] for each in ranked.results] == [each.text for each in ranked.results]
-        with pytest.raises(TaskKindError, match="does not classify: its kind is embed"):
+        with pytest.raises(TaskKindError, match="docs@1 does not classify texts: its kind is embed"):
             await client.classify(TEXTS, task_id="docs")
+        with pytest.raises(TaskKindError, match="docs@1 does not rank texts: its kind is embed"):
+            await client.rerank("hat", TEXTS, task_id="docs")
+        with pytest.raises(TaskKindError, match="mood@1 does not classify tokens: its kind is classify"):
+            await client.tag(TEXTS, task_id="mood")
+        with pytest.raises(TaskKindError, match="mood@1 does not embed unless a pooling is named"):
+            await client.embed(TEXTS, task_id="mood")
         info = await client.server_info()
         assert info.embedding_size == prepared.model.description.embedding_size
+
+
+async def test_tokens_of_a_text_are_those_that_are_read() -> None:
+    model = load_model("all-minilm-l6-v2", quantization="none", dtype=torch.float32)
+    text = "That is a happy person"
+    async with served_engine(model) as served, AsyncClient(served.address) as client:
+        tokenized = await client.tokenize(text)
+        read = await client.embed([text])
+    assert list(tokenized.ids) == list(model.tokenizer.read(text, add_special_tokens=True).token_ids)
+    assert tokenized.ids[-1] == 102  # [SEP]
+    assert read.usage.prompt_tokens == len(tokenized.ids)
 
 
 def test_records_survive_a_new_start_with_what_they_say_of_their_heads(prepared: Prepared) -> None:

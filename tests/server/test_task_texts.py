@@ -134,6 +134,37 @@ async def test_a_tasks_own_template_renders_its_conversations_everywhere(home: P
         assert base not in await prompt_ids(client, "template")
 
 
+async def test_rows_beyond_the_base_s_are_read_by_their_ids_without_a_tokenizer(
+    home: Path, tmp_path: Path
+) -> None:
+    peft: Any = import_module("peft")
+    model, size = load_transformers(home / "base"), TINY_VOCAB_SIZE + 2
+    model.resize_token_embeddings(size)
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
+        modules_to_save=["embed_tokens", "lm_head"],
+        base_model_name_or_path=str(home / "base"),
+    )
+    resized = save_peft(make_peft(model, config), home / "root" / "resized")
+    ids = (5, size - 1, 7, size - 2)
+    again = load_transformers(home / "base")
+    again.resize_token_embeddings(size)
+    logits = peft_logits(again, resized, ids).double().log_softmax(-1)
+    async with serving(home, tmp_path / "store") as client:
+        await client.register_adapter("resized", "resized")
+        scored = await client.score(list(ids), [[size - 1], [5]], task_id="resized")
+        found = [each.logprob for each in scored.scores]
+        assert found == pytest.approx([float(logits[-1, size - 1]), float(logits[-1, 5])], abs=1e-4)
+        assert len((await client.embed([list(ids)], task_id="resized")).values) == 1
+        for call in (client.generate([size], task_id="resized"), client.embed([[size]], task_id="resized")):
+            with pytest.raises(InvalidRequestError, match=f"{size} is outside the vocabulary of {size}"):
+                await call
+        with pytest.raises(InvalidRequestError, match=f"below {TINY_VOCAB_SIZE}"):
+            await client.generate([size - 1])
+
+
 async def test_own_tokens_are_read_spoken_and_stopped_at(home: Path, tmp_path: Path) -> None:
     directory = home / "root" / "tokens"
     theirs = auto_tokenizer(directory)

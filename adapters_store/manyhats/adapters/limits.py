@@ -14,6 +14,9 @@ _MIB = 1024 * 1024
 DEFAULT_CACHE_BYTES = 8 * 1024 * _MIB
 """The size limit of local copies from a store at a URL."""
 
+MAX_ADDED_TOKENS = 65536
+"""How many tokens a task may have beyond the base's."""
+
 _NONE = "no limit"
 
 

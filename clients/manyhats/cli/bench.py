@@ -39,10 +39,12 @@ time, and so did nearly all others.
   $ manyhats bench --task sql --task mood --prompt-tokens 100:2000 --rate 1
 
 Without --task all tasks take part that generate; --base adds the base
-model. Presets: steady (the default), zipf, greedy (the first task asks for
-50 times as much as each other), cold (each task in turn), overload, churn
-(callers leave, versions change). Options go before a preset's values. The
-answers are of no use: prompts are random words, and EOS is ignored.
+model. Presets: steady (the default), zipf, cold (each task in turn),
+overload, churn (callers leave, versions change), and greedy: for half of the
+time the first task asks for four fifths of --rate, which should be its share
+of what the server can answer, then for 50 times as much, while the others go
+on as before. Options go before a preset's values. The answers are of no use:
+prompts are random words, and EOS is ignored.
 """
 
 
@@ -58,7 +60,8 @@ def bench(
     rate: Annotated[float | None, typer.Option(metavar="R", help="Requests a second.")] = None,
     duration: Annotated[float | None, typer.Option(metavar="S", help="Seconds in which they come.")] = None,
     popularity: Annotated[
-        str | None, typer.Option(metavar="uniform|zipf|skewed|cold", help="How they spread over tasks.")
+        str | None,
+        typer.Option(metavar="uniform|zipf|skewed|cold|greedy", help="How they spread over tasks."),
     ] = None,
     prompt_tokens: Annotated[
         str | None, typer.Option(metavar="A:B", help="Tokens of a prompt, about, from A to B.")
@@ -230,7 +233,15 @@ def _write(
 
 
 def _totals(found: Report) -> str:
-    return (
+    refused = found.all.refused_ms
+    said = (
         f"{found.all.num_requests} requests in {found.seconds:.1f} s, {len(found.tasks)} tasks: "
         f"{found.goodput:.2f} good answers and {found.tokens_per_s:.0f} tokens a second"
+        + (f"; refusals took {refused[99]:.0f} ms (99 %), {refused[100]:.0f} at most" if refused else "")
     )
+    if (beside := found.beside) is not None:
+        said += (
+            f"\nfirst tokens of the others, p95: {beside.normal_ms:.0f} ms beside the first task, "
+            f"{beside.greedy_ms:.0f} ms while it was greedy: {beside.ratio:.2f} times"
+        )
+    return said

@@ -27,7 +27,7 @@ from manyhats.trainer.settings.settings import SETTINGS as TRAIN_SETTINGS
 if TYPE_CHECKING:
     from manyhats.engine.progress import Progress
 
-HELP = """Serve one base model and any number of tasks on it, over gRPC.
+HELP = """Serve one base model and any number of tasks on it, over gRPC and HTTP.
 
 [bold]Examples[/bold]
 
@@ -75,7 +75,7 @@ PrintConfig: TypeAlias = Annotated[
 
 @takes(flags=SETTINGS)
 def serve(*, flags: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
-    """Serve one base model and any number of tasks on it, over gRPC."""
+    """Serve one base model and any number of tasks on it, over gRPC and HTTP."""
     refuse_unknown_variables(os.environ, SETTINGS, TRAIN_SETTINGS)
     given = Given.of(SETTINGS, flags, os.environ)
     with needs_extra("server"):
@@ -121,9 +121,11 @@ def run(config: ServeConfig) -> int:
     with needs_extra("server"):
         from manyhats.server.lifetime.process import EXIT_BY_SIGNAL
         from manyhats.server.lifetime.process import serve as serve_process
+        from manyhats.server.observability.timed_loop import TimedLoop
     quiet_libraries()
     has_bars = sys.stderr.isatty() and config.log_format == "text"
-    code = asyncio.run(serve_process(config, show_progress=_bars if has_bars else None))
+    with asyncio.Runner(loop_factory=TimedLoop) as runner:
+        code = runner.run(serve_process(config, show_progress=_bars if has_bars else None))
     if code > EXIT_BY_SIGNAL:
         # Threads that load or compile may still run, and are not waited for.
         sys.stdout.flush()

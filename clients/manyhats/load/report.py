@@ -12,6 +12,7 @@ from manyhats.load.run import LEFT, OK, Answer
 from manyhats.load.workload import Workload
 
 _PERCENTS = (50, 95, 99, 100)
+_REFUSED = "QUEUE_FULL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Summary:
         failures: how many failed, by reason.
         first_ms, gap_ms, whole_ms: percentiles of the time to the first piece, between pieces and to the end, by
             percent; of what was answered, or of what came until a caller left.
+        refused_ms: percentiles of the time until it was refused, of what came while too much waited.
         num_tokens: of all answers.
     """
 
@@ -56,7 +58,25 @@ class Summary:
     first_ms: Mapping[int, float]
     gap_ms: Mapping[int, float]
     whole_ms: Mapping[int, float]
+    refused_ms: Mapping[int, float]
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """How long first tokens of the other tasks took beside the first task of a greedy load.
+
+    Attributes:
+        normal_ms, greedy_ms: the 95th percentile in its two halves.
+    """
+
+    normal_ms: float
+    greedy_ms: float
+
+    @property
+    def ratio(self) -> float:
+        """What greed made of it."""
+        return self.greedy_ms / self.normal_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +88,7 @@ class Report:
         seconds: from the beginning to the last end.
         all: all requests.
         tasks: each task's, the most requested first.
+        beside: of a greedy load; None of others, or if too little was answered.
     """
 
     workload: Workload
@@ -75,6 +96,7 @@ class Report:
     seconds: float
     all: Summary
     tasks: Mapping[str, Summary]
+    beside: Beside | None = None
 
     @property
     def goodput(self) -> float:
@@ -109,12 +131,25 @@ def report(workload: Workload, objective: Objective, answers: Sequence[Answer]) 
         max(answer.ended_s for answer in answers),
         _summary(answers, objective),
         {task: _summary(by_task[task], objective) for task in ordered},
+        _beside(workload, [answer for answer in answers if answer.task != ordered[0]]),
     )
+
+
+def _beside(workload: Workload, others: Sequence[Answer]) -> Beside | None:
+    if workload.popularity != "greedy":
+        return None
+    half_s = workload.duration_s / 2
+    normal, greedy = (
+        _percentiles(each.first_s for each in others if each.pieces_s and (each.due_s >= half_s) == is_second)
+        for is_second in (False, True)
+    )
+    return Beside(normal[95], greedy[95]) if normal and greedy else None
 
 
 def _summary(answers: Sequence[Answer], objective: Objective) -> Summary:
     ok = [answer for answer in answers if answer.outcome == OK]
     begun = [answer for answer in answers if answer.outcome in (OK, LEFT) and answer.pieces_s]
+    refused = [answer for answer in answers if answer.outcome == _REFUSED]
     outcomes = Counter(answer.outcome for answer in answers)
     return Summary(
         num_requests=len(answers),
@@ -124,6 +159,7 @@ def _summary(answers: Sequence[Answer], objective: Objective) -> Summary:
         first_ms=_percentiles(answer.first_s for answer in begun),
         gap_ms=_percentiles(gap for answer in begun for gap in answer.gaps_s),
         whole_ms=_percentiles(answer.ended_s - answer.due_s for answer in ok),
+        refused_ms=_percentiles(answer.ended_s - answer.due_s for answer in refused),
         num_tokens=sum(answer.num_tokens for answer in answers),
     )
 

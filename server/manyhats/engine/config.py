@@ -45,7 +45,7 @@ class EngineConfig:
         FieldInvalidError: one is out of its range.
     """
 
-    dtype: Dtype = setting("auto", group="Model", help="The number format to compute in.")
+    dtype: Dtype = setting("auto", group="Model", help="The number format to compute in; auto is bfloat16.")
     max_num_sequences: int = setting(
         64, name="max_sequences", at_least=1, group=_LIMITS, help="Sequences that run at once."
     )
@@ -81,11 +81,14 @@ class EngineConfig:
         help="Memory of the loaded adapters.",
     )
     max_waiting: int = setting(1024, at_least=1, group=_LIMITS, help="Requests that may wait.")
+    max_waiting_tokens: int = setting(
+        1_048_576, at_least=1, group=_LIMITS, help="Tokens of their prompts, unless only one waits."
+    )
     max_bulk_tokens: int = setting(
         8,
         at_least=1,
         group=_LIMITS,
-        help="Tokens of scorings and long prompts in a step with other requests.",
+        help="Most tokens of scorings and long prompts in a step with other requests; fewer where they take long.",
     )
     max_score_tokens: int = setting(
         65_536, at_least=1, group=_LIMITS, help="Prompt and all continuations of one scoring."
@@ -122,6 +125,7 @@ class EngineConfig:
             max_num_sequences=self.max_num_sequences,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_waiting=self.max_waiting,
+            max_waiting_tokens=self.max_waiting_tokens,
             max_bulk_tokens=self.max_bulk_tokens,
         )
 

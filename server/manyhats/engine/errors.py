@@ -70,12 +70,14 @@ class ModelError(EngineError):
 
 
 class QueueFullError(EngineError):
-    """Too many requests are waiting; ``retry_after_s`` is a hint."""
+    """Too many requests are waiting, or tokens of their prompts; ``retry_after_s`` is a hint."""
 
-    def __init__(self, limit: int, retry_after_s: float, num_waiting: int | None = None) -> None:
+    def __init__(
+        self, limit: int, retry_after_s: float, num_waiting: int | None = None, unit: str = "requests"
+    ) -> None:
         num = limit if num_waiting is None else num_waiting
         rest = "; the places that are left are for tasks with fewer" if num < limit else ""
-        super().__init__(f"the queue is full: {num} requests are waiting{rest}")
+        super().__init__(f"the queue is full: {num} {unit} are waiting{rest}")
         self.limit = limit
         self.retry_after_s = retry_after_s
 

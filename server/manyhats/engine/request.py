@@ -228,6 +228,11 @@ class Request:
         _check_salt(self.cache_salt)
         _check_priority(self.priority)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeRequest:

@@ -86,11 +86,11 @@ def test_modules_of_every_family_are_found_without_a_base(family: str, tmp_path:
 def test_heads_of_every_encoder_are_found_without_a_base(family: str, tmp_path: Path) -> None:
     transformers: Any = import_module("transformers")
     directory = make_encoder(tmp_path / "model", family)
-    for auto, task_type in (
-        ("AutoModelForSequenceClassification", TaskType.SEQ_CLS),
-        ("AutoModelForTokenClassification", TaskType.TOKEN_CLS),
-        ("AutoModelForQuestionAnswering", TaskType.QUESTION_ANS),
-        ("AutoModel", TaskType.FEATURE_EXTRACTION),
+    for auto, task_type, kind in (
+        ("AutoModelForSequenceClassification", TaskType.SEQ_CLS, "classify"),
+        ("AutoModelForTokenClassification", TaskType.TOKEN_CLS, "classify_tokens"),
+        ("AutoModelForQuestionAnswering", TaskType.QUESTION_ANS, "span"),
+        ("AutoModel", TaskType.FEATURE_EXTRACTION, "embed"),
     ):
         model = getattr(transformers, auto).from_pretrained(directory)
         names = [*LINEARS[family], *([POOLERS[family]] if family in POOLERS else [])]
@@ -100,6 +100,7 @@ def test_heads_of_every_encoder_are_found_without_a_base(family: str, tmp_path: 
         peft = make_peft(model, config)
         found = inspect(save_peft(peft, tmp_path / task_type))
         assert found.refusals == ()
+        assert (found.kind, found.num_outputs) == (kind, 0 if kind == "embed" else 2)
         sites = {site.site for site in found.sites}
         ends = [name.removeprefix("mlp.") for name in LINEARS[family]]
         assert all(site.endswith(tuple(ends)) for site in sites)

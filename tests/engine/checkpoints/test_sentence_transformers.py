@@ -70,6 +70,8 @@ def test_pooling_and_longest_text(mode: str, pooling: Pooling, tmp_path: Path) -
         ({"settings": {"max_seq_length": 0}}, r"max_seq_length must be a whole number of at least 1, not 0"),
         ({"settings": {"max_seq_length": "long"}}, "max_seq_length must be a whole number"),
         ({"settings": {"max_seq_length": None}}, None),
+        ({"settings": {"do_lower_case": True}}, "do_lower_case asks for texts in small letters"),
+        ({"settings": {"do_lower_case": False}}, None),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(

@@ -95,6 +95,24 @@ def test_a_deadline_ends_a_request_wherever_it_is(loop: Loop) -> None:
     assert loop.token_ids("other") == loop.decoder.greedy(prompt(3), 6)
 
 
+def test_a_scoring_that_is_given_up_in_the_middle_of_a_step_leaves_others_in_it_alone(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    continuations = [[token] * (2 if token % 2 else 12) for token in range(3, 40)]
+    soon = time.monotonic() + 1000
+    loop.score("score", score_request(prompt(1, 20), continuations, deadline_s=soon))
+    loop.generate("other", make_request(prompt(2), new_tokens=12))
+    while loop.steps.scheduler.num_running < 2 or len(loop.token_ids("other")) < 3:
+        loop.step()
+    # From now on no continuation that waits could meet the deadline, while others of them run.
+    monkeypatch.setattr(
+        loop.steps.scheduler._pace, "can_meet", lambda deadline_s, num_tokens: deadline_s is None
+    )
+    loop.drain()
+    assert isinstance(loop.error("score"), DeadlineExceededError)
+    assert loop.token_ids("other") == loop.decoder.greedy(prompt(2), 12)
+
+
 def test_a_time_limit_gives_what_is_there_by_then(loop: Loop) -> None:
     stopping = StoppingParams(max_new_tokens=200, ignore_eos=True, time_limit_s=0.5)
     loop.generate("limited", make_request(prompt(1), stopping=stopping, accepted_s=time.monotonic()))

@@ -45,7 +45,7 @@ def test_internal_ones_go_first_then_priority_then_arrival_then_order_of_adding(
     expected[: len(internal)] = sorted(internal, key=lambda each: each.arrival)
     assert list(queue) == expected == sorted(sequences, key=queue.rank)
     assert queue.num_short == sum(not each.is_bulk for each in sequences)
-    assert queue.num_counted == len(sequences) - len(internal)
+    assert queue.counted.num_requests == len(sequences) - len(internal)
 
 
 @given(SEQUENCES, st.data())
@@ -69,5 +69,5 @@ def test_a_place_in_the_queue_is_no_longer_known_once_it_is_forgotten() -> None:
     for sequence in sequences:
         queue.leave(sequence)
         queue.forget(sequence)
-    assert len(queue) == queue.num_counted == queue.num_short == 0
+    assert len(queue) == queue.counted.num_requests == queue.num_short == 0
     assert not queue._ranks

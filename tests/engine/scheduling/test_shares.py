@@ -135,6 +135,42 @@ def test_counters_of_tasks_that_have_gone_are_few() -> None:
     assert len(scheduler._queue._shares._counters) <= 600
 
 
+def test_the_last_seats_are_for_tasks_that_run_few() -> None:
+    scheduler = make_scheduler(num_blocks=400, sequences=34, tokens=100, waiting=1000)
+    engine = ToyEngine(scheduler)
+    for index in range(60):
+        scheduler.add(make_sequence(f"a {index}", range(2), 20, task="a", cache_key=b"a"))
+    engine.step()
+    assert scheduler.num_running == 34  # nobody else is known
+    scheduler.add(make_sequence("b 0", range(2), 2, task="b", cache_key=b"b"))
+    engine.drain()
+    for index in range(60):
+        scheduler.add(make_sequence(f"again {index}", range(2), 20, task="a", cache_key=b"a"))
+    engine.step()
+    assert scheduler.num_running == 31  # more than 8 for each of the three that are left free
+    scheduler.add(make_sequence("late", range(2), 2, task="b", cache_key=b"b"))
+    assert "b" in [each.task for each in engine.step().started]
+    engine.drain()
+
+
+def test_where_two_tasks_wait_all_seats_go_by_turns() -> None:
+    scheduler = make_scheduler(num_blocks=400, sequences=34, tokens=100, waiting=1000)
+    for task, share in (("a", 50.0), ("b", 1.0)):
+        for index in range(60):
+            scheduler.add(
+                make_sequence(
+                    f"{task} {index}",
+                    range(2),
+                    20,
+                    task=task,
+                    cache_key=task.encode(),
+                    entitlement=Entitlement(share=share),
+                )
+            )
+    ToyEngine(scheduler).step()
+    assert [each.task for each in scheduler._running].count("a") >= 32
+
+
 def test_recomputed_tokens_are_charged_once() -> None:
     scheduler = make_scheduler(num_blocks=6, sequences=3)
     engine = ToyEngine(scheduler)
@@ -236,6 +272,28 @@ def test_the_last_places_of_the_queue_are_for_tasks_that_have_few() -> None:
     assert second >= 8
     assert third >= 1
     assert first + second + third <= 100
+
+
+def test_tokens_that_wait_are_bounded_and_the_last_room_is_for_tasks_with_few() -> None:
+    scheduler = make_scheduler(waiting=1000, waiting_tokens=900, sequences=1, num_blocks=2000)
+
+    def fill(task: str, length: int) -> int:
+        for count in range(1000):
+            try:
+                scheduler.add(make_sequence(f"{task} {count}", range(length), task=task))
+            except QueueFullError as error:
+                refusals.append((error.limit, "tokens of prompts are waiting" in str(error)))
+                return count
+        raise AssertionError
+
+    refusals: list[tuple[int, bool]] = []
+    assert fill("a", 20) == 40  # eight times the tokens that they leave
+    assert fill("b", 20) == 5
+    assert fill("c", 90) == 0
+    assert scheduler.num_waiting == 45
+    assert set(refusals) == {(900, True)}
+    scheduler.clear()
+    assert fill("d", 2000) == 1  # alone, a prompt may be longer than all the room
 
 
 # Deadlines

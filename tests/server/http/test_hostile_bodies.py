@@ -9,12 +9,15 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 
-from manyhats.server.http.body import MAX_BODY_BYTES, Arriving
-from manyhats.server.service.errors import BodiesError
-from support.fakes.server import Running, eventually, running_server
+from manyhats.server.http.body import MAX_BODY_BYTES
+from manyhats.server.service.errors import MessagesError
+from manyhats.server.service.gate import MAX_MESSAGE_BYTES, Gate
+from manyhats.v1 import generation_pb2 as pb
+from support.fakes.server import Running, eventually, refused, running_server
 from support.harnesses.http import Reply, exchange, head, read_reply, request
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -70,7 +73,7 @@ def not_json() -> Iterator[tuple[str, bytes | str, str]]:
         "deep in ignored": with_raw("metadata", nested(DEEP)),
         "deep in a schema": with_raw("guided_json", nested(DEEP, '{"a":', "}").replace(":}", ":1}", 1)),
     }
-    places = {"too large": "temperature", "deep object": "a"}
+    places = {"too large": "temperature"}
     for name, text in texts.items():
         yield name, text, places.get(name, "body")
 
@@ -359,14 +362,57 @@ async def test_bodies_that_arrive_slowly_are_bounded_in_time_and_together() -> N
             await asyncio.sleep(0.1)
         assert (await reading).status == 504
         writer.close()
-    room = Arriving(max_bytes=100)
-    with room.body() as first, room.body() as second:
+    gate = Gate(heartbeat_limit_s=1.0, max_message_bytes=100)
+    with gate.message() as first, gate.message() as second:
         first(60)
-        with pytest.raises(BodiesError):
+        with pytest.raises(MessagesError):
             second(41)
         second(40)
-    with room.body() as third:
+    with gate.message() as third:
         third(100)
+
+
+async def test_messages_of_both_ports_are_bounded_together_for_as_long_as_their_calls_last() -> None:
+    text = "a" * 100_000
+    large = pb.TokenizeRequest(text=text)
+    async with running_server() as server:
+        with server.gate.message() as take:
+            take(MAX_MESSAGE_BYTES - 1000)
+            refusal = await refused(server.generation.Tokenize(large))
+            assert (refusal.reason, refusal.code) == ("QUEUE_FULL", grpc.StatusCode.RESOURCE_EXHAUSTED)
+            assert refusal.retry_s is not None
+            reply = await post(server, "/tokenize", {"prompt": text})
+            assert reply.status == 429
+            assert "retry-after" in reply.headers
+            await server.generation.Tokenize(pb.TokenizeRequest(text="a"))
+            assert (await post(server, "/tokenize", {"prompt": "a"})).status == 200
+        await server.generation.Tokenize(large)
+        assert (await post(server, "/tokenize", {"prompt": text})).status == 200
+        with server.gate.message() as take:
+            take(MAX_MESSAGE_BYTES)  # nothing is left of any call
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (with_raw("metadata", "[" + "[]," * 40_000 + "[]]"), "32768 objects and lists"),
+        (with_raw("metadata", "{" + '"":1,' * 140_000 + '"":1}'), "131072 strings and names"),
+        (with_raw("metadata", "[" + "1," * 600_000 + "1]"), "524288 values"),
+    ],
+)
+async def test_bodies_of_very_many_parts_are_refused_before_they_are_decoded(
+    server: Running, body: str, what: str
+) -> None:
+    reply = await post(server, CHAT, body)
+    assert (reply.status, reply.error["param"]) == (400, "body")
+    assert what in reply.error["message"]
+
+
+async def test_brackets_and_commas_in_texts_are_no_parts(server: Running) -> None:
+    text = '[{,}]:\\\\\\"' * 20_000
+    reply = await post(server, "/tokenize", json.dumps({"prompt": text}))
+    assert reply.status == 200
+    assert reply.json["count"] == len(text) + 1
 
 
 async def test_streams_go_on_beside_hostile_bodies() -> None:

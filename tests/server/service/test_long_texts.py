@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import pytest
 from tokenizers import pre_tokenizers
 
+from manyhats.engine.errors import QueueFullError
 from manyhats.engine.text.prompt_text import score_tokens
 from manyhats.engine.text.tokenizer import Tokenizer
 from manyhats.server.service.text_threads import TextThreads, slices
 from manyhats.v1 import generation_pb2 as pb
 from manyhats.v1 import server_pb2
 from support.factories.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
-from support.fakes.server import Running, refused, running_server
+from support.fakes.server import EchoEngine, Running, refused, running_server
 
 MIB = 1024 * 1024
 TEXT = ("All that is gold does not glitter. " * 30_000)[:MIB]
@@ -72,6 +73,23 @@ async def test_text_that_cannot_fit_is_refused_by_its_length(case: str) -> None:
     assert "has at least " in refusal.message
     assert refusal.info.metadata["limit"] == "1023"
     assert server.engine.requests == []
+
+
+@pytest.mark.parametrize("is_scoring", [False, True])
+async def test_a_full_queue_refuses_a_text_before_it_is_tokenized(is_scoring: bool) -> None:
+    class Unused(Tokenizer):
+        def prompt(self, *arguments: object, **options: object) -> Any:
+            raise AssertionError("it was tokenized")
+
+    engine = EchoEngine(queue_error=QueueFullError(9, 1.5))
+    names = ("unk_token", "bos_token", "eos_token")
+    unused = Unused(tiny_tokenizer(), special_tokens=dict(zip(names, SPECIAL_TOKENS, strict=True)))
+    async with running_server(engine=engine, tokenizer=unused) as server:
+        if is_scoring:
+            refusal = await refused(_scored(text="a" * 900)(server))
+        else:
+            refusal = await refused(server.generation.Generate(pb.GenerateRequest(text="a" * 900)))
+    assert (refusal.reason, refusal.retry_s) == ("QUEUE_FULL", 1.5)
 
 
 async def test_text_one_token_over_the_limit_is_refused_with_its_number_of_tokens() -> None:

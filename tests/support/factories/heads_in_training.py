@@ -74,9 +74,9 @@ def random_rows(task: HeadTask, lengths: tuple[int, ...] = LENGTHS) -> list[Read
     return rows
 
 
-def losses_of(base: HeadBase, task: HeadTask) -> HeadLoss:
+def losses_of(base: HeadBase, task: HeadTask, *, checkpoints: bool = False) -> HeadLoss:
     decoder = TrainingDecoder(
-        base.model, dtype=torch.float32, gradient_checkpointing=False, device=torch.device("cpu")
+        base.model, dtype=torch.float32, gradient_checkpointing=checkpoints, device=torch.device("cpu")
     )
     return HeadLoss(decoder, task)
 
@@ -86,9 +86,16 @@ def own_outputs(base: HeadBase, adapter: ParametrizedAdapter, task: HeadTask, ro
     return losses_of(base, task).outputs(collate_read(rows), adapter.lowered())
 
 
-def own_loss(base: HeadBase, adapter: ParametrizedAdapter, task: HeadTask, rows: list[ReadRow]) -> Tensor:
+def own_loss(
+    base: HeadBase,
+    adapter: ParametrizedAdapter,
+    task: HeadTask,
+    rows: list[ReadRow],
+    *,
+    checkpoints: bool = False,
+) -> Tensor:
     """The mean loss."""
-    loss = losses_of(base, task).loss(collate_read(rows), adapter.lowered())
+    loss = losses_of(base, task, checkpoints=checkpoints).loss(collate_read(rows), adapter.lowered())
     return loss / sum(row.num_targets for row in rows)
 
 

@@ -188,6 +188,7 @@ class EchoEngine:
     step_s: float = 0.0
     max_context_length: int = 1024
     error: Exception | None = None
+    queue_error: Exception | None = None
     error_after: int = 0
     is_alive: bool = True
     heartbeat_s: float | None = None
@@ -234,6 +235,10 @@ class EchoEngine:
 
     async def stop(self, drain_s: float, step_limit_s: float | None = None) -> None:
         self.stopped = True
+
+    def check_queue(self, adapter: AdapterRecord | None = None, num_tokens: int = 0) -> None:
+        if self.queue_error is not None:
+            raise self.queue_error
 
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         self.requests.append(request)

@@ -57,6 +57,7 @@ async def served_engine(model: LoadedModel, store: Any = None, **config: Any) ->
                 digest=model.description.digest,
                 vocab_size=model.architecture.vocab_size,
                 embedding_size=model.description.read_size,
+                kind=model.description.kind,
             ),
         )
         metrics = Metrics(max_task_labels=4)

@@ -22,6 +22,7 @@ def make_scheduler(
     sequences: int = 8,
     tokens: int = 16,
     waiting: int = 100,
+    waiting_tokens: int = 100_000,
     bulk: int = 16,
     clock: Callable[[], float] = time.monotonic,
 ) -> Scheduler:
@@ -29,6 +30,7 @@ def make_scheduler(
         max_num_sequences=sequences,
         max_num_batched_tokens=tokens,
         max_waiting=waiting,
+        max_waiting_tokens=waiting_tokens,
         max_bulk_tokens=bulk,
     )
     return Scheduler(config, BlockAllocator(num_blocks, block_size), clock=clock)

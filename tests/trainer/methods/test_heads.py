@@ -17,6 +17,7 @@ from manyhats.engine.request import EncodeRequest
 from manyhats.trainer.data.head_task import HeadTask, Loss
 from manyhats.trainer.methods.making import make_adapter
 from manyhats.trainer.methods.targets import matches
+from manyhats.trainer.model.decoder import TrainingDecoder
 from manyhats.trainer.model.head_loss import contrastive_loss
 from manyhats.trainer.report.served import SavedAdapter, read_saved
 from manyhats.trainer.settings.methods import BottleneckSettings, LoraSettings
@@ -181,6 +182,27 @@ def test_rows_alone_are_those_of_a_batch(task: str, family: str) -> None:
     together = own_outputs(base, adapter, TASKS[task], rows)
     alone = torch.cat([own_outputs(base, adapter, TASKS[task], [row]) for row in rows])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["albert grouped", "modernbert mean"])
+def test_gradients_are_the_same_if_activations_are_recomputed(family: str) -> None:
+    base, adapter = made(family, "dora", TASKS["classes"])
+    rows = random_rows(TASKS["classes"], lengths=(9, 60, 33, 100))
+    keeping, recomputing = (
+        own_gradients(adapter, own_loss(base, adapter, TASKS["classes"], rows, checkpoints=checkpoints))
+        for checkpoints in (False, True)
+    )
+    for name, gradient in keeping.items():
+        assert torch.equal(gradient, recomputing[name]), name
+
+
+def test_weights_that_layers_share_are_there_once() -> None:
+    model = head_base("albert grouped").model
+    decoder = TrainingDecoder(
+        model, dtype=torch.float32, gradient_checkpointing=True, device=torch.device("cpu")
+    )
+    assert model.architecture.num_sets < model.architecture.num_layers
+    assert decoder.linear_bytes == 4 * model.architecture.num_linear_parameters()
 
 
 def test_the_contrastive_loss_is_that_of_all_other_texts() -> None:

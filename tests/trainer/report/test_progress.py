@@ -74,7 +74,7 @@ def test_elsewhere_than_at_a_terminal_what_matters_is_a_line_each() -> None:
         "t: step 4, held-out loss 1.2500, the best so far",
         "t: step 4, checkpoint out/step-000004",
         "t: step 5, NO CHECKPOINT: no space; training continues",
-        "t: 20/20 scored",
+        "t: evaluated by 20 of 20 requests",
         "t: stopped early at step 100: the held-out loss no longer falls",
         "t: step 100/100, loss 1.0000 (mean of 3 steps 1.0000), 500 tokens/s, 0:00 left",
     ]

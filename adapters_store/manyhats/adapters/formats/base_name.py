@@ -89,10 +89,11 @@ def check_base_name(
             f"the artifact names '{shown(name)}' as its base; it was registered with assume_base, and only the "
             "shapes were checked",
         )
-    known = ", ".join(sorted(each for each in base.names if not is_path(each))) or "nothing"
+    known = ", ".join(sorted(each for each in base.names if not is_path(each)))
+    own = f"is known as {shown(known)}" if known else "has no name, only a path"
     raise BaseMismatchError(
         key,
-        f"was made for '{shown(name)}', and this server's base is known as {shown(known)}; if they are the same "
+        f"was made for '{shown(name)}', and this server's base {own}; if they are the same "
         "model, register it with assume_base (--assume-base), or start the server with --base-name",
     )
 

@@ -22,6 +22,7 @@ from manyhats.adapters.formats.json_reader import parse_json_object
 from manyhats.adapters.formats.peft.format import CONFIG_FILE, check_directory
 from manyhats.adapters.formats.recognition import base_name_key, recognise, recorded_base, weights_file
 from manyhats.adapters.formats.text_files import check_rows, check_text, read_text
+from manyhats.adapters.heads import TaskKind
 from manyhats.adapters.limits import AdapterLimits
 from manyhats.adapters.lowering.inspected_base import infer_base, stand_in_weights
 from manyhats.adapters.lowering.lowering import check, has_effect, lower, method_of
@@ -79,6 +80,8 @@ class Inspection:
         path: the directory.
         format: ``peft``, ``adapterhub`` or empty.
         method: as the API names it, in lower case; empty if it is not served.
+        kind: what its task does with a text, as ``TaskKind`` names it.
+        num_outputs: of its head; 0 if it has none.
         base_model: what it names as its base.
         compared_with: the base it was checked against; empty for none.
         digest: the one registration would give it.
@@ -92,6 +95,8 @@ class Inspection:
     path: str
     format: str = ""
     method: str = ""
+    kind: str = ""
+    num_outputs: int = 0
     base_model: str = ""
     compared_with: str = ""
     digest: str = ""
@@ -221,8 +226,13 @@ class _Inspector:
         check(candidate, method, base, self._limits)
         lowered = lower(artifact, base)
         self._vocab_size = num_tokens(lowered.deltas, base.vocab_size)
+        head = lowered.head
         self.facts = replace(
-            self.facts, sites=_site_facts(lowered.deltas), num_virtual_tokens=_num_virtual_tokens(lowered)
+            self.facts,
+            kind=(TaskKind.GENERATE if head is None else head.kind).value,
+            num_outputs=0 if head is None else head.num_outputs,
+            sites=_site_facts(lowered.deltas),
+            num_virtual_tokens=_num_virtual_tokens(lowered),
         )
         if not has_effect(lowered):
             raise AdapterNoEffectError(artifact.method.value, "changes nothing: all its deltas are zero")

@@ -130,6 +130,7 @@ def _print_facts(found: Inspection) -> None:
             "path": found.path,
             "format": found.format,
             "method": found.method,
+            "kind": f"{found.kind}, {found.num_outputs} outputs" if found.num_outputs else found.kind,
             "base model": found.base_model,
             "compared with": found.compared_with,
             "size": human_bytes(found.size_bytes) if found.size_bytes else "",

@@ -20,7 +20,7 @@ def _stopping(*names: str, **settings: Any) -> Any:
 
 
 def _sampling(*names: str, **settings: Any) -> Any:
-    panel = "Sampling (with none of these, as the task says, or always the most likely token)"
+    panel = "Sampling (by default the task's, else greedy)"
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 

@@ -25,7 +25,7 @@ HELP = """Print the entities in each text by a task whose adapter has a head for
 
   $ manyhats tag --task ner --aggregation none "John lives in London."
 
-Without an aggregation every token is printed with its best class. start
+With --aggregation none every token is printed with its best class. start
 and end count characters. With --json there is one object for each 256
 texts.
 """

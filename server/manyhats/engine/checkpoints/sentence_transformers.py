@@ -72,7 +72,13 @@ def _pooling(config: Mapping[str, Any], folder: str) -> Pooling:
 
 
 def _max_length(file: Path) -> int | None:
-    length = read_json(file).get("max_seq_length") if file.is_file() else None
+    settings = read_json(file) if file.is_file() else {}
+    if settings.get("do_lower_case"):
+        raise ModelError(
+            f"{SETTINGS_FILE}: do_lower_case asks for texts in small letters, whatever the tokenizer does; set it to "
+            "false if the tokenizer lowers them itself"
+        )
+    length = settings.get("max_seq_length")
     if length is not None and (type(length) is not int or length < 1):
         raise ModelError(
             f"{SETTINGS_FILE}: max_seq_length must be a whole number of at least 1, not {length!r}"

@@ -159,8 +159,8 @@ class Step:
         num_jobs = len(self._jobs)
         self._tick(started, events)
         schedule = self.scheduler.schedule()
-        self._refuse(schedule.hopeless, events)
         if not schedule.chunks:
+            self._refuse(schedule.hopeless, events)
             is_stuck = not events and len(self._jobs) == num_jobs and not self.is_idle
             return StepResult(tuple(events), None, is_stuck)
         is_computed = False
@@ -179,6 +179,7 @@ class Step:
             else:
                 self._fail_step(schedule, error, events)
             return StepResult(tuple(events), None)
+        self._refuse(schedule.hopeless, events)  # not before: others of their jobs may be in the step
         self._num_failed_steps = 0
         elapsed_s = time.monotonic() - started
         self.allowance.end(elapsed_s)

@@ -24,11 +24,12 @@ class Pace:
         """Note that a step begins."""
         self._began_s = self._clock()
 
-    def end(self, num_tokens: int) -> None:
-        """Note that it has run so many tokens."""
+    def end(self, num_tokens: int) -> float:
+        """Note that it has run so many tokens; the seconds that it took."""
         elapsed_s = self._clock() - self._began_s
         if elapsed_s > 0:
             self._tokens_per_s = max(self._tokens_per_s * _DECAY, num_tokens / elapsed_s)
+        return elapsed_s
 
     def can_meet(self, deadline_s: float | None, num_tokens: int) -> bool:
         """Whether so many tokens of a prompt may be computed by a deadline, as far as is known."""

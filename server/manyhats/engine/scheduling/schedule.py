@@ -61,6 +61,11 @@ class Chunk:
         """Whether it is a single output token and drafts, rather than part of a prompt or a recomputation."""
         return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
 
+    @property
+    def is_bulk(self) -> bool:
+        """Whether it is of a bulk sequence's tokens, see ``Step``; a long prompt's answer is not bulk."""
+        return self.sequence.is_bulk or (self.sequence.is_long and not self.is_decode)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
@@ -106,6 +111,7 @@ class SchedulerConfig:
         max_num_batched_tokens: tokens of a step; at least ``max_num_sequences``, so that decodes always leave
             a token for a sequence in prefill.
         max_waiting: sequences that may wait.
+        max_waiting_tokens: of their prompts, unless only one waits.
         max_bulk_tokens: tokens of scorings and of prompts that take several steps, in a step shared with other
             sequences.
         max_draft_rows: rows up to which drafts may fill a step; half as many if not all of its sequences have any.
@@ -114,11 +120,12 @@ class SchedulerConfig:
     max_num_sequences: int = 64
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024
+    max_waiting_tokens: int = 1_048_576
     max_bulk_tokens: int = 8
     max_draft_rows: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("max_num_sequences", "max_waiting", "max_bulk_tokens"):
+        for name in ("max_num_sequences", "max_waiting", "max_waiting_tokens", "max_bulk_tokens"):
             if getattr(self, name) < 1:
                 raise FieldInvalidError(f"scheduler.{name}", f"must be at least 1, not {getattr(self, name)}")
         if self.max_draft_rows < 0:

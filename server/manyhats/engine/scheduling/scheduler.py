@@ -20,11 +20,13 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import QueueFullError
 from manyhats.engine.scheduling.admission import Admissions, check_addable
 from manyhats.engine.scheduling.blocks import BlockAllocator, SharedPrefix
+from manyhats.engine.scheduling.bulk_pace import BulkPace
 from manyhats.engine.scheduling.drafts import add_drafts
 from manyhats.engine.scheduling.held_prefixes import HeldPrefixes
 from manyhats.engine.scheduling.pace import Pace
@@ -43,6 +45,8 @@ _MAX_PASSED = 32
 As many may take a slot before one that waits for it; then nothing after it gets one."""
 _MAX_BLOCKED = 16
 """How many sequences may be tried without fitting in one step; trying each takes time."""
+_MAX_LOOKED_AT = 128
+"""How many that wait are looked at in one step, whatever keeps them from starting; what comes after them waits."""
 
 
 class Scheduler:
@@ -69,6 +73,7 @@ class Scheduler:
         self.allocator = allocator
         self._queue = Queue(config, clock)
         self._pace = Pace(clock)
+        self._bulk_pace = BulkPace()
         self._running: list[Sequence] = []  # sorted by rank
         self._paused: set[Sequence] = set()
         self._prefixes = HeldPrefixes(allocator, self._free)
@@ -103,31 +108,37 @@ class Scheduler:
         """Whether any sequence is unfinished and not paused."""
         return bool(self._running or self._queue)
 
-    def check_queue(self, task: str = "", num_elsewhere: int = 0) -> None:
+    def check_queue(self, task: str = "", num_elsewhere: int = 0, num_tokens: int = 0) -> None:
         """Check that one more may wait; callable from any thread.
 
         Args:
             task: that it is of.
             num_elsewhere: requests that wait elsewhere before they are added.
+            num_tokens: of its prompt.
 
         Raises:
-            QueueFullError: ``max_waiting`` are waiting, or so many that the places left are for other tasks.
+            QueueFullError: ``max_waiting`` are waiting, or so many that the places left are for other tasks; or so of
+                tokens.
         """
+        waiting = self._queue.counted
+        num_ahead = waiting.num_requests + num_elsewhere
         if not self._queue.has_place(task, num_elsewhere):
-            num_ahead = self._queue.num_counted + num_elsewhere
             raise QueueFullError(self.config.max_waiting, self.rate.wait_s(num_ahead), num_ahead)
+        if not self._queue.has_room(task, num_tokens):
+            limit, unit = self.config.max_waiting_tokens, "tokens of prompts"
+            raise QueueFullError(limit, self.rate.wait_s(num_ahead), waiting.num_tokens, unit)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
 
         Raises:
-            QueueFullError: ``max_waiting`` sequences are waiting; never if it is internal, a continuation, or has
+            QueueFullError: as ``check_queue``; never if it is internal, a continuation, or has
                 waited.
             FieldInvalidError: it could never run to ``max_num_tokens`` in this pool.
             ValueError: it contradicts itself, or was added before.
         """
         if sequence.is_counted and not sequence.has_waited:
-            self.check_queue(sequence.task)
+            self.check_queue(sequence.task, num_tokens=sequence.num_tokens)
         check_addable(sequence, self.allocator)
         self._queue.add(sequence)
 
@@ -141,7 +152,10 @@ class Scheduler:
         """
         if self._in_flight is not None:
             raise RuntimeError("the last schedule was not committed")
-        step = Step(self.config.max_num_batched_tokens, self.config.max_bulk_tokens, self._queue.rank)
+        limits = self.config
+        step = Step(
+            limits.max_num_batched_tokens, limits.max_bulk_tokens, self._queue.rank, self._bulk_pace.limit
+        )
         self._cover_tokens(step)
         step.go_on(self._running)
         self._admit_waiting(step)
@@ -194,6 +208,8 @@ class Scheduler:
 
     def commit(self, schedule: Schedule) -> None:
         """Account for a step that has run; sequences that have since finished are ignored."""
+        if schedule is self._in_flight:
+            self._note_pace(schedule, self._pace.end(schedule.num_tokens))
         for chunk in schedule.chunks:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
@@ -205,7 +221,6 @@ class Scheduler:
                 sequence.logits_from = max(sequence.logits_from, chunk.end)
             register_full_blocks(sequence, self.allocator)
         if schedule is self._in_flight:
-            self._pace.end(schedule.num_tokens)
             self._land()
 
     def undo(self, schedule: Schedule) -> None:
@@ -223,6 +238,13 @@ class Scheduler:
         self._in_flight = None
         self.allocator.free(self._freed_in_flight)
         self._freed_in_flight.clear()
+
+    def _note_pace(self, schedule: Schedule, seconds: float) -> None:
+        """Learn from a step how long bulk tokens take, if there is nothing else in it but decodes."""
+        num_decodes = sum(chunk.is_decode and not chunk.sequence.is_bulk for chunk in schedule.chunks)
+        num_bulk = sum(chunk.num_tokens for chunk in schedule.chunks if chunk.is_bulk)
+        if num_decodes + num_bulk == schedule.num_tokens:
+            self._bulk_pace.note(num_decodes, num_bulk, seconds)
 
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, whatever its state; its full blocks stay in the prefix cache. Safe to repeat."""
@@ -353,7 +375,7 @@ class Scheduler:
         num_bulk_left = 0
         num_short_left = self._queue.num_short  # not considered yet
         are_others_waiting = num_short_left > 0
-        for sequence in self._queue:
+        for sequence in islice(self._queue, _MAX_LOOKED_AT):
             no_more_bulk = num_bulk_left >= _MAX_BLOCKED
             if step.budget <= 0 or self._is_full(sequence) or (no_more_bulk and num_short_left == 0):
                 return
@@ -407,7 +429,7 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=self._queue.rank)
         self._queue.leave(sequence)
-        self._queue.limits.started(sequence)
+        self._queue.started(sequence)
         return True
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
@@ -425,7 +447,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._queue.limits.stopped(sequence)
+        self._queue.stopped(sequence)
         if sequence.placement is not None:
             sequence.placement.leave()
         self._free(sequence.block_table)

@@ -28,6 +28,7 @@ class Step:
         budget: tokens that are left.
         max_bulk: tokens of bulk sequences in a step with one decode; each two further decodes allow for one more.
         rank: of a sequence.
+        bulk_limit: how many of them a step beside so many decodes may have, by how long they take; None if unknown.
         hopeless: waiting sequences that cannot meet their deadlines.
         without_slot: sequences that wait for a slot, by rank.
         are_slots_reserved: whether one of them has waited long enough: nothing after it gets a slot.
@@ -36,6 +37,7 @@ class Step:
     budget: int
     max_bulk: int
     rank: Callable[[Sequence], Rank]
+    bulk_limit: Callable[[int], int | None]
     chunks: list[Chunk] = field(default_factory=list)
     prefix_fills: list[PrefixFill] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
@@ -134,7 +136,9 @@ class Step:
 
     def _bulk_budget(self, are_others_waiting: bool = False) -> int:
         if self.chunks or are_others_waiting:
-            return min(self.budget, self.max_bulk + self._num_decodes // 2)
+            limit = self.bulk_limit(self._num_decodes)
+            most = self.max_bulk + self._num_decodes // 2
+            return min(self.budget, most if limit is None else min(most, limit))
         return self.budget
 
     def _add(self, sequence: Sequence, num_tokens: int) -> None:

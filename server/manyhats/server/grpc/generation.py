@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from google.protobuf.message import Message
 
 from manyhats.server.grpc import from_proto, to_proto
 from manyhats.server.service.call import Call
@@ -70,10 +72,13 @@ class GenerationService:
     ) -> generation_pb2.ScoreResponse:
         """Return the log-probability of each continuation."""
         call.identify(request.request_id)
+        prompt, continuations = await self._read(
+            lambda: (from_proto.prompt(request), from_proto.continuations(request)), request
+        )
         asked = await self._generations.score_request(
             call,
-            from_proto.prompt(request),
-            from_proto.continuations(request),
+            prompt,
+            continuations,
             cache_salt=request.cache_salt,
             priority=request.priority,
         )
@@ -86,28 +91,38 @@ class GenerationService:
         self, request: generation_pb2.TokenizeRequest, call: Call
     ) -> generation_pb2.TokenizeResponse:
         """Return the tokens of a prompt."""
-        ids, pieces = await self._generations.tokenize(call, from_proto.prompt(request))
+        prompt = await self._read(partial(from_proto.prompt, request), request)
+        ids, pieces = await self._generations.tokenize(call, prompt)
         return await self._gate.backend.text_threads.build(
             partial(to_proto.tokenize_response, ids, pieces), len(ids)
         )
 
     async def _request(self, message: generation_pb2.GenerateRequest, call: Call) -> Request:
         call.identify(message.request_id)
+        asked = await self._read(partial(_asked, message), message)
         return await self._generations.request(
-            call,
-            sampling=from_proto.sampling(message),
-            stopping=from_proto.stopping(message),
-            speculation=from_proto.speculation(message),
-            response=from_proto.response_options(message),
-            constraint=from_proto.constraint(message),
-            cache_salt=message.cache_salt,
-            priority=message.priority,
-            prompt=from_proto.prompt(message),
+            call, cache_salt=message.cache_salt, priority=message.priority, **asked
         )
+
+    async def _read(self, read: Callable[[], T], message: Message) -> T:
+        """What ``read`` makes of a message; large ones take milliseconds, and are read off the event loop."""
+        return await self._gate.backend.text_threads.read(read, message.ByteSize())
 
     @property
     def _generations(self) -> Generations:
         return Generations(self._gate.backend, self._metrics)
+
+
+def _asked(message: generation_pb2.GenerateRequest) -> dict[str, Any]:
+    """What a message says of a request, by ``Generations.request``'s names."""
+    return {
+        "sampling": from_proto.sampling(message),
+        "stopping": from_proto.stopping(message),
+        "speculation": from_proto.speculation(message),
+        "response": from_proto.response_options(message),
+        "constraint": from_proto.constraint(message),
+        "prompt": from_proto.prompt(message),
+    }
 
 
 def _num_sequences(message: generation_pb2.GenerateRequest) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,10 +17,11 @@ from manyhats.server.access.errors import ServerError
 from manyhats.server.access.rules import check_access
 from manyhats.server.access.tokens import EVERYBODY, Caller, Scope, TokenFile
 from manyhats.server.grpc.answers import answering, send
-from manyhats.server.grpc.messages import check_readable, readable, tolerant
+from manyhats.server.grpc.messages import SMALL_BYTES, Unread, check_readable, readable, tolerant
 from manyhats.server.grpc.status import status_of
 from manyhats.server.service.answers import Answers
 from manyhats.server.service.call import Call, Calls
+from manyhats.server.service.text_threads import TextThreads
 
 _SERVICE_PREFIX = "/manyhats.v1."
 # Methods open to everyone: a probe has no token.
@@ -110,23 +111,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def unary(request: Any, context: Context) -> None:
             async with self._call(method, caller, context) as call:
-                _read(request, call)
-                with answering(answers, context) as answer:
-                    await send(answer, serialize(await handler.unary_unary(request, call)), context)
+                with self._message() as take, answering(answers, context) as answer:
+                    message = await self._read(request, call, take)
+                    await send(answer, serialize(await handler.unary_unary(message, call)), context)
 
         async def upload(requests: Any, context: Context) -> None:
             async with self._call(method, caller, context) as call:
                 with answering(answers, context) as answer:
-                    uploaded = await handler.stream_unary(_named(readable(requests), call), call)
+                    uploaded = await handler.stream_unary(self._named(requests, call), call)
                     # The method has begun its answer.
                     await send(answer, serialize(uploaded), context, is_first=False)
 
         async def stream(request: Any, context: Context) -> None:
             async with self._call(method, caller, context) as call:
-                _read(request, call)
-                responses: AsyncGenerator[Any, None] = handler.unary_stream(request, call)
                 is_first = True
-                with answering(answers, context) as answer:
+                with self._message() as take, answering(answers, context) as answer:
+                    message = await self._read(request, call, take)
+                    responses: AsyncGenerator[Any, None] = handler.unary_stream(message, call)
                     async with aclosing(responses):
                         async for response in responses:
                             await send(answer, serialize(response), context, is_first=is_first)
@@ -137,6 +138,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(upload, deserialize)
         answer = stream if handler.response_streaming else unary
         return grpc.unary_stream_rpc_method_handler(answer, deserialize)
+
+    async def _read(self, request: Any, call: Call, take: Callable[[int], None]) -> Any:
+        """A call's message; the tasks that it names are noted. Small ones are bounded by the number of calls."""
+        if isinstance(request, Unread):
+            take(request.num_bytes)
+        message = await readable(request, self._text_threads)
+        for name in _names(message):
+            call.names(name)
+        return message
+
+    async def _named(self, requests: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
+        """The messages of an upload; each is looked at for a header, which names a task."""
+        async for request in requests:
+            message = await readable(request, self._text_threads)
+            call.names(message.header.task_id)
+            yield message
+
+    def _message(self) -> AbstractContextManager[Callable[[int], None]]:
+        return self._calls.gate.message()
+
+    def _text_threads(self) -> TextThreads:
+        return self._calls.gate.backend.text_threads
 
     @asynccontextmanager
     async def _call(self, method: str, caller: Caller, context: Context) -> AsyncIterator[GrpcCall]:
@@ -155,24 +178,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise
 
 
-def _read(request: Any, call: Call) -> None:
-    check_readable(request)
-    for name in _names(request):
-        call.names(name)
-
-
 def _names(request: Any) -> Sequence[str | None]:
     """The tasks that a message names; "" where it could, and names none."""
     if hasattr(request, "task_ids"):
         return list(request.task_ids) or [""]
     return [getattr(request, "task_id", None)]
-
-
-async def _named(messages: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
-    """The messages of an upload; each is looked at for a header, which names a task."""
-    async for message in messages:
-        call.names(message.header.task_id)
-        yield message
 
 
 def _unread(refuse: Any) -> Handler:
@@ -219,7 +229,8 @@ def _of_messages(handler: Any) -> Handler:
         async for response in handler.stream_stream(checked(), context):
             yield response
 
-    serializers = (tolerant(handler.request_deserializer), handler.response_serializer)
+    deserialize = tolerant(handler.request_deserializer, max_bytes=SMALL_BYTES)
+    serializers = (deserialize, handler.response_serializer)
     if handler.stream_stream is not None:
         return grpc.stream_stream_rpc_method_handler(both, *serializers)
     if handler.unary_stream is not None:

@@ -2,12 +2,14 @@
 
 gRPC itself would answer the former before any of our code is called, with UNKNOWN and the name of a Python class; and
 it parses a message while holding the interpreter lock, which takes most of a second for some millions of empty parts.
+Large messages are looked at and parsed off the event loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +17,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
 from manyhats.engine.errors import FieldInvalidError
+from manyhats.server.service.text_threads import TextThreads, paced
 
 Deserializer = Callable[[bytes], Any]
 # A message's position in the bytes, and its type.
@@ -35,8 +38,8 @@ _MAX_BYTES_OF: Mapping[str, int] = MappingProxyType(
 )
 # Fields, including those of nested messages: ten times as many as the largest conversation or scoring has.
 _MAX_PARTS = 32_768
-# A smaller message is parsed in a millisecond or two, whatever its content.
-_COUNTED_FROM_BYTES = 64 * 1024
+SMALL_BYTES = 64 * 1024
+"""A message of no more is parsed in a millisecond or two, whatever its content."""
 _MAX_VARINT_BYTES = 10
 
 
@@ -47,26 +50,41 @@ class Unreadable:
     reason: str
 
 
-def tolerant(deserialize: Deserializer | None) -> Deserializer | None:
-    """A deserializer that returns ``Unreadable`` for what it does not parse; None, for raw bytes, stays None.
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Stands for a large message that is not parsed yet: ``read`` gives it, or ``Unreadable``."""
+
+    num_bytes: int
+    read: Callable[[], Any]
+
+
+def tolerant(deserialize: Deserializer | None, *, max_bytes: int | None = None) -> Deserializer | None:
+    """A deserializer that returns ``Unreadable`` for what it does not parse, and ``Unread`` for what is large.
 
     Args:
-        deserialize: a message class's ``FromString``.
+        deserialize: a message class's ``FromString``; None, for raw bytes, stays None.
+        max_bytes: of a message; None for the limit of its class.
     """
     if deserialize is None:
         return None
     descriptor: Descriptor = deserialize.__self__.DESCRIPTOR  # type: ignore[attr-defined]
-    max_bytes = _MAX_BYTES_OF.get(descriptor.full_name, _MAX_BYTES)
+    limit = max_bytes or _MAX_BYTES_OF.get(descriptor.full_name, _MAX_BYTES)
 
-    def read(data: bytes) -> Any:
-        if len(data) > max_bytes:
-            return Unreadable(f"has {len(data)} bytes; the limit is {max_bytes}")
-        if len(data) > _COUNTED_FROM_BYTES and _has_too_many_parts(data, descriptor):
-            return Unreadable(f"has more than {_MAX_PARTS} fields, including nested ones")
+    def parsed(data: bytes) -> Any:
         try:
             return deserialize(data)
         except DecodeError:
             return Unreadable(f"its bytes are not a {descriptor.full_name} message")
+
+    def counted(data: bytes) -> Any:
+        if _has_too_many_parts(data, descriptor):
+            return Unreadable(f"has more than {_MAX_PARTS} fields, including nested ones")
+        return parsed(data)
+
+    def read(data: bytes) -> Any:
+        if len(data) > limit:
+            return Unreadable(f"has {len(data)} bytes; the limit is {limit}")
+        return parsed(data) if len(data) <= SMALL_BYTES else Unread(len(data), partial(counted, data))
 
     return read
 
@@ -76,16 +94,18 @@ def _has_too_many_parts(data: bytes, descriptor: Descriptor) -> bool:
 
     A broken part counts up to the break: that far it would be parsed.
     """
-    num_parts = 0
+    parts = paced(_parts(data, descriptor), lambda part: 1)
+    return any(number > _MAX_PARTS for number, _ in enumerate(parts, 1))
+
+
+def _parts(data: bytes, descriptor: Descriptor) -> Iterator[_Part | None]:
+    """Its fields, including nested ones; for messages, their position."""
     pending: list[_Part] = [(0, len(data), descriptor)]
     while pending:
         for inner in _fields(data, *pending.pop()):
-            num_parts += 1
-            if num_parts > _MAX_PARTS:
-                return True
             if inner is not None:
                 pending.append(inner)
-    return False
+            yield inner
 
 
 def _fields(data: bytes, at: int, end: int, message: Descriptor) -> Iterator[_Part | None]:
@@ -147,12 +167,17 @@ def check_readable(request: object) -> None:
         raise FieldInvalidError("request", request.reason)
 
 
-async def readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The messages of a stream, each checked as it arrives.
+async def readable(request: Any, threads: Callable[[], TextThreads]) -> Any:
+    """A message, parsed if it is not yet.
+
+    Args:
+        request: what ``tolerant`` made of it.
+        threads: where large ones are parsed.
 
     Raises:
-        FieldInvalidError: one was not parsed.
+        FieldInvalidError: it cannot be.
     """
-    async for request in requests:
-        check_readable(request)
-        yield request
+    if isinstance(request, Unread):
+        request = await threads().read(request.read, request.num_bytes)
+    check_readable(request)
+    return request

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -16,17 +15,23 @@ from starlette.types import Receive
 
 from manyhats.engine.errors import FieldInvalidError, RequestCancelledError
 from manyhats.server.service.errors import (
-    BodiesError,
     RequestTooLargeError,
     UnsupportedMediaTypeError,
     UploadStalledError,
 )
+from manyhats.server.service.json_text import outlines
 
 Body = TypeVar("Body")
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
-MAX_ARRIVING_BYTES = 256 * 1024 * 1024
 JSON = "application/json"
+SMALL_BYTES = 64 * 1024
+"""A body of no more is decoded in milliseconds, whatever its content."""
+# The decoder holds the interpreter lock. These take it some milliseconds, and are ten times what requests have: parts
+# of conversations, tools and schemas; names and texts in them; token ids of many texts.
+_MAX_CONTAINERS = 32_768
+_MAX_STRINGS = 131_072
+_MAX_VALUES = 524_288
 _MAX_QUERY_FIELDS = 20
 _MAX_UNKNOWN_FIELDS = 32
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
@@ -70,50 +75,17 @@ class ByteStream:
         return data
 
 
-class Arriving:
-    """The bodies of a port that are not decoded yet: any caller may send them, and none is inside the gate.
-
-    Args:
-        max_bytes: of all of them together.
-    """
-
-    def __init__(self, max_bytes: int = MAX_ARRIVING_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-
-    @contextmanager
-    def body(self) -> Iterator[Callable[[int], None]]:
-        """Room for one body, until it is decoded; the function takes more of it.
-
-        Raises:
-            BodiesError: there is none left; by that function.
-        """
-        taken = 0
-
-        def take(num_bytes: int) -> None:
-            nonlocal taken
-            if self._num_bytes + num_bytes > self._max_bytes:
-                raise BodiesError(self._max_bytes)
-            taken += num_bytes
-            self._num_bytes += num_bytes
-
-        try:
-            yield take
-        finally:
-            self._num_bytes -= taken
-
-
 async def read_body(receive: Receive, headers: Headers, take: Callable[[int], None], limit_s: float) -> bytes:
     """The bytes of a request's JSON.
 
     Args:
         receive: ASGI's.
         headers: the request's.
-        take: makes room for so many bytes of it.
+        take: makes room for so many bytes of it (``Gate.message``).
         limit_s: how long nothing may arrive; all of it may take four times as long.
 
     Raises:
-        BodiesError: there is no room.
+        MessagesError: there is no room.
         UnsupportedMediaTypeError: they are something else.
         RequestTooLargeError: there are too many; the rest is not read.
         UploadStalledError: the caller stopped sending.
@@ -154,6 +126,8 @@ def decoded(data: bytes, kind: type[Body], ignored: Callable[[str], None] | None
     """
     if not data:
         raise FieldInvalidError("body", "is empty; it must be a JSON object")
+    if len(data) > SMALL_BYTES:
+        _check_parts(data)
     try:
         if ignored is None:
             return msgspec.json.decode(data, type=kind)
@@ -164,6 +138,26 @@ def decoded(data: bytes, kind: type[Body], ignored: Callable[[str], None] | None
         raise _invalid(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FieldInvalidError("body", f"is not JSON: {error}") from None
+
+
+def _check_parts(data: bytes) -> None:
+    """Check how many parts JSON has, by its outline alone, in pieces.
+
+    Raises:
+        FieldInvalidError: they are too many.
+    """
+    containers = strings = values = 0
+    for piece in outlines(data):
+        containers += piece.count(b"{") + piece.count(b"[")
+        strings += piece.count(b'"')
+        values += piece.count(b",")
+        for number, limit, what in (
+            (containers, _MAX_CONTAINERS, "objects and lists"),
+            (strings, _MAX_STRINGS, "strings and names"),
+            (values, _MAX_VALUES, "values"),
+        ):
+            if number > limit:
+                raise FieldInvalidError("body", f"has more than {limit} {what}")
 
 
 def query_of(query: bytes, kind: type[Body]) -> Body:

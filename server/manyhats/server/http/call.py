@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic
 
 import anyio
@@ -18,7 +19,7 @@ from manyhats.server.access.errors import CredentialMissingError, ServerError
 from manyhats.server.access.rules import check_access
 from manyhats.server.access.tokens import EVERYBODY, Caller, TokenFile
 from manyhats.server.access.tokens import Scope as TaskScope
-from manyhats.server.http.body import Arriving, ByteStream, decoded, read_body
+from manyhats.server.http.body import SMALL_BYTES, ByteStream, decoded, read_body
 from manyhats.server.http.connection import transport_of
 from manyhats.server.http.operation import Body, Operation
 from manyhats.server.http.status import refusal_of
@@ -38,12 +39,14 @@ class HttpCall(Call):
         path: parameters of its path.
         query: of its address, not decoded.
         given: the headers of its request.
+        num_bytes: of its body, unless that is read as it arrives.
         headers: what its answer says in headers besides its format.
     """
 
     path: Mapping[str, str] = field(default_factory=dict)
     query: bytes = b""
     given: Headers = field(default_factory=Headers)
+    num_bytes: int = 0
     headers: dict[str, str] = field(default_factory=dict)
 
     def renamed(self, request_id: str | None) -> None:
@@ -73,7 +76,6 @@ class Surroundings:
         needs_certificate: whether a connection needs a client's certificate to make calls.
         is_lenient: whether unknown fields of a body are ignored.
         body_limit_s: how long a caller may send nothing of its body.
-        arriving: bounds the bodies that are not decoded yet.
     """
 
     calls: Calls
@@ -82,7 +84,6 @@ class Surroundings:
     needs_certificate: bool = False
     is_lenient: bool = False
     body_limit_s: float = 30.0
-    arriving: Arriving = field(default_factory=Arriving)
     _ignored: set[str] = field(default_factory=set)
 
     def note_ignored(self, name: str) -> None:
@@ -133,12 +134,13 @@ class Endpoint(Generic[Body]):
                     headers=writer.headers,
                 )
                 try:
-                    body, problem = await self._read(call, scope, receive)
-                    if self._operation.body is ByteStream and problem is None:
-                        body = ByteStream(unless_left, Headers(scope=scope))
-                    else:
-                        tasks.start_soon(watch)
-                    await self._answer(call, body, problem, writer)
+                    with self._around.calls.gate.message() as take:
+                        body, problem = await self._read(call, scope, receive, take)
+                        if self._operation.body is ByteStream and problem is None:
+                            body = ByteStream(unless_left, Headers(scope=scope))
+                        else:
+                            tasks.start_soon(watch)
+                        await self._answer(call, body, problem, writer)
                 except Exception as error:  # noqa: BLE001 - whatever it is, its caller is told
                     await self._fail(writer, error)
                 tasks.cancel_scope.cancel()
@@ -155,7 +157,9 @@ class Endpoint(Generic[Body]):
         except (EngineError, ServerError):  # that is not read either
             writer.abort()
 
-    async def _read(self, call: HttpCall, scope: Scope, receive: Receive) -> tuple[Any, Exception | None]:
+    async def _read(
+        self, call: HttpCall, scope: Scope, receive: Receive, take: Callable[[int], None]
+    ) -> tuple[Any, Exception | None]:
         """The body, unless it is read as it arrives, and what keeps the call from being answered."""
         headers = Headers(scope=scope)
         call.renamed(None)
@@ -166,9 +170,12 @@ class Endpoint(Generic[Body]):
             if self._operation.body in (None, ByteStream) or self._around.calls.gate.is_full:
                 return None, None
             ignored = self._around.note_ignored if self._around.is_lenient else None
-            with self._around.arriving.body() as body:
-                data = await read_body(receive, headers, body, self._around.body_limit_s)
-                return decoded(data, self._operation.body, ignored), None
+            data = await read_body(receive, headers, take, self._around.body_limit_s)
+            call.num_bytes = len(data)
+            work = partial(decoded, data, self._operation.body, ignored)
+            if len(data) <= SMALL_BYTES:
+                return work(), None
+            return await self._around.calls.gate.backend.text_threads.read(work, len(data)), None
         except Exception as error:  # noqa: BLE001 - raised again where the call is accounted for
             return None, error
 

@@ -49,7 +49,8 @@ class OpenAI:
         """``POST /v1/chat/completions``."""
         if body.stream and body.prompt_logprobs is not None:
             raise FieldInvalidError("prompt_logprobs", "is not streamed; leave out stream")
-        prompt, max_tokens = conversation(body), self._gate.backend.engine.max_context_length
+        max_tokens = self._gate.backend.engine.max_context_length
+        prompt = await self.read(call, partial(conversation, body))
         try:
             run = await self._begin(call, body, "chatcmpl-", [prompt], max_tokens)
         except PromptTooLongError as error:
@@ -67,7 +68,8 @@ class OpenAI:
         """``POST /v1/completions``."""
         if body.best_of not in (None, 1 if body.n is None else body.n):
             raise FieldInvalidError("best_of", "must equal n: all answers are returned")
-        run = await self._begin(call, body, "cmpl-", prompts_of(body), _COMPLETION_TOKENS)
+        prompts = await self.read(call, partial(prompts_of, body))
+        run = await self._begin(call, body, "cmpl-", prompts, _COMPLETION_TOKENS)
         outputs = self._outputs(run)
         if body.shows_prompt_only:
             outputs = _of_prompts_only(outputs)
@@ -92,6 +94,7 @@ class OpenAI:
         call.renamed(body.request_id)
         name = task_name(backend, body.model, body.adapter_id, body.lora_path)
         call.names(name)
+        constraint = await self.read(call, lambda: body.constraint)
         request = partial(
             self._generations.request,
             call,
@@ -99,7 +102,7 @@ class OpenAI:
             stopping=Fields(body.stopping, {"max_new_tokens": max_tokens}),
             speculation=Fields(body.guessing),
             response=body.response,
-            constraint=body.constraint,
+            constraint=constraint,
             cache_salt=body.cache_salt or "",
             priority=-(body.priority or 0),
         )
@@ -155,6 +158,10 @@ class OpenAI:
                 await asyncio.sleep(0)
             texts.append(text)
         return texts
+
+    async def read(self, call: HttpCall, read: Callable[[], T]) -> T:
+        """What ``read`` makes of a call's body; large ones take milliseconds, and are read off the event loop."""
+        return await self._gate.backend.text_threads.read(read, call.num_bytes)
 
     @property
     def _generations(self) -> Generations:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET, to_builtins
@@ -58,7 +59,7 @@ class Responses:
     async def respond(self, call: HttpCall, body: ResponsesBody) -> Response | AsyncGenerator[Event, None]:
         """``POST /v1/responses``."""
         with _own_names():
-            chat = as_chat(body)
+            chat = await self._openai.read(call, partial(as_chat, body))
             if body.stream:
                 chat.stream_options = StreamOptions(include_usage=True)
             answer = await self._openai.chat(call, chat)

@@ -92,7 +92,9 @@ class Scores:
             return await self._items(call, body, model)
         if body.query is not None or body.label_token_ids is not None:
             raise FieldInvalidError("items", "is required with query and label_token_ids")
-        prompt, continuations = _prompt(body), _continuations(body.continuations or ())
+        prompt, continuations = await self._gate.backend.text_threads.read(
+            lambda: (_prompt(body), _continuations(body.continuations or ())), call.num_bytes
+        )
         output, names = await self._scored(call, body, prompt, continuations)
         spent = Spent()
         spent.prompt(output.usage)

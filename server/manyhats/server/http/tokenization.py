@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
@@ -68,7 +69,7 @@ class Tokenization:
             raise FieldInvalidError("prompt", "exactly one of prompt and messages must be given")
         prompt: TextPrompt | ChatPrompt
         if body.messages is not None:
-            prompt = conversation(body)
+            prompt = await self._gate.backend.text_threads.read(partial(conversation, body), call.num_bytes)
         else:
             prompt = TextPrompt(
                 body.prompt or "", add_special_tokens=body.add_special_tokens is not False, field="prompt"

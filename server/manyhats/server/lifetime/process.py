@@ -37,6 +37,7 @@ from manyhats.server.lifetime.hang import end_at_once, end_when_hung
 from manyhats.server.lifetime.system import StopSignals, connection_limits, raise_file_limit, wait_for_either
 from manyhats.server.observability.logs import LoadingStopped, ProgressLog, both, configure_logs
 from manyhats.server.observability.metrics import Metrics
+from manyhats.server.observability.timed_loop import TimedLoop
 from manyhats.server.service.answers import Answers
 from manyhats.server.service.backend import Backend
 from manyhats.server.service.call import Calls
@@ -123,6 +124,9 @@ class _Process:
     async def run(self) -> int:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._stop.installed())
+            loop = asyncio.get_running_loop()
+            if isinstance(loop, TimedLoop):
+                loop.on_turn = self._metrics.turn
             stack.callback(self._close_store)
             tls = None if self._config.tls_files is None else ServerTls(self._config.tls_files)
             if tls is not None:

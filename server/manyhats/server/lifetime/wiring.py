@@ -70,7 +70,7 @@ def open_backend(config: ServeConfig, metrics: Metrics, progress: Progress) -> B
         model,
         settings,
         loader,
-        fetch=store.fetch if store.is_far else None,
+        fetch=(lambda record: read_from(store.fetch, record, health)) if store.is_far else None,
         background=background,
         progress=progress,
     )

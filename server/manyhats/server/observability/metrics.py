@@ -30,6 +30,7 @@ _INTER_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 
 _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
 _LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_TURN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 _COMPILE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ADAPTER_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -44,9 +45,9 @@ _LIVE = (
     "manyhats_model_bytes",
     "manyhats_engine_heartbeat_timestamp_seconds",
     "manyhats_adapter_resident",
+    "manyhats_store_usable",
     "manyhats_adapter_pinned",
     "manyhats_adapter_pinned_bytes",
-    "manyhats_store_usable",
     "manyhats_adapter_evictions_total",
     *gateway.NAMES,
 )
@@ -94,6 +95,11 @@ class Metrics:
             "tokens_encoded", "Tokens of texts that were read, counted when the call ends.", "task"
         )
         self._of_tokens: dict[str, tuple[Counter, Histogram]] = {}  # label → series that exist
+        self._turn_seconds = self._histogram(
+            "event_loop_turn_seconds",
+            "One turn of the event loop, which sends nothing else meanwhile.",
+            _TURN_BUCKETS,
+        )
         self._add_engine_metrics()
         self._add_adapter_metrics()
         self._live = LiveMetrics(self._versions, self._labels, clock)
@@ -201,6 +207,10 @@ class Metrics:
         self._cache_queries.inc(stats.prefix_cache_queries)
         self._cache_hits.inc(stats.prefix_cache_hits)
 
+    def turn(self, seconds: float) -> None:
+        """Count a turn of the event loop."""
+        self._turn_seconds.observe(seconds)
+
     def constraint_compiled(self, seconds: float) -> None:
         """Count the compilation of a constraint."""
         self._compile_seconds.observe(seconds)
@@ -263,14 +273,14 @@ class LiveMetrics:
         placed = (record for record, tier in residents if tier is Tier.DEVICE)
         yield from self._engine_gauges(backend)
         yield self._resident_gauge(residents)
-        pinned = backend.engine.pinned_digests()
-        yield self._pinned_gauge(record for record, _ in residents if record.digest in pinned)
         yield gauge(
             "manyhats_store_usable",
             "Whether the store can be used: its catalogue, and to read and write adapters.",
             ["use"],
             [((use,), float(is_usable)) for use, is_usable in backend.store_health.usable.items()],
         )
+        pinned = backend.engine.pinned_digests()
+        yield self._pinned_gauge(record for record, _ in residents if record.digest in pinned)
         evictions = CounterMetricFamily(
             "manyhats_adapter_evictions", "Adapters that made room in a tier.", labels=["tier"]
         )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from manyhats.engine.errors import FieldInvalidError
 from manyhats.engine.text.chat_template import ChatMessage, Rendering
+from manyhats.server.service.json_text import depth_of
+from manyhats.server.service.text_threads import paced
 
 if TYPE_CHECKING:
     from manyhats.server.service.tool_use import ToolUse
@@ -59,6 +59,9 @@ _JSON_NAMES = {bool: "true or false", str: "a text", int: "a whole number", list
 
 # What a template writes around each message, in characters.
 _MESSAGE_LENGTH = 32
+# How long it takes to check a message, and a call of a tool in it, in the weights of ``paced``.
+_MESSAGE_WEIGHT = 8
+_CALL_WEIGHT = 256
 
 
 def _plain(turn: Any) -> ChatMessage:
@@ -67,7 +70,7 @@ def _plain(turn: Any) -> ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation, oldest message first.
+    """A conversation, oldest message first. Making a large one takes a while, in pieces.
 
     Attributes:
         tools: JSON objects, for templates that read them.
@@ -76,6 +79,7 @@ class ChatPrompt:
         add_generation_prompt: whether the assistant's next turn begins; None unless the last message is continued.
         continue_final_message: whether the answer continues the last message.
         rendering: what its template gets besides the messages, and how the text ends.
+        length: about as many characters as its rendering has.
 
     Raises:
         FieldInvalidError: a field is out of range; names it as in ``chat.messages[3].role``.
@@ -88,6 +92,7 @@ class ChatPrompt:
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     rendering: Rendering = dataclasses.field(init=False)
+    length: int = dataclasses.field(init=False)
     field: ClassVar[str] = "chat.messages"
 
     @classmethod
@@ -105,21 +110,27 @@ class ChatPrompt:
             FieldInvalidError: a field is out of range.
         """
         _check_number(turns)
-        return cls(tuple(read(turn) for turn in turns), **options)
+        return cls(tuple(read(turn) for turn in paced(turns, lambda turn: _MESSAGE_WEIGHT)), **options)
 
     def __post_init__(self) -> None:
         _check_number(self.messages)
         num_calls = sum(len(each.tool_calls) for each in self.messages)
         if num_calls > MAX_CALLS:
             raise FieldInvalidError(self.field, f"have {num_calls} tool_calls; the limit is {MAX_CALLS}")
-        messages = [_checked(f"{self.field}[{index}]", each) for index, each in enumerate(self.messages)]
-        object.__setattr__(self, "messages", tuple(messages))
-        check_size(self.field, self.num_bytes)
-        if self.tool_use is None or self.tool_use.tools is not self.tools:  # which it has checked
-            check_tools(self.tools)
+        checked = [
+            _checked(f"{self.field}[{index}]", each)
+            for index, each in enumerate(paced(self.messages, _weight))
+        ]
+        object.__setattr__(self, "messages", tuple(message for message, _ in checked))
+        num_bytes = sum(size for _, size in checked)
+        check_size(self.field, num_bytes)
+        if self.tool_use is None or self.tool_use.tools is not self.tools:
+            besides = check_tools(self.tools)
+        else:  # it has checked them
+            besides = self.tool_use.num_bytes
         for name, value in self.template_arguments.items():
             _check_argument(name, value)
-        _check_json("chat.template_arguments", self.template_arguments)
+        besides += _checked_size("chat.template_arguments", self.template_arguments)
         begins = self.add_generation_prompt
         rendering = Rendering(
             variables=dict(self.template_arguments),
@@ -128,25 +139,15 @@ class ChatPrompt:
             continue_final_message=self.continue_final_message,
         )
         object.__setattr__(self, "rendering", rendering)
-
-    @property
-    def num_bytes(self) -> int:
-        """All contents and tool calls together, in UTF-8."""
-        return sum(
-            len((each.content or "").encode()) + (_size(each.tool_calls) if each.tool_calls else 0)
-            for each in self.messages
-        )
-
-    @property
-    def length(self) -> int:
-        """About as many characters as its rendering has."""
         names = sum(
             len(each.role.encode()) + len(each.name) + len(each.tool_call_id) for each in self.messages
         )
-        besides = (
-            _size([*self.tools, self.template_arguments]) if self.tools or self.template_arguments else 0
-        )
-        return self.num_bytes + names + besides + _MESSAGE_LENGTH * len(self.messages)
+        length = num_bytes + names + besides + _MESSAGE_LENGTH * len(self.messages)
+        object.__setattr__(self, "length", length)
+
+
+def _weight(message: ChatMessage) -> int:
+    return _MESSAGE_WEIGHT + _CALL_WEIGHT * len(message.tool_calls)
 
 
 def _check_number(messages: Collection[Any]) -> None:
@@ -166,17 +167,19 @@ def check_size(name: str, num_bytes: int) -> None:
         raise FieldInvalidError(name, f"has {num_bytes} bytes; the limit is {MAX_TEXT_BYTES}")
 
 
-def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
-    """Check the number of tools, and that they are JSON objects of bounded depth and size.
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> int:
+    """Check the number of tools, and that they are JSON objects of bounded depth and size; returns their size in bytes.
 
     Raises:
         FieldInvalidError: they are not.
     """
     if len(tools) > MAX_TOOLS:
         raise FieldInvalidError("chat.tools", f"has {len(tools)}; the limit is {MAX_TOOLS}")
-    for index, tool in enumerate(tools):
+    total = 0
+    for index, tool in enumerate(paced(tools, lambda tool: _CALL_WEIGHT)):
         _check_object(f"chat.tools[{index}]", tool)
-    _check_json("chat.tools", tools)
+        total += _checked_size("chat.tools", tool, before=total)
+    return total
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
@@ -196,8 +199,8 @@ def json_object(name: str, text: str) -> dict[str, Any]:
     return value
 
 
-def _checked(name: str, message: ChatMessage) -> ChatMessage:
-    """A message as templates read it, its calls' arguments as objects rather than texts."""
+def _checked(name: str, message: ChatMessage) -> tuple[ChatMessage, int]:
+    """A message as templates read it, its calls' arguments as objects rather than texts, and its bytes."""
     if not 1 <= len(message.role) <= MAX_ROLE_LENGTH:
         raise FieldInvalidError(f"{name}.role", f"must have 1 to {MAX_ROLE_LENGTH} characters")
     for part in ("name", "tool_call_id"):
@@ -205,8 +208,9 @@ def _checked(name: str, message: ChatMessage) -> ChatMessage:
             raise FieldInvalidError(f"{name}.{part}", f"must have at most {MAX_NAME_LENGTH} characters")
     if message.content is None and not message.tool_calls:
         raise FieldInvalidError(f"{name}.content", "must be given where there are no tool_calls")
+    num_bytes = len((message.content or "").encode())
     if not message.tool_calls:
-        return message
+        return message, num_bytes
     if message.role != "assistant":
         raise FieldInvalidError(f"{name}.tool_calls", "belong to the assistant's messages only")
     if len(message.tool_calls) > MAX_TOOLS:
@@ -214,11 +218,12 @@ def _checked(name: str, message: ChatMessage) -> ChatMessage:
             f"{name}.tool_calls", f"has {len(message.tool_calls)}; the limit is {MAX_TOOLS}"
         )
     calls = [_call(f"{name}.tool_calls[{index}]", call) for index, call in enumerate(message.tool_calls)]
-    return replace(message, tool_calls=tuple(calls))
+    num_bytes += sum(size for _, size in calls)
+    return replace(message, tool_calls=tuple(call for call, _ in calls)), num_bytes
 
 
-def _call(name: str, call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call whose arguments are an object, which OpenAI's API has as text."""
+def _call(name: str, call: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """A call whose arguments are an object, which OpenAI's API has as text, and its bytes."""
     _check_object(name, call)
     function = call.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -230,8 +235,7 @@ def _call(name: str, call: Mapping[str, Any]) -> dict[str, Any]:
         arguments = {}
     _check_object(f"{name}.function.arguments", arguments)
     normal = {"type": "function", **call, "function": {**function, "arguments": arguments}}
-    _check_json(name, normal)
-    return normal
+    return normal, _checked_size(name, normal)
 
 
 def _check_argument(name: str, value: Any) -> None:
@@ -248,10 +252,21 @@ def _check_object(name: str, value: Any) -> None:
         raise FieldInvalidError(name, "must be an object")
 
 
-def _check_json(name: str, value: Any) -> None:
-    """Check that a value is JSON of bounded depth and size, by its text: a walk in Python would hold up others."""
+def _checked_size(name: str, value: Any, before: int = 0) -> int:
+    """The bytes of a value as JSON; 0 of nothing.
+
+    By its text, since a walk in Python would hold up others.
+
+    Args:
+        name: of the field.
+        value: what is checked.
+        before: bytes that belong to the same field.
+
+    Raises:
+        FieldInvalidError: it is not JSON, or nested too deeply, or too large.
+    """
     if not value:
-        return
+        return 0
     try:
         text = _json(value)
     except RecursionError:
@@ -260,15 +275,12 @@ def _check_json(name: str, value: Any) -> None:
         raise FieldInvalidError(name, "has a number that is not finite") from None
     except TypeError as error:
         raise FieldInvalidError(name, f"is not JSON: {error}") from None
-    if len(text) > MAX_JSON_BYTES:
-        raise FieldInvalidError(name, f"has {len(text)} bytes as JSON; the limit is {MAX_JSON_BYTES}")
-    changes = _BRACKETS.sub(b"", text).translate(_DEPTH_CHANGES)
-    if max(accumulate(each - 1 for each in changes), default=0) >= MAX_JSON_DEPTH:
+    num_bytes = before + len(text)
+    if num_bytes > MAX_JSON_BYTES:
+        raise FieldInvalidError(name, f"has {num_bytes} bytes as JSON; the limit is {MAX_JSON_BYTES}")
+    if depth_of(text) >= MAX_JSON_DEPTH:
         raise FieldInvalidError(name, f"is nested deeper than {MAX_JSON_DEPTH} levels")
-
-
-def _size(value: Any) -> int:
-    return len(_json(value))
+    return len(text)
 
 
 def _json(value: Any) -> bytes:
@@ -282,6 +294,3 @@ def _plain_mapping(value: Any) -> dict[str, Any]:
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, default=_plain_mapping)
-# All of JSON but the brackets that are not in texts.
-_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[^][{}"]+', re.DOTALL)
-_DEPTH_CHANGES = bytes.maketrans(b"{[}]", bytes([2, 2, 0, 0]))

@@ -90,7 +90,8 @@ class Encodings:
         """
         adapter = self._tasks.resolved(call)
         if pooling is None:
-            check_kind(adapter, TaskKind.GENERATE, TaskKind.EMBED, base=self._backend.info.kind)
+            kinds, own = (TaskKind.GENERATE, TaskKind.EMBED), self._backend.info.kind
+            check_kind(adapter, *kinds, act="embed unless a pooling is named", base=own)
             pooling = None if adapter is None else read_pooling(adapter.labels)
         if pooling is Pooling.ALL:
             raise FieldInvalidError("pooling", "must give one vector a text")
@@ -194,7 +195,7 @@ class Encodings:
             EngineError, AdapterError: it cannot be served.
         """
         _check_most("top_k", top_k)
-        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY_TOKENS)
+        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY_TOKENS, "classify tokens")
 
         def tagged(text: str, spans: Sequence[TokenSpan], logits: Vector) -> tuple[TaggedToken, ...]:
             rows = scored_rows(adapter, logits, False, top_k)
@@ -216,7 +217,7 @@ class Encodings:
         priority: int = 0,
     ) -> Tagged[Entity]:
         """The entities that the labels of each text's tokens make; otherwise as ``classify_tokens``."""
-        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY_TOKENS)
+        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY_TOKENS, "classify tokens")
 
         def found(text: str, spans: Sequence[TokenSpan], logits: Vector) -> tuple[Entity, ...]:
             names = class_names(adapter.labels, logits.shape[1])
@@ -253,7 +254,7 @@ class Encodings:
             EngineError, AdapterError: it cannot be served.
         """
         _check_most("top_n", top_n)
-        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY)
+        adapter = self._of_kind(self._tasks.resolved(call), TaskKind.CLASSIFY, "rank texts")
         asked = TextPrompt(query, field="query")
         pairs = [TextPrompt(text, field=f"texts[{index}]", first=query) for index, text in enumerate(texts)]
         if truncates:  # the query is tokenized with each text, so that its own length must be bounded
@@ -272,8 +273,10 @@ class Encodings:
         best = tuple((index, scores[index]) for index in order[: top_n or None])
         return Ranked(best, num_tokens, output.usage, adapter)
 
-    def _of_kind(self, adapter: AdapterRecord | None, kind: TaskKind) -> AdapterRecord:
-        check_kind(adapter, kind, base=self._backend.info.kind)
+    def _of_kind(
+        self, adapter: AdapterRecord | None, kind: TaskKind, act: str = "classify texts"
+    ) -> AdapterRecord:
+        check_kind(adapter, kind, act=act, base=self._backend.info.kind)
         assert adapter is not None  # the base model has no head
         return adapter
 

@@ -6,7 +6,7 @@ ServerError
 ├── BusyError           try again later
 │   ├── TooManyCallsError       the limit of running calls is reached
 │   ├── UnreadAnswersError      large answers wait for their callers
-│   └── BodiesError             many bodies are arriving
+│   └── MessagesError           messages of calls hold much memory
 ├── TaskKindError       a task does something else than what is asked of it
 ├── UnexpectedError     a bug; the log has it
 ├── UploadStalledError  a caller began an upload and stopped sending
@@ -18,8 +18,6 @@ ServerError
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from manyhats.adapters.heads import TaskKind
 from manyhats.server.access.errors import ServerError
 
@@ -29,7 +27,8 @@ class AddressError(ServerError):
 
     def __init__(self, purpose: str, address: str) -> None:
         super().__init__(
-            f"cannot listen for {purpose} on {address}: is the port taken, or the host not this machine's?"
+            f"cannot listen for {purpose} on {address}: is the port taken, or the host not this machine's? "
+            f"see --{purpose.lower()}-port and --host"
         )
         self.address = address
 
@@ -44,9 +43,8 @@ class LoadingError(ServerError):
 class TaskKindError(ServerError):
     """A task does something else than what is asked of it; ``kind`` is what it does."""
 
-    def __init__(self, name: str, kind: TaskKind, asked: Collection[TaskKind]) -> None:
-        wanted = " or ".join(each.value for each in asked)
-        super().__init__(f"{name} does not {wanted}: its kind is {kind.value}")
+    def __init__(self, name: str, kind: TaskKind, act: str) -> None:
+        super().__init__(f"{name} does not {act}: its kind is {kind.value}")
         self.kind = kind
 
 
@@ -75,11 +73,14 @@ class UnreadAnswersError(BusyError):
         )
 
 
-class BodiesError(BusyError):
-    """There is no room for more of the bodies that are arriving; ``limit`` is in bytes."""
+class MessagesError(BusyError):
+    """There is no room for another message of a call; ``limit`` is in bytes."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"too many requests are arriving; the limit is {limit} bytes", limit, 1.0)
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        what = (
+            f"the messages of the calls that run or wait are too large together; the limit is {limit} bytes"
+        )
+        super().__init__(what, limit, retry_after_s)
 
 
 class UnexpectedError(ServerError):

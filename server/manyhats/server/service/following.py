@@ -69,7 +69,7 @@ class StoreFollower:
     async def _follow_catalogue(self) -> None:
         while True:
             await asyncio.sleep(self._period_s)
-            changed = await self._looked(StoreUse.CATALOGUE, self._backend.store.refresh) or frozenset()
+            changed = await self._looked(StoreUse.CATALOGUE, self._backend.store.refresh) or ()
             for record in self._take(changed):
                 self._begin(self._registrations.warm(record))
             if changed:

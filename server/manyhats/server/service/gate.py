@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 
 from manyhats.adapters.finish_rate import FinishRate
 from manyhats.engine.errors import DrainingError, EngineDeadError
 from manyhats.server.service.backend import Backend
-from manyhats.server.service.errors import LoadingError, TooManyCallsError
+from manyhats.server.service.errors import LoadingError, MessagesError, TooManyCallsError
 from manyhats.server.service.store_health import StoreUse
+
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 
 
 class ServingState(Enum):
@@ -32,9 +34,18 @@ class Gate:
     Args:
         heartbeat_limit_s: an engine that is silent for longer counts as stalled.
         max_calls: how many may be inside at once.
+        max_message_bytes: of all calls' messages together, which stay in memory as long as their calls.
     """
 
-    def __init__(self, *, heartbeat_limit_s: float, max_calls: int = 2048) -> None:
+    def __init__(
+        self,
+        *,
+        heartbeat_limit_s: float,
+        max_calls: int = 2048,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._num_message_bytes = 0
         self._max_calls = max_calls
         self._heartbeat_limit_s = heartbeat_limit_s
         self._backend: Backend | None = None
@@ -126,6 +137,27 @@ class Gate:
             self._rate.finished()
             if self._num_running == 0:
                 self._idle.set()
+
+    @contextmanager
+    def message(self) -> Iterator[Callable[[int], None]]:
+        """Room for the message of one call, inside or about to be, until this ends; the function takes more of it.
+
+        Raises:
+            MessagesError: there is none left; by that function.
+        """
+        taken = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken
+            if self._num_message_bytes + num_bytes > self._max_message_bytes:
+                raise MessagesError(self._max_message_bytes, self._rate.wait_s(self._num_running))
+            taken += num_bytes
+            self._num_message_bytes += num_bytes
+
+        try:
+            yield take
+        finally:
+            self._num_message_bytes -= taken
 
     async def wait_idle(self) -> None:
         """Wait until no call is inside."""

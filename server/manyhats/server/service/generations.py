@@ -83,13 +83,14 @@ class Generations:
             RequestError: the prompt, the salt or another field cannot be served.
         """
         adapter = self._tasks.resolved(call)
-        check_kind(adapter, TaskKind.GENERATE, base=self._backend.info.kind)
+        check_kind(adapter, TaskKind.GENERATE, act="generate", base=self._backend.info.kind)
         defaults = TaskDefaults() if adapter is None else read_defaults(adapter.labels)
         sampling_params = SamplingParams(**sampling.over(defaults.sampling))
         stopping_params = StoppingParams(**stopping.over(defaults.stopping))
         speculation_params = SpeculationParams(**speculation.over(defaults.speculation))
+        self._backend.engine.check_queue(adapter)  # before texts are tokenized for nothing
         tokenizer = await self._tasks.tokenizer_of(adapter)
-        encoder = self._tasks.encoder(tokenizer, self._max_tokens)
+        encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
         prompt_token_ids = await encoder.encode(prompt)
         return Request(
             id=call.id,
@@ -182,9 +183,11 @@ class Generations:
     ) -> ScoreRequest:
         """``request`` for a scoring of continuations."""
         adapter = self._tasks.resolved(call)
-        check_kind(adapter, TaskKind.GENERATE, base=self._backend.info.kind)
+        check_kind(adapter, TaskKind.GENERATE, act="score continuations", base=self._backend.info.kind)
+        self._backend.engine.check_queue(adapter)
         tokenizer = await self._tasks.tokenizer_of(adapter)
-        tokens = await self._tasks.encoder(tokenizer, self._max_tokens).encode_scoring(prompt, continuations)
+        encoder = self._tasks.encoder(tokenizer, self._max_tokens, adapter)
+        tokens = await encoder.encode_scoring(prompt, continuations)
         return ScoreRequest(
             id=call.id,
             prompt_token_ids=tokens.prompt_token_ids,
@@ -240,14 +243,18 @@ class Generations:
         return await each_of(one, len(prompts), at_once=_IN_FLIGHT)
 
     async def tokenize(self, call: Call, prompt: Prompt) -> tuple[tuple[int, ...], list[str]]:
-        """The tokens of a prompt, and the text of each.
+        """The tokens of a prompt, or of a text as a task or base that generates nothing reads it; the text of each.
 
         Raises:
             AdapterError: the task does not exist, or its tokenizer cannot be used.
             RequestError: the prompt is invalid, or over a limit.
         """
-        tokenizer = await self._tasks.tokenizer_of(self._tasks.resolved(call))
-        ids = await self._tasks.encoder(tokenizer, MAX_TOKENIZED).encode(prompt)
+        adapter = self._tasks.resolved(call)
+        tokenizer = await self._tasks.tokenizer_of(adapter)
+        encoder = self._tasks.encoder(tokenizer, MAX_TOKENIZED)
+        kind = self._backend.info.kind if adapter is None else adapter.kind
+        is_prompt = kind is TaskKind.GENERATE
+        ids = await encoder.encode(prompt) if is_prompt else (await encoder.read(prompt)).token_ids
         work = partial(_pieces, ids, tokenizer or self._backend.tokenizer, prompt.field)
         return ids, await self._backend.text_threads.run(work, len(ids))
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from manyhats.adapters.heads import TaskKind
+from manyhats.adapters.limits import MAX_ADDED_TOKENS
 from manyhats.server.service.errors import TaskKindError
 from manyhats.server.service.prompts import Encoder
 
@@ -45,13 +46,23 @@ class Tasks:
         tokenizers = self._backend.task_tokenizers
         return None if tokenizers is None else await tokenizers.of(adapter)
 
-    def _num_ids(self, tokenizer: Tokenizer | None) -> int:
-        """The ids that a prompt may hold, as far as the tokenizer tells."""
+    def _num_ids(self, tokenizer: Tokenizer | None, adapter: AdapterRecord | None) -> int:
+        """The ids that a prompt may hold, as far as the tokenizer tells, or at most if an adapter may add some."""
         num_ids = self._backend.info.vocab_size
+        if adapter is not None:
+            return num_ids + MAX_ADDED_TOKENS
         return num_ids if tokenizer is None else max(num_ids, tokenizer.vocab_size)
 
-    def encoder(self, tokenizer: Tokenizer | None, max_tokens: int) -> Encoder:
-        """Turns texts into tokens with a task's tokenizer; None for the base's."""
+    def encoder(
+        self, tokenizer: Tokenizer | None, max_tokens: int, adapter: AdapterRecord | None = None
+    ) -> Encoder:
+        """Turns texts into tokens.
+
+        Args:
+            tokenizer: a task's; None for the base's.
+            max_tokens: of a prompt.
+            adapter: the engine will run the tokens on; it alone knows which tokens an adapter has rows for.
+        """
         tokenizers = self._backend.task_tokenizers
         render = None
         if tokenizers is not None and tokenizer is not None and tokenizer.has_own_template:
@@ -59,7 +70,7 @@ class Tasks:
         return Encoder(
             tokenizer or self._backend.tokenizer,
             self._backend.text_threads,
-            vocab_size=self._num_ids(tokenizer),
+            vocab_size=self._num_ids(tokenizer, adapter),
             max_tokens=max_tokens,
             render=render,
         )
@@ -70,12 +81,14 @@ def task_id(adapter: AdapterRecord | None) -> str:
     return "" if adapter is None else adapter.task_id
 
 
-def check_kind(adapter: AdapterRecord | None, *kinds: TaskKind, base: TaskKind = TaskKind.GENERATE) -> None:
-    """Check that a version, or the base by itself, does what a call asks of it.
+def check_kind(
+    adapter: AdapterRecord | None, *kinds: TaskKind, act: str, base: TaskKind = TaskKind.GENERATE
+) -> None:
+    """Check that a version, or the base by itself, does what a call asks of it: to ``act``.
 
     Raises:
         TaskKindError: it does something else.
     """
     own = base if adapter is None else adapter.kind
     if own not in kinds:
-        raise TaskKindError("the base model" if adapter is None else adapter.name, own, kinds)
+        raise TaskKindError("the base model" if adapter is None else adapter.name, own, act)

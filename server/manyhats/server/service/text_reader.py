@@ -110,7 +110,7 @@ class TextReader:
         limit: int,
     ) -> tuple[ReadText, ...]:
         check_num_inputs(len(inputs), field)
-        encoder = self._tasks.encoder(await self._tasks.tokenizer_of(adapter), limit)
+        encoder = self._tasks.encoder(await self._tasks.tokenizer_of(adapter), limit, adapter)
         found = []
         for index, each in enumerate(inputs):
             with _named(f"{field}[{index}]"):

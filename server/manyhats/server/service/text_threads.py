@@ -18,8 +18,11 @@ T = TypeVar("T")
 _INLINE_LENGTH = 2048
 # About 20 ms of the tokenizer's time.
 BRIEF_LENGTH = 16 * 1024
+# A message of this size is read and checked in a millisecond or two, whatever it has.
+_INLINE_BYTES = 4 * 1024
 # As much as Python code does in a tenth of a millisecond or two.
 _SLICE_LENGTH = 512
+_SLICE_BYTES = 16 * 1024
 _PAUSE_S = 0.0002
 # The cost of adding a token to an answer: in characters to tokenize, and in tokens to parse.
 _ENTRY_LENGTH = 17
@@ -43,6 +46,12 @@ class TextThreads:
         """Return the answer that ``work`` builds of so many tokens; a large one is built off the event loop."""
         return work() if count <= _INLINE_ENTRIES else await self.run(work, _ENTRY_LENGTH * count)
 
+    async def read(self, work: Callable[[], T], num_bytes: int) -> T:
+        """Return the result of ``work``, which reads or checks a message of so many bytes, in pieces."""
+        if num_bytes <= _INLINE_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.brief, work)
+
     async def run(self, work: Callable[[], T], length: int) -> T:
         """Return the result of ``work``, which takes time in proportion to ``length``, in characters or tokens.
 
@@ -57,12 +66,20 @@ class TextThreads:
 def slices(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """Consecutive parts of ``values``, with pauses in between, in which others get the interpreter lock at once.
 
-    They would otherwise wait 5 ms each time they need it; the engine needs it hundreds of times per step.
+    They would otherwise wait 5 ms each time they need it; the engine needs it several times per step.
     """
     for begin in range(0, len(values), _SLICE_LENGTH):
         if begin:
             time.sleep(_PAUSE_S)
         yield values[begin : begin + _SLICE_LENGTH]
+
+
+def byte_slices(text: bytes) -> Iterator[bytes]:
+    """``slices`` of a text that is scanned by functions of the standard library's C code."""
+    for begin in range(0, len(text), _SLICE_BYTES):
+        if begin:
+            time.sleep(_PAUSE_S)
+        yield text[begin : begin + _SLICE_BYTES]
 
 
 def num_entries(tokens: Iterable[TokenOutput]) -> int:

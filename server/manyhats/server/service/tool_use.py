@@ -46,6 +46,7 @@ class ToolUse:
         choice: whether the answer must be calls, may make some after its text, or is text, whatever it looks like.
         only: the function that a required call must be of; None for any.
         is_parallel: whether there may be several calls.
+        num_bytes: of the tools as JSON.
 
     Raises:
         FieldInvalidError: ``chat.tools`` or a part of it, or ``chat.tool_choice``.
@@ -56,9 +57,10 @@ class ToolUse:
     only: str | None = None
     is_parallel: bool = True
     functions: tuple[_Function, ...] = field(init=False)
+    num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        check_tools(self.tools)
+        object.__setattr__(self, "num_bytes", check_tools(self.tools))
         functions = [_function(f"chat.tools[{index}]", tool) for index, tool in enumerate(self.tools)]
         names = [each.name for each in functions]
         for index, name in enumerate(names):

@@ -163,7 +163,7 @@ class PlainLines:
         if event.done != event.total and not self._is_time(name):
             return ""
         self._last_s[name] = time.monotonic()
-        return f"{event.task}: {event.done}/{event.total} scored"
+        return f"{event.task}: evaluated by {event.done} of {event.total} requests"
 
     def _is_time(self, name: str) -> bool:
         return time.monotonic() - self._last_s.setdefault(name, time.monotonic()) >= _LINE_EVERY_S

@@ -145,7 +145,9 @@ class ModelSettings:
         " or more.",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = setting(
-        "auto", group=MODEL, help="The number format to compute in."
+        "auto",
+        group=MODEL,
+        help="The number format to compute in; auto is bfloat16 where the processor has it, else float32.",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", group=MODEL, help="The device to train on.")
     gradient_checkpointing: bool = setting(

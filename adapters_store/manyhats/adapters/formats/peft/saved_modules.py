@@ -6,7 +6,7 @@ embedding, or of the head; the file holds the rows themselves, not differences.
 If the base's head is its embedding, PEFT keeps one of the two unchanged, unless told otherwise:
 
 - a module of ``modules_to_save`` is a copy of its own; with ``ensure_weight_tying`` both get it, where PEFT knows them;
-- a weight that is saved without being named there replaces the base's, and so acts on both;
+- a weight that is saved without being named there replaces the base's, and so acts on both, or on the other of the two;
 - token rows of the embedding act on both, unless the config gives the head other rows.
 
 An embedding or head that a method adapts is saved alongside, unchanged, and PEFT loads it over the base's own: so it
@@ -33,6 +33,7 @@ from manyhats.adapters.formats.peft.tensors import (
     Shape,
     unusable,
 )
+from manyhats.adapters.limits import MAX_ADDED_TOKENS
 from manyhats.adapters.primitives import Delta, EmbeddingRows, HeadRows, HeadWeight
 from manyhats.adapters.sites import EMBEDDING, HEAD, BaseDescription, Site
 
@@ -41,8 +42,6 @@ SAVED_FIELDS = frozenset(("modules_to_save", "trainable_token_indices", "ensure_
 
 # Relative, for values that were rounded to bfloat16 on one side only.
 _BF16_ROUNDING = 2.0**-7
-MAX_ADDED_TOKENS = 65536
-"""How many tokens a task may have beyond the base's."""
 _COPY_SUFFIXES = ("base_layer.weight", "token_adapter.base_layer.weight")
 # A trained module once more, which must be equal, and what it was before, which is not used.
 _TRAINED, _ORIGINAL = "modules_to_save", "original_module"
@@ -188,13 +187,12 @@ def find_saved_modules(
         _check_width(name, shapes[name], base)
     head_bias = _find_head_bias(paths.get(HEAD, ""), present, shapes, base)
     bias_copy = _find_bias_copy(copies, shapes, base)
-    again = _find_again(paths, {site: present[site] for site in listed}, head_bias, shapes)
+    again = _find_again(paths, present, head_bias, shapes)
     for site, found in rows.items():
         for other in (EMBEDDING, HEAD) if base.is_tied else (site,):
             if other in present:
                 raise AdapterInvalidError(found.tensor, f"and {present[other]} both replace the same rows")
-    is_one = is_tying_ensured(config, base) or not set(present) <= set(listed)
-    is_one = base.is_tied and bool(present) and is_one
+    is_one = base.is_tied and bool(present) and (is_tying_ensured(config, base) or not listed)
     first = next(iter(present.values()), None)
     equal = [pair for pair in again if f".{_TRAINED}." in pair[1]]
     equal += [(present[EMBEDDING], present[HEAD])] if is_one and len(present) == 2 else []
@@ -238,7 +236,7 @@ def _find_again(
 ) -> list[tuple[str, str]]:
     """Names of trained modules' tensors, each with another that holds the same, or what that was before."""
     names = [(paths[site], name) for site, name in trained.items()]
-    if head_bias is not None and HEAD in trained:
+    if head_bias is not None:
         names.append((paths[HEAD], head_bias))
     found = [
         (name, f"{path}.{kind}.{name.rpartition('.')[2]}")

@@ -1,0 +1,1 @@
+"""The scheduler and adapters' residency as they serve, on a clock and a machine that are simulated."""
